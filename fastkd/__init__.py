@@ -1,0 +1,31 @@
+"""Fused kernels for knowledge distillation: attention transfer and FSP, in float16 to float64, forward and backward.
+
+Functions :func:`attention_map`, :func:`attention_transfer_loss`, :func:`fsp_matrix`, :func:`fsp_loss`, :func:`kd_loss`; modules
+:class:`AttentionTransfer`, :class:`FSP`, :class:`KD` with the published variants as presets; :mod:`fastkd.reference`, the same in plain PyTorch.
+"""
+
+from fastkd import backends, native, ops, reference
+from fastkd.backends import BackendError, use_backend
+from fastkd.modules import FSP, KD, AttentionTransfer
+from fastkd.ops.attention import attention_map, attention_transfer_loss
+from fastkd.ops.gram import fsp_loss, fsp_matrix
+from fastkd.reference import kd_loss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FSP",
+    "KD",
+    "AttentionTransfer",
+    "BackendError",
+    "attention_map",
+    "attention_transfer_loss",
+    "backends",
+    "fsp_loss",
+    "fsp_matrix",
+    "kd_loss",
+    "native",
+    "ops",
+    "reference",
+    "use_backend",
+]

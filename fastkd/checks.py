@@ -1,0 +1,214 @@
+"""Argument checks: every misuse gets one sentence that names the argument, what was given and what was wanted.
+
+Floor 0: used by the reference before it computes, and by the operations to explain a refusal of the compiled code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+CHANNEL_REDUCE = ("mean", "sum")
+EPS_MODE = ("clamp", "add")
+POOL = ("before", "after")
+POOL_MODE = ("avg", "max")
+DIFFERENCE = ("squared", "l2")
+REDUCE = ("sum", "mean")
+DISTANCE = ("squared", "frobenius", "column_l2")
+PRECISION = ("ieee", "tf32", "tf32x3", None)
+KD_REDUCTION = ("batchmean", "mean", "sum", "none")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def describe(x: Tensor) -> str:
+    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
+
+
+def switch(name: str, value: object, known: Sequence[object]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}, wanted one of {', '.join(map(repr, known))}")
+
+
+def number(name: str, value: object, *, at_least: float | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r} ({type(value).__name__}), wanted a number")
+    # by comparison, not math.isfinite: under torch.compile(dynamic=True) the number may be symbolic
+    if not (-math.inf if at_least is None else at_least) <= value < math.inf or value == -math.inf:
+        bound = "" if at_least is None else f" of at least {at_least:g}"
+        raise ValueError(f"{name} is {value!r}, wanted a finite number{bound}")
+
+
+def feature(name: str, x: object, *, spatial: bool = True) -> None:
+    """A floating-point (N, C, *S) tensor with one to three spatial dimensions and no empty one; (N, *S) if not ``spatial``."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is {type(x).__name__}, wanted a tensor")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"{name} is {describe(x)}, wanted float16, bfloat16, float32 or float64")
+    lowest, form = (3, "(N, C, *S)") if spatial else (2, "a map (N, *S)")
+    if not lowest <= x.dim() <= lowest + 2:
+        raise ValueError(f"{name} is {describe(x)}, wanted {form} with one to three spatial dimensions, {lowest} to {lowest + 2} in all")
+    for size, what in zip(x.shape, ("an empty batch", "zero channels") if spatial else ("an empty batch",), strict=False):
+        if size == 0:
+            raise ValueError(f"{name} is {describe(x)}: {what}, wanted at least one")
+    if 0 in x.shape:
+        raise ValueError(f"{name} is {describe(x)}: zero positions, wanted at least one")
+
+
+def stages(name: str, value: object) -> list[Tensor]:
+    """The tensors of one stage or of several; a lone tensor is a list of one."""
+    if isinstance(value, Tensor):
+        return [value]
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise TypeError(f"{name} is {type(value).__name__}, wanted a tensor or a sequence of tensors")
+    return list(value)
+
+
+def same_batch(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.shape[0] != other.shape[0]:
+        raise ValueError(f"{name} is {describe(x)}, {other_name} is {describe(other)}: batch sizes differ, wanted the same")
+    if x.device != other.device:
+        raise ValueError(f"{name} is {describe(x)}, {other_name} is {describe(other)}: devices differ, wanted the same")
+
+
+def same_rank(name: str, x: Tensor, other_name: str, other: Tensor, given: int, wanted: int) -> None:
+    if given != wanted:
+        raise ValueError(
+            f"{name} is {describe(x)}, {other_name} is {describe(other)}: {given} and {wanted} spatial dimensions, wanted the same number"
+        )
+
+
+def stage_weights(weights: object, count: int, what: str) -> None:
+    if weights is None:
+        return
+    if not isinstance(weights, Sequence) or isinstance(weights, str):
+        raise TypeError(f"weights is {type(weights).__name__}, wanted a sequence of {count} numbers, one a {what}")
+    if len(weights) != count:
+        raise ValueError(f"weights has {len(weights)} numbers, wanted {count}, one a {what}")
+    for i, value in enumerate(weights):
+        number(f"weights[{i}]", value)
+
+
+def _named(name: str, tensors: list[Tensor], value: object) -> list[str]:
+    return [name] if isinstance(value, Tensor) else [f"{name}[{i}]" for i in range(len(tensors))]
+
+
+def _pairs_up(student: object, teacher: object, *, least: int, spatial_teacher: bool = True) -> tuple[list[Tensor], list[Tensor]]:
+    students, teachers = stages("student", student), stages("teacher", teacher)
+    if len(students) != len(teachers):
+        raise ValueError(f"student has {len(students)} stages, teacher has {len(teachers)}: wanted the same number")
+    if len(students) < least:
+        raise ValueError(f"student has {len(students)} stages, wanted at least {least}")
+    names = zip(_named("student", students, student), _named("teacher", teachers, teacher), strict=True)
+    for (s_name, t_name), s, t in zip(names, students, teachers, strict=True):
+        feature(s_name, s)
+        feature(t_name, t, spatial=spatial_teacher)
+        same_batch(s_name, s, t_name, t)
+    return students, teachers
+
+
+def attention_map(x: object, p: object, channel_reduce: object, eps: object, eps_mode: object) -> None:
+    feature("x", x)
+    number("p", p, at_least=1)
+    number("eps", eps, at_least=0)
+    switch("channel_reduce", channel_reduce, CHANNEL_REDUCE)
+    switch("eps_mode", eps_mode, EPS_MODE)
+
+
+def attention_transfer(
+    student: object,
+    teacher: object,
+    p: object,
+    channel_reduce: object,
+    eps: object,
+    eps_mode: object,
+    pool: object,
+    pool_mode: object,
+    difference: object,
+    stage_reduce: object,
+    weights: object,
+    weight: object,
+    teacher_is_map: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The lists of student and teacher tensors, or the error that says what is wrong with the call."""
+    number("p", p, at_least=1)
+    number("eps", eps, at_least=0)
+    number("weight", weight)
+    switch("channel_reduce", channel_reduce, CHANNEL_REDUCE)
+    switch("eps_mode", eps_mode, EPS_MODE)
+    switch("pool", pool, POOL)
+    switch("pool_mode", pool_mode, POOL_MODE)
+    switch("difference", difference, DIFFERENCE)
+    switch("stage_reduce", stage_reduce, REDUCE)
+    students, teachers = _pairs_up(student, teacher, least=1, spatial_teacher=not teacher_is_map)
+    stage_weights(weights, len(students), "stage")
+    for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
+        t_size = t.shape[1:] if teacher_is_map else t.shape[2:]
+        same_rank(f"student[{i}]", s, f"teacher[{i}]", t, s.dim() - 2, len(t_size))
+        if teacher_is_map and any(have > want for have, want in zip(t_size, s.shape[2:], strict=True)):
+            raise ValueError(
+                f"teacher[{i}] is a map {describe(t)}, student[{i}] is {describe(s)}: "
+                "a normalized map cannot be pooled, wanted one no larger than the student's feature"
+            )
+    return students, teachers
+
+
+def fsp_matrix(a: object, b: object, pool_mode: object, precision: object) -> None:
+    switch("pool_mode", pool_mode, POOL_MODE)
+    switch("precision", precision, PRECISION)
+    feature("a", a)
+    feature("b", b)
+    assert isinstance(a, Tensor) and isinstance(b, Tensor)
+    same_batch("a", a, "b", b)
+    same_rank("a", a, "b", b, a.dim() - 2, b.dim() - 2)
+
+
+def fsp_loss(
+    student: object,
+    teacher: object,
+    pool_mode: object,
+    distance: object,
+    pair_reduce: object,
+    weights: object,
+    weight: object,
+    precision: object,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The lists of student and teacher tensors, or the error that says what is wrong with the call."""
+    switch("pool_mode", pool_mode, POOL_MODE)
+    switch("distance", distance, DISTANCE)
+    switch("pair_reduce", pair_reduce, REDUCE)
+    switch("precision", precision, PRECISION)
+    number("weight", weight)
+    students, teachers = _pairs_up(student, teacher, least=2)
+    stage_weights(weights, len(students) - 1, "pair")
+    for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
+        if s.shape[1] != t.shape[1]:
+            raise ValueError(f"student[{i}] is {describe(s)}, teacher[{i}] is {describe(t)}: channels differ, FSP wanted the same number")
+    for name, chain in (("student", students), ("teacher", teachers)):
+        for i in range(1, len(chain)):
+            same_batch(f"{name}[{i - 1}]", chain[i - 1], f"{name}[{i}]", chain[i])
+            same_rank(f"{name}[{i - 1}]", chain[i - 1], f"{name}[{i}]", chain[i], chain[i - 1].dim() - 2, chain[i].dim() - 2)
+    return students, teachers
+
+
+def kd_loss(student_logits: object, teacher_logits: object, temperature: object, reduction: object, weight: object) -> None:
+    switch("reduction", reduction, KD_REDUCTION)
+    number("weight", weight)
+    number("temperature", temperature)
+    if not temperature > 0:  # type: ignore[operator]
+        raise ValueError(f"temperature is {temperature!r}, wanted a finite number above 0")
+    for name, x in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} is {type(x).__name__}, wanted a tensor")
+        if x.dtype not in _FLOATS:
+            raise TypeError(f"{name} is {describe(x)}, wanted float16, bfloat16, float32 or float64")
+        if x.dim() != 2 or 0 in x.shape:
+            raise ValueError(f"{name} is {describe(x)}, wanted (N, K) with at least one sample and one class")
+    assert isinstance(student_logits, Tensor) and isinstance(teacher_logits, Tensor)
+    same_batch("student_logits", student_logits, "teacher_logits", teacher_logits)
+    if student_logits.shape[1] != teacher_logits.shape[1]:
+        raise ValueError(
+            f"student_logits is {describe(student_logits)}, teacher_logits is {describe(teacher_logits)}: class counts differ, wanted the same"
+        )

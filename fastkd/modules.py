@@ -1,0 +1,119 @@
+"""The losses as modules, and every published variant of them as a preset.
+
+A preset's ``weight`` is the coefficient its implementation multiplies the loss by. Sources: szagoruyko/attention-transfer, HobbitLong/RepDistiller,
+megvii-research/mdistiller, AberHu/Knowledge-Distillation-Zoo, hankyul2/KnowledgeDistillation, yoshitomo-matsubara/torchdistill, and the papers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from fastkd.ops.attention import attention_transfer_loss
+from fastkd.ops.gram import fsp_loss
+from fastkd.reference import kd_loss
+
+_Self = TypeVar("_Self", bound="_Loss")
+
+
+class _Loss(nn.Module):
+    function: ClassVar[Callable[..., Tensor]]
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        known = list(inspect.signature(type(self).function).parameters)[2:]
+        for name in options:
+            if name not in known:
+                raise TypeError(f"{type(self).__name__} has no argument {name!r}, wanted one of {', '.join(known)}")
+        self.options = options
+
+    @classmethod
+    def preset(cls: type[_Self], name: str, **overrides: Any) -> _Self:
+        """The published variant ``name``, its coefficient as ``weight``; keyword arguments replace single fields of it."""
+        if name not in cls.presets:
+            raise ValueError(f"{cls.__name__} has no preset {name!r}, wanted one of {', '.join(cls.presets)}")
+        return cls(**{**cls.presets[name], **overrides})
+
+    def forward(self, student: Any, teacher: Any) -> Tensor:
+        return type(self).function(student, teacher, **self.options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+# x.pow(p), as these write it, and abs(x)**p are one at p = 2; `signed` keeps another p true to them
+_SQUARED_MAPS = {"signed": True, "weight": 1000.0}
+
+
+class AttentionTransfer(_Loss):
+    """:func:`fastkd.attention_transfer_loss` with its keyword arguments fixed.
+
+    ``forward(student, teacher)``: tensors or sequences of tensors, one a stage, -> scalar, times ``weight``.
+
+    Presets: ``zagoruyko``, ``repdistiller``, ``mdistiller``, ``hankyul2``, ``torchdistill`` (its "code" mode): mean of squares, summed over the
+    stages, 1000; ``kdzoo``: channel sum, norm + 1e-6, mean over the stages, 1000; ``paper``: equation 2, the unsquared l2 distance with
+    beta / 2 for the paper's beta of about 0.1.
+    """
+
+    function = staticmethod(attention_transfer_loss)
+    presets = {
+        "zagoruyko": _SQUARED_MAPS,
+        "repdistiller": _SQUARED_MAPS,
+        "mdistiller": _SQUARED_MAPS,
+        "kdzoo": {"channel_reduce": "sum", "eps": 1e-6, "eps_mode": "add", "stage_reduce": "mean", "weight": 1000.0},
+        "hankyul2": _SQUARED_MAPS,
+        "torchdistill": _SQUARED_MAPS,
+        "paper": {"channel_reduce": "sum", "difference": "l2", "weight": 0.05},
+    }
+
+    def forward(self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]) -> Tensor:
+        return super().forward(student, teacher)
+
+
+class FSP(_Loss):
+    """:func:`fastkd.fsp_loss` with its keyword arguments fixed.
+
+    ``forward(student, teacher)``: sequences of L >= 2 stage features -> scalar, times ``weight``.
+
+    Presets: ``repdistiller``: sum over pairs, 1; ``kdzoo``: mean over pairs, 1; ``hankyul2``: mean over pairs, 1/3; ``torchdistill``: max pooling,
+    l2 norms of the columns, 1; ``paper``: max pooling, squared Frobenius norm, 1.
+    """
+
+    function = staticmethod(fsp_loss)
+    presets = {
+        "repdistiller": {"weight": 1.0},
+        "kdzoo": {"pair_reduce": "mean", "weight": 1.0},
+        "hankyul2": {"pair_reduce": "mean", "weight": 1 / 3},
+        "torchdistill": {"pool_mode": "max", "distance": "column_l2", "weight": 1.0},
+        "paper": {"pool_mode": "max", "distance": "frobenius", "weight": 1.0},
+    }
+
+    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+        return super().forward(student, teacher)
+
+
+class KD(_Loss):
+    """:func:`fastkd.kd_loss` with its keyword arguments fixed: the soft-target term alone, to which a recipe adds its share of cross-entropy.
+
+    ``forward(student_logits, teacher_logits)``: (N, K) twice -> scalar, times ``weight``.
+
+    Presets, all with T = 4 and the share of cross-entropy that goes with each: ``zagoruyko``, ``repdistiller``, ``mdistiller`` 0.9 (with 0.1);
+    ``kdzoo`` 0.1 (with 1); ``hankyul2`` 1 (with 1); ``torchdistill`` 0.1 (with 0.9, its CIFAR configurations).
+    """
+
+    function = staticmethod(kd_loss)
+    presets = {
+        "zagoruyko": {"temperature": 4.0, "weight": 0.9},
+        "repdistiller": {"temperature": 4.0, "weight": 0.9},
+        "mdistiller": {"temperature": 4.0, "weight": 0.9},
+        "kdzoo": {"temperature": 4.0, "weight": 0.1},
+        "hankyul2": {"temperature": 4.0, "weight": 1.0},
+        "torchdistill": {"temperature": 4.0, "weight": 0.1},
+    }
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return super().forward(student, teacher)

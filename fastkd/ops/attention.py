@@ -1,0 +1,260 @@
+"""Attention maps and the attention-transfer loss: operators, autograd rules, public functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd import backends, checks, reference
+from fastkd.ops.registry import accumulator, autograd, call, define, differentiable_once, one_device, smaller
+
+_MAP = "float p, str channel_reduce, bool signed, bool normalize, float eps, str eps_mode"
+_LOSS = (
+    "float p, str channel_reduce, bool signed, float eps, str eps_mode, str pool, str pool_mode, str difference, str stage_reduce, "
+    "float[]? weights, float weight, bool teacher_is_map"
+)
+
+
+def _map_fake(x: Tensor, p, channel_reduce, signed, normalize, eps, eps_mode) -> tuple[Tensor, Tensor]:
+    dtype = accumulator([x])
+    return x.new_empty((x.shape[0], *x.shape[2:]), dtype=dtype), x.new_empty((x.shape[0] if normalize else 0,), dtype=dtype)
+
+
+def _map_backward_fake(grad: Tensor, x: Tensor, *rest) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _coefficient_size(x: Tensor, other: Sequence[int], pool: str) -> list[int]:
+    return [x.shape[0], *(smaller(x.shape[2:], other) if pool == "before" else x.shape[2:])]
+
+
+def _loss_fake(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    p, channel_reduce, signed, eps, eps_mode,
+    pool: str,
+    pool_mode, difference, stage_reduce, weights, weight,
+    teacher_is_map: bool,
+    student_grad: bool,
+    teacher_grad: bool,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    one_device(student + teacher)
+    dtype = accumulator(student + teacher)
+    sizes = []
+    if student_grad:
+        sizes += [_coefficient_size(s, t.shape[1 if teacher_is_map else 2 :], pool) for s, t in zip(student, teacher, strict=True)]
+    if teacher_grad:
+        sizes += [
+            list(t.shape) if teacher_is_map else _coefficient_size(t, s.shape[2:], pool) for s, t in zip(student, teacher, strict=True)
+        ]
+    return student[0].new_empty((), dtype=dtype), [student[0].new_empty(size, dtype=dtype) for size in sizes]
+
+
+def _loss_backward_fake(grad: Tensor, features: list[Tensor], coefficients: list[Tensor], *rest) -> list[Tensor]:
+    return [torch.empty_like(x) for x in features]
+
+
+define(f"attention_map(Tensor x, {_MAP}) -> (Tensor map, Tensor norm)", _map_fake)
+define(f"attention_map_backward(Tensor grad, Tensor x, Tensor map, Tensor norm, {_MAP}) -> Tensor", _map_backward_fake)
+define(
+    f"attention_transfer_loss(Tensor[] student, Tensor[] teacher, {_LOSS}, bool student_grad, bool teacher_grad)"
+    " -> (Tensor loss, Tensor[] coefficients)",
+    _loss_fake,
+)
+define(
+    "attention_transfer_loss_backward(Tensor grad, Tensor[] features, Tensor[] coefficients, float p, bool signed, str pool_mode) -> Tensor[]",
+    _loss_backward_fake,
+)
+differentiable_once("attention_map_backward", "attention_map")
+differentiable_once("attention_transfer_loss_backward", "attention_transfer_loss")
+
+_map = torch.ops.fastkd.attention_map.default
+_map_backward = torch.ops.fastkd.attention_map_backward.default
+_loss = torch.ops.fastkd.attention_transfer_loss.default
+_loss_backward = torch.ops.fastkd.attention_transfer_loss_backward.default
+
+
+class AttentionMapFunction(torch.autograd.Function):
+    """``apply(x, p, channel_reduce, signed, normalize, eps, eps_mode)`` -> map.
+
+    With q = reduce_c |x|^p, n = ||q||, y = q / max(n, eps) and g the incoming gradient:
+    dq = (g - y <g, y>) / n where n > eps, g / eps elsewhere;  dx = p sign(x) |x|^(p-1) dq, divided by C for "mean".
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *options: Any) -> Tensor:
+        y, norm = call(_map, x, *options)
+        ctx.save_for_backward(x, y, norm)
+        ctx.options = options
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return call(_map_backward, grad, *ctx.saved_tensors, *ctx.options), *(None for _ in ctx.options)
+
+
+def _traced_map_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[0], *output)
+    ctx.options = inputs[1:]
+
+
+def _traced_map_backward(ctx: Any, grad: Tensor, norm_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _map_backward(grad, *ctx.saved_tensors, *ctx.options), *(None for _ in ctx.options)
+
+
+autograd("attention_map", _traced_map_backward, _traced_map_context)
+
+
+class AttentionTransferFunction(torch.autograd.Function):
+    """``apply(stages, options, *student, *teacher)`` -> loss.
+
+    The forward saves a coefficient a position, k = dloss/dq p (/ C for "mean") for an upstream gradient of 1, so that the backward is one
+    streaming pass, dx = upstream k sign(x) |x|^(p-1), and the upstream gradient is applied before anything is rounded to x's dtype.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, stages: int, options: tuple, *tensors: Tensor) -> Tensor:
+        needs = ctx.needs_input_grad[2:]
+        student_grad, teacher_grad = any(needs[:stages]), any(needs[stages:])
+        loss, coefficients = call(_loss, list(tensors[:stages]), list(tensors[stages:]), *options, student_grad, teacher_grad)
+        # a teacher made under inference_mode cannot be saved: only what needs a gradient is
+        wanted = [i for i, need in enumerate(needs) if need]
+        skipped = 0 if student_grad else stages
+        ctx.save_for_backward(*(tensors[i] for i in wanted), *(coefficients[i - skipped] for i in wanted))
+        ctx.wanted, ctx.options = wanted, options
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return None, None, *_feature_gradients(ctx, grad, ctx.needs_input_grad[2:])
+
+
+def _feature_gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients of student and teacher features, None where ``needs`` says so or the forward kept nothing."""
+    saved, kept = ctx.saved_tensors, len(ctx.wanted)
+    pairs = [(i, saved[j], saved[kept + j]) for j, i in enumerate(ctx.wanted) if needs[i]]
+    p, signed, pool_mode = ctx.options[0], ctx.options[2], ctx.options[6]
+    computed = call(_loss_backward, grad, [x for _, x, _ in pairs], [k for _, _, k in pairs], p, signed, pool_mode)
+    out: list[Tensor | None] = [None] * len(needs)
+    for (i, _, _), dx in zip(pairs, computed, strict=True):
+        out[i] = dx
+    return out
+
+
+def _traced_loss_context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor]]) -> None:
+    student, teacher, *options, student_grad, teacher_grad = inputs
+    features = (list(student) if student_grad else []) + (list(teacher) if teacher_grad else [])
+    first = 0 if student_grad else len(student)
+    ctx.save_for_backward(*features, *output[1])
+    ctx.wanted, ctx.options, ctx.stages = list(range(first, first + len(features))), options, len(student)
+
+
+def _traced_loss_backward(ctx: Any, grad: Tensor, coefficient_grads: list[Tensor | None]) -> tuple:
+    student_needs, teacher_needs = ctx.needs_input_grad[:2]
+    needs = [*student_needs, *teacher_needs]
+    if any(need and i not in ctx.wanted for i, need in enumerate(needs)):
+        raise RuntimeError("fastkd::attention_transfer_loss was called with student_grad or teacher_grad false for a tensor that needs a gradient")
+    out = _feature_gradients(ctx, grad, needs)
+    return out[: ctx.stages], out[ctx.stages :], *(None for _ in ctx.options), None, None
+
+
+autograd("attention_transfer_loss", _traced_loss_backward, _traced_loss_context)
+
+
+def attention_map(
+    x: Tensor,
+    p: float = 2.0,
+    *,
+    channel_reduce: str = "mean",
+    signed: bool = False,
+    normalize: bool = True,
+    eps: float = 1e-12,
+    eps_mode: str = "clamp",
+) -> Tensor:
+    """Attention map of a feature: where its energy lies.
+
+    Args:
+        x: (N, C, *S), one to three spatial dimensions, float16, bfloat16, float32 or float64, any strides.
+        p: power, at least 1.
+        channel_reduce: "mean" or "sum" over C.
+        signed: x^p instead of abs(x)^p (negative x under a fractional p gives NaN).
+        normalize: divide each sample's map by its l2 norm over S.
+        eps, eps_mode: the divisor is max(norm, eps) for "clamp", norm + eps for "add".
+
+    Returns: (N, *S), float32 (float64 for a float64 x).
+    Equals ``F.normalize(x.float().abs().pow(p).mean(1).flatten(1)).view(N, *S)`` at the defaults.
+    Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
+    Source: Zagoruyko, Komodakis, *Paying more attention to attention*, ICLR 2017.
+    """
+    if backends.choose(x) == "reference":
+        return reference.attention_map(
+            x, p, channel_reduce=channel_reduce, signed=signed, normalize=normalize, eps=eps, eps_mode=eps_mode
+        )
+    if torch.compiler.is_compiling():
+        checks.attention_map(x, p, channel_reduce, eps, eps_mode)
+        return _map(x, p, channel_reduce, signed, normalize, eps, eps_mode)[0]
+    try:
+        return AttentionMapFunction.apply(x, p, channel_reduce, signed, normalize, eps, eps_mode)
+    except Exception:
+        checks.attention_map(x, p, channel_reduce, eps, eps_mode)
+        raise
+
+
+def attention_transfer_loss(
+    student: Tensor | Sequence[Tensor],
+    teacher: Tensor | Sequence[Tensor],
+    p: float = 2.0,
+    *,
+    channel_reduce: str = "mean",
+    signed: bool = False,
+    eps: float = 1e-12,
+    eps_mode: str = "clamp",
+    pool: str = "before",
+    pool_mode: str = "avg",
+    difference: str = "squared",
+    stage_reduce: str = "sum",
+    weights: Sequence[float] | None = None,
+    weight: float = 1.0,
+    teacher_is_map: bool = False,
+) -> Tensor:
+    """Attention-transfer loss: the distance of student and teacher attention maps, over all stages in one call.
+
+    Args:
+        student, teacher: a tensor or a sequence of tensors, one a stage, (N, C, *S); C, dtype and spatial size may differ between the two.
+        p, channel_reduce, signed, eps, eps_mode: of the maps, as in :func:`attention_map`.
+        pool, pool_mode: where spatial sizes differ, both are pooled (adaptively, "avg" or "max") to the smaller size in each dimension,
+            "before" or "after" the power and the channel reduction.
+        difference: "squared", the mean over N and S of the squared difference, or "l2", the mean over N of its l2 norm.
+        stage_reduce, weights: "sum" or "mean" of the stages' terms, each multiplied by its weight.
+        weight: multiplies the loss. The published 1000 belongs here: it is applied in float32, before a half-precision gradient is rounded.
+        teacher_is_map: ``teacher`` holds normalized maps (N, *S), no larger than the student's features.
+
+    Returns: a scalar, float32 (float64 if any input is float64); differentiable in student and teacher.
+    Equals ``weight * sum((attention_map(s) - attention_map(t)).square().mean() for s, t in zip(student, teacher))`` at the defaults.
+    Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
+    Source: Zagoruyko, Komodakis, *Paying more attention to attention*, ICLR 2017, and its published implementations (see the presets).
+    """
+    if backends.choose(student) == "reference":
+        return reference.attention_transfer_loss(
+            student, teacher, p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode, pool=pool, pool_mode=pool_mode,
+            difference=difference, stage_reduce=stage_reduce, weights=weights, weight=weight, teacher_is_map=teacher_is_map,
+        )  # fmt: skip
+    options = (
+        p, channel_reduce, signed, eps, eps_mode, pool, pool_mode, difference, stage_reduce, weights, weight, teacher_is_map,
+    )  # fmt: skip
+    arguments = (
+        student, teacher, p, channel_reduce, eps, eps_mode, pool, pool_mode, difference, stage_reduce, weights, weight, teacher_is_map,
+    )  # fmt: skip
+    if torch.compiler.is_compiling():
+        students, teachers = checks.attention_transfer(*arguments)
+        needs = [torch.is_grad_enabled() and any(x.requires_grad for x in tensors) for tensors in (students, teachers)]
+        return _loss(students, teachers, *options, *needs)[0]
+    try:
+        students, teachers = checks.stages("student", student), checks.stages("teacher", teacher)
+        return AttentionTransferFunction.apply(len(students), options, *students, *teachers)
+    except Exception:
+        checks.attention_transfer(*arguments)
+        raise

@@ -1,0 +1,210 @@
+"""FSP (flow of solution procedure) matrices and the FSP loss: operators, autograd rules, public functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd import backends, checks, reference
+from fastkd.ops.registry import accumulator, autograd, call, define, differentiable_once, one_device
+
+
+def _matrix_fake(a: Tensor, b: Tensor, pool_mode, precision) -> Tensor:
+    one_device([a, b])
+    return a.new_empty((a.shape[0], a.shape[1], b.shape[1]), dtype=accumulator([a, b]))
+
+
+def _matrix_backward_fake(grad: Tensor, a: Tensor, b: Tensor, pool_mode, precision, a_grad: bool, b_grad: bool) -> list[Tensor]:
+    return [torch.empty_like(x) for x, need in ((a, a_grad), (b, b_grad)) if need]
+
+
+def _loss_fake(
+    student: list[Tensor], teacher: list[Tensor], pool_mode, distance, pair_reduce, weights, weight, precision, with_grad: bool
+) -> tuple[Tensor, list[Tensor]]:
+    one_device(student + teacher)
+    dtype, first = accumulator(student + teacher), student[0]
+    pairs = zip(student, student[1:], strict=False) if with_grad else ()
+    return first.new_empty((), dtype=dtype), [first.new_empty((a.shape[0], a.shape[1], b.shape[1]), dtype=dtype) for a, b in pairs]
+
+
+def _loss_backward_fake(grad: Tensor, features: list[Tensor], gram_grads, pool_mode, precision, stages: list[int], negate) -> list[Tensor]:
+    return [torch.empty_like(features[i]) for i in stages]
+
+
+define("fsp_matrix(Tensor a, Tensor b, str pool_mode, str? precision) -> Tensor", _matrix_fake)
+define(
+    "fsp_matrix_backward(Tensor grad, Tensor a, Tensor b, str pool_mode, str? precision, bool a_grad, bool b_grad) -> Tensor[]",
+    _matrix_backward_fake,
+)
+define(
+    "fsp_loss(Tensor[] student, Tensor[] teacher, str pool_mode, str distance, str pair_reduce, float[]? weights, float weight, "
+    "str? precision, bool with_grad) -> (Tensor loss, Tensor[] gram_grads)",
+    _loss_fake,
+)
+define(
+    "fsp_loss_backward(Tensor grad, Tensor[] features, Tensor[] gram_grads, str pool_mode, str? precision, int[] stages, bool negate)"
+    " -> Tensor[]",
+    _loss_backward_fake,
+)
+differentiable_once("fsp_matrix_backward", "fsp_matrix")
+differentiable_once("fsp_loss_backward", "fsp_loss")
+
+_matrix = torch.ops.fastkd.fsp_matrix.default
+_matrix_backward = torch.ops.fastkd.fsp_matrix_backward.default
+_loss = torch.ops.fastkd.fsp_loss.default
+_loss_backward = torch.ops.fastkd.fsp_loss_backward.default
+
+
+class FSPMatrixFunction(torch.autograd.Function):
+    """``apply(a, b, pool_mode, precision)`` -> G = A B^T / S over the pooled features; dA = M B / S and dB = M^T A / S for an incoming M."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, *options: Any) -> Tensor:
+        # each factor is saved for the other's gradient, and may be an inference tensor only if that is not wanted
+        ctx.save_for_backward(*((a, b) if any(ctx.needs_input_grad) else ()))
+        ctx.options = options
+        return call(_matrix, a, b, *options)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return _factor_gradients(ctx, grad)
+
+
+def _factor_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    a, b = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:2]
+    computed = iter(call(_matrix_backward, grad, a, b, *ctx.options, *needs))
+    return next(computed) if needs[0] else None, next(computed) if needs[1] else None, None, None
+
+
+def _traced_matrix_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.options = inputs[2:]
+
+
+autograd("fsp_matrix", _factor_gradients, _traced_matrix_context)
+
+
+class FSPLossFunction(torch.autograd.Function):
+    """``apply(stages, options, *student, *teacher)`` -> loss.
+
+    The forward saves M = dloss/dG of the student for each pair, for an upstream gradient of 1 (the teacher's is -M), so a chain's gradients
+    need only the chain itself: dA = upstream M B / S, dB = upstream M^T A / S, and a middle stage adds the terms of its two pairs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, stages: int, options: tuple, *tensors: Tensor) -> Tensor:
+        needs = ctx.needs_input_grad[2:]
+        loss, gram_grads = call(_loss, list(tensors[:stages]), list(tensors[stages:]), *options, any(needs))
+        # a teacher made under inference_mode cannot be saved: a chain is only if some of it needs a gradient
+        chains = [chain if any(need) else () for chain, need in ((tensors[:stages], needs[:stages]), (tensors[stages:], needs[stages:]))]
+        ctx.save_for_backward(*gram_grads, *chains[0], *chains[1])
+        ctx.stages, ctx.options, ctx.has_student = stages, options, bool(chains[0])
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return None, None, *_chain_gradients(ctx, grad, ctx.needs_input_grad[2:])
+
+
+def _chain_gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients of student and teacher features, None where ``needs`` says so."""
+    stages, (pool_mode, *_, precision) = ctx.stages, ctx.options
+    gram_grads, features = list(ctx.saved_tensors[: stages - 1]), list(ctx.saved_tensors[stages - 1 :])
+    out: list[Tensor | None] = [None] * (2 * stages)
+    for first in (0, stages):
+        wanted = [i for i in range(stages) if needs[first + i]]
+        if wanted:
+            is_teacher = first > 0
+            chain = features[stages:] if is_teacher and ctx.has_student else features[:stages]
+            for i, dx in zip(wanted, call(_loss_backward, grad, chain, gram_grads, pool_mode, precision, wanted, is_teacher), strict=True):
+                out[first + i] = dx
+    return out
+
+
+def _traced_loss_context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor]]) -> None:
+    student, teacher, *options, with_grad = inputs
+    ctx.save_for_backward(*output[1], *student, *teacher)
+    ctx.stages, ctx.options, ctx.has_student, ctx.with_grad = len(student), options, True, with_grad
+
+
+def _traced_loss_backward(ctx: Any, grad: Tensor, gram_grad_grads: list[Tensor | None]) -> tuple:
+    if not ctx.with_grad:
+        raise RuntimeError("fastkd::fsp_loss was called with with_grad=False for a tensor that needs a gradient")
+    student_needs, teacher_needs = ctx.needs_input_grad[:2]
+    out = _chain_gradients(ctx, grad, [*student_needs, *teacher_needs])
+    return out[: ctx.stages], out[ctx.stages :], *(None for _ in ctx.options), None
+
+
+autograd("fsp_loss", _traced_loss_backward, _traced_loss_context)
+
+
+def fsp_matrix(a: Tensor, b: Tensor, *, pool_mode: str = "avg", precision: str | None = None) -> Tensor:
+    """FSP matrix: the Gram matrix between the channels of two features, averaged over positions.
+
+    Args:
+        a: (N, Ca, *Sa), b: (N, Cb, *Sb), one to three spatial dimensions, float16, bfloat16, float32 or float64, any dtypes and strides.
+        pool_mode: where spatial sizes differ, both are pooled (adaptively, "avg" or "max") to the smaller size in each dimension.
+        precision: of the products on a GPU: "ieee", "tf32", "tf32x3", or None for PyTorch's own setting; ignored on a CPU.
+
+    Returns: (N, Ca, Cb), float32 (float64 if any input is float64); differentiable in both.
+    Equals ``torch.bmm(a.flatten(2), b.flatten(2).transpose(1, 2)) / S`` at equal sizes.
+    Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
+    Source: Yim et al., *A gift from knowledge distillation*, CVPR 2017.
+    """
+    if backends.choose(a) == "reference":
+        return reference.fsp_matrix(a, b, pool_mode=pool_mode, precision=precision)
+    if torch.compiler.is_compiling():
+        checks.fsp_matrix(a, b, pool_mode, precision)
+        return _matrix(a, b, pool_mode, precision)
+    try:
+        return FSPMatrixFunction.apply(a, b, pool_mode, precision)
+    except Exception:
+        checks.fsp_matrix(a, b, pool_mode, precision)
+        raise
+
+
+def fsp_loss(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    *,
+    pool_mode: str = "avg",
+    distance: str = "squared",
+    pair_reduce: str = "sum",
+    weights: Sequence[float] | None = None,
+    weight: float = 1.0,
+    precision: str | None = None,
+) -> Tensor:
+    """FSP loss: the distance of student and teacher FSP matrices over consecutive stages, in one call.
+
+    Args:
+        student, teacher: sequences of L >= 2 features (N, C, *S), equal channels stage by stage; the L - 1 consecutive ones are pairs.
+        pool_mode, precision: as in :func:`fsp_matrix`; student and teacher pool each for itself.
+        distance: "squared", the mean over N, Ca and Cb of the squared difference; "frobenius", the mean over N of the squared Frobenius norm;
+            "column_l2", the mean over N of the summed l2 norms of the columns (index Cb).
+        pair_reduce, weights: "sum" or "mean" of the pairs' terms, each multiplied by its weight.
+        weight: multiplies the loss, in float32, before a half-precision gradient is rounded.
+
+    Returns: a scalar, float32 (float64 if any input is float64); differentiable in student and teacher.
+    Equals ``weight * sum((fsp_matrix(*s) - fsp_matrix(*t)).square().mean() for s, t in zip(pairs(student), pairs(teacher)))`` at the defaults.
+    Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
+    Source: Yim et al., *A gift from knowledge distillation*, CVPR 2017, and its published implementations (see the presets).
+    """
+    if backends.choose(student) == "reference":
+        return reference.fsp_loss(
+            student, teacher, pool_mode=pool_mode, distance=distance, pair_reduce=pair_reduce, weights=weights, weight=weight, precision=precision
+        )  # fmt: skip
+    options = (pool_mode, distance, pair_reduce, weights, weight, precision)
+    if torch.compiler.is_compiling():
+        students, teachers = checks.fsp_loss(student, teacher, *options)
+        needs = torch.is_grad_enabled() and any(x.requires_grad for x in students + teachers)
+        return _loss(students, teachers, *options, needs)[0]
+    try:
+        students, teachers = checks.stages("student", student), checks.stages("teacher", teacher)
+        return FSPLossFunction.apply(len(students), options, *students, *teachers)
+    except Exception:
+        checks.fsp_loss(student, teacher, *options)
+        raise

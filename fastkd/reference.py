@@ -1,0 +1,177 @@
+"""The law: every operation of fastkd in plain PyTorch, differentiable twice, on any device.
+
+Same names and signatures as the public functions. Inputs may be float16, bfloat16, float32 or float64 and differ in dtype; everything is computed
+and returned in float32, or in float64 if any input is float64, whatever autocast says. The kernels are tested against this file in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastkd import checks
+
+_POOLS: dict[str, tuple[Callable[..., Tensor], ...]] = {
+    "avg": (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
+    "max": (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d),
+}
+
+
+def _widen(*tensors: Tensor) -> list[Tensor]:
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    return [x.to(dtype) for x in tensors]
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _smaller(a: Sequence[int], b: Sequence[int]) -> list[int]:
+    return [min(i, j) for i, j in zip(a, b, strict=True)]
+
+
+def _pool(x: Tensor, size: list[int], mode: str) -> Tensor:
+    return x if list(x.shape[2:]) == size else _POOLS[mode][len(size) - 1](x, size)
+
+
+def _energy(x: Tensor, p: float, channel_reduce: str, signed: bool) -> Tensor:
+    # an even power needs no absolute value, and without it the second derivative at 0 is right
+    power = x.pow(p) if signed or p % 2 == 0 else x.abs().pow(p)
+    return power.mean(1) if channel_reduce == "mean" else power.sum(1)
+
+
+def _normalize(q: Tensor, eps: float, eps_mode: str) -> Tensor:
+    norm = torch.linalg.vector_norm(q, dim=tuple(range(1, q.dim())), keepdim=True)
+    return q / (norm.clamp_min(eps) if eps_mode == "clamp" else norm + eps)
+
+
+def _combine(terms: list[Tensor], weights: Sequence[float] | None, reduce: str, weight: float) -> Tensor:
+    if weights is not None:
+        terms = [w * term for w, term in zip(weights, terms, strict=True)]
+    total = torch.stack(terms).sum()
+    return total * (weight / len(terms) if reduce == "mean" else weight)
+
+
+def attention_map(
+    x: Tensor,
+    p: float = 2.0,
+    *,
+    channel_reduce: str = "mean",
+    signed: bool = False,
+    normalize: bool = True,
+    eps: float = 1e-12,
+    eps_mode: str = "clamp",
+) -> Tensor:
+    """See :func:`fastkd.attention_map`."""
+    checks.attention_map(x, p, channel_reduce, eps, eps_mode)
+    with _no_autocast(x):
+        q = _energy(*_widen(x), p, channel_reduce, signed)
+        return _normalize(q, eps, eps_mode) if normalize else q
+
+
+def attention_transfer_loss(
+    student: Tensor | Sequence[Tensor],
+    teacher: Tensor | Sequence[Tensor],
+    p: float = 2.0,
+    *,
+    channel_reduce: str = "mean",
+    signed: bool = False,
+    eps: float = 1e-12,
+    eps_mode: str = "clamp",
+    pool: str = "before",
+    pool_mode: str = "avg",
+    difference: str = "squared",
+    stage_reduce: str = "sum",
+    weights: Sequence[float] | None = None,
+    weight: float = 1.0,
+    teacher_is_map: bool = False,
+) -> Tensor:
+    """See :func:`fastkd.attention_transfer_loss`."""
+    students, teachers = checks.attention_transfer(
+        student, teacher, p, channel_reduce, eps, eps_mode, pool, pool_mode, difference, stage_reduce, weights, weight, teacher_is_map
+    )
+
+    def normalized(x: Tensor, size: list[int]) -> Tensor:
+        if pool == "before":
+            x = _pool(x, size, pool_mode)
+        q = _energy(x, p, channel_reduce, signed)
+        return _normalize(_pool(q.unsqueeze(1), size, pool_mode).squeeze(1), eps, eps_mode)
+
+    with _no_autocast(students[0]):
+        wide = _widen(*students, *teachers)
+        terms = []
+        for s, t in zip(wide[: len(students)], wide[len(students) :], strict=True):
+            size = _smaller(s.shape[2:], t.shape[1:] if teacher_is_map else t.shape[2:])
+            d = (normalized(s, size) - (t if teacher_is_map else normalized(t, size))).flatten(1)
+            terms.append(d.square().mean() if difference == "squared" else torch.linalg.vector_norm(d, dim=1).mean())
+        return _combine(terms, weights, stage_reduce, weight)
+
+
+def _gram(a: Tensor, b: Tensor, pool_mode: str, precision: str | None) -> Tensor:
+    size = _smaller(a.shape[2:], b.shape[2:])
+    a, b = _pool(a, size, pool_mode).flatten(2), _pool(b, size, pool_mode).flatten(2)
+    dtype = a.dtype
+    if a.is_cuda and precision in ("ieee", "tf32x3"):
+        # PyTorch's setting is global and may be tf32: float64 keeps at least the precision that was asked for
+        a, b = a.double(), b.double()
+    return (a @ b.transpose(1, 2)).to(dtype) / a.shape[2]
+
+
+def fsp_matrix(a: Tensor, b: Tensor, *, pool_mode: str = "avg", precision: str | None = None) -> Tensor:
+    """See :func:`fastkd.fsp_matrix`."""
+    checks.fsp_matrix(a, b, pool_mode, precision)
+    with _no_autocast(a):
+        return _gram(*_widen(a, b), pool_mode, precision)
+
+
+def fsp_loss(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    *,
+    pool_mode: str = "avg",
+    distance: str = "squared",
+    pair_reduce: str = "sum",
+    weights: Sequence[float] | None = None,
+    weight: float = 1.0,
+    precision: str | None = None,
+) -> Tensor:
+    """See :func:`fastkd.fsp_loss`."""
+    students, teachers = checks.fsp_loss(student, teacher, pool_mode, distance, pair_reduce, weights, weight, precision)
+    with _no_autocast(students[0]):
+        wide = _widen(*students, *teachers)
+        s, t = wide[: len(students)], wide[len(students) :]
+        terms = []
+        for i in range(len(s) - 1):
+            d = _gram(s[i], s[i + 1], pool_mode, precision) - _gram(t[i], t[i + 1], pool_mode, precision)
+            if distance == "squared":
+                terms.append(d.square().mean())
+            elif distance == "frobenius":
+                terms.append(d.square().sum((1, 2)).mean())
+            else:
+                terms.append(torch.linalg.vector_norm(d, dim=1).sum(1).mean())
+        return _combine(terms, weights, pair_reduce, weight)
+
+
+def kd_loss(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0, *, reduction: str = "batchmean", weight: float = 1.0
+) -> Tensor:
+    """Softened Kullback-Leibler divergence of knowledge distillation, ``T^2 KL(softmax(t / T) || softmax(s / T))``.
+
+    Args:
+        student_logits, teacher_logits: (N, K) floating point, of any dtypes.
+        temperature: T, above 0.
+        reduction: "batchmean" (sum over classes, mean over N), "mean" (over N and K), "sum" or "none", as in :func:`torch.nn.functional.kl_div`.
+        weight: multiplies the result.
+
+    Returns: a scalar, or (N, K) for "none"; float32, float64 if any input is float64.
+    Equals ``T * T * F.kl_div(F.log_softmax(s / T, 1), F.softmax(t / T, 1), reduction=reduction)`` in float32.
+    Raises: TypeError, ValueError for what is not such a pair of logits.
+    Source: Hinton, Vinyals, Dean, *Distilling the knowledge in a neural network*, 2015.
+    """
+    checks.kd_loss(student_logits, teacher_logits, temperature, reduction, weight)
+    with _no_autocast(student_logits):
+        s, t = (F.log_softmax(x / temperature, 1) for x in _widen(student_logits, teacher_logits))
+        return F.kl_div(s, t, reduction=reduction, log_target=True) * (weight * temperature**2)
