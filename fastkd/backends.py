@@ -33,9 +33,13 @@ class BackendError(RuntimeError):
     """A backend was asked for by name and cannot serve the call."""
 
 
+class UnknownBackendError(BackendError, ValueError):
+    """A name that is no backend's."""
+
+
 def _known(name: str, source: str) -> str:
     if name not in NAMES:
-        raise BackendError(f"{source} is {name!r}, wanted one of {', '.join(map(repr, NAMES))}")
+        raise UnknownBackendError(f"{source} is {name!r}, wanted one of {', '.join(map(repr, NAMES))}")
     return name
 
 

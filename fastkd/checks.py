@@ -101,11 +101,12 @@ def _pairs_up(student: object, teacher: object, *, least: int, spatial_teacher: 
         raise ValueError(f"student has {len(students)} stages, teacher has {len(teachers)}: wanted the same number")
     if len(students) < least:
         raise ValueError(f"student has {len(students)} stages, wanted at least {least}")
-    names = zip(_named("student", students, student), _named("teacher", teachers, teacher), strict=True)
-    for (s_name, t_name), s, t in zip(names, students, teachers, strict=True):
+    s_names, t_names = _named("student", students, student), _named("teacher", teachers, teacher)
+    for s_name, t_name, s, t in zip(s_names, t_names, students, teachers, strict=True):
         feature(s_name, s)
         feature(t_name, t, spatial=spatial_teacher)
         same_batch(s_name, s, t_name, t)
+        same_batch(s_name, s, s_names[0], students[0])
     return students, teachers
 
 
@@ -188,7 +189,6 @@ def fsp_loss(
             raise ValueError(f"student[{i}] is {describe(s)}, teacher[{i}] is {describe(t)}: channels differ, FSP wanted the same number")
     for name, chain in (("student", students), ("teacher", teachers)):
         for i in range(1, len(chain)):
-            same_batch(f"{name}[{i - 1}]", chain[i - 1], f"{name}[{i}]", chain[i])
             same_rank(f"{name}[{i - 1}]", chain[i - 1], f"{name}[{i}]", chain[i], chain[i - 1].dim() - 2, chain[i].dim() - 2)
     return students, teachers
 

@@ -25,11 +25,13 @@ class _Loss(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        known = list(inspect.signature(type(self).function).parameters)[2:]
+        defaults = dict(list(inspect.signature(type(self).function).parameters.items())[2:])
         for name in options:
-            if name not in known:
-                raise TypeError(f"{type(self).__name__} has no argument {name!r}, wanted one of {', '.join(known)}")
-        self.options = options
+            if name not in defaults:
+                raise TypeError(f"{type(self).__name__} has no argument {name!r}, wanted one of {', '.join(defaults)}")
+        self._options = tuple(defaults)
+        for name, parameter in defaults.items():
+            setattr(self, name, options.get(name, parameter.default))
 
     @classmethod
     def preset(cls: type[_Self], name: str, **overrides: Any) -> _Self:
@@ -39,10 +41,10 @@ class _Loss(nn.Module):
         return cls(**{**cls.presets[name], **overrides})
 
     def forward(self, student: Any, teacher: Any) -> Tensor:
-        return type(self).function(student, teacher, **self.options)
+        return type(self).function(student, teacher, **{name: getattr(self, name) for name in self._options})
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._options)
 
 
 # x.pow(p), as these write it, and abs(x)**p are one at p = 2; `signed` keeps another p true to them
@@ -50,7 +52,7 @@ _SQUARED_MAPS = {"signed": True, "weight": 1000.0}
 
 
 class AttentionTransfer(_Loss):
-    """:func:`fastkd.attention_transfer_loss` with its keyword arguments fixed.
+    """:func:`fastkd.attention_transfer_loss` with its keyword arguments fixed; each is an attribute.
 
     ``forward(student, teacher)``: tensors or sequences of tensors, one a stage, -> scalar, times ``weight``.
 
@@ -75,7 +77,7 @@ class AttentionTransfer(_Loss):
 
 
 class FSP(_Loss):
-    """:func:`fastkd.fsp_loss` with its keyword arguments fixed.
+    """:func:`fastkd.fsp_loss` with its keyword arguments fixed; each is an attribute.
 
     ``forward(student, teacher)``: sequences of L >= 2 stage features -> scalar, times ``weight``.
 
@@ -97,7 +99,7 @@ class FSP(_Loss):
 
 
 class KD(_Loss):
-    """:func:`fastkd.kd_loss` with its keyword arguments fixed: the soft-target term alone, to which a recipe adds its share of cross-entropy.
+    """:func:`fastkd.kd_loss` with its keyword arguments fixed, each an attribute: the soft-target term alone, to which a recipe adds its share of cross-entropy.
 
     ``forward(student_logits, teacher_logits)``: (N, K) twice -> scalar, times ``weight``.
 

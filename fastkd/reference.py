@@ -163,7 +163,7 @@ def kd_loss(
     Args:
         student_logits, teacher_logits: (N, K) floating point, of any dtypes.
         temperature: T, above 0.
-        reduction: "batchmean" (sum over classes, mean over N), "mean" (over N and K), "sum" or "none", as in :func:`torch.nn.functional.kl_div`.
+        reduction: "batchmean" (sum over classes, mean over N), "mean" (over N and K), "sum" or "none".
         weight: multiplies the result.
 
     Returns: a scalar, or (N, K) for "none"; float32, float64 if any input is float64.
@@ -174,4 +174,8 @@ def kd_loss(
     checks.kd_loss(student_logits, teacher_logits, temperature, reduction, weight)
     with _no_autocast(student_logits):
         s, t = (F.log_softmax(x / temperature, 1) for x in _widen(student_logits, teacher_logits))
-        return F.kl_div(s, t, reduction=reduction, log_target=True) * (weight * temperature**2)
+        # in logarithms, so that a teacher's vanishing probability has a gradient; the clamp gives one of exactly zero its term, zero
+        kl = t.exp() * (t.clamp_min(-1e30) - s)
+        if reduction != "none":
+            kl = kl.mean() if reduction == "mean" else kl.sum()
+        return kl * (weight * temperature**2 / (s.shape[0] if reduction == "batchmean" else 1))

@@ -1,0 +1,66 @@
+"""``python -m fastkd``: what is installed, what works here, and why the rest does not. ``--json`` says the same for programs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import platform
+from typing import Any
+
+import torch
+
+import fastkd
+from fastkd import backends, native
+
+
+def _triton() -> str | None:
+    """Triton's version, or None. Not imported: that takes long, and it may fail where no kernel is wanted."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def report() -> dict[str, Any]:
+    """The report as plain data: ``fastkd``, ``python``, ``torch``, ``triton``, ``cuda``, ``native``, ``backends``."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return {
+        "fastkd": fastkd.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _triton(),
+        "cuda": {"torch": torch.version.cuda, "devices": gpus},
+        "native": native.report(),
+        "backends": {name: {"available": ok, "reason": why} for name, (ok, why) in backends.availability().items()},
+    }
+
+
+def _lines(facts: dict[str, Any]) -> list[str]:
+    cuda = facts["cuda"]
+    lines = [
+        f"fastkd {facts['fastkd']}, Python {facts['python']}, torch {facts['torch']}, triton {facts['triton'] or 'not installed'}",
+        f"CUDA in torch: {cuda['torch'] or 'none'}; devices: {', '.join(cuda['devices']) or 'none'}",
+    ]
+    lines += ["", "compiled libraries"]
+    for name, library in facts["native"].items():
+        lines.append(f"  {name:<10} {'yes' if library['available'] else 'no ':<4} {library['reason']}")
+        details = {key.replace("_", " "): value for key, value in library.items() if key not in ("available", "reason", "path")}
+        lines += [f"  {'':<15} {key}: {', '.join(value) if isinstance(value, list) else value}" for key, value in details.items()]
+    lines += ["", "backends"]
+    lines += [f"  {name:<10} {'yes' if entry['available'] else 'no ':<4} {entry['reason']}" for name, entry in facts["backends"].items()]
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m fastkd", description="What is installed, what works here, and why the rest does not.")
+    parser.add_argument("--json", action="store_true", help="the same as JSON, for programs")
+    facts = report()
+    print(json.dumps(facts, indent=2) if parser.parse_args().json else "\n".join(_lines(facts)))
+
+
+if __name__ == "__main__":
+    main()

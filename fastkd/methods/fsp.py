@@ -1,0 +1,24 @@
+"""The flow of the solution procedure (Yim et al., 2017), trained jointly with the cross-entropy as hankyul2 does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastkd.methods.base import Output, Term
+from fastkd.modules import FSP as FSPLoss
+
+
+class FSP(Term):
+    """``FSP.preset(preset)`` over the pairs (stem, stage 1), (stage 1, stage 2), (stage 2, stage 3); channels must be equal."""
+
+    name = "fsp"
+    features = True
+
+    def __init__(self, preset: str, **overrides: Any):
+        super().__init__()
+        self.loss = FSPLoss.preset(preset, **overrides)
+
+    def forward(self, student: Output, teacher: Output) -> Tensor:
+        return self.loss([student.features.stem, *student.features.stages], [teacher.features.stem, *teacher.features.stages])

@@ -1,0 +1,48 @@
+"""CIFAR ResNets and wide ResNets whose ``forward`` returns features. A new model is one file (or none) and one line in ``_BUILDERS``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from fastkd.models.features import Features
+from fastkd.models.resnet import ResNet
+from fastkd.models.weights import WeightsError, load_weights, read_checkpoint
+from fastkd.models.wrn import WideResNet
+
+_WIDE = (32, 64, 128, 256)
+
+_BUILDERS: dict[str, Callable[[int], nn.Module]] = {
+    "resnet8": lambda classes: ResNet(8, num_classes=classes),
+    "resnet20": lambda classes: ResNet(20, num_classes=classes),
+    "resnet32": lambda classes: ResNet(32, num_classes=classes),
+    "resnet44": lambda classes: ResNet(44, num_classes=classes),
+    "resnet56": lambda classes: ResNet(56, num_classes=classes),
+    "resnet110": lambda classes: ResNet(110, num_classes=classes),
+    "resnet8x4": lambda classes: ResNet(8, _WIDE, classes),
+    "resnet32x4": lambda classes: ResNet(32, _WIDE, classes),
+    "wrn_16_1": lambda classes: WideResNet(16, 1, classes),
+    "wrn_16_2": lambda classes: WideResNet(16, 2, classes),
+    "wrn_40_1": lambda classes: WideResNet(40, 1, classes),
+    "wrn_40_2": lambda classes: WideResNet(40, 2, classes),
+    "resnet_32_20": lambda classes: ResNet(20, num_classes=classes, stem_kernel=7),
+    "resnet_32_110": lambda classes: ResNet(110, num_classes=classes, stem_kernel=7),
+}
+
+MODELS = tuple(_BUILDERS)
+
+
+def create_model(name: str, num_classes: int = 10) -> nn.Module:
+    """A freshly initialized model by its name (one of ``MODELS``), for (N, 3, 32, 32) images. Raises ValueError for an unknown name.
+
+    ``model(x)`` gives logits, ``model(x, features=True)`` and ``model(x, features="preact")`` give ``(Features, logits)``.
+    """
+    if name not in _BUILDERS:
+        raise ValueError(f"model {name!r} is not known; known: {', '.join(MODELS)}")
+    if num_classes < 1:
+        raise ValueError(f"num_classes is {num_classes}, wanted at least 1")
+    return _BUILDERS[name](num_classes)
+
+
+__all__ = ["MODELS", "Features", "ResNet", "WeightsError", "WideResNet", "create_model", "load_weights", "read_checkpoint"]

@@ -1,0 +1,29 @@
+"""What a model shows of its inside, returned by ``forward`` and never hooked."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Features(NamedTuple):
+    """The maps along one forward pass, with RepDistiller's choice of points.
+
+    ========== ============================================= ===========================================
+    field      ResNet                                        wide ResNet
+    ========== ============================================= ===========================================
+    ``stem``   ReLU(bn1(conv1(x)))                           conv1(x)
+    ``stages`` three group outputs, after the ReLU           three group outputs, the raw residual sums
+    ``pooled`` (N, C), the vector that the classifier sees   the same, of ReLU(bn1(last sum))
+    ``blocks`` every residual block's output, like stages    the same
+    ========== ============================================= ===========================================
+
+    With ``features="preact"`` ``stages`` and ``blocks`` hold the maps before the ReLU instead: a ResNet's residual sums, a wide
+    ResNet's sums after the batch norm that comes next. ``stem`` and ``pooled`` stay as they are.
+    """
+
+    stem: Tensor
+    stages: tuple[Tensor, ...]
+    pooled: Tensor
+    blocks: tuple[Tensor, ...]

@@ -1,0 +1,72 @@
+"""CIFAR ResNets (He et al., 2016, section 4.2, with 1x1 convolutions as shortcuts), under RepDistiller's state-dict names."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastkd.models.features import Features
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut. Returns the sum *before* the last ReLU, which the network applies: there the maps are taken."""
+
+    def __init__(self, width_in: int, width: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = None
+        if stride != 1 or width_in != width:
+            self.downsample = nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.bn2(self.conv2(out))
+        out += x if self.downsample is None else self.downsample(x)
+        return out
+
+
+class ResNet(nn.Module):
+    """(N, 3, 32, 32) -> logits (N, num_classes); with ``features`` True or "preact" -> (Features, logits).
+
+    ``depth`` is 6n + 2, ``widths`` the channels of the stem and of the three groups. ``stem_kernel=7`` is the variant of hankyul2's tables:
+    7x7, stride 1, padding 1, so the maps are 28, 14 and 7 wide, and a Xavier-initialized classifier.
+    """
+
+    def __init__(self, depth: int, widths: tuple[int, int, int, int] = (16, 16, 32, 64), num_classes: int = 10, stem_kernel: int = 3):
+        super().__init__()
+        if (depth - 2) % 6:
+            raise ValueError(f"depth is {depth}, a CIFAR ResNet has 6n + 2")
+        self.conv1 = nn.Conv2d(3, widths[0], stem_kernel, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        count = (depth - 2) // 6
+        self.layer1 = self._group(widths[0], widths[1], count, 1)
+        self.layer2 = self._group(widths[1], widths[2], count, 2)
+        self.layer3 = self._group(widths[2], widths[3], count, 2)
+        self.fc = nn.Linear(widths[3], num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if stem_kernel == 7:
+            nn.init.xavier_uniform_(self.fc.weight)
+
+    @staticmethod
+    def _group(width_in: int, width: int, count: int, stride: int) -> nn.Sequential:
+        first = BasicBlock(width_in, width, stride)
+        return nn.Sequential(first, *(BasicBlock(width, width, 1) for _ in range(count - 1)))
+
+    def forward(self, x: Tensor, features: bool | str = False) -> Tensor | tuple[Features, Tensor]:
+        preact = features == "preact"
+        x = stem = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        stages, blocks = [], []
+        for group in (self.layer1, self.layer2, self.layer3):
+            for block in group:
+                total = block(x)
+                x = F.relu(total, inplace=not preact)
+                blocks.append(total if preact else x)
+            stages.append(blocks[-1])
+        pooled = x.mean((2, 3))
+        logits = self.fc(pooled)
+        return (Features(stem, tuple(stages), pooled, tuple(blocks)), logits) if features else logits

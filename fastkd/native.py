@@ -1,0 +1,132 @@
+"""The compiled libraries: found and loaded here, or the reason why not. Nothing is ever compiled at import.
+
+``fastkd/_C.abi3.so`` holds the CPU kernels, ``fastkd/_C_cuda.abi3.so`` the CUDA ones: loaded only into a CUDA build of PyTorch, since it
+cannot load into another, GPU or no GPU. Both implement operators ``torch.ops.fastkd.*`` through PyTorch's stable ABI.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CPU_PATHS = ("portable", "avx2", "avx512")
+"""The code paths of the CPU library, slowest first. Off x86-64, and with compilers other than GCC, it has the first only."""
+
+_MARKER = b"fastkd-build-info:"
+
+
+@dataclass(frozen=True)
+class Library:
+    """One compiled library: whether it is loaded, why or why not, and its file (None if there is none)."""
+
+    name: str
+    available: bool
+    reason: str
+    path: str | None
+
+
+def _build_info(path: str | None) -> dict[str, Any]:
+    """What a library says it was built with, read from the file so that one that does not load can still tell. Empty if it says nothing."""
+    if path is None:
+        return {}
+    found = re.search(re.escape(_MARKER) + rb"(\{[^\0]*\})\0", Path(path).read_bytes())
+    return json.loads(found.group(1)) if found else {}
+
+
+def _load(name: str) -> Library:
+    """Load ``fastkd/<name>.abi3.so`` into this process, or say why that cannot be."""
+    file = Path(__file__).parent / f"{name}.abi3.so"
+    if not file.is_file():
+        return Library(name, False, f"{file} is not there: built with FASTKD_BUILD=0, or not yet (`pip install .` builds it)", None)
+    try:
+        torch.ops.load_library(str(file))
+    except OSError as error:
+        built = _build_info(str(file))
+        wanted = f"built for torch>={built.get('torch_target', '?')} with {built.get('compiler', 'an unknown compiler')}"
+        return Library(
+            name, False, f"{file} does not load into torch {torch.__version__}; it was {wanted}: {error.__cause__ or error}", str(file)
+        )
+    return Library(name, True, f"loaded {file}", str(file))
+
+
+def _load_cuda() -> Library:
+    if torch.version.cuda is None:
+        return Library("_C_cuda", False, f"torch {torch.__version__} is a build without CUDA", None)
+    library = _load("_C_cuda")
+    if library.path is None and CPU.available:
+        note = _build_info(CPU.path).get("cuda", "it was left out")
+        return Library(library.name, False, f"not built: {note} (FASTKD_CUDA=1 makes `pip install .` insist on it)", None)
+    return library
+
+
+def _functions() -> ctypes.CDLL:
+    """The CPU library's plain C functions. Raises RuntimeError, with the reason, if it is not loaded."""
+    if CPU.path is None or not CPU.available:
+        raise RuntimeError(f"the CPU library is not available: {CPU.reason}")
+    functions = ctypes.CDLL(CPU.path)
+    functions.fastkd_cpu_path.restype = ctypes.c_char_p
+    functions.fastkd_set_cpu_path.argtypes = [ctypes.c_char_p]
+    return functions
+
+
+def cpu_path() -> str:
+    """The code path that the CPU kernels take now, one of ``CPU_PATHS``. Raises RuntimeError if the library is not available."""
+    # a null pointer where FASTKD_CPU names one that cannot be had; "" chooses the best again
+    return (_functions().fastkd_cpu_path() or b"").decode()
+
+
+def set_cpu_path(name: str) -> None:
+    """Make the CPU kernels take one code path, in the whole process, from the next call on.
+
+    Raises: ValueError for an unknown name, or one that this processor or this build does not have;
+    RuntimeError if the library is not available.
+    """
+    status = _functions().fastkd_set_cpu_path(name.encode())
+    if status == 1:
+        raise ValueError(f"CPU code path is {name!r}, wanted one of {', '.join(map(repr, CPU_PATHS))}")
+    if status:
+        raise ValueError(f"CPU code path {name!r} cannot run here, these can: {', '.join(map(repr, cpu_paths()))}")
+
+
+def cpu_paths() -> list[str]:
+    """The code paths that can run here, slowest first. Raises RuntimeError if the library is not available."""
+    functions, current = _functions(), cpu_path()
+    try:
+        return [name for name in CPU_PATHS if functions.fastkd_set_cpu_path(name.encode()) == 0]
+    finally:
+        functions.fastkd_set_cpu_path(current.encode())
+
+
+def report() -> dict[str, dict[str, Any]]:
+    """For ``cpu`` and ``cuda``: available, reason, path, and what the library was built with; for ``cpu`` the code paths too."""
+    parts: dict[str, dict[str, Any]] = {}
+    for key, library in (("cpu", CPU), ("cuda", CUDA)):
+        facts = {k: v for k, v in _build_info(library.path).items() if k != "cuda"}  # that one is in the other library's reason
+        parts[key] = {"available": library.available, "reason": library.reason, "path": library.path, **facts}
+    if CPU.available:
+        parts["cpu"] |= {"code_path": cpu_path(), "code_paths": cpu_paths()}
+    return parts
+
+
+def _force_cpu_path(name: str) -> None:
+    """FASTKD_CPU. A name that cannot be obeyed stops the import: whoever set it must not get another path's results."""
+    if name not in CPU_PATHS:
+        raise ValueError(f"FASTKD_CPU is {name!r}, wanted one of {', '.join(map(repr, CPU_PATHS))}")
+    if CPU.available:
+        set_cpu_path(name)
+
+
+# The one operator of the CUDA library in this version; csrc/cuda/energy.cu says what it computes.
+torch.library.define("fastkd::channel_energy", "(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+CPU = _load("_C")
+CUDA = _load_cuda()
+if os.environ.get("FASTKD_CPU"):
+    _force_cpu_path(os.environ["FASTKD_CPU"])

@@ -1,0 +1,14 @@
+"""Data, recipes, the loop, checkpoints and records: everything that ``train.py`` calls."""
+
+from fastkd.training.batches import Batches
+from fastkd.training.datasets import DATASETS, Dataset, choose_dataset, load_dataset
+from fastkd.training.errors import Interrupted, UserError
+from fastkd.training.loop import Loop, evaluate
+from fastkd.training.plan import PRECISIONS, Settings
+from fastkd.training.recipes import RECIPES, Recipe, get_recipe
+from fastkd.training.run import run
+
+__all__ = [
+    "DATASETS", "PRECISIONS", "RECIPES", "Batches", "Dataset", "Interrupted", "Loop", "Recipe", "Settings", "UserError",
+    "choose_dataset", "evaluate", "get_recipe", "load_dataset", "run",
+]  # fmt: skip

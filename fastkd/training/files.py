@@ -1,0 +1,64 @@
+"""Writing files so that a reader, or the next run, never sees half of one."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastkd.training.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs that end in the same instant could then lose a row
+    fcntl = None  # type: ignore[assignment]
+
+
+def write(path: Path, content: bytes | str) -> None:
+    """Writes ``path`` whole or not at all: a temporary file beside it, then a rename. Raises UserError (a full disk, no permission)."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        if isinstance(error, OSError):
+            raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+        raise
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """``torch.save`` of plain containers and tensors through :func:`write`; what it writes loads with ``weights_only=True``."""
+    buffer = io.BytesIO()  # torch.save into a full disk raises anything but OSError
+    torch.save(content, buffer)
+    write(path, buffer.getvalue())
+
+
+def make_folder(path: Path) -> None:
+    """``path`` and its parents, and a proof that files can be written there. Raises UserError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {path} cannot be made: {error.strerror or error}") from None
+    probe = path / f".probe.{os.getpid()}"
+    write(probe, b"")
+    probe.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds the lock file ``path``, so that runs which end together append one after the other."""
+    with open(path, "wb") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

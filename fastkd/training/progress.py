@@ -1,0 +1,65 @@
+"""What a run shows while it runs: a bar on a terminal, one line an epoch everywhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def clock(seconds: float) -> str:
+    """70 -> 1:10, 3700 -> 1:01:40."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+
+
+class Progress:
+    """Lines go to stdout; on a terminal stderr shows a bar over the whole run: tqdm's, or without tqdm a line every ten seconds.
+
+    When stderr is no terminal it stays empty, so that what is in it are errors.
+    """
+
+    def __init__(self, title: str, steps: int):
+        self.title, self.steps, self.done = title, steps, 0
+        self.shown = self.begun = time.perf_counter()
+        self.terminal, self.bar = sys.stderr.isatty(), None
+        if self.terminal:
+            self.bar = _bar(title, steps)
+
+    def advance(self, describe: Callable[[], str]) -> None:
+        """One step more. ``describe`` is called about once a second only, since it waits for the device."""
+        self.done += 1
+        now = time.perf_counter()
+        if not self.terminal or now - self.shown < (1 if self.bar is not None else 10):
+            return
+        self.shown = now
+        if self.bar is not None:
+            self.bar.set_postfix_str(describe(), refresh=False)
+            self.bar.update(self.done - self.bar.n)
+        else:
+            print(f"{self.title}: step {self.done} of {self.steps}, {describe()}, {clock(self.left())} left", file=sys.stderr, flush=True)
+
+    def left(self) -> float:
+        """Seconds to the end at the pace so far."""
+        return (time.perf_counter() - self.begun) / max(self.done, 1) * (self.steps - self.done)
+
+    def line(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.update(self.done - self.bar.n)
+            self.bar.clear()
+        print(text, flush=True)
+        if self.bar is not None:
+            self.bar.refresh()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _bar(title: str, steps: int) -> Any:
+    try:
+        from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
+    except ImportError:
+        return None
+    return tqdm(total=steps, desc=title, unit="step", leave=False, dynamic_ncols=True)

@@ -1,0 +1,322 @@
+"""Methods, recipes, the loop, and the files it leaves."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastkd.methods import METHODS, Method, Output, Term, create_method
+from fastkd.models import create_model
+from fastkd.training import RECIPES, Batches, Loop, UserError, get_recipe, load_dataset
+from fastkd.training import files as files_module
+from fastkd.training.files import make_folder, save, write
+from fastkd.training.plan import Plan, Settings
+from fastkd.training.progress import Progress, clock
+from fastkd.training.recipes import learning_rate
+from fastkd.training.records import COLUMNS, append, read_rows
+
+FP32 = torch.autocast("cpu", enabled=False)
+BF16 = torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def output_of(model, images):
+    return Output(*model(images, features=True))
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """Outputs of an untrained student and teacher on one batch, and labels."""
+    torch.manual_seed(0)
+    images = torch.randn(6, 3, 32, 32)
+    with torch.no_grad():
+        outputs = [output_of(create_model("resnet8").train(), images) for _ in range(2)]
+    return outputs[0], outputs[1], torch.randint(0, 10, (6,))
+
+
+def by_formula(name, student, teacher, labels):
+    """hankyul2's losses, from METHODS' formulas: CE, 1000 AT, mean FSP / 3, T^2 KL."""
+
+    def attention(x):
+        return F.normalize(x.pow(2).mean(1).flatten(1))
+
+    def gram(a, b):
+        a = F.adaptive_avg_pool2d(a, b.shape[-2:]).flatten(2)
+        return a @ b.flatten(2).mT / b[0, 0].numel()
+
+    total = {"ce": F.cross_entropy(student.logits, labels)}
+    if "at" in name:
+        pairs = zip(student.features.stages, teacher.features.stages, strict=True)
+        total["at"] = 1000 * sum((attention(s) - attention(t)).pow(2).mean() for s, t in pairs)
+    if "kd" in name:
+        weight = 0.9 if name == "at+kd" else 1.0
+        kl = F.kl_div(F.log_softmax(student.logits / 4, 1), F.softmax(teacher.logits / 4, 1), reduction="batchmean")
+        total["kd"] = weight * 16 * kl
+    if name == "fsp":
+        s, t = ([o.features.stem, *o.features.stages] for o in (student, teacher))
+        total["fsp"] = sum((gram(s[i], s[i + 1]) - gram(t[i], t[i + 1])).pow(2).mean() for i in range(3)) / 9
+    return total
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_the_sum_of_the_published_terms(pair, name):
+    student, teacher, labels = pair
+    found, expected = create_method(name)(student, teacher, labels), by_formula(name, student, teacher, labels)
+    assert list(found) == list(expected)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_unknown_names_are_told_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"crd.*at\+kd"):
+        create_method("crd")
+    with pytest.raises(ValueError, match=r"nobody.*hankyul2"):
+        create_method("kd", "nobody")
+    with pytest.raises(UserError, match=r"nobody.*hankyul2, digits"):
+        get_recipe("nobody", {})
+
+
+class Spy(torch.nn.Module):
+    """A model that notes what it was asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.model, self.calls = create_model("resnet8"), []
+
+    def forward(self, x, features=False):
+        self.calls.append((features, torch.is_grad_enabled(), self.training))
+        return self.model(x, features=features)
+
+
+def small_batches(count=64, batch_size=32, dtype=torch.float32, **options):
+    images, labels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8), torch.arange(count) % 10
+    return Batches(images, labels, (0.5,) * 3, (0.25,) * 3, batch_size=batch_size, dtype=dtype, **options)
+
+
+def loop_of(name, student=None, teacher=None, autocast=FP32, batches=None, **overrides):
+    batches = batches or small_batches(dtype=torch.bfloat16 if autocast is BF16 else torch.float32)
+    recipe = get_recipe("hankyul2", {"epochs": 2, "batch_size": batches.batch_size, **overrides})
+    return Loop(student or create_model("resnet8"), create_method(name), teacher, batches, batches, recipe, autocast)
+
+
+@pytest.mark.parametrize(("name", "features"), [("baseline", None), ("kd", False), ("at", True), ("at+kd", True)])
+def test_only_what_a_method_needs_is_computed(name, features):
+    method = create_method(name)
+    assert method.needs_teacher == (features is not None)
+    for mode in ("eval", "train"):
+        student, teacher = Spy(), Spy()
+        loop = loop_of(name, student, teacher if method.needs_teacher else None, teacher_mode=mode)
+        loop.train_epoch(1, Progress("", 1))
+        assert student.calls == 2 * [(bool(features), True, True)] + 2 * [(False, False, False)]
+        assert teacher.calls == ([] if features is None else 2 * [(features, False, mode == "train")])
+        assert ("teacher" in loop.state()) == (mode == "train" and features is not None)
+
+
+class Adapter(Term):
+    """A term with a layer of its own, as methods to come have."""
+
+    name, features = "adapter", True
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(64, 64)
+
+    def forward(self, student, teacher):
+        return (self.layer(student.features.pooled) - teacher.features.pooled).square().mean()
+
+
+def test_the_parameters_of_a_term_are_trained_and_kept():
+    batches = small_batches()
+    method, recipe = Method(Adapter()), get_recipe("hankyul2", {"epochs": 1})
+    before = method.terms[0].layer.weight.detach().clone()
+    loop = Loop(create_model("resnet8"), method, create_model("resnet8"), batches, batches, recipe, FP32)
+    loop.train_epoch(1, Progress("", 2))
+    assert not torch.equal(method.terms[0].layer.weight, before)
+    assert torch.equal(loop.state()["method"]["terms.0.layer.weight"], method.terms[0].layer.weight)
+
+
+@pytest.mark.parametrize("autocast", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_term_goes_down_on_a_fixed_batch(name, autocast):
+    torch.manual_seed(1)
+    teacher = create_model("resnet8").eval() if name != "baseline" else None
+    loop = loop_of(name, teacher=teacher, autocast=autocast, lr=0.02)
+    images, labels = next(loop.batches.train(1))
+    loop.sums, loop.seen = torch.zeros(len(loop.method.names) + 1, dtype=torch.float64), 0
+    readings = []
+    for _ in range(25):
+        before = loop.sums.clone()
+        loop._train_step(images, labels)
+        readings.append(((loop.sums - before)[:-1] / len(labels)).tolist())
+    first, last = (dict(zip(loop.method.names, values, strict=True)) for values in (readings[0], readings[-1]))
+    assert sum(last.values()) < 0.8 * sum(first.values())
+    for term in loop.method.names[1:]:
+        assert last[term] < first[term], (term, first, last)
+
+
+def test_a_short_digits_run_learns():
+    data = load_dataset("digits", Path())
+    train = Batches(data.train_images, data.train_labels, data.mean, data.std, batch_size=32, flip=False, drop_last=True)
+    test = Batches(data.test_images, data.test_labels, data.mean, data.std, batch_size=360)
+    recipe = get_recipe("digits", {"epochs": 3})
+    loop = Loop(create_model("resnet8"), create_method("baseline"), None, train, test, recipe, FP32)
+    for epoch in (1, 2, 3):
+        loop.train_epoch(epoch, Progress("", loop.steps))
+    assert loop.best()["test_acc"] > 80
+    assert loop.history[-1]["loss"] < 0.5 * loop.history[0]["loss"]
+    assert [epoch["lr"] for epoch in loop.history] == pytest.approx([0.05, 0.005, 0.0005])
+
+
+def test_a_loss_that_is_no_number_stops_the_run():
+    with pytest.raises(UserError, match=r"no longer finite in epoch 1.*--lr"):
+        loop_of("baseline", lr=1e30).train_epoch(1, Progress("", 4))
+
+
+def test_accuracy_is_over_all_test_images_unless_asked_otherwise():
+    student = Spy()
+    loop = loop_of("baseline", student, batches=small_batches(70, 32))
+    loop.train_epoch(1, Progress("", 3))
+    right = 0
+    for images, labels in loop.test_batches.test():
+        right += (student(images).argmax(1) == labels).sum().item()
+    assert loop.history[0]["test_acc"] == pytest.approx(100 * right / 70)
+
+
+def test_milestones_keep_their_place_in_a_shorter_run():
+    recipe = RECIPES["hankyul2"]
+    for epochs, steps in ((200, 390), (5, 390), (5, 4)):
+        rates = [learning_rate(recipe, step, epochs * steps) for step in range(epochs * steps)]
+        drops = [step for step in range(1, len(rates)) if rates[step] < rates[step - 1]]
+        assert drops == [math.ceil(epochs * steps / 2), math.ceil(epochs * steps * 3 / 4)]
+        assert rates[0] == 0.1 and rates[-1] == pytest.approx(0.001) and rates == sorted(rates, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"epochs": 0}, "--epochs is 0"),
+        ({"batch_size": 1}, "--batch-size is 1"),
+        ({"lr": 0.0}, "--lr is 0.0, wanted a positive"),
+        ({"lr": float("nan")}, "--lr is nan"),
+        ({"weight_decay": -1.0}, "--weight-decay is -1.0"),
+        ({"nesterov": True, "momentum": 0.0}, "--nesterov"),
+    ],
+)
+def test_values_that_cannot_be_are_refused(overrides, words):
+    with pytest.raises(UserError, match=words):
+        get_recipe("hankyul2", overrides)
+
+
+def test_a_teacher_and_a_student_of_one_architecture_begin_apart(tmp_path):
+    plan = Plan(Settings("fsp", "digits", student="resnet8", teacher="resnet8", output=tmp_path))
+    state = torch.get_rng_state()
+    student, again, teacher = (plan.new_model(role).conv1.weight for role in ("student", "student", "teacher"))
+    assert torch.equal(student, again) and not torch.equal(student, teacher)
+    assert torch.equal(torch.get_rng_state(), state)
+    first, other = (next(plan.batches(role)[0].train(1))[1] for role in ("student", "teacher"))
+    assert not torch.equal(first, other)
+
+
+def test_models_that_do_not_fit_the_method_are_told_before_any_training(tmp_path):
+    with pytest.raises(UserError, match="method fsp does not fit resnet8x4 as teacher and resnet8 as student") as caught:
+        Plan(Settings("fsp", "digits", student="resnet8", teacher="resnet8x4", output=tmp_path))
+    assert "\n" not in str(caught.value)
+    Plan(Settings("at", "digits", student="resnet8", teacher="resnet8x4", output=tmp_path))
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    save(path, {"epoch": 1, "weights": torch.ones(3)})
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"last.pt cannot be written: No space left"):
+        save(path, {"epoch": 2})
+
+    def interrupted(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(path, "half")
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+    assert torch.load(path, weights_only=True)["epoch"] == 1
+
+
+def test_a_folder_that_cannot_be_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be made"):
+        make_folder(tmp_path / "file" / "runs")
+
+
+def test_rows_are_numbered_appended_and_kept_whole(tmp_path):
+    for i in range(3):
+        assert append(tmp_path, {"method": "at", "acc": "91.80", "seed": 0, "lr": 0.1, "device": "a|b"})["no"] == i + 1
+    with open(tmp_path / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["no"] for row in rows] == ["1", "2", "3"] and rows[2]["acc"] == "91.80" and rows[2]["seed"] == "0"
+    header = (tmp_path / "results.csv").read_text().splitlines()[0]
+    assert header.startswith(
+        "no,method,dataset,student,teacher,start_time,acc,epoch,nepoch,lr,batch_size,"
+        "last_acc,seed,recipe,precision,device,seconds,images_per_second,fastkd,"
+    )
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    assert len(lines) == 5 and len({line.replace("\\|", "").count("|") for line in lines}) == 1 and "a\\|b" in lines[-1]
+
+
+def test_columns_of_another_version_are_kept(tmp_path):
+    (tmp_path / "results.csv").write_text(",".join([*COLUMNS[:12], "curious"]) + "\n1" + "," * 11 + ",yes\n")
+    append(tmp_path, {"method": "kd", "seed": 7})
+    columns, rows = read_rows(tmp_path)
+    assert columns[12] == "curious" and set(COLUMNS) < set(columns)
+    assert [row["curious"] for row in rows] == ["yes", ""] and rows[1]["seed"] == "7"
+
+
+def test_a_table_of_something_else_is_not_overwritten(tmp_path):
+    for content in (b"time,price\n1,2\n", b"\xff\xfe\x00"):
+        (tmp_path / "results.csv").write_bytes(content)
+        with pytest.raises(UserError, match=r"results.csv"):
+            append(tmp_path, {"method": "kd"})
+        assert (tmp_path / "results.csv").read_bytes() == content
+
+
+def test_two_writers_lose_no_row(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    if files_module.fcntl is None:
+        pytest.skip("no file locks on this system")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: append(tmp_path, {"seed": i}), range(24)))
+    rows = read_rows(tmp_path)[1]
+    assert [row["no"] for row in rows] == [str(i) for i in range(1, 25)] and {row["seed"] for row in rows} == {str(i) for i in range(24)}
+
+
+@pytest.mark.parametrize("bar", [True, False])
+def test_a_terminal_sees_progress_and_a_file_sees_none(monkeypatch, capsys, bar):
+    import sys
+
+    if bar:
+        pytest.importorskip("tqdm")
+    else:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    for terminal in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        progress = Progress("fsp", 10)
+        progress.shown -= 60
+        progress.advance(lambda: "loss 1.234 acc 50.0 % 99 images/s")
+        progress.line("epoch 1/1")
+        progress.close()
+        out, err = capsys.readouterr()
+        assert out == "epoch 1/1\n"
+        assert ("loss 1.234 acc 50.0 % 99 images/s" in err and "1" in err) if terminal else err == ""
+
+
+def test_clock():
+    assert [clock(s) for s in (0.4, 70, 3700)] == ["0:00", "1:10", "1:01:40"]

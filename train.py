@@ -1,0 +1,79 @@
+#!/usr/bin/env python
+"""Trains a teacher, distils a student and records the result:  python train.py --method fsp
+
+Exit status 0; 2 for anything that the caller can mend, with one line on stderr; 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse prints its usage before an error; here one line says what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    from fastkd.methods import METHODS
+    from fastkd.models import MODELS
+    from fastkd.training import DATASETS, PRECISIONS, RECIPES, Recipe
+
+    parser = OneLineParser(prog="train.py", description="Train a teacher, distil a student from it, record the result.")
+    parser.add_argument("--method", required=True, choices=METHODS)
+    parser.add_argument("--dataset", default="auto", choices=("auto", *DATASETS), help="auto: CIFAR-10 if under --data, else digits")
+    parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="where the sets lie, or are downloaded to (data)")
+    parser.add_argument("--teacher", default="resnet20", choices=MODELS, metavar="NAME", help=f"resnet20; known: {', '.join(MODELS)}")
+    parser.add_argument("--student", default="resnet20", choices=MODELS, metavar="NAME", help="resnet20; the same names")
+    parser.add_argument("--teacher-checkpoint", type=Path, metavar="FILE", help="the teacher's weights, RepDistiller's layout")
+    parser.add_argument("--recipe", choices=tuple(RECIPES), help="hankyul2 (digits on digits); the flags below override its fields")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is one")
+    parser.add_argument("--precision", default="fp32", choices=PRECISIONS)
+    parser.add_argument("--output", type=Path, default=Path("runs"), metavar="DIR", help="where tables, runs and teachers go (runs)")
+    group = parser.add_argument_group("fields of the recipe")
+    for field in dataclasses.fields(Recipe):
+        if "help" in field.metadata:
+            add_field(group, field)
+    return parser
+
+
+def add_field(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
+    """A flag for one field of the recipe, with its type and its help."""
+    flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
+    if field.type == "bool":
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+    else:
+        kind = {"int": int, "float": float, "str": str}[str(field.type)]
+        choices = field.metadata["choices"]
+        group.add_argument(flag, type=kind, choices=choices, metavar=None if choices else "X", help=text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        from fastkd.training import Interrupted, Recipe, Settings, UserError, run
+
+        flags = vars(build_parser().parse_args(arguments))
+        fields = {field.name: flags.pop(field.name) for field in dataclasses.fields(Recipe) if field.name in flags}
+        try:
+            run(Settings(**flags, overrides={name: value for name, value in fields.items() if value is not None}))
+        except UserError as error:
+            print(f"train.py: error: {error}", file=sys.stderr)
+            return 2
+        except Interrupted as stop:
+            print(f"train.py: {stop}", file=sys.stderr)
+            return 130
+    except KeyboardInterrupt:
+        print("train.py: stopped while nothing was being trained; what was finished is kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
