@@ -1,7 +1,8 @@
 """Fused kernels for knowledge distillation: attention transfer and FSP, in float16 to float64, forward and backward.
 
 Functions :func:`attention_map`, :func:`attention_transfer_loss`, :func:`fsp_matrix`, :func:`fsp_loss`, :func:`kd_loss`; modules
-:class:`AttentionTransfer`, :class:`FSP`, :class:`KD` with the published variants as presets; :mod:`fastkd.reference`, the same in plain PyTorch.
+:class:`AttentionTransfer`, :class:`FSP`, :class:`KD` with the published variants as presets; :mod:`fastkd.reference`, the same in plain
+PyTorch.
 """
 
 from fastkd import backends, native, ops, reference

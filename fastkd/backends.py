@@ -25,7 +25,7 @@ NAMES = ("auto", "reference", "cpp", "triton", "cuda")
 
 _DEFAULT = os.environ.get("FASTKD_BACKEND") or "auto"
 _chosen: ContextVar[str] = ContextVar("fastkd_backend", default=_DEFAULT)
-# A compiled graph cannot guard on a context variable; it can on a global. This one follows the use_backend entered or left last in the process.
+# A compiled graph cannot guard on a context variable, but it can on a global: this one follows the use_backend entered or left last.
 _traced: str = _DEFAULT
 
 
@@ -48,7 +48,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Serve the calls inside ``with use_backend(name):`` by that backend, in this thread and async task only.
 
     Args:
-        name: ``"auto"``, ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``. The default outside is the environment's ``FASTKD_BACKEND``, else "auto".
+        name: "auto", "reference", "cpp", "triton" or "cuda". Outside, the environment's ``FASTKD_BACKEND`` holds, else "auto".
 
     Raises: BackendError for an unknown name at once, and at the call for a backend that cannot serve it.
     Under ``torch.compile`` the choice is taken when a graph is traced, and another choice traces another graph.

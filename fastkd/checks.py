@@ -210,5 +210,6 @@ def kd_loss(student_logits: object, teacher_logits: object, temperature: object,
     same_batch("student_logits", student_logits, "teacher_logits", teacher_logits)
     if student_logits.shape[1] != teacher_logits.shape[1]:
         raise ValueError(
-            f"student_logits is {describe(student_logits)}, teacher_logits is {describe(teacher_logits)}: class counts differ, wanted the same"
+            f"student_logits is {describe(student_logits)}, teacher_logits is {describe(teacher_logits)}: "
+            "class counts differ, wanted the same"
         )

@@ -1,7 +1,8 @@
 """The losses as modules, and every published variant of them as a preset.
 
-A preset's ``weight`` is the coefficient its implementation multiplies the loss by. Sources: szagoruyko/attention-transfer, HobbitLong/RepDistiller,
-megvii-research/mdistiller, AberHu/Knowledge-Distillation-Zoo, hankyul2/KnowledgeDistillation, yoshitomo-matsubara/torchdistill, and the papers.
+A preset's ``weight`` is the coefficient its implementation multiplies the loss by. Sources: szagoruyko/attention-transfer,
+HobbitLong/RepDistiller, megvii-research/mdistiller, AberHu/Knowledge-Distillation-Zoo, hankyul2/KnowledgeDistillation,
+yoshitomo-matsubara/torchdistill, and the papers.
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ class AttentionTransfer(_Loss):
 
     ``forward(student, teacher)``: tensors or sequences of tensors, one a stage, -> scalar, times ``weight``.
 
-    Presets: ``zagoruyko``, ``repdistiller``, ``mdistiller``, ``hankyul2``, ``torchdistill`` (its "code" mode): mean of squares, summed over the
-    stages, 1000; ``kdzoo``: channel sum, norm + 1e-6, mean over the stages, 1000; ``paper``: equation 2, the unsquared l2 distance with
-    beta / 2 for the paper's beta of about 0.1.
+    Presets: ``zagoruyko``, ``repdistiller``, ``mdistiller``, ``hankyul2``, ``torchdistill`` (its "code" mode): mean of squares, summed over
+    the stages, 1000; ``kdzoo``: channel sum, norm + 1e-6, mean over the stages, 1000; ``paper``: equation 2, the unsquared l2 distance
+    with beta / 2 for the paper's beta of about 0.1.
     """
 
     function = staticmethod(attention_transfer_loss)
@@ -81,8 +82,8 @@ class FSP(_Loss):
 
     ``forward(student, teacher)``: sequences of L >= 2 stage features -> scalar, times ``weight``.
 
-    Presets: ``repdistiller``: sum over pairs, 1; ``kdzoo``: mean over pairs, 1; ``hankyul2``: mean over pairs, 1/3; ``torchdistill``: max pooling,
-    l2 norms of the columns, 1; ``paper``: max pooling, squared Frobenius norm, 1.
+    Presets: ``repdistiller``: sum over pairs, 1; ``kdzoo``: mean over pairs, 1; ``hankyul2``: mean over pairs, 1/3; ``torchdistill``: max
+    pooling, l2 norms of the columns, 1; ``paper``: max pooling, squared Frobenius norm, 1.
     """
 
     function = staticmethod(fsp_loss)
@@ -99,12 +100,13 @@ class FSP(_Loss):
 
 
 class KD(_Loss):
-    """:func:`fastkd.kd_loss` with its keyword arguments fixed, each an attribute: the soft-target term alone, to which a recipe adds its share of cross-entropy.
+    """:func:`fastkd.kd_loss` with its keyword arguments fixed; each is an attribute.
 
+    It is the soft-target term alone, to which a recipe adds its share of cross-entropy.
     ``forward(student_logits, teacher_logits)``: (N, K) twice -> scalar, times ``weight``.
 
-    Presets, all with T = 4 and the share of cross-entropy that goes with each: ``zagoruyko``, ``repdistiller``, ``mdistiller`` 0.9 (with 0.1);
-    ``kdzoo`` 0.1 (with 1); ``hankyul2`` 1 (with 1); ``torchdistill`` 0.1 (with 0.9, its CIFAR configurations).
+    Presets, all with T = 4 and the share of cross-entropy that goes with each: ``zagoruyko``, ``repdistiller``, ``mdistiller`` 0.9 (with
+    0.1); ``kdzoo`` 0.1 (with 1); ``hankyul2`` 1 (with 1); ``torchdistill`` 0.1 (with 0.9, its CIFAR configurations).
     """
 
     function = staticmethod(kd_loss)

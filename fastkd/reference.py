@@ -1,7 +1,8 @@
 """The law: every operation of fastkd in plain PyTorch, differentiable twice, on any device.
 
-Same names and signatures as the public functions. Inputs may be float16, bfloat16, float32 or float64 and differ in dtype; everything is computed
-and returned in float32, or in float64 if any input is float64, whatever autocast says. The kernels are tested against this file in float64.
+Same names and signatures as the public functions. Inputs may be float16, bfloat16, float32 or float64 and differ in dtype; everything is
+computed and returned in float32, or in float64 if any input is float64, whatever autocast says. The kernels are tested against this file in
+float64.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def attention_map(
     """See :func:`fastkd.attention_map`."""
     checks.attention_map(x, p, channel_reduce, eps, eps_mode)
     with _no_autocast(x):
-        q = _energy(*_widen(x), p, channel_reduce, signed)
+        (x,) = _widen(x)
+        q = _energy(x, p, channel_reduce, signed)
         return _normalize(q, eps, eps_mode) if normalize else q
 
 
@@ -124,7 +126,8 @@ def fsp_matrix(a: Tensor, b: Tensor, *, pool_mode: str = "avg", precision: str |
     """See :func:`fastkd.fsp_matrix`."""
     checks.fsp_matrix(a, b, pool_mode, precision)
     with _no_autocast(a):
-        return _gram(*_widen(a, b), pool_mode, precision)
+        a, b = _widen(a, b)
+        return _gram(a, b, pool_mode, precision)
 
 
 def fsp_loss(

@@ -33,7 +33,7 @@ class FSP(nn.Module):
 class SoftTarget(nn.Module):
     """``SoftTarget(T)(out_s, out_t)`` -> T^2 KL, summed over classes, mean over the batch."""
 
-    def __init__(self, T: float) -> None:  # noqa: N803  (the original's name)
+    def __init__(self, T: float) -> None:
         super().__init__()
         self.T = T
 

@@ -1,7 +1,7 @@
 """Drop-in for ``distiller_zoo``'s ``Attention``, ``FSP`` and ``DistillKL`` of HobbitLong/RepDistiller.
 
-``from fastkd.compat.repdistiller import Attention, FSP, DistillKL``. As there, the first two return a list, one scalar a stage or pair, and no
-coefficient is applied: the training script multiplies by its ``-b``.
+``from fastkd.compat.repdistiller import Attention, FSP, DistillKL``. As there, the first two return a list, one scalar a stage or pair,
+and no coefficient is applied: the training script multiplies by its ``-b``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class FSP(nn.Module):
 class DistillKL(nn.Module):
     """``DistillKL(T)(y_s, y_t)`` -> T^2 KL, summed over classes, mean over the batch."""
 
-    def __init__(self, T: float) -> None:  # noqa: N803  (the original's name)
+    def __init__(self, T: float) -> None:
         super().__init__()
         self.T = T
 

@@ -18,12 +18,12 @@ _LOSS = (
 )
 
 
-def _map_fake(x: Tensor, p, channel_reduce, signed, normalize, eps, eps_mode) -> tuple[Tensor, Tensor]:
+def _map_fake(x: Tensor, p: Any, channel_reduce: Any, signed: Any, normalize: bool, eps: Any, eps_mode: Any) -> tuple[Tensor, Tensor]:
     dtype = accumulator([x])
     return x.new_empty((x.shape[0], *x.shape[2:]), dtype=dtype), x.new_empty((x.shape[0] if normalize else 0,), dtype=dtype)
 
 
-def _map_backward_fake(grad: Tensor, x: Tensor, *rest) -> Tensor:
+def _map_backward_fake(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -34,12 +34,8 @@ def _coefficient_size(x: Tensor, other: Sequence[int], pool: str) -> list[int]:
 def _loss_fake(
     student: list[Tensor],
     teacher: list[Tensor],
-    p, channel_reduce, signed, eps, eps_mode,
-    pool: str,
-    pool_mode, difference, stage_reduce, weights, weight,
-    teacher_is_map: bool,
-    student_grad: bool,
-    teacher_grad: bool,
+    p: Any, channel_reduce: Any, signed: Any, eps: Any, eps_mode: Any, pool: str, pool_mode: Any, difference: Any, stage_reduce: Any,
+    weights: Any, weight: Any, teacher_is_map: bool, student_grad: bool, teacher_grad: bool,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     one_device(student + teacher)
     dtype = accumulator(student + teacher)
@@ -53,7 +49,7 @@ def _loss_fake(
     return student[0].new_empty((), dtype=dtype), [student[0].new_empty(size, dtype=dtype) for size in sizes]
 
 
-def _loss_backward_fake(grad: Tensor, features: list[Tensor], coefficients: list[Tensor], *rest) -> list[Tensor]:
+def _loss_backward_fake(grad: Tensor, features: list[Tensor], coefficients: list[Tensor], *rest: Any) -> list[Tensor]:
     return [torch.empty_like(x) for x in features]
 
 
@@ -65,7 +61,8 @@ define(
     _loss_fake,
 )
 define(
-    "attention_transfer_loss_backward(Tensor grad, Tensor[] features, Tensor[] coefficients, float p, bool signed, str pool_mode) -> Tensor[]",
+    "attention_transfer_loss_backward(Tensor grad, Tensor[] features, Tensor[] coefficients, float p, bool signed, str pool_mode)"
+    " -> Tensor[]",
     _loss_backward_fake,
 )
 differentiable_once("attention_map_backward", "attention_map")
@@ -81,7 +78,7 @@ class AttentionMapFunction(torch.autograd.Function):
     """``apply(x, p, channel_reduce, signed, normalize, eps, eps_mode)`` -> map.
 
     With q = reduce_c |x|^p, n = ||q||, y = q / max(n, eps) and g the incoming gradient:
-    dq = (g - y <g, y>) / n where n > eps, g / eps elsewhere;  dx = p sign(x) |x|^(p-1) dq, divided by C for "mean".
+    dq = (g - y <g, y>) / n where n >= eps, g / eps elsewhere;  dx = p sign(x) |x|^(p-1) dq, divided by C for "mean".
     """
 
     @staticmethod
@@ -92,7 +89,7 @@ class AttentionMapFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return call(_map_backward, grad, *ctx.saved_tensors, *ctx.options), *(None for _ in ctx.options)
 
 
@@ -128,7 +125,7 @@ class AttentionTransferFunction(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *_feature_gradients(ctx, grad, ctx.needs_input_grad[2:])
 
 
@@ -156,7 +153,7 @@ def _traced_loss_backward(ctx: Any, grad: Tensor, coefficient_grads: list[Tensor
     student_needs, teacher_needs = ctx.needs_input_grad[:2]
     needs = [*student_needs, *teacher_needs]
     if any(need and i not in ctx.wanted for i, need in enumerate(needs)):
-        raise RuntimeError("fastkd::attention_transfer_loss was called with student_grad or teacher_grad false for a tensor that needs a gradient")
+        raise RuntimeError("fastkd::attention_transfer_loss: a tensor needs a gradient, but student_grad or teacher_grad was false")
     out = _feature_gradients(ctx, grad, needs)
     return out[: ctx.stages], out[ctx.stages :], *(None for _ in ctx.options), None, None
 
@@ -190,9 +187,7 @@ def attention_map(
     Source: Zagoruyko, Komodakis, *Paying more attention to attention*, ICLR 2017.
     """
     if backends.choose(x) == "reference":
-        return reference.attention_map(
-            x, p, channel_reduce=channel_reduce, signed=signed, normalize=normalize, eps=eps, eps_mode=eps_mode
-        )
+        return reference.attention_map(x, p, channel_reduce=channel_reduce, signed=signed, normalize=normalize, eps=eps, eps_mode=eps_mode)
     if torch.compiler.is_compiling():
         checks.attention_map(x, p, channel_reduce, eps, eps_mode)
         return _map(x, p, channel_reduce, signed, normalize, eps, eps_mode)[0]

@@ -12,25 +12,28 @@ from fastkd import backends, checks, reference
 from fastkd.ops.registry import accumulator, autograd, call, define, differentiable_once, one_device
 
 
-def _matrix_fake(a: Tensor, b: Tensor, pool_mode, precision) -> Tensor:
+def _matrix_fake(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
     one_device([a, b])
     return a.new_empty((a.shape[0], a.shape[1], b.shape[1]), dtype=accumulator([a, b]))
 
 
-def _matrix_backward_fake(grad: Tensor, a: Tensor, b: Tensor, pool_mode, precision, a_grad: bool, b_grad: bool) -> list[Tensor]:
+def _matrix_backward_fake(grad: Tensor, a: Tensor, b: Tensor, pool_mode: Any, precision: Any, a_grad: bool, b_grad: bool) -> list[Tensor]:
     return [torch.empty_like(x) for x, need in ((a, a_grad), (b, b_grad)) if need]
 
 
 def _loss_fake(
-    student: list[Tensor], teacher: list[Tensor], pool_mode, distance, pair_reduce, weights, weight, precision, with_grad: bool
-) -> tuple[Tensor, list[Tensor]]:
+    student: list[Tensor], teacher: list[Tensor], pool_mode: Any, distance: Any, pair_reduce: Any, weights: Any, weight: Any,
+    precision: Any, with_grad: bool,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     one_device(student + teacher)
     dtype, first = accumulator(student + teacher), student[0]
     pairs = zip(student, student[1:], strict=False) if with_grad else ()
     return first.new_empty((), dtype=dtype), [first.new_empty((a.shape[0], a.shape[1], b.shape[1]), dtype=dtype) for a, b in pairs]
 
 
-def _loss_backward_fake(grad: Tensor, features: list[Tensor], gram_grads, pool_mode, precision, stages: list[int], negate) -> list[Tensor]:
+def _loss_backward_fake(
+    grad: Tensor, features: list[Tensor], gram_grads: Any, pool_mode: Any, precision: Any, stages: list[int], negate: Any
+) -> list[Tensor]:
     return [torch.empty_like(features[i]) for i in stages]
 
 
@@ -59,7 +62,7 @@ _loss_backward = torch.ops.fastkd.fsp_loss_backward.default
 
 
 class FSPMatrixFunction(torch.autograd.Function):
-    """``apply(a, b, pool_mode, precision)`` -> G = A B^T / S over the pooled features; dA = M B / S and dB = M^T A / S for an incoming M."""
+    """``apply(a, b, pool_mode, precision)`` -> G = A B^T / S; dA = M B / S and dB = M^T A / S for an incoming M."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, *options: Any) -> Tensor:
@@ -69,7 +72,7 @@ class FSPMatrixFunction(torch.autograd.Function):
         return call(_matrix, a, b, *options)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _factor_gradients(ctx, grad)
 
 
@@ -106,7 +109,7 @@ class FSPLossFunction(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *_chain_gradients(ctx, grad, ctx.needs_input_grad[2:])
 
 
@@ -183,19 +186,21 @@ def fsp_loss(
     Args:
         student, teacher: sequences of L >= 2 features (N, C, *S), equal channels stage by stage; the L - 1 consecutive ones are pairs.
         pool_mode, precision: as in :func:`fsp_matrix`; student and teacher pool each for itself.
-        distance: "squared", the mean over N, Ca and Cb of the squared difference; "frobenius", the mean over N of the squared Frobenius norm;
-            "column_l2", the mean over N of the summed l2 norms of the columns (index Cb).
+        distance: "squared", the mean over N, Ca and Cb of the squared difference; "frobenius", the mean over N of the squared Frobenius
+            norm; "column_l2", the mean over N of the summed l2 norms of the columns (index Cb).
         pair_reduce, weights: "sum" or "mean" of the pairs' terms, each multiplied by its weight.
         weight: multiplies the loss, in float32, before a half-precision gradient is rounded.
 
     Returns: a scalar, float32 (float64 if any input is float64); differentiable in student and teacher.
-    Equals ``weight * sum((fsp_matrix(*s) - fsp_matrix(*t)).square().mean() for s, t in zip(pairs(student), pairs(teacher)))`` at the defaults.
+    Equals ``weight * sum((fsp_matrix(*s) - fsp_matrix(*t)).square().mean() for s, t in zip(pairwise(student), pairwise(teacher)))`` at
+    the defaults, with :func:`itertools.pairwise`.
     Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
     Source: Yim et al., *A gift from knowledge distillation*, CVPR 2017, and its published implementations (see the presets).
     """
     if backends.choose(student) == "reference":
         return reference.fsp_loss(
-            student, teacher, pool_mode=pool_mode, distance=distance, pair_reduce=pair_reduce, weights=weights, weight=weight, precision=precision
+            student, teacher, pool_mode=pool_mode, distance=distance, pair_reduce=pair_reduce, weights=weights, weight=weight,
+            precision=precision,
         )  # fmt: skip
     options = (pool_mode, distance, pair_reduce, weights, weight, precision)
     if torch.compiler.is_compiling():

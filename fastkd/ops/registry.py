@@ -1,7 +1,7 @@
 """How an operator of fastkd is declared: its schema, its fake, its autograd rule for traced graphs.
 
-The schemas live in Python, so they exist without a compiled library; the compiled libraries only implement them. In eager mode the operations
-call a thin ``autograd.Function`` instead of the rule registered here, at a fraction of the host cost.
+The schemas live in Python, so they exist without a compiled library; the compiled libraries only implement them. In eager mode the
+operations call a thin ``autograd.Function`` instead of the rule registered here, at a fraction of the host cost.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def accumulator(tensors: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
-def smaller(a: Sequence[int], b: Sequence[int]) -> list[int]:
+def smaller(a: Sequence[int], b: Sequence[int]) -> list[int | torch.SymInt]:
     return [torch.sym_min(i, j) for i, j in zip(a, b, strict=True)]
 
 

@@ -1,0 +1,56 @@
+"""Fresh random inputs in every run, and uninitialised memory that shows."""
+
+from __future__ import annotations
+
+import os
+import random
+import zlib
+
+import pytest
+import torch
+
+SEED = int(os.environ.get("FASTKD_TEST_SEED") or random.SystemRandom().randrange(2**31))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"fastkd: inputs drawn from FASTKD_TEST_SEED={SEED}, torch {torch.__version__}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    report = yield
+    if report.failed:
+        report.sections.append(("fastkd seed", f"repeat with FASTKD_TEST_SEED={SEED} and this test alone: each test has inputs of its own"))
+    return report
+
+
+@pytest.fixture(autouse=True)
+def fresh_seed(request: pytest.FixtureRequest):
+    """Every test draws from the session's seed and its own name, so one test can be repeated alone."""
+    seed = SEED ^ zlib.crc32(request.node.nodeid.split("/")[-1].encode())
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request: pytest.FixtureRequest):
+    """In deterministic mode PyTorch fills what `empty` returns with NaN, for Python and for the C++ kernels alike."""
+    if request.node.get_closest_marker("unpoisoned"):
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def cpp() -> str:
+    """The compiled CPU kernels; a test that asks for them is skipped where they are not built."""
+    from support import cpp_missing
+
+    reason = cpp_missing()
+    if reason:
+        pytest.skip(f"backend cpp: {reason}")
+    return "cpp"

@@ -1,0 +1,241 @@
+"""How the tests make inputs, what they call equal, and how they catch a fallback."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastkd
+from fastkd import reference
+
+FUNCTIONS = ("attention_map", "attention_transfer_loss", "fsp_matrix", "fsp_loss")
+# the law, as it was before any test patches it
+law = SimpleNamespace(**{name: getattr(reference, name) for name in (*FUNCTIONS, "kd_loss")})
+
+HALF = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DENSE = ("contiguous", "channels_last", "swapped", "reversed")
+LAYOUTS = (*DENSE, "sliced", "stepped", "expanded_batch", "expanded_channels", "expanded_space")
+
+# k of the error budget: how many ulp of its own dtype, at the largest reference value, a result may be off beyond twice the eager error.
+# Half precision results are rounded once, from float32: one ulp. A float32 scalar of eager code is sometimes exact by luck: four. In float64 the exact
+# value is itself only rounded, and cancellation (d - y<d, y>) shows it: 64, which is 1e-14 and far from any float32 on the way.
+ULPS = {torch.float64: 64, torch.float32: 4, torch.float16: 1, torch.bfloat16: 1}
+
+
+def name(value: object) -> str:
+    """A short test id."""
+    return str(value).removeprefix("torch.").replace(" ", "")
+
+
+# inputs
+
+
+def values(shape: Sequence[int], dtype: torch.dtype, kind: str = "normal") -> Tensor:
+    """Feature-like numbers. "positive" keeps away from zero (fractional powers of signed maps); "relu" is half zeros."""
+    x = torch.randn(tuple(shape), dtype=torch.float64)
+    if kind == "positive":
+        x = x.abs() + 0.1
+    elif kind == "relu":
+        x = x.relu()
+    elif kind != "normal":
+        raise ValueError(kind)
+    return x.to(dtype)
+
+
+def arrange(x: Tensor, layout: str) -> Tensor:
+    """The values of x in another memory layout; an expanded layout repeats the first slice instead."""
+    last = x.dim() - 1
+    if layout == "contiguous":
+        return x.contiguous()
+    if layout == "channels_last":
+        return x.movedim(1, last).contiguous().movedim(last, 1)
+    if layout == "swapped":
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "reversed":
+        order = (0, 1, *range(last, 1, -1))
+        return x.permute(order).contiguous().permute(order)
+    if layout == "sliced":
+        big = torch.full([size + 3 for size in x.shape], math.nan, dtype=x.dtype)
+        view = big[tuple(slice(1, size + 1) for size in x.shape)]
+        return view.copy_(x)
+    if layout == "stepped":
+        big = torch.full([size if d == 0 else 2 * size for d, size in enumerate(x.shape)], math.nan, dtype=x.dtype)
+        view = big[(slice(None), *(slice(None, None, 2) for _ in x.shape[1:]))]
+        return view.copy_(x)
+    dim = {"expanded_batch": 0, "expanded_channels": 1, "expanded_space": last}[layout]
+    return x.narrow(dim, 0, 1).clone().expand(x.shape)
+
+
+def make(shape: Sequence[int], dtype: torch.dtype = torch.float32, layout: str = "contiguous", kind: str = "normal") -> Tensor:
+    return arrange(values(shape, dtype, kind), layout)
+
+
+def some_shape(n: int | None = None) -> tuple[int, ...]:
+    """A small shape with odd and prime sizes, one to three spatial dimensions; of few positions little but rounding is left of a gradient."""
+    space: list[int] = []
+    while math.prod(space) < 6:
+        dims = random.choice((1, 2, 2, 3))
+        sizes = {1: (7, 13, 49, 67, 131), 2: (1, 2, 3, 5, 7, 8, 11, 16, 17), 3: (1, 2, 3, 5)}[dims]
+        space = [random.choice(sizes) for _ in range(dims)]
+    return (n or random.choice((1, 2, 3, 5)), random.choice((1, 3, 7, 8, 17, 33)), *space)
+
+
+def is_dense(x: Tensor) -> bool:
+    return torch.ops.aten.is_non_overlapping_and_dense(x)
+
+
+# what "equal" means
+
+
+@dataclass
+class Result:
+    output: Tensor
+    grads: tuple[Tensor | None, ...]
+
+
+def evaluate(fn: Callable[..., Tensor], tensors: Sequence[Tensor], needs: Sequence[bool] | None = None, upstream: Tensor | None = None) -> Result:
+    """fn(*tensors) and the gradients of those that need one (all by default)."""
+    needs = needs or [True] * len(tensors)
+    leaves = [x.detach().requires_grad_(need) for x, need in zip(tensors, needs)]
+    output = fn(*leaves)
+    wanted = [x for x, need in zip(leaves, needs) if need]
+    if not wanted:
+        return Result(output.detach(), (None,) * len(leaves))
+    if upstream is None:
+        upstream = torch.ones_like(output)
+    grads = iter(torch.autograd.grad(output, wanted, upstream.to(output.dtype)))
+    return Result(output.detach(), tuple(next(grads) if need else None for need in needs))
+
+
+def ulp(dtype: torch.dtype, magnitude: float) -> float:
+    """The distance of neighbouring numbers of dtype at this magnitude."""
+    info = torch.finfo(dtype)
+    exponent = math.frexp(max(magnitude, info.tiny))[1] - 1
+    return 2.0**exponent * info.eps
+
+
+def within_budget(what: str, out: Tensor, exact: Tensor, rough: float, k: float | None = None) -> None:
+    """max|out - exact| <= 2 rough + k ulp, one ulp of out's dtype at max|exact|; and no NaN or infinity where exact has none."""
+    assert out.shape == exact.shape, f"{what}: shape {tuple(out.shape)}, wanted {tuple(exact.shape)}"
+    if not exact.numel():
+        return
+    assert exact.isfinite().all(), f"{what}: the test itself overflows"
+    largest = exact.abs().max().item()
+    allowed = 2 * rough + (ULPS[out.dtype] if k is None else k) * ulp(out.dtype, largest)
+    error = (out.double() - exact).abs()
+    worst = int(error.nan_to_num(nan=math.inf).argmax())
+    place = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), exact.shape)) if exact.dim() else ()
+    assert error.max().item() <= allowed, (
+        f"{what}: off by {error.flatten()[worst].item():.3e} at {place} ({out.flatten()[worst].item():.9g}, exact {exact.flatten()[worst].item():.9g}), "
+        f"allowed {allowed:.3e}; largest {largest:.3e}, {int((error > allowed).sum() + error.isnan().sum())} of {error.numel()} wrong"
+    )
+
+
+def eager_error(exact: Tensor, eager: Tensor, wide: torch.dtype) -> float:
+    """The largest error of float32 eager code. Where the answer is float64, its size there: what the problem's conditioning makes of rounding."""
+    error = (eager.double() - exact).abs().max().item()
+    return error * 2.0**-29 if wide == torch.float64 else error
+
+
+def check(
+    backend: str,
+    fn: Callable[..., Tensor],
+    exact_fn: Callable[..., Tensor],
+    tensors: Sequence[Tensor],
+    needs: Sequence[bool] | None = None,
+    upstream: Tensor | None = None,
+    k: float | None = None,
+    also: Sequence[str] = (),
+) -> Result:
+    """fn under the backend against exact_fn in float64, output and gradients, with the dtypes and strides they promise; nothing falls back."""
+    guard = fused_only(also) if backend == "cpp" else contextlib.nullcontext()
+    with fastkd.use_backend(backend), guard:
+        got = evaluate(fn, tensors, needs, upstream)
+    exact = evaluate(exact_fn, [x.double().contiguous() for x in tensors], needs, upstream)
+    eager = evaluate(exact_fn, [x.float().contiguous() for x in tensors], needs, upstream)
+    wide = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    assert got.output.dtype == wide, f"output is {got.output.dtype}, wanted {wide}"
+    within_budget("output", got.output, exact.output, eager_error(exact.output, eager.output, wide), k)
+    for i, (x, grad, want, rough) in enumerate(zip(tensors, got.grads, exact.grads, eager.grads)):
+        if want is None:
+            assert grad is None
+            continue
+        assert grad.dtype == x.dtype, f"gradient {i} is {grad.dtype}, its input {x.dtype}"
+        if backend == "cpp" and is_dense(x):
+            assert grad.stride() == torch.empty_like(x).stride(), f"gradient {i} has strides {grad.stride()}, its input {x.stride()}"
+        within_budget(f"gradient {i} of shape {tuple(x.shape)}, strides {x.stride()}, {x.dtype}", grad, want, eager_error(want, rough, wide), k)
+    return got
+
+
+# which implementation ran
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the operators that the dispatcher saw: those of fastkd, and the others."""
+
+    # bookkeeping of autograd and of the tests, none of which computes a feature
+    harmless = {"aten::detach", "aten::alias", "aten::view", "aten::ones_like", "aten::_to_copy", "aten::empty_like", "aten::fill_.Scalar"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused: list[str] = []
+        self.others: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastkd":
+            self.fused.append(func._schema.name.removeprefix("fastkd::"))
+        else:
+            self.others.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def _fell_back(*args: object, **kwargs: object) -> Tensor:
+    raise AssertionError("fell back to fastkd.reference")
+
+
+@contextlib.contextmanager
+def fused_only(also: Sequence[str] = ()) -> Iterator[Recorder]:
+    """Inside, an operation that does not run in fastkd's operators (and those of ``also``) alone is an error."""
+    with contextlib.ExitStack() as stack:
+        for function in FUNCTIONS:
+            stack.enter_context(mock.patch.object(reference, function, _fell_back))
+        recorder = stack.enter_context(Recorder())
+        yield recorder
+    assert recorder.fused, "no operator of fastkd was called"
+    strangers = sorted(set(recorder.others) - Recorder.harmless - set(also))
+    assert not strangers, f"work was done outside fastkd's operators: {strangers}"
+
+
+@functools.cache
+def cpp_missing() -> str:
+    """Why the C++ kernels cannot run, or ""."""
+    x = torch.ones(1, 1, 1)
+    try:
+        with fastkd.use_backend("cpp"):
+            fastkd.attention_map(x)
+    except fastkd.BackendError as error:
+        return str(error)
+    return ""
+
+
+# the losses as functions of a flat list of tensors, student's stages first
+
+
+def paired(loss: Callable[..., Tensor], stages: int, **switches: object) -> Callable[..., Tensor]:
+    return lambda *tensors: loss(list(tensors[:stages]), list(tensors[stages:]), **switches)
+
+
+def check_loss(backend: str, function: str, student: Sequence[Tensor], teacher: Sequence[Tensor], *, needs=None, upstream=None, k=None, **switches) -> Result:
+    fns = [paired(getattr(module, function), len(student), **switches) for module in (fastkd, law)]
+    return check(backend, *fns, [*student, *teacher], needs, upstream, k)

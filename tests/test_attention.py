@@ -1,0 +1,183 @@
+"""attention_map and attention_transfer_loss: the C++ kernels against the law in float64, over dtypes, layouts, shapes and every switch."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+from support import DENSE, DTYPES, LAYOUTS, check, check_loss, evaluate, fused_only, law, make, name, some_shape, values
+
+import fastkd
+
+POWERS = (1, 1.5, 2, 2.7, 3, 4)
+SHAPES = ((1, 1, 6), (2, 3, 7, 7), (3, 1, 5, 11), (1, 17, 13), (2, 64, 8, 8), (1, 31, 33, 31), (2, 5, 3, 4, 5), (3, 2, 1, 7), (2, 37, 1, 19), (1, 130, 16, 16))
+pytestmark = pytest.mark.usefixtures("cpp")
+
+
+def map_check(x, *, upstream=None, **switches):
+    y = law.attention_map(x.detach(), **switches)
+    upstream = torch.randn_like(y) if upstream is None else upstream
+    return check("cpp", lambda x: fastkd.attention_map(x, **switches), lambda x: law.attention_map(x, **switches), [x], upstream=upstream)
+
+
+def kind(p: float, signed: bool) -> str:
+    return "positive" if signed and p != int(p) else random.choice(("normal", "relu"))
+
+
+# the map
+
+
+@pytest.mark.parametrize("normalize, eps_mode", [(True, "clamp"), (True, "add"), (False, "clamp")])
+@pytest.mark.parametrize("p, signed, channel_reduce", list(itertools.product(POWERS, [False, True], ["mean", "sum"])))
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_map_matches_the_law_for_every_switch(dtype, p, signed, channel_reduce, normalize, eps_mode):
+    x = make(some_shape(), dtype, random.choice(LAYOUTS), kind(p, signed))
+    eps = random.choice((1e-12, 1e-6, 0.5))
+    map_check(x, p=p, signed=signed, channel_reduce=channel_reduce, normalize=normalize, eps=eps, eps_mode=eps_mode)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_map_matches_the_law_in_every_layout(dtype, shape, layout):
+    map_check(make(shape, dtype, layout))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "stepped"])
+@pytest.mark.parametrize("upstream", ["expanded", "transposed", "stepped", "channels_last"])
+def test_map_takes_incoming_gradients_of_any_strides(upstream, layout):
+    x = make((2, 5, 6, 7), torch.float32, layout)
+    grads = {
+        "expanded": torch.randn(1, 1, 1).expand(2, 6, 7),
+        "transposed": torch.randn(2, 7, 6).transpose(1, 2),
+        "stepped": torch.randn(4, 6, 14)[::2, :, ::2],
+        "channels_last": torch.randn(6, 7, 2).permute(2, 0, 1),
+    }
+    map_check(x, upstream=grads[upstream])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 1, 1), (2, 33, 1, 1, 1)], ids=name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_a_lone_position_has_map_one_and_gradient_zero(dtype, shape):
+    x = make(shape, dtype, random.choice(LAYOUTS), "positive")
+    upstream = torch.ones(shape[0], *shape[2:])
+    with fastkd.use_backend("cpp"), fused_only():
+        got = evaluate(fastkd.attention_map, [x], upstream=upstream)
+    assert ((got.output - 1).abs() <= 1e-15).all()
+    assert got.grads[0].abs().max().item() < 1e-12
+
+
+def test_a_norm_of_exactly_eps_takes_eagers_side_of_the_clamp():
+    x, upstream = torch.ones(1, 1, 4), torch.tensor([[1.0, 2.0, 3.0, 5.0]])
+    for eps in (2.0, 2.0000002, 1.9999999):
+        got, want = (evaluate(lambda x: f(x, eps=eps), [x], upstream=upstream) for f in (fastkd.attention_map, law.attention_map))  # noqa: B023
+        torch.testing.assert_close(got.grads, want.grads, rtol=1e-5, atol=1e-6)
+
+
+# the loss
+
+
+@pytest.mark.parametrize("p, signed, channel_reduce, eps_mode", list(itertools.product(POWERS, [False, True], ["mean", "sum"], ["clamp", "add"])))
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_loss_matches_the_law_for_every_power(dtype, p, signed, channel_reduce, eps_mode):
+    stages, n = random.randint(1, 3), random.choice((1, 2, 3, 5))
+    student = [make(some_shape(n), dtype, random.choice(LAYOUTS), kind(p, signed)) for _ in range(stages)]
+    teacher = [make((s.shape[0], random.choice((1, 4, 19)), *s.shape[2:]), dtype, random.choice(DENSE), kind(p, signed)) for s in student]
+    eps = random.choice((1e-12, 1e-6, 0.5))
+    check_loss("cpp", "attention_transfer_loss", student, teacher, p=p, signed=signed, channel_reduce=channel_reduce, eps=eps, eps_mode=eps_mode)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, DTYPES)), ids=lambda pair: "-".join(map(name, pair)))
+def test_loss_matches_the_law_for_mixed_dtypes_and_layouts(dtypes, layout):
+    student, teacher = [], []
+    for shape in random.sample(SHAPES, 3):
+        shape = (3, *shape[1:])
+        student.append(make(shape, dtypes[0], layout))
+        # not expanded: two constant maps are equal, and their difference is rounding
+        teacher.append(make((shape[0], random.choice((1, 6, 33)), *shape[2:]), dtypes[1], random.choice((*DENSE, "sliced", "stepped"))))
+    check_loss("cpp", "attention_transfer_loss", student, teacher)
+
+
+def pooled_sizes(dims: int, larger: str) -> tuple[list[int], list[int]]:
+    big, small = [random.randint(4, 11) for _ in range(dims)], [random.randint(1, 4) for _ in range(dims - 1)] + [random.randint(3, 4)]
+    if larger == "each" and dims > 1:
+        big[-1], small[-1] = small[-1], big[-1]
+    return (small, big) if larger == "teacher" else (big, small)
+
+
+@pytest.mark.parametrize("pool, pool_mode, difference", list(itertools.product(["before", "after"], ["avg", "max"], ["squared", "l2"])))
+@pytest.mark.parametrize("larger", ["student", "teacher", "each"])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_loss_matches_the_law_when_sizes_differ(dtype, dims, larger, pool, pool_mode, difference):
+    s_size, t_size = pooled_sizes(dims, larger)
+    n, p = random.randint(1, 3), random.choice((1, 2, 3, 2.7))
+    student = [make((n, 5, *s_size), dtype, random.choice(LAYOUTS)), make((n, 3, *t_size), dtype, random.choice(LAYOUTS))]
+    teacher = [make((n, 4, *t_size), dtype, random.choice(DENSE)), make((n, 2, *t_size), dtype)]
+    check_loss("cpp", "attention_transfer_loss", student, teacher, p=p, pool=pool, pool_mode=pool_mode, difference=difference)
+
+
+@pytest.mark.parametrize("pool_mode", ["avg", "max"])
+@pytest.mark.parametrize("pool", ["before", "after"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pooling_of_signed_powers_matches_the_law(layout, pool, pool_mode):
+    student, teacher = make((2, 6, 9, 7), torch.float32, layout, "positive"), make((2, 3, 4, 7), torch.float32, kind="positive")
+    check_loss("cpp", "attention_transfer_loss", [student], [teacher], p=2.7, signed=True, pool=pool, pool_mode=pool_mode, eps_mode="add", eps=0.1)
+
+
+@pytest.mark.parametrize("weights, weight", [(None, 1.0), ([0.5, 0.0, 3.0], 1.0), ([1, -2, 0.25], 1000.0), (None, 0.0)], ids=name)
+@pytest.mark.parametrize("difference, stage_reduce", list(itertools.product(["squared", "l2"], ["sum", "mean"])))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=name)
+def test_weights_and_reductions_match_the_law(dtype, difference, stage_reduce, weights, weight):
+    student = [make((3, c, size, size), dtype) for c, size in ((4, 9), (8, 5), (16, 3))]
+    teacher = [make(s.shape, dtype) for s in student]
+    switches = dict(difference=difference, stage_reduce=stage_reduce, weights=weights, weight=weight)
+    check_loss("cpp", "attention_transfer_loss", student, teacher, upstream=torch.tensor(random.uniform(-3, 3)), **switches)
+
+
+@pytest.mark.parametrize("teacher_size, pool", [((6, 5), "before"), ((3, 5), "before"), ((2, 2), "after")])
+@pytest.mark.parametrize("difference", ["squared", "l2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_precomputed_teacher_maps_match_the_law(layout, difference, teacher_size, pool):
+    student = make((3, 4, 6, 5), random.choice(DTYPES), layout)
+    teacher = law.attention_map(values((3, 9, *teacher_size), torch.float64)).to(random.choice(DTYPES)).contiguous()
+    if random.random() < 0.5:
+        teacher = teacher.transpose(1, 2).contiguous().transpose(1, 2)
+    check_loss("cpp", "attention_transfer_loss", [student], [teacher], teacher_is_map=True, difference=difference, pool=pool)
+
+
+@pytest.mark.parametrize("pool", ["before", "after"])
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)), ids=name)
+def test_each_gradient_can_be_asked_for_alone(needs, pool):
+    student, teacher = [make((2, 3, 7, 7)), make((2, 5, 4, 4))], [make((2, 4, 7, 7)), make((2, 2, 6, 6))]
+    check_loss("cpp", "attention_transfer_loss", student, teacher, needs=needs, pool=pool)
+
+
+def test_stages_of_unequal_rank_and_dtype_go_through_one_call():
+    student = [make((2, 3, 7)), make((2, 2, 3, 3), torch.float16), make((2, 7, 2, 3, 4), torch.bfloat16)]
+    teacher = [make(s.shape, torch.float32) for s in student]
+    with fastkd.use_backend("cpp"), fused_only() as calls:
+        evaluate(lambda *x: fastkd.attention_transfer_loss(x[:3], x[3:]), [*student, *teacher])
+    assert calls.fused == ["attention_transfer_loss", "attention_transfer_loss_backward"]
+    check_loss("cpp", "attention_transfer_loss", student, teacher)
+
+
+def test_close_maps_keep_their_relative_accuracy():
+    t = [values((8, 16, size, size), torch.float32) for size in (32, 16, 8)]
+    s = [x * (1 + 1e-3 * torch.randn_like(x)) for x in t]
+    with fastkd.use_backend("cpp"):
+        ours = fastkd.attention_transfer_loss(s, t).double()
+    exact = law.attention_transfer_loss([x.double() for x in s], [x.double() for x in t])
+    assert abs(ours / exact - 1) < 2e-3
+
+
+def test_student_equal_to_teacher_has_loss_and_gradient_zero():
+    x = make((3, 8, 7, 7), random.choice(DTYPES), random.choice(LAYOUTS))
+    same = x.clone()
+    for difference in ("squared", "l2"):
+        with fastkd.use_backend("cpp"), fused_only():
+            got = evaluate(lambda s, t: fastkd.attention_transfer_loss(s, t, difference=difference), [x, same])  # noqa: B023
+        assert got.output == 0 and all((g == 0).all() for g in got.grads)

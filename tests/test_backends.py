@@ -1,0 +1,208 @@
+"""Choosing a backend, and what every choice must keep: no fallback, the same bits in each run and thread count, NaN where eager has NaN."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import os
+import random
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from support import DTYPES, LAYOUTS, Recorder, arrange, check, check_loss, cpp_missing, evaluate, fused_only, law, make, name, some_shape, values
+
+import fastkd
+from fastkd import backends, native
+
+PATHS = [] if cpp_missing() else native.cpu_paths()
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}, timeout=120)
+
+
+# choosing
+
+
+def test_use_backend_nests_and_restores_after_an_error():
+    outside = backends.current()
+    with fastkd.use_backend("reference"):
+        with pytest.raises(KeyError), fastkd.use_backend("auto"):
+            assert backends.current() == "auto"
+            raise KeyError
+        assert backends.current() == "reference"
+    assert backends.current() == outside
+
+
+def test_use_backend_holds_in_its_own_thread_only():
+    seen = []
+    with fastkd.use_backend("triton"):
+        thread = threading.Thread(target=lambda: seen.append(fastkd.attention_map(torch.ones(1, 1, 1))))
+        thread.start()
+        thread.join()
+    assert len(seen) == 1
+
+
+def test_use_backend_holds_in_its_own_async_task_only():
+    async def task(name):
+        with fastkd.use_backend(name):
+            await asyncio.sleep(0.01)
+            return backends.current()
+
+    async def both():
+        return await asyncio.gather(*map(task, ("reference", "cpp", "triton")))
+
+    assert asyncio.run(both()) == ["reference", "cpp", "triton"]
+
+
+def test_an_unknown_backend_is_refused_with_the_known_names():
+    with pytest.raises((fastkd.BackendError, ValueError)) as caught, fastkd.use_backend("metal"):
+        pass
+    assert all(word in str(caught.value) for word in ("metal", "auto", "reference", "cpp", "triton", "cuda"))
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_backend_that_cannot_serve_a_cpu_tensor_says_so(backend):
+    x = [torch.ones(2, 3, 4, 4)] * 2
+    calls = (lambda: fastkd.attention_map(x[0]), lambda: fastkd.attention_transfer_loss(x, x), lambda: fastkd.fsp_matrix(*x), lambda: fastkd.fsp_loss(x, x))
+    for call in calls:
+        with fastkd.use_backend(backend), pytest.raises(fastkd.BackendError, match=backend):
+            call()
+    assert issubclass(fastkd.BackendError, RuntimeError)
+
+
+def test_environment_sets_the_default_backend():
+    code = "import torch, fastkd; fastkd.attention_map(torch.ones(1, 1, 1))"
+    refused = python(code, FASTKD_BACKEND="triton")
+    assert refused.returncode != 0 and "BackendError" in refused.stderr and "triton" in refused.stderr
+    unknown = python(code, FASTKD_BACKEND="metal")
+    assert unknown.returncode != 0 and "metal" in unknown.stderr and "reference" in unknown.stderr
+
+
+def test_reference_backend_calls_no_operator_of_ours():
+    x, y = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    with fastkd.use_backend("reference"), Recorder() as calls:
+        fastkd.attention_map(x), fastkd.attention_transfer_loss(x, y), fastkd.fsp_matrix(x, y), fastkd.fsp_loss([x, x], [y, y])
+    assert not calls.fused
+
+
+def test_auto_takes_the_kernels_where_they_are(cpp):
+    x = torch.randn(2, 3, 4, 4)
+    with fastkd.use_backend("auto"), fused_only():
+        fastkd.attention_map(x)
+
+
+def test_operators_on_the_cpu_are_the_compiled_ones(cpp):
+    """A Python implementation registered over the compiled one would pass every other test."""
+    for function in ("attention_map", "attention_transfer_loss", "fsp_matrix", "fsp_loss"):
+        for operator in (function, f"{function}_backward"):
+            kernels = [line for line in torch._C._dispatch_dump(f"fastkd::{operator}").splitlines() if line.startswith(("CPU:", "Composite"))]
+            assert len(kernels) == 1 and kernels[0].startswith("CPU:") and ".py" not in kernels[0], kernels
+
+
+# code paths of the CPU library
+
+
+@pytest.fixture(params=PATHS or [pytest.param("none", marks=pytest.mark.skip(reason=f"backend cpp: {cpp_missing()}"))])
+def path(request):
+    before = native.cpu_path()
+    native.set_cpu_path(request.param)
+    yield request.param
+    native.set_cpu_path(before)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_every_code_path_matches_the_law(path, dtype, layout):
+    assert native.cpu_path() == path
+    shape = some_shape()
+    x, t = make(shape, dtype, layout), make(shape, random.choice(DTYPES))
+    check("cpp", fastkd.attention_map, law.attention_map, [x], upstream=torch.randn(shape[0], *shape[2:]))
+    check("cpp", fastkd.fsp_matrix, law.fsp_matrix, [x, t], upstream=torch.randn(shape[0], shape[1], shape[1]))
+    stages = [[make((2, c, *size), d, layout) for c, size in ((16, (11, 7)), (33, (11, 7)), (64, (4, 4)))] for d in (dtype, random.choice(DTYPES))]
+    check_loss("cpp", "attention_transfer_loss", *stages, p=random.choice((2, 3, 1.5)))
+    check_loss("cpp", "fsp_loss", *stages, distance=random.choice(("squared", "frobenius", "column_l2")))
+
+
+@pytest.mark.parametrize("pool, pool_mode", list(itertools.product(["before", "after"], ["avg", "max"])))
+def test_every_code_path_pools_as_the_law(path, pool, pool_mode):
+    layout = random.choice(LAYOUTS)
+    s, t = [make((2, 17, 9, 10), torch.bfloat16, layout), make((2, 9, 5, 5))], [make((2, 17, 4, 10)), make((2, 9, 7, 7))]
+    check_loss("cpp", "attention_transfer_loss", s, t, pool=pool, pool_mode=pool_mode)
+    check_loss("cpp", "fsp_loss", s, t, pool_mode=pool_mode)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name)
+def test_every_code_path_converts_every_half_number_exactly(path, dtype):
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    x = bits.view(1, -1, 64)
+    with fastkd.use_backend("cpp"):
+        energy = fastkd.attention_map(x.transpose(0, 1).contiguous(), p=1, normalize=False)
+    torch.testing.assert_close(energy.view(-1), x.float().abs().view(-1), rtol=0, atol=0, equal_nan=True)
+
+
+def test_environment_forces_a_code_path(cpp):
+    for path in PATHS:
+        assert python("from fastkd import native; print(native.cpu_path())", FASTKD_CPU=path).stdout.strip() == path
+    wrong = python("import fastkd", FASTKD_CPU="sse9")
+    assert wrong.returncode != 0 and all(word in wrong.stderr for word in ("sse9", *native.CPU_PATHS))
+
+
+# the same bits, and NaN
+
+
+def workload():
+    s = [make((5, c, n, n), dtype, random.choice(LAYOUTS)) for c, n, dtype in ((16, 31, torch.float32), (33, 16, torch.bfloat16), (64, 7, torch.float16))]
+    t = [torch.randn_like(x) for x in s]
+    return [
+        lambda: evaluate(lambda *x: fastkd.attention_transfer_loss(x[:3], x[3:], 3.0), [*s, *t]),
+        lambda: evaluate(lambda *x: fastkd.fsp_loss(x[:3], x[3:]), [*s, *t]),
+        lambda: evaluate(fastkd.attention_map, [s[0]], upstream=torch.ones(5, 31, 31)),
+        lambda: evaluate(fastkd.fsp_matrix, s[:2], upstream=torch.ones(5, 16, 33)),
+    ]
+
+
+def bits(result):
+    return [x.detach().clone() for x in (result.output, *result.grads)]
+
+
+def test_results_are_the_same_bits_in_each_run_and_with_any_thread_count(path):
+    threads = torch.get_num_threads()
+    with fastkd.use_backend("cpp"):
+        for work in workload():
+            first = bits(work())
+            try:
+                for count in (1, 2, 3, threads):
+                    torch.set_num_threads(count)
+                    assert all(torch.equal(a, b) for a, b in zip(first, bits(work())))
+            finally:
+                torch.set_num_threads(threads)
+
+
+SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf, "overflows when squared": 1e25, "norm overflows": 1e15, "underflows when squared": 1e-30}
+
+
+@pytest.mark.parametrize("where", ["one element", "one sample", "everywhere"])
+@pytest.mark.parametrize("value", SPECIAL)
+def test_nan_and_infinity_come_out_where_eager_has_them(path, value, where):
+    for eps_mode, p in itertools.product(("clamp", "add"), (2, 1, 3)):
+        dtype, layout = random.choice((torch.float32, torch.bfloat16)), random.choice(("contiguous", "channels_last", "stepped"))
+        x, t = values((3, 17, 5, 7), dtype), values((3, 17, 5, 7), dtype)
+        x[{"one element": (1, 2, 3, 4), "one sample": (1,), "everywhere": ()}[where]] = SPECIAL[value]
+        tensors = [arrange(x, layout), t]
+        for ours, eager in (
+            (lambda x, t: fastkd.attention_transfer_loss(x, t, p, eps_mode=eps_mode), lambda x, t: law.attention_transfer_loss(x, t, p, eps_mode=eps_mode)),  # noqa: B023
+            (lambda x, t: fastkd.attention_map(x, p, eps_mode=eps_mode).sum() + 0 * t.sum(), lambda x, t: law.attention_map(x, p, eps_mode=eps_mode).sum() + 0 * t.sum()),  # noqa: B023
+            (lambda x, t: fastkd.fsp_loss([x, x], [t, t]), lambda x, t: law.fsp_loss([x, x], [t, t])),
+        ):
+            with fastkd.use_backend("cpp"):
+                got = bits(evaluate(ours, tensors))
+            want = bits(evaluate(eager, [y.float() for y in tensors]))
+            for a, b in zip(got, want):
+                missed = b.isnan() & ~a.isnan()
+                assert not missed.any(), f"eager has NaN at {missed.nonzero()[0].tolist()}, ours {a[missed][0].item()}"
+                assert not (a.isnan() & b.isfinite()).any(), "NaN where eager is finite"

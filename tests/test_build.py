@@ -1,0 +1,166 @@
+"""What the build promises: libraries that ask for little, a quick import that compiles nothing, a package that works with parts missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastkd
+from fastkd import native
+
+PACKAGE = Path(fastkd.__file__).parent
+ROOT = PACKAGE.parent
+LIBRARIES = sorted(PACKAGE.glob("_C*.so"))
+OPERATION = "fastkd.attention_transfer_loss(torch.ones(1, 2, 3, requires_grad=True), torch.rand(1, 2, 3)).backward()"
+needs_cpu_library = pytest.mark.skipif(not native.CPU.available, reason=native.CPU.reason)
+
+
+def python(code: str, package: Path = PACKAGE, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a fresh interpreter whose ``fastkd`` is the given folder."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("FASTKD_")}
+    variables |= {"PYTHONPATH": str(package.parent), **environment}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return subprocess.run(command, env=variables, cwd=package.parent, text=True, capture_output=True, timeout=300)
+
+
+def output(code: str, package: Path = PACKAGE, **environment: str) -> str:
+    done = python(code, package, **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A copy of the package as FASTKD_BUILD=0 installs it."""
+    return Path(shutil.copytree(PACKAGE, tmp_path / "fastkd", ignore=shutil.ignore_patterns("*.so", "__pycache__")))
+
+
+@pytest.mark.skipif(not LIBRARIES or not shutil.which("nm"), reason="no compiled library, or no nm to look into it")
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.name)
+def test_library_uses_only_the_stable_abi(library: Path) -> None:
+    lines = subprocess.run(["nm", "-D", "--undefined-only", library], check=True, text=True, capture_output=True).stdout.splitlines()
+    undefined = [line.split()[-1] for line in lines if line.split()[-2] == "U"]
+    shim = [name for name in undefined if re.match(r"(aoti_)?torch_[a-z0-9_]+$", name)]
+    assert shim
+    assert [name for name in undefined if name not in shim and not re.search(r"@+(GLIBC|GLIBCXX|CXXABI|GCC)_", name)] == []
+
+
+@pytest.mark.skipif(not LIBRARIES, reason="no compiled library")
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.name)
+def test_library_tells_what_it_was_built_with_even_unloaded(library: Path) -> None:
+    facts = native._build_info(str(library))
+    assert facts["torch_target"] == "2.11"
+    assert {"compiler", "torch_headers"} <= facts.keys()
+    assert ("toolkit" in facts) == ("cuda" in library.name)
+
+
+def test_import_is_quick_and_starts_no_process() -> None:
+    code = """
+import json, sys, time, torch
+started = []
+sys.addaudithook(lambda event, _: event in ("subprocess.Popen", "os.system", "os.posix_spawn", "os.exec") and started.append(event))
+begin = time.perf_counter()
+import fastkd
+print(json.dumps([time.perf_counter() - begin, started]))
+"""
+    for _ in range(5):  # a busy machine can only make an import look slower than it is
+        seconds, started = json.loads(output(code))
+        assert started == []
+        if seconds <= 0.2:
+            return
+    pytest.fail(f"import fastkd took {seconds:.3f} s after import torch")
+
+
+def test_imports_and_works_with_pytorch_alone() -> None:
+    output(f"""
+import sys
+for name in ("torchvision", "triton", "numpy", "sklearn", "tqdm", "matplotlib"):
+    sys.modules[name] = None
+import torch, fastkd, fastkd.models, fastkd.methods, fastkd.compat.kdzoo, fastkd.compat.repdistiller
+{OPERATION}
+""")
+
+
+def test_without_a_library_the_reference_serves_and_cpp_says_why(bare: Path) -> None:
+    code = f"""
+import torch, fastkd
+from fastkd import native
+{OPERATION}
+print(native.CPU)
+try:
+    with fastkd.use_backend("cpp"):
+        {OPERATION}
+except fastkd.BackendError as error:
+    print(error)
+"""
+    library, error = output(code, bare).splitlines()
+    assert "available=False" in library
+    assert "path=None" in library
+    assert "cpp" in error
+    assert "pip install" in error
+
+
+def test_a_library_that_does_not_load_says_for_what_it_was_built(bare: Path) -> None:
+    facts = json.dumps({"torch_target": "9.87", "compiler": "some compiler 1.0"}).encode()
+    (bare / "_C.abi3.so").write_bytes(b"not a library\0fastkd-build-info:" + facts + b"\0")
+    reason = output(f"import torch, fastkd; {OPERATION}; print(fastkd.native.CPU.available, fastkd.native.CPU.reason)", bare)
+    assert reason.startswith("False")
+    for part in ("_C.abi3.so", "does not load", "9.87", "some compiler 1.0", fastkd.native.torch.__version__):
+        assert part in reason
+
+
+@needs_cpu_library
+def test_cpu_path_can_be_forced() -> None:
+    usual = native.cpu_path()
+    assert usual in native.cpu_paths()
+    assert "portable" in native.cpu_paths()
+    assert native.cpu_path() == usual
+    try:
+        for name in native.cpu_paths():
+            native.set_cpu_path(name)
+            assert native.cpu_path() == name
+        for name in sorted({*native.CPU_PATHS} - {*native.cpu_paths()}):
+            with pytest.raises(ValueError, match=f"'{name}' cannot run here"):
+                native.set_cpu_path(name)
+        with pytest.raises(ValueError, match=r"'mmx'.*'portable', 'avx2', 'avx512'"):
+            native.set_cpu_path("mmx")
+    finally:
+        native.set_cpu_path(usual)
+
+
+@needs_cpu_library
+def test_fastkd_cpu_forces_the_path_from_the_start() -> None:
+    assert output("from fastkd import native; print(native.cpu_path())", FASTKD_CPU="portable").strip() == "portable"
+
+
+def test_fastkd_cpu_with_an_unknown_name_stops_the_import() -> None:
+    done = python("import fastkd", FASTKD_CPU="mmx")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "ValueError: FASTKD_CPU is 'mmx', wanted one of 'portable', 'avx2', 'avx512'"
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="not a source tree")
+@pytest.mark.parametrize(
+    ("switch", "value", "wanted"),
+    [
+        ("FASTKD_BUILD", "yes", "FASTKD_BUILD is 'yes', wanted 0 or 1"),
+        ("FASTKD_CUDA", "2", "FASTKD_CUDA is '2', wanted 0 or 1 or auto"),
+        ("MAX_JOBS", "many", "MAX_JOBS is 'many', wanted a number from 1 up"),
+        ("CXX", "no-such-compiler", "FASTKD_BUILD=0"),
+    ],
+)
+def test_build_misuse_is_one_sentence(switch: str, value: str, wanted: str, tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", minversion="77")
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, switch: value}, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 1
+    (sentence,) = done.stderr.strip().splitlines()
+    assert sentence.startswith("fastkd: ")
+    assert wanted in sentence

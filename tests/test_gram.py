@@ -1,0 +1,177 @@
+"""fsp_matrix and fsp_loss: the C++ kernels against the law in float64, over dtypes, layouts, shapes and every switch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from support import DTYPES, HALF, LAYOUTS, check, check_loss, evaluate, fused_only, law, make, name, some_shape, values
+
+import fastkd
+
+SHAPES = ((1, 1, 1), (2, 3, 7, 7), (3, 1, 5, 11), (1, 17, 13), (2, 64, 8, 8), (1, 33, 17, 15), (2, 5, 3, 4, 5), (3, 2, 1, 1), (2, 37, 1, 19), (1, 130, 4, 4))
+SUMS = ("aten::add.Tensor",)  # autograd's own, where one tensor stands at two places
+DISTANCES = ("squared", "frobenius", "column_l2")
+pytestmark = pytest.mark.usefixtures("cpp")
+
+
+def matrix_check(a, b, *, upstream=None, needs=None, k=None, **switches):
+    if upstream is None:
+        upstream = torch.randn(a.shape[0], a.shape[1], b.shape[1])
+    return check("cpp", lambda a, b: fastkd.fsp_matrix(a, b, **switches), lambda a, b: law.fsp_matrix(a, b, **switches), [a, b], needs, upstream, k)
+
+
+def shape_ulps(shape, layouts):
+    return 64 + math.prod(shape[2:]) / 4 if layouts == ("expanded_space",) * 2 else None
+
+
+def size(dims: int, low: int = 1, high: int = 11) -> list[int]:
+    return [random.randint(low, high) for _ in range(dims)]
+
+
+# the matrix
+
+
+@pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, LAYOUTS)), ids="-".join)
+def test_matrix_matches_the_law_in_every_pair_of_layouts(layouts):
+    shape = some_shape()
+    b_shape = (shape[0], random.choice((1, 4, 9, 40)), *shape[2:])
+    # one number many times over is the worst case of rounding, and eager code is sometimes lucky with it
+    matrix_check(make(shape, random.choice(DTYPES), layouts[0]), make(b_shape, random.choice(DTYPES), layouts[1]), k=shape_ulps(shape, layouts))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=name)
+@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, DTYPES)), ids=lambda pair: "-".join(map(name, pair)))
+def test_matrix_matches_the_law_for_mixed_dtypes(dtypes, shape):
+    b_shape = (shape[0], random.choice((1, 7, 16, 65)), *shape[2:])
+    matrix_check(make(shape, dtypes[0], random.choice(LAYOUTS)), make(b_shape, dtypes[1], random.choice(LAYOUTS)))
+
+
+@pytest.mark.parametrize("pool_mode", ["avg", "max"])
+@pytest.mark.parametrize("larger", ["a", "b", "each"])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_matrix_matches_the_law_when_sizes_differ(dtype, dims, larger, pool_mode):
+    sizes = [size(dims, 4), size(dims, 1, 4)]
+    if larger == "each":
+        sizes[0][-1], sizes[1][-1] = sizes[1][-1], sizes[0][-1]
+    elif larger == "b":
+        sizes.reverse()
+    n = random.randint(1, 3)
+    a, b = make((n, 5, *sizes[0]), dtype, random.choice(LAYOUTS)), make((n, 3, *sizes[1]), random.choice(DTYPES), random.choice(LAYOUTS))
+    matrix_check(a, b, pool_mode=pool_mode)
+
+
+@pytest.mark.parametrize("sizes", [((6, 6), (6, 6)), ((6, 6), (3, 2))], ids=name)
+@pytest.mark.parametrize("upstream", ["expanded", "transposed", "stepped", "diagonal"])
+def test_matrix_takes_incoming_gradients_of_any_strides(upstream, sizes):
+    grads = {
+        "expanded": torch.randn(1, 1, 1).expand(2, 5, 7),
+        "transposed": torch.randn(2, 7, 5).transpose(1, 2),
+        "stepped": torch.randn(4, 5, 14)[::2, :, ::2],
+        "diagonal": torch.randn(2, 1, 7).expand(2, 5, 7),
+    }
+    matrix_check(make((2, 5, *sizes[0])), make((2, 7, *sizes[1])), upstream=grads[upstream])
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)], ids=name)
+@pytest.mark.parametrize("b_size", [(5, 5), (3, 7)], ids=name)
+def test_matrix_gives_only_the_gradients_asked_for(b_size, needs):
+    matrix_check(make((2, 3, 5, 5)), make((2, 4, *b_size)), needs=needs)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3", None])
+def test_precision_changes_nothing_on_a_cpu(precision):
+    a, b = make((2, 16, 8, 8)), make((2, 32, 8, 8))
+    with fastkd.use_backend("cpp"):
+        assert torch.equal(fastkd.fsp_matrix(a, b, precision=precision), fastkd.fsp_matrix(a, b))
+        assert torch.equal(fastkd.fsp_loss([a, b], [b[:, :16], b], precision=precision), fastkd.fsp_loss([a, b], [b[:, :16], b]))
+
+
+def test_matrix_of_a_map_with_itself_has_the_whole_gradient():
+    for dtype, layout in itertools.product(DTYPES, LAYOUTS):
+        x = make((2, 5, 4, 3), dtype, layout)
+        upstream = torch.randn(2, 5, 5)
+        check("cpp", lambda x: fastkd.fsp_matrix(x, x), lambda x: law.fsp_matrix(x, x), [x], upstream=upstream, k=3 if dtype in HALF else None, also=SUMS)
+
+
+# the loss
+
+
+@pytest.mark.parametrize("distance, pair_reduce, pool_mode", list(itertools.product(DISTANCES, ["sum", "mean"], ["avg", "max"])))
+@pytest.mark.parametrize("sizes", ["equal", "shrinking", "student larger", "any"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_loss_matches_the_law_for_every_switch(dtype, sizes, distance, pair_reduce, pool_mode):
+    dims, stages, n = random.randint(1, 3), random.randint(2, 3), random.randint(1, 3)
+    channels = [random.choice((1, 3, 8, 17)) for _ in range(stages)]
+    high = 11 if dims < 3 else 5
+    first = size(dims, 2, high)
+    student_sizes = [first if sizes == "equal" else [max(1, -(-s // 2**i)) for s in first] for i in range(stages)]
+    if sizes == "any":
+        student_sizes = [size(dims, 1, high) for _ in range(stages)]
+    teacher_sizes = student_sizes if sizes in ("equal", "shrinking") else [size(dims, 1, high) for _ in range(stages)]
+    if sizes == "student larger":
+        student_sizes = [[s + random.randint(0, 3) for s in t] for t in teacher_sizes]
+    student, teacher = ([make((n, c, *s), dtype, random.choice(LAYOUTS)) for c, s in zip(channels, side)] for side in (student_sizes, teacher_sizes))
+    weights = random.choice((None, [random.uniform(-2, 2) for _ in range(stages - 1)]))
+    switches = dict(pool_mode=pool_mode, distance=distance, pair_reduce=pair_reduce, weights=weights, weight=random.choice((1.0, 0.25, 100.0)))
+    check_loss("cpp", "fsp_loss", student, teacher, upstream=torch.tensor(random.uniform(-3, 3)), **switches)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, DTYPES)), ids=lambda pair: "-".join(map(name, pair)))
+def test_loss_matches_the_law_for_mixed_dtypes_and_layouts(dtypes, layout):
+    shapes = [(2, 16, 7, 7), (2, 5, 7, 7), (2, 33, 4, 3)]
+    student, teacher = [make(s, dtypes[0], layout) for s in shapes], [make(s, dtypes[1], random.choice(LAYOUTS)) for s in shapes]
+    check_loss("cpp", "fsp_loss", student, teacher, distance=random.choice(DISTANCES))
+
+
+@pytest.mark.parametrize("teacher_size", [(6, 6), (5, 4)], ids=name)
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=6)), ids=lambda needs: "".join("01"[n] for n in needs))
+def test_each_gradient_can_be_asked_for_alone(needs, teacher_size):
+    channels, student_sizes = (3, 5, 4), ((6, 6), (6, 6), (3, 3))
+    student = [make((2, c, *s)) for c, s in zip(channels, student_sizes)]
+    teacher = [make((2, c, *(s if teacher_size == (6, 6) else teacher_size))) for c, s in zip(channels, student_sizes)]
+    check_loss("cpp", "fsp_loss", student, teacher, needs=needs)
+
+
+def test_all_pairs_go_through_one_call_in_each_direction():
+    student = [make((2, c, 4, 4)) for c in (3, 4, 5, 6)]
+    teacher = [make(s.shape) for s in student]
+    with fastkd.use_backend("cpp"), fused_only() as calls:
+        evaluate(lambda *x: fastkd.fsp_loss(x[:4], x[4:]), [*student, *teacher], needs=[True] * 4 + [False] * 4)
+    assert calls.fused == ["fsp_loss", "fsp_loss_backward"]
+
+
+@pytest.mark.parametrize("shape", [(4, 16, 16, 16), (4, 16, 8, 8)], ids=name)
+def test_the_same_tensor_twice_has_the_whole_gradient(shape):
+    x, y = make(shape), make((4, 16, 16, 16))
+    for distance in DISTANCES:
+        check("cpp", *[lambda x, y, f=f: f([x, x], [y, y], distance=distance) for f in (fastkd.fsp_loss, law.fsp_loss)], [x, y], k=8, also=SUMS)
+        check("cpp", *[lambda x, y, f=f: f([x, y, x], [y, x, y], distance=distance) for f in (fastkd.fsp_loss, law.fsp_loss)], [x, y], k=8, also=SUMS)
+
+
+@pytest.mark.parametrize("dtype, allowed", [(torch.float32, 2e-4), (torch.bfloat16, 2e-2)], ids=name)
+def test_close_features_keep_their_relative_accuracy(dtype, allowed):
+    """Features 1e-2 apart: the difference of the products, not of rounded matrices."""
+    t = [values((4, c, s, s), torch.float32).relu() for c, s in ((16, 32), (32, 16), (64, 8))]
+    s = [(x + 1e-2 * torch.randn_like(x)).to(dtype) for x in t]
+    t = [x.to(dtype) for x in t]
+    with fastkd.use_backend("cpp"):
+        ours = evaluate(lambda *x: fastkd.fsp_loss(x[:3], x[3:]), [*s, *t])
+    exact = evaluate(lambda *x: law.fsp_loss(x[:3], x[3:]), [x.double() for x in (*s, *t)])
+    assert abs(ours.output.double() / exact.output - 1) < 1e-5
+    for got, want in zip(ours.grads, exact.grads):
+        assert (got.double() - want).norm() / want.norm() < allowed
+
+
+def test_student_equal_to_teacher_has_loss_and_gradient_zero():
+    x = [make((3, c, 7, 7), random.choice(DTYPES), random.choice(LAYOUTS)) for c in (8, 4, 16)]
+    same = [y.clone() for y in x]
+    for distance in DISTANCES:
+        with fastkd.use_backend("cpp"), fused_only():
+            got = evaluate(lambda *x: fastkd.fsp_loss(x[:3], x[3:], distance=distance), [*x, *same])  # noqa: B023
+        assert got.output == 0 and all((g == 0).all() for g in got.grads)

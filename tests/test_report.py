@@ -1,0 +1,91 @@
+"""``python -m fastkd`` tells the truth about this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastkd
+from fastkd import backends, native
+
+RUN = "import runpy, sys; sys.argv = ['fastkd', '--json']; runpy.run_module('fastkd', run_name='__main__')"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(fastkd.__file__).parent.parent)}
+    return subprocess.run([sys.executable, "-W", "ignore", *arguments], env=environment, text=True, capture_output=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def report() -> dict:
+    done = run("-m", "fastkd", "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_versions(report: dict) -> None:
+    assert report["fastkd"] == fastkd.__version__
+    assert report["python"] == platform.python_version()
+    assert report["torch"] == torch.__version__
+    assert report["cuda"]["torch"] == torch.version.cuda
+    assert bool(report["cuda"]["devices"]) == torch.cuda.is_available()
+
+
+def test_triton(report: dict) -> None:
+    try:
+        import triton
+    except ImportError:
+        assert report["triton"] is None
+    else:
+        assert report["triton"] == triton.__version__
+    without = run("-c", "import torch, sys; sys.modules['triton'] = None; " + RUN)
+    assert json.loads(without.stdout)["triton"] is None
+
+
+def test_native(report: dict) -> None:
+    for key, library in (("cpu", native.CPU), ("cuda", native.CUDA)):
+        entry = report["native"][key]
+        assert (entry["available"], entry["reason"], entry["path"]) == (library.available, library.reason, library.path)
+    if native.CPU.available:
+        assert report["native"]["cpu"]["torch_target"] == "2.11"
+        assert report["native"]["cpu"]["code_paths"] == native.cpu_paths()
+        assert report["native"]["cpu"]["code_path"] in native.cpu_paths()
+
+
+def test_backends(report: dict) -> None:
+    wanted = {name: {"available": available, "reason": reason} for name, (available, reason) in backends.availability().items()}
+    assert report["backends"] == wanted
+    assert {"reference", "cpp", "triton", "cuda"} <= wanted.keys()
+    assert all(entry["reason"] for entry in wanted.values())
+    assert report["backends"]["cpp"]["available"] == native.CPU.available
+
+
+def test_a_pytorch_without_cuda() -> None:
+    done = run("-c", "import torch; torch.version.cuda = None; torch.cuda.is_available = lambda: False; " + RUN)
+    report = json.loads(done.stdout)
+    assert report["cuda"] == {"torch": None, "devices": []}
+    assert not report["native"]["cuda"]["available"]
+    assert "without CUDA" in report["native"]["cuda"]["reason"]
+    assert not report["backends"]["cuda"]["available"]
+
+
+def test_text_says_the_same(report: dict) -> None:
+    done = run("-m", "fastkd")
+    assert done.returncode == 0, done.stderr
+    assert f"fastkd {report['fastkd']}, Python {report['python']}, torch {report['torch']}" in done.stdout
+    for name, entry in [*report["native"].items(), *report["backends"].items()]:
+        (line,) = [line for line in done.stdout.splitlines() if line.split()[:1] == [name] and line.endswith(entry["reason"])]
+        assert line.split()[1] == ("yes" if entry["available"] else "no")
+
+
+def test_wrong_flag() -> None:
+    done = run("-m", "fastkd", "--yaml")
+    assert done.returncode == 2
+    assert "--yaml" in done.stderr
