@@ -1,0 +1,266 @@
+// Attention maps and the attention-transfer loss, one (sample, stage) unit after the other; a unit's student and teacher are handled
+// together, while they are in the cache. Needs vec.inl, pool.inl and attention_stream.inl. Sums over positions are taken in double, in the
+// order of the positions.
+
+// Hands out pieces of the scratch memory, each with a vector to spare: loops over positions may run to the end of a vector.
+struct Bump {
+  char* at;
+};
+
+template <typename A>
+FASTKD_INLINE A* take(Bump& bump, int64_t count) {
+  A* piece = reinterpret_cast<A*>(bump.at);
+  bump.at += scratch_piece(count, sizeof(A));
+  return piece;
+}
+
+template <typename A>
+FASTKD_INLINE void clear(A* p, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) p[i] = 0;
+}
+
+// A sample's map before normalization: sums over channels, which for "mean" still want to be divided (norm_of and normalized do it on the
+// way). `full` differs from `map` only if the map was pooled: the map at the feature's own size.
+template <typename A>
+struct Energies {
+  A* map;
+  A* full;
+};
+
+template <typename A, typename P>
+static void energies_of(const AttentionSide& side, bool pooled, int64_t n, A* q, Bump bump, const P& power) {
+  const Feature& x = side.x;
+  if (!pooled && x.layout != Layout::kGeneric) {
+    with_type<A>(x.dtype, [&](auto t) {
+      using T = decltype(t);
+      const T* base = static_cast<const T*>(x.data) + n * x.stride_n;
+      if (x.layout == Layout::kPlanes) {
+        energy_planes<T, A>(base, x.channels, x.stride_c, x.positions, q, false, power);
+      } else {
+        energy_channels_last<T, A>(base, x.channels, x.stride_s, x.positions, q, power);
+      }
+    });
+    return;
+  }
+  const int64_t positions = pooled ? side.pool.out_positions : x.positions;
+  A* plane = take<A>(bump, x.positions);
+  A* planes = take<A>(bump, side.chunk * positions);
+  for (int64_t c = 0; c < x.channels; c += side.chunk) {
+    const int64_t end = min_of(c + side.chunk, x.channels);
+    if (pooled) {
+      load_pooled(x, n, c, end, side.pool, plane, planes);
+    } else {
+      load_planes(x, n, c, end, planes);
+    }
+    energy_planes<A, A>(planes, end - c, positions, positions, q, c > 0, power);
+  }
+}
+
+template <typename A>
+static Energies<A> make_energies(const AttentionSide& side, bool pool_before, const AttentionOptions& options, int64_t n, Bump& bump) {
+  const bool before = side.pool.active && pool_before;
+  const int64_t positions = before ? side.pool.out_positions : side.x.positions;
+  Energies<A> e;
+  e.map = e.full = take<A>(bump, positions);
+  with_power<A>(options, [&](const auto& power) { energies_of<A>(side, before, n, e.map, bump, power); });
+  int64_t count = positions;
+  if (side.pool.active && !pool_before) {
+    count = side.pool.out_positions;
+    e.map = take<A>(bump, count);
+    pool_planes(e.full, 1, side.pool, e.map);
+  }
+  pad(e.map, count);
+  return e;
+}
+
+// Writes a sample's coefficients: factor * dq, un-pooled where the map had been pooled.
+template <typename A>
+static void write_coefficients(const AttentionSide& side, bool pool_before, const A* g, const A* y, double dot, const Norm& norm,
+                               double factor, const A* full, int64_t n, Bump bump) {
+  const int64_t count = side.pool.out_positions;
+  A* out = static_cast<A*>(side.coefficients);
+  if (!side.pool.active || pool_before) return normalize_backward(g, y, dot, count, norm, factor, out + n * count);
+  A* pooled = take<A>(bump, count);
+  normalize_backward(g, y, dot, count, norm, factor, pooled);
+  out += n * side.x.positions;
+  clear(out, side.x.positions);
+  unpool_planes_add(full, 1, side.pool, pooled, out);
+}
+
+template <typename A>
+static double loss_unit(const AttentionLossArgs& args, const AttentionStage& stage, int64_t n, Bump bump) {
+  const AttentionOptions& options = args.options;
+  const bool before = args.pool_before;
+  const int64_t count = stage.student.pool.out_positions;
+
+  const Energies<A> s = make_energies<A>(stage.student, before, options, n, bump);
+  const Norm s_norm = norm_of(s.map, count, stage.student, options);
+  Energies<A> t;
+  Norm t_norm = {0, 1, 1, 1, 0, false};  // of a map that comes normalized
+  if (args.teacher_is_map) {
+    t.map = t.full = take<A>(bump, count);
+    load_planes(stage.teacher.x, n, 0, 1, t.map);
+    pad(t.map, count);
+  } else {
+    t = make_energies<A>(stage.teacher, before, options, n, bump);
+    t_norm = norm_of(t.map, count, stage.teacher, options);
+  }
+
+  // Maps become y in place; the difference is kept for the coefficients.
+  A* difference = take<A>(bump, count);
+  VecD squares = {}, along_s = {}, along_t = {};
+  for (int64_t i = 0; i < count; i += kStep) {
+    const VecD y_s = normalized(s.map + i, s_norm);
+    const VecD y_t = normalized(t.map + i, t_norm);
+    const VecD d = y_s - y_t;
+    store<A, double>(s.map + i, y_s);
+    store<A, double>(t.map + i, y_t);
+    store<A, double>(difference + i, d);
+    squares += d * d;
+    along_s += d * y_s;
+    along_t += d * y_t;
+  }
+  double distance = sum(squares);
+  double slope = 2 * stage.factor;
+  if (args.l2) {
+    distance = sqrt(distance);
+    slope = distance == 0 ? 0 : stage.factor / distance;
+  }
+  if (stage.student.coefficients != nullptr) {
+    const double factor = slope * options.p / reduction(stage.student, options);
+    write_coefficients(stage.student, before, difference, s.map, sum(along_s), s_norm, factor, s.full, n, bump);
+  }
+  if (stage.teacher.coefficients != nullptr) {
+    const double factor = args.teacher_is_map ? -slope : -slope * options.p / reduction(stage.teacher, options);
+    write_coefficients(stage.teacher, before, difference, t.map, sum(along_t), t_norm, factor, t.full, n, bump);
+  }
+  return distance;
+}
+
+template <typename A>
+static void loss_units(const AttentionLossArgs& args, int64_t begin, int64_t end, void* scratch) {
+  for (int64_t u = begin; u < end; ++u) {
+    const int64_t n = u / args.stage_count;
+    const int64_t i = u % args.stage_count;
+    const AttentionStage& stage = args.stages[i];
+    args.partial[i * stage.student.x.batch + n] = loss_unit<A>(args, stage, n, Bump{static_cast<char*>(scratch)});
+  }
+}
+
+template <typename A>
+static void map_units(const AttentionMapArgs& args, int64_t begin, int64_t end, void* scratch) {
+  const int64_t count = args.side.x.positions;
+  for (int64_t n = begin; n < end; ++n) {
+    Bump bump{static_cast<char*>(scratch)};
+    const Energies<A> e = make_energies<A>(args.side, false, args.options, n, bump);
+    Norm norm = {0, reduction(args.side, args.options), 1 / reduction(args.side, args.options), 1, 0, false};
+    if (args.normalize) {
+      norm = norm_of(e.map, count, args.side, args.options);
+      static_cast<A*>(args.norm)[n] = static_cast<A>(norm.norm);
+    }
+    for (int64_t i = 0; i < count; i += kStep) store<A, double>(e.map + i, normalized(e.map + i, norm));
+    convert_out<A, A>(e.map, count, static_cast<A*>(args.map) + n * count);
+  }
+}
+
+// dx = coefficient * h(x) for one sample, un-pooled if x had been pooled.
+template <typename A, typename P>
+static void gradient_of(const AttentionSide& side, const Feature& dx, int64_t n, const A* coefficient, Bump bump, const P& power) {
+  const Feature& x = side.x;
+  if (!side.pool.active && x.layout == dx.layout && x.layout != Layout::kGeneric) {
+    with_type<A>(x.dtype, [&](auto t) {
+      using T = decltype(t);
+      const T* from = static_cast<const T*>(x.data) + n * x.stride_n;
+      T* to = static_cast<T*>(dx.data) + n * dx.stride_n;
+      if (x.layout == Layout::kPlanes) {
+        gradient_planes<T, A>(from, x.channels, x.stride_c, x.positions, coefficient, to, dx.stride_c, power);
+      } else {
+        gradient_channels_last<T, A>(from, x.channels, x.stride_s, x.positions, coefficient, to, dx.stride_s, power);
+      }
+    });
+    return;
+  }
+  const int64_t positions = x.positions;
+  const int64_t pooled_positions = side.pool.out_positions;
+  A* planes = take<A>(bump, side.chunk * positions);
+  A* gradient = take<A>(bump, side.chunk * positions);
+  A* pooled = take<A>(bump, side.chunk * pooled_positions);
+  A* pooled_gradient = take<A>(bump, side.chunk * pooled_positions);
+  for (int64_t c = 0; c < x.channels; c += side.chunk) {
+    const int64_t end = min_of(c + side.chunk, x.channels);
+    const int64_t channels = end - c;
+    load_planes(x, n, c, end, planes);
+    if (side.pool.active) {
+      pool_planes(planes, channels, side.pool, pooled);
+      gradient_planes<A, A>(pooled, channels, pooled_positions, pooled_positions, coefficient, pooled_gradient, pooled_positions, power);
+      clear(gradient, channels * positions);
+      unpool_planes_add(planes, channels, side.pool, pooled_gradient, gradient);
+    } else {
+      gradient_planes<A, A>(planes, channels, positions, positions, coefficient, gradient, positions, power);
+    }
+    store_planes(gradient, dx, n, c, end);
+  }
+}
+
+template <typename A>
+static void map_backward_units(const AttentionMapBackwardArgs& args, int64_t begin, int64_t end, void* scratch) {
+  const int64_t count = args.side.x.positions;
+  const double factor = args.options.p / reduction(args.side, args.options);
+  for (int64_t n = begin; n < end; ++n) {
+    Bump bump{static_cast<char*>(scratch)};
+    A* g = take<A>(bump, count);
+    A* y = take<A>(bump, count);
+    load_planes(args.grad, n, 0, 1, g);
+    pad(g, count);
+    Norm norm = {0, 1, 1, 1, 0, false};
+    VecD dot = {};
+    if (args.normalize) {
+      load_planes(args.map, n, 0, 1, y);
+      pad(y, count);
+      norm = norm_from(static_cast<const A*>(args.norm.data)[n * args.norm.stride_n], args.side, args.options);
+      for (int64_t i = 0; i < count; i += kStep) dot += load<A, double>(g + i) * load<A, double>(y + i);
+    }
+    normalize_backward(g, y, sum(dot), count, norm, factor, g);
+    with_power<A>(args.options, [&](const auto& power) { gradient_of<A>(args.side, args.dx, n, g, bump, power); });
+  }
+}
+
+template <typename A>
+static void loss_backward_units(const AttentionLossBackwardArgs& args, int64_t begin, int64_t end, void* scratch) {
+  for (int64_t u = begin; u < end; ++u) {
+    const int64_t n = u / args.item_count;
+    const AttentionGradient& item = args.items[u % args.item_count];
+    Bump bump{static_cast<char*>(scratch)};
+    const int64_t count = item.coefficients.positions;
+    const A* coefficient = static_cast<const A*>(item.coefficients.data) + n * item.coefficients.stride_n;
+    if (args.grad != 1 || item.coefficients.layout != Layout::kPlanes) {
+      A* scaled = take<A>(bump, count);
+      load_planes(item.coefficients, n, 0, 1, scaled);
+      pad(scaled, count);
+      for (int64_t i = 0; i < count; i += kStep) store<A, double>(scaled + i, load<A, double>(scaled + i) * args.grad);
+      coefficient = scaled;
+    }
+    if (item.is_map) {
+      store_planes(coefficient, item.dx, n, 0, 1);
+    } else {
+      with_power<A>(args.options, [&](const auto& power) { gradient_of<A>(item.side, item.dx, n, coefficient, bump, power); });
+    }
+  }
+}
+
+static void attention_map(const AttentionMapArgs& args, int64_t begin, int64_t end, void* scratch) {
+  args.accumulation == DType::kDouble ? map_units<double>(args, begin, end, scratch) : map_units<float>(args, begin, end, scratch);
+}
+static void attention_map_backward(const AttentionMapBackwardArgs& args, int64_t begin, int64_t end, void* scratch) {
+  args.accumulation == DType::kDouble ? map_backward_units<double>(args, begin, end, scratch)
+                                      : map_backward_units<float>(args, begin, end, scratch);
+}
+static void attention_loss(const AttentionLossArgs& args, int64_t begin, int64_t end, void* scratch) {
+  args.accumulation == DType::kDouble ? loss_units<double>(args, begin, end, scratch) : loss_units<float>(args, begin, end, scratch);
+}
+static void attention_loss_backward(const AttentionLossBackwardArgs& args, int64_t begin, int64_t end, void* scratch) {
+  args.accumulation == DType::kDouble ? loss_backward_units<double>(args, begin, end, scratch)
+                                      : loss_backward_units<float>(args, begin, end, scratch);
+}
+
+static constexpr AttentionKernels attention_kernels = {attention_map, attention_map_backward, attention_loss, attention_loss_backward};

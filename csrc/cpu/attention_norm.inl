@@ -1,0 +1,88 @@
+// The normalization of an attention map, forward and backward. Maps of a sample lie in scratch memory, padded with zeros to a whole number
+// of steps; sums over positions are taken in double, in the order of the positions. Needs vec.inl.
+
+// Positions of a map are padded with zeros to a whole number of these.
+constexpr int64_t kStep = kLanes<double>;
+
+template <typename A>
+FASTKD_INLINE void pad(A* map, int64_t count) {
+  for (int64_t i = count; i < round_up(count, kStep); ++i) map[i] = 0;
+}
+
+// What the sums over channels are divided by.
+static double reduction(const AttentionSide& side, const AttentionOptions& options) {
+  return options.mean ? static_cast<double>(side.x.channels) : 1.0;
+}
+
+// Norm of a map and what follows from it.
+struct Norm {
+  double norm;
+  double divisor;     // of the sums: the normalization's and, for "mean", the number of channels
+  double reciprocal;  // 1 / divisor
+  // dq = (g - y * <g, y> * along) * scale for the gradient g of the normalized map y; without the subtraction where the divisor does not
+  // depend on q.
+  double scale, along;
+  bool has_along;
+};
+
+static Norm norm_from(double norm, const AttentionSide& side, const AttentionOptions& options) {
+  Norm r;
+  r.norm = norm;
+  r.along = 1;
+  double divisor;
+  if (options.add_eps) {
+    divisor = norm + options.eps;
+    r.has_along = true;
+    r.along = norm == 0 ? 0 : 1 + options.eps / norm;  // times a NaN it is NaN, as in PyTorch
+  } else {
+    divisor = norm < options.eps ? options.eps : norm;  // a NaN stays
+    r.has_along = norm > options.eps;                   // at the very bound PyTorch 2.15 agrees, older ones keep the second term
+  }
+  r.scale = 1 / divisor;
+  if (options.add_eps && divisor == 0) r.scale = __builtin_nan("");  // as in PyTorch, where 0 / 0 reaches the gradient
+  r.divisor = divisor * reduction(side, options);
+  r.reciprocal = 1 / r.divisor;
+  return r;
+}
+
+template <typename A>
+static Norm norm_of(const A* map, int64_t count, const AttentionSide& side, const AttentionOptions& options) {
+  VecD total[2] = {};
+  int64_t i = 0;
+  for (; i + 2 * kStep <= count; i += 2 * kStep) {
+    const VecD a = load<A, double>(map + i);
+    const VecD b = load<A, double>(map + i + kStep);
+    total[0] += a * a;
+    total[1] += b * b;
+  }
+  for (; i < count; i += kStep) {
+    const VecD q = load<A, double>(map + i);
+    total[0] += q * q;
+  }
+  return norm_from(sqrt(sum(total[0] + total[1])) / reduction(side, options), side, options);
+}
+
+// y = q / divisor, rounded to A: equal maps then have equal y and no distance, however the compiler contracts what follows.
+FASTKD_INLINE VecD rounded(VecD v, float) { return __builtin_convertvector(__builtin_convertvector(v, HalfF), VecD); }
+FASTKD_INLINE VecD rounded(VecD v, double) { return v; }
+FASTKD_INLINE VecD normalized(const float* q, const Norm& norm) { return rounded(load<float, double>(q) * norm.reciprocal, float{}); }
+FASTKD_INLINE VecD normalized(const double* q, const Norm& norm) { return load<double, double>(q) / norm.divisor; }
+
+// out = factor * dq for the gradient g of y; dot = <g, y>. Writes `count` numbers and not one more.
+template <typename A>
+static void normalize_backward(const A* g, const A* y, double dot, int64_t count, const Norm& norm, double factor, A* out) {
+  const double scale = factor * norm.scale;
+  const double along = norm.along * dot;
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) {
+    VecD d = load<A, double>(g + i);
+    if (norm.has_along) d -= load<A, double>(y + i) * along;
+    store<A, double>(out + i, d * scale);
+  }
+  if (i < count) {
+    VecD d = load<A, double>(g + i);
+    if (norm.has_along) d -= load<A, double>(y + i) * along;
+    d *= scale;
+    for (int64_t lane = 0; i < count; ++i, ++lane) out[i] = static_cast<A>(d[lane]);
+  }
+}

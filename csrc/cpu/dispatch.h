@@ -1,0 +1,34 @@
+// The table of kernels of one CPU code path, and the choice among the paths.
+#pragma once
+
+#include "attention.h"
+#include "gram.h"
+
+namespace fastkd {
+
+struct KernelTable {
+  const char* name;  // "portable", "avx2", "avx512"
+  AttentionKernels attention;
+  GramKernels gram;
+};
+
+// Each is defined by the file of its name (through kernels.inl). AVX paths exist only in builds with GCC for x86-64 (FASTKD_X86).
+namespace portable {
+extern const KernelTable table;
+}
+namespace avx2 {
+extern const KernelTable table;
+}
+namespace avx512 {
+extern const KernelTable table;
+}
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define FASTKD_X86 1
+#endif
+
+// The path in use: FASTKD_CPU, or what fastkd_set_cpu_path() chose, or else the best one that this CPU runs. Throws if FASTKD_CPU names no
+// usable path.
+const KernelTable& kernels();
+
+}  // namespace fastkd

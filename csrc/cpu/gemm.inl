@@ -1,0 +1,128 @@
+// A small matrix product, C (m x n) = or += A B, or A B + A2 (B - B2) in one sweep, for operands that already lie well: B and C have
+// contiguous rows, and A is read one broadcast scalar at a time, through any strides. Everything the FSP kernels multiply is brought into
+// this form (pack.inl), so one register tile serves every layout, direction and dtype.
+
+template <typename T>
+struct Gemm {
+  int64_t m, n, k;
+  const T* a;  // element (i, l) at a[i * a_row + l * a_col]
+  int64_t a_row, a_col;
+  const T* b;  // element (l, j) at b[l * b_row + j]; readable up to the next multiple of the vector length in j
+  int64_t b_row;
+  const T* a2;  // the second product of the difference form (element (i, l) at a2[i + l * a2_col]); else null
+  int64_t a2_col;
+  const T* b2;
+  int64_t b2_row;
+  T* c;
+  int64_t c_row;
+  bool add;  // C += instead of C =
+};
+
+// Rows of the register tile: enough independent sums to hide the latency of a multiply-add, few enough for the register file (a third of
+// the most that fit would be gained in loads only, which are not what binds). A tile one vector wide needs more rows. double is not tuned:
+// it keeps the code small.
+template <typename T, int NV>
+constexpr int kTileRows = sizeof(T) == 8 ? 8 / NV
+                          : NV == 1      ? (FASTKD_VECTOR_BYTES == 64 ? 16 : 8)
+                                         : (FASTKD_VECTOR_BYTES == 64   ? 8
+                                            : FASTKD_VECTOR_BYTES == 32 ? 6
+                                                                        : 4);
+
+// One tile of MR x NV vectors over l in [0, k). `columns` is how many of its columns exist in C.
+template <typename T, int MR, int NV, bool Dual, bool UnitRow>
+static void gemm_tile(const Gemm<T>& g, const T* a, const T* a2, const T* b, const T* b2, T* c, int64_t k, int64_t columns, bool add) {
+  using V = Vec<T>;
+  constexpr int W = int(kLanes<T>);
+  const int64_t a_row = UnitRow ? 1 : g.a_row, a_col = UnitRow ? g.a_col : 1;
+  V sum[MR][NV];
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) sum[r][v] = V{};
+  for (int64_t l = 0; l < k; ++l) {
+    V right[NV], change[NV];
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) {
+      right[v] = load<T, T>(b + v * W);
+      if (Dual) change[v] = right[v] - load<T, T>(b2 + v * W);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) sum[r][v] += a[r * a_row] * right[v];
+      if (Dual) {
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) sum[r][v] += a2[r] * change[v];
+      }
+    }
+    a += a_col;
+    b += g.b_row;
+    if (Dual) {
+      a2 += g.a2_col;
+      b2 += g.b2_row;
+    }
+  }
+  if (columns == NV * W) {
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) {
+        T* to = c + r * g.c_row + v * W;
+        store<T, T>(to, add ? load<T, T>(to) + sum[r][v] : sum[r][v]);
+      }
+    return;
+  }
+  T rest[NV * W];
+  for (int r = 0; r < MR; ++r) {
+    for (int v = 0; v < NV; ++v) store<T, T>(rest + v * W, sum[r][v]);
+    T* to = c + r * g.c_row;
+    for (int64_t j = 0; j < columns; ++j) to[j] = add ? to[j] + rest[j] : rest[j];
+  }
+}
+
+template <typename T, int NV, bool Dual, bool UnitRow, int MR = kTileRows<T, NV>>
+static void gemm_rows(int rows, const Gemm<T>& g, const T* a, const T* a2, const T* b, const T* b2, T* c, int64_t k, int64_t columns,
+                      bool add) {
+  if constexpr (MR >= 1) {
+    if (rows == MR) return gemm_tile<T, MR, NV, Dual, UnitRow>(g, a, a2, b, b2, c, k, columns, add);
+    return gemm_rows<T, NV, Dual, UnitRow, MR - 1>(rows, g, a, a2, b, b2, c, k, columns, add);
+  }
+}
+
+// Rows are shared out evenly over the tiles (17 rows as 5 + 6 + 6, not 8 + 8 + 1): no tile is left too thin to hide latency.
+template <typename T, int NV, bool Dual, bool UnitRow>
+static void gemm_column(const Gemm<T>& g, int64_t i0, int64_t i1, int64_t j, int64_t l, int64_t k, bool add) {
+  const int64_t tiles = (i1 - i0 + kTileRows<T, NV> - 1) / kTileRows<T, NV>;
+  int64_t i = i0;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t rows = (i1 - i) / (tiles - t), columns = g.n - j < NV * kLanes<T> ? g.n - j : NV * kLanes<T>;
+    const T *a = g.a + i * g.a_row + l * g.a_col, *b = g.b + l * g.b_row + j;
+    const T *a2 = Dual ? g.a2 + i + l * g.a2_col : nullptr, *b2 = Dual ? g.b2 + l * g.b2_row + j : nullptr;
+    gemm_rows<T, NV, Dual, UnitRow>(int(rows), g, a, a2, b, b2, g.c + i * g.c_row + j, k, columns, add);
+    i += rows;
+  }
+}
+
+template <typename T, bool Dual, bool UnitRow>
+static void gemm_blocks(const Gemm<T>& g) {
+  // Blocks: a panel of B (kDepth x 2 vectors) and a block of A (kRows x kDepth) stay in the first-level cache and the second-level cache.
+  constexpr int64_t kDepth = 256, kRows = 96, W = kLanes<T>;
+  for (int64_t l = 0; l < g.k; l += kDepth) {
+    const int64_t k = g.k - l < kDepth ? g.k - l : kDepth;
+    const bool add = g.add || l > 0;
+    for (int64_t i = 0; i < g.m; i += kRows) {
+      const int64_t end = g.m - i < kRows ? g.m : i + kRows;
+      int64_t j = 0;
+      for (; g.n - j > W; j += 2 * W) gemm_column<T, 2, Dual, UnitRow>(g, i, end, j, l, k, add);
+      if (j < g.n) gemm_column<T, 1, Dual, UnitRow>(g, i, end, j, l, k, add);
+    }
+  }
+}
+
+// UnitRow: A's rows are adjacent (a_row == 1, packed by l); otherwise A's columns are (a_col == 1).
+template <typename T>
+static void gemm(const Gemm<T>& g) {
+  if (g.a2) return gemm_blocks<T, true, true>(g);
+  if (g.a_row == 1) return gemm_blocks<T, false, true>(g);
+  gemm_blocks<T, false, false>(g);
+}

@@ -1,0 +1,228 @@
+// Vectors of the accumulation type A (float or double), FASTKD_VECTOR_BYTES wide, by the compilers' vector extensions: arithmetic,
+// comparisons and v[i] work as on numbers. load<T, A>(p) and store<T, A>(p, v) convert from and to the storage type T (Half, BFloat16,
+// float, double; for A = float not double) at any alignment, kLanes<A> elements at a time; to_acc<T, A> and from_acc<T, A> do so for one
+// number. sum(v) adds the lanes in double. The stores round to nearest even and keep NaN.
+
+#define FASTKD_INLINE static inline __attribute__((always_inline))
+
+typedef float VecF __attribute__((vector_size(FASTKD_VECTOR_BYTES)));
+typedef double VecD __attribute__((vector_size(FASTKD_VECTOR_BYTES)));
+typedef int32_t IntF __attribute__((vector_size(FASTKD_VECTOR_BYTES)));
+typedef int64_t IntD __attribute__((vector_size(FASTKD_VECTOR_BYTES)));
+typedef uint32_t BitsF __attribute__((vector_size(FASTKD_VECTOR_BYTES)));
+typedef uint16_t BitsH __attribute__((vector_size(FASTKD_VECTOR_BYTES / 2)));  // 16-bit values for the lanes of a VecF
+typedef float HalfF __attribute__((vector_size(FASTKD_VECTOR_BYTES / 2)));     // floats for the lanes of a VecD
+// The same in memory, at the alignment of an element.
+typedef VecF VecFU __attribute__((aligned(4), may_alias));
+typedef VecD VecDU __attribute__((aligned(8), may_alias));
+typedef BitsH BitsHU __attribute__((aligned(2), may_alias));
+typedef HalfF HalfFU __attribute__((aligned(4), may_alias));
+
+template <typename A>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  typedef VecF type;
+  typedef IntF mask;
+};
+template <>
+struct VecOf<double> {
+  typedef VecD type;
+  typedef IntD mask;
+};
+template <typename A>
+using Vec = typename VecOf<A>::type;
+template <typename A>
+using Mask = typename VecOf<A>::mask;
+template <typename A>
+static constexpr int64_t kLanes = FASTKD_VECTOR_BYTES / static_cast<int64_t>(sizeof(A));
+
+// Bit patterns of one number as another type.
+template <typename To, typename From>
+FASTKD_INLINE To bit_copy(From value) {
+  static_assert(sizeof(To) == sizeof(From), "sizes differ");
+  To result;
+  __builtin_memcpy(&result, &value, sizeof(To));
+  return result;
+}
+
+// 16-bit formats, for one number (F = float, U = uint32_t) and for vectors (VecF, BitsF) alike. Choices are
+// written with masks, since vectors and numbers differ in ?:.
+FASTKD_INLINE uint32_t mask_of(bool condition) { return condition ? ~0u : 0u; }
+FASTKD_INLINE BitsF mask_of(IntF condition) { return (BitsF)condition; }
+
+template <typename F, typename U>
+FASTKD_INLINE F float_of_half_bits(U h) {
+  // The exponent is rebased by a multiplication, which handles infinity and NaN too; subnormals are made by subtracting the implied one.
+  const U w = h << 16;
+  const U twice = w + w;
+  const F normal = bit_copy<F>((twice >> 4) + (0xE0u << 23)) * 0x1.0p-112f;
+  const F subnormal = bit_copy<F>((twice >> 17) | (126u << 23)) - 0.5f;
+  const U is_subnormal = mask_of(twice < (1u << 27));
+  const U magnitude = (bit_copy<U>(subnormal) & is_subnormal) | (bit_copy<U>(normal) & ~is_subnormal);
+  return bit_copy<F>((w & 0x80000000u) | magnitude);
+}
+
+template <typename F, typename U>
+FASTKD_INLINE U half_bits_of_float(F f) {
+  // Adding a power of two chosen from the exponent rounds the mantissa at the wanted bit; scaling up and down first turns too large values
+  // into infinity.
+  const U w = bit_copy<U>(f);
+  const U twice = w + w;
+  F base = (bit_copy<F>(w & 0x7FFFFFFFu) * 0x1.0p+112f) * 0x1.0p-110f;
+  const U exponent = twice & 0xFF000000u;
+  const U is_small = mask_of(exponent < 0x71000000u);
+  const U bias = (is_small & 0x71000000u) | (~is_small & exponent);
+  base = bit_copy<F>((bias >> 1) + 0x07800000u) + base;
+  const U bits = bit_copy<U>(base);
+  const U number = ((bits >> 13) & 0x7C00u) + (bits & 0x0FFFu);
+  const U is_nan = mask_of(twice > 0xFF000000u);
+  return (w >> 16 & 0x8000u) | (is_nan & 0x7E00u) | (~is_nan & number);
+}
+
+template <typename F, typename U>
+FASTKD_INLINE U bfloat16_bits_of_float(F f) {
+  const U w = bit_copy<U>(f);
+  const U is_nan = mask_of((w & 0x7FFFFFFFu) > 0x7F800000u);
+  return (is_nan & ((w >> 16) | 0x40u)) | (~is_nan & ((w + 0x7FFFu + ((w >> 16) & 1u)) >> 16));
+}
+
+template <typename T, typename A>
+struct Number;
+template <typename A>
+struct Number<float, A> {
+  FASTKD_INLINE A get(float x) { return x; }
+  FASTKD_INLINE float put(A x) { return static_cast<float>(x); }
+};
+template <typename A>
+struct Number<double, A> {
+  FASTKD_INLINE A get(double x) { return static_cast<A>(x); }
+  FASTKD_INLINE double put(A x) { return x; }
+};
+template <typename A>
+struct Number<Half, A> {
+  FASTKD_INLINE A get(Half x) { return float_of_half_bits<float, uint32_t>(x.bits); }
+  FASTKD_INLINE Half put(A x) { return {static_cast<uint16_t>(half_bits_of_float<float, uint32_t>(static_cast<float>(x)))}; }
+};
+template <typename A>
+struct Number<BFloat16, A> {
+  FASTKD_INLINE A get(BFloat16 x) { return bit_copy<float>(static_cast<uint32_t>(x.bits) << 16); }
+  FASTKD_INLINE BFloat16 put(A x) { return {static_cast<uint16_t>(bfloat16_bits_of_float<float, uint32_t>(static_cast<float>(x)))}; }
+};
+
+template <typename T, typename A>
+FASTKD_INLINE A to_acc(T x) {
+  return Number<T, A>::get(x);
+}
+template <typename T, typename A>
+FASTKD_INLINE T from_acc(A x) {
+  return Number<T, A>::put(x);
+}
+
+// The general case goes lane by lane: 16-bit storage with double accumulation, which only mixed calls with float64 use.
+template <typename T, typename A>
+struct Memory {
+  FASTKD_INLINE Vec<A> load(const T* p) {
+    Vec<A> v = {};
+    for (int64_t i = 0; i < kLanes<A>; ++i) v[i] = to_acc<T, A>(p[i]);
+    return v;
+  }
+  FASTKD_INLINE void store(T* p, Vec<A> v) {
+    for (int64_t i = 0; i < kLanes<A>; ++i) p[i] = from_acc<T, A>(v[i]);
+  }
+};
+template <>
+struct Memory<float, float> {
+  FASTKD_INLINE VecF load(const float* p) { return *reinterpret_cast<const VecFU*>(p); }
+  FASTKD_INLINE void store(float* p, VecF v) { *reinterpret_cast<VecFU*>(p) = v; }
+};
+template <>
+struct Memory<double, double> {
+  FASTKD_INLINE VecD load(const double* p) { return *reinterpret_cast<const VecDU*>(p); }
+  FASTKD_INLINE void store(double* p, VecD v) { *reinterpret_cast<VecDU*>(p) = v; }
+};
+template <>
+struct Memory<float, double> {
+  FASTKD_INLINE VecD load(const float* p) { return __builtin_convertvector(*reinterpret_cast<const HalfFU*>(p), VecD); }
+  FASTKD_INLINE void store(float* p, VecD v) { *reinterpret_cast<HalfFU*>(p) = __builtin_convertvector(v, HalfF); }
+};
+template <>
+struct Memory<BFloat16, float> {
+  FASTKD_INLINE VecF load(const BFloat16* p) { return (VecF)(__builtin_convertvector(*reinterpret_cast<const BitsHU*>(p), BitsF) << 16); }
+  FASTKD_INLINE void store(BFloat16* p, VecF v) {
+    *reinterpret_cast<BitsHU*>(p) = __builtin_convertvector(bfloat16_bits_of_float<VecF, BitsF>(v), BitsH);
+  }
+};
+template <>
+struct Memory<Half, float> {
+#if FASTKD_VECTOR_BYTES == 64
+  FASTKD_INLINE VecF load(const Half* p) { return (VecF)_mm512_cvtph_ps((__m256i) * reinterpret_cast<const BitsHU*>(p)); }
+  FASTKD_INLINE void store(Half* p, VecF v) {
+    *reinterpret_cast<BitsHU*>(p) = (BitsH)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+  }
+#elif FASTKD_VECTOR_BYTES == 32
+  FASTKD_INLINE VecF load(const Half* p) { return (VecF)_mm256_cvtph_ps((__m128i) * reinterpret_cast<const BitsHU*>(p)); }
+  FASTKD_INLINE void store(Half* p, VecF v) {
+    *reinterpret_cast<BitsHU*>(p) = (BitsH)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+  }
+#else
+  FASTKD_INLINE VecF load(const Half* p) {
+    return float_of_half_bits<VecF, BitsF>(__builtin_convertvector(*reinterpret_cast<const BitsHU*>(p), BitsF));
+  }
+  FASTKD_INLINE void store(Half* p, VecF v) {
+    *reinterpret_cast<BitsHU*>(p) = __builtin_convertvector(half_bits_of_float<VecF, BitsF>(v), BitsH);
+  }
+#endif
+};
+
+template <typename T, typename A>
+FASTKD_INLINE Vec<A> load(const T* p) {
+  return Memory<T, A>::load(p);
+}
+template <typename T, typename A>
+FASTKD_INLINE void store(T* p, Vec<A> v) {
+  Memory<T, A>::store(p, v);
+}
+
+template <typename A>
+FASTKD_INLINE Vec<A> broadcast(A x) {
+  return x - Vec<A>{};  // x - 0 is x for every x, -0 and NaN included
+}
+
+FASTKD_INLINE double sum(VecD v) {
+  double total = 0;
+  for (int64_t i = 0; i < kLanes<double>; ++i) total += v[i];
+  return total;
+}
+
+FASTKD_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTKD_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Calls f(T{}) with the storage type T of dtype. Accumulation in float never meets float64 storage.
+template <typename A, typename F>
+FASTKD_INLINE void with_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kHalf:
+      return f(Half{});
+    case DType::kBFloat16:
+      return f(BFloat16{});
+    case DType::kFloat:
+      return f(float{});
+    case DType::kDouble:
+      if constexpr (sizeof(A) == sizeof(double)) f(double{});
+  }
+}
+
+// dst[i] = src[i] as T, and back.
+template <typename T, typename A>
+static void convert_in(const T* src, int64_t count, A* dst) {
+  int64_t i = 0;
+  for (; i + kLanes<A> <= count; i += kLanes<A>) store<A, A>(dst + i, load<T, A>(src + i));
+  for (; i < count; ++i) dst[i] = to_acc<T, A>(src[i]);
+}
+template <typename T, typename A>
+static void convert_out(const A* src, int64_t count, T* dst) {
+  int64_t i = 0;
+  for (; i + kLanes<A> <= count; i += kLanes<A>) store<T, A>(dst + i, load<A, A>(src + i));
+  for (; i < count; ++i) dst[i] = from_acc<T, A>(src[i]);
+}
