@@ -46,6 +46,15 @@ def poisoned_memory(request: pytest.FixtureRequest):
 
 
 @pytest.fixture
+def one_thread():
+    """Small tensors gain nothing from a second thread, and on a busy machine every handover waits for it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def cpp() -> str:
     """The compiled CPU kernels; a test that asks for them is skipped where they are not built."""
     from support import cpp_missing

@@ -131,7 +131,7 @@ def kdzoo_at(s: Tensor, t: Tensor, p: float = 2) -> Tensor:
 
 
 def paper_at(s: Tensor, t: Tensor) -> Tensor:
-    """Eq. 2 of the paper (torchdistill's mode "paper" is this without the half): the norm of the difference, not squared, a mean over the batch."""
+    """Eq. 2 of the paper (torchdistill's mode "paper", without the half): the norm of the difference, not squared, mean over the batch."""
     s, t = (F.normalize(x.pow(2).sum(1).flatten(1)) for x in (s, t))
     return torch.norm(s - t, dim=1).sum() / s.shape[0]
 

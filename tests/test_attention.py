@@ -12,8 +12,19 @@ from support import DENSE, DTYPES, LAYOUTS, check, check_loss, evaluate, fused_o
 import fastkd
 
 POWERS = (1, 1.5, 2, 2.7, 3, 4)
-SHAPES = ((1, 1, 6), (2, 3, 7, 7), (3, 1, 5, 11), (1, 17, 13), (2, 64, 8, 8), (1, 31, 33, 31), (2, 5, 3, 4, 5), (3, 2, 1, 7), (2, 37, 1, 19), (1, 130, 16, 16))
-pytestmark = pytest.mark.usefixtures("cpp")
+SHAPES = (
+    (1, 1, 6),
+    (2, 3, 7, 7),
+    (3, 1, 5, 11),
+    (1, 17, 13),
+    (2, 64, 8, 8),
+    (1, 31, 33, 31),
+    (2, 5, 3, 4, 5),
+    (3, 2, 1, 7),
+    (2, 37, 1, 19),
+    (1, 130, 16, 16),
+)
+pytestmark = pytest.mark.usefixtures("cpp", "one_thread")
 
 
 def map_check(x, *, upstream=None, **switches):
@@ -29,10 +40,10 @@ def kind(p: float, signed: bool) -> str:
 # the map
 
 
-@pytest.mark.parametrize("normalize, eps_mode", [(True, "clamp"), (True, "add"), (False, "clamp")])
 @pytest.mark.parametrize("p, signed, channel_reduce", list(itertools.product(POWERS, [False, True], ["mean", "sum"])))
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_map_matches_the_law_for_every_switch(dtype, p, signed, channel_reduce, normalize, eps_mode):
+def test_map_matches_the_law_for_every_switch(dtype, p, signed, channel_reduce):
+    normalize, eps_mode = random.choice([(True, "clamp"), (True, "add"), (False, "clamp")])
     x = make(some_shape(), dtype, random.choice(LAYOUTS), kind(p, signed))
     eps = random.choice((1e-12, 1e-6, 0.5))
     map_check(x, p=p, signed=signed, channel_reduce=channel_reduce, normalize=normalize, eps=eps, eps_mode=eps_mode)
@@ -40,9 +51,8 @@ def test_map_matches_the_law_for_every_switch(dtype, p, signed, channel_reduce, 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_map_matches_the_law_in_every_layout(dtype, shape, layout):
-    map_check(make(shape, dtype, layout))
+def test_map_matches_the_law_in_every_layout(shape, layout):
+    map_check(make(shape, random.choice(DTYPES), layout))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "stepped"])
@@ -72,21 +82,25 @@ def test_a_lone_position_has_map_one_and_gradient_zero(dtype, shape):
 def test_a_norm_of_exactly_eps_takes_eagers_side_of_the_clamp():
     x, upstream = torch.ones(1, 1, 4), torch.tensor([[1.0, 2.0, 3.0, 5.0]])
     for eps in (2.0, 2.0000002, 1.9999999):
-        got, want = (evaluate(lambda x: f(x, eps=eps), [x], upstream=upstream) for f in (fastkd.attention_map, law.attention_map))  # noqa: B023
+        got, want = (evaluate(lambda x: f(x, eps=eps), [x], upstream=upstream) for f in (fastkd.attention_map, law.attention_map))
         torch.testing.assert_close(got.grads, want.grads, rtol=1e-5, atol=1e-6)
 
 
 # the loss
 
 
-@pytest.mark.parametrize("p, signed, channel_reduce, eps_mode", list(itertools.product(POWERS, [False, True], ["mean", "sum"], ["clamp", "add"])))
+@pytest.mark.parametrize(
+    "p, signed, channel_reduce, eps_mode", list(itertools.product(POWERS, [False, True], ["mean", "sum"], ["clamp", "add"]))
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_loss_matches_the_law_for_every_power(dtype, p, signed, channel_reduce, eps_mode):
     stages, n = random.randint(1, 3), random.choice((1, 2, 3, 5))
     student = [make(some_shape(n), dtype, random.choice(LAYOUTS), kind(p, signed)) for _ in range(stages)]
     teacher = [make((s.shape[0], random.choice((1, 4, 19)), *s.shape[2:]), dtype, random.choice(DENSE), kind(p, signed)) for s in student]
     eps = random.choice((1e-12, 1e-6, 0.5))
-    check_loss("cpp", "attention_transfer_loss", student, teacher, p=p, signed=signed, channel_reduce=channel_reduce, eps=eps, eps_mode=eps_mode)
+    check_loss(
+        "cpp", "attention_transfer_loss", student, teacher, p=p, signed=signed, channel_reduce=channel_reduce, eps=eps, eps_mode=eps_mode
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -111,8 +125,8 @@ def pooled_sizes(dims: int, larger: str) -> tuple[list[int], list[int]]:
 @pytest.mark.parametrize("pool, pool_mode, difference", list(itertools.product(["before", "after"], ["avg", "max"], ["squared", "l2"])))
 @pytest.mark.parametrize("larger", ["student", "teacher", "each"])
 @pytest.mark.parametrize("dims", [1, 2, 3])
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_loss_matches_the_law_when_sizes_differ(dtype, dims, larger, pool, pool_mode, difference):
+def test_loss_matches_the_law_when_sizes_differ(dims, larger, pool, pool_mode, difference):
+    dtype = random.choice(DTYPES)
     s_size, t_size = pooled_sizes(dims, larger)
     n, p = random.randint(1, 3), random.choice((1, 2, 3, 2.7))
     student = [make((n, 5, *s_size), dtype, random.choice(LAYOUTS)), make((n, 3, *t_size), dtype, random.choice(LAYOUTS))]
@@ -125,7 +139,9 @@ def test_loss_matches_the_law_when_sizes_differ(dtype, dims, larger, pool, pool_
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_pooling_of_signed_powers_matches_the_law(layout, pool, pool_mode):
     student, teacher = make((2, 6, 9, 7), torch.float32, layout, "positive"), make((2, 3, 4, 7), torch.float32, kind="positive")
-    check_loss("cpp", "attention_transfer_loss", [student], [teacher], p=2.7, signed=True, pool=pool, pool_mode=pool_mode, eps_mode="add", eps=0.1)
+    check_loss(
+        "cpp", "attention_transfer_loss", [student], [teacher], p=2.7, signed=True, pool=pool, pool_mode=pool_mode, eps_mode="add", eps=0.1
+    )
 
 
 @pytest.mark.parametrize("weights, weight", [(None, 1.0), ([0.5, 0.0, 3.0], 1.0), ([1, -2, 0.25], 1000.0), (None, 0.0)], ids=name)
@@ -179,5 +195,5 @@ def test_student_equal_to_teacher_has_loss_and_gradient_zero():
     same = x.clone()
     for difference in ("squared", "l2"):
         with fastkd.use_backend("cpp"), fused_only():
-            got = evaluate(lambda s, t: fastkd.attention_transfer_loss(s, t, difference=difference), [x, same])  # noqa: B023
+            got = evaluate(lambda s, t: fastkd.attention_transfer_loss(s, t, difference=difference), [x, same])
         assert got.output == 0 and all((g == 0).all() for g in got.grads)

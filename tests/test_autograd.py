@@ -17,6 +17,7 @@ from support import DTYPES, check_loss, evaluate, law, make, name, ulp, values
 import fastkd
 from fastkd import backends
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 F64 = torch.float64
 STAGES = 3
 TRAINING = {  # name -> (module with the functions, student, teacher) -> scalar
@@ -43,13 +44,18 @@ def agree(got, want, rtol=2e-5):
 # gradcheck
 
 
-@pytest.mark.parametrize("p, signed, difference, pool", [(2, False, "squared", "before"), (3, True, "l2", "after"), (2.7, False, "l2", "before"), (1, False, "squared", "after")])
+@pytest.mark.parametrize(
+    "p, signed, difference, pool",
+    [(2, False, "squared", "before"), (3, True, "l2", "after"), (2.7, False, "l2", "before"), (1, False, "squared", "after")],
+)
 @pytest.mark.parametrize("eps_mode", ["clamp", "add"])
 def test_transfer_loss_passes_gradcheck(eps_mode, p, signed, difference, pool):
     s, t = (values(shape, F64, "positive").requires_grad_() for shape in ((2, 2, 3, 2), (2, 1, 2, 3)))
 
     def loss(s, t):
-        return fastkd.attention_transfer_loss(s, t, p, signed=signed, difference=difference, pool=pool, eps_mode=eps_mode, eps=1e-2, weight=10.0)
+        return fastkd.attention_transfer_loss(
+            s, t, p, signed=signed, difference=difference, pool=pool, eps_mode=eps_mode, eps=1e-2, weight=10.0
+        )
 
     assert torch.autograd.gradcheck(loss, (s, t))
 
@@ -84,7 +90,11 @@ DOWNSTREAM = {
 def test_gradient_survives_what_stands_downstream(downstream, layout):
     x, y = make((3, 4, 5, 6), F64, layout).requires_grad_(), make((3, 7, 5, 6), F64).requires_grad_()
     after = DOWNSTREAM[downstream]
-    for call in (lambda m, x, y: m.attention_map(x), lambda m, x, y: m.attention_map(x, normalize=False), lambda m, x, y: m.fsp_matrix(x, y)):
+    for call in (
+        lambda m, x, y: m.attention_map(x),
+        lambda m, x, y: m.attention_map(x, normalize=False),
+        lambda m, x, y: m.fsp_matrix(x, y),
+    ):
         got, want = (torch.autograd.grad(after(call(m, x, y)), (x, y), allow_unused=True) for m in (fastkd, law))
         for g, w in zip(got, want):
             assert (g is None) == (w is None)
@@ -97,7 +107,7 @@ def test_upstream_scalar_may_have_any_strides_and_factor(scale):
     s, t = chains()
     for function in ("attention_transfer_loss", "fsp_loss"):
         factor = {"expanded": torch.tensor([3.0, 5.0])[1].expand(()), "double": torch.tensor(-0.5), "half": torch.tensor(2.0**-13)}[scale]
-        got, want = (evaluate(lambda *x: TRAINING[function](m, x[:3], x[3:]), [*s, *t], upstream=factor) for m in (fastkd, law))  # noqa: B023
+        got, want = (evaluate(lambda *x: TRAINING[function](m, x[:3], x[3:]), [*s, *t], upstream=factor) for m in (fastkd, law))
         agree(got.grads, want.grads)
 
 
@@ -122,7 +132,9 @@ def test_gradients_accumulate_over_micro_batches(function):
         TRAINING[function](fastkd, [x[part] for x in s], [x[part] for x in t]).backward()
     got = [x.grad for x in s]
     s2, t2 = leaves(s), leaves(t)
-    sum(TRAINING[function](law, [x[part] for x in s2], [x[part] for x in t2]) for part in (slice(0, 2), slice(2, 4), slice(1, 3))).backward()
+    sum(
+        TRAINING[function](law, [x[part] for x in s2], [x[part] for x in t2]) for part in (slice(0, 2), slice(2, 4), slice(1, 3))
+    ).backward()
     agree(got, [x.grad for x in s2])
 
 
@@ -150,7 +162,7 @@ def test_teacher_may_come_from_inference_mode(function):
     with torch.inference_mode():
         frozen = [x.clone() for x in t]
     assert all(x.is_inference() for x in frozen)
-    got, want = (evaluate(lambda *x: TRAINING[function](m, x, teacher), s) for m, teacher in ((fastkd, frozen), (law, t)))  # noqa: B023
+    got, want = (evaluate(lambda *x: TRAINING[function](m, x, teacher), s) for m, teacher in ((fastkd, frozen), (law, t)))
     agree(got.grads, want.grads)
     agree([got.output], [want.output], 1e-6)
 
@@ -178,7 +190,7 @@ def test_the_same_tensors_may_be_student_and_teacher(function):
 @pytest.mark.parametrize("function", ["attention_transfer_loss", "fsp_loss"])
 def test_one_tensor_may_stand_at_several_places(function):
     a, b = values((2, 4, 5, 5), F64), values((2, 4, 5, 5), F64)
-    got, want = (evaluate(lambda a, b: TRAINING[function](m, [a, b, a], [b, b, a]), [a, b]) for m in (fastkd, law))  # noqa: B023
+    got, want = (evaluate(lambda a, b: TRAINING[function](m, [a, b, a], [b, b, a]), [a, b]) for m in (fastkd, law))
     agree(got.grads, want.grads, 1e-10)
 
 
@@ -208,7 +220,10 @@ def test_half_gradients_survive_the_published_weight_and_loss_scale(dtype):
     s = [values((128, c, n, n), dtype, "normal") for c, n in ((16, 32), (32, 16), (64, 8))]
     t = [values(x.shape, dtype) for x in s]
     upstream = torch.tensor(65536.0)
-    got, eager = (evaluate(lambda *x: m.attention_transfer_loss(x, t, weight=1000.0), xs, upstream=upstream) for m, xs in ((fastkd, s), (law, [x.float() for x in s])))  # noqa: B023
+    got, eager = (
+        evaluate(lambda *x: m.attention_transfer_loss(x, t, weight=1000.0), xs, upstream=upstream)
+        for m, xs in ((fastkd, s), (law, [x.float() for x in s]))
+    )
     for g, w in zip(got.grads, eager.grads):
         assert g.isfinite().all() and g.dtype == dtype
         assert (g.double() - w.double()).abs().max() <= ulp(dtype, w.abs().max().item())
@@ -245,8 +260,18 @@ def test_two_processes_under_ddp_agree_with_one():
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     script = str(Path(__file__).with_name("ddp_worker.py"))
-    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "SEED": str(random.randrange(2**31))}
-    ranks = [subprocess.Popen([sys.executable, script], env={**env, "RANK": str(r)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(2)]
+    env = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+        "SEED": str(random.randrange(2**31)),
+    }
+    ranks = [
+        subprocess.Popen([sys.executable, script], env={**env, "RANK": str(r)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for r in range(2)
+    ]
     for process in ranks:
         out, _ = process.communicate(timeout=120)
         assert process.returncode == 0, out

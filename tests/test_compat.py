@@ -11,6 +11,7 @@ from support import evaluate, values
 
 from fastkd.compat import kdzoo, repdistiller
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 F64 = torch.float64
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from support import cpp_missing, law, make, values
@@ -11,7 +9,7 @@ from torch import nn
 
 import fastkd
 
-pytestmark = pytest.mark.unpoisoned
+pytestmark = [pytest.mark.unpoisoned, pytest.mark.usefixtures("one_thread")]
 CPP = pytest.param("cpp", marks=pytest.mark.skipif(bool(cpp_missing()), reason=f"backend cpp: {cpp_missing()}"))
 BACKENDS = ["auto", CPP]
 
@@ -40,7 +38,8 @@ LOSSES = {
     "at with every switch": lambda m, s, t, zs, zt: m.attention_transfer_loss(
         s, t[::-1], 3, channel_reduce="sum", signed=True, eps=1e-6, eps_mode="add", pool="after", pool_mode="max", difference="l2",
         stage_reduce="mean", weights=[1.0, 0.5], weight=10.0),
-    "map": lambda m, s, t, zs, zt: m.attention_transfer_loss(s[0], m.attention_map(t[0]), teacher_is_map=True) + m.attention_map(s[1]).max(),
+    "map": lambda m, s, t, zs, zt: m.attention_map(s[1]).max()
+    + m.attention_transfer_loss(s[0], m.attention_map(t[0]), teacher_is_map=True),
     "fsp": lambda m, s, t, zs, zt: m.fsp_loss(s, t),
     "matrix": lambda m, s, t, zs, zt: (m.fsp_matrix(*s) - m.fsp_matrix(*t)).square().sum(),
     "kd": lambda m, s, t, zs, zt: m.kd_loss(zs, zt),
@@ -83,7 +82,9 @@ DYNAMIC = [*STATIC, (3, (11, 9), (6, 5)), (5, (8, 14), (7, 3))]
 
 
 @pytest.mark.parametrize("losses", [[loss] for loss in LOSSES], ids="".join)
-@pytest.mark.parametrize("backend, dynamic", [("auto", False), pytest.param("cpp", False, marks=CPP.marks), pytest.param("cpp", True, marks=CPP.marks)])
+@pytest.mark.parametrize(
+    "backend, dynamic", [("auto", False), pytest.param("cpp", False, marks=CPP.marks), pytest.param("cpp", True, marks=CPP.marks)]
+)
 def test_a_training_step_compiles_as_one_graph(backend, dynamic, losses):
     with fastkd.use_backend(backend):
         step_agrees(losses, DYNAMIC if dynamic else STATIC, dynamic=dynamic, backend="aot_eager")
@@ -187,11 +188,16 @@ def at_options(**change):
 
 def samples():
     ops = torch.ops.fastkd
-    for dtype, layout in ((torch.float32, "contiguous"), (torch.float64, "channels_last"), (torch.bfloat16, "sliced"), (torch.float32, "swapped")):
+    for dtype, layout in (
+        (torch.float32, "contiguous"),
+        (torch.float64, "channels_last"),
+        (torch.bfloat16, "sliced"),
+        (torch.float32, "swapped"),
+    ):
         grad = dtype != torch.bfloat16  # opcheck's gradients are compared at float32's tolerance
 
         def leaf(*shape):
-            return make(shape, dtype, layout).requires_grad_(grad)  # noqa: B023
+            return make(shape, dtype, layout).requires_grad_(grad)
 
         x, y = leaf(2, 3, 5, 4), leaf(2, 6, 3, 7)
         yield ops.attention_map.default, (x, *MAP)
@@ -200,7 +206,10 @@ def samples():
         yield ops.attention_map_backward.default, (torch.randn_like(m), x.detach(), m, n, *MAP)
         s, t = [x, y], [leaf(2, 4, 5, 4), leaf(2, 6, 5, 4)]
         yield ops.attention_transfer_loss.default, (s, t, *at_options(), grad, grad)
-        yield ops.attention_transfer_loss.default, (s, [v.detach() for v in t], *at_options(pool="after", weights=[1.0, 2.0], difference="l2"), grad, False)
+        yield (
+            ops.attention_transfer_loss.default,
+            (s, [v.detach() for v in t], *at_options(pool="after", weights=[1.0, 2.0], difference="l2"), grad, False),
+        )
         plain = [v.detach() for v in (*s, *t)]
         loss, coefficients = ops.attention_transfer_loss(plain[:2], plain[2:], *at_options(), True, True)
         yield ops.attention_transfer_loss_backward.default, (torch.ones_like(loss), plain, coefficients, 2.0, False, "avg")
@@ -218,7 +227,11 @@ def samples():
         yield ops.fsp_loss_backward.default, (torch.ones_like(loss), plain[2:], grams, "avg", None, [1], True)
 
 
-OPERATORS = [f"{function}{suffix}" for function in ("attention_map", "attention_transfer_loss", "fsp_matrix", "fsp_loss") for suffix in ("", "_backward")]
+OPERATORS = [
+    f"{function}{suffix}"
+    for function in ("attention_map", "attention_transfer_loss", "fsp_matrix", "fsp_loss")
+    for suffix in ("", "_backward")
+]
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

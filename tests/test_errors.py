@@ -12,6 +12,7 @@ from support import cpp_missing, values
 import fastkd
 from fastkd import reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BACKENDS = ["reference", pytest.param("cpp", marks=pytest.mark.skipif(bool(cpp_missing()), reason=f"backend cpp: {cpp_missing()}")), "auto"]
 
 
@@ -44,9 +45,17 @@ MISUSE = {
     "loss of a None among stages": (lambda: AT([f(2, 3, 4), None], [f(2, 3, 4)] * 2), TypeError, [r"student\[1\]", "NoneType", "tensor"]),
     "loss of two dimensions": (lambda: AT(f(2, 3), f(2, 3)), ValueError, ["student", r"\(2, 3\)", "dimensions"]),
     "batch sizes differ": (lambda: AT(PAIR, [f(2, 3, 4, 4), f(3, 5, 4, 4)]), ValueError, [r"student\[1\]", r"teacher\[1\]", "batch"]),
-    "batch sizes of stages differ": (lambda: AT([f(2, 3, 4), f(3, 3, 4)], [f(2, 3, 4), f(3, 3, 4)]), ValueError, [r"student\[0\]", r"student\[1\]", "batch"]),
+    "batch sizes of stages differ": (
+        lambda: AT([f(2, 3, 4), f(3, 3, 4)], [f(2, 3, 4), f(3, 3, 4)]),
+        ValueError,
+        [r"student\[0\]", r"student\[1\]", "batch"],
+    ),
     "ranks differ": (lambda: AT(f(2, 3, 4, 4), f(2, 3, 4)), ValueError, ["student", "teacher", "dimensions"]),
-    "devices differ": (lambda: AT(PAIR, [f(2, 3, 4, 4), f(2, 5, 4, 4, device="meta")]), ValueError, ["student", "teacher", "meta", "device"]),
+    "devices differ": (
+        lambda: AT(PAIR, [f(2, 3, 4, 4), f(2, 5, 4, 4, device="meta")]),
+        ValueError,
+        ["student", "teacher", "meta", "device"],
+    ),
     "lengths differ": (lambda: AT(PAIR, PAIR[:1]), ValueError, ["student", "2", "teacher", "1"]),
     "empty lists": (lambda: AT([], []), ValueError, ["student", "0", "1"]),
     "empty batch": (lambda: AT(f(0, 3, 4), f(0, 3, 4)), ValueError, ["student", "batch"]),
@@ -70,7 +79,11 @@ MISUSE = {
     "FSP of one tensor": (lambda: FSP(PAIR[0], PAIR[0]), ValueError, ["student", "1", "2"]),
     "FSP lengths": (lambda: FSP(PAIR, [*PAIR, PAIR[0]]), ValueError, ["student", "2", "teacher", "3"]),
     "FSP channels": (lambda: FSP(PAIR, [PAIR[0], PAIR[0]]), ValueError, [r"student\[1\]", r"teacher\[1\]", "channels"]),
-    "FSP batches": (lambda: FSP([PAIR[0], f(3, 5, 4, 4)], [PAIR[0], f(3, 5, 4, 4)]), ValueError, [r"student\[0\]", r"student\[1\]", "batch"]),
+    "FSP batches": (
+        lambda: FSP([PAIR[0], f(3, 5, 4, 4)], [PAIR[0], f(3, 5, 4, 4)]),
+        ValueError,
+        [r"student\[0\]", r"student\[1\]", "batch"],
+    ),
     "FSP integers": (lambda: FSP([PAIR[0], PAIR[1].int()], PAIR), TypeError, [r"student\[1\]", "int32"]),
     "FSP empty batch": (lambda: FSP([x[:0] for x in PAIR], [x[:0] for x in PAIR]), ValueError, ["student", "batch"]),
     "FSP unknown distance": (lambda: FSP(PAIR, PAIR, distance="l2"), ValueError, ["distance", "l2", "squared", "frobenius", "column_l2"]),
@@ -83,7 +96,11 @@ MISUSE = {
     "matrix devices": (lambda: fastkd.fsp_matrix(f(2, 3, 4), f(2, 3, 4, device="meta")), ValueError, ["a", "b", "meta", "device"]),
     "matrix channels": (lambda: fastkd.fsp_matrix(f(2, 3, 4), f(2, 0, 4)), ValueError, ["b", "channels"]),
     "matrix integers": (lambda: fastkd.fsp_matrix(f(2, 3, 4), f(2, 3, 4).long()), TypeError, ["b", "int64"]),
-    "matrix pool_mode": (lambda: fastkd.fsp_matrix(f(2, 3, 4), f(2, 3, 4), pool_mode="min"), ValueError, ["pool_mode", "min", "avg", "max"]),
+    "matrix pool_mode": (
+        lambda: fastkd.fsp_matrix(f(2, 3, 4), f(2, 3, 4), pool_mode="min"),
+        ValueError,
+        ["pool_mode", "min", "avg", "max"],
+    ),
     "matrix precision": (lambda: fastkd.fsp_matrix(f(2, 3, 4), f(2, 3, 4), precision="fp8"), ValueError, ["precision", "fp8", "ieee"]),
     "KD classes": (lambda: fastkd.kd_loss(f(2, 3), f(2, 4)), ValueError, ["student_logits", "teacher_logits", "class"]),
     "KD batches": (lambda: fastkd.kd_loss(f(2, 3), f(3, 3)), ValueError, ["student_logits", "teacher_logits", "batch"]),
@@ -109,7 +126,12 @@ def test_misuse_is_told_in_one_sentence(misuse, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_misuse_is_told_when_gradients_are_wanted_too(backend):
     x = f(2, 3, 4, 4).requires_grad_()
-    for call in (lambda: AT(x, f(3, 3, 4, 4)), lambda: FSP([x, x], [x, f(2, 4, 4, 4)]), lambda: X(x, 0.5), lambda: fastkd.fsp_matrix(x, f(2, 3, 4))):
+    for call in (
+        lambda: AT(x, f(3, 3, 4, 4)),
+        lambda: FSP([x, x], [x, f(2, 4, 4, 4)]),
+        lambda: X(x, 0.5),
+        lambda: fastkd.fsp_matrix(x, f(2, 3, 4)),
+    ):
         with fastkd.use_backend(backend), pytest.raises(ValueError):
             call()
 

@@ -12,16 +12,29 @@ from support import DTYPES, HALF, LAYOUTS, check, check_loss, evaluate, fused_on
 
 import fastkd
 
-SHAPES = ((1, 1, 1), (2, 3, 7, 7), (3, 1, 5, 11), (1, 17, 13), (2, 64, 8, 8), (1, 33, 17, 15), (2, 5, 3, 4, 5), (3, 2, 1, 1), (2, 37, 1, 19), (1, 130, 4, 4))
+SHAPES = (
+    (1, 1, 1),
+    (2, 3, 7, 7),
+    (3, 1, 5, 11),
+    (1, 17, 13),
+    (2, 64, 8, 8),
+    (1, 33, 17, 15),
+    (2, 5, 3, 4, 5),
+    (3, 2, 1, 1),
+    (2, 37, 1, 19),
+    (1, 130, 4, 4),
+)
 SUMS = ("aten::add.Tensor",)  # autograd's own, where one tensor stands at two places
 DISTANCES = ("squared", "frobenius", "column_l2")
-pytestmark = pytest.mark.usefixtures("cpp")
+pytestmark = pytest.mark.usefixtures("cpp", "one_thread")
 
 
 def matrix_check(a, b, *, upstream=None, needs=None, k=None, **switches):
     if upstream is None:
         upstream = torch.randn(a.shape[0], a.shape[1], b.shape[1])
-    return check("cpp", lambda a, b: fastkd.fsp_matrix(a, b, **switches), lambda a, b: law.fsp_matrix(a, b, **switches), [a, b], needs, upstream, k)
+    return check(
+        "cpp", lambda a, b: fastkd.fsp_matrix(a, b, **switches), lambda a, b: law.fsp_matrix(a, b, **switches), [a, b], needs, upstream, k
+    )
 
 
 def shape_ulps(shape, layouts):
@@ -40,12 +53,15 @@ def test_matrix_matches_the_law_in_every_pair_of_layouts(layouts):
     shape = some_shape()
     b_shape = (shape[0], random.choice((1, 4, 9, 40)), *shape[2:])
     # one number many times over is the worst case of rounding, and eager code is sometimes lucky with it
-    matrix_check(make(shape, random.choice(DTYPES), layouts[0]), make(b_shape, random.choice(DTYPES), layouts[1]), k=shape_ulps(shape, layouts))
+    matrix_check(
+        make(shape, random.choice(DTYPES), layouts[0]), make(b_shape, random.choice(DTYPES), layouts[1]), k=shape_ulps(shape, layouts)
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
-@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, DTYPES)), ids=lambda pair: "-".join(map(name, pair)))
-def test_matrix_matches_the_law_for_mixed_dtypes(dtypes, shape):
+@pytest.mark.parametrize("a_dtype", DTYPES, ids=name)
+def test_matrix_matches_the_law_for_mixed_dtypes(a_dtype, shape):
+    dtypes = a_dtype, random.choice(DTYPES)
     b_shape = (shape[0], random.choice((1, 7, 16, 65)), *shape[2:])
     matrix_check(make(shape, dtypes[0], random.choice(LAYOUTS)), make(b_shape, dtypes[1], random.choice(LAYOUTS)))
 
@@ -95,7 +111,15 @@ def test_matrix_of_a_map_with_itself_has_the_whole_gradient():
     for dtype, layout in itertools.product(DTYPES, LAYOUTS):
         x = make((2, 5, 4, 3), dtype, layout)
         upstream = torch.randn(2, 5, 5)
-        check("cpp", lambda x: fastkd.fsp_matrix(x, x), lambda x: law.fsp_matrix(x, x), [x], upstream=upstream, k=3 if dtype in HALF else None, also=SUMS)
+        check(
+            "cpp",
+            lambda x: fastkd.fsp_matrix(x, x),
+            lambda x: law.fsp_matrix(x, x),
+            [x],
+            upstream=upstream,
+            k=3 if dtype in HALF else None,
+            also=SUMS,
+        )
 
 
 # the loss
@@ -115,9 +139,13 @@ def test_loss_matches_the_law_for_every_switch(dtype, sizes, distance, pair_redu
     teacher_sizes = student_sizes if sizes in ("equal", "shrinking") else [size(dims, 1, high) for _ in range(stages)]
     if sizes == "student larger":
         student_sizes = [[s + random.randint(0, 3) for s in t] for t in teacher_sizes]
-    student, teacher = ([make((n, c, *s), dtype, random.choice(LAYOUTS)) for c, s in zip(channels, side)] for side in (student_sizes, teacher_sizes))
+    student, teacher = (
+        [make((n, c, *s), dtype, random.choice(LAYOUTS)) for c, s in zip(channels, side)] for side in (student_sizes, teacher_sizes)
+    )
     weights = random.choice((None, [random.uniform(-2, 2) for _ in range(stages - 1)]))
-    switches = dict(pool_mode=pool_mode, distance=distance, pair_reduce=pair_reduce, weights=weights, weight=random.choice((1.0, 0.25, 100.0)))
+    switches = dict(
+        pool_mode=pool_mode, distance=distance, pair_reduce=pair_reduce, weights=weights, weight=random.choice((1.0, 0.25, 100.0))
+    )
     check_loss("cpp", "fsp_loss", student, teacher, upstream=torch.tensor(random.uniform(-3, 3)), **switches)
 
 
@@ -129,9 +157,9 @@ def test_loss_matches_the_law_for_mixed_dtypes_and_layouts(dtypes, layout):
     check_loss("cpp", "fsp_loss", student, teacher, distance=random.choice(DISTANCES))
 
 
-@pytest.mark.parametrize("teacher_size", [(6, 6), (5, 4)], ids=name)
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=6)), ids=lambda needs: "".join("01"[n] for n in needs))
-def test_each_gradient_can_be_asked_for_alone(needs, teacher_size):
+def test_each_gradient_can_be_asked_for_alone(needs):
+    teacher_size = random.choice(((6, 6), (5, 4)))
     channels, student_sizes = (3, 5, 4), ((6, 6), (6, 6), (3, 3))
     student = [make((2, c, *s)) for c, s in zip(channels, student_sizes)]
     teacher = [make((2, c, *(s if teacher_size == (6, 6) else teacher_size))) for c, s in zip(channels, student_sizes)]
@@ -150,8 +178,20 @@ def test_all_pairs_go_through_one_call_in_each_direction():
 def test_the_same_tensor_twice_has_the_whole_gradient(shape):
     x, y = make(shape), make((4, 16, 16, 16))
     for distance in DISTANCES:
-        check("cpp", *[lambda x, y, f=f: f([x, x], [y, y], distance=distance) for f in (fastkd.fsp_loss, law.fsp_loss)], [x, y], k=8, also=SUMS)
-        check("cpp", *[lambda x, y, f=f: f([x, y, x], [y, x, y], distance=distance) for f in (fastkd.fsp_loss, law.fsp_loss)], [x, y], k=8, also=SUMS)
+        check(
+            "cpp",
+            *[lambda x, y, f=f: f([x, x], [y, y], distance=distance) for f in (fastkd.fsp_loss, law.fsp_loss)],
+            [x, y],
+            k=8,
+            also=SUMS,
+        )
+        check(
+            "cpp",
+            *[lambda x, y, f=f: f([x, y, x], [y, x, y], distance=distance) for f in (fastkd.fsp_loss, law.fsp_loss)],
+            [x, y],
+            k=8,
+            also=SUMS,
+        )
 
 
 @pytest.mark.parametrize("dtype, allowed", [(torch.float32, 2e-4), (torch.bfloat16, 2e-2)], ids=name)
@@ -173,5 +213,5 @@ def test_student_equal_to_teacher_has_loss_and_gradient_zero():
     same = [y.clone() for y in x]
     for distance in DISTANCES:
         with fastkd.use_backend("cpp"), fused_only():
-            got = evaluate(lambda *x: fastkd.fsp_loss(x[:3], x[3:], distance=distance), [*x, *same])  # noqa: B023
+            got = evaluate(lambda *x: fastkd.fsp_loss(x[:3], x[3:], distance=distance), [*x, *same])
         assert got.output == 0 and all((g == 0).all() for g in got.grads)

@@ -12,6 +12,7 @@ from support import DTYPES, check, law, make, name, values
 
 import fastkd
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LAYOUTS = ("contiguous", "swapped", "sliced", "stepped", "expanded_batch", "expanded_channels")
 
 

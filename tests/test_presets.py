@@ -11,6 +11,7 @@ from support import evaluate, values
 
 import fastkd
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 F64 = torch.float64
 CHANNELS, SIZES = (5, 8, 3), (9, 5, 5)
 

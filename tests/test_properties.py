@@ -14,7 +14,7 @@ from support import DTYPES, check, check_loss, law, values
 
 import fastkd
 
-pytestmark = pytest.mark.usefixtures("cpp")
+pytestmark = pytest.mark.usefixtures("cpp", "one_thread")
 relaxed = settings(deadline=None, max_examples=15, suppress_health_check=list(HealthCheck), database=None)
 switch = st.sampled_from
 dtypes, weights = switch(DTYPES), st.floats(-4, 4).filter(lambda w: w == 0 or abs(w) > 1e-3)
@@ -65,7 +65,7 @@ def test_transfer_loss_matches_the_law_for_any_input(data):
     for _ in range(stages):
         space = data.draw(spaces)
         sizes = st.lists(st.integers(1, 9), min_size=len(space), max_size=len(space))
-        other = data.draw(st.just(space) | sizes.filter(lambda other: math.prod(map(min, space, other)) > 5))  # noqa: B023
+        other = data.draw(st.just(space) | sizes.filter(lambda other: math.prod(map(min, space, other)) > 5))
         for side, size in ((student, space), (teacher, other)):
             side.append(data.draw(features(n, data.draw(st.integers(1, 24)), size, positive=signed)))
     options = dict(

@@ -53,8 +53,8 @@ void map_sizes(const TensorView& x, int64_t* sizes) {
   for (int32_t d = 2; d < x.dim; ++d) sizes[d - 1] = x.sizes[d];
 }
 
-std::tuple<Tensor, Tensor> attention_map(const Tensor& x, double p, const std::string& channel_reduce, bool is_signed, bool normalize,
-                                         double eps, const std::string& eps_mode) {
+std::tuple<Tensor, Tensor> attention_map(const Tensor& x, double p, const Text& channel_reduce, bool is_signed, bool normalize, double eps,
+                                         const Text& eps_mode) {
   const TensorView view = view_of(x, "x");
   const Feature feature = feature_of(view, "x");
   const PoolTables none = make_pool(feature.size, feature.size, false);
@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor> attention_map(const Tensor& x, double p, const std::s
 }
 
 Tensor attention_map_backward(const Tensor& grad, const Tensor& x, const Tensor& map, const Tensor& norm, double p,
-                              const std::string& channel_reduce, bool is_signed, bool normalize, double eps, const std::string& eps_mode) {
+                              const Text& channel_reduce, bool is_signed, bool normalize, double eps, const Text& eps_mode) {
   const TensorView view = view_of(x, "x");
   const Feature feature = feature_of(view, "x");
   const PoolTables none = make_pool(feature.size, feature.size, false);
@@ -134,10 +134,9 @@ Tensor make_coefficients(AttentionSide& side, const TensorView& view, bool is_ma
   return out;
 }
 
-std::tuple<Tensor, Tensors> attention_transfer_loss(const Tensors& student, const Tensors& teacher, double p,
-                                                    const std::string& channel_reduce, bool is_signed, double eps,
-                                                    const std::string& eps_mode, const std::string& pool, const std::string& pool_mode,
-                                                    const std::string& difference, const std::string& stage_reduce,
+std::tuple<Tensor, Tensors> attention_transfer_loss(const Tensors& student, const Tensors& teacher, double p, const Text& channel_reduce,
+                                                    bool is_signed, double eps, const Text& eps_mode, const Text& pool,
+                                                    const Text& pool_mode, const Text& difference, const Text& stage_reduce,
                                                     const std::optional<std::vector<double>>& weights, double weight, bool teacher_is_map,
                                                     bool student_grad, bool teacher_grad) {
   const size_t count = student.size();
@@ -227,7 +226,7 @@ std::tuple<Tensor, Tensors> attention_transfer_loss(const Tensors& student, cons
 }
 
 Tensors attention_transfer_loss_backward(const Tensor& grad, const Tensors& features, const Tensors& coefficients, double p, bool is_signed,
-                                         const std::string& pool_mode) {
+                                         const Text& pool_mode) {
   const size_t count = features.size();
   STD_TORCH_CHECK(coefficients.size() == count, "features and coefficients must be lists of the same length");
   if (count == 0) return {};

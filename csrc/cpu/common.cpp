@@ -185,9 +185,9 @@ double scalar_of(const Tensor& tensor, const char* name) {
   }
 }
 
-bool parse_switch(const std::string& given, const char* name, const char* when_false, const char* when_true) {
-  if (given == when_true) return true;
-  STD_TORCH_CHECK(given == when_false, name, " must be \"", when_false, "\" or \"", when_true, "\", got \"", given, "\"");
+bool parse_switch(const Text& given, const char* name, const char* when_false, const char* when_true) {
+  if (given.value == when_true) return true;
+  STD_TORCH_CHECK(given.value == when_false, name, " must be \"", when_false, "\" or \"", when_true, "\", got \"", given.value, "\"");
   return false;
 }
 

@@ -89,7 +89,12 @@ Tensor empty_like(const Tensor& tensor, const TensorView& view);
 // The value of a 0-dim (or one-element) tensor.
 double scalar_of(const Tensor& tensor, const char* name);
 
-bool parse_switch(const std::string& given, const char* name, const char* when_false, const char* when_true);
+// A string argument of an operator. PyTorch's own conversion, to std::string, leaks every one in the headers of 2.13 and older.
+struct Text {
+  std::string value;
+};
+
+bool parse_switch(const Text& given, const char* name, const char* when_false, const char* when_true);
 
 // Bytes of one piece of scratch memory for `count` numbers: whole cache lines, and one vector to spare. (Static: kernels may use it.)
 static inline size_t scratch_piece(int64_t count, size_t size) { return (static_cast<size_t>(count) * size + 127) / 64 * 64; }
@@ -121,3 +126,17 @@ void parallel_units(int64_t units, int64_t elements_per_unit, size_t scratch_byt
 }
 
 }  // namespace fastkd
+
+template <>
+struct torch::stable::detail::ToImpl<fastkd::Text> {
+  static fastkd::Text call(StableIValue value, uint64_t, bool) {
+    const StringHandle handle = torch::stable::detail::to<StringHandle>(value);
+    const char* data = nullptr;
+    size_t length = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    fastkd::Text text{std::string(data, length)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return text;
+  }
+};

@@ -10,11 +10,9 @@
 namespace fastkd {
 namespace {
 
-using Strings = std::optional<std::string>;
-
-void check_precision(const Strings& precision) {
-  STD_TORCH_CHECK(!precision || *precision == "ieee" || *precision == "tf32" || *precision == "tf32x3",
-                  "precision must be \"ieee\", \"tf32\", \"tf32x3\" or None, got \"", *precision, "\"");
+void check_precision(const std::optional<Text>& precision) {
+  STD_TORCH_CHECK(!precision || precision->value == "ieee" || precision->value == "tf32" || precision->value == "tf32x3",
+                  "precision must be \"ieee\", \"tf32\", \"tf32x3\" or None, got \"", precision->value, "\"");
 }
 
 std::vector<Feature> features_of(const std::vector<Tensor>& tensors, const char* name) {
@@ -173,7 +171,7 @@ void write_scalar(const Tensor& to, double value) {
 
 }  // namespace
 
-Tensor fsp_matrix(const Tensor& a, const Tensor& b, std::string pool_mode, Strings precision) {
+Tensor fsp_matrix(const Tensor& a, const Tensor& b, const Text& pool_mode, std::optional<Text> precision) {
   check_precision(precision);
   const bool max = parse_switch(pool_mode, "pool_mode", "avg", "max");
   const Feature chain[2] = {feature_of(view_of(a, "a"), "a"), feature_of(view_of(b, "b"), "b")};
@@ -188,8 +186,8 @@ Tensor fsp_matrix(const Tensor& a, const Tensor& b, std::string pool_mode, Strin
   return out;
 }
 
-std::vector<Tensor> fsp_matrix_backward(const Tensor& grad, const Tensor& a, const Tensor& b, std::string pool_mode, Strings precision,
-                                        bool a_grad, bool b_grad) {
+std::vector<Tensor> fsp_matrix_backward(const Tensor& grad, const Tensor& a, const Tensor& b, const Text& pool_mode,
+                                        std::optional<Text> precision, bool a_grad, bool b_grad) {
   check_precision(precision);
   const bool max = parse_switch(pool_mode, "pool_mode", "avg", "max");
   const Feature fa = feature_of(view_of(a, "a"), "a"), fb = feature_of(view_of(b, "b"), "b");
@@ -214,15 +212,15 @@ std::vector<Tensor> fsp_matrix_backward(const Tensor& grad, const Tensor& a, con
   return out;
 }
 
-std::tuple<Tensor, std::vector<Tensor>> fsp_loss(std::vector<Tensor> student, std::vector<Tensor> teacher, std::string pool_mode,
-                                                 std::string distance, std::string pair_reduce, std::optional<std::vector<double>> weights,
-                                                 double weight, Strings precision, bool with_grad) {
+std::tuple<Tensor, std::vector<Tensor>> fsp_loss(std::vector<Tensor> student, std::vector<Tensor> teacher, const Text& pool_mode,
+                                                 const Text& distance, const Text& pair_reduce, std::optional<std::vector<double>> weights,
+                                                 double weight, std::optional<Text> precision, bool with_grad) {
   check_precision(precision);
   const bool max = parse_switch(pool_mode, "pool_mode", "avg", "max");
-  const bool columns = distance == "column_l2";
-  const bool mean = distance == "squared";
-  STD_TORCH_CHECK(mean || columns || distance == "frobenius", "distance must be \"squared\", \"frobenius\" or \"column_l2\", got \"",
-                  distance, "\"");
+  const bool columns = distance.value == "column_l2";
+  const bool mean = distance.value == "squared";
+  STD_TORCH_CHECK(mean || columns || distance.value == "frobenius", "distance must be \"squared\", \"frobenius\" or \"column_l2\", got \"",
+                  distance.value, "\"");
   const bool pair_mean = parse_switch(pair_reduce, "pair_reduce", "sum", "mean");
   STD_TORCH_CHECK(student.size() >= 2, "student must hold at least two stages, got ", student.size());
   STD_TORCH_CHECK(teacher.size() == student.size(), "student and teacher must hold equally many stages, got ", student.size(), " and ",
@@ -260,7 +258,7 @@ std::tuple<Tensor, std::vector<Tensor>> fsp_loss(std::vector<Tensor> student, st
 }
 
 std::vector<Tensor> fsp_loss_backward(const Tensor& grad, std::vector<Tensor> features, std::vector<Tensor> gram_grads,
-                                      std::string pool_mode, Strings precision, std::vector<int64_t> stages, bool negate) {
+                                      const Text& pool_mode, std::optional<Text> precision, std::vector<int64_t> stages, bool negate) {
   check_precision(precision);
   const bool max = parse_switch(pool_mode, "pool_mode", "avg", "max");
   STD_TORCH_CHECK(features.size() >= 2 && gram_grads.size() == features.size() - 1, "gram_grads must hold one matrix a pair of features");
