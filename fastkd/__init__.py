@@ -5,7 +5,7 @@ Functions :func:`attention_map`, :func:`attention_transfer_loss`, :func:`fsp_mat
 PyTorch.
 """
 
-from fastkd import backends, native, ops, reference
+from fastkd import backends, models, native, ops, reference
 from fastkd.backends import BackendError, use_backend
 from fastkd.modules import FSP, KD, AttentionTransfer
 from fastkd.ops.attention import attention_map, attention_transfer_loss
@@ -25,6 +25,7 @@ __all__ = [
     "fsp_loss",
     "fsp_matrix",
     "kd_loss",
+    "models",
     "native",
     "ops",
     "reference",

@@ -22,7 +22,8 @@ QUICK = ["--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8"]
 
 def environment(**extra):
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **extra}
+    # one thread: on a busy machine two wait for each other at every operation, and these models are small
+    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", **extra}
 
 
 def command(*arguments):
