@@ -42,7 +42,7 @@ RECIPES: dict[str, Recipe] = {
     # hankyul2/KnowledgeDistillation, MultiStep [100, 150]. Its teacher in train mode and its test over 9,984 images are flags here.
     "hankyul2": Recipe(epochs=200, batch_size=128, lr=0.1, milestones=(0.5, 0.75)),
     # small batches, since an epoch of 1,437 images has few steps
-    "digits": Recipe(12, 32, 0.05, (0.5, 0.8), nesterov=True, weight_decay=5e-4, pad_mode="zero"),
+    "digits": Recipe(8, 32, 0.05, (0.5, 0.8), nesterov=True, weight_decay=5e-4, pad_mode="zero"),
 }
 
 
