@@ -7,7 +7,8 @@ import random
 
 import pytest
 import torch
-from support import DENSE, DTYPES, LAYOUTS, check, check_loss, evaluate, fused_only, law, make, name, some_shape, values
+from recorder import fused_only
+from support import DENSE, DTYPES, LAYOUTS, check, check_loss, evaluate, law, make, name, some_shape, values
 
 import fastkd
 

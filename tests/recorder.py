@@ -1,0 +1,50 @@
+"""Which implementation ran: a fallback is caught."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from unittest import mock
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastkd import reference
+
+FUNCTIONS = ("attention_map", "attention_transfer_loss", "fsp_matrix", "fsp_loss")
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the operators that the dispatcher saw: those of fastkd, and the others."""
+
+    # bookkeeping of autograd and of the tests, none of which computes a feature
+    harmless = {"aten::detach", "aten::alias", "aten::view", "aten::ones_like", "aten::_to_copy", "aten::empty_like", "aten::fill_.Scalar"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused: list[str] = []
+        self.others: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastkd":
+            self.fused.append(func._schema.name.removeprefix("fastkd::"))
+        else:
+            self.others.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def _fell_back(*args: object, **kwargs: object) -> Tensor:
+    raise AssertionError("fell back to fastkd.reference")
+
+
+@contextlib.contextmanager
+def fused_only(also: Sequence[str] = ()) -> Iterator[Recorder]:
+    """Inside, an operation that does not run in fastkd's operators (and those of ``also``) alone is an error."""
+    with contextlib.ExitStack() as stack:
+        for function in FUNCTIONS:
+            stack.enter_context(mock.patch.object(reference, function, _fell_back))
+        recorder = stack.enter_context(Recorder())
+        yield recorder
+    assert recorder.fused, "no operator of fastkd was called"
+    strangers = sorted(set(recorder.others) - Recorder.harmless - set(also))
+    assert not strangers, f"work was done outside fastkd's operators: {strangers}"
