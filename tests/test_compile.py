@@ -205,13 +205,14 @@ def samples():
         m, n = ops.attention_map(x.detach(), *MAP)
         yield ops.attention_map_backward.default, (torch.randn_like(m), x.detach(), m, n, *MAP)
         s, t = [x, y], [leaf(2, 4, 5, 4), leaf(2, 6, 5, 4)]
-        yield ops.attention_transfer_loss.default, (s, t, *at_options(), grad, grad)
+        yield ops.attention_transfer_loss.default, (s, t, *at_options(), grad, grad, None)
         yield (
             ops.attention_transfer_loss.default,
-            (s, [v.detach() for v in t], *at_options(pool="after", weights=[1.0, 2.0], difference="l2"), grad, False),
+            (s, [v.detach() for v in t], *at_options(pool="after", weights=[1.0, 2.0], difference="l2"), grad, False, None),
         )
         plain = [v.detach() for v in (*s, *t)]
-        loss, coefficients = ops.attention_transfer_loss(plain[:2], plain[2:], *at_options(), True, True)
+        yield ops.attention_transfer_loss.default, (plain[:2], plain[2:], *at_options(pool="after"), True, False, -2.5)
+        loss, coefficients, _ = ops.attention_transfer_loss(plain[:2], plain[2:], *at_options(), True, True, None)
         yield ops.attention_transfer_loss_backward.default, (torch.ones_like(loss), plain, coefficients, 2.0, False, "avg")
         for b in (y, leaf(2, 4, 5, 4)):
             yield ops.fsp_matrix.default, (x, b, "avg", None)

@@ -16,6 +16,10 @@ using Tensors = std::vector<Tensor>;
 // Numbers of a feature that are brought to scratch memory at a time, where it cannot be read as it lies: 64 KiB of float.
 constexpr int64_t kChunkElements = 16384;
 
+// Gradients of a call that are larger than this bypass the caches: they would have left them before anyone reads them, and a line that is
+// not read in before it is written saves a third of the traffic.
+constexpr int64_t kStreamingBytes = 4 << 20;
+
 AttentionOptions options_of(double p, bool is_signed, bool mean, double eps, bool add_eps) {
   STD_TORCH_CHECK(std::isfinite(p) && p >= 1, "p must be finite and at least 1, got ", p);
   STD_TORCH_CHECK(eps >= 0, "eps must not be negative, got ", eps);
@@ -37,6 +41,11 @@ size_t scratch_of(const AttentionSide& side, int64_t maps, bool in_place, size_t
 }
 
 size_t size_of(DType accumulation) { return accumulation == DType::kDouble ? sizeof(double) : sizeof(float); }
+
+int64_t bytes_of(const Feature& x) {
+  const int64_t size = x.dtype == DType::kDouble ? 8 : x.dtype == DType::kFloat ? 4 : 2;
+  return x.batch * x.channels * x.positions * size;
+}
 
 void check_same(const Feature& a, const Feature& b, const char* what) {
   STD_TORCH_CHECK(a.batch == b.batch && a.size[0] == b.size[0] && a.size[1] == b.size[1] && a.size[2] == b.size[2], what,
@@ -110,6 +119,7 @@ Tensor attention_map_backward(const Tensor& grad, const Tensor& x, const Tensor&
   Tensor out = empty_like(x, view);
   const TensorView out_view = view_of(out, "gradient");
   args.dx = feature_of(out_view, "gradient");
+  args.streaming = bytes_of(args.dx) > kStreamingBytes;
   const bool in_place = feature.layout == args.dx.layout && feature.layout != Layout::kGeneric;
   const auto run = kernels().attention.map_backward;
   parallel_units(feature.batch, feature.channels * feature.positions, scratch_of(args.side, 2, in_place, size_of(args.accumulation)),
@@ -134,11 +144,12 @@ Tensor make_coefficients(AttentionSide& side, const TensorView& view, bool is_ma
   return out;
 }
 
-std::tuple<Tensor, Tensors> attention_transfer_loss(const Tensors& student, const Tensors& teacher, double p, const Text& channel_reduce,
-                                                    bool is_signed, double eps, const Text& eps_mode, const Text& pool,
-                                                    const Text& pool_mode, const Text& difference, const Text& stage_reduce,
-                                                    const std::optional<std::vector<double>>& weights, double weight, bool teacher_is_map,
-                                                    bool student_grad, bool teacher_grad) {
+std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& student, const Tensors& teacher, double p,
+                                                             const Text& channel_reduce, bool is_signed, double eps, const Text& eps_mode,
+                                                             const Text& pool, const Text& pool_mode, const Text& difference,
+                                                             const Text& stage_reduce, const std::optional<std::vector<double>>& weights,
+                                                             double weight, bool teacher_is_map, bool student_grad, bool teacher_grad,
+                                                             std::optional<double> upstream) {
   const size_t count = student.size();
   STD_TORCH_CHECK(count > 0 && teacher.size() == count, "student and teacher must be lists of the same length, at least 1, got ", count,
                   " and ", teacher.size());
@@ -162,7 +173,10 @@ std::tuple<Tensor, Tensors> attention_transfer_loss(const Tensors& student, cons
   const size_t size = size_of(args.accumulation);
   std::vector<AttentionStage> stages(count);
   std::vector<PoolTables> pools(2 * count);
+  Tensors gradients;
+  args.upstream = upstream.value_or(0);
   int64_t elements = 0;
+  int64_t gradient_bytes = 0;
   size_t scratch_bytes = 0;
   for (size_t i = 0; i < count; ++i) {
     const Feature s = feature_of(views[i], "student");
@@ -184,9 +198,17 @@ std::tuple<Tensor, Tensors> attention_transfer_loss(const Tensors& student, cons
     const double terms = static_cast<double>(s.batch) * (args.l2 ? 1.0 : static_cast<double>(stage.student.pool.out_positions));
     stage.factor = share * (weights ? (*weights)[i] : 1.0) / terms;
     elements += s.channels * s.positions + t.channels * t.positions;
-    size_t bytes = 2 * scratch_piece(stage.student.pool.out_positions, size);
+    stage.gradient.data = nullptr;
+    if (upstream && student_grad) {
+      gradients.push_back(empty_like(student[i], views[i]));
+      stage.gradient = feature_of(view_of(gradients[i], "gradient"), "gradient");
+      gradient_bytes += bytes_of(stage.gradient);
+    }
+    size_t bytes = 3 * scratch_piece(stage.student.pool.out_positions, size);
     for (const AttentionSide* side : {&stage.student, &stage.teacher}) {
-      bytes += scratch_of(*side, 3, side->x.layout != Layout::kGeneric && !side->pool.active, size);
+      const bool in_place = side->x.layout != Layout::kGeneric && !side->pool.active &&
+                            (side == &stage.teacher || stage.gradient.data == nullptr || stage.gradient.layout == side->x.layout);
+      bytes += scratch_of(*side, 4, in_place, size);
     }
     scratch_bytes = bytes > scratch_bytes ? bytes : scratch_bytes;
   }
@@ -200,6 +222,7 @@ std::tuple<Tensor, Tensors> attention_transfer_loss(const Tensors& student, cons
     coefficients.push_back(make_coefficients(stages[i].teacher, views[count + i], teacher_is_map, args.pool_before, args.accumulation));
   }
 
+  args.streaming = gradient_bytes > kStreamingBytes;
   const int64_t batch = stages[0].student.x.batch;
   const int64_t units = batch * static_cast<int64_t>(count);
   std::vector<double> partial(static_cast<size_t>(units));
@@ -222,7 +245,7 @@ std::tuple<Tensor, Tensors> attention_transfer_loss(const Tensors& student, cons
   } else {
     *static_cast<float*>(loss.mutable_data_ptr()) = static_cast<float>(total);
   }
-  return {std::move(loss), std::move(coefficients)};
+  return {std::move(loss), std::move(coefficients), std::move(gradients)};
 }
 
 Tensors attention_transfer_loss_backward(const Tensor& grad, const Tensors& features, const Tensors& coefficients, double p, bool is_signed,
@@ -240,6 +263,7 @@ Tensors attention_transfer_loss_backward(const Tensor& grad, const Tensors& feat
   Tensors out;
   out.reserve(count);
   int64_t elements = 0;
+  int64_t gradient_bytes = 0;
   size_t scratch_bytes = 0;
   for (size_t i = 0; i < count; ++i) {
     AttentionGradient& item = items[i];
@@ -264,10 +288,12 @@ Tensors attention_transfer_loss_backward(const Tensor& grad, const Tensors& feat
     const TensorView out_view = view_of(out.back(), "gradient");
     item.dx = item.is_map ? map_of(out_view, "gradient") : feature_of(out_view, "gradient");
     const bool in_place = !item.side.pool.active && x.layout == item.dx.layout && x.layout != Layout::kGeneric;
-    const size_t bytes = scratch_of(item.side, 1, in_place, size_of(args.accumulation));
+    const size_t bytes = scratch_of(item.side, 2, in_place, size_of(args.accumulation));
     scratch_bytes = bytes > scratch_bytes ? bytes : scratch_bytes;
     elements += x.channels * x.positions;
+    gradient_bytes += bytes_of(item.dx);
   }
+  args.streaming = gradient_bytes > kStreamingBytes;
   args.items = items.data();
   args.item_count = static_cast<int64_t>(count);
   const auto run = kernels().attention.loss_backward;

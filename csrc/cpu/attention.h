@@ -25,7 +25,8 @@ struct AttentionSide {
 
 struct AttentionStage {
   AttentionSide student, teacher;
-  double factor;  // of the stage's summed squares (or distances) in the loss
+  Feature gradient;  // of the student, for the expected upstream gradient; data is null if not wanted
+  double factor;     // of the stage's summed squares (or distances) in the loss
 };
 
 struct AttentionLossArgs {
@@ -34,7 +35,9 @@ struct AttentionLossArgs {
   AttentionOptions options;
   DType accumulation;
   int32_t pool_before, l2, teacher_is_map;
-  double* partial;  // [stage][sample]: squared distance, or distance for l2
+  double upstream;    // expected
+  int32_t streaming;  // of the gradients, past the caches
+  double* partial;    // [stage][sample]: squared distance, or distance for l2
 };
 
 struct AttentionMapArgs {
@@ -51,7 +54,7 @@ struct AttentionMapBackwardArgs {
   Feature grad, map, norm, dx;
   AttentionOptions options;
   DType accumulation;
-  int32_t normalize;
+  int32_t normalize, streaming;
 };
 
 struct AttentionGradient {
@@ -65,6 +68,7 @@ struct AttentionLossBackwardArgs {
   int64_t item_count;
   AttentionOptions options;
   DType accumulation;
+  int32_t streaming;
   double grad;
 };
 

@@ -87,14 +87,74 @@ static void write_coefficients(const AttentionSide& side, bool pool_before, cons
   unpool_planes_add(full, 1, side.pool, pooled, out);
 }
 
+// dx = coefficient * h(x) for one sample, un-pooled if x had been pooled.
+template <typename A, typename P>
+static void gradient_of(const AttentionSide& side, const Feature& dx, int64_t n, const A* coefficient, bool streaming, Bump bump,
+                        const P& power) {
+  const Feature& x = side.x;
+  if (!side.pool.active && x.layout == dx.layout && x.layout != Layout::kGeneric) {
+    with_type<A>(x.dtype, [&](auto t) {
+      using T = decltype(t);
+      const T* from = static_cast<const T*>(x.data) + n * x.stride_n;
+      T* to = static_cast<T*>(dx.data) + n * dx.stride_n;
+      if (x.layout == Layout::kPlanes) {
+        gradient_planes<T, A>(from, x.channels, x.stride_c, x.positions, coefficient, to, dx.stride_c, streaming, power);
+      } else {
+        gradient_channels_last<T, A>(from, x.channels, x.stride_s, x.positions, coefficient, to, dx.stride_s, streaming, power);
+      }
+    });
+    return;
+  }
+  const int64_t positions = x.positions;
+  const int64_t pooled_positions = side.pool.out_positions;
+  A* planes = take<A>(bump, side.chunk * positions);
+  A* gradient = take<A>(bump, side.chunk * positions);
+  A* pooled = take<A>(bump, side.chunk * pooled_positions);
+  A* pooled_gradient = take<A>(bump, side.chunk * pooled_positions);
+  for (int64_t c = 0; c < x.channels; c += side.chunk) {
+    const int64_t end = min_of(c + side.chunk, x.channels);
+    const int64_t channels = end - c;
+    load_planes(x, n, c, end, planes);
+    if (side.pool.active) {
+      pool_planes(planes, channels, side.pool, pooled);
+      gradient_planes<A, A>(pooled, channels, pooled_positions, pooled_positions, coefficient, pooled_gradient, pooled_positions, false,
+                            power);
+      clear(gradient, channels * positions);
+      unpool_planes_add(planes, channels, side.pool, pooled_gradient, gradient);
+    } else {
+      gradient_planes<A, A>(planes, channels, positions, positions, coefficient, gradient, positions, false, power);
+    }
+    store_planes(gradient, dx, n, c, end);
+  }
+}
+
+// coefficient * grad, in scratch memory.
+template <typename A>
+static const A* scaled_by(double grad, const A* coefficient, int64_t count, Bump& bump) {
+  if (grad == 1) return coefficient;
+  A* scaled = take<A>(bump, count);
+  const A factor = static_cast<A>(grad);
+  for (int64_t i = 0; i < count; ++i) scaled[i] = coefficient[i] * factor;
+  return scaled;
+}
+
+// The student's gradient from the coefficients just written, for the upstream gradient that is expected: what the backward pass would do.
+template <typename A>
+static void write_gradient(const AttentionLossArgs& args, const AttentionStage& stage, int64_t n, Bump bump) {
+  AttentionSide side = stage.student;
+  if (!args.pool_before) side.pool.active = 0;
+  const int64_t count = side.pool.active ? side.pool.out_positions : side.x.positions;
+  const A* coefficient = scaled_by(args.upstream, static_cast<const A*>(side.coefficients) + n * count, count, bump);
+  with_power<A>(args.options,
+                [&](const auto& power) { gradient_of<A>(side, stage.gradient, n, coefficient, args.streaming, bump, power); });
+}
+
 template <typename A>
 static double loss_unit(const AttentionLossArgs& args, const AttentionStage& stage, int64_t n, Bump bump) {
   const AttentionOptions& options = args.options;
   const bool before = args.pool_before;
   const int64_t count = stage.student.pool.out_positions;
 
-  const Energies<A> s = make_energies<A>(stage.student, before, options, n, bump);
-  const Norm s_norm = norm_of(s.map, count, stage.student, options);
   Energies<A> t;
   Norm t_norm = {0, 1, 1, 1, 0, false};  // of a map that comes normalized
   if (args.teacher_is_map) {
@@ -105,6 +165,9 @@ static double loss_unit(const AttentionLossArgs& args, const AttentionStage& sta
     t = make_energies<A>(stage.teacher, before, options, n, bump);
     t_norm = norm_of(t.map, count, stage.teacher, options);
   }
+  // The student last: its gradient begins with what was read last.
+  const Energies<A> s = make_energies<A>(stage.student, before, options, n, bump);
+  const Norm s_norm = norm_of(s.map, count, stage.student, options);
 
   // Maps become y in place; the difference is kept for the coefficients.
   A* difference = take<A>(bump, count);
@@ -134,6 +197,7 @@ static double loss_unit(const AttentionLossArgs& args, const AttentionStage& sta
     const double factor = args.teacher_is_map ? -slope : -slope * options.p / reduction(stage.teacher, options);
     write_coefficients(stage.teacher, before, difference, t.map, sum(along_t), t_norm, factor, t.full, n, bump);
   }
+  if (stage.gradient.data != nullptr) write_gradient<A>(args, stage, n, bump);
   return distance;
 }
 
@@ -145,6 +209,7 @@ static void loss_units(const AttentionLossArgs& args, int64_t begin, int64_t end
     const AttentionStage& stage = args.stages[i];
     args.partial[i * stage.student.x.batch + n] = loss_unit<A>(args, stage, n, Bump{static_cast<char*>(scratch)});
   }
+  stream_end();
 }
 
 template <typename A>
@@ -160,45 +225,6 @@ static void map_units(const AttentionMapArgs& args, int64_t begin, int64_t end, 
     }
     for (int64_t i = 0; i < count; i += kStep) store<A, double>(e.map + i, normalized(e.map + i, norm));
     convert_out<A, A>(e.map, count, static_cast<A*>(args.map) + n * count);
-  }
-}
-
-// dx = coefficient * h(x) for one sample, un-pooled if x had been pooled.
-template <typename A, typename P>
-static void gradient_of(const AttentionSide& side, const Feature& dx, int64_t n, const A* coefficient, Bump bump, const P& power) {
-  const Feature& x = side.x;
-  if (!side.pool.active && x.layout == dx.layout && x.layout != Layout::kGeneric) {
-    with_type<A>(x.dtype, [&](auto t) {
-      using T = decltype(t);
-      const T* from = static_cast<const T*>(x.data) + n * x.stride_n;
-      T* to = static_cast<T*>(dx.data) + n * dx.stride_n;
-      if (x.layout == Layout::kPlanes) {
-        gradient_planes<T, A>(from, x.channels, x.stride_c, x.positions, coefficient, to, dx.stride_c, power);
-      } else {
-        gradient_channels_last<T, A>(from, x.channels, x.stride_s, x.positions, coefficient, to, dx.stride_s, power);
-      }
-    });
-    return;
-  }
-  const int64_t positions = x.positions;
-  const int64_t pooled_positions = side.pool.out_positions;
-  A* planes = take<A>(bump, side.chunk * positions);
-  A* gradient = take<A>(bump, side.chunk * positions);
-  A* pooled = take<A>(bump, side.chunk * pooled_positions);
-  A* pooled_gradient = take<A>(bump, side.chunk * pooled_positions);
-  for (int64_t c = 0; c < x.channels; c += side.chunk) {
-    const int64_t end = min_of(c + side.chunk, x.channels);
-    const int64_t channels = end - c;
-    load_planes(x, n, c, end, planes);
-    if (side.pool.active) {
-      pool_planes(planes, channels, side.pool, pooled);
-      gradient_planes<A, A>(pooled, channels, pooled_positions, pooled_positions, coefficient, pooled_gradient, pooled_positions, power);
-      clear(gradient, channels * positions);
-      unpool_planes_add(planes, channels, side.pool, pooled_gradient, gradient);
-    } else {
-      gradient_planes<A, A>(planes, channels, positions, positions, coefficient, gradient, positions, power);
-    }
-    store_planes(gradient, dx, n, c, end);
   }
 }
 
@@ -221,8 +247,9 @@ static void map_backward_units(const AttentionMapBackwardArgs& args, int64_t beg
       for (int64_t i = 0; i < count; i += kStep) dot += load<A, double>(g + i) * load<A, double>(y + i);
     }
     normalize_backward(g, y, sum(dot), count, norm, factor, g);
-    with_power<A>(args.options, [&](const auto& power) { gradient_of<A>(args.side, args.dx, n, g, bump, power); });
+    with_power<A>(args.options, [&](const auto& power) { gradient_of<A>(args.side, args.dx, n, g, args.streaming, bump, power); });
   }
+  stream_end();
 }
 
 template <typename A>
@@ -233,19 +260,20 @@ static void loss_backward_units(const AttentionLossBackwardArgs& args, int64_t b
     Bump bump{static_cast<char*>(scratch)};
     const int64_t count = item.coefficients.positions;
     const A* coefficient = static_cast<const A*>(item.coefficients.data) + n * item.coefficients.stride_n;
-    if (args.grad != 1 || item.coefficients.layout != Layout::kPlanes) {
-      A* scaled = take<A>(bump, count);
-      load_planes(item.coefficients, n, 0, 1, scaled);
-      pad(scaled, count);
-      for (int64_t i = 0; i < count; i += kStep) store<A, double>(scaled + i, load<A, double>(scaled + i) * args.grad);
-      coefficient = scaled;
+    if (item.coefficients.layout != Layout::kPlanes) {
+      A* gathered = take<A>(bump, count);
+      load_planes(item.coefficients, n, 0, 1, gathered);
+      coefficient = gathered;
     }
+    coefficient = scaled_by(args.grad, coefficient, count, bump);
     if (item.is_map) {
       store_planes(coefficient, item.dx, n, 0, 1);
     } else {
-      with_power<A>(args.options, [&](const auto& power) { gradient_of<A>(item.side, item.dx, n, coefficient, bump, power); });
+      with_power<A>(args.options,
+                    [&](const auto& power) { gradient_of<A>(item.side, item.dx, n, coefficient, args.streaming, bump, power); });
     }
   }
+  stream_end();
 }
 
 static void attention_map(const AttentionMapArgs& args, int64_t begin, int64_t end, void* scratch) {

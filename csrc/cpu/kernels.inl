@@ -10,7 +10,9 @@ namespace FASTKD_TARGET {
 // vec.inl first, which all use; then pool.inl; then the operations.
 #include "vec.inl"
 #include "pool.inl"
-#include "attention_stream.inl"
+#include "attention_power.inl"
+#include "attention_planes.inl"
+#include "attention_last.inl"
 #include "attention_norm.inl"
 #include "attention.inl"
 #include "gram.inl"

@@ -184,6 +184,72 @@ FASTKD_INLINE void store(T* p, Vec<A> v) {
   Memory<T, A>::store(p, v);
 }
 
+// Stores past the caches, for results larger than they are; `p` is aligned to a vector. Where there is no such thing (16-bit types, which
+// do not fill a vector, and other processors), a plain store.
+template <typename T, typename A>
+FASTKD_INLINE void stream(T* p, Vec<A> v) {
+#if FASTKD_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == sizeof(A)) return _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#elif FASTKD_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == sizeof(A)) return _mm256_stream_si256((__m256i*)p, (__m256i)v);
+#endif
+  store<T, A>(p, v);
+}
+// Makes streamed stores visible to other threads, in order with what follows.
+FASTKD_INLINE void stream_end() {
+#if FASTKD_VECTOR_BYTES >= 32
+  _mm_sfence();
+#endif
+}
+template <typename T>
+FASTKD_INLINE bool is_line(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % 64 == 0;
+}
+
+// Two vectors at a time from bfloat16: `even` are the numbers at even places, `odd` those at odd ones. Half the instructions of two loads.
+template <typename T, typename A>
+static constexpr bool kInPairs = false;
+template <>
+constexpr bool kInPairs<BFloat16, float> = FASTKD_VECTOR_BYTES > 16;
+typedef BitsF BitsFU __attribute__((aligned(2), may_alias));
+
+FASTKD_INLINE void load_pair(const BFloat16* p, VecF& even, VecF& odd) {
+  const BitsF bits = *reinterpret_cast<const BitsFU*>(p);
+  even = (VecF)(bits << 16);
+  odd = (VecF)(bits & 0xFFFF0000u);
+}
+FASTKD_INLINE BitsF rounded_to_bfloat16(VecF f) {
+  const BitsF w = (BitsF)f;
+  return f == f ? w + 0x7FFFu + ((w >> 16) & 1u) : w | 0x00400000u;
+}
+FASTKD_INLINE void store_pair(BFloat16* p, VecF even, VecF odd, bool streaming) {
+  const BitsF bits = (rounded_to_bfloat16(even) >> 16) | (rounded_to_bfloat16(odd) & 0xFFFF0000u);
+  if (streaming) {
+    stream<float, float>(reinterpret_cast<float*>(p), (VecF)bits);
+  } else {
+    *reinterpret_cast<BitsFU*>(p) = bits;
+  }
+}
+// Numbers in the order of load_pair to the order in memory, and back.
+FASTKD_INLINE void interleave(VecF& even, VecF& odd) {
+  constexpr int64_t W = kLanes<float>;
+  VecF low, high;
+  for (int64_t i = 0; i < W; ++i) {
+    low[i] = (i % 2 == 0 ? even : odd)[i / 2];
+    high[i] = (i % 2 == 0 ? even : odd)[(W + i) / 2];
+  }
+  even = low, odd = high;
+}
+FASTKD_INLINE void deinterleave(VecF& low, VecF& high) {
+  constexpr int64_t W = kLanes<float>;
+  VecF even, odd;
+  for (int64_t i = 0; i < W / 2; ++i) {
+    even[i] = low[2 * i], even[W / 2 + i] = high[2 * i];
+    odd[i] = low[2 * i + 1], odd[W / 2 + i] = high[2 * i + 1];
+  }
+  low = even, high = odd;
+}
+
 template <typename A>
 FASTKD_INLINE Vec<A> broadcast(A x) {
   return x - Vec<A>{};  // x - 0 is x for every x, -0 and NaN included

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastkd import backends, checks, reference
 from fastkd.ops.registry import accumulator, autograd, call, define, differentiable_once, one_device, smaller
+from fastkd.ops.upstream import Upstream, take_prepared
 
 _MAP = "float p, str channel_reduce, bool signed, bool normalize, float eps, str eps_mode"
 _LOSS = (
@@ -35,8 +36,8 @@ def _loss_fake(
     student: list[Tensor],
     teacher: list[Tensor],
     p: Any, channel_reduce: Any, signed: Any, eps: Any, eps_mode: Any, pool: str, pool_mode: Any, difference: Any, stage_reduce: Any,
-    weights: Any, weight: Any, teacher_is_map: bool, student_grad: bool, teacher_grad: bool,
-) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    weights: Any, weight: Any, teacher_is_map: bool, student_grad: bool, teacher_grad: bool, upstream: float | None,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     one_device(student + teacher)
     dtype = accumulator(student + teacher)
     sizes = []
@@ -46,7 +47,8 @@ def _loss_fake(
         sizes += [
             list(t.shape) if teacher_is_map else _coefficient_size(t, s.shape[2:], pool) for s, t in zip(student, teacher, strict=True)
         ]
-    return student[0].new_empty((), dtype=dtype), [student[0].new_empty(size, dtype=dtype) for size in sizes]
+    gradients = [torch.empty_like(x) for x in student] if student_grad and upstream is not None else []
+    return student[0].new_empty((), dtype=dtype), [student[0].new_empty(size, dtype=dtype) for size in sizes], gradients
 
 
 def _loss_backward_fake(grad: Tensor, features: list[Tensor], coefficients: list[Tensor], *rest: Any) -> list[Tensor]:
@@ -56,8 +58,8 @@ def _loss_backward_fake(grad: Tensor, features: list[Tensor], coefficients: list
 define(f"attention_map(Tensor x, {_MAP}) -> (Tensor map, Tensor norm)", _map_fake)
 define(f"attention_map_backward(Tensor grad, Tensor x, Tensor map, Tensor norm, {_MAP}) -> Tensor", _map_backward_fake)
 define(
-    f"attention_transfer_loss(Tensor[] student, Tensor[] teacher, {_LOSS}, bool student_grad, bool teacher_grad)"
-    " -> (Tensor loss, Tensor[] coefficients)",
+    f"attention_transfer_loss(Tensor[] student, Tensor[] teacher, {_LOSS}, bool student_grad, bool teacher_grad, "
+    "float? upstream) -> (Tensor loss, Tensor[] coefficients, Tensor[] gradients)",
     _loss_fake,
 )
 define(
@@ -105,28 +107,41 @@ def _traced_map_backward(ctx: Any, grad: Tensor, norm_grad: Tensor | None) -> tu
 autograd("attention_map", _traced_map_backward, _traced_map_context)
 
 
+_upstream = Upstream()
+
+
 class AttentionTransferFunction(torch.autograd.Function):
     """``apply(stages, options, *student, *teacher)`` -> loss.
 
     The forward saves a coefficient a position, k = dloss/dq p (/ C for "mean") for an upstream gradient of 1, so that the backward is one
-    streaming pass, dx = upstream k sign(x) |x|^(p-1), and the upstream gradient is applied before anything is rounded to x's dtype.
+    streaming pass, dx = upstream k sign(x) |x|^(p-1), and the upstream gradient is applied before anything is rounded to x's dtype. Where the
+    upstream gradient can be foreseen, the forward makes that pass too, for the student.
     """
 
     @staticmethod
     def forward(ctx: Any, stages: int, options: tuple, *tensors: Tensor) -> Tensor:
         needs = ctx.needs_input_grad[2:]
         student_grad, teacher_grad = any(needs[:stages]), any(needs[stages:])
-        loss, coefficients = call(_loss, list(tensors[:stages]), list(tensors[stages:]), *options, student_grad, teacher_grad)
+        ctx.expected = _upstream.expected if student_grad else None
+        loss, coefficients, ctx.prepared = call(
+            _loss, tensors[:stages], tensors[stages:], *options, student_grad, teacher_grad, ctx.expected
+        )
         # a teacher made under inference_mode cannot be saved: only what needs a gradient is
         wanted = [i for i, need in enumerate(needs) if need]
         skipped = 0 if student_grad else stages
-        ctx.save_for_backward(*(tensors[i] for i in wanted), *(coefficients[i - skipped] for i in wanted))
-        ctx.wanted, ctx.options = wanted, options
+        ctx.save_for_backward(*[tensors[i] for i in wanted], *[coefficients[i - skipped] for i in wanted])
+        ctx.stages, ctx.wanted, ctx.options = stages, wanted, options
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *_feature_gradients(ctx, grad, ctx.needs_input_grad[2:])
+        needs = ctx.needs_input_grad[2:]
+        prepared = take_prepared(ctx, grad, _upstream)
+        if prepared:
+            rest = needs[ctx.stages :]
+            others = _feature_gradients(ctx, grad, (False,) * ctx.stages + rest)[ctx.stages :] if any(rest) else (None,) * ctx.stages
+            return None, None, *prepared, *others
+        return None, None, *_feature_gradients(ctx, grad, needs)
 
 
 def _feature_gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
@@ -142,20 +157,20 @@ def _feature_gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Te
 
 
 def _traced_loss_context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor]]) -> None:
-    student, teacher, *options, student_grad, teacher_grad = inputs
+    student, teacher, *options, student_grad, teacher_grad, _ = inputs
     features = (list(student) if student_grad else []) + (list(teacher) if teacher_grad else [])
     first = 0 if student_grad else len(student)
     ctx.save_for_backward(*features, *output[1])
     ctx.wanted, ctx.options, ctx.stages = list(range(first, first + len(features))), options, len(student)
 
 
-def _traced_loss_backward(ctx: Any, grad: Tensor, coefficient_grads: list[Tensor | None]) -> tuple:
+def _traced_loss_backward(ctx: Any, grad: Tensor, coefficient_grads: list[Tensor | None], gradient_grads: list[Tensor | None]) -> tuple:
     student_needs, teacher_needs = ctx.needs_input_grad[:2]
     needs = [*student_needs, *teacher_needs]
     if any(need and i not in ctx.wanted for i, need in enumerate(needs)):
         raise RuntimeError("fastkd::attention_transfer_loss: a tensor needs a gradient, but student_grad or teacher_grad was false")
     out = _feature_gradients(ctx, grad, needs)
-    return out[: ctx.stages], out[ctx.stages :], *(None for _ in ctx.options), None, None
+    return out[: ctx.stages], out[ctx.stages :], *(None for _ in ctx.options), None, None, None
 
 
 autograd("attention_transfer_loss", _traced_loss_backward, _traced_loss_context)
@@ -246,7 +261,7 @@ def attention_transfer_loss(
     if torch.compiler.is_compiling():
         students, teachers = checks.attention_transfer(*arguments)
         needs = [torch.is_grad_enabled() and any(x.requires_grad for x in tensors) for tensors in (students, teachers)]
-        return _loss(students, teachers, *options, *needs)[0]
+        return _loss(students, teachers, *options, *needs, None)[0]
     try:
         students, teachers = checks.stages("student", student), checks.stages("teacher", teacher)
         return AttentionTransferFunction.apply(len(students), options, *students, *teachers)

@@ -7,6 +7,12 @@ out if that is what came, and computes them from what was saved if not. The bits
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
 
 class Upstream:
     """The upstream gradients that one operation has seen. Shared by all calls of a process; a race costs time, never a result."""
@@ -23,3 +29,18 @@ class Upstream:
         """Record what a backward pass was given."""
         self._steady = value == self._last
         self._last = value
+
+
+def take_prepared(ctx: Any, grad: Tensor, seen: Upstream) -> Sequence[Tensor]:
+    """The gradients ``ctx.prepared``, made by the forward for the upstream gradient ``ctx.expected``, if ``grad`` is that; else nothing.
+
+    They are given away once: autograd may accumulate into them, so a second backward pass computes its own.
+    """
+    if torch.is_grad_enabled() or type(grad) is not Tensor:  # a second derivative is wanted, or the call is traced
+        return ()
+    value = grad.item()
+    seen.saw(value)
+    if value != ctx.expected:
+        return ()
+    prepared, ctx.prepared = ctx.prepared, ()
+    return prepared

@@ -1,0 +1,203 @@
+// The two passes over a feature that attention needs, for channels-last (lanes along channels): the energy of each position, and the
+// gradient. attention_planes.inl has them for planes.
+
+// even/odd lanes of two vectors, one after the other
+#if defined(__clang__)
+FASTKD_INLINE VecF even_odd_sum(VecF a, VecF b) {
+  static_assert(kLanes<float> == 4, "clang builds the portable path only");
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+}
+FASTKD_INLINE VecD even_odd_sum(VecD a, VecD b) { return __builtin_shufflevector(a, b, 0, 2) + __builtin_shufflevector(a, b, 1, 3); }
+#else
+template <typename V, typename I>
+FASTKD_INLINE V even_odd_sum_of(V a, V b) {
+  I even;
+  for (size_t i = 0; i < sizeof(V) / sizeof(a[0]); ++i) even[i] = 2 * i;
+  return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
+}
+FASTKD_INLINE VecF even_odd_sum(VecF a, VecF b) { return even_odd_sum_of<VecF, IntF>(a, b); }
+FASTKD_INLINE VecD even_odd_sum(VecD a, VecD b) { return even_odd_sum_of<VecD, IntD>(a, b); }
+#endif
+
+// Lane i of the result is the sum of the lanes of v[i], i < kLanes<A>. Overwrites v.
+template <typename A>
+FASTKD_INLINE Vec<A> transposed_sum(Vec<A>* v) {
+  for (int64_t n = kLanes<A>; n > 1; n /= 2) {
+    for (int64_t i = 0; i < n / 2; ++i) v[i] = even_odd_sum(v[2 * i], v[2 * i + 1]);
+  }
+  return v[0];
+}
+
+// How far ahead of a pass over consecutive memory its lines are fetched: past the end of the page, where the hardware stops.
+constexpr int64_t kAhead = 8192;
+
+template <int64_t Bytes>
+FASTKD_INLINE void prefetch_stream(const void* p) {
+  for (int64_t i = 0; i < Bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + kAhead + i);
+}
+
+// The energies of one position's channels, to be summed over lanes. `mask` keeps the lanes of the last vector that no other vector held.
+template <typename T, typename A, typename P>
+FASTKD_INLINE Vec<A> energy_of_row(const T* x, int64_t channels, Mask<A> mask, const P& power) {
+  constexpr int64_t W = kLanes<A>;
+  Vec<A> a = {}, b = {};
+  int64_t c = 0;
+  for (; c + 2 * W <= channels; c += 2 * W) {
+    prefetch_stream<2 * W * sizeof(T)>(x + c);
+    Vec<A> low, high;
+    if constexpr (kInPairs<T, A>) {
+      load_pair(x + c, low, high);
+    } else {
+      low = load<T, A>(x + c);
+      high = load<T, A>(x + c + W);
+    }
+    a += P::energy(power, low);
+    b += P::energy(power, high);
+  }
+  if (c + W <= channels) {
+    prefetch_stream<W * sizeof(T)>(x + c);
+    a += P::energy(power, load<T, A>(x + c));
+    c += W;
+  }
+  if (c < channels) b += (Vec<A>)((Mask<A>)P::energy(power, load<T, A>(c >= W ? x + channels - W : x)) & mask);
+  return a + b;
+}
+
+// The energies of adjacent positions of as many channels as a vector has lanes: a pair of vectors holds two of them, each in a half.
+template <typename P>
+static int64_t energy_of_two(const BFloat16* x, int64_t count, float* q, const P& power) {
+  constexpr int64_t W = kLanes<float>;
+  int64_t s = 0;
+  for (; s + W <= count; s += W) {
+    VecF rows[W / 2];
+    for (int64_t i = 0; i < W / 2; ++i) {
+      const BFloat16* row = x + (s + 2 * i) * W;
+      prefetch_stream<2 * W * sizeof(BFloat16)>(row);
+      VecF even, odd;
+      load_pair(row, even, odd);
+      rows[i] = P::energy(power, even) + P::energy(power, odd);
+    }
+    // Lanes of the lower halves are summed apart from those of the upper ones: 8 sums of 2 x 8 lanes, in the order of the positions.
+    for (int64_t n = W / 2; n > 1; n /= 2) {
+      for (int64_t i = 0; i < n / 2; ++i) rows[i] = even_odd_sum(rows[2 * i], rows[2 * i + 1]);
+    }
+    store<float, float>(q + s, rows[0]);
+  }
+  return s;
+}
+
+// q[s] = sum over channels of the energy of x[s * stride_s + c]. Nothing is read outside of [x, the last element of the last position].
+template <typename T, typename A, typename P>
+static void energy_channels_last(const T* x, int64_t channels, int64_t stride_s, int64_t count, A* q, const P& power) {
+  constexpr int64_t W = kLanes<A>;
+  Mask<A> mask;
+  for (int64_t i = 0; i < W; ++i) mask[i] = (channels >= W ? i >= W - channels % W : i < channels) ? -1 : 0;
+  int64_t s = 0;
+  if constexpr (kInPairs<T, A>) {
+    if (channels == W && stride_s == W) s = energy_of_two(x, count, q, power);
+  }
+  // With fewer channels than lanes a vector reaches into the positions behind; stop while there are such.
+  for (; s + W <= count && (channels >= W || (stride_s > 0 && (s + W - 1) * stride_s + W <= (count - 1) * stride_s + channels)); s += W) {
+    Vec<A> rows[W];
+    for (int64_t i = 0; i < W; ++i) rows[i] = energy_of_row<T, A>(x + (s + i) * stride_s, channels, mask, power);
+    store<A, A>(q + s, transposed_sum<A>(rows));
+  }
+  for (; s < count; ++s) {
+    const T* row = x + s * stride_s;
+    if (channels >= W) {
+      Vec<A> rows[W] = {energy_of_row<T, A>(row, channels, mask, power)};
+      q[s] = transposed_sum<A>(rows)[0];
+    } else {
+      A total = 0;
+      for (int64_t c = 0; c < channels; ++c) total += P::energy1(power, to_acc<T, A>(row[c]));
+      q[s] = total;
+    }
+  }
+}
+
+// One position's gradient, for a whole number of vectors (pairs of vectors where they go in pairs).
+template <typename T, typename A, bool Stream, typename P>
+FASTKD_INLINE void gradient_of_row(const T* x, int64_t channels, A coefficient, T* dx, const P& power) {
+  const Vec<A> k = broadcast<A>(coefficient);
+  if constexpr (kInPairs<T, A>) {
+    for (int64_t c = 0; c < channels; c += 2 * kLanes<A>) {
+      VecF even, odd;
+      load_pair(x + c, even, odd);
+      store_pair(dx + c, P::slope(power, even) * k, P::slope(power, odd) * k, Stream);
+    }
+  } else {
+    for (int64_t c = 0; c < channels; c += kLanes<A>) {
+      const Vec<A> v = P::slope(power, load<T, A>(x + c)) * k;
+      Stream ? stream<T, A>(dx + c, v) : store<T, A>(dx + c, v);
+    }
+  }
+}
+
+// From the last position to the first: those that were read last are still in the cache.
+template <typename T, typename A, bool Stream, typename P>
+static void gradient_of_rows(const T* x, int64_t channels, int64_t stride_s, int64_t count, const A* coefficient, T* dx,
+                             int64_t dx_stride_s, const P& power) {
+  constexpr int64_t W = kInPairs<T, A> ? 2 * kLanes<A> : kLanes<A>;
+  if (channels == W) {  // what the loop over channels costs is then most of the work
+    for (int64_t s = count - 1; s >= 0; --s)
+      gradient_of_row<T, A, Stream>(x + s * stride_s, W, coefficient[s], dx + s * dx_stride_s, power);
+  } else {
+    for (int64_t s = count - 1; s >= 0; --s)
+      gradient_of_row<T, A, Stream>(x + s * stride_s, channels, coefficient[s], dx + s * dx_stride_s, power);
+  }
+}
+
+FASTKD_INLINE VecF halves(float lower, float upper) {
+  IntF mask;
+  for (int64_t i = 0; i < kLanes<float>; ++i) mask[i] = i < kLanes<float> / 2 ? -1 : 0;
+  return (VecF)(((IntF)broadcast(lower) & mask) | ((IntF)broadcast(upper) & ~mask));
+}
+
+// Adjacent positions of as many channels as a vector has lanes: two of them fill a pair of vectors, each a half.
+template <typename P>
+static void gradient_of_two(const BFloat16* x, int64_t count, const float* coefficient, BFloat16* dx, bool streaming, const P& power) {
+  constexpr int64_t W = kLanes<float>;
+  for (int64_t s = count - 2; s >= 0; s -= 2) {
+    VecF even, odd;
+    load_pair(x + s * W, even, odd);
+    const VecF k = halves(coefficient[s], coefficient[s + 1]);
+    store_pair(dx + s * W, P::slope(power, even) * k, P::slope(power, odd) * k, streaming);
+  }
+}
+
+// dx[s * dx_stride_s + c] = coefficient[s] * h(x[s * stride_s + c]).
+template <typename T, typename A, typename P>
+static void gradient_channels_last(const T* x, int64_t channels, int64_t stride_s, int64_t count, const A* coefficient, T* dx,
+                                   int64_t dx_stride_s, bool streaming, const P& power) {
+  constexpr int64_t W = kLanes<A>;
+  if constexpr (kInPairs<T, A>) {
+    if (channels == W && stride_s == W && dx_stride_s == W && count % 2 == 0) {
+      return gradient_of_two(x, count, coefficient, dx, streaming && is_line(dx), power);
+    }
+  }
+  if (channels % (kInPairs<T, A> ? 2 * W : W) == 0) {
+    if (streaming && is_line(dx) && is_line(dx + dx_stride_s)) {
+      gradient_of_rows<T, A, true>(x, channels, stride_s, count, coefficient, dx, dx_stride_s, power);
+    } else {
+      gradient_of_rows<T, A, false>(x, channels, stride_s, count, coefficient, dx, dx_stride_s, power);
+    }
+    return;
+  }
+  const int64_t whole = channels / W * W;
+  // With fewer channels than lanes, a vector writes on into positions that come later and are then written properly. Only where positions
+  // are adjacent: what lies in a gap may belong to another sample.
+  const bool spill = channels < W && stride_s == channels && dx_stride_s == channels;
+  for (int64_t s = 0; s < count; ++s, x += stride_s, dx += dx_stride_s) {
+    const Vec<A> k = broadcast<A>(coefficient[s]);
+    for (int64_t c = 0; c < whole; c += W) store<T, A>(dx + c, P::slope(power, load<T, A>(x + c)) * k);
+    if (whole == channels) continue;
+    if (whole > 0) {
+      const int64_t c = channels - W;
+      store<T, A>(dx + c, P::slope(power, load<T, A>(x + c)) * k);
+    } else if (spill && (count - s) * channels >= W) {
+      store<T, A>(dx, P::slope(power, load<T, A>(x)) * k);
+    } else {
+      for (int64_t c = 0; c < channels; ++c) dx[c] = from_acc<T, A>(P::slope1(power, to_acc<T, A>(x[c])) * coefficient[s]);
+    }
+  }
+}

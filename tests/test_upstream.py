@@ -1,0 +1,119 @@
+"""Gradients that the forward pass prepares: the same bits whether the upstream gradient was foreseen or not, and never given away twice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from recorder import Recorder
+from support import make
+
+import fastkd
+from fastkd.ops import attention
+from fastkd.ops.upstream import Upstream
+
+LOSSES = {"attention_transfer_loss": attention}
+pytestmark = pytest.mark.parametrize("function", LOSSES)
+
+
+@pytest.fixture
+def foresee(cpp, function, monkeypatch):
+    """foresee(value): the next calls expect that upstream gradient, None for no guess."""
+
+    def expect(value):
+        upstream = Upstream()
+        upstream._last, upstream._steady = (0.0, False) if value is None else (value, True)
+        monkeypatch.setattr(LOSSES[function], "_upstream", upstream)
+
+    with fastkd.use_backend("cpp"):
+        yield expect
+
+
+def chain(dtype=torch.float32, layout="contiguous", grad=False):
+    return [make((3, c, n, n), dtype, layout).requires_grad_(grad) for c, n in ((3, 9), (16, 8), (32, 7))]
+
+
+def gradients(function, student, teacher, upstream, **switches):
+    """The gradients, and the operators that the backward pass ran."""
+    loss = getattr(fastkd, function)(student, teacher, **switches)
+    with Recorder() as recorder:
+        found = torch.autograd.grad(loss, [x for x in (*student, *teacher) if x.requires_grad], torch.tensor(upstream, dtype=loss.dtype))
+    return found, recorder.fused
+
+
+@pytest.mark.parametrize("upstream", [1.0, 1000.0, -0.3, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_a_guess_changes_no_bit(function, foresee, dtype, layout, upstream):
+    student, teacher = chain(dtype, layout, True), chain(dtype, layout)
+    upstream = torch.tensor(upstream, dtype=torch.float32).item()
+    foresee(upstream)
+    guessed, ran = gradients(function, student, teacher, upstream)
+    assert not ran, "the prepared gradients were not used"
+    for wrong in (None, upstream + 1):
+        foresee(wrong)
+        computed, ran = gradients(function, student, teacher, upstream)
+        assert ran == [f"{function}_backward"]
+        for a, b, x in zip(guessed, computed, student):
+            assert torch.equal(a, b) and a.stride() == b.stride() and a.dtype == x.dtype
+
+
+def test_every_switch_prepares_what_the_backward_computes(function, foresee):
+    grid = {
+        "attention_transfer_loss": [
+            {"pool": p, "pool_mode": m, "p": q} for p in ("before", "after") for m in ("avg", "max") for q in (1.0, 2.0, 2.7)
+        ]
+    }
+    for switches in grid.get(function, [{"pool_mode": "avg"}, {"pool_mode": "max"}, {"distance": "column_l2"}]):
+        student = chain(grad=True)
+        teacher = [make((3, x.shape[1], 5, 6)) for x in student]
+        foresee(3.0)
+        guessed, ran = gradients(function, student, teacher, 3.0, weight=2.0, **switches)
+        assert not ran
+        foresee(None)
+        computed, _ = gradients(function, student, teacher, 3.0, weight=2.0, **switches)
+        assert all(torch.equal(a, b) for a, b in zip(guessed, computed)), switches
+
+
+def test_a_second_backward_pass_has_gradients_of_its_own(function, foresee):
+    student, teacher = chain(grad=True), chain()
+    foresee(1.0)
+    loss = getattr(fastkd, function)(student, teacher)
+    loss.backward(retain_graph=True)
+    first = [x.grad.clone() for x in student]
+    loss.backward()
+    for x, once in zip(student, first):
+        assert torch.equal(x.grad, once + once)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_the_teacher_and_a_part_of_the_student_may_want_gradients(function, foresee):
+    def one(expected):
+        torch.manual_seed(7)
+        student, teacher = chain(), chain(grad=True)
+        student[1].requires_grad_()
+        foresee(expected)
+        return gradients(function, student, teacher, 2.0)[0]
+
+    assert all(torch.equal(a, b) for a, b in zip(one(2.0), one(None)))
+
+
+def test_a_second_derivative_is_refused_all_the_same(function, foresee):
+    student, teacher = chain(grad=True), chain()
+    foresee(1.0)
+    loss = getattr(fastkd, function)(student, teacher)
+    (grad, *_) = torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"reference.{function}"):
+        grad.sum().backward()
+
+
+def test_what_is_expected(function):
+    upstream = Upstream()
+    assert upstream.expected == 1.0  # a loss alone, the weight inside
+    upstream.saw(1024.0)
+    assert upstream.expected is None
+    upstream.saw(1024.0)
+    assert upstream.expected == 1024.0  # a loss scale
+    upstream.saw(float("nan"))
+    upstream.saw(float("nan"))
+    assert upstream.expected is None
