@@ -61,6 +61,8 @@ def stages(name: str, value: object) -> list[Tensor]:
     """The tensors of one stage or of several; a lone tensor is a list of one."""
     if isinstance(value, Tensor):
         return [value]
+    if type(value) is list or type(value) is tuple:  # the abstract class below takes a quarter of a microsecond
+        return list(value)
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise TypeError(f"{name} is {type(value).__name__}, wanted a tensor or a sequence of tensors")
     return list(value)

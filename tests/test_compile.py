@@ -180,10 +180,11 @@ def test_maps_and_matrices_export(backend, dynamic):
 MAP = (2.0, "mean", False, True, 1e-12, "clamp")
 
 
-def at_options(**change):
-    options = dict(p=2.0, channel_reduce="mean", signed=False, eps=1e-12, eps_mode="clamp", pool="before", pool_mode="avg",
-                   difference="squared", stage_reduce="sum", weights=None, weight=1.0, teacher_is_map=False)  # fmt: skip
-    return tuple({**options, **change}.values())
+MEAN, POOL_BEFORE, L2 = 1, 8, 32  # switches of the loss
+
+
+def at_options(switches=MEAN | POOL_BEFORE, weights=None):
+    return 2.0, 1e-12, switches, weights, 1.0
 
 
 def samples():
@@ -208,12 +209,12 @@ def samples():
         yield ops.attention_transfer_loss.default, (s, t, *at_options(), grad, grad, None)
         yield (
             ops.attention_transfer_loss.default,
-            (s, [v.detach() for v in t], *at_options(pool="after", weights=[1.0, 2.0], difference="l2"), grad, False, None),
+            (s, [v.detach() for v in t], *at_options(MEAN | L2, [1.0, 2.0]), grad, False, None),
         )
         plain = [v.detach() for v in (*s, *t)]
-        yield ops.attention_transfer_loss.default, (plain[:2], plain[2:], *at_options(pool="after"), True, False, -2.5)
+        yield ops.attention_transfer_loss.default, (plain[:2], plain[2:], *at_options(MEAN), True, False, -2.5)
         loss, coefficients, _ = ops.attention_transfer_loss(plain[:2], plain[2:], *at_options(), True, True, None)
-        yield ops.attention_transfer_loss_backward.default, (torch.ones_like(loss), plain, coefficients, 2.0, False, "avg")
+        yield ops.attention_transfer_loss_backward.default, (torch.ones_like(loss), plain, coefficients, 2.0, MEAN | POOL_BEFORE)
         for b in (y, leaf(2, 4, 5, 4)):
             yield ops.fsp_matrix.default, (x, b, "avg", None)
             g = ops.fsp_matrix(x.detach(), b.detach(), "avg", None)

@@ -42,6 +42,10 @@ size_t scratch_of(const AttentionSide& side, int64_t maps, bool in_place, size_t
 
 size_t size_of(DType accumulation) { return accumulation == DType::kDouble ? sizeof(double) : sizeof(float); }
 
+void check_switches(int64_t switches) {
+  STD_TORCH_CHECK(switches >= 0 && switches < kSwitchesEnd, "switches must be bits below ", int64_t{kSwitchesEnd}, ", got ", switches);
+}
+
 int64_t bytes_of(const Feature& x) {
   const int64_t size = x.dtype == DType::kDouble ? 8 : x.dtype == DType::kFloat ? 4 : 2;
   return x.batch * x.channels * x.positions * size;
@@ -144,24 +148,23 @@ Tensor make_coefficients(AttentionSide& side, const TensorView& view, bool is_ma
   return out;
 }
 
-std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& student, const Tensors& teacher, double p,
-                                                             const Text& channel_reduce, bool is_signed, double eps, const Text& eps_mode,
-                                                             const Text& pool, const Text& pool_mode, const Text& difference,
-                                                             const Text& stage_reduce, const std::optional<std::vector<double>>& weights,
-                                                             double weight, bool teacher_is_map, bool student_grad, bool teacher_grad,
+std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& student, const Tensors& teacher, double p, double eps,
+                                                             int64_t switches, const std::optional<std::vector<double>>& weights,
+                                                             double weight, bool student_grad, bool teacher_grad,
                                                              std::optional<double> upstream) {
   const size_t count = student.size();
   STD_TORCH_CHECK(count > 0 && teacher.size() == count, "student and teacher must be lists of the same length, at least 1, got ", count,
                   " and ", teacher.size());
   STD_TORCH_CHECK(!weights || weights->size() == count, "weights must hold one number a stage");
+  check_switches(switches);
+  const bool teacher_is_map = switches & kTeacherIsMap;
   AttentionLossArgs args;
-  args.options = options_of(p, is_signed, parse_switch(channel_reduce, "channel_reduce", "sum", "mean"), eps,
-                            parse_switch(eps_mode, "eps_mode", "clamp", "add"));
-  args.pool_before = parse_switch(pool, "pool", "after", "before");
-  args.l2 = parse_switch(difference, "difference", "squared", "l2");
+  args.options = options_of(p, switches & kSigned, switches & kMean, eps, switches & kAddEps);
+  args.pool_before = (switches & kPoolBefore) != 0;
+  args.l2 = (switches & kL2) != 0;
   args.teacher_is_map = teacher_is_map;
-  const bool max = parse_switch(pool_mode, "pool_mode", "avg", "max");
-  const double share = parse_switch(stage_reduce, "stage_reduce", "sum", "mean") ? weight / static_cast<double>(count) : weight;
+  const bool max = switches & kPoolMax;
+  const double share = switches & kStageMean ? weight / static_cast<double>(count) : weight;
 
   std::vector<TensorView> views(2 * count);  // student's, then teacher's
   args.accumulation = DType::kFloat;
@@ -248,15 +251,16 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& stud
   return {std::move(loss), std::move(coefficients), std::move(gradients)};
 }
 
-Tensors attention_transfer_loss_backward(const Tensor& grad, const Tensors& features, const Tensors& coefficients, double p, bool is_signed,
-                                         const Text& pool_mode) {
+Tensors attention_transfer_loss_backward(const Tensor& grad, const Tensors& features, const Tensors& coefficients, double p,
+                                         int64_t switches) {
   const size_t count = features.size();
   STD_TORCH_CHECK(coefficients.size() == count, "features and coefficients must be lists of the same length");
   if (count == 0) return {};
   AttentionLossBackwardArgs args;
-  args.options = options_of(p, is_signed, false, 0, false);
+  check_switches(switches);
+  args.options = options_of(p, switches & kSigned, false, 0, false);
   args.grad = scalar_of(grad, "grad");
-  const bool max = parse_switch(pool_mode, "pool_mode", "avg", "max");
+  const bool max = switches & kPoolMax;
 
   std::vector<AttentionGradient> items(count);
   std::vector<PoolTables> pools(count);

@@ -6,6 +6,19 @@
 
 namespace fastkd {
 
+// The loss's switches, bits of one integer; fastkd/ops/attention.py has the same table with the values' names.
+enum AttentionSwitch : int64_t {
+  kMean = 1,            // channel_reduce: "mean", else "sum"
+  kSigned = 2,          // signed
+  kAddEps = 4,          // eps_mode: "add", else "clamp"
+  kPoolBefore = 8,      // pool: "before", else "after"
+  kPoolMax = 16,        // pool_mode: "max", else "avg"
+  kL2 = 32,             // difference: "l2", else "squared"
+  kStageMean = 64,      // stage_reduce: "mean", else "sum"
+  kTeacherIsMap = 128,  // teacher_is_map
+  kSwitchesEnd = 256,
+};
+
 // h and the map's energy |x|^p (x^p if is_signed), and the normalization.
 struct AttentionOptions {
   double p;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,10 +14,25 @@ from fastkd.ops.registry import accumulator, autograd, call, define, differentia
 from fastkd.ops.upstream import Upstream, take_prepared
 
 _MAP = "float p, str channel_reduce, bool signed, bool normalize, float eps, str eps_mode"
-_LOSS = (
-    "float p, str channel_reduce, bool signed, float eps, str eps_mode, str pool, str pool_mode, str difference, str stage_reduce, "
-    "float[]? weights, float weight, bool teacher_is_map"
+
+# The loss has many switches, and a string argument costs an operator's caller half a microsecond: they travel as bits of one integer, which
+# csrc/cpu/attention.h spells out again. One name a bit, its value when the bit is clear and when it is set.
+_SWITCHES = (
+    ("channel_reduce", "sum", "mean"),
+    ("signed", False, True),
+    ("eps_mode", "clamp", "add"),
+    ("pool", "after", "before"),
+    ("pool_mode", "avg", "max"),
+    ("difference", "squared", "l2"),
+    ("stage_reduce", "sum", "mean"),
+    ("teacher_is_map", False, True),
 )
+_BIT = {name: 1 << i for i, (name, _, _) in enumerate(_SWITCHES)}
+# every valid combination, in the order above
+_BITS = {
+    tuple(values[1 + bit] for values, bit in zip(_SWITCHES, bits)): sum(bit << i for i, bit in enumerate(bits))
+    for bits in itertools.product((0, 1), repeat=len(_SWITCHES))
+}
 
 
 def _map_fake(x: Tensor, p: Any, channel_reduce: Any, signed: Any, normalize: bool, eps: Any, eps_mode: Any) -> tuple[Tensor, Tensor]:
@@ -28,25 +44,22 @@ def _map_backward_fake(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-def _coefficient_size(x: Tensor, other: Sequence[int], pool: str) -> list[int]:
-    return [x.shape[0], *(smaller(x.shape[2:], other) if pool == "before" else x.shape[2:])]
+def _coefficient_size(x: Tensor, other: Sequence[int], switches: int) -> list[int]:
+    return [x.shape[0], *(smaller(x.shape[2:], other) if switches & _BIT["pool"] else x.shape[2:])]
 
 
 def _loss_fake(
-    student: list[Tensor],
-    teacher: list[Tensor],
-    p: Any, channel_reduce: Any, signed: Any, eps: Any, eps_mode: Any, pool: str, pool_mode: Any, difference: Any, stage_reduce: Any,
-    weights: Any, weight: Any, teacher_is_map: bool, student_grad: bool, teacher_grad: bool, upstream: float | None,
+    student: list[Tensor], teacher: list[Tensor], p: Any, eps: Any, switches: int, weights: Any, weight: Any,
+    student_grad: bool, teacher_grad: bool, upstream: float | None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     one_device(student + teacher)
     dtype = accumulator(student + teacher)
+    is_map = bool(switches & _BIT["teacher_is_map"])
     sizes = []
     if student_grad:
-        sizes += [_coefficient_size(s, t.shape[1 if teacher_is_map else 2 :], pool) for s, t in zip(student, teacher, strict=True)]
+        sizes += [_coefficient_size(s, t.shape[1 if is_map else 2 :], switches) for s, t in zip(student, teacher, strict=True)]
     if teacher_grad:
-        sizes += [
-            list(t.shape) if teacher_is_map else _coefficient_size(t, s.shape[2:], pool) for s, t in zip(student, teacher, strict=True)
-        ]
+        sizes += [list(t.shape) if is_map else _coefficient_size(t, s.shape[2:], switches) for s, t in zip(student, teacher, strict=True)]
     gradients = [torch.empty_like(x) for x in student] if student_grad and upstream is not None else []
     return student[0].new_empty((), dtype=dtype), [student[0].new_empty(size, dtype=dtype) for size in sizes], gradients
 
@@ -58,13 +71,12 @@ def _loss_backward_fake(grad: Tensor, features: list[Tensor], coefficients: list
 define(f"attention_map(Tensor x, {_MAP}) -> (Tensor map, Tensor norm)", _map_fake)
 define(f"attention_map_backward(Tensor grad, Tensor x, Tensor map, Tensor norm, {_MAP}) -> Tensor", _map_backward_fake)
 define(
-    f"attention_transfer_loss(Tensor[] student, Tensor[] teacher, {_LOSS}, bool student_grad, bool teacher_grad, "
-    "float? upstream) -> (Tensor loss, Tensor[] coefficients, Tensor[] gradients)",
+    "attention_transfer_loss(Tensor[] student, Tensor[] teacher, float p, float eps, int switches, float[]? weights, float weight, "
+    "bool student_grad, bool teacher_grad, float? upstream) -> (Tensor loss, Tensor[] coefficients, Tensor[] gradients)",
     _loss_fake,
 )
 define(
-    "attention_transfer_loss_backward(Tensor grad, Tensor[] features, Tensor[] coefficients, float p, bool signed, str pool_mode)"
-    " -> Tensor[]",
+    "attention_transfer_loss_backward(Tensor grad, Tensor[] features, Tensor[] coefficients, float p, int switches) -> Tensor[]",
     _loss_backward_fake,
 )
 differentiable_once("attention_map_backward", "attention_map")
@@ -114,18 +126,16 @@ class AttentionTransferFunction(torch.autograd.Function):
     """``apply(stages, options, *student, *teacher)`` -> loss.
 
     The forward saves a coefficient a position, k = dloss/dq p (/ C for "mean") for an upstream gradient of 1, so that the backward is one
-    streaming pass, dx = upstream k sign(x) |x|^(p-1), and the upstream gradient is applied before anything is rounded to x's dtype. Where the
-    upstream gradient can be foreseen, the forward makes that pass too, for the student.
+    streaming pass, dx = upstream k sign(x) |x|^(p-1), and the upstream gradient is applied before anything is rounded to x's dtype. Where
+    the upstream gradient can be foreseen, the forward makes that pass too, for the student.
     """
 
     @staticmethod
     def forward(ctx: Any, stages: int, options: tuple, *tensors: Tensor) -> Tensor:
         needs = ctx.needs_input_grad[2:]
         student_grad, teacher_grad = any(needs[:stages]), any(needs[stages:])
-        ctx.expected = _upstream.expected if student_grad else None
-        loss, coefficients, ctx.prepared = call(
-            _loss, tensors[:stages], tensors[stages:], *options, student_grad, teacher_grad, ctx.expected
-        )
+        ctx.expected = expected = _upstream.expected if student_grad else None
+        loss, coefficients, ctx.prepared = call(_loss, tensors[:stages], tensors[stages:], *options, student_grad, teacher_grad, expected)
         # a teacher made under inference_mode cannot be saved: only what needs a gradient is
         wanted = [i for i, need in enumerate(needs) if need]
         skipped = 0 if student_grad else stages
@@ -148,8 +158,8 @@ def _feature_gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Te
     """The gradients of student and teacher features, None where ``needs`` says so or the forward kept nothing."""
     saved, kept = ctx.saved_tensors, len(ctx.wanted)
     pairs = [(i, saved[j], saved[kept + j]) for j, i in enumerate(ctx.wanted) if needs[i]]
-    p, signed, pool_mode = ctx.options[0], ctx.options[2], ctx.options[6]
-    computed = call(_loss_backward, grad, [x for _, x, _ in pairs], [k for _, _, k in pairs], p, signed, pool_mode)
+    p, _, switches, *_ = ctx.options
+    computed = call(_loss_backward, grad, [x for _, x, _ in pairs], [k for _, _, k in pairs], p, switches)
     out: list[Tensor | None] = [None] * len(needs)
     for (i, _, _), dx in zip(pairs, computed, strict=True):
         out[i] = dx
@@ -252,19 +262,20 @@ def attention_transfer_loss(
             student, teacher, p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode, pool=pool, pool_mode=pool_mode,
             difference=difference, stage_reduce=stage_reduce, weights=weights, weight=weight, teacher_is_map=teacher_is_map,
         )  # fmt: skip
-    options = (
-        p, channel_reduce, signed, eps, eps_mode, pool, pool_mode, difference, stage_reduce, weights, weight, teacher_is_map,
-    )  # fmt: skip
-    arguments = (
-        student, teacher, p, channel_reduce, eps, eps_mode, pool, pool_mode, difference, stage_reduce, weights, weight, teacher_is_map,
-    )  # fmt: skip
-    if torch.compiler.is_compiling():
-        students, teachers = checks.attention_transfer(*arguments)
-        needs = [torch.is_grad_enabled() and any(x.requires_grad for x in tensors) for tensors in (students, teachers)]
-        return _loss(students, teachers, *options, *needs, None)[0]
-    try:
-        students, teachers = checks.stages("student", student), checks.stages("teacher", teacher)
-        return AttentionTransferFunction.apply(len(students), options, *students, *teachers)
-    except Exception:
-        checks.attention_transfer(*arguments)
-        raise
+
+    failure = None
+    if not torch.compiler.is_compiling():
+        try:
+            switches = _BITS[channel_reduce, bool(signed), eps_mode, pool, pool_mode, difference, stage_reduce, bool(teacher_is_map)]
+            students, teachers = checks.stages("student", student), checks.stages("teacher", teacher)
+            return AttentionTransferFunction.apply(len(students), (p, eps, switches, weights, weight), *students, *teachers)
+        except Exception as error:
+            failure = error
+    students, teachers = checks.attention_transfer(
+        student, teacher, p, channel_reduce, eps, eps_mode, pool, pool_mode, difference, stage_reduce, weights, weight, teacher_is_map
+    )
+    if failure:  # not the arguments' fault
+        raise failure
+    switches = _BITS[channel_reduce, bool(signed), eps_mode, pool, pool_mode, difference, stage_reduce, bool(teacher_is_map)]
+    needs = [torch.is_grad_enabled() and any(x.requires_grad for x in tensors) for tensors in (students, teachers)]
+    return _loss(students, teachers, p, eps, switches, weights, weight, *needs, None)[0]
