@@ -9,7 +9,6 @@
 #include "dispatch.h"
 
 namespace fastkd {
-namespace {
 
 using Tensors = std::vector<Tensor>;
 
@@ -27,7 +26,6 @@ AttentionSide side_of(const Feature& x, const PoolPlan& pool) {
   return {x, pool, chunk < 1 ? 1 : chunk < x.channels ? chunk : x.channels, nullptr};
 }
 
-// Scratch memory that a side needs: `maps` maps of its positions, and for the chunks if it is not read in place.
 size_t scratch_of(const AttentionSide& side, int64_t maps, bool in_place, size_t size) {
   const size_t map = scratch_piece(side.x.positions, size);
   const size_t chunks = in_place ? 0
@@ -47,11 +45,40 @@ void check_accumulation(const TensorView& view, DType accumulation, const char* 
   STD_TORCH_CHECK(view.dtype == accumulation, name, " must be ", accumulation == DType::kDouble ? "float64" : "float32");
 }
 
-// The sizes of a map of x: (N, *S).
 void map_sizes(const TensorView& x, int64_t* sizes) {
   sizes[0] = x.sizes[0];
   for (int32_t d = 2; d < x.dim; ++d) sizes[d - 1] = x.sizes[d];
 }
+
+AttentionMapBackwardArgs map_backward_args(const Tensor& grad, const TensorView& x, const Tensor& map, const Tensor& norm,
+                                           const AttentionOptions& options, bool normalize, const Tensor& out) {
+  const Feature feature = feature_of(x, "x");
+  AttentionMapBackwardArgs args;
+  args.side = side_of(feature, make_pool(feature.size, feature.size, false).plan);
+  args.options = options;
+  args.accumulation = accumulation(x.dtype, x.dtype);
+  args.normalize = normalize;
+  const TensorView grad_view = view_of(grad, "grad");
+  check_accumulation(grad_view, args.accumulation, "grad");
+  args.grad = map_of(grad_view, "grad");
+  check_same(args.grad, feature, "grad and x");
+  args.map = args.norm = args.grad;
+  if (normalize) {
+    const TensorView map_view = view_of(map, "map");
+    const TensorView norm_view = view_of(norm, "norm");
+    check_accumulation(map_view, args.accumulation, "map");
+    check_accumulation(norm_view, args.accumulation, "norm");
+    args.map = map_of(map_view, "map");
+    check_same(args.map, feature, "map and x");
+    STD_TORCH_CHECK(norm_view.dim == 1 && norm_view.sizes[0] == feature.batch, "norm must hold one number a sample");
+    args.norm.data = norm_view.data;
+    args.norm.stride_n = norm_view.strides[0];
+  }
+  args.dx = feature_of(view_of(out, "gradient"), "gradient");
+  return args;
+}
+
+namespace {
 
 std::tuple<Tensor, Tensor> attention_map(const Tensor& x, double p, const Text& channel_reduce, bool is_signed, bool normalize, double eps,
                                          const Text& eps_mode) {
@@ -82,34 +109,11 @@ std::tuple<Tensor, Tensor> attention_map(const Tensor& x, double p, const Text& 
 Tensor attention_map_backward(const Tensor& grad, const Tensor& x, const Tensor& map, const Tensor& norm, double p,
                               const Text& channel_reduce, bool is_signed, bool normalize, double eps, const Text& eps_mode) {
   const TensorView view = view_of(x, "x");
-  const Feature feature = feature_of(view, "x");
-  const PoolTables none = make_pool(feature.size, feature.size, false);
-  AttentionMapBackwardArgs args;
-  args.side = side_of(feature, none.plan);
-  args.options = options_of(p, is_signed, parse_switch(channel_reduce, "channel_reduce", "sum", "mean"), eps,
-                            parse_switch(eps_mode, "eps_mode", "clamp", "add"));
-  args.accumulation = accumulation(view.dtype, view.dtype);
-  args.normalize = normalize;
-  const TensorView grad_view = view_of(grad, "grad");
-  check_accumulation(grad_view, args.accumulation, "grad");
-  args.grad = map_of(grad_view, "grad");
-  check_same(args.grad, feature, "grad and x");
-  args.map = args.norm = args.grad;
-  if (normalize) {
-    const TensorView map_view = view_of(map, "map");
-    const TensorView norm_view = view_of(norm, "norm");
-    check_accumulation(map_view, args.accumulation, "map");
-    check_accumulation(norm_view, args.accumulation, "norm");
-    args.map = map_of(map_view, "map");
-    check_same(args.map, feature, "map and x");
-    STD_TORCH_CHECK(norm_view.dim == 1 && norm_view.sizes[0] == feature.batch, "norm must hold one number a sample");
-    args.norm.data = norm_view.data;
-    args.norm.stride_n = norm_view.strides[0];
-  }
-
   Tensor out = empty_like(x, view);
-  const TensorView out_view = view_of(out, "gradient");
-  args.dx = feature_of(out_view, "gradient");
+  const AttentionOptions options = options_of(p, is_signed, parse_switch(channel_reduce, "channel_reduce", "sum", "mean"), eps,
+                                              parse_switch(eps_mode, "eps_mode", "clamp", "add"));
+  const AttentionMapBackwardArgs args = map_backward_args(grad, view, map, norm, options, normalize, out);
+  const Feature& feature = args.side.x;
   const bool in_place = feature.layout == args.dx.layout && feature.layout != Layout::kGeneric;
   const auto run = kernels().attention.map_backward;
   parallel_units(feature.batch, feature.channels * feature.positions, scratch_of(args.side, 2, in_place, size_of(args.accumulation)),

@@ -75,4 +75,16 @@ struct AttentionKernels {
   void (*loss_backward)(const AttentionLossBackwardArgs&, int64_t begin, int64_t end, void* scratch);
 };
 
+// What the host side of other operations over maps shares (attention.cpp).
+AttentionOptions options_of(double p, bool is_signed, bool mean, double eps, bool add_eps);
+AttentionSide side_of(const Feature& x, const PoolPlan& pool);
+// Scratch memory that a side needs: `maps` maps of its positions, and for the chunks if it is not read in place.
+size_t scratch_of(const AttentionSide& side, int64_t maps, bool in_place, size_t size);
+size_t size_of(DType accumulation);
+// The sizes of a map of x: (N, *S).
+void map_sizes(const TensorView& x, int64_t* sizes);
+// Checks grad, map and norm against x and each other; `out` is x's gradient, to be written.
+AttentionMapBackwardArgs map_backward_args(const Tensor& grad, const TensorView& x, const Tensor& map, const Tensor& norm,
+                                           const AttentionOptions& options, bool normalize, const Tensor& out);
+
 }  // namespace fastkd

@@ -202,26 +202,32 @@ static void gradient_of(const AttentionSide& side, const Feature& dx, int64_t n,
   }
 }
 
+// The coefficients of one sample, in scratch memory: dx = coefficient * h(x) is what the map's gradient makes of x.
+template <typename A>
+static const A* map_coefficients(const AttentionMapBackwardArgs& args, int64_t n, Bump& bump) {
+  const int64_t count = args.side.x.positions;
+  A* g = take<A>(bump, count);
+  A* y = take<A>(bump, count);
+  load_planes(args.grad, n, 0, 1, g);
+  pad(g, count);
+  Norm norm = {0, 1, 1, 1, 0, false};
+  VecD dot = {};
+  if (args.normalize) {
+    load_planes(args.map, n, 0, 1, y);
+    pad(y, count);
+    norm = norm_from(static_cast<const A*>(args.norm.data)[n * args.norm.stride_n], args.side, args.options);
+    for (int64_t i = 0; i < count; i += kStep) dot += load<A, double>(g + i) * load<A, double>(y + i);
+  }
+  normalize_backward(g, y, sum(dot), count, norm, args.options.p / reduction(args.side, args.options), g);
+  return g;
+}
+
 template <typename A>
 static void map_backward_units(const AttentionMapBackwardArgs& args, int64_t begin, int64_t end, void* scratch) {
-  const int64_t count = args.side.x.positions;
-  const double factor = args.options.p / reduction(args.side, args.options);
   for (int64_t n = begin; n < end; ++n) {
     Bump bump{static_cast<char*>(scratch)};
-    A* g = take<A>(bump, count);
-    A* y = take<A>(bump, count);
-    load_planes(args.grad, n, 0, 1, g);
-    pad(g, count);
-    Norm norm = {0, 1, 1, 1, 0, false};
-    VecD dot = {};
-    if (args.normalize) {
-      load_planes(args.map, n, 0, 1, y);
-      pad(y, count);
-      norm = norm_from(static_cast<const A*>(args.norm.data)[n * args.norm.stride_n], args.side, args.options);
-      for (int64_t i = 0; i < count; i += kStep) dot += load<A, double>(g + i) * load<A, double>(y + i);
-    }
-    normalize_backward(g, y, sum(dot), count, norm, factor, g);
-    with_power<A>(args.options, [&](const auto& power) { gradient_of<A>(args.side, args.dx, n, g, bump, power); });
+    const A* coefficient = map_coefficients<A>(args, n, bump);
+    with_power<A>(args.options, [&](const auto& power) { gradient_of<A>(args.side, args.dx, n, coefficient, bump, power); });
   }
 }
 
