@@ -118,6 +118,19 @@ def attention_map(x: object, p: object, channel_reduce: object, eps: object, eps
     switch("eps_mode", eps_mode, EPS_MODE)
 
 
+def relu_tap(x: object, residual: object, p: object, channel_reduce: object, eps: object, eps_mode: object) -> None:
+    attention_map(x, p, channel_reduce, eps, eps_mode)
+    assert isinstance(x, Tensor)
+    if residual is None:
+        return
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"residual is {type(residual).__name__}, wanted a tensor or None")
+    if residual.dtype != x.dtype:
+        raise TypeError(f"residual is {describe(residual)}, x is {describe(x)}: dtypes differ, wanted the same")
+    if residual.shape != x.shape or residual.device != x.device:
+        raise ValueError(f"residual is {describe(residual)}, x is {describe(x)}: wanted the same shape and device")
+
+
 def attention_transfer(
     student: object,
     teacher: object,

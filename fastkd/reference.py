@@ -74,6 +74,35 @@ def attention_map(
         return _normalize(q, eps, eps_mode) if normalize else q
 
 
+def tap(
+    x: Tensor,
+    p: float = 2.0,
+    *,
+    channel_reduce: str = "mean",
+    signed: bool = False,
+    eps: float = 1e-12,
+    eps_mode: str = "clamp",
+) -> tuple[Tensor, Tensor]:
+    """See :func:`fastkd.tap`."""
+    return x, attention_map(x, p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode)
+
+
+def relu_tap(
+    x: Tensor,
+    residual: Tensor | None = None,
+    p: float = 2.0,
+    *,
+    channel_reduce: str = "mean",
+    signed: bool = False,
+    eps: float = 1e-12,
+    eps_mode: str = "clamp",
+) -> tuple[Tensor, Tensor]:
+    """See :func:`fastkd.relu_tap`."""
+    checks.relu_tap(x, residual, p, channel_reduce, eps, eps_mode)
+    y = torch.relu(x if residual is None else x + residual)
+    return y, attention_map(y, p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode)
+
+
 def attention_transfer_loss(
     student: Tensor | Sequence[Tensor],
     teacher: Tensor | Sequence[Tensor],
