@@ -182,7 +182,8 @@ MAP = (2.0, "mean", False, True, 1e-12, "clamp")
 
 def at_options(**change):
     options = dict(p=2.0, channel_reduce="mean", signed=False, eps=1e-12, eps_mode="clamp", pool="before", pool_mode="avg",
-                   difference="squared", stage_reduce="sum", weights=None, weight=1.0, teacher_is_map=False)  # fmt: skip
+                   difference="squared", stage_reduce="sum", weights=None, weight=1.0, teacher_is_map=False,
+                   student_is_map=False)  # fmt: skip
     return tuple({**options, **change}.values())
 
 

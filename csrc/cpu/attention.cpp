@@ -142,7 +142,7 @@ std::tuple<Tensor, Tensors> attention_transfer_loss(const Tensors& student, cons
                                                     bool is_signed, double eps, const Text& eps_mode, const Text& pool,
                                                     const Text& pool_mode, const Text& difference, const Text& stage_reduce,
                                                     const std::optional<std::vector<double>>& weights, double weight, bool teacher_is_map,
-                                                    bool student_grad, bool teacher_grad) {
+                                                    bool student_is_map, bool student_grad, bool teacher_grad) {
   const size_t count = student.size();
   STD_TORCH_CHECK(count > 0 && teacher.size() == count, "student and teacher must be lists of the same length, at least 1, got ", count,
                   " and ", teacher.size());
@@ -153,6 +153,7 @@ std::tuple<Tensor, Tensors> attention_transfer_loss(const Tensors& student, cons
   args.pool_before = parse_switch(pool, "pool", "after", "before");
   args.l2 = parse_switch(difference, "difference", "squared", "l2");
   args.teacher_is_map = teacher_is_map;
+  args.student_is_map = student_is_map;
   const bool max = parse_switch(pool_mode, "pool_mode", "avg", "max");
   const double share = parse_switch(stage_reduce, "stage_reduce", "sum", "mean") ? weight / static_cast<double>(count) : weight;
 
@@ -169,15 +170,16 @@ std::tuple<Tensor, Tensors> attention_transfer_loss(const Tensors& student, cons
   int64_t elements = 0;
   size_t scratch_bytes = 0;
   for (size_t i = 0; i < count; ++i) {
-    const Feature s = feature_of(views[i], "student");
+    const Feature s = student_is_map ? map_of(views[i], "student") : feature_of(views[i], "student");
     const Feature t = teacher_is_map ? map_of(views[count + i], "teacher") : feature_of(views[count + i], "teacher");
-    STD_TORCH_CHECK(views[i].dim == views[count + i].dim + (teacher_is_map ? 1 : 0),
+    STD_TORCH_CHECK(views[i].dim + (student_is_map ? 1 : 0) == views[count + i].dim + (teacher_is_map ? 1 : 0),
                     "student and teacher differ in the number of spatial dimensions");
     STD_TORCH_CHECK(s.batch == t.batch, "student and teacher differ in batch size, got ", s.batch, " and ", t.batch);
     STD_TORCH_CHECK(i == 0 || s.batch == stages[0].student.x.batch, "stages differ in batch size");
     int64_t out[3];
     for (int d = 0; d < 3; ++d) {
-      STD_TORCH_CHECK(!teacher_is_map || t.size[d] <= s.size[d], "a teacher's map must not be larger than the student's feature");
+      STD_TORCH_CHECK(!teacher_is_map || t.size[d] <= s.size[d], "a teacher's map must not be larger than the student");
+      STD_TORCH_CHECK(!student_is_map || s.size[d] <= t.size[d], "a student's map must not be larger than the teacher");
       out[d] = s.size[d] < t.size[d] ? s.size[d] : t.size[d];
     }
     pools[2 * i] = make_pool(s.size, out, max);
@@ -198,7 +200,7 @@ std::tuple<Tensor, Tensors> attention_transfer_loss(const Tensors& student, cons
   Tensors coefficients;
   coefficients.reserve((student_grad ? count : 0) + (teacher_grad ? count : 0));
   for (size_t i = 0; student_grad && i < count; ++i) {
-    coefficients.push_back(make_coefficients(stages[i].student, views[i], false, args.pool_before, args.accumulation));
+    coefficients.push_back(make_coefficients(stages[i].student, views[i], student_is_map, args.pool_before, args.accumulation));
   }
   for (size_t i = 0; teacher_grad && i < count; ++i) {
     coefficients.push_back(make_coefficients(stages[i].teacher, views[count + i], teacher_is_map, args.pool_before, args.accumulation));

@@ -33,7 +33,7 @@ struct AttentionLossArgs {
   int64_t stage_count;
   AttentionOptions options;
   DType accumulation;
-  int32_t pool_before, l2, teacher_is_map;
+  int32_t pool_before, l2, student_is_map, teacher_is_map;
   double* partial;  // [stage][sample]: squared distance, or distance for l2
 };
 

@@ -87,24 +87,32 @@ static void write_coefficients(const AttentionSide& side, bool pool_before, cons
   unpool_planes_add(full, 1, side.pool, pooled, out);
 }
 
+// One side's map before normalization and what normalizes it: nothing, for a map that comes normalized.
+template <typename A>
+static Energies<A> side_map(const AttentionSide& side, bool is_map, const AttentionLossArgs& args, int64_t n, Bump& bump, Norm& norm) {
+  const int64_t count = side.pool.out_positions;
+  Energies<A> e;
+  if (is_map) {
+    norm = {0, 1, 1, 1, 0, false};
+    e.map = e.full = take<A>(bump, count);
+    load_planes(side.x, n, 0, 1, e.map);
+    pad(e.map, count);
+  } else {
+    e = make_energies<A>(side, args.pool_before, args.options, n, bump);
+    norm = norm_of(e.map, count, side, args.options);
+  }
+  return e;
+}
+
 template <typename A>
 static double loss_unit(const AttentionLossArgs& args, const AttentionStage& stage, int64_t n, Bump bump) {
   const AttentionOptions& options = args.options;
   const bool before = args.pool_before;
   const int64_t count = stage.student.pool.out_positions;
 
-  const Energies<A> s = make_energies<A>(stage.student, before, options, n, bump);
-  const Norm s_norm = norm_of(s.map, count, stage.student, options);
-  Energies<A> t;
-  Norm t_norm = {0, 1, 1, 1, 0, false};  // of a map that comes normalized
-  if (args.teacher_is_map) {
-    t.map = t.full = take<A>(bump, count);
-    load_planes(stage.teacher.x, n, 0, 1, t.map);
-    pad(t.map, count);
-  } else {
-    t = make_energies<A>(stage.teacher, before, options, n, bump);
-    t_norm = norm_of(t.map, count, stage.teacher, options);
-  }
+  Norm s_norm, t_norm;
+  const Energies<A> s = side_map<A>(stage.student, args.student_is_map, args, n, bump, s_norm);
+  const Energies<A> t = side_map<A>(stage.teacher, args.teacher_is_map, args, n, bump, t_norm);
 
   // Maps become y in place; the difference is kept for the coefficients.
   A* difference = take<A>(bump, count);
@@ -127,7 +135,7 @@ static double loss_unit(const AttentionLossArgs& args, const AttentionStage& sta
     slope = distance == 0 ? 0 : stage.factor / distance;
   }
   if (stage.student.coefficients != nullptr) {
-    const double factor = slope * options.p / reduction(stage.student, options);
+    const double factor = args.student_is_map ? slope : slope * options.p / reduction(stage.student, options);
     write_coefficients(stage.student, before, difference, s.map, sum(along_s), s_norm, factor, s.full, n, bump);
   }
   if (stage.teacher.coefficients != nullptr) {

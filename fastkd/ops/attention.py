@@ -14,7 +14,7 @@ from fastkd.ops.registry import accumulator, autograd, call, define, differentia
 _MAP = "float p, str channel_reduce, bool signed, bool normalize, float eps, str eps_mode"
 _LOSS = (
     "float p, str channel_reduce, bool signed, float eps, str eps_mode, str pool, str pool_mode, str difference, str stage_reduce, "
-    "float[]? weights, float weight, bool teacher_is_map"
+    "float[]? weights, float weight, bool teacher_is_map, bool student_is_map"
 )
 
 
@@ -27,25 +27,23 @@ def _map_backward_fake(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-def _coefficient_size(x: Tensor, other: Sequence[int], pool: str) -> list[int]:
-    return [x.shape[0], *(smaller(x.shape[2:], other) if pool == "before" else x.shape[2:])]
+def _coefficient_size(x: Tensor, is_map: bool, other: Sequence[int], pool: str) -> list[int]:
+    return list(x.shape) if is_map else [x.shape[0], *(smaller(x.shape[2:], other) if pool == "before" else x.shape[2:])]
 
 
 def _loss_fake(
     student: list[Tensor],
     teacher: list[Tensor],
     p: Any, channel_reduce: Any, signed: Any, eps: Any, eps_mode: Any, pool: str, pool_mode: Any, difference: Any, stage_reduce: Any,
-    weights: Any, weight: Any, teacher_is_map: bool, student_grad: bool, teacher_grad: bool,
+    weights: Any, weight: Any, teacher_is_map: bool, student_is_map: bool, student_grad: bool, teacher_grad: bool,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     one_device(student + teacher)
     dtype = accumulator(student + teacher)
     sizes = []
     if student_grad:
-        sizes += [_coefficient_size(s, t.shape[1 if teacher_is_map else 2 :], pool) for s, t in zip(student, teacher, strict=True)]
+        sizes += [_coefficient_size(s, student_is_map, t.shape[1 if teacher_is_map else 2 :], pool) for s, t in zip(student, teacher)]
     if teacher_grad:
-        sizes += [
-            list(t.shape) if teacher_is_map else _coefficient_size(t, s.shape[2:], pool) for s, t in zip(student, teacher, strict=True)
-        ]
+        sizes += [_coefficient_size(t, teacher_is_map, s.shape[1 if student_is_map else 2 :], pool) for s, t in zip(student, teacher)]
     return student[0].new_empty((), dtype=dtype), [student[0].new_empty(size, dtype=dtype) for size in sizes]
 
 
@@ -214,6 +212,7 @@ def attention_transfer_loss(
     weights: Sequence[float] | None = None,
     weight: float = 1.0,
     teacher_is_map: bool = False,
+    student_is_map: bool = False,
 ) -> Tensor:
     """Attention-transfer loss: the distance of student and teacher attention maps, over all stages in one call.
 
@@ -225,7 +224,9 @@ def attention_transfer_loss(
         difference: "squared", the mean over N and S of the squared difference, or "l2", the mean over N of its l2 norm.
         stage_reduce, weights: "sum" or "mean" of the stages' terms, each multiplied by its weight.
         weight: multiplies the loss. The published 1000 belongs here: it is applied in float32, before a half-precision gradient is rounded.
-        teacher_is_map: ``teacher`` holds normalized maps (N, *S), no larger than the student's features.
+        teacher_is_map: ``teacher`` holds normalized maps (N, *S), no larger than the student's features: a normalized map is not pooled.
+        student_is_map: ``student`` does, as :func:`tap` and :func:`relu_tap` make them; no larger than the teacher's features, and of equal
+            size where both are maps. The switches of the maps then hold for the other side alone.
 
     Returns: a scalar, float32 (float64 if any input is float64); differentiable in student and teacher.
     Equals ``weight * sum((attention_map(s) - attention_map(t)).square().mean() for s, t in zip(student, teacher))`` at the defaults.
@@ -236,12 +237,15 @@ def attention_transfer_loss(
         return reference.attention_transfer_loss(
             student, teacher, p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode, pool=pool, pool_mode=pool_mode,
             difference=difference, stage_reduce=stage_reduce, weights=weights, weight=weight, teacher_is_map=teacher_is_map,
+            student_is_map=student_is_map,
         )  # fmt: skip
     options = (
         p, channel_reduce, signed, eps, eps_mode, pool, pool_mode, difference, stage_reduce, weights, weight, teacher_is_map,
+        student_is_map,
     )  # fmt: skip
     arguments = (
         student, teacher, p, channel_reduce, eps, eps_mode, pool, pool_mode, difference, stage_reduce, weights, weight, teacher_is_map,
+        student_is_map,
     )  # fmt: skip
     if torch.compiler.is_compiling():
         students, teachers = checks.attention_transfer(*arguments)

@@ -40,8 +40,8 @@ _relu_backward = torch.ops.fastkd.relu_tap_backward.default
 class TapFunction(torch.autograd.Function):
     """``apply(x, p, channel_reduce, signed, eps, eps_mode)`` -> x, map.
 
-    dx = g + k sign(x) |x|^(p-1) for the incoming gradient g of x and the coefficient k = p dq (/ C for "mean") of each position, with dq as in
-    :class:`fastkd.ops.attention.AttentionMapFunction`; the sum is formed in float32 and rounded once.
+    dx = g + k sign(x) |x|^(p-1) for the incoming gradient g of x and the coefficient k = p dq (/ C for "mean") of each position, with dq
+    as in :class:`fastkd.ops.attention.AttentionMapFunction`; the sum is formed in float32 and rounded once.
     """
 
     @staticmethod
@@ -156,8 +156,8 @@ def relu_tap(
         residual: None, or a tensor of x's shape and dtype that is added first.
         p, channel_reduce, signed, eps, eps_mode: of the map, as in :func:`attention_map`.
 
-    Returns: y = relu(x + residual), of x's dtype and strides, and the normalized map (N, *S) of y as rounded, float32 (float64 for a float64
-    x). x and residual get the same gradient; it is summed in float32 and rounded once.
+    Returns: y = relu(x + residual), of x's dtype and strides, and the normalized map (N, *S) of y as rounded, float32 (float64 for a
+    float64 x). x and residual get the same gradient; it is summed in float32 and rounded once.
     Equals ``y = torch.relu(x + residual); (y, attention_map(y))``.
     Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
     Source: Zagoruyko, Komodakis, *Paying more attention to attention*, ICLR 2017.
