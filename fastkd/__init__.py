@@ -1,8 +1,8 @@
 """Fused kernels for knowledge distillation: attention transfer and FSP, in float16 to float64, forward and backward.
 
-Functions :func:`attention_map`, :func:`attention_transfer_loss`, :func:`fsp_matrix`, :func:`fsp_loss`, :func:`kd_loss`; modules
-:class:`AttentionTransfer`, :class:`FSP`, :class:`KD` with the published variants as presets; :mod:`fastkd.reference`, the same in plain
-PyTorch.
+Functions :func:`attention_map`, :func:`attention_transfer_loss`, :func:`fsp_matrix`, :func:`fsp_loss`, :func:`kd_loss`; :func:`tap` and
+:func:`relu_tap`, which take an attention map on the feature's way through the network; modules :class:`AttentionTransfer`, :class:`FSP`,
+:class:`KD` with the published variants as presets; :mod:`fastkd.reference`, the same in plain PyTorch.
 """
 
 from fastkd import backends, models, native, ops, reference
@@ -10,6 +10,7 @@ from fastkd.backends import BackendError, use_backend
 from fastkd.modules import FSP, KD, AttentionTransfer
 from fastkd.ops.attention import attention_map, attention_transfer_loss
 from fastkd.ops.gram import fsp_loss, fsp_matrix
+from fastkd.ops.tap import relu_tap, tap
 from fastkd.reference import kd_loss
 
 __version__ = "0.1.0"
@@ -29,5 +30,7 @@ __all__ = [
     "native",
     "ops",
     "reference",
+    "relu_tap",
+    "tap",
     "use_backend",
 ]

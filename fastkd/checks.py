@@ -82,6 +82,14 @@ def same_rank(name: str, x: Tensor, other_name: str, other: Tensor, given: int, 
         )
 
 
+def fits(name: str, i: int, x: Tensor, size: Sequence[int], other_name: str, other: Tensor, other_size: Sequence[int]) -> None:
+    if any(have > want for have, want in zip(size, other_size, strict=True)):
+        raise ValueError(
+            f"{name}[{i}] is a map {describe(x)}, {other_name}[{i}] is {describe(other)}: "
+            f"a normalized map cannot be pooled, wanted one no larger than the {other_name}'s"
+        )
+
+
 def stage_weights(weights: object, count: int, what: str) -> None:
     if weights is None:
         return
@@ -97,7 +105,9 @@ def _named(name: str, tensors: list[Tensor], value: object) -> list[str]:
     return [name] if isinstance(value, Tensor) else [f"{name}[{i}]" for i in range(len(tensors))]
 
 
-def _pairs_up(student: object, teacher: object, *, least: int, spatial_teacher: bool = True) -> tuple[list[Tensor], list[Tensor]]:
+def _pairs_up(
+    student: object, teacher: object, *, least: int, spatial_student: bool = True, spatial_teacher: bool = True
+) -> tuple[list[Tensor], list[Tensor]]:
     students, teachers = stages("student", student), stages("teacher", teacher)
     if len(students) != len(teachers):
         raise ValueError(f"student has {len(students)} stages, teacher has {len(teachers)}: wanted the same number")
@@ -105,7 +115,7 @@ def _pairs_up(student: object, teacher: object, *, least: int, spatial_teacher: 
         raise ValueError(f"student has {len(students)} stages, wanted at least {least}")
     s_names, t_names = _named("student", students, student), _named("teacher", teachers, teacher)
     for s_name, t_name, s, t in zip(s_names, t_names, students, teachers, strict=True):
-        feature(s_name, s)
+        feature(s_name, s, spatial=spatial_student)
         feature(t_name, t, spatial=spatial_teacher)
         same_batch(s_name, s, t_name, t)
         same_batch(s_name, s, s_names[0], students[0])
@@ -118,6 +128,19 @@ def attention_map(x: object, p: object, channel_reduce: object, eps: object, eps
     number("eps", eps, at_least=0)
     switch("channel_reduce", channel_reduce, CHANNEL_REDUCE)
     switch("eps_mode", eps_mode, EPS_MODE)
+
+
+def relu_tap(x: object, residual: object, p: object, channel_reduce: object, eps: object, eps_mode: object) -> None:
+    attention_map(x, p, channel_reduce, eps, eps_mode)
+    assert isinstance(x, Tensor)
+    if residual is None:
+        return
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"residual is {type(residual).__name__}, wanted a tensor or None")
+    if residual.dtype != x.dtype:
+        raise TypeError(f"residual is {describe(residual)}, x is {describe(x)}: dtypes differ, wanted the same")
+    if residual.shape != x.shape or residual.device != x.device:
+        raise ValueError(f"residual is {describe(residual)}, x is {describe(x)}: wanted the same shape and device")
 
 
 def attention_transfer(
@@ -134,6 +157,7 @@ def attention_transfer(
     weights: object,
     weight: object,
     teacher_is_map: bool,
+    student_is_map: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The lists of student and teacher tensors, or the error that says what is wrong with the call."""
     number("p", p, at_least=1)
@@ -145,16 +169,15 @@ def attention_transfer(
     switch("pool_mode", pool_mode, POOL_MODE)
     switch("difference", difference, DIFFERENCE)
     switch("stage_reduce", stage_reduce, REDUCE)
-    students, teachers = _pairs_up(student, teacher, least=1, spatial_teacher=not teacher_is_map)
+    students, teachers = _pairs_up(student, teacher, least=1, spatial_student=not student_is_map, spatial_teacher=not teacher_is_map)
     stage_weights(weights, len(students), "stage")
     for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
-        t_size = t.shape[1:] if teacher_is_map else t.shape[2:]
-        same_rank(f"student[{i}]", s, f"teacher[{i}]", t, s.dim() - 2, len(t_size))
-        if teacher_is_map and any(have > want for have, want in zip(t_size, s.shape[2:], strict=True)):
-            raise ValueError(
-                f"teacher[{i}] is a map {describe(t)}, student[{i}] is {describe(s)}: "
-                "a normalized map cannot be pooled, wanted one no larger than the student's feature"
-            )
+        s_size, t_size = s.shape[1 if student_is_map else 2 :], t.shape[1 if teacher_is_map else 2 :]
+        same_rank(f"student[{i}]", s, f"teacher[{i}]", t, len(s_size), len(t_size))
+        if student_is_map:
+            fits("student", i, s, s_size, "teacher", t, t_size)
+        if teacher_is_map:
+            fits("teacher", i, t, t_size, "student", s, s_size)
     return students, teachers
 
 

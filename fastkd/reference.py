@@ -74,6 +74,35 @@ def attention_map(
         return _normalize(q, eps, eps_mode) if normalize else q
 
 
+def tap(
+    x: Tensor,
+    p: float = 2.0,
+    *,
+    channel_reduce: str = "mean",
+    signed: bool = False,
+    eps: float = 1e-12,
+    eps_mode: str = "clamp",
+) -> tuple[Tensor, Tensor]:
+    """See :func:`fastkd.tap`."""
+    return x, attention_map(x, p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode)
+
+
+def relu_tap(
+    x: Tensor,
+    residual: Tensor | None = None,
+    p: float = 2.0,
+    *,
+    channel_reduce: str = "mean",
+    signed: bool = False,
+    eps: float = 1e-12,
+    eps_mode: str = "clamp",
+) -> tuple[Tensor, Tensor]:
+    """See :func:`fastkd.relu_tap`."""
+    checks.relu_tap(x, residual, p, channel_reduce, eps, eps_mode)
+    y = torch.relu(x if residual is None else x + residual)
+    return y, attention_map(y, p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode)
+
+
 def attention_transfer_loss(
     student: Tensor | Sequence[Tensor],
     teacher: Tensor | Sequence[Tensor],
@@ -90,13 +119,17 @@ def attention_transfer_loss(
     weights: Sequence[float] | None = None,
     weight: float = 1.0,
     teacher_is_map: bool = False,
+    student_is_map: bool = False,
 ) -> Tensor:
     """See :func:`fastkd.attention_transfer_loss`."""
     students, teachers = checks.attention_transfer(
-        student, teacher, p, channel_reduce, eps, eps_mode, pool, pool_mode, difference, stage_reduce, weights, weight, teacher_is_map
-    )
+        student, teacher, p, channel_reduce, eps, eps_mode, pool, pool_mode, difference, stage_reduce, weights, weight, teacher_is_map,
+        student_is_map,
+    )  # fmt: skip
 
-    def normalized(x: Tensor, size: list[int]) -> Tensor:
+    def normalized(x: Tensor, is_map: bool, size: list[int]) -> Tensor:
+        if is_map:
+            return x
         if pool == "before":
             x = _pool(x, size, pool_mode)
         q = _energy(x, p, channel_reduce, signed)
@@ -106,8 +139,8 @@ def attention_transfer_loss(
         wide = _widen(*students, *teachers)
         terms = []
         for s, t in zip(wide[: len(students)], wide[len(students) :], strict=True):
-            size = _smaller(s.shape[2:], t.shape[1:] if teacher_is_map else t.shape[2:])
-            d = (normalized(s, size) - (t if teacher_is_map else normalized(t, size))).flatten(1)
+            size = _smaller(s.shape[1 if student_is_map else 2 :], t.shape[1 if teacher_is_map else 2 :])
+            d = (normalized(s, student_is_map, size) - normalized(t, teacher_is_map, size)).flatten(1)
             terms.append(d.square().mean() if difference == "squared" else torch.linalg.vector_norm(d, dim=1).mean())
         return _combine(terms, weights, stage_reduce, weight)
 

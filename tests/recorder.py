@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastkd import reference
 
-FUNCTIONS = ("attention_map", "attention_transfer_loss", "fsp_matrix", "fsp_loss")
+FUNCTIONS = ("attention_map", "attention_transfer_loss", "fsp_matrix", "fsp_loss", "tap", "relu_tap")
 
 
 class Recorder(TorchDispatchMode):

@@ -130,7 +130,9 @@ def test_loss_matches_the_law_when_sizes_differ(dims, larger, pool, pool_mode, d
     dtype = random.choice(DTYPES)
     s_size, t_size = pooled_sizes(dims, larger)
     n, p = random.randint(1, 3), random.choice((1, 2, 3, 2.7))
-    student = [make((n, 5, *s_size), dtype, random.choice(LAYOUTS)), make((n, 3, *t_size), dtype, random.choice(LAYOUTS))]
+    # of equal positions, which is the largest is a matter of pow's last bit, in the float64 law too
+    layouts = [layout for layout in LAYOUTS if not (pool_mode == "max" and layout == "expanded_space")]
+    student = [make((n, 5, *s_size), dtype, random.choice(layouts)), make((n, 3, *t_size), dtype, random.choice(layouts))]
     teacher = [make((n, 4, *t_size), dtype, random.choice(DENSE)), make((n, 2, *t_size), dtype)]
     check_loss("cpp", "attention_transfer_loss", student, teacher, p=p, pool=pool, pool_mode=pool_mode, difference=difference)
 

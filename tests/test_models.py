@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import fastkd
 from fastkd.models import MODELS, WeightsError, create_model, load_weights
 
 # trainable parameters for 10 and 100 classes
@@ -169,6 +170,30 @@ def test_asking_for_features_changes_neither_gradients_nor_batch_norms(name):
     before = [m.detach().clone() for m in maps.blocks]
     sum(m.square().mean() for m in maps.blocks).backward()
     torch.testing.assert_close([m.detach() for m in maps.blocks], before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("name", "tap"), [("resnet8", "relu_tap"), ("resnet20", "relu_tap"), ("wrn_16_1", "tap")])
+def test_a_tap_gives_the_maps_of_the_stages_and_changes_nothing_else(name, tap):
+    """The student's gradient under attention transfer too: taken on the way or from the features, it is one."""
+    model, x = create_model(name).double(), torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    start, results = {key: value.clone() for key, value in model.state_dict().items()}, []
+    teacher = [torch.rand(3, size, size, dtype=torch.float64) for size in (32, 16, 8)]
+    for taken in (None, getattr(fastkd.reference, tap), getattr(fastkd, tap)):
+        model.load_state_dict(start)
+        model.zero_grad()
+        found, logits = model(x, features=True, tap=taken)
+        maps = found.maps if taken else [fastkd.attention_map(f) for f in found.stages]
+        (
+            fastkd.attention_transfer_loss(maps, teacher, weight=1000.0, student_is_map=True, teacher_is_map=True) + logits.square().sum()
+        ).backward()
+        results.append([*found.stages, *found.blocks, *maps, logits, *(p.grad for p in model.parameters()), *model.buffers()])
+        results[-1] = [v.detach().clone() for v in results[-1]]
+    assert len(found.maps) == 3 and create_model(name)(x.float(), features=True)[0].maps == ()
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(model.eval()(x, tap=taken), model(x))
+    with pytest.raises(ValueError, match="preact"):
+        model(x, features="preact", tap=taken)
 
 
 @pytest.mark.parametrize("name", ["resnet8", "wrn_16_1"])

@@ -9,16 +9,11 @@
 #include "dispatch.h"
 
 namespace fastkd {
-namespace {
 
 using Tensors = std::vector<Tensor>;
 
 // Numbers of a feature that are brought to scratch memory at a time, where it cannot be read as it lies: 64 KiB of float.
 constexpr int64_t kChunkElements = 16384;
-
-// Gradients of a call that are larger than this bypass the caches: they would have left them before anyone reads them, and a line that is
-// not read in before it is written saves a third of the traffic.
-constexpr int64_t kStreamingBytes = 4 << 20;
 
 AttentionOptions options_of(double p, bool is_signed, bool mean, double eps, bool add_eps) {
   STD_TORCH_CHECK(std::isfinite(p) && p >= 1, "p must be finite and at least 1, got ", p);
@@ -31,7 +26,6 @@ AttentionSide side_of(const Feature& x, const PoolPlan& pool) {
   return {x, pool, chunk < 1 ? 1 : chunk < x.channels ? chunk : x.channels, nullptr};
 }
 
-// Scratch memory that a side needs: `maps` maps of its positions, and for the chunks if it is not read in place.
 size_t scratch_of(const AttentionSide& side, int64_t maps, bool in_place, size_t size) {
   const size_t map = scratch_piece(side.x.positions, size);
   const size_t chunks = in_place ? 0
@@ -46,11 +40,6 @@ void check_switches(int64_t switches) {
   STD_TORCH_CHECK(switches >= 0 && switches < kSwitchesEnd, "switches must be bits below ", int64_t{kSwitchesEnd}, ", got ", switches);
 }
 
-int64_t bytes_of(const Feature& x) {
-  const int64_t size = x.dtype == DType::kDouble ? 8 : x.dtype == DType::kFloat ? 4 : 2;
-  return x.batch * x.channels * x.positions * size;
-}
-
 void check_same(const Feature& a, const Feature& b, const char* what) {
   STD_TORCH_CHECK(a.batch == b.batch && a.size[0] == b.size[0] && a.size[1] == b.size[1] && a.size[2] == b.size[2], what,
                   " differ in batch or spatial size");
@@ -60,11 +49,41 @@ void check_accumulation(const TensorView& view, DType accumulation, const char* 
   STD_TORCH_CHECK(view.dtype == accumulation, name, " must be ", accumulation == DType::kDouble ? "float64" : "float32");
 }
 
-// The sizes of a map of x: (N, *S).
 void map_sizes(const TensorView& x, int64_t* sizes) {
   sizes[0] = x.sizes[0];
   for (int32_t d = 2; d < x.dim; ++d) sizes[d - 1] = x.sizes[d];
 }
+
+AttentionMapBackwardArgs map_backward_args(const Tensor& grad, const TensorView& x, const Tensor& map, const Tensor& norm,
+                                           const AttentionOptions& options, bool normalize, const Tensor& out) {
+  const Feature feature = feature_of(x, "x");
+  AttentionMapBackwardArgs args;
+  args.side = side_of(feature, make_pool(feature.size, feature.size, false).plan);
+  args.options = options;
+  args.accumulation = accumulation(x.dtype, x.dtype);
+  args.normalize = normalize;
+  const TensorView grad_view = view_of(grad, "grad");
+  check_accumulation(grad_view, args.accumulation, "grad");
+  args.grad = map_of(grad_view, "grad");
+  check_same(args.grad, feature, "grad and x");
+  args.map = args.norm = args.grad;
+  if (normalize) {
+    const TensorView map_view = view_of(map, "map");
+    const TensorView norm_view = view_of(norm, "norm");
+    check_accumulation(map_view, args.accumulation, "map");
+    check_accumulation(norm_view, args.accumulation, "norm");
+    args.map = map_of(map_view, "map");
+    check_same(args.map, feature, "map and x");
+    STD_TORCH_CHECK(norm_view.dim == 1 && norm_view.sizes[0] == feature.batch, "norm must hold one number a sample");
+    args.norm.data = norm_view.data;
+    args.norm.stride_n = norm_view.strides[0];
+  }
+  args.dx = feature_of(view_of(out, "gradient"), "gradient");
+  args.streaming = bytes_of(args.dx) > kStreamingBytes;
+  return args;
+}
+
+namespace {
 
 std::tuple<Tensor, Tensor> attention_map(const Tensor& x, double p, const Text& channel_reduce, bool is_signed, bool normalize, double eps,
                                          const Text& eps_mode) {
@@ -95,35 +114,11 @@ std::tuple<Tensor, Tensor> attention_map(const Tensor& x, double p, const Text& 
 Tensor attention_map_backward(const Tensor& grad, const Tensor& x, const Tensor& map, const Tensor& norm, double p,
                               const Text& channel_reduce, bool is_signed, bool normalize, double eps, const Text& eps_mode) {
   const TensorView view = view_of(x, "x");
-  const Feature feature = feature_of(view, "x");
-  const PoolTables none = make_pool(feature.size, feature.size, false);
-  AttentionMapBackwardArgs args;
-  args.side = side_of(feature, none.plan);
-  args.options = options_of(p, is_signed, parse_switch(channel_reduce, "channel_reduce", "sum", "mean"), eps,
-                            parse_switch(eps_mode, "eps_mode", "clamp", "add"));
-  args.accumulation = accumulation(view.dtype, view.dtype);
-  args.normalize = normalize;
-  const TensorView grad_view = view_of(grad, "grad");
-  check_accumulation(grad_view, args.accumulation, "grad");
-  args.grad = map_of(grad_view, "grad");
-  check_same(args.grad, feature, "grad and x");
-  args.map = args.norm = args.grad;
-  if (normalize) {
-    const TensorView map_view = view_of(map, "map");
-    const TensorView norm_view = view_of(norm, "norm");
-    check_accumulation(map_view, args.accumulation, "map");
-    check_accumulation(norm_view, args.accumulation, "norm");
-    args.map = map_of(map_view, "map");
-    check_same(args.map, feature, "map and x");
-    STD_TORCH_CHECK(norm_view.dim == 1 && norm_view.sizes[0] == feature.batch, "norm must hold one number a sample");
-    args.norm.data = norm_view.data;
-    args.norm.stride_n = norm_view.strides[0];
-  }
-
   Tensor out = empty_like(x, view);
-  const TensorView out_view = view_of(out, "gradient");
-  args.dx = feature_of(out_view, "gradient");
-  args.streaming = bytes_of(args.dx) > kStreamingBytes;
+  const AttentionOptions options = options_of(p, is_signed, parse_switch(channel_reduce, "channel_reduce", "sum", "mean"), eps,
+                                              parse_switch(eps_mode, "eps_mode", "clamp", "add"));
+  const AttentionMapBackwardArgs args = map_backward_args(grad, view, map, norm, options, normalize, out);
+  const Feature& feature = args.side.x;
   const bool in_place = feature.layout == args.dx.layout && feature.layout != Layout::kGeneric;
   const auto run = kernels().attention.map_backward;
   parallel_units(feature.batch, feature.channels * feature.positions, scratch_of(args.side, 2, in_place, size_of(args.accumulation)),
@@ -157,12 +152,14 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& stud
                   " and ", teacher.size());
   STD_TORCH_CHECK(!weights || weights->size() == count, "weights must hold one number a stage");
   check_switches(switches);
+  const bool student_is_map = switches & kStudentIsMap;
   const bool teacher_is_map = switches & kTeacherIsMap;
   AttentionLossArgs args;
   args.options = options_of(p, switches & kSigned, switches & kMean, eps, switches & kAddEps);
   args.pool_before = (switches & kPoolBefore) != 0;
   args.l2 = (switches & kL2) != 0;
   args.teacher_is_map = teacher_is_map;
+  args.student_is_map = student_is_map;
   const bool max = switches & kPoolMax;
   const double share = switches & kStageMean ? weight / static_cast<double>(count) : weight;
 
@@ -182,15 +179,16 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& stud
   int64_t gradient_bytes = 0;
   size_t scratch_bytes = 0;
   for (size_t i = 0; i < count; ++i) {
-    const Feature s = feature_of(views[i], "student");
+    const Feature s = student_is_map ? map_of(views[i], "student") : feature_of(views[i], "student");
     const Feature t = teacher_is_map ? map_of(views[count + i], "teacher") : feature_of(views[count + i], "teacher");
-    STD_TORCH_CHECK(views[i].dim == views[count + i].dim + (teacher_is_map ? 1 : 0),
+    STD_TORCH_CHECK(views[i].dim + (student_is_map ? 1 : 0) == views[count + i].dim + (teacher_is_map ? 1 : 0),
                     "student and teacher differ in the number of spatial dimensions");
     STD_TORCH_CHECK(s.batch == t.batch, "student and teacher differ in batch size, got ", s.batch, " and ", t.batch);
     STD_TORCH_CHECK(i == 0 || s.batch == stages[0].student.x.batch, "stages differ in batch size");
     int64_t out[3];
     for (int d = 0; d < 3; ++d) {
-      STD_TORCH_CHECK(!teacher_is_map || t.size[d] <= s.size[d], "a teacher's map must not be larger than the student's feature");
+      STD_TORCH_CHECK(!teacher_is_map || t.size[d] <= s.size[d], "a teacher's map must not be larger than the student");
+      STD_TORCH_CHECK(!student_is_map || s.size[d] <= t.size[d], "a student's map must not be larger than the teacher");
       out[d] = s.size[d] < t.size[d] ? s.size[d] : t.size[d];
     }
     pools[2 * i] = make_pool(s.size, out, max);
@@ -202,7 +200,7 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& stud
     stage.factor = share * (weights ? (*weights)[i] : 1.0) / terms;
     elements += s.channels * s.positions + t.channels * t.positions;
     stage.gradient.data = nullptr;
-    if (upstream && student_grad) {
+    if (upstream && student_grad && !student_is_map) {
       gradients.push_back(empty_like(student[i], views[i]));
       stage.gradient = feature_of(view_of(gradients[i], "gradient"), "gradient");
       gradient_bytes += bytes_of(stage.gradient);
@@ -219,7 +217,7 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& stud
   Tensors coefficients;
   coefficients.reserve((student_grad ? count : 0) + (teacher_grad ? count : 0));
   for (size_t i = 0; student_grad && i < count; ++i) {
-    coefficients.push_back(make_coefficients(stages[i].student, views[i], false, args.pool_before, args.accumulation));
+    coefficients.push_back(make_coefficients(stages[i].student, views[i], student_is_map, args.pool_before, args.accumulation));
   }
   for (size_t i = 0; teacher_grad && i < count; ++i) {
     coefficients.push_back(make_coefficients(stages[i].teacher, views[count + i], teacher_is_map, args.pool_before, args.accumulation));

@@ -16,7 +16,8 @@ enum AttentionSwitch : int64_t {
   kL2 = 32,             // difference: "l2", else "squared"
   kStageMean = 64,      // stage_reduce: "mean", else "sum"
   kTeacherIsMap = 128,  // teacher_is_map
-  kSwitchesEnd = 256,
+  kStudentIsMap = 256,  // student_is_map
+  kSwitchesEnd = 512,
 };
 
 // h and the map's energy |x|^p (x^p if is_signed), and the normalization.
@@ -47,7 +48,7 @@ struct AttentionLossArgs {
   int64_t stage_count;
   AttentionOptions options;
   DType accumulation;
-  int32_t pool_before, l2, teacher_is_map;
+  int32_t pool_before, l2, student_is_map, teacher_is_map;
   double upstream;    // expected
   int32_t streaming;  // of the gradients, past the caches
   double* partial;    // [stage][sample]: squared distance, or distance for l2
@@ -91,5 +92,17 @@ struct AttentionKernels {
   void (*loss)(const AttentionLossArgs&, int64_t begin, int64_t end, void* scratch);
   void (*loss_backward)(const AttentionLossBackwardArgs&, int64_t begin, int64_t end, void* scratch);
 };
+
+// What the host side of other operations over maps shares (attention.cpp).
+AttentionOptions options_of(double p, bool is_signed, bool mean, double eps, bool add_eps);
+AttentionSide side_of(const Feature& x, const PoolPlan& pool);
+// Scratch memory that a side needs: `maps` maps of its positions, and for the chunks if it is not read in place.
+size_t scratch_of(const AttentionSide& side, int64_t maps, bool in_place, size_t size);
+size_t size_of(DType accumulation);
+// The sizes of a map of x: (N, *S).
+void map_sizes(const TensorView& x, int64_t* sizes);
+// Checks grad, map and norm against x and each other; `out` is x's gradient, to be written.
+AttentionMapBackwardArgs map_backward_args(const Tensor& grad, const TensorView& x, const Tensor& map, const Tensor& norm,
+                                           const AttentionOptions& options, bool normalize, const Tensor& out);
 
 }  // namespace fastkd

@@ -149,25 +149,33 @@ static void write_gradient(const AttentionLossArgs& args, const AttentionStage& 
                 [&](const auto& power) { gradient_of<A>(side, stage.gradient, n, coefficient, args.streaming, bump, power); });
 }
 
+// One side's map before normalization and what normalizes it: nothing, for a map that comes normalized.
+template <typename A>
+static Energies<A> side_map(const AttentionSide& side, bool is_map, const AttentionLossArgs& args, int64_t n, Bump& bump, Norm& norm) {
+  const int64_t count = side.pool.out_positions;
+  Energies<A> e;
+  if (is_map) {
+    norm = {0, 1, 1, 1, 0, false};
+    e.map = e.full = take<A>(bump, count);
+    load_planes(side.x, n, 0, 1, e.map);
+    pad(e.map, count);
+  } else {
+    e = make_energies<A>(side, args.pool_before, args.options, n, bump);
+    norm = norm_of(e.map, count, side, args.options);
+  }
+  return e;
+}
+
 template <typename A>
 static double loss_unit(const AttentionLossArgs& args, const AttentionStage& stage, int64_t n, Bump bump) {
   const AttentionOptions& options = args.options;
   const bool before = args.pool_before;
   const int64_t count = stage.student.pool.out_positions;
 
-  Energies<A> t;
-  Norm t_norm = {0, 1, 1, 1, 0, false};  // of a map that comes normalized
-  if (args.teacher_is_map) {
-    t.map = t.full = take<A>(bump, count);
-    load_planes(stage.teacher.x, n, 0, 1, t.map);
-    pad(t.map, count);
-  } else {
-    t = make_energies<A>(stage.teacher, before, options, n, bump);
-    t_norm = norm_of(t.map, count, stage.teacher, options);
-  }
   // The student last: its gradient begins with what was read last.
-  const Energies<A> s = make_energies<A>(stage.student, before, options, n, bump);
-  const Norm s_norm = norm_of(s.map, count, stage.student, options);
+  Norm s_norm, t_norm;
+  const Energies<A> t = side_map<A>(stage.teacher, args.teacher_is_map, args, n, bump, t_norm);
+  const Energies<A> s = side_map<A>(stage.student, args.student_is_map, args, n, bump, s_norm);
 
   // Maps become y in place; the difference is kept for the coefficients.
   A* difference = take<A>(bump, count);
@@ -190,7 +198,7 @@ static double loss_unit(const AttentionLossArgs& args, const AttentionStage& sta
     slope = distance == 0 ? 0 : stage.factor / distance;
   }
   if (stage.student.coefficients != nullptr) {
-    const double factor = slope * options.p / reduction(stage.student, options);
+    const double factor = args.student_is_map ? slope : slope * options.p / reduction(stage.student, options);
     write_coefficients(stage.student, before, difference, s.map, sum(along_s), s_norm, factor, s.full, n, bump);
   }
   if (stage.teacher.coefficients != nullptr) {
@@ -228,26 +236,33 @@ static void map_units(const AttentionMapArgs& args, int64_t begin, int64_t end, 
   }
 }
 
+// The coefficients of one sample, in scratch memory: dx = coefficient * h(x) is what the map's gradient makes of x.
+template <typename A>
+static const A* map_coefficients(const AttentionMapBackwardArgs& args, int64_t n, Bump& bump) {
+  const int64_t count = args.side.x.positions;
+  A* g = take<A>(bump, count);
+  A* y = take<A>(bump, count);
+  load_planes(args.grad, n, 0, 1, g);
+  pad(g, count);
+  Norm norm = {0, 1, 1, 1, 0, false};
+  VecD dot = {};
+  if (args.normalize) {
+    load_planes(args.map, n, 0, 1, y);
+    pad(y, count);
+    norm = norm_from(static_cast<const A*>(args.norm.data)[n * args.norm.stride_n], args.side, args.options);
+    for (int64_t i = 0; i < count; i += kStep) dot += load<A, double>(g + i) * load<A, double>(y + i);
+  }
+  normalize_backward(g, y, sum(dot), count, norm, args.options.p / reduction(args.side, args.options), g);
+  return g;
+}
+
 template <typename A>
 static void map_backward_units(const AttentionMapBackwardArgs& args, int64_t begin, int64_t end, void* scratch) {
-  const int64_t count = args.side.x.positions;
-  const double factor = args.options.p / reduction(args.side, args.options);
   for (int64_t n = begin; n < end; ++n) {
     Bump bump{static_cast<char*>(scratch)};
-    A* g = take<A>(bump, count);
-    A* y = take<A>(bump, count);
-    load_planes(args.grad, n, 0, 1, g);
-    pad(g, count);
-    Norm norm = {0, 1, 1, 1, 0, false};
-    VecD dot = {};
-    if (args.normalize) {
-      load_planes(args.map, n, 0, 1, y);
-      pad(y, count);
-      norm = norm_from(static_cast<const A*>(args.norm.data)[n * args.norm.stride_n], args.side, args.options);
-      for (int64_t i = 0; i < count; i += kStep) dot += load<A, double>(g + i) * load<A, double>(y + i);
-    }
-    normalize_backward(g, y, sum(dot), count, norm, factor, g);
-    with_power<A>(args.options, [&](const auto& power) { gradient_of<A>(args.side, args.dx, n, g, args.streaming, bump, power); });
+    const A* coefficient = map_coefficients<A>(args, n, bump);
+    with_power<A>(args.options,
+                  [&](const auto& power) { gradient_of<A>(args.side, args.dx, n, coefficient, args.streaming, bump, power); });
   }
   stream_end();
 }

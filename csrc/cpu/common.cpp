@@ -155,6 +155,11 @@ Feature feature_of(const TensorView& view, const char* name) { return make_featu
 
 Feature map_of(const TensorView& view, const char* name) { return make_feature(view, false, name); }
 
+int64_t bytes_of(const Feature& x) {
+  const int64_t size = x.dtype == DType::kDouble ? 8 : x.dtype == DType::kFloat ? 4 : 2;
+  return x.batch * x.channels * x.positions * size;
+}
+
 Tensor empty(const int64_t* sizes, int64_t dim, DType dtype) {
   int64_t strides[kMaxDims];
   int64_t stride = 1;

@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "gram.h"
+#include "tap.h"
 
 namespace fastkd {
 
@@ -10,6 +11,7 @@ struct KernelTable {
   const char* name;  // "portable", "avx2", "avx512"
   AttentionKernels attention;
   GramKernels gram;
+  TapKernels tap;
 };
 
 // Each is defined by the file of its name (through kernels.inl). AVX paths exist only in builds with GCC for x86-64 (FASTKD_X86).

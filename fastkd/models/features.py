@@ -17,6 +17,7 @@ class Features(NamedTuple):
     ``stages`` three group outputs, after the ReLU           three group outputs, the raw residual sums
     ``pooled`` (N, C), the vector that the classifier sees   the same, of ReLU(bn1(last sum))
     ``blocks`` every residual block's output, like stages    the same
+    ``maps``   three maps of ``stages``, only with ``tap=``  the same
     ========== ============================================= ===========================================
 
     With ``features="preact"`` ``stages`` and ``blocks`` hold the maps before the ReLU instead: a ResNet's residual sums, a wide
@@ -27,3 +28,4 @@ class Features(NamedTuple):
     stages: tuple[Tensor, ...]
     pooled: Tensor
     blocks: tuple[Tensor, ...]
+    maps: tuple[Tensor, ...] = ()

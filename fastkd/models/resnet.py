@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -9,7 +11,7 @@ from fastkd.models.features import Features
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut. Returns the sum *before* the last ReLU, which the network applies: there the maps are taken."""
+    """Two 3x3 convolutions and a shortcut, returned apart: the network adds them and applies the last ReLU, where the maps are taken."""
 
     def __init__(self, width_in: int, width: int, stride: int):
         super().__init__()
@@ -21,11 +23,10 @@ class BasicBlock(nn.Module):
         if stride != 1 or width_in != width:
             self.downsample = nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = self.bn2(self.conv2(out))
-        out += x if self.downsample is None else self.downsample(x)
-        return out
+        return out, x if self.downsample is None else self.downsample(x)
 
 
 class ResNet(nn.Module):
@@ -33,6 +34,8 @@ class ResNet(nn.Module):
 
     ``depth`` is 6n + 2, ``widths`` the channels of the stem and of the three groups. ``stem_kernel=7`` is the variant of hankyul2's tables:
     7x7, stride 1, padding 1, so the maps are 28, 14 and 7 wide, and a Xavier-initialized classifier.
+    ``tap``: a function (x, shortcut) -> (relu(x + shortcut), map), :func:`fastkd.relu_tap`, for the end of each group; the maps are then in
+    ``Features.maps``.
     """
 
     def __init__(self, depth: int, widths: tuple[int, int, int, int] = (16, 16, 32, 64), num_classes: int = 10, stem_kernel: int = 3):
@@ -57,16 +60,25 @@ class ResNet(nn.Module):
         first = BasicBlock(width_in, width, stride)
         return nn.Sequential(first, *(BasicBlock(width, width, 1) for _ in range(count - 1)))
 
-    def forward(self, x: Tensor, features: bool | str = False) -> Tensor | tuple[Features, Tensor]:
+    def forward(
+        self, x: Tensor, features: bool | str = False, tap: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    ) -> Tensor | tuple[Features, Tensor]:
         preact = features == "preact"
+        if preact and tap is not None:
+            raise ValueError('tap and features="preact" exclude each other: a tap never has the map before the ReLU')
         x = stem = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        stages, blocks = [], []
+        stages, blocks, maps = [], [], []
         for group in (self.layer1, self.layer2, self.layer3):
-            for block in group:
-                total = block(x)
-                x = F.relu(total, inplace=not preact)
+            for i, block in enumerate(group, 1):
+                total, shortcut = block(x)
+                if tap is not None and i == len(group):
+                    x, attention = tap(total, shortcut)
+                    maps.append(attention)
+                else:
+                    total += shortcut
+                    x = F.relu(total, inplace=not preact)
                 blocks.append(total if preact else x)
             stages.append(blocks[-1])
         pooled = x.mean((2, 3))
         logits = self.fc(pooled)
-        return (Features(stem, tuple(stages), pooled, tuple(blocks)), logits) if features else logits
+        return (Features(stem, tuple(stages), pooled, tuple(blocks), tuple(maps)), logits) if features else logits

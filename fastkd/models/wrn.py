@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,7 +35,10 @@ class PreactBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """(N, 3, 32, 32) -> logits (N, num_classes); with ``features`` True or "preact" -> (Features, logits). ``depth`` is 6n + 4."""
+    """(N, 3, 32, 32) -> logits (N, num_classes); with ``features`` True or "preact" -> (Features, logits). ``depth`` is 6n + 4.
+
+    ``tap``: a function x -> (x, map), :func:`fastkd.tap`, for the raw sum that ends each group; the maps are then in ``Features.maps``.
+    """
 
     def __init__(self, depth: int, factor: int, num_classes: int = 10):
         super().__init__()
@@ -59,15 +63,23 @@ class WideResNet(nn.Module):
         # the level called "layer" is there for the sake of the published names, block1.layer.0.conv1.weight
         return nn.ModuleDict({"layer": nn.Sequential(first, *(PreactBlock(width, width, 1) for _ in range(count - 1)))})
 
-    def forward(self, x: Tensor, features: bool | str = False) -> Tensor | tuple[Features, Tensor]:
+    def forward(
+        self, x: Tensor, features: bool | str = False, tap: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    ) -> Tensor | tuple[Features, Tensor]:
         preact = features == "preact"
+        if preact and tap is not None:
+            raise ValueError('tap and features="preact" exclude each other: the tap is on the sums before the batch norm')
         x = stem = self.conv1(x)
-        blocks, norms, ends = [], [], []
+        blocks, norms, ends, taken = [], [], [], []
         for group in (self.block1, self.block2, self.block3):
             for block in group["layer"].children():
                 x, norm = block(x, preact)
                 blocks.append(x)
                 norms.append(norm)
+            if tap is not None:
+                blocks[-1], attention = tap(x)
+                x = blocks[-1]
+                taken.append(attention)
             ends.append(len(blocks) - 1)
         norm = self.bn1(x)
         pooled = F.relu(norm, inplace=not preact).mean((2, 3))
@@ -75,4 +87,4 @@ class WideResNet(nn.Module):
         if not features:
             return logits
         maps = [*norms[1:], norm] if preact else blocks
-        return Features(stem, tuple(maps[i] for i in ends), pooled, tuple(maps)), logits
+        return Features(stem, tuple(maps[i] for i in ends), pooled, tuple(maps), tuple(taken)), logits

@@ -26,6 +26,7 @@ _SWITCHES = (
     ("difference", "squared", "l2"),
     ("stage_reduce", "sum", "mean"),
     ("teacher_is_map", False, True),
+    ("student_is_map", False, True),
 )
 _BIT = {name: 1 << i for i, (name, _, _) in enumerate(_SWITCHES)}
 # every valid combination, in the order above
@@ -44,8 +45,8 @@ def _map_backward_fake(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-def _coefficient_size(x: Tensor, other: Sequence[int], switches: int) -> list[int]:
-    return [x.shape[0], *(smaller(x.shape[2:], other) if switches & _BIT["pool"] else x.shape[2:])]
+def _coefficient_size(x: Tensor, is_map: bool, other: Sequence[int], switches: int) -> list[int]:
+    return list(x.shape) if is_map else [x.shape[0], *(smaller(x.shape[2:], other) if switches & _BIT["pool"] else x.shape[2:])]
 
 
 def _loss_fake(
@@ -54,13 +55,13 @@ def _loss_fake(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     one_device(student + teacher)
     dtype = accumulator(student + teacher)
-    is_map = bool(switches & _BIT["teacher_is_map"])
+    s_map, t_map = (bool(switches & _BIT[name]) for name in ("student_is_map", "teacher_is_map"))
     sizes = []
     if student_grad:
-        sizes += [_coefficient_size(s, t.shape[1 if is_map else 2 :], switches) for s, t in zip(student, teacher, strict=True)]
+        sizes += [_coefficient_size(s, s_map, t.shape[1 if t_map else 2 :], switches) for s, t in zip(student, teacher)]
     if teacher_grad:
-        sizes += [list(t.shape) if is_map else _coefficient_size(t, s.shape[2:], switches) for s, t in zip(student, teacher, strict=True)]
-    gradients = [torch.empty_like(x) for x in student] if student_grad and upstream is not None else []
+        sizes += [_coefficient_size(t, t_map, s.shape[1 if s_map else 2 :], switches) for s, t in zip(student, teacher)]
+    gradients = [torch.empty_like(x) for x in student] if student_grad and upstream is not None and not s_map else []
     return student[0].new_empty((), dtype=dtype), [student[0].new_empty(size, dtype=dtype) for size in sizes], gradients
 
 
@@ -134,7 +135,7 @@ class AttentionTransferFunction(torch.autograd.Function):
     def forward(ctx: Any, stages: int, options: tuple, *tensors: Tensor) -> Tensor:
         needs = ctx.needs_input_grad[2:]
         student_grad, teacher_grad = any(needs[:stages]), any(needs[stages:])
-        ctx.expected = expected = _upstream.expected if student_grad else None
+        ctx.expected = expected = _upstream.expected if student_grad and not options[2] & _BIT["student_is_map"] else None
         loss, coefficients, ctx.prepared = call(_loss, tensors[:stages], tensors[stages:], *options, student_grad, teacher_grad, expected)
         # a teacher made under inference_mode cannot be saved: only what needs a gradient is
         wanted = [i for i, need in enumerate(needs) if need]
@@ -239,6 +240,7 @@ def attention_transfer_loss(
     weights: Sequence[float] | None = None,
     weight: float = 1.0,
     teacher_is_map: bool = False,
+    student_is_map: bool = False,
 ) -> Tensor:
     """Attention-transfer loss: the distance of student and teacher attention maps, over all stages in one call.
 
@@ -250,7 +252,9 @@ def attention_transfer_loss(
         difference: "squared", the mean over N and S of the squared difference, or "l2", the mean over N of its l2 norm.
         stage_reduce, weights: "sum" or "mean" of the stages' terms, each multiplied by its weight.
         weight: multiplies the loss. The published 1000 belongs here: it is applied in float32, before a half-precision gradient is rounded.
-        teacher_is_map: ``teacher`` holds normalized maps (N, *S), no larger than the student's features.
+        teacher_is_map: ``teacher`` holds normalized maps (N, *S), no larger than the student's features: a normalized map is not pooled.
+        student_is_map: ``student`` does, as :func:`tap` and :func:`relu_tap` make them; no larger than the teacher's features, and of equal
+            size where both are maps. The switches of the maps then hold for the other side alone.
 
     Returns: a scalar, float32 (float64 if any input is float64); differentiable in student and teacher.
     Equals ``weight * sum((attention_map(s) - attention_map(t)).square().mean() for s, t in zip(student, teacher))`` at the defaults.
@@ -261,21 +265,27 @@ def attention_transfer_loss(
         return reference.attention_transfer_loss(
             student, teacher, p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode, pool=pool, pool_mode=pool_mode,
             difference=difference, stage_reduce=stage_reduce, weights=weights, weight=weight, teacher_is_map=teacher_is_map,
+            student_is_map=student_is_map,
         )  # fmt: skip
 
     failure = None
     if not torch.compiler.is_compiling():
         try:
-            switches = _BITS[channel_reduce, bool(signed), eps_mode, pool, pool_mode, difference, stage_reduce, bool(teacher_is_map)]
+            switches = _BITS[
+                channel_reduce, bool(signed), eps_mode, pool, pool_mode, difference, stage_reduce, bool(teacher_is_map), bool(student_is_map)
+            ]
             students, teachers = checks.stages("student", student), checks.stages("teacher", teacher)
             return AttentionTransferFunction.apply(len(students), (p, eps, switches, weights, weight), *students, *teachers)
         except Exception as error:
             failure = error
     students, teachers = checks.attention_transfer(
-        student, teacher, p, channel_reduce, eps, eps_mode, pool, pool_mode, difference, stage_reduce, weights, weight, teacher_is_map
-    )
+        student, teacher, p, channel_reduce, eps, eps_mode, pool, pool_mode, difference, stage_reduce, weights, weight, teacher_is_map,
+        student_is_map,
+    )  # fmt: skip
     if failure:  # not the arguments' fault
         raise failure
-    switches = _BITS[channel_reduce, bool(signed), eps_mode, pool, pool_mode, difference, stage_reduce, bool(teacher_is_map)]
+    switches = _BITS[
+        channel_reduce, bool(signed), eps_mode, pool, pool_mode, difference, stage_reduce, bool(teacher_is_map), bool(student_is_map)
+    ]
     needs = [torch.is_grad_enabled() and any(x.requires_grad for x in tensors) for tensors in (students, teachers)]
     return _loss(students, teachers, p, eps, switches, weights, weight, *needs, None)[0]

@@ -1,0 +1,175 @@
+"""The taps: a feature's attention map taken on its way through the network, so that the backward pass adds the map's gradient to the
+incoming one in a pass that is made anyway."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd import backends, checks, reference
+from fastkd.ops.registry import accumulator, autograd, call, define, differentiable_once, one_device
+
+_OPTIONS = "float p, str channel_reduce, bool signed, float eps, str eps_mode"
+
+
+def _backward_fake(grad: Tensor | None, map_grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _relu_fake(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    one_device([x] if residual is None else [x, residual])
+    dtype = accumulator([x])
+    return torch.empty_like(x), x.new_empty((x.shape[0], *x.shape[2:]), dtype=dtype), x.new_empty((x.shape[0],), dtype=dtype)
+
+
+# the forward of tap is fastkd::attention_map: an operator may not hand its own input back
+define(f"tap_backward(Tensor? grad, Tensor map_grad, Tensor x, Tensor map, Tensor norm, {_OPTIONS}) -> Tensor", _backward_fake)
+define(f"relu_tap(Tensor x, Tensor? residual, {_OPTIONS}) -> (Tensor y, Tensor map, Tensor norm)", _relu_fake)
+define(f"relu_tap_backward(Tensor? grad, Tensor map_grad, Tensor y, Tensor map, Tensor norm, {_OPTIONS}) -> Tensor", _backward_fake)
+differentiable_once("tap_backward", "tap")
+differentiable_once("relu_tap_backward", "relu_tap")
+
+_map = torch.ops.fastkd.attention_map.default
+_backward = torch.ops.fastkd.tap_backward.default
+_relu = torch.ops.fastkd.relu_tap.default
+_relu_backward = torch.ops.fastkd.relu_tap_backward.default
+
+
+class TapFunction(torch.autograd.Function):
+    """``apply(x, p, channel_reduce, signed, eps, eps_mode)`` -> x, map.
+
+    dx = g + k sign(x) |x|^(p-1) for the incoming gradient g of x and the coefficient k = p dq (/ C for "mean") of each position, with dq
+    as in :class:`fastkd.ops.attention.AttentionMapFunction`; the sum is formed in float32 and rounded once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, channel_reduce: str, signed: bool, eps: float, eps_mode: str) -> tuple[Tensor, Tensor]:
+        y, norm = call(_map, x, p, channel_reduce, signed, True, eps, eps_mode)
+        ctx.save_for_backward(x, y, norm)
+        ctx.set_materialize_grads(False)
+        ctx.options = (p, channel_reduce, signed, eps, eps_mode)
+        return x, y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, map_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if map_grad is not None:
+            grad = call(_backward, grad, map_grad, *ctx.saved_tensors, *ctx.options)
+        return grad, None, None, None, None, None
+
+
+class ReluTapFunction(torch.autograd.Function):
+    """``apply(x, residual, p, channel_reduce, signed, eps, eps_mode)`` -> y = relu(x + residual), map of y.
+
+    dx = (g + k y^(p-1)) where y > 0, else 0, for x and residual alike; g and k as in :class:`TapFunction`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
+        y, attention, norm = call(_relu, x, residual, *options)
+        ctx.save_for_backward(y, attention, norm)
+        ctx.set_materialize_grads(False)
+        ctx.options = options
+        return y, attention
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, map_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *_relu_gradients(ctx, grad, map_grad), *(None for _ in ctx.options)
+
+
+def _relu_gradients(ctx: Any, grad: Tensor | None, map_grad: Tensor | None) -> list[Tensor | None]:
+    y, attention, norm = ctx.saved_tensors
+    if map_grad is not None:
+        grad = call(_relu_backward, grad, map_grad, y, attention, norm, *ctx.options)
+    elif grad is not None:
+        grad = torch.ops.aten.threshold_backward(grad, y, 0)
+    return [grad if need else None for need in ctx.needs_input_grad[:2]]
+
+
+def _traced_relu_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*output)
+    ctx.options = inputs[2:]
+
+
+def _traced_relu_backward(ctx: Any, grad: Tensor | None, map_grad: Tensor | None, norm_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    return *_relu_gradients(ctx, grad, map_grad), *(None for _ in ctx.options)
+
+
+autograd("relu_tap", _traced_relu_backward, _traced_relu_context)
+
+
+def tap(
+    x: Tensor,
+    p: float = 2.0,
+    *,
+    channel_reduce: str = "mean",
+    signed: bool = False,
+    eps: float = 1e-12,
+    eps_mode: str = "clamp",
+) -> tuple[Tensor, Tensor]:
+    """A feature and its attention map, as one differentiable operation: the network goes on with the first, a loss takes the second.
+
+    The backward pass adds the map's gradient to the one that arrives from the network in a single pass over the feature, so that no
+    gradient of the loss is written, read again and added. Give the map to :func:`attention_transfer_loss` with ``student_is_map=True``.
+    Use what is returned in place of x: where x itself goes on, autograd adds as ever. The feature returned is a view of x and may not be
+    changed in place. Inside ``torch.compile`` it is ``x, attention_map(x)``.
+
+    Args:
+        x: (N, C, *S), one to three spatial dimensions, float16, bfloat16, float32 or float64, any strides.
+        p, channel_reduce, signed, eps, eps_mode: as in :func:`attention_map`.
+
+    Returns: x, without a copy, and its normalized map (N, *S), float32 (float64 for a float64 x).
+    Equals ``(x, attention_map(x))``; x's gradient is summed in float32 and rounded once.
+    Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
+    Source: Zagoruyko, Komodakis, *Paying more attention to attention*, ICLR 2017.
+    """
+    if backends.choose(x) == "reference":
+        return reference.tap(x, p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode)
+    if torch.compiler.is_compiling():
+        checks.attention_map(x, p, channel_reduce, eps, eps_mode)
+        return x, _map(x, p, channel_reduce, signed, True, eps, eps_mode)[0]
+    try:
+        return TapFunction.apply(x, p, channel_reduce, signed, eps, eps_mode)
+    except Exception:
+        checks.attention_map(x, p, channel_reduce, eps, eps_mode)
+        raise
+
+
+def relu_tap(
+    x: Tensor,
+    residual: Tensor | None = None,
+    p: float = 2.0,
+    *,
+    channel_reduce: str = "mean",
+    signed: bool = False,
+    eps: float = 1e-12,
+    eps_mode: str = "clamp",
+) -> tuple[Tensor, Tensor]:
+    """The ReLU that ends a stage, the addition before it and the attention map of the result, as one differentiable operation.
+
+    The forward pass takes the map's energies while it writes y, the backward pass adds the map's gradient while it applies the ReLU's:
+    attention transfer then costs no pass over the feature of its own. y is kept for the backward pass and may not be changed in place.
+
+    Args:
+        x: (N, C, *S), one to three spatial dimensions, float16, bfloat16, float32 or float64, any strides.
+        residual: None, or a tensor of x's shape and dtype that is added first.
+        p, channel_reduce, signed, eps, eps_mode: of the map, as in :func:`attention_map`.
+
+    Returns: y = relu(x + residual), of x's dtype and strides, and the normalized map (N, *S) of y as rounded, float32 (float64 for a
+    float64 x). x and residual get the same gradient; it is summed in float32 and rounded once.
+    Equals ``y = torch.relu(x + residual); (y, attention_map(y))``.
+    Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
+    Source: Zagoruyko, Komodakis, *Paying more attention to attention*, ICLR 2017.
+    """
+    if backends.choose(x) == "reference":
+        return reference.relu_tap(x, residual, p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode)
+    options = (p, channel_reduce, signed, eps, eps_mode)
+    if torch.compiler.is_compiling():
+        checks.relu_tap(x, residual, p, channel_reduce, eps, eps_mode)
+        return _relu(x, residual, *options)[:2]
+    try:
+        return ReluTapFunction.apply(x, residual, *options)
+    except Exception:
+        checks.relu_tap(x, residual, p, channel_reduce, eps, eps_mode)
+        raise
