@@ -52,9 +52,10 @@ def session_of(config: pytest.Config) -> Session:
 
         def say(line: str) -> None:
             reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
-            if reporter:
-                reporter.ensure_newline()
-                reporter.write_line(line)
+            capture: Any = config.pluginmanager.get_plugin("capturemanager")
+            if reporter and capture:
+                with capture.global_and_fixture_disabled():
+                    reporter.write(f"\n{line}", flush=True)  # not write_line, after which the file's name would come again
 
         config.stash[SESSION] = Session(_full(config), say)
     return config.stash[SESSION]

@@ -143,12 +143,8 @@ class Rows:
         return made
 
     def _floor(self, case: Case) -> Callable[[], Any]:
-        """A plain pass over exactly the bytes of the case: reads student and teacher, and writes as much if gradients are wanted."""
-        students = [x.detach() for x in self.students]
-        if case.direction == FORWARD:
-            pairs = [(s.flatten(), t.flatten()) for s, t in zip(students, self.teachers)]
-            return lambda: [torch.dot(s, t) for s, t in pairs]
-        triples = list(zip(students, self.teachers, self.out, strict=True))
+        """A plain pass over exactly the bytes of a loss and its gradient: reads student and teacher, and writes as much as one of them."""
+        triples = list(zip([x.detach() for x in self.students], self.teachers, self.out, strict=True))
         return lambda: [torch.add(s, t, out=out) for s, t, out in triples]
 
     def _mm(self, case: Case) -> Callable[[], Any]:
@@ -186,9 +182,11 @@ def figures(case: Case, rows: dict[str, Row], name: str) -> dict[str, Any]:
     if name in YARDSTICKS and name != FLOOR:
         flops = 2 * 1024**3 if name == MM else case.flops()
         return facts if name == RELU else {**facts, "gflop_per_s": flops / seconds / 1e9}
-    facts |= {"bytes": case.bytes_moved(), "gb_per_s": case.bytes_moved() / seconds / 1e9}
+    streamed = 3 * case.values() * getattr(torch, case.dtype).itemsize
+    moved = streamed if name == FLOOR else case.bytes_moved()
+    facts |= {"bytes": moved, "gb_per_s": moved / seconds / 1e9}
     if FLOOR in medians:
-        facts["of_streaming_bandwidth"] = medians[FLOOR] / seconds
+        facts["of_streaming_bandwidth"] = moved / seconds / (streamed / medians[FLOOR])
     if case.flops() and name != FLOOR:
         rate = case.flops() / seconds
         facts["gflop_per_s"] = rate / 1e9
@@ -207,8 +205,10 @@ class LossGroup:
 
     def __init__(self, case: Case, full: bool):
         self.case, self.full, self.id = case, full, case.id
-        self.names = row_names(case, full)
         self.shared = case.inputs
+
+    def names(self, one_thread: bool) -> list[str]:
+        return row_names(self.case, self.full)
 
     def build(self, stock: Stock) -> Rows:
         """What the groups with the same ``shared`` have in common."""

@@ -28,9 +28,9 @@ class Group(Protocol):
     """Rows that are measured side by side."""
 
     id: str
-    names: list[str]
-    shared: Any
+    shared: Any  # groups of equal `shared` in a row are built once
 
+    def names(self, one_thread: bool) -> list[str]: ...
     def build(self, stock: Stock) -> Any: ...
     def row(self, built: Any, name: str) -> Row: ...
     def check(self, built: Any, row: Row) -> None: ...
@@ -84,7 +84,7 @@ class Session:
     def add(self, groups: list[Group]) -> list[str]:
         """The ids of the groups' tests."""
         labels = (ALL, ONE) if self.full else (ONE,)
-        entries = [Entry(group, label, name) for group in groups for label in labels for name in group.names]
+        entries = [Entry(group, label, name) for group in groups for label in labels for name in group.names(label == ONE)]
         self.entries |= {entry.id: entry for entry in entries}
         return [entry.id for entry in entries]
 
@@ -107,9 +107,7 @@ class Session:
             benchmark.pedantic(lambda: None)
             pytest.fail(row.failed)
         REPLAY.load(row.seconds)
-        benchmark.extra_info.update(
-            threads=record["threads"], clock=record["clock"], malloc=record["rows"][entry.row]["malloc"], **record["rows"][entry.row]
-        )
+        benchmark.extra_info.update({"threads": record["threads"], "clock": record["clock"], **record["rows"][entry.row]})
         benchmark.pedantic(lambda: None, rounds=len(row.seconds))
 
     def _build(self, group: Group) -> Any:
@@ -128,9 +126,10 @@ class Session:
         count, clock = self._thread_counts[entry.threads], CLOCK[entry.threads]
         with threads(count):
             built = self._build(entry.group)
-            rows = {name: entry.group.row(built, name) for name in entry.group.names}
+            rows = {name: entry.group.row(built, name) for name in entry.group.names(entry.threads == ONE)}
             for row in rows.values():
                 self._check(entry.group, built, row)
+            prepared = time.perf_counter()
             interleave([row for row in rows.values() if not row.failed], clock, SECONDS)
         record = {**entry.group.describe(), "threads": count, "clock": clock, "rows": {}}
         for name, row in rows.items():
@@ -138,7 +137,7 @@ class Session:
         self.records.append(record)
         self._measured = (key, rows, record)
         now = time.perf_counter()
-        self.say(f"{now - self.begun:4.0f} s  {entry.group.id}, {entry.threads}: {now - begun:.1f} s")
+        self.say(f"{now - self.begun:4.0f} s  {entry.group.id}, {entry.threads}: {now - begun:.1f} s, {prepared - begun:.1f} s of them to build, compile and check")
         return rows, record
 
     def _check(self, group: Group, built: Any, row: Row) -> None:

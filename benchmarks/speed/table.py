@@ -58,8 +58,8 @@ def grid(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         for name, _ in shown:
             if name != "streaming floor":
                 cells.append(figure(times[name] / base, 2) if base and times.get(name) else "")
-        floor = times.get("streaming floor")
-        cells.append(figure(base / floor, 2) if base and floor else "")
+        share = facts.get("of_streaming_bandwidth")
+        cells.append(figure(1 / share, 2) if share else "")
         cells += [figure(facts.get("gflop_per_s")), f"{facts['of_mm_rate']:.0%}" if "of_mm_rate" in facts else ""]
         cells.append(f"{facts['extra_memory'] / 1e6:.2f}" if "extra_memory" in facts else "")
         cells.append(f"{max(facts['error'].values()):.0e}" if "error" in facts else "")
