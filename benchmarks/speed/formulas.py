@@ -28,9 +28,9 @@ def attention(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Any:
 
 def _smaller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if a.shape[2] > b.shape[2]:
-        a = F.adaptive_avg_pool2d(a, b.shape[2:])
+        a = F.adaptive_avg_pool2d(a, (b.shape[2], b.shape[3]))
     elif a.shape[2] < b.shape[2]:
-        b = F.adaptive_avg_pool2d(b, a.shape[2:])
+        b = F.adaptive_avg_pool2d(b, (a.shape[2], a.shape[3]))
     return a, b
 
 

@@ -76,7 +76,8 @@ def _goals() -> Iterator[Goal]:
     small, wide, r20 = _losses("gram", *CIFAR[:2]), _losses("gram", *CIFAR[2:]), _losses("gram", "resnet20-64")
     for name, where, eager, compiled, floor in (
         ("AT, CIFAR chains", at, 6, 2, 1.35), ("AT, CIFAR chains, upstream 1000", scaled, 4.5, 1.6, None),
-        ("AT, ResNet-50 stages", big, 5, 2.2, 1.55), ("FSP, ResNet-20", small, 7, 3.5, None), ("FSP, WRN and ResNet-32x4", wide, 4.5, 2.9, None),
+        ("AT, ResNet-50 stages", big, 5, 2.2, 1.55), ("FSP, ResNet-20", small, 7, 3.5, None),
+        ("FSP, WRN and ResNet-32x4", wide, 4.5, 2.9, None),
     ):  # fmt: skip
         yield Goal(f"{name}: eager ÷ {BACKEND}", eager, True, EAGER, where)
         yield Goal(f"{name}: torch.compile ÷ {BACKEND}", compiled, True, COMPILED, where)
@@ -93,7 +94,9 @@ def _goals() -> Iterator[Goal]:
     every = _losses("attention", *CIFAR, "resnet50-8", dtype=half, layout=("nchw", "channels_last"))
     yield Goal("AT: bfloat16 ÷ float32", 0.6, False, SAME, every, single)
     # every map of these stages has at least 64 channels
-    yield Goal("FSP, ResNet-50 stages: bfloat16 ÷ float32", 1, False, SAME, {**every, "operation": ("gram",), "shape": ("resnet50-8",)}, single)
+    yield Goal(
+        "FSP, ResNet-50 stages: bfloat16 ÷ float32", 1, False, SAME, {**every, "operation": ("gram",), "shape": ("resnet50-8",)}, single
+    )
     for name, operation, unit in (("AT", "attention", "float32 maps"), ("FSP", "gram", "float32 Gram matrices")):
         where = {**_losses(operation, *CIFAR, "resnet50-8"), "dtype": ("float32", "bfloat16"), "layout": ("nchw", "channels_last")}
         yield Goal(f"{name}: extra memory", 4, False, _memory, where, unit=unit)

@@ -1,8 +1,8 @@
 """``pytest --benchmark``. The project's ``conftest.py`` names this plugin, so the option is known whatever part of the tests is asked for.
 
 An ordinary run calls each benchmark once, on small shapes. ``--benchmark`` (or pytest-benchmark's ``--benchmark-only``) runs nothing else
-than the benchmarks, on the full ones. All options of pytest-benchmark keep their meaning; its own table, hundreds of lines, is printed when one
-of the options that shape it is given.
+than the benchmarks, on the full ones. All options of pytest-benchmark keep their meaning; its own table, hundreds of lines, is printed when
+one of the options that shape it is given.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _full(config: pytest.Config) -> bool:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("benchmark")
-    group.addoption("--benchmark", dest="benchmark_full", action="store_true", help="Run the speed comparisons of benchmarks/, and only them.")
+    group.addoption("--benchmark", dest="benchmark_full", action="store_true", help="Run the speed comparisons of benchmarks/ only.")
     group.addoption("--benchmark-results", metavar="DIR", type=Path, help="Write speed.json into DIR, of an incomplete run too.")
 
 

@@ -15,7 +15,6 @@ from fastkd import backends, reference
 from speed import formulas
 from speed.cases import BOTH, FORWARD, Case, features
 from speed.formulas import FORMULAS, call
-
 from speed.measure import Row, peak_memory
 from speed.stock import Stock
 
@@ -25,8 +24,8 @@ BROADCAST, BROADCAST_COMPILED = "eager, broadcast", "torch.compile, broadcast"
 MM, BMM, RELU = "torch.mm 1024", "torch.bmm of the products", "torch.relu"
 YARDSTICKS = (FLOOR, MM, BMM, RELU)
 
-# The relative error, of the loss or of a gradient's largest element, beyond which a row is wrong and gets no speed. What computes in float32
-# may round once to the gradient's dtype. A formula in bfloat16 is as bad as it is, and its error stands beside its speed.
+# The error, relative to the loss or to a gradient's largest element, beyond which a row is wrong and gets no speed. What computes in
+# float32 may round once to the gradient's dtype. A formula in bfloat16 is as bad as it is, and its error stands beside its speed.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2**-7}
 FORMULA_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}
 
@@ -59,7 +58,7 @@ def row_names(case: Case, full: bool) -> list[str]:
     if case.plain and case.shape != "tiny-2":
         names.append(STOCK)
     names.append(TUNED)
-    if case.direction == BOTH and (case.dtype == "float32" or case.shape in ("resnet20-128", "resnet50-8")) or not full:
+    if not full or (case.direction == BOTH and (case.dtype == "float32" or case.shape in ("resnet20-128", "resnet50-8"))):
         names.append(COMPILED)
     if case.operation == "gram" and case.plain and case.shape in ("resnet20-64", "small"):
         names += [BROADCAST, BROADCAST_COMPILED]
@@ -116,11 +115,7 @@ class Rows:
         loss, gradients = self.exact
         errors = {"loss": abs(float(value.detach()) - case.upstream * loss) / abs(case.upstream * loss)}
         if case.direction == BOTH:
-            off = [
-                float((x.grad.double() / case.upstream - exact).abs().max() / exact.abs().max())
-                for x, exact in zip(self.students, gradients, strict=True)
-            ]  # type: ignore[union-attr]
-            errors["gradient"] = max(off)
+            errors["gradient"] = max(self._off(x.grad, case.upstream, exact) for x, exact in zip(self.students, gradients, strict=True))
         row.facts["error"] = errors
         if peak is not None:
             gradient_bytes = sum(x.grad.nbytes for x in self.students if x.grad is not None)
@@ -128,6 +123,12 @@ class Rows:
         wrong = {what: error for what, error in errors.items() if not error <= row.tolerance}
         if wrong:
             row.failed = f"wrong: relative error {wrong}, at most {row.tolerance} allowed"
+
+    @staticmethod
+    def _off(gradient: Tensor | None, upstream: int, exact: Tensor) -> float:
+        if gradient is None:
+            return float("inf")
+        return float((gradient.double() / upstream - exact).abs().max() / exact.abs().max())
 
     def _exact(self, case: Case) -> tuple[float, list[Tensor]]:
         wide = [x.detach().double().requires_grad_() for x in self.students]
@@ -225,6 +226,6 @@ class LossGroup:
 
     def describe(self) -> dict[str, Any]:
         case = self.case
-        facts = {"operation": case.operation, "shape": case.shape, "dtype": case.dtype, "layout": case.layout, "direction": case.direction}
-        facts |= {"upstream": case.upstream, "bytes": case.bytes_moved(), "memory_unit": case.unit_of_memory()}
+        facts: dict[str, Any] = {"operation": case.operation, "shape": case.shape, "dtype": case.dtype, "layout": case.layout}
+        facts |= {"direction": case.direction, "upstream": case.upstream, "bytes": case.bytes_moved(), "memory_unit": case.unit_of_memory()}
         return {**facts, "flops": case.flops()} if case.flops() else facts

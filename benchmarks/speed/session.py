@@ -137,7 +137,8 @@ class Session:
         self.records.append(record)
         self._measured = (key, rows, record)
         now = time.perf_counter()
-        self.say(f"{now - self.begun:4.0f} s  {entry.group.id}, {entry.threads}: {now - begun:.1f} s, {prepared - begun:.1f} s of them to build, compile and check")
+        spent = f"{prepared - begun:.1f} s to build, compile and check, {now - prepared:.1f} s to measure"
+        self.say(f"{now - self.begun:4.0f} s  {entry.group.id}, {entry.threads}: {spent}")
         return rows, record
 
     def _check(self, group: Group, built: Any, row: Row) -> None:

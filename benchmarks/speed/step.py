@@ -43,7 +43,7 @@ def plain_step(student: nn.Module, teacher: nn.Module, images: Tensor, labels: T
 
 @dataclass(frozen=True)
 class Variant:
-    """A row: which step, which backend serves its losses, and whether it is compiled. Another way to take the maps is another ``forward``."""
+    """A row: which step, which backend serves its losses, whether it is compiled. Another way to take the maps is another ``forward``."""
 
     name: str
     backend: str
@@ -113,7 +113,7 @@ class StepGroup:
         self.shared = self.id
 
     def names(self, one_thread: bool) -> list[str]:
-        """The rows. Compiling the step takes half a minute and more, and is done for all threads only: graphs are made for a thread count."""
+        """The rows. Compiling takes half a minute and more, and is done for all threads only: graphs are made for a thread count."""
         return [name for name, variant in self.variants.items() if not (self.full and one_thread and variant.compiled)]
 
     def build(self, stock: Stock) -> Step:

@@ -92,7 +92,8 @@ def lines(result: dict[str, Any]) -> list[str]:
     """The tables, with what ran them above."""
     versions, machine = result["versions"], result["machine"]
     out = [
-        f"{result['device']}, {machine['cores']} cores, torch {versions['torch']}, fastkd {versions['fastkd']} ({result['cpu_path']}), {result['date']}",
+        f"{result['device']}, {machine['cores']} cores, torch {versions['torch']}, "
+        f"fastkd {versions['fastkd']} ({result['cpu_path']}), {result['date']}",
         "medians of interleaved rounds in milliseconds; 1 thread: process time, more: wall time; ÷: multiples of the first backend's time",
         "",
     ]
