@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 import report
 import torch
-from speed import cases, goals, machine, measure, table
+from speed import cases, goals, machine, measure, rows, table
 from speed.measure import Row
 from speed.session import Replay, save
+from speed.stock import Stock
+
+from fastkd import reference
 
 ROOT = Path(__file__).parent.parent
 
@@ -106,9 +109,9 @@ def test_interleaved_rounds() -> None:
     def row(name: str) -> Row:
         return Row(name, lambda: None, turn=lambda calls, warm, clock: turns.append(name) or 0.2)
 
-    rows = [row("a"), row("b"), row("c")]
-    measure.interleave(rows, "wall", budget=0)
-    assert [len(r.seconds) for r in rows] == [5, 5, 5]
+    made = [row("a"), row("b"), row("c")]
+    measure.interleave(made, "wall", budget=1)
+    assert [len(r.seconds) for r in made] == [5, 5, 5]
     assert "".join(turns[-15:]) == "abc" + "bca" + "cab" + "abc" + "bca"
 
 
@@ -116,9 +119,9 @@ def test_a_row_that_raises_is_left_out() -> None:
     def broken() -> None:
         raise ValueError("no")
 
-    rows = [Row("good", lambda: None), Row("bad", broken)]
-    measure.interleave(rows, "process", budget=0)
-    assert rows[0].seconds and not rows[1].seconds and rows[1].failed == "ValueError: no"
+    made = [Row("good", lambda: None), Row("bad", broken)]
+    measure.interleave(made, "process", budget=0)
+    assert made[0].seconds and not made[1].seconds and made[1].failed == "ValueError: no"
 
 
 def test_peak_memory_is_exact() -> None:
@@ -131,6 +134,17 @@ def test_peak_memory_is_exact() -> None:
 
     run()
     assert 6000 <= measure.peak_memory(run) <= 6000 + 2 * 64  # the allocator rounds up
+
+
+@pytest.mark.parametrize("error", [0.0, 1e-3])
+def test_a_wrong_row_has_no_speed(error: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = cases.Case("gram", "small")
+    monkeypatch.setitem(rows.FUSED, "gram", lambda s, t: (1 + error) * reference.fsp_loss(s, t))
+    built = rows.Rows(case, False, Stock())
+    row = built.row(case, "reference")
+    built.check(case, row)
+    assert (row.failed or "").startswith("wrong: relative error") == bool(error)
+    assert row.facts["error"] == pytest.approx({"loss": error, "gradient": error}, abs=1e-5)
 
 
 def test_replayed_times() -> None:
@@ -180,10 +194,10 @@ def test_goals(result: dict[str, Any]) -> None:
 def test_table(result: dict[str, Any]) -> None:
     wrong = copy.deepcopy(result)
     wrong["groups"][0]["rows"]["torch.compile"] = {"failed": "wrong: relative error 3"}
-    heads, rows = table.grid(wrong)
-    assert len(rows) == 5 and all(len(row) == len(heads) for row in rows)
-    assert rows[0][heads.index("compile")] == "WRONG" and rows[0][heads.index("÷compile")] == ""
-    assert rows[0][heads.index("÷eager")] == "8.00" and rows[3][heads.index("÷bcast")] == "100"
+    heads, lines = table.grid(wrong)
+    assert len(lines) == 5 and all(len(line) == len(heads) for line in lines)
+    assert lines[0][heads.index("compile")] == "WRONG" and lines[0][heads.index("÷compile")] == ""
+    assert lines[0][heads.index("÷eager")] == "8.00" and lines[3][heads.index("÷bcast")] == "100"
     assert any("1280" in line for line in table.lines(result))
 
 

@@ -55,7 +55,10 @@ def session_of(config: pytest.Config) -> Session:
             capture: Any = config.pluginmanager.get_plugin("capturemanager")
             if reporter and capture:
                 with capture.global_and_fixture_disabled():
-                    reporter.write(f"\n{line}", flush=True)  # not write_line, after which the file's name would come again
+                    writer = config.get_terminal_writer()  # the reporter would write the file's name again after each line
+                    if writer.width_of_current_line:
+                        writer.line()
+                    writer.line(line, flush=True)
 
         config.stash[SESSION] = Session(_full(config), say)
     return config.stash[SESSION]

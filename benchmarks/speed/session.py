@@ -17,7 +17,7 @@ from speed import goals, machine, table
 from speed.measure import Row, interleave, threads
 from speed.stock import Stock, raise_malloc_thresholds
 
-SECONDS = 1.2  # of rounds a group and thread count; slow rows take their fewest rounds, however long those are
+SECONDS = 0.8  # of rounds a group and thread count; slow rows take their fewest rounds, however long those are
 ALL, ONE = "all threads", "1 thread"
 CLOCK = {ALL: "wall", ONE: "process"}
 FORMAT = 1
