@@ -195,9 +195,9 @@ def test_table(result: dict[str, Any]) -> None:
     wrong = copy.deepcopy(result)
     wrong["groups"][0]["rows"]["torch.compile"] = {"failed": "wrong: relative error 3"}
     heads, lines = table.grid(wrong)
-    assert len(lines) == 5 and all(len(line) == len(heads) for line in lines)
+    assert len(lines) == 6 and all(len(line) == len(heads) for line in lines)
     assert lines[0][heads.index("compile")] == "WRONG" and lines[0][heads.index("÷compile")] == ""
-    assert lines[0][heads.index("÷eager")] == "8.00" and lines[3][heads.index("÷bcast")] == "100"
+    assert lines[0][heads.index("÷eager")] == "8.00" and lines[4][0] == "FSP broadcast" and lines[4][heads.index("÷eager")] == "100"
     assert any("1280" in line for line in table.lines(result))
 
 

@@ -11,15 +11,16 @@ TIMES = (
     ("eager, stock malloc", "stock"),
     ("eager", "eager"),
     ("torch.compile", "compile"),
-    ("eager, broadcast", "bcast"),
-    ("torch.compile, broadcast", "bc.comp"),
 )
+# RepDistiller's form gets a line of its own, where these stand in the columns of the same name
+BROADCAST = {"eager": "eager, broadcast", "torch.compile": "torch.compile, broadcast"}
+YARDSTICKS = ("torch.mm 1024", "torch.bmm of the products", "torch.relu")
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def backends(result: dict[str, Any]) -> list[str]:
     """The rows that are backends of fastkd, in the order they come."""
-    known = {name for name, _ in TIMES} | {"torch.mm 1024", "torch.bmm of the products", "torch.relu"}
+    known = {*(name for name, _ in TIMES), *BROADCAST.values(), *YARDSTICKS}
     names = dict.fromkeys(name for record in result["groups"] if "operation" in record for name in record["rows"])
     return [name for name in names if name not in known]
 
@@ -37,35 +38,40 @@ def figure(value: float | None, digits: int = 3) -> str:
 def grid(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of the table of losses."""
     ours = backends(result)
-    shown = [(row, heading) for row, heading in TIMES if any(row in record["rows"] for record in result["groups"])]
-    heads = ["loss", "shape", "dtype", "layout", "pass", "thr"]
-    heads += [heading for _, heading in shown] + ours
-    heads += [f"÷{heading}" for row, heading in shown if row != "streaming floor"] + ["×floor", "GF/s", "of mm", "extra MB", "error"]
+    heads = ["loss", "shape", "dtype", "layout", "pass", "thr", *(heading for _, heading in TIMES), *ours]
+    heads += [f"÷{heading}" for _, heading in TIMES[1:]] + ["×floor", "GF/s", "of mm", "extra MB", "error"]
     rows = []
     for record in result["groups"]:
-        if "operation" not in record:
-            continue
-        times = {name: row.get("milliseconds") for name, row in record["rows"].items()}
-        main = next((name for name in ours if times.get(name)), None)
-        facts = record["rows"].get(main, {}) if main else {}
-        passes = "fwd" if record["direction"] == "forward" else "fwd+bwd" + ("" if record["upstream"] == 1 else f" ×{record['upstream']}")
-        layout = "cl" if record["layout"] == "channels_last" else record["layout"]
-        cells = [{"attention": "AT", "gram": "FSP"}.get(record["operation"], record["operation"]), record["shape"]]
-        cells += [DTYPES.get(record["dtype"], record["dtype"]), layout, passes, str(record["threads"])]
-        for name in [name for name, _ in shown] + ours:
-            cells.append("WRONG" if record["rows"].get(name, {}).get("failed") else figure(times.get(name)))
-        base = times.get(main) if main else None
-        for name, _ in shown:
-            if name != "streaming floor":
-                cells.append(figure(times[name] / base, 2) if base and times.get(name) else "")
-        share = facts.get("of_streaming_bandwidth")
-        cells.append(figure(1 / share, 2) if share else "")
-        cells += [figure(facts.get("gflop_per_s")), f"{facts['of_mm_rate']:.0%}" if "of_mm_rate" in facts else ""]
-        cells.append(f"{facts['extra_memory'] / 1e6:.2f}" if "extra_memory" in facts else "")
-        cells.append(f"{max(facts['error'].values()):.0e}" if "error" in facts else "")
-        rows.append(cells)
+        if "operation" in record:
+            rows.append(_cells(record, record["rows"], ours))
+            if any(name in record["rows"] for name in BROADCAST.values()):
+                main = {name: record["rows"][name] for name in ours if name in record["rows"]}
+                other = {column: record["rows"].get(name, {}) for column, name in BROADCAST.items()}
+                rows.append(_cells({**record, "operation": "gram_broadcast"}, {**other, **main}, ours))
     used = [i for i in range(len(heads)) if i < 6 or any(row[i] for row in rows)]
     return [heads[i] for i in used], [[row[i] for i in used] for row in rows]
+
+
+def _cells(record: dict[str, Any], rows: dict[str, dict[str, Any]], ours: list[str]) -> list[str]:
+    """One line."""
+    times = {name: row.get("milliseconds") for name, row in rows.items()}
+    main = next((name for name in ours if times.get(name)), None)
+    facts = rows[main] if main else {}
+    base = facts.get("milliseconds")
+    passes = "fwd" if record["direction"] == "forward" else "fwd+bwd" + ("" if record["upstream"] == 1 else f" ×{record['upstream']}")
+    loss = {"attention": "AT", "gram": "FSP", "gram_broadcast": "FSP broadcast"}.get(record["operation"], record["operation"])
+    layout = "cl" if record["layout"] == "channels_last" else record["layout"]
+    cells = [loss, record["shape"], DTYPES.get(record["dtype"], record["dtype"]), layout, passes, str(record["threads"])]
+    names = [name for name, _ in TIMES] + ours
+    cells += ["WRONG" if rows.get(name, {}).get("failed") else figure(times.get(name)) for name in names]
+    for name, _ in TIMES[1:]:
+        cells.append(figure(times[name] / base, 2) if base and times.get(name) else "")
+    share = facts.get("of_streaming_bandwidth")
+    cells += [figure(1 / share, 2) if share else "", figure(facts.get("gflop_per_s"))]
+    cells.append(f"{facts['of_mm_rate']:.0%}" if "of_mm_rate" in facts else "")
+    cells.append(f"{facts['extra_memory'] / 1e6:.2f}" if "extra_memory" in facts else "")
+    cells.append(f"{max(facts['error'].values()):.0e}" if "error" in facts else "")
+    return cells
 
 
 def steps(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
