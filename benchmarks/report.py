@@ -112,7 +112,7 @@ def plot(result: dict[str, Any], target: Path) -> None:
     ours = table.backends(result)
     bars = [*BARS, *((name, f"fastkd {name}", colour) for name, colour in zip(ours, COLOURS))]
     operations = list(dict.fromkeys(record["operation"] for record in shown(result)))
-    figure, axes = pyplot.subplots(1, max(len(operations), 1), figsize=(9, 3.2), squeeze=False)
+    figure, axes = pyplot.subplots(1, max(len(operations), 1), figsize=(10, 3.4), squeeze=False)
     for axis, operation in zip(axes[0], operations):
         records = [record for record in shown(result) if record["operation"] == operation]
         for position, (row, label, colour) in enumerate(bars):
@@ -129,8 +129,8 @@ def plot(result: dict[str, Any], target: Path) -> None:
         axis.set_ylabel("time ÷ fastkd's")
         axis.spines[["top", "right"]].set_visible(False)
     if operations:
-        axes[0][-1].legend(fontsize=7, frameon=False)
-    figure.tight_layout()
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=len(bars), fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(target, format="svg", metadata={"Date": None})
     pyplot.close(figure)
 
