@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import random
 import zlib
 
 import pytest
 import torch
-
-SEED = int(os.environ.get("FASTKD_TEST_SEED") or random.SystemRandom().randrange(2**31))
+from seed import SEED
 
 
 def pytest_report_header(config: pytest.Config) -> str:

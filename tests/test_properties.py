@@ -7,9 +7,9 @@ import random
 
 import pytest
 import torch
-from conftest import SEED
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from seed import SEED
 from support import DTYPES, check, check_loss, law, values
 
 import fastkd

@@ -1,0 +1,16 @@
+"""The instrument behind ``pytest --benchmark``: what is measured, how, and how it is told.
+
+| file            | what lives there                                                              |
+|-----------------|-------------------------------------------------------------------------------|
+| `formulas.py`   | the losses as users of plain PyTorch write them                               |
+| `cases.py`      | shapes, and one `Case` a group of rows that are measured together             |
+| `rows.py`       | the rows of a case: floor, eager, compiled, backends; their inputs and checks |
+| `step.py`       | the whole training step, a group like the others                              |
+| `measure.py`    | interleaved rounds, peak memory                                               |
+| `stock.py`      | eager under the stock allocator, in a process of its own                      |
+| `session.py`    | one run: groups measured when first asked for, rows handed to pytest-benchmark|
+| `goals.py`      | geometric means against the goals                                             |
+| `table.py`      | the table at the end                                                          |
+| `machine.py`    | what ran it                                                                   |
+| `plugin.py`     | the options, and the hooks of pytest                                          |
+"""

@@ -1,0 +1,172 @@
+"""The goals for the CPU kernels, and how far a run is from them: float32, forward and backward, all threads, wall time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+BACKEND = "cpp"
+CIFAR = ("resnet20-64", "resnet20-128", "wrn40_2-128", "resnet32x4-64")
+
+Record = dict[str, Any]
+
+
+def geometric_mean(values: list[float]) -> float:
+    """exp(mean(log)). Raises ValueError for none, or for one that is not above 0."""
+    if not values or min(values) <= 0:
+        raise ValueError(f"values are {values}, wanted some, all above 0")
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def _time(record: Record, row: str) -> float | None:
+    return record["rows"].get(row, {}).get("milliseconds")
+
+
+def _ratio(above: str, below: str) -> Callable[[Record], float | None]:
+    """The time of one row over that of another."""
+
+    def value(record: Record) -> float | None:
+        a, b = _time(record, above), _time(record, below)
+        return a / b if a and b else None
+
+    return value
+
+
+def _fact(name: str) -> Callable[[Record], float | None]:
+    return lambda record: record["rows"].get(BACKEND, {}).get(name)
+
+
+def _memory(record: Record) -> float | None:
+    extra = _fact("extra_memory")(record)
+    return None if extra is None else max(extra, 1) / record["memory_unit"]
+
+
+def _above_relu(record: Record) -> float | None:
+    ours, relu = _time(record, BACKEND), _time(record, "torch.relu")
+    return max(1e3 * (ours - relu), 1e-3) if ours and relu else None
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A bound on the geometric mean, over some records, of a value of each; ``at_least`` or else at most. ``against`` pairs records."""
+
+    title: str
+    bound: float
+    at_least: bool
+    value: Callable[[Record], float | None]
+    where: dict[str, tuple[Any, ...]]
+    against: dict[str, Any] | None = None  # the other record of a pair differs in these; the value is the ratio of the backend's times
+    unit: str = ""
+
+
+PLAIN: dict[str, tuple[Any, ...]] = {"dtype": ("float32",), "layout": ("nchw",), "direction": ("forward+backward",), "upstream": (1,)}
+EAGER, COMPILED, FLOOR = _ratio("eager", BACKEND), _ratio("torch.compile", BACKEND), _ratio(BACKEND, "streaming floor")
+SAME = _ratio(BACKEND, BACKEND)
+
+
+def _losses(operation: str, *shapes: str, **other: tuple[Any, ...]) -> dict[str, tuple[Any, ...]]:
+    return {**PLAIN, "operation": (operation,), "shape": shapes, **other}
+
+
+def _goals() -> Iterator[Goal]:
+    at, scaled = _losses("attention", *CIFAR), _losses("attention", *CIFAR, upstream=(1000,))
+    big = _losses("attention", "resnet50-8")
+    small, wide, r20 = _losses("gram", *CIFAR[:2]), _losses("gram", *CIFAR[2:]), _losses("gram", "resnet20-64")
+    for name, where, eager, compiled, floor in (
+        ("AT, CIFAR chains", at, 6, 2, 1.35), ("AT, CIFAR chains, upstream 1000", scaled, 4.5, 1.6, None),
+        ("AT, ResNet-50 stages", big, 5, 2.2, 1.55), ("FSP, ResNet-20", small, 7, 3.5, None),
+        ("FSP, WRN and ResNet-32x4", wide, 4.5, 2.9, None),
+    ):  # fmt: skip
+        yield Goal(f"{name}: eager ÷ {BACKEND}", eager, True, EAGER, where)
+        yield Goal(f"{name}: torch.compile ÷ {BACKEND}", compiled, True, COMPILED, where)
+        if floor:
+            yield Goal(f"{name}: {BACKEND} ÷ streaming floor", floor, False, FLOOR, where)
+        if "FSP" in name:
+            yield Goal(f"{name}: share of torch.mm's rate", 0.6, True, _fact("of_mm_rate"), where)
+    yield Goal(f"FSP: eager broadcast form ÷ {BACKEND}", 80, True, _ratio("eager, broadcast", BACKEND), r20)
+    yield Goal(f"FSP: torch.compile of the broadcast form ÷ {BACKEND}", 10, True, _ratio("torch.compile, broadcast", BACKEND), r20)
+    for name, operation in (("AT", "attention"), ("FSP", "gram")):
+        every = _losses(operation, *CIFAR, "resnet50-8")
+        yield Goal(f"{name}: channels_last ÷ NCHW", 1.25, False, SAME, {**every, "layout": ("channels_last",)}, {"layout": "nchw"})
+    half, single = ("bfloat16",), {"dtype": "float32"}
+    every = _losses("attention", *CIFAR, "resnet50-8", dtype=half, layout=("nchw", "channels_last"))
+    yield Goal("AT: bfloat16 ÷ float32", 0.6, False, SAME, every, single)
+    # every map of these stages has at least 64 channels
+    yield Goal(
+        "FSP, ResNet-50 stages: bfloat16 ÷ float32", 1, False, SAME, {**every, "operation": ("gram",), "shape": ("resnet50-8",)}, single
+    )
+    for name, operation, unit in (("AT", "attention", "float32 maps"), ("FSP", "gram", "float32 Gram matrices")):
+        where = {**_losses(operation, *CIFAR, "resnet50-8"), "dtype": ("float32", "bfloat16"), "layout": ("nchw", "channels_last")}
+        yield Goal(f"{name}: extra memory", 4, False, _memory, where, unit=unit)
+    tiny = _losses("attention", "tiny-2")
+    yield Goal("AT, tiny, forward: above torch.relu", 15, False, _above_relu, {**tiny, "direction": ("forward",)}, unit="µs")
+    yield Goal("AT, tiny, forward and backward: above torch.relu", 45, False, _above_relu, tiny, unit="µs")
+
+
+GOALS = tuple(_goals())
+
+
+@dataclass
+class Verdict:
+    """A goal and what was measured: a value a shape, named."""
+
+    goal: Goal
+    values: dict[str, float]
+
+    @property
+    def mean(self) -> float:
+        return geometric_mean(list(self.values.values()))
+
+    @property
+    def reached(self) -> bool:
+        return self._holds(self.mean)
+
+    @property
+    def shortfalls(self) -> dict[str, float]:
+        return {name: value for name, value in self.values.items() if not self._holds(value)}
+
+    def _holds(self, value: float) -> bool:
+        return value >= self.goal.bound if self.goal.at_least else value <= self.goal.bound
+
+
+def verdicts(result: dict[str, Any]) -> list[Verdict]:
+    """The goals that the result has figures for; those of one thread where there are no others."""
+    most = max((record["threads"] for record in result["groups"]), default=0)
+    records = [record for record in result["groups"] if record["threads"] == most and record["clock"] == "wall" and "operation" in record]
+    out = []
+    for goal in GOALS:
+        values = {}
+        for record in (r for r in records if all(r[key] in wanted for key, wanted in goal.where.items())):
+            if goal.against is None:
+                value = goal.value(record)
+            else:
+                keys = ("operation", "shape", "dtype", "layout", "direction", "upstream")
+                twin = {key: record[key] for key in keys} | goal.against
+                others = [r for r in records if all(r[key] == twin[key] for key in keys)]
+                mine, theirs = _time(record, BACKEND), _time(others[0], BACKEND) if others else None
+                value = mine / theirs if mine and theirs else None
+            if value is not None:
+                name = record["shape"] + "".join(f" {record[key]}" for key in ("dtype", "layout") if len(goal.where[key]) > 1)
+                values[name] = value
+        if values:
+            out.append(Verdict(goal, values))
+    return out
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """A line a goal: geometric mean, spread, bound, verdict, and each shape that falls short of it."""
+    found = verdicts(result)
+    if not found:
+        return []
+    width = max(len(v.goal.title) for v in found)
+    out = [f"{'goals: geometric means, all threads, wall time':<{width}}  {'mean':>6}  {'from … to':>15}  goal"]
+    for v in found:
+        spread = f"{min(v.values.values()):.2f} … {max(v.values.values()):.2f}"
+        bound = f"{'≥' if v.goal.at_least else '≤'} {v.goal.bound:g} {v.goal.unit}".rstrip()
+        verdict = "reached" if v.reached else "NOT REACHED"
+        short = ", ".join(f"{name} {value:.2f}" for name, value in v.shortfalls.items())
+        note = f"; short: {short}" if short else ""
+        out.append(f"{v.goal.title:<{width}}  {v.mean:6.2f}  {spread:>15}  {bound}: {verdict}{note}")
+    return out

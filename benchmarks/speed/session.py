@@ -1,0 +1,179 @@
+"""One run: groups are measured when their first row is asked for, and each row is handed to pytest-benchmark as it would have timed it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import quantiles
+from typing import Any, Protocol
+
+import pytest
+import torch
+
+from speed import goals, machine, table
+from speed.measure import Row, interleave, threads
+from speed.stock import Stock, raise_malloc_thresholds
+
+SECONDS = 0.8  # of rounds a group and thread count; slow rows take their fewest rounds, however long those are
+ALL, ONE = "all threads", "1 thread"
+CLOCK = {ALL: "wall", ONE: "process"}
+FORMAT = 1
+RESULTS = machine.ROOT / "benchmarks" / "results"
+
+
+class Group(Protocol):
+    """Rows that are measured side by side."""
+
+    id: str
+    shared: Any  # groups of equal `shared` in a row are built once
+
+    def names(self, one_thread: bool) -> list[str]: ...
+    def build(self, stock: Stock) -> Any: ...
+    def row(self, built: Any, name: str) -> Row: ...
+    def check(self, built: Any, row: Row) -> None: ...
+    def figures(self, rows: dict[str, Row], name: str) -> dict[str, Any]: ...
+    def describe(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one test is about."""
+
+    group: Group
+    threads: str
+    row: str
+
+    @property
+    def id(self) -> str:
+        return "-".join(part.replace(" ", "-").replace(",", "") for part in (self.group.id, self.threads, self.row))
+
+
+class Replay:
+    """The clock of every benchmark: pytest-benchmark reads it before and after a call, and it shows the time measured earlier."""
+
+    def __init__(self) -> None:
+        self._readings: list[float] = []
+
+    def load(self, seconds: list[float]) -> None:
+        self._readings = [reading for duration in reversed(seconds) for reading in (duration, 0.0)]
+
+    def __call__(self) -> float:
+        return self._readings.pop() if self._readings else 0.0
+
+
+REPLAY = Replay()
+
+
+class Session:
+    """The groups of a run and what came of them."""
+
+    def __init__(self, full: bool, say: Callable[[str], None]):
+        self.full, self.say = full, say
+        self.entries: dict[str, Entry] = {}
+        self.records: list[dict[str, Any]] = []
+        self.stock = Stock()
+        self.begun = time.perf_counter()
+        self._thread_counts = {ALL: torch.get_num_threads(), ONE: 1}
+        self._built: tuple[Any, Any] = (None, None)
+        self._measured: tuple[Any, dict[str, Row], dict[str, Any]] = (None, {}, {})
+        self._checked: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def add(self, groups: list[Group]) -> list[str]:
+        """The ids of the groups' tests."""
+        labels = (ALL, ONE) if self.full else (ONE,)
+        entries = [Entry(group, label, name) for group in groups for label in labels for name in group.names(label == ONE)]
+        self.entries |= {entry.id: entry for entry in entries}
+        return [entry.id for entry in entries]
+
+    def bench(self, benchmark: Any, id: str) -> None:
+        """The body of every benchmark. An ordinary run calls the row once and checks it."""
+        entry = self.entries[id]
+        benchmark.group = f"{entry.group.id}, {entry.threads}"
+        if not self.full:
+            row = entry.group.row(self._build(entry.group), entry.row)
+            with threads(1):
+                entry.group.check(self._built[1], row)
+                benchmark.pedantic(row.run if row.turn is None else lambda: row.take_turn(1, False, "wall"))
+            if row.failed:
+                pytest.fail(row.failed)
+            return
+        rows, record = self._measure(entry)
+        row = rows[entry.row]
+        if row.failed:
+            benchmark.disabled = True  # a wrong row has no speed
+            benchmark.pedantic(lambda: None)
+            pytest.fail(row.failed)
+        REPLAY.load(row.seconds)
+        benchmark.extra_info.update({"threads": record["threads"], "clock": record["clock"], **record["rows"][entry.row]})
+        benchmark.pedantic(lambda: None, rounds=len(row.seconds))
+
+    def _build(self, group: Group) -> Any:
+        if self._built[0] != group.shared:
+            self._built = (None, None)  # the memory of the last first
+            self._built = (group.shared, group.build(self.stock))
+        return self._built[1]
+
+    def _measure(self, entry: Entry) -> tuple[dict[str, Row], dict[str, Any]]:
+        key = (entry.group.id, entry.threads)
+        if self._measured[0] == key:
+            return self._measured[1:]
+        if not self.records:
+            self.tuned = raise_malloc_thresholds()
+        begun = time.perf_counter()
+        count, clock = self._thread_counts[entry.threads], CLOCK[entry.threads]
+        with threads(count):
+            built = self._build(entry.group)
+            rows = {name: entry.group.row(built, name) for name in entry.group.names(entry.threads == ONE)}
+            for row in rows.values():
+                self._check(entry.group, built, row)
+            prepared = time.perf_counter()
+            interleave([row for row in rows.values() if not row.failed], clock, SECONDS)
+        record = {**entry.group.describe(), "threads": count, "clock": clock, "rows": {}}
+        for name, row in rows.items():
+            record["rows"][name] = {"failed": row.failed} if row.failed else self._summary(entry.group, rows, row)
+        self.records.append(record)
+        self._measured = (key, rows, record)
+        now = time.perf_counter()
+        spent = f"{prepared - begun:.1f} s to build, compile and check, {now - prepared:.1f} s to measure"
+        self.say(f"{now - self.begun:4.0f} s  {entry.group.id}, {entry.threads}: {spent}")
+        return rows, record
+
+    def _check(self, group: Group, built: Any, row: Row) -> None:
+        try:
+            group.check(built, row)
+        except Exception as error:
+            row.failed = f"{type(error).__name__}: {error}"
+
+    def _summary(self, group: Group, rows: dict[str, Row], row: Row) -> dict[str, Any]:
+        q1, _, q3 = quantiles(row.seconds, n=4, method="inclusive")
+        malloc = "stock" if row.turn or not self.tuned else "thresholds raised"
+        return {**group.figures(rows, row.name), "quartiles": [1e3 * q1, 1e3 * q3], "rounds": len(row.seconds), "malloc": malloc}
+
+    def result(self, command: list[str]) -> dict[str, Any]:
+        """The whole run as plain data."""
+        return {"format": FORMAT, **machine.facts(command), "seconds": round(time.perf_counter() - self.begun), "groups": self.records}
+
+    def close(self) -> None:
+        self.stock.close()
+
+
+def save(result: dict[str, Any], folder: Path | None) -> str:
+    """Write the result under the device's name, or into ``folder``; what came of it, in a line."""
+    folder = folder or RESULTS / machine.slug(result["device"])
+    target = folder / "speed.json"
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(target)
+    except OSError as error:
+        return f"the results are not saved: {target}: {error.strerror}"
+    return f"results: {target}   (python benchmarks/report.py makes a table and a plot of them)"
+
+
+def summary(result: dict[str, Any]) -> list[str]:
+    """What a person reads at the end."""
+    return [*table.lines(result), "", *goals.lines(result)]

@@ -1,0 +1,145 @@
+"""A whole training step of ResNet-20 with attention transfer: what the losses are worth where they are used.
+
+Rows are eager and compiled steps, each with the reference's formula and with every compiled backend. The compiled ones decide what `auto`
+takes inside `torch.compile`: the operator, or the formula that the compiler fuses with its surroundings.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastkd
+from fastkd.models import create_model
+from speed.cases import SEED
+from speed.measure import Row
+from speed.rows import available_backends
+from speed.stock import Stock
+
+WEIGHT = 1000.0  # of the loss, as published
+# Of the loss against float64, and of the gradient of all parameters in l2 norm: twenty layers of bfloat16 are what they are.
+TOLERANCE = {"float32": {"loss": 1e-4, "gradient": 2e-2}, "bfloat16 autocast": {"loss": 5e-2, "gradient": 0.5}}
+
+Forward = Callable[[nn.Module, nn.Module, Tensor, Tensor, torch.autocast], Tensor]
+
+
+def plain_step(student: nn.Module, teacher: nn.Module, images: Tensor, labels: Tensor, autocast: torch.autocast) -> Tensor:
+    """Cross-entropy and attention transfer on the three stage outputs, up to the loss."""
+    with torch.no_grad(), autocast:
+        wanted, _ = teacher(images, features=True)
+    with autocast:
+        features, logits = student(images, features=True)
+    loss = fastkd.attention_transfer_loss(features.stages, wanted.stages, weight=WEIGHT)
+    return loss + F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, labels)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row: which step, which backend serves its losses, whether it is compiled. Another way to take the maps is another ``forward``."""
+
+    name: str
+    backend: str
+    compiled: bool
+    forward: Forward = plain_step
+
+
+def variants() -> list[Variant]:
+    made = []
+    for compiled, kind in ((False, "eager"), (True, "torch.compile")):
+        for backend in ("reference", *available_backends()):
+            made.append(Variant(f"{kind}, {backend}", backend, compiled))
+    return made
+
+
+class Step:
+    """Networks, one batch, and the gradients in float64. The learning rate is 0, so that every step is the same step."""
+
+    def __init__(self, precision: str, full: bool):
+        generator = torch.Generator().manual_seed(SEED)
+        self.batch = 128 if full else 2
+        torch.manual_seed(SEED)
+        networks = [create_model("resnet20" if full else "resnet8").to(memory_format=torch.channels_last) for _ in range(2)]
+        self.student, self.teacher = networks[0].train(), networks[1].eval().requires_grad_(False)
+        self.images = torch.randn(self.batch, 3, 32, 32, generator=generator).to(memory_format=torch.channels_last)
+        self.labels = torch.randint(10, (self.batch,), generator=generator)
+        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision != "float32")
+        self.optimizer = torch.optim.SGD(self.student.parameters(), 0.0, momentum=0.9, fused=True)
+        torch._dynamo.reset()
+        self.full = full
+        self.exact = self._exact()
+
+    def run(self, variant: Variant) -> Callable[[], Tensor]:
+        """The whole step: both networks, the losses, backward, optimizer."""
+        forward: Forward = variant.forward
+        if variant.compiled:
+            # in an ordinary run only the tracing is tried
+            forward = torch.compile(forward, fullgraph=True, dynamic=False, backend="inductor" if self.full else "eager")
+
+        def step() -> Tensor:
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = forward(self.student, self.teacher, self.images, self.labels, self.autocast)
+            loss.backward()
+            self.optimizer.step()
+            return loss
+
+        return step
+
+    def gradient(self, student: nn.Module) -> Tensor:
+        return torch.cat([p.grad.double().flatten() for p in student.parameters() if p.grad is not None])
+
+    def _exact(self) -> tuple[float, Tensor]:
+        student, teacher = copy.deepcopy(self.student).double(), copy.deepcopy(self.teacher).double()
+        with fastkd.use_backend("reference"):
+            loss = plain_step(student, teacher, self.images.double(), self.labels, torch.autocast("cpu", enabled=False))
+        loss.backward()
+        return loss.item(), self.gradient(student)
+
+
+class StepGroup:
+    """A step as the session sees a group."""
+
+    def __init__(self, precision: str, full: bool):
+        self.precision, self.full = precision, full
+        self.variants = {variant.name: variant for variant in variants()}
+        self.id = f"step AT resnet20 batch 128 {precision}"
+        self.shared = self.id
+
+    def names(self, one_thread: bool) -> list[str]:
+        """The rows. Compiling takes half a minute and more, and is done for all threads only: graphs are made for a thread count."""
+        return [name for name, variant in self.variants.items() if not (self.full and one_thread and variant.compiled)]
+
+    def build(self, stock: Stock) -> Step:
+        return Step(self.precision, self.full)
+
+    def row(self, built: Step, name: str) -> Row:
+        variant = self.variants[name]
+        return Row(name, built.run(variant), functools.partial(fastkd.use_backend, variant.backend))
+
+    def check(self, built: Step, row: Row) -> None:
+        with row.context():
+            value = row.run().item()
+        loss, gradient = built.exact
+        errors = {
+            "loss": abs(value - loss) / abs(loss),
+            "gradient": float((built.gradient(built.student) - gradient).norm() / gradient.norm()),
+        }
+        row.facts["error"] = errors
+        limits = TOLERANCE[self.precision]
+        if any(not errors[what] <= limits[what] for what in errors):
+            row.failed = f"wrong: relative error {errors}, at most {limits} allowed"
+
+    def figures(self, rows: dict[str, Row], name: str) -> dict[str, Any]:
+        seconds = median(rows[name].seconds)
+        batch = 128 if self.full else 2
+        return {"milliseconds": 1e3 * seconds, "images_per_second": batch / seconds, **rows[name].facts}
+
+    def describe(self) -> dict[str, Any]:
+        return {"step": "AT, ResNet-20, batch 128, channels_last", "precision": self.precision}

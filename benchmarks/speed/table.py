@@ -1,0 +1,112 @@
+"""A run as one table: a line a group and thread count, the milliseconds of each row, and what they are to the first compiled backend's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+# (row, heading); what a row is compared with stands under "÷" in multiples of the backend's time
+TIMES = (
+    ("streaming floor", "floor"),
+    ("eager, stock malloc", "stock"),
+    ("eager", "eager"),
+    ("torch.compile", "compile"),
+)
+# RepDistiller's form gets a line of its own, where these stand in the columns of the same name
+BROADCAST = {"eager": "eager, broadcast", "torch.compile": "torch.compile, broadcast"}
+YARDSTICKS = ("torch.mm 1024", "torch.bmm of the products", "torch.relu")
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def backends(result: dict[str, Any]) -> list[str]:
+    """The rows that are backends of fastkd, in the order they come."""
+    known = {*(name for name, _ in TIMES), *BROADCAST.values(), *YARDSTICKS}
+    names = dict.fromkeys(name for record in result["groups"] if "operation" in record for name in record["rows"])
+    return [name for name in names if name not in known]
+
+
+def figure(value: float | None, digits: int = 3) -> str:
+    """Three significant digits, never in powers of ten."""
+    if value is None:
+        return ""
+    for limit, places in ((9.995, 2), (99.95, 1)):
+        if value < limit:
+            return f"{value:.{places if value >= 0.1 or digits == 2 else 3}f}"
+    return f"{value:.0f}"
+
+
+def grid(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the table of losses."""
+    ours = backends(result)
+    heads = ["loss", "shape", "dtype", "layout", "pass", "thr", *(heading for _, heading in TIMES), *ours]
+    heads += [f"÷{heading}" for _, heading in TIMES[1:]] + ["×floor", "GF/s", "of mm", "extra MB", "error"]
+    rows = []
+    for record in result["groups"]:
+        if "operation" in record:
+            rows.append(_cells(record, record["rows"], ours))
+            if any(name in record["rows"] for name in BROADCAST.values()):
+                main = {name: record["rows"][name] for name in ours if name in record["rows"]}
+                other = {column: record["rows"].get(name, {}) for column, name in BROADCAST.items()}
+                rows.append(_cells({**record, "operation": "gram_broadcast"}, {**other, **main}, ours))
+    used = [i for i in range(len(heads)) if i < 6 or any(row[i] for row in rows)]
+    return [heads[i] for i in used], [[row[i] for i in used] for row in rows]
+
+
+def _cells(record: dict[str, Any], rows: dict[str, dict[str, Any]], ours: list[str]) -> list[str]:
+    """One line."""
+    times = {name: row.get("milliseconds") for name, row in rows.items()}
+    main = next((name for name in ours if times.get(name)), None)
+    facts = rows[main] if main else {}
+    base = facts.get("milliseconds")
+    passes = "fwd" if record["direction"] == "forward" else "fwd+bwd" + ("" if record["upstream"] == 1 else f" ×{record['upstream']}")
+    loss = {"attention": "AT", "gram": "FSP", "gram_broadcast": "FSP broadcast"}.get(record["operation"], record["operation"])
+    layout = "cl" if record["layout"] == "channels_last" else record["layout"]
+    cells = [loss, record["shape"], DTYPES.get(record["dtype"], record["dtype"]), layout, passes, str(record["threads"])]
+    names = [name for name, _ in TIMES] + ours
+    cells += ["WRONG" if rows.get(name, {}).get("failed") else figure(times.get(name)) for name in names]
+    for name, _ in TIMES[1:]:
+        cells.append(figure(times[name] / base, 2) if base and times.get(name) else "")
+    share = facts.get("of_streaming_bandwidth")
+    cells += [figure(1 / share, 2) if share else "", figure(facts.get("gflop_per_s"))]
+    cells.append(f"{facts['of_mm_rate']:.0%}" if "of_mm_rate" in facts else "")
+    cells.append(f"{facts['extra_memory'] / 1e6:.2f}" if "extra_memory" in facts else "")
+    cells.append(f"{max(facts['error'].values()):.0e}" if "error" in facts else "")
+    return cells
+
+
+def steps(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the table of whole training steps, in images a second."""
+    records = [record for record in result["groups"] if "step" in record]
+    names = list(dict.fromkeys(name for record in records for name in record["rows"]))
+    rows = []
+    for record in records:
+        speeds = [record["rows"].get(name, {}).get("images_per_second") for name in names]
+        rows.append([record["step"], record["precision"], str(record["threads"]), *(f"{v:.0f}" if v else "-" for v in speeds)])
+    return ["step, images/s", "precision", "thr", *names], rows
+
+
+def text(heads: Sequence[str], rows: list[list[str]], left: int) -> list[str]:
+    """Columns aligned for a terminal, the first ``left`` of them to the left."""
+    widths = [max(len(row[i]) for row in [list(heads), *rows]) for i in range(len(heads))]
+    return [
+        "  ".join(cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))).rstrip()
+        for row in [list(heads), *rows]
+    ]
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """The tables, with what ran them above."""
+    versions, machine = result["versions"], result["machine"]
+    out = [
+        f"{result['device']}, {machine['cores']} cores, torch {versions['torch']}, "
+        f"fastkd {versions['fastkd']} ({result['cpu_path']}), {result['date']}",
+        "medians of interleaved rounds in milliseconds; 1 thread: process time, more: wall time; ÷: multiples of the first backend's time",
+        "",
+    ]
+    heads, rows = grid(result)
+    if rows:
+        out += text(heads, rows, 5)
+    heads, rows = steps(result)
+    if rows:
+        out += ["", *text(heads, rows, 2)]
+    return out
