@@ -272,7 +272,15 @@ def attention_transfer_loss(
     if not torch.compiler.is_compiling():
         try:
             switches = _BITS[
-                channel_reduce, bool(signed), eps_mode, pool, pool_mode, difference, stage_reduce, bool(teacher_is_map), bool(student_is_map)
+                channel_reduce,
+                bool(signed),
+                eps_mode,
+                pool,
+                pool_mode,
+                difference,
+                stage_reduce,
+                bool(teacher_is_map),
+                bool(student_is_map),
             ]
             students, teachers = checks.stages("student", student), checks.stages("teacher", teacher)
             return AttentionTransferFunction.apply(len(students), (p, eps, switches, weights, weight), *students, *teachers)
