@@ -27,6 +27,9 @@ DType accumulation_of(const std::vector<Feature>& features, DType least) {
   return least;
 }
 
+// Maps of one sample that, with their gradients, stay in a second-level cache of 1 MiB.
+constexpr int64_t kCachedBytes = 768 << 10;
+
 int index_of(DType accumulate) { return accumulate == DType::kDouble ? 1 : 0; }
 
 bool same_size(const Feature& a, const Feature& b) { return std::equal(a.size, a.size + 3, b.size); }
@@ -86,26 +89,43 @@ GramPair plan_pair(const Feature* student, const Feature* teacher, bool max, Gra
   return pair;
 }
 
-// Runs the forward kernels over all samples; returns the losses of the pairs without their factors (zeros for plain matrices).
-std::vector<double> run_forward(const std::vector<GramPair>& pairs, int64_t batch, DType accumulate) {
-  GramForward call{pairs.data(), int64_t(pairs.size()), 0, nullptr};
-  int64_t work = 0;
-  for (const GramPair& pair : pairs) {
-    call.units_per_sample += pair.row_blocks;
-    work += pair.positions[0] * pair.a[0].x.channels * pair.b[0].x.channels * pair.chains;
+// 16 multiply-adds cost about as much as one element of a streaming pass.
+constexpr int64_t kWorkPerElement = 16;
+
+// A forward pass, planned; the losses of its units.
+struct ForwardPlan {
+  GramForward call{};
+  int64_t batch, work = 0;  // work: multiply-adds a sample
+  std::vector<double> partial;
+
+  ForwardPlan(const std::vector<GramPair>& pairs, int64_t samples) : batch(samples) {
+    call.pairs = pairs.data();
+    call.count = int64_t(pairs.size());
+    for (const GramPair& pair : pairs) {
+      call.units_per_sample += pair.row_blocks;
+      work += pair.positions[0] * pair.a[0].x.channels * pair.b[0].x.channels * pair.chains;
+    }
+    partial.resize(batch * call.units_per_sample);
+    call.partial = partial.data();
   }
-  std::vector<double> partial(batch * call.units_per_sample);
-  call.partial = partial.data();
+  ForwardPlan(const ForwardPlan&) = delete;
+
+  // The losses of the pairs without their factors (zeros for plain matrices).
+  std::vector<double> losses() const {
+    std::vector<double> sums(call.count);
+    for (int64_t n = 0, unit = 0; n < batch; ++n)
+      for (int64_t p = 0; p < call.count; ++p)
+        for (int64_t r = 0; r < call.pairs[p].row_blocks; ++r) sums[p] += partial[unit++];
+    return sums;
+  }
+};
+
+void run_forward(const ForwardPlan& plan, DType accumulate) {
+  const GramForward& call = plan.call;
   const GramKernels& table = kernels().gram;
   const int which = index_of(accumulate);
-  // 16 multiply-adds cost about as much as one element of a streaming pass.
-  parallel_units(int64_t(partial.size()), work / call.units_per_sample / 16 + 1, table.forward_scratch[which](call),
+  parallel_units(int64_t(plan.partial.size()), plan.work / call.units_per_sample / kWorkPerElement + 1, table.forward_scratch[which](call),
                  [&](int64_t begin, int64_t end, void* scratch) { table.forward[which](call, begin, end, scratch); });
-  std::vector<double> losses(pairs.size());
-  for (int64_t n = 0, unit = 0; n < batch; ++n)
-    for (size_t p = 0; p < pairs.size(); ++p)
-      for (int64_t r = 0; r < pairs[p].row_blocks; ++r) losses[p] += partial[unit++];
-  return losses;
 }
 
 GramTerm plan_term(const GramOperand& other, const PoolPlan& own, int64_t positions, double upstream, const TensorView& m,
@@ -142,18 +162,55 @@ Tensor plan_stage(GramStage& stage, const Tensor& x, DType accumulate) {
   return grad;
 }
 
-void run_backward(const std::vector<GramStage>& stages, DType accumulate) {
-  if (stages.empty()) return;
-  GramBackward call{stages.data(), int64_t(stages.size()), 0};
-  int64_t work = 0;
-  for (const GramStage& stage : stages) {
-    call.units_per_sample += stage.channel_blocks;
-    for (int t = 0; t < stage.terms; ++t) work += stage.term[t].positions * stage.x.channels * stage.term[t].other.x.channels;
+struct BackwardPlan {
+  GramBackward call{};
+  int64_t batch = 0, work = 0;
+
+  explicit BackwardPlan(const std::vector<GramStage>& stages) {
+    call.stages = stages.data();
+    call.count = int64_t(stages.size());
+    for (const GramStage& stage : stages) {
+      batch = stage.x.batch;
+      call.units_per_sample += stage.channel_blocks;
+      for (int t = 0; t < stage.terms; ++t) work += stage.term[t].positions * stage.x.channels * stage.term[t].other.x.channels;
+    }
   }
+};
+
+void run_backward(const BackwardPlan& plan, DType accumulate) {
+  const GramBackward& call = plan.call;
+  if (call.count == 0) return;
   const GramKernels& table = kernels().gram;
   const int which = index_of(accumulate);
-  parallel_units(stages[0].x.batch * call.units_per_sample, work / call.units_per_sample / 16 + 1, table.backward_scratch[which](call),
+  parallel_units(plan.batch * call.units_per_sample, plan.work / call.units_per_sample / kWorkPerElement + 1,
+                 table.backward_scratch[which](call),
                  [&](int64_t begin, int64_t end, void* scratch) { table.backward[which](call, begin, end, scratch); });
+}
+
+int64_t bytes_of(const Feature& x) {
+  const int64_t size = x.dtype == DType::kDouble ? 8 : x.dtype == DType::kFloat ? 4 : 2;
+  return x.channels * x.positions * size;
+}
+
+// Forward and backward. What a unit computes is the same either way: it is done sample by sample where a sample's maps and gradients fit
+// the second-level cache and the samples divide well among the threads, else pass by pass.
+void run_training(const ForwardPlan& forward, const BackwardPlan& backward, DType accumulate) {
+  int64_t bytes = 0;
+  for (int64_t p = 0; p < forward.call.count; ++p) {
+    const GramPair& pair = forward.call.pairs[p];
+    for (int chain = 0; chain < pair.chains; ++chain) bytes += bytes_of(pair.a[chain].x) + bytes_of(pair.b[chain].x);
+  }
+  const int64_t threads = torch::stable::get_num_threads();
+  const bool by_sample = bytes <= kCachedBytes && (forward.batch % threads == 0 || forward.batch >= 8 * threads);
+  if (backward.call.count == 0 || !by_sample) {
+    run_forward(forward, accumulate);
+    return run_backward(backward, accumulate);
+  }
+  const GramTraining call{forward.call, backward.call};
+  const GramKernels& table = kernels().gram;
+  const int which = index_of(accumulate);
+  parallel_units(forward.batch, (forward.work + backward.work) / kWorkPerElement + 1, table.training_scratch[which](call),
+                 [&](int64_t begin, int64_t end, void* scratch) { table.training[which](call, begin, end, scratch); });
 }
 
 void check_matrix_grad(const TensorView& m, int64_t batch, int64_t rows, int64_t columns, const char* name) {
@@ -182,7 +239,7 @@ Tensor fsp_matrix(const Tensor& a, const Tensor& b, const Text& pool_mode, std::
   Pools pools;
   std::vector<GramPair> pairs{plan_pair(chain, nullptr, max, GramResult::kMatrix, pools)};
   pairs[0].out = out.data_ptr();
-  run_forward(pairs, sizes[0], accumulate);
+  run_forward(ForwardPlan(pairs, sizes[0]), accumulate);
   return out;
 }
 
@@ -208,13 +265,44 @@ std::vector<Tensor> fsp_matrix_backward(const Tensor& grad, const Tensor& a, con
     out.push_back(plan_stage(stage, side == 0 ? a : b, accumulate));
     stages.push_back(stage);
   }
-  run_backward(stages, accumulate);
+  run_backward(BackwardPlan(stages), accumulate);
   return out;
 }
 
-std::tuple<Tensor, std::vector<Tensor>> fsp_loss(std::vector<Tensor> student, std::vector<Tensor> teacher, const Text& pool_mode,
-                                                 const Text& distance, const Text& pair_reduce, std::optional<std::vector<double>> weights,
-                                                 double weight, std::optional<Text> precision, bool with_grad) {
+// The gradients of a chain's stages, planned from those of its Gram matrices and allocated.
+struct ChainGradients {
+  std::vector<GramStage> plans;
+  std::vector<Tensor> out;
+  Pools pools;
+};
+
+void plan_chain(ChainGradients& chain, const std::vector<Tensor>& features, const std::vector<Tensor>& gram_grads,
+                const std::vector<int64_t>& stages, double upstream, bool max, DType accumulate) {
+  const std::vector<Feature> f = features_of(features, "features");
+  std::vector<TensorView> m;
+  std::vector<GramOperand> as_a(gram_grads.size()), as_b(gram_grads.size());
+  std::vector<int64_t> positions;
+  for (size_t p = 0; p < gram_grads.size(); ++p) {
+    check_alike(features[0], features[p + 1], "features");
+    m.push_back(view_of(gram_grads[p], "gram_grads"));
+    check_matrix_grad(m[p], f[p].batch, f[p].channels, f[p + 1].channels, "gram_grads");
+    positions.push_back(join(f[p], f[p + 1], max, chain.pools, as_a[p], as_b[p]));
+  }
+  for (int64_t i : stages) {
+    STD_TORCH_CHECK(i >= 0 && i < int64_t(f.size()), "stages must be indices of features, got ", i);
+    GramStage plan{};
+    if (i > 0) plan.term[plan.terms++] = plan_term(as_a[i - 1], as_b[i - 1].pool, positions[i - 1], upstream, m[i - 1], 2);
+    if (i < int64_t(m.size())) plan.term[plan.terms++] = plan_term(as_b[i], as_a[i].pool, positions[i], upstream, m[i], 1);
+    chain.out.push_back(plan_stage(plan, features[i], accumulate));
+    chain.plans.push_back(plan);
+  }
+}
+
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fsp_loss(std::vector<Tensor> student, std::vector<Tensor> teacher,
+                                                                      const Text& pool_mode, const Text& distance, const Text& pair_reduce,
+                                                                      std::optional<std::vector<double>> weights, double weight,
+                                                                      std::optional<Text> precision, bool with_grad,
+                                                                      std::optional<double> upstream, std::vector<int64_t> stages) {
   check_precision(precision);
   const bool max = parse_switch(pool_mode, "pool_mode", "avg", "max");
   const bool columns = distance.value == "column_l2";
@@ -249,12 +337,17 @@ std::tuple<Tensor, std::vector<Tensor>> fsp_loss(std::vector<Tensor> student, st
     grads.push_back(empty(sizes, 3, accumulate));
     pairs.back().out = grads.back().data_ptr();
   }
-  const std::vector<double> losses = run_forward(pairs, s[0].batch, accumulate);
+  STD_TORCH_CHECK(stages.empty() || (upstream && with_grad), "stages wants with_grad and the upstream gradient");
+  ChainGradients gradients;
+  if (!stages.empty()) plan_chain(gradients, student, grads, stages, *upstream, max, accumulate);
+  const ForwardPlan forward(pairs, s[0].batch);
+  run_training(forward, BackwardPlan(gradients.plans), accumulate);
+  const std::vector<double> losses = forward.losses();
   double loss = 0.0;
   for (size_t p = 0; p < count; ++p) loss += factors[p] * losses[p];
   Tensor out = empty(nullptr, 0, accumulate);
   accumulate == DType::kDouble ? write_scalar<double>(out, loss) : write_scalar<float>(out, loss);
-  return {out, grads};
+  return {out, grads, gradients.out};
 }
 
 std::vector<Tensor> fsp_loss_backward(const Tensor& grad, std::vector<Tensor> features, std::vector<Tensor> gram_grads,
@@ -263,31 +356,12 @@ std::vector<Tensor> fsp_loss_backward(const Tensor& grad, std::vector<Tensor> fe
   const bool max = parse_switch(pool_mode, "pool_mode", "avg", "max");
   STD_TORCH_CHECK(features.size() >= 2 && gram_grads.size() == features.size() - 1, "gram_grads must hold one matrix a pair of features");
   const double upstream = negate ? -scalar_of(grad, "grad") : scalar_of(grad, "grad");
-  const std::vector<Feature> f = features_of(features, "features");
-  std::vector<TensorView> m;
-  DType accumulate = accumulation_of(f, DType::kFloat);
-  Pools pools;
-  std::vector<GramOperand> as_a(gram_grads.size()), as_b(gram_grads.size());
-  std::vector<int64_t> positions;
-  for (size_t p = 0; p < gram_grads.size(); ++p) {
-    check_alike(features[0], features[p + 1], "features");
-    m.push_back(view_of(gram_grads[p], "gram_grads"));
-    check_matrix_grad(m[p], f[p].batch, f[p].channels, f[p + 1].channels, "gram_grads");
-    accumulate = accumulation(accumulate, m[p].dtype);
-    positions.push_back(join(f[p], f[p + 1], max, pools, as_a[p], as_b[p]));
-  }
-  std::vector<GramStage> plans;
-  std::vector<Tensor> out;
-  for (int64_t i : stages) {
-    STD_TORCH_CHECK(i >= 0 && i < int64_t(f.size()), "stages must be indices of features, got ", i);
-    GramStage plan{};
-    if (i > 0) plan.term[plan.terms++] = plan_term(as_a[i - 1], as_b[i - 1].pool, positions[i - 1], upstream, m[i - 1], 2);
-    if (i < int64_t(m.size())) plan.term[plan.terms++] = plan_term(as_b[i], as_a[i].pool, positions[i], upstream, m[i], 1);
-    out.push_back(plan_stage(plan, features[i], accumulate));
-    plans.push_back(plan);
-  }
-  run_backward(plans, accumulate);
-  return out;
+  DType accumulate = accumulation_of(features_of(features, "features"), DType::kFloat);
+  for (const Tensor& m : gram_grads) accumulate = accumulation(accumulate, view_of(m, "gram_grads").dtype);
+  ChainGradients gradients;
+  plan_chain(gradients, features, gram_grads, stages, upstream, max, accumulate);
+  run_backward(BackwardPlan(gradients.plans), accumulate);
+  return gradients.out;
 }
 
 }  // namespace fastkd

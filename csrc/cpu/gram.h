@@ -63,12 +63,21 @@ struct GramBackward {
   int64_t units_per_sample;
 };
 
-// Units [begin, end). Indexed by accumulation dtype: 0 float, 1 double. The scratch sizes are in bytes.
+// Forward and backward of whole samples: the backward reads what the forward left in `out` of the pairs, and both read the same maps, which
+// stay in the cache between the two.
+struct GramTraining {
+  GramForward forward;
+  GramBackward backward;
+};
+
+// Units [begin, end), of `training` samples [begin, end). Indexed by accumulation dtype: 0 float, 1 double. The scratch sizes are in bytes.
 struct GramKernels {
   size_t (*forward_scratch[2])(const GramForward&);
   void (*forward[2])(const GramForward&, int64_t begin, int64_t end, void* scratch);
   size_t (*backward_scratch[2])(const GramBackward&);
   void (*backward[2])(const GramBackward&, int64_t begin, int64_t end, void* scratch);
+  size_t (*training_scratch[2])(const GramTraining&);
+  void (*training[2])(const GramTraining&, int64_t begin, int64_t end, void* scratch);
 };
 
 }  // namespace fastkd

@@ -191,9 +191,26 @@ static void forward(const GramForward& call, int64_t begin, int64_t end, void* s
 
 #include "gram_backward.inl"
 
+template <typename A>
+static size_t training_scratch(const GramTraining& call) {
+  const size_t forward = forward_scratch<A>(call.forward), backward = backward_scratch<A>(call.backward);
+  return forward < backward ? backward : forward;
+}
+
+template <typename A>
+static void training(const GramTraining& call, int64_t begin, int64_t end, void* scratch) {
+  const int64_t units = call.forward.units_per_sample, stages = call.backward.units_per_sample;
+  for (int64_t n = begin; n < end; ++n) {
+    forward<A>(call.forward, n * units, (n + 1) * units, scratch);
+    backward<A>(call.backward, n * stages, (n + 1) * stages, scratch);
+  }
+}
+
 static constexpr GramKernels gram_kernels = {
     {forward_scratch<float>, forward_scratch<double>},
     {forward<float>, forward<double>},
     {backward_scratch<float>, backward_scratch<double>},
     {backward<float>, backward<double>},
+    {training_scratch<float>, training_scratch<double>},
+    {training<float>, training<double>},
 };
