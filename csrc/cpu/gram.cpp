@@ -27,10 +27,21 @@ DType accumulation_of(const std::vector<Feature>& features, DType least) {
   return least;
 }
 
+// Products this deep are summed in registers: gemm.inl has the same number.
+constexpr int64_t kGemmDepth = 256;
+
+// A gradient this large is written past the caches: it would not stay there until somebody reads it.
+constexpr int64_t kStreamedBytes = 1 << 20;
+
 // Maps of one sample that, with their gradients, stay in a second-level cache of 1 MiB.
 constexpr int64_t kCachedBytes = 768 << 10;
 
 int index_of(DType accumulate) { return accumulate == DType::kDouble ? 1 : 0; }
+
+int64_t bytes_of(const Feature& x) {
+  const int64_t size = x.dtype == DType::kDouble ? 8 : x.dtype == DType::kFloat ? 4 : 2;
+  return x.channels * x.positions * size;
+}
 
 bool same_size(const Feature& a, const Feature& b) { return std::equal(a.size, a.size + 3, b.size); }
 
@@ -68,6 +79,14 @@ int64_t block_of(int64_t total, int64_t most, int64_t unit) {
   return std::min(total, round_up((total + blocks - 1) / blocks, unit));
 }
 
+// Whether operand_block() gives planes.
+bool is_planes(const GramOperand& operand) {
+  return operand.x.layout != Layout::kChannelsLast || (operand.pool.active && operand.pool.max);
+}
+
+// Fewer positions than these do not pay for adding up the lanes of a vector for every element of G.
+constexpr int64_t kPlanePositions = 64;
+
 GramPair plan_pair(const Feature* student, const Feature* teacher, bool max, GramResult result, Pools& pools) {
   GramPair pair{};
   pair.chains = teacher ? 2 : 1;
@@ -82,10 +101,18 @@ GramPair plan_pair(const Feature* student, const Feature* teacher, bool max, Gra
   const int64_t ca = student[0].channels, cb = student[1].channels;
   pair.rows = result == GramResult::kColumnNorms ? ca : block_of(ca, std::max<int64_t>(64, 65536 / cb), 16);
   pair.row_blocks = (ca + pair.rows - 1) / pair.rows;
+  const int64_t positions = std::max(pair.positions[0], pair.positions[1]);
+  pair.planes = positions >= kPlanePositions;
+  for (int chain = 0; chain < pair.chains; ++chain)
+    pair.planes = pair.planes && is_planes(pair.a[chain]) && is_planes(pair.b[chain]);
+  if (pair.planes) {
+    pair.depth = block_of(positions, std::max<int64_t>(64, 8192 / (pair.rows + cb)), 16);
+    return pair;
+  }
   // The packed positions of all operands stay in the first-level cache (32 KiB) if that leaves enough of them for a product to be
   // efficient.
   const int64_t width = pair.chains * (pair.rows + cb);
-  pair.depth = block_of(std::max(pair.positions[0], pair.positions[1]), std::min<int64_t>(512, std::max<int64_t>(64, 8192 / width)), 16);
+  pair.depth = block_of(positions, std::min<int64_t>(512, std::max<int64_t>(64, 8192 / width)), 16);
   return pair;
 }
 
@@ -144,6 +171,16 @@ GramTerm plan_term(const GramOperand& other, const PoolPlan& own, int64_t positi
   return term;
 }
 
+// Whether the gradient is written past the caches: it is too large to stay there, and gemm() can (see Gemm::stream).
+bool streams(const GramStage& stage) {
+  const Feature& x = stage.grad;
+  const int64_t size = x.dtype == DType::kDouble ? 8 : 4, line = 64 / size;
+  bool can = reinterpret_cast<uintptr_t>(x.data) % 64 == 0 && x.stride_n % line == 0;
+  can = can && (stage.channels_last ? x.channels % line == 0 && x.stride_s % line == 0 : x.positions % line == 0 && x.stride_c % line == 0);
+  for (int t = 0; t < stage.terms; ++t) can = can && stage.term[t].other.x.channels <= kGemmDepth;
+  return can && bytes_of(x) * x.batch >= kStreamedBytes;
+}
+
 // The gradient of one feature, allocated here, with the terms already in `stage`.
 Tensor plan_stage(GramStage& stage, const Tensor& x, DType accumulate) {
   const TensorView view = view_of(x, "feature");
@@ -155,6 +192,7 @@ Tensor plan_stage(GramStage& stage, const Tensor& x, DType accumulate) {
   for (int t = 0; t < stage.terms; ++t) planes = planes || (stage.term[t].own.active && stage.term[t].own.max);
   stage.channels_last = stage.grad.layout == Layout::kChannelsLast && !planes;
   stage.direct = stage.grad.dtype == accumulate && (stage.channels_last || stage.grad.layout == Layout::kPlanes);
+  stage.stream = stage.direct && streams(stage);
   // A block's gradient stays in the second-level cache when it has to be converted or spread out afterwards.
   const int64_t most = stage.direct ? 128 : std::max<int64_t>(32, 65536 / stage.grad.positions);
   stage.channels = block_of(stage.grad.channels, most, 16);
@@ -185,11 +223,6 @@ void run_backward(const BackwardPlan& plan, DType accumulate) {
   parallel_units(plan.batch * call.units_per_sample, plan.work / call.units_per_sample / kWorkPerElement + 1,
                  table.backward_scratch[which](call),
                  [&](int64_t begin, int64_t end, void* scratch) { table.backward[which](call, begin, end, scratch); });
-}
-
-int64_t bytes_of(const Feature& x) {
-  const int64_t size = x.dtype == DType::kDouble ? 8 : x.dtype == DType::kFloat ? 4 : 2;
-  return x.channels * x.positions * size;
 }
 
 // Forward and backward. What a unit computes is the same either way: it is done sample by sample where a sample's maps and gradients fit

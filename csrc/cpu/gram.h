@@ -19,6 +19,7 @@ struct GramPair {
   GramOperand a[2], b[2];  // student, teacher
   int32_t chains;          // 1: G of the student only; 2: the difference of both
   int32_t fused;           // the difference as (A_s - A_t) B_s^T + A_t (B_s - B_t)^T
+  int32_t planes;          // multiplied along the positions, which lie together (gram_dot.inl)
   GramResult result;
   int64_t positions[2];
   int64_t rows, row_blocks;  // of G: rows a unit, units a sample
@@ -54,6 +55,7 @@ struct GramStage {
   GramTerm term[2];
   int32_t channels_last;  // the layout in which the gradient is computed
   int32_t direct;         // computed in place: the gradient has the accumulation dtype and such a layout
+  int32_t stream;         // direct, and written past the caches
   int64_t channels, channel_blocks;
 };
 
