@@ -42,13 +42,12 @@ FASTKD_INLINE void stream_fence() {}
 // second-level cache.
 constexpr int64_t kGemmDepth = 256, kGemmRows = 96;
 
-// Rows of the register tile: enough independent sums to hide the latency of a multiply-add, few enough for the register file (a third of
-// the most that fit would be gained in loads only, which are not what binds). A tile one vector wide needs more rows. double is not tuned:
-// it keeps the code small.
+// Rows of the register tile: enough independent sums to hide the latency of a multiply-add, few enough for the register file. A tile one
+// vector wide needs more rows. double is not tuned: it keeps the code small.
 template <typename T, int NV>
 constexpr int kTileRows = sizeof(T) == 8 ? 8 / NV
                           : NV == 1      ? (FASTKD_VECTOR_BYTES == 64 ? 16 : 8)
-                                         : (FASTKD_VECTOR_BYTES == 64   ? 8
+                                         : (FASTKD_VECTOR_BYTES == 64   ? 12
                                             : FASTKD_VECTOR_BYTES == 32 ? 6
                                                                         : 4);
 
@@ -98,11 +97,15 @@ static void gemm_tile(const Gemm<T>& g, const T* a, const T* a2, const T* b, con
       }
     return;
   }
-  T rest[NV * W];
+  // Unrolled like the loops above: a sum that is asked for by a variable index would live in memory.
+  T rest[MR * NV * W];
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) store<T, T>(rest + (r * NV + v) * W, sum[r][v]);
   for (int r = 0; r < MR; ++r) {
-    for (int v = 0; v < NV; ++v) store<T, T>(rest + v * W, sum[r][v]);
-    T* to = c + r * g.c_row;
-    for (int64_t j = 0; j < columns; ++j) to[j] = d ? d[r * d_row + j] + rest[j] : rest[j];
+    const T* from = rest + r * NV * W;
+    for (int64_t j = 0; j < columns; ++j) c[r * g.c_row + j] = d ? d[r * d_row + j] + from[j] : from[j];
   }
 }
 

@@ -33,9 +33,6 @@ constexpr int64_t kGemmDepth = 256;
 // A gradient this large is written past the caches: it would not stay there until somebody reads it.
 constexpr int64_t kStreamedBytes = 1 << 20;
 
-// Maps of one sample that, with their gradients, stay in a second-level cache of 1 MiB.
-constexpr int64_t kCachedBytes = 768 << 10;
-
 int index_of(DType accumulate) { return accumulate == DType::kDouble ? 1 : 0; }
 
 int64_t bytes_of(const Feature& x) {
@@ -194,7 +191,10 @@ Tensor plan_stage(GramStage& stage, const Tensor& x, DType accumulate) {
   stage.direct = stage.grad.dtype == accumulate && (stage.channels_last || stage.grad.layout == Layout::kPlanes);
   stage.stream = stage.direct && streams(stage);
   // A block's gradient stays in the second-level cache when it has to be converted or spread out afterwards.
-  const int64_t most = stage.direct ? 128 : std::max<int64_t>(32, 65536 / stage.grad.positions);
+  // Every block pools the other map anew.
+  bool pools = false;
+  for (int t = 0; t < stage.terms; ++t) pools = pools || stage.term[t].other.pool.active;
+  const int64_t most = stage.direct ? (pools ? 512 : 128) : std::max<int64_t>(32, 65536 / stage.grad.positions);
   stage.channels = block_of(stage.grad.channels, most, 16);
   stage.channel_blocks = (stage.grad.channels + stage.channels - 1) / stage.channels;
   return grad;
@@ -225,16 +225,11 @@ void run_backward(const BackwardPlan& plan, DType accumulate) {
                  [&](int64_t begin, int64_t end, void* scratch) { table.backward[which](call, begin, end, scratch); });
 }
 
-// Forward and backward. What a unit computes is the same either way: it is done sample by sample where a sample's maps and gradients fit
-// the second-level cache and the samples divide well among the threads, else pass by pass.
+// Forward and backward. What a unit computes is the same either way: it is done sample by sample, so that the backward finds a sample's maps
+// in the cache, where the samples divide well among the threads, else pass by pass.
 void run_training(const ForwardPlan& forward, const BackwardPlan& backward, DType accumulate) {
-  int64_t bytes = 0;
-  for (int64_t p = 0; p < forward.call.count; ++p) {
-    const GramPair& pair = forward.call.pairs[p];
-    for (int chain = 0; chain < pair.chains; ++chain) bytes += bytes_of(pair.a[chain].x) + bytes_of(pair.b[chain].x);
-  }
   const int64_t threads = torch::stable::get_num_threads();
-  const bool by_sample = bytes <= kCachedBytes && (forward.batch % threads == 0 || forward.batch >= 8 * threads);
+  const bool by_sample = forward.batch % threads == 0 || forward.batch >= 8 * threads;
   if (backward.call.count == 0 || !by_sample) {
     run_forward(forward, accumulate);
     return run_backward(backward, accumulate);

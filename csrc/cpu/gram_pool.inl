@@ -37,17 +37,23 @@ FASTKD_INLINE T* next_vector(LinePairs<T>& lines) {
 }
 
 #if FASTKD_VECTOR_BYTES >= 32
+// v's and w's elements 0, 2, ... plus their right neighbours.
+template <typename A>
+FASTKD_INLINE Vec<A> neighbours(Vec<A> v, Vec<A> w) {
+  Mask<A> even = {};
+  for (int i = 0; i < int(kLanes<A>); ++i) even[i] = 2 * i;
+  return __builtin_shuffle(v, w, even) + __builtin_shuffle(v, w, even + 1);
+}
+
 template <typename T, typename A>
 static void average_quarters(const T* plane, const PoolPlan& plan, A* out) {
   constexpr int W = int(kLanes<A>);
-  Mask<A> even = {};
-  for (int i = 0; i < W; ++i) even[i] = 2 * i;
   const int64_t width = plan.in[2];
   LinePairs<const T> lines = {plane, width, width};
   for (int64_t i = 0; i < plan.out_positions; i += W) {
     const T *left = next_vector<A>(lines), *right = next_vector<A>(lines);
     const Vec<A> l = load<T, A>(left) + load<T, A>(left + width), r = load<T, A>(right) + load<T, A>(right + width);
-    store<A, A>(out + i, (__builtin_shuffle(l, r, even) + __builtin_shuffle(l, r, even + 1)) * A(0.25));
+    store<A, A>(out + i, neighbours<A>(l, r) * A(0.25));
   }
 }
 
@@ -76,6 +82,17 @@ template <bool Add, typename A>
 static void spread_quarters(const A*, const PoolPlan&, A*) {}
 #endif
 
+// out[i] = x[2 i] + x[2 i + 1].
+template <typename A>
+FASTKD_INLINE void add_neighbours(const A* x, int64_t count, A* out) {
+  int64_t i = 0;
+#if FASTKD_VECTOR_BYTES >= 32
+  for (; i + kLanes<A> <= count; i += kLanes<A>)
+    store<A, A>(out + i, neighbours<A>(load<A, A>(x + 2 * i), load<A, A>(x + 2 * i + kLanes<A>)));
+#endif
+  for (; i < count; ++i) out[i] = x[2 * i] + x[2 * i + 1];
+}
+
 // out[c][position], from planes. `lines` holds a plane of plan.in: windows are averaged over depth and height first, then within the lines.
 template <typename T, typename A>
 static void average_planes(const T* x, int64_t stride_c, int64_t channels, const PoolPlan& plan, A* __restrict lines, A* __restrict out) {
@@ -90,8 +107,7 @@ static void average_planes(const T* x, int64_t stride_c, int64_t channels, const
       const T* from = x + c * stride_c + first * width;
       A* to = lines + line * width;
       const A share = A(1) / static_cast<A>(depth * height * (halves ? 2 : 1));
-      int64_t w = 0;
-      for (; w + kLanes<A> <= width; w += kLanes<A>) {
+      const auto average = [&](int64_t w) {
         Vec<A> total = load<T, A>(from + w);
         if (depth == 1 && height == 2) {
           total += load<T, A>(from + width + w);
@@ -101,6 +117,12 @@ static void average_planes(const T* x, int64_t stride_c, int64_t channels, const
           }
         }
         store<A, A>(to + w, total * share);
+      };
+      int64_t w = 0;
+      for (; w + kLanes<A> <= width; w += kLanes<A>) average(w);
+      if (w < width && width >= kLanes<A>) {
+        average(width - kLanes<A>);  // some of it twice
+        w = width;
       }
       for (; w < width; ++w) {
         A total = 0;
@@ -111,7 +133,7 @@ static void average_planes(const T* x, int64_t stride_c, int64_t channels, const
       }
     });
     if (halves) {
-      for (int64_t i = 0; i < plan.out_positions; ++i) out[i] = lines[2 * i] + lines[2 * i + 1];
+      add_neighbours(lines, plan.out_positions, out);
       continue;
     }
     for (int64_t line = 0; line < count; ++line) {
