@@ -11,6 +11,8 @@ from recorder import fused_only
 from support import DTYPES, HALF, LAYOUTS, check, check_loss, evaluate, law, make, name, some_shape, values
 
 import fastkd
+from fastkd.ops import gram
+from fastkd.ops.upstream import Upstream
 
 SHAPES = (
     (1, 1, 1),
@@ -39,6 +41,21 @@ def matrix_check(a, b, *, upstream=None, needs=None, **switches):
 
 def size(dims: int, low: int = 1, high: int = 11) -> list[int]:
     return [random.randint(low, high) for _ in range(dims)]
+
+
+@pytest.fixture
+def upstream_guess(monkeypatch):
+    """A guess of the upstream gradient that no other test has touched; call it to set what is expected."""
+
+    def expect(value: float | None) -> None:
+        guess = Upstream()
+        guess.saw(1.0 if value is None else value)
+        guess.saw(2.0 if value is None else value)
+        assert guess.expected == value
+        monkeypatch.setattr(gram, "_upstream", guess)
+
+    expect(1.0)
+    return expect
 
 
 # the matrix
@@ -159,12 +176,65 @@ def test_each_gradient_can_be_asked_for_alone(needs):
     check_loss("cpp", "fsp_loss", student, teacher, needs=needs)
 
 
-def test_all_pairs_go_through_one_call_in_each_direction():
-    student = [make((2, c, 4, 4)) for c in (3, 4, 5, 6)]
-    teacher = [make(s.shape) for s in student]
-    with fastkd.use_backend("cpp"), fused_only() as calls:
-        evaluate(lambda *x: fastkd.fsp_loss(x[:4], x[4:]), [*student, *teacher], needs=[True] * 4 + [False] * 4)
-    assert calls.fused == ["fsp_loss", "fsp_loss_backward"]
+def chain(n: int = 3, dtype: torch.dtype = torch.float32, layout: str = "contiguous", count: int = 4) -> list[torch.Tensor]:
+    sizes = (6, 9, 9), (7, 9, 9), (5, 4, 4), (6, 4, 4)
+    return [make((n, *shape), dtype, layout) for shape in sizes[:count]]
+
+
+def test_all_pairs_go_through_one_call_in_each_direction(upstream_guess):
+    student, teacher = chain(), chain()
+    for value, calls in ((torch.tensor(1.0), ["fsp_loss"]), (torch.tensor(2.0), ["fsp_loss", "fsp_loss_backward"])):
+        with fastkd.use_backend("cpp"), fused_only() as seen:
+            evaluate(lambda *x: fastkd.fsp_loss(x[:4], x[4:]), [*student, *teacher], [True] * 4 + [False] * 4, value)
+        assert seen.fused == calls
+
+
+@pytest.mark.parametrize("needs", [(True,) * 8, (True,) * 4 + (False,) * 4, (False, True, False, True) + (False,) * 4], ids=name)
+@pytest.mark.parametrize("n", [3, 64], ids=name)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_gradients_made_in_the_forward_are_those_of_the_backward_to_the_bit(dtype, layout, n, needs, upstream_guess):
+    tensors, value = [*chain(n, dtype, layout), *chain(n, dtype)], torch.tensor(0.75)
+    pool_mode = random.choice(("avg", "max"))
+
+    def gradients(expected: float | None) -> tuple[list, list]:
+        upstream_guess(expected)
+        with fastkd.use_backend("cpp"), fused_only() as seen:
+            result = evaluate(
+                lambda *x: fastkd.fsp_loss(x[:4], x[4:], pool_mode=pool_mode, weight=3.0), tensors, needs, value
+            )
+        return [result.output, *(g for g in result.grads if g is not None)], seen.fused
+
+    made, calls = gradients(0.75)
+    assert calls == ["fsp_loss"] + (["fsp_loss_backward"] if needs[4] else [])
+    for expected in (None, 1.0, -0.75):
+        computed, calls = gradients(expected)
+        assert calls == ["fsp_loss"] + ["fsp_loss_backward"] * (2 if needs[4] else 1)
+        assert all(map(torch.equal, made, computed))
+
+
+def test_a_second_backward_pass_gets_gradients_of_its_own(upstream_guess):
+    student, teacher = [x.requires_grad_() for x in chain()], chain()
+    with fastkd.use_backend("cpp"):
+        loss = fastkd.fsp_loss(student, teacher)
+        first = torch.autograd.grad(loss, student, retain_graph=True)
+        kept = [g.clone() for g in first]
+        second = torch.autograd.grad(loss, student, retain_graph=True)
+        assert all(map(torch.equal, second, kept))
+        assert not {g.data_ptr() for g in first} & {g.data_ptr() for g in second}
+        loss.backward(retain_graph=True)
+        loss.backward()
+    assert all(torch.equal(x.grad, 2 * g) for x, g in zip(student, kept))
+
+
+def test_the_guess_follows_a_steady_upstream_gradient(upstream_guess):
+    student, teacher = chain(), chain()
+    calls = []
+    for value in map(torch.tensor, (8.0, 8.0, 8.0, 4.0, 2.0, 1.0, 1.0, 1.0)):
+        with fastkd.use_backend("cpp"), fused_only() as seen:
+            evaluate(lambda *x: fastkd.fsp_loss(x, teacher), student, upstream=value)
+        calls.append(len(seen.fused))
+    assert calls == [2, 2, 1, 2, 2, 2, 2, 1]
 
 
 @pytest.mark.parametrize("shape", [(4, 16, 16, 16), (4, 16, 8, 8)], ids=name)

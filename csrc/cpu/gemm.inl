@@ -1,4 +1,4 @@
-// A small matrix product, C (m x n) = or += A B, or A B + A2 (B - B2) in one sweep, for operands that already lie well: B and C have
+// A small matrix product, C (m x n) = A B, or D + A B, or with A2 (B - B2) added to either in the same sweep, for operands that already lie well: B and C have
 // contiguous rows, and A is read one broadcast scalar at a time, through any strides. Everything the FSP kernels multiply is brought into
 // this form (pack.inl), so one register tile serves every layout, direction and dtype.
 
@@ -15,22 +15,46 @@ struct Gemm {
   int64_t b2_row;
   T* c;
   int64_t c_row;
-  bool add;  // C += instead of C =
+  const T* d;  // added to the product (where it is C itself, C += A B); else null
+  int64_t d_row;
+  bool stream;  // C is written past the caches; its rows are aligned to vectors and n is a multiple of their length, k at most kGemmDepth
 };
 
-// Rows of the register tile: enough independent sums to hide the latency of a multiply-add, few enough for the register file (a third of
-// the most that fit would be gained in loads only, which are not what binds). A tile one vector wide needs more rows. double is not tuned:
-// it keeps the code small.
+// Vectors past the caches: for results too large to stay there until somebody reads them. (A line that is written in the cache is first
+// read from memory.) The caller fences.
+#if FASTKD_VECTOR_BYTES == 64
+FASTKD_INLINE void stream_vector(float* p, VecF v) { _mm512_stream_ps(p, (__m512)v); }
+FASTKD_INLINE void stream_vector(double* p, VecD v) { _mm512_stream_pd(p, (__m512d)v); }
+FASTKD_INLINE void stream_fence() { _mm_sfence(); }
+#elif FASTKD_VECTOR_BYTES == 32
+FASTKD_INLINE void stream_vector(float* p, VecF v) { _mm256_stream_ps(p, (__m256)v); }
+FASTKD_INLINE void stream_vector(double* p, VecD v) { _mm256_stream_pd(p, (__m256d)v); }
+FASTKD_INLINE void stream_fence() { _mm_sfence(); }
+#else
+template <typename T>
+FASTKD_INLINE void stream_vector(T* p, Vec<T> v) {
+  store<T, T>(p, v);
+}
+FASTKD_INLINE void stream_fence() {}
+#endif
+
+// Blocks: a panel of B (kGemmDepth x 2 vectors) and a block of A (kGemmRows x kGemmDepth) stay in the first-level cache and the
+// second-level cache.
+constexpr int64_t kGemmDepth = 256, kGemmRows = 96;
+
+// Rows of the register tile: enough independent sums to hide the latency of a multiply-add, few enough for the register file. A tile one
+// vector wide needs more rows. double is not tuned: it keeps the code small.
 template <typename T, int NV>
 constexpr int kTileRows = sizeof(T) == 8 ? 8 / NV
                           : NV == 1      ? (FASTKD_VECTOR_BYTES == 64 ? 16 : 8)
-                                         : (FASTKD_VECTOR_BYTES == 64   ? 8
+                                         : (FASTKD_VECTOR_BYTES == 64   ? 12
                                             : FASTKD_VECTOR_BYTES == 32 ? 6
                                                                         : 4);
 
 // One tile of MR x NV vectors over l in [0, k). `columns` is how many of its columns exist in C.
 template <typename T, int MR, int NV, bool Dual, bool UnitRow>
-static void gemm_tile(const Gemm<T>& g, const T* a, const T* a2, const T* b, const T* b2, T* c, int64_t k, int64_t columns, bool add) {
+static void gemm_tile(const Gemm<T>& g, const T* a, const T* a2, const T* b, const T* b2, const T* d, int64_t d_row, T* c, int64_t k,
+                      int64_t columns) {
   using V = Vec<T>;
   constexpr int W = int(kLanes<T>);
   const int64_t a_row = UnitRow ? 1 : g.a_row, a_col = UnitRow ? g.a_col : 1;
@@ -67,54 +91,60 @@ static void gemm_tile(const Gemm<T>& g, const T* a, const T* a2, const T* b, con
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 2
       for (int v = 0; v < NV; ++v) {
+        if (d) sum[r][v] += load<T, T>(d + r * d_row + v * W);
         T* to = c + r * g.c_row + v * W;
-        store<T, T>(to, add ? load<T, T>(to) + sum[r][v] : sum[r][v]);
+        g.stream ? stream_vector(to, sum[r][v]) : store<T, T>(to, sum[r][v]);
       }
     return;
   }
-  T rest[NV * W];
+  // Unrolled like the loops above: a sum that is asked for by a variable index would live in memory.
+  T rest[MR * NV * W];
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) store<T, T>(rest + (r * NV + v) * W, sum[r][v]);
   for (int r = 0; r < MR; ++r) {
-    for (int v = 0; v < NV; ++v) store<T, T>(rest + v * W, sum[r][v]);
-    T* to = c + r * g.c_row;
-    for (int64_t j = 0; j < columns; ++j) to[j] = add ? to[j] + rest[j] : rest[j];
+    const T* from = rest + r * NV * W;
+    for (int64_t j = 0; j < columns; ++j) c[r * g.c_row + j] = d ? d[r * d_row + j] + from[j] : from[j];
   }
 }
 
 template <typename T, int NV, bool Dual, bool UnitRow, int MR = kTileRows<T, NV>>
-static void gemm_rows(int rows, const Gemm<T>& g, const T* a, const T* a2, const T* b, const T* b2, T* c, int64_t k, int64_t columns,
-                      bool add) {
+static void gemm_rows(int rows, const Gemm<T>& g, const T* a, const T* a2, const T* b, const T* b2, const T* d, int64_t d_row, T* c,
+                      int64_t k, int64_t columns) {
   if constexpr (MR >= 1) {
-    if (rows == MR) return gemm_tile<T, MR, NV, Dual, UnitRow>(g, a, a2, b, b2, c, k, columns, add);
-    return gemm_rows<T, NV, Dual, UnitRow, MR - 1>(rows, g, a, a2, b, b2, c, k, columns, add);
+    if (rows == MR) return gemm_tile<T, MR, NV, Dual, UnitRow>(g, a, a2, b, b2, d, d_row, c, k, columns);
+    return gemm_rows<T, NV, Dual, UnitRow, MR - 1>(rows, g, a, a2, b, b2, d, d_row, c, k, columns);
   }
 }
 
 // Rows are shared out evenly over the tiles (17 rows as 5 + 6 + 6, not 8 + 8 + 1): no tile is left too thin to hide latency.
 template <typename T, int NV, bool Dual, bool UnitRow>
-static void gemm_column(const Gemm<T>& g, int64_t i0, int64_t i1, int64_t j, int64_t l, int64_t k, bool add) {
+static void gemm_column(const Gemm<T>& g, int64_t i0, int64_t i1, int64_t j, int64_t l, int64_t k) {
   const int64_t tiles = (i1 - i0 + kTileRows<T, NV> - 1) / kTileRows<T, NV>;
   int64_t i = i0;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t rows = (i1 - i) / (tiles - t), columns = g.n - j < NV * kLanes<T> ? g.n - j : NV * kLanes<T>;
     const T *a = g.a + i * g.a_row + l * g.a_col, *b = g.b + l * g.b_row + j;
     const T *a2 = Dual ? g.a2 + i + l * g.a2_col : nullptr, *b2 = Dual ? g.b2 + l * g.b2_row + j : nullptr;
-    gemm_rows<T, NV, Dual, UnitRow>(int(rows), g, a, a2, b, b2, g.c + i * g.c_row + j, k, columns, add);
+    T* c = g.c + i * g.c_row + j;
+    const int64_t d_row = l > 0 ? g.c_row : g.d_row;
+    const T* d = l > 0 ? c : g.d ? g.d + i * d_row + j : nullptr;
+    gemm_rows<T, NV, Dual, UnitRow>(int(rows), g, a, a2, b, b2, d, d_row, c, k, columns);
     i += rows;
   }
 }
 
 template <typename T, bool Dual, bool UnitRow>
 static void gemm_blocks(const Gemm<T>& g) {
-  // Blocks: a panel of B (kDepth x 2 vectors) and a block of A (kRows x kDepth) stay in the first-level cache and the second-level cache.
-  constexpr int64_t kDepth = 256, kRows = 96, W = kLanes<T>;
-  for (int64_t l = 0; l < g.k; l += kDepth) {
-    const int64_t k = g.k - l < kDepth ? g.k - l : kDepth;
-    const bool add = g.add || l > 0;
-    for (int64_t i = 0; i < g.m; i += kRows) {
-      const int64_t end = g.m - i < kRows ? g.m : i + kRows;
+  constexpr int64_t W = kLanes<T>;
+  for (int64_t l = 0; l < g.k; l += kGemmDepth) {
+    const int64_t k = g.k - l < kGemmDepth ? g.k - l : kGemmDepth;
+    for (int64_t i = 0; i < g.m; i += kGemmRows) {
+      const int64_t end = g.m - i < kGemmRows ? g.m : i + kGemmRows;
       int64_t j = 0;
-      for (; g.n - j > W; j += 2 * W) gemm_column<T, 2, Dual, UnitRow>(g, i, end, j, l, k, add);
-      if (j < g.n) gemm_column<T, 1, Dual, UnitRow>(g, i, end, j, l, k, add);
+      for (; g.n - j > W; j += 2 * W) gemm_column<T, 2, Dual, UnitRow>(g, i, end, j, l, k);
+      if (j < g.n) gemm_column<T, 1, Dual, UnitRow>(g, i, end, j, l, k);
     }
   }
 }

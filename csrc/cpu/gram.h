@@ -19,6 +19,7 @@ struct GramPair {
   GramOperand a[2], b[2];  // student, teacher
   int32_t chains;          // 1: G of the student only; 2: the difference of both
   int32_t fused;           // the difference as (A_s - A_t) B_s^T + A_t (B_s - B_t)^T
+  int32_t planes;          // multiplied along the positions, which lie together (gram_dot.inl)
   GramResult result;
   int64_t positions[2];
   int64_t rows, row_blocks;  // of G: rows a unit, units a sample
@@ -54,6 +55,7 @@ struct GramStage {
   GramTerm term[2];
   int32_t channels_last;  // the layout in which the gradient is computed
   int32_t direct;         // computed in place: the gradient has the accumulation dtype and such a layout
+  int32_t stream;         // direct, and written past the caches
   int64_t channels, channel_blocks;
 };
 
@@ -63,12 +65,21 @@ struct GramBackward {
   int64_t units_per_sample;
 };
 
-// Units [begin, end). Indexed by accumulation dtype: 0 float, 1 double. The scratch sizes are in bytes.
+// Forward and backward of whole samples: the backward reads what the forward left in `out` of the pairs, and both read the same maps, which
+// stay in the cache between the two.
+struct GramTraining {
+  GramForward forward;
+  GramBackward backward;
+};
+
+// Units [begin, end), of `training` samples [begin, end). Indexed by accumulation dtype: 0 float, 1 double. The scratch sizes are in bytes.
 struct GramKernels {
   size_t (*forward_scratch[2])(const GramForward&);
   void (*forward[2])(const GramForward&, int64_t begin, int64_t end, void* scratch);
   size_t (*backward_scratch[2])(const GramBackward&);
   void (*backward[2])(const GramBackward&, int64_t begin, int64_t end, void* scratch);
+  size_t (*training_scratch[2])(const GramTraining&);
+  void (*training[2])(const GramTraining&, int64_t begin, int64_t end, void* scratch);
 };
 
 }  // namespace fastkd

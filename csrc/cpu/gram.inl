@@ -4,6 +4,7 @@
 #include "gemm.inl"
 #include "pack.inl"
 #include "gram_pool.inl"
+#include "gram_dot.inl"
 
 // Hands out pieces of scratch memory; with a null base it only measures.
 struct Arena {
@@ -23,6 +24,7 @@ template <typename A>
 struct ForwardScratch {
   A *pooled_a[2], *pooled_b[2], *plane;
   A *a[2], *b[2];  // one depth of positions of each operand
+  A* row;          // of one channel of both maps, for planes
   A* g[2];         // rows of G: of the student or the difference, if `out` does not take them; of the teacher
   double* columns;
 };
@@ -36,9 +38,17 @@ static ForwardScratch<A> forward_scratch_of(const GramPair& pair, Arena& arena) 
     s.pooled_a[i] = arena.take<A>(pooled_elements(pair.a[i], pair.rows));
     s.pooled_b[i] = arena.take<A>(pooled_elements(pair.b[i], cb));
     plane = max_of(plane, max_of(plane_elements(pair.a[i]), plane_elements(pair.b[i])));
-    s.a[i] = arena.take<A>(pair.depth * round_up(pair.rows, kPad));
-    s.b[i] = arena.take<A>(pair.depth * round_up(cb, kPad));
+    if (!pair.planes) {
+      s.a[i] = arena.take<A>(pair.depth * round_up(pair.rows, kPad));
+      s.b[i] = arena.take<A>(pair.depth * round_up(cb, kPad));
+    }
     if (i == 0 ? pair.out == nullptr : !pair.fused) s.g[i] = arena.take<A>(pair.rows * cb);
+  }
+  if (pair.planes) {
+    const int64_t depth = round_up(pair.depth, kPad);
+    s.a[0] = arena.take<A>(panel_elements(pair.rows, kDotRows, depth, pair.fused));
+    s.b[0] = arena.take<A>(panel_elements(cb, kDotColumns, depth, pair.fused));
+    s.row = arena.take<A>(2 * depth);
   }
   s.plane = arena.take<A>(plane);
   if (pair.result == GramResult::kColumnNorms) s.columns = arena.take<double>(cb);
@@ -69,13 +79,16 @@ template <typename A>
 static void multiply(const Block* a, const Block* b, bool difference, int64_t positions, const GramPair& pair, int64_t rows,
                      ForwardScratch<A>& s, int chain, A* c) {
   const int64_t cb = pair.b[0].x.channels;
+  if (pair.planes) {
+    return multiply_planes<A>(a + chain, b + chain, difference, positions, pair.depth, rows, cb, s.a[0], s.b[0], s.row, c);
+  }
   for (int64_t k = 0; k < positions; k += pair.depth) {
     const int64_t end = min_of(k + pair.depth, positions);
     Gemm<A> g = {};
     g.m = rows, g.n = cb, g.k = end - k;
     g.a_row = 1;
     g.c = c, g.c_row = cb;
-    g.add = k > 0;
+    g.d = k > 0 ? c : nullptr, g.d_row = cb;
     if (difference) {
       g.a2 = rows_of<A>(a[1], k, end, rows, false, s.a[1], &g.a2_col);
       g.a_col = round_up(rows, kPad);
@@ -191,9 +204,26 @@ static void forward(const GramForward& call, int64_t begin, int64_t end, void* s
 
 #include "gram_backward.inl"
 
+template <typename A>
+static size_t training_scratch(const GramTraining& call) {
+  const size_t forward = forward_scratch<A>(call.forward), backward = backward_scratch<A>(call.backward);
+  return forward < backward ? backward : forward;
+}
+
+template <typename A>
+static void training(const GramTraining& call, int64_t begin, int64_t end, void* scratch) {
+  const int64_t units = call.forward.units_per_sample, stages = call.backward.units_per_sample;
+  for (int64_t n = begin; n < end; ++n) {
+    forward<A>(call.forward, n * units, (n + 1) * units, scratch);
+    backward<A>(call.backward, n * stages, (n + 1) * stages, scratch);
+  }
+}
+
 static constexpr GramKernels gram_kernels = {
     {forward_scratch<float>, forward_scratch<double>},
     {forward<float>, forward<double>},
     {backward_scratch<float>, backward_scratch<double>},
     {backward<float>, backward<double>},
+    {training_scratch<float>, training_scratch<double>},
+    {training<float>, training<double>},
 };

@@ -24,7 +24,7 @@ static BackwardScratch<A> backward_scratch_of(const GramStage& stage, Arena& are
     rows = max_of(rows, stage.channels_last ? term.depth * round_up(co, kPad) : co * depth);
     m = max_of(m, co * padded);
   }
-  if (!stage.direct) s.grad = arena.take<A>(padded * stage.x.positions);
+  if (!stage.direct || (stage.stream && stage.terms > 1)) s.grad = arena.take<A>(padded * (stage.x.positions + kPad));
   s.pooled = arena.take<A>(pooled);
   s.plane = arena.take<A>(plane);
   s.other = arena.take<A>(other);
@@ -33,11 +33,11 @@ static BackwardScratch<A> backward_scratch_of(const GramStage& stage, Arena& are
   return s;
 }
 
-// to (+)= scale * sum over o of m[c][o] other[o][position], for `channels` channels from c on; to[c][position], or to[position][c] if
-// channels_last.
+// to = scale * sum over o of m[c][o] other[o][position], plus `sum` if there is one, for `channels` channels from c on; to[c][position], or
+// to[position][c] if channels_last.
 template <typename A>
 static void multiply_term(const GramTerm& term, bool channels_last, int64_t n, int64_t c, int64_t channels, BackwardScratch<A>& s, A* to,
-                          int64_t to_row, bool add) {
+                          int64_t to_row, const A* sum, int64_t sum_row, bool stream) {
   const int64_t co = term.other.x.channels, padded = round_up(channels, kPad);
   const int64_t at = n * term.m_n + c * term.m_c;
   if (sizeof(A) == sizeof(float) || term.m_dtype == DType::kFloat) {
@@ -53,18 +53,21 @@ static void multiply_term(const GramTerm& term, bool channels_last, int64_t n, i
     Gemm<A> g = {};
     g.k = co;
     g.c_row = to_row;
-    g.add = add;
+    g.d_row = sum_row;
+    g.stream = stream;
     if (channels_last) {
       g.m = count, g.n = channels;
       g.a = rows_of<A>(other, k, k + count, co, false, s.rows, &g.a_row);
       g.a_col = 1;
       g.b = s.m, g.b_row = padded;
       g.c = to + k * to_row;
+      if (sum) g.d = sum + k * sum_row;
     } else {
       g.m = channels, g.n = count;
       g.a = s.m;
       g.a_row = 1, g.a_col = padded;
       g.c = to + k;
+      if (sum) g.d = sum + k;
       if (same_type && other.layout == Layout::kPlanes && count % kPad == 0) {
         g.b = static_cast<const A*>(other.data) + k;
         g.b_row = other.stride_c;
@@ -78,6 +81,9 @@ static void multiply_term(const GramTerm& term, bool channels_last, int64_t n, i
   }
 }
 
+// The distance of planes in scratch memory: not 4 KiB, at which they would compete for the same lines of the first-level cache.
+FASTKD_INLINE int64_t planes_row(const Feature& out) { return out.layout == Layout::kPlanes ? out.positions + kPad : out.positions; }
+
 // One sample's gradient by the stage's channels from c on.
 template <typename A>
 static void backward_unit(const GramStage& stage, int64_t n, int64_t c, void* scratch) {
@@ -86,42 +92,53 @@ static void backward_unit(const GramStage& stage, int64_t n, int64_t c, void* sc
   const Feature& out = stage.grad;
   const int64_t channels = min_of(stage.channels, out.channels - c), padded = round_up(channels, kPad);
   const bool last = stage.channels_last;
+  // The terms are added up in `work`: in place, or in scratch memory where the gradient is to be written once, by the last direct term.
   A* to = stage.direct ? static_cast<A*>(out.data) + n * out.stride_n + c * out.stride_c : s.grad;
-  const int64_t to_row = stage.direct ? (last ? out.stride_s : out.stride_c) : (last ? padded : out.positions);
+  const int64_t scratch_row = last ? padded : planes_row(out);
+  const int64_t to_row = stage.direct ? (last ? out.stride_s : out.stride_c) : scratch_row;
+  int32_t direct = 0;
+  for (int32_t t = 0; t < stage.terms; ++t) direct += stage.term[t].own.active ? 0 : 1;
+  const bool once = stage.stream && direct > 0;
+  A* work = once && stage.terms > 1 ? s.grad : to;
+  const int64_t work_row = once && stage.terms > 1 ? scratch_row : to_row;
   bool add = false;
-  for (int32_t t = 0; t < stage.terms; ++t) {
-    if (stage.term[t].own.active) continue;
-    multiply_term<A>(stage.term[t], last, n, c, channels, s, to, to_row, add);
-    add = true;
-  }
   for (int32_t t = 0; t < stage.terms; ++t) {
     const GramTerm& term = stage.term[t];
     if (!term.own.active) continue;
     const int64_t row = last ? padded : term.positions;
-    multiply_term<A>(term, last, n, c, channels, s, s.pooled, row, false);
+    multiply_term<A>(term, last, n, c, channels, s, s.pooled, row, nullptr, 0, false);
     if (!add && (term.own.max || !tiles_exactly(term.own))) {
       const int64_t count = last ? out.positions : channels, width = last ? channels : out.positions;
-      for (int64_t r = 0; r < count; ++r) __builtin_memset(to + r * to_row, 0, static_cast<size_t>(width) * sizeof(A));
+      for (int64_t r = 0; r < count; ++r) __builtin_memset(work + r * work_row, 0, static_cast<size_t>(width) * sizeof(A));
       add = true;
     }
     if (term.own.max) {
       for (int64_t i = 0; i < channels; ++i) {
         load_planes<A>(stage.x, n, c + i, c + i + 1, s.plane);
-        unpool_planes_add<A>(s.plane, 1, term.own, s.pooled + i * row, to + i * to_row);
+        unpool_planes_add<A>(s.plane, 1, term.own, s.pooled + i * row, work + i * work_row);
       }
     } else if (last) {
-      (add ? spread_positions<true, A> : spread_positions<false, A>)(s.pooled, row, channels, term.own, to, to_row);
+      (add ? spread_positions<true, A> : spread_positions<false, A>)(s.pooled, row, channels, term.own, work, work_row);
     } else {
-      (add ? spread_planes<true, A> : spread_planes<false, A>)(s.pooled, channels, term.own, s.plane, to, to_row);
+      (add ? spread_planes<true, A> : spread_planes<false, A>)(s.pooled, channels, term.own, s.plane, work, work_row);
     }
     add = true;
   }
+  for (int32_t t = 0; t < stage.terms; ++t) {
+    if (stage.term[t].own.active) continue;
+    const bool final = --direct == 0, stream = final && stage.stream;
+    multiply_term<A>(stage.term[t], last, n, c, channels, s, final ? to : work, final ? to_row : work_row, add ? work : nullptr, work_row,
+                     stream);
+    add = true;
+  }
   if (stage.direct) return;
-  if (!last) return store_planes<A>(s.grad, out, n, c, c + channels);
+  if (!last && out.layout != Layout::kPlanes) return store_planes<A>(s.grad, out, n, c, c + channels);
   with_type<A>(out.dtype, [&](auto t) {
     using T = decltype(t);
-    T* base = static_cast<T*>(out.data) + n * out.stride_n + c;
-    for (int64_t k = 0; k < out.positions; ++k) convert_out<T, A>(s.grad + k * padded, channels, base + k * out.stride_s);
+    T* base = static_cast<T*>(out.data) + n * out.stride_n + c * out.stride_c;
+    const int64_t count = last ? out.positions : channels, width = last ? channels : out.positions;
+    const int64_t row = last ? out.stride_s : out.stride_c;
+    for (int64_t k = 0; k < count; ++k) convert_out<T, A>(s.grad + k * to_row, width, base + k * row);
   });
 }
 
@@ -144,4 +161,5 @@ static void backward(const GramBackward& call, int64_t begin, int64_t end, void*
     for (; block >= stage->channel_blocks; ++stage) block -= stage->channel_blocks;
     backward_unit<A>(*stage, unit / call.units_per_sample, block * stage->channels, scratch);
   }
+  stream_fence();
 }

@@ -11,18 +11,103 @@ FASTKD_INLINE void for_lines(const PoolPlan& plan, const F& f) {
   }
 }
 
+// Whether windows are 2x2 and lines whole vectors: the case of every CIFAR network, worth its own loops.
+template <typename A>
+FASTKD_INLINE bool is_quartered(const PoolPlan& plan) {
+  return FASTKD_VECTOR_BYTES >= 32 && plan.in[0] == plan.out[0] && plan.in[1] == 2 * plan.out[1] && plan.in[2] == 2 * plan.out[2] &&
+         plan.in[2] % kLanes<A> == 0 && plan.out_positions % kLanes<A> == 0;
+}
+
+// The upper of two lines, a vector at a time, in pairs of lines from the top of a plane.
+template <typename T>
+struct LinePairs {
+  T* at;
+  int64_t width, rest;
+};
+template <typename A, typename T>
+FASTKD_INLINE T* next_vector(LinePairs<T>& lines) {
+  T* at = lines.at;
+  lines.at += kLanes<A>;
+  lines.rest -= kLanes<A>;
+  if (lines.rest == 0) {
+    lines.rest = lines.width;
+    lines.at += lines.width;
+  }
+  return at;
+}
+
+#if FASTKD_VECTOR_BYTES >= 32
+// v's and w's elements 0, 2, ... plus their right neighbours.
+template <typename A>
+FASTKD_INLINE Vec<A> neighbours(Vec<A> v, Vec<A> w) {
+  Mask<A> even = {};
+  for (int i = 0; i < int(kLanes<A>); ++i) even[i] = 2 * i;
+  return __builtin_shuffle(v, w, even) + __builtin_shuffle(v, w, even + 1);
+}
+
+template <typename T, typename A>
+static void average_quarters(const T* plane, const PoolPlan& plan, A* out) {
+  constexpr int W = int(kLanes<A>);
+  const int64_t width = plan.in[2];
+  LinePairs<const T> lines = {plane, width, width};
+  for (int64_t i = 0; i < plan.out_positions; i += W) {
+    const T *left = next_vector<A>(lines), *right = next_vector<A>(lines);
+    const Vec<A> l = load<T, A>(left) + load<T, A>(left + width), r = load<T, A>(right) + load<T, A>(right + width);
+    store<A, A>(out + i, neighbours<A>(l, r) * A(0.25));
+  }
+}
+
+template <bool Add, typename A>
+static void spread_quarters(const A* grad, const PoolPlan& plan, A* plane) {
+  constexpr int W = int(kLanes<A>);
+  Mask<A> twice = {};
+  for (int i = 0; i < W; ++i) twice[i] = i / 2;
+  const int64_t width = plan.in[2];
+  LinePairs<A> lines = {plane, width, width};
+  for (int64_t i = 0; i < plan.out_positions; i += W) {
+    const Vec<A> share = load<A, A>(grad + i) * A(0.25);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const Vec<A> v = __builtin_shuffle(share, twice + half * (W / 2));
+      A* to = next_vector<A>(lines);
+      store<A, A>(to, Add ? load<A, A>(to) + v : v);
+      store<A, A>(to + width, Add ? load<A, A>(to + width) + v : v);
+    }
+  }
+}
+#else
+template <typename T, typename A>
+static void average_quarters(const T*, const PoolPlan&, A*) {}
+template <bool Add, typename A>
+static void spread_quarters(const A*, const PoolPlan&, A*) {}
+#endif
+
+// out[i] = x[2 i] + x[2 i + 1].
+template <typename A>
+FASTKD_INLINE void add_neighbours(const A* x, int64_t count, A* out) {
+  int64_t i = 0;
+#if FASTKD_VECTOR_BYTES >= 32
+  for (; i + kLanes<A> <= count; i += kLanes<A>)
+    store<A, A>(out + i, neighbours<A>(load<A, A>(x + 2 * i), load<A, A>(x + 2 * i + kLanes<A>)));
+#endif
+  for (; i < count; ++i) out[i] = x[2 * i] + x[2 * i + 1];
+}
+
 // out[c][position], from planes. `lines` holds a plane of plan.in: windows are averaged over depth and height first, then within the lines.
 template <typename T, typename A>
 static void average_planes(const T* x, int64_t stride_c, int64_t channels, const PoolPlan& plan, A* __restrict lines, A* __restrict out) {
   const int64_t width = plan.in[2], slice = plan.in[1] * width, count = plan.out[0] * plan.out[1];
-  const bool halves = width == 2 * plan.out[2];
+  const bool halves = width == 2 * plan.out[2], quarters = is_quartered<A>(plan);
   for (int64_t c = 0; c < channels; ++c, out += plan.out_positions) {
+    if (quarters) {
+      average_quarters<T, A>(x + c * stride_c, plan, out);
+      continue;
+    }
     for_lines(plan, [&](int64_t line, int64_t first, int64_t depth, int64_t height) {
       const T* from = x + c * stride_c + first * width;
       A* to = lines + line * width;
       const A share = A(1) / static_cast<A>(depth * height * (halves ? 2 : 1));
-      int64_t w = 0;
-      for (; w + kLanes<A> <= width; w += kLanes<A>) {
+      const auto average = [&](int64_t w) {
         Vec<A> total = load<T, A>(from + w);
         if (depth == 1 && height == 2) {
           total += load<T, A>(from + width + w);
@@ -32,6 +117,12 @@ static void average_planes(const T* x, int64_t stride_c, int64_t channels, const
           }
         }
         store<A, A>(to + w, total * share);
+      };
+      int64_t w = 0;
+      for (; w + kLanes<A> <= width; w += kLanes<A>) average(w);
+      if (w < width && width >= kLanes<A>) {
+        average(width - kLanes<A>);  // some of it twice
+        w = width;
       }
       for (; w < width; ++w) {
         A total = 0;
@@ -42,7 +133,7 @@ static void average_planes(const T* x, int64_t stride_c, int64_t channels, const
       }
     });
     if (halves) {
-      for (int64_t i = 0; i < plan.out_positions; ++i) out[i] = lines[2 * i] + lines[2 * i + 1];
+      add_neighbours(lines, plan.out_positions, out);
       continue;
     }
     for (int64_t line = 0; line < count; ++line) {
@@ -60,8 +151,12 @@ static void average_planes(const T* x, int64_t stride_c, int64_t channels, const
 template <bool Add, typename A>
 static void spread_planes(const A* __restrict grad, int64_t channels, const PoolPlan& plan, A* __restrict lines, A* to, int64_t to_row) {
   const int64_t width = plan.in[2], slice = plan.in[1] * width, count = plan.out[0] * plan.out[1];
-  const bool halves = width == 2 * plan.out[2];
+  const bool halves = width == 2 * plan.out[2], quarters = is_quartered<A>(plan);
   for (int64_t c = 0; c < channels; ++c, grad += plan.out_positions) {
+    if (quarters) {
+      spread_quarters<Add, A>(grad, plan, to + c * to_row);
+      continue;
+    }
     if (halves) {
       for (int64_t i = 0; i < plan.out_positions; ++i) lines[2 * i] = lines[2 * i + 1] = grad[i];
     } else {

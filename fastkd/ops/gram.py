@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastkd import backends, checks, reference
 from fastkd.ops.registry import accumulator, autograd, call, define, differentiable_once, one_device
+from fastkd.ops.upstream import Upstream
 
 
 def _matrix_fake(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
@@ -23,12 +24,13 @@ def _matrix_backward_fake(grad: Tensor, a: Tensor, b: Tensor, pool_mode: Any, pr
 
 def _loss_fake(
     student: list[Tensor], teacher: list[Tensor], pool_mode: Any, distance: Any, pair_reduce: Any, weights: Any, weight: Any,
-    precision: Any, with_grad: bool,
-) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    precision: Any, with_grad: bool, upstream: float | None = None, stages: Sequence[int] = (),
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     one_device(student + teacher)
     dtype, first = accumulator(student + teacher), student[0]
     pairs = zip(student, student[1:], strict=False) if with_grad else ()
-    return first.new_empty((), dtype=dtype), [first.new_empty((a.shape[0], a.shape[1], b.shape[1]), dtype=dtype) for a, b in pairs]
+    gram_grads = [first.new_empty((a.shape[0], a.shape[1], b.shape[1]), dtype=dtype) for a, b in pairs]
+    return first.new_empty((), dtype=dtype), gram_grads, [torch.empty_like(student[i]) for i in stages]
 
 
 def _loss_backward_fake(
@@ -44,7 +46,7 @@ define(
 )
 define(
     "fsp_loss(Tensor[] student, Tensor[] teacher, str pool_mode, str distance, str pair_reduce, float[]? weights, float weight, "
-    "str? precision, bool with_grad) -> (Tensor loss, Tensor[] gram_grads)",
+    "str? precision, bool with_grad, float? upstream=None, int[] stages=[]) -> (Tensor loss, Tensor[] gram_grads, Tensor[] gradients)",
     _loss_fake,
 )
 define(
@@ -59,6 +61,7 @@ _matrix = torch.ops.fastkd.fsp_matrix.default
 _matrix_backward = torch.ops.fastkd.fsp_matrix_backward.default
 _loss = torch.ops.fastkd.fsp_loss.default
 _loss_backward = torch.ops.fastkd.fsp_loss_backward.default
+_upstream = Upstream()
 
 
 class FSPMatrixFunction(torch.autograd.Function):
@@ -96,30 +99,46 @@ class FSPLossFunction(torch.autograd.Function):
 
     The forward saves M = dloss/dG of the student for each pair, for an upstream gradient of 1 (the teacher's is -M), so a chain's gradients
     need only the chain itself: dA = upstream M B / S, dB = upstream M^T A / S, and a middle stage adds the terms of its two pairs.
+    For the upstream gradient that is expected (:mod:`fastkd.ops.upstream`) it makes the student's gradients too, sample by sample, while
+    the sample's maps are in the cache; the backward hands those out, once, if it is given just that.
     """
 
     @staticmethod
     def forward(ctx: Any, stages: int, options: tuple, *tensors: Tensor) -> Tensor:
         needs = ctx.needs_input_grad[2:]
-        loss, gram_grads = call(_loss, list(tensors[:stages]), list(tensors[stages:]), *options, any(needs))
+        wanted = [i for i in range(stages) if needs[i]]
+        expected = _upstream.expected if wanted else None
+        made = wanted if expected is not None else []
+        loss, gram_grads, gradients = call(
+            _loss, list(tensors[:stages]), list(tensors[stages:]), *options, any(needs), expected if made else None, made
+        )
         # a teacher made under inference_mode cannot be saved: a chain is only if some of it needs a gradient
         chains = [chain if any(need) else () for chain, need in ((tensors[:stages], needs[:stages]), (tensors[stages:], needs[stages:]))]
         ctx.save_for_backward(*gram_grads, *chains[0], *chains[1])
         ctx.stages, ctx.options, ctx.has_student = stages, options, bool(chains[0])
+        ctx.expected, ctx.made = expected, dict(zip(made, gradients, strict=True))
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *_chain_gradients(ctx, grad, ctx.needs_input_grad[2:])
+        made: dict[int, Tensor] = {}
+        if any(ctx.needs_input_grad[2 : 2 + ctx.stages]) and not torch.is_grad_enabled():
+            value = grad.item()
+            _upstream.saw(value)
+            if value == ctx.expected:
+                # whoever gets a gradient may add to it in place: a second backward pass must not meet the same tensors
+                made, ctx.made = ctx.made, {}
+        return None, None, *_chain_gradients(ctx, grad, ctx.needs_input_grad[2:], made)
 
 
-def _chain_gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
-    """The gradients of student and teacher features, None where ``needs`` says so."""
+def _chain_gradients(ctx: Any, grad: Tensor, needs: Sequence[bool], made: dict[int, Tensor] | None = None) -> list[Tensor | None]:
+    """The gradients of student and teacher features, None where ``needs`` says so; ``made`` holds those of student stages that exist."""
     stages, (pool_mode, *_, precision) = ctx.stages, ctx.options
     gram_grads, features = list(ctx.saved_tensors[: stages - 1]), list(ctx.saved_tensors[stages - 1 :])
-    out: list[Tensor | None] = [None] * (2 * stages)
+    made = made or {}
+    out: list[Tensor | None] = [made.get(i) if needs[i] else None for i in range(stages)] + [None] * stages
     for first in (0, stages):
-        wanted = [i for i in range(stages) if needs[first + i]]
+        wanted = [i for i in range(stages) if needs[first + i] and out[first + i] is None]
         if wanted:
             is_teacher = first > 0
             chain = features[stages:] if is_teacher and ctx.has_student else features[:stages]
@@ -128,18 +147,18 @@ def _chain_gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tens
     return out
 
 
-def _traced_loss_context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor]]) -> None:
-    student, teacher, *options, with_grad = inputs
+def _traced_loss_context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor], list[Tensor]]) -> None:
+    student, teacher, *options, with_grad, _, _ = inputs
     ctx.save_for_backward(*output[1], *student, *teacher)
     ctx.stages, ctx.options, ctx.has_student, ctx.with_grad = len(student), options, True, with_grad
 
 
-def _traced_loss_backward(ctx: Any, grad: Tensor, gram_grad_grads: list[Tensor | None]) -> tuple:
+def _traced_loss_backward(ctx: Any, grad: Tensor, *rest: Any) -> tuple:
     if not ctx.with_grad:
         raise RuntimeError("fastkd::fsp_loss was called with with_grad=False for a tensor that needs a gradient")
     student_needs, teacher_needs = ctx.needs_input_grad[:2]
     out = _chain_gradients(ctx, grad, [*student_needs, *teacher_needs])
-    return out[: ctx.stages], out[ctx.stages :], *(None for _ in ctx.options), None
+    return out[: ctx.stages], out[ctx.stages :], *(None for _ in ctx.options), None, None, None
 
 
 autograd("fsp_loss", _traced_loss_backward, _traced_loss_context)
