@@ -35,11 +35,6 @@ constexpr int64_t kStreamedBytes = 1 << 20;
 
 int index_of(DType accumulate) { return accumulate == DType::kDouble ? 1 : 0; }
 
-int64_t bytes_of(const Feature& x) {
-  const int64_t size = x.dtype == DType::kDouble ? 8 : x.dtype == DType::kFloat ? 4 : 2;
-  return x.channels * x.positions * size;
-}
-
 bool same_size(const Feature& a, const Feature& b) { return std::equal(a.size, a.size + 3, b.size); }
 
 // All maps of a call: one batch size, one number of spatial dimensions (leading ones of size 1 cannot tell, so the tensors are asked).
@@ -175,7 +170,7 @@ bool streams(const GramStage& stage) {
   bool can = reinterpret_cast<uintptr_t>(x.data) % 64 == 0 && x.stride_n % line == 0;
   can = can && (stage.channels_last ? x.channels % line == 0 && x.stride_s % line == 0 : x.positions % line == 0 && x.stride_c % line == 0);
   for (int t = 0; t < stage.terms; ++t) can = can && stage.term[t].other.x.channels <= kGemmDepth;
-  return can && bytes_of(x) * x.batch >= kStreamedBytes;
+  return can && bytes_of(x) >= kStreamedBytes;
 }
 
 // The gradient of one feature, allocated here, with the terms already in `stage`.
