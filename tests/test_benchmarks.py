@@ -84,6 +84,7 @@ def test_ordinary_run_is_small() -> None:
     assert any("tests/" in line for line in done.stdout.splitlines())
 
 
+@pytest.mark.slow
 def test_a_run_is_recorded(tmp_path: Path) -> None:
     """One tiny group, measured, in pytest-benchmark's JSON and in ours."""
     ids = "tiny and forward-1-thread"

@@ -59,7 +59,7 @@ def row_names(case: Case, full: bool, one_thread: bool) -> list[str]:
         names.append(STOCK)
     names.append(TUNED)
     some = case.direction == BOTH and not one_thread and case.shape == "resnet20-128"
-    if not full or case.plain or some:
+    if (case.plain and (full or case.upstream == 1)) or (full and some):
         names.append(COMPILED)
     if case.operation == "gram" and case.plain and case.shape in ("resnet20-64", "small"):
         names += [BROADCAST, BROADCAST_COMPILED]

@@ -73,15 +73,13 @@ class Step:
         self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision != "float32")
         self.optimizer = torch.optim.SGD(self.student.parameters(), 0.0, momentum=0.9, fused=True)
         torch._dynamo.reset()
-        self.full = full
         self.exact = self._exact()
 
     def run(self, variant: Variant) -> Callable[[], Tensor]:
         """The whole step: both networks, the losses, backward, optimizer."""
         forward: Forward = variant.forward
         if variant.compiled:
-            # in an ordinary run only the tracing is tried
-            forward = torch.compile(forward, fullgraph=True, dynamic=False, backend="inductor" if self.full else "eager")
+            forward = torch.compile(forward, fullgraph=True, dynamic=False)
 
         def step() -> Tensor:
             self.optimizer.zero_grad(set_to_none=True)
@@ -113,8 +111,8 @@ class StepGroup:
         self.shared = self.id
 
     def names(self, one_thread: bool) -> list[str]:
-        """The rows. Compiling takes half a minute and more, and is done for all threads only: graphs are made for a thread count."""
-        return [name for name, variant in self.variants.items() if not (self.full and one_thread and variant.compiled)]
+        """The rows. Compiling takes half a minute and more: it is done for all threads only, since graphs are made for a thread count."""
+        return [name for name, variant in self.variants.items() if not variant.compiled or (self.full and not one_thread)]
 
     def build(self, stock: Stock) -> Step:
         return Step(self.precision, self.full)
