@@ -46,7 +46,14 @@ SHAPES = (
     (1, 9, 80, 70),
 )
 F64 = torch.float64
-pytestmark = pytest.mark.usefixtures("cpp", "one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def kernels(cpp):
+    """Whatever FASTKD_BACKEND says, these tests are about the kernels, unless a test asks for another backend itself."""
+    with fastkd.use_backend(cpp):
+        yield
 
 
 def gated(grad, y):

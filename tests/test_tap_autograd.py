@@ -13,7 +13,14 @@ from support import evaluate, law, make, values
 import fastkd
 
 F64 = torch.float64
-pytestmark = pytest.mark.usefixtures("cpp", "one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def kernels(cpp):
+    """Whatever FASTKD_BACKEND says, these tests are about the kernels, unless a test asks for another backend itself."""
+    with fastkd.use_backend(cpp):
+        yield
 
 
 def network(m, x, relu):
