@@ -200,9 +200,7 @@ def test_gradients_made_in_the_forward_are_those_of_the_backward_to_the_bit(dtyp
     def gradients(expected: float | None) -> tuple[list, list]:
         upstream_guess(expected)
         with fastkd.use_backend("cpp"), fused_only() as seen:
-            result = evaluate(
-                lambda *x: fastkd.fsp_loss(x[:4], x[4:], pool_mode=pool_mode, weight=3.0), tensors, needs, value
-            )
+            result = evaluate(lambda *x: fastkd.fsp_loss(x[:4], x[4:], pool_mode=pool_mode, weight=3.0), tensors, needs, value)
         return [result.output, *(g for g in result.grads if g is not None)], seen.fused
 
     made, calls = gradients(0.75)
@@ -211,6 +209,28 @@ def test_gradients_made_in_the_forward_are_those_of_the_backward_to_the_bit(dtyp
         computed, calls = gradients(expected)
         assert calls == ["fsp_loss"] + ["fsp_loss_backward"] * (2 if needs[4] else 1)
         assert all(map(torch.equal, made, computed))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=name)
+def test_large_gradients_match_the_law(dtype, layout):
+    """Gradients of a mebibyte and more are written past the caches: of one term, of a pooled and a direct one, of two direct ones."""
+    sizes = (16, 32, 32), (16, 32, 32), (17, 32, 32), (32, 16, 16)
+    student, teacher = ([make((16, *shape), dtype, layout, "relu") for shape in sizes] for _ in range(2))
+    check_loss("cpp", "fsp_loss", student, teacher, needs=[True] * 4 + [False] * 4)
+
+
+@pytest.mark.parametrize("n", [3, 4, 17], ids=name)
+def test_samples_and_passes_give_the_same_bits(n):
+    """Three samples on two threads are done pass by pass, three on one thread or four on two sample by sample."""
+    tensors = [*chain(n), *chain(n)]
+    results = []
+    for threads in (1, 2, 1):
+        torch.set_num_threads(threads)
+        with fastkd.use_backend("cpp"):
+            result = evaluate(lambda *x: fastkd.fsp_loss(x[:4], x[4:]), tensors)
+        results.append([result.output, *result.grads])
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
 
 
 def test_a_second_backward_pass_gets_gradients_of_its_own(upstream_guess):

@@ -1,6 +1,6 @@
-// A small matrix product, C (m x n) = A B, or D + A B, or with A2 (B - B2) added to either in the same sweep, for operands that already lie well: B and C have
-// contiguous rows, and A is read one broadcast scalar at a time, through any strides. Everything the FSP kernels multiply is brought into
-// this form (pack.inl), so one register tile serves every layout, direction and dtype.
+// A small matrix product, C (m x n) = A B, or D + A B, or with A2 (B - B2) added to either in the same sweep, for operands that already lie
+// well: B and C have contiguous rows, and A is read one broadcast scalar at a time, through any strides. Everything the FSP kernels
+// multiply is brought into this form (pack.inl), so one register tile serves every layout, direction and dtype.
 
 template <typename T>
 struct Gemm {

@@ -95,8 +95,7 @@ GramPair plan_pair(const Feature* student, const Feature* teacher, bool max, Gra
   pair.row_blocks = (ca + pair.rows - 1) / pair.rows;
   const int64_t positions = std::max(pair.positions[0], pair.positions[1]);
   pair.planes = positions >= kPlanePositions;
-  for (int chain = 0; chain < pair.chains; ++chain)
-    pair.planes = pair.planes && is_planes(pair.a[chain]) && is_planes(pair.b[chain]);
+  for (int chain = 0; chain < pair.chains; ++chain) pair.planes = pair.planes && is_planes(pair.a[chain]) && is_planes(pair.b[chain]);
   if (pair.planes) {
     pair.depth = block_of(positions, std::max<int64_t>(64, 8192 / (pair.rows + cb)), 16);
     return pair;
@@ -220,8 +219,8 @@ void run_backward(const BackwardPlan& plan, DType accumulate) {
                  [&](int64_t begin, int64_t end, void* scratch) { table.backward[which](call, begin, end, scratch); });
 }
 
-// Forward and backward. What a unit computes is the same either way: it is done sample by sample, so that the backward finds a sample's maps
-// in the cache, where the samples divide well among the threads, else pass by pass.
+// Forward and backward. What a unit computes is the same either way: it is done sample by sample, so that the backward finds a sample's
+// maps in the cache, where the samples divide well among the threads, else pass by pass.
 void run_training(const ForwardPlan& forward, const BackwardPlan& backward, DType accumulate) {
   const int64_t threads = torch::stable::get_num_threads();
   const bool by_sample = forward.batch % threads == 0 || forward.batch >= 8 * threads;

@@ -154,8 +154,8 @@ static void pack_panels(const Block& x, const Block* y, int64_t begin, int64_t c
 
 // c = a b^T over all positions of one chain, or the difference of two (a[0] and a[1]) as multiply() in gram.inl forms it.
 template <typename A>
-static void multiply_planes(const Block* a, const Block* b, bool difference, int64_t positions, int64_t depth, int64_t rows, int64_t columns,
-                            A* left, A* right, A* row, A* c) {
+static void multiply_planes(const Block* a, const Block* b, bool difference, int64_t positions, int64_t depth, int64_t rows,
+                            int64_t columns, A* left, A* right, A* row, A* c) {
   for (int64_t k = 0; k < positions; k += depth) {
     const int64_t count = min_of(depth, positions - k), whole = round_up(count, kLanes<A>);
     pack_panels<A, kDotRows, true>(a[0], difference ? a + 1 : nullptr, k, count, rows, left, row);
