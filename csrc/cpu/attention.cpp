@@ -79,7 +79,7 @@ AttentionMapBackwardArgs map_backward_args(const Tensor& grad, const TensorView&
     args.norm.stride_n = norm_view.strides[0];
   }
   args.dx = feature_of(view_of(out, "gradient"), "gradient");
-  args.streaming = bytes_of(args.dx) > kStreamingBytes;
+  args.streaming = bytes_of(args.dx) >= kStreamingBytes;
   return args;
 }
 
@@ -176,7 +176,6 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& stud
   Tensors gradients;
   args.upstream = upstream.value_or(0);
   int64_t elements = 0;
-  int64_t gradient_bytes = 0;
   size_t scratch_bytes = 0;
   for (size_t i = 0; i < count; ++i) {
     const Feature s = student_is_map ? map_of(views[i], "student") : feature_of(views[i], "student");
@@ -203,7 +202,7 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& stud
     if (upstream && student_grad && !student_is_map) {
       gradients.push_back(empty_like(student[i], views[i]));
       stage.gradient = feature_of(view_of(gradients[i], "gradient"), "gradient");
-      gradient_bytes += bytes_of(stage.gradient);
+      stage.streaming = bytes_of(stage.gradient) >= kStreamingBytes;
     }
     size_t bytes = 3 * scratch_piece(stage.student.pool.out_positions, size);
     for (const AttentionSide* side : {&stage.student, &stage.teacher}) {
@@ -223,7 +222,6 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& stud
     coefficients.push_back(make_coefficients(stages[i].teacher, views[count + i], teacher_is_map, args.pool_before, args.accumulation));
   }
 
-  args.streaming = gradient_bytes > kStreamingBytes;
   const int64_t batch = stages[0].student.x.batch;
   const int64_t units = batch * static_cast<int64_t>(count);
   std::vector<double> partial(static_cast<size_t>(units));
@@ -265,7 +263,6 @@ Tensors attention_transfer_loss_backward(const Tensor& grad, const Tensors& feat
   Tensors out;
   out.reserve(count);
   int64_t elements = 0;
-  int64_t gradient_bytes = 0;
   size_t scratch_bytes = 0;
   for (size_t i = 0; i < count; ++i) {
     AttentionGradient& item = items[i];
@@ -293,9 +290,8 @@ Tensors attention_transfer_loss_backward(const Tensor& grad, const Tensors& feat
     const size_t bytes = scratch_of(item.side, 2, in_place, size_of(args.accumulation));
     scratch_bytes = bytes > scratch_bytes ? bytes : scratch_bytes;
     elements += x.channels * x.positions;
-    gradient_bytes += bytes_of(item.dx);
+    item.streaming = bytes_of(item.dx) >= kStreamingBytes;
   }
-  args.streaming = gradient_bytes > kStreamingBytes;
   args.items = items.data();
   args.item_count = static_cast<int64_t>(count);
   const auto run = kernels().attention.loss_backward;

@@ -39,8 +39,9 @@ struct AttentionSide {
 
 struct AttentionStage {
   AttentionSide student, teacher;
-  Feature gradient;  // of the student, for the expected upstream gradient; data is null if not wanted
-  double factor;     // of the stage's summed squares (or distances) in the loss
+  Feature gradient;   // of the student, for the expected upstream gradient; data is null if not wanted
+  int32_t streaming;  // of the gradient, past the caches
+  double factor;      // of the stage's summed squares (or distances) in the loss
 };
 
 struct AttentionLossArgs {
@@ -49,9 +50,8 @@ struct AttentionLossArgs {
   AttentionOptions options;
   DType accumulation;
   int32_t pool_before, l2, student_is_map, teacher_is_map;
-  double upstream;    // expected
-  int32_t streaming;  // of the gradients, past the caches
-  double* partial;    // [stage][sample]: squared distance, or distance for l2
+  double upstream;  // expected
+  double* partial;  // [stage][sample]: squared distance, or distance for l2
 };
 
 struct AttentionMapArgs {
@@ -75,6 +75,7 @@ struct AttentionGradient {
   AttentionSide side;
   Feature coefficients, dx;
   int32_t is_map;  // x is a map: its gradient is the coefficient itself
+  int32_t streaming;
 };
 
 struct AttentionLossBackwardArgs {
@@ -82,7 +83,6 @@ struct AttentionLossBackwardArgs {
   int64_t item_count;
   AttentionOptions options;
   DType accumulation;
-  int32_t streaming;
   double grad;
 };
 

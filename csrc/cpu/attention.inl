@@ -146,7 +146,7 @@ static void write_gradient(const AttentionLossArgs& args, const AttentionStage& 
   const int64_t count = side.pool.active ? side.pool.out_positions : side.x.positions;
   const A* coefficient = scaled_by(args.upstream, static_cast<const A*>(side.coefficients) + n * count, count, bump);
   with_power<A>(args.options,
-                [&](const auto& power) { gradient_of<A>(side, stage.gradient, n, coefficient, args.streaming, bump, power); });
+                [&](const auto& power) { gradient_of<A>(side, stage.gradient, n, coefficient, stage.streaming, bump, power); });
 }
 
 // One side's map before normalization and what normalizes it: nothing, for a map that comes normalized.
@@ -285,7 +285,7 @@ static void loss_backward_units(const AttentionLossBackwardArgs& args, int64_t b
       store_planes(coefficient, item.dx, n, 0, 1);
     } else {
       with_power<A>(args.options,
-                    [&](const auto& power) { gradient_of<A>(item.side, item.dx, n, coefficient, args.streaming, bump, power); });
+                    [&](const auto& power) { gradient_of<A>(item.side, item.dx, n, coefficient, item.streaming, bump, power); });
     }
   }
   stream_end();

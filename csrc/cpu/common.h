@@ -82,9 +82,9 @@ Feature map_of(const TensorView& view, const char* name);
 // float64 if any input is, else float32.
 inline DType accumulation(DType a, DType b) { return a == DType::kDouble || b == DType::kDouble ? DType::kDouble : DType::kFloat; }
 
-// Results of a call that are larger than this bypass the caches: they would have left them before anyone reads them, and a line that is not
-// read in before it is written saves a third of the traffic.
-constexpr int64_t kStreamingBytes = 4 << 20;
+// A gradient this large is written past the caches: it would not stay there until anyone reads it, and a line that is written in the cache
+// is first read from memory.
+constexpr int64_t kStreamingBytes = 1 << 20;
 int64_t bytes_of(const Feature& x);
 
 // Contiguous and uninitialized.

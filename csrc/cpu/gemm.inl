@@ -20,24 +20,6 @@ struct Gemm {
   bool stream;  // C is written past the caches; its rows are aligned to vectors and n is a multiple of their length, k at most kGemmDepth
 };
 
-// Vectors past the caches: for results too large to stay there until somebody reads them. (A line that is written in the cache is first
-// read from memory.) The caller fences.
-#if FASTKD_VECTOR_BYTES == 64
-FASTKD_INLINE void stream_vector(float* p, VecF v) { _mm512_stream_ps(p, (__m512)v); }
-FASTKD_INLINE void stream_vector(double* p, VecD v) { _mm512_stream_pd(p, (__m512d)v); }
-FASTKD_INLINE void stream_fence() { _mm_sfence(); }
-#elif FASTKD_VECTOR_BYTES == 32
-FASTKD_INLINE void stream_vector(float* p, VecF v) { _mm256_stream_ps(p, (__m256)v); }
-FASTKD_INLINE void stream_vector(double* p, VecD v) { _mm256_stream_pd(p, (__m256d)v); }
-FASTKD_INLINE void stream_fence() { _mm_sfence(); }
-#else
-template <typename T>
-FASTKD_INLINE void stream_vector(T* p, Vec<T> v) {
-  store<T, T>(p, v);
-}
-FASTKD_INLINE void stream_fence() {}
-#endif
-
 // Blocks: a panel of B (kGemmDepth x 2 vectors) and a block of A (kGemmRows x kGemmDepth) stay in the first-level cache and the
 // second-level cache.
 constexpr int64_t kGemmDepth = 256, kGemmRows = 96;
@@ -93,7 +75,7 @@ static void gemm_tile(const Gemm<T>& g, const T* a, const T* a2, const T* b, con
       for (int v = 0; v < NV; ++v) {
         if (d) sum[r][v] += load<T, T>(d + r * d_row + v * W);
         T* to = c + r * g.c_row + v * W;
-        g.stream ? stream_vector(to, sum[r][v]) : store<T, T>(to, sum[r][v]);
+        g.stream ? stream<T, T>(to, sum[r][v]) : store<T, T>(to, sum[r][v]);
       }
     return;
   }

@@ -161,5 +161,5 @@ static void backward(const GramBackward& call, int64_t begin, int64_t end, void*
     for (; block >= stage->channel_blocks; ++stage) block -= stage->channel_blocks;
     backward_unit<A>(*stage, unit / call.units_per_sample, block * stage->channels, scratch);
   }
-  stream_fence();
+  stream_end();
 }
