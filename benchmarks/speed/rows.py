@@ -58,8 +58,8 @@ def row_names(case: Case, full: bool, one_thread: bool) -> list[str]:
     if case.plain and case.shape != "tiny-2":
         names.append(STOCK)
     names.append(TUNED)
-    some = case.direction == BOTH and not one_thread and case.shape == "resnet20-128"
-    if (case.plain and (full or case.upstream == 1)) or (full and some):
+    some = case.plain or (full and case.direction == BOTH and case.shape == "resnet20-128")
+    if (full or case.upstream == 1) and some and (not one_thread or case.shape in ("resnet20-64", "small")):
         names.append(COMPILED)
     if case.operation == "gram" and case.plain and case.shape in ("resnet20-64", "small"):
         names += [BROADCAST, BROADCAST_COMPILED]
