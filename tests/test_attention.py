@@ -165,15 +165,15 @@ def test_large_gradients_match_the_law(dtype, layout, upstream):
     student, teacher = (
         [make((4, *shape), dtype, layout, "relu") for shape in ((32, 72, 64), (16, 132, 128), (40, 57, 59))] for _ in range(2)
     )
-    upstream = torch.tensor(upstream)
-    check_loss("cpp", "attention_transfer_loss", student, teacher, [True] * 3 + [False] * 3, upstream, weight=100.0)
+    needs = [True] * 3 + [False] * 3
+    check_loss("cpp", "attention_transfer_loss", student, teacher, needs=needs, upstream=torch.tensor(upstream), weight=100.0)
 
 
 @pytest.mark.parametrize("channels", [4, 8, 16, 32, 33, 48])
 @pytest.mark.parametrize("size", [(4, 4), (7, 7), (8, 8), (5, 19), (33, 2), (64, 65)], ids=name)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_every_way_through_a_feature_matches_the_law(layout, size, channels):
-    """Whole vectors, pairs of them and what is left, of channels and of positions; bfloat16 goes in pairs, two positions in one, or singly."""
+    """Whole vectors, pairs of them (bfloat16), two positions in one, and what is left, of channels and of positions."""
     for dtype in (torch.bfloat16, torch.float32):
         student, teacher = make((2, channels, *size), dtype, layout), make((2, channels, *size), dtype, layout)
         check_loss("cpp", "attention_transfer_loss", [student], [teacher], upstream=torch.tensor(random.choice((1.0, -7.0))))
