@@ -8,10 +8,10 @@ from recorder import Recorder
 from support import make
 
 import fastkd
-from fastkd.ops import attention
+from fastkd.ops import attention, gram
 from fastkd.ops.upstream import Upstream
 
-LOSSES = {"attention_transfer_loss": attention}
+LOSSES = {"attention_transfer_loss": attention, "fsp_loss": gram}
 pytestmark = pytest.mark.parametrize("function", LOSSES)
 
 

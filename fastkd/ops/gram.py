@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastkd import backends, checks, reference
 from fastkd.ops.registry import accumulator, autograd, call, define, differentiable_once, one_device
-from fastkd.ops.upstream import Upstream
+from fastkd.ops.upstream import Upstream, take_prepared
 
 
 def _matrix_fake(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
@@ -116,18 +116,12 @@ class FSPLossFunction(torch.autograd.Function):
         chains = [chain if any(need) else () for chain, need in ((tensors[:stages], needs[:stages]), (tensors[stages:], needs[stages:]))]
         ctx.save_for_backward(*gram_grads, *chains[0], *chains[1])
         ctx.stages, ctx.options, ctx.has_student = stages, options, bool(chains[0])
-        ctx.expected, ctx.made = expected, dict(zip(made, gradients, strict=True))
+        ctx.expected, ctx.made, ctx.prepared = expected, made, gradients
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        made: dict[int, Tensor] = {}
-        if any(ctx.needs_input_grad[2 : 2 + ctx.stages]) and not torch.is_grad_enabled():
-            value = grad.item()
-            _upstream.saw(value)
-            if value == ctx.expected:
-                # whoever gets a gradient may add to it in place: a second backward pass must not meet the same tensors
-                made, ctx.made = ctx.made, {}
+        made = dict(zip(ctx.made, take_prepared(ctx, grad, _upstream)))
         return None, None, *_chain_gradients(ctx, grad, ctx.needs_input_grad[2:], made)
 
 
