@@ -185,10 +185,11 @@ def check(
     k: float | None = None,
     also: Sequence[str] = (),
     output_terms: float = 0,
+    gradient_terms: Result | None = None,
 ) -> Result:
     """fn under the backend against exact_fn in float64, output and gradients, with the promised dtypes and strides; nothing falls back.
 
-    output_terms: the size of the terms whose sum the output is, where they may cancel.
+    output_terms: the size of the terms whose sum the output is, where they may cancel; gradient_terms: the same of the gradients.
     """
     guard = fused_only(also) if backend == "cpp" else contextlib.nullcontext()
     with fastkd.use_backend(backend), guard:
@@ -196,7 +197,7 @@ def check(
     exact = evaluate(exact_fn, [x.double().contiguous() for x in tensors], needs, upstream)
     eager = evaluate(exact_fn, [x.float().contiguous() for x in tensors], needs, upstream)
     moved = evaluate(exact_fn, [nudged(x) for x in tensors], needs, upstream)
-    whole = uncancelled(exact_fn, tensors, needs, upstream)
+    whole = gradient_terms or uncancelled(exact_fn, tensors, needs, upstream)
     wide = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
     assert got.output.dtype == wide, f"output is {got.output.dtype}, wanted {wide}"
     term = TERM_ULPS * torch.finfo(wide).eps
@@ -232,15 +233,21 @@ def paired(loss: Callable[..., Tensor], stages: int, **switches: object) -> Call
     return lambda *tensors: loss(list(tensors[:stages]), list(tensors[stages:]), **switches)
 
 
+def apart(student: Sequence[Tensor], teacher: Sequence[Tensor], switches: dict[str, object]) -> tuple[list[Tensor], dict[str, object]]:
+    """The same chains with positive student and negative teacher matrices, whose difference adds, and positive weights."""
+    chains = [[x.double().abs() for x in side] for side in (student, teacher)]
+    chains[1] = [-x if i % 2 else x for i, x in enumerate(chains[1])]
+    weights = [abs(w) for w in switches.get("weights") or []] or None
+    return [*chains[0], *chains[1]], {**switches, "weight": abs(switches.get("weight", 1.0)), "weights": weights}
+
+
 def gram_terms(student: Sequence[Tensor], teacher: Sequence[Tensor], switches: dict[str, object]) -> float:
     """What the rounding of each product, all in one direction, would make of the FSP loss: 2 |d| |products| for a squared distance."""
-    chains = [[x.double().abs() for x in side] for side in (student, teacher)]
-    chains[1] = [-x if i % 2 else x for i, x in enumerate(chains[1])]  # each teacher matrix negative: the difference adds
-    switches = {**switches, "weight": abs(switches.get("weight", 1.0)), "weights": [abs(w) for w in switches.get("weights") or []] or None}
-    most = law.fsp_loss(*chains, **switches).item()
+    chains, positive = apart(student, teacher, switches)
+    most = paired(law.fsp_loss, len(student), **positive)(*chains).item()
     if switches.get("distance") == "column_l2":
         return most
-    loss = law.fsp_loss([x.double() for x in student], [x.double() for x in teacher], **switches).item()
+    loss = law.fsp_loss([x.double() for x in student], [x.double() for x in teacher], **positive).item()
     return 2 * math.sqrt(loss * most)
 
 
@@ -248,5 +255,11 @@ def check_loss(
     backend: str, function: str, student: Sequence[Tensor], teacher: Sequence[Tensor], *, needs=None, upstream=None, k=None, **switches
 ) -> Result:
     fns = [paired(getattr(module, function), len(student), **switches) for module in (fastkd, law)]
-    terms = gram_terms(student, teacher, switches) if function == "fsp_loss" else 0
-    return check(backend, *fns, [*student, *teacher], needs, upstream, k, output_terms=terms)
+    terms, gradients = 0.0, None
+    if function == "fsp_loss":
+        terms = gram_terms(student, teacher, switches)
+        if switches.get("distance") != "column_l2":  # there the gradient does not depend on how large the difference is
+            chains, positive = apart(student, teacher, switches)
+            sign = None if upstream is None else upstream.abs()
+            gradients = evaluate(paired(law.fsp_loss, len(student), **positive), [x.contiguous() for x in chains], needs, sign)
+    return check(backend, *fns, [*student, *teacher], needs, upstream, k, output_terms=terms, gradient_terms=gradients)
