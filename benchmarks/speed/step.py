@@ -28,52 +28,37 @@ WEIGHT = 1000.0  # of the loss, as published
 # Of the loss against float64, and of the gradient of all parameters in l2 norm: twenty layers of bfloat16 are what they are.
 TOLERANCE = {"float32": {"loss": 1e-4, "gradient": 2e-2}, "bfloat16 autocast": {"loss": 5e-2, "gradient": 0.5}}
 
-Forward = Callable[[nn.Module, nn.Module, Tensor, Tensor, torch.autocast], Tensor]
-
-
-def plain_step(student: nn.Module, teacher: nn.Module, images: Tensor, labels: Tensor, autocast: torch.autocast) -> Tensor:
-    """Cross-entropy and attention transfer on the three stage outputs, up to the loss."""
-    with torch.no_grad(), autocast:
-        wanted, _ = teacher(images, features=True)
-    with autocast:
-        features, logits = student(images, features=True)
-    loss = fastkd.attention_transfer_loss(features.stages, wanted.stages, weight=WEIGHT)
-    return loss + F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, labels)
-
-
-def bare_step(student: nn.Module, teacher: nn.Module, images: Tensor, labels: Tensor, autocast: torch.autocast) -> Tensor:
-    """The same without attention transfer, teacher included: what is left to be saved."""
-    with torch.no_grad(), autocast:
-        teacher(images, features=True)
-    with autocast:
-        _, logits = student(images, features=True)
-    return F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, labels)
-
 
 def _then_tap(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     return fastkd.tap(F.relu(x + residual, inplace=True))
 
 
-def tapped_step(
-    student: nn.Module, teacher: nn.Module, images: Tensor, labels: Tensor, autocast: torch.autocast, tap: Any = fastkd.relu_tap
-) -> Tensor:
-    """``plain_step`` with the student's maps taken on the features' way."""
+NONE, LOSS = "without AT", "loss"  # the teacher runs in every form: without AT, what is left to be saved
+TAPS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {"tap": _then_tap, "relu_tap": fastkd.relu_tap}
+
+
+def forward(student: nn.Module, teacher: nn.Module, images: Tensor, labels: Tensor, autocast: torch.autocast, form: str = LOSS) -> Tensor:
+    """Cross-entropy and attention transfer on the three stage outputs, whose maps a tap may take on the features' way, up to the loss."""
     with torch.no_grad(), autocast:
         wanted, _ = teacher(images, features=True)
     with autocast:
-        features, logits = student(images, features=True, tap=tap)
-    loss = fastkd.attention_transfer_loss(features.maps, wanted.stages, weight=WEIGHT, student_is_map=True)
-    return loss + F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, labels)
+        features, logits = student(images, features=True, tap=TAPS.get(form))
+    loss = F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, labels)
+    if form == LOSS:
+        return loss + fastkd.attention_transfer_loss(features.stages, wanted.stages, weight=WEIGHT)
+    if form in TAPS:
+        return loss + fastkd.attention_transfer_loss(features.maps, wanted.stages, weight=WEIGHT, student_is_map=True)
+    return loss
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A row: which step, which backend serves its losses, whether it is compiled."""
+    """A row: which step, which backend serves its losses, whether it is compiled, how the maps are taken."""
 
     name: str
     backend: str
     compiled: bool
-    forward: Forward = plain_step
+    form: str = LOSS
 
 
 def variants() -> list[Variant]:
@@ -81,10 +66,8 @@ def variants() -> list[Variant]:
     for compiled, kind in ((False, "eager"), (True, "torch.compile")):
         for backend in ("reference", *available_backends()):
             made.append(Variant(f"{kind}, {backend}", backend, compiled))
-    made.append(Variant("eager, without AT", "reference", False, bare_step))
-    for backend in available_backends():
-        made.append(Variant(f"eager, {backend}, tap", backend, False, functools.partial(tapped_step, tap=_then_tap)))
-        made.append(Variant(f"eager, {backend}, relu_tap", backend, False, tapped_step))
+    made.append(Variant(f"eager, {NONE}", "reference", False, NONE))
+    made += [Variant(f"eager, {backend}, {tap}", backend, False, tap) for backend in available_backends() for tap in TAPS]
     return made
 
 
@@ -106,13 +89,13 @@ class Step:
 
     def run(self, variant: Variant) -> Callable[[], Tensor]:
         """The whole step: both networks, the losses, backward, optimizer."""
-        forward: Forward = variant.forward
+        run: Callable[..., Tensor] = functools.partial(forward, form=variant.form)
         if variant.compiled:
-            forward = torch.compile(forward, fullgraph=True, dynamic=False)
+            run = torch.compile(run, fullgraph=True, dynamic=False)
 
         def step() -> Tensor:
             self.optimizer.zero_grad(set_to_none=True)
-            loss = forward(self.student, self.teacher, self.images, self.labels, self.autocast)
+            loss = run(self.student, self.teacher, self.images, self.labels, self.autocast)
             loss.backward()
             self.optimizer.step()
             return loss
@@ -125,7 +108,7 @@ class Step:
     def _exact(self) -> tuple[float, Tensor]:
         student, teacher = copy.deepcopy(self.student).double(), copy.deepcopy(self.teacher).double()
         with fastkd.use_backend("reference"):
-            loss = plain_step(student, teacher, self.images.double(), self.labels, torch.autocast("cpu", enabled=False))
+            loss = forward(student, teacher, self.images.double(), self.labels, torch.autocast("cpu", enabled=False))
         loss.backward()
         return loss.item(), self.gradient(student)
 
@@ -153,7 +136,7 @@ class StepGroup:
     def check(self, built: Step, row: Row) -> None:
         with row.context():
             value = row.run().item()
-        if self.variants[row.name].forward is bare_step:
+        if self.variants[row.name].form == NONE:
             return
         loss, gradient = built.exact
         errors = {

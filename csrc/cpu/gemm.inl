@@ -22,7 +22,7 @@ struct Gemm {
 
 // Blocks: a panel of B (kGemmDepth x 2 vectors) and a block of A (kGemmRows x kGemmDepth) stay in the first-level cache and the
 // second-level cache.
-constexpr int64_t kGemmDepth = 256, kGemmRows = 96;
+constexpr int64_t kGemmRows = 96;
 
 // Rows of the register tile: enough independent sums to hide the latency of a multiply-add, few enough for the register file. A tile one
 // vector wide needs more rows. double is not tuned: it keeps the code small.

@@ -5,6 +5,9 @@
 
 namespace fastkd {
 
+// Products this deep are summed in registers and written once (gemm.inl).
+constexpr int64_t kGemmDepth = 256;
+
 // A feature map as one pair sees it: pooled to the pair's common size where it is larger.
 struct GramOperand {
   Feature x;

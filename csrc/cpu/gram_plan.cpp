@@ -5,9 +5,6 @@
 namespace fastkd {
 namespace {
 
-// Products this deep are summed in registers: gemm.inl has the same number.
-constexpr int64_t kGemmDepth = 256;
-
 // 16 multiply-adds cost about as much as one element of a streaming pass.
 constexpr int64_t kWorkPerElement = 16;
 

@@ -268,22 +268,23 @@ def attention_transfer_loss(
             student_is_map=student_is_map,
         )  # fmt: skip
 
+    switches = (
+        channel_reduce,
+        bool(signed),
+        eps_mode,
+        pool,
+        pool_mode,
+        difference,
+        stage_reduce,
+        bool(teacher_is_map),
+        bool(student_is_map),
+    )
     failure = None
     if not torch.compiler.is_compiling():
         try:
-            switches = _BITS[
-                channel_reduce,
-                bool(signed),
-                eps_mode,
-                pool,
-                pool_mode,
-                difference,
-                stage_reduce,
-                bool(teacher_is_map),
-                bool(student_is_map),
-            ]
+            options = (p, eps, _BITS[switches], weights, weight)
             students, teachers = checks.stages("student", student), checks.stages("teacher", teacher)
-            return AttentionTransferFunction.apply(len(students), (p, eps, switches, weights, weight), *students, *teachers)
+            return AttentionTransferFunction.apply(len(students), options, *students, *teachers)
         except Exception as error:
             failure = error
     students, teachers = checks.attention_transfer(
@@ -292,8 +293,5 @@ def attention_transfer_loss(
     )  # fmt: skip
     if failure:  # not the arguments' fault
         raise failure
-    switches = _BITS[
-        channel_reduce, bool(signed), eps_mode, pool, pool_mode, difference, stage_reduce, bool(teacher_is_map), bool(student_is_map)
-    ]
     needs = [torch.is_grad_enabled() and any(x.requires_grad for x in tensors) for tensors in (students, teachers)]
-    return _loss(students, teachers, p, eps, switches, weights, weight, *needs, None)[0]
+    return _loss(students, teachers, p, eps, _BITS[switches], weights, weight, *needs, None)[0]

@@ -75,16 +75,16 @@ class ReluTapFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, map_grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_relu_gradients(ctx, grad, map_grad), *(None for _ in ctx.options)
+        return _relu_gradients(ctx, grad, map_grad)
 
 
-def _relu_gradients(ctx: Any, grad: Tensor | None, map_grad: Tensor | None) -> list[Tensor | None]:
+def _relu_gradients(ctx: Any, grad: Tensor | None, map_grad: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     y, attention, norm = ctx.saved_tensors
     if map_grad is not None:
         grad = call(_relu_backward, grad, map_grad, y, attention, norm, *ctx.options)
     elif grad is not None:
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
-    return [grad if need else None for need in ctx.needs_input_grad[:2]]
+    return *(grad if need else None for need in ctx.needs_input_grad[:2]), *(None for _ in ctx.options)
 
 
 def _traced_relu_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -92,11 +92,7 @@ def _traced_relu_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, 
     ctx.options = inputs[2:]
 
 
-def _traced_relu_backward(ctx: Any, grad: Tensor | None, map_grad: Tensor | None, norm_grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    return *_relu_gradients(ctx, grad, map_grad), *(None for _ in ctx.options)
-
-
-autograd("relu_tap", _traced_relu_backward, _traced_relu_context)
+autograd("relu_tap", _relu_gradients, _traced_relu_context)
 
 
 def tap(
