@@ -1,28 +1,33 @@
 // A small matrix product, C (m x n) = A B, or D + A B, or with A2 (B - B2) added to either in the same sweep, for operands that already lie
-// well: B and C have contiguous rows, and A is read one broadcast scalar at a time, through any strides. Everything the FSP kernels
-// multiply is brought into this form (pack.inl), so one register tile serves every layout, direction and dtype.
+// well: C has contiguous rows, B has them too or is cut into panels of a tile's width, and A is read one broadcast scalar at a time,
+// through any strides. Everything the FSP kernels multiply is brought into this form (pack.inl), so one register tile serves every layout,
+// direction and dtype.
+
+// Columns of a tile, and of a panel of B.
+template <typename T>
+constexpr int64_t kPanel = 2 * kLanes<T>;
+
+// Rows of a block of A, which stays in the second-level cache while a panel of B (kGemmDepth x kPanel) stays in the first-level cache.
+constexpr int64_t kGemmRows = 96;
 
 template <typename T>
 struct Gemm {
   int64_t m, n, k;
-  const T* a;  // element (i, l) at a[i * a_row + l * a_col]
-  int64_t a_row, a_col;
-  const T* b;  // element (l, j) at b[l * b_row + j]; readable up to the next multiple of the vector length in j
-  int64_t b_row;
+  const T* a;  // element (i, l) at a[i / kGemmRows * a_block + i % kGemmRows * a_row + l * a_col]
+  int64_t a_row, a_col, a_block;
+  // element (l, j) at b[j / kPanel * b_panel + l * b_row + j % kPanel]; readable up to the next multiple of the vector length in j
+  const T* b;
+  int64_t b_row, b_panel;
   const T* a2;  // the second product of the difference form (element (i, l) at a2[i + l * a2_col]); else null
   int64_t a2_col;
   const T* b2;
-  int64_t b2_row;
+  int64_t b2_row, b2_panel;
   T* c;
   int64_t c_row;
   const T* d;  // added to the product (where it is C itself, C += A B); else null
   int64_t d_row;
   bool stream;  // C is written past the caches; its rows are aligned to vectors and n is a multiple of their length, k at most kGemmDepth
 };
-
-// Blocks: a panel of B (kGemmDepth x 2 vectors) and a block of A (kGemmRows x kGemmDepth) stay in the first-level cache and the
-// second-level cache.
-constexpr int64_t kGemmRows = 96;
 
 // Rows of the register tile: enough independent sums to hide the latency of a multiply-add, few enough for the register file. A tile one
 // vector wide needs more rows. double is not tuned: it keeps the code small.
@@ -107,8 +112,9 @@ static void gemm_column(const Gemm<T>& g, int64_t i0, int64_t i1, int64_t j, int
   int64_t i = i0;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t rows = (i1 - i) / (tiles - t), columns = g.n - j < NV * kLanes<T> ? g.n - j : NV * kLanes<T>;
-    const T *a = g.a + i * g.a_row + l * g.a_col, *b = g.b + l * g.b_row + j;
-    const T *a2 = Dual ? g.a2 + i + l * g.a2_col : nullptr, *b2 = Dual ? g.b2 + l * g.b2_row + j : nullptr;
+    const T *a = g.a + i0 / kGemmRows * g.a_block + (i - i0) * g.a_row + l * g.a_col, *b = g.b + j / kPanel<T> * g.b_panel + l * g.b_row;
+    const T* a2 = Dual ? g.a2 + i + l * g.a2_col : nullptr;
+    const T* b2 = Dual ? g.b2 + j / kPanel<T> * g.b2_panel + l * g.b2_row : nullptr;
     T* c = g.c + i * g.c_row + j;
     const int64_t d_row = l > 0 ? g.c_row : g.d_row;
     const T* d = l > 0 ? c : g.d ? g.d + i * d_row + j : nullptr;

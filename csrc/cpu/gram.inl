@@ -40,15 +40,15 @@ static ForwardScratch<A> forward_scratch_of(const GramPair& pair, Arena& arena) 
     plane = max_of(plane, max_of(plane_elements(pair.a[i]), plane_elements(pair.b[i])));
     if (!pair.planes) {
       s.a[i] = arena.take<A>(pair.depth * round_up(pair.rows, kPad));
-      s.b[i] = arena.take<A>(pair.depth * round_up(cb, kPad));
+      s.b[i] = arena.take<A>(pair.depth * round_up(cb, kPanelPad));
     }
     if (i == 0 ? pair.out == nullptr : !pair.fused) s.g[i] = arena.take<A>(pair.rows * cb);
   }
   if (pair.planes) {
     const int64_t depth = round_up(pair.depth, kPad);
-    s.a[0] = arena.take<A>(panel_elements(pair.rows, kDotRows, depth, pair.fused));
-    s.b[0] = arena.take<A>(panel_elements(cb, kDotColumns, depth, pair.fused));
-    s.row = arena.take<A>(2 * depth);
+    s.a[0] = arena.take<A>(panel_elements(pair.rows, depth, pair.fused));
+    s.b[0] = arena.take<A>(round_up(pair.rows, kDotRows) * round_up(cb, kDotColumns));
+    s.row = arena.take<A>(4 * depth);
   }
   s.plane = arena.take<A>(plane);
   if (pair.result == GramResult::kColumnNorms) s.columns = arena.take<double>(cb);
@@ -61,15 +61,31 @@ FASTKD_INLINE bool in_place(const Block& x) {
   return x.layout == Layout::kChannelsLast && x.dtype == (sizeof(A) == sizeof(double) ? DType::kDouble : DType::kFloat);
 }
 
-// Positions [begin, end) as rows of channels: where they are, or packed into `to`. `whole`: rows must be readable up to whole vectors.
+// Positions [begin, end) as rows of channels, the left factor of gemm(): where they are, or packed into `to`.
 template <typename A>
-static const A* rows_of(const Block& x, int64_t begin, int64_t end, int64_t channels, bool whole, A* to, int64_t* row) {
-  if (in_place<A>(x) && !(whole && channels % kPad != 0)) {
+static const A* rows_of(const Block& x, int64_t begin, int64_t end, int64_t channels, A* to, int64_t* row) {
+  if (in_place<A>(x)) {
     *row = x.stride_s;
     return static_cast<const A*>(x.data) + begin * x.stride_s;
   }
   *row = round_up(channels, kPad);
   pack_positions<false, A>(x, begin, end, channels, to, *row, nullptr, 0);
+  return to;
+}
+
+// The same as the right factor: where they are, if they are read up to whole vectors and by few tiles, or packed in panels: rows a
+// power of two apart would compete for the same lines of the first-level cache.
+template <typename A>
+static const A* columns_of(const Block& x, int64_t begin, int64_t end, int64_t channels, int64_t rows, A* to, int64_t* row,
+                           int64_t* panel) {
+  if (in_place<A>(x) && channels % kPad == 0 && rows <= kFewRows) {
+    *row = x.stride_s, *panel = kPanel<A>;
+    return static_cast<const A*>(x.data) + begin * x.stride_s;
+  }
+  *row = min_of(round_up(channels, kPad), kPanel<A>), *panel = (end - begin) * kPanel<A>;
+  for (int64_t c = 0, p = 0; c < channels; c += kPanel<A>, p += *panel) {
+    pack_positions<false, A>(channels_from(x, c), begin, end, min_of(kPanel<A>, channels - c), to + p, *row, nullptr, 0);
+  }
   return to;
 }
 
@@ -80,25 +96,25 @@ static void multiply(const Block* a, const Block* b, bool difference, int64_t po
                      ForwardScratch<A>& s, int chain, A* c) {
   const int64_t cb = pair.b[0].x.channels;
   if (pair.planes) {
-    return multiply_planes<A>(a + chain, b + chain, difference, positions, pair.depth, rows, cb, s.a[0], s.b[0], s.row, c);
+    return multiply_planes<A>(a + chain, b + chain, difference, positions, pair.depth, rows, cb, s.a[0], s.row, s.b[0], c);
   }
   for (int64_t k = 0; k < positions; k += pair.depth) {
     const int64_t end = min_of(k + pair.depth, positions);
     Gemm<A> g = {};
     g.m = rows, g.n = cb, g.k = end - k;
-    g.a_row = 1;
+    g.a_row = 1, g.a_block = kGemmRows;
     g.c = c, g.c_row = cb;
     g.d = k > 0 ? c : nullptr, g.d_row = cb;
     if (difference) {
-      g.a2 = rows_of<A>(a[1], k, end, rows, false, s.a[1], &g.a2_col);
+      g.a2 = rows_of<A>(a[1], k, end, rows, s.a[1], &g.a2_col);
       g.a_col = round_up(rows, kPad);
       pack_positions<true, A>(a[0], k, end, rows, s.a[0], g.a_col, g.a2, g.a2_col);
       g.a = s.a[0];
-      g.b2 = rows_of<A>(b[1], k, end, cb, true, s.b[1], &g.b2_row);
+      g.b2 = columns_of<A>(b[1], k, end, cb, rows, s.b[1], &g.b2_row, &g.b2_panel);
     } else {
-      g.a = rows_of<A>(a[chain], k, end, rows, false, s.a[0], &g.a_col);
+      g.a = rows_of<A>(a[chain], k, end, rows, s.a[0], &g.a_col);
     }
-    g.b = rows_of<A>(b[chain], k, end, cb, true, s.b[0], &g.b_row);
+    g.b = columns_of<A>(b[chain], k, end, cb, rows, s.b[0], &g.b_row, &g.b_panel);
     gemm(g);
   }
 }
@@ -115,20 +131,31 @@ static void divide(A* c, int64_t count, A positions, const A* other, A other_pos
   for (; i < count; ++i) c[i] = c[i] / positions - (other ? other[i] / other_positions : A(0));
 }
 
+// The sum of the squares of c / positions, less other / other_positions if there is one; c becomes slope times that.
 template <typename A>
-static double sum_of_squares(const A* x, int64_t count) {
-  VecD total[4] = {};
-  constexpr int64_t W = kLanes<double>;
+static double squares(A* c, int64_t count, A positions, const A* other, A other_positions, A slope) {
+  constexpr int64_t W = kLanes<A>, D = kLanes<double>;
+  VecD total[W / D] = {};
   int64_t i = 0;
-  for (; i + 4 * W <= count; i += 4 * W) {
-    for (int64_t v = 0; v < 4; ++v) {
-      const VecD d = load<A, double>(x + i + v * W);
+  for (; i + W <= count; i += W) {
+    Vec<A> x = load<A, A>(c + i) / positions;
+    if (other) x -= load<A, A>(other + i) / other_positions;
+    store<A, A>(c + i, x);
+#pragma GCC unroll 2
+    for (int64_t v = 0; v < W / D; ++v) {
+      const VecD d = load<A, double>(c + i + v * D);
       total[v] += d * d;
     }
+    store<A, A>(c + i, x * slope);
   }
   double rest = 0;
-  for (; i < count; ++i) rest += static_cast<double>(x[i]) * static_cast<double>(x[i]);
-  return sum((total[0] + total[1]) + (total[2] + total[3])) + rest;
+  for (; i < count; ++i) {
+    const A x = c[i] / positions - (other ? other[i] / other_positions : A(0));
+    rest += static_cast<double>(x) * static_cast<double>(x);
+    c[i] = x * slope;
+  }
+  for (int64_t v = 0; v < W / D; ++v) rest += sum(total[v]);
+  return rest;
 }
 
 // x = slope * x.
@@ -172,13 +199,12 @@ static double forward_unit(const GramPair& pair, int64_t n, int64_t i, void* scr
   const A* other = pair.chains == 2 && !pair.fused ? s.g[1] : nullptr;
   multiply<A>(a, b, pair.fused, pair.positions[0], pair, rows, s, 0, c);
   if (other) multiply<A>(a, b, false, pair.positions[1], pair, rows, s, 1, s.g[1]);
-  divide<A>(c, rows * cb, static_cast<A>(pair.positions[0]), other, static_cast<A>(pair.positions[1]));
-  if (pair.result == GramResult::kMatrix) return 0;
+  const A positions = static_cast<A>(pair.positions[0]), other_positions = static_cast<A>(pair.positions[1]);
   const A slope = static_cast<A>(pair.slope);
-  if (pair.result == GramResult::kColumnNorms) return column_norms<A>(c, rows, cb, slope, pair.out != nullptr, s.columns);
-  const double total = sum_of_squares<A>(c, rows * cb);
-  if (pair.out) scale<A>(c, rows * cb, slope);
-  return total;
+  if (pair.result == GramResult::kSquares) return squares<A>(c, rows * cb, positions, other, other_positions, slope);
+  divide<A>(c, rows * cb, positions, other, other_positions);
+  if (pair.result == GramResult::kMatrix) return 0;
+  return column_norms<A>(c, rows, cb, slope, pair.out != nullptr, s.columns);
 }
 
 template <typename A>

@@ -10,19 +10,19 @@ struct BackwardScratch {
 template <typename A>
 static BackwardScratch<A> backward_scratch_of(const GramStage& stage, Arena& arena) {
   BackwardScratch<A> s = {};
-  const int64_t padded = round_up(stage.channels, kPad);
+  const int64_t padded = round_up(stage.channels, kPanelPad);
   int64_t pooled = 0, plane = 0, other = 0, rows = 0, m = 0;
   for (int32_t t = 0; t < stage.terms; ++t) {
     const GramTerm& term = stage.term[t];
-    const int64_t co = term.other.x.channels, depth = round_up(term.depth, kPad);
+    const int64_t co = term.other.x.channels, depth = round_up(term.depth, kPanelPad);
     if (term.own.active) {
       pooled = max_of(pooled, padded * term.positions);
       plane = max_of(plane, term.own.in_positions);
     }
     other = max_of(other, pooled_elements(term.other, co));
     plane = max_of(plane, plane_elements(term.other));
-    rows = max_of(rows, stage.channels_last ? term.depth * round_up(co, kPad) : co * depth);
-    m = max_of(m, co * padded);
+    rows = max_of(rows, stage.channels_last ? depth * round_up(co, kPad) : co * depth);
+    m = max_of(m, co * (padded + kGemmRows));
   }
   if (!stage.direct || (stage.stream && stage.terms > 1)) s.grad = arena.take<A>(padded * (stage.x.positions + kPad));
   s.pooled = arena.take<A>(pooled);
@@ -38,14 +38,18 @@ static BackwardScratch<A> backward_scratch_of(const GramStage& stage, Arena& are
 template <typename A>
 static void multiply_term(const GramTerm& term, bool channels_last, int64_t n, int64_t c, int64_t channels, BackwardScratch<A>& s, A* to,
                           int64_t to_row, const A* sum, int64_t sum_row, bool stream) {
-  const int64_t co = term.other.x.channels, padded = round_up(channels, kPad);
-  const int64_t at = n * term.m_n + c * term.m_c;
-  if (sizeof(A) == sizeof(float) || term.m_dtype == DType::kFloat) {
-    pack_rows<false, float, A>(static_cast<const float*>(term.m) + at, term.m_o, term.m_c, co, channels, s.m, padded, nullptr, 0);
-  } else {
-    pack_rows<false, A, A>(static_cast<const A*>(term.m) + at, term.m_o, term.m_c, co, channels, s.m, padded, nullptr, 0);
+  const int64_t co = term.other.x.channels, width = channels_last ? kPanel<A> : kGemmRows;
+  const int64_t row = min_of(round_up(channels, kPad), width), panel = co * row;
+  int64_t used = 0;
+  for (int64_t i = 0; i < channels; i += width, used += panel) {
+    const int64_t at = n * term.m_n + (c + i) * term.m_c, count = min_of(width, channels - i);
+    if (sizeof(A) == sizeof(float) || term.m_dtype == DType::kFloat) {
+      pack_rows<false, float, A>(static_cast<const float*>(term.m) + at, term.m_o, term.m_c, co, count, s.m + used, row, nullptr, 0);
+    } else {
+      pack_rows<false, A, A>(static_cast<const A*>(term.m) + at, term.m_o, term.m_c, co, count, s.m + used, row, nullptr, 0);
+    }
   }
-  scale<A>(s.m, co * padded, static_cast<A>(term.scale));
+  scale<A>(s.m, used, static_cast<A>(term.scale));
   const Block other = operand_block<A>(term.other, n, 0, co, s.plane, s.other);
   const bool same_type = other.dtype == (sizeof(A) == sizeof(double) ? DType::kDouble : DType::kFloat);
   for (int64_t k = 0; k < term.positions; k += term.depth) {
@@ -57,24 +61,24 @@ static void multiply_term(const GramTerm& term, bool channels_last, int64_t n, i
     g.stream = stream;
     if (channels_last) {
       g.m = count, g.n = channels;
-      g.a = rows_of<A>(other, k, k + count, co, false, s.rows, &g.a_row);
-      g.a_col = 1;
-      g.b = s.m, g.b_row = padded;
+      g.a = rows_of<A>(other, k, k + count, co, s.rows, &g.a_row);
+      g.a_col = 1, g.a_block = kGemmRows * g.a_row;
+      g.b = s.m, g.b_row = row, g.b_panel = panel;
       g.c = to + k * to_row;
       if (sum) g.d = sum + k * sum_row;
     } else {
       g.m = channels, g.n = count;
       g.a = s.m;
-      g.a_row = 1, g.a_col = padded;
+      g.a_row = 1, g.a_col = row, g.a_block = panel;
       g.c = to + k;
       if (sum) g.d = sum + k;
-      if (same_type && other.layout == Layout::kPlanes && count % kPad == 0) {
+      if (same_type && other.layout == Layout::kPlanes && count % kPad == 0 && channels <= kFewRows) {
         g.b = static_cast<const A*>(other.data) + k;
-        g.b_row = other.stride_c;
+        g.b_row = other.stride_c, g.b_panel = kPanel<A>;
       } else {
-        g.b_row = round_up(count, kPad);
-        pack_channels<A>(other, k, k + count, co, s.rows, g.b_row);
+        pack_channels<A>(other, k, k + count, co, s.rows);
         g.b = s.rows;
+        g.b_row = kPanel<A>, g.b_panel = co * kPanel<A>;
       }
     }
     gemm(g);

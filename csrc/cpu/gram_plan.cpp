@@ -25,8 +25,9 @@ bool is_planes(const GramOperand& operand) {
   return operand.x.layout != Layout::kChannelsLast || (operand.pool.active && operand.pool.max);
 }
 
-// Fewer positions than these do not pay for adding up the lanes of a vector for every element of G.
-constexpr int64_t kPlanePositions = 64;
+// Fewer positions than these do not pay for adding up the lanes of a vector for every element of G; a G of more elements than those pays
+// for transposing the maps.
+constexpr int64_t kPlanePositions = 64, kPlaneProducts = 2048;
 
 // Whether the gradient is written past the caches: it is too large to stay there, and gemm() can (see Gemm::stream).
 bool streams(const GramStage& stage) {
@@ -63,17 +64,17 @@ GramPair plan_pair(const Feature* student, const Feature* teacher, bool max, Gra
   pair.rows = result == GramResult::kColumnNorms ? ca : block_of(ca, std::max<int64_t>(64, 65536 / cb), 16);
   pair.row_blocks = (ca + pair.rows - 1) / pair.rows;
   const int64_t positions = std::max(pair.positions[0], pair.positions[1]);
-  pair.planes = positions >= kPlanePositions;
+  pair.planes = positions >= kPlanePositions && ca * cb <= kPlaneProducts;
   for (int chain = 0; chain < pair.chains; ++chain) pair.planes = pair.planes && is_planes(pair.a[chain]) && is_planes(pair.b[chain]);
   if (pair.planes) {
-    // Long rows are read fast; the panels may lie in the second-level cache.
-    pair.depth = block_of(positions, std::max<int64_t>(64, 8192 / (pair.rows + cb)), 16);
+    // The panels (of two maps in the difference form) take 32 KiB: the first-level cache, mostly.
+    pair.depth = block_of(positions, std::max<int64_t>(64, 4096 / pair.rows), 16);
     return pair;
   }
   // The packed positions of all operands stay in the first-level cache (32 KiB) if that leaves enough of them for a product to be
-  // efficient.
+  // efficient; else one panel of the right operand does (gemm.inl).
   const int64_t width = pair.chains * (pair.rows + cb);
-  pair.depth = block_of(positions, std::min<int64_t>(512, std::max<int64_t>(64, 8192 / width)), 16);
+  pair.depth = block_of(positions, std::min<int64_t>(512, std::max<int64_t>(128, 8192 / width)), 16);
   return pair;
 }
 

@@ -1,7 +1,11 @@
 // Brings blocks of feature maps into the form that gemm.inl multiplies: the accumulation type A, contiguous rows, padded with zeros to
 // whole vectors. Also the fast average pooling of such blocks. Needs vec.inl and pool.inl.
 
-constexpr int64_t kPad = 16;  // elements; a multiple of every vector length
+constexpr int64_t kPad = 16;       // elements; a multiple of every vector length
+constexpr int64_t kPanelPad = 32;  // a multiple of every panel of gemm.inl
+
+// A right factor that no more rows of tiles than two read is not worth packing.
+constexpr int64_t kFewRows = 24;
 
 // Some channels of one sample: element (c, s) of dtype `dtype` at data[c * stride_c + s * stride_s]; positions of kGeneric blocks are
 // walked by size and stride.
@@ -18,6 +22,13 @@ static Block sample_block(const Feature& x, int64_t n, int64_t c) {
   const int64_t offset = (n * x.stride_n + c * x.stride_c) * kBytes[static_cast<int>(x.dtype)];
   return {static_cast<const char*>(x.data) + offset, x.dtype, x.layout, x.stride_c, x.stride_s, {x.size[0], x.size[1], x.size[2]},
           {x.stride[0], x.stride[1], x.stride[2]}};
+}
+
+// The block without its first c channels.
+static Block channels_from(Block x, int64_t c) {
+  static constexpr int64_t kBytes[] = {2, 2, 4, 8};
+  x.data = static_cast<const char*>(x.data) + c * x.stride_c * kBytes[static_cast<int>(x.dtype)];
+  return x;
 }
 
 // to[j][i] = from[i][j] for a square of one vector's lanes, less minus (rows of minus_row) if Minus.
@@ -163,18 +174,34 @@ static void pack_positions(const Block& x, int64_t begin, int64_t end, int64_t c
   });
 }
 
-// The same with channels as rows (to[c][s]).
+// The same with channels as rows, in panels of kPanel<A> positions: to[s / kPanel][c][s % kPanel].
 template <typename A>
-static void pack_channels(const Block& x, int64_t begin, int64_t end, int64_t channels, A* to, int64_t to_row) {
+static void pack_channels(const Block& x, int64_t begin, int64_t end, int64_t channels, A* to) {
+  constexpr int64_t P = kPanel<A>;
+  const int64_t panel = channels * P, count = end - begin, whole = count / P * P;
   with_type<A>(x.dtype, [&](auto t) {
     using T = decltype(t);
     const T* from = static_cast<const T*>(x.data);
-    if (x.layout != Layout::kGeneric) {
-      return pack_rows<false, T, A>(from + begin * x.stride_s, x.stride_c, x.stride_s, channels, end - begin, to, to_row, nullptr, 0);
+    if (x.layout == Layout::kChannelsLast) {
+      for (int64_t s = 0; s < count; s += P) {
+        pack_rows<false, T, A>(from + (begin + s) * x.stride_s, x.stride_c, x.stride_s, channels, min_of(P, count - s), to + s / P * panel,
+                               P, nullptr, 0);
+      }
+      return;
     }
-    for (int64_t c = 0; c < channels; ++c) {
-      for_offsets(x, begin, end, [&](int64_t s, int64_t at) { to[c * to_row + s] = to_acc<T, A>(from[c * x.stride_c + at]); });
-      for (int64_t s = end - begin; s < to_row; ++s) to[c * to_row + s] = 0;
+    for (int64_t c = 0; c < channels; ++c, from += x.stride_c, to += P) {
+      A* last = to + whole / P * panel;
+      if (x.layout == Layout::kPlanes) {
+        A* row = to;
+        for (int64_t s = 0; s < whole; s += P, row += panel) {
+          store<A, A>(row, load<T, A>(from + begin + s));
+          store<A, A>(row + kLanes<A>, load<T, A>(from + begin + s + kLanes<A>));
+        }
+        convert_in<T, A>(from + begin + whole, count - whole, last);
+      } else {
+        for_offsets(x, begin, end, [&](int64_t s, int64_t at) { to[s / P * panel + s % P] = to_acc<T, A>(from[at]); });
+      }
+      for (int64_t s = count - whole; whole < count && s < P; ++s) last[s] = 0;
     }
   });
 }
