@@ -276,3 +276,13 @@ def test_two_processes_under_ddp_agree_with_one():
         out, _ = process.communicate(timeout=120)
         assert process.returncode == 0, out
         assert "agrees" in out
+
+
+@pytest.mark.parametrize("loss", ["attention_transfer_loss", "fsp_loss"])
+def test_forward_mode_differentiation_is_refused_and_not_silently_zero(loss):
+    """A call in which nothing needs a gradient goes straight to the kernel, which would drop the tangents."""
+    student, teacher = chains()
+    with torch.autograd.forward_ad.dual_level(), fastkd.use_backend("cpp"):
+        student = [torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)) for x in student]
+        with pytest.raises(RuntimeError, match="forward mode AD|jvp"):
+            getattr(fastkd, loss)(student, teacher)

@@ -174,9 +174,18 @@ class Rows:
         return forward if case.direction == FORWARD else both
 
     def _relu(self, case: Case) -> Callable[[], Any]:
-        """Of the student's features: what any operation of PyTorch costs, to be taken off a call of ours."""
-        students = [x.detach() for x in self.students]
-        return lambda: [torch.relu(x) for x in students]
+        """Of the student's features, and its backward pass: what any operation of PyTorch costs, to be taken off a call of ours."""
+        if case.direction == FORWARD:
+            students = [x.detach() for x in self.students]
+            return lambda: [torch.relu(x) for x in students]
+        ones = [torch.ones_like(x) for x in self.students]
+
+        def both() -> None:
+            for x in self.students:
+                x.grad = None
+            torch.autograd.backward([torch.relu(x) for x in self.students], ones)
+
+        return both
 
 
 def figures(case: Case, rows: dict[str, Row], name: str) -> dict[str, Any]:

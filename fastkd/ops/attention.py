@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastkd import backends, checks, reference
-from fastkd.ops.registry import accumulator, autograd, call, define, differentiable_once, one_device, smaller
+from fastkd.ops.registry import accumulator, autograd, call, call_kernel, define, differentiable_once, one_device, recorded, smaller
 from fastkd.ops.upstream import Upstream, take_prepared
 
 _MAP = "float p, str channel_reduce, bool signed, bool normalize, float eps, str eps_mode"
@@ -284,6 +284,8 @@ def attention_transfer_loss(
         try:
             options = (p, eps, _BITS[switches], weights, weight)
             students, teachers = checks.stages("student", student), checks.stages("teacher", teacher)
+            if not recorded(students) and not recorded(teachers):
+                return call_kernel(_loss, students, teachers, *options, False, False, None)[0]
             return AttentionTransferFunction.apply(len(students), options, *students, *teachers)
         except Exception as error:
             failure = error

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("fastkd", "DEF")
 
@@ -36,11 +37,22 @@ def differentiable_once(name: str, public: str) -> None:
 
 def call(operator: Callable[..., Any], *args: Any) -> Any:
     """Run an operator inside an ``autograd.Function``: straight to its kernel, unless a graph of the backward pass is wanted."""
-    if torch.is_grad_enabled():
-        return operator(*args)
-    # Python's autograd rule above would be entered only to find that there is nothing to record
+    return operator(*args) if torch.is_grad_enabled() else call_kernel(operator, *args)
+
+
+def call_kernel(operator: Callable[..., Any], *args: Any) -> Any:
+    """Run an operator for which autograd has nothing to record, past its rule, which would be entered only to find that out."""
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*args)
+
+
+def recorded(tensors: Sequence[Tensor]) -> bool:
+    """Whether autograd has anything to do with a call over these tensors. If not, an ``autograd.Function`` would cost 3 µs for nothing."""
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x.requires_grad:
+                return True
+    return forward_ad._current_level >= 0  # forward mode: the Function refuses it, the operator would drop the tangents
 
 
 def accumulator(tensors: Sequence[Tensor]) -> torch.dtype:
