@@ -54,7 +54,8 @@ def shown(result: dict[str, Any]) -> list[dict[str, Any]]:
     """The records of the short table and the plot: float32, NCHW, forward and backward, all threads."""
     most = max((record["threads"] for record in result["groups"]), default=0)
     wanted = {"dtype": "float32", "layout": "nchw", "direction": "forward+backward", "upstream": 1, "threads": most, "clock": "wall"}
-    return [r for r in result["groups"] if all(r.get(key) == value for key, value in wanted.items()) and r["shape"] != "tiny-2"]
+    records = [r for r in result["groups"] if all(r.get(key) == value for key, value in wanted.items()) and r["shape"] != "tiny-2"]
+    return [r for r in records if r.get("device", "cpu") == "cpu"]
 
 
 def short(result: dict[str, Any]) -> list[str]:

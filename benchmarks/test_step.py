@@ -5,14 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from speed.plugin import session_of
-from speed.session import REPLAY, Session
+from speed.session import REPLAY, Group, Session
 from speed.step import TOLERANCE, StepGroup
+from speed.step50 import GPUStepGroup
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     session = session_of(metafunc.config)
-    metafunc.parametrize("row", session.add([StepGroup(precision, session.full) for precision in TOLERANCE]))
+    groups: list[Group] = [StepGroup(precision, session.full) for precision in TOLERANCE]
+    if torch.cuda.is_available() or not session.full:
+        groups.append(GPUStepGroup("cuda" if torch.cuda.is_available() else "cpu", session.full))
+    metafunc.parametrize("row", session.add(groups))
 
 
 @pytest.mark.benchmark(timer=REPLAY)

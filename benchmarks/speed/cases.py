@@ -23,6 +23,8 @@ SHAPES = {
     "resnet20-128": Shape(128, ((16, 32), (32, 16), (64, 8)), (16, 32)),
     "wrn40_2-128": Shape(128, ((32, 32), (64, 16), (128, 8)), (16, 32)),
     "resnet32x4-64": Shape(64, ((64, 32), (128, 16), (256, 8)), (32, 32)),
+    "resnet32x4-128": Shape(128, ((64, 32), (128, 16), (256, 8)), (32, 32)),  # as on a GPU
+    "resnet50-64": Shape(64, ((256, 56), (512, 28), (1024, 14), (2048, 7))),
     "resnet50-8": Shape(8, ((256, 56), (512, 28), (1024, 14), (2048, 7))),
     "tiny-2": Shape(2, ((8, 4),) * 3),  # the cost of a call, with no arithmetic to speak of
     "small": Shape(3, ((4, 6), (6, 3), (5, 3)), (4, 6)),  # an ordinary pytest run, which measures nothing

@@ -1,4 +1,4 @@
-"""The goals for the CPU kernels, and how far a run is from them: float32, forward and backward, all threads, wall time."""
+"""The goals for the kernels, and how far a run is from them. On a CPU, unless said otherwise: float32, all threads, wall time."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 BACKEND = "cpp"
 CIFAR = ("resnet20-64", "resnet20-128", "wrn40_2-128", "resnet32x4-64")
+GPU_CHAINS, GPU_LARGE = ("resnet20-128", "wrn40_2-128", "resnet32x4-128"), ("resnet50-64",)
 
 Record = dict[str, Any]
 
@@ -34,8 +35,8 @@ def _ratio(above: str, below: str) -> Callable[[Record], float | None]:
     return value
 
 
-def _fact(name: str) -> Callable[[Record], float | None]:
-    return lambda record: record["rows"].get(BACKEND, {}).get(name)
+def _fact(name: str, row: str = BACKEND) -> Callable[[Record], float | None]:
+    return lambda record: record["rows"].get(row, {}).get(name)
 
 
 def _memory(record: Record) -> float | None:
@@ -59,7 +60,8 @@ class Goal:
     where: dict[str, tuple[Any, ...]]
     against: dict[str, Any] | None = None  # the other record of a pair differs in these; the value is the ratio of the backend's times
     unit: str = ""
-    one_thread: bool = False  # the cost of a call, which process time shows best
+    clock: str = "wall"  # "process": the cost of a call on one thread; on a GPU "cold" too (gpu.py)
+    device: str = "cpu"
 
 
 PLAIN: dict[str, tuple[Any, ...]] = {"dtype": ("float32",), "layout": ("nchw",), "direction": ("forward+backward",), "upstream": (1,)}
@@ -103,11 +105,35 @@ def _goals() -> Iterator[Goal]:
         yield Goal(f"{name}: extra memory", 4, False, _memory, where, unit=unit)
     tiny = _losses("attention", "tiny-2")
     forward = {**tiny, "direction": ("forward",)}
-    yield Goal("AT, tiny, forward, 1 thread: above torch.relu", 15, False, _above_relu, forward, unit="µs", one_thread=True)
-    yield Goal("AT, tiny, forward and backward, 1 thread: above torch.relu", 45, False, _above_relu, tiny, unit="µs", one_thread=True)
+    yield Goal("AT, tiny, forward, 1 thread: above torch.relu", 15, False, _above_relu, forward, unit="µs", clock="process")
+    yield Goal("AT, tiny, forward and backward, 1 thread: above torch.relu", 45, False, _above_relu, tiny, unit="µs", clock="process")
 
 
-GOALS = tuple(_goals())
+def _gpu_goals(backend: str, at: tuple[float, float], fsp: tuple[float, float]) -> Iterator[Goal]:
+    """``at`` and ``fsp``: how many times eager and torch.compile are to be beaten over the CIFAR chains, as a user's clock shows."""
+    eager, compiled = _ratio("eager", backend), _ratio("torch.compile", backend)
+    half = {"dtype": ("float32", "bfloat16")}
+    chains = [("AT", _losses("attention", *GPU_CHAINS), at), ("FSP", _losses("gram", *GPU_CHAINS), fsp)]
+    for name, where, bounds in chains:
+        for against, value, bound in zip(("eager", "torch.compile"), (eager, compiled), bounds):
+            yield Goal(f"GPU, {name}, CIFAR chains: {against} ÷ {backend}", bound, True, value, where, device="cuda")
+    large_at = {**_losses("attention", *GPU_LARGE), **half}
+    tf32 = {**_losses("gram", *GPU_LARGE), "matmul": ("tf32",)}
+    large_fsp = {**_losses("gram", *GPU_LARGE), "dtype": ("bfloat16",)}
+    for name, where, slow, fast, share in (
+        ("AT, ResNet-50 stages, cold", large_at, 3, 1.2, 0.85), ("FSP, ResNet-50 stages, tf32, cold", tf32, 1.5, 1.2, 0.6),
+        ("FSP, ResNet-50 stages, bfloat16, cold", large_fsp, 1.5, 1.2, 0.6),
+    ):  # fmt: skip
+        yield Goal(f"GPU, {name}: eager ÷ {backend}", slow, True, eager, where, clock="cold", device="cuda")
+        yield Goal(f"GPU, {name}: torch.compile ÷ {backend}", fast, True, compiled, where, clock="cold", device="cuda")
+        bandwidth = _fact("of_streaming_bandwidth", backend)
+        yield Goal(f"GPU, {name}: {backend}'s share of the streaming bandwidth", share, True, bandwidth, where, clock="cold", device="cuda")
+    step = {"step": ("AT, ResNet-50, batch 64, channels_last",)}
+    over = _fact("over without AT", f"relu_tap, {backend}")
+    yield Goal(f"GPU, ResNet-50 step by the ReLU tap of {backend} ÷ without AT", 1.03, False, over, step, device="cuda")
+
+
+GOALS = (*_goals(), *_gpu_goals("triton", (5, 1.7), (5, 2)), *_gpu_goals("cuda", (8, 2.5), (7, 2.5)))
 
 
 @dataclass
@@ -135,27 +161,25 @@ class Verdict:
 
 def verdicts(result: dict[str, Any]) -> list[Verdict]:
     """The goals that the result has figures for."""
-    most = max((record["threads"] for record in result["groups"]), default=0)
-    losses = [record for record in result["groups"] if "operation" in record]
-    modes = {
-        False: [r for r in losses if r["threads"] == most and r["clock"] == "wall"],
-        True: [r for r in losses if r["clock"] == "process"],
-    }
+    groups = [{"device": "cpu", **record} for record in result["groups"]]
+    most = max((record["threads"] for record in groups), default=0)
     out = []
     for goal in GOALS:
         values = {}
-        records = modes[goal.one_thread]
-        for record in (r for r in records if all(r[key] in wanted for key, wanted in goal.where.items())):
+        records = [r for r in groups if r["device"] == goal.device and r["clock"] == goal.clock]
+        records = [r for r in records if r["clock"] != "wall" or r["device"] != "cpu" or r["threads"] == most]
+        for record in (r for r in records if all(r.get(key) in wanted for key, wanted in goal.where.items())):
             if goal.against is None:
                 value = goal.value(record)
             else:
                 keys = ("operation", "shape", "dtype", "layout", "direction", "upstream")
                 twin = {key: record[key] for key in keys} | goal.against
-                others = [r for r in records if all(r[key] == twin[key] for key in keys)]
+                others = [r for r in records if all(r.get(key) == twin[key] for key in keys)]
                 mine, theirs = _time(record, BACKEND), _time(others[0], BACKEND) if others else None
                 value = mine / theirs if mine and theirs else None
             if value is not None:
-                name = record["shape"] + "".join(f" {record[key]}" for key in ("dtype", "layout") if len(goal.where[key]) > 1)
+                varied = [key for key in ("dtype", "layout") if len(goal.where.get(key, ())) > 1]
+                name = " ".join([record["shape" if "shape" in record else "step"], *(record[key] for key in varied)])
                 values[name] = value
         if values:
             out.append(Verdict(goal, values))
@@ -168,7 +192,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     if not found:
         return []
     width = max(len(v.goal.title) for v in found)
-    out = [f"{'goals: geometric means, all threads, wall time':<{width}}  {'mean':>6}  {'from … to':>15}  goal"]
+    out = [f"{'goals: geometric means over the shapes':<{width}}  {'mean':>6}  {'from … to':>15}  goal"]
     for v in found:
         spread = f"{min(v.values.values()):.2f} … {max(v.values.values()):.2f}"
         bound = f"{'≥' if v.goal.at_least else '≤'} {v.goal.bound:g} {v.goal.unit}".rstrip()

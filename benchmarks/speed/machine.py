@@ -30,7 +30,7 @@ def _cpuinfo() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in lines}
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -83,7 +83,7 @@ def facts(command: list[str]) -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "fastkd": fastkd.__version__,
-            "pytest-benchmark": _version("pytest-benchmark"),
+            "pytest-benchmark": version("pytest-benchmark"),
         },
         "cpu_path": native.cpu_path() if native.CPU.available else None,
         "threads": torch.get_num_threads(),

@@ -34,14 +34,14 @@ EXACT: dict[str, Callable[..., Tensor]] = {"attention": reference.attention_tran
 
 
 @functools.cache
-def available_backends() -> list[str]:
-    """The compiled backends that serve tensors on the CPU, where this instrument measures."""
+def available_backends(device: str = "cpu", full: bool = True) -> list[str]:
+    """The compiled backends that serve tensors on the device; ``full``: such as are worth measuring, which an interpreter is not."""
     names = []
-    for name, (available, _) in backends.availability().items():
-        if available and name != "reference":
+    for name, (available, reason) in backends.availability().items():
+        if available and name != "reference" and not (full and "interpreted" in reason):
             try:
                 with fastkd.use_backend(name):
-                    fastkd.attention_map(torch.ones(1, 1, 2, 2))
+                    fastkd.attention_map(torch.ones(1, 1, 2, 2, device=device))
             except fastkd.BackendError:
                 continue
             names.append(name)
@@ -217,6 +217,8 @@ def figures(case: Case, rows: dict[str, Row], name: str) -> dict[str, Any]:
 
 class LossGroup:
     """A case as the session sees a group: rows by name, their checks, and what the figures say."""
+
+    labels: tuple[str, ...] = ("all threads", "1 thread")
 
     def __init__(self, case: Case, full: bool):
         self.case, self.full, self.id = case, full, case.id

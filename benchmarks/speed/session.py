@@ -15,11 +15,12 @@ import torch
 
 from speed import goals, machine, table
 from speed.measure import Row, interleave, threads
+from speed.rows import STOCK
 from speed.stock import Stock, raise_malloc_thresholds
 
 SECONDS = 0.8  # of rounds a group and thread count; slow rows take their fewest rounds, however long those are
-ALL, ONE = "all threads", "1 thread"
-CLOCK = {ALL: "wall", ONE: "process"}
+ALL, ONE, DEVICE = "all threads", "1 thread", "device"
+CLOCK = {ALL: "wall", ONE: "process", DEVICE: "wall"}
 FORMAT = 1
 RESULTS = machine.ROOT / "benchmarks" / "results"
 
@@ -29,6 +30,7 @@ class Group(Protocol):
 
     id: str
     shared: Any  # groups of equal `shared` in a row are built once
+    labels: tuple[str, ...]  # how often it is measured: by ALL and ONE on a CPU, once for a GPU, whose groups have their own clock each
 
     def names(self, one_thread: bool) -> list[str]: ...
     def build(self, stock: Stock) -> Any: ...
@@ -76,15 +78,19 @@ class Session:
         self.records: list[dict[str, Any]] = []
         self.stock = Stock()
         self.begun = time.perf_counter()
-        self._thread_counts = {ALL: torch.get_num_threads(), ONE: 1}
+        self._thread_counts = {ALL: torch.get_num_threads(), ONE: 1, DEVICE: torch.get_num_threads()}
         self._built: tuple[Any, Any] = (None, None)
         self._measured: tuple[Any, dict[str, Row], dict[str, Any]] = (None, {}, {})
         self._checked: dict[tuple[str, str], dict[str, Any]] = {}
 
     def add(self, groups: list[Group]) -> list[str]:
         """The ids of the groups' tests."""
-        labels = (ALL, ONE) if self.full else (ONE,)
-        entries = [Entry(group, label, name) for group in groups for label in labels for name in group.names(label == ONE)]
+        entries = [
+            Entry(group, label, name)
+            for group in groups
+            for label in (group.labels if self.full else group.labels[-1:])
+            for name in group.names(label == ONE)
+        ]
         self.entries |= {entry.id: entry for entry in entries}
         return [entry.id for entry in entries]
 
@@ -131,7 +137,7 @@ class Session:
                 self._check(entry.group, built, row)
             prepared = time.perf_counter()
             interleave([row for row in rows.values() if not row.failed], clock, SECONDS)
-        record = {**entry.group.describe(), "threads": count, "clock": clock, "rows": {}}
+        record = {"device": "cpu", "threads": count, "clock": clock, **entry.group.describe(), "rows": {}}
         for name, row in rows.items():
             record["rows"][name] = {"failed": row.failed} if row.failed else self._summary(entry.group, rows, row)
         self.records.append(record)
@@ -149,7 +155,7 @@ class Session:
 
     def _summary(self, group: Group, rows: dict[str, Row], row: Row) -> dict[str, Any]:
         q1, _, q3 = quantiles(row.seconds, n=4, method="inclusive")
-        malloc = "stock" if row.turn or not self.tuned else "thresholds raised"
+        malloc = "stock" if row.name == STOCK or not self.tuned else "thresholds raised"
         return {**group.figures(rows, row.name), "quartiles": [1e3 * q1, 1e3 * q3], "rounds": len(row.seconds), "malloc": malloc}
 
     def result(self, command: list[str]) -> dict[str, Any]:

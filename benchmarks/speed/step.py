@@ -116,6 +116,8 @@ class Step:
 class StepGroup:
     """A step as the session sees a group."""
 
+    labels: tuple[str, ...] = ("all threads", "1 thread")
+
     def __init__(self, precision: str, full: bool):
         self.precision, self.full = precision, full
         self.variants = {variant.name: variant for variant in variants()}

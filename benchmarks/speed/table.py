@@ -14,7 +14,7 @@ TIMES = (
 )
 # RepDistiller's form gets a line of its own, where these stand in the columns of the same name
 BROADCAST = {"eager": "eager, broadcast", "torch.compile": "torch.compile, broadcast"}
-YARDSTICKS = ("torch.mm 1024", "torch.bmm of the products", "torch.relu")
+YARDSTICKS = ("torch.mm 1024", "torch.mm 4096", "torch.bmm of the products", "torch.relu")
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -61,7 +61,9 @@ def _cells(record: dict[str, Any], rows: dict[str, dict[str, Any]], ours: list[s
     passes = "fwd" if record["direction"] == "forward" else "fwd+bwd" + ("" if record["upstream"] == 1 else f" ×{record['upstream']}")
     loss = {"attention": "AT", "gram": "FSP", "gram_broadcast": "FSP broadcast"}.get(record["operation"], record["operation"])
     layout = "cl" if record["layout"] == "channels_last" else record["layout"]
-    cells = [loss, record["shape"], DTYPES.get(record["dtype"], record["dtype"]), layout, passes, str(record["threads"])]
+    dtype = DTYPES.get(record["dtype"], record["dtype"]) + (" tf32" if record.get("matmul") == "tf32" else "")
+    on_cpu = record.get("device", "cpu") == "cpu"
+    cells = [loss, record["shape"], dtype, layout, passes, str(record["threads"]) if on_cpu else f"GPU, {record['clock']}"]
     names = [name for name, _ in TIMES] + ours
     cells += ["WRONG" if rows.get(name, {}).get("failed") else figure(times.get(name)) for name in names]
     for name, _ in TIMES[1:]:

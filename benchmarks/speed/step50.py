@@ -1,0 +1,152 @@
+"""A training step of ResNet-50 on a GPU with attention transfer at its four stages: what AT adds to a step, as a loss and by the ReLU tap.
+
+The teacher's features are given: its forward pass is the same with every form, and is not counted.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastkd
+from speed.cases import SEED
+from speed.gpu import timed
+from speed.measure import Row
+from speed.rows import available_backends
+from speed.stock import Stock
+
+WEIGHT = 1000.0
+NONE, LOSS, TAP = "without AT", "loss", "relu_tap"
+STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))  # (width, blocks)
+
+
+def _conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False), nn.BatchNorm2d(outputs))
+
+
+class Bottleneck(nn.Module):
+    """He et al.'s block with four times as many channels out as within, the stride in its 3x3 convolution."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.a, self.b, self.c = _conv(inputs, width, 1), _conv(width, width, 3, stride), _conv(width, 4 * width, 1)
+        self.shortcut = _conv(inputs, 4 * width, 1, stride) if stride != 1 or inputs != 4 * width else nn.Identity()
+
+    def forward(self, x: Tensor, tap: bool = False) -> tuple[Tensor, Tensor | None]:
+        y = self.c(F.relu(self.b(F.relu(self.a(x), inplace=True)), inplace=True))
+        if tap:
+            return fastkd.relu_tap(y, self.shortcut(x))
+        return F.relu(y + self.shortcut(x), inplace=True), None
+
+
+class ResNet50(nn.Module):
+    """`depth` blocks a stage at most, for rehearsals."""
+
+    def __init__(self, depth: int = 6) -> None:
+        super().__init__()
+        self.stem, inputs = _conv(3, 64, 7, 2), 64
+        stages = nn.ModuleList()
+        for i, (width, blocks) in enumerate(STAGES):
+            stage = nn.ModuleList()
+            for block in range(min(blocks, depth)):
+                stage.append(Bottleneck(inputs, width, 2 if i > 0 and block == 0 else 1))
+                inputs = 4 * width
+            stages.append(stage)
+        self.stages: Iterable[Any] = stages
+        self.head = nn.Linear(inputs, 1000)
+
+    def forward(self, x: Tensor, tap: bool) -> tuple[Tensor, list[Tensor]]:
+        """Logits, and of each stage its map if ``tap``, else its feature."""
+        kept = []
+        x = F.max_pool2d(F.relu(self.stem(x), inplace=True), 3, 2, 1)
+        for stage in self.stages:
+            attention = None
+            for i, block in enumerate(stage):
+                x, attention = block(x, tap and i == len(stage) - 1)
+            kept.append(x if attention is None else attention)
+        return self.head(x.mean((2, 3))), kept
+
+
+class Step:
+    """Network, batch and the teacher's features. The learning rate is 0, so that every step is the same step."""
+
+    def __init__(self, device: str, full: bool) -> None:
+        torch.manual_seed(SEED)
+        self.device, batch, size = device, *((64, 224) if full else (2, 32))
+        self.network = ResNet50(6 if full else 1).to(device).to(memory_format=torch.channels_last).train()
+        self.images = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
+        self.labels = torch.randint(1000, (batch,), device=device)
+        self.optimizer = torch.optim.SGD(self.network.parameters(), 0.0, momentum=0.9, fused=True)
+        with torch.no_grad(), self.autocast():
+            features = self.network(self.images, False)[1]
+        self.teacher = [torch.randn_like(x).relu() for x in features]
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16)
+
+    def run(self, form: str) -> Callable[[], Tensor]:
+        def step() -> Tensor:
+            self.optimizer.zero_grad(set_to_none=True)
+            with self.autocast():
+                logits, kept = self.network(self.images, form == TAP)
+            loss = F.cross_entropy(logits.float(), self.labels)
+            if form != NONE:
+                loss = loss + fastkd.attention_transfer_loss(kept, self.teacher, weight=WEIGHT, student_is_map=form == TAP)
+            loss.backward()
+            self.optimizer.step()
+            return loss
+
+        return step
+
+
+class GPUStepGroup:
+    """The step as the session sees a group."""
+
+    labels: tuple[str, ...] = ("device",)
+
+    def __init__(self, device: str, full: bool) -> None:
+        self.device, self.full = device, full
+        self.id = self.shared = f"{device} step AT resnet50"
+
+    def names(self, one_thread: bool) -> list[str]:
+        ours = available_backends(self.device, self.full) or ["reference"]
+        return [NONE, *(f"{form}, {backend}" for backend in ours for form in (LOSS, TAP))]
+
+    def build(self, stock: Stock) -> Step:
+        return Step(self.device, self.full)
+
+    def row(self, built: Step, name: str) -> Row:
+        form, _, backend = name.partition(", ")
+        run, context = built.run(form), functools.partial(fastkd.use_backend, backend or "reference")
+
+        def turn(calls: int, warm: bool, clock: str) -> float:
+            with context():
+                return timed(run, calls, warm, self.device)
+
+        return Row(name, run, context, None, turn)
+
+    def check(self, built: Step, row: Row) -> None:
+        """A step must not only run: the loss by the tap is that of the features, in bfloat16."""
+        with row.context():
+            value = row.run().item()
+        form = row.name.partition(", ")[0]
+        if form == TAP:
+            with fastkd.use_backend("reference"):
+                wanted = built.run(LOSS)().item()
+            row.facts["error"] = {"loss": abs(value - wanted) / abs(wanted)}
+            if not row.facts["error"]["loss"] <= 2e-2:
+                row.failed = f"wrong: loss {value}, by the reference {wanted}"
+
+    def figures(self, rows: dict[str, Row], name: str) -> dict[str, Any]:
+        seconds, base = median(rows[name].seconds), median(rows[NONE].seconds)
+        batch = 64 if self.full else 2
+        return {"milliseconds": 1e3 * seconds, "images_per_second": batch / seconds, "over without AT": seconds / base, **rows[name].facts}
+
+    def describe(self) -> dict[str, Any]:
+        return {"device": self.device, "clock": "wall", "step": "AT, ResNet-50, batch 64, channels_last", "precision": "bfloat16 autocast"}
