@@ -7,18 +7,27 @@ operations call a thin ``autograd.Function`` instead of the rule registered here
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+from fastkd import backends, kernels
 
 _LIBRARY = torch.library.Library("fastkd", "DEF")
 
 
 def define(schema: str, fake: Callable[..., Any]) -> None:
-    """Declare ``fastkd::<schema>`` with the function that gives its outputs' shapes, dtypes, devices and strides."""
+    """Declare ``fastkd::<schema>`` with the function that gives its outputs' shapes, dtypes, devices and strides.
+
+    On CUDA tensors it is Triton's. One operator name serves one implementation a device: of two registered for a dispatch key the later
+    would silently win. CUDA C++ kernels have to come under names of their own.
+    """
+    name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake("fastkd::" + schema.partition("(")[0], fake, lib=_LIBRARY)
+    torch.library.register_fake("fastkd::" + name, fake, lib=_LIBRARY)
+    if name in kernels.LAUNCHERS:
+        _LIBRARY.impl(name, lambda *args: kernels.launcher(name)(*args), "CUDA")
 
 
 def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
@@ -28,10 +37,15 @@ def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..
 def differentiable_once(name: str, public: str) -> None:
     """Make a second derivative through the backward operator ``name`` an error; PyTorch's own default is a silent zero."""
 
-    def refuse(ctx: Any, *grads: Any) -> None:
-        raise RuntimeError(f"{public} has no second derivative: use fastkd.reference.{public}, which is differentiable twice")
+    _PUBLIC[name] = public
+    autograd(name, lambda ctx, *grads: _refuse(public), lambda ctx, inputs, output: None)
 
-    autograd(name, refuse, lambda ctx, inputs, output: None)
+
+_PUBLIC: dict[str, str] = {}
+
+
+def _refuse(public: str) -> NoReturn:
+    raise RuntimeError(f"{public} has no second derivative: use fastkd.reference.{public}, which is differentiable twice")
 
 
 def call(operator: Callable[..., Any], *args: Any) -> Any:
@@ -41,6 +55,41 @@ def call(operator: Callable[..., Any], *args: Any) -> Any:
     # Python's autograd rule above would be entered only to find that there is nothing to record
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*args)
+
+
+class _Once(torch.autograd.Function):
+    """``apply(operator, args, *tensors)``: a backward operator run by its launcher, in a graph that cannot be differentiated.
+
+    ``tensors`` are those among the arguments: autograd looks for them no deeper.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, operator: str, args: tuple, *tensors: Tensor) -> Any:
+        ctx.operator = operator
+        out = kernels.launcher(operator)(*args)
+        return out if isinstance(out, Tensor) else tuple(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        _refuse(_PUBLIC[ctx.operator])
+
+
+def launch(operator: Any, *args: Any) -> Any:
+    """As ``call``, by Triton: straight to the launcher, past the dispatcher and its host cost."""
+    name = operator._schema.name.partition("::")[2]
+    if not torch.is_grad_enabled():
+        return kernels.launcher(name)(*args)
+    flat = [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+    if not any(isinstance(x, Tensor) and x.requires_grad for x in flat):
+        return kernels.launcher(name)(*args)
+    return _Once.apply(name, args, *[x for x in flat if isinstance(x, Tensor)])
+
+
+def caller(example: Tensor) -> Callable[..., Any]:
+    """How to run operators over such tensors, inside a call that ``backends.choose`` has not given to the reference."""
+    if example.is_cuda or (kernels.interpreting() and backends.current() == "triton"):
+        return launch
+    return call
 
 
 def accumulator(tensors: Sequence[Tensor]) -> torch.dtype:
