@@ -79,6 +79,18 @@ def accesses(ptx: str) -> dict[str, int]:
     return found
 
 
+def tickets(ptx: str) -> list[str]:
+    """The atomic additions of a kernel, each between the barriers right before and after it."""
+    order = re.findall(r"(bar\.sync|(?<=\s)atom\.global[\w.]*)", ptx)
+    found = []
+    for i, word in enumerate(order):
+        if word.startswith("atom"):
+            found += [w.split(".")[0] for w in order[i - 1 : i]]
+            found += ["atom." + ".".join(part for part in ("acq_rel", "gpu") if part in word.split("."))]
+            found += [w.split(".")[0] for w in order[i + 1 : i + 2]]
+    return found
+
+
 def feature(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> torch.Tensor:
     x = torch.empty(shape, dtype=dtype)
     return x.to(memory_format=torch.channels_last) if channels_last else x
@@ -96,9 +108,16 @@ def loss(sizes: list[tuple[int, int]], dtype: torch.dtype, batch: int, channels_
     kernels.launcher("attention_transfer_loss_backward")(torch.empty(()), wanted, ks, options["p"], options["switches"])
 
 
+def pooled() -> None:
+    student, teacher = feature((4, 8, 12, 12), torch.bfloat16), feature((4, 6, 7, 7), torch.float32, True)
+    for switches in (1 | 8, 1 | 16):  # before, by averages; after, by maxima
+        _, ks, _ = kernels.launcher("attention_transfer_loss")([student], [teacher], *(AT | {"switches": switches}).values())
+        kernels.launcher("attention_transfer_loss_backward")(torch.empty(()), [student], ks, 2.0, switches)
+
+
 def maps(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> None:
     x, grad = feature(shape, dtype, channels_last), feature(shape, dtype, channels_last)
-    y, norm = kernels.launcher("attention_map")(x, "mean" and 2.0, "mean", False, True, 1e-12, "clamp")
+    y, norm = kernels.launcher("attention_map")(x, 2.0, "mean", False, True, 1e-12, "clamp")
     kernels.launcher("attention_map_backward")(torch.empty_like(y), x, y, norm, 2.0, "mean", False, True, 1e-12, "clamp")
     out, y, norm = kernels.launcher("relu_tap")(x, grad, *OPTIONS)
     kernels.launcher("tap_backward")(grad, torch.empty_like(y), x, y, norm, *OPTIONS)
@@ -107,7 +126,6 @@ def maps(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False
 
 CIFAR = [(16, 32), (32, 16), (64, 8)]
 RESNET50 = [(256, 56), (512, 28), (1024, 14), (2048, 7)]
-# name -> (call, narrowest read and write of a feature in bits, of the widest ones)
 CASES = {
     "cifar": lambda: loss(CIFAR, torch.float32, 128),
     "cifar channels_last bf16": lambda: loss(CIFAR, torch.bfloat16, 128, True),
@@ -120,6 +138,7 @@ CASES = {
     "all switches": lambda: loss([(6, 5), (3, 4)], torch.float32, 2, p=2.7, switches=511 - 128 - 256, teacher_grad=True),
     "p 3, odd": lambda: loss([(7, 5)], torch.bfloat16, 3, p=3.0, teacher_grad=True),
     "p 1.5": lambda: loss([(7, 5)], torch.float16, 3, p=1.5),
+    "pooled": pooled,
     "map": lambda: maps((8, 256, 56, 56), torch.float32),
     "map bf16": lambda: maps((8, 256, 56, 56), torch.bfloat16),
     "map channels_last bf16": lambda: maps((8, 256, 56, 56), torch.bfloat16, True),
@@ -161,11 +180,11 @@ def main() -> None:
                     {
                         "name": k.name,
                         "accesses": accesses(k.asm["ptx"]),
+                        "tickets": tickets(k.asm["ptx"]),
                         "shared": k.metadata.shared,
                         "shared_limit": SHARED[capability],
                         "fp_fusion": k.metadata.enable_fp_fusion,
                         "resources": resources(k),
-                        "ptx": k.asm["ptx"] if "ptx" in sys.argv else "",
                     }
                     for k in compiled
                 ],

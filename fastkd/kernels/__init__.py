@@ -4,7 +4,8 @@
 |--------------------|-------------------------------------------------------------------------------------------|
 | `launch.py`        | how a tensor is walked, how work is divided, how a kernel is launched; shared by all       |
 | `tile.py`          | what kernels have in common: powers, positions, sums over channels, normalization          |
-| `attention.py`     | the attention-transfer loss over a list of stages, and its backward pass                   |
+| `attention.py`     | the attention-transfer loss over a list of stages, and its backward pass: its launchers    |
+| `attention_kernels.py` | and its kernels                                                                        |
 | `attention_map.py` | the attention map and its backward pass, with or without a ReLU before and a gradient after|
 | `tap.py`           | the taps: the same kernels with those                                                      |
 | `pool.py`          | adaptive pooling of features and energies, and its gradient                                |

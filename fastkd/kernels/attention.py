@@ -1,11 +1,12 @@
 """The attention-transfer loss over a list of stages, in one launch forward and one backward.
 
-Forward: a program sums the energies of a few channels over a block of positions, of one sample, stage and side, into scratch memory, and takes a
-ticket. The last program of a (sample, stage) adds the parts in their order, normalizes both maps, compares them and writes the
-coefficients that the backward pass streams; the last of these adds up the loss. Student, teacher, normalization and comparison are thus one
-pass over the features, with as many programs as the bandwidth needs: at 64x256x56x56 in float32 13 position blocks x 64 samples x 2
-sides of 256 KiB each, at 128x16x32x32 two of 32 KiB a sample and side. Stages come in the order of their size, the longest to finish first. Scratch
-memory is one map a side and chunk. The ticket is an integer and chooses who adds, never in which order.
+Forward: a program sums the energies of some channels over a block of positions, of one sample, stage and side, into scratch memory, and
+takes a ticket. The last program of a (sample, stage) adds the parts in their order, normalizes both maps, compares them and writes the
+coefficients that the backward pass streams; the last of these adds up the loss. Student, teacher, normalization and comparison are thus
+one pass over the features, with as many programs as the bandwidth needs: for 64x256x56x56 in float32 13 position blocks x 64 samples x 2
+sides of 256 KiB each, for 128x16x32x32 two of 32 KiB a sample and side. A ticket instead of a second launch: that would cost the host
+more than zeroing the tickets, and the device the time in which the first drains. Tickets are integers and choose who adds, never in which
+order. Stages come in the order of their maps' size, the longest to finish first. Scratch memory is a map for each side and chunk.
 
 Backward: dx = upstream k h(x) for every feature that needs it, k a coefficient a position, tile by tile.
 
@@ -14,176 +15,18 @@ Where sizes differ, a side is pooled by a launch of its own before (`pool.py`), 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from fastkd.kernels.attention_kernels import gradient_kernel, loss_kernel
+from fastkd.kernels.attention_map import attention_map
 from fastkd.kernels.launch import IDENTITY, LONGEST, Launch, Plans, grid, key_of, power, power_of_two, program_bytes, served, walk
-from fastkd.kernels.pool import gradient_of_pool, pool, unpool
-from fastkd.kernels.tile import along_gradient, collapse, last_of, normalization, normalized, places, row_step, rows_of, slope, sum_energies
+from fastkd.kernels.pool import gradient_of_pool, pool, pooled_strides, unpool
 
 # The loss's switches, bits of one integer, as in fastkd/ops/attention.py
 MEAN, SIGNED, ADD_EPS, POOL_BEFORE, POOL_MAX, L2, STAGE_MEAN, TEACHER_IS_MAP, STUDENT_IS_MAP = (1 << i for i in range(9))
-
-
-@triton.jit
-def _write_coefficients(out, n, s, positions, mask, d, y, dot, has_along, along, scale, factor, IS_MAP: tl.constexpr):
-    if IS_MAP:
-        k = d.to(tl.float64) * factor
-    else:
-        k = along_gradient(d, y, dot, has_along, along, scale * factor)
-    tl.store(out + n * positions + s, k.to(tl.float32), mask=mask)
-
-
-@triton.jit
-def _loss(
-    students, teachers, s_out, t_out, loss, scratch, tickets, factors,
-    s_walks, t_walks, stages, gains, samples, distances_at,
-    S_CONFIG: tl.constexpr, T_CONFIG: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr,
-    EPS: tl.constexpr, ADD_EPS: tl.constexpr, L2: tl.constexpr, S_MAP: tl.constexpr, T_MAP: tl.constexpr,
-):  # fmt: skip
-    pid = tl.program_id(0)
-    n = tl.full((), 0, tl.int64)
-    stage = tl.full((), 0, tl.int32)
-    positions = tl.full((), 0, tl.int32)
-    programs = tl.full((), 0, tl.int32)
-    s_parts = tl.full((), 0, tl.int32)
-    t_parts = tl.full((), 0, tl.int32)
-    s_at = tl.full((), 0, tl.int64)
-    t_at = tl.full((), 0, tl.int64)
-    s_div = tl.full((), 1.0, tl.float32)
-    t_div = tl.full((), 1.0, tl.float32)
-    s_gain = tl.full((), 1.0, tl.float32)
-    t_gain = tl.full((), 1.0, tl.float32)
-    factor = tl.full((), 0.0, tl.float32)
-    if s_out is not None:
-        s_coefficients = s_out[0]
-    if t_out is not None:
-        t_coefficients = t_out[0]
-    for i in tl.static_range(STAGES):
-        # (first program, positions; of each side: programs of a sample, blocks, steps, parts, where its sums are)
-        of = stages[i]
-        local = pid - of[0]
-        each = of[2] + of[7]
-        if (local >= 0) & (local < samples * each):
-            n = (local // each).to(tl.int64)
-            stage = tl.full((), i, tl.int32)
-            positions = tl.full((), 0, tl.int32) + of[1]
-            programs = tl.full((), 0, tl.int32) + each
-            s_parts = tl.full((), 0, tl.int32) + of[5]
-            t_parts = tl.full((), 0, tl.int32) + of[10]
-            s_at = of[6] + n * s_parts * positions
-            t_at = of[11] + n * t_parts * positions
-            s_div = gains[i][0]
-            t_div = gains[i][2]
-            s_gain = gains[i][1]
-            t_gain = gains[i][3]
-            factor = factors[i]
-            if s_out is not None:
-                s_coefficients = s_out[i]
-            if t_out is not None:
-                t_coefficients = t_out[i]
-            mine = local % each
-            if mine < of[2]:
-                sum_energies(
-                    students[i], s_walks[i], n, mine % of[3], mine // of[3], of[4], scratch + s_at,
-                    S_CONFIG[i][0], S_CONFIG[i][1], S_CONFIG[i][2],
-                )  # fmt: skip
-            else:
-                mine -= of[2]
-                sum_energies(
-                    teachers[i], t_walks[i], n, mine % of[8], mine // of[8], of[9], scratch + t_at,
-                    T_CONFIG[i][0], T_CONFIG[i][1], T_CONFIG[i][2],
-                )  # fmt: skip
-
-    if last_of(tickets + 1 + stage * samples + n, programs):
-        s_norm = tl.sqrt(collapse(scratch + s_at, s_parts, positions, BLOCK)) / s_div
-        t_norm = tl.sqrt(collapse(scratch + t_at, t_parts, positions, BLOCK)) / t_div
-        s_divisor, s_has, s_along, s_scale = normalization(s_norm, EPS, ADD_EPS)
-        t_divisor, t_has, t_along, t_scale = normalization(t_norm, EPS, ADD_EPS)
-        one = tl.full((), 1.0, tl.float64)
-        s_reciprocal = one if S_MAP else one / (s_divisor * s_div)
-        t_reciprocal = one if T_MAP else one / (t_divisor * t_div)
-        squares = tl.zeros((BLOCK,), tl.float64)
-        s_dot = tl.zeros((BLOCK,), tl.float64)
-        t_dot = tl.zeros((BLOCK,), tl.float64)
-        for first in range(0, positions, BLOCK):
-            s = first + tl.arange(0, BLOCK)
-            mask = s < positions
-            y_s = normalized(tl.load(scratch + s_at + s, mask=mask, other=0), s_reciprocal).to(tl.float64)
-            y_t = normalized(tl.load(scratch + t_at + s, mask=mask, other=0), t_reciprocal).to(tl.float64)
-            # a sum over idle lanes must not meet 0 * NaN
-            d = tl.where(mask, y_s - y_t, 0.0)
-            squares += d * d
-            s_dot += d * tl.where(mask, y_s, 0.0)
-            t_dot += d * tl.where(mask, y_t, 0.0)
-        distance = tl.sum(squares, 0)
-        along_s = tl.sum(s_dot, 0)
-        along_t = tl.sum(t_dot, 0)
-        if L2:
-            distance = tl.sqrt(distance)
-            change = tl.where(distance == 0, 0.0, tl.cast(factor, tl.float64) / distance)
-        else:
-            change = 2 * tl.cast(factor, tl.float64)
-        if s_out is not None or t_out is not None:
-            for first in range(0, positions, BLOCK):
-                s = first + tl.arange(0, BLOCK)
-                mask = s < positions
-                y_s = normalized(tl.load(scratch + s_at + s, mask=mask, other=0), s_reciprocal)
-                y_t = normalized(tl.load(scratch + t_at + s, mask=mask, other=0), t_reciprocal)
-                d = y_s - y_t
-                if s_out is not None:
-                    _write_coefficients(
-                        s_coefficients, n, s, positions, mask, d, y_s, along_s, s_has, s_along, s_scale, change * s_gain, S_MAP
-                    )
-                if t_out is not None:
-                    _write_coefficients(
-                        t_coefficients, n, s, positions, mask, d, y_t, along_t, t_has, t_along, t_scale, -change * t_gain, T_MAP
-                    )
-        tl.store(scratch + distances_at + stage * samples + n, distance.to(tl.float32))
-
-        if last_of(tickets, STAGES * samples):
-            total = tl.full((), 0.0, tl.float64)
-            for i in tl.static_range(STAGES):
-                distances = tl.zeros((BLOCK,), tl.float64)
-                for first in range(0, samples, BLOCK):
-                    s = first + tl.arange(0, BLOCK)
-                    at = scratch + distances_at + i * samples + s
-                    distances += tl.load(at, mask=s < samples, other=0, cache_modifier=".cg").to(tl.float64)
-                total += tl.sum(distances, 0) * tl.cast(factors[i], tl.float64)
-            tl.store(loss, total.to(tl.float32))
-
-
-@triton.jit
-def _gradient(grad, xs, coefficients, outs, x_walks, out_walks, items, samples, CONFIG: tl.constexpr, ITEMS: tl.constexpr):
-    pid = tl.program_id(0)
-    upstream = tl.load(grad).to(tl.float32)
-    for i in tl.static_range(ITEMS):
-        # (first program, programs of a sample, blocks, steps, positions)
-        of = items[i]
-        local = pid - of[0]
-        if (local >= 0) & (local < samples * of[1]):
-            n = (local // of[1]).to(tl.int64)
-            mine = local % of[1]
-            rows_count, length = rows_of(x_walks[i], CONFIG[i][0])
-            rows = tl.arange(0, CONFIG[i][1][0])
-            position = (mine % of[2]) * CONFIG[i][1][1] + tl.arange(0, CONFIG[i][1][1])
-            inside = position < length
-            k = tl.load(coefficients[i] + n * of[4] + position % of[4], mask=inside, other=0) * upstream
-            first = (mine // of[2]) * of[3] * CONFIG[i][1][0]
-            at = xs[i] + places(x_walks[i], CONFIG[i][0], n, first, rows, position)
-            to = outs[i] + places(out_walks[i], CONFIG[i][0], n, first, rows, position)
-            for row in range(first, tl.minimum(first + of[3] * CONFIG[i][1][0], rows_count), CONFIG[i][1][0]):
-                mask = (row + rows < rows_count)[:, None] & inside[None, :]
-                x = tl.load(at, mask=mask, other=0).to(tl.float32)
-                tl.store(to, (slope(x, CONFIG[i][2]) * k[None, :]).to(outs[i].dtype.element_ty), mask=mask)
-                at += row_step(x_walks[i], CONFIG[i][0], CONFIG[i][1][0])
-                to += row_step(out_walks[i], CONFIG[i][0], CONFIG[i][1][0])
 
 
 class _Side:
@@ -206,7 +49,7 @@ class _Side:
         elif raw:
             self.walk = walk(self.target, [torch.empty(self.target, device="meta").stride()], 4, is_map=True)
         else:
-            self.walk = walk(self.target, [pool.strides(x, self.target)], 4)
+            self.walk = walk(self.target, [pooled_strides(x, self.target)], 4)
 
 
 class _Forward:
@@ -272,7 +115,7 @@ class _Forward:
         self.grads = (student_grad, teacher_grad)
         block = min(LONGEST, power_of_two(max(pair[0].walk.positions for pair in self.sides)))
         self.launch = Launch(
-            _loss, first,
+            loss_kernel, first,
             tuple(pair[0].walk.numbers() for pair in self.sides), tuple(pair[1].walk.numbers() for pair in self.sides), tuple(stages),
             tuple((s.divisor, s.gain, t.divisor, t.gain) for s, t in self.sides), self.samples, at,
             tuple(configs[0]), tuple(configs[1]), len(students), block, float(eps), bool(switches & ADD_EPS), bool(switches & L2), s_map, t_map,
@@ -307,7 +150,8 @@ def attention_transfer_loss(
 
     wanted = [(i, j) for j in (0, 1) if plan.grads[j] for i in range(len(student))]
     coefficients = [first.new_empty(plan.sides[i][j].coefficient, dtype=torch.float32) for i, j in wanted]
-    given, targets, unpooled = tensors, coefficients, []
+    given, targets = tensors, coefficients
+    unpooled: list[tuple[Tensor, Tensor | None, Tensor, Tensor]] = []
     if plan.pools:
         given, targets, unpooled = _pooled(plan, tensors, wanted, coefficients, p, switches)
     kept = len(student) if student_grad else 0
@@ -328,12 +172,11 @@ def attention_transfer_loss(
 
 def _pooled(
     plan: _Forward, tensors: Sequence[Tensor], wanted: list[tuple[int, int]], coefficients: list[Tensor], p: float, switches: int
-) -> tuple[tuple[Tensor, ...], list[Tensor], list[Any]]:
+) -> tuple[tuple[Tensor, ...], list[Tensor], list[tuple[Tensor, Tensor | None, Tensor, Tensor]]]:
     """The features, pooled before or after the power; where coefficients are to be written; and which of those are to be un-pooled."""
-    from fastkd.kernels.attention_map import attention_map
-
     stages = len(plan.sides)
-    given, targets, unpooled = list(tensors), list(coefficients), []
+    given, targets = list(tensors), list(coefficients)
+    unpooled: list[tuple[Tensor, Tensor | None, Tensor, Tensor]] = []
     for i in range(stages):
         for j, side in enumerate(plan.sides[i]):
             x = tensors[j * stages + i]
@@ -377,7 +220,7 @@ class _Backward:
             first += samples * cut.programs
             configs.append((w.config, (cut.row_block, cut.block), IDENTITY if is_map else power(p, bool(switches & SIGNED))))
         numbers = [tuple(w.numbers(j) for w, _ in walks) for j in (0, 1)]
-        self.launch = Launch(_gradient, first, *numbers, tuple(items), samples, tuple(configs), len(items))
+        self.launch = Launch(gradient_kernel, first, *numbers, tuple(items), samples, tuple(configs), len(items))
 
 
 def attention_transfer_loss_backward(
@@ -397,6 +240,3 @@ def attention_transfer_loss_backward(
     for i in plan.pooled:
         gradient_of_pool(grad, features[i], coefficients[i], outs[i], power(p, bool(switches & SIGNED)), max_pool=bool(switches & POOL_MAX))
     return outs
-
-
-assert math.log2(STUDENT_IS_MAP) == 8

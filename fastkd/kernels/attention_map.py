@@ -1,8 +1,8 @@
 """The attention map and its backward pass; with a ReLU before and a gradient added, those of the taps (`tap.py`). One launch each.
 
 Forward: as in `attention.py`, programs sum energies of a few channels and a block of positions, and the last program of a sample normalizes
-its map; without tickets where a sample is one program's. Backward: dx = g + k h(x), tile by tile; each program finds the <g, y> of its sample anew, some 25 KiB
-from the second-level cache for 56x56 positions where it streams three times 256 KiB.
+its map; without tickets where a sample is one program's. Backward: dx = g + k h(x), tile by tile; each program finds the <g, y> of its sample
+anew, from 25 KiB of the second-level cache for 56x56 positions where it streams two or three times 256 KiB.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ def _map(
         reciprocal = tl.full((), 1.0, tl.float64) / divisor
         if NORMALIZE:
             tl.store(norms + n, norm.to(tl.float32))
-            divide, has_along, along, scale = normalization(norm, EPS, ADD_EPS)
-            reciprocal = tl.full((), 1.0, tl.float64) / (divide * divisor)
+            reciprocal = tl.full((), 1.0, tl.float64) / (normalization(norm, EPS, ADD_EPS)[0] * divisor)
         for first in range(0, positions, BLOCK):
             s = first + tl.arange(0, BLOCK)
             mask = s < positions
@@ -70,7 +69,7 @@ def _map_gradient(
             s = first + tl.arange(0, BLOCK)
             at = n * positions + s
             dots += tl.load(map_grad + at, mask=s < positions, other=0).to(tl.float64) * tl.load(y + at, mask=s < positions, other=0)
-        divide, has_along, along, scale = normalization(tl.load(norms + n).to(tl.float64), EPS, ADD_EPS)
+        _, has_along, along, scale = normalization(tl.load(norms + n).to(tl.float64), EPS, ADD_EPS)
         k = along_gradient(k, tl.load(y + own, mask=inside, other=0), tl.sum(dots, 0), has_along, along, scale)
     k = (k.to(tl.float64) * gain).to(tl.float32)
     first = (mine // blocks) * steps * CONFIG[1][0]
@@ -126,7 +125,7 @@ class _Common:
         self.programs = x.shape[0] * self.cut.programs
 
 
-_plans = Plans()
+_plans, _gradient_plans = Plans(), Plans()
 
 
 def energies(
@@ -174,14 +173,14 @@ def gradient(
 ) -> Tensor:  # fmt: skip
     """dx = grad + k h(x), for the gradient of x's map y; behind a ReLU of result x if ``relu``."""
     out = torch.empty_like(x)
-    key = (x.dtype, x.shape, x.stride(), grad is not None and key_of((grad,)), relu, p, channel_reduce, signed, normalize, eps, eps_mode)
-    key = (*key, map_grad.shape, map_grad.dtype, "backward")
-    plan = _plans.get(key)
+    options = (relu, p, channel_reduce, signed, normalize, eps, eps_mode)
+    key = (x.dtype, x.shape, x.stride(), grad is not None and key_of((grad,)), map_grad.shape, map_grad.dtype, *options)
+    plan = _gradient_plans.get(key)
     if plan is None:
         c = _Common(x, [grad, out], 2 if grad is None else 3, channel_reduce, eps)
         if tuple(map_grad.shape) != c.shape or map_grad.dtype != torch.float32:
             raise ValueError(f"the map's gradient is {tuple(map_grad.shape)} {map_grad.dtype}, wanted {c.shape} float32")
-        plan = _plans[key] = Launch(
+        plan = _gradient_plans[key] = Launch(
             _map_gradient, c.programs, *c.walks, c.walk.positions, c.cut.programs, c.cut.blocks, c.cut.steps, p / c.share,
             (c.walk.config, (c.cut.row_block, c.cut.block), power(p, signed)), c.block, normalize, float(eps), _is("eps_mode", eps_mode), relu,
         )  # fmt: skip

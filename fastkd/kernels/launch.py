@@ -9,11 +9,11 @@ A contiguous map of few or odd positions is folded: (C, S) is read as (C / f, f 
 better; each of the f parts is summed for itself, as a block of channels of its own. 7x7 thus loads 16 bytes at a time in periods of 4 or 8
 channels, and a lane keeps its position.
 
-**Dividing.** `Grid` cuts a sample into position blocks and channel chunks. A program's tile has 4096 elements for 128 threads: 32 numbers a
-thread, 8 loads of 16 bytes under way in float32 and 4 in half precision, hence 16 or 8 KiB a program and some 100 or 60 KiB on a multiprocessor at the
-occupancy that some 64 registers allow, where bandwidth times latency (4.8 TB/s, 0.8 us, 132 of them) asks for 29 KiB. A chunk is as large as leaves
-four programs for each of 132 multiprocessors, between 32 and 512 KiB. These are constants, not properties of the device: results are the
-same bits on each.
+**Dividing.** `Grid` cuts a sample into position blocks and channel chunks. A program's tile has 4096 elements for 128 threads: 32 numbers
+a thread, 8 loads of 16 bytes under way in float32 and 4 in half precision, hence 16 or 8 KiB a program. At 64 to 106 registers a thread 4 to
+8 programs share a multiprocessor: some 64 KiB under way, where bandwidth times latency (of an H200: 4.8 TB/s, 0.8 us, 132 multiprocessors)
+asks for 29 KiB. A chunk is as large as leaves four programs for each multiprocessor, between 32 and 512 KiB. These are constants, not
+properties of the device: results are the same bits on each.
 
 **Launching.** What depends on shapes, strides and dtypes alone is made once and kept under that key (`Plans`). The compiled kernel is kept
 with it, for each device and alignment of pointers, and launched without going through Triton's binder again: 4 instead of 20 us.
@@ -68,7 +68,7 @@ class Walk:
     rows_inner: bool
     unit: int
     itemsize: int
-    strides: tuple[tuple[int, int, int, int, int], ...]
+    strides: tuple[tuple[int, ...], ...]
 
     @property
     def rows(self) -> int:

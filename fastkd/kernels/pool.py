@@ -121,7 +121,7 @@ def _extent(size: Sequence[int], to: Sequence[int]) -> tuple[int, ...]:
     return tuple(max(-(-(o + 1) * i // j) - o * i // j for o in range(j)) for i, j in zip(size, to))
 
 
-def strides(x: Tensor, target: Sequence[int]) -> tuple[int, ...]:
+def pooled_strides(x: Tensor, target: Sequence[int]) -> tuple[int, ...]:
     """Those of what ``pool`` makes of x: channels stay innermost where they are."""
     return _empty(x, target, "meta").stride()
 
