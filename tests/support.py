@@ -275,6 +275,13 @@ KERNEL_DTYPES = [
 ]
 """For ``parametrize("backend, dtype", ...)``: what each serves."""
 
+KERNEL_SAMPLES = [*KERNEL_DTYPES[:4], _param("triton", None)]
+"""The same for large grids: what is interpreted takes long, and draws a dtype in each test (``drawn``)."""
+
+
+def drawn(backend: str, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype or random.choice(dtypes(backend))
+
 
 def dtypes(backend: str) -> tuple[torch.dtype, ...]:
     """What a backend serves."""

@@ -11,10 +11,12 @@ from recorder import fused_only
 from support import (
     DENSE,
     KERNEL_DTYPES,
+    KERNEL_SAMPLES,
     KERNELS,
     LAYOUTS,
     check,
     check_loss,
+    drawn,
     dtypes,
     evaluate,
     fetched,
@@ -58,8 +60,9 @@ def kind(p: float, signed: bool) -> str:
 
 
 @pytest.mark.parametrize("p, signed, channel_reduce", list(itertools.product(POWERS, [False, True], ["mean", "sum"])))
-@pytest.mark.parametrize("backend, dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("backend, dtype", KERNEL_SAMPLES)
 def test_map_matches_the_law_for_every_switch(backend, dtype, p, signed, channel_reduce):
+    dtype = drawn(backend, dtype)
     normalize, eps_mode = random.choice([(True, "clamp"), (True, "add"), (False, "clamp")])
     x = make(some_shape(), dtype, random.choice(LAYOUTS), kind(p, signed))
     eps = random.choice((1e-12, 1e-6, 0.5))
@@ -114,8 +117,9 @@ def test_a_norm_beside_eps_takes_eagers_side_of_the_clamp(backend):
 @pytest.mark.parametrize(
     "p, signed, channel_reduce, eps_mode", list(itertools.product(POWERS, [False, True], ["mean", "sum"], ["clamp", "add"]))
 )
-@pytest.mark.parametrize("backend, dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("backend, dtype", KERNEL_SAMPLES)
 def test_loss_matches_the_law_for_every_power(backend, dtype, p, signed, channel_reduce, eps_mode):
+    dtype = drawn(backend, dtype)
     stages, n = random.randint(1, 3), random.choice((1, 2, 3, 5))
     student = [make(some_shape(n), dtype, random.choice(LAYOUTS), kind(p, signed)) for _ in range(stages)]
     teacher = [make((s.shape[0], random.choice((1, 4, 19)), *s.shape[2:]), dtype, random.choice(DENSE), kind(p, signed)) for s in student]
@@ -129,7 +133,7 @@ def test_loss_matches_the_law_for_every_power(backend, dtype, p, signed, channel
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backend, dtype", KERNEL_DTYPES)
 def test_loss_matches_the_law_for_mixed_dtypes_and_layouts(backend, dtype, layout):
-    for other in dtypes(backend):
+    for other in dtypes(backend) if backend == "cpp" else (drawn(backend, None),):
         mixed_loss_matches(backend, (dtype, other), layout)
 
 
@@ -187,8 +191,9 @@ def test_pooling_of_signed_powers_matches_the_law(backend, layout, pool, pool_mo
 
 @pytest.mark.parametrize("weights, weight", [(None, 1.0), ([0.5, 0.0, 3.0], 1.0), ([1, -2, 0.25], 1000.0), (None, 0.0)], ids=name)
 @pytest.mark.parametrize("difference, stage_reduce", list(itertools.product(["squared", "l2"], ["sum", "mean"])))
-@pytest.mark.parametrize("backend, dtype", [p for p in KERNEL_DTYPES if p.values[1] != torch.float16])
+@pytest.mark.parametrize("backend, dtype", [p for p in KERNEL_SAMPLES if p.values[1] != torch.float16])
 def test_weights_and_reductions_match_the_law(backend, dtype, difference, stage_reduce, weights, weight):
+    dtype = drawn(backend, dtype)
     student = [make((3, c, size, size), dtype) for c, size in ((4, 9), (8, 5), (16, 3))]
     teacher = [make(s.shape, dtype) for s in student]
     switches = dict(difference=difference, stage_reduce=stage_reduce, weights=weights, weight=weight)

@@ -134,12 +134,22 @@ def test_results_are_the_same_bits_in_each_run(triton):
 
 def test_nothing_as_large_as_a_feature_is_allocated_but_gradients(triton, monkeypatch):
     """In any layout: maps, coefficients and scratch memory are a small part of a feature of many channels."""
+    from fastkd.kernels.launch import Launch
+
     layouts = ("contiguous", "channels_last", "stepped", "expanded_batch")
     pairs = [[triton(make((2, 300, 5, 6), torch.float32, layout)) for _ in range(2)] for layout in layouts]
     made = []
     for name in ("new_empty", "new_zeros", "contiguous"):
         original = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda *a, o=original, **k: made.append(o(*a, **k)) or made[-1])
+    run = Launch.__call__
+
+    def launched(*args):
+        count = len(made)
+        run(*args)
+        del made[count:]  # the interpreter's own
+
+    monkeypatch.setattr(Launch, "__call__", launched)
     for s, t in pairs:
         loss = fastkd.attention_transfer_loss(s.requires_grad_(), t)
         torch.autograd.grad(loss, s)
@@ -157,6 +167,16 @@ def test_gradients_come_again_under_retain_graph_and_other_upstreams(triton):
     again = torch.autograd.grad(loss, s, retain_graph=True)
     half = torch.autograd.grad(loss * 0.5, s)
     assert all(torch.equal(a, b) and torch.equal(a * 0.5, c) for a, b, c in zip(first, again, half))
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("p", [5, 6])
+def test_large_whole_powers_keep_their_sign(triton, p, signed):
+    x = make((2, 3, 4, 4))
+    grad = torch.ones(2, 4, 4)
+    got = evaluate(lambda x: fastkd.attention_map(x, p, signed=signed, normalize=False), [triton(x)], upstream=triton(grad))
+    want = evaluate(lambda x: law.attention_map(x, p, signed=signed, normalize=False), [x], upstream=grad)
+    torch.testing.assert_close((got.output.cpu(), got.grads[0].cpu()), (want.output, want.grads[0]), rtol=1e-5, atol=1e-5)
 
 
 def test_the_same_tensor_may_stand_at_several_places(triton):

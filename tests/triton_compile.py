@@ -115,6 +115,14 @@ def pooled() -> None:
         kernels.launcher("attention_transfer_loss_backward")(torch.empty(()), [student], ks, 2.0, switches)
 
 
+def unaligned() -> None:
+    """The same shapes and strides, once at addresses that are multiples of 16 and once at others."""
+    shape = (4, 8, 16, 16)
+    for offset in (0, 1):
+        x = torch.empty(4 * 8 * 256 + 1)[offset:][: 4 * 8 * 256].view(shape)
+        kernels.launcher("attention_transfer_loss")([x], [x], *AT.values())
+
+
 def maps(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> None:
     x, grad = feature(shape, dtype, channels_last), feature(shape, dtype, channels_last)
     y, norm = kernels.launcher("attention_map")(x, 2.0, "mean", False, True, 1e-12, "clamp")
@@ -139,6 +147,7 @@ CASES = {
     "p 3, odd": lambda: loss([(7, 5)], torch.bfloat16, 3, p=3.0, teacher_grad=True),
     "p 1.5": lambda: loss([(7, 5)], torch.float16, 3, p=1.5),
     "pooled": pooled,
+    "unaligned": unaligned,
     "map": lambda: maps((8, 256, 56, 56), torch.float32),
     "map bf16": lambda: maps((8, 256, 56, 56), torch.bfloat16),
     "map channels_last bf16": lambda: maps((8, 256, 56, 56), torch.bfloat16, True),

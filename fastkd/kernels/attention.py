@@ -118,7 +118,8 @@ class _Forward:
             loss_kernel, first,
             tuple(pair[0].walk.numbers() for pair in self.sides), tuple(pair[1].walk.numbers() for pair in self.sides), tuple(stages),
             tuple((s.divisor, s.gain, t.divisor, t.gain) for s, t in self.sides), self.samples, at,
-            tuple(configs[0]), tuple(configs[1]), len(students), block, float(eps), bool(switches & ADD_EPS), bool(switches & L2), s_map, t_map,
+            tuple(configs[0]), tuple(configs[1]), len(students), block,
+            float(eps), bool(switches & ADD_EPS), bool(switches & L2), s_map, t_map,
         )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """The attention map and its backward pass; with a ReLU before and a gradient added, those of the taps (`tap.py`). One launch each.
 
-Forward: as in `attention.py`, programs sum energies of a few channels and a block of positions, and the last program of a sample normalizes
-its map; without tickets where a sample is one program's. Backward: dx = g + k h(x), tile by tile; each program finds the <g, y> of its sample
-anew, from 25 KiB of the second-level cache for 56x56 positions where it streams two or three times 256 KiB.
+Forward: as in `attention.py`, programs sum energies of some channels over a block of positions, and the last program of a sample
+normalizes its map; without tickets where a sample is one program's. Backward: dx = g + k h(x), tile by tile; each program finds the
+<g, y> of its sample anew, from 25 KiB of the second-level cache for 56x56 positions where it streams two or three times 256 KiB.
 """
 
 from __future__ import annotations
@@ -182,7 +182,8 @@ def gradient(
             raise ValueError(f"the map's gradient is {tuple(map_grad.shape)} {map_grad.dtype}, wanted {c.shape} float32")
         plan = _gradient_plans[key] = Launch(
             _map_gradient, c.programs, *c.walks, c.walk.positions, c.cut.programs, c.cut.blocks, c.cut.steps, p / c.share,
-            (c.walk.config, (c.cut.row_block, c.cut.block), power(p, signed)), c.block, normalize, float(eps), _is("eps_mode", eps_mode), relu,
+            (c.walk.config, (c.cut.row_block, c.cut.block), power(p, signed)), c.block, normalize, float(eps),
+            _is("eps_mode", eps_mode), relu,
         )  # fmt: skip
     # small beside x, and read more than once
     map_grad = map_grad.contiguous()

@@ -10,13 +10,13 @@ better; each of the f parts is summed for itself, as a block of channels of its 
 channels, and a lane keeps its position.
 
 **Dividing.** `Grid` cuts a sample into position blocks and channel chunks. A program's tile has 4096 elements for 128 threads: 32 numbers
-a thread, 8 loads of 16 bytes under way in float32 and 4 in half precision, hence 16 or 8 KiB a program. At 64 to 106 registers a thread 4 to
-8 programs share a multiprocessor: some 64 KiB under way, where bandwidth times latency (of an H200: 4.8 TB/s, 0.8 us, 132 multiprocessors)
-asks for 29 KiB. A chunk is as large as leaves four programs for each multiprocessor, between 32 and 512 KiB. These are constants, not
-properties of the device: results are the same bits on each.
+a thread, 8 loads of 16 bytes under way in float32 and 4 in half precision, hence 16 or 8 KiB a program. At 64 to 106 registers a thread 4
+to 8 programs share a multiprocessor: some 64 KiB under way, where bandwidth times latency (an H200's 4.8 TB/s, 0.8 us, 132
+multiprocessors) asks for 29 KiB. A chunk is as large as leaves four programs for each multiprocessor, between 32 and 512 KiB. These are
+constants, not properties of the device: results are the same bits on each. This was reckoned, not measured.
 
 **Launching.** What depends on shapes, strides and dtypes alone is made once and kept under that key (`Plans`). The compiled kernel is kept
-with it, for each device and alignment of pointers, and launched without going through Triton's binder again: 4 instead of 20 us.
+with it, for each device and alignment of pointers, and launched without going through Triton's binder again.
 """
 
 from __future__ import annotations
