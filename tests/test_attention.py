@@ -139,7 +139,7 @@ def test_loss_matches_the_law_for_mixed_dtypes_and_layouts(backend, dtype, layou
 
 def mixed_loss_matches(backend, pair, layout):
     student, teacher = [], []
-    for shape in random.sample(SHAPES, 3):
+    for shape in random.sample(SHAPES, 3 if backend == "cpp" else 2):
         shape = (3, *shape[1:])
         student.append(make(shape, pair[0], layout))
         # not expanded: two constant maps are equal, and their difference is rounding

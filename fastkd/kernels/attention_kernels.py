@@ -14,7 +14,8 @@ def _write_coefficients(out, n, s, positions, mask, d, y, dot, has_along, along,
     tl.store(out + n * positions + s, k.to(tl.float32), mask=mask)
 
 
-@triton.jit
+# counts and places are not specialized: a new batch size need not be a new kernel
+@triton.jit(do_not_specialize=["stages", "samples", "distances_at"])
 def loss_kernel(
     students, teachers, s_out, t_out, loss, scratch, tickets, factors,
     s_walks, t_walks, stages, gains, samples, distances_at,
@@ -133,7 +134,7 @@ def loss_kernel(
             tl.store(loss, total.to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["items", "samples"])
 def gradient_kernel(grad, xs, coefficients, outs, x_walks, out_walks, items, samples, CONFIG: tl.constexpr, ITEMS: tl.constexpr):
     pid = tl.program_id(0)
     upstream = tl.load(grad).to(tl.float32)

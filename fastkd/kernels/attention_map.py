@@ -17,8 +17,10 @@ from torch import Tensor
 from fastkd.kernels.launch import LONGEST, Launch, Plans, grid, key_of, power, power_of_two, program_bytes, served, walk
 from fastkd.kernels.tile import along_gradient, collapse, last_of, normalization, normalized, places, row_step, rows_of, slope, sum_energies
 
+_COUNTS = ["positions", "programs", "blocks", "steps", "parts"]  # not specialized: a new size need not be a new kernel
 
-@triton.jit
+
+@triton.jit(do_not_specialize=_COUNTS)
 def _map(
     x, residual, y, out, norms, scratch, tickets,
     x_walk, residual_walk, y_walk, positions, programs, blocks, steps, parts, divisor,
@@ -48,7 +50,7 @@ def _map(
             tl.store(out + n * positions + s, normalized(tl.load(sums + s, mask=mask, other=0), reciprocal), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS[:4])
 def _map_gradient(
     map_grad, grad, x, y, norms, out,
     x_walk, grad_walk, out_walk, positions, programs, blocks, steps, gain,

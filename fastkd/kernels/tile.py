@@ -154,7 +154,8 @@ def sum_energies(
 def last_of(ticket, count):
     """Whether this program is the last of ``count`` to come here; it then sees what all of them have written.
 
-    The barrier orders the other threads' writes before the ticket, the ticket's release and acquire order the programs.
+    The barrier orders the other threads' writes before the ticket (Triton 3.9 puts one there by itself), the ticket's release and acquire
+    order the programs.
     """
     tl.debug_barrier()
     return tl.atomic_add(ticket, 1, sem="acq_rel") == count - 1
