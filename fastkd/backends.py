@@ -28,6 +28,8 @@ _DEFAULT = os.environ.get("FASTKD_BACKEND") or "auto"
 _chosen: ContextVar[str] = ContextVar("fastkd_backend", default=_DEFAULT)
 # A compiled graph cannot guard on a context variable, but it can on a global: this one follows the use_backend entered or left last.
 _traced: str = _DEFAULT
+if _DEFAULT == "triton":
+    kernels.state()
 
 
 class BackendError(RuntimeError):
@@ -56,6 +58,8 @@ def use_backend(name: str) -> Iterator[None]:
     """
     global _traced
     token = _chosen.set(_known(name, "use_backend's name"))
+    if name == "triton":
+        kernels.state()  # before a graph is traced, which cannot find it out
     _traced = name
     try:
         yield
@@ -75,8 +79,11 @@ def availability() -> dict[str, tuple[bool, str]]:
         "reference": (True, "plain PyTorch, every device"),
         "cpp": (native.CPU.available, native.CPU.reason),
         "triton": kernels.state(),
-        "cuda": (False, "this version has no kernels for it yet"),
+        "cuda": (False, _NO_CUDA),
     }
+
+
+_NO_CUDA = "this version has no kernels for it yet"
 
 
 def _tensors(arguments: tuple[object, ...]) -> Iterator[torch.Tensor]:
@@ -129,7 +136,11 @@ def choose(*arguments: object, in_triton: bool = False) -> str:
         return "triton" if available else "reference"
     if name == "reference":
         return name
-    available, reason = availability()[name]
+    # not availability(), which would look at every backend
+    if name == "triton":
+        available, reason = kernels.state()
+    else:
+        available, reason = (native.CPU.available, native.CPU.reason) if name == "cpp" else (False, _NO_CUDA)
     if not available:
         raise BackendError(f"backend {name!r} was asked for but is not available: {reason}")
     if name == "triton":

@@ -43,10 +43,25 @@ def launcher(operator: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(f"fastkd.kernels.{LAUNCHERS[operator]}"), operator)
 
 
-@functools.cache
+# Found out once, and kept in globals: a graph that is traced reads those, where it could not ask.
+_interpreting: bool | None = None
+_state: tuple[bool, str] | None = None
+
+
 def interpreting() -> bool:
     """Whether Triton interprets its kernels, on CPU tensors, for tests; asked once, since Triton asks when a kernel is imported."""
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y") and _version() is not None
+    global _interpreting
+    if _interpreting is None:
+        _interpreting = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y") and _version() is not None
+    return _interpreting
+
+
+def state() -> tuple[bool, str]:
+    """Whether the kernels can run here, and why or why not. Does not import Triton, which takes long."""
+    global _state
+    if _state is None:
+        _state = _find_out()
+    return _state
 
 
 def _version() -> str | None:
@@ -58,9 +73,7 @@ def _version() -> str | None:
         return "of unknown version"
 
 
-@functools.cache
-def state() -> tuple[bool, str]:
-    """Whether the kernels can run here, and why or why not. Does not import Triton, which takes long."""
+def _find_out() -> tuple[bool, str]:
     version = _version()
     if version is None:
         return False, "triton is not installed: PyTorch's CUDA wheels for Linux bring it, `pip install triton` does too"
@@ -69,6 +82,6 @@ def state() -> tuple[bool, str]:
     if not torch.cuda.is_available():
         return (
             False,
-            f"triton {version} is installed, but PyTorch sees no CUDA device (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)",
+            f"triton {version} is installed, but PyTorch sees no CUDA device (TRITON_INTERPRET=1 runs it on CPUs, slowly)",
         )
     return True, f"triton {version}, {torch.cuda.get_device_name()}"

@@ -65,15 +65,21 @@ def loss_kernel(
                 t_coefficients = t_out[i]
             mine = local % each
             if mine < of[2]:
+                WALK: tl.constexpr = S_CONFIG[i][0]
+                GRID: tl.constexpr = S_CONFIG[i][1]
+                POWER: tl.constexpr = S_CONFIG[i][2]
                 sum_energies(
                     students[i], s_walks[i], n, mine % of[3], mine // of[3], of[4], scratch + s_at,
-                    S_CONFIG[i][0], S_CONFIG[i][1], S_CONFIG[i][2],
+                    WALK, GRID, POWER,
                 )  # fmt: skip
             else:
                 mine -= of[2]
+                WALK: tl.constexpr = T_CONFIG[i][0]
+                GRID: tl.constexpr = T_CONFIG[i][1]
+                POWER: tl.constexpr = T_CONFIG[i][2]
                 sum_energies(
                     teachers[i], t_walks[i], n, mine % of[8], mine // of[8], of[9], scratch + t_at,
-                    T_CONFIG[i][0], T_CONFIG[i][1], T_CONFIG[i][2],
+                    WALK, GRID, POWER,
                 )  # fmt: skip
 
     if last_of(tickets + 1 + stage * samples + n, programs):
@@ -145,17 +151,21 @@ def gradient_kernel(grad, xs, coefficients, outs, x_walks, out_walks, items, sam
         if (local >= 0) & (local < samples * of[1]):
             n = (local // of[1]).to(tl.int64)
             mine = local % of[1]
-            rows_count, length = rows_of(x_walks[i], CONFIG[i][0])
-            rows = tl.arange(0, CONFIG[i][1][0])
-            position = (mine % of[2]) * CONFIG[i][1][1] + tl.arange(0, CONFIG[i][1][1])
+            # a part of a constant is a constant only once it is named one
+            WALK: tl.constexpr = CONFIG[i][0]
+            GRID: tl.constexpr = CONFIG[i][1]
+            POWER: tl.constexpr = CONFIG[i][2]
+            rows_count, length = rows_of(x_walks[i], WALK)
+            rows = tl.arange(0, GRID[0])
+            position = (mine % of[2]) * GRID[1] + tl.arange(0, GRID[1])
             inside = position < length
             k = tl.load(coefficients[i] + n * of[4] + position % of[4], mask=inside, other=0) * upstream
-            first = (mine // of[2]) * of[3] * CONFIG[i][1][0]
-            at = xs[i] + places(x_walks[i], CONFIG[i][0], n, first, rows, position)
-            to = outs[i] + places(out_walks[i], CONFIG[i][0], n, first, rows, position)
-            for row in range(first, tl.minimum(first + of[3] * CONFIG[i][1][0], rows_count), CONFIG[i][1][0]):
+            first = (mine // of[2]) * of[3] * GRID[0]
+            at = xs[i] + places(x_walks[i], WALK, n, first, rows, position)
+            to = outs[i] + places(out_walks[i], WALK, n, first, rows, position)
+            for row in range(first, tl.minimum(first + of[3] * GRID[0], rows_count), GRID[0]):
                 mask = (row + rows < rows_count)[:, None] & inside[None, :]
                 x = tl.load(at, mask=mask, other=0).to(tl.float32)
-                tl.store(to, (slope(x, CONFIG[i][2]) * k[None, :]).to(outs[i].dtype.element_ty), mask=mask)
-                at += row_step(x_walks[i], CONFIG[i][0], CONFIG[i][1][0])
-                to += row_step(out_walks[i], CONFIG[i][0], CONFIG[i][1][0])
+                tl.store(to, (slope(x, POWER) * k[None, :]).to(outs[i].dtype.element_ty), mask=mask)
+                at += row_step(x_walks[i], WALK, GRID[0])
+                to += row_step(out_walks[i], WALK, GRID[0])

@@ -26,12 +26,29 @@ def _map(
     x_walk, residual_walk, y_walk, positions, programs, blocks, steps, parts, divisor,
     CONFIG: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, EPS: tl.constexpr, ADD_EPS: tl.constexpr,
 ):  # fmt: skip
+    # a part of a constant is a constant only once it is named one
+    WALK: tl.constexpr = CONFIG[0]
+    GRID: tl.constexpr = CONFIG[1]
+    POWER: tl.constexpr = CONFIG[2]
     pid = tl.program_id(0)
     n = (pid // programs).to(tl.int64)
     mine = pid % programs
     sums = scratch + n * parts * positions
     sum_energies(
-        x, x_walk, n, mine % blocks, mine // blocks, steps, sums, CONFIG[0], CONFIG[1], CONFIG[2], y, y_walk, residual, residual_walk
+        x,
+        x_walk,
+        n,
+        mine % blocks,
+        mine // blocks,
+        steps,
+        sums,
+        WALK,
+        GRID,
+        POWER,
+        y,
+        y_walk,
+        residual,
+        residual_walk,
     )
     if tickets is None:
         tl.debug_barrier()
@@ -56,12 +73,16 @@ def _map_gradient(
     x_walk, grad_walk, out_walk, positions, programs, blocks, steps, gain,
     CONFIG: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, EPS: tl.constexpr, ADD_EPS: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
+    # a part of a constant is a constant only once it is named one
+    WALK: tl.constexpr = CONFIG[0]
+    GRID: tl.constexpr = CONFIG[1]
+    POWER: tl.constexpr = CONFIG[2]
     pid = tl.program_id(0)
     n = (pid // programs).to(tl.int64)
     mine = pid % programs
-    rows_count, length = rows_of(x_walk, CONFIG[0])
-    rows = tl.arange(0, CONFIG[1][0])
-    position = (mine % blocks) * CONFIG[1][1] + tl.arange(0, CONFIG[1][1])
+    rows_count, length = rows_of(x_walk, WALK)
+    rows = tl.arange(0, GRID[0])
+    position = (mine % blocks) * GRID[1] + tl.arange(0, GRID[1])
     inside = position < length
     own = n * positions + position % positions
     k = tl.load(map_grad + own, mask=inside, other=0)
@@ -74,24 +95,24 @@ def _map_gradient(
         _, has_along, along, scale = normalization(tl.load(norms + n).to(tl.float64), EPS, ADD_EPS)
         k = along_gradient(k, tl.load(y + own, mask=inside, other=0), tl.sum(dots, 0), has_along, along, scale)
     k = (k.to(tl.float64) * gain).to(tl.float32)
-    first = (mine // blocks) * steps * CONFIG[1][0]
-    at = x + places(x_walk, CONFIG[0], n, first, rows, position)
-    to = out + places(out_walk, CONFIG[0], n, first, rows, position)
+    first = (mine // blocks) * steps * GRID[0]
+    at = x + places(x_walk, WALK, n, first, rows, position)
+    to = out + places(out_walk, WALK, n, first, rows, position)
     if grad is not None:
-        grad_at = grad + places(grad_walk, CONFIG[0], n, first, rows, position)
-    for row in range(first, tl.minimum(first + steps * CONFIG[1][0], rows_count), CONFIG[1][0]):
+        grad_at = grad + places(grad_walk, WALK, n, first, rows, position)
+    for row in range(first, tl.minimum(first + steps * GRID[0], rows_count), GRID[0]):
         mask = (row + rows < rows_count)[:, None] & inside[None, :]
         v = tl.load(at, mask=mask, other=0).to(tl.float32)
-        dx = slope(v, CONFIG[2]) * k[None, :]
+        dx = slope(v, POWER) * k[None, :]
         if grad is not None:
             dx += tl.load(grad_at, mask=mask, other=0).to(tl.float32)
-            grad_at += row_step(grad_walk, CONFIG[0], CONFIG[1][0])
+            grad_at += row_step(grad_walk, WALK, GRID[0])
         if RELU:
             # a NaN lets pass, as in PyTorch
             dx = tl.where(v <= 0, 0.0, dx)
         tl.store(to, dx.to(out.dtype.element_ty), mask=mask)
-        at += row_step(x_walk, CONFIG[0], CONFIG[1][0])
-        to += row_step(out_walk, CONFIG[0], CONFIG[1][0])
+        at += row_step(x_walk, WALK, GRID[0])
+        to += row_step(out_walk, WALK, GRID[0])
 
 
 _SWITCHES = {"channel_reduce": ("sum", "mean"), "eps_mode": ("clamp", "add")}
