@@ -6,20 +6,21 @@
 |-----------|----------------------------|---------------------------------------------|
 | reference | every device               | plain PyTorch, :mod:`fastkd.reference`      |
 | cpp       | CPU tensors                | the compiled library ``fastkd._C``          |
-| triton    | nothing in this version    | Triton kernels, to come                     |
+| triton    | CUDA tensors: attention    | Triton kernels, :mod:`fastkd.kernels`       |
 | cuda      | nothing in this version    | CUDA C++ kernels, to come                   |
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
 
-from fastkd import native
+from fastkd import kernels, native
 
 NAMES = ("auto", "reference", "cpp", "triton", "cuda")
 
@@ -27,6 +28,8 @@ _DEFAULT = os.environ.get("FASTKD_BACKEND") or "auto"
 _chosen: ContextVar[str] = ContextVar("fastkd_backend", default=_DEFAULT)
 # A compiled graph cannot guard on a context variable, but it can on a global: this one follows the use_backend entered or left last.
 _traced: str = _DEFAULT
+if _DEFAULT == "triton":
+    kernels.state()
 
 
 class BackendError(RuntimeError):
@@ -55,6 +58,8 @@ def use_backend(name: str) -> Iterator[None]:
     """
     global _traced
     token = _chosen.set(_known(name, "use_backend's name"))
+    if name == "triton":
+        kernels.state()  # before a graph is traced, which cannot find it out
     _traced = name
     try:
         yield
@@ -70,30 +75,85 @@ def current() -> str:
 
 def availability() -> dict[str, tuple[bool, str]]:
     """For each backend but ``auto``: whether it can serve here, and the reason."""
-    written = "this version has no kernels for it yet: auto serves CUDA tensors by the reference"
     return {
         "reference": (True, "plain PyTorch, every device"),
         "cpp": (native.CPU.available, native.CPU.reason),
-        "triton": (False, written),
-        "cuda": (False, written),
+        "triton": kernels.state(),
+        "cuda": (False, _NO_CUDA),
     }
 
 
-def choose(example: object) -> str:
-    """The backend, ``"reference"`` or ``"cpp"``, for a call whose first argument is ``example``, a tensor or a sequence of them."""
+_NO_CUDA = "this version has no kernels for it yet"
+
+
+def _tensors(arguments: tuple[object, ...]) -> Iterator[torch.Tensor]:
+    for argument in arguments:
+        for x in argument if isinstance(argument, (list, tuple)) else (argument,):
+            if isinstance(x, torch.Tensor):
+                yield x
+
+
+def _not_in_triton(in_triton: bool, arguments: tuple[object, ...]) -> str:
+    """Why Triton's kernels do not serve a call that lies where they run, or ""."""
+    if not in_triton:
+        return "this version has no Triton kernels for the operation"
+    if any(x.dtype == torch.float64 for x in _tensors(arguments)):
+        return "its kernels take float16, bfloat16 and float32, not float64"
+    return ""
+
+
+_warned = False
+
+
+def _warn_once(reason: str) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(f"fastkd serves CUDA tensors by its plain PyTorch reference: {reason}", stacklevel=4)
+
+
+def choose(*arguments: object, in_triton: bool = False) -> str:
+    """The backend, ``"reference"``, ``"cpp"`` or ``"triton"``, for a call over ``arguments``, tensors and sequences of them.
+
+    The first tensor's device decides. in_triton: Triton has kernels for the operation.
+    """
+    example = arguments[0]
     if isinstance(example, (list, tuple)) and example:
         example = example[0]
-    on_cpu = not isinstance(example, torch.Tensor) or example.device.type == "cpu"
+    device = example.device.type if isinstance(example, torch.Tensor) else "cpu"
     name = current()
     if name == "auto":
         # inside a compiled graph the plain formula fuses with its neighbours, which an opaque operator cannot
-        return "cpp" if on_cpu and native.CPU.available and not torch.compiler.is_compiling() else "reference"
+        if torch.compiler.is_compiling():
+            return "reference"
+        if device == "cpu":
+            return "cpp" if native.CPU.available else "reference"
+        if device != "cuda" or _not_in_triton(in_triton, arguments):
+            return "reference"
+        available, reason = kernels.state()
+        if not available:
+            _warn_once(reason)
+        return "triton" if available else "reference"
     if name == "reference":
         return name
-    available, reason = availability()[name]
+    # not availability(), which would look at every backend
+    if name == "triton":
+        available, reason = kernels.state()
+    else:
+        available, reason = (native.CPU.available, native.CPU.reason) if name == "cpp" else (False, _NO_CUDA)
     if not available:
         raise BackendError(f"backend {name!r} was asked for but is not available: {reason}")
-    if not on_cpu:
+    if name == "triton":
+        # interpreted kernels have no operator in a graph
+        wanted = "cpu" if kernels.interpreting() and not torch.compiler.is_compiling() else "cuda"
+        why = (
+            f"it serves {wanted.upper()} tensors only here, the first is on {device}"
+            if device != wanted
+            else _not_in_triton(in_triton, arguments)
+        )
+        if why:
+            raise BackendError(f"backend 'triton' was asked for but cannot serve the call: {why}")
+    elif device != "cpu":
         assert isinstance(example, torch.Tensor)
         raise BackendError(f"backend 'cpp' was asked for but serves CPU tensors only, the first tensor is on {example.device}")
     return name

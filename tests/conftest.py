@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import random
 import zlib
 
 import pytest
 import torch
 from seed import SEED
+
+if not torch.cuda.is_available():  # nothing else reads it: inductor's kernels for a CPU are C++
+    # Triton asks for this when a kernel is imported: without a GPU its kernels run on CPU tensors, interpreted
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -1,4 +1,4 @@
-"""attention_map and attention_transfer_loss: the C++ kernels against the law in float64, over dtypes, layouts, shapes and every switch."""
+"""attention_map and attention_transfer_loss: C++ and Triton kernels against the law in float64, over dtypes, layouts, shapes, switches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,25 @@ import random
 import pytest
 import torch
 from recorder import fused_only
-from support import DENSE, DTYPES, LAYOUTS, check, check_loss, evaluate, law, make, name, some_shape, values
+from support import (
+    DENSE,
+    KERNEL_DTYPES,
+    KERNEL_SAMPLES,
+    KERNELS,
+    LAYOUTS,
+    check,
+    check_loss,
+    drawn,
+    dtypes,
+    evaluate,
+    fetched,
+    law,
+    make,
+    name,
+    place,
+    some_shape,
+    values,
+)
 
 import fastkd
 
@@ -25,13 +43,13 @@ SHAPES = (
     (2, 37, 1, 19),
     (1, 130, 16, 16),
 )
-pytestmark = pytest.mark.usefixtures("cpp", "one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def map_check(x, *, upstream=None, **switches):
+def map_check(backend, x, *, upstream=None, **switches):
     y = law.attention_map(x.detach(), **switches)
     upstream = torch.randn_like(y) if upstream is None else upstream
-    return check("cpp", lambda x: fastkd.attention_map(x, **switches), lambda x: law.attention_map(x, **switches), [x], upstream=upstream)
+    return check(backend, lambda x: fastkd.attention_map(x, **switches), lambda x: law.attention_map(x, **switches), [x], upstream=upstream)
 
 
 def kind(p: float, signed: bool) -> str:
@@ -42,23 +60,26 @@ def kind(p: float, signed: bool) -> str:
 
 
 @pytest.mark.parametrize("p, signed, channel_reduce", list(itertools.product(POWERS, [False, True], ["mean", "sum"])))
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_map_matches_the_law_for_every_switch(dtype, p, signed, channel_reduce):
+@pytest.mark.parametrize("backend, dtype", KERNEL_SAMPLES)
+def test_map_matches_the_law_for_every_switch(backend, dtype, p, signed, channel_reduce):
+    dtype = drawn(backend, dtype)
     normalize, eps_mode = random.choice([(True, "clamp"), (True, "add"), (False, "clamp")])
     x = make(some_shape(), dtype, random.choice(LAYOUTS), kind(p, signed))
     eps = random.choice((1e-12, 1e-6, 0.5))
-    map_check(x, p=p, signed=signed, channel_reduce=channel_reduce, normalize=normalize, eps=eps, eps_mode=eps_mode)
+    map_check(backend, x, p=p, signed=signed, channel_reduce=channel_reduce, normalize=normalize, eps=eps, eps_mode=eps_mode)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
-def test_map_matches_the_law_in_every_layout(shape, layout):
-    map_check(make(shape, random.choice(DTYPES), layout))
+@pytest.mark.parametrize("backend", KERNELS)
+def test_map_matches_the_law_in_every_layout(backend, shape, layout):
+    map_check(backend, make(shape, random.choice(dtypes(backend)), layout))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "stepped"])
 @pytest.mark.parametrize("upstream", ["expanded", "transposed", "stepped", "channels_last"])
-def test_map_takes_incoming_gradients_of_any_strides(upstream, layout):
+@pytest.mark.parametrize("backend", KERNELS)
+def test_map_takes_incoming_gradients_of_any_strides(backend, upstream, layout):
     x = make((2, 5, 6, 7), torch.float32, layout)
     grads = {
         "expanded": torch.randn(1, 1, 1).expand(2, 6, 7),
@@ -66,24 +87,27 @@ def test_map_takes_incoming_gradients_of_any_strides(upstream, layout):
         "stepped": torch.randn(4, 6, 14)[::2, :, ::2],
         "channels_last": torch.randn(6, 7, 2).permute(2, 0, 1),
     }
-    map_check(x, upstream=grads[upstream])
+    map_check(backend, x, upstream=grads[upstream])
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 1, 1), (2, 33, 1, 1, 1)], ids=name)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_a_lone_position_has_map_one_and_gradient_zero(dtype, shape):
+@pytest.mark.parametrize("backend, dtype", KERNEL_DTYPES)
+def test_a_lone_position_has_map_one_and_gradient_zero(backend, dtype, shape):
     x = make(shape, dtype, random.choice(LAYOUTS), "positive")
     upstream = torch.ones(shape[0], *shape[2:])
-    with fastkd.use_backend("cpp"), fused_only():
-        got = evaluate(fastkd.attention_map, [x], upstream=upstream)
+    with fastkd.use_backend(backend), fused_only(backend=backend):
+        got = fetched(evaluate(fastkd.attention_map, [place(x, backend)], upstream=place(upstream, backend)))
     assert ((got.output - 1).abs() <= 1e-15).all()
     assert got.grads[0].abs().max().item() < 1e-12
 
 
-def test_a_norm_beside_eps_takes_eagers_side_of_the_clamp():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_norm_beside_eps_takes_eagers_side_of_the_clamp(backend):
     x, upstream = torch.ones(1, 1, 4), torch.tensor([[1.0, 2.0, 3.0, 5.0]])
     for eps in (2.0000002, 1.9999999):  # at exactly 2 PyTorch's own versions differ
-        got, want = (evaluate(lambda x: f(x, eps=eps), [x], upstream=upstream) for f in (fastkd.attention_map, law.attention_map))
+        with fastkd.use_backend(backend):
+            got = fetched(evaluate(lambda x: fastkd.attention_map(x, eps=eps), [place(x, backend)], upstream=place(upstream, backend)))
+        want = evaluate(lambda x: law.attention_map(x, eps=eps), [x], upstream=upstream)
         torch.testing.assert_close(got.grads, want.grads, rtol=1e-5, atol=1e-6)
 
 
@@ -93,27 +117,34 @@ def test_a_norm_beside_eps_takes_eagers_side_of_the_clamp():
 @pytest.mark.parametrize(
     "p, signed, channel_reduce, eps_mode", list(itertools.product(POWERS, [False, True], ["mean", "sum"], ["clamp", "add"]))
 )
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_loss_matches_the_law_for_every_power(dtype, p, signed, channel_reduce, eps_mode):
+@pytest.mark.parametrize("backend, dtype", KERNEL_SAMPLES)
+def test_loss_matches_the_law_for_every_power(backend, dtype, p, signed, channel_reduce, eps_mode):
+    dtype = drawn(backend, dtype)
     stages, n = random.randint(1, 3), random.choice((1, 2, 3, 5))
     student = [make(some_shape(n), dtype, random.choice(LAYOUTS), kind(p, signed)) for _ in range(stages)]
     teacher = [make((s.shape[0], random.choice((1, 4, 19)), *s.shape[2:]), dtype, random.choice(DENSE), kind(p, signed)) for s in student]
-    eps = random.choice((1e-12, 1e-6, 0.5))
+    # the gradient of a zero map is divided by eps, and has to fit
+    eps = random.choice((1e-6, 0.5) if dtype == torch.float16 else (1e-12, 1e-6, 0.5))
     check_loss(
-        "cpp", "attention_transfer_loss", student, teacher, p=p, signed=signed, channel_reduce=channel_reduce, eps=eps, eps_mode=eps_mode
+        backend, "attention_transfer_loss", student, teacher, p=p, signed=signed, channel_reduce=channel_reduce, eps=eps, eps_mode=eps_mode
     )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, DTYPES)), ids=lambda pair: "-".join(map(name, pair)))
-def test_loss_matches_the_law_for_mixed_dtypes_and_layouts(dtypes, layout):
+@pytest.mark.parametrize("backend, dtype", KERNEL_DTYPES)
+def test_loss_matches_the_law_for_mixed_dtypes_and_layouts(backend, dtype, layout):
+    for other in dtypes(backend) if backend == "cpp" else (drawn(backend, None),):
+        mixed_loss_matches(backend, (dtype, other), layout)
+
+
+def mixed_loss_matches(backend, pair, layout):
     student, teacher = [], []
-    for shape in random.sample(SHAPES, 3):
+    for shape in random.sample(SHAPES, 3 if backend == "cpp" else 2):
         shape = (3, *shape[1:])
-        student.append(make(shape, dtypes[0], layout))
+        student.append(make(shape, pair[0], layout))
         # not expanded: two constant maps are equal, and their difference is rounding
-        teacher.append(make((shape[0], random.choice((1, 6, 33)), *shape[2:]), dtypes[1], random.choice((*DENSE, "sliced", "stepped"))))
-    check_loss("cpp", "attention_transfer_loss", student, teacher)
+        teacher.append(make((shape[0], random.choice((1, 6, 33)), *shape[2:]), pair[1], random.choice((*DENSE, "sliced", "stepped"))))
+    check_loss(backend, "attention_transfer_loss", student, teacher)
 
 
 def pooled_sizes(dims: int, larger: str) -> tuple[list[int], list[int]]:
@@ -126,99 +157,123 @@ def pooled_sizes(dims: int, larger: str) -> tuple[list[int], list[int]]:
 @pytest.mark.parametrize("pool, pool_mode, difference", list(itertools.product(["before", "after"], ["avg", "max"], ["squared", "l2"])))
 @pytest.mark.parametrize("larger", ["student", "teacher", "each"])
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_loss_matches_the_law_when_sizes_differ(dims, larger, pool, pool_mode, difference):
-    dtype = random.choice(DTYPES)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_loss_matches_the_law_when_sizes_differ(backend, dims, larger, pool, pool_mode, difference):
+    dtype = random.choice(dtypes(backend))
     s_size, t_size = pooled_sizes(dims, larger)
     n, p = random.randint(1, 3), random.choice((1, 2, 3, 2.7))
     # of equal positions, which is the largest is a matter of pow's last bit, in the float64 law too
     layouts = [layout for layout in LAYOUTS if not (pool_mode == "max" and layout == "expanded_space")]
     student = [make((n, 5, *s_size), dtype, random.choice(layouts)), make((n, 3, *t_size), dtype, random.choice(layouts))]
     teacher = [make((n, 4, *t_size), dtype, random.choice(DENSE)), make((n, 2, *t_size), dtype)]
-    check_loss("cpp", "attention_transfer_loss", student, teacher, p=p, pool=pool, pool_mode=pool_mode, difference=difference)
+    check_loss(backend, "attention_transfer_loss", student, teacher, p=p, pool=pool, pool_mode=pool_mode, difference=difference)
 
 
 @pytest.mark.parametrize("pool_mode", ["avg", "max"])
 @pytest.mark.parametrize("pool", ["before", "after"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_pooling_of_signed_powers_matches_the_law(layout, pool, pool_mode):
+@pytest.mark.parametrize("backend", KERNELS)
+def test_pooling_of_signed_powers_matches_the_law(backend, layout, pool, pool_mode):
     student, teacher = make((2, 6, 9, 7), torch.float32, layout, "positive"), make((2, 3, 4, 7), torch.float32, kind="positive")
     check_loss(
-        "cpp", "attention_transfer_loss", [student], [teacher], p=2.7, signed=True, pool=pool, pool_mode=pool_mode, eps_mode="add", eps=0.1
+        backend,
+        "attention_transfer_loss",
+        [student],
+        [teacher],
+        p=2.7,
+        signed=True,
+        pool=pool,
+        pool_mode=pool_mode,
+        eps_mode="add",
+        eps=0.1,
     )
 
 
 @pytest.mark.parametrize("weights, weight", [(None, 1.0), ([0.5, 0.0, 3.0], 1.0), ([1, -2, 0.25], 1000.0), (None, 0.0)], ids=name)
 @pytest.mark.parametrize("difference, stage_reduce", list(itertools.product(["squared", "l2"], ["sum", "mean"])))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=name)
-def test_weights_and_reductions_match_the_law(dtype, difference, stage_reduce, weights, weight):
+@pytest.mark.parametrize("backend, dtype", [p for p in KERNEL_SAMPLES if p.values[1] != torch.float16])
+def test_weights_and_reductions_match_the_law(backend, dtype, difference, stage_reduce, weights, weight):
+    dtype = drawn(backend, dtype)
     student = [make((3, c, size, size), dtype) for c, size in ((4, 9), (8, 5), (16, 3))]
     teacher = [make(s.shape, dtype) for s in student]
     switches = dict(difference=difference, stage_reduce=stage_reduce, weights=weights, weight=weight)
-    check_loss("cpp", "attention_transfer_loss", student, teacher, upstream=torch.tensor(random.uniform(-3, 3)), **switches)
+    check_loss(backend, "attention_transfer_loss", student, teacher, upstream=torch.tensor(random.uniform(-3, 3)), **switches)
 
 
 @pytest.mark.parametrize("upstream", [1.0, 3.0])  # prepared in the forward pass, or not
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_large_gradients_match_the_law(dtype, layout, upstream):
-    """Gradients of a mebibyte and more are written past the caches, where their lines allow it; the last stage's do not."""
-    student, teacher = (
-        [make((4, *shape), dtype, layout, "relu") for shape in ((32, 72, 64), (16, 132, 128), (40, 57, 59))] for _ in range(2)
+@pytest.mark.parametrize("backend, dtype", KERNEL_DTYPES)
+def test_large_gradients_match_the_law(backend, dtype, layout, upstream):
+    """In C++ gradients of a mebibyte and more are written past the caches, where their lines allow it; the last stage's do not.
+
+    In Triton several blocks of positions and chunks of channels make up a map, and small tensors have them too.
+    """
+    n, shapes = (
+        (1, ((72, 33, 33), (130, 16, 16), (40, 24, 49))) if backend == "triton" else (4, ((32, 72, 64), (16, 132, 128), (40, 57, 59)))
     )
+    student, teacher = ([make((n, *shape), dtype, layout, "relu") for shape in shapes] for _ in range(2))
     needs = [True] * 3 + [False] * 3
-    check_loss("cpp", "attention_transfer_loss", student, teacher, needs=needs, upstream=torch.tensor(upstream), weight=100.0)
+    check_loss(backend, "attention_transfer_loss", student, teacher, needs=needs, upstream=torch.tensor(upstream), weight=100.0)
 
 
 @pytest.mark.parametrize("channels", [4, 8, 16, 32, 33, 48])
 @pytest.mark.parametrize("size", [(4, 4), (7, 7), (8, 8), (5, 19), (33, 2), (64, 65)], ids=name)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_every_way_through_a_feature_matches_the_law(layout, size, channels):
+@pytest.mark.parametrize("backend", KERNELS)
+def test_every_way_through_a_feature_matches_the_law(backend, layout, size, channels):
     """Whole vectors, pairs of them (bfloat16), two positions in one, and what is left, of channels and of positions."""
-    for dtype in (torch.bfloat16, torch.float32):
+    size = (16, 17) if backend == "triton" and size == (64, 65) else size
+    for dtype in (torch.bfloat16, torch.float32) if backend == "cpp" else (random.choice(dtypes(backend)),):
         student, teacher = make((2, channels, *size), dtype, layout), make((2, channels, *size), dtype, layout)
-        check_loss("cpp", "attention_transfer_loss", [student], [teacher], upstream=torch.tensor(random.choice((1.0, -7.0))))
+        check_loss(backend, "attention_transfer_loss", [student], [teacher], upstream=torch.tensor(random.choice((1.0, -7.0))))
 
 
 @pytest.mark.parametrize("teacher_size, pool", [((6, 5), "before"), ((3, 5), "before"), ((2, 2), "after")])
 @pytest.mark.parametrize("difference", ["squared", "l2"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_precomputed_teacher_maps_match_the_law(layout, difference, teacher_size, pool):
-    student = make((3, 4, 6, 5), random.choice(DTYPES), layout)
-    teacher = law.attention_map(values((3, 9, *teacher_size), torch.float64)).to(random.choice(DTYPES)).contiguous()
+@pytest.mark.parametrize("backend", KERNELS)
+def test_precomputed_teacher_maps_match_the_law(backend, layout, difference, teacher_size, pool):
+    student = make((3, 4, 6, 5), random.choice(dtypes(backend)), layout)
+    teacher = law.attention_map(values((3, 9, *teacher_size), torch.float64)).to(random.choice(dtypes(backend))).contiguous()
     if random.random() < 0.5:
         teacher = teacher.transpose(1, 2).contiguous().transpose(1, 2)
-    check_loss("cpp", "attention_transfer_loss", [student], [teacher], teacher_is_map=True, difference=difference, pool=pool)
+    check_loss(backend, "attention_transfer_loss", [student], [teacher], teacher_is_map=True, difference=difference, pool=pool)
 
 
 @pytest.mark.parametrize("pool", ["before", "after"])
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)), ids=name)
-def test_each_gradient_can_be_asked_for_alone(needs, pool):
+@pytest.mark.parametrize("backend", KERNELS)
+def test_each_gradient_can_be_asked_for_alone(backend, needs, pool):
     student, teacher = [make((2, 3, 7, 7)), make((2, 5, 4, 4))], [make((2, 4, 7, 7)), make((2, 2, 6, 6))]
-    check_loss("cpp", "attention_transfer_loss", student, teacher, needs=needs, pool=pool)
+    check_loss(backend, "attention_transfer_loss", student, teacher, needs=needs, pool=pool)
 
 
-def test_stages_of_unequal_rank_and_dtype_go_through_one_call():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_stages_of_unequal_rank_and_dtype_go_through_one_call(backend):
     student = [make((2, 3, 7)), make((2, 2, 3, 3), torch.float16), make((2, 7, 2, 3, 4), torch.bfloat16)]
     teacher = [make(s.shape, torch.float32) for s in student]
-    with fastkd.use_backend("cpp"), fused_only() as calls:
-        evaluate(lambda *x: fastkd.attention_transfer_loss(x[:3], x[3:]), [*student, *teacher])
+    with fastkd.use_backend(backend), fused_only(backend=backend) as calls:
+        evaluate(lambda *x: fastkd.attention_transfer_loss(x[:3], x[3:]), [place(x, backend) for x in (*student, *teacher)])
     assert calls.fused == ["attention_transfer_loss", "attention_transfer_loss_backward"]
-    check_loss("cpp", "attention_transfer_loss", student, teacher)
+    check_loss(backend, "attention_transfer_loss", student, teacher)
 
 
-def test_close_maps_keep_their_relative_accuracy():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_close_maps_keep_their_relative_accuracy(backend):
     t = [values((8, 16, size, size), torch.float32) for size in (32, 16, 8)]
     s = [x * (1 + 1e-3 * torch.randn_like(x)) for x in t]
-    with fastkd.use_backend("cpp"):
-        ours = fastkd.attention_transfer_loss(s, t).double()
+    with fastkd.use_backend(backend):
+        ours = fastkd.attention_transfer_loss([place(x, backend) for x in s], [place(x, backend) for x in t]).double().cpu()
     exact = law.attention_transfer_loss([x.double() for x in s], [x.double() for x in t])
     assert abs(ours / exact - 1) < 2e-3
 
 
-def test_student_equal_to_teacher_has_loss_and_gradient_zero():
-    x = make((3, 8, 7, 7), random.choice(DTYPES), random.choice(LAYOUTS))
+@pytest.mark.parametrize("backend", KERNELS)
+def test_student_equal_to_teacher_has_loss_and_gradient_zero(backend):
+    x = make((3, 8, 7, 7), random.choice(dtypes(backend)), random.choice(LAYOUTS))
     same = x.clone()
     for difference in ("squared", "l2"):
-        with fastkd.use_backend("cpp"), fused_only():
-            got = evaluate(lambda s, t: fastkd.attention_transfer_loss(s, t, difference=difference), [x, same])
+        tensors = [place(x, backend), place(same, backend)]
+        with fastkd.use_backend(backend), fused_only(backend=backend):
+            got = evaluate(lambda s, t: fastkd.attention_transfer_loss(s, t, difference=difference), tensors)
         assert got.output == 0 and all((g == 0).all() for g in got.grads)

@@ -16,6 +16,7 @@ import torch
 from recorder import Recorder, fused_only
 from support import (
     DTYPES,
+    KERNELS,
     LAYOUTS,
     arrange,
     check,
@@ -25,19 +26,22 @@ from support import (
     law,
     make,
     name,
+    place,
     some_shape,
     values,
 )
 
 import fastkd
-from fastkd import backends, native
+from fastkd import backends, kernels, native
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PATHS = [] if cpp_missing() else native.cpu_paths()
 
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}, timeout=120)
+    """In a process of its own, where Triton does not interpret."""
+    env = {**os.environ, "TRITON_INTERPRET": "0", **env}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
 
 
 # choosing
@@ -81,7 +85,8 @@ def test_an_unknown_backend_is_refused_with_the_known_names():
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_a_backend_that_cannot_serve_a_cpu_tensor_says_so(backend):
+def test_a_backend_that_cannot_serve_a_cpu_tensor_says_so(backend, monkeypatch):
+    monkeypatch.setattr(kernels, "interpreting", lambda: False)
     x = [torch.ones(2, 3, 4, 4)] * 2
     calls = (
         lambda: fastkd.attention_map(x[0]),
@@ -224,6 +229,17 @@ SPECIAL = {
 @pytest.mark.parametrize("where", ["one element", "one sample", "everywhere"])
 @pytest.mark.parametrize("value", SPECIAL)
 def test_nan_and_infinity_come_out_where_eager_has_them(path, value, where):
+    nan_where_eager_has_it("cpp", value, where)
+
+
+@pytest.mark.parametrize("backend", KERNELS[1:])
+@pytest.mark.parametrize("where", ["one element", "one sample", "everywhere"])
+@pytest.mark.parametrize("value", SPECIAL)
+def test_triton_has_nan_and_infinity_where_eager_has_them(backend, value, where):
+    nan_where_eager_has_it(backend, value, where)
+
+
+def nan_where_eager_has_it(backend, value, where):
     for eps_mode, p in itertools.product(("clamp", "add"), (2, 1, 3)):
         dtype, layout = random.choice((torch.float32, torch.bfloat16)), random.choice(("contiguous", "channels_last", "stepped"))
         x, t = values((3, 17, 5, 7), dtype), values((3, 17, 5, 7), dtype)
@@ -239,9 +255,9 @@ def test_nan_and_infinity_come_out_where_eager_has_them(path, value, where):
                 lambda x, t: law.attention_map(x, p, eps_mode=eps_mode).sum() + 0 * t.sum(),
             ),
             (lambda x, t: fastkd.fsp_loss([x, x], [t, t]), lambda x, t: law.fsp_loss([x, x], [t, t])),
-        ):
-            with fastkd.use_backend("cpp"):
-                got = bits(evaluate(ours, tensors))
+        )[: 3 if backend == "cpp" else 2]:
+            with fastkd.use_backend(backend):
+                got = [x.cpu() for x in bits(evaluate(ours, [place(x, backend) for x in tensors]))]
             want = bits(evaluate(eager, [y.float() for y in tensors]))
             for a, b in zip(got, want):
                 missed = b.isnan() & ~a.isnan()

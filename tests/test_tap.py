@@ -1,4 +1,4 @@
-"""tap and relu_tap: the C++ kernels against the law in float64, over dtypes, layouts, shapes and switches; losses over tapped maps."""
+"""tap and relu_tap: C++ and Triton kernels against the law in float64, over dtypes, layouts, shapes, switches; losses over maps."""
 
 from __future__ import annotations
 
@@ -14,16 +14,24 @@ from recorder import fused_only
 from support import (
     DENSE,
     DTYPES,
+    KERNEL_DTYPES,
+    KERNEL_SAMPLES,
+    KERNELS,
     LAYOUTS,
     TERM_ULPS,
     arrange,
     check_loss,
+    drawn,
+    dtypes,
     eager_error,
     evaluate,
     law,
     make,
+    missing,
     name,
     nudged,
+    one_by_one,
+    place,
     some_shape,
     uncancelled,
     values,
@@ -50,9 +58,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
-def kernels(cpp):
-    """Whatever FASTKD_BACKEND says, these tests are about the kernels, unless a test asks for another backend itself."""
-    with fastkd.use_backend(cpp):
+def kernels(request):
+    """Whatever FASTKD_BACKEND says, these tests are about the kernels: the C++ ones, unless a test asks for others."""
+    backend = request.node.callspec.params.get("backend", "cpp") if hasattr(request.node, "callspec") else "cpp"
+    if missing(backend):
+        pytest.skip(f"backend {backend}: {missing(backend)}")
+    with fastkd.use_backend(backend):
         yield
 
 
@@ -65,20 +76,20 @@ def strides(x):
     return [stride for size, stride in zip(x.shape, x.stride()) if size > 1]
 
 
-def check_tap(function, x, residual=None, *, grad="contiguous", map_scale=1.0, **switches):
-    """The function of that name under the C++ backend against the law: feature and map, and the gradient of both together."""
+def check_tap(backend, function, x, residual=None, *, grad="contiguous", map_scale=1.0, **switches):
+    """The function of that name under the backend against the law: feature and map, and the gradient of both together."""
     relu = function == "relu_tap"
-    inputs = [x.detach().requires_grad_(), *([] if residual is None else [residual.detach().requires_grad_()])]
+    plain = [x.detach(), *([] if residual is None else [residual.detach()])]
+    inputs = [place(v, backend).detach().requires_grad_() for v in plain]
     map_grad = map_scale * torch.randn(x.shape[0], *x.shape[2:], dtype=F64)
     grad = None if grad is None else make(x.shape, x.dtype, grad)
-    with fastkd.use_backend("cpp"), fused_only():
+    with fastkd.use_backend(backend), fused_only(backend=backend):
         y, attention = getattr(fastkd, function)(*inputs, **switches)
-        outputs, grads = (
-            ((attention,), (map_grad.to(attention.dtype),)) if grad is None else ((y, attention), (grad, map_grad.to(attention.dtype)))
-        )
-        got = torch.autograd.grad(outputs, inputs, grads)
+        sent = place(map_grad, backend).to(attention.dtype)
+        outputs, grads = ((attention,), (sent,)) if grad is None else ((y, attention), (place(grad, backend), sent))
+        got = [g.cpu() for g in torch.autograd.grad(outputs, inputs, grads)]
+    y, attention = y.cpu(), attention.cpu()
 
-    plain = [v.detach() for v in inputs]
     want = torch.relu(sum(plain[1:], start=plain[0])) if relu else plain[0]
     assert y.dtype == x.dtype and torch.equal(y.detach(), want)
 
@@ -93,13 +104,20 @@ def check_tap(function, x, residual=None, *, grad="contiguous", map_scale=1.0, *
     wide = F64 if x.dtype == F64 else torch.float32
     exact, eager, moved = (evaluate(exact_map, [v], upstream=map_grad) for v in (z.double(), z.float(), nudged(z)))
     assert attention.dtype == wide
-    within_budget("map", attention.detach(), exact.output, eager_error(exact.output, (eager.output, moved.output), wide))
+    error = eager_error(exact.output, (eager.output, moved.output), wide)
+    within_budget("map", attention.detach(), exact.output, error, terms=one_by_one(backend, plain, exact.output))
     dx = gradient(z, exact)
     rough = [gradient(z, r) for r in (eager, moved)]
     terms = gradient(z, uncancelled(exact_map, [z], None, map_grad)).abs().max().item()
     for g in got:
         assert g.dtype == x.dtype
-        within_budget("gradient", g, dx, eager_error(dx, rough, wide), terms=TERM_ULPS * torch.finfo(wide).eps * terms)
+        within_budget(
+            "gradient",
+            g,
+            dx,
+            eager_error(dx, rough, wide),
+            terms=TERM_ULPS * torch.finfo(wide).eps * terms + one_by_one(backend, plain, dx),
+        )
     if torch.ops.aten.is_non_overlapping_and_dense(x):
         assert strides(y) == strides(got[0]) == strides(x)
 
@@ -108,75 +126,81 @@ def check_tap(function, x, residual=None, *, grad="contiguous", map_scale=1.0, *
 
 
 @pytest.mark.parametrize("p, signed, channel_reduce", list(itertools.product(POWERS, [False, True], ["mean", "sum"])))
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_taps_match_the_law_for_every_switch(dtype, p, signed, channel_reduce):
+@pytest.mark.parametrize("backend, dtype", KERNEL_SAMPLES)
+def test_taps_match_the_law_for_every_switch(backend, dtype, p, signed, channel_reduce):
+    dtype = drawn(backend, dtype)
     switches = dict(
         p=p, signed=signed, channel_reduce=channel_reduce, eps_mode=random.choice(("clamp", "add")), eps=random.choice((1e-12, 0.5))
     )
     shape = some_shape()
     kind = "positive" if signed and p != int(p) else "normal"
-    check_tap("tap", make(shape, dtype, random.choice(LAYOUTS), kind), grad=random.choice((*LAYOUTS, None)), **switches)
+    check_tap(backend, "tap", make(shape, dtype, random.choice(LAYOUTS), kind), grad=random.choice((*LAYOUTS, None)), **switches)
     residual = make(shape, dtype, random.choice(LAYOUTS)) if random.random() < 0.7 else None
-    check_tap("relu_tap", make(shape, dtype, random.choice(LAYOUTS)), residual, grad=random.choice((*LAYOUTS, None)), **switches)
+    check_tap(backend, "relu_tap", make(shape, dtype, random.choice(LAYOUTS)), residual, grad=random.choice((*LAYOUTS, None)), **switches)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
-def test_taps_match_the_law_in_every_layout(shape, layout):
+@pytest.mark.parametrize("backend", KERNELS)
+def test_taps_match_the_law_in_every_layout(backend, shape, layout):
+    shape = (1, 9, 40, 35) if backend == "triton" and shape == (1, 9, 80, 70) else shape
     for function in ("tap", "relu_tap"):
-        check_tap(function, make(shape, random.choice(DTYPES), layout), grad=layout)
-    dtype = random.choice(DTYPES)
-    check_tap("relu_tap", make(shape, dtype, layout), make(shape, dtype, layout), grad=layout)
+        check_tap(backend, function, make(shape, random.choice(dtypes(backend)), layout), grad=layout)
+    dtype = random.choice(dtypes(backend))
+    check_tap(backend, "relu_tap", make(shape, dtype, layout), make(shape, dtype, layout), grad=layout)
 
 
 @pytest.mark.parametrize("grad", [*LAYOUTS, None])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize("function", ["tap", "relu_tap"])
-def test_incoming_gradients_may_have_any_strides_or_be_missing(function, layout, grad):
-    for dtype in DTYPES:
-        check_tap(function, make((2, 19, 6, 7), dtype, layout), grad=grad, map_scale=100.0)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_incoming_gradients_may_have_any_strides_or_be_missing(backend, function, layout, grad):
+    for dtype in dtypes(backend):
+        check_tap(backend, function, make((2, 19, 6, 7), dtype, layout), grad=grad, map_scale=100.0)
 
 
 @pytest.mark.parametrize("layouts", list(itertools.permutations(["contiguous", "channels_last", "stepped"], 2)), ids="-".join)
-def test_a_residual_may_lie_otherwise_than_the_feature(layouts):
-    for dtype in DTYPES:
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_residual_may_lie_otherwise_than_the_feature(backend, layouts):
+    for dtype in dtypes(backend):
         x, residual = (make((2, 19, 5, 9), dtype, layout) for layout in layouts)
-        check_tap("relu_tap", x, residual, grad=random.choice(layouts))
+        check_tap(backend, "relu_tap", x, residual, grad=random.choice(layouts))
 
 
-def test_energies_are_those_of_the_rounded_sum():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_energies_are_those_of_the_rounded_sum(backend):
     """256 + 0.9 is 256 in bfloat16: a map of the unrounded sum would tell the two channels' positions apart."""
     x = torch.full((1, 1, 40), 256.0, dtype=torch.bfloat16)
     residual = torch.linspace(0, 0.9, 40).bfloat16().view(1, 1, 40)
     for layout in ("contiguous", "stepped"):
-        with fastkd.use_backend("cpp"):
-            y, attention = fastkd.relu_tap(arrange(x, layout), arrange(residual, layout))
+        y, attention = fastkd.relu_tap(place(arrange(x, layout), backend), place(arrange(residual, layout), backend))
         assert (y == 256).all() and (attention == attention[0, 0]).all()
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "stepped"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_relu_tap_treats_nan_and_infinity_as_relu_does(dtype, layout):
+@pytest.mark.parametrize("backend, dtype", KERNEL_DTYPES)
+def test_relu_tap_treats_nan_and_infinity_as_relu_does(backend, dtype, layout):
     x = make((3, 17, 5, 4), dtype, layout)
     x[0, 3, 2, 1], x[1, 5, 0, 0], x[1, 2, 1, 1], x[2] = torch.nan, torch.inf, -torch.inf, x[2].abs()
     grad, map_grad = torch.randn_like(x), torch.randn(3, 5, 4)
     results = []
-    for module in (fastkd, law):
-        leaf = x.detach().requires_grad_()
+    for module, on in ((fastkd, backend), (law, "cpp")):
+        leaf = place(x.detach(), on).requires_grad_()
         y, attention = module.relu_tap(leaf)
-        (dx,) = torch.autograd.grad((y, attention), leaf, (grad, map_grad.to(attention.dtype)))
-        results.append((y.detach(), attention.detach(), dx))
+        (dx,) = torch.autograd.grad((y, attention), leaf, (place(grad, on), place(map_grad, on).to(attention.dtype)))
+        results.append([v.detach().cpu() for v in (y, attention, dx)])
     for got, want in zip(*results):
         assert torch.equal(got.isnan(), want.isnan())
         torch.testing.assert_close(got, want, equal_nan=True, rtol=2e-2 if dtype in DTYPES[:2] else 1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize("function", ["tap", "relu_tap"])
-def test_zero_features_have_zero_maps_and_pass_the_gradient_on(function):
-    x = torch.zeros(2, 3, 4, 5, requires_grad=True)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_zero_features_have_zero_maps_and_pass_the_gradient_on(backend, function):
+    x = place(torch.zeros(2, 3, 4, 5), backend).requires_grad_()
     y, attention = getattr(fastkd, function)(x)
     grad = torch.randn_like(x)
-    (dx,) = torch.autograd.grad((y, attention), x, (grad, torch.randn(2, 4, 5)))
+    (dx,) = torch.autograd.grad((y, attention), x, (grad, torch.randn_like(attention)))
     assert (attention == 0).all() and torch.equal(dx, grad if function == "tap" else torch.zeros_like(x))
 
 
@@ -243,24 +267,33 @@ for dtype, tolerance in ((torch.float16, 1e-2), (torch.bfloat16, 5e-2), (torch.f
 
 
 @pytest.mark.parametrize("difference", ["squared", "l2"])
-@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, DTYPES)), ids=lambda pair: "-".join(map(name, pair)))
-def test_loss_takes_maps_of_the_student(dtypes, difference):
+@pytest.mark.parametrize("backend, dtype", KERNEL_DTYPES)
+def test_loss_takes_maps_of_the_student(backend, dtype, difference):
+    for other in dtypes(backend) if backend == "cpp" else (drawn(backend, None),):
+        loss_over_maps_matches(backend, (dtype, other), difference)
+
+
+def loss_over_maps_matches(backend, pair, difference):
     n = random.choice((1, 3))
-    student = [make((n, *some_shape()[2:]), dtypes[0], random.choice(("contiguous", "reversed", "stepped"))) for _ in range(2)]
-    teacher = [make((n, random.choice((1, 5, 19)), *s.shape[1:]), dtypes[1], random.choice((*DENSE, "stepped"))) for s in student]
+    student = [make((n, *some_shape()[2:]), pair[0], random.choice(("contiguous", "reversed", "stepped"))) for _ in range(2)]
+    teacher = [make((n, random.choice((1, 5, 19)), *s.shape[1:]), pair[1], random.choice((*DENSE, "stepped"))) for s in student]
     switches = dict(
         difference=difference, student_is_map=True, weights=[2.0, 0.5], weight=10.0, channel_reduce=random.choice(("mean", "sum"))
     )
-    check_loss("cpp", "attention_transfer_loss", student, teacher, **switches)
+    check_loss(backend, "attention_transfer_loss", student, teacher, **switches)
     check_loss(
-        "cpp", "attention_transfer_loss", student, [law.attention_map(t).to(t.dtype) for t in teacher], teacher_is_map=True, **switches
+        backend, "attention_transfer_loss", student, [law.attention_map(t).to(t.dtype) for t in teacher], teacher_is_map=True, **switches
     )
 
 
 @pytest.mark.parametrize("pool, pool_mode", list(itertools.product(["before", "after"], ["avg", "max"])))
-def test_a_students_map_may_be_smaller_than_the_teacher(pool, pool_mode):
-    student, teacher = make((3, 4, 5), random.choice(DTYPES)), make((3, 7, 9, 5), random.choice(DTYPES), random.choice(LAYOUTS[:6]))
-    check_loss("cpp", "attention_transfer_loss", [student], [teacher], student_is_map=True, pool=pool, pool_mode=pool_mode)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_students_map_may_be_smaller_than_the_teacher(backend, pool, pool_mode):
+    student, teacher = (
+        make((3, 4, 5), random.choice(dtypes(backend))),
+        make((3, 7, 9, 5), random.choice(dtypes(backend)), random.choice(LAYOUTS[:6])),
+    )
+    check_loss(backend, "attention_transfer_loss", [student], [teacher], student_is_map=True, pool=pool, pool_mode=pool_mode)
 
 
 def test_a_loss_over_tapped_maps_is_the_loss_over_features():

@@ -10,7 +10,18 @@ import torch
 from torch import Tensor
 
 from fastkd import backends, checks, reference
-from fastkd.ops.registry import accumulator, autograd, call, call_kernel, define, differentiable_once, one_device, recorded, smaller
+from fastkd.ops.registry import (
+    accumulator,
+    autograd,
+    call,
+    call_unrecorded,
+    caller,
+    define,
+    differentiable_once,
+    one_device,
+    recorded,
+    smaller,
+)  # fmt: skip
 from fastkd.ops.upstream import Upstream, take_prepared
 
 _MAP = "float p, str channel_reduce, bool signed, bool normalize, float eps, str eps_mode"
@@ -98,14 +109,15 @@ class AttentionMapFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *options: Any) -> Tensor:
-        y, norm = call(_map, x, *options)
+        ctx.call = caller(x)
+        y, norm = ctx.call(_map, x, *options)
         ctx.save_for_backward(x, y, norm)
         ctx.options = options
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return call(_map_backward, grad, *ctx.saved_tensors, *ctx.options), *(None for _ in ctx.options)
+        return ctx.call(_map_backward, grad, *ctx.saved_tensors, *ctx.options), *(None for _ in ctx.options)
 
 
 def _traced_map_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -135,8 +147,13 @@ class AttentionTransferFunction(torch.autograd.Function):
     def forward(ctx: Any, stages: int, options: tuple, *tensors: Tensor) -> Tensor:
         needs = ctx.needs_input_grad[2:]
         student_grad, teacher_grad = any(needs[:stages]), any(needs[stages:])
-        ctx.expected = expected = _upstream.expected if student_grad and not options[2] & _BIT["student_is_map"] else None
-        loss, coefficients, ctx.prepared = call(_loss, tensors[:stages], tensors[stages:], *options, student_grad, teacher_grad, expected)
+        ctx.call = caller(tensors[0])
+        # a GPU's gradient must not be read by the host, and has no cache to wait in
+        foreseeing = student_grad and ctx.call is call and not options[2] & _BIT["student_is_map"]
+        ctx.expected = expected = _upstream.expected if foreseeing else None
+        loss, coefficients, ctx.prepared = ctx.call(
+            _loss, tensors[:stages], tensors[stages:], *options, student_grad, teacher_grad, expected
+        )
         # a teacher made under inference_mode cannot be saved: only what needs a gradient is
         wanted = [i for i, need in enumerate(needs) if need]
         skipped = 0 if student_grad else stages
@@ -147,7 +164,7 @@ class AttentionTransferFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[2:]
-        prepared = take_prepared(ctx, grad, _upstream)
+        prepared = take_prepared(ctx, grad, _upstream) if ctx.call is call else ()
         if prepared:
             rest = needs[ctx.stages :]
             others = _feature_gradients(ctx, grad, (False,) * ctx.stages + rest)[ctx.stages :] if any(rest) else (None,) * ctx.stages
@@ -160,7 +177,7 @@ def _feature_gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Te
     saved, kept = ctx.saved_tensors, len(ctx.wanted)
     pairs = [(i, saved[j], saved[kept + j]) for j, i in enumerate(ctx.wanted) if needs[i]]
     p, _, switches, *_ = ctx.options
-    computed = call(_loss_backward, grad, [x for _, x, _ in pairs], [k for _, _, k in pairs], p, switches)
+    computed = ctx.call(_loss_backward, grad, [x for _, x, _ in pairs], [k for _, _, k in pairs], p, switches)
     out: list[Tensor | None] = [None] * len(needs)
     for (i, _, _), dx in zip(pairs, computed, strict=True):
         out[i] = dx
@@ -169,6 +186,7 @@ def _feature_gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Te
 
 def _traced_loss_context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor]]) -> None:
     student, teacher, *options, student_grad, teacher_grad, _ = inputs
+    ctx.call = call
     features = (list(student) if student_grad else []) + (list(teacher) if teacher_grad else [])
     first = 0 if student_grad else len(student)
     ctx.save_for_backward(*features, *output[1])
@@ -212,7 +230,7 @@ def attention_map(
     Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
     Source: Zagoruyko, Komodakis, *Paying more attention to attention*, ICLR 2017.
     """
-    if backends.choose(x) == "reference":
+    if backends.choose(x, in_triton=True) == "reference":
         return reference.attention_map(x, p, channel_reduce=channel_reduce, signed=signed, normalize=normalize, eps=eps, eps_mode=eps_mode)
     if torch.compiler.is_compiling():
         checks.attention_map(x, p, channel_reduce, eps, eps_mode)
@@ -261,7 +279,7 @@ def attention_transfer_loss(
     Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
     Source: Zagoruyko, Komodakis, *Paying more attention to attention*, ICLR 2017, and its published implementations (see the presets).
     """
-    if backends.choose(student) == "reference":
+    if backends.choose(student, teacher, in_triton=True) == "reference":
         return reference.attention_transfer_loss(
             student, teacher, p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode, pool=pool, pool_mode=pool_mode,
             difference=difference, stage_reduce=stage_reduce, weights=weights, weight=weight, teacher_is_map=teacher_is_map,
@@ -285,7 +303,7 @@ def attention_transfer_loss(
             options = (p, eps, _BITS[switches], weights, weight)
             students, teachers = checks.stages("student", student), checks.stages("teacher", teacher)
             if not recorded(students) and not recorded(teachers):
-                return call_kernel(_loss, students, teachers, *options, False, False, None)[0]
+                return call_unrecorded(students[0], _loss, students, teachers, *options, False, False, None)[0]
             return AttentionTransferFunction.apply(len(students), options, *students, *teachers)
         except Exception as error:
             failure = error

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkd import backends, checks, reference
-from fastkd.ops.registry import accumulator, autograd, call, call_kernel, define, differentiable_once, one_device, recorded
+from fastkd.ops.registry import accumulator, autograd, call, call_unrecorded, define, differentiable_once, one_device, recorded
 from fastkd.ops.upstream import Upstream, take_prepared
 
 
@@ -223,7 +223,7 @@ def fsp_loss(
     try:
         students, teachers = checks.stages("student", student), checks.stages("teacher", teacher)
         if not recorded(students) and not recorded(teachers):
-            return call_kernel(_loss, students, teachers, *options, False, None, [])[0]
+            return call_unrecorded(students[0], _loss, students, teachers, *options, False, None, [])[0]
         return FSPLossFunction.apply(len(students), options, *students, *teachers)
     except Exception:
         checks.fsp_loss(student, teacher, *options)

@@ -7,19 +7,28 @@ operations call a thin ``autograd.Function`` instead of the rule registered here
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastkd import backends, kernels
+
 _LIBRARY = torch.library.Library("fastkd", "DEF")
 
 
 def define(schema: str, fake: Callable[..., Any]) -> None:
-    """Declare ``fastkd::<schema>`` with the function that gives its outputs' shapes, dtypes, devices and strides."""
+    """Declare ``fastkd::<schema>`` with the function that gives its outputs' shapes, dtypes, devices and strides.
+
+    On CUDA tensors it is Triton's. One operator name serves one implementation a device: of two registered for a dispatch key the later
+    would silently win. CUDA C++ kernels have to come under names of their own.
+    """
+    name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake("fastkd::" + schema.partition("(")[0], fake, lib=_LIBRARY)
+    torch.library.register_fake("fastkd::" + name, fake, lib=_LIBRARY)
+    if name in kernels.LAUNCHERS:
+        _LIBRARY.impl(name, lambda *args: kernels.launcher(name)(*args), "CUDA")
 
 
 def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
@@ -29,19 +38,24 @@ def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..
 def differentiable_once(name: str, public: str) -> None:
     """Make a second derivative through the backward operator ``name`` an error; PyTorch's own default is a silent zero."""
 
-    def refuse(ctx: Any, *grads: Any) -> None:
-        raise RuntimeError(f"{public} has no second derivative: use fastkd.reference.{public}, which is differentiable twice")
+    _PUBLIC[name] = public
+    autograd(name, lambda ctx, *grads: _refuse(public), lambda ctx, inputs, output: None)
 
-    autograd(name, refuse, lambda ctx, inputs, output: None)
+
+_PUBLIC: dict[str, str] = {}
+
+
+def _refuse(public: str) -> NoReturn:
+    raise RuntimeError(f"{public} has no second derivative: use fastkd.reference.{public}, which is differentiable twice")
 
 
 def call(operator: Callable[..., Any], *args: Any) -> Any:
     """Run an operator inside an ``autograd.Function``: straight to its kernel, unless a graph of the backward pass is wanted."""
-    return operator(*args) if torch.is_grad_enabled() else call_kernel(operator, *args)
+    return operator(*args) if torch.is_grad_enabled() else _call_kernel(operator, *args)
 
 
-def call_kernel(operator: Callable[..., Any], *args: Any) -> Any:
-    """Run an operator for which autograd has nothing to record, past its rule, which would be entered only to find that out."""
+def _call_kernel(operator: Callable[..., Any], *args: Any) -> Any:
+    # past autograd's rule, which would be entered only to find that there is nothing to record
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*args)
 
@@ -53,6 +67,46 @@ def recorded(tensors: Sequence[Tensor]) -> bool:
             if x.requires_grad:
                 return True
     return forward_ad._current_level >= 0  # forward mode: the Function refuses it, the operator would drop the tangents
+
+
+class _Once(torch.autograd.Function):
+    """``apply(operator, args, *tensors)``: a backward operator run by its launcher, in a graph that cannot be differentiated.
+
+    ``tensors`` are those among the arguments: autograd looks for them no deeper.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, operator: str, args: tuple, *tensors: Tensor) -> Any:
+        ctx.operator = operator
+        out = kernels.launcher(operator)(*args)
+        return out if isinstance(out, Tensor) else tuple(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        _refuse(_PUBLIC[ctx.operator])
+
+
+def launch(operator: Any, *args: Any) -> Any:
+    """As ``call``, by Triton: straight to the launcher, past the dispatcher and its host cost."""
+    name = operator._schema.name.partition("::")[2]
+    if not torch.is_grad_enabled():
+        return kernels.launcher(name)(*args)
+    flat = [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+    if not any(isinstance(x, Tensor) and x.requires_grad for x in flat):
+        return kernels.launcher(name)(*args)
+    return _Once.apply(name, args, *[x for x in flat if isinstance(x, Tensor)])
+
+
+def caller(example: Tensor) -> Callable[..., Any]:
+    """How to run operators over such tensors, inside a call that ``backends.choose`` has not given to the reference."""
+    if example.is_cuda or (kernels.interpreting() and backends.current() == "triton"):
+        return launch
+    return call
+
+
+def call_unrecorded(example: Tensor, operator: Callable[..., Any], *args: Any) -> Any:
+    """Run an operator over such tensors where nothing is :func:`recorded`."""
+    return (launch if caller(example) is launch else _call_kernel)(operator, *args)
 
 
 def accumulator(tensors: Sequence[Tensor]) -> torch.dtype:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkd import backends, checks, reference
-from fastkd.ops.registry import accumulator, autograd, call, define, differentiable_once, one_device
+from fastkd.ops.registry import accumulator, autograd, call, caller, define, differentiable_once, one_device
 
 _OPTIONS = "float p, str channel_reduce, bool signed, float eps, str eps_mode"
 
@@ -46,7 +46,8 @@ class TapFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, channel_reduce: str, signed: bool, eps: float, eps_mode: str) -> tuple[Tensor, Tensor]:
-        y, norm = call(_map, x, p, channel_reduce, signed, True, eps, eps_mode)
+        ctx.call = caller(x)
+        y, norm = ctx.call(_map, x, p, channel_reduce, signed, True, eps, eps_mode)
         ctx.save_for_backward(x, y, norm)
         ctx.set_materialize_grads(False)
         ctx.options = (p, channel_reduce, signed, eps, eps_mode)
@@ -55,7 +56,7 @@ class TapFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, map_grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if map_grad is not None:
-            grad = call(_backward, grad, map_grad, *ctx.saved_tensors, *ctx.options)
+            grad = ctx.call(_backward, grad, map_grad, *ctx.saved_tensors, *ctx.options)
         return grad, None, None, None, None, None
 
 
@@ -67,7 +68,8 @@ class ReluTapFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
-        y, attention, norm = call(_relu, x, residual, *options)
+        ctx.call = caller(x)
+        y, attention, norm = ctx.call(_relu, x, residual, *options)
         ctx.save_for_backward(y, attention, norm)
         ctx.set_materialize_grads(False)
         ctx.options = options
@@ -81,7 +83,7 @@ class ReluTapFunction(torch.autograd.Function):
 def _relu_gradients(ctx: Any, grad: Tensor | None, map_grad: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     y, attention, norm = ctx.saved_tensors
     if map_grad is not None:
-        grad = call(_relu_backward, grad, map_grad, y, attention, norm, *ctx.options)
+        grad = ctx.call(_relu_backward, grad, map_grad, y, attention, norm, *ctx.options)
     elif grad is not None:
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
     return *(grad if need else None for need in ctx.needs_input_grad[:2]), *(None for _ in ctx.options)
@@ -89,7 +91,7 @@ def _relu_gradients(ctx: Any, grad: Tensor | None, map_grad: Tensor | None, *unu
 
 def _traced_relu_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.save_for_backward(*output)
-    ctx.options = inputs[2:]
+    ctx.options, ctx.call = inputs[2:], call
 
 
 autograd("relu_tap", _relu_gradients, _traced_relu_context)
@@ -120,7 +122,7 @@ def tap(
     Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
     Source: Zagoruyko, Komodakis, *Paying more attention to attention*, ICLR 2017.
     """
-    if backends.choose(x) == "reference":
+    if backends.choose(x, in_triton=True) == "reference":
         return reference.tap(x, p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode)
     if torch.compiler.is_compiling():
         checks.attention_map(x, p, channel_reduce, eps, eps_mode)
@@ -158,7 +160,7 @@ def relu_tap(
     Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
     Source: Zagoruyko, Komodakis, *Paying more attention to attention*, ICLR 2017.
     """
-    if backends.choose(x) == "reference":
+    if backends.choose(x, in_triton=True) == "reference":
         return reference.relu_tap(x, residual, p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode)
     options = (p, channel_reduce, signed, eps, eps_mode)
     if torch.compiler.is_compiling():

@@ -1,0 +1,87 @@
+"""Triton kernels and their launchers, nothing else; Triton itself is imported when the first of them is wanted.
+
+| file               | what lives there                                                                          |
+|--------------------|-------------------------------------------------------------------------------------------|
+| `launch.py`        | how a tensor is walked, how work is divided, how a kernel is launched; shared by all       |
+| `tile.py`          | what kernels have in common: powers, positions, sums over channels, normalization          |
+| `attention.py`     | the attention-transfer loss over a list of stages, and its backward pass: its launchers    |
+| `attention_kernels.py` | and its kernels                                                                        |
+| `attention_map.py` | the attention map and its backward pass, with or without a ReLU before and a gradient after|
+| `tap.py`           | the taps: the same kernels with those                                                      |
+| `pool.py`          | adaptive pooling of features and energies, and its gradient                                |
+
+A launcher has the name and the arguments of the operator that it implements (``torch.ops.fastkd``).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+LAUNCHERS = {
+    "attention_map": "attention_map",
+    "attention_map_backward": "attention_map",
+    "attention_transfer_loss": "attention",
+    "attention_transfer_loss_backward": "attention",
+    "tap_backward": "tap",
+    "relu_tap": "tap",
+    "relu_tap_backward": "tap",
+}
+"""The operators that Triton serves, and the file of each one's launcher."""
+
+
+@functools.cache
+def launcher(operator: str) -> Callable[..., Any]:
+    """The function that runs ``fastkd::<operator>``; imports Triton."""
+    return getattr(importlib.import_module(f"fastkd.kernels.{LAUNCHERS[operator]}"), operator)
+
+
+# Found out once, and kept in globals: a graph that is traced reads those, where it could not ask.
+_interpreting: bool | None = None
+_state: tuple[bool, str] | None = None
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets its kernels, on CPU tensors, for tests; asked once, since Triton asks when a kernel is imported."""
+    global _interpreting
+    if _interpreting is None:
+        _interpreting = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y") and _version() is not None
+    return _interpreting
+
+
+def state() -> tuple[bool, str]:
+    """Whether the kernels can run here, and why or why not. Does not import Triton, which takes long."""
+    global _state
+    if _state is None:
+        _state = _find_out()
+    return _state
+
+
+def _version() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "of unknown version"
+
+
+def _find_out() -> tuple[bool, str]:
+    version = _version()
+    if version is None:
+        return False, "triton is not installed: PyTorch's CUDA wheels for Linux bring it, `pip install triton` does too"
+    if interpreting():
+        return True, f"triton {version}, interpreted on CPU tensors (TRITON_INTERPRET): for tests, slow"
+    if not torch.cuda.is_available():
+        return (
+            False,
+            f"triton {version} is installed, but PyTorch sees no CUDA device (TRITON_INTERPRET=1 runs it on CPUs, slowly)",
+        )
+    return True, f"triton {version}, {torch.cuda.get_device_name()}"

@@ -1,0 +1,243 @@
+"""The attention-transfer loss over a list of stages, in one launch forward and one backward.
+
+Forward: a program sums the energies of some channels over a block of positions, of one sample, stage and side, into scratch memory, and
+takes a ticket. The last program of a (sample, stage) adds the parts in their order, normalizes both maps, compares them and writes the
+coefficients that the backward pass streams; the last of these adds up the loss. Student, teacher, normalization and comparison are thus
+one pass over the features, with as many programs as the bandwidth needs: for 64x256x56x56 in float32 13 position blocks x 64 samples x 2
+sides of 256 KiB each, for 128x16x32x32 two of 32 KiB a sample and side. A ticket instead of a second launch: that would cost the host
+more than zeroing the tickets, and the device the time in which the first drains. Tickets are integers and choose who adds, never in which
+order. Stages come in the order of their maps' size, the longest to finish first. Scratch memory is a map for each side and chunk.
+
+Backward: dx = upstream k h(x) for every feature that needs it, k a coefficient a position, tile by tile.
+
+Where sizes differ, a side is pooled by a launch of its own before (`pool.py`), and its gradient un-pooled by another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastkd.kernels.attention_kernels import gradient_kernel, loss_kernel
+from fastkd.kernels.attention_map import attention_map
+from fastkd.kernels.launch import IDENTITY, LONGEST, Launch, Plans, config, grid, key_of, power, power_of_two, program_bytes, served, walk
+from fastkd.kernels.pool import gradient_of_pool, pool, pooled_strides, unpool
+
+# The loss's switches, bits of one integer, as in fastkd/ops/attention.py
+MEAN, SIGNED, ADD_EPS, POOL_BEFORE, POOL_MAX, L2, STAGE_MEAN, TEACHER_IS_MAP, STUDENT_IS_MAP = (1 << i for i in range(9))
+
+
+class _Side:
+    """One side of one stage: whether and how it is pooled, and how what comes of that is walked."""
+
+    def __init__(self, x: Tensor, is_map: bool, size: Sequence[int], p: float, switches: int) -> None:
+        own, channels = x.shape[1 if is_map else 2 :], 1 if is_map else x.shape[1]
+        # an energy or a map is taken as it is, and the gradient of an energy is still that of the power before it
+        self.pooled = "" if tuple(own) == tuple(size) else "before" if switches & POOL_BEFORE else "after"
+        raw = is_map or self.pooled == "after"
+        share = channels if switches & MEAN else 1
+        self.power = IDENTITY if raw else power(p, bool(switches & SIGNED))
+        self.divisor = 1.0 if raw else float(share)
+        self.gain = 1.0 if is_map else p / share
+        self.is_map = is_map
+        self.coefficient = tuple(x.shape) if is_map else (x.shape[0], *(size if self.pooled != "after" else own))
+        self.target = (x.shape[0], *size) if raw else (*x.shape[:2], *size)
+        if not self.pooled:
+            self.walk = walk(x.shape, [x.stride()], x.element_size(), is_map=is_map)
+        elif raw:
+            self.walk = walk(self.target, [torch.empty(self.target, device="meta").stride()], 4, is_map=True)
+        else:
+            self.walk = walk(self.target, [pooled_strides(x, self.target)], 4)
+
+
+class _Forward:
+    """What a forward call of these shapes takes."""
+
+    def __init__(
+        self,
+        students: Sequence[Tensor],
+        teachers: Sequence[Tensor],
+        p: float,
+        eps: float,
+        switches: int,
+        student_grad: bool,
+        teacher_grad: bool,
+    ) -> None:
+        if not students or len(students) != len(teachers):
+            raise ValueError(f"student and teacher must be lists of the same length, at least 1, got {len(students)} and {len(teachers)}")
+        if not eps >= 0:
+            raise ValueError(f"eps must not be negative, got {eps}")
+        if not 0 <= switches < 512:
+            raise ValueError(f"switches must be bits below 512, got {switches}")
+        s_map, t_map = bool(switches & STUDENT_IS_MAP), bool(switches & TEACHER_IS_MAP)
+        self.samples = students[0].shape[0]
+        self.sides: list[tuple[_Side, _Side]] = []
+        for s, t in zip(students, teachers, strict=True):
+            sizes = []
+            for x, is_map, name in ((s, s_map, "student"), (t, t_map, "teacher")):
+                served(x, name, students[0].device)
+                if not 3 <= x.dim() + is_map <= 5 or x.shape[0] != self.samples:
+                    raise ValueError(f"{name} has shape {tuple(x.shape)}: wrong in rank or batch size")
+                sizes.append(x.shape[1 if is_map else 2 :])
+            if len(sizes[0]) != len(sizes[1]):
+                raise ValueError("student and teacher differ in the number of spatial dimensions")
+            size = tuple(min(a, b) for a, b in zip(*sizes))
+            if (s_map and sizes[0] != size) or (t_map and sizes[1] != size):
+                raise ValueError("a map must not be larger than the other side")
+            self.sides.append((_Side(s, s_map, size, p, switches), _Side(t, t_map, size, p, switches)))
+
+        goal = program_bytes(sum(side.walk.bytes for pair in self.sides for side in pair))
+        first, at, stages = 0, 0, []
+        configs: list[list[tuple]] = [[], []]
+        # the largest stages first: they take longest to finish. Programs are numbered in that order, stages keep their places
+        numbered: dict[int, tuple[int, ...]] = {}
+        for i in sorted(range(len(students)), key=lambda i: -self.sides[i][0].walk.positions):
+            numbers = [first, self.sides[i][0].walk.positions]
+            for side in self.sides[i]:
+                cut = grid(side.walk, goal)
+                parts = cut.chunks * side.walk.fold
+                numbers += [cut.programs, cut.blocks, cut.steps, parts, at]
+                at += self.samples * parts * side.walk.positions
+            first += self.samples * (numbers[2] + numbers[7])
+            numbered[i] = tuple(numbers)
+        for i, pair in enumerate(self.sides):
+            stages.append(numbered[i])
+            for kept, side in zip(configs, pair):
+                cut = grid(side.walk, goal)
+                kept.append(config(side.walk, cut, side.power))
+        self.scratch = at + len(students) * self.samples
+        self.tickets = 1 + len(students) * self.samples
+        # what the distances are divided by
+        self.terms = [self.samples * (1 if switches & L2 else pair[0].walk.positions) for pair in self.sides]
+        self.pools = any(side.pooled for pair in self.sides for side in pair)
+        self.grads = (student_grad, teacher_grad)
+        block = min(LONGEST, power_of_two(max(pair[0].walk.positions for pair in self.sides)))
+        self.launch = Launch(
+            loss_kernel, first,
+            tuple(pair[0].walk.numbers() for pair in self.sides), tuple(pair[1].walk.numbers() for pair in self.sides), tuple(stages),
+            tuple((s.divisor, s.gain, t.divisor, t.gain) for s, t in self.sides), self.samples, at,
+            tuple(configs[0]), tuple(configs[1]), len(students), block,
+            float(eps), bool(switches & ADD_EPS), bool(switches & L2), s_map, t_map,
+        )  # fmt: skip
+
+
+_forward_plans, _backward_plans = Plans(), Plans()
+
+
+def attention_transfer_loss(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], p: float, eps: float, switches: int, weights: Sequence[float] | None,
+    weight: float, student_grad: bool, teacher_grad: bool, upstream: float | None,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    """See ``torch.ops.fastkd.attention_transfer_loss``."""
+    tensors = (*student, *teacher)
+    key = (key_of(tensors), len(student), p, eps, switches, student_grad, teacher_grad)
+    plan = _forward_plans.get(key)
+    if plan is None:
+        plan = _Forward(student, teacher, p, eps, switches, student_grad, teacher_grad)
+    first = tensors[0]
+    for x in tensors:
+        if x.device != first.device:
+            raise ValueError(f"tensors of one call lie on {first.device} and {x.device}")
+    share = weight / len(student) if switches & STAGE_MEAN else weight
+    if weights is None:
+        factors = tuple([share / terms for terms in plan.terms])
+    elif len(weights) != len(student):
+        raise ValueError(f"weights must hold one number a stage, got {len(weights)}")
+    else:
+        factors = tuple([share * w / terms for w, terms in zip(weights, plan.terms)])
+    _forward_plans[key] = plan
+
+    wanted = [(i, j) for j in (0, 1) if plan.grads[j] for i in range(len(student))]
+    coefficients = [first.new_empty(plan.sides[i][j].coefficient, dtype=torch.float32) for i, j in wanted]
+    given, targets = tensors, coefficients
+    unpooled: list[tuple[Tensor, Tensor | None, Tensor, Tensor]] = []
+    if plan.pools:
+        given, targets, unpooled = _pooled(plan, tensors, wanted, coefficients, p, switches)
+    kept = len(student) if student_grad else 0
+    loss = first.new_empty((), dtype=torch.float32)
+    plan.launch(
+        given, given[: len(student)], given[len(student) :], tuple(targets[:kept]) if student_grad else None,
+        tuple(targets[kept:]) if teacher_grad else None, loss, first.new_empty(plan.scratch, dtype=torch.float32),
+        first.new_zeros(plan.tickets, dtype=torch.int32), factors,
+    )  # fmt: skip
+    for pooled, place, k, full in unpooled:
+        unpool(k, place, full, max_pool=bool(switches & POOL_MAX), like=pooled)
+    gradients = []
+    if upstream is not None and student_grad and not switches & STUDENT_IS_MAP:
+        given_upstream = first.new_full((), upstream, dtype=torch.float32)
+        gradients = attention_transfer_loss_backward(given_upstream, student, coefficients[:kept], p, switches)
+    return loss, coefficients, gradients
+
+
+def _pooled(
+    plan: _Forward, tensors: Sequence[Tensor], wanted: list[tuple[int, int]], coefficients: list[Tensor], p: float, switches: int
+) -> tuple[tuple[Tensor, ...], list[Tensor], list[tuple[Tensor, Tensor | None, Tensor, Tensor]]]:
+    """The features, pooled before or after the power; where coefficients are to be written; and which of those are to be un-pooled."""
+    stages = len(plan.sides)
+    given, targets = list(tensors), list(coefficients)
+    unpooled: list[tuple[Tensor, Tensor | None, Tensor, Tensor]] = []
+    for i in range(stages):
+        for j, side in enumerate(plan.sides[i]):
+            x = tensors[j * stages + i]
+            if side.pooled == "before":
+                given[j * stages + i] = pool(x, side.target, max_pool=bool(switches & POOL_MAX))[0]
+            elif side.pooled == "after":
+                reduce = "mean" if switches & MEAN else "sum"
+                q = attention_map(x, p, reduce, bool(switches & SIGNED), False, 0.0, "clamp")[0]
+                pooled, place = pool(q.unsqueeze(1), (q.shape[0], 1, *side.target[1:]), max_pool=bool(switches & POOL_MAX))
+                given[j * stages + i] = pooled.squeeze(1)
+                if (i, j) in wanted:
+                    k = torch.empty_like(pooled)
+                    at = wanted.index((i, j))
+                    targets[at] = k
+                    unpooled.append((pooled, place, k, coefficients[at]))
+    return tuple(given), targets, unpooled
+
+
+class _Backward:
+    """What a backward call of these shapes takes."""
+
+    def __init__(self, features: Sequence[Tensor], coefficients: Sequence[Tensor], p: float, switches: int) -> None:
+        if len(features) != len(coefficients):
+            raise ValueError("features and coefficients must be lists of the same length")
+        samples, first, items, configs, walks = features[0].shape[0], 0, [], [], []
+        self.pooled: list[int] = []
+        self.direct: list[int] = []
+        for i, (x, k) in enumerate(zip(features, coefficients)):
+            served(x, "features", features[0].device)
+            is_map = x.dim() == k.dim()
+            if not is_map and tuple(x.shape[2:]) != tuple(k.shape[1:]):
+                self.pooled.append(i)
+                continue
+            self.direct.append(i)
+            out = torch.empty_like(x, device="meta")
+            walks.append((walk(x.shape, [x.stride(), out.stride()], x.element_size(), is_map=is_map), is_map))
+        goal = program_bytes(2 * sum(w.bytes for w, _ in walks))
+        for w, is_map in walks:
+            cut = grid(w, goal)
+            items.append((first, cut.programs, cut.blocks, cut.steps, w.positions))
+            first += samples * cut.programs
+            configs.append(config(w, cut, IDENTITY if is_map else power(p, bool(switches & SIGNED))))
+        numbers = [tuple(w.numbers(j) for w, _ in walks) for j in (0, 1)]
+        self.launch = Launch(gradient_kernel, first, *numbers, tuple(items), samples, tuple(configs), len(items))
+
+
+def attention_transfer_loss_backward(
+    grad: Tensor, features: Sequence[Tensor], coefficients: Sequence[Tensor], p: float, switches: int
+) -> list[Tensor]:
+    """See ``torch.ops.fastkd.attention_transfer_loss_backward``."""
+    if not features:
+        return []
+    key = (key_of(features), key_of(coefficients), p, switches)
+    plan = _backward_plans.get(key)
+    if plan is None:
+        plan = _backward_plans[key] = _Backward(features, coefficients, p, switches)
+    outs = [torch.empty_like(x) for x in features]
+    if plan.direct:
+        xs, ks, to = (tuple([y[i] for i in plan.direct]) for y in (features, coefficients, outs))
+        plan.launch((grad, *xs, *ks), grad, xs, ks, to)
+    for i in plan.pooled:
+        gradient_of_pool(grad, features[i], coefficients[i], outs[i], power(p, bool(switches & SIGNED)), max_pool=bool(switches & POOL_MAX))
+    return outs

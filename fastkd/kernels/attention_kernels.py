@@ -1,0 +1,163 @@
+"""The kernels of the attention-transfer loss; `attention.py` says how they work together, and launches them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastkd.kernels.tile import along_gradient, collapse, last_of, normalization, normalized, places, row_step, rows_of, slope, sum_energies
+
+
+@triton.jit
+def _write_coefficients(out, n, s, positions, mask, d, y, dot, has_along, along, scale, factor, IS_MAP: tl.constexpr):
+    k = d.to(tl.float64) * factor if IS_MAP else along_gradient(d, y, dot, has_along, along, scale * factor)
+    tl.store(out + n * positions + s, k.to(tl.float32), mask=mask)
+
+
+# counts and places are not specialized: a new batch size need not be a new kernel
+@triton.jit(do_not_specialize=["stages", "samples", "distances_at"])
+def loss_kernel(
+    students, teachers, s_out, t_out, loss, scratch, tickets, factors,
+    s_walks, t_walks, stages, gains, samples, distances_at,
+    S_CONFIG: tl.constexpr, T_CONFIG: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr,
+    EPS: tl.constexpr, ADD_EPS: tl.constexpr, L2: tl.constexpr, S_MAP: tl.constexpr, T_MAP: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    n = tl.full((), 0, tl.int64)
+    stage = tl.full((), 0, tl.int32)
+    positions = tl.full((), 0, tl.int32)
+    programs = tl.full((), 0, tl.int32)
+    s_parts = tl.full((), 0, tl.int32)
+    t_parts = tl.full((), 0, tl.int32)
+    s_at = tl.full((), 0, tl.int64)
+    t_at = tl.full((), 0, tl.int64)
+    s_div = tl.full((), 1.0, tl.float32)
+    t_div = tl.full((), 1.0, tl.float32)
+    s_gain = tl.full((), 1.0, tl.float32)
+    t_gain = tl.full((), 1.0, tl.float32)
+    factor = tl.full((), 0.0, tl.float32)
+    if s_out is not None:
+        s_coefficients = s_out[0]
+    if t_out is not None:
+        t_coefficients = t_out[0]
+    for i in tl.static_range(STAGES):
+        # (first program, positions; of each side: programs of a sample, blocks, steps, parts, where its sums are)
+        of = stages[i]
+        local = pid - of[0]
+        each = of[2] + of[7]
+        if (local >= 0) & (local < samples * each):
+            n = (local // each).to(tl.int64)
+            stage = tl.full((), i, tl.int32)
+            positions = tl.full((), 0, tl.int32) + of[1]
+            programs = tl.full((), 0, tl.int32) + each
+            s_parts = tl.full((), 0, tl.int32) + of[5]
+            t_parts = tl.full((), 0, tl.int32) + of[10]
+            s_at = of[6] + n * s_parts * positions
+            t_at = of[11] + n * t_parts * positions
+            s_div = gains[i][0]
+            t_div = gains[i][2]
+            s_gain = gains[i][1]
+            t_gain = gains[i][3]
+            factor = factors[i]
+            if s_out is not None:
+                s_coefficients = s_out[i]
+            if t_out is not None:
+                t_coefficients = t_out[i]
+            mine = local % each
+            if mine < of[2]:
+                sum_energies(
+                    students[i], s_walks[i], n, mine % of[3], mine // of[3], of[4], scratch + s_at,
+                    S_CONFIG, i,
+                )  # fmt: skip
+            else:
+                mine -= of[2]
+                sum_energies(
+                    teachers[i], t_walks[i], n, mine % of[8], mine // of[8], of[9], scratch + t_at,
+                    T_CONFIG, i,
+                )  # fmt: skip
+
+    if last_of(tickets + 1 + stage * samples + n, programs):
+        s_norm = tl.sqrt(collapse(scratch + s_at, s_parts, positions, BLOCK)) / s_div
+        t_norm = tl.sqrt(collapse(scratch + t_at, t_parts, positions, BLOCK)) / t_div
+        s_divisor, s_has, s_along, s_scale = normalization(s_norm, EPS, ADD_EPS)
+        t_divisor, t_has, t_along, t_scale = normalization(t_norm, EPS, ADD_EPS)
+        one = tl.full((), 1.0, tl.float64)
+        s_reciprocal = one if S_MAP else one / (s_divisor * s_div)
+        t_reciprocal = one if T_MAP else one / (t_divisor * t_div)
+        squares = tl.zeros((BLOCK,), tl.float64)
+        s_dot = tl.zeros((BLOCK,), tl.float64)
+        t_dot = tl.zeros((BLOCK,), tl.float64)
+        for first in range(0, positions, BLOCK):
+            s = first + tl.arange(0, BLOCK)
+            mask = s < positions
+            y_s = normalized(tl.load(scratch + s_at + s, mask=mask, other=0), s_reciprocal).to(tl.float64)
+            y_t = normalized(tl.load(scratch + t_at + s, mask=mask, other=0), t_reciprocal).to(tl.float64)
+            # a sum over idle lanes must not meet 0 * NaN
+            d = tl.where(mask, y_s - y_t, 0.0)
+            squares += d * d
+            s_dot += d * tl.where(mask, y_s, 0.0)
+            t_dot += d * tl.where(mask, y_t, 0.0)
+        distance = tl.sum(squares, 0)
+        along_s = tl.sum(s_dot, 0)
+        along_t = tl.sum(t_dot, 0)
+        if L2:
+            distance = tl.sqrt(distance)
+            change = tl.where(distance == 0, 0.0, tl.cast(factor, tl.float64) / distance)
+        else:
+            change = 2 * tl.cast(factor, tl.float64)
+        if s_out is not None or t_out is not None:
+            for first in range(0, positions, BLOCK):
+                s = first + tl.arange(0, BLOCK)
+                mask = s < positions
+                y_s = normalized(tl.load(scratch + s_at + s, mask=mask, other=0), s_reciprocal)
+                y_t = normalized(tl.load(scratch + t_at + s, mask=mask, other=0), t_reciprocal)
+                d = y_s - y_t
+                if s_out is not None:
+                    _write_coefficients(
+                        s_coefficients, n, s, positions, mask, d, y_s, along_s, s_has, s_along, s_scale, change * s_gain, S_MAP
+                    )
+                if t_out is not None:
+                    _write_coefficients(
+                        t_coefficients, n, s, positions, mask, d, y_t, along_t, t_has, t_along, t_scale, -change * t_gain, T_MAP
+                    )
+        tl.store(scratch + distances_at + stage * samples + n, distance.to(tl.float32))
+
+        if last_of(tickets, STAGES * samples):
+            total = tl.full((), 0.0, tl.float64)
+            for i in tl.static_range(STAGES):
+                distances = tl.zeros((BLOCK,), tl.float64)
+                for first in range(0, samples, BLOCK):
+                    s = first + tl.arange(0, BLOCK)
+                    at = scratch + distances_at + i * samples + s
+                    distances += tl.load(at, mask=s < samples, other=0, cache_modifier=".cg").to(tl.float64)
+                total += tl.sum(distances, 0) * tl.cast(factors[i], tl.float64)
+            tl.store(loss, total.to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["items", "samples"])
+def gradient_kernel(grad, xs, coefficients, outs, x_walks, out_walks, items, samples, CONFIG: tl.constexpr, ITEMS: tl.constexpr):
+    pid = tl.program_id(0)
+    upstream = tl.load(grad).to(tl.float32)
+    for i in tl.static_range(ITEMS):
+        # (first program, programs of a sample, blocks, steps, positions)
+        of = items[i]
+        local = pid - of[0]
+        if (local >= 0) & (local < samples * of[1]):
+            n = (local // of[1]).to(tl.int64)
+            mine = local % of[1]
+            ROWS: tl.constexpr = CONFIG[i][3]
+            BLOCK: tl.constexpr = CONFIG[i][4]
+            rows_count, length = rows_of(x_walks[i], CONFIG, i)
+            rows = tl.arange(0, ROWS)
+            position = (mine % of[2]) * BLOCK + tl.arange(0, BLOCK)
+            inside = position < length
+            k = tl.load(coefficients[i] + n * of[4] + position % of[4], mask=inside, other=0) * upstream
+            first = (mine // of[2]) * of[3] * ROWS
+            at = xs[i] + places(x_walks[i], CONFIG, i, n, first, rows, position)
+            to = outs[i] + places(out_walks[i], CONFIG, i, n, first, rows, position)
+            for row in range(first, tl.minimum(first + of[3] * ROWS, rows_count), ROWS):
+                mask = (row + rows < rows_count)[:, None] & inside[None, :]
+                x = tl.load(at, mask=mask, other=0).to(tl.float32)
+                tl.store(to, (slope(x, CONFIG, i) * k[None, :]).to(outs[i].dtype.element_ty), mask=mask)
+                at += row_step(x_walks[i], CONFIG, i)
+                to += row_step(out_walks[i], CONFIG, i)

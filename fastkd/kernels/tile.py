@@ -1,0 +1,216 @@
+"""What the kernels over attention maps have in common. Functions of Triton; `launch.py` explains walks, folds and grids.
+
+Sums over channels run in float32, each lane in the order of its rows and the lanes as a tree; sums over positions run in float64, as on a
+CPU: a map whose squares leave float32's range still has its norm. Every order is fixed, whatever program is the last to finish a sample.
+
+CONFIG[ITEM] is what of a tensor is constant in a kernel, `launch.config`. It is handed down whole and its numbers get names before
+they are used as shapes: Triton 3.6 takes numbers out of a constant tuple of tuples, and neither goes deeper nor passes a part of one on.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def raised(x, WHOLE: tl.constexpr, HALF: tl.constexpr):
+    """x^(WHOLE + HALF / 2), WHOLE at least 1, by multiplications: as near as pow's own rounding, and in every arithmetic."""
+    y = x
+    for _ in tl.static_range(WHOLE - 1):
+        y *= x
+    if HALF:
+        y *= tl.sqrt_rn(x)
+    return y
+
+
+@triton.jit
+def real_power(x, P: tl.constexpr, PARITY: tl.constexpr, SIGNED: tl.constexpr):
+    """|x|^P, or x^P if SIGNED; by way of float64, whose logarithm costs no accuracy."""
+    y = tl.exp2(tl.log2(tl.abs(x).to(tl.float64)) * P).to(tl.float32)
+    if SIGNED:
+        if PARITY == 1:
+            y = tl.where(x < 0, -y, y)
+        elif PARITY == 0:
+            y = tl.where(x < 0, float("nan"), y)
+    return y
+
+
+@triton.jit
+def energy(x, CONFIG: tl.constexpr, ITEM: tl.constexpr):
+    """|x|^p, x^p if signed."""
+    if CONFIG[ITEM][5] == 0:
+        return real_power(x, CONFIG[ITEM][8], CONFIG[ITEM][9], CONFIG[ITEM][7])
+    elif CONFIG[ITEM][7] or (CONFIG[ITEM][5] == 2 and not CONFIG[ITEM][6]):
+        return raised(x, CONFIG[ITEM][5], CONFIG[ITEM][6])
+    else:
+        return raised(tl.abs(x), CONFIG[ITEM][5], CONFIG[ITEM][6])
+
+
+@triton.jit
+def slope(x, CONFIG: tl.constexpr, ITEM: tl.constexpr):
+    """sign(x) |x|^(p-1), x^(p-1) if signed; at p = 1 that of 0 and of NaN is 0, as in PyTorch."""
+    if CONFIG[ITEM][5] == 0:
+        if CONFIG[ITEM][7]:
+            # one less turns odd (1) into even (2) and back
+            return real_power(x, CONFIG[ITEM][8] - 1, (3 - CONFIG[ITEM][9]) if CONFIG[ITEM][9] else 0, True)
+        else:
+            y = real_power(x, CONFIG[ITEM][8] - 1, 0, False)
+            return tl.where(x < 0, -y, y)
+    elif CONFIG[ITEM][5] == 1:
+        if CONFIG[ITEM][6]:
+            y = tl.sqrt_rn(tl.abs(x))
+            return tl.where(x < 0, -y, y)
+        elif CONFIG[ITEM][7]:
+            return tl.full(x.shape, 1.0, tl.float32)
+        else:
+            return tl.where(x > 0, 1.0, 0.0) - tl.where(x < 0, 1.0, 0.0)
+    elif CONFIG[ITEM][7]:
+        return raised(x, CONFIG[ITEM][5] - 1, CONFIG[ITEM][6])
+    elif CONFIG[ITEM][5] == 2 and not CONFIG[ITEM][6]:
+        return x
+    else:
+        y = raised(tl.abs(x), CONFIG[ITEM][5] - 1, CONFIG[ITEM][6])
+        return tl.where(x < 0, -y, y)
+
+
+@triton.jit
+def rows_of(walk, CONFIG: tl.constexpr, ITEM: tl.constexpr):
+    """The number of rows, and the length of one. ``walk``: Walk.numbers."""
+    if CONFIG[ITEM][1]:
+        return walk[0] * CONFIG[ITEM][2], walk[1]
+    else:
+        return walk[0], walk[1] * CONFIG[ITEM][2]
+
+
+@triton.jit
+def places(walk, CONFIG: tl.constexpr, ITEM: tl.constexpr, n, row, rows, position):
+    """Offsets of a tile: sample n, rows ``row + rows``, positions ``position``. In int64: strides may be as large as the tensor."""
+    if CONFIG[ITEM][0]:
+        if CONFIG[ITEM][1]:
+            sample = n.to(tl.int64) * walk[4] * CONFIG[ITEM][2]
+            across = (row + rows).to(tl.int64)
+            along = position.to(tl.int64) * walk[8] * CONFIG[ITEM][2]
+        else:
+            sample = n.to(tl.int64) * walk[4] * CONFIG[ITEM][2]
+            across = (row + rows).to(tl.int64) * walk[5] * CONFIG[ITEM][2]
+            along = position.to(tl.int64) * walk[8]
+    else:
+        sample = n.to(tl.int64) * walk[4]
+        across = (row + rows).to(tl.int64) * walk[5]
+        line = position // walk[3]
+        plane = line // walk[2]
+        along = plane.to(tl.int64) * walk[6] + (line % walk[2]).to(tl.int64) * walk[7] + (position % walk[3]).to(tl.int64) * walk[8]
+    return sample + across[:, None] + along[None, :]
+
+
+@triton.jit
+def row_step(walk, CONFIG: tl.constexpr, ITEM: tl.constexpr):
+    """How far the next tile of rows is."""
+    if CONFIG[ITEM][1]:
+        return CONFIG[ITEM][3]
+    elif CONFIG[ITEM][0]:
+        return tl.cast(walk[5], tl.int64) * (CONFIG[ITEM][2] * CONFIG[ITEM][3])
+    else:
+        return tl.cast(walk[5], tl.int64) * CONFIG[ITEM][3]
+
+
+@triton.jit
+def sum_energies(
+    x, walk, n, block, chunk, steps, out, CONFIG: tl.constexpr, ITEM: tl.constexpr,
+    y=None, y_walk=None, residual=None, residual_walk=None,
+):  # fmt: skip
+    """Writes a program's sums of energies, a number for each position of its block.
+
+    ``out`` holds, for each chunk, a row of sums; a folded row is as many rows of positions as channels were folded into one.
+    With y, the energies are those of y = relu(x + residual), written on the way and rounded to its dtype.
+    """
+    ROWS: tl.constexpr = CONFIG[ITEM][3]
+    BLOCK: tl.constexpr = CONFIG[ITEM][4]
+    rows_count, length = rows_of(walk, CONFIG, ITEM)
+    rows = tl.arange(0, ROWS)
+    position = block * BLOCK + tl.arange(0, BLOCK)
+    inside = position < length
+    first = chunk * steps * ROWS
+    at = x + places(walk, CONFIG, ITEM, n, first, rows, position)
+    if y is not None:
+        y_at = y + places(y_walk, CONFIG, ITEM, n, first, rows, position)
+    if residual is not None:
+        residual_at = residual + places(residual_walk, CONFIG, ITEM, n, first, rows, position)
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for row in range(first, tl.minimum(first + steps * ROWS, rows_count), ROWS):
+        mask = (row + rows < rows_count)[:, None] & inside[None, :]
+        v = tl.load(at, mask=mask, other=0).to(tl.float32)
+        at += row_step(walk, CONFIG, ITEM)
+        if y is not None:
+            if residual is not None:
+                v += tl.load(residual_at, mask=mask, other=0).to(tl.float32)
+                residual_at += row_step(residual_walk, CONFIG, ITEM)
+            # a NaN stays
+            rounded = tl.where(v < 0, 0.0, v).to(y.dtype.element_ty)
+            tl.store(y_at, rounded, mask=mask)
+            y_at += row_step(y_walk, CONFIG, ITEM)
+            v = rounded.to(tl.float32)
+        total += energy(v, CONFIG, ITEM)
+    tl.store(out + chunk * length + position, tl.sum(total, 0), mask=inside)
+
+
+@triton.jit
+def last_of(ticket, count):
+    """Whether this program is the last of ``count`` to come here; it then sees what all of them have written.
+
+    The barrier orders the other threads' writes before the ticket (Triton 3.9 puts one there by itself), the ticket's release and acquire
+    order the programs.
+    """
+    tl.debug_barrier()
+    return tl.atomic_add(ticket, 1, sem="acq_rel") == count - 1
+
+
+@triton.jit
+def collapse(partial, parts, positions, BLOCK: tl.constexpr):
+    """Adds ``parts`` rows of partial sums into the first, in order, and returns the sum of squares of the totals."""
+    squares = tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, positions, BLOCK):
+        s = first + tl.arange(0, BLOCK)
+        mask = s < positions
+        # .cg: other multiprocessors wrote them
+        q = tl.load(partial + s, mask=mask, other=0, cache_modifier=".cg")
+        for part in range(1, parts):
+            q += tl.load(partial + part * positions + s, mask=mask, other=0, cache_modifier=".cg")
+        tl.store(partial + s, q, mask=mask)
+        wide = q.to(tl.float64)
+        squares += wide * wide
+    tl.debug_barrier()
+    return tl.sum(squares, 0)
+
+
+@triton.jit
+def normalization(norm, EPS: tl.constexpr, ADD_EPS: tl.constexpr):
+    """Of a map of that norm: the divisor, and what dq = (g - y <g, y> along) scale takes, without the second term unless has_along."""
+    if ADD_EPS:
+        divisor = norm + EPS
+        # times a NaN it is NaN, as in PyTorch
+        along = tl.where(norm == 0, 0.0, 1 + EPS / norm)
+        has_along = norm == norm
+        # 0 / 0 reaches the gradient, as in PyTorch
+        scale = tl.where(divisor == 0, float("nan"), 1 / divisor)
+    else:
+        # a NaN stays
+        divisor = tl.where(norm < EPS, EPS, norm)
+        has_along = norm > EPS
+        along = tl.full((), 1.0, tl.float64)
+        scale = 1 / divisor
+    return divisor, has_along, along, scale
+
+
+@triton.jit
+def along_gradient(g, y, dot, has_along, along, scale):
+    """dq, in float64, of the normalized map y with the gradient g and dot = <g, y>."""
+    wide = g.to(tl.float64)
+    return tl.where(has_along, wide - y.to(tl.float64) * (along * dot), wide) * scale
+
+
+@triton.jit
+def normalized(q, reciprocal):
+    """y, rounded to float32: equal maps then have no distance, however what follows is contracted."""
+    return (q.to(tl.float64) * reciprocal).to(tl.float32)
