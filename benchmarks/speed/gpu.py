@@ -246,7 +246,7 @@ class GPUGroup:
 
     def names(self, one_thread: bool) -> list[str]:
         names = [FLOOR, *([MM] if self.case.operation == "gram" else []), TUNED, COMPILED]
-        return names + available_backends(self.case.device, self.full)
+        return names + available_backends(self.case.operation, self.case.device, self.full)
 
     def build(self, stock: Stock) -> GPURows:
         return GPURows(replace(self.case), self.full)

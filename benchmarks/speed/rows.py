@@ -34,14 +34,15 @@ EXACT: dict[str, Callable[..., Tensor]] = {"attention": reference.attention_tran
 
 
 @functools.cache
-def available_backends(device: str = "cpu", full: bool = True) -> list[str]:
-    """The compiled backends that serve tensors on the device; ``full``: such as are worth measuring, which an interpreter is not."""
+def available_backends(operation: str = "attention", device: str = "cpu", full: bool = True) -> list[str]:
+    """The compiled backends that serve an operation on the device; ``full``: such as are worth measuring, which an interpreter is not."""
     names = []
+    x = [torch.ones(1, 1, 2, 2, device=device)] * 2
     for name, (available, reason) in backends.availability().items():
         if available and name != "reference" and not (full and "interpreted" in reason):
             try:
                 with fastkd.use_backend(name):
-                    fastkd.attention_map(torch.ones(1, 1, 2, 2, device=device))
+                    FUSED[operation](x, x)
             except fastkd.BackendError:
                 continue
             names.append(name)
@@ -63,7 +64,7 @@ def row_names(case: Case, full: bool, one_thread: bool) -> list[str]:
         names.append(COMPILED)
     if case.operation == "gram" and case.plain and case.shape in ("resnet20-64", "small"):
         names += [BROADCAST, BROADCAST_COMPILED]
-    return names + available_backends()
+    return names + available_backends(case.operation)
 
 
 @functools.lru_cache(maxsize=1)

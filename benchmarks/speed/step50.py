@@ -115,7 +115,7 @@ class GPUStepGroup:
         self.id = self.shared = f"{device} step AT resnet50"
 
     def names(self, one_thread: bool) -> list[str]:
-        ours = available_backends(self.device, self.full) or ["reference"]
+        ours = available_backends(device=self.device, full=self.full) or ["reference"]
         return [NONE, *(f"{form}, {backend}" for backend in ours for form in (LOSS, TAP))]
 
     def build(self, stock: Stock) -> Step:
