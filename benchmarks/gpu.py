@@ -130,6 +130,8 @@ def launches(run: Run) -> str:
                     with fastkd.use_backend(backend):
                         for _ in range(3):
                             loss(students, teachers).backward()
+                        for x in students:
+                            x.grad = None
                         counts: dict[str, Any] = {}
                         value = None
                         for direction in ("forward", "backward"):

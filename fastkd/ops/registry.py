@@ -6,6 +6,7 @@ operations call a thin ``autograd.Function`` instead of the rule registered here
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -88,13 +89,18 @@ class _Once(torch.autograd.Function):
 
 def launch(operator: Any, *args: Any) -> Any:
     """As ``call``, by Triton: straight to the launcher, past the dispatcher and its host cost."""
-    name = operator._schema.name.partition("::")[2]
+    name = _name(operator)
     if not torch.is_grad_enabled():
         return kernels.launcher(name)(*args)
     flat = [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,))]
     if not any(isinstance(x, Tensor) and x.requires_grad for x in flat):
         return kernels.launcher(name)(*args)
     return _Once.apply(name, args, *[x for x in flat if isinstance(x, Tensor)])
+
+
+@functools.cache
+def _name(operator: Any) -> str:
+    return operator._schema.name.partition("::")[2]
 
 
 def caller(example: Tensor) -> Callable[..., Any]:
