@@ -56,8 +56,8 @@ def test_kernels_fit_and_do_not_spill(cases):
         for kernel in case["kernels"]:
             seen.add(kernel["name"])
             used = kernel["resources"]
-            # Nothing is local. The 8 bytes are what the calls of float64's division, once a sample, ask for; the loops have none
-            assert used["LOCAL"] == 0 and used["STACK"] <= 8, (name, kernel)
+            # Nothing is local. The stack's few bytes (24 at most with Triton 3.6, 8 with 3.9) come with the calls of float64's division
+            assert used["LOCAL"] == 0 and used["STACK"] <= 24, (name, kernel)
             assert kernel["shared"] <= kernel["shared_limit"] and used["REG"] <= 168, (name, kernel)
             assert kernel["fp_fusion"] is True
     assert seen == {"loss_kernel", "gradient_kernel", "_map", "_map_gradient", "_pool", "_unpool"}

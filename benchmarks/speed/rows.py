@@ -37,8 +37,8 @@ EXACT: dict[str, Callable[..., Tensor]] = {"attention": reference.attention_tran
 def available_backends() -> list[str]:
     """The compiled backends that serve tensors on the CPU, where this instrument measures."""
     names = []
-    for name, (available, _) in backends.availability().items():
-        if available and name != "reference":
+    for name, (available, reason) in backends.availability().items():
+        if available and name != "reference" and "interpreted" not in reason:
             try:
                 with fastkd.use_backend(name):
                     fastkd.attention_map(torch.ones(1, 1, 2, 2))

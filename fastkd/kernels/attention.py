@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastkd.kernels.attention_kernels import gradient_kernel, loss_kernel
 from fastkd.kernels.attention_map import attention_map
-from fastkd.kernels.launch import IDENTITY, LONGEST, Launch, Plans, grid, key_of, power, power_of_two, program_bytes, served, walk
+from fastkd.kernels.launch import IDENTITY, LONGEST, Launch, Plans, config, grid, key_of, power, power_of_two, program_bytes, served, walk
 from fastkd.kernels.pool import gradient_of_pool, pool, pooled_strides, unpool
 
 # The loss's switches, bits of one integer, as in fastkd/ops/attention.py
@@ -104,9 +104,9 @@ class _Forward:
             numbered[i] = tuple(numbers)
         for i, pair in enumerate(self.sides):
             stages.append(numbered[i])
-            for config, side in zip(configs, pair):
+            for kept, side in zip(configs, pair):
                 cut = grid(side.walk, goal)
-                config.append((side.walk.config, (cut.row_block, cut.block), side.power))
+                kept.append(config(side.walk, cut, side.power))
         self.scratch = at + len(students) * self.samples
         self.tickets = 1 + len(students) * self.samples
         # what the distances are divided by
@@ -219,7 +219,7 @@ class _Backward:
             cut = grid(w, goal)
             items.append((first, cut.programs, cut.blocks, cut.steps, w.positions))
             first += samples * cut.programs
-            configs.append((w.config, (cut.row_block, cut.block), IDENTITY if is_map else power(p, bool(switches & SIGNED))))
+            configs.append(config(w, cut, IDENTITY if is_map else power(p, bool(switches & SIGNED))))
         numbers = [tuple(w.numbers(j) for w, _ in walks) for j in (0, 1)]
         self.launch = Launch(gradient_kernel, first, *numbers, tuple(items), samples, tuple(configs), len(items))
 

@@ -65,21 +65,15 @@ def loss_kernel(
                 t_coefficients = t_out[i]
             mine = local % each
             if mine < of[2]:
-                WALK: tl.constexpr = S_CONFIG[i][0]
-                GRID: tl.constexpr = S_CONFIG[i][1]
-                POWER: tl.constexpr = S_CONFIG[i][2]
                 sum_energies(
                     students[i], s_walks[i], n, mine % of[3], mine // of[3], of[4], scratch + s_at,
-                    WALK, GRID, POWER,
+                    S_CONFIG, i,
                 )  # fmt: skip
             else:
                 mine -= of[2]
-                WALK: tl.constexpr = T_CONFIG[i][0]
-                GRID: tl.constexpr = T_CONFIG[i][1]
-                POWER: tl.constexpr = T_CONFIG[i][2]
                 sum_energies(
                     teachers[i], t_walks[i], n, mine % of[8], mine // of[8], of[9], scratch + t_at,
-                    WALK, GRID, POWER,
+                    T_CONFIG, i,
                 )  # fmt: skip
 
     if last_of(tickets + 1 + stage * samples + n, programs):
@@ -151,21 +145,19 @@ def gradient_kernel(grad, xs, coefficients, outs, x_walks, out_walks, items, sam
         if (local >= 0) & (local < samples * of[1]):
             n = (local // of[1]).to(tl.int64)
             mine = local % of[1]
-            # a part of a constant is a constant only once it is named one
-            WALK: tl.constexpr = CONFIG[i][0]
-            GRID: tl.constexpr = CONFIG[i][1]
-            POWER: tl.constexpr = CONFIG[i][2]
-            rows_count, length = rows_of(x_walks[i], WALK)
-            rows = tl.arange(0, GRID[0])
-            position = (mine % of[2]) * GRID[1] + tl.arange(0, GRID[1])
+            ROWS: tl.constexpr = CONFIG[i][3]
+            BLOCK: tl.constexpr = CONFIG[i][4]
+            rows_count, length = rows_of(x_walks[i], CONFIG, i)
+            rows = tl.arange(0, ROWS)
+            position = (mine % of[2]) * BLOCK + tl.arange(0, BLOCK)
             inside = position < length
             k = tl.load(coefficients[i] + n * of[4] + position % of[4], mask=inside, other=0) * upstream
-            first = (mine // of[2]) * of[3] * GRID[0]
-            at = xs[i] + places(x_walks[i], WALK, n, first, rows, position)
-            to = outs[i] + places(out_walks[i], WALK, n, first, rows, position)
-            for row in range(first, tl.minimum(first + of[3] * GRID[0], rows_count), GRID[0]):
+            first = (mine // of[2]) * of[3] * ROWS
+            at = xs[i] + places(x_walks[i], CONFIG, i, n, first, rows, position)
+            to = outs[i] + places(out_walks[i], CONFIG, i, n, first, rows, position)
+            for row in range(first, tl.minimum(first + of[3] * ROWS, rows_count), ROWS):
                 mask = (row + rows < rows_count)[:, None] & inside[None, :]
                 x = tl.load(at, mask=mask, other=0).to(tl.float32)
-                tl.store(to, (slope(x, POWER) * k[None, :]).to(outs[i].dtype.element_ty), mask=mask)
-                at += row_step(x_walks[i], WALK, GRID[0])
-                to += row_step(out_walks[i], WALK, GRID[0])
+                tl.store(to, (slope(x, CONFIG, i) * k[None, :]).to(outs[i].dtype.element_ty), mask=mask)
+                at += row_step(x_walks[i], CONFIG, i)
+                to += row_step(out_walks[i], CONFIG, i)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.kernels.launch import LONGEST, Launch, Plans, grid, key_of, power, power_of_two, program_bytes, served, walk
+from fastkd.kernels.launch import LONGEST, Launch, Plans, config, grid, key_of, power, power_of_two, program_bytes, served, walk
 from fastkd.kernels.tile import along_gradient, collapse, last_of, normalization, normalized, places, row_step, rows_of, slope, sum_energies
 
 _COUNTS = ["positions", "programs", "blocks", "steps", "parts"]  # not specialized: a new size need not be a new kernel
@@ -26,10 +26,6 @@ def _map(
     x_walk, residual_walk, y_walk, positions, programs, blocks, steps, parts, divisor,
     CONFIG: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, EPS: tl.constexpr, ADD_EPS: tl.constexpr,
 ):  # fmt: skip
-    # a part of a constant is a constant only once it is named one
-    WALK: tl.constexpr = CONFIG[0]
-    GRID: tl.constexpr = CONFIG[1]
-    POWER: tl.constexpr = CONFIG[2]
     pid = tl.program_id(0)
     n = (pid // programs).to(tl.int64)
     mine = pid % programs
@@ -42,9 +38,8 @@ def _map(
         mine // blocks,
         steps,
         sums,
-        WALK,
-        GRID,
-        POWER,
+        CONFIG,
+        0,
         y,
         y_walk,
         residual,
@@ -73,16 +68,14 @@ def _map_gradient(
     x_walk, grad_walk, out_walk, positions, programs, blocks, steps, gain,
     CONFIG: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, EPS: tl.constexpr, ADD_EPS: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    # a part of a constant is a constant only once it is named one
-    WALK: tl.constexpr = CONFIG[0]
-    GRID: tl.constexpr = CONFIG[1]
-    POWER: tl.constexpr = CONFIG[2]
     pid = tl.program_id(0)
     n = (pid // programs).to(tl.int64)
     mine = pid % programs
-    rows_count, length = rows_of(x_walk, WALK)
-    rows = tl.arange(0, GRID[0])
-    position = (mine % blocks) * GRID[1] + tl.arange(0, GRID[1])
+    ROWS: tl.constexpr = CONFIG[0][3]
+    LENGTH: tl.constexpr = CONFIG[0][4]
+    rows_count, length = rows_of(x_walk, CONFIG, 0)
+    rows = tl.arange(0, ROWS)
+    position = (mine % blocks) * LENGTH + tl.arange(0, LENGTH)
     inside = position < length
     own = n * positions + position % positions
     k = tl.load(map_grad + own, mask=inside, other=0)
@@ -95,24 +88,24 @@ def _map_gradient(
         _, has_along, along, scale = normalization(tl.load(norms + n).to(tl.float64), EPS, ADD_EPS)
         k = along_gradient(k, tl.load(y + own, mask=inside, other=0), tl.sum(dots, 0), has_along, along, scale)
     k = (k.to(tl.float64) * gain).to(tl.float32)
-    first = (mine // blocks) * steps * GRID[0]
-    at = x + places(x_walk, WALK, n, first, rows, position)
-    to = out + places(out_walk, WALK, n, first, rows, position)
+    first = (mine // blocks) * steps * ROWS
+    at = x + places(x_walk, CONFIG, 0, n, first, rows, position)
+    to = out + places(out_walk, CONFIG, 0, n, first, rows, position)
     if grad is not None:
-        grad_at = grad + places(grad_walk, WALK, n, first, rows, position)
-    for row in range(first, tl.minimum(first + steps * GRID[0], rows_count), GRID[0]):
+        grad_at = grad + places(grad_walk, CONFIG, 0, n, first, rows, position)
+    for row in range(first, tl.minimum(first + steps * ROWS, rows_count), ROWS):
         mask = (row + rows < rows_count)[:, None] & inside[None, :]
         v = tl.load(at, mask=mask, other=0).to(tl.float32)
-        dx = slope(v, POWER) * k[None, :]
+        dx = slope(v, CONFIG, 0) * k[None, :]
         if grad is not None:
             dx += tl.load(grad_at, mask=mask, other=0).to(tl.float32)
-            grad_at += row_step(grad_walk, WALK, GRID[0])
+            grad_at += row_step(grad_walk, CONFIG, 0)
         if RELU:
             # a NaN lets pass, as in PyTorch
             dx = tl.where(v <= 0, 0.0, dx)
         tl.store(to, dx.to(out.dtype.element_ty), mask=mask)
-        at += row_step(x_walk, WALK, GRID[0])
-        to += row_step(out_walk, WALK, GRID[0])
+        at += row_step(x_walk, CONFIG, 0)
+        to += row_step(out_walk, CONFIG, 0)
 
 
 _SWITCHES = {"channel_reduce": ("sum", "mean"), "eps_mode": ("clamp", "add")}
@@ -175,7 +168,7 @@ def energies(
         parts = c.cut.chunks * c.walk.fold
         launch = Launch(
             _map, c.programs, *c.walks, c.walk.positions, c.cut.programs, c.cut.blocks, c.cut.steps, parts, float(c.share),
-            (c.walk.config, (c.cut.row_block, c.cut.block), power(p, signed)), c.block, normalize, float(eps), _is("eps_mode", eps_mode),
+            (config(c.walk, c.cut, power(p, signed)),), c.block, normalize, float(eps), _is("eps_mode", eps_mode),
         )  # fmt: skip
         plan = _plans[key] = (launch, c.shape, c.shape[0] * parts * c.walk.positions, c.cut.programs > 1)
     launch, shape, scratch, ticketed = plan
@@ -205,7 +198,7 @@ def gradient(
             raise ValueError(f"the map's gradient is {tuple(map_grad.shape)} {map_grad.dtype}, wanted {c.shape} float32")
         plan = _gradient_plans[key] = Launch(
             _map_gradient, c.programs, *c.walks, c.walk.positions, c.cut.programs, c.cut.blocks, c.cut.steps, p / c.share,
-            (c.walk.config, (c.cut.row_block, c.cut.block), power(p, signed)), c.block, normalize, float(eps),
+            (config(c.walk, c.cut, power(p, signed)),), c.block, normalize, float(eps),
             _is("eps_mode", eps_mode), relu,
         )  # fmt: skip
     # small beside x, and read more than once

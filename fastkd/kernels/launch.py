@@ -92,10 +92,6 @@ class Walk:
             return rows // unit, length, 1, 1, n // unit, 1, 1, 1, w // unit
         return rows, length // unit, 1, 1, n // unit, r // unit, 1, 1, w
 
-    @property
-    def config(self) -> tuple[bool, bool, int]:
-        return self.flat, self.rows_inner, self.unit
-
 
 def _spatial(shape: Sequence[int], all_strides: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
     """Spatial sizes and strides with dimensions of size 1 dropped and neighbours joined where all the tensors allow it."""
@@ -204,6 +200,11 @@ def power(p: float, signed: bool) -> tuple[int, bool, bool, float, int]:
 
 IDENTITY = (1, False, True, 1.0, 1)
 """The power of what is a map already: x itself, with the slope 1."""
+
+
+def config(w: Walk, cut: Grid, p: tuple[int, bool, bool, float, int]) -> tuple:
+    """What of a tensor is constant in a kernel: how it is walked, its tile, and the power. Flat, for Triton 3.6: see tile.py."""
+    return w.flat, w.rows_inner, w.unit, cut.row_block, cut.block, *p
 
 
 def key_of(tensors: Sequence[Tensor]) -> tuple:

@@ -74,7 +74,7 @@ def _pool(x, out, place, elements, channels, size, x_strides, to, out_strides, e
 @triton.jit
 def _unpool(
     grad, pooled, place, coefficients, out, elements, channels, size, out_strides, of, strides, extent,
-    MAX: tl.constexpr, POSITION_FIRST: tl.constexpr, POWER: tl.constexpr,
+    MAX: tl.constexpr, POSITION_FIRST: tl.constexpr, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """out = sum over the windows of each number, in order, of its share of upstream k h(pooled)."""
     flat = tl.program_id(0).to(tl.int64) * 256 + tl.arange(0, 256)
@@ -97,7 +97,7 @@ def _unpool(
         v = tl.load(coefficients + ((n * of[0] + dd) * of[1] + hh) * of[2] + ww, mask=inside, other=0)
         if grad is not None:
             v *= tl.load(grad).to(tl.float32)
-        v *= slope(tl.load(pooled + at, mask=inside, other=0), POWER)
+        v *= slope(tl.load(pooled + at, mask=inside, other=0), CONFIG, 0)
         if MAX:
             inside = inside & (tl.load(place + at, mask=inside, other=-1) == here)
         else:
@@ -167,7 +167,7 @@ def unpool(
         # windows that one number lies in, at most: those of pooling the other way
         launch = _plans[key] = Launch(
             _unpool, math.ceil(elements / BLOCK), elements, target.shape[1], size, own, of, others, _extent(of, size), max_pool,
-            target.stride(1) == 1, power,
+            target.stride(1) == 1, ((True, False, 1, 1, 1, *power),),
         )  # fmt: skip
     launch((like, coefficients, target), grad, like, place, coefficients, target)
 

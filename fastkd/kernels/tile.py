@@ -2,6 +2,9 @@
 
 Sums over channels run in float32, each lane in the order of its rows and the lanes as a tree; sums over positions run in float64, as on a
 CPU: a map whose squares leave float32's range still has its norm. Every order is fixed, whatever program is the last to finish a sample.
+
+CONFIG[ITEM] is what of a tensor is constant in a kernel, `launch.config`. It is handed down whole and its numbers get names before
+they are used as shapes: Triton 3.6 takes numbers out of a constant tuple of tuples, and neither goes deeper nor passes a part of one on.
 """
 
 from __future__ import annotations
@@ -34,63 +37,63 @@ def real_power(x, P: tl.constexpr, PARITY: tl.constexpr, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def energy(x, POWER: tl.constexpr):
-    """|x|^p, x^p if signed. POWER: see launch.power."""
-    if POWER[0] == 0:
-        return real_power(x, POWER[3], POWER[4], POWER[2])
-    elif POWER[2] or (POWER[0] == 2 and not POWER[1]):
-        return raised(x, POWER[0], POWER[1])
+def energy(x, CONFIG: tl.constexpr, ITEM: tl.constexpr):
+    """|x|^p, x^p if signed."""
+    if CONFIG[ITEM][5] == 0:
+        return real_power(x, CONFIG[ITEM][8], CONFIG[ITEM][9], CONFIG[ITEM][7])
+    elif CONFIG[ITEM][7] or (CONFIG[ITEM][5] == 2 and not CONFIG[ITEM][6]):
+        return raised(x, CONFIG[ITEM][5], CONFIG[ITEM][6])
     else:
-        return raised(tl.abs(x), POWER[0], POWER[1])
+        return raised(tl.abs(x), CONFIG[ITEM][5], CONFIG[ITEM][6])
 
 
 @triton.jit
-def slope(x, POWER: tl.constexpr):
+def slope(x, CONFIG: tl.constexpr, ITEM: tl.constexpr):
     """sign(x) |x|^(p-1), x^(p-1) if signed; at p = 1 that of 0 and of NaN is 0, as in PyTorch."""
-    if POWER[0] == 0:
-        if POWER[2]:
+    if CONFIG[ITEM][5] == 0:
+        if CONFIG[ITEM][7]:
             # one less turns odd (1) into even (2) and back
-            return real_power(x, POWER[3] - 1, (3 - POWER[4]) if POWER[4] else 0, True)
+            return real_power(x, CONFIG[ITEM][8] - 1, (3 - CONFIG[ITEM][9]) if CONFIG[ITEM][9] else 0, True)
         else:
-            y = real_power(x, POWER[3] - 1, 0, False)
+            y = real_power(x, CONFIG[ITEM][8] - 1, 0, False)
             return tl.where(x < 0, -y, y)
-    elif POWER[0] == 1:
-        if POWER[1]:
+    elif CONFIG[ITEM][5] == 1:
+        if CONFIG[ITEM][6]:
             y = tl.sqrt_rn(tl.abs(x))
             return tl.where(x < 0, -y, y)
-        elif POWER[2]:
+        elif CONFIG[ITEM][7]:
             return tl.full(x.shape, 1.0, tl.float32)
         else:
             return tl.where(x > 0, 1.0, 0.0) - tl.where(x < 0, 1.0, 0.0)
-    elif POWER[2]:
-        return raised(x, POWER[0] - 1, POWER[1])
-    elif POWER[0] == 2 and not POWER[1]:
+    elif CONFIG[ITEM][7]:
+        return raised(x, CONFIG[ITEM][5] - 1, CONFIG[ITEM][6])
+    elif CONFIG[ITEM][5] == 2 and not CONFIG[ITEM][6]:
         return x
     else:
-        y = raised(tl.abs(x), POWER[0] - 1, POWER[1])
+        y = raised(tl.abs(x), CONFIG[ITEM][5] - 1, CONFIG[ITEM][6])
         return tl.where(x < 0, -y, y)
 
 
 @triton.jit
-def rows_of(walk, WALK: tl.constexpr):
-    """The number of rows, length of a row. ``walk``: Walk.numbers; WALK: Walk.config, (flat, rows_inner, unit)."""
-    if WALK[1]:
-        return walk[0] * WALK[2], walk[1]
+def rows_of(walk, CONFIG: tl.constexpr, ITEM: tl.constexpr):
+    """The number of rows, and the length of one. ``walk``: Walk.numbers."""
+    if CONFIG[ITEM][1]:
+        return walk[0] * CONFIG[ITEM][2], walk[1]
     else:
-        return walk[0], walk[1] * WALK[2]
+        return walk[0], walk[1] * CONFIG[ITEM][2]
 
 
 @triton.jit
-def places(walk, WALK: tl.constexpr, n, row, rows, position):
+def places(walk, CONFIG: tl.constexpr, ITEM: tl.constexpr, n, row, rows, position):
     """Offsets of a tile: sample n, rows ``row + rows``, positions ``position``. In int64: strides may be as large as the tensor."""
-    if WALK[0]:
-        if WALK[1]:
-            sample = n.to(tl.int64) * walk[4] * WALK[2]
+    if CONFIG[ITEM][0]:
+        if CONFIG[ITEM][1]:
+            sample = n.to(tl.int64) * walk[4] * CONFIG[ITEM][2]
             across = (row + rows).to(tl.int64)
-            along = position.to(tl.int64) * walk[8] * WALK[2]
+            along = position.to(tl.int64) * walk[8] * CONFIG[ITEM][2]
         else:
-            sample = n.to(tl.int64) * walk[4] * WALK[2]
-            across = (row + rows).to(tl.int64) * walk[5] * WALK[2]
+            sample = n.to(tl.int64) * walk[4] * CONFIG[ITEM][2]
+            across = (row + rows).to(tl.int64) * walk[5] * CONFIG[ITEM][2]
             along = position.to(tl.int64) * walk[8]
     else:
         sample = n.to(tl.int64) * walk[4]
@@ -102,51 +105,53 @@ def places(walk, WALK: tl.constexpr, n, row, rows, position):
 
 
 @triton.jit
-def row_step(walk, WALK: tl.constexpr, ROW_BLOCK: tl.constexpr):
+def row_step(walk, CONFIG: tl.constexpr, ITEM: tl.constexpr):
     """How far the next tile of rows is."""
-    if WALK[1]:
-        return ROW_BLOCK
-    elif WALK[0]:
-        return tl.cast(walk[5], tl.int64) * (WALK[2] * ROW_BLOCK)
+    if CONFIG[ITEM][1]:
+        return CONFIG[ITEM][3]
+    elif CONFIG[ITEM][0]:
+        return tl.cast(walk[5], tl.int64) * (CONFIG[ITEM][2] * CONFIG[ITEM][3])
     else:
-        return tl.cast(walk[5], tl.int64) * ROW_BLOCK
+        return tl.cast(walk[5], tl.int64) * CONFIG[ITEM][3]
 
 
 @triton.jit
 def sum_energies(
-    x, walk, n, block, chunk, steps, out, WALK: tl.constexpr, GRID: tl.constexpr, POWER: tl.constexpr,
+    x, walk, n, block, chunk, steps, out, CONFIG: tl.constexpr, ITEM: tl.constexpr,
     y=None, y_walk=None, residual=None, residual_walk=None,
 ):  # fmt: skip
-    """Writes a program's sums of energies, a number for each position of its block. GRID: (row block, block).
+    """Writes a program's sums of energies, a number for each position of its block.
 
     ``out`` holds, for each chunk, a row of sums; a folded row is as many rows of positions as channels were folded into one.
     With y, the energies are those of y = relu(x + residual), written on the way and rounded to its dtype.
     """
-    rows_count, length = rows_of(walk, WALK)
-    rows = tl.arange(0, GRID[0])
-    position = block * GRID[1] + tl.arange(0, GRID[1])
+    ROWS: tl.constexpr = CONFIG[ITEM][3]
+    BLOCK: tl.constexpr = CONFIG[ITEM][4]
+    rows_count, length = rows_of(walk, CONFIG, ITEM)
+    rows = tl.arange(0, ROWS)
+    position = block * BLOCK + tl.arange(0, BLOCK)
     inside = position < length
-    first = chunk * steps * GRID[0]
-    at = x + places(walk, WALK, n, first, rows, position)
+    first = chunk * steps * ROWS
+    at = x + places(walk, CONFIG, ITEM, n, first, rows, position)
     if y is not None:
-        y_at = y + places(y_walk, WALK, n, first, rows, position)
+        y_at = y + places(y_walk, CONFIG, ITEM, n, first, rows, position)
     if residual is not None:
-        residual_at = residual + places(residual_walk, WALK, n, first, rows, position)
-    total = tl.zeros((GRID[0], GRID[1]), tl.float32)
-    for row in range(first, tl.minimum(first + steps * GRID[0], rows_count), GRID[0]):
+        residual_at = residual + places(residual_walk, CONFIG, ITEM, n, first, rows, position)
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for row in range(first, tl.minimum(first + steps * ROWS, rows_count), ROWS):
         mask = (row + rows < rows_count)[:, None] & inside[None, :]
         v = tl.load(at, mask=mask, other=0).to(tl.float32)
-        at += row_step(walk, WALK, GRID[0])
+        at += row_step(walk, CONFIG, ITEM)
         if y is not None:
             if residual is not None:
                 v += tl.load(residual_at, mask=mask, other=0).to(tl.float32)
-                residual_at += row_step(residual_walk, WALK, GRID[0])
+                residual_at += row_step(residual_walk, CONFIG, ITEM)
             # a NaN stays
             rounded = tl.where(v < 0, 0.0, v).to(y.dtype.element_ty)
             tl.store(y_at, rounded, mask=mask)
-            y_at += row_step(y_walk, WALK, GRID[0])
+            y_at += row_step(y_walk, CONFIG, ITEM)
             v = rounded.to(tl.float32)
-        total += energy(v, POWER)
+        total += energy(v, CONFIG, ITEM)
     tl.store(out + chunk * length + position, tl.sum(total, 0), mask=inside)
 
 
