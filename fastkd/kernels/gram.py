@@ -35,7 +35,7 @@ from torch import Tensor
 
 from fastkd.kernels import interpreting
 from fastkd.kernels.gram_gradient import fsp_loss_backward
-from fastkd.kernels.gram_kernels import loss_kernel, matrix_kernel
+from fastkd.kernels.gram_kernels import fsp_loss_kernel, fsp_matrix_kernel
 from fastkd.kernels.gram_view import Sources, checked, common_size, mode, tile, warps
 from fastkd.kernels.launch import Launch, Plans, key_of
 
@@ -54,7 +54,7 @@ class _Matrix:
         columns = math.ceil(b.shape[1] / cut[1])
         tiles = math.ceil(a.shape[1] / cut[0]) * columns
         self.launch = Launch(
-            matrix_kernel, a.shape[0] * tiles, a_view.numbers, b_view.numbers, tiles, columns, math.prod(common),
+            fsp_matrix_kernel, a.shape[0] * tiles, a_view.numbers, b_view.numbers, tiles, columns, math.prod(common),
             (a_view.config, b_view.config), (cut,), how, interpreting(), num_warps=warps([cut]),
         )  # fmt: skip
 
@@ -94,7 +94,8 @@ class _Loss:
                 self.operands.append(place)
                 views.append(seen)
             positions = [math.prod(size) for size in sizes]
-            cut = tile(a_channels, b_channels, max(positions), how, scalar=any(v.scalar for v in views[-4:]))
+            dear = any(v.dear for v in views[-4:])
+            cut = tile(a_channels, b_channels, max(positions), how, dear=dear, narrow=dear)
             cuts.append((*cut, sizes[0] == sizes[1]))
             row_tiles, column_tiles = math.ceil(a_channels / cut[0]), math.ceil(b_channels / cut[1])
             tiles = row_tiles * column_tiles
@@ -107,7 +108,7 @@ class _Loss:
         # what a distance is divided by
         self.terms = [samples * (a * b if distance == "squared" else 1) for _, a, b in self.shapes]
         self.launch = Launch(
-            loss_kernel, programs, tuple(v.numbers for v in views), tuple(pairs), samples, sum(p[4] for p in pairs),
+            fsp_loss_kernel, programs, tuple(v.numbers for v in views), tuple(pairs), samples, sum(p[4] for p in pairs),
             tuple(v.config for v in views), tuple(cuts), count, columns, BLOCK, how, interpreting(), num_warps=warps(cuts),
         )  # fmt: skip
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastkd.kernels import interpreting
-from fastkd.kernels.gram_kernels import gradient_kernel
+from fastkd.kernels.gram_kernels import fsp_gradient_kernel
 from fastkd.kernels.gram_pool import spread
 from fastkd.kernels.gram_view import ONES, Sources, checked, common_size, mode, tile, view, warps, window
 from fastkd.kernels.launch import Launch, Plans, key_of
@@ -61,8 +61,8 @@ class _Gradients:
                 out_view = view(target, pooled_strides(x, target), torch.float32)
             positions = math.prod(own) // math.prod(grid)
             depth = max(features[t[0]].shape[1] for t in terms)
-            scalar = any(v.scalar for v in views[first:])
-            cut = tile(x.shape[1], positions, depth, how, scalar=scalar, narrow=bool(coarse and fine) or out_view.scalar)
+            dear = any(v.dear for v in views[first:])
+            cut = tile(x.shape[1], positions, depth, how, dear=dear, narrow=bool(coarse and fine) or out_view.scalar)
             cuts.append((*cut, first, len(coarse), len(fine)))
             blocks = math.ceil(positions / cut[1])
             tiles = math.ceil(x.shape[1] / cut[0]) * blocks
@@ -86,9 +86,9 @@ class _Gradients:
             self.spread.append((at, list(range(len(items) - len(terms), len(items))), places))
         self.wanted = [i for i, _ in wanted]
         self.launch = Launch(
-            gradient_kernel, programs, tuple(strides), tuple(v.numbers for v in views), tuple(v.numbers for v in out_views), tuple(items),
-            tuple(scales), samples, tuple(v.config for v in views), tuple(v.config for v in out_views), tuple(cuts), len(items), how,
-            interpreting(), num_warps=warps(cuts),
+            fsp_gradient_kernel, programs, tuple(strides), tuple(v.numbers for v in views), tuple(v.numbers for v in out_views),
+            tuple(items), tuple(scales), samples, tuple(v.config for v in views), tuple(v.config for v in out_views), tuple(cuts),
+            len(items), how, interpreting(), num_warps=warps(cuts),
         )  # fmt: skip
 
     def run(self, grad: Tensor | None, features: Sequence[Tensor], ms: Sequence[Tensor]) -> list[Tensor]:

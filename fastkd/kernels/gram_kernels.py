@@ -50,7 +50,7 @@ def _products(
 
 # counts and places are not specialized: a new batch size need not be a new kernel
 @triton.jit(do_not_specialize=["tiles", "columns", "positions"])
-def matrix_kernel(
+def fsp_matrix_kernel(
     a, b, out, a_view, b_view, tiles, columns, positions, V: tl.constexpr, C: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr
 ):
     pid = tl.program_id(0)
@@ -68,7 +68,7 @@ def matrix_kernel(
 
 
 @triton.jit(do_not_specialize=["pairs", "samples", "units"])
-def loss_kernel(
+def fsp_loss_kernel(
     operands, outs, loss, scratch, tickets, factors, views, pairs, samples, units,
     V: tl.constexpr, C: tl.constexpr, PAIRS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -173,7 +173,7 @@ def _term(
 
 
 @triton.jit(do_not_specialize=["items", "samples"])
-def gradient_kernel(
+def fsp_gradient_kernel(
     grad, ms, xs, outs, m_strides, views, out_views, items, scales, samples,
     V: tl.constexpr, W: tl.constexpr, C: tl.constexpr, ITEMS: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip

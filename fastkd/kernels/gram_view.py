@@ -30,9 +30,14 @@ class View:
     config: tuple[bool | int, ...]
 
     @property
-    def scalar(self) -> bool:
-        """Whether it is read number by number: parts of windows, or rows that are no multiples of a vector."""
+    def dear(self) -> bool:
+        """Whether its addresses take many registers: windows, or rows that are no multiples of a vector."""
         return self.config[2] == 1
+
+    @property
+    def scalar(self) -> bool:
+        """Whether it is even read number by number."""
+        return self.dear and self.numbers[5] != 1
 
 
 def three(size: Sequence[int]) -> Size:
@@ -79,17 +84,17 @@ def mode(tensors: Sequence[Tensor], precision: str | None) -> str:
     return precision
 
 
-def tile(rows: int, columns: int, depth: int, how: str, *, scalar: bool = False, narrow: bool = False) -> Size:
+def tile(rows: int, columns: int, depth: int, how: str, *, dear: bool = False, narrow: bool = False) -> Size:
     """(row block, column block, depth) of a program's tile of the product of (rows, depth) and (depth, columns).
 
-    scalar: some of what is multiplied comes number by number, whose addresses take registers; narrow: so does the result, or there are
-    two sums at a time. Each bound below is where ptxas no longer spills.
+    dear: addresses of what is multiplied take many registers; narrow: there are more of those, or two sums at a time. The bounds below are
+    where ptxas no longer spills.
     """
     if how == "ieee":  # without tensor cores a thread holds its rows and columns of both blocks
         return min(max(power_of_two(rows), 16), 64), min(max(power_of_two(columns), 16), 64), 16
     most = 128 if min(rows, columns) >= 128 and how != "tf32x3" else 64
     block, other = (min(max(power_of_two(n), 16), most) for n in (rows, columns))
-    deepest = 16 if scalar and most > 64 else 32
+    deepest = 16 if how == "tf32x3" or (dear and max(block, other) >= 64) else 32
     return block, min(other, 64) if narrow else other, min(max(power_of_two(depth), 16), deepest)
 
 
