@@ -222,6 +222,7 @@ def main() -> None:
                 "kernels": [
                     {
                         "name": k.name,
+                        "capability": capability,
                         "accesses": accesses(k.asm["ptx"]),
                         "tickets": tickets(k.asm["ptx"]),
                         "products": products(k.asm["ptx"]),

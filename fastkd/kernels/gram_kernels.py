@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastkd.kernels.gram_tile import across, along, extent, part, product, read, sample
+from fastkd.kernels.gram_tile import across, along, extent, part, product, read, sample, zeros
 from fastkd.kernels.tile import last_of
 
 
@@ -18,6 +18,9 @@ def _products(
 
     V[A], V[A + 1] are constants of a and b, the next two of a_less and b_less. C[J]: (row block, column block, depth, ...).
     """
+    # a part of a constant is a constant only once it is named one
+    A_EXACT: tl.constexpr = V[A][9]
+    B_EXACT: tl.constexpr = V[A + 1][9]
     rows, length = extent(a_view, V, A)
     columns, _ = extent(b_view, V, A + 1)
     k = tl.arange(0, C[J][2])
@@ -27,6 +30,7 @@ def _products(
     a_rows = across(a_view, V, A, row)[:, None]
     b_rows = across(b_view, V, A + 1, column)[:, None]
     if a_less is not None:
+        LESS_EXACT: tl.constexpr = V[A + 2][9]
         a_less += sample(a_less_view, V, A + 2, n)
         b_less += sample(b_less_view, V, A + 3, n)
         a_less_rows = across(a_less_view, V, A + 2, row)[:, None]
@@ -41,10 +45,10 @@ def _products(
         if a_less is not None:
             x_less = read(a_less + (a_less_rows + along(a_less_view, V, A + 2, position)[None, :]), a_mask, a_less_view, V, A + 2)
             y_less = read(b_less + (b_less_rows + along(b_less_view, V, A + 3, position)[None, :]), b_mask, b_less_view, V, A + 3)
-            total = product(x - x_less, tl.trans(y), total, MODE, UPCAST, False, V[A + 1][9])
-            total = product(x_less, tl.trans(y - y_less), total, MODE, UPCAST, V[A + 2][9], False)
+            total = product(x - x_less, tl.trans(y), total, MODE, UPCAST, False, B_EXACT)
+            total = product(x_less, tl.trans(y - y_less), total, MODE, UPCAST, LESS_EXACT, False)
         else:
-            total = product(x, tl.trans(y), total, MODE, UPCAST, V[A][9], V[A + 1][9])
+            total = product(x, tl.trans(y), total, MODE, UPCAST, A_EXACT, B_EXACT)
     return total
 
 
@@ -58,7 +62,7 @@ def fsp_matrix_kernel(
     tile = pid % tiles
     row = tile // columns * C[0][0] + tl.arange(0, C[0][0])
     column = tile % columns * C[0][1] + tl.arange(0, C[0][1])
-    total = tl.zeros((C[0][0], C[0][1]), tl.float32)
+    total = zeros(row, column)
     total = _products(total, a, b, None, None, a_view, b_view, None, None, n, row, column, V, 0, C, 0, MODE, UPCAST)
     a_channels, _ = extent(a_view, V, 0)
     b_channels, _ = extent(b_view, V, 1)
@@ -86,7 +90,7 @@ def fsp_loss_kernel(
             column_tile = tile % of[2]
             row = tile // of[2] * C[i][0] + tl.arange(0, C[i][0])
             column = column_tile * C[i][1] + tl.arange(0, C[i][1])
-            d = tl.zeros((C[i][0], C[i][1]), tl.float32)
+            d = zeros(row, column)
             if C[i][3]:
                 d = _products(
                     d, operands[4 * i], operands[4 * i + 1], operands[4 * i + 2], operands[4 * i + 3], views[4 * i], views[4 * i + 1],
@@ -98,7 +102,7 @@ def fsp_loss_kernel(
                     d, operands[4 * i], operands[4 * i + 1], None, None, views[4 * i], views[4 * i + 1], None, None, n, row, column,
                     V, 4 * i, C, i, MODE, UPCAST,
                 )  # fmt: skip
-                t = tl.zeros((C[i][0], C[i][1]), tl.float32)
+                t = zeros(row, column)
                 t = _products(
                     t, operands[4 * i + 2], operands[4 * i + 3], None, None, views[4 * i + 2], views[4 * i + 3], None, None, n, row,
                     column, V, 4 * i + 2, C, i, MODE, UPCAST,
@@ -119,7 +123,7 @@ def fsp_loss_kernel(
                 done = last_of(tickets + of[6] + n * of[2] + column_tile, of[1] // of[2])
                 if done:
                     # .cg: other multiprocessors wrote them
-                    sums = tl.zeros((C[i][1],), tl.float64)
+                    sums = tl.zeros(column.shape, tl.float64)
                     for k in range(0, of[1] // of[2]):
                         more = tl.load(at + tl.cast(k, tl.int64) * b_channels, mask=column < b_channels, other=0, cache_modifier=".cg")
                         sums += more.to(tl.float64)
@@ -133,7 +137,7 @@ def fsp_loss_kernel(
                             to = outs[i] + (n * a_channels + row)[:, None] * b_channels + column[None, :]
                             tl.store(to, tl.load(to, mask=mask, other=0, cache_modifier=".cg") * scale[None, :], mask=mask)
             else:
-                tl.store(scratch + of[3] + local, tl.sum(tl.sum(squares, 1), 0))
+                tl.store(scratch + of[3] + local, tl.sum(squares))
                 if outs is not None:
                     tl.store(to, d * (2 * factors[i]), mask=mask)
                 done = pid >= 0
@@ -157,6 +161,7 @@ def _term(
     J: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """total + scale m x, summed over the channels of x. m_strides: sample, channel of the gradient, channel of x."""
+    EXACT: tl.constexpr = V[T][9]
     count, _ = extent(view, V, T)
     k = tl.arange(0, C[J][2])
     own = row < rows
@@ -168,7 +173,7 @@ def _term(
         given = o < count
         v = tl.load(m_at + o.to(tl.int64)[None, :] * m_strides[2], mask=own[:, None] & given[None, :], other=0).to(tl.float32) * scale
         y = read(x + (across(view, V, T, o)[:, None] + x_columns), given[:, None] & inside[None, :], view, V, T)
-        total = product(v, y, total, MODE, UPCAST, False, V[T][9])
+        total = product(v, y, total, MODE, UPCAST, False, EXACT)
     return total
 
 
@@ -195,20 +200,23 @@ def fsp_gradient_kernel(
             inside = position < length
             mask = (row < rows)[:, None] & inside[None, :]
             to = across(out_views[i], W, i, row)[:, None] + along(out_views[i], W, i, position)[None, :]
-            coarse = tl.zeros((C[i][0], C[i][1]), tl.float32)
-            for k in tl.static_range(C[i][4]):
+            FIRST: tl.constexpr = C[i][3]
+            COARSE: tl.constexpr = C[i][4]
+            FINE: tl.constexpr = C[i][5]
+            coarse = zeros(row, position)
+            for k in tl.static_range(COARSE):
                 coarse = _term(
-                    coarse, ms[C[i][3] + k], xs[C[i][3] + k], m_strides[C[i][3] + k], views[C[i][3] + k], n, row, rows, position, inside,
-                    0, scales[C[i][3] + k] * upstream, V, C[i][3] + k, C, i, MODE, UPCAST,
+                    coarse, ms[FIRST + k], xs[FIRST + k], m_strides[FIRST + k], views[FIRST + k], n, row, rows, position, inside,
+                    0, scales[FIRST + k] * upstream, V, FIRST + k, C, i, MODE, UPCAST,
                 )  # fmt: skip
             # what lies in one pooling window shares the terms that were pooled
             for j in range(0, W[i][6] * W[i][7] * W[i][8]):
                 total = coarse
-                for k in tl.static_range(C[i][5]):
+                for k in tl.static_range(FINE):
                     total = _term(
-                        total, ms[C[i][3] + C[i][4] + k], xs[C[i][3] + C[i][4] + k], m_strides[C[i][3] + C[i][4] + k],
-                        views[C[i][3] + C[i][4] + k], n, row, rows, position, inside, j, scales[C[i][3] + C[i][4] + k] * upstream, V,
-                        C[i][3] + C[i][4] + k, C, i, MODE, UPCAST,
+                        total, ms[FIRST + COARSE + k], xs[FIRST + COARSE + k], m_strides[FIRST + COARSE + k],
+                        views[FIRST + COARSE + k], n, row, rows, position, inside, j, scales[FIRST + COARSE + k] * upstream, V,
+                        FIRST + COARSE + k, C, i, MODE, UPCAST,
                     )  # fmt: skip
                 at = outs[i] + sample(out_views[i], W, i, n) + (to + part(out_views[i], W, i, j))
                 tl.store(at, total.to(outs[i].dtype.element_ty), mask=mask)

@@ -11,6 +11,12 @@ import triton.language as tl
 
 
 @triton.jit
+def zeros(rows, columns):
+    """A sum of nothing for each row and column. Triton 3.6 makes no shape of parts of constants."""
+    return tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+
+
+@triton.jit
 def extent(view, V: tl.constexpr, J: tl.constexpr):
     """The number of channels, and of positions of the grid that is walked."""
     if V[J][1]:
@@ -73,16 +79,20 @@ def part(view, V: tl.constexpr, J: tl.constexpr, j):
 @triton.jit
 def read(at, mask, view, V: tl.constexpr, J: tl.constexpr):
     """In float32, the average over the pooling window."""
-    if V[J][3] * V[J][4] * V[J][5] == 1:
+    # a part of a constant is a constant only once it is named one
+    DEEP: tl.constexpr = V[J][3]
+    HIGH: tl.constexpr = V[J][4]
+    WIDE: tl.constexpr = V[J][5]
+    if DEEP * HIGH * WIDE == 1:
         return tl.load(at, mask=mask, other=0).to(tl.float32)
     else:
         total = tl.zeros(mask.shape, tl.float32)
-        for d in tl.static_range(V[J][3]):
-            for h in tl.static_range(V[J][4]):
-                for w in tl.static_range(V[J][5]):
+        for d in tl.static_range(DEEP):
+            for h in tl.static_range(HIGH):
+                for w in tl.static_range(WIDE):
                     more = _offset(view[9], V, J) * d + _offset(view[10], V, J) * h + _offset(view[11], V, J) * w
                     total += tl.load(at + more, mask=mask, other=0).to(tl.float32)
-        return total / (V[J][3] * V[J][4] * V[J][5])
+        return total / (DEEP * HIGH * WIDE)
 
 
 @triton.jit
