@@ -203,6 +203,14 @@ def loss_matches(backend, dtype, sizes, distance, pair_reduce, pool_mode):
     check_loss(backend, "fsp_loss", student, teacher, upstream=torch.tensor(random.uniform(-3, 3)), **switches)
 
 
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("backend, dtype", KERNEL_SAMPLES)
+def test_loss_matches_the_law_for_many_channels(backend, dtype, distance):
+    """Several blocks of rows and of columns."""
+    dtype, shapes = drawn(backend, dtype), [(1, 70, 3, 5), (1, 130, 3, 5), (1, 67, 2, 2)]
+    check_loss(backend, "fsp_loss", [make(s, dtype) for s in shapes], [make(s, dtype) for s in shapes], distance=distance)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backend, dtype", KERNEL_DTYPES)
 def test_loss_matches_the_law_for_mixed_dtypes_and_layouts(backend, dtype, layout):

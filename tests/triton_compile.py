@@ -152,6 +152,13 @@ def fsp(
     kernels.launcher("fsp_loss_backward")(torch.empty(()), chains[0], ms, pool_mode, precision, stages, False)
 
 
+def fsp_unaligned() -> None:
+    for offset in (0, 1):
+        x = torch.empty(4 * 16 * 256 + 1)[offset:][: 4 * 16 * 256].view(4, 16, 16, 16)
+        a = torch.empty(4, 16, 16, 16)
+        kernels.launcher("fsp_loss")([a, x], [a, x], "avg", "squared", "sum", None, 1.0, "tf32", False)
+
+
 def matrix(shape: tuple[int, ...], dtype: torch.dtype, precision: str) -> None:
     a = feature(shape, dtype)
     g = kernels.launcher("fsp_matrix")(a, a, "avg", precision)
@@ -185,6 +192,7 @@ CASES = {
     "fsp resnet50 channels_last bf16": lambda: fsp(RESNET50, torch.bfloat16, 8, None, True),
     "fsp columns": lambda: fsp([(70, 8), (9, 8), (130, 5)], torch.float16, 2, "ieee", distance="column_l2"),
     "fsp pooled": lambda: fsp(CIFAR, torch.float32, 4, "tf32", False, [(16, 9), (32, 9), (64, 4)], "max"),
+    "fsp unaligned": fsp_unaligned,
     "matrix tf32": lambda: matrix((8, 128, 16, 16), torch.float32, "tf32"),
 }
 
