@@ -6,7 +6,7 @@
 |-----------|----------------------------|---------------------------------------------|
 | reference | every device               | plain PyTorch, :mod:`fastkd.reference`      |
 | cpp       | CPU tensors                | the compiled library ``fastkd._C``          |
-| triton    | CUDA tensors: attention    | Triton kernels, :mod:`fastkd.kernels`       |
+| triton    | CUDA tensors               | Triton kernels, :mod:`fastkd.kernels`       |
 | cuda      | nothing in this version    | CUDA C++ kernels, to come                   |
 """
 

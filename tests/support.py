@@ -38,6 +38,8 @@ ULPS = {torch.float64: 16, torch.float32: 4, torch.float16: 1, torch.bfloat16: 1
 SCALAR_ULPS = 8
 # Where large terms cancel, what is left is no better than the terms: so many roundings of the largest, in the dtype of accumulation.
 TERM_ULPS = 4
+# Triton's bfloat16 products: two factors in a high and a low part, 2^-17 each
+SPLIT = 2.0**-16
 
 
 def name(value: object) -> str:
@@ -226,6 +228,8 @@ def check(
     wide = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
     assert got.output.dtype == wide, f"output is {got.output.dtype}, wanted {wide}"
     term = TERM_ULPS * torch.finfo(wide).eps
+    if backend == "triton" and all(x.dtype == torch.bfloat16 for x in tensors):
+        term = SPLIT
     within_budget(
         "output",
         got.output,
@@ -269,7 +273,7 @@ def _param(backend: str, *rest: object) -> object:
 
 
 KERNELS = [_param(backend) for backend in ("cpp", "triton")]
-"""The backends with kernels of attention, for ``parametrize("backend", ...)``."""
+"""The backends with kernels of the operations, for ``parametrize("backend", ...)``."""
 KERNEL_DTYPES = [
     _param(backend, dtype) for backend in ("cpp", "triton") for dtype in DTYPES if (backend, dtype) != ("triton", torch.float64)
 ]

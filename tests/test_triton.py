@@ -46,15 +46,10 @@ def test_float64_is_refused_by_name(triton):
         lambda: fastkd.tap(x),
         lambda: fastkd.relu_tap(x),
         lambda: fastkd.attention_transfer_loss([y, y], [y, x]),
+        lambda: fastkd.fsp_matrix(y, x),
+        lambda: fastkd.fsp_loss([y, y], [y, x]),
     ):
         with pytest.raises(fastkd.BackendError, match="float64"):
-            call()
-
-
-def test_fsp_has_no_triton_kernels_yet(triton):
-    x = triton(torch.ones(2, 3, 4, 4))
-    for call in (lambda: fastkd.fsp_matrix(x, x), lambda: fastkd.fsp_loss([x, x], [x, x])):
-        with pytest.raises(fastkd.BackendError, match="no Triton kernels"):
             call()
 
 
@@ -96,6 +91,16 @@ def test_misuse_is_told_as_by_other_backends(triton):
         (lambda: fastkd.attention_transfer_loss(x, x.to("meta")), "devices differ"),
         (lambda: fastkd.attention_map(x[:0]), "empty batch"),
         (lambda: fastkd.relu_tap(x, x[:, :1]), "residual is"),
+        (lambda: fastkd.fsp_matrix(x, x[:1]), "batch sizes"),
+        (lambda: fastkd.fsp_matrix(x, x[0]), "batch sizes|dimensions"),
+        (lambda: fastkd.fsp_matrix(x, x, pool_mode="mean"), "pool_mode"),
+        (lambda: fastkd.fsp_matrix(x.bfloat16(), x.bfloat16(), precision="tf16"), "precision"),
+        (lambda: fastkd.fsp_matrix(x, x.to("meta")), "devices differ"),
+        (lambda: fastkd.fsp_loss([x], [x]), "at least 2"),
+        (lambda: fastkd.fsp_loss([x, x], [x, x[:, :2]]), "channels differ"),
+        (lambda: fastkd.fsp_loss([x, x], [x, x], distance="l1"), "distance"),
+        (lambda: fastkd.fsp_loss([x, x], [x, x], pair_reduce="max"), "pair_reduce"),
+        (lambda: fastkd.fsp_loss([x, x], [x, x], weights=[1.0, 2.0]), "weights has 2"),
     ):
         with pytest.raises(ValueError, match=word):
             call()
@@ -160,9 +165,10 @@ def test_nothing_as_large_as_a_feature_is_allocated_but_gradients(triton, monkey
     assert made and max(x.numel() for x in made) * 4 <= s.numel()
 
 
-def test_gradients_come_again_under_retain_graph_and_other_upstreams(triton):
+@pytest.mark.parametrize("function", [fastkd.attention_transfer_loss, fastkd.fsp_loss])
+def test_gradients_come_again_under_retain_graph_and_other_upstreams(triton, function):
     s, t = chains(triton)
-    loss = fastkd.attention_transfer_loss(s, t, weight=1000.0)
+    loss = function(s, t, weight=1000.0)
     first = torch.autograd.grad(loss, s, retain_graph=True)
     again = torch.autograd.grad(loss, s, retain_graph=True)
     half = torch.autograd.grad(loss * 0.5, s)
@@ -190,17 +196,20 @@ def test_the_same_tensor_may_stand_at_several_places(triton):
     torch.testing.assert_close([g.cpu() for g in got.grads], list(want.grads), rtol=1e-4, atol=1e-5)
 
 
-def test_a_teacher_may_come_from_inference_mode(triton):
+@pytest.mark.parametrize("function", [fastkd.attention_transfer_loss, fastkd.fsp_loss])
+def test_a_teacher_may_come_from_inference_mode(triton, function):
     s, t = chains(triton)
     with torch.inference_mode():
         frozen = [x.clone() for x in t]
-    for a, b in zip(*(torch.autograd.grad(fastkd.attention_transfer_loss(s, other), s) for other in (frozen, t))):
+    for a, b in zip(*(torch.autograd.grad(function(s, other), s) for other in (frozen, t))):
         assert torch.equal(a, b)
 
 
 SECOND = {
     "attention_map": lambda x, y: fastkd.attention_map(x).square().sum(),
     "attention_transfer_loss": lambda x, y: fastkd.attention_transfer_loss([x, x], [y, y]),
+    "fsp_matrix": lambda x, y: fastkd.fsp_matrix(x, y).square().sum(),
+    "fsp_loss": lambda x, y: fastkd.fsp_loss([x, x], [y, y]),
     "tap": lambda x, y: sum(v.square().sum() for v in fastkd.tap(x)),
     "relu_tap": lambda x, y: sum(v.square().sum() for v in fastkd.relu_tap(x, y)),
 }

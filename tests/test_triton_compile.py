@@ -17,7 +17,17 @@ if importlib.util.find_spec("triton") is None:
 
 CAPABILITIES = (80, 90, 100)
 # on all but one of them, enough cases to compile every kernel
-FEW = ("cifar channels_last bf16", "7x7 bf16", "pooled", "map bf16", "unaligned")
+FEW = (
+    "cifar channels_last bf16",
+    "7x7 bf16",
+    "pooled",
+    "map bf16",
+    "unaligned",
+    "fsp resnet50 tf32",
+    "fsp columns",
+    "matrix tf32",
+    "fsp resnet50 channels_last bf16",
+)
 # Accesses of 16 bytes that a thread makes for one tile of each feature: 8 of float32, 4 of half precision, where a tile is full.
 WIDE = {
     "cifar": {"loss_kernel": {"ld": 6 * 8}, "gradient_kernel": {"ld": 3 * 8, "st": 3 * 8}},
@@ -32,6 +42,21 @@ WIDE = {
     "map bf16": {"_map": {"ld": 4}, "_map_gradient": {"ld": 4, "st": 4}},
     "map channels_last bf16": {"_map": {"ld": 4}, "_map_gradient": {"ld": 4, "st": 4}},
 }
+# what FSP's products are made of; None: no tensor cores
+PRODUCTS = {
+    "fsp resnet50": None,
+    "fsp resnet50 tf32": "tf32",
+    "fsp resnet50 channels_last bf16": "bf16",
+    "fsp cifar tf32x3": "tf32",
+    "fsp cifar bf16": "bf16",
+    "matrix tf32": "tf32",
+}
+# accesses of 16 bytes in each kernel where the layout allows them everywhere
+FSP_WIDE = {"fsp resnet50 channels_last bf16": (9, 16), "matrix tf32": (8, 16)}
+
+
+def is_fsp(case: str) -> bool:
+    return case.startswith(("fsp", "matrix"))
 
 
 @functools.cache
@@ -56,11 +81,13 @@ def test_kernels_fit_and_do_not_spill(cases):
         for kernel in case["kernels"]:
             seen.add(kernel["name"])
             used = kernel["resources"]
-            # Nothing is local. The stack's few bytes (24 at most with Triton 3.6, 8 with 3.9) come with the calls of float64's division
-            assert used["LOCAL"] == 0 and used["STACK"] <= 24, (name, kernel)
-            assert kernel["shared"] <= kernel["shared_limit"] and used["REG"] <= 168, (name, kernel)
+            # Nothing is local. The stack's few bytes (24 at most with Triton 3.6, 8 with 3.9) come with the calls of float64's division;
+            # Triton 3.6 gives FSP for sm_100 half of the registers, and 64 bytes of stack
+            assert used["LOCAL"] == 0 and used["STACK"] <= (64 if is_fsp(name) and kernel["capability"] == 100 else 24), (name, kernel)
+            assert kernel["shared"] <= kernel["shared_limit"] and used["REG"] <= (255 if is_fsp(name) else 168), (name, kernel)
             assert kernel["fp_fusion"] is True
-    assert seen == {"loss_kernel", "gradient_kernel", "_map", "_map_gradient", "_pool", "_unpool"}
+    fsp = {"fsp_matrix_kernel", "fsp_loss_kernel", "fsp_gradient_kernel", "_spread"}
+    assert seen == {"loss_kernel", "gradient_kernel", "_map", "_map_gradient", "_pool", "_unpool", *fsp}
 
 
 @pytest.mark.slow
@@ -79,6 +106,14 @@ def test_launches_are_few_and_skip_the_binder_from_the_second_call_on(cases):
         assert case["relaunched"], name
         if "map" in name:
             assert case["launches"] == ["_map", "_map_gradient", "_map", "_map_gradient", "_map_gradient"], name
+        elif name == "matrix tf32":
+            assert case["launches"] == ["fsp_matrix_kernel", "fsp_gradient_kernel"], name
+        elif is_fsp(name):
+            assert case["launches"] == ["fsp_loss_kernel", "fsp_gradient_kernel"] or name in (
+                "fsp columns",
+                "fsp pooled",
+                "fsp unaligned",
+            ), name
         elif name not in ("pooled", "unaligned"):
             assert case["launches"] == ["loss_kernel", "gradient_kernel"], name
 
@@ -86,8 +121,10 @@ def test_launches_are_few_and_skip_the_binder_from_the_second_call_on(cases):
 @pytest.mark.slow
 def test_an_unaligned_tensor_gets_a_kernel_of_its_own(cases):
     """The second call skips Triton's binder, which would have seen it."""
-    aligned, other = cases["unaligned"]["kernels"]
-    assert aligned["accesses"]["ld 128"] > other["accesses"].get("ld 128", 0)
+    for case in ("unaligned", "fsp unaligned"):
+        if case in cases:
+            aligned, other = cases[case]["kernels"]
+            assert aligned["accesses"]["ld 128"] > other["accesses"].get("ld 128", 0)
 
 
 @pytest.mark.slow
@@ -95,5 +132,32 @@ def test_a_ticket_is_taken_between_barriers(cases):
     """What orders the partial sums of all threads before the ticket, and the ticket before the reading of others' sums."""
     for case in cases.values():
         for kernel in case["kernels"]:
-            if kernel["name"] == "loss_kernel":
-                assert kernel["tickets"] == ["bar", "atom.acq_rel.gpu", "bar"] * 2, (case["case"], kernel["tickets"])
+            if kernel["name"] in ("loss_kernel", "fsp_loss_kernel"):
+                # of AT's samples and of all; of FSP's all, and of the columns of its two pairs
+                count = 2 if kernel["name"] == "loss_kernel" else 3 if case["case"] == "fsp columns" else 1
+                assert kernel["tickets"] == ["bar", "atom.acq_rel.gpu", "bar"] * count, (case["case"], kernel["tickets"])
+
+
+@pytest.mark.slow
+def test_products_run_on_tensor_cores(request, cases):
+    capability = int(request.node.callspec.id.removeprefix("sm_"))
+    for name, dtype in PRODUCTS.items():
+        for kernel in cases[name]["kernels"] if name in cases else ():
+            if kernel["name"].startswith("fsp"):
+                used = {kind.split()[0]: kind.split()[1] for kind in kernel["products"]}
+                # tcgen05 knows of bfloat16 as f16; tiles of few rows are left to mma everywhere
+                wanted = {80: "mma", 90: "wgmma", 100: "tcgen05"}[capability] if "cifar" not in name and dtype else "mma"
+                if dtype is None:
+                    assert not used, (name, kernel["name"], used)
+                else:
+                    assert wanted in used and set(used.values()) <= {dtype, "f16"}, (name, kernel["name"], used)
+
+
+@pytest.mark.slow
+def test_fsp_reads_and_writes_sixteen_bytes_at_a_time(cases):
+    for name, (least_read, least_written) in FSP_WIDE.items():
+        for kernel in cases[name]["kernels"] if name in cases else ():
+            found = kernel["accesses"]
+            assert found.get("ld 128", 0) >= least_read and found.get("st 128", 0) >= least_written, (name, kernel["name"], found)
+            # the upstream gradient and what units add; features and matrices nowhere
+            assert found.get("ld 32", 0) + found.get("st 32", 0) <= 8 and not {"ld 16", "st 16"} & found.keys(), (name, found)

@@ -79,6 +79,16 @@ def accesses(ptx: str) -> dict[str, int]:
     return found
 
 
+def products(ptx: str) -> dict[str, int]:
+    """How often a kernel's PTX uses tensor cores, by the types multiplied: {"wgmma tf32": 8, ...}."""
+    found: dict[str, int] = {}
+    for kind, rest in re.findall(r"\b(wgmma|mma|tcgen05)\.(?:mma_async|sync|mma)([\w.:]+)", ptx):
+        if dtype := re.search(r"\b(tf32|bf16|f16)\b", rest):
+            name = f"{kind} {dtype[1]}"
+            found[name] = found.get(name, 0) + 1
+    return found
+
+
 def tickets(ptx: str) -> list[str]:
     """The atomic additions of a kernel, each between the barriers right before and after it."""
     order = re.findall(r"(bar\.sync|(?<=\s)atom\.global[\w.]*)", ptx)
@@ -132,6 +142,29 @@ def maps(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False
     kernels.launcher("relu_tap_backward")(grad, torch.empty_like(y), out, y, norm, *OPTIONS)
 
 
+def fsp(
+    student: list[tuple[int, int]], dtype: torch.dtype, batch: int, precision: str | None, channels_last: bool = False,
+    teacher: list[tuple[int, int]] | None = None, pool_mode: str = "avg", distance: str = "squared",
+) -> None:  # fmt: skip
+    chains = [[feature((batch, c, s, s), dtype, channels_last) for c, s in sizes] for sizes in (student, teacher or student)]
+    _, ms, _ = kernels.launcher("fsp_loss")(*chains, pool_mode, distance, "sum", None, 1.0, precision, True)
+    stages = list(range(len(student)))
+    kernels.launcher("fsp_loss_backward")(torch.empty(()), chains[0], ms, pool_mode, precision, stages, False)
+
+
+def fsp_unaligned() -> None:
+    for offset in (0, 1):
+        x = torch.empty(4 * 16 * 256 + 1)[offset:][: 4 * 16 * 256].view(4, 16, 16, 16)
+        a = torch.empty(4, 16, 16, 16)
+        kernels.launcher("fsp_loss")([a, x], [a, x], "avg", "squared", "sum", None, 1.0, "tf32", False)
+
+
+def matrix(shape: tuple[int, ...], dtype: torch.dtype, precision: str) -> None:
+    a = feature(shape, dtype)
+    g = kernels.launcher("fsp_matrix")(a, a, "avg", precision)
+    kernels.launcher("fsp_matrix_backward")(g, a, a, "avg", precision, True, True)
+
+
 CIFAR = [(16, 32), (32, 16), (64, 8)]
 RESNET50 = [(256, 56), (512, 28), (1024, 14), (2048, 7)]
 CASES = {
@@ -152,6 +185,15 @@ CASES = {
     "map bf16": lambda: maps((8, 256, 56, 56), torch.bfloat16),
     "map channels_last bf16": lambda: maps((8, 256, 56, 56), torch.bfloat16, True),
     "map of one program": lambda: maps((8, 16, 8, 8), torch.float32),
+    "fsp cifar bf16": lambda: fsp(CIFAR, torch.bfloat16, 128, None),
+    "fsp cifar tf32x3": lambda: fsp(CIFAR, torch.float32, 128, "tf32x3"),
+    "fsp resnet50": lambda: fsp(RESNET50, torch.float32, 8, "ieee"),
+    "fsp resnet50 tf32": lambda: fsp(RESNET50, torch.float32, 8, "tf32"),
+    "fsp resnet50 channels_last bf16": lambda: fsp(RESNET50, torch.bfloat16, 8, None, True),
+    "fsp columns": lambda: fsp([(70, 8), (9, 8), (130, 5)], torch.float16, 2, "ieee", distance="column_l2"),
+    "fsp pooled": lambda: fsp(CIFAR, torch.float32, 4, "tf32", False, [(16, 9), (32, 9), (64, 4)], "max"),
+    "fsp unaligned": fsp_unaligned,
+    "matrix tf32": lambda: matrix((8, 128, 16, 16), torch.float32, "tf32"),
 }
 
 
@@ -188,8 +230,10 @@ def main() -> None:
                 "kernels": [
                     {
                         "name": k.name,
+                        "capability": capability,
                         "accesses": accesses(k.asm["ptx"]),
                         "tickets": tickets(k.asm["ptx"]),
+                        "products": products(k.asm["ptx"]),
                         "shared": k.metadata.shared,
                         "shared_limit": SHARED[capability],
                         "fp_fusion": k.metadata.enable_fp_fusion,

@@ -8,6 +8,12 @@
 | `attention_kernels.py` | and its kernels                                                                        |
 | `attention_map.py` | the attention map and its backward pass, with or without a ReLU before and a gradient after|
 | `tap.py`           | the taps: the same kernels with those                                                      |
+| `gram.py`          | FSP matrices and the FSP loss over a chain, forward: its launchers                         |
+| `gram_gradient.py` | and backward                                                                               |
+| `gram_kernels.py`  | and their kernels                                                                          |
+| `gram_tile.py`     | and what these have in common: features averaged over windows, products in each precision  |
+| `gram_view.py`     | how FSP sees a feature, and the tiles of its products                                      |
+| `gram_pool.py`     | the gradient of unusual pooling                                                            |
 | `pool.py`          | adaptive pooling of features and energies, and its gradient                                |
 
 A launcher has the name and the arguments of the operator that it implements (``torch.ops.fastkd``).
@@ -30,6 +36,10 @@ LAUNCHERS = {
     "attention_map_backward": "attention_map",
     "attention_transfer_loss": "attention",
     "attention_transfer_loss_backward": "attention",
+    "fsp_matrix": "gram",
+    "fsp_matrix_backward": "gram_gradient",
+    "fsp_loss": "gram",
+    "fsp_loss_backward": "gram_gradient",
     "tap_backward": "tap",
     "relu_tap": "tap",
     "relu_tap_backward": "tap",

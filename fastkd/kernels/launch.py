@@ -122,8 +122,8 @@ def _fold(channels: int, positions: int, itemsize: int) -> int:
     return min((f for f in (1, 2, 4, 8, 16) if channels % f == 0), key=lambda f: (*cost(f), f))
 
 
-def walk(shape: Sequence[int], strides: Sequence[Sequence[int]], itemsize: int, *, is_map: bool = False) -> Walk:
-    """The walk over tensors (N, C, *S), or (N, *S) if ``is_map``, of that shape and those strides."""
+def walk(shape: Sequence[int], strides: Sequence[Sequence[int]], itemsize: int, *, is_map: bool = False, folded: bool = True) -> Walk:
+    """The walk over tensors (N, C, *S), or (N, *S) if ``is_map``, of that shape and those strides; ``folded`` where that helps."""
     if is_map:
         shape, strides = (shape[0], 1, *shape[1:]), [(s[0], 0, *s[1:]) for s in strides]
     samples, channels = shape[0], shape[1]
@@ -137,7 +137,7 @@ def walk(shape: Sequence[int], strides: Sequence[Sequence[int]], itemsize: int, 
     along = [s[0] if s else 1 for s in spatial]
     rows_inner = channels > 1 and all(o[1] == 1 and (a != 1 or positions == 1) for o, a in zip(outer, along))
     fold = 1
-    if not rows_inner and channels > 1 and all(a == 1 and o[1] == positions for o, a in zip(outer, along)):
+    if folded and not rows_inner and channels > 1 and all(a == 1 and o[1] == positions for o, a in zip(outer, along)):
         fold = _fold(channels, positions, itemsize)
     rows, length = channels // fold, positions * fold
     outer = [(n, r * fold) for n, r in outer]
@@ -233,8 +233,8 @@ class Plans(dict):
 class Launch:
     """One kernel, with everything but its pointers and numbers that change from call to call: ``constants`` stand after those."""
 
-    def __init__(self, kernel: Any, programs: int, *constants: Any) -> None:
-        self.kernel, self.grid, self.constants = kernel, (programs, 1, 1), constants
+    def __init__(self, kernel: Any, programs: int, *constants: Any, **options: int) -> None:
+        self.kernel, self.grid, self.constants, self.options = kernel, (programs, 1, 1), constants, OPTIONS | options
         self.compiled: dict[Any, Callable[..., None]] = {}
 
     def __call__(self, given: Sequence[Tensor], *args: Any) -> None:
@@ -250,6 +250,6 @@ class Launch:
         run = self.compiled.get(key)
         if run is not None:
             return run(*args, *self.constants)
-        compiled = self.kernel[self.grid](*args, *self.constants, **OPTIONS)
+        compiled = self.kernel[self.grid](*args, *self.constants, **self.options)
         if compiled is not None:  # interpreted kernels are not compiled
             self.compiled[key] = compiled[self.grid]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkd import backends, checks, reference
-from fastkd.ops.registry import accumulator, autograd, call, call_unrecorded, define, differentiable_once, one_device, recorded
+from fastkd.ops.registry import accumulator, autograd, call, call_unrecorded, caller, define, differentiable_once, one_device, recorded
 from fastkd.ops.upstream import Upstream, take_prepared
 
 
@@ -71,8 +71,8 @@ class FSPMatrixFunction(torch.autograd.Function):
     def forward(ctx: Any, a: Tensor, b: Tensor, *options: Any) -> Tensor:
         # each factor is saved for the other's gradient, and may be an inference tensor only if that is not wanted
         ctx.save_for_backward(*((a, b) if any(ctx.needs_input_grad) else ()))
-        ctx.options = options
-        return call(_matrix, a, b, *options)
+        ctx.options, ctx.call = options, caller(a)
+        return ctx.call(_matrix, a, b, *options)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -82,13 +82,13 @@ class FSPMatrixFunction(torch.autograd.Function):
 def _factor_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     a, b = ctx.saved_tensors
     needs = ctx.needs_input_grad[:2]
-    computed = iter(call(_matrix_backward, grad, a, b, *ctx.options, *needs))
+    computed = iter(ctx.call(_matrix_backward, grad, a, b, *ctx.options, *needs))
     return next(computed) if needs[0] else None, next(computed) if needs[1] else None, None, None
 
 
 def _traced_matrix_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
-    ctx.options = inputs[2:]
+    ctx.options, ctx.call = inputs[2:], call
 
 
 autograd("fsp_matrix", _factor_gradients, _traced_matrix_context)
@@ -99,17 +99,19 @@ class FSPLossFunction(torch.autograd.Function):
 
     The forward saves M = dloss/dG of the student for each pair, for an upstream gradient of 1 (the teacher's is -M), so a chain's gradients
     need only the chain itself: dA = upstream M B / S, dB = upstream M^T A / S, and a middle stage adds the terms of its two pairs.
-    For the upstream gradient that is expected (:mod:`fastkd.ops.upstream`) it makes the student's gradients too, sample by sample, while
-    the sample's maps are in the cache; the backward hands those out, once, if it is given just that.
+    On a CPU, for the upstream gradient that is expected (:mod:`fastkd.ops.upstream`), it makes the student's gradients too, sample by
+    sample, while the sample's maps are in the cache; the backward hands those out, once, if it is given just that.
     """
 
     @staticmethod
     def forward(ctx: Any, stages: int, options: tuple, *tensors: Tensor) -> Tensor:
         needs = ctx.needs_input_grad[2:]
         wanted = [i for i in range(stages) if needs[i]]
-        expected = _upstream.expected if wanted else None
+        ctx.call = caller(tensors[0])
+        # a GPU's gradient must not be read by the host, and has no cache to wait in
+        expected = _upstream.expected if wanted and ctx.call is call else None
         made = wanted if expected is not None else []
-        loss, gram_grads, gradients = call(
+        loss, gram_grads, gradients = ctx.call(
             _loss, list(tensors[:stages]), list(tensors[stages:]), *options, any(needs), expected if made else None, made
         )
         # a teacher made under inference_mode cannot be saved: a chain is only if some of it needs a gradient
@@ -121,7 +123,7 @@ class FSPLossFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        made = dict(zip(ctx.made, take_prepared(ctx, grad, _upstream)))
+        made = dict(zip(ctx.made, take_prepared(ctx, grad, _upstream))) if ctx.call is call else {}
         return None, None, *_chain_gradients(ctx, grad, ctx.needs_input_grad[2:], made)
 
 
@@ -136,7 +138,8 @@ def _chain_gradients(ctx: Any, grad: Tensor, needs: Sequence[bool], made: dict[i
         if wanted:
             is_teacher = first > 0
             chain = features[stages:] if is_teacher and ctx.has_student else features[:stages]
-            for i, dx in zip(wanted, call(_loss_backward, grad, chain, gram_grads, pool_mode, precision, wanted, is_teacher), strict=True):
+            computed = ctx.call(_loss_backward, grad, chain, gram_grads, pool_mode, precision, wanted, is_teacher)
+            for i, dx in zip(wanted, computed, strict=True):
                 out[first + i] = dx
     return out
 
@@ -144,7 +147,7 @@ def _chain_gradients(ctx: Any, grad: Tensor, needs: Sequence[bool], made: dict[i
 def _traced_loss_context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor], list[Tensor]]) -> None:
     student, teacher, *options, with_grad, _, _ = inputs
     ctx.save_for_backward(*output[1], *student, *teacher)
-    ctx.stages, ctx.options, ctx.has_student, ctx.with_grad = len(student), options, True, with_grad
+    ctx.stages, ctx.options, ctx.has_student, ctx.with_grad, ctx.call = len(student), options, True, with_grad, call
 
 
 def _traced_loss_backward(ctx: Any, grad: Tensor, *rest: Any) -> tuple:
@@ -171,7 +174,7 @@ def fsp_matrix(a: Tensor, b: Tensor, *, pool_mode: str = "avg", precision: str |
     Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
     Source: Yim et al., *A gift from knowledge distillation*, CVPR 2017.
     """
-    if backends.choose(a) == "reference":
+    if backends.choose(a, b, in_triton=True) == "reference":
         return reference.fsp_matrix(a, b, pool_mode=pool_mode, precision=precision)
     if torch.compiler.is_compiling():
         checks.fsp_matrix(a, b, pool_mode, precision)
@@ -210,7 +213,7 @@ def fsp_loss(
     Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
     Source: Yim et al., *A gift from knowledge distillation*, CVPR 2017, and its published implementations (see the presets).
     """
-    if backends.choose(student) == "reference":
+    if backends.choose(student, teacher, in_triton=True) == "reference":
         return reference.fsp_loss(
             student, teacher, pool_mode=pool_mode, distance=distance, pair_reduce=pair_reduce, weights=weights, weight=weight,
             precision=precision,

@@ -1,0 +1,159 @@
+"""FSP matrices and the FSP loss over a chain, in one launch; their gradients, in another for each chain, are in `gram_gradient.py`.
+
+Forward: a program makes a tile of a pair's dloss/dG of one sample: of G_s - G_t = (A_s - A_t) B_s^T + A_t (B_s - B_t)^T where student and
+teacher have equal sizes after pooling, so that what they share is subtracted before it is multiplied and rounded; of both products where
+they have not. It writes that tile for the backward pass, and a number for the loss, which the last program adds up in a fixed order
+(a ticket tells it; see `attention.py`). For "column_l2" the last program of a column block makes its norms and divides by them.
+
+Backward: dA = upstream M B / S and dB = upstream M^T A / S, a tile of a feature's gradient a program, both terms of a middle stage at
+once. Where a feature was averaged over windows, what lies in one shares a term; a middle stage of two grids walks the coarser.
+
+Products, and what is claimed for them. All sums are float32's. Blocks of features are read as they are, subtracted and averaged in float32,
+and then multiplied:
+
+- float32, "ieee": in float32, without tensor cores. As near as eager code, or better: the budget of the tests.
+- float32, "tf32": rounded to nearest, to 10 bits, before. In the difference form, for maps 1e-2 apart, the loss is 0.03 % off, where the
+  difference of two matrices would be 2 %.
+- float32, "tf32x3": three such products of high and low parts; the tests' budget.
+- bfloat16, whatever ``precision``: bfloat16 products. Features are exact there; differences, averages and dloss/dG are split in a high and
+  a low part of 8 bits each, 2^-17 off at most (the difference of two bfloat16 numbers within a factor of 256 of each other not at all).
+- float16, alone or with bfloat16: as float32, but "ieee" is "tf32x3". Numbers of either are exact in tf32, what is made of them is not.
+
+``precision=None`` follows torch.backends.cuda.matmul.
+
+Common pooling windows are fused (`gram_view.py`). For others each pooled tensor takes one more launch forward and one backward, and each
+such gradient one more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastkd.kernels import interpreting
+from fastkd.kernels.gram_gradient import fsp_loss_backward
+from fastkd.kernels.gram_kernels import fsp_loss_kernel, fsp_matrix_kernel
+from fastkd.kernels.gram_view import Sources, checked, common_size, mode, tile, warps
+from fastkd.kernels.launch import Launch, Plans, key_of
+
+BLOCK = 256  # of the loss's last sum
+
+_plans = Plans()
+
+
+class _Matrix:
+    def __init__(self, a: Tensor, b: Tensor, pool_mode: str, how: str) -> None:
+        self.sources = Sources((a, b), max_pool=pool_mode == "max")
+        common = common_size(a, b)
+        (self.a, a_view), (self.b, b_view) = (self.sources.add(i, common) for i in (0, 1))
+        self.shape = a.shape[0], a.shape[1], b.shape[1]
+        cut = tile(a.shape[1], b.shape[1], math.prod(common), how)
+        columns = math.ceil(b.shape[1] / cut[1])
+        tiles = math.ceil(a.shape[1] / cut[0]) * columns
+        self.launch = Launch(
+            fsp_matrix_kernel, a.shape[0] * tiles, a_view.numbers, b_view.numbers, tiles, columns, math.prod(common),
+            (a_view.config, b_view.config), (cut,), how, interpreting(), num_warps=warps([cut]),
+        )  # fmt: skip
+
+
+def fsp_matrix(a: Tensor, b: Tensor, pool_mode: str, precision: str | None) -> Tensor:
+    """See ``torch.ops.fastkd.fsp_matrix``."""
+    how = mode((a, b), precision)
+    key = ("matrix", key_of((a, b)), pool_mode, precision, how)
+    plan = _plans.get(key)
+    if plan is None:
+        checked((a, b), "ab", pool_mode, precision)
+        plan = _plans[key] = _Matrix(a, b, pool_mode, how)
+    if a.device != b.device:
+        raise ValueError(f"a lies on {a.device}, b on {b.device}")
+    given = [x for x, _ in plan.sources.made((a, b))]
+    a, b, out = given[plan.a], given[plan.b], a.new_empty(plan.shape, dtype=torch.float32)
+    plan.launch((a, b), a, b, out)
+    return out
+
+
+class _Loss:
+    def __init__(self, student: Sequence[Tensor], teacher: Sequence[Tensor], pool_mode: str, distance: str, how: str) -> None:
+        count, samples = len(student) - 1, student[0].shape[0]
+        for i, (s, t) in enumerate(zip(student, teacher)):
+            if s.shape[1] != t.shape[1]:
+                raise ValueError(f"stage {i}: student and teacher must have equal channels, got {s.shape[1]} and {t.shape[1]}")
+        self.sources = Sources((*student, *teacher), max_pool=pool_mode == "max")
+        columns = distance == "column_l2"
+        self.operands: list[int] = []
+        self.shapes = [(samples, student[i].shape[1], student[i + 1].shape[1]) for i in range(count)]
+        views, cuts, pairs = [], [], []
+        programs, scratch, tickets = 0, 0, 1
+        for i, (_, a_channels, b_channels) in enumerate(self.shapes):
+            sizes = [common_size(side[i], side[i + 1]) for side in (student, teacher)]
+            for j in (i, i + 1, len(student) + i, len(student) + i + 1):
+                place, seen = self.sources.add(j, sizes[j >= len(student)])
+                self.operands.append(place)
+                views.append(seen)
+            positions = [math.prod(size) for size in sizes]
+            dear = any(v.dear for v in views[-4:])
+            cut = tile(a_channels, b_channels, max(positions), how, dear=dear, narrow=dear)
+            cuts.append((*cut, sizes[0] == sizes[1]))
+            row_tiles, column_tiles = math.ceil(a_channels / cut[0]), math.ceil(b_channels / cut[1])
+            tiles = row_tiles * column_tiles
+            units = samples * (column_tiles if columns else tiles)
+            pairs.append((programs, tiles, column_tiles, scratch, units, scratch + units, tickets, *positions))
+            programs += samples * tiles
+            scratch += units + (samples * row_tiles * b_channels if columns else 0)
+            tickets += units if columns else 0
+        self.scratch, self.tickets = scratch, tickets
+        # what a distance is divided by
+        self.terms = [samples * (a * b if distance == "squared" else 1) for _, a, b in self.shapes]
+        self.launch = Launch(
+            fsp_loss_kernel, programs, tuple(v.numbers for v in views), tuple(pairs), samples, sum(p[4] for p in pairs),
+            tuple(v.config for v in views), tuple(cuts), count, columns, BLOCK, how, interpreting(), num_warps=warps(cuts),
+        )  # fmt: skip
+
+
+def fsp_loss(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], pool_mode: str, distance: str, pair_reduce: str, weights: Sequence[float] | None,
+    weight: float, precision: str | None, with_grad: bool, upstream: float | None = None, stages: Sequence[int] = (),
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    """See ``torch.ops.fastkd.fsp_loss``."""
+    tensors = (*student, *teacher)
+    if len(student) < 2 or len(student) != len(teacher):
+        raise ValueError(f"student and teacher must hold equally many stages, at least 2, got {len(student)} and {len(teacher)}")
+    if stages and (upstream is None or not with_grad):
+        raise ValueError("stages wants with_grad and the upstream gradient")
+    how = mode(tensors, precision)
+    key = ("loss", key_of(tensors), len(student), pool_mode, distance, pair_reduce, precision, how)
+    plan = _plans.get(key)
+    if plan is None:
+        checked(tensors, [f"{side}[{i}]" for side in ("student", "teacher") for i in range(len(student))], pool_mode, precision)
+        if distance not in ("squared", "frobenius", "column_l2") or pair_reduce not in ("sum", "mean"):
+            raise ValueError(f"distance or pair_reduce is unknown: {distance!r}, {pair_reduce!r}")
+        plan = _Loss(student, teacher, pool_mode, distance, how)
+    first, count = tensors[0], len(student) - 1
+    for x in tensors:
+        if x.device != first.device:
+            raise ValueError(f"tensors of one call lie on {first.device} and {x.device}")
+    share = weight / count if pair_reduce == "mean" else weight
+    if weights is None:
+        factors = tuple([share / terms for terms in plan.terms])
+    elif len(weights) != count:
+        raise ValueError(f"weights must hold one number a pair, got {len(weights)}")
+    else:
+        factors = tuple([share * w / terms for w, terms in zip(weights, plan.terms)])
+    _plans[key] = plan
+
+    given = [x for x, _ in plan.sources.made(tensors)] if plan.sources.pools else tensors
+    operands = tuple([given[i] for i in plan.operands])
+    gram_grads = [first.new_empty(shape, dtype=torch.float32) for shape in plan.shapes] if with_grad else []
+    loss = first.new_empty((), dtype=torch.float32)
+    plan.launch(
+        operands, operands, tuple(gram_grads) if with_grad else None, loss, first.new_empty(plan.scratch, dtype=torch.float32),
+        first.new_zeros(plan.tickets, dtype=torch.int32), factors,
+    )  # fmt: skip
+    gradients = []
+    if stages:
+        given_upstream = first.new_full((), float(upstream or 0), dtype=torch.float32)
+        gradients = fsp_loss_backward(given_upstream, student, gram_grads, pool_mode, precision, stages, False)
+    return loss, gram_grads, gradients

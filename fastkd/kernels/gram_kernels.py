@@ -1,0 +1,222 @@
+"""The kernels of FSP matrices and the FSP loss; `gram.py` says how they work together, and launches them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastkd.kernels.gram_tile import across, along, extent, part, product, read, sample, zeros
+from fastkd.kernels.tile import last_of
+
+
+@triton.jit
+def _products(
+    total, a, b, a_less, b_less, a_view, b_view, a_less_view, b_less_view, n, row, column, V: tl.constexpr, A: tl.constexpr,
+    C: tl.constexpr, J: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """A tile of a b^T over all positions; given a_less and b_less, of a b^T - a_less b_less^T, by way of the features' differences.
+
+    V[A], V[A + 1] are constants of a and b, the next two of a_less and b_less. C[J]: (row block, column block, depth, ...).
+    """
+    # a part of a constant is a constant only once it is named one
+    A_EXACT: tl.constexpr = V[A][9]
+    B_EXACT: tl.constexpr = V[A + 1][9]
+    rows, length = extent(a_view, V, A)
+    columns, _ = extent(b_view, V, A + 1)
+    k = tl.arange(0, C[J][2])
+    own, other = row < rows, column < columns
+    a += sample(a_view, V, A, n)
+    b += sample(b_view, V, A + 1, n)
+    a_rows = across(a_view, V, A, row)[:, None]
+    b_rows = across(b_view, V, A + 1, column)[:, None]
+    if a_less is not None:
+        LESS_EXACT: tl.constexpr = V[A + 2][9]
+        a_less += sample(a_less_view, V, A + 2, n)
+        b_less += sample(b_less_view, V, A + 3, n)
+        a_less_rows = across(a_less_view, V, A + 2, row)[:, None]
+        b_less_rows = across(b_less_view, V, A + 3, column)[:, None]
+    for first in range(0, length, C[J][2]):
+        position = first + k
+        inside = position < length
+        a_mask = own[:, None] & inside[None, :]
+        b_mask = other[:, None] & inside[None, :]
+        x = read(a + (a_rows + along(a_view, V, A, position)[None, :]), a_mask, a_view, V, A)
+        y = read(b + (b_rows + along(b_view, V, A + 1, position)[None, :]), b_mask, b_view, V, A + 1)
+        if a_less is not None:
+            x_less = read(a_less + (a_less_rows + along(a_less_view, V, A + 2, position)[None, :]), a_mask, a_less_view, V, A + 2)
+            y_less = read(b_less + (b_less_rows + along(b_less_view, V, A + 3, position)[None, :]), b_mask, b_less_view, V, A + 3)
+            total = product(x - x_less, tl.trans(y), total, MODE, UPCAST, False, B_EXACT)
+            total = product(x_less, tl.trans(y - y_less), total, MODE, UPCAST, LESS_EXACT, False)
+        else:
+            total = product(x, tl.trans(y), total, MODE, UPCAST, A_EXACT, B_EXACT)
+    return total
+
+
+# counts and places are not specialized: a new batch size need not be a new kernel
+@triton.jit(do_not_specialize=["tiles", "columns", "positions"])
+def fsp_matrix_kernel(
+    a, b, out, a_view, b_view, tiles, columns, positions, V: tl.constexpr, C: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr
+):
+    pid = tl.program_id(0)
+    n = (pid // tiles).to(tl.int64)
+    tile = pid % tiles
+    row = tile // columns * C[0][0] + tl.arange(0, C[0][0])
+    column = tile % columns * C[0][1] + tl.arange(0, C[0][1])
+    total = zeros(row, column)
+    total = _products(total, a, b, None, None, a_view, b_view, None, None, n, row, column, V, 0, C, 0, MODE, UPCAST)
+    a_channels, _ = extent(a_view, V, 0)
+    b_channels, _ = extent(b_view, V, 1)
+    mask = (row < a_channels)[:, None] & (column < b_channels)[None, :]
+    to = out + (n * a_channels + row)[:, None] * b_channels + column[None, :]
+    tl.store(to, total / positions, mask=mask)
+
+
+@triton.jit(do_not_specialize=["pairs", "samples", "units"])
+def fsp_loss_kernel(
+    operands, outs, loss, scratch, tickets, factors, views, pairs, samples, units,
+    V: tl.constexpr, C: tl.constexpr, PAIRS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """operands and views: of each pair the student's first and second feature and the teacher's. A unit adds one number to the loss."""
+    pid = tl.program_id(0)
+    done = pid < 0
+    for i in tl.static_range(PAIRS):
+        # (first program, tiles of a sample, column tiles, first unit, units; where squares and tickets of columns are, positions)
+        of = pairs[i]
+        local = pid - of[0]
+        if (local >= 0) & (local < samples * of[1]):
+            n = (local // of[1]).to(tl.int64)
+            tile = local % of[1]
+            column_tile = tile % of[2]
+            row = tile // of[2] * C[i][0] + tl.arange(0, C[i][0])
+            column = column_tile * C[i][1] + tl.arange(0, C[i][1])
+            d = zeros(row, column)
+            if C[i][3]:
+                d = _products(
+                    d, operands[4 * i], operands[4 * i + 1], operands[4 * i + 2], operands[4 * i + 3], views[4 * i], views[4 * i + 1],
+                    views[4 * i + 2], views[4 * i + 3], n, row, column, V, 4 * i, C, i, MODE, UPCAST,
+                )  # fmt: skip
+                d = d / of[7]
+            else:
+                d = _products(
+                    d, operands[4 * i], operands[4 * i + 1], None, None, views[4 * i], views[4 * i + 1], None, None, n, row, column,
+                    V, 4 * i, C, i, MODE, UPCAST,
+                )  # fmt: skip
+                t = zeros(row, column)
+                t = _products(
+                    t, operands[4 * i + 2], operands[4 * i + 3], None, None, views[4 * i + 2], views[4 * i + 3], None, None, n, row,
+                    column, V, 4 * i + 2, C, i, MODE, UPCAST,
+                )  # fmt: skip
+                d = d / of[7] - t / of[8]
+            a_channels, _ = extent(views[4 * i], V, 4 * i)
+            b_channels, _ = extent(views[4 * i + 1], V, 4 * i + 1)
+            mask = (row < a_channels)[:, None] & (column < b_channels)[None, :]
+            # a sum over idle lanes must not meet 0 * NaN
+            squares = tl.where(mask, d * d, 0.0)
+            if outs is not None:
+                to = outs[i] + (n * a_channels + row)[:, None] * b_channels + column[None, :]
+            if COLUMNS:
+                at = scratch + of[5] + n * (of[1] // of[2]) * b_channels + column
+                tl.store(at + (tile // of[2]).to(tl.int64) * b_channels, tl.sum(squares, 0), mask=column < b_channels)
+                if outs is not None:
+                    tl.store(to, d, mask=mask)
+                done = last_of(tickets + of[6] + n * of[2] + column_tile, of[1] // of[2])
+                if done:
+                    # .cg: other multiprocessors wrote them
+                    sums = tl.zeros(column.shape, tl.float64)
+                    for k in range(0, of[1] // of[2]):
+                        more = tl.load(at + tl.cast(k, tl.int64) * b_channels, mask=column < b_channels, other=0, cache_modifier=".cg")
+                        sums += more.to(tl.float64)
+                    norm = tl.sqrt(sums).to(tl.float32)
+                    tl.store(scratch + of[3] + n * of[2] + column_tile, tl.sum(norm, 0))
+                    if outs is not None:
+                        scale = tl.where(norm == 0, 0.0, factors[i] / norm)
+                        for first in range(0, a_channels, C[i][0]):
+                            row = first + tl.arange(0, C[i][0])
+                            mask = (row < a_channels)[:, None] & (column < b_channels)[None, :]
+                            to = outs[i] + (n * a_channels + row)[:, None] * b_channels + column[None, :]
+                            tl.store(to, tl.load(to, mask=mask, other=0, cache_modifier=".cg") * scale[None, :], mask=mask)
+            else:
+                tl.store(scratch + of[3] + local, tl.sum(squares))
+                if outs is not None:
+                    tl.store(to, d * (2 * factors[i]), mask=mask)
+                done = pid >= 0
+
+    if done:  # noqa: SIM102 - an `and` would run both its sides
+        if last_of(tickets, units):
+            total = tl.full((), 0.0, tl.float64)
+            for i in tl.static_range(PAIRS):
+                sums = tl.zeros((BLOCK,), tl.float64)
+                for first in range(0, pairs[i][4], BLOCK):
+                    unit = first + tl.arange(0, BLOCK)
+                    at = scratch + pairs[i][3] + unit
+                    sums += tl.load(at, mask=unit < pairs[i][4], other=0, cache_modifier=".cg").to(tl.float64)
+                total += tl.sum(sums, 0) * tl.cast(factors[i], tl.float64)
+            tl.store(loss, total.to(tl.float32))
+
+
+@triton.jit
+def _term(
+    total, m, x, m_strides, view, n, row, rows, position, inside, j, scale, V: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
+    J: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """total + scale m x, summed over the channels of x. m_strides: sample, channel of the gradient, channel of x."""
+    EXACT: tl.constexpr = V[T][9]
+    count, _ = extent(view, V, T)
+    k = tl.arange(0, C[J][2])
+    own = row < rows
+    m_at = m + n * m_strides[0] + row.to(tl.int64)[:, None] * m_strides[1]
+    x += sample(view, V, T, n)
+    x_columns = (along(view, V, T, position) + part(view, V, T, j))[None, :]
+    for first in range(0, count, C[J][2]):
+        o = first + k
+        given = o < count
+        v = tl.load(m_at + o.to(tl.int64)[None, :] * m_strides[2], mask=own[:, None] & given[None, :], other=0).to(tl.float32) * scale
+        y = read(x + (across(view, V, T, o)[:, None] + x_columns), given[:, None] & inside[None, :], view, V, T)
+        total = product(v, y, total, MODE, UPCAST, False, EXACT)
+    return total
+
+
+@triton.jit(do_not_specialize=["items", "samples"])
+def fsp_gradient_kernel(
+    grad, ms, xs, outs, m_strides, views, out_views, items, scales, samples,
+    V: tl.constexpr, W: tl.constexpr, C: tl.constexpr, ITEMS: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Each item a feature's gradient. C[i]: (blocks..., first term, terms on the grid that is walked, terms on the feature's own)."""
+    pid = tl.program_id(0)
+    upstream = tl.full((), 1.0, tl.float32)
+    if grad is not None:
+        upstream = tl.load(grad).to(tl.float32)
+    for i in tl.static_range(ITEMS):
+        # (first program, tiles of a sample, position blocks)
+        of = items[i]
+        local = pid - of[0]
+        if (local >= 0) & (local < samples * of[1]):
+            n = (local // of[1]).to(tl.int64)
+            tile = local % of[1]
+            row = tile // of[2] * C[i][0] + tl.arange(0, C[i][0])
+            position = tile % of[2] * C[i][1] + tl.arange(0, C[i][1])
+            rows, length = extent(out_views[i], W, i)
+            inside = position < length
+            mask = (row < rows)[:, None] & inside[None, :]
+            to = across(out_views[i], W, i, row)[:, None] + along(out_views[i], W, i, position)[None, :]
+            FIRST: tl.constexpr = C[i][3]
+            COARSE: tl.constexpr = C[i][4]
+            FINE: tl.constexpr = C[i][5]
+            coarse = zeros(row, position)
+            for k in tl.static_range(COARSE):
+                coarse = _term(
+                    coarse, ms[FIRST + k], xs[FIRST + k], m_strides[FIRST + k], views[FIRST + k], n, row, rows, position, inside,
+                    0, scales[FIRST + k] * upstream, V, FIRST + k, C, i, MODE, UPCAST,
+                )  # fmt: skip
+            # what lies in one pooling window shares the terms that were pooled
+            for j in range(0, W[i][6] * W[i][7] * W[i][8]):
+                total = coarse
+                for k in tl.static_range(FINE):
+                    total = _term(
+                        total, ms[FIRST + COARSE + k], xs[FIRST + COARSE + k], m_strides[FIRST + COARSE + k],
+                        views[FIRST + COARSE + k], n, row, rows, position, inside, j, scales[FIRST + COARSE + k] * upstream, V,
+                        FIRST + COARSE + k, C, i, MODE, UPCAST,
+                    )  # fmt: skip
+                at = outs[i] + sample(out_views[i], W, i, n) + (to + part(out_views[i], W, i, j))
+                tl.store(at, total.to(outs[i].dtype.element_ty), mask=mask)

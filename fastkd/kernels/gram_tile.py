@@ -1,0 +1,138 @@
+"""What the FSP kernels have in common: reading a block of a feature, averaged over its pooling window, and products in each precision.
+
+V[J] is what of a view is constant, `gram_view.View.config`, ``view`` its numbers. Constants are handed down whole: Triton 3.6 takes
+numbers out of tuples in a tuple, and nothing deeper, and passes no part of one on as a constant.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def zeros(rows, columns):
+    """A sum of nothing for each row and column. Triton 3.6 makes no shape of parts of constants."""
+    return tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+
+
+@triton.jit
+def extent(view, V: tl.constexpr, J: tl.constexpr):
+    """The number of channels, and of positions of the grid that is walked."""
+    if V[J][1]:
+        return view[0] * V[J][2], view[1]
+    else:
+        return view[0], view[1] * V[J][2]
+
+
+@triton.jit
+def sample(view, V: tl.constexpr, J: tl.constexpr, n):
+    """Offset of sample n, in int64 as n is; offsets within a sample are so where it is that large: addresses take registers."""
+    if V[J][0]:
+        return n * view[4] * V[J][2]
+    else:
+        return n * view[4]
+
+
+@triton.jit
+def _offset(i, V: tl.constexpr, J: tl.constexpr):
+    if V[J][10]:
+        return tl.cast(i, tl.int64)
+    else:
+        return tl.cast(i, tl.int32)
+
+
+@triton.jit
+def across(view, V: tl.constexpr, J: tl.constexpr, row):
+    """Offsets of channels ``row``."""
+    if V[J][1]:
+        return _offset(row, V, J)
+    elif V[J][0]:
+        return _offset(row, V, J) * view[5] * V[J][2]
+    else:
+        return _offset(row, V, J) * view[5]
+
+
+@triton.jit
+def along(view, V: tl.constexpr, J: tl.constexpr, position):
+    """Offsets of positions, of each the first number of its window."""
+    if V[J][1]:
+        return _offset(position, V, J) * view[8] * V[J][2]
+    elif V[J][0]:
+        return _offset(position, V, J) * view[8]
+    else:
+        line = position // view[3]
+        plane = _offset(line // view[2], V, J)
+        return plane * view[6] + _offset(line % view[2], V, J) * view[7] + _offset(position % view[3], V, J) * view[8]
+
+
+@triton.jit
+def part(view, V: tl.constexpr, J: tl.constexpr, j):
+    """Offset of the j-th of the numbers that lie at one position of a coarser grid."""
+    j = _offset(j, V, J)
+    d = j // (V[J][7] * V[J][8])
+    h = j // V[J][8] % V[J][7]
+    w = j % V[J][8]
+    return d * view[12] + h * view[13] + w * view[14]
+
+
+@triton.jit
+def read(at, mask, view, V: tl.constexpr, J: tl.constexpr):
+    """In float32, the average over the pooling window."""
+    # a part of a constant is a constant only once it is named one
+    DEEP: tl.constexpr = V[J][3]
+    HIGH: tl.constexpr = V[J][4]
+    WIDE: tl.constexpr = V[J][5]
+    if DEEP * HIGH * WIDE == 1:
+        return tl.load(at, mask=mask, other=0).to(tl.float32)
+    else:
+        total = tl.zeros(mask.shape, tl.float32)
+        for d in tl.static_range(DEEP):
+            for h in tl.static_range(HIGH):
+                for w in tl.static_range(WIDE):
+                    more = _offset(view[9], V, J) * d + _offset(view[10], V, J) * h + _offset(view[11], V, J) * w
+                    total += tl.load(at + more, mask=mask, other=0).to(tl.float32)
+        return total / (DEEP * HIGH * WIDE)
+
+
+@triton.jit
+def _low(x, high):
+    """What bfloat16 ``high`` leaves of x; nothing of an infinity, whose difference to itself would be NaN."""
+    wide = high.to(tl.float32)
+    return tl.where(tl.abs(wide) < float("inf"), x - wide, 0.0).to(tl.bfloat16)
+
+
+@triton.jit
+def _narrow_product(a, b, total, UPCAST: tl.constexpr):
+    if UPCAST:  # the interpreter's product of bfloat16 is none
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    else:
+        return tl.dot(a, b, total)
+
+
+@triton.jit
+def _ten_bits(x):
+    """x rounded to nearest as tf32 holds it: tensor cores cut off, all in one direction. A NaN stays."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(x == x, ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def product(a, b, total, MODE: tl.constexpr, UPCAST: tl.constexpr, A_EXACT: tl.constexpr, B_EXACT: tl.constexpr):
+    """total + a b, of float32 blocks, in float32.
+
+    MODE: see gram.py. "bf16": by bfloat16 products, of the high and the low part of what is not exact; that of the low parts is left out.
+    """
+    if MODE == "bf16":
+        a_high = a.to(tl.bfloat16)
+        b_high = b.to(tl.bfloat16)
+        # the small terms first
+        if not A_EXACT:
+            total = _narrow_product(_low(a, a_high), b_high, total, UPCAST)
+        if not B_EXACT:
+            total = _narrow_product(a_high, _low(b, b_high), total, UPCAST)
+        return _narrow_product(a_high, b_high, total, UPCAST)
+    elif MODE == "tf32":
+        return tl.dot(_ten_bits(a), _ten_bits(b), total, input_precision="tf32")
+    else:
+        return tl.dot(a, b, total, input_precision=MODE)

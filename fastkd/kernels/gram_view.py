@@ -1,0 +1,142 @@
+"""How the FSP kernels see a feature: pooled, part by part, in one of the precisions; and what their tiles are.
+
+Common pooling windows are read where the feature is: averages over windows that do not overlap, of at most four numbers. Anything else
+(maxima, other windows) is pooled by a launch of its own before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastkd.kernels.launch import power_of_two, served, walk
+from fastkd.kernels.pool import pool, pooled_strides
+
+ONES = (1, 1, 1)
+LARGEST_WINDOW = 4
+FAR = 2**31  # offsets within a sample from which on they are int64: masked lanes may lie beyond the last
+Size = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class View:
+    """What a kernel gets of a feature (``numbers``), and what of that is constant (``config``, flat: see tile.py)."""
+
+    numbers: Size
+    config: tuple[bool | int, ...]
+
+    @property
+    def dear(self) -> bool:
+        """Whether its addresses take many registers: windows, or rows that are no multiples of a vector."""
+        return self.config[2] == 1
+
+    @property
+    def scalar(self) -> bool:
+        """Whether it is even read number by number."""
+        return self.dear and self.numbers[5] != 1
+
+
+def three(size: Sequence[int]) -> Size:
+    """(D, H, W)."""
+    return (*(1,) * (3 - len(size)), *size)
+
+
+def window(own: Sequence[int], common: Sequence[int], *, max_pool: bool) -> Size | None:
+    """(d, h, w) that a feature of size ``own`` is averaged over where it is read; None if it is to be pooled before."""
+    if tuple(own) == tuple(common):
+        return ONES
+    found = tuple(a // b for a, b in zip(three(own), three(common)))
+    fits = all(a % b == 0 for a, b in zip(own, common)) and math.prod(found) <= LARGEST_WINDOW
+    return found if fits and not max_pool else None
+
+
+def view(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, of: Size = ONES, parts: Size = ONES) -> View:
+    """Of a feature pooled over windows ``of``, on a grid at each position of which ``parts`` pooled numbers lie."""
+    exact = dtype == torch.bfloat16 and of == ONES
+    far = sum((size + 128) * stride for size, stride in zip(shape[1:], strides[1:])) >= FAR
+    if of == parts == ONES:
+        w = walk(shape, [strides], dtype.itemsize, folded=False)
+        return View((*w.numbers(), *(0,) * 6), (w.flat, w.rows_inner, w.unit, *ONES, *ONES, exact, far))
+    missing = 5 - len(shape)
+    along = (*(0,) * missing, *strides[2:])
+    grid = tuple(size // a // b for size, a, b in zip(three(shape[2:]), of, parts))
+    steps = [s * a for s, a in zip(along, of)]
+    numbers = (shape[1], math.prod(grid), *grid[1:], *strides[:2], *(s * b for s, b in zip(steps, parts)), *along, *steps)
+    return View(numbers, (False, False, 1, *of, *parts, exact, far))
+
+
+def own_precision() -> str:
+    """PyTorch's setting for float32 products on CUDA devices."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def mode(tensors: Sequence[Tensor], precision: str | None) -> str:
+    """How products are made; `gram.py` says how near that is."""
+    if all(x.dtype == torch.bfloat16 for x in tensors):
+        return "bf16"
+    precision = precision or own_precision()
+    if precision == "ieee" and all(x.dtype != torch.float32 for x in tensors):
+        return "tf32x3"
+    return precision
+
+
+def tile(rows: int, columns: int, depth: int, how: str, *, dear: bool = False, narrow: bool = False) -> Size:
+    """(row block, column block, depth) of a program's tile of the product of (rows, depth) and (depth, columns).
+
+    dear: addresses of what is multiplied take many registers; narrow: there are more of those, or two sums at a time. The bounds below are
+    where ptxas no longer spills.
+    """
+    if how == "ieee":  # without tensor cores a thread holds its rows and columns of both blocks
+        return min(max(power_of_two(rows), 16), 64), min(max(power_of_two(columns), 16), 64), 16
+    most = 128 if min(rows, columns) >= 128 and how != "tf32x3" else 64
+    block, other = (min(max(power_of_two(n), 16), most) for n in (rows, columns))
+    deepest = 16 if how == "tf32x3" or (dear and max(block, other) >= 64) else 32
+    return block, min(other, 64) if narrow else other, min(max(power_of_two(depth), 16), deepest)
+
+
+def warps(tiles: Sequence[Size]) -> int:
+    return 8 if any(t[0] * t[1] > 64 * 64 for t in tiles) else 4
+
+
+def common_size(a: Tensor, b: Tensor) -> tuple[int, ...]:
+    return tuple(min(i, j) for i, j in zip(a.shape[2:], b.shape[2:]))
+
+
+def checked(tensors: Sequence[Tensor], names: Sequence[str], pool_mode: str, precision: str | None) -> None:
+    first = tensors[0]
+    for x, name in zip(tensors, names, strict=True):
+        served(x, name, first.device)
+        if not 3 <= x.dim() <= 5 or x.dim() != first.dim() or x.shape[0] != first.shape[0]:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: wrong in rank or batch size")
+    if pool_mode not in ("avg", "max"):
+        raise ValueError(f'pool_mode must be "avg" or "max", got {pool_mode!r}')
+    if precision not in ("ieee", "tf32", "tf32x3", None):
+        raise ValueError(f'precision must be "ieee", "tf32", "tf32x3" or None, got {precision!r}')
+
+
+class Sources:
+    """Which tensors a kernel reads: those of the call, and those pooled before, each once."""
+
+    def __init__(self, tensors: Sequence[Tensor], *, max_pool: bool) -> None:
+        self.tensors, self.max_pool = tensors, max_pool
+        self.pools: list[tuple[int, tuple[int, ...]]] = []
+
+    def add(self, i: int, common: Sequence[int], parts: tuple[int, ...] = ONES) -> tuple[int, View]:
+        """Tensor i, pooled to ``common``: its place among the sources, and how it is seen."""
+        x = self.tensors[i]
+        of = window(x.shape[2:], common, max_pool=self.max_pool)
+        if of is not None:
+            return i, view(x.shape, x.stride(), x.dtype, of, parts)
+        target = (*x.shape[:2], *common)
+        if (i, target) not in self.pools:
+            self.pools.append((i, target))
+        place = len(self.tensors) + self.pools.index((i, target))
+        return place, view(target, pooled_strides(x, target), torch.float32, ONES, parts)
+
+    def made(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+        """All sources, and of those pooled by maxima where these lie."""
+        return [*((x, None) for x in tensors), *(pool(tensors[i], target, max_pool=self.max_pool) for i, target in self.pools)]
