@@ -23,6 +23,9 @@ and then multiplied:
 
 Common pooling windows are fused (`gram_view.py`). For others each pooled tensor takes one more launch forward and one backward, and each
 such gradient one more.
+
+Not done: at 7x7 the matrix of 1024 by 2048 channels is larger than the features, and is written and read all the same. Of K positions
+the distance and the gradients need K x K products alone, but then the backward pass needs both chains, or its terms made beforehand.
 """
 
 from __future__ import annotations
