@@ -16,30 +16,31 @@ class Shares(NamedTuple):
 
     alone: tuple[float, float]
     beside_at: tuple[float, float]
-    losses: str = ""  # whose AT, FSP and temperature, where the modules have no preset of this name
+    at: str = ""  # whose AT and temperature, where the modules have no preset of this name
+    fsp: str = ""  # whose FSP, where the authors have none
 
 
 _SHARES = {
     "hankyul2": Shares((1, 1), (1, 0.9)),
-    "zagoruyko": Shares((0.1, 0.9), (0.1, 0.9)),
+    "zagoruyko": Shares((0.1, 0.9), (0.1, 0.9), fsp="repdistiller"),
     "repdistiller": Shares((0.1, 0.9), (1, 1)),  # -r 0.1 -a 0.9; with another loss its README sets -a 1 and leaves -r at 1
-    "mdistiller": Shares((0.1, 0.9), (0.1, 0.9)),  # it never combines the two: as in its KD
+    "mdistiller": Shares((0.1, 0.9), (0.1, 0.9), fsp="repdistiller"),  # it never combines AT and KD: as in its KD
     "kdzoo": Shares((1, 0.1), (1, 0.1)),
     "torchdistill": Shares((0.9, 0.1), (0.9, 0.1)),
-    "sakd": Shares((1, 0.9), (1, 0.9), losses="repdistiller"),  # its AT and FSP rows come from RepDistiller's side
+    "sakd": Shares((1, 0.9), (1, 0.9), at="repdistiller", fsp="repdistiller"),  # it has KD alone; its AT rows are others'
 }
 
 
 def _kd(preset: str) -> Method:
     shares = _shares(preset)
     ce, weight = shares.alone
-    return Method(KD(shares.losses or preset, weight=weight), ce=ce)
+    return Method(KD(shares.at or preset, weight=weight), ce=ce)
 
 
 def _at_kd(preset: str) -> Method:
     shares = _shares(preset)
     ce, weight = shares.beside_at
-    return Method(AT(shares.losses or preset), KD(shares.losses or preset, weight=weight), ce=ce)
+    return Method(AT(shares.at or preset), KD(shares.at or preset, weight=weight), ce=ce)
 
 
 def _shares(preset: str) -> Shares:
@@ -48,21 +49,24 @@ def _shares(preset: str) -> Shares:
     return _SHARES[preset]
 
 
-def _base(preset: str) -> str:
-    return (_SHARES[preset].losses if preset in _SHARES else "") or preset
-
+_PLAIN = Shares((1, 1), (1, 1))  # of a preset that has no KD
 
 _METHODS: dict[str, Callable[[str], Method]] = {
     "baseline": lambda preset: Method(),
     "kd": _kd,
-    "at": lambda preset: Method(AT(_base(preset))),
-    "fsp": lambda preset: Method(FSP(_base(preset))),
+    "at": lambda preset: Method(AT(_SHARES.get(preset, _PLAIN).at or preset)),
+    "fsp": lambda preset: Method(FSP(fsp_preset(preset))),
     "at+kd": _at_kd,
 }
 
 METHODS = tuple(_METHODS)
 TWO_PHASES = ("fsp",)
 """Methods that some train in two phases: the distillation terms alone, which initialize the student, then cross-entropy alone."""
+
+
+def fsp_preset(preset: str) -> str:
+    """Whose FSP goes with ``preset``: RepDistiller's where its authors have none."""
+    return _SHARES.get(preset, _PLAIN).fsp or preset
 
 
 def create_method(name: str, preset: str = "hankyul2") -> Method:
@@ -72,4 +76,4 @@ def create_method(name: str, preset: str = "hankyul2") -> Method:
     return _METHODS[name](preset)
 
 
-__all__ = ["METHODS", "TWO_PHASES", "Method", "Output", "Term", "create_method"]
+__all__ = ["METHODS", "TWO_PHASES", "Method", "Output", "Term", "create_method", "fsp_preset"]

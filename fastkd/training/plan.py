@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import fastkd
-from fastkd.methods import TWO_PHASES, Method, create_method
+from fastkd.methods import TWO_PHASES, Method, create_method, fsp_preset
 from fastkd.models import create_model
 from fastkd.training import records
 from fastkd.training.batches import Batches, generator
@@ -149,9 +149,11 @@ class Plan:
         teacher = sum(parameter.numel() for parameter in create_model(models.teacher, data.classes).parameters())
         fields = [f"{key} {_plain(value)}" for key, value in dataclasses.asdict(self.recipe).items()]
         phases = [f"{recipe.epochs} epochs of {' + '.join(method.names)}" for _, recipe, method in self.phases(self.method)]
+        if settings.method == "fsp" and fsp_preset(self.recipe.preset) != self.recipe.preset:
+            phases.append(f"FSP is {fsp_preset(self.recipe.preset)}'s, since {self.recipe.preset} has none")
         lines = [
             f"fastkd   {fastkd.__version__}, torch {torch.__version__}",
-            f"method   {settings.method}: {', then '.join(phases)}",
+            f"method   {settings.method}: {'; '.join(phases)}",
             f"student  {models.student}, {student:,} parameters",
             f"teacher  {models.teacher}, {teacher:,} parameters" if self.method.needs_teacher else "teacher  none",
             f"data     {data.name} ({self.why}), {len(data.train_labels):,} training and {len(data.test_labels):,} test images",

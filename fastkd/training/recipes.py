@@ -51,26 +51,29 @@ class Recipe:
 # How the published descriptions are read: "at epoch n" and "after n" are both after n whole epochs (szagoruyko's code drops one earlier);
 # where they are silent no batch is dropped, the teacher is in eval mode, the best epoch is the result. An initialization phase has the
 # recipe's gamma, momentum and weight decay, moves what its loss reaches (not the classifier, nor a wide ResNet's last batch norm), and
-# leaves the second phase no momentum (KD-Zoo's does).
+# leaves the second phase no momentum (KD-Zoo's does). Where there is no FSP (szagoruyko, mdistiller, SAKD) it is RepDistiller's, phases
+# included.
 RECIPES: dict[str, Recipe] = {
     # hankyul2/KnowledgeDistillation: its teacher is left in train mode, its accuracies are over 9,984 images
     "hankyul2": Recipe(drop_last=True, drop_last_test=True, teacher_mode="train"),
-    # szagoruyko/attention-transfer
+    # szagoruyko/attention-transfer, momenta set to zero at each drop
     "zagoruyko": Recipe(
-        milestones=_at(200, 60, 120, 160), gamma=0.2, weight_decay=5e-4, new_optimizer=True, normalization="ofd", preset="zagoruyko"
+        milestones=_at(200, 60, 120, 160), gamma=0.2, weight_decay=5e-4, new_optimizer=True, normalization="ofd", preset="zagoruyko",
+        init_epochs=30, init_lr=0.05,
     ),
     # HobbitLong/RepDistiller; its models of the first phase keep the learning rate
     "repdistiller": Recipe(
         240, 64, 0.05, _at(240, 150, 180, 210), weight_decay=5e-4, pad_mode="zero", normalization="repdistiller", preset="repdistiller",
         report="last", init_epochs=30, init_lr=0.05,
     ),
-    # megvii-research/mdistiller: RepDistiller's, but for the epoch; it has no FSP
+    # megvii-research/mdistiller: RepDistiller's, but for the epoch it reports
     "mdistiller": Recipe(
-        240, 64, 0.05, _at(240, 150, 180, 210), weight_decay=5e-4, pad_mode="zero", normalization="repdistiller", preset="mdistiller"
+        240, 64, 0.05, _at(240, 150, 180, 210), weight_decay=5e-4, pad_mode="zero", normalization="repdistiller", preset="mdistiller",
+        init_epochs=30, init_lr=0.05,
     ),
     # AberHu/Knowledge-Distillation-Zoo: all students of a seed begin alike, as in every recipe here
     "kdzoo": Recipe(nesterov=True, preset="kdzoo", init_epochs=50, init_lr=0.01, init_milestones=_at(50, 30, 40)),
-    # CRGuan/SAKD: momentum 0.8, and a teacher in train mode as in OFD; FSP, which it lacks, is RepDistiller's
+    # CRGuan/SAKD: momentum 0.8, and a teacher in train mode as in OFD
     "sakd": Recipe(
         240, 64, 0.05, _at(240, 150, 180, 210), momentum=0.8, nesterov=True, new_optimizer=True, weight_decay=5e-4, teacher_mode="train",
         normalization="ofd", preset="sakd", init_epochs=30, init_lr=0.05,
