@@ -1,7 +1,8 @@
 """Runs the command in processes of its own that can be killed, each forked from one that has imported everything.
 
-Reads {"flags", "log", "kill_after", "die_at", "disk"} as JSON, a line a run; answers with its exit status (-9 when killed).
-``kill_after``: seconds; ``die_at``: it kills itself within its so-manieth writing of a file; ``disk``: no file may become larger.
+Reads {"flags", "log", "kill_after", "since", "die_at", "disk"} as JSON, a line a run; answers with its exit status (-9 when killed).
+``kill_after``: seconds since its log holds ``since``; ``die_at``: it kills itself within its so-manieth writing of a file;
+``disk``: no file may become larger.
 """
 
 from __future__ import annotations
@@ -42,11 +43,13 @@ def run(job: dict) -> int:
     return status
 
 
-def ended(child: int, kill_after: float | None) -> int:
-    """The exit status of ``child``, killed after so many seconds if it still runs then."""
-    end = time.monotonic() + (kill_after if kill_after is not None else 300)
+def ended(child: int, log: Path, kill_after: float | None = None, since: str = "", **_: object) -> int:
+    """The exit status of ``child``, killed if it still runs so many seconds after ``since`` was in its log."""
+    begun, limit = None, time.monotonic() + 300
     while (found := os.waitpid(child, os.WNOHANG)) == (0, 0):
-        if time.monotonic() > end:
+        if begun is None and since in log.read_text():
+            begun = time.monotonic()
+        if time.monotonic() > (limit if begun is None or kill_after is None else begun + kill_after):
             os.kill(child, signal.SIGKILL)
         time.sleep(0.002)
     return os.waitstatus_to_exitcode(found[1])
@@ -55,11 +58,13 @@ def ended(child: int, kill_after: float | None) -> int:
 main = runpy.run_path(str(Path(__file__).resolve().parent.parent / "train.py"))["main"]
 small_digits()
 for line in sys.stdin:
+    job = json.loads(line)
+    Path(job["log"]).write_text("")
     child = os.fork()
     if child == 0:
         try:
-            os._exit(run(json.loads(line)))
+            os._exit(run(job))
         except BaseException as error:
             os.write(2, f"Traceback: {error!r}\n".encode())
             os._exit(99)
-    print(ended(child, json.loads(line).get("kill_after")), flush=True)
+    print(ended(child, **{**job, "log": Path(job["log"])}), flush=True)

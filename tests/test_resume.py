@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import random
@@ -17,8 +18,11 @@ import pytest
 import torch
 from support_data import small_digits
 
-from fastkd.training import datasets
+from fastkd.methods import create_method
+from fastkd.models import create_model
+from fastkd.training import Batches, Loop, datasets, get_recipe
 from fastkd.training.files import owned
+from fastkd.training.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--batch-size", "32", "--device", "cpu"]
@@ -52,7 +56,9 @@ class Nursery:
         kills, resume = 0, []
         for killer in [*killers, {}]:
             status, text = self.run(output, [*flags, *resume], **killer)
-            if status == 2 and "no unfinished run" in text:  # killed before there was anything
+            if status == 2 and text.endswith("is finished\n"):  # killed after all was done
+                return kills
+            if status == 2 and "without --resume it begins" in text:  # killed before there was anything
                 status, text = self.run(output, flags, **killer)
             assert status in (0, -signal.SIGKILL), text
             if status == 0:
@@ -116,25 +122,54 @@ def check_same(output, reference):
     for one, other in zip(ours, theirs, strict=True):
         for name in ("last.pt", "best.pt"):
             assert bits(load(output / one["folder"] / name)) == bits(load(reference / other["folder"] / name)), name
-    (one,), (other,) = output.glob("teachers/*.pt"), reference.glob("teachers/*.pt")
-    assert one.name == other.name and bits(load(one)) == bits(load(other))
+    for one, other in zip(output.glob("teachers/*.pt"), reference.glob("teachers/*.pt"), strict=True):
+        assert one.name == other.name and bits(load(one)) == bits(load(other))
     assert not [path for row in ours for path in (output / row["folder"]).glob(".*.tmp")]
 
 
 @pytest.mark.parametrize("flags", [SAKD, HALF], ids=["two phases", "bf16"])
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(nursery, whole, tmp_path, flags):
     reference, seconds = whole(flags)
-    killers = [{"kill_after": random.uniform(0.1, 0.5) * seconds} for _ in range(5)]
+    # at any time, while it writes, and after an epoch's end, of which there are 6 or 8
+    killers = [{"kill_after": random.uniform(0, 0.5) * seconds}, {"die_at": random.randint(3, 9)}]
+    killers += [{"kill_after": random.uniform(0, 0.1) * seconds, "since": " epoch "} for _ in range(2)]
     assert nursery.taken_up(tmp_path / "runs", flags, killers) >= 1
     check_same(tmp_path / "runs", reference)
 
 
-def test_a_run_killed_while_it_writes_ends_with_the_same_bits(nursery, whole, tmp_path):
-    reference, _ = whole(SAKD)
-    # of some 30 files that a run writes; the first two are a probe of the folder and the configuration
-    killers = [{"die_at": random.randint(3, 9)} for _ in range(4)]
-    assert nursery.taken_up(tmp_path / "runs", SAKD, killers) == 4
-    check_same(tmp_path / "runs", reference)
+@pytest.mark.parametrize("die_at", range(3, 8))
+def test_every_file_may_be_half_written(nursery, whole, tmp_path, die_at):
+    """After a probe of the folder and the configuration: checkpoint, log, best weights, table for people, table."""
+    flags = ["--method", "baseline", *QUICK, "--epochs", "1"]
+    assert nursery.taken_up(tmp_path / "runs", flags, [{"die_at": die_at}]) == 1
+    check_same(tmp_path / "runs", whole(flags)[0])
+
+
+def test_a_loop_taken_up_goes_on_as_if_nothing_had_been(one_thread):
+    """Teacher in train mode, momenta, learning rates, best weights: through a file and into new objects."""
+
+    def loop():
+        torch.manual_seed(0)
+        images, labels = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8), torch.arange(64) % 10
+        batches = Batches(images, labels, (0.5,) * 3, (0.25,) * 3, batch_size=32)
+        recipe = get_recipe("sakd", {"epochs": 4, "batch_size": 32, "milestones": (0.4,)})
+        student, teacher, fp32 = create_model("resnet8"), create_model("resnet8"), torch.autocast("cpu", enabled=False)
+        return Loop(student, create_method("at+kd", "sakd"), teacher, batches, batches, recipe, fp32)
+
+    whole = loop()
+    for epoch in range(1, 5):
+        whole.train_epoch(epoch, Progress("", whole.steps))
+    for stop in (1, 2, 3):
+        first, second = loop(), loop()
+        for epoch in range(1, stop + 1):
+            first.train_epoch(epoch, Progress("", whole.steps))
+        file = io.BytesIO()
+        torch.save(first.state(), file)
+        second.load(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+        assert bits(second.state()) == bits(first.state())
+        for epoch in range(stop + 1, 5):
+            second.train_epoch(epoch, Progress("", whole.steps))
+        assert bits(second.state()) == bits(whole.state())
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(nursery, whole, tmp_path):

@@ -42,8 +42,8 @@ def append(output: Path, row: dict[str, Any]) -> dict[str, Any]:
             half.unlink(missing_ok=True)
         columns, rows = read_rows(output)
         row = {"no": len(rows) + 1, **row}
-        write(output / "results.csv", table(columns, [*rows, row]))
         write(output / "results.md", markdown(columns, [*rows, row]))
+        write(output / "results.csv", table(columns, [*rows, row]))  # last: a run with a row here is finished
     return row
 
 

@@ -96,15 +96,12 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     return config if isinstance(config, dict) and isinstance(config.get("identity"), dict) else None
 
 
-def unfinished(output: Path, identity: dict[str, Any]) -> list[Path]:
-    """Folders under ``output`` of runs of that identity that have no row in its table yet, the oldest first. Raises UserError."""
+def folders(output: Path, identity: dict[str, Any]) -> tuple[list[Path], list[Path]]:
+    """Runs of that identity under ``output``: (unfinished, finished), those without and with a row in its table. Raises UserError."""
     done = {row.get("folder") for row in records.read_rows(output)[1]}
-    found = []
-    for path in sorted(output.glob("*/config.json")):
-        config = read_config(path.parent)
-        if config is not None and config["identity"] == identity and path.parent.name not in done:
-            found.append(path.parent)
-    return found
+    paths = [path.parent for path in sorted(output.glob("*/config.json"))]
+    found = [path for path in paths if (read_config(path) or {}).get("identity") == identity]
+    return [path for path in found if path.name not in done], [path for path in found if path.name in done]
 
 
 def find(plan: Plan) -> Path | None:
@@ -117,12 +114,13 @@ def find(plan: Plan) -> Path | None:
         if folder.name in {row.get("folder") for row in records.read_rows(output)[1]}:
             raise UserError(f"--resume {wanted}: that run is finished; its row is in {output / 'results.csv'}")
         return folder
-    found = unfinished(output, plan.identity("student"))
+    found, finished = folders(output, plan.identity("student"))
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise UserError(f"--resume: {len(found)} unfinished runs of this configuration under {output}: {names}; name one: --resume FOLDER")
     if not found and not teachers(plan):
-        raise UserError(f"--resume: no unfinished run of this configuration under {output}; without --resume it begins")
+        rest = f"{finished[-1].name} is finished" if finished else "without --resume it begins"
+        raise UserError(f"--resume: no unfinished run of this configuration under {output}; {rest}")
     return found[0] if found else None
 
 
@@ -130,7 +128,7 @@ def teachers(plan: Plan) -> list[Path]:
     """Unfinished trainings of the teacher that this plan waits for, if any."""
     if not plan.method.needs_teacher or plan.settings.teacher_checkpoint is not None or plan.teacher_path().exists():
         return []
-    return unfinished(plan.settings.output, plan.identity("teacher"))
+    return folders(plan.settings.output, plan.identity("teacher"))[0]
 
 
 def new_folder(output: Path, name: str) -> Path:
