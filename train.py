@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -23,24 +23,27 @@ class OneLineParser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     from fastkd.methods import METHODS
     from fastkd.models import MODELS
-    from fastkd.training import DATASETS, PRECISIONS, RECIPES, Recipe
+    from fastkd.training import DATASETS, PRECISIONS, RECIPES, SETTINGS, Recipe
 
     parser = OneLineParser(prog="train.py", description="Train a teacher, distil a student from it, record the result.")
     parser.add_argument("--method", required=True, choices=METHODS)
-    parser.add_argument("--dataset", default="auto", choices=("auto", *DATASETS), help="auto: CIFAR-10 if under --data, else digits")
+    parser.add_argument("--dataset", choices=("auto", *DATASETS), help="auto (default): CIFAR-10 if under --data, else digits")
     parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="where the sets lie, or are downloaded to (data)")
-    parser.add_argument("--teacher", default="resnet20", choices=MODELS, metavar="NAME", help=f"resnet20; known: {', '.join(MODELS)}")
-    parser.add_argument("--student", default="resnet20", choices=MODELS, metavar="NAME", help="resnet20; the same names")
+    letters = ", ".join(f"{letter} {teacher} > {student}" for letter, (teacher, student) in SETTINGS.items())
+    parser.add_argument("--setting", choices=tuple(SETTINGS), help=f"teacher > student on cifar100 by recipe sakd: {letters}")
+    parser.add_argument("--teacher", choices=MODELS, metavar="NAME", help=f"resnet20; known: {', '.join(MODELS)}")
+    parser.add_argument("--student", choices=MODELS, metavar="NAME", help="resnet20; the same names")
     parser.add_argument("--teacher-checkpoint", type=Path, metavar="FILE", help="the teacher's weights, RepDistiller's layout")
     parser.add_argument("--recipe", choices=tuple(RECIPES), help="hankyul2 (digits on digits); the flags below override its fields")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is one")
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS)
+    parser.add_argument("--deterministic", action="store_true", help="PyTorch's deterministic algorithms: on a GPU runs repeat bit by bit")
     parser.add_argument("--output", type=Path, default=Path("runs"), metavar="DIR", help="where tables, runs and teachers go (runs)")
+    parser.add_argument("--resume", nargs="?", const="", metavar="FOLDER", help="go on with the unfinished run of these very flags")
     group = parser.add_argument_group("fields of the recipe")
     for field in dataclasses.fields(Recipe):
-        if "help" in field.metadata:
-            add_field(group, field)
+        add_field(group, field)
     return parser
 
 
@@ -50,9 +53,14 @@ def add_field(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
     if field.type == "bool":
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
     else:
-        kind = {"int": int, "float": float, "str": str}[str(field.type)]
+        kind: Any = {"int": int, "float": float, "str": str, "tuple[float, ...]": fractions}[str(field.type)]
         choices = field.metadata["choices"]
         group.add_argument(flag, type=kind, choices=choices, metavar=None if choices else "X", help=text)
+
+
+def fractions(text: str) -> tuple[float, ...]:
+    """0.5,0.75 as a tuple; nothing is an empty one."""
+    return tuple(float(part) for part in text.split(",") if part.strip())
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         from fastkd.training import Interrupted, Recipe, Settings, UserError, run
 
         flags = vars(build_parser().parse_args(arguments))
-        fields = {field.name: flags.pop(field.name) for field in dataclasses.fields(Recipe) if field.name in flags}
+        fields = {field.name: flags.pop(field.name) for field in dataclasses.fields(Recipe)}
         try:
             run(Settings(**flags, overrides={name: value for name, value in fields.items() if value is not None}))
         except UserError as error:

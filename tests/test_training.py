@@ -77,7 +77,7 @@ def test_unknown_names_are_told_with_the_known_ones():
         create_method("crd")
     with pytest.raises(ValueError, match=r"nobody.*hankyul2"):
         create_method("kd", "nobody")
-    with pytest.raises(UserError, match=r"nobody.*hankyul2, digits"):
+    with pytest.raises(UserError, match=r"nobody.*hankyul2, zagoruyko.*digits"):
         get_recipe("nobody", {})
 
 

@@ -38,21 +38,22 @@ class Method(nn.Module):
     """``forward(student, teacher, labels)`` -> the named terms of the loss, which is their sum.
 
     Only what the terms need is asked of the models: a method without terms needs no teacher at all (``needs_teacher``), one on logits
-    no features (``features``).
+    no features (``features``). ``ce`` is the share of the cross-entropy; at 0 it is left out.
     """
 
-    def __init__(self, *terms: Term):
+    def __init__(self, *terms: Term, ce: float = 1.0):
         super().__init__()
+        self.ce = ce
         self.terms = nn.ModuleList(terms)
         self.needs_teacher = bool(terms)
         wanted = {term.features for term in terms} - {False}
         if len(wanted) > 1:
             raise ValueError("terms before and after the ReLU cannot share one forward pass")
         self.features: Wanted = wanted.pop() if wanted else False
-        self.names = ("ce", *(term.name for term in terms))
+        self.names = (*["ce"][: ce != 0], *(str(term.name) for term in terms))
 
     def forward(self, student: Output, teacher: Output | None, labels: Tensor) -> dict[str, Tensor]:
-        losses = {"ce": F.cross_entropy(student.logits.float(), labels)}
+        losses = {"ce": F.cross_entropy(student.logits.float(), labels) * self.ce} if self.ce else {}
         for term in self.terms:
             losses[str(term.name)] = term(student, teacher)
         return losses
@@ -60,6 +61,10 @@ class Method(nn.Module):
     def run(self, model: nn.Module, images: Tensor) -> Output:
         """``model`` on ``images``, with the features that the terms read and no others."""
         return Output(*model(images, features=self.features)) if self.features else Output(NO_FEATURES, model(images))
+
+    def alone(self) -> Method:
+        """The same terms without cross-entropy."""
+        return Method(*self.terms, ce=0.0)
 
     def check(self, student: nn.Module, teacher: nn.Module) -> None:
         """Tries the terms on two blank images: models that do not fit raise ValueError or TypeError before hours of training."""

@@ -1,4 +1,4 @@
-"""The flow of the solution procedure (Yim et al., 2017), trained jointly with the cross-entropy as hankyul2 does."""
+"""The flow of the solution procedure (Yim et al., 2017), jointly with the cross-entropy or, as a recipe may say, before it."""
 
 from __future__ import annotations
 

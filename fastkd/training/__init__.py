@@ -4,11 +4,11 @@ from fastkd.training.batches import Batches
 from fastkd.training.datasets import DATASETS, Dataset, choose_dataset, load_dataset
 from fastkd.training.errors import Interrupted, UserError
 from fastkd.training.loop import Loop, evaluate
-from fastkd.training.plan import PRECISIONS, Settings
-from fastkd.training.recipes import RECIPES, Recipe, get_recipe
+from fastkd.training.recipes import RECIPES, SETTINGS, Recipe, get_recipe
 from fastkd.training.run import run
+from fastkd.training.settings import PRECISIONS, Settings
 
 __all__ = [
-    "DATASETS", "PRECISIONS", "RECIPES", "Batches", "Dataset", "Interrupted", "Loop", "Recipe", "Settings", "UserError",
+    "DATASETS", "PRECISIONS", "RECIPES", "SETTINGS", "Batches", "Dataset", "Interrupted", "Loop", "Recipe", "Settings", "UserError",
     "choose_dataset", "evaluate", "get_recipe", "load_dataset", "run",
 ]  # fmt: skip

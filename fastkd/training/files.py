@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -57,8 +57,35 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds the lock file ``path``, so that runs which end together append one after the other."""
-    with open(path, "wb") as file:
+    """Holds the lock file ``path``, so that runs which end together append one after the other. Raises UserError."""
+    with _lock_file(path) as file:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def owned(path: Path) -> Iterator[bool]:
+    """Holds the lock file ``path`` if nobody does, and says whether: a killed process holds nothing. Raises UserError."""
+    with _lock_file(path) as file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def _lock_file(path: Path) -> IO[bytes]:
+    try:
+        return open(path, "wb")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def sweep(folder: Path) -> None:
+    """Removes what a process that was killed while it wrote left half done. For a folder whose lock is held."""
+    for half in folder.glob(".*.tmp"):
+        with suppress(OSError):
+            half.unlink()

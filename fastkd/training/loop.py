@@ -10,20 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.methods import Method, Output
-from fastkd.training.batches import Batches
+from fastkd.training.batches import Batches, generator
 from fastkd.training.errors import UserError
 from fastkd.training.progress import Progress
-from fastkd.training.recipes import Recipe, learning_rate
+from fastkd.training.recipes import Recipe, drops, learning_rate
 
 
 class Loop:
-    """Trains ``student`` in place. ``train`` gives the training batches of an epoch by its number, ``test`` the test batches.
+    """Trains ``student`` in place. ``train`` gives the training batches of an epoch by its number, ``test`` the test batches, if any.
 
     ``history`` has one dict an epoch: epoch (from 1), lr (at its end), loss, one mean per loss term, train_acc and test_acc in percent,
-    seconds and images_per_second of its training. :meth:`state` holds all that changes, so a run can be taken up after any epoch.
+    seconds and images_per_second of its training. :meth:`state` holds all that changes and :meth:`load` takes it up after any epoch:
+    what is random is drawn per epoch, from its number.
     """
 
-    def __init__(self, student: nn.Module, method: Method, teacher: nn.Module | None, train: Batches, test: Batches, recipe: Recipe,
+    def __init__(self, student: nn.Module, method: Method, teacher: nn.Module | None, train: Batches, test: Batches | None, recipe: Recipe,
                  autocast: torch.autocast):  # fmt: skip
         self.device = train.pixels.device
         self.student = placed(student, self.device)
@@ -35,6 +36,7 @@ class Loop:
             self.parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.nesterov, fused=True
         )
         self.history: list[dict[str, float]] = []
+        self.best_weights: dict[str, Tensor] = {}
         self.step = 0  # in the epoch that runs
 
     @property
@@ -43,6 +45,12 @@ class Loop:
 
     def train_epoch(self, epoch: int, progress: Progress) -> None:
         """One epoch (from 1) and the test after it, appended to ``history``. Raises UserError when the loss is no longer a number."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            # for a method that draws numbers: those of an epoch do not depend on the epochs before it
+            torch.manual_seed(generator(self.batches.seed, self.batches.stream, "steps", epoch).initial_seed())
+            self._train_epoch(epoch, progress)
+
+    def _train_epoch(self, epoch: int, progress: Progress) -> None:
         self.student.train()
         self.method.train()
         if self.teacher is not None:
@@ -52,14 +60,17 @@ class Loop:
         self.sums, self.seen = torch.zeros(len(self.method.names) + 1, device=self.device, dtype=torch.float64), 0
         for step, (images, labels) in enumerate(self.batches.train(epoch), 1):
             self.step = step
-            self._set_rate(learning_rate(self.recipe, (epoch - 1) * len(self.batches) + step - 1, self.steps))
+            self._set_rate((epoch - 1) * len(self.batches) + step - 1)
             self._train_step(images, labels)
             progress.advance(lambda: self._describe(epoch, time.perf_counter() - begun))
         means = self._means(epoch)
         seconds = time.perf_counter() - begun
-        rate, accuracy = self.optimizer.param_groups[0]["lr"], evaluate(self.student, self.test_batches, self.autocast)
+        if self.test_batches is not None:
+            means["test_acc"] = evaluate(self.student, self.test_batches, self.autocast)
         pace = {"seconds": seconds, "images_per_second": self.seen / seconds}
-        self.history.append({"epoch": epoch, "lr": rate, **means, "test_acc": accuracy, **pace})
+        self.history.append({"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"], **means, **pace})
+        if self.test_batches is not None and self.best() is self.history[-1]:
+            self.best_weights = {name: value.detach().clone() for name, value in self.student.state_dict().items()}
         self.step = 0
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
@@ -77,9 +88,11 @@ class Loop:
         self.sums += torch.stack([*(loss.detach() * len(labels) for loss in losses.values()), right.float()])
         self.seen += len(labels)
 
-    def _set_rate(self, rate: float) -> None:
+    def _set_rate(self, step: int) -> None:
+        if self.recipe.new_optimizer and drops(self.recipe, step, self.steps) != drops(self.recipe, max(step - 1, 0), self.steps):
+            self.optimizer.state.clear()  # all that a new one would not have
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = learning_rate(self.recipe, step, self.steps)
 
     def _means(self, epoch: int) -> dict[str, float]:
         values = [value / self.seen for value in self.sums.tolist()]
@@ -97,8 +110,8 @@ class Loop:
         """The last epoch in one line."""
         last = self.history[-1]
         losses = " ".join(f"{name} {last[name]:.4f}" for name in self.method.names)
-        accuracy = f"train {last['train_acc']:.2f} %  test {last['test_acc']:.2f} %"
-        return f"loss {last['loss']:.4f} ({losses})  {accuracy}  {last['images_per_second']:.0f} images/s"
+        accuracy = f"train {last['train_acc']:.2f} %  test {last['test_acc']:.2f} %  " if "test_acc" in last else ""
+        return f"loss {last['loss']:.4f} ({losses})  {accuracy}{last['images_per_second']:.0f} images/s"
 
     def best(self) -> dict[str, float]:
         """The first of the epochs with the highest test accuracy."""
@@ -109,12 +122,29 @@ class Loop:
         seconds = sum(epoch["seconds"] for epoch in self.history)
         return sum(epoch["images_per_second"] * epoch["seconds"] for epoch in self.history) / seconds
 
+    def weights(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """What the recipe reports, the best epoch or the last: weights, and the epoch's line of ``history``."""
+        if self.recipe.report == "best":
+            return self.best_weights, self.best()
+        return self.student.state_dict(), self.history[-1]
+
     def state(self) -> dict[str, Any]:
-        """Weights, optimizer, history; the teacher too if it is in train mode, since its batch norms then change."""
+        """Weights, optimizer, history, best weights; the teacher too if it is in train mode, since its batch norms then change."""
         state = {"model": self.student.state_dict(), "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict()}
         if self.teacher is not None and self.recipe.teacher_mode == "train":
             state["teacher"] = self.teacher.state_dict()
-        return {**state, "epoch": len(self.history), "history": self.history}
+        return {**state, "epoch": len(self.history), "history": self.history, "best": self.best_weights}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes up what :meth:`state` gave. Raises whatever a dict that is none of its makes PyTorch raise."""
+        self.student.load_state_dict(state["model"])
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.teacher is not None and self.recipe.teacher_mode == "train":
+            self.teacher.load_state_dict(state["teacher"])
+        self.history, self.best_weights = list(state["history"]), dict(state["best"])
+        if len(self.history) != state["epoch"]:
+            raise ValueError(f"{len(self.history)} epochs of history, wanted {state['epoch']}")
 
 
 def placed(model: nn.Module, device: torch.device) -> nn.Module:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import torch
 from torch import nn
 
 import fastkd
-from fastkd.methods import Method, create_method
+from fastkd.methods import TWO_PHASES, Method, create_method, fsp_preset
 from fastkd.models import create_model
 from fastkd.training import records
 from fastkd.training.batches import Batches, generator
@@ -19,47 +22,29 @@ from fastkd.training.datasets import Dataset, choose_dataset, load_dataset
 from fastkd.training.errors import UserError
 from fastkd.training.files import make_folder
 from fastkd.training.recipes import NORMALIZATIONS, Recipe, get_recipe
+from fastkd.training.settings import PRECISIONS, Settings, recipe_of, resolve
 
-PRECISIONS = ("fp32", "bf16")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the command line says.
-
-    ``recipe`` None: ``digits`` on digits, else ``hankyul2``; ``device`` None: a GPU if there is one; ``overrides``: fields of the recipe.
-    """
-
-    method: str
-    dataset: str = "auto"
-    data: Path = Path("data")
-    teacher: str = "resnet20"
-    student: str = "resnet20"
-    teacher_checkpoint: Path | None = None
-    recipe: str | None = None
-    overrides: dict[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    device: str | None = None
-    precision: str = "fp32"
-    output: Path = Path("runs")
+ALONE = ("epochs", "teacher_mode", "preset", "init_epochs", "init_lr", "init_milestones")
+"""Fields that a teacher's own training has no use for, or whose value stands in its file's name already."""
 
 
 class Plan:
     """The settings resolved: recipe, method, device, data in memory. The constructor raises UserError for whatever cannot work."""
 
     def __init__(self, settings: Settings):
-        self.settings = settings
-        name, self.why = choose_dataset(settings.dataset, settings.data)
-        self.recipe_name = settings.recipe or ("digits" if name == "digits" else "hankyul2")
+        self.settings, self.models = settings, resolve(settings)
+        name, self.why = choose_dataset(self.models.dataset, settings.data)
+        self.recipe_name = recipe_of(settings, name)
         self.recipe: Recipe = get_recipe(self.recipe_name, settings.overrides)
         self.device = find_device(settings.device)
         if settings.precision not in PRECISIONS:
             raise UserError(f"precision {settings.precision!r} is not known; known: {', '.join(PRECISIONS)}")
         try:
-            self.method: Method = create_method(settings.method, self.recipe.preset)
-            teacher, student = create_model(settings.teacher), create_model(settings.student)
+            with seeded(settings.seed, "method"):
+                self.method: Method = create_method(settings.method, self.recipe.preset)
+            teacher, student = create_model(self.models.teacher), create_model(self.models.student)
         except ValueError as error:
-            raise UserError(str(error)) from None
+            raise UserError(f"{error} (--recipe {self.recipe_name}, --preset {self.recipe.preset})") from None
         if self.method.needs_teacher:
             self._check_fit(student, teacher)
         make_folder(settings.output)
@@ -77,26 +62,39 @@ class Plan:
         except fastkd.BackendError as error:
             raise UserError(" ".join(str(error).split())) from None
         except (ValueError, TypeError) as error:
-            pair = f"{self.settings.teacher} as teacher and {self.settings.student} as student"
+            pair = f"{self.models.teacher} as teacher and {self.models.student} as student"
             raise UserError(f"method {self.settings.method} does not fit {pair}: {' '.join(str(error).split())}") from None
 
     def new_model(self, role: str) -> nn.Module:
         """The untrained "student" or "teacher", its weights drawn from (seed, role): two of one architecture begin apart."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator(self.settings.seed, role, "weights").initial_seed())
-            return create_model(self.settings.teacher if role == "teacher" else self.settings.student, self.data.classes)
+        with seeded(self.settings.seed, role, "weights"):
+            return create_model(self.model_name(role), self.data.classes)
+
+    def model_name(self, role: str) -> str:
+        return self.models.teacher if role == "teacher" else self.models.student
+
+    def phases(self, method: Method) -> list[tuple[str, Recipe, Method]]:
+        """(name, recipe, method) of what a training with ``method`` does one after the other: "main", perhaps after "init"."""
+        recipe = self.recipe
+        if not method.needs_teacher or self.settings.method not in TWO_PHASES or not recipe.init_epochs:
+            return [("main", recipe, method)]
+        first = dataclasses.replace(recipe, epochs=recipe.init_epochs, lr=recipe.init_lr, milestones=recipe.init_milestones)
+        return [("init", first, method.alone()), ("main", recipe, create_method("baseline"))]
 
     def batches(self, role: str) -> tuple[Batches, Batches]:
         """The training and test batches of the student's or the teacher's training."""
         data, recipe = self.data, self.recipe
-        mean, std = NORMALIZATIONS.get(recipe.normalization, (data.mean, data.std))
+        mean, std = NORMALIZATIONS.get((recipe.normalization, data.name), (data.mean, data.std))
         dtype = torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
         common: dict[str, Any] = {"mean": mean, "std": std, "device": self.device, "dtype": dtype}
         random: dict[str, Any] = {"seed": self.settings.seed, "stream": role, "flip": data.flip, "pad_mode": recipe.pad_mode}
         train = Batches(data.train_images, data.train_labels, batch_size=recipe.batch_size, drop_last=recipe.drop_last, **random, **common)
         # an accuracy over all images does not depend on the batch; one over whole batches does
-        size = recipe.batch_size if recipe.drop_last_test else 500
-        return train, Batches(data.test_images, data.test_labels, batch_size=size, drop_last=recipe.drop_last_test, **common)
+        size, images, labels = 500, data.test_images, data.test_labels
+        if recipe.drop_last_test:  # a set may be sorted, and what is left out must not be of one class
+            order = torch.randperm(len(labels), generator=generator(0, "test order"))
+            size, images, labels = recipe.batch_size, images[order], labels[order]
+        return train, Batches(images, labels, batch_size=size, drop_last=recipe.drop_last_test, **common)
 
     def autocast(self) -> torch.autocast:
         """What the models' forward passes run under; the losses do not."""
@@ -104,16 +102,38 @@ class Plan:
 
     def teacher_path(self) -> Path:
         """Where the teacher of this data set, model, recipe, length and seed is kept, other fields of the recipe included if overridden."""
-        # a teacher's own training knows neither a teacher nor loss weights
-        changed = {key: value for key, value in self.settings.overrides.items() if key not in ("epochs", "teacher_mode", "preset")}
-        name = [self.data.name, self.settings.teacher, self.recipe_name, f"{self.recipe.epochs}epochs", f"seed{self.settings.seed}"]
-        name += [f"{key}={value}" for key, value in sorted(changed.items())]
-        return self.settings.output / "teachers" / f"{'-'.join(name)}.pt"
+        changed = {key: value for key, value in self.settings.overrides.items() if key not in ALONE}
+        name = [self.data.name, self.models.teacher, self.recipe_name, f"{self.recipe.epochs}epochs", f"seed{self.settings.seed}"]
+        extra = "-".join(f"{key}={value}" for key, value in sorted(changed.items()))
+        if len(extra) > 100:  # a file's name ends at 255 bytes
+            extra = hashlib.blake2b(extra.encode(), digest_size=8).hexdigest()
+        return self.settings.output / "teachers" / f"{'-'.join(filter(None, [*name, extra]))}.pt"
+
+    def identity(self, role: str) -> dict[str, Any]:
+        """All that the student's or the teacher's weights depend on, in plain values: a run is taken up under the same only."""
+        settings, fields = self.settings, {**dataclasses.asdict(self.recipe)}
+        if role == "teacher":
+            fields = {key: value for key, value in fields.items() if key == "epochs" or key not in ALONE}
+        identity: dict[str, Any] = {
+            "trained": "teacher" if role == "teacher" else settings.method,
+            "dataset": self.data.name,
+            "model": self.model_name(role),
+            "recipe": self.recipe_name,
+            **{key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()},
+            "seed": settings.seed,
+            "precision": settings.precision,
+            "device": self.device.type,
+            "deterministic": settings.deterministic,
+        }
+        if role != "teacher" and self.method.needs_teacher:
+            file = settings.teacher_checkpoint
+            identity |= {"teacher": self.models.teacher, "teacher_checkpoint": None if file is None else os.path.abspath(file)}
+        return identity
 
     def config(self) -> dict[str, Any]:
         """All of it in plain values, for the records."""
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(self.settings).items()}
-        resolved = {"dataset": self.data.name, "recipe": self.recipe_name, "device": str(self.device)}
+        resolved = {**dataclasses.asdict(self.models), "dataset": self.data.name, "recipe": self.recipe_name, "device": str(self.device)}
         return {
             **settings,
             **resolved,
@@ -124,22 +144,38 @@ class Plan:
 
     def describe(self) -> str:
         """One screen for the start of the run."""
-        settings, data = self.settings, self.data
-        student = sum(parameter.numel() for parameter in create_model(settings.student, data.classes).parameters())
-        teacher = sum(parameter.numel() for parameter in create_model(settings.teacher, data.classes).parameters())
-        fields = [f"{key} {value}" for key, value in dataclasses.asdict(self.recipe).items()]
+        settings, models, data = self.settings, self.models, self.data
+        student = sum(parameter.numel() for parameter in create_model(models.student, data.classes).parameters())
+        teacher = sum(parameter.numel() for parameter in create_model(models.teacher, data.classes).parameters())
+        fields = [f"{key} {_plain(value)}" for key, value in dataclasses.asdict(self.recipe).items()]
+        phases = [f"{recipe.epochs} epochs of {' + '.join(method.names)}" for _, recipe, method in self.phases(self.method)]
+        if settings.method == "fsp" and fsp_preset(self.recipe.preset) != self.recipe.preset:
+            phases.append(f"FSP is {fsp_preset(self.recipe.preset)}'s, since {self.recipe.preset} has none")
         lines = [
             f"fastkd   {fastkd.__version__}, torch {torch.__version__}",
-            f"method   {settings.method}: {' + '.join(self.method.names)}",
-            f"student  {settings.student}, {student:,} parameters",
-            f"teacher  {settings.teacher}, {teacher:,} parameters" if self.method.needs_teacher else "teacher  none",
+            f"method   {settings.method}: {'; '.join(phases)}",
+            f"student  {models.student}, {student:,} parameters",
+            f"teacher  {models.teacher}, {teacher:,} parameters" if self.method.needs_teacher else "teacher  none",
             f"data     {data.name} ({self.why}), {len(data.train_labels):,} training and {len(data.test_labels):,} test images",
-            f"recipe   {self.recipe_name}: {', '.join(fields[:7])},",
-            f"         {', '.join(fields[7:])}",
-            f"device   {device_name(self.device)}, {settings.precision}, seed {settings.seed}",
+            f"recipe   {self.recipe_name}: {', '.join(fields[:9])},",
+            f"         {', '.join(fields[9:16])},",
+            f"         {', '.join(fields[16:])}",
+            f"device   {device_name(self.device)}, {settings.precision}, seed {settings.seed}{', deterministic' * settings.deterministic}",
             f"output   {settings.output}",
         ]
         return "\n".join(lines)
+
+
+def _plain(value: Any) -> Any:
+    return " ".join(f"{part:.4g}" for part in value) or "none" if isinstance(value, tuple) else value
+
+
+@contextmanager
+def seeded(seed: int, *purpose: object) -> Iterator[None]:
+    """PyTorch's own generator, set for (seed, purpose...) and given back as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(seed, *purpose).initial_seed())
+        yield
 
 
 def find_device(name: str | None) -> torch.device:

@@ -20,12 +20,12 @@ class Progress:
     When stderr is no terminal it stays empty, so that what is in it are errors.
     """
 
-    def __init__(self, title: str, steps: int):
-        self.title, self.steps, self.done = title, steps, 0
+    def __init__(self, title: str, steps: int, done: int = 0):
+        self.title, self.steps, self.done, self.first = title, steps, done, done
         self.shown = self.begun = time.perf_counter()
         self.terminal, self.bar = sys.stderr.isatty(), None
         if self.terminal:
-            self.bar = _bar(title, steps)
+            self.bar = _bar(title, steps, done)
 
     def advance(self, describe: Callable[[], str]) -> None:
         """One step more. ``describe`` is called about once a second only, since it waits for the device."""
@@ -42,7 +42,7 @@ class Progress:
 
     def left(self) -> float:
         """Seconds to the end at the pace so far."""
-        return (time.perf_counter() - self.begun) / max(self.done, 1) * (self.steps - self.done)
+        return (time.perf_counter() - self.begun) / max(self.done - self.first, 1) * (self.steps - self.done)
 
     def line(self, text: str) -> None:
         if self.bar is not None:
@@ -57,9 +57,9 @@ class Progress:
             self.bar.close()
 
 
-def _bar(title: str, steps: int) -> Any:
+def _bar(title: str, steps: int, done: int) -> Any:
     try:
         from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
     except ImportError:
         return None
-    return tqdm(total=steps, desc=title, unit="step", leave=False, dynamic_ncols=True)
+    return tqdm(total=steps, initial=done, desc=title, unit="step", leave=False, dynamic_ncols=True)

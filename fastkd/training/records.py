@@ -14,7 +14,7 @@ from fastkd.training.files import locked, write
 COLUMNS = (
     "no", "method", "dataset", "student", "teacher", "start_time", "acc", "epoch", "nepoch", "lr", "batch_size",
     "last_acc", "seed", "recipe", "precision", "device", "seconds", "images_per_second", "fastkd",
-    "teacher_acc", "train_acc", "losses", "overrides", "folder",
+    "reported_acc", "teacher_acc", "train_acc", "losses", "overrides", "folder",
 )  # fmt: skip
 
 
@@ -38,10 +38,12 @@ def read_rows(output: Path) -> tuple[list[str], list[dict[str, str]]]:
 def append(output: Path, row: dict[str, Any]) -> dict[str, Any]:
     """Adds ``row`` under the next number, which it returns it with; both tables stay whole whenever killed. Raises UserError."""
     with locked(output / ".results.lock"):
+        for half in output.glob(".results.*.tmp"):  # of a process that was killed: nobody else writes now
+            half.unlink(missing_ok=True)
         columns, rows = read_rows(output)
         row = {"no": len(rows) + 1, **row}
-        write(output / "results.csv", table(columns, [*rows, row]))
         write(output / "results.md", markdown(columns, [*rows, row]))
+        write(output / "results.csv", table(columns, [*rows, row]))  # last: a run with a row here is finished
     return row
 
 

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import shlex
-import sys
+import copy
+import ctypes
+import hashlib
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 import fastkd
 from fastkd.methods import Method, create_method
 from fastkd.models import WeightsError, create_model, load_weights
-from fastkd.training import records
+from fastkd.training import records, runs
 from fastkd.training.errors import Interrupted, UserError
 from fastkd.training.files import make_folder, save, write
 from fastkd.training.loop import Loop, evaluate, placed
-from fastkd.training.plan import Plan, Settings, device_name
+from fastkd.training.plan import Plan, device_name
 from fastkd.training.progress import Progress, clock
+from fastkd.training.runs import CHECKPOINT, Run
+from fastkd.training.settings import Settings
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -28,107 +34,198 @@ def run(settings: Settings) -> dict[str, Any]:
     Raises UserError for whatever the user can mend, Interrupted after Ctrl-C.
     """
     plan = Plan(settings)
+    found = runs.find(plan) if settings.resume is not None else None
     print(plan.describe(), flush=True)
-    teacher, accuracy = find_teacher(plan) if plan.method.needs_teacher else (None, None)
-    return train(plan, "student", settings.method, plan.method, teacher, accuracy)
+    # the student's folder is there before the teacher's training begins, so that --resume finds the run whenever it was killed
+    with determinism(settings.deterministic), runs.opened(plan, "student", found) as student:
+        teacher, accuracy = find_teacher(plan) if plan.method.needs_teacher else (None, None)
+        return train(plan, "student", student, plan.method, teacher, accuracy)
 
 
 def find_teacher(plan: Plan) -> tuple[nn.Module, float]:
     """The trained teacher and its test accuracy: from --teacher-checkpoint, from an earlier run, or trained now."""
-    settings = plan.settings
+    settings, name = plan.settings, plan.models.teacher
     path = settings.teacher_checkpoint or plan.teacher_path()
     if settings.teacher_checkpoint is None and not path.exists():
-        print(f"teacher: {path} is not there yet; training it first", flush=True)
-        train(plan, "teacher", "teacher", create_method("baseline"), None, None)
-    teacher = create_model(settings.teacher, plan.data.classes)
+        begun = runs.teachers(plan) if settings.resume is not None else []
+        # all of one identity end alike, so the one that came furthest serves
+        folder = max(begun, key=lambda folder: len(read_lines(folder / "epochs.csv")), default=None)
+        print(f"teacher: {path} is not there yet; {'training it first' if folder is None else 'going on with its training'}", flush=True)
+        with runs.opened(plan, "teacher", folder) as opened:
+            train(plan, "teacher", opened, create_method("baseline"), None, None)
+    teacher = create_model(name, plan.data.classes)
     try:
         load_weights(teacher, path)
     except WeightsError as error:
         raise UserError(str(error)) from None
-    accuracy = evaluate(placed(teacher, plan.device), plan.batches("teacher")[1], plan.autocast())
-    print(f"teacher: {settings.teacher} from {path}, {accuracy:.2f} % on the test set", flush=True)
+    batches = plan.batches("teacher")[1]
+    accuracy = evaluate(placed(teacher, plan.device), batches, plan.autocast())
+    images = len(batches) * batches.batch_size if batches.drop_last else batches.count
+    whole = "the test set" if images == batches.count else f"{images:,} images of the test set"
+    print(f"teacher: {name} from {path}, {accuracy:.2f} % on {whole}", flush=True)
     return teacher, accuracy
 
 
-def train(plan: Plan, role: str, title: str, method: Method, teacher: nn.Module | None, teacher_acc: float | None) -> dict[str, Any]:
-    """Trains the plan's student or teacher (``role``) in a folder of its own and records it as ``title``.
+def train(plan: Plan, role: str, run: Run, method: Method, teacher: nn.Module | None, teacher_acc: float | None) -> dict[str, Any]:
+    """Trains the plan's student or teacher (``role``) in the folder of ``run``, from its state if it has one, and records it.
 
-    The best and the last weights and the log are on disk after every epoch. Raises UserError, Interrupted.
+    The checkpoint, the best weights and the log are on disk after every epoch. Raises UserError, Interrupted.
     """
-    settings, epochs = plan.settings, plan.recipe.epochs
-    name = settings.teacher if role == "teacher" else settings.student
-    started = time.strftime("%Y-%m-%d %H:%M:%S")
-    stamp = started.translate({ord("-"): None, ord(":"): None, ord(" "): "-"})
-    folder = new_folder(settings.output, f"{title}-{plan.data.name}-{name}-seed{settings.seed}-{stamp}")
-    config = {**plan.config(), "trained": title, "model": name, "start_time": started, "command": shlex.join(["python", *sys.argv])}
-    write(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    loop = Loop(plan.new_model(role), method, teacher, *plan.batches(role), plan.recipe, plan.autocast())
-    progress, begun = Progress(title, loop.steps), time.perf_counter()
-    try:
-        for epoch in range(1, epochs + 1):
-            loop.train_epoch(epoch, progress)
-            last = loop.history[-1]
-            if loop.best() is last:
-                save(folder / "best.pt", {"model": loop.student.state_dict(), "epoch": epoch, "acc": last["test_acc"], "config": config})
-            save(folder / "last.pt", {**loop.state(), "config": config})
-            write(folder / "epochs.csv", records.table(list(last), loop.history))
-            progress.line(f"{title} epoch {epoch}/{epochs}  {loop.summary()}  {clock(progress.left())} left")
-        if role == "teacher":
-            make_folder(settings.output / "teachers")
-            write(plan.teacher_path(), (folder / "best.pt").read_bytes())
-        best, last, fields = loop.best(), loop.history[-1], settings.overrides.items()
-        row = records.append(
-            settings.output,
-            {
-                "method": title,
-                "dataset": plan.data.name,
-                "student": name,
-                "teacher": settings.teacher if teacher is not None else "",
-                "start_time": started,
-                "acc": f"{best['test_acc']:.2f}",
-                "epoch": best["epoch"],
-                "nepoch": epochs,
-                "lr": plan.recipe.lr,
-                "batch_size": plan.recipe.batch_size,
-                "last_acc": f"{last['test_acc']:.2f}",
-                "seed": settings.seed,
-                "recipe": plan.recipe_name,
-                "precision": settings.precision,
-                "device": device_name(plan.device),
-                "seconds": round(time.perf_counter() - begun, 1),
-                "images_per_second": round(loop.pace()),
-                "fastkd": fastkd.__version__,
-                "teacher_acc": "" if teacher_acc is None else f"{teacher_acc:.2f}",
-                "train_acc": f"{last['train_acc']:.2f}",
-                "losses": " ".join(f"{term}={last[term]:.4g}" for term in method.names),
-                "overrides": " ".join(f"{key}={value}" for key, value in fields),
-                "folder": folder.name,
-            },
-        )
-    except KeyboardInterrupt:
-        raise Interrupted(how_far(title, loop, folder)) from None
-    finally:
-        progress.close()
-    print(f"{title}: best {row['acc']} % (epoch {row['epoch']}), last {row['last_acc']} %, {clock(row['seconds'])}", flush=True)
-    print(f"{title}: row {row['no']} of {settings.output / 'results.csv'}, weights in {folder}", flush=True)
+    title, state, phases = run.config["trained"], run.state or {}, plan.phases(method)
+    common = {
+        "config": run.config,
+        "started": state.get("started", time.strftime("%Y-%m-%d %H:%M:%S")),
+        "taught_by": None if teacher is None else fingerprint(teacher),
+    }
+    before, begun = state.get("elapsed", 0.0), time.perf_counter()
+    student, (batches, test) = plan.new_model(role), plan.batches(role)
+    names = [name for name, _, _ in phases]
+    if state and (state.get("phase") not in names or state.get("taught_by") != common["taught_by"]):
+        why = "its teacher was another" if state.get("phase") in names else "not the checkpoint of such a run"
+        raise UserError(f"{run.folder / CHECKPOINT}: {why}")
+    for name, recipe, phase_method in phases[names.index(state["phase"]) if state else 0 :]:
+        main = name == "main"
+        part = batches if main else copy.copy(batches)
+        part.stream = role if main else f"{role} {name}"
+        taught = teacher if phase_method.needs_teacher else None
+        loop = Loop(student, phase_method, taught, part, test if main else None, recipe, plan.autocast())
+        label = title if main else f"{title} {name}"
+        if state.get("phase") == name:
+            take_up(loop, state, run.folder)
+            print(f"{label}: {run.folder} goes on after epoch {len(loop.history)} of {recipe.epochs}", flush=True)
+            keep_best(loop, run, name, anew=True)
+        elif run.state is None and name == names[0]:
+            print(f"{label}: begins in {run.folder}", flush=True)
+        progress = Progress(label, loop.steps, len(loop.history) * len(part))
+        try:
+            for epoch in range(len(loop.history) + 1, recipe.epochs + 1):
+                loop.train_epoch(epoch, progress)
+                elapsed = before + time.perf_counter() - begun
+                save(run.folder / CHECKPOINT, {**common, **loop.state(), "phase": name, "elapsed": elapsed})
+                keep_best(loop, run, name)
+                progress.line(f"{label} epoch {epoch}/{recipe.epochs}  {loop.summary()}  {clock(progress.left())} left")
+            if not main:
+                continue
+            if role == "teacher":
+                keep_teacher(plan, loop, run)
+            row = row_of(plan, role, run, loop, teacher_acc, common["started"], before + time.perf_counter() - begun)
+            row = records.append(plan.settings.output, row)
+        except KeyboardInterrupt:
+            raise Interrupted(how_far(label, loop, run.folder)) from None
+        finally:
+            progress.close()
+    told = f"best {row['acc']} % (epoch {row['epoch']}), last {row['last_acc']} %, {clock(row['seconds'])}"
+    print(f"{title}: {told}; {plan.recipe_name} reports the {plan.recipe.report}: {row['reported_acc']} %", flush=True)
+    print(f"{title}: row {row['no']} of {plan.settings.output / 'results.csv'}, weights in {run.folder}", flush=True)
     return row
 
 
-def new_folder(output: Path, name: str) -> Path:
-    """A folder of its own for a run, also when another one began in the same second. Raises UserError."""
-    for suffix in ("", *(f"-{i}" for i in range(2, 100))):
-        folder = output / (name + suffix)
-        if not folder.exists():
-            make_folder(folder)
-            return folder
-    raise UserError(f"{output / name} and 98 more are there already")
+def take_up(loop: Loop, state: dict[str, Any], folder: Path) -> None:
+    try:
+        loop.load(state)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder / CHECKPOINT}: damaged, or of another version ({type(error).__name__}: {text})") from None
 
 
-def how_far(title: str, loop: Loop, folder: Path) -> str:
+def keep_best(loop: Loop, run: Run, phase: str, anew: bool = False) -> None:
+    """The files that follow from a checkpoint: the log, and the best weights when they are new; ``anew``: whatever is there.
+
+    A process killed before this has kept the checkpoint already; whoever takes that up calls it again.
+    """
+    if not loop.history:
+        return
+    table = records.table(list(loop.history[-1]), loop.history)
+    write(run.folder / ("epochs.csv" if phase == "main" else f"{phase}.csv"), table)
+    if phase == "main":
+        best = loop.best()
+        if anew or best is loop.history[-1]:
+            save(run.folder / "best.pt", weights_file(loop.best_weights, best, run))
+
+
+def keep_teacher(plan: Plan, loop: Loop, run: Run) -> None:
+    make_folder(plan.settings.output / "teachers")
+    save(plan.teacher_path(), weights_file(*loop.weights(), run))
+
+
+def weights_file(weights: dict[str, Any], epoch: dict[str, float], run: Run) -> dict[str, Any]:
+    return {"model": weights, "epoch": epoch["epoch"], "acc": epoch["test_acc"], "config": run.config}
+
+
+def row_of(plan: Plan, role: str, run: Run, loop: Loop, teacher_acc: float | None, started: str, seconds: float) -> dict[str, Any]:
+    """The run as a row of the table, without its number."""
+    settings, best, last = plan.settings, loop.best(), loop.history[-1]
+    fields = [(key, " ".join(map(str, value)) if isinstance(value, tuple) else value) for key, value in settings.overrides.items()]
+    return {
+        "method": run.config["trained"],
+        "dataset": plan.data.name,
+        "student": run.config["model"],
+        "teacher": plan.models.teacher if teacher_acc is not None else "",
+        "start_time": started,
+        "acc": f"{best['test_acc']:.2f}",
+        "epoch": best["epoch"],
+        "nepoch": plan.recipe.epochs,
+        "lr": plan.recipe.lr,
+        "batch_size": plan.recipe.batch_size,
+        "last_acc": f"{last['test_acc']:.2f}",
+        "seed": settings.seed,
+        "recipe": plan.recipe_name,
+        "precision": settings.precision,
+        "device": device_name(plan.device),
+        "seconds": round(seconds, 1),
+        "images_per_second": round(loop.pace()),
+        "fastkd": fastkd.__version__,
+        "reported_acc": f"{loop.weights()[1]['test_acc']:.2f}",
+        "teacher_acc": "" if teacher_acc is None else f"{teacher_acc:.2f}",
+        "train_acc": f"{last['train_acc']:.2f}",
+        "losses": " ".join(f"{term}={last[term]:.4g}" for term in loop.method.names),
+        "overrides": " ".join(f"{key}={value}" for key, value in fields),
+        "folder": run.folder.name,
+    }
+
+
+def fingerprint(model: nn.Module) -> str:
+    """The same for the same weights only, so that a run is not taken up under another teacher."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in model.state_dict().items():
+        value = value.detach().cpu().contiguous()
+        digest.update(name.encode() + ctypes.string_at(value.data_ptr(), value.numel() * value.element_size()))  # needs no numpy
+    return digest.hexdigest()
+
+
+def read_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+
+
+def how_far(label: str, loop: Loop, folder: Path) -> str:
     """One line for somebody who pressed Ctrl-C."""
     done, epochs = len(loop.history), loop.recipe.epochs
     where = f"in epoch {done + 1} of {epochs}, step {loop.step} of {len(loop.batches)}" if done < epochs else "after its last epoch"
-    kept = (
-        f"the weights of epoch {done} and the best ({loop.best()['test_acc']:.2f} %) are in {folder}" if done else "no epoch was finished"
-    )
-    return f"{title} stopped {where}; {kept}; no row was added"
+    best = f" and the best ({loop.best()['test_acc']:.2f} %)" if loop.best_weights else ""
+    kept = f"the weights of epoch {done}{best} are in {folder}" if done else "no epoch was finished"
+    return f"{label} stopped {where}; {kept}; no row was added; --resume goes on"
+
+
+@contextmanager
+def determinism(wanted: bool) -> Iterator[None]:
+    """PyTorch's deterministic algorithms while a run lasts. Raises UserError where an operation has none."""
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA begins
+    memory: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark, memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark, memory.fill_uninitialized_memory = False, False
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise UserError(f"--deterministic: {str(error).split('.')[0]}") from None
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark, memory.fill_uninitialized_memory = before[1:]

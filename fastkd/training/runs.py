@@ -1,0 +1,144 @@
+"""The folder of one training: what it is, how far it came, and that nobody else is at it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastkd.models import WeightsError, read_checkpoint
+from fastkd.training import records
+from fastkd.training.errors import UserError
+from fastkd.training.files import owned, sweep, write
+from fastkd.training.plan import Plan
+
+CHECKPOINT = "last.pt"
+
+
+@dataclass
+class Run:
+    """``folder``, its config.json, and the state in its checkpoint: None before the first epoch's end."""
+
+    folder: Path
+    config: dict[str, Any]
+    state: dict[str, Any] | None = None
+
+
+@contextmanager
+def opened(plan: Plan, role: str, folder: Path | None) -> Iterator[Run]:
+    """The run in ``folder``, an unfinished one, or a new one, locked until the end. Raises UserError.
+
+    A new one that ends in a UserError before its first checkpoint leaves no folder: nothing of it could be taken up.
+    """
+    run = new_run(plan, role) if folder is None else load_run(folder, plan.identity(role))
+    with owned(run.folder / ".lock") as mine:
+        if not mine:
+            raise UserError(f"{run.folder} is in the hands of another process")
+        sweep(run.folder)
+        try:
+            yield run
+        except UserError:
+            if folder is None and {path.name for path in run.folder.iterdir()} <= {"config.json", ".lock"}:
+                with suppress(OSError):
+                    for path in run.folder.iterdir():
+                        path.unlink()
+                    run.folder.rmdir()
+            raise
+
+
+def new_run(plan: Plan, role: str) -> Run:
+    identity, started = plan.identity(role), time.strftime("%Y-%m-%d %H:%M:%S")
+    stamp = started.translate({ord("-"): None, ord(":"): None, ord(" "): "-"})
+    name = f"{identity['trained']}-{identity['dataset']}-{identity['model']}-seed{identity['seed']}-{stamp}"
+    folder = new_folder(plan.settings.output, name)
+    about = {"trained": identity["trained"], "model": identity["model"], "command": shlex.join(["python", *sys.argv])}
+    config = {**plan.config(), **about, "identity": identity}
+    write(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    return Run(folder, config)
+
+
+def load_run(folder: Path, identity: dict[str, Any]) -> Run:
+    """An unfinished run. Raises UserError for a damaged or foreign checkpoint, which stays as it is."""
+    path, config = folder / CHECKPOINT, read_config(folder)
+    if config is None:
+        raise UserError(f"{folder} holds no run of this version: no config.json with its identity")
+    other = [key for key in identity if config["identity"].get(key) != identity[key]]
+    if other:
+        parts = [f"{key} {config['identity'].get(key)} instead of {identity[key]}" for key in other]
+        raise UserError(f"{folder} is a run of another configuration: {', '.join(parts)}")
+    if not path.exists():
+        return Run(folder, config)
+    try:
+        state = read_checkpoint(path)
+    except WeightsError as error:
+        raise UserError(str(error)) from None
+    if not isinstance(state.get("config"), dict) or state["config"].get("identity") != identity:
+        raise UserError(f"{path}: not the checkpoint of this run")
+    if config["torch"] != str(torch.__version__):
+        print(f"resume: begun with torch {config['torch']}, continued with {torch.__version__}: the last bits may differ", flush=True)
+    return Run(folder, config, state)
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """The config of a run that can be taken up, or None: something else, or of a version that knew no identities."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) and isinstance(config.get("identity"), dict) else None
+
+
+def folders(output: Path, identity: dict[str, Any]) -> tuple[list[Path], list[Path]]:
+    """Runs of that identity under ``output``: (unfinished, finished), those without and with a row in its table. Raises UserError."""
+    done = {row.get("folder") for row in records.read_rows(output)[1]}
+    paths = [path.parent for path in sorted(output.glob("*/config.json"))]
+    found = [path for path in paths if (read_config(path) or {}).get("identity") == identity]
+    return [path for path in found if path.name not in done], [path for path in found if path.name in done]
+
+
+def find(plan: Plan) -> Path | None:
+    """The folder that ``--resume`` means; None where only the teacher's training had begun. Raises UserError: none, several."""
+    output, wanted = plan.settings.output, plan.settings.resume
+    if wanted:
+        folder = next((path for path in (Path(wanted), output / wanted) if path.is_dir()), None)
+        if folder is None:
+            raise UserError(f"--resume {wanted}: no such folder, neither here nor under {output}")
+        if folder.name in {row.get("folder") for row in records.read_rows(output)[1]}:
+            raise UserError(f"--resume {wanted}: that run is finished; its row is in {output / 'results.csv'}")
+        return folder
+    found, finished = folders(output, plan.identity("student"))
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise UserError(f"--resume: {len(found)} unfinished runs of this configuration under {output}: {names}; name one: --resume FOLDER")
+    if not found and not teachers(plan):
+        rest = f"{finished[-1].name} is finished" if finished else "without --resume it begins"
+        raise UserError(f"--resume: no unfinished run of this configuration under {output}; {rest}")
+    return found[0] if found else None
+
+
+def teachers(plan: Plan) -> list[Path]:
+    """Unfinished trainings of the teacher that this plan waits for, if any."""
+    if not plan.method.needs_teacher or plan.settings.teacher_checkpoint is not None or plan.teacher_path().exists():
+        return []
+    return folders(plan.settings.output, plan.identity("teacher"))[0]
+
+
+def new_folder(output: Path, name: str) -> Path:
+    """A folder of its own for a run, also when another one began in the same second. Raises UserError."""
+    for suffix in ("", *(f"-{i}" for i in range(2, 100))):
+        try:
+            (output / (name + suffix)).mkdir()
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"the folder {output / name} cannot be made: {error.strerror or error}") from None
+        return output / (name + suffix)
+    raise UserError(f"{output / name} and 98 more are there already")

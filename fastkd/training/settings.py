@@ -1,0 +1,69 @@
+"""What the command line says, and what it leaves unsaid."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastkd.training.errors import UserError
+from fastkd.training.recipes import SETTINGS
+
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line says.
+
+    ``setting``: a letter of ``SETTINGS``, whose teacher, student, data set and recipe stand in where those are None. Without one they are
+    ``resnet20`` twice, ``auto`` and ``digits`` on digits, else ``hankyul2``. ``device`` None: a GPU if there is one; ``overrides``: fields
+    of the recipe; ``resume``: "" looks for the unfinished run, anything else is its folder.
+    """
+
+    method: str
+    dataset: str | None = None
+    data: Path = Path("data")
+    setting: str | None = None
+    teacher: str | None = None
+    student: str | None = None
+    teacher_checkpoint: Path | None = None
+    recipe: str | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    device: str | None = None
+    precision: str = "fp32"
+    deterministic: bool = False
+    output: Path = Path("runs")
+    resume: str | None = None
+
+
+@dataclass(frozen=True)
+class Models:
+    """Who teaches whom on what, every name given."""
+
+    teacher: str
+    student: str
+    dataset: str
+
+
+def resolve(settings: Settings) -> Models:
+    """The names that ``settings`` gives or implies. Raises UserError for an unknown letter."""
+    if settings.setting is None:
+        implied = Models("resnet20", "resnet20", "auto")
+    elif settings.setting in SETTINGS:
+        implied = Models(*SETTINGS[settings.setting], "cifar100")
+    else:
+        raise UserError(f"setting {settings.setting!r} is not known; known: {', '.join(SETTINGS)}")
+    said = {key: getattr(settings, key) for key in ("teacher", "student", "dataset")}
+    return dataclasses.replace(implied, **{key: value for key, value in said.items() if value is not None})
+
+
+def recipe_of(settings: Settings, dataset: str) -> str:
+    """The recipe's name: the settings a to j are SAKD's table."""
+    if settings.recipe is not None:
+        return settings.recipe
+    if dataset == "digits":
+        return "digits"
+    return "sakd" if settings.setting is not None else "hankyul2"
