@@ -46,11 +46,11 @@ def find_teacher(plan: Plan) -> tuple[nn.Module, float]:
     """The trained teacher and its test accuracy: from --teacher-checkpoint, from an earlier run, or trained now."""
     settings, name = plan.settings, plan.models.teacher
     path = settings.teacher_checkpoint or plan.teacher_path()
-    if settings.teacher_checkpoint is None and not path.exists():
-        begun = runs.teachers(plan) if settings.resume is not None else []
-        # all of one identity end alike, so the one that came furthest serves
-        folder = max(begun, key=lambda folder: len(read_lines(folder / "epochs.csv")), default=None)
-        print(f"teacher: {path} is not there yet; {'training it first' if folder is None else 'going on with its training'}", flush=True)
+    begun = runs.teachers(plan) if settings.resume is not None else []
+    if begun or (settings.teacher_checkpoint is None and not path.exists()):
+        folder = max(begun, key=runs.epochs_of, default=None)  # all of one identity end alike, so the one that came furthest serves
+        what = f"{path} is not there yet; training it first" if folder is None else f"going on with its training in {folder}"
+        print(f"teacher: {what}", flush=True)
         with runs.opened(plan, "teacher", folder) as opened:
             train(plan, "teacher", opened, create_method("baseline"), None, None)
     teacher = create_model(name, plan.data.classes)
@@ -191,13 +191,6 @@ def fingerprint(model: nn.Module) -> str:
         value = value.detach().cpu().contiguous()
         digest.update(name.encode() + ctypes.string_at(value.data_ptr(), value.numel() * value.element_size()))  # needs no numpy
     return digest.hexdigest()
-
-
-def read_lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
 
 
 def how_far(label: str, loop: Loop, folder: Path) -> str:

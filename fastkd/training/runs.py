@@ -125,10 +125,19 @@ def find(plan: Plan) -> Path | None:
 
 
 def teachers(plan: Plan) -> list[Path]:
-    """Unfinished trainings of the teacher that this plan waits for, if any."""
-    if not plan.method.needs_teacher or plan.settings.teacher_checkpoint is not None or plan.teacher_path().exists():
+    """Unfinished trainings of the teacher that this plan waits for; where the teacher is there, those that lack only their row."""
+    if not plan.method.needs_teacher or plan.settings.teacher_checkpoint is not None:
         return []
-    return folders(plan.settings.output, plan.identity("teacher"))[0]
+    found, there = folders(plan.settings.output, plan.identity("teacher"))[0], plan.teacher_path().exists()
+    return [folder for folder in found if not there or epochs_of(folder) == plan.recipe.epochs]
+
+
+def epochs_of(folder: Path) -> int:
+    """How many epochs its log has."""
+    try:
+        return len((folder / "epochs.csv").read_text(encoding="utf-8").splitlines()) - 1
+    except OSError:
+        return 0
 
 
 def new_folder(output: Path, name: str) -> Path:
