@@ -1,4 +1,4 @@
-"""All that can be proven and measured on one machine with a GPU, in one command of less than ten minutes, with no network.
+"""All that can be proven and measured on one machine with a GPU, in one command, without a network; ten minutes are meant to suffice.
 
     python benchmarks/gpu.py                       results into benchmarks/results/<device>/
     python benchmarks/gpu.py --out DIR --only tests,speed

@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -27,7 +27,7 @@ import fastkd
 from speed.cases import BOTH, NCHW, NHWC, Case, features
 from speed.formulas import FORMULAS
 from speed.measure import Row
-from speed.rows import COMPILED, EXACT, FLOOR, FORMULA_TOLERANCE, FUSED, TOLERANCE, TUNED, available_backends
+from speed.rows import COMPILED, EXACT, FLOOR, FORMULA_TOLERANCE, FUSED, TOLERANCE, TUNED, available_backends, traffic
 from speed.stock import Stock
 
 WALL, GRAPH, COLD = "wall", "graph", "cold"
@@ -249,7 +249,7 @@ class GPUGroup:
         return names + available_backends(self.case.operation, self.case.device, self.full)
 
     def build(self, stock: Stock) -> GPURows:
-        return GPURows(replace(self.case), self.full)
+        return GPURows(self.case, self.full)
 
     def row(self, built: GPURows, name: str) -> Row:
         return built.row(self.case, name)
@@ -263,11 +263,7 @@ class GPUGroup:
         facts: dict[str, Any] = {"milliseconds": 1e3 * seconds, **rows[name].facts}
         if name == MM:
             return {**facts, "gflop_per_s": 2 * 4096**3 / seconds / 1e9}
-        streamed = 3 * case.values() * getattr(torch, case.dtype).itemsize
-        moved = streamed if name == FLOOR else case.bytes_moved()
-        facts |= {"bytes": moved, "gb_per_s": moved / seconds / 1e9}
-        if FLOOR in medians:
-            facts["of_streaming_bandwidth"] = moved / seconds / (streamed / medians[FLOOR])
+        facts |= traffic(case, name, seconds, medians)
         if case.flops() and name != FLOOR:
             facts["gflop_per_s"] = case.flops() / seconds / 1e9
         for other in (TUNED, COMPILED):

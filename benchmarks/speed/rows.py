@@ -189,6 +189,16 @@ class Rows:
         return both
 
 
+def traffic(case: Case, name: str, seconds: float, medians: dict[str, float]) -> dict[str, float]:
+    """The bytes that a row has to move, at what rate it does, and what share that is of the floor's rate."""
+    streamed = 3 * case.values() * getattr(torch, case.dtype).itemsize
+    moved = streamed if name == FLOOR else case.bytes_moved()
+    facts = {"bytes": moved, "gb_per_s": moved / seconds / 1e9}
+    if FLOOR in medians:
+        facts["of_streaming_bandwidth"] = moved / seconds / (streamed / medians[FLOOR])
+    return facts
+
+
 def figures(case: Case, rows: dict[str, Row], name: str) -> dict[str, Any]:
     """What a row's median says: rates, fractions of the yardsticks of the same run, ratios to the formulas."""
     row = rows[name]
@@ -198,11 +208,7 @@ def figures(case: Case, rows: dict[str, Row], name: str) -> dict[str, Any]:
     if name in YARDSTICKS and name != FLOOR:
         flops = 2 * 1024**3 if name == MM else case.flops()
         return facts if name == RELU else {**facts, "gflop_per_s": flops / seconds / 1e9}
-    streamed = 3 * case.values() * getattr(torch, case.dtype).itemsize
-    moved = streamed if name == FLOOR else case.bytes_moved()
-    facts |= {"bytes": moved, "gb_per_s": moved / seconds / 1e9}
-    if FLOOR in medians:
-        facts["of_streaming_bandwidth"] = moved / seconds / (streamed / medians[FLOOR])
+    facts |= traffic(case, name, seconds, medians)
     if case.flops() and name != FLOOR:
         rate = case.flops() / seconds
         facts["gflop_per_s"] = rate / 1e9
