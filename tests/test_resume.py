@@ -137,8 +137,8 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(nursery, whole, 
     check_same(tmp_path / "runs", reference)
 
 
-# after a probe of the folder, the configuration and the command: checkpoint, log, best weights, table for people, table; and with a teacher there,
-# whose row is not yet
+# after a probe of the folder, the configuration and the command: checkpoint, log, best weights, table for people, table; and with a
+# teacher there, whose row is not yet
 @pytest.mark.parametrize(("method", "die_at"), [("baseline", 4), ("baseline", 5), ("baseline", 7), ("baseline", 8), ("kd", 11)])
 def test_every_file_may_be_half_written(nursery, whole, tmp_path, method, die_at):
     flags = ["--method", method, *QUICK, "--epochs", "1"]

@@ -17,18 +17,18 @@ _logs: list[Path] = []  # a teacher is trained within its student's run: both ke
 def say(text: str) -> None:
     """Prints ``text`` and adds it to every open log."""
     print(text, flush=True)
-    note(text)
-
-
-def note(text: str) -> None:
-    """Adds ``text`` to every open log. One that cannot be written is told and left, since no training should end with it."""
     for path in list(_logs):
-        try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(text + "\n")
-        except OSError as error:
-            _logs.remove(path)
-            print(f"{path} cannot be written: {error.strerror or error}; going on without it", flush=True)
+        _note(path, text)
+
+
+def _note(path: Path, text: str) -> None:
+    """Adds a line to an open log. One that cannot be written is told and left, since no training should end with it."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+    except OSError as error:
+        _logs.remove(path)
+        print(f"{path} cannot be written: {error.strerror or error}; going on without it", flush=True)
 
 
 @contextmanager
@@ -37,10 +37,11 @@ def logged(folder: Path) -> Iterator[None]:
     path = folder / LOG
     _logs.append(path)
     try:
-        note(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(['python', *sys.argv])}")
+        _note(path, f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(['python', *sys.argv])}")
         yield
     except BaseException as error:
-        note(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} ended: {' '.join(str(error).split()) or type(error).__name__}")
+        if path in _logs:
+            _note(path, f"# {time.strftime('%Y-%m-%d %H:%M:%S')} ended: {' '.join(str(error).split()) or type(error).__name__}")
         raise
     finally:
         if path in _logs:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -41,9 +43,10 @@ class Curves:
         if self.broken or not history:
             return
         try:
-            writer = self.writer or self._begin(phase)
-            self._write(writer, phase, history[self.done.get(phase, 0) :])
-            writer.flush()
+            with _quiet_writer():
+                writer = self.writer or self._begin(phase)
+                self._write(writer, phase, history[self.done.get(phase, 0) :])
+                writer.flush()
         except Exception as error:  # the disk, or any of the packages behind TensorBoard
             self.broken = True
             say(f"TensorBoard curves in {self.folder} end here ({' '.join(str(error).split()) or type(error).__name__}); the run goes on")
@@ -69,6 +72,22 @@ class Curves:
         for epoch in history:
             for tag, value in tags(phase, epoch):
                 writer.add_scalar(tag, value, int(epoch["epoch"]))
+
+
+@contextmanager
+def _quiet_writer() -> Iterator[None]:
+    """TensorBoard writes in a thread of its own, whose end would print a traceback beside the error that ``flush`` raises anyway."""
+    before = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if not type(arguments.thread).__module__.startswith("tensorboard."):
+            before(arguments)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def tags(phase: str, epoch: dict[str, float]) -> Iterator[tuple[str, float]]:

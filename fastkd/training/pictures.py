@@ -1,17 +1,11 @@
 """Sheets of attention maps: some test images, and what teacher and student look at in each stage.
 
-    python -m fastkd.training.pictures runs/FOLDER      draws those of a finished run anew, from its weights
-
 Drawn as one array of pixels with matplotlib's lettering around it, which takes a fraction of the time of an axis a map.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import io
-import json
-import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -24,7 +18,6 @@ from torch import Tensor, nn
 
 from fastkd.training.batches import Batches
 from fastkd.training.console import say
-from fastkd.training.errors import UserError
 from fastkd.training.files import write
 from fastkd.training.summary import described
 
@@ -171,48 +164,3 @@ def heat(found: Tensor, signed: bool, colormaps: Any) -> Tensor:
     level = level / 2 + 0.5 if signed else level
     colour = colormaps["RdBu_r" if signed else "inferno"](level.clamp(0, 1).numpy())[..., :3]
     return torch.from_numpy(colour).float().permute(0, 3, 1, 2)
-
-
-def redraw(folder: Path, data: Path | None) -> list[Path]:
-    """:func:`keep` from the files of a run. Raises UserError."""
-    from fastkd.models import WeightsError, load_weights
-    from fastkd.training.plan import Plan
-    from fastkd.training.settings import from_config
-
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no run: config.json: {getattr(error, 'strerror', None) or error}") from None
-    settings = from_config(config, folder.parent)
-    plan = Plan(settings if data is None else dataclasses.replace(settings, data=data))
-    paths = {"student": folder / ("best.pt" if plan.recipe.report == "best" else "last.pt")}
-    if plan.method.needs_teacher:
-        paths["teacher"] = settings.teacher_checkpoint or plan.teacher_path()
-    models = {role: plan.new_model(role).to(plan.device) for role in paths}
-    try:
-        for role, path in paths.items():
-            load_weights(models[role], path)
-    except WeightsError as error:
-        raise UserError(str(error)) from None
-    return keep(plan, folder, models["student"], models.get("teacher"))
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fastkd.training.pictures", description="Attention maps of finished runs.")
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a run: runs/at-cifar10-...")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="where the set lies now, if not where the run found it")
-    flags = parser.parse_args(arguments)
-    try:
-        if not available():
-            raise UserError("pictures take matplotlib (pip install matplotlib)")
-        for folder in flags.folders:
-            for path in redraw(folder, flags.data):
-                print(path)
-    except UserError as error:
-        print(f"pictures: error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
