@@ -43,7 +43,7 @@ CLASSES: dict[str, dict[int, str]] = {
 }
 CELL, GAP, GROUP = 120, 5, 18  # pixels: a picture, between two, between stages
 UNSIGNED = "Each map from 0 (dark) to its own largest value (bright), over the grey image."
-SIGNED = "Each map from minus (blue) to plus (red) its own largest magnitude, 0 white, over the grey image."
+SIGNED = "Each map from minus (blue) to plus (red) its own largest magnitude, over the brightened grey image."
 SHARE = 0.65  # of the heat map, the rest is the image
 
 
@@ -102,6 +102,7 @@ def sheet(images: Tensor, labels: Sequence[str], maps: dict[str, list[Tensor]], 
     signed = any(bool((found < 0).any()) for stages in maps.values() for found in stages)
     picture = enlarged(images.float() / 255)
     grey = picture.mean(1, keepdim=True).expand_as(picture)
+    grey = (1 + grey) / 2 if signed else grey  # 0 is white there, and black behind it would make it grey
     columns, places, x = [picture], [0], CELL
     for stage in range(number):
         x += GROUP

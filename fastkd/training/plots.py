@@ -30,13 +30,13 @@ class Curve:
     @property
     def place(self) -> tuple[str, ...]:
         """What its figure's row shows; a teacher stands with each of its students."""
-        return tuple(self.about[name] for name in ("dataset", "recipe", "nepoch", "precision"))
+        return tuple(self.about.get(name) or "" for name in ("dataset", "recipe", "nepoch", "precision"))
 
     @property
     def label(self) -> str:
         about = self.about
         models = " ← ".join(filter(None, [about["student"], about["teacher"]]))
-        changed = [part for part in about["overrides"].split() if not part.startswith("epochs=")]
+        changed = [part for part in (about.get("overrides") or "").split() if not part.startswith("epochs=")]
         parts = [METHOD_NAMES.get(about["method"], about["method"]), models, *changed, "" if about["finished"] else "unfinished"]
         return ", ".join(filter(None, parts))
 

@@ -114,7 +114,7 @@ def tables(rows: Sequence[dict[str, str]]) -> list[tuple[str, list[str], list[li
 
 
 NOTES = (
-    "Ours: mean ± sample standard deviation [seeds] (above the published figure), of the epoch that the recipe reports; – is not run, "
+    "Ours: mean ± sample standard deviation [seeds] (ours minus published), of the epoch that the recipe reports; – is not run, "
     "and rows without a line of ours are methods that fastkd has not."
 )
 
