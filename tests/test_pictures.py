@@ -70,7 +70,7 @@ def test_each_map_is_in_its_cell_brightest_where_it_is_largest(one_hot):
 
 def test_a_map_has_a_scale_of_its_own(one_hot):
     maps, _ = one_hot
-    louder = {"teacher": maps["teacher"], "student": [7 * found for found in maps["student"]]}
+    louder = {"teacher": maps["teacher"], "student": [torch.tensor([7.0, 0.5])[:, None, None] * found for found in maps["student"]]}
     assert torch.equal(drawn(louder), drawn(maps))
 
 

@@ -96,6 +96,12 @@ def test_a_log_is_continued_and_keeps_what_a_run_ended_with(small_main, monkeypa
     assert text.count("# 20") == 3 and "ended: baseline stopped in epoch 3 of 3" in text and "goes on after epoch 2" in text
 
 
+def test_a_run_that_ends_before_its_first_checkpoint_leaves_no_folder(small_main, tmp_path, capsys):
+    for method in ("baseline", "kd"):
+        assert small_main(["--method", method, *QUICK, "--epochs", "1", "--output", str(tmp_path), "--lr", "1e30"]) == 2
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
 def test_a_log_that_cannot_be_written_is_told_once_and_left(tmp_path, capsys):
     (tmp_path / "log.txt").mkdir()
     with logged(tmp_path):

@@ -25,7 +25,7 @@ from fastkd.training.files import owned
 from fastkd.training.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = ["--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--batch-size", "32", "--device", "cpu"]
+QUICK = ["--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--batch-size", "32", "--device", "cpu", "--no-pictures"]
 # an initialization phase, a teacher in train mode, an optimizer built anew
 SAKD = ["--method", "fsp", "--recipe", "sakd", *QUICK, "--epochs", "3", "--init-epochs", "2"]
 HALF = ["--method", "at+kd", "--recipe", "hankyul2", *QUICK, "--epochs", "3", "--precision", "bf16", "--deterministic"]
