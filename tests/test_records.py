@@ -19,7 +19,7 @@ from fastkd.training import Loop, Recipe, UserError, console, curves, records, r
 from fastkd.training.console import logged, say
 from fastkd.training.curves import Curves
 from fastkd.training.plan import Plan, Settings
-from fastkd.training.summary import groups, told
+from fastkd.training.summary import described, groups, told
 
 QUICK = ["--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--batch-size", "32", "--device", "cpu", "--no-pictures"]
 TWO_PHASES = ["--method", "fsp", "--recipe", "sakd", *QUICK, "--epochs", "3", "--init-epochs", "2"]
@@ -234,6 +234,13 @@ def test_a_group_is_what_differs_in_the_seed_alone_and_a_seed_counts_once():
     rows += [{**common, name: "other", "seed": "2", "acc": "0"} for name in ("overrides", "precision", "teacher_checkpoint", "teacher")]
     found = groups(rows)
     assert [group.seeds for group in found] == [["0", "1"], ["2"], ["2"], ["2"], ["2"]] and found[0].values("acc") == [92, 91]
+
+
+def test_a_title_says_what_a_run_was():
+    row = {"method": "at+kd", "dataset": "cifar10", "student": "resnet20", "teacher": "resnet110", "nepoch": 10}
+    assert described(row) == "AT+KD on CIFAR-10, resnet20 ← resnet110, 10 epochs"
+    alone = {"method": "crd", "dataset": "svhn", "student": "resnet8", "teacher": "", "nepoch": "1"}
+    assert described(alone) == "crd on svhn, resnet8, 1 epoch"
 
 
 def test_repeats_are_rows_with_a_mean_and_one_teacher(small_main, tmp_path, capsys):

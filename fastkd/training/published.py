@@ -80,7 +80,7 @@ SELF = Published(
 _T, _S = "wrn_40_2", "wrn_16_2"
 NOTE = Published(
     "AT + KD, WRN-16-2 from WRN-40-2, on CIFAR-10",
-    "an experiment note; it names neither recipe nor data set (its parameters are those of CIFAR-10), ours are by hankyul2",
+    "an experiment note that names neither recipe nor data set, with the parameters of CIFAR-10; ours: recipe hankyul2",
     ("cifar10",) * 4,
     "hankyul2",
     ("teacher", "baseline student", "student, AT + KD", "student, KD"),

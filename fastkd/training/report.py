@@ -158,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--only", action="append", default=[], metavar="COLUMN=VALUE", help="runs with that value only, such as dataset=cifar10"
     )
-    parser.add_argument("--into", type=Path, metavar="FILE", help="write the tables into this Markdown file, between its markers")
+    parser.add_argument("--into", type=Path, metavar="FILE", help=f"write the tables into this Markdown file, between {BEGIN} and {END}")
     flags = parser.parse_args(arguments)
     try:
         wanted = [part.partition("=") for part in flags.only]
