@@ -207,7 +207,7 @@ class BuildLibraries(build_ext):
             if source.endswith(".cu"):
                 command = [*nvcc, *FLAGS, *(f"-Xcompiler={flag}" for flag in host), *search, "-c", source, "-o", str(target)]
             else:
-                command = [*self.cxx, *FLAGS, *host, *search, "-c", source, "-o", str(target)]
+                command = [*self.cxx, *FLAGS, *host, *(["-DUSE_CUDA"] if nvcc else []), *search, "-c", source, "-o", str(target)]
                 command += [f"-DFASTKD_BUILD_INFO={text}"] if source.endswith("build_info.cpp") else []
             # Isolated builds have PyTorch in a new folder each time, so its version stands for it.
             stamp, record = target.with_suffix(".txt"), f"{self.torch_version} {command}".replace(str(self.torch), "TORCH")
@@ -250,7 +250,8 @@ def main() -> None:
     # Windows has neither of the two compilers the kernels are written for.
     compiled = switch("FASTKD_BUILD", "0" if sys.platform == "win32" else "1", "0", "1") == "1"
     folders = {"fastkd._C": ("csrc/cpu", "*.cpp"), CUDA: ("csrc/cuda", "*.c*")}
-    sources = {name: [*sorted(map(str, Path(folder).glob(pattern))), "csrc/build_info.cpp"] for name, (folder, pattern) in folders.items()}
+    shared = sorted(map(str, Path("csrc").glob("*.cpp")))  # compiled into each library, for its kind of device
+    sources = {name: [*sorted(map(str, Path(folder).glob(pattern))), *shared] for name, (folder, pattern) in folders.items()}
     extensions = [Extension(name, files, py_limited_api=True) for name, files in sources.items()]
     if compiled and {"bdist_wheel", "editable_wheel", "build", "build_ext"} & set(sys.argv):
         cxx(), torch_paths(), cuda_plan(), jobs()  # what cannot be built says so before anything is written
