@@ -118,7 +118,8 @@ def report() -> dict[str, dict[str, Any]]:
     """For ``cpu`` and ``cuda``: available, reason, path, and what the library was built with; for ``cpu`` the code paths too."""
     parts: dict[str, dict[str, Any]] = {}
     for key, library in (("cpu", CPU), ("cuda", CUDA)):
-        facts = {k: v for k, v in _build_info(library.path).items() if k != "cuda"}  # that one is in the other library's reason
+        # "cuda" is in the other library's reason, "kernels" is for tests (setup.py, kernel_resources)
+        facts = {k: v for k, v in _build_info(library.path).items() if k not in ("cuda", "kernels")}
         parts[key] = {"available": library.available, "reason": library.reason, "path": library.path, **facts}
     if CPU.available:
         parts["cpu"] |= {"code_path": cpu_path(), "code_paths": cpu_paths()}
