@@ -184,7 +184,7 @@ class Plan:
         """Which backend computes each loss."""
         terms = {str(term.name): term for term in self.method.terms}
         example = torch.empty(0, device=self.device)
-        backend = choose(example, in_triton=True) if any(term.fused for term in terms.values()) else ""
+        backend = choose("attention_transfer_loss", (example,), lambda: "") if any(term.fused for term in terms.values()) else ""
         return ", ".join(f"{name} by {backend if name in terms and terms[name].fused else 'plain PyTorch'}" for name in self.method.names)
 
     def _records(self) -> str:
