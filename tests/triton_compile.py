@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fastkd import kernels
+from fastkd.kernels.gram_kept import wide_stages
 
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that a program may use
 
@@ -148,8 +149,8 @@ def fsp(
 ) -> None:  # fmt: skip
     chains = [[feature((batch, c, s, s), dtype, channels_last) for c, s in sizes] for sizes in (student, teacher or student)]
     _, ms, _ = kernels.launcher("fsp_loss")(*chains, pool_mode, distance, "sum", None, 1.0, precision, True)
-    stages = list(range(len(student)))
-    kernels.launcher("fsp_loss_backward")(torch.empty(()), chains[0], ms, pool_mode, precision, stages, False)
+    stages, others = list(range(len(student))), [chains[1][i] for i in wide_stages(ms)]
+    kernels.launcher("fsp_loss_backward")(torch.empty(()), chains[0], ms, pool_mode, precision, stages, False, others)
 
 
 def fsp_unaligned() -> None:

@@ -98,12 +98,14 @@ def tile(rows: int, columns: int, depth: int, how: str, *, dear: bool = False, n
     return block, min(other, 64) if narrow else other, min(max(power_of_two(depth), 16), deepest)
 
 
+def dual_tile(positions: int, how: str, *, dear: bool = False) -> Size:
+    """The same of the products over channels, three at a time (`gram_dual.py`)."""
+    block = min(max(power_of_two(positions), 16), 32 if how == "ieee" else 64)
+    return block, block, 16 if how in ("ieee", "tf32x3") or dear else 32
+
+
 def warps(tiles: Sequence[Size]) -> int:
     return 8 if any(t[0] * t[1] > 64 * 64 for t in tiles) else 4
-
-
-def common_size(a: Tensor, b: Tensor) -> tuple[int, ...]:
-    return tuple(min(i, j) for i, j in zip(a.shape[2:], b.shape[2:]))
 
 
 def checked(tensors: Sequence[Tensor], names: Sequence[str], pool_mode: str, precision: str | None) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkd import backends, checks, reference
+from fastkd.kernels.gram_kept import kept_shape, wide_stages
 from fastkd.ops.registry import accumulator, autograd, call, call_unrecorded, caller, define, differentiable_once, one_device, recorded
 from fastkd.ops.upstream import Upstream, take_prepared
 
@@ -28,13 +29,17 @@ def _loss_fake(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     one_device(student + teacher)
     dtype, first = accumulator(student + teacher), student[0]
-    pairs = zip(student, student[1:], strict=False) if with_grad else ()
-    gram_grads = [first.new_empty((a.shape[0], a.shape[1], b.shape[1]), dtype=dtype) for a, b in pairs]
+    shapes = []
+    for i in range(len(student) - 1) if with_grad else ():
+        a, b = student[i : i + 2]
+        in_triton = first.device.type == "cuda"
+        shapes.append(kept_shape((a, b), teacher[i : i + 2], distance) if in_triton else (a.shape[0], a.shape[1], b.shape[1]))
+    gram_grads = [first.new_empty(shape, dtype=dtype) for shape in shapes]
     return first.new_empty((), dtype=dtype), gram_grads, [torch.empty_like(student[i]) for i in stages]
 
 
 def _loss_backward_fake(
-    grad: Tensor, features: list[Tensor], gram_grads: Any, pool_mode: Any, precision: Any, stages: list[int], negate: Any
+    grad: Tensor, features: list[Tensor], gram_grads: Any, pool_mode: Any, precision: Any, stages: list[int], negate: Any, others: Any
 ) -> list[Tensor]:
     return [torch.empty_like(features[i]) for i in stages]
 
@@ -50,8 +55,8 @@ define(
     _loss_fake,
 )
 define(
-    "fsp_loss_backward(Tensor grad, Tensor[] features, Tensor[] gram_grads, str pool_mode, str? precision, int[] stages, bool negate)"
-    " -> Tensor[]",
+    "fsp_loss_backward(Tensor grad, Tensor[] features, Tensor[] gram_grads, str pool_mode, str? precision, int[] stages, bool negate, "
+    "Tensor[] others) -> Tensor[]",
     _loss_backward_fake,
 )
 differentiable_once("fsp_matrix_backward", "fsp_matrix")
@@ -99,6 +104,7 @@ class FSPLossFunction(torch.autograd.Function):
 
     The forward saves M = dloss/dG of the student for each pair, for an upstream gradient of 1 (the teacher's is -M), so a chain's gradients
     need only the chain itself: dA = upstream M B / S, dB = upstream M^T A / S, and a middle stage adds the terms of its two pairs.
+    Where M would be larger than the features, Triton keeps less and needs both chains' features of that pair (`kernels/gram_kept.py`).
     On a CPU, for the upstream gradient that is expected (:mod:`fastkd.ops.upstream`), it makes the student's gradients too, sample by
     sample, while the sample's maps are in the cache; the backward hands those out, once, if it is given just that.
     """
@@ -114,10 +120,18 @@ class FSPLossFunction(torch.autograd.Function):
         loss, gram_grads, gradients = ctx.call(
             _loss, list(tensors[:stages]), list(tensors[stages:]), *options, any(needs), expected if made else None, made
         )
-        # a teacher made under inference_mode cannot be saved: a chain is only if some of it needs a gradient
-        chains = [chain if any(need) else () for chain, need in ((tensors[:stages], needs[:stages]), (tensors[stages:], needs[stages:]))]
-        ctx.save_for_backward(*gram_grads, *chains[0], *chains[1])
-        ctx.stages, ctx.options, ctx.has_student = stages, options, bool(chains[0])
+        wide = wide_stages(gram_grads)
+        saved: list[Tensor | None] = [None] * len(tensors)
+        ctx.frozen = {}
+        for first in (0, stages):
+            for i in range(stages) if any(needs[first : first + stages]) else wide:
+                # what was made under inference_mode, a teacher, cannot be saved, nor changed in place
+                if tensors[first + i].is_inference():
+                    ctx.frozen[first + i] = tensors[first + i]
+                else:
+                    saved[first + i] = tensors[first + i]
+        ctx.save_for_backward(*gram_grads, *saved)
+        ctx.stages, ctx.options = stages, options
         ctx.expected, ctx.made, ctx.prepared = expected, made, gradients
         return loss
 
@@ -131,14 +145,15 @@ def _chain_gradients(ctx: Any, grad: Tensor, needs: Sequence[bool], made: dict[i
     """The gradients of student and teacher features, None where ``needs`` says so; ``made`` holds those of student stages that exist."""
     stages, (pool_mode, *_, precision) = ctx.stages, ctx.options
     gram_grads, features = list(ctx.saved_tensors[: stages - 1]), list(ctx.saved_tensors[stages - 1 :])
-    made = made or {}
+    for i, x in ctx.frozen.items():
+        features[i] = x
+    wide, made = wide_stages(gram_grads), made or {}
     out: list[Tensor | None] = [made.get(i) if needs[i] else None for i in range(stages)] + [None] * stages
     for first in (0, stages):
         wanted = [i for i in range(stages) if needs[first + i] and out[first + i] is None]
         if wanted:
-            is_teacher = first > 0
-            chain = features[stages:] if is_teacher and ctx.has_student else features[:stages]
-            computed = ctx.call(_loss_backward, grad, chain, gram_grads, pool_mode, precision, wanted, is_teacher)
+            chain, others = features[first : first + stages], [features[stages - first + i] for i in wide]
+            computed = ctx.call(_loss_backward, grad, chain, gram_grads, pool_mode, precision, wanted, first > 0, others)
             for i, dx in zip(wanted, computed, strict=True):
                 out[first + i] = dx
     return out
@@ -147,7 +162,7 @@ def _chain_gradients(ctx: Any, grad: Tensor, needs: Sequence[bool], made: dict[i
 def _traced_loss_context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor], list[Tensor]]) -> None:
     student, teacher, *options, with_grad, _, _ = inputs
     ctx.save_for_backward(*output[1], *student, *teacher)
-    ctx.stages, ctx.options, ctx.has_student, ctx.with_grad, ctx.call = len(student), options, True, with_grad, call
+    ctx.stages, ctx.options, ctx.frozen, ctx.with_grad, ctx.call = len(student), options, {}, with_grad, call
 
 
 def _traced_loss_backward(ctx: Any, grad: Tensor, *rest: Any) -> tuple:
