@@ -168,6 +168,8 @@ def matrix(shape: tuple[int, ...], dtype: torch.dtype, precision: str) -> None:
 
 CIFAR = [(16, 32), (32, 16), (64, 8)]
 RESNET50 = [(256, 56), (512, 28), (1024, 14), (2048, 7)]
+# one pair by a matrix, one by products over channels, of several tiles (of 9x9 positions) and parts
+WIDE = [(96, 18), (520, 9), (768, 9)]
 CASES = {
     "cifar": lambda: loss(CIFAR, torch.float32, 128),
     "cifar channels_last bf16": lambda: loss(CIFAR, torch.bfloat16, 128, True),
@@ -193,6 +195,8 @@ CASES = {
     "fsp resnet50 channels_last bf16": lambda: fsp(RESNET50, torch.bfloat16, 8, None, True),
     "fsp columns": lambda: fsp([(70, 8), (9, 8), (130, 5)], torch.float16, 2, "ieee", distance="column_l2"),
     "fsp pooled": lambda: fsp(CIFAR, torch.float32, 4, "tf32", False, [(16, 9), (32, 9), (64, 4)], "max"),
+    "fsp wide tf32x3": lambda: fsp(WIDE, torch.float32, 8, "tf32x3"),
+    "fsp wide channels_last fp16": lambda: fsp(WIDE, torch.float16, 8, None, True),
     "fsp unaligned": fsp_unaligned,
     "matrix tf32": lambda: matrix((8, 128, 16, 16), torch.float32, "tf32"),
 }

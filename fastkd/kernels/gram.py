@@ -116,7 +116,9 @@ class _Loss:
                 scratch += units * (1 + parts * 3 * cut[0] * cut[0])
                 tickets += units
             else:
-                cut = tile(rows, more, max(positions), how, dear=dear, narrow=dear)
+                cut = tile(
+                    rows, more, max(positions), how, dear=dear, widest=32 if all(v.scalar for v in views[-4:]) else 64 if dear else 128
+                )
                 cuts.append((*cut, int(sizes[0] == sizes[1]), 0, False))
                 row_tiles, column_tiles = math.ceil(rows / cut[0]), math.ceil(more / cut[1])
                 units = samples * (column_tiles if columns else row_tiles * column_tiles)
@@ -128,7 +130,7 @@ class _Loss:
         self.scratch, self.tickets = scratch, tickets
         self.launch = Launch(
             fsp_loss_kernel, programs, tuple(v.numbers for v in views), tuple(pairs), samples, sum(p[4] for p in pairs),
-            tuple(v.config for v in views), tuple(cuts), count, columns, BLOCK, how, interpreting(), num_warps=warps(cuts),
+            tuple(v.config for v in views), tuple(cuts), count, columns, BLOCK, how, interpreting(), num_warps=warps(cuts, [c for c in cuts if c[3] == 2]),
         )  # fmt: skip
 
 

@@ -83,7 +83,10 @@ class _Gradients:
                 out_view = view(target, pooled_strides(x, target), torch.float32)
             positions = math.prod(own) // math.prod(grid)
             dear = any(v.dear for v in views[first_view:])
-            cut = tile(x.shape[1], positions, max(t.depth for t in terms), how, dear=dear, narrow=bool(coarse and fine) or out_view.scalar)
+            widest = 64 if (coarse and fine) or out_view.scalar else 128
+            if how in ("ieee", "tf32x3") and any(t.strides for t in terms):
+                widest = 32
+            cut = tile(x.shape[1], positions, max(t.depth for t in terms), how, dear=dear, widest=widest)
             cuts.append((*cut, first, len(coarse), len(fine)))
             blocks = math.ceil(positions / cut[1])
             tiles = math.ceil(x.shape[1] / cut[0]) * blocks

@@ -84,28 +84,28 @@ def mode(tensors: Sequence[Tensor], precision: str | None) -> str:
     return precision
 
 
-def tile(rows: int, columns: int, depth: int, how: str, *, dear: bool = False, narrow: bool = False) -> Size:
+def tile(rows: int, columns: int, depth: int, how: str, *, dear: bool = False, widest: int = 128) -> Size:
     """(row block, column block, depth) of a program's tile of the product of (rows, depth) and (depth, columns).
 
-    dear: addresses of what is multiplied take many registers; narrow: there are more of those, or two sums at a time. The bounds below are
-    where ptxas no longer spills.
+    dear: addresses of what is multiplied take many registers; widest: of the column block, where there are more of those, or two sums at a
+    time. The bounds below are where ptxas no longer spills.
     """
     if how == "ieee":  # without tensor cores a thread holds its rows and columns of both blocks
-        return min(max(power_of_two(rows), 16), 64), min(max(power_of_two(columns), 16), 64), 16
+        return min(max(power_of_two(rows), 16), 64), min(max(power_of_two(columns), 16), 64, widest), 16
     most = 128 if min(rows, columns) >= 128 and how != "tf32x3" else 64
     block, other = (min(max(power_of_two(n), 16), most) for n in (rows, columns))
     deepest = 16 if how == "tf32x3" or (dear and max(block, other) >= 64) else 32
-    return block, min(other, 64) if narrow else other, min(max(power_of_two(depth), 16), deepest)
+    return block, min(other, widest), min(max(power_of_two(depth), 16), deepest)
 
 
 def dual_tile(positions: int, how: str, *, dear: bool = False) -> Size:
     """The same of the products over channels, three at a time (`gram_dual.py`)."""
-    block = min(max(power_of_two(positions), 16), 32 if how == "ieee" else 64)
+    block = min(max(power_of_two(positions), 16), 32 if how in ("ieee", "tf32x3") else 64)
     return block, block, 16 if how in ("ieee", "tf32x3") or dear else 32
 
 
-def warps(tiles: Sequence[Size]) -> int:
-    return 8 if any(t[0] * t[1] > 64 * 64 for t in tiles) else 4
+def warps(tiles: Sequence[Size], dual: Sequence[Size] = ()) -> int:
+    return 8 if any(t[0] * t[1] > 64 * 64 for t in tiles) or any(t[0] == 64 for t in dual) else 4
 
 
 def checked(tensors: Sequence[Tensor], names: Sequence[str], pool_mode: str, precision: str | None) -> None:
