@@ -12,24 +12,13 @@ import warnings
 import pytest
 import torch
 from recorder import fused_only
-from support import KERNELS, dtypes, evaluate, law, make, missing, place, values
+from support import dtypes, evaluate, gpu, law, make, missing, values
 
 import fastkd
 from fastkd import backends, kernels
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.skipif(bool(missing("triton")), reason=missing("triton"))]
-TRITON = KERNELS[1:]  # with the marks of where it runs
 OPTIONS = (2.0, "mean", False, 1e-12, "clamp")
-
-
-@pytest.fixture(params=TRITON)
-def triton(request):
-    with fastkd.use_backend("triton"):
-        yield lambda x: place(x, "triton")
-
-
-def gpu(test):
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test))
 
 
 def chains(place, grad=True, dtype=torch.float32, layout="contiguous"):

@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from support import KERNELS, LAYOUTS, arrange, check_loss, dtypes, evaluate, fetched, law, make, missing, place, values
+from support import LAYOUTS, arrange, check_loss, dtypes, evaluate, fetched, law, make, missing, values
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastkd
@@ -28,12 +28,6 @@ CHAINS = {
     "in three dimensions": [(30, 2, 2, 3), (40, 2, 2, 1)],
 }
 WIDE = {"after a matrix": [1], "before a matrix": [0], "fused windows": [1]}  # else all of them
-
-
-@pytest.fixture(params=KERNELS[1:])
-def triton(request):
-    with fastkd.use_backend("triton"):
-        yield lambda x: place(x, "triton")
 
 
 def chain(of, dtype=torch.float32, layout="contiguous", n=2):
@@ -121,11 +115,7 @@ def test_a_nan_is_not_lost(triton):
     assert got.output.isnan() and all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(got.grads, want.grads))
 
 
-def test_results_are_the_same_bits_in_each_run_and_one_launch_each_way(triton, monkeypatch):
-    from fastkd.kernels.launch import Launch
-
-    launched, run = [], Launch.__call__
-    monkeypatch.setattr(Launch, "__call__", lambda self, *args: (launched.append(self.kernel.__name__), run(self, *args))[1])
+def test_results_are_the_same_bits_in_each_run_and_one_launch_each_way(triton, launched):
     s, t = ([triton(make((2, *shape))).requires_grad_(not i) for shape in ((6, 4, 2), (260, 4, 1), (20, 2, 1))] for i in (0, 1))
     first, again = ([loss, *torch.autograd.grad(loss, s)] for loss in (fastkd.fsp_loss(s, t), fastkd.fsp_loss(s, t)))
     assert all(map(torch.equal, first, again))

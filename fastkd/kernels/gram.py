@@ -130,7 +130,8 @@ class _Loss:
         self.scratch, self.tickets = scratch, tickets
         self.launch = Launch(
             fsp_loss_kernel, programs, tuple(v.numbers for v in views), tuple(pairs), samples, sum(p[4] for p in pairs),
-            tuple(v.config for v in views), tuple(cuts), count, columns, BLOCK, how, interpreting(), num_warps=warps(cuts, [c for c in cuts if c[3] == 2]),
+            tuple(v.config for v in views), tuple(cuts), count, columns, BLOCK, how, interpreting(),
+            num_warps=warps(cuts, [cut for cut in cuts if cut[3] == 2]),
         )  # fmt: skip
 
 

@@ -15,8 +15,7 @@ from fastkd.kernels.gram_kernels import fsp_gradient_kernel
 from fastkd.kernels.gram_pool import spread
 from fastkd.kernels.gram_view import ONES, Sources, checked, mode, tile, view, warps, window
 from fastkd.kernels.launch import Launch, Plans, key_of
-from fastkd.kernels.pool import _empty as empty
-from fastkd.kernels.pool import pooled_strides
+from fastkd.kernels.windows import empty_pooled, pooled_strides
 
 _plans = Plans()
 
@@ -122,7 +121,7 @@ class _Gradients:
         to = []
         for at, *size in self.outs:
             x = features[self.wanted[at]]
-            to.append(empty(x, (*x.shape[:2], *size), x.device) if size else out[at])
+            to.append(empty_pooled(x, (*x.shape[:2], *size), x.device) if size else out[at])
         upstream = () if grad is None else (grad,)
         self.launch((*upstream, *[x for x in xs if x is not None], *given), grad, given, xs, tuple(to))
         for at, items, places in self.spread:

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from fastkd.kernels.gram_dual import dual_program, dual_term
 from fastkd.kernels.gram_tile import across, along, extent, part, product, read, sample, zeros
-from fastkd.kernels.tile import last_of
+from fastkd.kernels.tile import added_up, last_of
 
 
 @triton.jit
@@ -163,12 +163,7 @@ def fsp_loss_kernel(
         if last_of(tickets, units):
             total = tl.full((), 0.0, tl.float64)
             for i in tl.static_range(PAIRS):
-                sums = tl.zeros((BLOCK,), tl.float64)
-                for first in range(0, pairs[i][4], BLOCK):
-                    unit = first + tl.arange(0, BLOCK)
-                    at = scratch + pairs[i][3] + unit
-                    sums += tl.load(at, mask=unit < pairs[i][4], other=0, cache_modifier=".cg").to(tl.float64)
-                total += tl.sum(sums, 0) * tl.cast(factors[i], tl.float64)
+                total += added_up(scratch + pairs[i][3], pairs[i][4], BLOCK) * tl.cast(factors[i], tl.float64)
             tl.store(loss, total.to(tl.float32))
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fastkd.kernels.launch import power_of_two, served, walk
-from fastkd.kernels.pool import pool, pooled_strides
+from fastkd.kernels.pool import pool
+from fastkd.kernels.windows import pooled_strides
 
 ONES = (1, 1, 1)
 LARGEST_WINDOW = 4
