@@ -196,7 +196,6 @@ CASES = {
     "fsp columns": lambda: fsp([(70, 8), (9, 8), (130, 5)], torch.float16, 2, "ieee", distance="column_l2"),
     "fsp pooled": lambda: fsp(CIFAR, torch.float32, 4, "tf32", False, [(16, 9), (32, 9), (64, 4)], "max"),
     "fsp wide tf32x3": lambda: fsp(WIDE, torch.float32, 8, "tf32x3"),
-    "fsp wide channels_last fp16": lambda: fsp(WIDE, torch.float16, 8, None, True),
     "fsp unaligned": fsp_unaligned,
     "matrix tf32": lambda: matrix((8, 128, 16, 16), torch.float32, "tf32"),
 }

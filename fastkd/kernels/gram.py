@@ -110,10 +110,11 @@ class _Loss:
                 channels = max(power_of_two(6 * positions[0]), 256)
                 a_parts, parts = math.ceil(rows / channels), math.ceil(rows / channels) + math.ceil(more / channels)
                 units = samples * of * of
+                sums = math.ceil((scratch + units) / 32)  # at a multiple of 128 bytes
                 cuts.append((*cut, 2, channels, of == 1))
-                pairs.append((programs, of * of * parts, of, scratch, units, scratch + units, tickets, positions[0], a_parts))
+                pairs.append((programs, of * of * parts, of, scratch, units, sums, tickets, positions[0], a_parts))
                 programs += units * parts
-                scratch += units * (1 + parts * 3 * cut[0] * cut[0])
+                scratch = 32 * sums + units * parts * 3 * cut[0] * cut[0]
                 tickets += units
             else:
                 cut = tile(

@@ -95,8 +95,8 @@ def dual_program(
     """A tile's sums over a part of the channels of A or of B. The last of a tile's programs adds them, keeps them and writes the tile's
     share of the loss; whether this was the last.
 
-    of: (first program, programs of a sample, tiles a side, where shares are, their number, where sums and tickets are, positions, parts
-    of A). C[J]: (tile, tile, depth, 2, channels of a part, whether there is one tile).
+    of: (first program, programs of a sample, tiles a side, where shares are, their number, where sums (by 32) and tickets are, positions,
+    parts of A). C[J]: (tile, tile, depth, 2, channels of a part, whether there is one tile).
     """
     TILE: tl.constexpr = C[J][0]
     SIZE: tl.constexpr = TILE * TILE
@@ -110,7 +110,7 @@ def dual_program(
     place = lane[:, None] * TILE + lane[None, :]
     k = tile // of[2] * TILE + lane
     other = tile % of[2] * TILE + lane
-    at = scratch + of[5] + (n * tiles + tile) * parts * (3 * SIZE)
+    at = scratch + of[5] * 32 + (n * tiles + tile) * parts * (3 * SIZE)
     if i < of[8]:
         sum00, sum01, sum11 = channel_sums(
             operands[4 * J], operands[4 * J + 2], views[4 * J], views[4 * J + 2], n, k, other, i * CHANNELS, (i + 1) * CHANNELS, V,
