@@ -22,6 +22,7 @@ FASTKD_INLINE int64_t max_of(int64_t a, int64_t b) { return a < b ? b : a; }
 
 #if defined(FASTKD_AMX) && FASTKD_VECTOR_BYTES == 64
 #include "gram_amx.inl"
+#include "gram_amx_backward.inl"
 #else  // no plan asks for these
 struct TileForward {};
 struct TileBackward {};
