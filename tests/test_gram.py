@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 
 import pytest
@@ -247,6 +248,19 @@ def test_wide_bfloat16_matches_the_law(amx, shapes, layouts):
     with fastkd.use_backend("cpp"):
         same = evaluate(lambda *x: fastkd.fsp_loss(x[0::2], x[1::2]), list(itertools.chain(*pairs)))
     assert same.output == 0 and all((g == 0).all() for g in same.grads)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_an_infinite_gradient_of_wide_bfloat16_stays_infinite(amx, layout):
+    """Split in two parts, it must not leave a NaN."""
+    a, b = (make((1, 32, 6, 6), torch.bfloat16, layout, "positive") for _ in range(2))
+    upstream = torch.ones(1, 32, 32)
+    upstream[0, 3, 5] = math.inf
+    with fastkd.use_backend("cpp"):
+        grads = evaluate(fastkd.fsp_matrix, [a, b], upstream=upstream).grads
+    for grad, channel in zip(grads, (3, 5)):
+        assert (grad[:, channel] == math.inf).all()
+        assert grad.isfinite().sum() == grad.numel() - grad[:, channel].numel()
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -1,5 +1,6 @@
 // Gradients of bfloat16 maps by AMX. dloss / dG, and an averaged map, are taken as the sum of two bfloat16 numbers, 2^-16 off at most; the
-// product of the two low parts is left out. The gradient is rounded to bfloat16 afterwards. Needs gram_amx.inl.
+// product of the two low parts is left out. The gradient is rounded to bfloat16 afterwards. An infinite dloss / dG makes NaN of an averaged
+// map, whose low part may be 0, where it would stay infinite else. Needs gram_amx.inl.
 
 // x and y as pairs of bfloat16 numbers, x first, and as pairs of what these leave: cut off above, rounded below. Infinity leaves nothing.
 FASTKD_INLINE void split_pairs(VecF x, VecF y, BitsF& high, BitsF& low) {
