@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkd import backends, checks, reference
-from fastkd.kernels.gram_kept import kept_shape, wide_stages
+from fastkd.kernels.gram_kept import kept_shape, matrix_shape, wide_stages
 from fastkd.ops.registry import accumulator, autograd, call, call_unrecorded, caller, define, differentiable_once, one_device, recorded
 from fastkd.ops.upstream import Upstream, take_prepared
 
@@ -29,12 +29,9 @@ def _loss_fake(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     one_device(student + teacher)
     dtype, first = accumulator(student + teacher), student[0]
-    shapes = []
-    for i in range(len(student) - 1) if with_grad else ():
-        a, b = student[i : i + 2]
-        in_triton = first.device.type == "cuda"
-        shapes.append(kept_shape((a, b), teacher[i : i + 2], distance) if in_triton else (a.shape[0], a.shape[1], b.shape[1]))
-    gram_grads = [first.new_empty(shape, dtype=dtype) for shape in shapes]
+    shape = kept_shape if first.device.type == "cuda" else matrix_shape
+    pairs = range(len(student) - 1) if with_grad else ()
+    gram_grads = [first.new_empty(shape(student[i : i + 2], teacher[i : i + 2], distance), dtype=dtype) for i in pairs]
     return first.new_empty((), dtype=dtype), gram_grads, [torch.empty_like(student[i]) for i in stages]
 
 
