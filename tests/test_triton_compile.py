@@ -115,6 +115,7 @@ def test_launches_are_few_and_skip_the_binder_from_the_second_call_on(cases):
                 "fsp columns",
                 "fsp pooled",
                 "fsp unaligned",
+                "fsp without gradients",
             ), name
         elif name not in ("pooled", "unaligned"):
             assert case["launches"] == ["loss_kernel", "gradient_kernel"], name
@@ -127,6 +128,19 @@ def test_an_unaligned_tensor_gets_a_kernel_of_its_own(cases):
         if case in cases:
             aligned, other = cases[case]["kernels"]
             assert aligned["accesses"]["ld 128"] > other["accesses"].get("ld 128", 0)
+
+
+@pytest.mark.slow
+def test_a_loss_with_gradients_is_a_kernel_of_its_own(cases):
+    """The second call skips Triton's binder, which would have seen that there is more to write."""
+    for name in {"fsp without gradients"} & cases.keys():
+        for kernel in ("fsp_loss_kernel", "loss_kernel"):
+            without, with_them = [
+                sum(count for way, count in k["accesses"].items() if way.startswith("st"))
+                for k in cases[name]["kernels"]
+                if k["name"] == kernel
+            ]
+            assert without < with_them
 
 
 @pytest.mark.slow

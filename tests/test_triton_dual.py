@@ -20,14 +20,15 @@ CHAINS = {
     "pair": PAIR,
     "after a matrix": [(6, 5, 4), *PAIR],  # no window divides 5 by 3
     "before a matrix": [*PAIR, (3, 3, 3)],
-    "fused windows": [(3, 6, 6), (24, 6, 2), (80, 3, 2)],  # a middle stage with a term on each grid
+    "fused windows": [(3, 6, 6), (24, 6, 2), (80, 3, 2)],  # a middle stage with a term on each grid, this kind on the coarser
+    "fine grid": [(24, 2, 4), (40, 2, 4), (6, 1, 4)],  # or on the finer
     "two": [(40, 2, 3), (30, 2, 3), (24, 2, 2)],
     "one position": [(3, 1, 1), (5, 1, 1)],
     "several tiles": [(86, 7, 5), (88, 7, 5)],
     "several parts": [(300, 2), (17, 2), (260, 2)],
     "in three dimensions": [(30, 2, 2, 3), (40, 2, 2, 1)],
 }
-WIDE = {"after a matrix": [1], "before a matrix": [0], "fused windows": [1]}  # else all of them
+WIDE = {"after a matrix": [1], "before a matrix": [0], "fine grid": [0], "fused windows": [1]}  # else all of them
 
 
 def chain(of, dtype=torch.float32, layout="contiguous", n=2):

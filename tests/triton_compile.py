@@ -160,6 +160,14 @@ def fsp_unaligned() -> None:
         kernels.launcher("fsp_loss")([a, x], [a, x], "avg", "squared", "sum", None, 1.0, "tf32", False)
 
 
+def without_gradients() -> None:
+    """Of the same tensors, first a loss alone, and then one whose gradients are wanted: what a kernel writes is part of it."""
+    x = [torch.empty(4, 16, 8, 8), torch.empty(4, 16, 8, 8)]
+    for student_grad in (False, True):
+        kernels.launcher("fsp_loss")(x, x, "avg", "squared", "sum", None, 1.0, "tf32", student_grad)
+        kernels.launcher("attention_transfer_loss")(x, x, *(AT | {"student_grad": student_grad}).values())
+
+
 def matrix(shape: tuple[int, ...], dtype: torch.dtype, precision: str) -> None:
     a = feature(shape, dtype)
     g = kernels.launcher("fsp_matrix")(a, a, "avg", precision)
@@ -197,6 +205,7 @@ CASES = {
     "fsp pooled": lambda: fsp(CIFAR, torch.float32, 4, "tf32", False, [(16, 9), (32, 9), (64, 4)], "max"),
     "fsp wide tf32x3": lambda: fsp(WIDE, torch.float32, 8, "tf32x3"),
     "fsp unaligned": fsp_unaligned,
+    "fsp without gradients": without_gradients,
     "matrix tf32": lambda: matrix((8, 128, 16, 16), torch.float32, "tf32"),
 }
 

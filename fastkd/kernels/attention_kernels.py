@@ -26,7 +26,7 @@ def _write_coefficients(out, n, s, positions, mask, d, y, dot, has_along, along,
     tl.store(out + n * positions + s, k.to(tl.float32), mask=mask)
 
 
-# counts and places are not specialized: a new batch size need not be a new kernel
+# counts and places are not specialized, where Triton heeds that (not within tuples): a new batch size need not be a new kernel
 @triton.jit(do_not_specialize=["stages", "samples", "distances_at"])
 def loss_kernel(
     students, teachers, s_out, t_out, loss, scratch, tickets, factors,

@@ -24,8 +24,8 @@ and then multiplied:
 Common pooling windows are fused (`gram_view.py`). For others each pooled tensor takes one more launch forward and one backward, and each
 such gradient one more.
 
-Not done: at 7x7 the matrix of 1024 by 2048 channels is larger than the features, and is written and read all the same. Of K positions
-the distance and the gradients need K x K products alone, but then the backward pass needs both chains, or its terms made beforehand.
+Where a matrix would be larger than the features, as at 7x7 that of 1024 by 2048 channels, neither pass makes it (`gram_dual.py`, which says
+how; `gram_kept.py`, which says where): a program sums products over a part of the channels, and the last of a sample adds the parts.
 """
 
 from __future__ import annotations
@@ -147,13 +147,13 @@ def fsp_loss(
     if stages and (upstream is None or not with_grad):
         raise ValueError("stages wants with_grad and the upstream gradient")
     how = mode(tensors, precision)
-    key = ("loss", key_of(tensors), len(student), pool_mode, distance, pair_reduce, precision, how)
+    key = ("loss", key_of(tensors), len(student), pool_mode, distance, pair_reduce, precision, how, with_grad)
     plan = _plans.get(key)
     if plan is None:
         checked(tensors, [f"{side}[{i}]" for side in ("student", "teacher") for i in range(len(student))], pool_mode, precision)
         if distance not in ("squared", "frobenius", "column_l2") or pair_reduce not in ("sum", "mean"):
             raise ValueError(f"distance or pair_reduce is unknown: {distance!r}, {pair_reduce!r}")
-        plan = _Loss(student, teacher, pool_mode, distance, how)
+        plan = _plans[key] = _Loss(student, teacher, pool_mode, distance, how)
     first, count = tensors[0], len(student) - 1
     for x in tensors:
         if x.device != first.device:
@@ -165,7 +165,6 @@ def fsp_loss(
         raise ValueError(f"weights must hold one number a pair, got {len(weights)}")
     else:
         factors = tuple([share * w / terms for w, terms in zip(weights, plan.terms)])
-    _plans[key] = plan
 
     given = [x for x, _ in plan.sources.made(tensors)] if plan.sources.pools else tensors
     operands = tuple([given[i] for i in plan.operands])

@@ -26,9 +26,14 @@ def common_size(a: Tensor, b: Tensor) -> tuple[Any, ...]:
     return tuple([i if i <= j else j for i, j in zip(a.shape[2:], b.shape[2:])])
 
 
+def matrix_shape(student: Sequence[Tensor], *rest: Any) -> tuple[Any, ...]:
+    a, b = student
+    return a.shape[0], a.shape[1], b.shape[1]
+
+
 def kept_shape(student: Sequence[Tensor], teacher: Sequence[Tensor], distance: str) -> tuple[Any, ...]:
     """Of a pair, two features of each chain."""
-    (samples, rows), columns = student[0].shape[:2], student[1].shape[1]
+    samples, rows, columns = matrix_shape(student)
     size = common_size(*student)
     if distance != "column_l2" and size == common_size(*teacher):
         positions = math.prod(size)

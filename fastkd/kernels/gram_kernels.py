@@ -53,7 +53,7 @@ def _products(
     return total
 
 
-# counts and places are not specialized: a new batch size need not be a new kernel
+# counts and places are not specialized, where Triton heeds that (not within tuples): a new batch size need not be a new kernel
 @triton.jit(do_not_specialize=["tiles", "columns", "positions"])
 def fsp_matrix_kernel(
     a, b, out, a_view, b_view, tiles, columns, positions, V: tl.constexpr, C: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr
