@@ -163,7 +163,7 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& stud
 
   Tensors gradients;
   if (upstream && student_grad && !args.student_is_map) {
-    Gradients run(device, accumulated, 2 * student_bytes);
+    Gradients run(device, accumulated, student_bytes);
     run.upstream(*upstream);
     for (size_t i = 0; i < count; ++i) {
       gradients.push_back(empty_like(student[i], views[i]));
@@ -211,7 +211,7 @@ Tensors attention_transfer_loss_backward(const Tensor& grad, const Tensors& feat
     check_same(item.k, item.x, "coefficients and features");
     STD_TORCH_CHECK(item.k.layout == Layout::kPlanes && (item.k.batch == 1 || item.k.stride_n == item.k.positions),
                     "coefficients must be contiguous");
-    bytes += 2 * bytes_of(item.x);
+    bytes += bytes_of(item.x);
   }
   const OnDevice device(upstream);
   Gradients run(device, accumulated, bytes);

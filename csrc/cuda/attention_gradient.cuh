@@ -33,52 +33,63 @@ FASTKD_DEVICE Pack gradient_of(Pack x, const Pack& grad, bool has_x, bool has_gr
   return out;
 }
 
-// kUnroll rows of one thread, `step` apart. coefficient(u, i): of number i in row u of them.
-template <bool kTap, typename T, typename A, int W, typename F>
-FASTKD_DEVICE void stream_rows(const Walk& w, const Place& x, const Place& dx, const Tap* tap, int64_t n, int32_t row, int32_t step,
-                               int32_t end, int32_t column, const F& coefficient) {
+// A thread's next packs. coefficient(u, i): of number i in pack u.
+template <bool kTap, int U, typename T, typename A, int W, typename F>
+FASTKD_DEVICE void stream_packs(const Walk& w, const Place& x, const Place& dx, const Tap* tap, const Part& part, const Step& step,
+                                int64_t n, int32_t row, int32_t column, const F& coefficient) {
   const bool has_x = x.data != nullptr, has_grad = kTap && tap->grad.data != nullptr, relu = kTap && tap->relu;
-  Pack v[kUnroll] = {}, grad[kUnroll] = {};
-  FASTKD_UNROLL
-  for (int u = 0; u < kUnroll; ++u) {
-    if (has_x && row + u * step < end) v[u] = load_some<T, W>(row_of<const T>(w, x, n, row + u * step, column));
-    if constexpr (kTap) {
-      if (has_grad && row + u * step < end) grad[u] = load_some<T, W>(row_of<const T>(w, tap->grad, n, row + u * step, column));
-    }
+  Pack v[U] = {}, grad[U] = {};
+  if (has_x) load_packs<T, W>(w, x, part, step, n, row, column, v);
+  if constexpr (kTap) {
+    if (has_grad) load_packs<T, W>(w, tap->grad, part, step, n, row, column, grad);
   }
+  T* out = row_of<T, W>(w, dx, n, row, column);
+  const int64_t distance = distance_of(w, dx, step);
   FASTKD_UNROLL
-  for (int u = 0; u < kUnroll; ++u) {
-    if (row + u * step < end) {
-      store_some<T, W>(row_of<T>(w, dx, n, row + u * step, column),
+  for (int u = 0; u < U; ++u) {
+    if (is_within(part, step, row, column, u)) {
+      store_some<T, W>(out + u * distance,
                        gradient_of<kTap, T, A, W>(v[u], grad[u], has_x, has_grad, relu, [&](int i) { return coefficient(u, i); }));
     }
   }
 }
 
 // k: coefficients_of() numbers of shared memory, complete.
-template <bool kTap, typename A>
+template <bool kTap, bool kMixed, typename A>
 FASTKD_DEVICE void stream(const Walk& w, const Place& x, const Place& dx, const Tap* tap, int64_t n, const Part& part, const A* k) {
-  with_format<A>(w, [&](auto format) {
+  with_format<kMixed, A>(w, [&](auto format) {
     using T = typename decltype(format)::Number;
-    constexpr int W = decltype(format)::kWidth;
-    const int across = w.across, step = kThreads / across;
-    const int p = static_cast<int>(threadIdx.x) % across, group = static_cast<int>(threadIdx.x) / across;
+    constexpr int W = decltype(format)::kWidth, U = kTap ? kUnrollTwo : kUnroll;
     if (w.by_rows) {
-      for (int32_t row = part.first_row + group; row < part.end_row; row += kUnroll * step) {
-        A mine[kUnroll];
+      const int lane = static_cast<int>(threadIdx.x) % w.across;
+      const Step step = step_of(w), stride = stride_of(w, U);
+      FASTKD_ROLLED
+      for (int32_t row = part.first_row + static_cast<int>(threadIdx.x) / w.across; row < part.end_row; row += stride.rows) {
+        A mine[U];
         FASTKD_UNROLL
-        for (int u = 0; u < kUnroll; ++u) mine[u] = row + u * step < part.end_row ? k[row + u * step - part.first_row] : A(0);
-        for (int32_t c = p * W; c < w.columns; c += across * W) {
-          stream_rows<kTap, T, A, W>(w, x, dx, tap, n, row, step, part.end_row, c, [&](int u, int) { return mine[u]; });
+        for (int u = 0; u < U; ++u) {
+          const int32_t at = row + u * step.rows;
+          mine[u] = at < part.end_row ? k[at - part.first_row] : A(0);
+        }
+        FASTKD_ROLLED
+        for (int32_t column = lane * W; column < w.columns; column += stride.columns) {
+          stream_packs<kTap, U, T, A, W>(w, x, dx, tap, part, step, n, row, column, [&](int u, int) { return mine[u]; });
         }
       }
-    } else if (group < step && p * W < part.columns) {
+      return;
+    }
+    const int across = w.across, groups = w.groups;
+    const Step step = {groups, 0};
+    FASTKD_ROLLED
+    for (int place = static_cast<int>(threadIdx.x); place < groups * across; place += kThreads) {  // once, where packs are read
+      const int group = place / across, p = place - group * across;
+      if (p * W >= part.columns) continue;
       A mine[W];
       FASTKD_UNROLL
       for (int i = 0; i < W; ++i) mine[i] = k[p * W + i];
-      for (int32_t row = part.first_row + group; row < part.end_row; row += kUnroll * step) {
-        stream_rows<kTap, T, A, W>(w, x, dx, tap, n, row, step, part.end_row, part.first_column + p * W,
-                                   [&](int, int i) { return mine[i]; });
+      FASTKD_ROLLED
+      for (int32_t row = part.first_row + group; row < part.end_row; row += U * groups) {
+        stream_packs<kTap, U, T, A, W>(w, x, dx, tap, part, step, n, row, part.first_column + p * W, [&](int, int i) { return mine[i]; });
       }
     }
   });
@@ -105,7 +116,7 @@ struct GradientArgs {
 static_assert(sizeof(GradientArgs) <= 4096, "more than what a launch takes everywhere");
 
 template <typename A>
-FASTKD_KERNEL(kThreads)
+FASTKD_KERNEL_OF(kThreads, kBlocks<A>)
 gradient_kernel(const GradientArgs args) {
   int32_t i = 0;
   while (i + 1 < args.count && static_cast<int32_t>(blockIdx.x) >= args.items[i + 1].first) ++i;
@@ -121,7 +132,7 @@ gradient_kernel(const GradientArgs args) {
     k[j] = from[position_of(w, first_coefficient(w, part) + j)] * upstream;
   }
   sync_block();
-  stream<false>(w, item.x, item.dx, nullptr, n, part, k);
+  stream<false, true>(w, item.x, item.dx, nullptr, n, part, k);
 }
 
 }  // namespace fastkd

@@ -104,7 +104,7 @@ FASTKD_DEVICE double compare(const LossArgs& args, const LossStage& stage, int64
 }
 
 template <typename A>
-FASTKD_KERNEL(kThreads)
+FASTKD_KERNEL_OF(kThreads, kBlocks<A>)
 loss_kernel(const LossArgs args) {
   int32_t i = 0;
   while (i + 1 < args.count && static_cast<int32_t>(blockIdx.x) >= args.stages[i + 1].first) ++i;
@@ -117,7 +117,7 @@ loss_kernel(const LossArgs args) {
   if (!(is_student ? args.student_is_map : args.teacher_is_map)) {
     const LossSide& side = is_student ? stage.student : stage.teacher;
     A* out = static_cast<A*>(args.sums) + side.sums_at + static_cast<int64_t>(sample) * parts_of(side.walk) * stage.positions;
-    energies<false>(side.walk, side.x, nullptr, sample, local % units - (is_student ? 0 : s_units), shared_numbers<A>(), out);
+    energies<false, true>(side.walk, side.x, nullptr, sample, local % units - (is_student ? 0 : s_units), shared_numbers<A>(), out);
   }
   const int64_t at = static_cast<int64_t>(i) * args.samples + sample;
   if (!is_last(args.tickets + 1 + at, static_cast<unsigned>(units))) return;

@@ -55,7 +55,7 @@ MapPlace place_of_map(const Tensor& map, const TensorView& first, const Feature&
   check_accumulation(view, accumulation(x.dtype, x.dtype), name);
   const Feature feature = map_of(view, name);
   check_same(feature, x, both);
-  return {feature.data, feature.stride_n, {feature.stride[0], feature.stride[1], feature.stride[2]}};
+  return {feature.data, feature.stride_n, {feature.stride[0], feature.stride[1], feature.stride[2]}, feature.layout == Layout::kPlanes};
 }
 
 // x's gradient: that of its map, and of what is tapped.
@@ -87,7 +87,7 @@ Tensor gradient(const char* name, const std::optional<Tensor>& grad, const Tenso
     check_like(grad_view, view, "grad");
     other = feature_of(grad_view, "grad");
   }
-  args.walk = walk_of(tensors, grad ? 3 : 2, unit_goal((grad ? 3 : 2) * bytes_of(feature)));
+  args.walk = walk_of(tensors, grad ? 3 : 2, unit_goal(bytes_of(feature)));
   args.x = place_of(feature, args.walk);
   args.dx = place_of(dx, args.walk);
   args.tap.grad = place_of(other, args.walk);  // null, if there is none

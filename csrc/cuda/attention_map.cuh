@@ -21,13 +21,13 @@ struct MapArgs {
 };
 
 template <bool kRelu, typename A>
-FASTKD_KERNEL(kThreads)
+FASTKD_KERNEL_OF(kThreads, kBlocks<A>)
 map_kernel(const MapArgs args) {
   const Walk& w = args.walk;
   const int64_t n = static_cast<int32_t>(blockIdx.x) / w.units;
   const int32_t positions = positions_of(w), parts = parts_of(w);
   A* sums = static_cast<A*>(args.sums) + n * parts * positions;
-  energies<kRelu>(w, args.x, &args.relu, n, static_cast<int32_t>(blockIdx.x) % w.units, shared_numbers<A>(), sums);
+  energies<kRelu, false>(w, args.x, &args.relu, n, static_cast<int32_t>(blockIdx.x) % w.units, shared_numbers<A>(), sums);
   if (!is_last(args.tickets + n, static_cast<unsigned>(w.units))) return;
 
   // each thread has the same positions in both passes
@@ -48,11 +48,12 @@ map_kernel(const MapArgs args) {
   for (int32_t s = threadIdx.x; s < positions; s += kThreads) static_cast<A*>(args.map)[n * positions + s] = normalized(q[s], norm);
 }
 
-// Any strides: gradients and maps are small beside features.
+// A map (N, *S) of any strides.
 struct MapPlace {
   const void* data;
   int64_t stride_n;
   int64_t stride[3];
+  int32_t is_run;  // its positions follow each other, which saves two divisions a number
 };
 
 struct MapGradientArgs {
@@ -68,11 +69,11 @@ struct MapGradientArgs {
 
 template <typename A>
 FASTKD_DEVICE double number_of(const Walk& w, const MapPlace& map, int64_t n, int32_t s) {
-  return static_cast<const A*>(map.data)[n * map.stride_n + spatial_offset(w.size, map.stride, s)];
+  return static_cast<const A*>(map.data)[n * map.stride_n + (map.is_run ? s : spatial_offset(w.size, map.stride, s))];
 }
 
 template <bool kTap, typename A>
-FASTKD_KERNEL(kThreads)
+FASTKD_KERNEL_OF(kThreads, kBlocks<A>)
 map_gradient_kernel(const MapGradientArgs args) {
   const Walk& w = args.walk;
   const int64_t n = static_cast<int32_t>(blockIdx.x) / w.units;
@@ -88,13 +89,14 @@ map_gradient_kernel(const MapGradientArgs args) {
     block_sums(dot, 0);
   }
   A* k = shared_numbers<A>();
+  FASTKD_ROLLED
   for (int32_t j = threadIdx.x; j < coefficients_of(w, part); j += kThreads) {
     const int32_t s = position_of(w, first_coefficient(w, part) + j);
     const double y = norm.has_along ? number_of<A>(w, args.map, n, s) : 0;
     k[j] = static_cast<A>(along_gradient(number_of<A>(w, args.grad, n, s), y, dot[0], norm, 2 / share));
   }
   sync_block();
-  stream<kTap>(w, args.x, args.dx, &args.tap, n, part, k);
+  stream<kTap, false>(w, args.x, args.dx, &args.tap, n, part, k);
 }
 
 }  // namespace fastkd

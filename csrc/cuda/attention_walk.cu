@@ -8,7 +8,7 @@ namespace {
 // By calculation, for an H200: 132 multiprocessors take four such blocks each at once, so eight for each make two waves, of which the
 // second hides the end of the first. A block should read at least 16 KiB, all that its threads have on their way at once, and at most 128
 // KiB, so that many waves leave a short tail.
-constexpr int64_t kBlocks = 132 * 8;
+constexpr int64_t kGoalBlocks = 132 * 8;
 constexpr int64_t kLeast = 16 << 10, kMost = 128 << 10;
 
 int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -24,7 +24,7 @@ void cut_by_rows(Walk& w, int64_t row_bytes, int64_t goal) {
   w.by_rows = 1;
   w.across = 1;
   while (w.across < kWarp && w.across * w.width < w.columns) w.across = static_cast<int16_t>(2 * w.across);
-  const int64_t pass = kUnroll * (kThreads / w.across);
+  const int64_t pass = stride_of(w, kUnroll).rows;
   int64_t rows = quotient_up(goal / row_bytes, pass) * pass;
   rows = rows < pass ? pass : rows < kTile ? rows : kTile;
   const int64_t chunks = quotient_up(w.rows, rows);
@@ -50,6 +50,7 @@ void cut_by_columns(Walk& w, int64_t pack_bytes, int64_t goal) {
   const int64_t chunks = quotient_up(w.rows, rows);
   w.by_rows = 0;
   w.across = static_cast<int16_t>(across);
+  w.groups = static_cast<int16_t>(kThreads / across);
   w.chunk = static_cast<int32_t>(quotient_up(w.rows, chunks));
   w.tiles = static_cast<int32_t>(tiles);
   w.units = static_cast<int32_t>(tiles * chunks);
@@ -68,7 +69,7 @@ int64_t size_of(DType dtype) { return dtype == DType::kDouble ? 8 : dtype == DTy
 int64_t bytes_of(const Feature& x) { return x.batch * x.channels * x.positions * size_of(x.dtype); }
 
 int64_t unit_goal(int64_t bytes) {
-  const int64_t goal = bytes / kBlocks;
+  const int64_t goal = bytes / kGoalBlocks;
   return goal < kLeast ? kLeast : goal < kMost ? goal : kMost;
 }
 
@@ -76,7 +77,7 @@ Walk walk_of(const Feature* const* tensors, int count, int64_t goal) {
   const Feature& x = *tensors[0];
   const int64_t size = size_of(x.dtype), pack = 16 / size;
   const int64_t fold = pack / common_divisor(x.positions, pack);
-  bool last = true, last_packed = x.channels % pack == 0, packed = x.channels % fold == 0;
+  bool last = true, last_packed = x.channels % pack == 0, packed = true;
   for (int i = 0; i < count; ++i) {
     const Feature& t = *tensors[i];
     last = last && t.layout == Layout::kChannelsLast;
@@ -90,16 +91,24 @@ Walk walk_of(const Feature* const* tensors, int count, int64_t goal) {
   w.dtype = x.dtype;
   w.size[0] = static_cast<int32_t>(x.size[1]);
   w.size[1] = static_cast<int32_t>(x.size[2]);
-  w.width = static_cast<int8_t>((last ? last_packed : packed) ? pack : 1);
-  w.fold = last || w.width == 1 ? 1 : static_cast<int32_t>(fold);
+  w.fold = 1;
   if (last) {
+    w.width = static_cast<int8_t>(last_packed ? pack : 1);
     w.rows = static_cast<int32_t>(x.positions);
     w.columns = static_cast<int32_t>(x.channels);
     cut_by_rows(w, x.channels * size, goal);
-  } else {
-    w.rows = static_cast<int32_t>(x.channels / w.fold);
-    w.columns = static_cast<int32_t>(x.positions * w.fold);
-    cut_by_columns(w, w.width * size, goal);
+    return w;
+  }
+  // the shape alone decides on the order of sums
+  const bool packs = x.channels % fold == 0;
+  if (packs) w.fold = static_cast<int32_t>(fold);
+  w.width = static_cast<int8_t>(packs ? pack : 1);
+  w.rows = static_cast<int32_t>(x.channels / w.fold);
+  w.columns = static_cast<int32_t>(x.positions * w.fold);
+  cut_by_columns(w, w.width * size, goal);
+  if (packs && !packed) {
+    w.across = static_cast<int16_t>(w.across * pack);
+    w.width = 1;
   }
   return w;
 }
@@ -111,7 +120,7 @@ Walk map_walk(const Feature& map) {
 }
 
 Place place_of(const Feature& x, const Walk& w) {
-  return {x.data, x.stride_n, w.by_rows ? x.stride_s : w.fold * x.stride_c, {x.stride[0], x.stride[1], x.stride[2]}};
+  return {x.data, x.stride_n, w.by_rows ? x.stride_s : x.stride_c, {x.stride[0], x.stride[1], x.stride[2]}};
 }
 
 }  // namespace fastkd
