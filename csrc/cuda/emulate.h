@@ -9,9 +9,11 @@
 #include <functional>
 
 #define FASTKD_KERNEL(threads) static void
+#define FASTKD_KERNEL_OF(threads, blocks) static void
 #define FASTKD_DEVICE static inline
 #define FASTKD_BOTH static inline
 #define FASTKD_UNROLL
+#define FASTKD_ROLLED
 #define __restrict__
 
 namespace fastkd {
