@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch import nn
 import fastkd
 from fastkd.methods import TWO_PHASES, Method, create_method, fsp_preset
 from fastkd.models import create_model
-from fastkd.training import records
+from fastkd.training import distributed, records
 from fastkd.training.batches import Batches, generator
 from fastkd.training.datasets import Dataset, choose_dataset, load_dataset
 from fastkd.training.errors import UserError
@@ -27,6 +29,9 @@ from fastkd.training.settings import PRECISIONS, Settings, recipe_of, resolve
 ALONE = ("epochs", "teacher_mode", "preset", "init_epochs", "init_lr", "init_milestones")
 """Fields that a teacher's own training has no use for, or whose value stands in its file's name already."""
 
+PAYS = 500_000
+"""Images of a process's run from which on compiling its step pays: on 2 cores it did after some 150,000, whatever the network's depth."""
+
 
 class Plan:
     """The settings resolved: recipe, method, device, data in memory. The constructor raises UserError for whatever cannot work."""
@@ -36,7 +41,7 @@ class Plan:
         name, self.why = choose_dataset(self.models.dataset, settings.data)
         self.recipe_name = recipe_of(settings, name)
         self.recipe: Recipe = get_recipe(self.recipe_name, settings.overrides)
-        self.device = find_device(settings.device)
+        self.device, self.processes = find_device(settings.device), distributed.share()[1]
         if settings.precision not in PRECISIONS:
             raise UserError(f"precision {settings.precision!r} is not known; known: {', '.join(PRECISIONS)}")
         try:
@@ -50,11 +55,22 @@ class Plan:
         make_folder(settings.output)
         records.read_rows(settings.output)
         self.data: Dataset = load_dataset(name, settings.data)
+        self.compiled, self.captured = self._how()
         smallest = min(
             [len(self.data.train_labels)] * self.recipe.drop_last + [len(self.data.test_labels)] * self.recipe.drop_last_test + [2**62]
         )
-        if self.recipe.batch_size > smallest:
-            raise UserError(f"--batch-size is {self.recipe.batch_size}, but {name} has parts of only {smallest} images")
+        if self.recipe.batch_size * self.processes > smallest:
+            each = f" for each of {self.processes} processes" if self.processes > 1 else ""
+            raise UserError(f"--batch-size is {self.recipe.batch_size}{each}, but {name} has parts of only {smallest} images")
+
+    def _how(self) -> tuple[bool, bool]:
+        """Whether steps are compiled, and replayed as a CUDA graph. Bits depend on it, so no clock decides. Raises UserError."""
+        settings, cuda = self.settings, self.device.type == "cuda"
+        images = self.recipe.epochs * len(self.data.train_labels) / self.processes
+        compiled = images >= PAYS and can_compile(self.device) if settings.compile is None else settings.compile
+        if settings.cuda_graph and (not cuda or self.processes > 1):
+            raise UserError("--cuda-graph is for one process on a GPU")
+        return compiled, cuda and self.processes == 1 if settings.cuda_graph is None else settings.cuda_graph
 
     def _check_fit(self, student: nn.Module, teacher: nn.Module) -> None:
         try:
@@ -88,7 +104,8 @@ class Plan:
         dtype = torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
         common: dict[str, Any] = {"mean": mean, "std": std, "device": self.device, "dtype": dtype}
         random: dict[str, Any] = {"seed": self.settings.seed, "stream": role, "flip": data.flip, "pad_mode": recipe.pad_mode}
-        train = Batches(data.train_images, data.train_labels, batch_size=recipe.batch_size, drop_last=recipe.drop_last, **random, **common)
+        random |= {"share": distributed.share(), "drop_last": recipe.drop_last}
+        train = Batches(data.train_images, data.train_labels, batch_size=recipe.batch_size, **random, **common)
         # an accuracy over all images does not depend on the batch; one over whole batches does
         size, images, labels = 500, data.test_images, data.test_labels
         if recipe.drop_last_test:  # a set may be sorted, and what is left out must not be of one class
@@ -103,6 +120,8 @@ class Plan:
     def teacher_path(self) -> Path:
         """Where the teacher of this data set, model, recipe, length and seed is kept, other fields of the recipe included if overridden."""
         changed = {key: value for key, value in self.settings.overrides.items() if key not in ALONE}
+        if self.processes > 1:
+            changed["processes"] = self.processes
         name = [self.data.name, self.models.teacher, self.recipe_name, f"{self.recipe.epochs}epochs", f"seed{self.settings.seed}"]
         extra = "-".join(f"{key}={value}" for key, value in sorted(changed.items()))
         if len(extra) > 100:  # a file's name ends at 255 bytes
@@ -124,6 +143,9 @@ class Plan:
             "precision": settings.precision,
             "device": self.device.type,
             "deterministic": settings.deterministic,
+            "compiled": self.compiled,
+            "cuda_graph": self.captured,
+            "processes": self.processes,
         }
         if role != "teacher" and self.method.needs_teacher:
             file = settings.teacher_checkpoint
@@ -151,6 +173,11 @@ class Plan:
         phases = [f"{recipe.epochs} epochs of {' + '.join(method.names)}" for _, recipe, method in self.phases(self.method)]
         if settings.method == "fsp" and fsp_preset(self.recipe.preset) != self.recipe.preset:
             phases.append(f"FSP is {fsp_preset(self.recipe.preset)}'s, since {self.recipe.preset} has none")
+        device = [device_name(self.device), settings.precision, f"seed {settings.seed}", *["deterministic"] * settings.deterministic]
+        device += [*["compiled"] * self.compiled, *["CUDA graph"] * self.captured]
+        if self.processes > 1:
+            batch = self.recipe.batch_size
+            device.append(f"{self.processes} processes of {batch} images a step each, {batch * self.processes} together")
         lines = [
             f"fastkd   {fastkd.__version__}, torch {torch.__version__}",
             f"method   {settings.method}: {'; '.join(phases)}",
@@ -160,7 +187,7 @@ class Plan:
             f"recipe   {self.recipe_name}: {', '.join(fields[:9])},",
             f"         {', '.join(fields[9:16])},",
             f"         {', '.join(fields[16:])}",
-            f"device   {device_name(self.device)}, {settings.precision}, seed {settings.seed}{', deterministic' * settings.deterministic}",
+            f"device   {', '.join(device)}",
             f"output   {settings.output}",
         ]
         return "\n".join(lines)
@@ -186,9 +213,18 @@ def find_device(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"device {name!r} is not known; wanted cpu or cuda") from None
+    if device.type == "cuda" and distributed.local_rank() is not None:
+        device = torch.device("cuda", distributed.local_rank() or 0)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: PyTorch sees no such GPU here")
     return device
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether what ``torch.compile`` needs is there: Triton for a GPU, and a C++ compiler."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return False
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def device_name(device: torch.device) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import hashlib
 import os
@@ -18,10 +17,11 @@ from torch import nn
 import fastkd
 from fastkd.methods import Method, create_method
 from fastkd.models import WeightsError, create_model, load_weights
-from fastkd.training import records, runs
+from fastkd.training import distributed, records, runs
 from fastkd.training.errors import Interrupted, UserError
 from fastkd.training.files import make_folder, save, write
 from fastkd.training.loop import Loop, evaluate, placed
+from fastkd.training.phases import follow, lead, lead_epoch, phase_loop
 from fastkd.training.plan import Plan, device_name
 from fastkd.training.progress import Progress, clock
 from fastkd.training.runs import CHECKPOINT, Run
@@ -33,11 +33,21 @@ def run(settings: Settings) -> dict[str, Any]:
 
     Raises UserError for whatever the user can mend, Interrupted after Ctrl-C.
     """
-    plan = Plan(settings)
+    with determinism(settings.deterministic), distributed.group(settings.device):
+        plan = distributed.first(lambda: Plan(settings))
+        if not distributed.leads():
+            follow(plan)
+            return {}
+        return distributed.leading(lambda: whole(plan))
+
+
+def whole(plan: Plan) -> dict[str, Any]:
+    """The run of the process that leads."""
+    settings = plan.settings
     found = runs.find(plan) if settings.resume is not None else None
     print(plan.describe(), flush=True)
     # the student's folder is there before the teacher's training begins, so that --resume finds the run whenever it was killed
-    with determinism(settings.deterministic), runs.opened(plan, "student", found) as student:
+    with runs.opened(plan, "student", found) as student:
         teacher, accuracy = find_teacher(plan) if plan.method.needs_teacher else (None, None)
         return train(plan, "student", student, plan.method, teacher, accuracy)
 
@@ -78,17 +88,14 @@ def train(plan: Plan, role: str, run: Run, method: Method, teacher: nn.Module | 
         "taught_by": None if teacher is None else fingerprint(teacher),
     }
     before, begun = state.get("elapsed", 0.0), time.perf_counter()
-    student, (batches, test) = plan.new_model(role), plan.batches(role)
+    student, batches = plan.new_model(role), plan.batches(role)
     names = [name for name, _, _ in phases]
     if state and (state.get("phase") not in names or state.get("taught_by") != common["taught_by"]):
         why = "its teacher was another" if state.get("phase") in names else "not the checkpoint of such a run"
         raise UserError(f"{run.folder / CHECKPOINT}: {why}")
-    for name, recipe, phase_method in phases[names.index(state["phase"]) if state else 0 :]:
-        main = name == "main"
-        part = batches if main else copy.copy(batches)
-        part.stream = role if main else f"{role} {name}"
-        taught = teacher if phase_method.needs_teacher else None
-        loop = Loop(student, phase_method, taught, part, test if main else None, recipe, plan.autocast())
+    for phase in phases[names.index(state["phase"]) if state else 0 :]:
+        name, recipe, main = phase[0], phase[1], phase[0] == "main"
+        loop = phase_loop(plan, role, phase, student, teacher, batches)
         label = title if main else f"{title} {name}"
         if state.get("phase") == name:
             take_up(loop, state, run.folder)
@@ -96,10 +103,11 @@ def train(plan: Plan, role: str, run: Run, method: Method, teacher: nn.Module | 
             keep_best(loop, run, name, anew=True)
         elif run.state is None and name == names[0]:
             print(f"{label}: begins in {run.folder}", flush=True)
-        progress = Progress(label, loop.steps, len(loop.history) * len(part))
+        lead(loop, role, name)
+        progress = Progress(label, loop.steps, len(loop.history) * len(loop.batches))
         try:
             for epoch in range(len(loop.history) + 1, recipe.epochs + 1):
-                loop.train_epoch(epoch, progress)
+                lead_epoch(loop, epoch, progress)
                 elapsed = before + time.perf_counter() - begun
                 save(run.folder / CHECKPOINT, {**common, **loop.state(), "phase": name, "elapsed": elapsed})
                 keep_best(loop, run, name)
