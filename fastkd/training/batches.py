@@ -75,8 +75,8 @@ class Batches:
 
     def test(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All images in order, as they are: (images, labels)."""
-        for i in range(len(self)):
-            part = slice(i * self.batch_size, min((i + 1) * self.batch_size, self.count))
+        for begin in range(0, self.count - (self.batch_size - 1) * self.drop_last, self.batch_size):
+            part = slice(begin, min(begin + self.batch_size, self.count))
             raw = self.pixels[part.start * SIDE * SIDE : part.stop * SIDE * SIDE]
             yield self._normalized(raw), self.labels[part]
 

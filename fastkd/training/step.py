@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -88,6 +89,7 @@ class Step:
         """The first whole batch, whose step waits for the compiler."""
         progress.line("compiling the step: about half a minute, or some for a deep network; --no-compile does without")
         begun = time.perf_counter()
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a CUDA build without a GPU warns of that
         try:
             self._run(drawn, images, self.forward)
         except Exception as error:
