@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -59,20 +60,26 @@ class Loop:
             torch.manual_seed(generator(self.batches.seed, self.batches.stream, *purpose).initial_seed())
             self._train_epoch(epoch, progress)
 
-    def _train_epoch(self, epoch: int, progress: Progress) -> None:
+    def train_steps(self, epoch: int, progress: Progress) -> Iterator[None]:
+        """The training steps of an epoch, one after the other."""
         self.student.train()
         self.method.train()
         if self.teacher is not None:
             self.teacher.train(self.recipe.teacher_mode == "train")
-        begun, compiling = time.perf_counter(), self.train_step.compiling
         self.train_step.sums.zero_()
-        self.seen = 0
+        self.seen, begun = 0, time.perf_counter()
         for step, (drawn, images) in enumerate(zip(self.batches.draw(epoch), self.batches.sizes(), strict=True), 1):
             self.step = step
             self._set_rate((epoch - 1) * len(self.batches) + step - 1)
             self.train_step(drawn, images, progress)
             self.seen += len(drawn)
             progress.advance(lambda: self._describe(epoch, time.perf_counter() - begun))
+            yield
+
+    def _train_epoch(self, epoch: int, progress: Progress) -> None:
+        begun, compiling = time.perf_counter(), self.train_step.compiling
+        for _ in self.train_steps(epoch, progress):
+            pass
         distributed.add(self.train_step.sums)
         self.seen = sum(self.batches.sizes())
         distributed.same_buffers(self.student, self.method, self.teacher)
