@@ -143,6 +143,17 @@ def cuda_architectures(nvcc: str) -> list[str]:
     return flags
 
 
+def kernel_resources(log: str) -> list[list[str | int]]:
+    """What ptxas says of each kernel: [mangled name, "sm_90", registers, bytes of stack, bytes spilled, bytes of static shared memory]."""
+    resources: list[list[str | int]] = []
+    for part in log.split("Compiling entry function")[1:]:
+        name, code = re.findall(r"'([^']+)'", part)[:2]
+        stack, stores, loads = map(int, re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", part))
+        registers, shared = re.search(r"Used (\d+) registers", part), re.search(r"(\d+) bytes smem", part)
+        resources.append([name, code, int(registers[1]) if registers else -1, stack, stores + loads, int(shared[1]) if shared else 0])
+    return resources
+
+
 class BuildLibraries(build_ext):
     """Compiles only what changed, MAX_JOBS files at a time, and links each library."""
 
@@ -200,27 +211,33 @@ class BuildLibraries(build_ext):
         search = ["-isystem", str(include), "-Icsrc"]
         headers = [path for path in Path("csrc").rglob("*.*") if path.suffix in (".h", ".inl", ".cuh")]
         newest = max((path.stat().st_mtime for path in headers), default=0.0)
-        text = json.dumps(json.dumps(facts))
 
-        def compile_one(source: str) -> str:
+        def compile_one(source: str, *defines: str) -> str:
             target = Path(self.build_temp) / extension.name / (source + ".o")
             if source.endswith(".cu"):
-                command = [*nvcc, *FLAGS, *(f"-Xcompiler={flag}" for flag in host), *search, "-c", source, "-o", str(target)]
+                command = [*nvcc, "-Xptxas=-v", *FLAGS, *(f"-Xcompiler={flag}" for flag in host), *search, "-c", source, "-o", str(target)]
             else:
-                command = [*self.cxx, *FLAGS, *host, *search, "-c", source, "-o", str(target)]
-                command += [f"-DFASTKD_BUILD_INFO={text}"] if source.endswith("build_info.cpp") else []
+                own = [*defines, *(["-DUSE_CUDA"] if nvcc else [])]
+                command = [*self.cxx, *FLAGS, *host, *own, *search, "-c", source, "-o", str(target)]
             # Isolated builds have PyTorch in a new folder each time, so its version stands for it.
             stamp, record = target.with_suffix(".txt"), f"{self.torch_version} {command}".replace(str(self.torch), "TORCH")
             fresh = target.exists() and target.stat().st_mtime > max(newest, os.stat(source).st_mtime)
             if self.force or not fresh or not stamp.exists() or stamp.read_text() != record:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 stamp.unlink(missing_ok=True)
-                self.command(command)
+                target.with_suffix(".log").write_text(self.command(command))
                 stamp.write_text(record)
             return str(target)
 
+        *sources, build_info = sorted(extension.sources, key=lambda source: source.endswith("build_info.cpp"))
         with ThreadPoolExecutor(jobs()) as pool:
-            objects = list(pool.map(compile_one, extension.sources))
+            objects = list(pool.map(compile_one, sources))
+        if nvcc:
+            facts = {
+                **facts,
+                "kernels": [line for made in objects for line in kernel_resources(Path(made).with_suffix(".log").read_text())],
+            }
+        objects.append(compile_one(build_info, f"-DFASTKD_BUILD_INFO={json.dumps(json.dumps(facts))}"))
         output = Path(self.get_ext_fullpath(extension.name))
         output.parent.mkdir(parents=True, exist_ok=True)
         output.unlink(missing_ok=True)  # a process that has the old one mapped keeps it
@@ -229,12 +246,13 @@ class BuildLibraries(build_ext):
         names += [*libraries, *shlex.split(os.environ.get("LDFLAGS", ""))]
         self.command([*self.cxx, "-shared", *objects, *strip, *names, "-o", str(output)])
 
-    def command(self, command: list[str]) -> None:
+    def command(self, command: list[str]) -> str:
         print(shlex.join(command), flush=True)
         done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         print(done.stdout, end="", flush=True)
         if done.returncode:
             raise CommandFailure(f"{command[0]} failed (its messages stand above); mend it, or set {PURE}")
+        return done.stdout
 
 
 class EditableWheel(editable_wheel):
@@ -249,8 +267,12 @@ class EditableWheel(editable_wheel):
 def main() -> None:
     # Windows has neither of the two compilers the kernels are written for.
     compiled = switch("FASTKD_BUILD", "0" if sys.platform == "win32" else "1", "0", "1") == "1"
-    folders = {"fastkd._C": ("csrc/cpu", "*.cpp"), CUDA: ("csrc/cuda", "*.c*")}
-    sources = {name: [*sorted(map(str, Path(folder).glob(pattern))), "csrc/build_info.cpp"] for name, (folder, pattern) in folders.items()}
+    folders = {"fastkd._C": "csrc/cpu", CUDA: "csrc/cuda"}
+    # what lies in csrc itself is compiled into each library, for its kind of device
+    sources = {
+        name: [str(file) for part in ("csrc", folder) for file in sorted(Path(part).iterdir()) if file.suffix in (".cpp", ".cu")]
+        for name, folder in folders.items()
+    }
     extensions = [Extension(name, files, py_limited_api=True) for name, files in sources.items()]
     if compiled and {"bdist_wheel", "editable_wheel", "build", "build_ext"} & set(sys.argv):
         cxx(), torch_paths(), cuda_plan(), jobs()  # what cannot be built says so before anything is written

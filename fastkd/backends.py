@@ -7,14 +7,14 @@
 | reference | every device               | plain PyTorch, :mod:`fastkd.reference`      |
 | cpp       | CPU tensors                | the compiled library ``fastkd._C``          |
 | triton    | CUDA tensors               | Triton kernels, :mod:`fastkd.kernels`       |
-| cuda      | nothing in this version    | CUDA C++ kernels, to come                   |
+| cuda      | CUDA tensors               | the compiled library ``fastkd._C_cuda``     |
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -79,11 +79,19 @@ def availability() -> dict[str, tuple[bool, str]]:
         "reference": (True, "plain PyTorch, every device"),
         "cpp": (native.CPU.available, native.CPU.reason),
         "triton": kernels.state(),
-        "cuda": (False, _NO_CUDA),
+        "cuda": _cuda_state(),
     }
 
 
-_NO_CUDA = "this version has no kernels for it yet"
+def _cuda_state() -> tuple[bool, str]:
+    library = native.CUDA
+    if not library.available:
+        return False, f"the CUDA library is not there: {library.reason}"
+    if native.EMULATED:
+        return True, "the CUDA library, emulated on CPU tensors"
+    if not torch.cuda.is_available():
+        return False, "the CUDA library is loaded, but PyTorch sees no CUDA device"
+    return True, f"the CUDA library, on {torch.cuda.get_device_name()}"
 
 
 def _tensors(arguments: tuple[object, ...]) -> Iterator[torch.Tensor]:
@@ -93,13 +101,60 @@ def _tensors(arguments: tuple[object, ...]) -> Iterator[torch.Tensor]:
                 yield x
 
 
-def _not_in_triton(in_triton: bool, arguments: tuple[object, ...]) -> str:
+def _not_in_triton(arguments: tuple[object, ...]) -> str:
     """Why Triton's kernels do not serve a call that lies where they run, or ""."""
-    if not in_triton:
-        return "this version has no Triton kernels for the operation"
     if any(x.dtype == torch.float64 for x in _tensors(arguments)):
         return "its kernels take float16, bfloat16 and float32, not float64"
     return ""
+
+
+# What the CUDA library does not serve, and "" where it does. Its kernels check the rest, so misuse is explained as everywhere.
+
+MAX_STAGES = 16
+"""Stages whose pointers and sizes go to a kernel by value."""
+
+
+def why_not_cuda_map(p: object) -> str:
+    return "" if p == 2 else f"its kernels take p = 2, not {p}"
+
+
+def why_not_cuda_loss(student: object, teacher: object, p: object, teacher_is_map: object, student_is_map: object) -> str:
+    students, teachers = (list(_tensors((side,))) for side in (student, teacher))
+    if len(students) > MAX_STAGES:
+        return f"its kernels take up to {MAX_STAGES} stages, not {len(students)}"
+    for s, t in zip(students, teachers):
+        if s.shape[1 if student_is_map else 2 :] != t.shape[1 if teacher_is_map else 2 :]:
+            return "its kernels take student and teacher of equal spatial size"
+    return why_not_cuda_map(p)
+
+
+def why_not_cuda_chain(student: object) -> str:
+    stages = len(student) if isinstance(student, (list, tuple)) else 0
+    return "" if stages <= MAX_STAGES else f"its kernels take up to {MAX_STAGES} stages, not {stages}"
+
+
+# The rule of `auto` between the two backends of a GPU, where both serve a call. None of it is measured yet: all by calculation.
+#
+# - Attention maps, losses and taps move the same bytes in both; what differs is the host's share, a few microseconds a call in C++ and
+#   tens in Triton's launcher. So C++, whatever the size.
+# - FSP likewise while the host is what a call waits for. Products of many channels are for tensor cores, where Triton emits Hopper's own
+#   instructions and the C++ kernels the plain ones: from LARGE_PRODUCTS multiply-adds on, about 20 us of an H200 in tf32, Triton.
+LARGE_PRODUCTS = 1 << 32
+
+
+def _faster(operation: str, arguments: tuple[object, ...]) -> str:
+    if not operation.startswith("fsp"):
+        return "cuda"
+    first = arguments[0]
+    chain = first if isinstance(first, (list, tuple)) else arguments
+    work = sum(_products(a, b) for a, b in zip(chain, chain[1:]) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor))
+    return "cuda" if work < LARGE_PRODUCTS else "triton"
+
+
+def _products(a: torch.Tensor, b: torch.Tensor) -> int:
+    if a.dim() < 3 or b.dim() < 3:
+        return 0  # misuse, which will be explained
+    return a.shape[0] * a.shape[1] * b.shape[1] * min(a[0, 0].numel(), b[0, 0].numel())
 
 
 _warned = False
@@ -112,10 +167,10 @@ def _warn_once(reason: str) -> None:
         warnings.warn(f"fastkd serves CUDA tensors by its plain PyTorch reference: {reason}", stacklevel=4)
 
 
-def choose(*arguments: object, in_triton: bool = False) -> str:
-    """The backend, ``"reference"``, ``"cpp"`` or ``"triton"``, for a call over ``arguments``, tensors and sequences of them.
+def choose(operation: str, arguments: tuple[object, ...], why_not_cuda: Callable[[], str]) -> str:
+    """The backend, ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``, for a call over ``arguments``, tensors and sequences of them.
 
-    The first tensor's device decides. in_triton: Triton has kernels for the operation.
+    The first tensor's device decides. why_not_cuda: why the CUDA library's kernels do not serve the call, or "".
     """
     example = arguments[0]
     if isinstance(example, (list, tuple)) and example:
@@ -128,32 +183,41 @@ def choose(*arguments: object, in_triton: bool = False) -> str:
             return "reference"
         if device == "cpu":
             return "cpp" if native.CPU.available else "reference"
-        if device != "cuda" or _not_in_triton(in_triton, arguments):
-            return "reference"
-        available, reason = kernels.state()
-        if not available:
-            _warn_once(reason)
-        return "triton" if available else "reference"
-    if name == "reference":
-        return name
+        return _choose_on_gpu(operation, arguments, why_not_cuda) if device == "cuda" else "reference"
+    if name != "reference":
+        _must_serve(name, device, arguments, why_not_cuda)
+    return name
+
+
+def _choose_on_gpu(operation: str, arguments: tuple[object, ...], why_not_cuda: Callable[[], str]) -> str:
+    in_cuda = native.CUDA.available and not why_not_cuda()
+    if in_cuda and _faster(operation, arguments) == "cuda":
+        return "cuda"
+    available, reason = kernels.state()
+    if available and not _not_in_triton(arguments):
+        return "triton"
+    if in_cuda:
+        return "cuda"
+    if not available:
+        _warn_once(reason)
+    return "reference"
+
+
+def _must_serve(name: str, device: str, arguments: tuple[object, ...], why_not_cuda: Callable[[], str]) -> None:
+    """Raises BackendError where a backend that was asked for by name cannot serve the call."""
     # not availability(), which would look at every backend
-    if name == "triton":
-        available, reason = kernels.state()
+    if name == "cpp":
+        available, reason = native.CPU.available, native.CPU.reason
     else:
-        available, reason = (native.CPU.available, native.CPU.reason) if name == "cpp" else (False, _NO_CUDA)
+        available, reason = kernels.state() if name == "triton" else _cuda_state()
     if not available:
         raise BackendError(f"backend {name!r} was asked for but is not available: {reason}")
-    if name == "triton":
-        # interpreted kernels have no operator in a graph
-        wanted = "cpu" if kernels.interpreting() and not torch.compiler.is_compiling() else "cuda"
-        why = (
-            f"it serves {wanted.upper()} tensors only here, the first is on {device}"
-            if device != wanted
-            else _not_in_triton(in_triton, arguments)
-        )
-        if why:
-            raise BackendError(f"backend 'triton' was asked for but cannot serve the call: {why}")
-    elif device != "cpu":
-        assert isinstance(example, torch.Tensor)
-        raise BackendError(f"backend 'cpp' was asked for but serves CPU tensors only, the first tensor is on {example.device}")
-    return name
+    wanted = "cpu" if name == "cpp" else "cuda"
+    # interpreted kernels have no operator in a graph
+    if (name == "triton" and kernels.interpreting() and not torch.compiler.is_compiling()) or (name == "cuda" and native.EMULATED):
+        wanted = "cpu"
+    if device != wanted:
+        raise BackendError(f"backend {name!r} was asked for but serves {wanted.upper()} tensors only here, the first is on {device}")
+    why = _not_in_triton(arguments) if name == "triton" else why_not_cuda() if name == "cuda" else ""
+    if why:
+        raise BackendError(f"backend {name!r} was asked for but cannot serve the call: {why}")

@@ -66,6 +66,16 @@ def _load_cuda() -> Library:
     return library
 
 
+def emulate(path: str) -> None:
+    """Take the CUDA library's place by its kernels compiled for the CPU, which run there thread by thread: for tests, slow.
+
+    ``path``: a library built from csrc/cuda with FASTKD_EMULATE. Raises OSError if it does not load.
+    """
+    global CUDA, EMULATED
+    torch.ops.load_library(path)
+    CUDA, EMULATED = Library("_C_cuda", True, f"emulated on CPU tensors by {path}: for tests, slow", path), True
+
+
 def _functions() -> ctypes.CDLL:
     """The CPU library's plain C functions. Raises RuntimeError, with the reason, if it is not loaded."""
     if CPU.path is None or not CPU.available:
@@ -108,7 +118,8 @@ def report() -> dict[str, dict[str, Any]]:
     """For ``cpu`` and ``cuda``: available, reason, path, and what the library was built with; for ``cpu`` the code paths too."""
     parts: dict[str, dict[str, Any]] = {}
     for key, library in (("cpu", CPU), ("cuda", CUDA)):
-        facts = {k: v for k, v in _build_info(library.path).items() if k != "cuda"}  # that one is in the other library's reason
+        # "cuda" is in the other library's reason, "kernels" is for tests (setup.py, kernel_resources)
+        facts = {k: v for k, v in _build_info(library.path).items() if k not in ("cuda", "kernels")}
         parts[key] = {"available": library.available, "reason": library.reason, "path": library.path, **facts}
     if CPU.available:
         parts["cpu"] |= {"code_path": cpu_path(), "code_paths": cpu_paths()}
@@ -123,10 +134,8 @@ def _force_cpu_path(name: str) -> None:
         set_cpu_path(name)
 
 
-# The one operator of the CUDA library in this version; csrc/cuda/energy.cu says what it computes.
-torch.library.define("fastkd::channel_energy", "(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-
 CPU = _load("_C")
 CUDA = _load_cuda()
+EMULATED = False  # by emulate()
 if os.environ.get("FASTKD_CPU"):
     _force_cpu_path(os.environ["FASTKD_CPU"])

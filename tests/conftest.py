@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,19 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     if report.failed:
         report.sections.append(("fastkd seed", f"repeat with FASTKD_TEST_SEED={SEED} and this test alone: each test has inputs of its own"))
     return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    """The CUDA library serves fewer switches than the grids have: what it refuses is skipped (tests/test_cuda.py holds what it serves)."""
+    from fastkd import BackendError
+
+    try:
+        return (yield)
+    except BackendError as error:
+        if getattr(item, "callspec", None) and item.callspec.params.get("backend") == "cuda" and "cannot serve the call" in str(error):
+            pytest.skip(str(error))
+        raise
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +62,35 @@ def poisoned_memory(request: pytest.FixtureRequest):
     torch.use_deterministic_algorithms(before)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc):
+    if "triton" in metafunc.fixturenames:
+        from support import KERNELS
+
+        metafunc.parametrize("triton", KERNELS[1:2], indirect=True)  # with the marks of where it runs
+
+
+@pytest.fixture
+def triton(request: pytest.FixtureRequest):
+    """Triton serves every call; puts a tensor where its kernels run."""
+    from support import place
+
+    import fastkd
+
+    with fastkd.use_backend("triton"):
+        yield lambda x: place(x, "triton")
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The Triton kernels that were launched."""
+    from fastkd.kernels.launch import Launch
+
+    names: list[str] = []
+    run = Launch.__call__
+    monkeypatch.setattr(Launch, "__call__", lambda self, *args: (names.append(self.kernel.__name__), run(self, *args))[1])
+    return names
+
+
 @pytest.fixture
 def one_thread():
     """Small tensors gain nothing from a second thread, and on a busy machine every handover waits for it."""
@@ -66,3 +109,19 @@ def cpp() -> str:
     if reason:
         pytest.skip(f"backend cpp: {reason}")
     return "cpp"
+
+
+@pytest.fixture
+def small_main(monkeypatch: pytest.MonkeyPatch, one_thread):
+    """``train.py``'s main on 64 digits; its flags must choose digits."""
+    pytest.importorskip("sklearn")
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent))
+    from support_data import small_digits
+
+    from fastkd.training import datasets
+
+    monkeypatch.setattr(datasets, "_LOADERS", dict(datasets._LOADERS))
+    small_digits()
+    import train
+
+    return train.main

@@ -34,8 +34,8 @@ class Recorder(TorchDispatchMode):
         self.others: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "fastkd":
-            self.fused.append(func._schema.name.removeprefix("fastkd::"))
+        if func.namespace in ("fastkd", "fastkd_cuda"):
+            self.fused.append(func._schema.name.partition("::")[2])
         else:
             self.others.append(func.name())
         return func(*args, **(kwargs or {}))

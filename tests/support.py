@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from unittest import mock
 
+import emulated
 import interpreter
 import pytest
 import torch
@@ -22,6 +23,7 @@ from fastkd import kernels, reference
 
 if kernels.interpreting():
     interpreter.mend()
+emulated.load()
 
 # the law, as it was before any test patches it
 law = SimpleNamespace(**{name: getattr(reference, name) for name in (*FUNCTIONS, "kd_loss")})
@@ -105,8 +107,8 @@ def is_dense(x: Tensor) -> bool:
 
 
 def place(x: Tensor, backend: str) -> Tensor:
-    """x where the backend's kernels run: for Triton on the GPU if there is one, in the same layout, else interpreted where it is."""
-    if backend != "triton" or not torch.cuda.is_available():
+    """x where the backend's kernels run: those of a GPU there if there is one, in the same layout, else interpreted or emulated here."""
+    if backend not in ("triton", "cuda") or not torch.cuda.is_available():
         return x
     there = torch.empty(0, dtype=x.dtype, device="cuda")
     return there.set_(x.untyped_storage().cuda(), x.storage_offset(), x.shape, x.stride())
@@ -218,7 +220,7 @@ def check(
     output_terms: the size of the terms whose sum the output is, where they may cancel; gradient_terms: the same of the gradients.
     """
     placed, given = [place(x, backend) for x in tensors], None if upstream is None else place(upstream, backend)
-    guard = fused_only(also, backend) if backend in ("cpp", "triton") else contextlib.nullcontext()
+    guard = fused_only(also, backend) if backend != "reference" else contextlib.nullcontext()
     with fastkd.use_backend(backend), guard:
         got = fetched(evaluate(fn, placed, needs, given))
     exact = evaluate(exact_fn, [x.double().contiguous() for x in tensors], needs, upstream)
@@ -228,7 +230,7 @@ def check(
     wide = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
     assert got.output.dtype == wide, f"output is {got.output.dtype}, wanted {wide}"
     term = TERM_ULPS * torch.finfo(wide).eps
-    if backend == "triton" and all(x.dtype == torch.bfloat16 for x in tensors):
+    if backend in ("triton", "cuda") and all(x.dtype == torch.bfloat16 for x in tensors):
         term = SPLIT
     within_budget(
         "output",
@@ -243,7 +245,7 @@ def check(
             assert grad is None
             continue
         assert grad.dtype == x.dtype, f"gradient {i} is {grad.dtype}, its input {x.dtype}"
-        if backend in ("cpp", "triton") and is_dense(x):
+        if backend != "reference" and is_dense(x):
             assert grad.stride() == torch.empty_like(x).stride(), f"gradient {i} has strides {grad.stride()}, its input {x.stride()}"
         what = f"gradient {i} of shape {tuple(x.shape)}, strides {x.stride()}, {x.dtype}"
         more = one_by_one(backend, tensors, want)
@@ -259,7 +261,14 @@ def missing(backend: str) -> str:
             fastkd.attention_map(place(torch.ones(1, 1, 1), backend))
     except fastkd.BackendError as error:
         return str(error)
+    except NotImplementedError:
+        return ""
     return ""
+
+
+def gpu(test: Callable) -> Callable:
+    """Marks a test that needs a GPU."""
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test))
 
 
 def cpp_missing() -> str:
@@ -268,18 +277,18 @@ def cpp_missing() -> str:
 
 def _param(backend: str, *rest: object) -> object:
     why = missing(backend)
-    marks = [pytest.mark.skipif(bool(why), reason=why), *([pytest.mark.gpu] if backend == "triton" and torch.cuda.is_available() else [])]
+    marks = [pytest.mark.skipif(bool(why), reason=why), *([pytest.mark.gpu] if backend != "cpp" and torch.cuda.is_available() else [])]
     return pytest.param(backend, *rest, id="-".join(map(name, (backend, *rest))), marks=marks)
 
 
-KERNELS = [_param(backend) for backend in ("cpp", "triton")]
+KERNELS = [_param(backend) for backend in ("cpp", "triton", "cuda")]
 """The backends with kernels of the operations, for ``parametrize("backend", ...)``."""
 KERNEL_DTYPES = [
-    _param(backend, dtype) for backend in ("cpp", "triton") for dtype in DTYPES if (backend, dtype) != ("triton", torch.float64)
+    _param(backend, dtype) for backend in ("cpp", "triton", "cuda") for dtype in DTYPES if (backend, dtype) != ("triton", torch.float64)
 ]
 """For ``parametrize("backend, dtype", ...)``: what each serves."""
 
-KERNEL_SAMPLES = [*KERNEL_DTYPES[:4], _param("triton", None)]
+KERNEL_SAMPLES = [*KERNEL_DTYPES[:4], _param("triton", None), _param("cuda", None)]
 """The same for large grids: what is interpreted takes long, and draws a dtype in each test (``drawn``)."""
 
 

@@ -82,6 +82,8 @@ def test_one_process_writes_and_a_run_is_taken_up_to_the_same_bits(tmp_path):
     assert "goes on after epoch 1 of 2" in resumed.stdout and "teacher epoch" not in resumed.stdout
     for found, exact in zip(left(tmp_path / "killed")[1], states, strict=True):
         assert all(torch.equal(found["model"][name], value) for name, value in exact["model"].items())
+        figures = [[(epoch["loss"], epoch["test_acc"]) for epoch in run["history"]] for run in (found, exact)]
+        assert figures[0] == figures[1]
         momenta = [[state["momentum_buffer"] for state in run["optimizer"]["state"].values()] for run in (found, exact)]
         assert all(map(torch.equal, *momenta))
         assert found["teacher"].keys() == exact["teacher"].keys() if "teacher" in exact else "teacher" not in found
@@ -93,7 +95,7 @@ def test_one_process_writes_and_a_run_is_taken_up_to_the_same_bits(tmp_path):
     ("flags", "extra", "words"),
     [
         (["--lr", "1e30"], {}, "train.py: error: the loss is no longer finite"),
-        (["--batch-size", "40"], {}, "train.py: error: --batch-size is 40 for each of 2 processes"),
+        (["--batch-size", "40"], {}, "train.py: error: --batch-size is 40, but digits has parts of only 32 images for each of 2 processes"),
         ([], {"DIE_AFTER": "1", "DIE_BY": "SIGINT"}, "train.py: at stopped in epoch"),
     ],
     ids=["in training", "before", "Ctrl-C"],
@@ -112,5 +114,5 @@ def test_a_step_of_all_processes_must_fit_the_set(tmp_path, monkeypatch):
     monkeypatch.setattr("fastkd.training.distributed.share", lambda: (0, 4))
     settings = Settings("at", "digits", student="resnet8", teacher="resnet8", output=tmp_path, overrides={"batch_size": 16})
     assert "processes=4" in Plan(settings).teacher_path().name and Plan(settings).identity("student")["processes"] == 4
-    with pytest.raises(UserError, match="--batch-size is 17 for each of 4 processes, but digits has parts of only 64 images"):
+    with pytest.raises(UserError, match="--batch-size is 17, but digits has parts of only 16 images for each of 4 processes"):
         Plan(Settings("at", "digits", student="resnet8", teacher="resnet8", output=tmp_path, overrides={"batch_size": 17}))

@@ -7,29 +7,17 @@ import os
 import random
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
 from recorder import fused_only
-from support import KERNELS, dtypes, evaluate, law, make, missing, place, values
+from support import dtypes, evaluate, gpu, law, make, missing, values
 
 import fastkd
-from fastkd import backends, kernels
+from fastkd import kernels
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.skipif(bool(missing("triton")), reason=missing("triton"))]
-TRITON = KERNELS[1:]  # with the marks of where it runs
 OPTIONS = (2.0, "mean", False, 1e-12, "clamp")
-
-
-@pytest.fixture(params=TRITON)
-def triton(request):
-    with fastkd.use_backend("triton"):
-        yield lambda x: place(x, "triton")
-
-
-def gpu(test):
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test))
 
 
 def chains(place, grad=True, dtype=torch.float32, layout="contiguous"):
@@ -51,31 +39,6 @@ def test_float64_is_refused_by_name(triton):
     ):
         with pytest.raises(fastkd.BackendError, match="float64"):
             call()
-
-
-def choices(monkeypatch, available):
-    """What ``auto`` chooses for tensors on a CUDA device that may not be there, and the warnings."""
-    monkeypatch.setattr(kernels, "state", lambda: (available, "the remedy"))
-    monkeypatch.setattr(backends, "_warned", False)
-
-    class Cuda(torch.Tensor):
-        device = torch.device("cuda", 0)
-
-    half, double = (torch.ones(2, 3, 4, dtype=dtype).as_subclass(Cuda) for dtype in (torch.float16, torch.float64))
-    with warnings.catch_warnings(record=True) as caught, fastkd.use_backend("auto"):
-        warnings.simplefilter("always")
-        chosen = [backends.choose(half, in_triton=True) for _ in range(2)]
-        chosen += [backends.choose([half, double], [half], in_triton=True), backends.choose(half)]
-    return chosen, [str(w.message) for w in caught]
-
-
-def test_auto_takes_triton_for_cuda_tensors_it_serves(monkeypatch):
-    assert choices(monkeypatch, True) == (["triton", "triton", "reference", "reference"], [])
-
-
-def test_auto_warns_once_where_triton_is_missing(monkeypatch):
-    chosen, messages = choices(monkeypatch, False)
-    assert chosen == ["reference"] * 4 and len(messages) == 1 and "the remedy" in messages[0]
 
 
 def test_misuse_is_told_as_by_other_backends(triton):

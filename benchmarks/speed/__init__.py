@@ -9,7 +9,7 @@
 | `loops.py`      | whole training loops: `fastkd.training` beside a toolkit's                    |
 | `toolkit.py`    | that loop, as toolkits write it                                               |
 | `gpu.py`        | the losses on a GPU, by three clocks: groups added where there is one         |
-| `step50.py`     | a ResNet-50 step on a GPU                                                     |
+| `gpu_step.py`   | steps of ResNet-50 and ResNet-20 on a GPU                                     |
 | `measure.py`    | interleaved rounds, peak memory                                               |
 | `stock.py`      | eager under the stock allocator, in a process of its own                      |
 | `session.py`    | one run: groups measured when first asked for, rows handed to pytest-benchmark|

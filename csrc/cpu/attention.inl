@@ -249,7 +249,7 @@ static const A* map_coefficients(const AttentionMapBackwardArgs& args, int64_t n
   if (args.normalize) {
     load_planes(args.map, n, 0, 1, y);
     pad(y, count);
-    norm = norm_from(static_cast<const A*>(args.norm.data)[n * args.norm.stride_n], args.side, args.options);
+    norm = norm_for(static_cast<const A*>(args.norm.data)[n * args.norm.stride_n], args.side, args.options);
     for (int64_t i = 0; i < count; i += kStep) dot += load<A, double>(g + i) * load<A, double>(y + i);
   }
   normalize_backward(g, y, sum(dot), count, norm, args.options.p / reduction(args.side, args.options), g);

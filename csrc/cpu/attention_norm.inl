@@ -14,35 +14,8 @@ static double reduction(const AttentionSide& side, const AttentionOptions& optio
   return options.mean ? static_cast<double>(side.x.channels) : 1.0;
 }
 
-// Norm of a map and what follows from it.
-struct Norm {
-  double norm;
-  double divisor;     // of the sums: the normalization's and, for "mean", the number of channels
-  double reciprocal;  // 1 / divisor
-  // dq = (g - y * <g, y> * along) * scale for the gradient g of the normalized map y; without the subtraction where the divisor does not
-  // depend on q.
-  double scale, along;
-  bool has_along;
-};
-
-static Norm norm_from(double norm, const AttentionSide& side, const AttentionOptions& options) {
-  Norm r;
-  r.norm = norm;
-  r.along = 1;
-  double divisor;
-  if (options.add_eps) {
-    divisor = norm + options.eps;
-    r.has_along = true;
-    r.along = norm == 0 ? 0 : 1 + options.eps / norm;  // times a NaN it is NaN, as in PyTorch
-  } else {
-    divisor = norm < options.eps ? options.eps : norm;  // a NaN stays
-    r.has_along = norm > options.eps;                   // at the very bound PyTorch 2.15 agrees, older ones keep the second term
-  }
-  r.scale = 1 / divisor;
-  if (options.add_eps && divisor == 0) r.scale = __builtin_nan("");  // as in PyTorch, where 0 / 0 reaches the gradient
-  r.divisor = divisor * reduction(side, options);
-  r.reciprocal = 1 / r.divisor;
-  return r;
+static Norm norm_for(double norm, const AttentionSide& side, const AttentionOptions& options) {
+  return norm_from(norm, reduction(side, options), options.eps, options.add_eps);
 }
 
 template <typename A>
@@ -59,7 +32,7 @@ static Norm norm_of(const A* map, int64_t count, const AttentionSide& side, cons
     const VecD q = load<A, double>(map + i);
     total[0] += q * q;
   }
-  return norm_from(sqrt(sum(total[0] + total[1])) / reduction(side, options), side, options);
+  return norm_for(sqrt(sum(total[0] + total[1])) / reduction(side, options), side, options);
 }
 
 // y = q / divisor, rounded to A: equal maps then have equal y and no distance, however the compiler contracts what follows.

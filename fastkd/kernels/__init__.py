@@ -53,6 +53,11 @@ def launcher(operator: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(f"fastkd.kernels.{LAUNCHERS[operator]}"), operator)
 
 
+def own_precision() -> str:
+    """What ``precision=None`` means: PyTorch's own setting for float32 products on a GPU, "tf32" or "ieee"."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
 # Found out once, and kept in globals: a graph that is traced reads those, where it could not ask.
 _interpreting: bool | None = None
 _state: tuple[bool, str] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +18,11 @@ from fastkd.ops.registry import (
     caller,
     define,
     differentiable_once,
+    in_cuda,
     one_device,
     recorded,
     smaller,
+    traced,
 )  # fmt: skip
 from fastkd.ops.upstream import Upstream, take_prepared
 
@@ -109,15 +111,28 @@ class AttentionMapFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *options: Any) -> Tensor:
-        ctx.call = caller(x)
-        y, norm = ctx.call(_map, x, *options)
-        ctx.save_for_backward(x, y, norm)
-        ctx.options = options
-        return y
+        return _map_forward(ctx, caller(x), x, *options)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.call(_map_backward, grad, *ctx.saved_tensors, *ctx.options), *(None for _ in ctx.options)
+        return _map_gradients(ctx, grad)
+
+
+class _CudaAttentionMapFunction(AttentionMapFunction):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *options: Any) -> Tensor:
+        return _map_forward(ctx, in_cuda, x, *options)
+
+
+def _map_forward(ctx: Any, run: Callable[..., Any], x: Tensor, *options: Any) -> Tensor:
+    y, norm = run(_map, x, *options)
+    ctx.save_for_backward(x, y, norm)
+    ctx.call, ctx.options = run, options
+    return y
+
+
+def _map_gradients(ctx: Any, grad: Tensor, norm_grad: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    return ctx.call(_map_backward, grad, *ctx.saved_tensors, *ctx.options), *(None for _ in ctx.options)
 
 
 def _traced_map_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -125,11 +140,7 @@ def _traced_map_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) 
     ctx.options = inputs[1:]
 
 
-def _traced_map_backward(ctx: Any, grad: Tensor, norm_grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _map_backward(grad, *ctx.saved_tensors, *ctx.options), *(None for _ in ctx.options)
-
-
-autograd("attention_map", _traced_map_backward, _traced_map_context)
+autograd("attention_map", _map_gradients, _traced_map_context)
 
 
 _upstream = Upstream()
@@ -145,21 +156,7 @@ class AttentionTransferFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, stages: int, options: tuple, *tensors: Tensor) -> Tensor:
-        needs = ctx.needs_input_grad[2:]
-        student_grad, teacher_grad = any(needs[:stages]), any(needs[stages:])
-        ctx.call = caller(tensors[0])
-        # a GPU's gradient must not be read by the host, and has no cache to wait in
-        foreseeing = student_grad and ctx.call is call and not options[2] & _BIT["student_is_map"]
-        ctx.expected = expected = _upstream.expected if foreseeing else None
-        loss, coefficients, ctx.prepared = ctx.call(
-            _loss, tensors[:stages], tensors[stages:], *options, student_grad, teacher_grad, expected
-        )
-        # a teacher made under inference_mode cannot be saved: only what needs a gradient is
-        wanted = [i for i, need in enumerate(needs) if need]
-        skipped = 0 if student_grad else stages
-        ctx.save_for_backward(*[tensors[i] for i in wanted], *[coefficients[i - skipped] for i in wanted])
-        ctx.stages, ctx.wanted, ctx.options = stages, wanted, options
-        return loss
+        return _loss_forward(ctx, caller(tensors[0]), stages, options, tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -170,6 +167,27 @@ class AttentionTransferFunction(torch.autograd.Function):
             others = _feature_gradients(ctx, grad, (False,) * ctx.stages + rest)[ctx.stages :] if any(rest) else (None,) * ctx.stages
             return None, None, *prepared, *others
         return None, None, *_feature_gradients(ctx, grad, needs)
+
+
+class _CudaAttentionTransferFunction(AttentionTransferFunction):
+    @staticmethod
+    def forward(ctx: Any, stages: int, options: tuple, *tensors: Tensor) -> Tensor:
+        return _loss_forward(ctx, in_cuda, stages, options, tensors)
+
+
+def _loss_forward(ctx: Any, run: Callable[..., Any], stages: int, options: tuple, tensors: tuple[Tensor, ...]) -> Tensor:
+    needs = ctx.needs_input_grad[2:]
+    student_grad, teacher_grad = any(needs[:stages]), any(needs[stages:])
+    # a GPU's gradient must not be read by the host, and has no cache to wait in
+    foreseeing = student_grad and run is call and not options[2] & _BIT["student_is_map"]
+    ctx.expected = expected = _upstream.expected if foreseeing else None
+    loss, coefficients, ctx.prepared = run(_loss, tensors[:stages], tensors[stages:], *options, student_grad, teacher_grad, expected)
+    # a teacher made under inference_mode cannot be saved: only what needs a gradient is
+    wanted = [i for i, need in enumerate(needs) if need]
+    skipped = 0 if student_grad else stages
+    ctx.save_for_backward(*[tensors[i] for i in wanted], *[coefficients[i - skipped] for i in wanted])
+    ctx.call, ctx.stages, ctx.wanted, ctx.options = run, stages, wanted, options
+    return loss
 
 
 def _feature_gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
@@ -186,7 +204,6 @@ def _feature_gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Te
 
 def _traced_loss_context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor]]) -> None:
     student, teacher, *options, student_grad, teacher_grad, _ = inputs
-    ctx.call = call
     features = (list(student) if student_grad else []) + (list(teacher) if teacher_grad else [])
     first = 0 if student_grad else len(student)
     ctx.save_for_backward(*features, *output[1])
@@ -230,13 +247,15 @@ def attention_map(
     Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
     Source: Zagoruyko, Komodakis, *Paying more attention to attention*, ICLR 2017.
     """
-    if backends.choose(x, in_triton=True) == "reference":
+    backend = backends.choose("attention_map", (x,), lambda: backends.why_not_cuda_map(p))
+    if backend == "reference":
         return reference.attention_map(x, p, channel_reduce=channel_reduce, signed=signed, normalize=normalize, eps=eps, eps_mode=eps_mode)
     if torch.compiler.is_compiling():
         checks.attention_map(x, p, channel_reduce, eps, eps_mode)
-        return _map(x, p, channel_reduce, signed, normalize, eps, eps_mode)[0]
+        return traced(backend, _map)(x, p, channel_reduce, signed, normalize, eps, eps_mode)[0]
     try:
-        return AttentionMapFunction.apply(x, p, channel_reduce, signed, normalize, eps, eps_mode)
+        function = _CudaAttentionMapFunction if backend == "cuda" else AttentionMapFunction
+        return function.apply(x, p, channel_reduce, signed, normalize, eps, eps_mode)
     except Exception:
         checks.attention_map(x, p, channel_reduce, eps, eps_mode)
         raise
@@ -279,7 +298,12 @@ def attention_transfer_loss(
     Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
     Source: Zagoruyko, Komodakis, *Paying more attention to attention*, ICLR 2017, and its published implementations (see the presets).
     """
-    if backends.choose(student, teacher, in_triton=True) == "reference":
+    backend = backends.choose(
+        "attention_transfer_loss",
+        (student, teacher),
+        lambda: backends.why_not_cuda_loss(student, teacher, p, teacher_is_map, student_is_map),
+    )
+    if backend == "reference":
         return reference.attention_transfer_loss(
             student, teacher, p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode, pool=pool, pool_mode=pool_mode,
             difference=difference, stage_reduce=stage_reduce, weights=weights, weight=weight, teacher_is_map=teacher_is_map,
@@ -303,8 +327,9 @@ def attention_transfer_loss(
             options = (p, eps, _BITS[switches], weights, weight)
             students, teachers = checks.stages("student", student), checks.stages("teacher", teacher)
             if not recorded(students) and not recorded(teachers):
-                return call_unrecorded(students[0], _loss, students, teachers, *options, False, False, None)[0]
-            return AttentionTransferFunction.apply(len(students), options, *students, *teachers)
+                return call_unrecorded(backend, students[0], _loss, students, teachers, *options, False, False, None)[0]
+            function = _CudaAttentionTransferFunction if backend == "cuda" else AttentionTransferFunction
+            return function.apply(len(students), options, *students, *teachers)
         except Exception as error:
             failure = error
     students, teachers = checks.attention_transfer(
@@ -314,4 +339,4 @@ def attention_transfer_loss(
     if failure:  # not the arguments' fault
         raise failure
     needs = [torch.is_grad_enabled() and any(x.requires_grad for x in tensors) for tensors in (students, teachers)]
-    return _loss(students, teachers, p, eps, _BITS[switches], weights, weight, *needs, None)[0]
+    return traced(backend, _loss)(students, teachers, p, eps, _BITS[switches], weights, weight, *needs, None)[0]

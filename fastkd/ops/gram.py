@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastkd import backends, checks, reference
-from fastkd.ops.registry import accumulator, autograd, call, call_unrecorded, caller, define, differentiable_once, one_device, recorded
+from fastkd import backends, checks, kernels, reference
+from fastkd.kernels.gram_kept import kept_shape, wide_stages
+from fastkd.ops.registry import (
+    accumulator,
+    autograd,
+    call,
+    call_unrecorded,
+    caller,
+    define,
+    differentiable_once,
+    in_cuda,
+    one_device,
+    recorded,
+    traced,
+)  # fmt: skip
 from fastkd.ops.upstream import Upstream, take_prepared
 
 
@@ -33,8 +46,17 @@ def _loss_fake(
     return first.new_empty((), dtype=dtype), gram_grads, [torch.empty_like(student[i]) for i in stages]
 
 
+def _loss_fake_by_device(student: list[Tensor], teacher: list[Tensor], pool_mode: Any, distance: Any, *rest: Any) -> tuple:
+    """On CUDA tensors Triton's, which may keep less."""
+    loss, gram_grads, gradients = _loss_fake(student, teacher, pool_mode, distance, *rest)
+    if loss.device.type == "cuda":
+        shapes = [kept_shape(student[i : i + 2], teacher[i : i + 2], distance) for i in range(len(gram_grads))]
+        gram_grads = [loss.new_empty(shape) for shape in shapes]
+    return loss, gram_grads, gradients
+
+
 def _loss_backward_fake(
-    grad: Tensor, features: list[Tensor], gram_grads: Any, pool_mode: Any, precision: Any, stages: list[int], negate: Any
+    grad: Tensor, features: list[Tensor], gram_grads: Any, pool_mode: Any, precision: Any, stages: list[int], negate: Any, others: Any
 ) -> list[Tensor]:
     return [torch.empty_like(features[i]) for i in stages]
 
@@ -47,11 +69,12 @@ define(
 define(
     "fsp_loss(Tensor[] student, Tensor[] teacher, str pool_mode, str distance, str pair_reduce, float[]? weights, float weight, "
     "str? precision, bool with_grad, float? upstream=None, int[] stages=[]) -> (Tensor loss, Tensor[] gram_grads, Tensor[] gradients)",
+    _loss_fake_by_device,
     _loss_fake,
 )
 define(
-    "fsp_loss_backward(Tensor grad, Tensor[] features, Tensor[] gram_grads, str pool_mode, str? precision, int[] stages, bool negate)"
-    " -> Tensor[]",
+    "fsp_loss_backward(Tensor grad, Tensor[] features, Tensor[] gram_grads, str pool_mode, str? precision, int[] stages, bool negate, "
+    "Tensor[] others) -> Tensor[]",
     _loss_backward_fake,
 )
 differentiable_once("fsp_matrix_backward", "fsp_matrix")
@@ -69,14 +92,24 @@ class FSPMatrixFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, *options: Any) -> Tensor:
-        # each factor is saved for the other's gradient, and may be an inference tensor only if that is not wanted
-        ctx.save_for_backward(*((a, b) if any(ctx.needs_input_grad) else ()))
-        ctx.options, ctx.call = options, caller(a)
-        return ctx.call(_matrix, a, b, *options)
+        return _matrix_forward(ctx, caller(a), a, b, *options)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _factor_gradients(ctx, grad)
+
+
+class _CudaFSPMatrixFunction(FSPMatrixFunction):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, *options: Any) -> Tensor:
+        return _matrix_forward(ctx, in_cuda, a, b, *options)
+
+
+def _matrix_forward(ctx: Any, run: Callable[..., Any], a: Tensor, b: Tensor, *options: Any) -> Tensor:
+    # each factor is saved for the other's gradient, and may be an inference tensor only if that is not wanted
+    ctx.save_for_backward(*((a, b) if any(ctx.needs_input_grad) else ()))
+    ctx.options, ctx.call = options, run
+    return run(_matrix, a, b, *options)
 
 
 def _factor_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -88,7 +121,7 @@ def _factor_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _traced_matrix_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
-    ctx.options, ctx.call = inputs[2:], call
+    ctx.options = inputs[2:]
 
 
 autograd("fsp_matrix", _factor_gradients, _traced_matrix_context)
@@ -99,27 +132,14 @@ class FSPLossFunction(torch.autograd.Function):
 
     The forward saves M = dloss/dG of the student for each pair, for an upstream gradient of 1 (the teacher's is -M), so a chain's gradients
     need only the chain itself: dA = upstream M B / S, dB = upstream M^T A / S, and a middle stage adds the terms of its two pairs.
+    Where M would be larger than the features, Triton keeps less and needs both chains' features of that pair (`kernels/gram_kept.py`).
     On a CPU, for the upstream gradient that is expected (:mod:`fastkd.ops.upstream`), it makes the student's gradients too, sample by
     sample, while the sample's maps are in the cache; the backward hands those out, once, if it is given just that.
     """
 
     @staticmethod
     def forward(ctx: Any, stages: int, options: tuple, *tensors: Tensor) -> Tensor:
-        needs = ctx.needs_input_grad[2:]
-        wanted = [i for i in range(stages) if needs[i]]
-        ctx.call = caller(tensors[0])
-        # a GPU's gradient must not be read by the host, and has no cache to wait in
-        expected = _upstream.expected if wanted and ctx.call is call else None
-        made = wanted if expected is not None else []
-        loss, gram_grads, gradients = ctx.call(
-            _loss, list(tensors[:stages]), list(tensors[stages:]), *options, any(needs), expected if made else None, made
-        )
-        # a teacher made under inference_mode cannot be saved: a chain is only if some of it needs a gradient
-        chains = [chain if any(need) else () for chain, need in ((tensors[:stages], needs[:stages]), (tensors[stages:], needs[stages:]))]
-        ctx.save_for_backward(*gram_grads, *chains[0], *chains[1])
-        ctx.stages, ctx.options, ctx.has_student = stages, options, bool(chains[0])
-        ctx.expected, ctx.made, ctx.prepared = expected, made, gradients
-        return loss
+        return _loss_forward(ctx, caller(tensors[0]), stages, options, tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -127,18 +147,50 @@ class FSPLossFunction(torch.autograd.Function):
         return None, None, *_chain_gradients(ctx, grad, ctx.needs_input_grad[2:], made)
 
 
+class _CudaFSPLossFunction(FSPLossFunction):
+    @staticmethod
+    def forward(ctx: Any, stages: int, options: tuple, *tensors: Tensor) -> Tensor:
+        return _loss_forward(ctx, in_cuda, stages, options, tensors)
+
+
+def _loss_forward(ctx: Any, run: Callable[..., Any], stages: int, options: tuple, tensors: tuple[Tensor, ...]) -> Tensor:
+    needs = ctx.needs_input_grad[2:]
+    wanted = [i for i in range(stages) if needs[i]]
+    # a GPU's gradient must not be read by the host, and has no cache to wait in
+    expected = _upstream.expected if wanted and run is call else None
+    made = wanted if expected is not None else []
+    loss, gram_grads, gradients = run(
+        _loss, list(tensors[:stages]), list(tensors[stages:]), *options, any(needs), expected if made else None, made
+    )
+    wide = wide_stages(gram_grads)
+    saved: list[Tensor | None] = [None] * len(tensors)
+    ctx.frozen = {}
+    for first in (0, stages):
+        for i in range(stages) if any(needs[first : first + stages]) else wide:
+            # what was made under inference_mode, a teacher, cannot be saved, nor changed in place
+            if tensors[first + i].is_inference():
+                ctx.frozen[first + i] = tensors[first + i]
+            else:
+                saved[first + i] = tensors[first + i]
+    ctx.save_for_backward(*gram_grads, *saved)
+    ctx.call, ctx.stages, ctx.options = run, stages, options
+    ctx.expected, ctx.made, ctx.prepared = expected, made, gradients
+    return loss
+
+
 def _chain_gradients(ctx: Any, grad: Tensor, needs: Sequence[bool], made: dict[int, Tensor] | None = None) -> list[Tensor | None]:
     """The gradients of student and teacher features, None where ``needs`` says so; ``made`` holds those of student stages that exist."""
     stages, (pool_mode, *_, precision) = ctx.stages, ctx.options
     gram_grads, features = list(ctx.saved_tensors[: stages - 1]), list(ctx.saved_tensors[stages - 1 :])
-    made = made or {}
+    for i, x in ctx.frozen.items():
+        features[i] = x
+    wide, made = wide_stages(gram_grads), made or {}
     out: list[Tensor | None] = [made.get(i) if needs[i] else None for i in range(stages)] + [None] * stages
     for first in (0, stages):
         wanted = [i for i in range(stages) if needs[first + i] and out[first + i] is None]
         if wanted:
-            is_teacher = first > 0
-            chain = features[stages:] if is_teacher and ctx.has_student else features[:stages]
-            computed = ctx.call(_loss_backward, grad, chain, gram_grads, pool_mode, precision, wanted, is_teacher)
+            chain, others = features[first : first + stages], [features[stages - first + i] for i in wide]
+            computed = ctx.call(_loss_backward, grad, chain, gram_grads, pool_mode, precision, wanted, first > 0, others)
             for i, dx in zip(wanted, computed, strict=True):
                 out[first + i] = dx
     return out
@@ -147,7 +199,7 @@ def _chain_gradients(ctx: Any, grad: Tensor, needs: Sequence[bool], made: dict[i
 def _traced_loss_context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor], list[Tensor]]) -> None:
     student, teacher, *options, with_grad, _, _ = inputs
     ctx.save_for_backward(*output[1], *student, *teacher)
-    ctx.stages, ctx.options, ctx.has_student, ctx.with_grad, ctx.call = len(student), options, True, with_grad, call
+    ctx.stages, ctx.options, ctx.frozen, ctx.with_grad = len(student), options, {}, with_grad
 
 
 def _traced_loss_backward(ctx: Any, grad: Tensor, *rest: Any) -> tuple:
@@ -174,13 +226,16 @@ def fsp_matrix(a: Tensor, b: Tensor, *, pool_mode: str = "avg", precision: str |
     Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
     Source: Yim et al., *A gift from knowledge distillation*, CVPR 2017.
     """
-    if backends.choose(a, b, in_triton=True) == "reference":
+    backend = backends.choose("fsp_matrix", (a, b), lambda: "")
+    if backend == "reference":
         return reference.fsp_matrix(a, b, pool_mode=pool_mode, precision=precision)
+    if backend == "cuda":
+        precision = precision or kernels.own_precision()
     if torch.compiler.is_compiling():
         checks.fsp_matrix(a, b, pool_mode, precision)
-        return _matrix(a, b, pool_mode, precision)
+        return traced(backend, _matrix)(a, b, pool_mode, precision)
     try:
-        return FSPMatrixFunction.apply(a, b, pool_mode, precision)
+        return (_CudaFSPMatrixFunction if backend == "cuda" else FSPMatrixFunction).apply(a, b, pool_mode, precision)
     except Exception:
         checks.fsp_matrix(a, b, pool_mode, precision)
         raise
@@ -213,21 +268,24 @@ def fsp_loss(
     Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
     Source: Yim et al., *A gift from knowledge distillation*, CVPR 2017, and its published implementations (see the presets).
     """
-    if backends.choose(student, teacher, in_triton=True) == "reference":
+    backend = backends.choose("fsp_loss", (student, teacher), lambda: backends.why_not_cuda_chain(student))
+    if backend == "reference":
         return reference.fsp_loss(
             student, teacher, pool_mode=pool_mode, distance=distance, pair_reduce=pair_reduce, weights=weights, weight=weight,
             precision=precision,
         )  # fmt: skip
+    if backend == "cuda":
+        precision = precision or kernels.own_precision()
     options = (pool_mode, distance, pair_reduce, weights, weight, precision)
     if torch.compiler.is_compiling():
         students, teachers = checks.fsp_loss(student, teacher, *options)
         needs = torch.is_grad_enabled() and any(x.requires_grad for x in students + teachers)
-        return _loss(students, teachers, *options, needs)[0]
+        return traced(backend, _loss)(students, teachers, *options, needs)[0]
     try:
         students, teachers = checks.stages("student", student), checks.stages("teacher", teacher)
         if not recorded(students) and not recorded(teachers):
-            return call_unrecorded(students[0], _loss, students, teachers, *options, False, None, [])[0]
-        return FSPLossFunction.apply(len(students), options, *students, *teachers)
+            return call_unrecorded(backend, students[0], _loss, students, teachers, *options, False, None, [])[0]
+        return (_CudaFSPLossFunction if backend == "cuda" else FSPLossFunction).apply(len(students), options, *students, *teachers)
     except Exception:
         checks.fsp_loss(student, teacher, *options)
         raise

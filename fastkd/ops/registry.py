@@ -16,24 +16,34 @@ from torch.autograd import forward_ad
 
 from fastkd import backends, kernels
 
-_LIBRARY = torch.library.Library("fastkd", "DEF")
+# One operator name serves one implementation a device: of two registered for a dispatch key the later would silently win. So Triton's
+# kernels have the names of `fastkd` on CUDA tensors, and those of the CUDA library the same names in a namespace of their own.
+_LIBRARIES = {namespace: torch.library.Library(namespace, "DEF") for namespace in ("fastkd", "fastkd_cuda")}
 
 
-def define(schema: str, fake: Callable[..., Any]) -> None:
-    """Declare ``fastkd::<schema>`` with the function that gives its outputs' shapes, dtypes, devices and strides.
-
-    On CUDA tensors it is Triton's. One operator name serves one implementation a device: of two registered for a dispatch key the later
-    would silently win. CUDA C++ kernels have to come under names of their own.
+def define(schema: str, fake: Callable[..., Any], twins_fake: Callable[..., Any] | None = None) -> None:
+    """Declare ``fastkd::<schema>`` and its twin ``fastkd_cuda::<schema>``, each with the function that gives its outputs' shapes, dtypes,
+    devices and strides. On CUDA tensors the first is Triton's, the second the CUDA library's.
     """
     name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake("fastkd::" + name, fake, lib=_LIBRARY)
+    for namespace, library in _LIBRARIES.items():
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        known = twins_fake if namespace == "fastkd_cuda" and twins_fake else fake
+        torch.library.register_fake(f"{namespace}::{name}", known, lib=library)
     if name in kernels.LAUNCHERS:
-        _LIBRARY.impl(name, lambda *args: kernels.launcher(name)(*args), "CUDA")
+        _LIBRARIES["fastkd"].impl(name, lambda *args: kernels.launcher(name)(*args), "CUDA")
 
 
 def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    torch.library.register_autograd("fastkd::" + name, backward, setup_context=setup_context, lib=_LIBRARY)
+    """The autograd rule of an operator and of its twin in traced graphs; ``ctx.call`` runs operators where the forward ran."""
+    for namespace, library in _LIBRARIES.items():
+        run = in_cuda if namespace == "fastkd_cuda" else call
+
+        def setup(ctx: Any, inputs: tuple, output: Any, run: Callable[..., Any] = run) -> None:
+            ctx.call = run
+            setup_context(ctx, inputs, output)
+
+        torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=setup, lib=library)
 
 
 def differentiable_once(name: str, public: str) -> None:
@@ -53,6 +63,21 @@ def _refuse(public: str) -> NoReturn:
 def call(operator: Callable[..., Any], *args: Any) -> Any:
     """Run an operator inside an ``autograd.Function``: straight to its kernel, unless a graph of the backward pass is wanted."""
     return operator(*args) if torch.is_grad_enabled() else _call_kernel(operator, *args)
+
+
+def twin(operator: Any) -> Any:
+    """The operator of the CUDA library that does what ``operator`` does."""
+    return getattr(torch.ops.fastkd_cuda, _name(operator)).default
+
+
+def in_cuda(operator: Any, *args: Any) -> Any:
+    """As ``call``, by the CUDA library."""
+    return call(twin(operator), *args)
+
+
+def traced(backend: str, operator: Any) -> Any:
+    """The operator that stands in a traced graph for a call that ``backend`` serves."""
+    return twin(operator) if backend == "cuda" else operator
 
 
 def _call_kernel(operator: Callable[..., Any], *args: Any) -> Any:
@@ -110,8 +135,10 @@ def caller(example: Tensor) -> Callable[..., Any]:
     return call
 
 
-def call_unrecorded(example: Tensor, operator: Callable[..., Any], *args: Any) -> Any:
+def call_unrecorded(backend: str, example: Tensor, operator: Callable[..., Any], *args: Any) -> Any:
     """Run an operator over such tensors where nothing is :func:`recorded`."""
+    if backend == "cuda":
+        return _call_kernel(twin(operator), *args)
     return (launch if caller(example) is launch else _call_kernel)(operator, *args)
 
 

@@ -3,13 +3,14 @@ incoming one in a pass that is made anyway."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd import backends, checks, reference
-from fastkd.ops.registry import accumulator, autograd, call, caller, define, differentiable_once, one_device
+from fastkd.ops.registry import accumulator, autograd, caller, define, differentiable_once, in_cuda, one_device, traced
 
 _OPTIONS = "float p, str channel_reduce, bool signed, float eps, str eps_mode"
 
@@ -46,18 +47,29 @@ class TapFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, channel_reduce: str, signed: bool, eps: float, eps_mode: str) -> tuple[Tensor, Tensor]:
-        ctx.call = caller(x)
-        y, norm = ctx.call(_map, x, p, channel_reduce, signed, True, eps, eps_mode)
-        ctx.save_for_backward(x, y, norm)
-        ctx.set_materialize_grads(False)
-        ctx.options = (p, channel_reduce, signed, eps, eps_mode)
-        return x, y
+        return _tap_forward(ctx, caller(x), x, p, channel_reduce, signed, eps, eps_mode)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, map_grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if map_grad is not None:
             grad = ctx.call(_backward, grad, map_grad, *ctx.saved_tensors, *ctx.options)
         return grad, None, None, None, None, None
+
+
+class _CudaTapFunction(TapFunction):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, channel_reduce: str, signed: bool, eps: float, eps_mode: str) -> tuple[Tensor, Tensor]:
+        return _tap_forward(ctx, in_cuda, x, p, channel_reduce, signed, eps, eps_mode)
+
+
+def _tap_forward(
+    ctx: Any, run: Callable[..., Any], x: Tensor, p: float, channel_reduce: str, signed: bool, eps: float, eps_mode: str
+) -> tuple[Tensor, Tensor]:
+    y, norm = run(_map, x, p, channel_reduce, signed, True, eps, eps_mode)
+    ctx.save_for_backward(x, y, norm)
+    ctx.set_materialize_grads(False)
+    ctx.call, ctx.options = run, (p, channel_reduce, signed, eps, eps_mode)
+    return x, y
 
 
 class ReluTapFunction(torch.autograd.Function):
@@ -68,16 +80,25 @@ class ReluTapFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
-        ctx.call = caller(x)
-        y, attention, norm = ctx.call(_relu, x, residual, *options)
-        ctx.save_for_backward(y, attention, norm)
-        ctx.set_materialize_grads(False)
-        ctx.options = options
-        return y, attention
+        return _relu_forward(ctx, caller(x), x, residual, *options)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, map_grad: Tensor | None) -> tuple[Tensor | None, ...]:
         return _relu_gradients(ctx, grad, map_grad)
+
+
+class _CudaReluTapFunction(ReluTapFunction):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
+        return _relu_forward(ctx, in_cuda, x, residual, *options)
+
+
+def _relu_forward(ctx: Any, run: Callable[..., Any], x: Tensor, residual: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
+    y, attention, norm = run(_relu, x, residual, *options)
+    ctx.save_for_backward(y, attention, norm)
+    ctx.set_materialize_grads(False)
+    ctx.call, ctx.options = run, options
+    return y, attention
 
 
 def _relu_gradients(ctx: Any, grad: Tensor | None, map_grad: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -91,7 +112,7 @@ def _relu_gradients(ctx: Any, grad: Tensor | None, map_grad: Tensor | None, *unu
 
 def _traced_relu_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.save_for_backward(*output)
-    ctx.options, ctx.call = inputs[2:], call
+    ctx.options = inputs[2:]
 
 
 autograd("relu_tap", _relu_gradients, _traced_relu_context)
@@ -122,13 +143,14 @@ def tap(
     Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
     Source: Zagoruyko, Komodakis, *Paying more attention to attention*, ICLR 2017.
     """
-    if backends.choose(x, in_triton=True) == "reference":
+    backend = backends.choose("tap", (x,), lambda: backends.why_not_cuda_map(p))
+    if backend == "reference":
         return reference.tap(x, p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode)
     if torch.compiler.is_compiling():
         checks.attention_map(x, p, channel_reduce, eps, eps_mode)
-        return x, _map(x, p, channel_reduce, signed, True, eps, eps_mode)[0]
+        return x, traced(backend, _map)(x, p, channel_reduce, signed, True, eps, eps_mode)[0]
     try:
-        return TapFunction.apply(x, p, channel_reduce, signed, eps, eps_mode)
+        return (_CudaTapFunction if backend == "cuda" else TapFunction).apply(x, p, channel_reduce, signed, eps, eps_mode)
     except Exception:
         checks.attention_map(x, p, channel_reduce, eps, eps_mode)
         raise
@@ -160,14 +182,15 @@ def relu_tap(
     Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
     Source: Zagoruyko, Komodakis, *Paying more attention to attention*, ICLR 2017.
     """
-    if backends.choose(x, in_triton=True) == "reference":
+    backend = backends.choose("relu_tap", (x,), lambda: backends.why_not_cuda_map(p))
+    if backend == "reference":
         return reference.relu_tap(x, residual, p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode)
     options = (p, channel_reduce, signed, eps, eps_mode)
     if torch.compiler.is_compiling():
         checks.relu_tap(x, residual, p, channel_reduce, eps, eps_mode)
-        return _relu(x, residual, *options)[:2]
+        return traced(backend, _relu)(x, residual, *options)[:2]
     try:
-        return ReluTapFunction.apply(x, residual, *options)
+        return (_CudaReluTapFunction if backend == "cuda" else ReluTapFunction).apply(x, residual, *options)
     except Exception:
         checks.relu_tap(x, residual, p, channel_reduce, eps, eps_mode)
         raise

@@ -7,7 +7,6 @@ at an epoch's end.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -63,23 +62,6 @@ def receive() -> Any:
     box = [None]
     dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def first(work: Callable[[], T]) -> T:
-    """``work()`` of the first process, and only then that of the others: it may fetch what they find. Its UserError ends them all."""
-    if share()[1] == 1:
-        return work()
-    if not leads():
-        if receive() is None:
-            sys.exit(2)
-        return work()
-    try:
-        done = work()
-    except UserError:
-        order(None)
-        raise
-    order("go")
-    return done
 
 
 def leading(work: Callable[[], T]) -> T:

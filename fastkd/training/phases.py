@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import signal
 import sys
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from torch import nn
@@ -13,11 +14,13 @@ from fastkd.methods import Method, create_method
 from fastkd.models import create_model
 from fastkd.training import distributed
 from fastkd.training.batches import Batches
+from fastkd.training.determinism import determinism
 from fastkd.training.errors import UserError
 from fastkd.training.loop import Loop
 from fastkd.training.plan import Plan
 from fastkd.training.progress import Progress
 from fastkd.training.recipes import Recipe
+from fastkd.training.settings import Settings
 
 
 def phase_loop(plan: Plan, role: str, phase: tuple[str, Recipe, Method], student: nn.Module, teacher: nn.Module | None,
@@ -42,27 +45,31 @@ def lead_epoch(loop: Loop, epoch: int, progress: Progress) -> None:
     loop.train_epoch(epoch, progress)
 
 
-def follow(plan: Plan) -> None:
+def follow() -> None:
     """Trains as the first process orders, until it says no more. Prints nothing, writes nothing."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process stops, and torchrun ends us
     try:
-        _follow(plan)
+        with ExitStack() as stack:
+            _follow(stack)
     except RuntimeError as error:
         if not distributed.lost(error):
             raise
         sys.exit(1)
 
 
-def _follow(plan: Plan) -> None:
-    loop: Loop | None = None
+def _follow(stack: ExitStack) -> None:
+    """Orders are a run's settings, then what makes a loop, then numbers of its epochs."""
+    plan: Plan
+    loop: Loop
     while (order := distributed.receive()) is not None:
-        try:
-            if loop is not None and isinstance(order, int):
+        if isinstance(order, Settings):
+            plan = Plan(order)
+            stack.enter_context(determinism(order.deterministic))
+        elif isinstance(order, dict):
+            loop = _loop(plan, order)
+        else:
+            with suppress(UserError):  # the first process has the same, says so, and ends us
                 loop.train_epoch(order, Progress("", 0, silent=True))
-            else:
-                loop = _loop(plan, order)
-        except UserError:  # the first process has the same, says so, and ends us
-            continue
 
 
 def _loop(plan: Plan, order: dict[str, Any]) -> Loop:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +14,13 @@ import torch
 from torch import nn
 
 import fastkd
+from fastkd.backends import choose
 from fastkd.methods import TWO_PHASES, Method, create_method, fsp_preset
 from fastkd.models import create_model
-from fastkd.training import distributed, records
+from fastkd.training import curves, distributed, pictures, records
 from fastkd.training.batches import Batches, generator
 from fastkd.training.datasets import Dataset, choose_dataset, load_dataset
+from fastkd.training.devices import can_compile, device_name, find_device
 from fastkd.training.errors import UserError
 from fastkd.training.files import make_folder
 from fastkd.training.recipes import NORMALIZATIONS, Recipe, get_recipe
@@ -56,12 +56,11 @@ class Plan:
         records.read_rows(settings.output)
         self.data: Dataset = load_dataset(name, settings.data)
         self.compiled, self.captured = self._how()
-        smallest = min(
-            [len(self.data.train_labels)] * self.recipe.drop_last + [len(self.data.test_labels)] * self.recipe.drop_last_test + [2**62]
-        )
-        if self.recipe.batch_size * self.processes > smallest:
-            each = f" for each of {self.processes} processes" if self.processes > 1 else ""
-            raise UserError(f"--batch-size is {self.recipe.batch_size}{each}, but {name} has parts of only {smallest} images")
+        parts = [len(self.data.train_labels) // self.processes] * self.recipe.drop_last
+        smallest = min([*parts, *[len(self.data.test_labels)] * self.recipe.drop_last_test], default=2**62)
+        if self.recipe.batch_size > smallest:
+            each = f" for each of {self.processes} processes" * (self.processes > 1)
+            raise UserError(f"--batch-size is {self.recipe.batch_size}, but {name} has parts of only {smallest} images{each}")
 
     def _how(self) -> tuple[bool, bool]:
         """Whether steps are compiled, and replayed as a CUDA graph. Bits depend on it, so no clock decides. Raises UserError."""
@@ -83,8 +82,12 @@ class Plan:
 
     def new_model(self, role: str) -> nn.Module:
         """The untrained "student" or "teacher", its weights drawn from (seed, role): two of one architecture begin apart."""
-        with seeded(self.settings.seed, role, "weights"):
+        with seeded(self.seed_of(role), role, "weights"):
             return create_model(self.model_name(role), self.data.classes)
+
+    def seed_of(self, role: str) -> int:
+        given = self.settings.teacher_seed
+        return self.settings.seed if role != "teacher" or given is None else given
 
     def model_name(self, role: str) -> str:
         return self.models.teacher if role == "teacher" else self.models.student
@@ -97,13 +100,16 @@ class Plan:
         first = dataclasses.replace(recipe, epochs=recipe.init_epochs, lr=recipe.init_lr, milestones=recipe.init_milestones)
         return [("init", first, method.alone()), ("main", recipe, create_method("baseline"))]
 
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """(mean, std) a channel."""
+        return NORMALIZATIONS.get((self.recipe.normalization, self.data.name), (self.data.mean, self.data.std))
+
     def batches(self, role: str) -> tuple[Batches, Batches]:
         """The training and test batches of the student's or the teacher's training."""
-        data, recipe = self.data, self.recipe
-        mean, std = NORMALIZATIONS.get((recipe.normalization, data.name), (data.mean, data.std))
+        data, recipe, (mean, std) = self.data, self.recipe, self.normalization()
         dtype = torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
         common: dict[str, Any] = {"mean": mean, "std": std, "device": self.device, "dtype": dtype}
-        random: dict[str, Any] = {"seed": self.settings.seed, "stream": role, "flip": data.flip, "pad_mode": recipe.pad_mode}
+        random: dict[str, Any] = {"seed": self.seed_of(role), "stream": role, "flip": data.flip, "pad_mode": recipe.pad_mode}
         random |= {"share": distributed.share(), "drop_last": recipe.drop_last}
         train = Batches(data.train_images, data.train_labels, batch_size=recipe.batch_size, **random, **common)
         # an accuracy over all images does not depend on the batch; one over whole batches does
@@ -122,7 +128,7 @@ class Plan:
         changed = {key: value for key, value in self.settings.overrides.items() if key not in ALONE}
         if self.processes > 1:
             changed["processes"] = self.processes
-        name = [self.data.name, self.models.teacher, self.recipe_name, f"{self.recipe.epochs}epochs", f"seed{self.settings.seed}"]
+        name = [self.data.name, self.models.teacher, self.recipe_name, f"{self.recipe.epochs}epochs", f"seed{self.seed_of('teacher')}"]
         extra = "-".join(f"{key}={value}" for key, value in sorted(changed.items()))
         if len(extra) > 100:  # a file's name ends at 255 bytes
             extra = hashlib.blake2b(extra.encode(), digest_size=8).hexdigest()
@@ -139,7 +145,7 @@ class Plan:
             "model": self.model_name(role),
             "recipe": self.recipe_name,
             **{key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()},
-            "seed": settings.seed,
+            "seed": self.seed_of(role),
             "precision": settings.precision,
             "device": self.device.type,
             "deterministic": settings.deterministic,
@@ -150,6 +156,8 @@ class Plan:
         if role != "teacher" and self.method.needs_teacher:
             file = settings.teacher_checkpoint
             identity |= {"teacher": self.models.teacher, "teacher_checkpoint": None if file is None else os.path.abspath(file)}
+            if self.seed_of("teacher") != settings.seed:
+                identity["teacher_seed"] = self.seed_of("teacher")
         return identity
 
     def config(self) -> dict[str, Any]:
@@ -173,7 +181,10 @@ class Plan:
         phases = [f"{recipe.epochs} epochs of {' + '.join(method.names)}" for _, recipe, method in self.phases(self.method)]
         if settings.method == "fsp" and fsp_preset(self.recipe.preset) != self.recipe.preset:
             phases.append(f"FSP is {fsp_preset(self.recipe.preset)}'s, since {self.recipe.preset} has none")
-        device = [device_name(self.device), settings.precision, f"seed {settings.seed}", *["deterministic"] * settings.deterministic]
+        seeds = f"seed {settings.seed}"
+        if self.method.needs_teacher and self.seed_of("teacher") != settings.seed:
+            seeds += f", of the teacher {self.seed_of('teacher')}"
+        device = [device_name(self.device), settings.precision, seeds, *["deterministic"] * settings.deterministic]
         device += [*["compiled"] * self.compiled, *["CUDA graph"] * self.captured]
         if self.processes > 1:
             batch = self.recipe.batch_size
@@ -188,9 +199,26 @@ class Plan:
             f"         {', '.join(fields[9:16])},",
             f"         {', '.join(fields[16:])}",
             f"device   {', '.join(device)}",
-            f"output   {settings.output}",
+            f"losses   {self._implementations()}",
+            f"output   {settings.output}: tables, and a folder with {self._records()}",
+            "time     expected at the end of the first epoch",
         ]
         return "\n".join(lines)
+
+    def _implementations(self) -> str:
+        """Which backend computes each loss."""
+        terms = {str(term.name): term for term in self.method.terms}
+        example = torch.empty(0, device=self.device)
+        backend = choose("attention_transfer_loss", (example,), lambda: "") if any(term.fused for term in terms.values()) else ""
+        return ", ".join(f"{name} by {backend if name in terms and terms[name].fused else 'plain PyTorch'}" for name in self.method.names)
+
+    def _records(self) -> str:
+        """What will lie in the folder beside the weights, and what for want of a package will not."""
+        parts = ["log", "epochs"]
+        parts.append("TensorBoard curves" if curves.available() else "no TensorBoard curves (the package tensorboard is not installed)")
+        if self.settings.pictures:
+            parts.append("pictures" if pictures.available() else "no pictures (matplotlib is not installed)")
+        return ", ".join(parts)
 
 
 def _plain(value: Any) -> Any:
@@ -203,29 +231,3 @@ def seeded(seed: int, *purpose: object) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, *purpose).initial_seed())
         yield
-
-
-def find_device(name: str | None) -> torch.device:
-    """The device called ``name``, or by itself a GPU if there is one. Raises UserError."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device {name!r} is not known; wanted cpu or cuda") from None
-    if device.type == "cuda" and distributed.local_rank() is not None:
-        device = torch.device("cuda", distributed.local_rank() or 0)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: PyTorch sees no such GPU here")
-    return device
-
-
-def can_compile(device: torch.device) -> bool:
-    """Whether what ``torch.compile`` needs is there: Triton for a GPU, and a C++ compiler."""
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        return False
-    return shutil.which(os.environ.get("CXX", "g++")) is not None
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"

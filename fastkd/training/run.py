@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 import fastkd
 from fastkd.methods import Method, create_method
 from fastkd.models import WeightsError, create_model, load_weights
-from fastkd.training import distributed, records, runs
+from fastkd.training import distributed, pictures, records, runs
+from fastkd.training.console import say
+from fastkd.training.determinism import determinism
+from fastkd.training.devices import device_name
 from fastkd.training.errors import Interrupted, UserError
 from fastkd.training.files import make_folder, save, write
 from fastkd.training.loop import Loop, evaluate, placed
-from fastkd.training.phases import follow, lead, lead_epoch, phase_loop
-from fastkd.training.plan import Plan, device_name
+from fastkd.training.phases import lead, lead_epoch, phase_loop
+from fastkd.training.plan import Plan
 from fastkd.training.progress import Progress, clock
 from fastkd.training.runs import CHECKPOINT, Run
+from fastkd.training.screens import ending
 from fastkd.training.settings import Settings
 
 
@@ -33,21 +33,12 @@ def run(settings: Settings) -> dict[str, Any]:
 
     Raises UserError for whatever the user can mend, Interrupted after Ctrl-C.
     """
-    with determinism(settings.deterministic), distributed.group(settings.device):
-        plan = distributed.first(lambda: Plan(settings))
-        if not distributed.leads():
-            follow(plan)
-            return {}
-        return distributed.leading(lambda: whole(plan))
-
-
-def whole(plan: Plan) -> dict[str, Any]:
-    """The run of the process that leads."""
-    settings = plan.settings
+    plan = Plan(settings)
+    distributed.order(settings)  # the others find the data that the plan may have fetched
     found = runs.find(plan) if settings.resume is not None else None
-    print(plan.describe(), flush=True)
     # the student's folder is there before the teacher's training begins, so that --resume finds the run whenever it was killed
-    with runs.opened(plan, "student", found) as student:
+    with determinism(settings.deterministic), runs.opened(plan, "student", found) as student:
+        say(plan.describe())
         teacher, accuracy = find_teacher(plan) if plan.method.needs_teacher else (None, None)
         return train(plan, "student", student, plan.method, teacher, accuracy)
 
@@ -60,7 +51,7 @@ def find_teacher(plan: Plan) -> tuple[nn.Module, float]:
     if begun or (settings.teacher_checkpoint is None and not path.exists()):
         folder = max(begun, key=runs.epochs_of, default=None)  # all of one identity end alike, so the one that came furthest serves
         what = f"{path} is not there yet; training it first" if folder is None else f"going on with its training in {folder}"
-        print(f"teacher: {what}", flush=True)
+        say(f"teacher: {what}")
         with runs.opened(plan, "teacher", folder) as opened:
             train(plan, "teacher", opened, create_method("baseline"), None, None)
     teacher = create_model(name, plan.data.classes)
@@ -72,7 +63,7 @@ def find_teacher(plan: Plan) -> tuple[nn.Module, float]:
     accuracy = evaluate(placed(teacher, plan.device), batches, plan.autocast())
     images = len(batches) * batches.batch_size if batches.drop_last else batches.count
     whole = "the test set" if images == batches.count else f"{images:,} images of the test set"
-    print(f"teacher: {name} from {path}, {accuracy:.2f} % on {whole}", flush=True)
+    say(f"teacher: {name} from {path}, {accuracy:.2f} % on {whole}")
     return teacher, accuracy
 
 
@@ -99,10 +90,10 @@ def train(plan: Plan, role: str, run: Run, method: Method, teacher: nn.Module | 
         label = title if main else f"{title} {name}"
         if state.get("phase") == name:
             take_up(loop, state, run.folder)
-            print(f"{label}: {run.folder} goes on after epoch {len(loop.history)} of {recipe.epochs}", flush=True)
+            say(f"{label}: {run.folder} goes on after epoch {len(loop.history)} of {recipe.epochs}")
             keep_best(loop, run, name, anew=True)
         elif run.state is None and name == names[0]:
-            print(f"{label}: begins in {run.folder}", flush=True)
+            say(f"{label}: begins in {run.folder}")
         lead(loop, role, name)
         progress = Progress(label, loop.steps, len(loop.history) * len(loop.batches))
         try:
@@ -122,9 +113,10 @@ def train(plan: Plan, role: str, run: Run, method: Method, teacher: nn.Module | 
             raise Interrupted(how_far(label, loop, run.folder)) from None
         finally:
             progress.close()
-    told = f"best {row['acc']} % (epoch {row['epoch']}), last {row['last_acc']} %, {clock(row['seconds'])}"
-    print(f"{title}: {told}; {plan.recipe_name} reports the {plan.recipe.report}: {row['reported_acc']} %", flush=True)
-    print(f"{title}: row {row['no']} of {plan.settings.output / 'results.csv'}, weights in {run.folder}", flush=True)
+    if role == "student" and plan.settings.pictures:  # after the row: nothing that fails here can lose it
+        student.load_state_dict(loop.weights()[0])
+        pictures.keep(plan, run.folder, student, teacher)
+    say(ending(plan, role, row, records.COLUMNS[:11], run.folder))
     return row
 
 
@@ -137,12 +129,13 @@ def take_up(loop: Loop, state: dict[str, Any], folder: Path) -> None:
 
 
 def keep_best(loop: Loop, run: Run, phase: str, anew: bool = False) -> None:
-    """The files that follow from a checkpoint: the log, and the best weights when they are new; ``anew``: whatever is there.
+    """The files that follow from a checkpoint: curves, the log, and the best weights when they are new; ``anew``: whatever is there.
 
     A process killed before this has kept the checkpoint already; whoever takes that up calls it again.
     """
     if not loop.history:
         return
+    run.curves.add(phase, loop.history)
     table = records.table(list(loop.history[-1]), loop.history)
     write(run.folder / ("epochs.csv" if phase == "main" else f"{phase}.csv"), table)
     if phase == "main":
@@ -163,12 +156,13 @@ def weights_file(weights: dict[str, Any], epoch: dict[str, float], run: Run) -> 
 def row_of(plan: Plan, role: str, run: Run, loop: Loop, teacher_acc: float | None, started: str, seconds: float) -> dict[str, Any]:
     """The run as a row of the table, without its number."""
     settings, best, last = plan.settings, loop.best(), loop.history[-1]
+    taught, file = teacher_acc is not None, settings.teacher_checkpoint
     fields = [(key, " ".join(map(str, value)) if isinstance(value, tuple) else value) for key, value in settings.overrides.items()]
     return {
         "method": run.config["trained"],
         "dataset": plan.data.name,
         "student": run.config["model"],
-        "teacher": plan.models.teacher if teacher_acc is not None else "",
+        "teacher": plan.models.teacher if taught else "",
         "start_time": started,
         "acc": f"{best['test_acc']:.2f}",
         "epoch": best["epoch"],
@@ -176,7 +170,7 @@ def row_of(plan: Plan, role: str, run: Run, loop: Loop, teacher_acc: float | Non
         "lr": plan.recipe.lr,
         "batch_size": plan.recipe.batch_size,
         "last_acc": f"{last['test_acc']:.2f}",
-        "seed": settings.seed,
+        "seed": plan.seed_of(role),
         "recipe": plan.recipe_name,
         "precision": settings.precision,
         "device": device_name(plan.device),
@@ -188,6 +182,8 @@ def row_of(plan: Plan, role: str, run: Run, loop: Loop, teacher_acc: float | Non
         "train_acc": f"{last['train_acc']:.2f}",
         "losses": " ".join(f"{term}={last[term]:.4g}" for term in loop.method.names),
         "overrides": " ".join(f"{key}={value}" for key, value in fields),
+        "teacher_seed": plan.seed_of("teacher") if taught and file is None else "",
+        "teacher_checkpoint": file if taught and file is not None else "",
         "folder": run.folder.name,
     }
 
@@ -208,25 +204,3 @@ def how_far(label: str, loop: Loop, folder: Path) -> str:
     best = f" and the best ({loop.best()['test_acc']:.2f} %)" if loop.best_weights else ""
     kept = f"the weights of epoch {done}{best} are in {folder}" if done else "no epoch was finished"
     return f"{label} stopped {where}; {kept}; no row was added; --resume goes on"
-
-
-@contextmanager
-def determinism(wanted: bool) -> Iterator[None]:
-    """PyTorch's deterministic algorithms while a run lasts. Raises UserError where an operation has none."""
-    if not wanted:
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA begins
-    memory: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark, memory.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark, memory.fill_uninitialized_memory = False, False
-    try:
-        yield
-    except RuntimeError as error:
-        if "deterministic" not in str(error):
-            raise
-        raise UserError(f"--deterministic: {str(error).split('.')[0]}") from None
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.benchmark, memory.fill_uninitialized_memory = before[1:]

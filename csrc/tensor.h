@@ -1,0 +1,86 @@
+// What the operators of both libraries share on the host side: views of tensors as plain structs, checks, allocation. csrc/tensor.cpp is
+// compiled into each library, for its own kind of device.
+//
+// Kernels of the CPU (*.inl) are compiled once per instruction set. An inline function or a template of this header that such a file used
+// would be emitted there as a weak symbol holding, say, AVX-512 code, and the linker may keep that copy for every caller. So the structs
+// below are plain data without member functions, and kernels use nothing else of this header but functions declared static.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace fastkd {
+
+using torch::stable::Tensor;
+
+enum class DType : int32_t { kHalf, kBFloat16, kFloat, kDouble };
+
+constexpr int kMaxDims = 5;
+
+struct TensorView {
+  void* data;
+  DType dtype;
+  int32_t device_index;
+  int32_t dim;
+  int64_t sizes[kMaxDims];
+  int64_t strides[kMaxDims];  // in elements
+};
+
+// kPlanes: the positions of a channel are one run of stride 1. kChannelsLast: the channels of a position have stride 1, and the positions
+// one common stride (stride_s). kGeneric: anything else (sliced, expanded, permuted); walk size[] and stride[].
+enum class Layout : int32_t { kPlanes, kChannelsLast, kGeneric };
+
+// A tensor (N, C, *S), or a map (N, *S) with channels = 1. Element (n, c, d, h, w) lies at
+// n * stride_n + c * stride_c + d * stride[0] + h * stride[1] + w * stride[2]; absent spatial dimensions are leading ones of size 1.
+struct Feature {
+  void* data;
+  DType dtype;
+  Layout layout;
+  int64_t batch, channels, positions;
+  int64_t stride_n, stride_c;
+  int64_t stride_s;  // of kPlanes (1) and kChannelsLast only
+  int64_t size[3], stride[3];
+};
+
+// A view of a tensor of a floating dtype on the library's kind of device; `name` is the argument, for the error.
+TensorView view_of(const Tensor& tensor, const char* name);
+// (N, C, *S), 3 to 5 dimensions, nothing empty.
+Feature feature_of(const TensorView& view, const char* name);
+// (N, *S), 2 to 4 dimensions, nothing empty.
+Feature map_of(const TensorView& view, const char* name);
+
+// float64 if any input is, else float32.
+inline DType accumulation(DType a, DType b) { return a == DType::kDouble || b == DType::kDouble ? DType::kDouble : DType::kFloat; }
+
+// Contiguous and uninitialized.
+Tensor empty(const int64_t* sizes, int64_t dim, DType dtype, int32_t device_index = 0);
+// As aten::empty_like with preserve_format, without a trip through the dispatcher for dense tensors.
+Tensor empty_like(const Tensor& tensor, const TensorView& view);
+// A string argument of an operator. PyTorch's own conversion, to std::string, leaks every one in the headers of 2.13 and older.
+struct Text {
+  std::string value;
+};
+
+bool parse_switch(const Text& given, const char* name, const char* when_false, const char* when_true);
+
+}  // namespace fastkd
+
+template <>
+struct torch::stable::detail::ToImpl<fastkd::Text> {
+  static fastkd::Text call(StableIValue value, uint64_t, bool) {
+    const StringHandle handle = torch::stable::detail::to<StringHandle>(value);
+    const char* data = nullptr;
+    size_t length = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    fastkd::Text text{std::string(data, length)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return text;
+  }
+};

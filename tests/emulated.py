@@ -1,0 +1,90 @@
+"""The CUDA library's kernels on a machine without a GPU: compiled for the CPU, where csrc/cuda/emulate.h runs them thread by thread."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from fastkd import native
+
+ROOT = Path(__file__).parent.parent
+FLAGS = [
+    "-std=c++17",
+    "-O2",
+    "-fPIC",
+    "-shared",
+    "-g0",
+    "-fvisibility=hidden",
+    "-DFASTKD_EMULATE",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+]
+
+
+def build() -> Path | None:
+    """The emulated library, compiled where its sources or PyTorch are new; None where there are no sources or no compiler."""
+    compiler = shlex.split(os.environ.get("CXX", "")) or [name for name in ("c++", "g++", "clang++") if shutil.which(name)][:1]
+    folder = ROOT / "csrc" / "cuda"
+    if not compiler or not folder.is_dir():
+        return None
+    sources = [*sorted(folder.glob("*.cu")), *sorted(folder.glob("*.cpp")), ROOT / "csrc" / "tensor.cpp"]
+    digest = hashlib.blake2b(f"{torch.__version__} {compiler} {FLAGS}".encode(), digest_size=8)
+    for path in sorted([*ROOT.glob("csrc/*.*"), *folder.glob("*.*")]):
+        digest.update(path.name.encode() + path.read_bytes())
+    library = ROOT / "build" / "emulated" / digest.hexdigest() / "_C_emulated.so"
+    if library.exists():
+        return library
+    top = Path(torch.__file__).parent
+    search = [f"-I{ROOT / 'csrc'}", "-isystem", str(top / "include")]
+    objects = library.parent / str(os.getpid())
+    objects.mkdir(parents=True, exist_ok=True)
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen([*compiler, *arguments], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def finish(processes: list[subprocess.Popen[str]]) -> None:
+        for process, said in [(process, process.communicate()[0]) for process in processes]:
+            if process.returncode:
+                raise RuntimeError(f"the CUDA kernels do not compile for the CPU:\n{said}")
+
+    made = [str(objects / (source.name + ".o")) for source in sources]
+    finish([start(*FLAGS, *search, "-x", "c++", "-c", str(source), "-o", to) for source, to in zip(sources, made)])
+    finish([start("-shared", *made, f"-L{top / 'lib'}", "-ltorch_cpu", "-o", str(objects / library.name))])
+    os.replace(objects / library.name, library)
+    shutil.rmtree(objects)
+    return library
+
+
+def load() -> None:
+    """Backend "cuda" serves CPU tensors from now on, in this process; nothing happens where there is a GPU."""
+    if torch.cuda.is_available() or native.EMULATED:
+        return
+    library = build()
+    if library is not None:
+        native.emulate(str(library))
+
+
+def backwards(wanted: bool) -> None:
+    """Run threads and blocks from the last to the first, where it matters if a barrier is missing."""
+    assert native.EMULATED and native.CUDA.path
+    ctypes.CDLL(native.CUDA.path).fastkd_emulate_reversed(int(wanted))
+
+
+@contextlib.contextmanager
+def idle() -> Iterator[None]:
+    """Kernels do nothing inside: what is left is the host's work."""
+    assert native.EMULATED and native.CUDA.path
+    library = ctypes.CDLL(native.CUDA.path)
+    library.fastkd_emulate_idle(1)
+    try:
+        yield
+    finally:
+        library.fastkd_emulate_idle(0)
