@@ -11,6 +11,8 @@
 #define FASTKD_KERNEL(threads) static void
 #define FASTKD_DEVICE static inline
 #define FASTKD_BOTH static inline
+#define FASTKD_MEMBER inline
+#define FASTKD_ARGUMENTS(type) const type&
 #define FASTKD_UNROLL
 #define __restrict__
 

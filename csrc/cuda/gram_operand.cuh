@@ -1,0 +1,160 @@
+// A feature, or the gradient of an FSP matrix, as the FSP kernels read it: some channels at some positions, pooled on the way, into a tile
+// of shared memory.
+#pragma once
+
+#include "cuda/host.cuh"
+
+namespace fastkd {
+
+// kSpread: the gradient of averaging: each position of a finer grid is the sum of the windows' numbers that it counts in, shared out.
+enum class Pool : uint8_t { kNone, kAvg, kMax, kSpread };
+
+// kOne: neighbouring threads take neighbouring positions, a number at a time; kChannels: so, 16 bytes of channels at a time;
+// kPositions: 16 bytes of positions at a time.
+enum class Reading : uint8_t { kOne, kChannels, kPositions };
+
+struct Operand {
+  const void* data;
+  int64_t stride_n, stride_c, stride[3];
+  int32_t channels, positions;
+  int32_t size[3];  // the feature's own
+  int32_t grid[3];  // what the positions walk: the size of what it is pooled, or spread, to
+  DType dtype;
+  Pool pool;
+  Reading reading;
+  bool linear;  // not pooled, and position s lies at s * stride[2]
+  bool exact;   // its numbers are bfloat16's
+};
+
+// The numbers of an axis of `size` that position `at` of a `grid` is pooled from: PyTorch's windows. And the positions of a `size` whose
+// windows hold the number `at` of the `grid` that they are taken from.
+FASTKD_BOTH int32_t window_begin(int32_t at, int32_t size, int32_t grid) {
+  if (size < 1 << 15 && grid < 1 << 15) return at * size / grid;
+  return static_cast<int32_t>(static_cast<int64_t>(at) * size / grid);
+}
+
+FASTKD_BOTH int32_t window_end(int32_t at, int32_t size, int32_t grid) {
+  if (size < 1 << 15 && grid < 1 << 15) return ((at + 1) * size + grid - 1) / grid;
+  return static_cast<int32_t>((static_cast<int64_t>(at + 1) * size + grid - 1) / grid);
+}
+
+// A box of numbers, [begin, end) on each axis.
+struct Box {
+  int32_t begin[3], end[3];
+};
+
+FASTKD_BOTH void place_of(int32_t s, const int32_t* grid, int32_t* at) {
+  const int32_t row = s / grid[2], depth = row / grid[1];
+  at[0] = depth;
+  at[1] = row - depth * grid[1];
+  at[2] = s - row * grid[2];
+}
+
+FASTKD_BOTH Box box_of(int32_t s, const int32_t* size, const int32_t* grid) {
+  Box box;
+  int32_t at[3];
+  place_of(s, grid, at);
+  FASTKD_UNROLL
+  for (int d = 0; d < 3; ++d) {
+    box.begin[d] = window_begin(at[d], size[d], grid[d]);
+    box.end[d] = window_end(at[d], size[d], grid[d]);
+  }
+  return box;
+}
+
+FASTKD_BOTH int32_t count_of(const Box& box) {
+  return (box.end[0] - box.begin[0]) * (box.end[1] - box.begin[1]) * (box.end[2] - box.begin[2]);
+}
+
+// How many numbers the window at (d, h, w) of `size` averages, of those of `grid`.
+FASTKD_BOTH int32_t share_of(int32_t d, int32_t h, int32_t w, const int32_t* size, const int32_t* grid) {
+  return (window_end(d, grid[0], size[0]) - window_begin(d, grid[0], size[0])) *
+         (window_end(h, grid[1], size[1]) - window_begin(h, grid[1], size[1])) *
+         (window_end(w, grid[2], size[2]) - window_begin(w, grid[2], size[2]));
+}
+
+// The offset of a position that is not pooled.
+FASTKD_BOTH int64_t offset_of(const Operand& x, int32_t s) {
+  if (x.linear) return s * x.stride[2];
+  int32_t at[3];
+  place_of(s, x.size, at);
+  return at[0] * x.stride[0] + at[1] * x.stride[1] + at[2] * x.stride[2];
+}
+
+template <typename A, typename T, int P>
+FASTKD_DEVICE void load_numbers(const T* from, A (&to)[P]) {
+  if constexpr (P == 1) {
+    to[0] = static_cast<A>(*from);
+  } else {
+    const Pack pack = load_pack(from);
+    FASTKD_UNROLL
+    for (int i = 0; i < P; ++i) to[i] = static_cast<A>(get<T>(pack, i));
+  }
+}
+
+// P channels from `from` on, at the position whose box of numbers this is.
+template <typename A, typename T, int P>
+FASTKD_DEVICE void load_pooled(const Operand& x, const T* from, const Box& box, A (&to)[P]) {
+  FASTKD_UNROLL
+  for (int i = 0; i < P; ++i) to[i] = 0;
+  bool first = true;
+  for (int32_t d = box.begin[0]; d < box.end[0]; ++d) {
+    for (int32_t h = box.begin[1]; h < box.end[1]; ++h) {
+      for (int32_t w = box.begin[2]; w < box.end[2]; ++w) {
+        A one[P];
+        load_numbers<A, T, P>(from + (d * x.stride[0] + h * x.stride[1] + w * x.stride[2]), one);
+        const A share = x.pool == Pool::kSpread ? static_cast<A>(share_of(d, h, w, x.size, x.grid)) : A(1);
+        FASTKD_UNROLL
+        for (int i = 0; i < P; ++i) {
+          if (x.pool == Pool::kMax) {
+            // the first of equal ones; a NaN is larger than anything
+            if (first || one[i] > to[i] || one[i] != one[i]) to[i] = one[i];
+          } else {
+            to[i] += x.pool == Pool::kSpread ? one[i] / share : one[i];
+          }
+        }
+        first = false;
+      }
+    }
+  }
+  if (x.pool == Pool::kAvg) {
+    const A count = static_cast<A>(count_of(box));
+    FASTKD_UNROLL
+    for (int i = 0; i < P; ++i) to[i] /= count;
+  }
+}
+
+// Where the maximum of a box lies, counted through the feature's own positions.
+template <typename A, typename T>
+FASTKD_DEVICE int32_t place_of_maximum(const Operand& x, const T* from, const Box& box) {
+  A most = 0;
+  int32_t place = -1;
+  for (int32_t d = box.begin[0]; d < box.end[0]; ++d) {
+    for (int32_t h = box.begin[1]; h < box.end[1]; ++h) {
+      for (int32_t w = box.begin[2]; w < box.end[2]; ++w) {
+        const A one = static_cast<A>(from[d * x.stride[0] + h * x.stride[1] + w * x.stride[2]]);
+        if (place < 0 || one > most || one != one) {
+          most = one;
+          place = (d * x.size[1] + h) * x.size[2] + w;
+        }
+      }
+    }
+  }
+  return place;
+}
+
+// Calls f(T()) with the dtype's T. Float kernels meet no float64.
+template <typename A, typename F>
+FASTKD_DEVICE void with_dtype(DType dtype, const F& f) {
+  if (dtype == DType::kHalf) {
+    f(Half());
+  } else if (dtype == DType::kBFloat16) {
+    f(BFloat16());
+  } else if constexpr (sizeof(A) == 8) {
+    dtype == DType::kDouble ? f(double()) : f(float());
+  } else {
+    f(float());
+  }
+}
+
+}  // namespace fastkd
