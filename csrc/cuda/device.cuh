@@ -2,6 +2,7 @@
 // tests alone) emulate.h runs the same kernels on the CPU, so a kernel uses nothing that is not here:
 //
 //   FASTKD_KERNEL(threads) name(args)         a __global__ function for blocks of that many threads (a multiple of 32)
+//   FASTKD_LARGE_KERNEL(threads, blocks) name so, with registers for so many blocks a multiprocessor
 //   FASTKD_DEVICE                             a function called by kernels; FASTKD_BOTH: by the host too, and so by tests;
 //                                             FASTKD_MEMBER: one of a struct
 //   FASTKD_ARGUMENTS(Type) name               a kernel's struct of arguments, read where it is
@@ -26,11 +27,13 @@
 #else
 #include <cuda_runtime.h>
 #define FASTKD_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define FASTKD_LARGE_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define FASTKD_DEVICE static __device__ __forceinline__
 #define FASTKD_BOTH static __host__ __device__ __forceinline__
 #define FASTKD_MEMBER __device__ __forceinline__
 #define FASTKD_ARGUMENTS(type) const __grid_constant__ type
 #define FASTKD_UNROLL _Pragma("unroll")
+#define FASTKD_ROLL _Pragma("unroll 1")
 
 namespace fastkd {
 

@@ -50,9 +50,7 @@ void plan_chain(GramCall& call, PairArguments& pair, int side, const Feature& a,
   pair.operand[2 * side + 1] = call.operand(b, size, a.channels);
 }
 
-bool same_positions(const PairArguments& pair) {
-  return std::equal(pair.operand[0].grid, pair.operand[0].grid + 3, pair.operand[2].grid);
-}
+bool same_positions(const PairArguments& pair) { return std::equal(pair.operand[0].grid, pair.operand[0].grid + 3, pair.operand[2].grid); }
 
 }  // namespace
 
@@ -161,8 +159,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fsp_loss(std::vecto
   }
   Tensor loss = call.device.empty(nullptr, 0, accumulate);
   run_forward(call, pairs, s[0].batch, columns ? GramResult::kColumnNorms : GramResult::kSquares, loss.mutable_data_ptr());
-  const std::vector<Tensor> gradients =
-      chain_gradients(student, s_views, grads, stages, max, how, upstream ? *upstream : 0.0, nullptr);
+  const std::vector<Tensor> gradients = chain_gradients(student, s_views, grads, stages, max, how, upstream ? *upstream : 0.0, nullptr);
   return {loss, grads, gradients};
 }
 

@@ -12,8 +12,7 @@ constexpr int64_t kSpreadProducts = 1 << 28, kSpreadIeee = 1 << 27;
 
 void check_matrix_grad(const GramCall& call, const TensorView& m, const Feature& a, const Feature& b, const char* name) {
   call.check_device_of(m, name);
-  STD_TORCH_CHECK(m.dtype == call.accumulate || (m.dtype == DType::kFloat && call.accumulate == DType::kDouble), name,
-                  " must be float32 or float64");
+  STD_TORCH_CHECK(m.dtype == call.accumulate, name, " must be ", call.accumulate == DType::kDouble ? "float64" : "float32");
   STD_TORCH_CHECK(m.dim == 3 && m.sizes[0] == a.batch && m.sizes[1] == a.channels && m.sizes[2] == b.channels, name, " must have shape (",
                   a.batch, ", ", a.channels, ", ", b.channels, ")");
 }
@@ -74,7 +73,8 @@ void GramGradients::add(const Tensor& x, const TensorView& view, const Feature& 
       continue;
     }
     item.m[item.terms] = call_.matrix(term.m, term.own_dim);
-    item.other[item.terms] = is_size(feature, grid) ? call_.operand(term.other, grid, feature.channels) : call_.spread(term.other, feature.size);
+    item.other[item.terms] =
+        is_size(feature, grid) ? call_.operand(term.other, grid, feature.channels) : call_.spread(term.other, feature.size);
     item.scale[item.terms++] = 1.0 / static_cast<double>(count_of(grid));
   }
   items_.push_back(item);

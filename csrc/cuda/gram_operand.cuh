@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/host.cuh"
+#include "cuda/mma.cuh"
 
 namespace fastkd {
 
@@ -28,14 +29,15 @@ struct Operand {
 
 // The numbers of an axis of `size` that position `at` of a `grid` is pooled from: PyTorch's windows. And the positions of a `size` whose
 // windows hold the number `at` of the `grid` that they are taken from.
+// at * size / grid without a product that overflows: grids reach 2^15 (see GramCall).
 FASTKD_BOTH int32_t window_begin(int32_t at, int32_t size, int32_t grid) {
-  if (size < 1 << 15 && grid < 1 << 15) return at * size / grid;
-  return static_cast<int32_t>(static_cast<int64_t>(at) * size / grid);
+  const int32_t whole = size / grid, rest = size - whole * grid;
+  return at * whole + at * rest / grid;
 }
 
 FASTKD_BOTH int32_t window_end(int32_t at, int32_t size, int32_t grid) {
-  if (size < 1 << 15 && grid < 1 << 15) return ((at + 1) * size + grid - 1) / grid;
-  return static_cast<int32_t>((static_cast<int64_t>(at + 1) * size + grid - 1) / grid);
+  const int32_t whole = size / grid, rest = size - whole * grid;
+  return (at + 1) * whole + ((at + 1) * rest + grid - 1) / grid;
 }
 
 // A box of numbers, [begin, end) on each axis.
@@ -66,6 +68,20 @@ FASTKD_BOTH int32_t count_of(const Box& box) {
   return (box.end[0] - box.begin[0]) * (box.end[1] - box.begin[1]) * (box.end[2] - box.begin[2]);
 }
 
+// 1 / count. Spelled out for float64, whose division is a call that costs registers.
+template <typename A>
+FASTKD_DEVICE A inverse_of(int32_t count) {
+  if constexpr (sizeof(A) == 4) {
+    return 1.0f / static_cast<A>(count);
+  } else {
+    const A c = count;
+    A y = 1.0f / static_cast<float>(count);
+    FASTKD_UNROLL
+    for (int i = 0; i < 2; ++i) y = y * (2 - c * y);
+    return y;
+  }
+}
+
 // How many numbers the window at (d, h, w) of `size` averages, of those of `grid`.
 FASTKD_BOTH int32_t share_of(int32_t d, int32_t h, int32_t w, const int32_t* size, const int32_t* grid) {
   return (window_end(d, grid[0], size[0]) - window_begin(d, grid[0], size[0])) *
@@ -81,14 +97,43 @@ FASTKD_BOTH int64_t offset_of(const Operand& x, int32_t s) {
   return at[0] * x.stride[0] + at[1] * x.stride[1] + at[2] * x.stride[2];
 }
 
+// How numbers lie in memory: those of 16 bits are told apart where they are widened, which spares a copy of the code around.
+struct Sixteen {
+  uint16_t bits;
+};
+
+template <typename A, typename T>
+FASTKD_DEVICE A widened(T x, bool) {
+  return static_cast<A>(x);
+}
+
+template <typename A>
+FASTKD_DEVICE A widened(Sixteen x, bool is_bfloat16) {
+  Half half;
+  half.x = x.bits;
+  return static_cast<A>(is_bfloat16 ? float_of(static_cast<uint32_t>(x.bits) << 16) : static_cast<float>(half));
+}
+
+// Calls f(T()) with the type that holds numbers of a dtype. Float kernels meet no float64.
+template <typename A, typename F>
+FASTKD_DEVICE void with_width(DType dtype, const F& f) {
+  if (dtype == DType::kHalf || dtype == DType::kBFloat16) {
+    f(Sixteen());
+  } else if constexpr (sizeof(A) == 8) {
+    dtype == DType::kDouble ? f(double()) : f(float());
+  } else {
+    f(float());
+  }
+}
+
 template <typename A, typename T, int P>
-FASTKD_DEVICE void load_numbers(const T* from, A (&to)[P]) {
+FASTKD_DEVICE void load_numbers(const T* from, bool is_bfloat16, A (&to)[P]) {
   if constexpr (P == 1) {
-    to[0] = static_cast<A>(*from);
+    to[0] = widened<A>(*from, is_bfloat16);
   } else {
     const Pack pack = load_pack(from);
     FASTKD_UNROLL
-    for (int i = 0; i < P; ++i) to[i] = static_cast<A>(get<T>(pack, i));
+    for (int i = 0; i < P; ++i) to[i] = widened<A>(get<T>(pack, i), is_bfloat16);
   }
 }
 
@@ -98,19 +143,23 @@ FASTKD_DEVICE void load_pooled(const Operand& x, const T* from, const Box& box, 
   FASTKD_UNROLL
   for (int i = 0; i < P; ++i) to[i] = 0;
   bool first = true;
+  const bool is_bfloat16 = x.dtype == DType::kBFloat16;
+  FASTKD_ROLL
   for (int32_t d = box.begin[0]; d < box.end[0]; ++d) {
+    FASTKD_ROLL
     for (int32_t h = box.begin[1]; h < box.end[1]; ++h) {
+      FASTKD_ROLL
       for (int32_t w = box.begin[2]; w < box.end[2]; ++w) {
         A one[P];
-        load_numbers<A, T, P>(from + (d * x.stride[0] + h * x.stride[1] + w * x.stride[2]), one);
-        const A share = x.pool == Pool::kSpread ? static_cast<A>(share_of(d, h, w, x.size, x.grid)) : A(1);
+        load_numbers<A, T, P>(from + (d * x.stride[0] + h * x.stride[1] + w * x.stride[2]), is_bfloat16, one);
+        const A share = x.pool == Pool::kSpread ? inverse_of<A>(share_of(d, h, w, x.size, x.grid)) : A(1);
         FASTKD_UNROLL
         for (int i = 0; i < P; ++i) {
           if (x.pool == Pool::kMax) {
             // the first of equal ones; a NaN is larger than anything
             if (first || one[i] > to[i] || one[i] != one[i]) to[i] = one[i];
           } else {
-            to[i] += x.pool == Pool::kSpread ? one[i] / share : one[i];
+            to[i] += one[i] * share;
           }
         }
         first = false;
@@ -118,21 +167,35 @@ FASTKD_DEVICE void load_pooled(const Operand& x, const T* from, const Box& box, 
     }
   }
   if (x.pool == Pool::kAvg) {
-    const A count = static_cast<A>(count_of(box));
+    const A share = inverse_of<A>(count_of(box));
     FASTKD_UNROLL
-    for (int i = 0; i < P; ++i) to[i] /= count;
+    for (int i = 0; i < P; ++i) to[i] *= share;
   }
 }
 
-// Where the maximum of a box lies, counted through the feature's own positions.
-template <typename A, typename T>
-FASTKD_DEVICE int32_t place_of_maximum(const Operand& x, const T* from, const Box& box) {
+// One number of a feature, whatever it is.
+template <typename A>
+FASTKD_DEVICE A number_of(const Operand& x, int64_t at) {
+  A value[1];
+  with_width<A>(x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    load_numbers<A, T, 1>(static_cast<const T*>(x.data) + at, x.dtype == DType::kBFloat16, value);
+  });
+  return value[0];
+}
+
+// Where the maximum of a box lies, counted through the feature's own positions. from: where its channel begins.
+template <typename A>
+FASTKD_DEVICE int32_t place_of_maximum(const Operand& x, int64_t from, const Box& box) {
   A most = 0;
   int32_t place = -1;
+  FASTKD_ROLL
   for (int32_t d = box.begin[0]; d < box.end[0]; ++d) {
+    FASTKD_ROLL
     for (int32_t h = box.begin[1]; h < box.end[1]; ++h) {
+      FASTKD_ROLL
       for (int32_t w = box.begin[2]; w < box.end[2]; ++w) {
-        const A one = static_cast<A>(from[d * x.stride[0] + h * x.stride[1] + w * x.stride[2]]);
+        const A one = number_of<A>(x, from + d * x.stride[0] + h * x.stride[1] + w * x.stride[2]);
         if (place < 0 || one > most || one != one) {
           most = one;
           place = (d * x.size[1] + h) * x.size[2] + w;
@@ -143,17 +206,18 @@ FASTKD_DEVICE int32_t place_of_maximum(const Operand& x, const T* from, const Bo
   return place;
 }
 
-// Calls f(T()) with the dtype's T. Float kernels meet no float64.
-template <typename A, typename F>
-FASTKD_DEVICE void with_dtype(DType dtype, const F& f) {
-  if (dtype == DType::kHalf) {
-    f(Half());
-  } else if (dtype == DType::kBFloat16) {
-    f(BFloat16());
-  } else if constexpr (sizeof(A) == 8) {
-    dtype == DType::kDouble ? f(double()) : f(float());
+// Writes one number of a gradient.
+template <typename A>
+FASTKD_DEVICE void store_number(const Operand& x, int64_t at, A value) {
+  void* to = const_cast<void*>(x.data);
+  if (x.dtype == DType::kFloat) {
+    static_cast<float*>(to)[at] = static_cast<float>(value);
+  } else if (x.dtype == DType::kBFloat16) {
+    static_cast<BFloat16*>(to)[at] = static_cast<BFloat16>(static_cast<float>(value));
+  } else if (x.dtype == DType::kHalf) {
+    static_cast<Half*>(to)[at] = static_cast<Half>(static_cast<float>(value));
   } else {
-    f(float());
+    static_cast<double*>(to)[at] = static_cast<double>(value);
   }
 }
 

@@ -57,7 +57,7 @@ Operand GramCall::operand(const Feature& x, const int64_t* grid, int64_t channel
   o.positions = narrow(count_of(grid));
   o.pool = max ? Pool::kMax : Pool::kAvg;
   o.exact = o.exact && max;
-  if (channels_of_other <= kFusedTiles * kGramTile<2>) return o;
+  if (channels_of_other <= kFusedTiles * kGramTile) return o;
 
   const bool channels_last = x.stride_c == 1 && x.channels > 1;
   const int64_t pack = 16 / size_of(), unit = channels_last ? x.channels : (o.positions + pack - 1) / pack * pack;

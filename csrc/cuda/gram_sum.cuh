@@ -6,53 +6,52 @@
 namespace fastkd {
 
 // On tensor cores.
-template <typename A, Mode MODE, int MI>
+template <typename A, Mode MODE>
 struct GramSum {
-  static constexpr int kThreads = kGramThreads<MI>;
-  float v[MI][4][4];
+  float v[2][4][4];
 
   FASTKD_MEMBER void times(A factor) {
     FASTKD_UNROLL
-    for (int i = 0; i < MI * 16; ++i) v[i / 16][i / 4 % 4][i % 4] *= factor;
+    for (int i = 0; i < 32; ++i) v[i / 16][i / 4 % 4][i % 4] *= factor;
   }
 
   FASTKD_MEMBER void clear() {
     FASTKD_UNROLL
-    for (int i = 0; i < MI * 16; ++i) v[i / 16][i / 4 % 4][i % 4] = 0;
+    for (int i = 0; i < 32; ++i) v[i / 16][i / 4 % 4][i % 4] = 0;
   }
 
   // Adds a b^T of what is staged; DIFFERENCE: (a - less.a) b^T + less.a (b - less.b)^T. Only what lies in the given rows, columns and
   // terms is multiplied, in whole fragments.
   template <bool DIFFERENCE, bool B_PANELS>
   FASTKD_MEMBER void add(const Cut& cut, const Staged<A>& s, const Staged<A>& less, int rows, int columns, int terms) {
-    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4, warp = threadIdx.x / kWarp;
-    const int n0 = warp % cut.n_warps * 32, m0 = warp / cut.n_warps % cut.m_warps * (16 * MI);
-    for (int k = warp / (cut.n_warps * cut.m_warps) * 16; k < terms; k += 16 * cut.k_warps) {
+    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4, m0 = cut.m0, n0 = cut.n0;
+    FASTKD_ROLL
+    for (int k = cut.k0; k < terms; k += cut.k_step) {
       Quad<MODE> b[4], b_change[DIFFERENCE ? 4 : 1];
       FASTKD_UNROLL
       for (int ni = 0; ni < 4; ++ni) {
         float x[4];
-        load_four<float, B_PANELS>(s.b, n0 + 8 * ni + g, k + 4 * t, cut.columns, cut.depth, x);
+        load_terms<float, B_PANELS>(s.b, n0 + 8 * ni + g, k + 4 * t, cut.columns, cut.depth, x);
         b[ni] = quad_of<MODE>(x);
         if constexpr (DIFFERENCE) {
           float y[4];
-          load_four<float, B_PANELS>(less.b, n0 + 8 * ni + g, k + 4 * t, cut.columns, cut.depth, y);
+          load_terms<float, B_PANELS>(less.b, n0 + 8 * ni + g, k + 4 * t, cut.columns, cut.depth, y);
           FASTKD_UNROLL
           for (int i = 0; i < 4; ++i) x[i] -= y[i];
           b_change[ni] = quad_of<MODE>(x);
         }
       }
       FASTKD_UNROLL
-      for (int mi = 0; mi < MI; ++mi) {
+      for (int mi = 0; mi < 2; ++mi) {
         if (m0 + 16 * mi >= rows) break;
         Quad<MODE> a[2], a_less[DIFFERENCE ? 2 : 1];
         FASTKD_UNROLL
         for (int half = 0; half < 2; ++half) {
           float x[4];
-          load_four<float, true>(s.a, m0 + 16 * mi + 8 * half + g, k + 4 * t, cut.rows, cut.depth, x);
+          load_terms<float, true>(s.a, m0 + 16 * mi + 8 * half + g, k + 4 * t, cut.rows, cut.depth, x);
           if constexpr (DIFFERENCE) {
             float y[4];
-            load_four<float, true>(less.a, m0 + 16 * mi + 8 * half + g, k + 4 * t, cut.rows, cut.depth, y);
+            load_terms<float, true>(less.a, m0 + 16 * mi + 8 * half + g, k + 4 * t, cut.rows, cut.depth, y);
             FASTKD_UNROLL
             for (int i = 0; i < 4; ++i) x[i] -= y[i];
             a_less[half] = quad_of<MODE>(y);
@@ -69,14 +68,13 @@ struct GramSum {
     }
   }
 
-  // Lays the sum out as k_warps tiles of rows x (columns + 1), which are to be added up.
+  // Lays the sum out as k_step / 16 tiles of rows x (columns + 1), which are to be added up.
   FASTKD_MEMBER void lay_out(const Cut& cut, A* to) const {
-    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4, warp = threadIdx.x / kWarp;
-    const int n0 = warp % cut.n_warps * 32, m0 = warp / cut.n_warps % cut.m_warps * (16 * MI);
-    to += warp / (cut.n_warps * cut.m_warps) * cut.rows * (cut.columns + 1);
+    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+    to += cut.k0 / 16 * cut.rows * (cut.columns + 1);
     FASTKD_UNROLL
-    for (int i = 0; i < MI * 16; ++i) {
-      const int row = m0 + i / 16 * 16 + i / 2 % 2 * 8 + g, column = n0 + i / 4 % 4 * 8 + 2 * t + i % 2;
+    for (int i = 0; i < 32; ++i) {
+      const int row = cut.m0 + i / 16 * 16 + i / 2 % 2 * 8 + g, column = cut.n0 + i / 4 % 4 * 8 + 2 * t + i % 2;
       to[row * (cut.columns + 1) + column] = v[i / 16][i / 4 % 4][i % 4];
     }
   }
@@ -84,8 +82,7 @@ struct GramSum {
 
 // Without tensor cores: a thread makes every eighth row and every sixteenth column.
 template <typename A>
-struct GramSum<A, Mode::kIeee, 2> {
-  static constexpr int kThreads = kGramThreads<2>;
+struct GramSum<A, Mode::kIeee> {
   A v[8][4];
 
   FASTKD_MEMBER void times(A factor) {
@@ -100,34 +97,36 @@ struct GramSum<A, Mode::kIeee, 2> {
 
   template <bool DIFFERENCE, bool B_PANELS>
   FASTKD_MEMBER void add(const Cut& cut, const Staged<A>& s, const Staged<A>& less, int rows, int columns, int terms) {
+    constexpr int kTerms = kPack<A>;
     const int top = threadIdx.x / 16, left = threadIdx.x % 16;
-    for (int k = 0; k < terms; k += 4) {
-      A b[4][4], b_change[DIFFERENCE ? 4 : 1][4];
+    FASTKD_ROLL
+    for (int k = 0; k < terms; k += kTerms) {
+      A b[4][kTerms], b_change[DIFFERENCE ? 4 : 1][kTerms];
       FASTKD_UNROLL
       for (int j = 0; j < 4; ++j) {
         if (16 * j >= columns) break;
-        load_four<A, B_PANELS>(s.b, left + 16 * j, k, cut.columns, cut.depth, b[j]);
+        load_terms<A, B_PANELS>(s.b, left + 16 * j, k, cut.columns, cut.depth, b[j]);
         if constexpr (DIFFERENCE) {
-          load_four<A, B_PANELS>(less.b, left + 16 * j, k, cut.columns, cut.depth, b_change[j]);
+          load_terms<A, B_PANELS>(less.b, left + 16 * j, k, cut.columns, cut.depth, b_change[j]);
           FASTKD_UNROLL
-          for (int e = 0; e < 4; ++e) b_change[j][e] = b[j][e] - b_change[j][e];
+          for (int e = 0; e < kTerms; ++e) b_change[j][e] = b[j][e] - b_change[j][e];
         }
       }
       FASTKD_UNROLL
       for (int i = 0; i < 8; ++i) {
         if (8 * i >= rows) break;
-        A a[4], a_less[4];
-        load_four<A, true>(s.a, top + 8 * i, k, cut.rows, cut.depth, a);
+        A a[kTerms], a_less[kTerms];
+        load_terms<A, true>(s.a, top + 8 * i, k, cut.rows, cut.depth, a);
         if constexpr (DIFFERENCE) {
-          load_four<A, true>(less.a, top + 8 * i, k, cut.rows, cut.depth, a_less);
+          load_terms<A, true>(less.a, top + 8 * i, k, cut.rows, cut.depth, a_less);
           FASTKD_UNROLL
-          for (int e = 0; e < 4; ++e) a[e] -= a_less[e];
+          for (int e = 0; e < kTerms; ++e) a[e] -= a_less[e];
         }
         FASTKD_UNROLL
         for (int j = 0; j < 4; ++j) {
           if (16 * j >= columns) break;
           FASTKD_UNROLL
-          for (int e = 0; e < 4; ++e) {
+          for (int e = 0; e < kTerms; ++e) {
             v[i][j] += a[e] * b[j][e];
             if constexpr (DIFFERENCE) v[i][j] += a_less[e] * b_change[j][e];
           }
@@ -153,7 +152,7 @@ template <typename A>
 FASTKD_DEVICE A laid_out(const A* from, const Cut& cut, bool is_ieee, int row, int column) {
   const int at = row * (cut.columns + 1) + column, size = cut.rows * (cut.columns + 1);
   A total = from[at];
-  for (int k = 1; !is_ieee && k < cut.k_warps; ++k) total += from[at + k * size];
+  for (int k = 1; !is_ieee && k < cut.k_step / 16; ++k) total += from[at + k * size];
   return total;
 }
 
