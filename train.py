@@ -36,11 +36,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--teacher-checkpoint", type=Path, metavar="FILE", help="the teacher's weights, RepDistiller's layout")
     parser.add_argument("--recipe", choices=tuple(RECIPES), help="hankyul2 (digits on digits); the flags below override its fields")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--teacher-seed", type=int, metavar="N", help="that of the run")
+    parser.add_argument("--repeats", type=int, default=1, metavar="R", help="seeds N, N+1, ..., one teacher: mean and standard deviation")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is one")
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS)
     parser.add_argument("--deterministic", action="store_true", help="PyTorch's deterministic algorithms: on a GPU runs repeat bit by bit")
     parser.add_argument("--output", type=Path, default=Path("runs"), metavar="DIR", help="where tables, runs and teachers go (runs)")
     parser.add_argument("--resume", nargs="?", const="", metavar="FOLDER", help="go on with the unfinished run of these very flags")
+    pictures = argparse.BooleanOptionalAction
+    parser.add_argument("--pictures", action=pictures, default=True, help="sheets of attention maps at the end (where matplotlib is there)")
     group = parser.add_argument_group("fields of the recipe")
     for field in dataclasses.fields(Recipe):
         add_field(group, field)
@@ -65,12 +69,13 @@ def fractions(text: str) -> tuple[float, ...]:
 
 def main(arguments: list[str] | None = None) -> int:
     try:
-        from fastkd.training import Interrupted, Recipe, Settings, UserError, run
+        from fastkd.training import Interrupted, Recipe, Settings, UserError, repeat
 
         flags = vars(build_parser().parse_args(arguments))
         fields = {field.name: flags.pop(field.name) for field in dataclasses.fields(Recipe)}
         try:
-            run(Settings(**flags, overrides={name: value for name, value in fields.items() if value is not None}))
+            times = flags.pop("repeats")
+            repeat(Settings(**flags, overrides={name: value for name, value in fields.items() if value is not None}), times)
         except UserError as error:
             print(f"train.py: error: {error}", file=sys.stderr)
             return 2

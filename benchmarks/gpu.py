@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parent / "tests")]
 
 import torch  # noqa: E402
 from speed import machine  # noqa: E402
@@ -244,13 +244,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for the results (default: benchmarks/results/<device>)")
     parser.add_argument("--only", help=f"steps, separated by commas, of {', '.join(STEPS)}")
-    parser.add_argument("--rehearse", action="store_true", help="run on the CPU, with Triton interpreted")
+    parser.add_argument("--rehearse", action="store_true", help="run on the CPU, with Triton interpreted and the CUDA kernels emulated")
     parser.add_argument("--small-set", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not args.rehearse and not torch.cuda.is_available():
         parser.error("PyTorch sees no CUDA device; --rehearse goes as far as that allows")
     if args.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"
+        import emulated  # of the tests
+
+        emulated.load()
     wanted = args.only.split(",") if args.only else list(STEPS)
     unknown = [name for name in wanted if name not in STEPS]
     if unknown:

@@ -6,17 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from speed.gpu_step import RESNET20, RESNET50, GPUStepGroup
 from speed.plugin import session_of
 from speed.session import REPLAY, Group, Session
 from speed.step import TOLERANCE, StepGroup
-from speed.step50 import GPUStepGroup
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     session = session_of(metafunc.config)
     groups: list[Group] = [StepGroup(precision, session.full) for precision in TOLERANCE]
     if torch.cuda.is_available() or not session.full:
-        groups.append(GPUStepGroup("cuda" if torch.cuda.is_available() else "cpu", session.full))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        groups += [GPUStepGroup(model, device, session.full) for model in (RESNET50, RESNET20)]
     metafunc.parametrize("row", session.add(groups))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,3 +80,19 @@ def cpp() -> str:
     if reason:
         pytest.skip(f"backend cpp: {reason}")
     return "cpp"
+
+
+@pytest.fixture
+def small_main(monkeypatch: pytest.MonkeyPatch, one_thread):
+    """``train.py``'s main on 64 digits; its flags must choose digits."""
+    pytest.importorskip("sklearn")
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent))
+    from support_data import small_digits
+
+    from fastkd.training import datasets
+
+    monkeypatch.setattr(datasets, "_LOADERS", dict(datasets._LOADERS))
+    small_digits()
+    import train
+
+    return train.main

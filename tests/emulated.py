@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
 import shlex
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -74,3 +76,15 @@ def backwards(wanted: bool) -> None:
     """Run threads and blocks from the last to the first, where it matters if a barrier is missing."""
     assert native.EMULATED and native.CUDA.path
     ctypes.CDLL(native.CUDA.path).fastkd_emulate_reversed(int(wanted))
+
+
+@contextlib.contextmanager
+def idle() -> Iterator[None]:
+    """Kernels do nothing inside: what is left is the host's work."""
+    assert native.EMULATED and native.CUDA.path
+    library = ctypes.CDLL(native.CUDA.path)
+    library.fastkd_emulate_idle(1)
+    try:
+        yield
+    finally:
+        library.fastkd_emulate_idle(0)

@@ -61,6 +61,20 @@ def test_library_tells_what_it_was_built_with_even_unloaded(library: Path) -> No
     assert ("toolkit" in facts) == ("cuda" in library.name)
 
 
+def test_cuda_kernels_need_no_more_than_a_gpu_has() -> None:
+    """As ptxas said when the library was built: no stack and no spills anywhere, and registers for at least two blocks a multiprocessor."""
+    facts = native._build_info(str(PACKAGE / "_C_cuda.abi3.so")) if (PACKAGE / "_C_cuda.abi3.so").exists() else {}
+    if not facts:
+        pytest.skip(native.CUDA.reason)
+    kernels = facts["kernels"]
+    codes = {code for code in facts["architectures"] if code.startswith("sm_")}
+    for operation in ("loss_kernel", "gradient_kernel", "map_kernel"):
+        assert {code for name, code, *_ in kernels if operation in name} == codes
+    for name, code, registers, stack, spilled, shared in kernels:
+        assert (stack, spilled) == (0, 0), f"{name} on {code}: {stack} bytes of stack, {spilled} spilled"
+        assert 0 < registers <= 128 and shared <= 48 << 10, f"{name} on {code}: {registers} registers, {shared} bytes of shared memory"
+
+
 def test_import_is_quick_and_starts_no_process() -> None:
     code = """
 import json, sys, time, torch

@@ -7,7 +7,7 @@
 | `rows.py`       | the rows of a case: floor, eager, compiled, backends; their inputs and checks |
 | `step.py`       | the whole training step, a group like the others                              |
 | `gpu.py`        | the losses on a GPU, by three clocks: groups added where there is one         |
-| `step50.py`     | a ResNet-50 step on a GPU                                                     |
+| `gpu_step.py`   | steps of ResNet-50 and ResNet-20 on a GPU                                     |
 | `measure.py`    | interleaved rounds, peak memory                                               |
 | `stock.py`      | eager under the stock allocator, in a process of its own                      |
 | `session.py`    | one run: groups measured when first asked for, rows handed to pytest-benchmark|

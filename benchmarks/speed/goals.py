@@ -127,9 +127,13 @@ def _gpu_goals(backend: str, at: tuple[float, float], fsp: tuple[float, float]) 
         yield Goal(f"GPU, {name}: torch.compile ÷ {backend}", fast, True, compiled, where, clock="cold", device="cuda")
         bandwidth = _fact("of_streaming_bandwidth", backend)
         yield Goal(f"GPU, {name}: {backend}'s share of the streaming bandwidth", share, True, bandwidth, where, clock="cold", device="cuda")
-    step = {"step": ("AT, ResNet-50, batch 64, channels_last",)}
+    step = {"step": ("AT, resnet50, batch 64, channels_last",)}
     over = _fact("over without AT", f"relu_tap, {backend}")
     yield Goal(f"GPU, ResNet-50 step by the ReLU tap of {backend} ÷ without AT", 1.03, False, over, step, device="cuda")
+    if backend == "cuda":  # the loss's share of a whole step that a CUDA graph replays
+        step = {"step": ("AT, resnet20, batch 128, channels_last",)}
+        over = _fact("over without AT", f"loss, {backend}")
+        yield Goal("GPU, ResNet-20 step in a CUDA graph, AT ÷ without", 1 / 0.98, False, over, step, clock="graph", device="cuda")
 
 
 GOALS = (*_goals(), *_gpu_goals("triton", (5, 1.7), (5, 2)), *_gpu_goals("cuda", (8, 2.5), (7, 2.5)))

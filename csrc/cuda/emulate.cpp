@@ -40,6 +40,7 @@ const std::function<void()>* current_body = nullptr;
 std::string failure;  // of a thread: exceptions must not leave a fiber
 ucontext_t scheduler;
 bool reversed = false;
+bool idle = false;
 
 void enter() {
   try {
@@ -113,6 +114,7 @@ void run(const char* name, unsigned blocks, unsigned threads, size_t shared_byte
   check(blocks > 0 && blocks <= 0x7fffffffu, "the grid is empty or too large");
   check(threads > 0 && threads <= 1024 && threads % kLanes == 0, "the block is not of 1 to 32 whole warps");
   check(shared_bytes <= kSharedLimit, "more shared memory than a block may have");
+  if (idle) return;
   while (fibers.size() < threads) fibers.emplace_back();
   warps.resize(fibers.size() / kLanes);
   memory.resize(shared_bytes + 16);
@@ -152,6 +154,9 @@ const void* aligned(const void* pointer, uintptr_t bytes) {
 
 }  // namespace emulate
 }  // namespace fastkd
+
+// For ctypes: launches are checked and then do nothing, so that what the host does can be timed.
+extern "C" __attribute__((visibility("default"))) void fastkd_emulate_idle(int wanted) { fastkd::emulate::idle = wanted != 0; }
 
 // For ctypes: threads and blocks run from the last to the first.
 extern "C" __attribute__((visibility("default"))) void fastkd_emulate_reversed(int wanted) { fastkd::emulate::reversed = wanted != 0; }

@@ -26,12 +26,15 @@ class Output(NamedTuple):
 class Term(nn.Module):
     """One distillation loss. ``name`` is its column in the log, ``features`` what it reads of both models.
 
+    ``fused`` says that one of the package's operators computes it, by whatever backend serves there.
+
     ``forward(student, teacher)`` takes two Outputs and returns a scalar, the published coefficient included. Parameters, if it has any,
     are trained with the student.
     """
 
     name: str
     features: Wanted = False
+    fused: bool = False
 
 
 class Method(nn.Module):

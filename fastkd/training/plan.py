@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 import fastkd
+from fastkd.backends import choose
 from fastkd.methods import TWO_PHASES, Method, create_method, fsp_preset
 from fastkd.models import create_model
-from fastkd.training import records
+from fastkd.training import curves, pictures, records
 from fastkd.training.batches import Batches, generator
 from fastkd.training.datasets import Dataset, choose_dataset, load_dataset
 from fastkd.training.errors import UserError
@@ -67,8 +68,12 @@ class Plan:
 
     def new_model(self, role: str) -> nn.Module:
         """The untrained "student" or "teacher", its weights drawn from (seed, role): two of one architecture begin apart."""
-        with seeded(self.settings.seed, role, "weights"):
+        with seeded(self.seed_of(role), role, "weights"):
             return create_model(self.model_name(role), self.data.classes)
+
+    def seed_of(self, role: str) -> int:
+        given = self.settings.teacher_seed
+        return self.settings.seed if role != "teacher" or given is None else given
 
     def model_name(self, role: str) -> str:
         return self.models.teacher if role == "teacher" else self.models.student
@@ -81,13 +86,16 @@ class Plan:
         first = dataclasses.replace(recipe, epochs=recipe.init_epochs, lr=recipe.init_lr, milestones=recipe.init_milestones)
         return [("init", first, method.alone()), ("main", recipe, create_method("baseline"))]
 
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """(mean, std) a channel."""
+        return NORMALIZATIONS.get((self.recipe.normalization, self.data.name), (self.data.mean, self.data.std))
+
     def batches(self, role: str) -> tuple[Batches, Batches]:
         """The training and test batches of the student's or the teacher's training."""
-        data, recipe = self.data, self.recipe
-        mean, std = NORMALIZATIONS.get((recipe.normalization, data.name), (data.mean, data.std))
+        data, recipe, (mean, std) = self.data, self.recipe, self.normalization()
         dtype = torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
         common: dict[str, Any] = {"mean": mean, "std": std, "device": self.device, "dtype": dtype}
-        random: dict[str, Any] = {"seed": self.settings.seed, "stream": role, "flip": data.flip, "pad_mode": recipe.pad_mode}
+        random: dict[str, Any] = {"seed": self.seed_of(role), "stream": role, "flip": data.flip, "pad_mode": recipe.pad_mode}
         train = Batches(data.train_images, data.train_labels, batch_size=recipe.batch_size, drop_last=recipe.drop_last, **random, **common)
         # an accuracy over all images does not depend on the batch; one over whole batches does
         size, images, labels = 500, data.test_images, data.test_labels
@@ -103,7 +111,7 @@ class Plan:
     def teacher_path(self) -> Path:
         """Where the teacher of this data set, model, recipe, length and seed is kept, other fields of the recipe included if overridden."""
         changed = {key: value for key, value in self.settings.overrides.items() if key not in ALONE}
-        name = [self.data.name, self.models.teacher, self.recipe_name, f"{self.recipe.epochs}epochs", f"seed{self.settings.seed}"]
+        name = [self.data.name, self.models.teacher, self.recipe_name, f"{self.recipe.epochs}epochs", f"seed{self.seed_of('teacher')}"]
         extra = "-".join(f"{key}={value}" for key, value in sorted(changed.items()))
         if len(extra) > 100:  # a file's name ends at 255 bytes
             extra = hashlib.blake2b(extra.encode(), digest_size=8).hexdigest()
@@ -120,7 +128,7 @@ class Plan:
             "model": self.model_name(role),
             "recipe": self.recipe_name,
             **{key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()},
-            "seed": settings.seed,
+            "seed": self.seed_of(role),
             "precision": settings.precision,
             "device": self.device.type,
             "deterministic": settings.deterministic,
@@ -128,6 +136,8 @@ class Plan:
         if role != "teacher" and self.method.needs_teacher:
             file = settings.teacher_checkpoint
             identity |= {"teacher": self.models.teacher, "teacher_checkpoint": None if file is None else os.path.abspath(file)}
+            if self.seed_of("teacher") != settings.seed:
+                identity["teacher_seed"] = self.seed_of("teacher")
         return identity
 
     def config(self) -> dict[str, Any]:
@@ -151,6 +161,9 @@ class Plan:
         phases = [f"{recipe.epochs} epochs of {' + '.join(method.names)}" for _, recipe, method in self.phases(self.method)]
         if settings.method == "fsp" and fsp_preset(self.recipe.preset) != self.recipe.preset:
             phases.append(f"FSP is {fsp_preset(self.recipe.preset)}'s, since {self.recipe.preset} has none")
+        seeds = f"seed {settings.seed}"
+        if self.method.needs_teacher and self.seed_of("teacher") != settings.seed:
+            seeds += f", of the teacher {self.seed_of('teacher')}"
         lines = [
             f"fastkd   {fastkd.__version__}, torch {torch.__version__}",
             f"method   {settings.method}: {'; '.join(phases)}",
@@ -160,10 +173,27 @@ class Plan:
             f"recipe   {self.recipe_name}: {', '.join(fields[:9])},",
             f"         {', '.join(fields[9:16])},",
             f"         {', '.join(fields[16:])}",
-            f"device   {device_name(self.device)}, {settings.precision}, seed {settings.seed}{', deterministic' * settings.deterministic}",
-            f"output   {settings.output}",
+            f"device   {device_name(self.device)}, {settings.precision}, {seeds}{', deterministic' * settings.deterministic}",
+            f"losses   {self._implementations()}",
+            f"output   {settings.output}: tables, and a folder with {self._records()}",
+            "time     expected at the end of the first epoch",
         ]
         return "\n".join(lines)
+
+    def _implementations(self) -> str:
+        """Which backend computes each loss."""
+        terms = {str(term.name): term for term in self.method.terms}
+        example = torch.empty(0, device=self.device)
+        backend = choose("attention_transfer_loss", (example,), lambda: "") if any(term.fused for term in terms.values()) else ""
+        return ", ".join(f"{name} by {backend if name in terms and terms[name].fused else 'plain PyTorch'}" for name in self.method.names)
+
+    def _records(self) -> str:
+        """What will lie in the folder beside the weights, and what for want of a package will not."""
+        parts = ["log", "epochs"]
+        parts.append("TensorBoard curves" if curves.available() else "no TensorBoard curves (the package tensorboard is not installed)")
+        if self.settings.pictures:
+            parts.append("pictures" if pictures.available() else "no pictures (matplotlib is not installed)")
+        return ", ".join(parts)
 
 
 def _plain(value: Any) -> Any:

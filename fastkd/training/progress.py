@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from fastkd.training.console import say
+
 
 def clock(seconds: float) -> str:
     """70 -> 1:10, 3700 -> 1:01:40."""
@@ -48,7 +50,7 @@ class Progress:
         if self.bar is not None:
             self.bar.update(self.done - self.bar.n)
             self.bar.clear()
-        print(text, flush=True)
+        say(text)
         if self.bar is not None:
             self.bar.refresh()
 

@@ -10,11 +10,13 @@ from typing import Any
 
 from fastkd.training.errors import UserError
 from fastkd.training.files import locked, write
+from fastkd.training.summary import SHOWN, cells, groups
 
 COLUMNS = (
     "no", "method", "dataset", "student", "teacher", "start_time", "acc", "epoch", "nepoch", "lr", "batch_size",
     "last_acc", "seed", "recipe", "precision", "device", "seconds", "images_per_second", "fastkd",
-    "reported_acc", "teacher_acc", "train_acc", "losses", "overrides", "folder",
+    "reported_acc", "teacher_acc", "train_acc", "losses", "overrides", "teacher_seed",
+    "teacher_checkpoint", "folder",
 )  # fmt: skip
 
 
@@ -42,9 +44,15 @@ def append(output: Path, row: dict[str, Any]) -> dict[str, Any]:
             half.unlink(missing_ok=True)
         columns, rows = read_rows(output)
         row = {"no": len(rows) + 1, **row}
-        write(output / "results.md", markdown(columns, [*rows, row]))
+        write(output / "results.md", markdown(columns, [*rows, row]) + means([*rows, row]))
         write(output / "results.csv", table(columns, [*rows, row]))  # last: a run with a row here is finished
     return row
+
+
+def means(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What several seeds of one configuration give together, as a section in Markdown; nothing where each has one."""
+    lines = [dict(zip(SHOWN, cells(group), strict=True)) for group in groups(rows) if len(group.rows) > 1]
+    return f"\n## Means over seeds\n\nMean ± sample standard deviation.\n\n{markdown(SHOWN, lines)}" if lines else ""
 
 
 def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:

@@ -18,13 +18,15 @@ from torch import nn
 import fastkd
 from fastkd.methods import Method, create_method
 from fastkd.models import WeightsError, create_model, load_weights
-from fastkd.training import records, runs
+from fastkd.training import pictures, records, runs
+from fastkd.training.console import say
 from fastkd.training.errors import Interrupted, UserError
 from fastkd.training.files import make_folder, save, write
 from fastkd.training.loop import Loop, evaluate, placed
 from fastkd.training.plan import Plan, device_name
 from fastkd.training.progress import Progress, clock
 from fastkd.training.runs import CHECKPOINT, Run
+from fastkd.training.screens import ending
 from fastkd.training.settings import Settings
 
 
@@ -35,9 +37,9 @@ def run(settings: Settings) -> dict[str, Any]:
     """
     plan = Plan(settings)
     found = runs.find(plan) if settings.resume is not None else None
-    print(plan.describe(), flush=True)
     # the student's folder is there before the teacher's training begins, so that --resume finds the run whenever it was killed
     with determinism(settings.deterministic), runs.opened(plan, "student", found) as student:
+        say(plan.describe())
         teacher, accuracy = find_teacher(plan) if plan.method.needs_teacher else (None, None)
         return train(plan, "student", student, plan.method, teacher, accuracy)
 
@@ -50,7 +52,7 @@ def find_teacher(plan: Plan) -> tuple[nn.Module, float]:
     if begun or (settings.teacher_checkpoint is None and not path.exists()):
         folder = max(begun, key=runs.epochs_of, default=None)  # all of one identity end alike, so the one that came furthest serves
         what = f"{path} is not there yet; training it first" if folder is None else f"going on with its training in {folder}"
-        print(f"teacher: {what}", flush=True)
+        say(f"teacher: {what}")
         with runs.opened(plan, "teacher", folder) as opened:
             train(plan, "teacher", opened, create_method("baseline"), None, None)
     teacher = create_model(name, plan.data.classes)
@@ -62,7 +64,7 @@ def find_teacher(plan: Plan) -> tuple[nn.Module, float]:
     accuracy = evaluate(placed(teacher, plan.device), batches, plan.autocast())
     images = len(batches) * batches.batch_size if batches.drop_last else batches.count
     whole = "the test set" if images == batches.count else f"{images:,} images of the test set"
-    print(f"teacher: {name} from {path}, {accuracy:.2f} % on {whole}", flush=True)
+    say(f"teacher: {name} from {path}, {accuracy:.2f} % on {whole}")
     return teacher, accuracy
 
 
@@ -92,10 +94,10 @@ def train(plan: Plan, role: str, run: Run, method: Method, teacher: nn.Module | 
         label = title if main else f"{title} {name}"
         if state.get("phase") == name:
             take_up(loop, state, run.folder)
-            print(f"{label}: {run.folder} goes on after epoch {len(loop.history)} of {recipe.epochs}", flush=True)
+            say(f"{label}: {run.folder} goes on after epoch {len(loop.history)} of {recipe.epochs}")
             keep_best(loop, run, name, anew=True)
         elif run.state is None and name == names[0]:
-            print(f"{label}: begins in {run.folder}", flush=True)
+            say(f"{label}: begins in {run.folder}")
         progress = Progress(label, loop.steps, len(loop.history) * len(part))
         try:
             for epoch in range(len(loop.history) + 1, recipe.epochs + 1):
@@ -114,9 +116,10 @@ def train(plan: Plan, role: str, run: Run, method: Method, teacher: nn.Module | 
             raise Interrupted(how_far(label, loop, run.folder)) from None
         finally:
             progress.close()
-    told = f"best {row['acc']} % (epoch {row['epoch']}), last {row['last_acc']} %, {clock(row['seconds'])}"
-    print(f"{title}: {told}; {plan.recipe_name} reports the {plan.recipe.report}: {row['reported_acc']} %", flush=True)
-    print(f"{title}: row {row['no']} of {plan.settings.output / 'results.csv'}, weights in {run.folder}", flush=True)
+    if role == "student" and plan.settings.pictures:  # after the row: nothing that fails here can lose it
+        student.load_state_dict(loop.weights()[0])
+        pictures.keep(plan, run.folder, student, teacher)
+    say(ending(plan, role, row, records.COLUMNS[:11], run.folder))
     return row
 
 
@@ -129,12 +132,13 @@ def take_up(loop: Loop, state: dict[str, Any], folder: Path) -> None:
 
 
 def keep_best(loop: Loop, run: Run, phase: str, anew: bool = False) -> None:
-    """The files that follow from a checkpoint: the log, and the best weights when they are new; ``anew``: whatever is there.
+    """The files that follow from a checkpoint: curves, the log, and the best weights when they are new; ``anew``: whatever is there.
 
     A process killed before this has kept the checkpoint already; whoever takes that up calls it again.
     """
     if not loop.history:
         return
+    run.curves.add(phase, loop.history)
     table = records.table(list(loop.history[-1]), loop.history)
     write(run.folder / ("epochs.csv" if phase == "main" else f"{phase}.csv"), table)
     if phase == "main":
@@ -155,12 +159,13 @@ def weights_file(weights: dict[str, Any], epoch: dict[str, float], run: Run) -> 
 def row_of(plan: Plan, role: str, run: Run, loop: Loop, teacher_acc: float | None, started: str, seconds: float) -> dict[str, Any]:
     """The run as a row of the table, without its number."""
     settings, best, last = plan.settings, loop.best(), loop.history[-1]
+    taught, file = teacher_acc is not None, settings.teacher_checkpoint
     fields = [(key, " ".join(map(str, value)) if isinstance(value, tuple) else value) for key, value in settings.overrides.items()]
     return {
         "method": run.config["trained"],
         "dataset": plan.data.name,
         "student": run.config["model"],
-        "teacher": plan.models.teacher if teacher_acc is not None else "",
+        "teacher": plan.models.teacher if taught else "",
         "start_time": started,
         "acc": f"{best['test_acc']:.2f}",
         "epoch": best["epoch"],
@@ -168,7 +173,7 @@ def row_of(plan: Plan, role: str, run: Run, loop: Loop, teacher_acc: float | Non
         "lr": plan.recipe.lr,
         "batch_size": plan.recipe.batch_size,
         "last_acc": f"{last['test_acc']:.2f}",
-        "seed": settings.seed,
+        "seed": plan.seed_of(role),
         "recipe": plan.recipe_name,
         "precision": settings.precision,
         "device": device_name(plan.device),
@@ -180,6 +185,8 @@ def row_of(plan: Plan, role: str, run: Run, loop: Loop, teacher_acc: float | Non
         "train_acc": f"{last['train_acc']:.2f}",
         "losses": " ".join(f"{term}={last[term]:.4g}" for term in loop.method.names),
         "overrides": " ".join(f"{key}={value}" for key, value in fields),
+        "teacher_seed": plan.seed_of("teacher") if taught and file is None else "",
+        "teacher_checkpoint": file if taught and file is not None else "",
         "folder": run.folder.name,
     }
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,12 @@ import torch
 
 from fastkd.models import WeightsError, read_checkpoint
 from fastkd.training import records
+from fastkd.training.console import LOG, logged, say
+from fastkd.training.curves import Curves
 from fastkd.training.errors import UserError
 from fastkd.training.files import owned, sweep, write
 from fastkd.training.plan import Plan
+from fastkd.training.screens import COMMAND, command, command_file
 
 CHECKPOINT = "last.pt"
 
@@ -31,6 +32,9 @@ class Run:
     config: dict[str, Any]
     state: dict[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        self.curves = Curves(self.folder)
+
 
 @contextmanager
 def opened(plan: Plan, role: str, folder: Path | None) -> Iterator[Run]:
@@ -39,14 +43,16 @@ def opened(plan: Plan, role: str, folder: Path | None) -> Iterator[Run]:
     A new one that ends in a UserError before its first checkpoint leaves no folder: nothing of it could be taken up.
     """
     run = new_run(plan, role) if folder is None else load_run(folder, plan.identity(role))
+    early = {"config.json", COMMAND, LOG, ".lock"}
     with owned(run.folder / ".lock") as mine:
         if not mine:
             raise UserError(f"{run.folder} is in the hands of another process")
         sweep(run.folder)
         try:
-            yield run
+            with logged(run.folder), closing(run.curves):
+                yield run
         except UserError:
-            if folder is None and {path.name for path in run.folder.iterdir()} <= {"config.json", ".lock"}:
+            if folder is None and {path.name for path in run.folder.iterdir()} <= early:
                 with suppress(OSError):
                     for path in run.folder.iterdir():
                         path.unlink()
@@ -59,9 +65,10 @@ def new_run(plan: Plan, role: str) -> Run:
     stamp = started.translate({ord("-"): None, ord(":"): None, ord(" "): "-"})
     name = f"{identity['trained']}-{identity['dataset']}-{identity['model']}-seed{identity['seed']}-{stamp}"
     folder = new_folder(plan.settings.output, name)
-    about = {"trained": identity["trained"], "model": identity["model"], "command": shlex.join(["python", *sys.argv])}
+    about = {"trained": identity["trained"], "model": identity["model"], "command": command(plan)}
     config = {**plan.config(), **about, "identity": identity}
     write(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write(folder / COMMAND, command_file(plan, role))
     return Run(folder, config)
 
 
@@ -83,7 +90,7 @@ def load_run(folder: Path, identity: dict[str, Any]) -> Run:
     if not isinstance(state.get("config"), dict) or state["config"].get("identity") != identity:
         raise UserError(f"{path}: not the checkpoint of this run")
     if config["torch"] != str(torch.__version__):
-        print(f"resume: begun with torch {config['torch']}, continued with {torch.__version__}: the last bits may differ", flush=True)
+        say(f"resume: begun with torch {config['torch']}, continued with {torch.__version__}: the last bits may differ")
     return Run(folder, config, state)
 
 

@@ -19,7 +19,8 @@ class Settings:
 
     ``setting``: a letter of ``SETTINGS``, whose teacher, student, data set and recipe stand in where those are None. Without one they are
     ``resnet20`` twice, ``auto`` and ``digits`` on digits, else ``hankyul2``. ``device`` None: a GPU if there is one; ``overrides``: fields
-    of the recipe; ``resume``: "" looks for the unfinished run, anything else is its folder.
+    of the recipe; ``resume``: "" looks for the unfinished run, anything else is its folder. ``teacher_seed`` None: that of the run;
+    ``pictures``: the sheets of attention maps at the end, where matplotlib is there.
     """
 
     method: str
@@ -32,11 +33,26 @@ class Settings:
     recipe: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    teacher_seed: int | None = None
     device: str | None = None
     precision: str = "fp32"
     deterministic: bool = False
     output: Path = Path("runs")
     resume: str | None = None
+    pictures: bool = True
+
+
+def from_config(config: dict[str, Any], output: Path) -> Settings:
+    """The settings of a run from its config.json, on whatever device there is. Raises UserError for a config of another version."""
+    try:
+        given = {name: config[name] for name in ("method", "dataset", "teacher", "student", "recipe", "seed", "precision")}
+        overrides = {key: tuple(value) if isinstance(value, list) else value for key, value in config["overrides"].items()}
+        file, teacher_seed = config["teacher_checkpoint"], config.get("teacher_seed")
+        checkpoint = None if file is None else Path(file)
+        common: dict[str, Any] = {"teacher_checkpoint": checkpoint, "teacher_seed": teacher_seed, "overrides": overrides}
+        return Settings(**given, **common, data=Path(config["data"]), output=output)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"the config.json is not of this version ({type(error).__name__}: {error})") from None
 
 
 @dataclass(frozen=True)

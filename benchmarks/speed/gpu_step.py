@@ -1,12 +1,13 @@
-"""A training step of ResNet-50 on a GPU with attention transfer at its four stages: what AT adds to a step, as a loss and by the ReLU tap.
+"""A training step on a GPU with attention transfer: what AT adds to it, as a loss and by the ReLU tap.
 
-The teacher's features are given: its forward pass is the same with every form, and is not counted.
+ResNet-50 with AT at its four stages by the wall clock, and ResNet-20 with AT at its three, captured in a CUDA graph: there the host costs
+nothing. The teacher's features are given: its forward pass is the same with every form, and is not counted.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import Any
 
@@ -15,13 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastkd
+from fastkd.models import create_model
 from speed.cases import SEED
-from speed.gpu import timed
+from speed.gpu import CAPTURED, GRAPH, WALL, Captured, timed
 from speed.measure import Row
 from speed.rows import available_backends
 from speed.stock import Stock
 
 WEIGHT = 1000.0
+RESNET20, RESNET50 = "resnet20", "resnet50"
 NONE, LOSS, TAP = "without AT", "loss", "relu_tap"
 STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))  # (width, blocks)
 
@@ -76,16 +79,25 @@ class ResNet50(nn.Module):
 class Step:
     """Network, batch and the teacher's features. The learning rate is 0, so that every step is the same step."""
 
-    def __init__(self, device: str, full: bool) -> None:
+    def __init__(self, model: str, device: str, batch: int, full: bool) -> None:
         torch.manual_seed(SEED)
-        self.device, batch, size = device, *((64, 224) if full else (2, 32))
-        self.network = ResNet50(6 if full else 1).to(device).to(memory_format=torch.channels_last).train()
+        self.device, large = device, model == RESNET50
+        network = ResNet50(6 if full else 1) if large else create_model(model)
+        self.network = network.to(device).to(memory_format=torch.channels_last).train()
+        size, classes = (224 if full else 32, 1000) if large else (32, 10)
         self.images = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
-        self.labels = torch.randint(1000, (batch,), device=device)
+        self.labels = torch.randint(classes, (batch,), device=device)
         self.optimizer = torch.optim.SGD(self.network.parameters(), 0.0, momentum=0.9, fused=True)
         with torch.no_grad(), self.autocast():
-            features = self.network(self.images, False)[1]
+            features = self.forward(False)[1]
         self.teacher = [torch.randn_like(x).relu() for x in features]
+
+    def forward(self, tap: bool) -> tuple[Tensor, Sequence[Tensor]]:
+        """Logits, and of each stage its map if ``tap``, else its feature."""
+        if isinstance(self.network, ResNet50):
+            return self.network(self.images, tap)
+        features, logits = self.network(self.images, features=True, tap=fastkd.relu_tap if tap else None)
+        return logits, features.maps if tap else features.stages
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device, torch.bfloat16)
@@ -94,7 +106,7 @@ class Step:
         def step() -> Tensor:
             self.optimizer.zero_grad(set_to_none=True)
             with self.autocast():
-                logits, kept = self.network(self.images, form == TAP)
+                logits, kept = self.forward(form == TAP)
             loss = F.cross_entropy(logits.float(), self.labels)
             if form != NONE:
                 loss = loss + fastkd.attention_transfer_loss(kept, self.teacher, weight=WEIGHT, student_is_map=form == TAP)
@@ -110,16 +122,18 @@ class GPUStepGroup:
 
     labels: tuple[str, ...] = ("device",)
 
-    def __init__(self, device: str, full: bool) -> None:
-        self.device, self.full = device, full
-        self.id = self.shared = f"{device} step AT resnet50"
+    def __init__(self, model: str, device: str, full: bool) -> None:
+        self.model, self.device, self.full = model, device, full
+        self.clock = GRAPH if model == RESNET20 and device == "cuda" else WALL
+        self.batch = (128 if model == RESNET20 else 64) if full else 2
+        self.id = self.shared = f"{device} step AT {model}"
 
     def names(self, one_thread: bool) -> list[str]:
         ours = available_backends(device=self.device, full=self.full) or ["reference"]
         return [NONE, *(f"{form}, {backend}" for backend in ours for form in (LOSS, TAP))]
 
     def build(self, stock: Stock) -> Step:
-        return Step(self.device, self.full)
+        return Step(self.model, self.device, self.batch, self.full)
 
     def row(self, built: Step, name: str) -> Row:
         form, _, backend = name.partition(", ")
@@ -129,6 +143,8 @@ class GPUStepGroup:
             with context():
                 return timed(run, calls, warm, self.device)
 
+        if self.clock == GRAPH:
+            return Row(name, run, context, None, Captured([run] * CAPTURED, context).turn)
         return Row(name, run, context, None, turn)
 
     def check(self, built: Step, row: Row) -> None:
@@ -145,8 +161,13 @@ class GPUStepGroup:
 
     def figures(self, rows: dict[str, Row], name: str) -> dict[str, Any]:
         seconds, base = median(rows[name].seconds), median(rows[NONE].seconds)
-        batch = 64 if self.full else 2
-        return {"milliseconds": 1e3 * seconds, "images_per_second": batch / seconds, "over without AT": seconds / base, **rows[name].facts}
+        return {
+            "milliseconds": 1e3 * seconds,
+            "images_per_second": self.batch / seconds,
+            "over without AT": seconds / base,
+            **rows[name].facts,
+        }
 
     def describe(self) -> dict[str, Any]:
-        return {"device": self.device, "clock": "wall", "step": "AT, ResNet-50, batch 64, channels_last", "precision": "bfloat16 autocast"}
+        step = f"AT, {self.model}, batch {self.batch}, channels_last"
+        return {"device": self.device, "clock": self.clock, "step": step, "precision": "bfloat16 autocast"}

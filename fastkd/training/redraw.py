@@ -1,0 +1,59 @@
+"""The pictures of finished runs anew, from their weights.
+
+python -m fastkd.training.redraw runs/FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from fastkd.models import WeightsError, load_weights
+from fastkd.training import pictures
+from fastkd.training.errors import UserError
+from fastkd.training.plan import Plan
+from fastkd.training.settings import from_config
+
+
+def redraw(folder: Path, data: Path | None) -> list[Path]:
+    """The pictures of the run in ``folder`` from its files; none and one line where they cannot be drawn. Raises UserError."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} holds no run: config.json: {getattr(error, 'strerror', None) or error}") from None
+    settings = from_config(config, folder.parent)
+    plan = Plan(settings if data is None else dataclasses.replace(settings, data=data))
+    paths = {"student": folder / ("best.pt" if plan.recipe.report == "best" else "last.pt")}
+    if plan.method.needs_teacher:
+        paths["teacher"] = settings.teacher_checkpoint or plan.teacher_path()
+    models = {role: plan.new_model(role).to(plan.device) for role in paths}
+    try:
+        for role, path in paths.items():
+            load_weights(models[role], path)
+    except WeightsError as error:
+        raise UserError(str(error)) from None
+    return pictures.keep(plan, folder, models["student"], models.get("teacher"))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastkd.training.redraw", description="Attention maps of finished runs.")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a run: runs/at-cifar10-...")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="where the set lies now, if not where the run found it")
+    flags = parser.parse_args(arguments)
+    try:
+        if not pictures.available():
+            raise UserError("pictures take matplotlib (pip install matplotlib)")
+        for folder in flags.folders:
+            for path in redraw(folder, flags.data):
+                print(path)
+    except UserError as error:
+        print(f"redraw: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

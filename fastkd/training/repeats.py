@@ -1,0 +1,63 @@
+"""One configuration with several seeds: its rows, their mean and their spread."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from fastkd.training import records, runs
+from fastkd.training.console import say
+from fastkd.training.errors import UserError
+from fastkd.training.plan import Plan
+from fastkd.training.run import run
+from fastkd.training.settings import Settings
+from fastkd.training.summary import told
+
+
+def repeat(settings: Settings, times: int) -> list[dict[str, Any]]:
+    """``run`` with seed, seed + 1, ... and one teacher, as the published tables have it: that of the first seed. Returns the rows.
+
+    With ``resume`` finished seeds are not run again. Raises UserError, Interrupted.
+    """
+    if times < 1:
+        raise UserError(f"--repeats is {times}, wanted at least 1")
+    if times == 1:
+        return [run(settings)]
+    if settings.resume:
+        raise UserError("--resume FOLDER is one run; with --repeats leave the folder out")
+    teacher_seed = settings.seed if settings.teacher_seed is None else settings.teacher_seed
+    each = [dataclasses.replace(settings, seed=settings.seed + i, teacher_seed=teacher_seed) for i in range(times)]
+    done: dict[int, dict[str, Any]] = {}
+    if settings.resume is not None:
+        each, done = taken_up(each)
+    for i, one in enumerate(each, 1):
+        if one.seed in done:
+            row = done[one.seed]
+            say(f"seed {one.seed}, run {i} of {times}: finished, row {row['no']}, {row['reported_acc']} %\n")
+        else:
+            say(f"seed {one.seed}, run {i} of {times}")
+            done[one.seed] = run(one)
+            say("")
+    rows = [done[one.seed] for one in each]
+    figures = (f"{name} {told([float(row[name]) for row in rows])} %" for name in ("acc", "reported_acc"))
+    seeds = " ".join(str(one.seed) for one in each)
+    say(f"{times} runs, seeds {seeds}: {', '.join(figures)} (mean ± sample standard deviation); kept in {settings.output / 'results.md'}")
+    return rows
+
+
+def taken_up(each: list[Settings]) -> tuple[list[Settings], dict[int, dict[str, Any]]]:
+    """(settings, rows of finished seeds): each seed goes on, begins or is finished. Raises UserError where nothing had begun at all."""
+    rows = {row.get("folder"): row for row in records.read_rows(each[0].output)[1]}
+    done: dict[int, dict[str, Any]] = {}
+    settings, begun = [], False
+    for one in each:
+        plan = Plan(one)
+        unfinished, finished = runs.folders(one.output, plan.identity("student"))
+        waits = bool(unfinished or runs.teachers(plan))
+        if finished and not unfinished:
+            done[one.seed] = dict(rows[finished[-1].name])
+        settings.append(dataclasses.replace(one, resume="" if waits else None))
+        begun = begun or waits or bool(finished)
+    if not begun:
+        raise UserError(f"--resume: no unfinished run of this configuration under {each[0].output}; without --resume it begins")
+    return settings, done

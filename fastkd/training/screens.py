@@ -1,0 +1,81 @@
+"""What a run says at its end, and the command that repeats it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastkd
+from fastkd.training.plan import Plan
+from fastkd.training.progress import clock
+
+COMMAND = "command.sh"
+
+
+def command(plan: Plan) -> str:
+    """The command of this run, quoted for a shell, with what was chosen for it by name: ``auto`` may choose otherwise tomorrow."""
+    settings, taught = plan.settings, plan.method.needs_teacher
+    flags: dict[str, Any] = {
+        "method": settings.method,
+        "dataset": plan.data.name,
+        "data": settings.data,
+        "teacher": plan.models.teacher if taught else None,
+        "student": plan.models.student,
+        "teacher_checkpoint": settings.teacher_checkpoint if taught else None,
+        "recipe": plan.recipe_name,
+        **settings.overrides,
+        "seed": settings.seed,
+        "teacher_seed": plan.seed_of("teacher") if taught and plan.seed_of("teacher") != settings.seed else None,
+        "device": plan.device.type,
+        "precision": settings.precision,
+        "deterministic": settings.deterministic or None,
+        "output": settings.output,
+        "pictures": None if settings.pictures else False,
+    }
+    script = sys.argv[0] if Path(sys.argv[0]).name == "train.py" else "train.py"
+    return shlex.join(["python", script, *(word for name, value in flags.items() for word in _words(name, value))])
+
+
+def _words(name: str, value: Any) -> list[str]:
+    flag = "--" + name.replace("_", "-")
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        return [flag if value else flag.replace("--", "--no-", 1)]
+    return [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+
+
+def command_file(plan: Plan, role: str) -> str:
+    """A shell script of :func:`command`, with what the weights depend on and no flag says."""
+    versions = f"fastkd {fastkd.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    of = (
+        "trains this teacher where it is not there, then its student"
+        if role == "teacher"
+        else "trains this student, its teacher too if it is not there"
+    )
+    return f"#!/bin/sh\n# {of}; {versions}\ncd {shlex.quote(os.getcwd())} || exit\n{command(plan)}\n"
+
+
+def ending(plan: Plan, role: str, row: Mapping[str, Any], columns: Iterable[str], folder: Path) -> str:
+    """The row, the files, and for a student the command that repeats it."""
+    title = row["method"]
+    told = f"best {row['acc']} % (epoch {row['epoch']}), last {row['last_acc']} %, {clock(row['seconds'])}"
+    lines = [f"{title}: {told}; {plan.recipe_name} reports the {plan.recipe.report}: {row['reported_acc']} %"]
+    lines.append(f"{title}: row {row['no']} of {plan.settings.output / 'results.csv'}, weights in {folder}")
+    if role == "teacher":
+        return "\n".join(lines)
+    names = list(columns)
+    widths = [max(len(name), len(str(row[name]))) for name in names]
+    lines += [
+        "  ".join(str(word).ljust(width) for word, width in zip(line, widths, strict=True)).rstrip()
+        for line in (names, [row[name] for name in names])
+    ]
+    files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    lines += [f"files    {', '.join(files)}", f"again    {command(plan)}"]
+    return "\n".join(lines)
