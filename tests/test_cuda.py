@@ -42,7 +42,7 @@ def step(s, t, **switches):
 def test_presets_are_served(cuda, dtype, layout):
     s, t = chains(cuda, dtype, layout)
     for module in (fastkd.AttentionTransfer, fastkd.FSP):
-        for name in module.PRESETS:
+        for name in module.presets:
             with fused_only(backend="cuda"):
                 module.preset(name)(s, t).backward()
     with fused_only(backend="cuda"):

@@ -53,11 +53,11 @@ FASTKD_DEVICE A gathered(const Gather& gather, const GradientArguments& item, co
       for (int32_t w = windows.begin[2]; w < windows.end[2]; ++w) {
         const int32_t at = (d * gather.grid[1] + h) * gather.grid[2] + w;
         if (!gather.max) {
-          total += from[at * gather.stride_s] * inverse_of<A>(share_of(d, h, w, gather.grid, item.own.size));
+          total += from[at * gather.stride_s] * inverse_of<A>(share_of<true>(d, h, w, gather.grid, item.own.size));
           continue;
         }
         const int64_t channel = n * item.own.stride_n + c * item.own.stride_c;
-        if (place_of_maximum<A>(item.own, channel, box_of(at, item.own.size, gather.grid)) == s) total += from[at * gather.stride_s];
+        if (place_of_maximum<A>(item.own, channel, box_of<true>(at, item.own.size, gather.grid)) == s) total += from[at * gather.stride_s];
       }
     }
   }
@@ -122,7 +122,7 @@ gram_backward(FASTKD_ARGUMENTS(BackwardArguments) call) {
   };
   FASTKD_ROLL
   for (int i = 0; i < item.gathers; ++i) {
-    each([&](int s) { return box_of(s, item.gather[i].grid, item.own.size); },
+    each([&](int s) { return box_of<true>(s, item.gather[i].grid, item.own.size); },
          [&](const Box& windows, int row, int s, A& value) {
            if (i == 0) value = laid_out(tiles, cut, MODE == Mode::kIeee, row, s - column0) * scale;
            value += gathered<A>(item.gather[i], item, windows, n, row0 + row, s);
@@ -168,7 +168,7 @@ gram_pool(FASTKD_ARGUMENTS(PoolArguments) call) {
     using T = decltype(zero);
     A v[1];
     const T* from = static_cast<const T*>(item.x.data) + n * item.x.stride_n + c * item.x.stride_c;
-    load_pooled<A, T, 1>(item.x, from, box_of(static_cast<int32_t>(s), item.x.size, item.x.grid), v);
+    load_pooled<A, T, 1>(item.x, from, box_of<true>(static_cast<int32_t>(s), item.x.size, item.x.grid), v);
     static_cast<A*>(item.out)[n * item.stride_n + c * item.stride_c + s * item.stride_s] = v[0];
   });
 }

@@ -67,7 +67,7 @@ void GramGradients::add(const Tensor& x, const TensorView& view, const Feature& 
     common_size(feature, term.other, grid);
     const int64_t products = feature.batch * feature.channels * term.other.channels * feature.positions;
     const bool few = products <= (call_.mode == Mode::kIeee ? kSpreadIeee : kSpreadProducts);
-    const bool spread = !call_.max && few && is_size(term.other, grid);
+    const bool spread = !call_.max && few && is_size(term.other, grid) && is_near(term.other, feature.size);
     if (!is_size(feature, grid) && !spread) {
       item.gather[item.gathers++] = coarse(feature, term, grid);
       continue;

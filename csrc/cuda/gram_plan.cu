@@ -57,7 +57,7 @@ Operand GramCall::operand(const Feature& x, const int64_t* grid, int64_t channel
   o.positions = narrow(count_of(grid));
   o.pool = max ? Pool::kMax : Pool::kAvg;
   o.exact = o.exact && max;
-  if (channels_of_other <= kFusedTiles * kGramTile) return o;
+  if (channels_of_other <= kFusedTiles * kGramTile && is_near(x, grid)) return o;
 
   const bool channels_last = x.stride_c == 1 && x.channels > 1;
   const int64_t pack = 16 / size_of(), unit = channels_last ? x.channels : (o.positions + pack - 1) / pack * pack;
@@ -84,6 +84,10 @@ Operand GramCall::operand(const Feature& x, const int64_t* grid, int64_t channel
   o.linear = true;
   o.reading = reading_of(o, true);
   return o;
+}
+
+bool is_near(const Feature& x, const int64_t* grid) {
+  return is_near(x.size[0], grid[0]) && is_near(x.size[1], grid[1]) && is_near(x.size[2], grid[2]);
 }
 
 Operand GramCall::spread(const Feature& x, const int64_t* grid) const {

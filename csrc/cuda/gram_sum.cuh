@@ -5,9 +5,17 @@
 
 namespace fastkd {
 
+template <typename A, int N>
+FASTKD_DEVICE void subtract(A (&from)[N], const A (&what)[N]) {
+  FASTKD_UNROLL
+  for (int i = 0; i < N; ++i) from[i] -= what[i];
+}
+
 // On tensor cores.
 template <typename A, Mode MODE>
 struct GramSum {
+  // Fragments of b that registers hold at a time: twice the words, where something is left of what is rounded.
+  static constexpr int kAtOnce = Quad<MODE>::kRest ? 2 : 4;
   float v[2][4][4];
 
   FASTKD_MEMBER void times(A factor) {
@@ -27,42 +35,44 @@ struct GramSum {
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4, m0 = cut.m0, n0 = cut.n0;
     FASTKD_ROLL
     for (int k = cut.k0; k < terms; k += cut.k_step) {
-      Quad<MODE> b[4], b_change[DIFFERENCE ? 4 : 1];
       FASTKD_UNROLL
-      for (int ni = 0; ni < 4; ++ni) {
-        float x[4];
-        load_terms<float, B_PANELS>(s.b, n0 + 8 * ni + g, k + 4 * t, cut.columns, cut.depth, x);
-        b[ni] = quad_of<MODE>(x);
-        if constexpr (DIFFERENCE) {
-          float y[4];
-          load_terms<float, B_PANELS>(less.b, n0 + 8 * ni + g, k + 4 * t, cut.columns, cut.depth, y);
-          FASTKD_UNROLL
-          for (int i = 0; i < 4; ++i) x[i] -= y[i];
-          b_change[ni] = quad_of<MODE>(x);
-        }
-      }
-      FASTKD_UNROLL
-      for (int mi = 0; mi < 2; ++mi) {
-        if (m0 + 16 * mi >= rows) break;
-        Quad<MODE> a[2], a_less[DIFFERENCE ? 2 : 1];
+      for (int n_first = 0; n_first < 4; n_first += kAtOnce) {
+        Quad<MODE> b[kAtOnce], b_change[DIFFERENCE ? kAtOnce : 1];
         FASTKD_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          float x[4];
-          load_terms<float, true>(s.a, m0 + 16 * mi + 8 * half + g, k + 4 * t, cut.rows, cut.depth, x);
+        for (int i = 0; i < kAtOnce; ++i) {
+          float x[4], y[4];
+          const int row = n0 + 8 * (n_first + i) + g;
+          load_terms<float, B_PANELS>(s.b, row, k + 4 * t, cut.columns, cut.depth, x);
+          b[i] = quad_of<MODE>(x);
           if constexpr (DIFFERENCE) {
-            float y[4];
-            load_terms<float, true>(less.a, m0 + 16 * mi + 8 * half + g, k + 4 * t, cut.rows, cut.depth, y);
-            FASTKD_UNROLL
-            for (int i = 0; i < 4; ++i) x[i] -= y[i];
-            a_less[half] = quad_of<MODE>(y);
+            load_terms<float, B_PANELS>(less.b, row, k + 4 * t, cut.columns, cut.depth, y);
+            subtract(x, y);
+            b_change[i] = quad_of<MODE>(x);
           }
-          a[half] = quad_of<MODE>(x);
         }
         FASTKD_UNROLL
-        for (int ni = 0; ni < 4; ++ni) {
-          if (n0 + 8 * ni >= columns) break;
-          multiply<MODE>(v[mi][ni], a, b[ni], !DIFFERENCE && s.a_exact, s.b_exact);
-          if constexpr (DIFFERENCE) multiply<MODE>(v[mi][ni], a_less, b_change[ni], less.a_exact, false);
+        for (int mi = 0; mi < 2; ++mi) {
+          if (m0 + 16 * mi >= rows) break;
+          Quad<MODE> a[2], a_less[DIFFERENCE ? 2 : 1];
+          FASTKD_UNROLL
+          for (int half = 0; half < 2; ++half) {
+            float x[4], y[4];
+            const int row = m0 + 16 * mi + 8 * half + g;
+            load_terms<float, true>(s.a, row, k + 4 * t, cut.rows, cut.depth, x);
+            if constexpr (DIFFERENCE) {
+              load_terms<float, true>(less.a, row, k + 4 * t, cut.rows, cut.depth, y);
+              subtract(x, y);
+              a_less[half] = quad_of<MODE>(y);
+            }
+            a[half] = quad_of<MODE>(x);
+          }
+          FASTKD_UNROLL
+          for (int i = 0; i < kAtOnce; ++i) {
+            const int ni = n_first + i;
+            if (n0 + 8 * ni >= columns) break;
+            multiply<MODE>(v[mi][ni], a, b[i], !DIFFERENCE && s.a_exact, s.b_exact);
+            if constexpr (DIFFERENCE) multiply<MODE>(v[mi][ni], a_less, b_change[i], less.a_exact, false);
+          }
         }
       }
     }
@@ -119,8 +129,7 @@ struct GramSum<A, Mode::kIeee> {
         load_terms<A, true>(s.a, top + 8 * i, k, cut.rows, cut.depth, a);
         if constexpr (DIFFERENCE) {
           load_terms<A, true>(less.a, top + 8 * i, k, cut.rows, cut.depth, a_less);
-          FASTKD_UNROLL
-          for (int e = 0; e < kTerms; ++e) a[e] -= a_less[e];
+          subtract(a, a_less);
         }
         FASTKD_UNROLL
         for (int j = 0; j < 4; ++j) {

@@ -112,7 +112,7 @@ FASTKD_DEVICE void stage_channels(const Operand& x, const T* from, A* tile, int 
   const int given = !inside ? 0 : x.channels - c0 < channels ? (x.channels - c0) / P : packs;
   from += c0 * x.stride_c;
   if (POOLED && x.pool != Pool::kNone) {
-    const Box box = box_of(inside ? s0 + s : 0, x.size, x.grid);
+    const Box box = box_of<false>(inside ? s0 + s : 0, x.size, x.grid);
     FASTKD_ROLL
     for (int i = begin; i < end; ++i) {
       A v[P] = {};
