@@ -59,7 +59,7 @@ def test_tf32_rounds_to_nearest_and_the_others_do_not(cuda):
     a, b = (make((2, c, 32, 32), kind="relu") for c in (16, 8))
     exact = law.fsp_matrix(a.double(), b.double())
     errors = [(fastkd.fsp_matrix(cuda(a), cuda(b), precision=p).double().cpu() / exact - 1).abs().max().item() for p in PRECISIONS]
-    assert errors[0] < 1e-6 and 1e-6 < errors[1] < 1.5e-4 and errors[2] < 2e-6, errors
+    assert errors[0] < 3e-6 and 5e-6 < errors[1] < 1.5e-4 and errors[2] < 3e-6, errors
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -68,12 +68,12 @@ def test_tf32_rounds_to_nearest_and_the_others_do_not(cuda):
 def test_infinity_stays_and_nan_is_not_lost(cuda, dtype, precision, pool_mode):
     """Three products may make NaN of an infinity, whose products with the two parts of a number have two signs."""
     a, b = make((2, 3, 4, 4), dtype, kind="relu"), make((2, 5, 2, 2), dtype)
-    a[0, 1, 2, 3], a[1, 0, 0, 0] = torch.inf, torch.nan
+    a[0, 1, 2, 3], a[1, 0, 0, 0], a[1, 2, 1, 1] = torch.inf, torch.nan, torch.nan
     want = law.fsp_matrix(a, b, pool_mode=pool_mode)
     got = fastkd.fsp_matrix(cuda(a), cuda(b), pool_mode=pool_mode, precision=precision).cpu()
     assert torch.equal(got.isfinite(), want.isfinite()) and got[want.isnan()].isnan().all()
-    parts = dtype == torch.float16 and precision == "ieee" or dtype in (torch.float16, torch.float32) and precision == "tf32x3"
-    assert parts or torch.equal(got.isinf(), want.isinf())
+    parts = {"ieee": [torch.float16], "tf32": [], "tf32x3": [torch.float16, torch.float32]}[precision]
+    assert dtype in parts or torch.equal(got.isinf(), want.isinf())
 
 
 # launches
