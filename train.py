@@ -41,6 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is one")
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS)
     parser.add_argument("--deterministic", action="store_true", help="PyTorch's deterministic algorithms: on a GPU runs repeat bit by bit")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="the step by torch.compile: in long runs")
+    graph = "the step as a CUDA graph: on a GPU, in one process"
+    parser.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction, default=None, help=graph)
     parser.add_argument("--output", type=Path, default=Path("runs"), metavar="DIR", help="where tables, runs and teachers go (runs)")
     parser.add_argument("--resume", nargs="?", const="", metavar="FOLDER", help="go on with the unfinished run of these very flags")
     pictures = argparse.BooleanOptionalAction

@@ -87,6 +87,10 @@ def full(result: dict[str, Any]) -> str:
     heads, rows = table.steps(result)
     if rows:
         lines += [*markdown(heads, rows, 2), ""]
+    heads, rows = table.loops(result)
+    if rows:
+        lines += ["Training loops, batch 128, data included, malloc as it comes; loss: the share of a step that the distillation loss and",
+                  "its gradient take.", "", *markdown(heads, rows, 3), ""]  # fmt: skip
     verdicts = goals.verdicts(result)
     if verdicts:
         cells = []

@@ -154,6 +154,26 @@ Feature feature_of(const TensorView& view, const char* name) { return make_featu
 
 Feature map_of(const TensorView& view, const char* name) { return make_feature(view, false, name); }
 
+void map_sizes(const TensorView& x, int64_t* sizes) {
+  sizes[0] = x.sizes[0];
+  for (int32_t d = 2; d < x.dim; ++d) sizes[d - 1] = x.sizes[d];
+}
+
+void check_same(const Feature& a, const Feature& b, const char* what) {
+  STD_TORCH_CHECK(a.batch == b.batch && a.size[0] == b.size[0] && a.size[1] == b.size[1] && a.size[2] == b.size[2], what,
+                  " differ in batch or spatial size");
+}
+
+void check_accumulation(const TensorView& view, DType accumulation, const char* name) {
+  STD_TORCH_CHECK(view.dtype == accumulation, name, " must be ", accumulation == DType::kDouble ? "float64" : "float32");
+}
+
+void check_like(const TensorView& view, const TensorView& x, const char* name) {
+  bool same = view.dtype == x.dtype && view.dim == x.dim;
+  for (int32_t d = 0; same && d < x.dim; ++d) same = view.sizes[d] == x.sizes[d];
+  STD_TORCH_CHECK(same, name, " must have the shape and dtype of the feature");
+}
+
 Tensor empty(const int64_t* sizes, int64_t dim, DType dtype, int32_t device_index) {
   int64_t strides[kMaxDims];
   int64_t stride = 1;

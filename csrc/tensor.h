@@ -58,6 +58,13 @@ Feature map_of(const TensorView& view, const char* name);
 // float64 if any input is, else float32.
 inline DType accumulation(DType a, DType b) { return a == DType::kDouble || b == DType::kDouble ? DType::kDouble : DType::kFloat; }
 
+// The sizes of a map of x: (N, *S).
+void map_sizes(const TensorView& x, int64_t* sizes);
+// Each raises unless it holds: equal batch and spatial sizes ("grad and x" differ ...); the dtype of accumulation; x's shape and dtype.
+void check_same(const Feature& a, const Feature& b, const char* what);
+void check_accumulation(const TensorView& view, DType accumulation, const char* name);
+void check_like(const TensorView& view, const TensorView& x, const char* name);
+
 // Contiguous and uninitialized.
 Tensor empty(const int64_t* sizes, int64_t dim, DType dtype, int32_t device_index = 0);
 // As aten::empty_like with preserve_format, without a trip through the dispatcher for dense tensors.

@@ -83,6 +83,7 @@ def _functions() -> ctypes.CDLL:
     functions = ctypes.CDLL(CPU.path)
     functions.fastkd_cpu_path.restype = ctypes.c_char_p
     functions.fastkd_set_cpu_path.argtypes = [ctypes.c_char_p]
+    functions.fastkd_set_amx.argtypes = [ctypes.c_int]
     return functions
 
 
@@ -114,6 +115,19 @@ def cpu_paths() -> list[str]:
         functions.fastkd_set_cpu_path(current.encode())
 
 
+def amx() -> bool:
+    """Whether bfloat16 FSP goes through AMX: on the path "avx512", where processor and kernel let it, unless switched off.
+
+    Raises: RuntimeError if the library is not available.
+    """
+    return bool(_functions().fastkd_amx())
+
+
+def set_amx(wanted: bool) -> None:
+    """Take AMX where it can be had (so at first), or not, in the whole process. RuntimeError if the library is not available."""
+    _functions().fastkd_set_amx(wanted)
+
+
 def report() -> dict[str, dict[str, Any]]:
     """For ``cpu`` and ``cuda``: available, reason, path, and what the library was built with; for ``cpu`` the code paths too."""
     parts: dict[str, dict[str, Any]] = {}
@@ -122,7 +136,7 @@ def report() -> dict[str, dict[str, Any]]:
         facts = {k: v for k, v in _build_info(library.path).items() if k not in ("cuda", "kernels")}
         parts[key] = {"available": library.available, "reason": library.reason, "path": library.path, **facts}
     if CPU.available:
-        parts["cpu"] |= {"code_path": cpu_path(), "code_paths": cpu_paths()}
+        parts["cpu"] |= {"code_path": cpu_path(), "code_paths": cpu_paths(), "amx": amx()}
     return parts
 
 
@@ -134,8 +148,20 @@ def _force_cpu_path(name: str) -> None:
         set_cpu_path(name)
 
 
+def _force_amx(value: str) -> None:
+    """FASTKD_AMX, likewise."""
+    if value not in ("0", "1"):
+        raise ValueError(f"FASTKD_AMX is {value!r}, wanted '0' or '1'")
+    if CPU.available:
+        set_amx(value == "1")
+        if value == "1" and not amx():
+            raise ValueError(f"FASTKD_AMX is '1', but AMX cannot be had here on the code path {cpu_path()!r}")
+
+
 CPU = _load("_C")
 CUDA = _load_cuda()
 EMULATED = False  # by emulate()
 if os.environ.get("FASTKD_CPU"):
     _force_cpu_path(os.environ["FASTKD_CPU"])
+if os.environ.get("FASTKD_AMX"):
+    _force_amx(os.environ["FASTKD_AMX"])

@@ -62,6 +62,35 @@ def poisoned_memory(request: pytest.FixtureRequest):
     torch.use_deterministic_algorithms(before)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc):
+    if "triton" in metafunc.fixturenames:
+        from support import KERNELS
+
+        metafunc.parametrize("triton", KERNELS[1:2], indirect=True)  # with the marks of where it runs
+
+
+@pytest.fixture
+def triton(request: pytest.FixtureRequest):
+    """Triton serves every call; puts a tensor where its kernels run."""
+    from support import place
+
+    import fastkd
+
+    with fastkd.use_backend("triton"):
+        yield lambda x: place(x, "triton")
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The Triton kernels that were launched."""
+    from fastkd.kernels.launch import Launch
+
+    names: list[str] = []
+    run = Launch.__call__
+    monkeypatch.setattr(Launch, "__call__", lambda self, *args: (names.append(self.kernel.__name__), run(self, *args))[1])
+    return names
+
+
 @pytest.fixture
 def one_thread():
     """Small tensors gain nothing from a second thread, and on a busy machine every handover waits for it."""

@@ -266,6 +266,11 @@ def missing(backend: str) -> str:
     return ""
 
 
+def gpu(test: Callable) -> Callable:
+    """Marks a test that needs a GPU."""
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test))
+
+
 def cpp_missing() -> str:
     return missing("cpp")
 

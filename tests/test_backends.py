@@ -38,6 +38,7 @@ from fastkd import backends, kernels, native
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PATHS = [] if cpp_missing() else native.cpu_paths()
+WAYS = [*PATHS, *(["avx512 without AMX"] if PATHS and native.amx() else [])]
 
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -183,12 +184,15 @@ def test_operators_on_the_cpu_are_the_compiled_ones(cpp):
 # code paths of the CPU library
 
 
-@pytest.fixture(params=PATHS or [pytest.param("none", marks=pytest.mark.skip(reason=f"backend cpp: {cpp_missing()}"))])
+@pytest.fixture(params=WAYS or [pytest.param("none", marks=pytest.mark.skip(reason=f"backend cpp: {cpp_missing()}"))])
 def path(request):
-    before = native.cpu_path()
-    native.set_cpu_path(request.param)
-    yield request.param
+    before, amx = native.cpu_path(), native.amx()
+    path = request.param.split()[0]
+    native.set_cpu_path(path)
+    native.set_amx(amx and request.param == path)
+    yield path
     native.set_cpu_path(before)
+    native.set_amx(amx)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -231,7 +235,23 @@ def test_environment_forces_a_code_path(cpp):
     assert wrong.returncode != 0 and all(word in wrong.stderr for word in ("sse9", *native.CPU_PATHS))
 
 
+def test_amx_is_a_part_of_one_code_path_and_can_be_switched_off(cpp):
+    code = "import sys; from fastkd import native; print(native.cpu_path(), native.amx(), native.report()['cpu']['amx'])"
+    assert python(code, FASTKD_AMX="0").stdout.split()[1:] == ["False", "False"]
+    if native.amx():
+        for path in PATHS:
+            here = str(path == "avx512")
+            assert python(code, FASTKD_CPU=path).stdout.split() == [path, here, here]
+    refused = python(code, FASTKD_AMX="1", FASTKD_CPU="portable")
+    assert refused.returncode != 0 and all(word in refused.stderr for word in ("FASTKD_AMX", "portable"))
+    wrong = python(code, FASTKD_AMX="yes")
+    assert wrong.returncode != 0 and "FASTKD_AMX is 'yes'" in wrong.stderr
+
+
 # the same bits, and NaN
+
+
+HALF = (33, 14), (64, 14), (17, 7)
 
 
 def workload():
@@ -240,9 +260,11 @@ def workload():
         for c, n, dtype in ((16, 31, torch.float32), (33, 16, torch.bfloat16), (64, 7, torch.float16))
     ]
     t = [torch.randn_like(x) for x in s]
+    half = [make((5, c, n, n), torch.bfloat16, layout) for layout in random.sample(("contiguous", "channels_last"), 2) for c, n in HALF]
     return [
         lambda: evaluate(lambda *x: fastkd.attention_transfer_loss(x[:3], x[3:], 3.0), [*s, *t]),
         lambda: evaluate(lambda *x: fastkd.fsp_loss(x[:3], x[3:]), [*s, *t]),
+        lambda: evaluate(lambda *x: fastkd.fsp_loss(x[:3], x[3:]), half),
         lambda: evaluate(fastkd.attention_map, [s[0]], upstream=torch.ones(5, 31, 31)),
         lambda: evaluate(fastkd.fsp_matrix, s[:2], upstream=torch.ones(5, 16, 33)),
     ]

@@ -48,6 +48,16 @@ def result() -> dict[str, Any]:
         record("gram", "resnet20-64", {"eager": 70, "eager, broadcast": 1000, "cpp": 10}),
         record("attention", "resnet20-64", {"eager": 3, "cpp": 100}, threads=1, clock="process"),
         {
+            "loop": "AT", "shape": "resnet20 > resnet20", "threads": 2, "clock": "wall",
+            "rows": {
+                "toolkit, float32": {"milliseconds": 400, "images_per_second": 320.0},
+                "loop, float32": {"milliseconds": 250, "images_per_second": 512.0},
+                "loop, bfloat16": {"milliseconds": 160, "images_per_second": 800.0},
+                "loop, bfloat16, compiled": {"milliseconds": 100, "images_per_second": 1280.0},
+                "distillation loss in loop, float32": {"milliseconds": 10},
+            },
+        },
+        {
             "step": "AT", "precision": "bfloat16 autocast", "threads": 2, "clock": "wall",
             "rows": {"eager, cpp": {"milliseconds": 100, "images_per_second": 1280.0}},
         },
@@ -74,7 +84,7 @@ def test_only_benchmarks_on_full_shapes() -> None:
     tests = [line for line in done.stdout.splitlines() if "::" in line]
     assert tests and all(line.startswith("benchmarks/") for line in tests)
     assert any("resnet50-8" in line for line in tests) and not any("small" in line for line in tests)
-    assert {line.split("::")[0] for line in tests} == {f"benchmarks/test_{name}.py" for name in ("attention", "gram", "step")}
+    assert {line.split("::")[0] for line in tests} == {f"benchmarks/test_{name}.py" for name in ("attention", "gram", "loop", "step")}
 
 
 def test_ordinary_run_is_small() -> None:
@@ -188,6 +198,9 @@ def test_goals(result: dict[str, Any]) -> None:
     assert found["AT: channels_last ÷ NCHW"].values == {"resnet20-64": 1.5}
     assert found["AT: extra memory"].mean == pytest.approx(1.5)
     assert found["FSP: eager broadcast form ÷ cpp"].mean == pytest.approx(100)
+    assert found["AT training: toolkit's loop ÷ ours in bfloat16"].values == {"resnet20 > resnet20": 4}
+    assert found["AT training: toolkit's loop ÷ ours, float32"].mean == pytest.approx(1.6)
+    assert not found["AT training: the loss's share of a step, float32"].reached
     lines = "\n".join(goals.lines(result))
     assert "NOT REACHED; short: resnet20-128 2.00" in lines
 
@@ -200,6 +213,8 @@ def test_table(result: dict[str, Any]) -> None:
     assert lines[0][heads.index("compile")] == "WRONG" and lines[0][heads.index("÷compile")] == ""
     assert lines[0][heads.index("÷eager")] == "8.00" and lines[4][0] == "FSP broadcast" and lines[4][heads.index("÷eager")] == "100"
     assert any("1280" in line for line in table.lines(result))
+    (row,) = (row for row in table.loops(result)[1] if row[2] == "loop, float32")
+    assert row == ["AT", "resnet20 > resnet20", "loop, float32", "512", "1.60", "4.0%"]
 
 
 def test_results_are_saved_or_not(result: dict[str, Any], tmp_path: Path) -> None:

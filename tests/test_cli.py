@@ -87,13 +87,13 @@ def test_a_whole_run_leaves_teacher_student_tables_and_checkpoints(tmp_path):
 
 
 def test_ctrl_c_leaves_everything_whole_and_says_how_far_it_came(tmp_path):
-    flags = ["--method", "baseline", *QUICK, "--epochs", 500, "--output", tmp_path]
+    flags = ["--method", "baseline", *QUICK, "--epochs", 300, "--output", tmp_path]
     process = subprocess.Popen(
         command(*flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job, these tests' too, ignores it
     )  # fmt: skip
     for line in process.stdout:
-        if "epoch 2/500" in line:
+        if "epoch 2/300" in line:
             process.send_signal(signal.SIGINT)
             break
     out, err = process.communicate(timeout=60)

@@ -9,7 +9,7 @@ import emulated
 import pytest
 import torch
 from recorder import fused_only
-from support import KERNELS, law, make, place, values
+from support import KERNELS, gpu, law, make, place, values
 
 import fastkd
 from fastkd import native
@@ -21,10 +21,6 @@ pytestmark = [pytest.mark.usefixtures("one_thread")]
 def cuda(request):
     with fastkd.use_backend("cuda"):
         yield lambda x: place(x, "cuda")
-
-
-def gpu(test):
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test))
 
 
 def chains(place, dtype=torch.float32, layout="contiguous"):

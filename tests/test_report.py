@@ -57,6 +57,7 @@ def test_native(report: dict) -> None:
         assert report["native"]["cpu"]["torch_target"] == "2.11"
         assert report["native"]["cpu"]["code_paths"] == native.cpu_paths()
         assert report["native"]["cpu"]["code_path"] in native.cpu_paths()
+        assert report["native"]["cpu"]["amx"] == native.amx()
 
 
 def test_backends(report: dict) -> None:

@@ -11,24 +11,13 @@ import sys
 import pytest
 import torch
 from recorder import fused_only
-from support import KERNELS, dtypes, evaluate, law, make, missing, place, values
+from support import dtypes, evaluate, gpu, law, make, missing, values
 
 import fastkd
 from fastkd import kernels
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.skipif(bool(missing("triton")), reason=missing("triton"))]
-TRITON = KERNELS[1:2]  # with the marks of where it runs
 OPTIONS = (2.0, "mean", False, 1e-12, "clamp")
-
-
-@pytest.fixture(params=TRITON)
-def triton(request):
-    with fastkd.use_backend("triton"):
-        yield lambda x: place(x, "triton")
-
-
-def gpu(test):
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test))
 
 
 def chains(place, grad=True, dtype=torch.float32, layout="contiguous"):

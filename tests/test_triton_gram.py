@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import KERNELS, evaluate, fetched, law, make, missing, place, values
+from support import evaluate, fetched, gpu, law, make, missing, values
 
 import fastkd
 from fastkd import kernels
@@ -14,30 +14,10 @@ CIFAR = ((16, 16, 16), (32, 8, 8), (9, 4, 4))
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 
 
-@pytest.fixture(params=KERNELS[1:2])
-def triton(request):
-    with fastkd.use_backend("triton"):
-        yield lambda x: place(x, "triton")
-
-
-def gpu(test):
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test))
-
-
 def close_chains(dtype, n=2, distance=1e-2):
     t = [values((n, *shape), torch.float32).relu() for shape in CIFAR]
     s = [x + distance * torch.randn_like(x) for x in t]
     return [x.to(dtype) for x in s], [x.to(dtype) for x in t]
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """The kernels that were launched."""
-    from fastkd.kernels.launch import Launch
-
-    names, run = [], Launch.__call__
-    monkeypatch.setattr(Launch, "__call__", lambda self, *args: (names.append(self.kernel.__name__), run(self, *args))[1])
-    return names
 
 
 # precision
@@ -159,7 +139,7 @@ def test_the_operator_gives_what_its_schema_says(triton, pool_mode):
 
 
 def on_gpu(requires_grad=False):
-    return [torch.randn(4, c, n, n, device="cuda", requires_grad=requires_grad) for c, n in ((16, 32), (64, 16), (130, 7))]
+    return [torch.randn(4, c, n, n, device="cuda", requires_grad=requires_grad) for c, n in ((16, 32), (64, 16), (130, 7), (200, 7))]
 
 
 @gpu

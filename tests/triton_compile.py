@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fastkd import kernels
+from fastkd.kernels.gram_kept import wide_stages
 
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that a program may use
 
@@ -148,8 +149,8 @@ def fsp(
 ) -> None:  # fmt: skip
     chains = [[feature((batch, c, s, s), dtype, channels_last) for c, s in sizes] for sizes in (student, teacher or student)]
     _, ms, _ = kernels.launcher("fsp_loss")(*chains, pool_mode, distance, "sum", None, 1.0, precision, True)
-    stages = list(range(len(student)))
-    kernels.launcher("fsp_loss_backward")(torch.empty(()), chains[0], ms, pool_mode, precision, stages, False)
+    stages, others = list(range(len(student))), [chains[1][i] for i in wide_stages(ms)]
+    kernels.launcher("fsp_loss_backward")(torch.empty(()), chains[0], ms, pool_mode, precision, stages, False, others)
 
 
 def fsp_unaligned() -> None:
@@ -157,6 +158,14 @@ def fsp_unaligned() -> None:
         x = torch.empty(4 * 16 * 256 + 1)[offset:][: 4 * 16 * 256].view(4, 16, 16, 16)
         a = torch.empty(4, 16, 16, 16)
         kernels.launcher("fsp_loss")([a, x], [a, x], "avg", "squared", "sum", None, 1.0, "tf32", False)
+
+
+def without_gradients() -> None:
+    """Of the same tensors, first a loss alone, and then one whose gradients are wanted: what a kernel writes is part of it."""
+    x = [torch.empty(4, 16, 8, 8), torch.empty(4, 16, 8, 8)]
+    for student_grad in (False, True):
+        kernels.launcher("fsp_loss")(x, x, "avg", "squared", "sum", None, 1.0, "tf32", student_grad)
+        kernels.launcher("attention_transfer_loss")(x, x, *(AT | {"student_grad": student_grad}).values())
 
 
 def matrix(shape: tuple[int, ...], dtype: torch.dtype, precision: str) -> None:
@@ -167,6 +176,8 @@ def matrix(shape: tuple[int, ...], dtype: torch.dtype, precision: str) -> None:
 
 CIFAR = [(16, 32), (32, 16), (64, 8)]
 RESNET50 = [(256, 56), (512, 28), (1024, 14), (2048, 7)]
+# one pair by a matrix, one by products over channels, of several tiles (of 9x9 positions) and parts
+WIDE = [(96, 18), (520, 9), (768, 9)]
 CASES = {
     "cifar": lambda: loss(CIFAR, torch.float32, 128),
     "cifar channels_last bf16": lambda: loss(CIFAR, torch.bfloat16, 128, True),
@@ -192,7 +203,9 @@ CASES = {
     "fsp resnet50 channels_last bf16": lambda: fsp(RESNET50, torch.bfloat16, 8, None, True),
     "fsp columns": lambda: fsp([(70, 8), (9, 8), (130, 5)], torch.float16, 2, "ieee", distance="column_l2"),
     "fsp pooled": lambda: fsp(CIFAR, torch.float32, 4, "tf32", False, [(16, 9), (32, 9), (64, 4)], "max"),
+    "fsp wide tf32x3": lambda: fsp(WIDE, torch.float32, 8, "tf32x3"),
     "fsp unaligned": fsp_unaligned,
+    "fsp without gradients": without_gradients,
     "matrix tf32": lambda: matrix((8, 128, 16, 16), torch.float32, "tf32"),
 }
 

@@ -6,6 +6,8 @@
 | `cases.py`      | shapes, and one `Case` a group of rows that are measured together             |
 | `rows.py`       | the rows of a case: floor, eager, compiled, backends; their inputs and checks |
 | `step.py`       | the whole training step, a group like the others                              |
+| `loops.py`      | whole training loops: `fastkd.training` beside a toolkit's                    |
+| `toolkit.py`    | that loop, as toolkits write it                                               |
 | `gpu.py`        | the losses on a GPU, by three clocks: groups added where there is one         |
 | `gpu_step.py`   | steps of ResNet-50 and ResNet-20 on a GPU                                     |
 | `measure.py`    | interleaved rounds, peak memory                                               |

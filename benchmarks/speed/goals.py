@@ -108,6 +108,26 @@ def _goals() -> Iterator[Goal]:
     yield Goal("AT, tiny, forward and backward, 1 thread: above torch.relu", 45, False, _above_relu, tiny, unit="µs", clock="process")
 
 
+def _loop(*ours: str) -> Callable[[Record], float | None]:
+    """The toolkit's time over the best of ours."""
+
+    def value(record: Record) -> float | None:
+        theirs, mine = _time(record, "toolkit, float32"), [time for row in ours if (time := _time(record, f"loop, {row}"))]
+        return theirs / min(mine) if theirs and mine else None
+
+    return value
+
+
+def _loop_goals() -> Iterator[Goal]:
+    for loss, single, half in (("AT", 1.5, 3.3), ("FSP", 2.5, 6)):
+        yield Goal(f"{loss} training: toolkit's loop ÷ ours, float32", single, True, _loop("float32"), {"loop": (loss,)})
+        half_rows = _loop("bfloat16", "bfloat16, compiled")
+        yield Goal(f"{loss} training: toolkit's loop ÷ ours in bfloat16", half, True, half_rows, {"loop": (loss,)})
+    for dtype in ("float32", "bfloat16"):
+        share = _ratio(f"distillation loss in loop, {dtype}", f"loop, {dtype}")
+        yield Goal(f"AT training: the loss's share of a step, {dtype}", 0.02, False, share, {"loop": ("AT",)})
+
+
 def _gpu_goals(backend: str, at: tuple[float, float], fsp: tuple[float, float]) -> Iterator[Goal]:
     """``at`` and ``fsp``: how many times eager and torch.compile are to be beaten over the CIFAR chains, as a user's clock shows."""
     eager, compiled = _ratio("eager", backend), _ratio("torch.compile", backend)
@@ -136,7 +156,7 @@ def _gpu_goals(backend: str, at: tuple[float, float], fsp: tuple[float, float]) 
         yield Goal("GPU, ResNet-20 step in a CUDA graph, AT ÷ without", 1 / 0.98, False, over, step, clock="graph", device="cuda")
 
 
-GOALS = (*_goals(), *_gpu_goals("triton", (5, 1.7), (5, 2)), *_gpu_goals("cuda", (8, 2.5), (7, 2.5)))
+GOALS = (*_goals(), *_loop_goals(), *_gpu_goals("triton", (5, 1.7), (5, 2)), *_gpu_goals("cuda", (8, 2.5), (7, 2.5)))
 
 
 @dataclass

@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from speed import goals, machine, table
-from speed.measure import Row, interleave, threads
-from speed.rows import STOCK
+from speed.measure import ROUNDS, Row, interleave, threads
 from speed.stock import Stock, raise_malloc_thresholds
 
 SECONDS = 0.8  # of rounds a group and thread count; slow rows take their fewest rounds, however long those are
@@ -136,7 +135,7 @@ class Session:
             for row in rows.values():
                 self._check(entry.group, built, row)
             prepared = time.perf_counter()
-            interleave([row for row in rows.values() if not row.failed], clock, SECONDS)
+            interleave([row for row in rows.values() if not row.failed], clock, SECONDS, getattr(entry.group, "rounds", ROUNDS))
         record = {"device": "cpu", "threads": count, "clock": clock, **entry.group.describe(), "rows": {}}
         for name, row in rows.items():
             record["rows"][name] = {"failed": row.failed} if row.failed else self._summary(entry.group, rows, row)
@@ -155,7 +154,7 @@ class Session:
 
     def _summary(self, group: Group, rows: dict[str, Row], row: Row) -> dict[str, Any]:
         q1, _, q3 = quantiles(row.seconds, n=4, method="inclusive")
-        malloc = "stock" if row.name == STOCK or not self.tuned else "thresholds raised"
+        malloc = "stock" if (row.turn and group.labels[0] != DEVICE) or not self.tuned else "thresholds raised"
         return {**group.figures(rows, row.name), "quartiles": [1e3 * q1, 1e3 * q3], "rounds": len(row.seconds), "malloc": malloc}
 
     def result(self, command: list[str]) -> dict[str, Any]:

@@ -35,12 +35,12 @@ class Stock:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
-    def turns(self, case: Any) -> Callable[[int, bool, str], float]:
-        """A row's ``turn``: eager in the other process, under as many threads as PyTorch has here at that moment."""
+    def turns(self, work: Any) -> Callable[[int, bool, str], float]:
+        """A row's ``turn``: the eager loss of a ``Case``, or a ``Steps``, in the other process, by as many threads as PyTorch has here."""
         import torch
 
         def turn(calls: int, warm: bool, clock: str) -> float:
-            return self._ask((asdict(case), torch.get_num_threads(), calls, warm, clock))
+            return self._ask((type(work).__name__, asdict(work), torch.get_num_threads(), calls, warm, clock))
 
         return turn
 
@@ -76,6 +76,7 @@ def main() -> None:
 
     from speed.cases import Case, features
     from speed.formulas import FORMULAS, call
+    from speed.loops import Steps
     from speed.measure import CLOCKS, timed
 
     orders, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
@@ -83,16 +84,20 @@ def main() -> None:
     inputs, tensors = None, None
     while True:
         try:
-            fields, threads, calls, warm, clock = pickle.load(orders)
+            kind, fields, threads, calls, warm, clock = pickle.load(orders)
         except EOFError:
             return
         try:
+            torch.set_num_threads(threads)
+            if kind == "Steps":
+                pickle.dump(Steps(**fields).turn(calls), answers)
+                answers.flush()
+                continue
             case = Case(**fields)
             if case.inputs != inputs:
                 tensors = None
                 inputs, tensors = case.inputs, features(case)
             assert tensors
-            torch.set_num_threads(threads)
             answer: Any = timed(call(FORMULAS[case.operation], case, *tensors), calls, warm, CLOCKS[clock])
         except Exception as error:
             answer = f"{type(error).__name__}: {error}"

@@ -87,6 +87,19 @@ def steps(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["step, images/s", "precision", "thr", *names], rows
 
 
+def loops(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the table of whole training loops: images a second, and the multiples of the toolkit's."""
+    rows = []
+    for record in (record for record in result["groups"] if "loop" in record):
+        speeds = {name: row["images_per_second"] for name, row in record["rows"].items() if row.get("images_per_second")}
+        base = next((speeds[name] for name in speeds if name.startswith("toolkit")), None)
+        for name, speed in speeds.items():
+            share = record["rows"].get(f"distillation loss in {name}", {}).get("milliseconds")
+            share = f"{share / record['rows'][name]['milliseconds']:.1%}" if share else ""
+            rows.append([record["loop"], record["shape"], name, f"{speed:.0f}", figure(speed / base, 2) if base else "", share])
+    return ["loop", "teacher > student", "row", "images/s", "÷ toolkit", "loss"], rows
+
+
 def text(heads: Sequence[str], rows: list[list[str]], left: int) -> list[str]:
     """Columns aligned for a terminal, the first ``left`` of them to the left."""
     widths = [max(len(row[i]) for row in [list(heads), *rows]) for i in range(len(heads))]
@@ -111,4 +124,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     heads, rows = steps(result)
     if rows:
         out += ["", *text(heads, rows, 2)]
+    heads, rows = loops(result)
+    if rows:
+        out += ["", *text(heads, rows, 3)]
     return out

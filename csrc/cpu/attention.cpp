@@ -2,7 +2,6 @@
 // fastkd/ops/attention.py.
 #include "attention.h"
 
-#include <cmath>
 #include <optional>
 #include <tuple>
 
@@ -14,12 +13,6 @@ using Tensors = std::vector<Tensor>;
 
 // Numbers of a feature that are brought to scratch memory at a time, where it cannot be read as it lies: 64 KiB of float.
 constexpr int64_t kChunkElements = 16384;
-
-AttentionOptions options_of(double p, bool is_signed, bool mean, double eps, bool add_eps) {
-  STD_TORCH_CHECK(std::isfinite(p) && p >= 1, "p must be finite and at least 1, got ", p);
-  STD_TORCH_CHECK(eps >= 0, "eps must not be negative, got ", eps);
-  return {p, eps, is_signed, mean, add_eps};
-}
 
 AttentionSide side_of(const Feature& x, const PoolPlan& pool) {
   const int64_t chunk = kChunkElements / x.positions;
@@ -35,24 +28,6 @@ size_t scratch_of(const AttentionSide& side, int64_t maps, bool in_place, size_t
 }
 
 size_t size_of(DType accumulation) { return accumulation == DType::kDouble ? sizeof(double) : sizeof(float); }
-
-void check_switches(int64_t switches) {
-  STD_TORCH_CHECK(switches >= 0 && switches < kSwitchesEnd, "switches must be bits below ", int64_t{kSwitchesEnd}, ", got ", switches);
-}
-
-void check_same(const Feature& a, const Feature& b, const char* what) {
-  STD_TORCH_CHECK(a.batch == b.batch && a.size[0] == b.size[0] && a.size[1] == b.size[1] && a.size[2] == b.size[2], what,
-                  " differ in batch or spatial size");
-}
-
-void check_accumulation(const TensorView& view, DType accumulation, const char* name) {
-  STD_TORCH_CHECK(view.dtype == accumulation, name, " must be ", accumulation == DType::kDouble ? "float64" : "float32");
-}
-
-void map_sizes(const TensorView& x, int64_t* sizes) {
-  sizes[0] = x.sizes[0];
-  for (int32_t d = 2; d < x.dim; ++d) sizes[d - 1] = x.sizes[d];
-}
 
 AttentionMapBackwardArgs map_backward_args(const Tensor& grad, const TensorView& x, const Tensor& map, const Tensor& norm,
                                            const AttentionOptions& options, bool normalize, const Tensor& out) {
@@ -92,8 +67,7 @@ std::tuple<Tensor, Tensor> attention_map(const Tensor& x, double p, const Text& 
   const PoolTables none = make_pool(feature.size, feature.size, false);
   AttentionMapArgs args;
   args.side = side_of(feature, none.plan);
-  args.options = options_of(p, is_signed, parse_switch(channel_reduce, "channel_reduce", "sum", "mean"), eps,
-                            parse_switch(eps_mode, "eps_mode", "clamp", "add"));
+  args.options = options_of(p, channel_reduce, is_signed, eps, eps_mode);
   args.accumulation = accumulation(view.dtype, view.dtype);
   args.normalize = normalize;
 
@@ -115,8 +89,7 @@ Tensor attention_map_backward(const Tensor& grad, const Tensor& x, const Tensor&
                               const Text& channel_reduce, bool is_signed, bool normalize, double eps, const Text& eps_mode) {
   const TensorView view = view_of(x, "x");
   Tensor out = empty_like(x, view);
-  const AttentionOptions options = options_of(p, is_signed, parse_switch(channel_reduce, "channel_reduce", "sum", "mean"), eps,
-                                              parse_switch(eps_mode, "eps_mode", "clamp", "add"));
+  const AttentionOptions options = options_of(p, channel_reduce, is_signed, eps, eps_mode);
   const AttentionMapBackwardArgs args = map_backward_args(grad, view, map, norm, options, normalize, out);
   const Feature& feature = args.side.x;
   const bool in_place = feature.layout == args.dx.layout && feature.layout != Layout::kGeneric;

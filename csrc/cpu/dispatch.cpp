@@ -4,6 +4,11 @@
 #include <cstdlib>
 #include <cstring>
 
+#ifdef FASTKD_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fastkd {
 namespace {
 
@@ -21,6 +26,18 @@ bool cpu_has_avx512() {
 #ifdef FASTKD_X86
   return cpu_has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl");
+#else
+  return false;
+#endif
+}
+
+// Asks Linux for the registers, once: they are too large to be every process's.
+bool cpu_has_amx() {
+#ifdef FASTKD_AMX
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool has = cpu_has_avx512() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+                          syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return has;
 #else
   return false;
 #endif
@@ -60,7 +77,20 @@ std::atomic<const KernelTable*>& current() {
   return table;
 }
 
+std::atomic<bool>& amx_wanted() {
+  static std::atomic<bool> wanted{true};
+  return wanted;
+}
+
 }  // namespace
+
+bool tiles_available() {
+#ifdef FASTKD_AMX
+  return amx_wanted().load(std::memory_order_relaxed) && &kernels() == &avx512::table && cpu_has_amx();
+#else
+  return false;
+#endif
+}
 
 const KernelTable& kernels() {
   const KernelTable* table = current().load(std::memory_order_relaxed);
@@ -89,4 +119,10 @@ extern "C" __attribute__((visibility("default"))) int fastkd_set_cpu_path(const 
   }
   fastkd::current().store(table, std::memory_order_relaxed);
   return fastkd::kOk;
+}
+
+// Whether the path "avx512" takes AMX where the CPU has it, as it does unless told otherwise; returns whether it is taken now.
+extern "C" __attribute__((visibility("default"))) int fastkd_amx() { return fastkd::tiles_available() ? 1 : 0; }
+extern "C" __attribute__((visibility("default"))) void fastkd_set_amx(int wanted) {
+  fastkd::amx_wanted().store(wanted != 0, std::memory_order_relaxed);
 }

@@ -27,10 +27,16 @@ extern const KernelTable table;
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define FASTKD_X86 1
+#if defined(__linux__) && __GNUC__ >= 11
+#define FASTKD_AMX 1
+#endif
 #endif
 
 // The path in use: FASTKD_CPU, or what fastkd_set_cpu_path() chose, or else the best one that this CPU runs. Throws if FASTKD_CPU names no
 // usable path.
 const KernelTable& kernels();
+
+// Whether the path in use may take AMX: "avx512", on a CPU that has it and a kernel that lends its registers, and not switched off.
+bool tiles_available();
 
 }  // namespace fastkd

@@ -23,10 +23,11 @@ struct GramPair {
   int32_t chains;          // 1: G of the student only; 2: the difference of both
   int32_t fused;           // the difference as (A_s - A_t) B_s^T + A_t (B_s - B_t)^T
   int32_t planes;          // multiplied along the positions, which lie together (gram_dot.inl)
+  int32_t tiles;           // multiplied by AMX (gram_amx.inl)
   GramResult result;
   int64_t positions[2];
   int64_t rows, row_blocks;  // of G: rows a unit, units a sample
-  int64_t depth;             // positions taken at a time
+  int64_t depth;             // positions taken at a time; tiles, where maps are averaged: lines of windows
   double slope;              // d loss / d G = slope * difference (or its column, normalized)
   void* out;                 // (N, Ca, Cb) contiguous: G, or d loss / d G; null if not wanted
 };
@@ -48,6 +49,7 @@ struct GramTerm {
   double scale;
   int64_t positions;
   int64_t depth;
+  int32_t tiles;  // multiplied by AMX
 };
 
 // One feature whose gradient is wanted. A unit of work is one sample and one block of channels.

@@ -20,6 +20,19 @@ struct Arena {
 
 FASTKD_INLINE int64_t max_of(int64_t a, int64_t b) { return a < b ? b : a; }
 
+#if defined(FASTKD_AMX) && FASTKD_VECTOR_BYTES == 64
+#include "gram_amx.inl"
+#include "gram_amx_backward.inl"
+#else  // no plan asks for these
+struct TileForward {};
+struct TileBackward {};
+FASTKD_INLINE TileForward tile_forward_of(const GramPair&, Arena&) { return {}; }
+FASTKD_INLINE TileBackward tile_backward_of(const GramStage&, Arena&) { return {}; }
+FASTKD_INLINE void multiply_forward_tiles(const GramPair&, int64_t, int64_t, int64_t, const TileForward&, float*) {}
+FASTKD_INLINE void multiply_term_tiles(const GramTerm&, bool, int64_t, int64_t, int64_t, float*, float*, const TileBackward&, float*,
+                                       int64_t, const float*, int64_t) {}
+#endif
+
 template <typename A>
 struct ForwardScratch {
   A *pooled_a[2], *pooled_b[2], *plane;
@@ -27,6 +40,7 @@ struct ForwardScratch {
   A* row;          // of one channel of both maps, for planes
   A* g[2];         // rows of G: of the student or the difference, if `out` does not take them; of the teacher
   double* columns;
+  TileForward tiles;
 };
 
 template <typename A>
@@ -34,6 +48,12 @@ static ForwardScratch<A> forward_scratch_of(const GramPair& pair, Arena& arena) 
   ForwardScratch<A> s = {};
   const int64_t cb = pair.b[0].x.channels;
   int64_t plane = 0;
+  if (pair.result == GramResult::kColumnNorms) s.columns = arena.take<double>(cb);
+  if (pair.tiles) {
+    if (!pair.out) s.g[0] = arena.take<A>(pair.rows * cb);
+    s.tiles = tile_forward_of(pair, arena);
+    return s;
+  }
   for (int32_t i = 0; i < pair.chains; ++i) {
     s.pooled_a[i] = arena.take<A>(pooled_elements(pair.a[i], pair.rows));
     s.pooled_b[i] = arena.take<A>(pooled_elements(pair.b[i], cb));
@@ -51,7 +71,6 @@ static ForwardScratch<A> forward_scratch_of(const GramPair& pair, Arena& arena) 
     s.row = arena.take<A>(4 * depth);
   }
   s.plane = arena.take<A>(plane);
-  if (pair.result == GramResult::kColumnNorms) s.columns = arena.take<double>(cb);
   return s;
 }
 
@@ -191,15 +210,21 @@ static double forward_unit(const GramPair& pair, int64_t n, int64_t i, void* scr
   ForwardScratch<A> s = forward_scratch_of<A>(pair, arena);
   const int64_t ca = pair.a[0].x.channels, cb = pair.b[0].x.channels, rows = min_of(pair.rows, ca - i);
   A* c = pair.out ? static_cast<A*>(pair.out) + (n * ca + i) * cb : s.g[0];
-  Block a[2], b[2];
-  for (int32_t t = 0; t < pair.chains; ++t) {
-    a[t] = operand_block<A>(pair.a[t], n, i, rows, s.plane, s.pooled_a[t]);
-    b[t] = operand_block<A>(pair.b[t], n, 0, cb, s.plane, s.pooled_b[t]);
-  }
   const A* other = pair.chains == 2 && !pair.fused ? s.g[1] : nullptr;
-  multiply<A>(a, b, pair.fused, pair.positions[0], pair, rows, s, 0, c);
-  if (other) multiply<A>(a, b, false, pair.positions[1], pair, rows, s, 1, s.g[1]);
-  const A positions = static_cast<A>(pair.positions[0]), other_positions = static_cast<A>(pair.positions[1]);
+  int64_t parts = 1;  // of a position
+  if (pair.tiles) {
+    if constexpr (sizeof(A) == sizeof(float)) multiply_forward_tiles(pair, n, i, rows, s.tiles, c);
+    parts = pair.a[0].pool.active ? 4 : 1;
+  } else {
+    Block a[2], b[2];
+    for (int32_t t = 0; t < pair.chains; ++t) {
+      a[t] = operand_block<A>(pair.a[t], n, i, rows, s.plane, s.pooled_a[t]);
+      b[t] = operand_block<A>(pair.b[t], n, 0, cb, s.plane, s.pooled_b[t]);
+    }
+    multiply<A>(a, b, pair.fused, pair.positions[0], pair, rows, s, 0, c);
+    if (other) multiply<A>(a, b, false, pair.positions[1], pair, rows, s, 1, s.g[1]);
+  }
+  const A positions = static_cast<A>(pair.positions[0] * parts), other_positions = static_cast<A>(pair.positions[1]);
   const A slope = static_cast<A>(pair.slope);
   if (pair.result == GramResult::kSquares) return squares<A>(c, rows * cb, positions, other, other_positions, slope);
   divide<A>(c, rows * cb, positions, other, other_positions);

@@ -5,6 +5,7 @@ struct BackwardScratch {
   A *grad, *pooled, *plane;  // the block's gradient if not computed in place; a term's, before it is un-pooled
   A *other, *rows, *m;       // the other map, pooled; one depth of its positions; the gradient by G
   int64_t grad_row, pooled_row, m_row;
+  TileBackward tiles;
 };
 
 template <typename A>
@@ -21,6 +22,7 @@ static BackwardScratch<A> backward_scratch_of(const GramStage& stage, Arena& are
     }
     other = max_of(other, pooled_elements(term.other, co));
     plane = max_of(plane, plane_elements(term.other));
+    if (term.tiles) continue;
     rows = max_of(rows, stage.channels_last ? depth * round_up(co, kPad) : co * depth);
     m = max_of(m, co * (padded + kGemmRows));
   }
@@ -30,6 +32,7 @@ static BackwardScratch<A> backward_scratch_of(const GramStage& stage, Arena& are
   s.other = arena.take<A>(other);
   s.rows = arena.take<A>(rows);
   s.m = arena.take<A>(m);
+  s.tiles = tile_backward_of(stage, arena);
   return s;
 }
 
@@ -38,6 +41,11 @@ static BackwardScratch<A> backward_scratch_of(const GramStage& stage, Arena& are
 template <typename A>
 static void multiply_term(const GramTerm& term, bool channels_last, int64_t n, int64_t c, int64_t channels, BackwardScratch<A>& s, A* to,
                           int64_t to_row, const A* sum, int64_t sum_row, bool stream) {
+  if constexpr (sizeof(A) == sizeof(float)) {
+    if (term.tiles) {
+      return multiply_term_tiles(term, channels_last, n, c, channels, s.plane, s.other, s.tiles, to, to_row, sum, sum_row);
+    }
+  }
   const int64_t co = term.other.x.channels, width = channels_last ? kPanel<A> : kGemmRows;
   const int64_t row = min_of(round_up(channels, kPad), width), panel = co * row;
   int64_t used = 0;

@@ -39,6 +39,33 @@ bool streams(const GramStage& stage) {
   return can && bytes_of(x) >= kStreamingBytes;
 }
 
+// AMX: fewer channels leave most of a tile empty; what a unit packs at a time, in numbers of one chain, and its rows of G (512 KiB of
+// floats) stay in the second-level cache.
+constexpr int64_t kTileChannels = 16, kTileNumbers = 262144, kTileProducts = 131072;
+
+// Whether a pair's products are those of AMX (gram_amx.inl): all maps are bfloat16 in one of the two usual layouts, and only A is averaged,
+// if at all, over windows of 2 x 2.
+bool takes_tiles(const GramPair& pair) {
+  if (pair.a[0].x.channels < kTileChannels || pair.b[0].x.channels < kTileChannels || (pair.chains == 2 && !pair.fused)) return false;
+  for (int chain = 0; chain < pair.chains; ++chain) {
+    for (const GramOperand* operand : {&pair.a[chain], &pair.b[chain]}) {
+      if (operand->x.dtype != DType::kBFloat16 || operand->x.layout == Layout::kGeneric) return false;
+    }
+    const PoolPlan& pool = pair.a[chain].pool;
+    if (pair.b[chain].pool.active || (pool.active && pool.max)) return false;
+    if (pool.active && (pool.in[0] != pool.out[0] || pool.in[1] != 2 * pool.out[1] || pool.in[2] != 2 * pool.out[2])) return false;
+  }
+  return tiles_available();
+}
+
+// The same of a term of a gradient: both maps are bfloat16, the other one, averaged or not, in the layout of the gradient.
+bool takes_tiles(const GramStage& stage, const GramTerm& term) {
+  const GramOperand& other = term.other;
+  if (stage.grad.dtype != DType::kBFloat16 || other.x.dtype != DType::kBFloat16 || term.m_dtype != DType::kFloat) return false;
+  if (stage.grad.channels < kTileChannels || other.x.channels < kTileChannels || other.x.layout == Layout::kGeneric) return false;
+  return stage.channels_last == !is_planes(other) && tiles_available();
+}
+
 }  // namespace
 
 int64_t join(const Feature& a, const Feature& b, bool max, Pools& pools, GramOperand& as_a, GramOperand& as_b) {
@@ -61,8 +88,16 @@ GramPair plan_pair(const Feature* student, const Feature* teacher, bool max, Gra
   // A unit's rows of G stay in the second-level cache (256 KiB of floats) while the products are added up. The norms of columns need all
   // rows.
   const int64_t ca = student[0].channels, cb = student[1].channels;
-  pair.rows = result == GramResult::kColumnNorms ? ca : block_of(ca, std::max<int64_t>(64, 65536 / cb), 16);
+  pair.tiles = takes_tiles(pair);
+  pair.rows = result == GramResult::kColumnNorms ? ca : block_of(ca, std::max<int64_t>(64, (pair.tiles ? kTileProducts : 65536) / cb), 16);
   pair.row_blocks = (ca + pair.rows - 1) / pair.rows;
+  if (pair.tiles) {
+    const PoolPlan& pool = pair.a[0].pool;
+    const int64_t line = pool.active ? pool.out[2] : 1, total = pair.positions[0] / line;
+    const int64_t most = kTileNumbers / (pool.active ? 4 * pair.rows + 2 * cb : pair.rows + cb) / line;
+    pair.depth = block_of(total, std::max<int64_t>(most, pool.active ? 1 : 32), pool.active ? 1 : 32);
+    return pair;
+  }
   const int64_t positions = std::max(pair.positions[0], pair.positions[1]);
   pair.planes = positions >= kPlanePositions && ca * cb <= kPlaneProducts;
   for (int chain = 0; chain < pair.chains; ++chain) pair.planes = pair.planes && is_planes(pair.a[chain]) && is_planes(pair.b[chain]);
@@ -115,9 +150,15 @@ Tensor plan_stage(GramStage& stage, const Tensor& x, DType accumulate) {
   stage.stream = stage.direct && streams(stage);
   // A block's gradient stays in the second-level cache when it has to be converted or spread out afterwards.
   // Every block pools the other map anew.
-  bool pools = false;
-  for (int t = 0; t < stage.terms; ++t) pools = pools || stage.term[t].other.pool.active;
-  const int64_t most = stage.direct ? (pools ? 512 : 128) : std::max<int64_t>(32, 65536 / stage.grad.positions);
+  bool pools = false, tiles = false;
+  for (int t = 0; t < stage.terms; ++t) {
+    GramTerm& term = stage.term[t];
+    pools = pools || term.other.pool.active;
+    term.tiles = takes_tiles(stage, term);
+    tiles = tiles || term.tiles;
+  }
+  int64_t most = stage.direct ? (pools ? 512 : 128) : std::max<int64_t>(32, 65536 / stage.grad.positions);
+  if (tiles) most = std::max<int64_t>(64, most);  // each block packs the other map anew
   stage.channels = block_of(stage.grad.channels, most, 16);
   stage.channel_blocks = (stage.grad.channels + stage.channels - 1) / stage.channels;
   return grad;

@@ -9,12 +9,6 @@
 namespace fastkd {
 namespace {
 
-void check_like(const TensorView& view, const TensorView& x, const char* name) {
-  bool same = view.dtype == x.dtype && view.dim == x.dim;
-  for (int32_t d = 0; same && d < x.dim; ++d) same = view.sizes[d] == x.sizes[d];
-  STD_TORCH_CHECK(same, name, " must have the shape and dtype of the feature");
-}
-
 std::tuple<Tensor, Tensor, Tensor> relu_tap(const Tensor& x, const std::optional<Tensor>& residual, double p, const Text& channel_reduce,
                                             bool is_signed, double eps, const Text& eps_mode) {
   const TensorView view = view_of(x, "x");
@@ -27,8 +21,7 @@ std::tuple<Tensor, Tensor, Tensor> relu_tap(const Tensor& x, const std::optional
     check_like(residual_view, view, "residual");
     args.residual = feature_of(residual_view, "residual");
   }
-  args.options = options_of(p, is_signed, parse_switch(channel_reduce, "channel_reduce", "sum", "mean"), eps,
-                            parse_switch(eps_mode, "eps_mode", "clamp", "add"));
+  args.options = options_of(p, channel_reduce, is_signed, eps, eps_mode);
   args.accumulation = accumulation(view.dtype, view.dtype);
   Tensor y = empty_like(x, view);
   const Feature feature = feature_of(view_of(y, "y"), "y");
@@ -89,15 +82,13 @@ Tensor backward(const std::optional<Tensor>& grad, const Tensor& map_grad, const
 
 Tensor tap_backward(const std::optional<Tensor>& grad, const Tensor& map_grad, const Tensor& x, const Tensor& map, const Tensor& norm,
                     double p, const Text& channel_reduce, bool is_signed, double eps, const Text& eps_mode) {
-  const AttentionOptions options = options_of(p, is_signed, parse_switch(channel_reduce, "channel_reduce", "sum", "mean"), eps,
-                                              parse_switch(eps_mode, "eps_mode", "clamp", "add"));
+  const AttentionOptions options = options_of(p, channel_reduce, is_signed, eps, eps_mode);
   return backward(grad, map_grad, x, map, norm, options, false);
 }
 
 Tensor relu_tap_backward(const std::optional<Tensor>& grad, const Tensor& map_grad, const Tensor& y, const Tensor& map, const Tensor& norm,
                          double p, const Text& channel_reduce, bool is_signed, double eps, const Text& eps_mode) {
-  const AttentionOptions options = options_of(p, is_signed, parse_switch(channel_reduce, "channel_reduce", "sum", "mean"), eps,
-                                              parse_switch(eps_mode, "eps_mode", "clamp", "add"));
+  const AttentionOptions options = options_of(p, channel_reduce, is_signed, eps, eps_mode);
   return backward(grad, map_grad, y, map, norm, options, true);
 }
 

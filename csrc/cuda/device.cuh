@@ -2,10 +2,10 @@
 // tests alone) emulate.h runs the same kernels on the CPU, so a kernel uses nothing that is not here:
 //
 //   FASTKD_KERNEL(threads) name(args)         a __global__ function for blocks of that many threads (a multiple of 32)
-//   FASTKD_LARGE_KERNEL(threads, blocks) name so, with registers for so many blocks a multiprocessor
+//   FASTKD_KERNEL_OF(threads, blocks) ...     the same, with as few registers as so many blocks on a multiprocessor may have
 //   FASTKD_DEVICE                             a function called by kernels; FASTKD_BOTH: by the host too, and so by tests;
 //                                             FASTKD_MEMBER: one of a struct
-//   FASTKD_ARGUMENTS(Type) name               a kernel's struct of arguments, read where it is
+//   FASTKD_ARGUMENTS(type) name               a kernel's struct of arguments, read where it is
 //   threadIdx.x, blockIdx.x, gridDim.x        as ever; blocks and grids have one dimension
 //   shared_memory()                           the block's dynamic shared memory, 16-byte aligned; there is no static one
 //   sync_block(), sync_warp()                 all threads of the block, of the warp, must come
@@ -27,13 +27,13 @@
 #else
 #include <cuda_runtime.h>
 #define FASTKD_KERNEL(threads) __global__ void __launch_bounds__(threads)
-#define FASTKD_LARGE_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+#define FASTKD_KERNEL_OF(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define FASTKD_DEVICE static __device__ __forceinline__
 #define FASTKD_BOTH static __host__ __device__ __forceinline__
 #define FASTKD_MEMBER __device__ __forceinline__
 #define FASTKD_ARGUMENTS(type) const __grid_constant__ type
 #define FASTKD_UNROLL _Pragma("unroll")
-#define FASTKD_ROLL _Pragma("unroll 1")
+#define FASTKD_ROLLED _Pragma("unroll 1")
 
 namespace fastkd {
 
@@ -88,6 +88,22 @@ FASTKD_DEVICE Pack load_pack(const T* pointer) {
 #else
   const uint4 v = *reinterpret_cast<const uint4*>(pointer);
   return {{v.x, v.y, v.z, v.w}};
+#endif
+}
+
+// Zeros, where `wanted` is false; not a branch, so that several are on their way at once.
+template <typename T>
+FASTKD_DEVICE Pack load_pack_if(const T* pointer, bool wanted) {
+#ifdef FASTKD_EMULATE
+  return wanted ? load_pack(pointer) : Pack{};
+#else
+  Pack v;
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;"
+      " @p ld.global.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+      : "=&r"(v.word[0]), "=&r"(v.word[1]), "=&r"(v.word[2]), "=&r"(v.word[3])
+      : "l"(pointer), "r"(static_cast<int>(wanted)));
+  return v;
 #endif
 }
 

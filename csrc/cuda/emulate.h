@@ -9,13 +9,13 @@
 #include <functional>
 
 #define FASTKD_KERNEL(threads) static void
-#define FASTKD_LARGE_KERNEL(threads, blocks) static void
+#define FASTKD_KERNEL_OF(threads, blocks) static void
 #define FASTKD_DEVICE static inline
 #define FASTKD_BOTH static inline
 #define FASTKD_MEMBER inline
 #define FASTKD_ARGUMENTS(type) const type&
 #define FASTKD_UNROLL
-#define FASTKD_ROLL
+#define FASTKD_ROLLED
 #define __restrict__
 
 namespace fastkd {

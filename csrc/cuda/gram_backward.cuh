@@ -45,11 +45,11 @@ template <typename A>
 FASTKD_DEVICE A gathered(const Gather& gather, const GradientArguments& item, const Box& windows, int64_t n, int64_t c, int32_t s) {
   const A* from = static_cast<const A*>(gather.from) + n * gather.stride_n + c * gather.stride_c;
   A total = 0;
-  FASTKD_ROLL
+  FASTKD_ROLLED
   for (int32_t d = windows.begin[0]; d < windows.end[0]; ++d) {
-    FASTKD_ROLL
+    FASTKD_ROLLED
     for (int32_t h = windows.begin[1]; h < windows.end[1]; ++h) {
-      FASTKD_ROLL
+      FASTKD_ROLLED
       for (int32_t w = windows.begin[2]; w < windows.end[2]; ++w) {
         const int32_t at = (d * gather.grid[1] + h) * gather.grid[2] + w;
         if (!gather.max) {
@@ -68,7 +68,7 @@ template <typename A, Mode MODE>
 FASTKD_DEVICE void add_term(GramSum<A, MODE>& sum, const Cut& cut, const Operand& m, const Operand& other, int64_t n, int row, int column,
                             A* tiles) {
   A* right = tiles + cut.rows * cut.depth;
-  FASTKD_ROLL
+  FASTKD_ROLLED
   for (int o = 0; o < m.positions; o += cut.depth) {
     stage_as<A, A, true, false>(m, n, tiles, row, cut.rows, o, cut.depth);
     stage<A, false>(other, n, right, o, cut.depth, column, cut.columns);
@@ -81,7 +81,7 @@ FASTKD_DEVICE void add_term(GramSum<A, MODE>& sum, const Cut& cut, const Operand
 }
 
 template <typename A, Mode MODE>
-FASTKD_LARGE_KERNEL(kGramThreads, (kGramBlocks<A, MODE>))
+FASTKD_KERNEL_OF(kGramThreads, (kGramBlocks<A, MODE>))
 gram_backward(FASTKD_ARGUMENTS(BackwardArguments) call) {
   int p = 0;
   while (p + 1 < call.items && static_cast<int>(blockIdx.x) >= call.item[p + 1].first_block) ++p;
@@ -94,7 +94,7 @@ gram_backward(FASTKD_ARGUMENTS(BackwardArguments) call) {
 
   GramSum<A, MODE> sum;
   sum.clear();
-  FASTKD_ROLL
+  FASTKD_ROLLED
   for (int i = 0; i < item.terms; ++i) {
     if (i == 1) sum.times(static_cast<A>(item.scale[0] / item.scale[1]));
     add_term(sum, cut, item.m[i], item.other[i], n, row0, column0, tiles);
@@ -113,14 +113,14 @@ gram_backward(FASTKD_ARGUMENTS(BackwardArguments) call) {
   const int row_begin = item.channels_last ? first : second, row_step = item.channels_last ? cut.rows : other;
   const int column_begin = item.channels_last ? second : first, column_step = item.channels_last ? other : cut.columns;
   const auto each = [&](const auto& begin, const auto& f) {
-    FASTKD_ROLL
+    FASTKD_ROLLED
     for (int column = column_begin; column < columns; column += column_step) {
       const auto of_column = begin(column0 + column);
-      FASTKD_ROLL
+      FASTKD_ROLLED
       for (int row = row_begin; row < rows; row += row_step) f(of_column, row, column0 + column, tiles[row * (cut.columns + 1) + column]);
     }
   };
-  FASTKD_ROLL
+  FASTKD_ROLLED
   for (int i = 0; i < item.gathers; ++i) {
     each([&](int s) { return box_of<true>(s, item.gather[i].grid, item.own.size); },
          [&](const Box& windows, int row, int s, A& value) {

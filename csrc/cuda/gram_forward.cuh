@@ -45,9 +45,9 @@ FASTKD_DEVICE void add_products(GramSum<A, MODE>& sum, const Cut& cut, const Ope
   const int operands = difference ? 4 : 2;
   const Staged<A> own = {tiles, tiles + kSize, operand[0].exact, operand[1].exact};
   const Staged<A> less = {tiles + 2 * kSize, tiles + 3 * kSize, difference && operand[2].exact, false};
-  FASTKD_ROLL
+  FASTKD_ROLLED
   for (int s = 0; s < positions; s += cut.depth) {
-    FASTKD_ROLL
+    FASTKD_ROLLED
     for (int i = 0; i < operands; ++i) {
       const bool is_b = i % 2;
       stage<A, true>(operand[i], n, tiles + i * kSize, is_b ? column : row, is_b ? cut.columns : cut.rows, s, cut.depth);
@@ -64,7 +64,7 @@ FASTKD_DEVICE void add_products(GramSum<A, MODE>& sum, const Cut& cut, const Ope
 }
 
 template <typename A, Mode MODE>
-FASTKD_LARGE_KERNEL(kGramThreads, (kGramBlocks<A, MODE>))
+FASTKD_KERNEL_OF(kGramThreads, (kGramBlocks<A, MODE>))
 gram_forward(FASTKD_ARGUMENTS(ForwardArguments) call) {
   constexpr bool kIsIeee = MODE == Mode::kIeee;
   int p = 0;
@@ -82,7 +82,7 @@ gram_forward(FASTKD_ARGUMENTS(ForwardArguments) call) {
   sum.clear();
   A scale = inverse_of<A>(pair.operand[0].positions);
   const int passes = pair.difference ? 1 : pair.chains;
-  FASTKD_ROLL
+  FASTKD_ROLLED
   for (int i = 0; i < passes; ++i) {
     if (i == 1) {
       sum.times(-scale * static_cast<A>(pair.operand[2].positions));

@@ -162,11 +162,11 @@ FASTKD_DEVICE void load_pooled(const Operand& x, const T* from, const Box& box, 
   for (int i = 0; i < P; ++i) to[i] = 0;
   bool first = true;
   const bool is_bfloat16 = x.dtype == DType::kBFloat16;
-  FASTKD_ROLL
+  FASTKD_ROLLED
   for (int32_t d = box.begin[0]; d < box.end[0]; ++d) {
-    FASTKD_ROLL
+    FASTKD_ROLLED
     for (int32_t h = box.begin[1]; h < box.end[1]; ++h) {
-      FASTKD_ROLL
+      FASTKD_ROLLED
       for (int32_t w = box.begin[2]; w < box.end[2]; ++w) {
         A one[P];
         load_numbers<A, T, P>(from + (d * x.stride[0] + h * x.stride[1] + w * x.stride[2]), is_bfloat16, one);
@@ -207,11 +207,11 @@ template <typename A>
 FASTKD_DEVICE int32_t place_of_maximum(const Operand& x, int64_t from, const Box& box) {
   A most = 0;
   int32_t place = -1;
-  FASTKD_ROLL
+  FASTKD_ROLLED
   for (int32_t d = box.begin[0]; d < box.end[0]; ++d) {
-    FASTKD_ROLL
+    FASTKD_ROLLED
     for (int32_t h = box.begin[1]; h < box.end[1]; ++h) {
-      FASTKD_ROLL
+      FASTKD_ROLLED
       for (int32_t w = box.begin[2]; w < box.end[2]; ++w) {
         const A one = number_of<A>(x, from + d * x.stride[0] + h * x.stride[1] + w * x.stride[2]);
         if (place < 0 || one > most || one != one) {

@@ -33,7 +33,7 @@ struct GramSum {
   template <bool DIFFERENCE, bool B_PANELS>
   FASTKD_MEMBER void add(const Cut& cut, const Staged<A>& s, const Staged<A>& less, int rows, int columns, int terms) {
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4, m0 = cut.m0, n0 = cut.n0;
-    FASTKD_ROLL
+    FASTKD_ROLLED
     for (int k = cut.k0; k < terms; k += cut.k_step) {
       FASTKD_UNROLL
       for (int n_first = 0; n_first < 4; n_first += kAtOnce) {
@@ -109,7 +109,7 @@ struct GramSum<A, Mode::kIeee> {
   FASTKD_MEMBER void add(const Cut& cut, const Staged<A>& s, const Staged<A>& less, int rows, int columns, int terms) {
     constexpr int kTerms = kPack<A>;
     const int top = threadIdx.x / 16, left = threadIdx.x % 16;
-    FASTKD_ROLL
+    FASTKD_ROLLED
     for (int k = 0; k < terms; k += kTerms) {
       A b[4][kTerms], b_change[DIFFERENCE ? 4 : 1][kTerms];
       FASTKD_UNROLL

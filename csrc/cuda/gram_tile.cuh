@@ -78,7 +78,7 @@ FASTKD_DEVICE void stage_positions(const Operand& x, const T* from, A* tile, int
   const int bits = bits_of_size(positions) - kPackBits, all = channels << bits, mask = (1 << bits) - 1;
   const bool is_bfloat16 = x.dtype == DType::kBFloat16;
   from += c0 * x.stride_c + s0;
-  FASTKD_ROLL
+  FASTKD_ROLLED
   for (int first = threadIdx.x; first < all; first += kInFlight * kGramThreads) {
     Pack pack[kInFlight];
     FASTKD_UNROLL
@@ -113,7 +113,7 @@ FASTKD_DEVICE void stage_channels(const Operand& x, const T* from, A* tile, int 
   from += c0 * x.stride_c;
   if (POOLED && x.pool != Pool::kNone) {
     const Box box = box_of<false>(inside ? s0 + s : 0, x.size, x.grid);
-    FASTKD_ROLL
+    FASTKD_ROLLED
     for (int i = begin; i < end; ++i) {
       A v[P] = {};
       if (i < given) load_pooled<A, T, P>(x, from + i * P * x.stride_c, box, v);
@@ -123,7 +123,7 @@ FASTKD_DEVICE void stage_channels(const Operand& x, const T* from, A* tile, int 
     return;
   }
   if (inside) from += offset_of(x, s0 + s);
-  FASTKD_ROLL
+  FASTKD_ROLLED
   for (int first = begin; first < end; first += kAtOnce) {
     T v[P == 1 ? kAtOnce : 1];
     Pack pack[P == 1 ? 1 : kAtOnce];

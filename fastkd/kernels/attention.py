@@ -23,7 +23,8 @@ from torch import Tensor
 from fastkd.kernels.attention_kernels import gradient_kernel, loss_kernel
 from fastkd.kernels.attention_map import attention_map
 from fastkd.kernels.launch import IDENTITY, LONGEST, Launch, Plans, config, grid, key_of, power, power_of_two, program_bytes, served, walk
-from fastkd.kernels.pool import gradient_of_pool, pool, pooled_strides, unpool
+from fastkd.kernels.pool import gradient_of_pool, pool, unpool
+from fastkd.kernels.windows import pooled_strides
 
 # The loss's switches, bits of one integer, as in fastkd/ops/attention.py
 MEAN, SIGNED, ADD_EPS, POOL_BEFORE, POOL_MAX, L2, STAGE_MEAN, TEACHER_IS_MAP, STUDENT_IS_MAP = (1 << i for i in range(9))

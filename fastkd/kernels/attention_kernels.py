@@ -5,7 +5,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastkd.kernels.tile import along_gradient, collapse, last_of, normalization, normalized, places, row_step, rows_of, slope, sum_energies
+from fastkd.kernels.tile import (
+    added_up,
+    along_gradient,
+    collapse,
+    last_of,
+    normalization,
+    normalized,
+    places,
+    row_step,
+    rows_of,
+    slope,
+    sum_energies,
+)
 
 
 @triton.jit
@@ -14,7 +26,7 @@ def _write_coefficients(out, n, s, positions, mask, d, y, dot, has_along, along,
     tl.store(out + n * positions + s, k.to(tl.float32), mask=mask)
 
 
-# counts and places are not specialized: a new batch size need not be a new kernel
+# counts and places are not specialized, where Triton heeds that (not within tuples): a new batch size need not be a new kernel
 @triton.jit(do_not_specialize=["stages", "samples", "distances_at"])
 def loss_kernel(
     students, teachers, s_out, t_out, loss, scratch, tickets, factors,
@@ -125,12 +137,7 @@ def loss_kernel(
         if last_of(tickets, STAGES * samples):
             total = tl.full((), 0.0, tl.float64)
             for i in tl.static_range(STAGES):
-                distances = tl.zeros((BLOCK,), tl.float64)
-                for first in range(0, samples, BLOCK):
-                    s = first + tl.arange(0, BLOCK)
-                    at = scratch + distances_at + i * samples + s
-                    distances += tl.load(at, mask=s < samples, other=0, cache_modifier=".cg").to(tl.float64)
-                total += tl.sum(distances, 0) * tl.cast(factors[i], tl.float64)
+                total += added_up(scratch + distances_at + i * samples, samples, BLOCK) * tl.cast(factors[i], tl.float64)
             tl.store(loss, total.to(tl.float32))
 
 

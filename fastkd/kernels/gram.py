@@ -24,8 +24,8 @@ and then multiplied:
 Common pooling windows are fused (`gram_view.py`). For others each pooled tensor takes one more launch forward and one backward, and each
 such gradient one more.
 
-Not done: at 7x7 the matrix of 1024 by 2048 channels is larger than the features, and is written and read all the same. Of K positions
-the distance and the gradients need K x K products alone, but then the backward pass needs both chains, or its terms made beforehand.
+Where a matrix would be larger than the features, as at 7x7 that of 1024 by 2048 channels, neither pass makes it (`gram_dual.py`, which says
+how; `gram_kept.py`, which says where): a program sums products over a part of the channels, and the last of a sample adds the parts.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ from torch import Tensor
 
 from fastkd.kernels import interpreting
 from fastkd.kernels.gram_gradient import fsp_loss_backward
+from fastkd.kernels.gram_kept import common_size, kept_shape, wide_stages
 from fastkd.kernels.gram_kernels import fsp_loss_kernel, fsp_matrix_kernel
-from fastkd.kernels.gram_view import Sources, checked, common_size, mode, tile, warps
-from fastkd.kernels.launch import Launch, Plans, key_of
+from fastkd.kernels.gram_view import Sources, checked, dual_tile, mode, tile, warps
+from fastkd.kernels.launch import Launch, Plans, key_of, power_of_two
 
 BLOCK = 256  # of the loss's last sum
 
@@ -87,32 +88,51 @@ class _Loss:
         self.sources = Sources((*student, *teacher), max_pool=pool_mode == "max")
         columns = distance == "column_l2"
         self.operands: list[int] = []
-        self.shapes = [(samples, student[i].shape[1], student[i + 1].shape[1]) for i in range(count)]
+        pairs_of = [(student[i : i + 2], teacher[i : i + 2]) for i in range(count)]
+        self.shapes = [kept_shape(*pair, distance) for pair in pairs_of]
+        self.wide = wide_stages(self.shapes)
         views, cuts, pairs = [], [], []
         programs, scratch, tickets = 0, 0, 1
-        for i, (_, a_channels, b_channels) in enumerate(self.shapes):
-            sizes = [common_size(side[i], side[i + 1]) for side in (student, teacher)]
+        self.terms = []  # what a distance is divided by
+        for i, ((a, b), _) in enumerate(pairs_of):
+            sizes = [common_size(*side) for side in pairs_of[i]]
             for j in (i, i + 1, len(student) + i, len(student) + i + 1):
                 place, seen = self.sources.add(j, sizes[j >= len(student)])
                 self.operands.append(place)
                 views.append(seen)
+            rows, more = a.shape[1], b.shape[1]
             positions = [math.prod(size) for size in sizes]
             dear = any(v.dear for v in views[-4:])
-            cut = tile(a_channels, b_channels, max(positions), how, dear=dear, narrow=dear)
-            cuts.append((*cut, sizes[0] == sizes[1]))
-            row_tiles, column_tiles = math.ceil(a_channels / cut[0]), math.ceil(b_channels / cut[1])
-            tiles = row_tiles * column_tiles
-            units = samples * (column_tiles if columns else tiles)
-            pairs.append((programs, tiles, column_tiles, scratch, units, scratch + units, tickets, *positions))
-            programs += samples * tiles
-            scratch += units + (samples * row_tiles * b_channels if columns else 0)
-            tickets += units if columns else 0
+            if len(self.shapes[i]) == 4:
+                cut = dual_tile(positions[0], how, dear=dear)
+                of = math.ceil(positions[0] / cut[0])
+                # sums are a small part of what they are made of
+                channels = max(power_of_two(6 * positions[0]), 256)
+                a_parts, parts = math.ceil(rows / channels), math.ceil(rows / channels) + math.ceil(more / channels)
+                units = samples * of * of
+                sums = math.ceil((scratch + units) / 32)  # at a multiple of 128 bytes
+                cuts.append((*cut, 2, channels, of == 1))
+                pairs.append((programs, of * of * parts, of, scratch, units, sums, tickets, positions[0], a_parts))
+                programs += units * parts
+                scratch = 32 * sums + units * parts * 3 * cut[0] * cut[0]
+                tickets += units
+            else:
+                cut = tile(
+                    rows, more, max(positions), how, dear=dear, widest=32 if all(v.scalar for v in views[-4:]) else 64 if dear else 128
+                )
+                cuts.append((*cut, int(sizes[0] == sizes[1]), 0, False))
+                row_tiles, column_tiles = math.ceil(rows / cut[0]), math.ceil(more / cut[1])
+                units = samples * (column_tiles if columns else row_tiles * column_tiles)
+                pairs.append((programs, row_tiles * column_tiles, column_tiles, scratch, units, scratch + units, tickets, *positions))
+                programs += samples * row_tiles * column_tiles
+                scratch += units + (samples * row_tiles * more if columns else 0)
+                tickets += units if columns else 0
+            self.terms.append(samples * (rows * more if distance == "squared" else 1))
         self.scratch, self.tickets = scratch, tickets
-        # what a distance is divided by
-        self.terms = [samples * (a * b if distance == "squared" else 1) for _, a, b in self.shapes]
         self.launch = Launch(
             fsp_loss_kernel, programs, tuple(v.numbers for v in views), tuple(pairs), samples, sum(p[4] for p in pairs),
-            tuple(v.config for v in views), tuple(cuts), count, columns, BLOCK, how, interpreting(), num_warps=warps(cuts),
+            tuple(v.config for v in views), tuple(cuts), count, columns, BLOCK, how, interpreting(),
+            num_warps=warps(cuts, [cut for cut in cuts if cut[3] == 2]),
         )  # fmt: skip
 
 
@@ -127,13 +147,13 @@ def fsp_loss(
     if stages and (upstream is None or not with_grad):
         raise ValueError("stages wants with_grad and the upstream gradient")
     how = mode(tensors, precision)
-    key = ("loss", key_of(tensors), len(student), pool_mode, distance, pair_reduce, precision, how)
+    key = ("loss", key_of(tensors), len(student), pool_mode, distance, pair_reduce, precision, how, with_grad)
     plan = _plans.get(key)
     if plan is None:
         checked(tensors, [f"{side}[{i}]" for side in ("student", "teacher") for i in range(len(student))], pool_mode, precision)
         if distance not in ("squared", "frobenius", "column_l2") or pair_reduce not in ("sum", "mean"):
             raise ValueError(f"distance or pair_reduce is unknown: {distance!r}, {pair_reduce!r}")
-        plan = _Loss(student, teacher, pool_mode, distance, how)
+        plan = _plans[key] = _Loss(student, teacher, pool_mode, distance, how)
     first, count = tensors[0], len(student) - 1
     for x in tensors:
         if x.device != first.device:
@@ -145,7 +165,6 @@ def fsp_loss(
         raise ValueError(f"weights must hold one number a pair, got {len(weights)}")
     else:
         factors = tuple([share * w / terms for w, terms in zip(weights, plan.terms)])
-    _plans[key] = plan
 
     given = [x for x, _ in plan.sources.made(tensors)] if plan.sources.pools else tensors
     operands = tuple([given[i] for i in plan.operands])
@@ -158,5 +177,6 @@ def fsp_loss(
     gradients = []
     if stages:
         given_upstream = first.new_full((), float(upstream or 0), dtype=torch.float32)
-        gradients = fsp_loss_backward(given_upstream, student, gram_grads, pool_mode, precision, stages, False)
+        others = [teacher[i] for i in plan.wide]
+        gradients = fsp_loss_backward(given_upstream, student, gram_grads, pool_mode, precision, stages, False, others)
     return loss, gram_grads, gradients

@@ -4,55 +4,76 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastkd.kernels import interpreting
+from fastkd.kernels.gram_kept import SQUARES, common_size, wide_stages
 from fastkd.kernels.gram_kernels import fsp_gradient_kernel
 from fastkd.kernels.gram_pool import spread
-from fastkd.kernels.gram_view import ONES, Sources, checked, common_size, mode, tile, view, warps, window
+from fastkd.kernels.gram_view import ONES, Sources, checked, mode, tile, view, warps, window
 from fastkd.kernels.launch import Launch, Plans, key_of
-from fastkd.kernels.pool import _empty as empty
-from fastkd.kernels.pool import pooled_strides
+from fastkd.kernels.windows import empty_pooled, pooled_strides
 
 _plans = Plans()
 
 
-class _Gradients:
-    """Gradients of some features, each a sum of terms M x.
+@dataclass(frozen=True)
+class _Term:
+    """M x for a kept matrix M and the feature at ``xs[0]``, or what `gram_dual.py` makes of kept squares and a stage of both chains."""
 
-    A term: (place of x, common size, place of M, strides of M by sample, channel of the gradient, channel of x).
-    """
+    common: tuple[int, ...]
+    xs: tuple[int, ...]  # places of features: x, or student's and teacher's
+    m: int  # place of what was kept
+    numbers: tuple[int, ...]  # strides of M: sample, channel of the gradient, channel of x; or where squares are, and how far apart
+    depth: int  # summed over
+    strides: tuple[tuple[int, ...], ...] = ()  # of a kept square and of its transpose: sample, row, positions
+    left: bool = False
+    sign: int = 0
+
+
+class _Gradients:
+    """Gradients of some features, each a sum of terms."""
 
     def __init__(
-        self, features: Sequence[Tensor], wanted: Sequence[tuple[int, Sequence[Any]]], pool_mode: str, how: str, sign: float
+        self, features: Sequence[Tensor], wanted: Sequence[tuple[int, Sequence[_Term]]], pool_mode: str, how: str, sign: float
     ) -> None:  # fmt: skip
         self.sources = Sources(features, max_pool=pool_mode == "max")
         self.ms: list[int] = []
-        self.xs: list[int] = []
+        self.xs: list[int | None] = []
         self.outs: list[tuple[int, ...]] = []  # of each item: (wanted,) or, for a term by itself, (wanted, its size)
         self.spread: list[tuple[int, list[int], list[int | None]]] = []  # (wanted, items of its terms, pools of their maxima)
-        views, strides, scales, cuts, items, out_views = [], [], [], [], [], []
+        views, kinds, numbers, scales, cuts, items, out_views = [], [], [], [], [], [], []
         samples, programs = features[0].shape[0], 0
 
-        def item(i: int, terms: Sequence[tuple], grid: tuple[int, ...], out: tuple[int, ...]) -> None:
+        def add(term: _Term, parts: tuple[int, ...], share: int) -> None:
+            kinds.append((len(self.xs), bool(term.strides), term.left, term.sign))
+            self.ms.append(term.m)
+            numbers.append(term.numbers)
+            scales.append(sign / (math.prod(term.common) * share))
+            for i in term.xs:
+                # of a square's factors, all positions are multiplied
+                place, seen = self.sources.add(i, term.common, ONES if term.strides else parts)
+                self.xs.append(place)
+                views.append(seen)
+            for strides in term.strides:
+                self.xs.append(None)
+                views.append(view((samples, term.depth, *term.common), strides, torch.float32, ONES, parts))
+
+        def item(i: int, terms: Sequence[_Term], grid: tuple[int, ...], out: tuple[int, ...]) -> None:
             """A gradient on its own grid or, of parts, on the grid of its pooled terms."""
             nonlocal programs
             x = features[i]
             own = x.shape[2:] if len(out) == 1 else out[1:]
-            coarse = [t for t in terms if window(own, t[1], max_pool=False) == grid]
+            coarse = [t for t in terms if window(own, t.common, max_pool=False) == grid]
             fine = [t for t in terms if t not in coarse]
-            first = len(self.xs)
-            for term in (*coarse, *fine):
-                other, common, m, m_strides = term
-                place, seen = self.sources.add(other, common, ONES if term in coarse else grid)
-                self.xs.append(place)
-                self.ms.append(m)
-                views.append(seen)
-                strides.append(m_strides)
-                scales.append(sign / (math.prod(common) * (math.prod(grid) if term in coarse else 1)))
+            first, first_view = len(kinds), len(views)
+            for term in coarse:
+                add(term, ONES, math.prod(grid))
+            for term in fine:
+                add(term, grid, 1)
             if len(out) == 1:
                 like = torch.empty_like(x, device="meta")
                 out_view = view(x.shape, like.stride(), x.dtype, ONES, grid)
@@ -60,9 +81,11 @@ class _Gradients:
                 target = (*x.shape[:2], *own)
                 out_view = view(target, pooled_strides(x, target), torch.float32)
             positions = math.prod(own) // math.prod(grid)
-            depth = max(features[t[0]].shape[1] for t in terms)
-            dear = any(v.dear for v in views[first:])
-            cut = tile(x.shape[1], positions, depth, how, dear=dear, narrow=bool(coarse and fine) or out_view.scalar)
+            dear = any(v.dear for v in views[first_view:])
+            widest = 64 if (coarse and fine) or out_view.scalar else 128
+            if how in ("ieee", "tf32x3") and any(t.strides for t in terms):
+                widest = 32
+            cut = tile(x.shape[1], positions, max(t.depth for t in terms), how, dear=dear, widest=widest)
             cuts.append((*cut, first, len(coarse), len(fine)))
             blocks = math.ceil(positions / cut[1])
             tiles = math.ceil(x.shape[1] / cut[0]) * blocks
@@ -72,7 +95,7 @@ class _Gradients:
             self.outs.append(out)
 
         for at, (i, terms) in enumerate(wanted):
-            windows = [window(features[i].shape[2:], t[1], max_pool=self.sources.max_pool) for t in terms]
+            windows = [window(features[i].shape[2:], t.common, max_pool=self.sources.max_pool) for t in terms]
             grids = {of or () for of in windows} - {ONES}
             if not grids or (len(grids) == 1 and () not in grids):
                 item(i, terms, (grids or {ONES}).pop(), (at,))
@@ -81,26 +104,26 @@ class _Gradients:
             places = []
             for term, of in zip(terms, windows):
                 pooled = self.sources.max_pool and of is None
-                places.append(self.sources.add(i, term[1])[0] if pooled else None)
-                item(i, [term], ONES, (at, *term[1]))
+                places.append(self.sources.add(i, term.common)[0] if pooled else None)
+                item(i, [term], ONES, (at, *term.common))
             self.spread.append((at, list(range(len(items) - len(terms), len(items))), places))
         self.wanted = [i for i, _ in wanted]
         self.launch = Launch(
-            fsp_gradient_kernel, programs, tuple(strides), tuple(v.numbers for v in views), tuple(v.numbers for v in out_views),
-            tuple(items), tuple(scales), samples, tuple(v.config for v in views), tuple(v.config for v in out_views), tuple(cuts),
-            len(items), how, interpreting(), num_warps=warps(cuts),
+            fsp_gradient_kernel, programs, tuple(numbers), tuple(v.numbers for v in views), tuple(v.numbers for v in out_views),
+            tuple(items), tuple(scales), samples, tuple(v.config for v in views), tuple(v.config for v in out_views), tuple(kinds),
+            tuple(cuts), len(items), how, interpreting(), num_warps=warps(cuts),
         )  # fmt: skip
 
     def run(self, grad: Tensor | None, features: Sequence[Tensor], ms: Sequence[Tensor]) -> list[Tensor]:
         made = self.sources.made(features)
-        xs, given = tuple([made[i][0] for i in self.xs]), tuple([ms[i] for i in self.ms])
+        xs, given = tuple([None if i is None else made[i][0] for i in self.xs]), tuple([ms[i] for i in self.ms])
         out = [torch.empty_like(features[i]) for i in self.wanted]
         to = []
         for at, *size in self.outs:
             x = features[self.wanted[at]]
-            to.append(empty(x, (*x.shape[:2], *size), x.device) if size else out[at])
+            to.append(empty_pooled(x, (*x.shape[:2], *size), x.device) if size else out[at])
         upstream = () if grad is None else (grad,)
-        self.launch((*upstream, *xs, *given), grad, given, xs, tuple(to))
+        self.launch((*upstream, *[x for x in xs if x is not None], *given), grad, given, xs, tuple(to))
         for at, items, places in self.spread:
             spread([(to[item], None if place is None else made[place][1]) for item, place in zip(items, places)], out[at])
         return out
@@ -108,38 +131,61 @@ class _Gradients:
 
 def fsp_loss_backward(
     grad: Tensor, features: Sequence[Tensor], gram_grads: Sequence[Tensor], pool_mode: str, precision: str | None, stages: Sequence[int],
-    negate: bool,
+    negate: bool, others: Sequence[Tensor],
 ) -> list[Tensor]:  # fmt: skip
     """See ``torch.ops.fastkd.fsp_loss_backward``."""
     if not stages:
         return []
-    how = mode(features, precision)
-    key = ("gradients", key_of(features), key_of(gram_grads), pool_mode, precision, how, tuple(stages), negate)
+    tensors = (*features, *others)
+    how = mode(tensors, precision)
+    key = ("gradients", key_of(tensors), key_of(gram_grads), pool_mode, precision, how, tuple(stages), negate)
     plan = _plans.get(key)
     if plan is None:
-        checked(features, [f"features[{i}]" for i in range(len(features))], pool_mode, precision)
+        names = [f"{of}[{i}]" for of, chain in (("features", features), ("others", others)) for i in range(len(chain))]
+        checked(tensors, names, pool_mode, precision)
         if len(features) < 2 or len(gram_grads) != len(features) - 1:
             raise ValueError("gram_grads must hold one matrix a pair of features")
+        wide = wide_stages(gram_grads)
+        if len(others) != len(wide) or any(x.shape[1] != features[i].shape[1] for i, x in zip(wide, others)):
+            raise ValueError(f"others must hold stages {wide} of the other chain, got {len(others)} features")
         for i, m in enumerate(gram_grads):
-            _check_matrix(m, features[i], features[i + 1], f"gram_grads[{i}]")
+            _check_kept(m, features[i], features[i + 1], f"gram_grads[{i}]")
+        # student's and teacher's features of a stage
+        places = {i: (i, len(features) + k)[:: -1 if negate else 1] for k, i in enumerate(wide)}
         wanted = []
         for i in stages:
             if not 0 <= i < len(features):
                 raise ValueError(f"stages must be indices of features, got {i}")
-            terms: list[Any] = []
-            if i > 0:
-                n, a, b = gram_grads[i - 1].stride()
-                terms.append((i - 1, common_size(features[i - 1], features[i]), i - 1, (n, b, a)))
-            if i < len(gram_grads):
-                terms.append((i + 1, common_size(features[i], features[i + 1]), i, gram_grads[i].stride()))
-            wanted.append((i, terms))
-        plan = _plans[key] = _Gradients(features, wanted, pool_mode, how, -1.0 if negate else 1.0)
-    return plan.run(grad, features, gram_grads)
+            pairs = [pair for pair in (i - 1, i) if 0 <= pair < len(gram_grads)]
+            wanted.append((i, [_term(features, gram_grads, i, pair, places, teacher=negate) for pair in pairs]))
+        plan = _plans[key] = _Gradients(tensors, wanted, pool_mode, how, -1.0 if negate else 1.0)
+    return plan.run(grad, tensors, gram_grads)
 
 
-def _check_matrix(m: Tensor, a: Tensor, b: Tensor, name: str) -> None:
-    if m.dtype != torch.float32 or m.shape != (a.shape[0], a.shape[1], b.shape[1]) or m.device != a.device:
-        raise ValueError(f"{name} is {tuple(m.shape)} {m.dtype} on {m.device}, wanted {(a.shape[0], a.shape[1], b.shape[1])} float32")
+def _term(
+    features: Sequence[Tensor], kept: Sequence[Tensor], i: int, pair: int, places: dict[int, tuple[int, ...]], *, teacher: bool
+) -> _Term:
+    """The term of stage i's gradient that comes from a pair."""
+    left, m = i == pair, kept[pair]
+    other = pair + 1 if left else pair
+    common = common_size(features[pair], features[pair + 1])
+    if m.dim() == 3:
+        n, a, b = m.stride()
+        return _Term(common, (other,), pair, (n, a, b) if left else (n, b, a), features[other].shape[1])
+    n, square, row, column = m.stride()
+    steps = torch.empty(common, device="meta").stride()
+    strides = [(n, one, *[step * of for of in steps]) for one, step in ((row, column), (column, row))]
+    # A takes Q, B takes P: of the student Q00 and Q01^T, P00 + P01 and P01^T + P11; of the teacher Q00 - Q01 and Q01^T - Q11, P01 and P11
+    first = (3 if left else 0) + (teacher and not left)
+    sign = 0 if teacher != left else -1 if teacher else 1
+    return _Term(common, places[i], pair, (first * square, square), math.prod(common), tuple(strides), left, sign)
+
+
+def _check_kept(m: Tensor, a: Tensor, b: Tensor, name: str) -> None:
+    positions = math.prod(common_size(a, b))
+    shape = (a.shape[0], SQUARES, positions, positions) if m.dim() == 4 else (a.shape[0], a.shape[1], b.shape[1])
+    if m.dtype != torch.float32 or m.shape != shape or m.device != a.device:
+        raise ValueError(f"{name} is {tuple(m.shape)} {m.dtype} on {m.device}, wanted {shape} float32")
 
 
 def fsp_matrix_backward(
@@ -153,10 +199,15 @@ def fsp_matrix_backward(
     plan = _plans.get(key)
     if plan is None:
         checked((a, b), "ab", pool_mode, precision)
-        _check_matrix(grad, a, b, "grad")
+        if grad.dim() != 3:
+            raise ValueError(f"grad must hold a matrix a sample, got {tuple(grad.shape)}")
+        _check_kept(grad, a, b, "grad")
         n, rows, columns = grad.stride()
         common = common_size(a, b)
-        both = [(0, [(1, common, 0, (n, rows, columns))]), (1, [(0, common, 0, (n, columns, rows))])]
+        both = [
+            (0, [_Term(common, (1,), 0, (n, rows, columns), b.shape[1])]),
+            (1, [_Term(common, (0,), 0, (n, columns, rows), a.shape[1])]),
+        ]
         wanted = [job for job, need in zip(both, (a_grad, b_grad)) if need]
         plan = _plans[key] = _Gradients((a, b), wanted, pool_mode, how, 1.0)
     return plan.run(None, (a, b), (grad,))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastkd.kernels.gram_dual import dual_program, dual_term
 from fastkd.kernels.gram_tile import across, along, extent, part, product, read, sample, zeros
-from fastkd.kernels.tile import last_of
+from fastkd.kernels.tile import added_up, last_of
 
 
 @triton.jit
@@ -52,7 +53,7 @@ def _products(
     return total
 
 
-# counts and places are not specialized: a new batch size need not be a new kernel
+# counts and places are not specialized, where Triton heeds that (not within tuples): a new batch size need not be a new kernel
 @triton.jit(do_not_specialize=["tiles", "columns", "positions"])
 def fsp_matrix_kernel(
     a, b, out, a_view, b_view, tiles, columns, positions, V: tl.constexpr, C: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr
@@ -71,87 +72,98 @@ def fsp_matrix_kernel(
     tl.store(to, total / positions, mask=mask)
 
 
+@triton.jit
+def _matrix_program(
+    operands, outs, scratch, tickets, factor, views, of, local, V: tl.constexpr, C: tl.constexpr, J: tl.constexpr, COLUMNS: tl.constexpr,
+    MODE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """A tile of G_s - G_t, kept as it is differentiated, and its share of the loss; whether that is complete.
+
+    of: (first program, tiles of a sample, column tiles, where shares are, their number, where squares and tickets of columns are,
+    positions). C[J]: (row block, column block, depth, whether features are subtracted, ...).
+    """
+    n = (local // of[1]).to(tl.int64)
+    tile = local % of[1]
+    column_tile = tile % of[2]
+    row = tile // of[2] * C[J][0] + tl.arange(0, C[J][0])
+    column = column_tile * C[J][1] + tl.arange(0, C[J][1])
+    d = zeros(row, column)
+    if C[J][3]:
+        d = _products(
+            d, operands[4 * J], operands[4 * J + 1], operands[4 * J + 2], operands[4 * J + 3], views[4 * J], views[4 * J + 1],
+            views[4 * J + 2], views[4 * J + 3], n, row, column, V, 4 * J, C, J, MODE, UPCAST,
+        )  # fmt: skip
+        d = d / of[7]
+    else:
+        d = _products(
+            d, operands[4 * J], operands[4 * J + 1], None, None, views[4 * J], views[4 * J + 1], None, None, n, row, column, V, 4 * J,
+            C, J, MODE, UPCAST,
+        )  # fmt: skip
+        t = zeros(row, column)
+        t = _products(
+            t, operands[4 * J + 2], operands[4 * J + 3], None, None, views[4 * J + 2], views[4 * J + 3], None, None, n, row, column, V,
+            4 * J + 2, C, J, MODE, UPCAST,
+        )  # fmt: skip
+        d = d / of[7] - t / of[8]
+    a_channels, _ = extent(views[4 * J], V, 4 * J)
+    b_channels, _ = extent(views[4 * J + 1], V, 4 * J + 1)
+    mask = (row < a_channels)[:, None] & (column < b_channels)[None, :]
+    # a sum over idle lanes must not meet 0 * NaN
+    squares = tl.where(mask, d * d, 0.0)
+    if outs is not None:
+        to = outs[J] + (n * a_channels + row)[:, None] * b_channels + column[None, :]
+    if COLUMNS:
+        at = scratch + of[5] + n * (of[1] // of[2]) * b_channels + column
+        tl.store(at + (tile // of[2]).to(tl.int64) * b_channels, tl.sum(squares, 0), mask=column < b_channels)
+        if outs is not None:
+            tl.store(to, d, mask=mask)
+        done = last_of(tickets + of[6] + n * of[2] + column_tile, of[1] // of[2])
+        if done:
+            # .cg: other multiprocessors wrote them
+            sums = tl.zeros(column.shape, tl.float64)
+            for k in range(0, of[1] // of[2]):
+                more = tl.load(at + tl.cast(k, tl.int64) * b_channels, mask=column < b_channels, other=0, cache_modifier=".cg")
+                sums += more.to(tl.float64)
+            norm = tl.sqrt(sums).to(tl.float32)
+            tl.store(scratch + of[3] + n * of[2] + column_tile, tl.sum(norm, 0))
+            if outs is not None:
+                scale = tl.where(norm == 0, 0.0, factor / norm)
+                for first in range(0, a_channels, C[J][0]):
+                    row = first + tl.arange(0, C[J][0])
+                    mask = (row < a_channels)[:, None] & (column < b_channels)[None, :]
+                    to = outs[J] + (n * a_channels + row)[:, None] * b_channels + column[None, :]
+                    tl.store(to, tl.load(to, mask=mask, other=0, cache_modifier=".cg") * scale[None, :], mask=mask)
+    else:
+        tl.store(scratch + of[3] + local, tl.sum(squares))
+        if outs is not None:
+            tl.store(to, d * (2 * factor), mask=mask)
+        done = local >= 0
+    return done
+
+
 @triton.jit(do_not_specialize=["pairs", "samples", "units"])
 def fsp_loss_kernel(
     operands, outs, loss, scratch, tickets, factors, views, pairs, samples, units,
     V: tl.constexpr, C: tl.constexpr, PAIRS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """operands and views: of each pair the student's first and second feature and the teacher's. A unit adds one number to the loss."""
+    """operands and views: of each pair the student's first and second feature and the teacher's. A share is one number of the loss."""
     pid = tl.program_id(0)
     done = pid < 0
     for i in tl.static_range(PAIRS):
-        # (first program, tiles of a sample, column tiles, first unit, units; where squares and tickets of columns are, positions)
-        of = pairs[i]
-        local = pid - of[0]
-        if (local >= 0) & (local < samples * of[1]):
-            n = (local // of[1]).to(tl.int64)
-            tile = local % of[1]
-            column_tile = tile % of[2]
-            row = tile // of[2] * C[i][0] + tl.arange(0, C[i][0])
-            column = column_tile * C[i][1] + tl.arange(0, C[i][1])
-            d = zeros(row, column)
-            if C[i][3]:
-                d = _products(
-                    d, operands[4 * i], operands[4 * i + 1], operands[4 * i + 2], operands[4 * i + 3], views[4 * i], views[4 * i + 1],
-                    views[4 * i + 2], views[4 * i + 3], n, row, column, V, 4 * i, C, i, MODE, UPCAST,
-                )  # fmt: skip
-                d = d / of[7]
+        local = pid - pairs[i][0]
+        if (local >= 0) & (local < samples * pairs[i][1]):
+            DUAL: tl.constexpr = C[i][3] == 2
+            if DUAL:
+                done = dual_program(operands, outs, scratch, tickets, factors[i], views, pairs[i], local, V, C, i, MODE, UPCAST)
             else:
-                d = _products(
-                    d, operands[4 * i], operands[4 * i + 1], None, None, views[4 * i], views[4 * i + 1], None, None, n, row, column,
-                    V, 4 * i, C, i, MODE, UPCAST,
-                )  # fmt: skip
-                t = zeros(row, column)
-                t = _products(
-                    t, operands[4 * i + 2], operands[4 * i + 3], None, None, views[4 * i + 2], views[4 * i + 3], None, None, n, row,
-                    column, V, 4 * i + 2, C, i, MODE, UPCAST,
-                )  # fmt: skip
-                d = d / of[7] - t / of[8]
-            a_channels, _ = extent(views[4 * i], V, 4 * i)
-            b_channels, _ = extent(views[4 * i + 1], V, 4 * i + 1)
-            mask = (row < a_channels)[:, None] & (column < b_channels)[None, :]
-            # a sum over idle lanes must not meet 0 * NaN
-            squares = tl.where(mask, d * d, 0.0)
-            if outs is not None:
-                to = outs[i] + (n * a_channels + row)[:, None] * b_channels + column[None, :]
-            if COLUMNS:
-                at = scratch + of[5] + n * (of[1] // of[2]) * b_channels + column
-                tl.store(at + (tile // of[2]).to(tl.int64) * b_channels, tl.sum(squares, 0), mask=column < b_channels)
-                if outs is not None:
-                    tl.store(to, d, mask=mask)
-                done = last_of(tickets + of[6] + n * of[2] + column_tile, of[1] // of[2])
-                if done:
-                    # .cg: other multiprocessors wrote them
-                    sums = tl.zeros(column.shape, tl.float64)
-                    for k in range(0, of[1] // of[2]):
-                        more = tl.load(at + tl.cast(k, tl.int64) * b_channels, mask=column < b_channels, other=0, cache_modifier=".cg")
-                        sums += more.to(tl.float64)
-                    norm = tl.sqrt(sums).to(tl.float32)
-                    tl.store(scratch + of[3] + n * of[2] + column_tile, tl.sum(norm, 0))
-                    if outs is not None:
-                        scale = tl.where(norm == 0, 0.0, factors[i] / norm)
-                        for first in range(0, a_channels, C[i][0]):
-                            row = first + tl.arange(0, C[i][0])
-                            mask = (row < a_channels)[:, None] & (column < b_channels)[None, :]
-                            to = outs[i] + (n * a_channels + row)[:, None] * b_channels + column[None, :]
-                            tl.store(to, tl.load(to, mask=mask, other=0, cache_modifier=".cg") * scale[None, :], mask=mask)
-            else:
-                tl.store(scratch + of[3] + local, tl.sum(squares))
-                if outs is not None:
-                    tl.store(to, d * (2 * factors[i]), mask=mask)
-                done = pid >= 0
+                done = _matrix_program(operands, outs, scratch, tickets, factors[i], views, pairs[i], local, V, C, i, COLUMNS, MODE, UPCAST)
 
     if done:  # noqa: SIM102 - an `and` would run both its sides
         if last_of(tickets, units):
             total = tl.full((), 0.0, tl.float64)
             for i in tl.static_range(PAIRS):
-                sums = tl.zeros((BLOCK,), tl.float64)
-                for first in range(0, pairs[i][4], BLOCK):
-                    unit = first + tl.arange(0, BLOCK)
-                    at = scratch + pairs[i][3] + unit
-                    sums += tl.load(at, mask=unit < pairs[i][4], other=0, cache_modifier=".cg").to(tl.float64)
-                total += tl.sum(sums, 0) * tl.cast(factors[i], tl.float64)
+                total += added_up(scratch + pairs[i][3], pairs[i][4], BLOCK) * tl.cast(factors[i], tl.float64)
             tl.store(loss, total.to(tl.float32))
 
 
@@ -177,10 +189,26 @@ def _term(
     return total
 
 
+@triton.jit
+def _either_term(
+    total, ms, xs, m_numbers, views, n, row, rows, position, inside, j, scale, V: tl.constexpr, K: tl.constexpr, T: tl.constexpr,
+    C: tl.constexpr, J: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """K[T]: (place of its first tensor and view, 0) or that of ``dual_term``."""
+    A: tl.constexpr = K[T][0]
+    if K[T][1]:
+        return dual_term(
+            total, xs[A], xs[A + 1], ms[T], views[A], views[A + 1], views[A + 2], views[A + 3], m_numbers[T], n, row, rows, position,
+            inside, j, scale, V, A, K, T, C, J, MODE, UPCAST,
+        )  # fmt: skip
+    else:
+        return _term(total, ms[T], xs[A], m_numbers[T], views[A], n, row, rows, position, inside, j, scale, V, A, C, J, MODE, UPCAST)
+
+
 @triton.jit(do_not_specialize=["items", "samples"])
 def fsp_gradient_kernel(
-    grad, ms, xs, outs, m_strides, views, out_views, items, scales, samples,
-    V: tl.constexpr, W: tl.constexpr, C: tl.constexpr, ITEMS: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr,
+    grad, ms, xs, outs, m_numbers, views, out_views, items, scales, samples,
+    V: tl.constexpr, W: tl.constexpr, K: tl.constexpr, C: tl.constexpr, ITEMS: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Each item a feature's gradient. C[i]: (blocks..., first term, terms on the grid that is walked, terms on the feature's own)."""
     pid = tl.program_id(0)
@@ -205,17 +233,16 @@ def fsp_gradient_kernel(
             FINE: tl.constexpr = C[i][5]
             coarse = zeros(row, position)
             for k in tl.static_range(COARSE):
-                coarse = _term(
-                    coarse, ms[FIRST + k], xs[FIRST + k], m_strides[FIRST + k], views[FIRST + k], n, row, rows, position, inside,
-                    0, scales[FIRST + k] * upstream, V, FIRST + k, C, i, MODE, UPCAST,
+                coarse = _either_term(
+                    coarse, ms, xs, m_numbers, views, n, row, rows, position, inside, 0, scales[FIRST + k] * upstream, V, K,
+                    FIRST + k, C, i, MODE, UPCAST,
                 )  # fmt: skip
             # what lies in one pooling window shares the terms that were pooled
             for j in range(0, W[i][6] * W[i][7] * W[i][8]):
                 total = coarse
                 for k in tl.static_range(FINE):
-                    total = _term(
-                        total, ms[FIRST + COARSE + k], xs[FIRST + COARSE + k], m_strides[FIRST + COARSE + k],
-                        views[FIRST + COARSE + k], n, row, rows, position, inside, j, scales[FIRST + COARSE + k] * upstream, V,
+                    total = _either_term(
+                        total, ms, xs, m_numbers, views, n, row, rows, position, inside, j, scales[FIRST + COARSE + k] * upstream, V, K,
                         FIRST + COARSE + k, C, i, MODE, UPCAST,
                     )  # fmt: skip
                 at = outs[i] + sample(out_views[i], W, i, n) + (to + part(out_views[i], W, i, j))

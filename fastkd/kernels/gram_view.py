@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastkd.kernels import own_precision
 from fastkd.kernels.launch import power_of_two, served, walk
-from fastkd.kernels.pool import pool, pooled_strides
+from fastkd.kernels.pool import pool
+from fastkd.kernels.windows import pooled_strides
 
 ONES = (1, 1, 1)
 LARGEST_WINDOW = 4
@@ -69,11 +71,6 @@ def view(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, of: S
     return View(numbers, (False, False, 1, *of, *parts, exact, far))
 
 
-def own_precision() -> str:
-    """PyTorch's setting for float32 products on CUDA devices."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
 def mode(tensors: Sequence[Tensor], precision: str | None) -> str:
     """How products are made; `gram.py` says how near that is."""
     if all(x.dtype == torch.bfloat16 for x in tensors):
@@ -84,26 +81,28 @@ def mode(tensors: Sequence[Tensor], precision: str | None) -> str:
     return precision
 
 
-def tile(rows: int, columns: int, depth: int, how: str, *, dear: bool = False, narrow: bool = False) -> Size:
+def tile(rows: int, columns: int, depth: int, how: str, *, dear: bool = False, widest: int = 128) -> Size:
     """(row block, column block, depth) of a program's tile of the product of (rows, depth) and (depth, columns).
 
-    dear: addresses of what is multiplied take many registers; narrow: there are more of those, or two sums at a time. The bounds below are
-    where ptxas no longer spills.
+    dear: addresses of what is multiplied take many registers; widest: of the column block, where there are more of those, or two sums at a
+    time. The bounds below are where ptxas no longer spills.
     """
     if how == "ieee":  # without tensor cores a thread holds its rows and columns of both blocks
-        return min(max(power_of_two(rows), 16), 64), min(max(power_of_two(columns), 16), 64), 16
+        return min(max(power_of_two(rows), 16), 64), min(max(power_of_two(columns), 16), 64, widest), 16
     most = 128 if min(rows, columns) >= 128 and how != "tf32x3" else 64
     block, other = (min(max(power_of_two(n), 16), most) for n in (rows, columns))
     deepest = 16 if how == "tf32x3" or (dear and max(block, other) >= 64) else 32
-    return block, min(other, 64) if narrow else other, min(max(power_of_two(depth), 16), deepest)
+    return block, min(other, widest), min(max(power_of_two(depth), 16), deepest)
 
 
-def warps(tiles: Sequence[Size]) -> int:
-    return 8 if any(t[0] * t[1] > 64 * 64 for t in tiles) else 4
+def dual_tile(positions: int, how: str, *, dear: bool = False) -> Size:
+    """The same of the products over channels, three at a time (`gram_dual.py`)."""
+    block = min(max(power_of_two(positions), 16), 32 if how in ("ieee", "tf32x3") else 64)
+    return block, block, 16 if how in ("ieee", "tf32x3") or dear else 32
 
 
-def common_size(a: Tensor, b: Tensor) -> tuple[int, ...]:
-    return tuple(min(i, j) for i, j in zip(a.shape[2:], b.shape[2:]))
+def warps(tiles: Sequence[Size], dual: Sequence[Size] = ()) -> int:
+    return 8 if any(t[0] * t[1] > 64 * 64 for t in tiles) or any(t[0] == 64 for t in dual) else 4
 
 
 def checked(tensors: Sequence[Tensor], names: Sequence[str], pool_mode: str, precision: str | None) -> None:

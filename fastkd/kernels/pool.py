@@ -1,8 +1,8 @@
 """Adaptive pooling, "avg" or "max", of features and energies of one to three spatial dimensions, and its gradient.
 
 PyTorch's own gradients of adaptive pooling add with floating-point atomics on a GPU; here each number gathers what the windows over it
-send, in a fixed order. Windows are PyTorch's: output o of O over an axis of I covers [floor(o I / O), ceil((o + 1) I / O)). What is pooled
-is the smaller side of what differs in size anyway: a pass over the larger feature, the result in float32.
+send, in a fixed order. What is pooled is the smaller side of what differs in size anyway: a pass over the larger feature, the result in
+float32.
 """
 
 from __future__ import annotations
@@ -17,45 +17,19 @@ from torch import Tensor
 
 from fastkd.kernels.launch import Launch, Plans
 from fastkd.kernels.tile import slope
-
-BLOCK = 256  # numbers a program pools
-
-
-@triton.jit
-def _split(flat, channels, size, POSITION_FIRST: tl.constexpr):
-    """(sample, channel, d, h, w) of an element, counted with channels innermost if POSITION_FIRST. size: (D, H, W)."""
-    positions = size[0] * size[1] * size[2]
-    n = flat // (channels * positions)
-    rest = flat % (channels * positions)
-    if POSITION_FIRST:
-        c = rest % channels
-        s = rest // channels
-    else:
-        c = rest // positions
-        s = rest % positions
-    return n, c, s // (size[1] * size[2]), s // size[2] % size[1], s % size[2]
+from fastkd.kernels.windows import BLOCK, element, empty_pooled, largest_window, offset, sent, spatial, step, volume
 
 
 @triton.jit
-def _pool(x, out, place, elements, channels, size, x_strides, to, out_strides, extent, MAX: tl.constexpr, POSITION_FIRST: tl.constexpr):
+def _pool(x, out, place, elements, channels, size, x_strides, to, out_strides, largest, MAX: tl.constexpr, POSITION_FIRST: tl.constexpr):
     flat = tl.program_id(0).to(tl.int64) * 256 + tl.arange(0, 256)
     mask = flat < elements
-    n, c, d, h, w = _split(flat, channels, to, POSITION_FIRST)
-    d0 = d * size[0] // to[0]
-    h0 = h * size[1] // to[1]
-    w0 = w * size[2] // to[2]
-    d1 = ((d + 1) * size[0] + to[0] - 1) // to[0]
-    h1 = ((h + 1) * size[1] + to[1] - 1) // to[1]
-    w1 = ((w + 1) * size[2] + to[2] - 1) // to[2]
-    base = x + n * x_strides[0] + c * x_strides[1]
+    n, c, d, h, w = element(flat, channels, to, POSITION_FIRST)
     best = tl.zeros((256,), tl.float32)
     where = tl.zeros((256,), tl.int32)
-    for i in range(0, extent[0] * extent[1] * extent[2]):
-        dd = d0 + i // (extent[1] * extent[2])
-        hh = h0 + i // extent[2] % extent[1]
-        ww = w0 + i % extent[2]
-        inside = mask & (dd < d1) & (hh < h1) & (ww < w1)
-        v = tl.load(base + dd * x_strides[2] + hh * x_strides[3] + ww * x_strides[4], mask=inside, other=0).to(tl.float32)
+    for i in range(0, largest[0] * largest[1] * largest[2]):
+        dd, hh, ww, inside = step(d, h, w, i, size, to, largest, mask)
+        v = tl.load(x + offset(n, c, dd, hh, ww, x_strides), mask=inside, other=0).to(tl.float32)
         if MAX:
             # the first of equal ones; a NaN is larger than anything
             better = inside & ((v > best) | (v != v) | (i == 0))
@@ -64,8 +38,8 @@ def _pool(x, out, place, elements, channels, size, x_strides, to, out_strides, e
         else:
             best += v
     if not MAX:
-        best = best / ((d1 - d0) * (h1 - h0) * (w1 - w0)).to(tl.float32)
-    at = n * out_strides[0] + c * out_strides[1] + d * out_strides[2] + h * out_strides[3] + w * out_strides[4]
+        best = best / volume(d, h, w, size, to)
+    at = offset(n, c, d, h, w, out_strides)
     tl.store(out + at, best, mask=mask)
     if MAX:
         tl.store(place + at, where, mask=mask)
@@ -73,65 +47,23 @@ def _pool(x, out, place, elements, channels, size, x_strides, to, out_strides, e
 
 @triton.jit
 def _unpool(
-    grad, pooled, place, coefficients, out, elements, channels, size, out_strides, of, strides, extent,
-    MAX: tl.constexpr, POSITION_FIRST: tl.constexpr, CONFIG: tl.constexpr,
+    grad, pooled, place, coefficients, out, elements, channels, size, out_strides, of, strides, largest,
+    POSITION_FIRST: tl.constexpr, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """out = sum over the windows of each number, in order, of its share of upstream k h(pooled)."""
     flat = tl.program_id(0).to(tl.int64) * 256 + tl.arange(0, 256)
     mask = flat < elements
-    n, c, d, h, w = _split(flat, channels, size, POSITION_FIRST)
-    d0 = d * of[0] // size[0]
-    h0 = h * of[1] // size[1]
-    w0 = w * of[2] // size[2]
-    d1 = ((d + 1) * of[0] + size[0] - 1) // size[0]
-    h1 = ((h + 1) * of[1] + size[1] - 1) // size[1]
-    w1 = ((w + 1) * of[2] + size[2] - 1) // size[2]
-    here = ((d * size[1] + h) * size[2] + w).to(tl.int32)
+    n, c, d, h, w = element(flat, channels, size, POSITION_FIRST)
     total = tl.zeros((256,), tl.float32)
-    for i in range(0, extent[0] * extent[1] * extent[2]):
-        dd = d0 + i // (extent[1] * extent[2])
-        hh = h0 + i // extent[2] % extent[1]
-        ww = w0 + i % extent[2]
-        inside = mask & (dd < d1) & (hh < h1) & (ww < w1)
-        at = n * strides[0] + c * strides[1] + dd * strides[2] + hh * strides[3] + ww * strides[4]
+    for i in range(0, largest[0] * largest[1] * largest[2]):
+        dd, hh, ww, inside = step(d, h, w, i, of, size, largest, mask)
+        at = offset(n, c, dd, hh, ww, strides)
         v = tl.load(coefficients + ((n * of[0] + dd) * of[1] + hh) * of[2] + ww, mask=inside, other=0)
         if grad is not None:
             v *= tl.load(grad).to(tl.float32)
         v *= slope(tl.load(pooled + at, mask=inside, other=0), CONFIG, 0)
-        if MAX:
-            inside = inside & (tl.load(place + at, mask=inside, other=-1) == here)
-        else:
-            deep = ((dd + 1) * size[0] + of[0] - 1) // of[0] - dd * size[0] // of[0]
-            high = ((hh + 1) * size[1] + of[1] - 1) // of[1] - hh * size[1] // of[1]
-            wide = ((ww + 1) * size[2] + of[2] - 1) // of[2] - ww * size[2] // of[2]
-            v = v / (deep * high * wide).to(tl.float32)
-        total += tl.where(inside, v, 0.0)
-    to = n * out_strides[0] + c * out_strides[1] + d * out_strides[2] + h * out_strides[3] + w * out_strides[4]
-    tl.store(out + to, total.to(out.dtype.element_ty), mask=mask)
-
-
-def _three(shape: Sequence[int], strides: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(D, H, W) and the strides of (N, C, D, H, W)."""
-    missing = 5 - len(shape)
-    return (1,) * missing + tuple(shape[2:]), (strides[0], strides[1], *[0] * missing, *strides[2:])
-
-
-def _extent(size: Sequence[int], to: Sequence[int]) -> tuple[int, ...]:
-    """The largest window of each axis."""
-    return tuple(max(-(-(o + 1) * i // j) - o * i // j for o in range(j)) for i, j in zip(size, to))
-
-
-def pooled_strides(x: Tensor, target: Sequence[int]) -> tuple[int, ...]:
-    """Those of what ``pool`` makes of x: channels stay innermost where they are."""
-    return _empty(x, target, "meta").stride()
-
-
-def _empty(x: Tensor, target: Sequence[int], device: str | torch.device) -> Tensor:
-    if x.stride(1) == 1 and x.shape[1] > 1:
-        last = len(target) - 1
-        order = (target[0], *target[2:], target[1])
-        return torch.empty(order, dtype=torch.float32, device=device).movedim(last, 1)
-    return torch.empty(tuple(target), dtype=torch.float32, device=device)
+        total += sent(v, place, at, inside, d, h, w, dd, hh, ww, size, of)
+    tl.store(out + offset(n, c, d, h, w, out_strides), total.to(out.dtype.element_ty), mask=mask)
 
 
 _plans = Plans()
@@ -139,15 +71,25 @@ _plans = Plans()
 
 def pool(x: Tensor, target: Sequence[int], *, max_pool: bool) -> tuple[Tensor, Tensor | None]:
     """x (N, C, *S) pooled to ``target``, in float32, and for max pooling where in S each maximum lies."""
-    out = _empty(x, target, x.device)
+    out = empty_pooled(x, target, x.device)
     place = torch.empty_like(out, dtype=torch.int32) if max_pool else None
     key = (x.dtype, x.shape, x.stride(), tuple(target), max_pool)
     launch = _plans.get(key)
     if launch is None:
-        (size, own), (to, others) = _three(x.shape, x.stride()), _three(target, out.stride())
+        (size, own), (to, others) = spatial(x.shape, x.stride()), spatial(target, out.stride())
         elements = out.numel()
         launch = _plans[key] = Launch(
-            _pool, math.ceil(elements / BLOCK), elements, x.shape[1], size, own, to, others, _extent(size, to), max_pool, x.stride(1) == 1
+            _pool,
+            math.ceil(elements / BLOCK),
+            elements,
+            x.shape[1],
+            size,
+            own,
+            to,
+            others,
+            largest_window(size, to),
+            max_pool,
+            x.stride(1) == 1,
         )
     launch((x,), x, out, place)
     return out, place
@@ -162,11 +104,11 @@ def unpool(
     key = (target.dtype, target.shape, target.stride(), like.shape, like.stride(), max_pool, power, grad is None)
     launch = _plans.get(key)
     if launch is None:
-        (size, own), (of, others) = _three(target.shape, target.stride()), _three(like.shape, like.stride())
+        (size, own), (of, others) = spatial(target.shape, target.stride()), spatial(like.shape, like.stride())
         elements = target.numel()
         # windows that one number lies in, at most: those of pooling the other way
         launch = _plans[key] = Launch(
-            _unpool, math.ceil(elements / BLOCK), elements, target.shape[1], size, own, of, others, _extent(of, size), max_pool,
+            _unpool, math.ceil(elements / BLOCK), elements, target.shape[1], size, own, of, others, largest_window(of, size),
             target.stride(1) == 1, ((True, False, 1, 1, 1, *power),),
         )  # fmt: skip
     launch((like, coefficients, target), grad, like, place, coefficients, target)

@@ -185,6 +185,17 @@ def collapse(partial, parts, positions, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def added_up(at, count, BLOCK: tl.constexpr):
+    """The sum of ``count`` numbers that other programs wrote, in float64 and in a fixed order."""
+    sums = tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, count, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        # .cg: other multiprocessors wrote them
+        sums += tl.load(at + i, mask=i < count, other=0, cache_modifier=".cg").to(tl.float64)
+    return tl.sum(sums, 0)
+
+
+@triton.jit
 def normalization(norm, EPS: tl.constexpr, ADD_EPS: tl.constexpr):
     """Of a map of that norm: the divisor, and what dq = (g - y <g, y> along) scale takes, without the second term unless has_along."""
     if ADD_EPS:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkd import backends, checks, kernels, reference
+from fastkd.kernels.gram_kept import kept_shape, wide_stages
 from fastkd.ops.registry import (
     accumulator,
     autograd,
@@ -45,8 +46,17 @@ def _loss_fake(
     return first.new_empty((), dtype=dtype), gram_grads, [torch.empty_like(student[i]) for i in stages]
 
 
+def _loss_fake_by_device(student: list[Tensor], teacher: list[Tensor], pool_mode: Any, distance: Any, *rest: Any) -> tuple:
+    """On CUDA tensors Triton's, which may keep less."""
+    loss, gram_grads, gradients = _loss_fake(student, teacher, pool_mode, distance, *rest)
+    if loss.device.type == "cuda":
+        shapes = [kept_shape(student[i : i + 2], teacher[i : i + 2], distance) for i in range(len(gram_grads))]
+        gram_grads = [loss.new_empty(shape) for shape in shapes]
+    return loss, gram_grads, gradients
+
+
 def _loss_backward_fake(
-    grad: Tensor, features: list[Tensor], gram_grads: Any, pool_mode: Any, precision: Any, stages: list[int], negate: Any
+    grad: Tensor, features: list[Tensor], gram_grads: Any, pool_mode: Any, precision: Any, stages: list[int], negate: Any, others: Any
 ) -> list[Tensor]:
     return [torch.empty_like(features[i]) for i in stages]
 
@@ -59,11 +69,12 @@ define(
 define(
     "fsp_loss(Tensor[] student, Tensor[] teacher, str pool_mode, str distance, str pair_reduce, float[]? weights, float weight, "
     "str? precision, bool with_grad, float? upstream=None, int[] stages=[]) -> (Tensor loss, Tensor[] gram_grads, Tensor[] gradients)",
+    _loss_fake_by_device,
     _loss_fake,
 )
 define(
-    "fsp_loss_backward(Tensor grad, Tensor[] features, Tensor[] gram_grads, str pool_mode, str? precision, int[] stages, bool negate)"
-    " -> Tensor[]",
+    "fsp_loss_backward(Tensor grad, Tensor[] features, Tensor[] gram_grads, str pool_mode, str? precision, int[] stages, bool negate, "
+    "Tensor[] others) -> Tensor[]",
     _loss_backward_fake,
 )
 differentiable_once("fsp_matrix_backward", "fsp_matrix")
@@ -121,6 +132,7 @@ class FSPLossFunction(torch.autograd.Function):
 
     The forward saves M = dloss/dG of the student for each pair, for an upstream gradient of 1 (the teacher's is -M), so a chain's gradients
     need only the chain itself: dA = upstream M B / S, dB = upstream M^T A / S, and a middle stage adds the terms of its two pairs.
+    Where M would be larger than the features, Triton keeps less and needs both chains' features of that pair (`kernels/gram_kept.py`).
     On a CPU, for the upstream gradient that is expected (:mod:`fastkd.ops.upstream`), it makes the student's gradients too, sample by
     sample, while the sample's maps are in the cache; the backward hands those out, once, if it is given just that.
     """
@@ -150,10 +162,18 @@ def _loss_forward(ctx: Any, run: Callable[..., Any], stages: int, options: tuple
     loss, gram_grads, gradients = run(
         _loss, list(tensors[:stages]), list(tensors[stages:]), *options, any(needs), expected if made else None, made
     )
-    # a teacher made under inference_mode cannot be saved: a chain is only if some of it needs a gradient
-    chains = [chain if any(need) else () for chain, need in ((tensors[:stages], needs[:stages]), (tensors[stages:], needs[stages:]))]
-    ctx.save_for_backward(*gram_grads, *chains[0], *chains[1])
-    ctx.call, ctx.stages, ctx.options, ctx.has_student = run, stages, options, bool(chains[0])
+    wide = wide_stages(gram_grads)
+    saved: list[Tensor | None] = [None] * len(tensors)
+    ctx.frozen = {}
+    for first in (0, stages):
+        for i in range(stages) if any(needs[first : first + stages]) else wide:
+            # what was made under inference_mode, a teacher, cannot be saved, nor changed in place
+            if tensors[first + i].is_inference():
+                ctx.frozen[first + i] = tensors[first + i]
+            else:
+                saved[first + i] = tensors[first + i]
+    ctx.save_for_backward(*gram_grads, *saved)
+    ctx.call, ctx.stages, ctx.options = run, stages, options
     ctx.expected, ctx.made, ctx.prepared = expected, made, gradients
     return loss
 
@@ -162,14 +182,15 @@ def _chain_gradients(ctx: Any, grad: Tensor, needs: Sequence[bool], made: dict[i
     """The gradients of student and teacher features, None where ``needs`` says so; ``made`` holds those of student stages that exist."""
     stages, (pool_mode, *_, precision) = ctx.stages, ctx.options
     gram_grads, features = list(ctx.saved_tensors[: stages - 1]), list(ctx.saved_tensors[stages - 1 :])
-    made = made or {}
+    for i, x in ctx.frozen.items():
+        features[i] = x
+    wide, made = wide_stages(gram_grads), made or {}
     out: list[Tensor | None] = [made.get(i) if needs[i] else None for i in range(stages)] + [None] * stages
     for first in (0, stages):
         wanted = [i for i in range(stages) if needs[first + i] and out[first + i] is None]
         if wanted:
-            is_teacher = first > 0
-            chain = features[stages:] if is_teacher and ctx.has_student else features[:stages]
-            computed = ctx.call(_loss_backward, grad, chain, gram_grads, pool_mode, precision, wanted, is_teacher)
+            chain, others = features[first : first + stages], [features[stages - first + i] for i in wide]
+            computed = ctx.call(_loss_backward, grad, chain, gram_grads, pool_mode, precision, wanted, first > 0, others)
             for i, dx in zip(wanted, computed, strict=True):
                 out[first + i] = dx
     return out
@@ -178,7 +199,7 @@ def _chain_gradients(ctx: Any, grad: Tensor, needs: Sequence[bool], made: dict[i
 def _traced_loss_context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor], list[Tensor]]) -> None:
     student, teacher, *options, with_grad, _, _ = inputs
     ctx.save_for_backward(*output[1], *student, *teacher)
-    ctx.stages, ctx.options, ctx.has_student, ctx.with_grad = len(student), options, True, with_grad
+    ctx.stages, ctx.options, ctx.frozen, ctx.with_grad = len(student), options, {}, with_grad
 
 
 def _traced_loss_backward(ctx: Any, grad: Tensor, *rest: Any) -> tuple:

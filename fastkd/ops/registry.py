@@ -21,14 +21,15 @@ from fastkd import backends, kernels
 _LIBRARIES = {namespace: torch.library.Library(namespace, "DEF") for namespace in ("fastkd", "fastkd_cuda")}
 
 
-def define(schema: str, fake: Callable[..., Any]) -> None:
-    """Declare ``fastkd::<schema>`` and its twin ``fastkd_cuda::<schema>`` with the function that gives its outputs' shapes, dtypes, devices
-    and strides. On CUDA tensors the first is Triton's, the second the CUDA library's.
+def define(schema: str, fake: Callable[..., Any], twins_fake: Callable[..., Any] | None = None) -> None:
+    """Declare ``fastkd::<schema>`` and its twin ``fastkd_cuda::<schema>``, each with the function that gives its outputs' shapes, dtypes,
+    devices and strides. On CUDA tensors the first is Triton's, the second the CUDA library's.
     """
     name = schema.partition("(")[0]
     for namespace, library in _LIBRARIES.items():
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+        known = twins_fake if namespace == "fastkd_cuda" and twins_fake else fake
+        torch.library.register_fake(f"{namespace}::{name}", known, lib=library)
     if name in kernels.LAUNCHERS:
         _LIBRARIES["fastkd"].impl(name, lambda *args: kernels.launcher(name)(*args), "CUDA")
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastkd.methods import Method, Output
+from fastkd.methods import Method
+from fastkd.training import distributed
 from fastkd.training.batches import Batches, generator
 from fastkd.training.errors import UserError
 from fastkd.training.progress import Progress
 from fastkd.training.recipes import Recipe, drops, learning_rate
+from fastkd.training.step import Step
+from fastkd.training.teacher import eased
 
 
 class Loop:
@@ -21,11 +25,12 @@ class Loop:
 
     ``history`` has one dict an epoch: epoch (from 1), lr (at its end), loss, one mean per loss term, train_acc and test_acc in percent,
     seconds and images_per_second of its training. :meth:`state` holds all that changes and :meth:`load` takes it up after any epoch:
-    what is random is drawn per epoch, from its number.
+    what is random is drawn per epoch, from its number. ``compiled`` and ``captured``: see :class:`Step`. Of several processes each has its
+    part of every batch; loss, accuracies and gradients are those of all, and batch norms see their own process's images.
     """
 
     def __init__(self, student: nn.Module, method: Method, teacher: nn.Module | None, train: Batches, test: Batches | None, recipe: Recipe,
-                 autocast: torch.autocast):  # fmt: skip
+                 autocast: torch.autocast, compiled: bool = False, captured: bool = False):  # fmt: skip
         self.device = train.pixels.device
         self.student = placed(student, self.device)
         self.method = method.to(self.device)
@@ -35,6 +40,10 @@ class Loop:
         self.optimizer = torch.optim.SGD(
             self.parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.nesterov, fused=True
         )
+        taught = self.teacher
+        if taught is not None and recipe.teacher_mode == "eval":
+            taught = eased(taught, self.method.features, train.dtype)
+        self.train_step = Step(self.student, self.method, taught, self.optimizer, train, autocast, compiled, captured)
         self.history: list[dict[str, float]] = []
         self.best_weights: dict[str, Tensor] = {}
         self.step = 0  # in the epoch that runs
@@ -47,55 +56,51 @@ class Loop:
         """One epoch (from 1) and the test after it, appended to ``history``. Raises UserError when the loss is no longer a number."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             # for a method that draws numbers: those of an epoch do not depend on the epochs before it
-            torch.manual_seed(generator(self.batches.seed, self.batches.stream, "steps", epoch).initial_seed())
+            purpose = ("steps", epoch, *self.batches.share) if self.batches.share[1] > 1 else ("steps", epoch)
+            torch.manual_seed(generator(self.batches.seed, self.batches.stream, *purpose).initial_seed())
             self._train_epoch(epoch, progress)
 
-    def _train_epoch(self, epoch: int, progress: Progress) -> None:
+    def train_steps(self, epoch: int, progress: Progress) -> Iterator[None]:
+        """The training steps of an epoch, one after the other."""
         self.student.train()
         self.method.train()
         if self.teacher is not None:
             self.teacher.train(self.recipe.teacher_mode == "train")
-        begun = time.perf_counter()
-        # sums over images of each term and of the right answers; they stay on the device and are read about once a second
-        self.sums, self.seen = torch.zeros(len(self.method.names) + 1, device=self.device, dtype=torch.float64), 0
-        for step, (images, labels) in enumerate(self.batches.train(epoch), 1):
+        self.train_step.sums.zero_()
+        self.seen, begun = 0, time.perf_counter()
+        for step, (drawn, images) in enumerate(zip(self.batches.draw(epoch), self.batches.sizes(), strict=True), 1):
             self.step = step
             self._set_rate((epoch - 1) * len(self.batches) + step - 1)
-            self._train_step(images, labels)
+            self.train_step(drawn, images, progress)
+            self.seen += len(drawn)
             progress.advance(lambda: self._describe(epoch, time.perf_counter() - begun))
+            yield
+
+    def _train_epoch(self, epoch: int, progress: Progress) -> None:
+        begun, compiling = time.perf_counter(), self.train_step.compiling
+        for _ in self.train_steps(epoch, progress):
+            pass
+        distributed.add(self.train_step.sums)
+        self.seen = sum(self.batches.sizes())
+        distributed.same_buffers(self.student, self.method, self.teacher)
         means = self._means(epoch)
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - begun - (self.train_step.compiling - compiling)
         if self.test_batches is not None:
-            means["test_acc"] = evaluate(self.student, self.test_batches, self.autocast)
+            means["test_acc"] = evaluate(self.student, self.test_batches, self.autocast, self.batches.share)
         pace = {"seconds": seconds, "images_per_second": self.seen / seconds}
-        self.history.append({"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"], **means, **pace})
+        rate = learning_rate(self.recipe, epoch * len(self.batches) - 1, self.steps)
+        self.history.append({"epoch": epoch, "lr": rate, **means, **pace})
         if self.test_batches is not None and self.best() is self.history[-1]:
             self.best_weights = {name: value.detach().clone() for name, value in self.student.state_dict().items()}
         self.step = 0
 
-    def _train_step(self, images: Tensor, labels: Tensor) -> None:
-        answer: Output | None = None
-        if self.teacher is not None:
-            with torch.no_grad(), self.autocast:
-                answer = self.method.run(self.teacher, images)
-        with self.autocast:
-            output = self.method.run(self.student, images)
-        losses = self.method(output, answer, labels)
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.stack(list(losses.values())).sum().backward()
-        self.optimizer.step()
-        right = (output.logits.detach().argmax(1) == labels).sum()
-        self.sums += torch.stack([*(loss.detach() * len(labels) for loss in losses.values()), right.float()])
-        self.seen += len(labels)
-
     def _set_rate(self, step: int) -> None:
         if self.recipe.new_optimizer and drops(self.recipe, step, self.steps) != drops(self.recipe, max(step - 1, 0), self.steps):
-            self.optimizer.state.clear()  # all that a new one would not have
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.recipe, step, self.steps)
+            self.train_step.forget()
+        self.train_step.set_rate(learning_rate(self.recipe, step, self.steps))
 
     def _means(self, epoch: int) -> dict[str, float]:
-        values = [value / self.seen for value in self.sums.tolist()]
+        values = [value / self.seen for value in self.train_step.sums.tolist()]
         total = sum(values[:-1])
         if not math.isfinite(total):
             raise UserError(f"the loss is no longer finite in epoch {epoch}, step {self.step}: try a smaller --lr or --precision fp32")
@@ -103,7 +108,8 @@ class Loop:
 
     def _describe(self, epoch: int, seconds: float) -> str:
         means = self._means(epoch)
-        figures = f"loss {means['loss']:.3f} acc {means['train_acc']:.1f} % {self.seen / seconds:.0f} images/s"
+        pace = self.seen * self.batches.share[1] / seconds
+        figures = f"loss {means['loss']:.3f} acc {means['train_acc']:.1f} % {pace:.0f} images/s"
         return f"epoch {epoch}/{self.recipe.epochs} {figures}"
 
     def summary(self) -> str:
@@ -152,12 +158,17 @@ def placed(model: nn.Module, device: torch.device) -> nn.Module:
     return model.to(device).to(memory_format=torch.channels_last)
 
 
-def evaluate(model: nn.Module, batches: Batches, autocast: torch.autocast) -> float:
-    """Accuracy in percent over ``batches.test()``. The model is left in eval mode."""
+def evaluate(model: nn.Module, batches: Batches, autocast: torch.autocast, share: tuple[int, int] = (0, 1)) -> float:
+    """Accuracy in percent over ``batches.test()``, done together by processes of which ``share`` says (which, how many).
+
+    The model is left in eval mode.
+    """
     model.eval()
-    right, seen = torch.zeros((), dtype=torch.int64, device=batches.pixels.device), 0
+    counts = torch.zeros(2, dtype=torch.int64, device=batches.pixels.device)
     with torch.no_grad(), autocast:
-        for images, labels in batches.test():
-            right += (model(images).argmax(1) == labels).sum()
-            seen += len(labels)
-    return 100 * right.item() / seen
+        for i, (images, labels) in enumerate(batches.test()):
+            if i % share[1] == share[0]:
+                counts[0] += (model(images).argmax(1) == labels).sum()
+                counts[1] += len(labels)
+    right, seen = (distributed.add(counts) if share[1] > 1 else counts).tolist()
+    return 100 * right / seen

@@ -17,9 +17,10 @@ import fastkd
 from fastkd.backends import choose
 from fastkd.methods import TWO_PHASES, Method, create_method, fsp_preset
 from fastkd.models import create_model
-from fastkd.training import curves, pictures, records
+from fastkd.training import curves, distributed, pictures, records
 from fastkd.training.batches import Batches, generator
 from fastkd.training.datasets import Dataset, choose_dataset, load_dataset
+from fastkd.training.devices import can_compile, device_name, find_device
 from fastkd.training.errors import UserError
 from fastkd.training.files import make_folder
 from fastkd.training.recipes import NORMALIZATIONS, Recipe, get_recipe
@@ -27,6 +28,9 @@ from fastkd.training.settings import PRECISIONS, Settings, recipe_of, resolve
 
 ALONE = ("epochs", "teacher_mode", "preset", "init_epochs", "init_lr", "init_milestones")
 """Fields that a teacher's own training has no use for, or whose value stands in its file's name already."""
+
+PAYS = 500_000
+"""Images of a process's run from which on compiling its step pays: on 2 cores it did after some 150,000, whatever the network's depth."""
 
 
 class Plan:
@@ -37,7 +41,7 @@ class Plan:
         name, self.why = choose_dataset(self.models.dataset, settings.data)
         self.recipe_name = recipe_of(settings, name)
         self.recipe: Recipe = get_recipe(self.recipe_name, settings.overrides)
-        self.device = find_device(settings.device)
+        self.device, self.processes = find_device(settings.device), distributed.share()[1]
         if settings.precision not in PRECISIONS:
             raise UserError(f"precision {settings.precision!r} is not known; known: {', '.join(PRECISIONS)}")
         try:
@@ -51,11 +55,21 @@ class Plan:
         make_folder(settings.output)
         records.read_rows(settings.output)
         self.data: Dataset = load_dataset(name, settings.data)
-        smallest = min(
-            [len(self.data.train_labels)] * self.recipe.drop_last + [len(self.data.test_labels)] * self.recipe.drop_last_test + [2**62]
-        )
+        self.compiled, self.captured = self._how()
+        parts = [len(self.data.train_labels) // self.processes] * self.recipe.drop_last
+        smallest = min([*parts, *[len(self.data.test_labels)] * self.recipe.drop_last_test], default=2**62)
         if self.recipe.batch_size > smallest:
-            raise UserError(f"--batch-size is {self.recipe.batch_size}, but {name} has parts of only {smallest} images")
+            each = f" for each of {self.processes} processes" * (self.processes > 1)
+            raise UserError(f"--batch-size is {self.recipe.batch_size}, but {name} has parts of only {smallest} images{each}")
+
+    def _how(self) -> tuple[bool, bool]:
+        """Whether steps are compiled, and replayed as a CUDA graph. Bits depend on it, so no clock decides. Raises UserError."""
+        settings, cuda = self.settings, self.device.type == "cuda"
+        images = self.recipe.epochs * len(self.data.train_labels) / self.processes
+        compiled = images >= PAYS and can_compile(self.device) if settings.compile is None else settings.compile
+        if settings.cuda_graph and (not cuda or self.processes > 1):
+            raise UserError("--cuda-graph is for one process on a GPU")
+        return compiled, cuda and self.processes == 1 if settings.cuda_graph is None else settings.cuda_graph
 
     def _check_fit(self, student: nn.Module, teacher: nn.Module) -> None:
         try:
@@ -96,7 +110,8 @@ class Plan:
         dtype = torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
         common: dict[str, Any] = {"mean": mean, "std": std, "device": self.device, "dtype": dtype}
         random: dict[str, Any] = {"seed": self.seed_of(role), "stream": role, "flip": data.flip, "pad_mode": recipe.pad_mode}
-        train = Batches(data.train_images, data.train_labels, batch_size=recipe.batch_size, drop_last=recipe.drop_last, **random, **common)
+        random |= {"share": distributed.share(), "drop_last": recipe.drop_last}
+        train = Batches(data.train_images, data.train_labels, batch_size=recipe.batch_size, **random, **common)
         # an accuracy over all images does not depend on the batch; one over whole batches does
         size, images, labels = 500, data.test_images, data.test_labels
         if recipe.drop_last_test:  # a set may be sorted, and what is left out must not be of one class
@@ -111,6 +126,8 @@ class Plan:
     def teacher_path(self) -> Path:
         """Where the teacher of this data set, model, recipe, length and seed is kept, other fields of the recipe included if overridden."""
         changed = {key: value for key, value in self.settings.overrides.items() if key not in ALONE}
+        if self.processes > 1:
+            changed["processes"] = self.processes
         name = [self.data.name, self.models.teacher, self.recipe_name, f"{self.recipe.epochs}epochs", f"seed{self.seed_of('teacher')}"]
         extra = "-".join(f"{key}={value}" for key, value in sorted(changed.items()))
         if len(extra) > 100:  # a file's name ends at 255 bytes
@@ -132,6 +149,9 @@ class Plan:
             "precision": settings.precision,
             "device": self.device.type,
             "deterministic": settings.deterministic,
+            "compiled": self.compiled,
+            "cuda_graph": self.captured,
+            "processes": self.processes,
         }
         if role != "teacher" and self.method.needs_teacher:
             file = settings.teacher_checkpoint
@@ -164,6 +184,11 @@ class Plan:
         seeds = f"seed {settings.seed}"
         if self.method.needs_teacher and self.seed_of("teacher") != settings.seed:
             seeds += f", of the teacher {self.seed_of('teacher')}"
+        device = [device_name(self.device), settings.precision, seeds, *["deterministic"] * settings.deterministic]
+        device += [*["compiled"] * self.compiled, *["CUDA graph"] * self.captured]
+        if self.processes > 1:
+            batch = self.recipe.batch_size
+            device.append(f"{self.processes} processes of {batch} images a step each, {batch * self.processes} together")
         lines = [
             f"fastkd   {fastkd.__version__}, torch {torch.__version__}",
             f"method   {settings.method}: {'; '.join(phases)}",
@@ -173,7 +198,7 @@ class Plan:
             f"recipe   {self.recipe_name}: {', '.join(fields[:9])},",
             f"         {', '.join(fields[9:16])},",
             f"         {', '.join(fields[16:])}",
-            f"device   {device_name(self.device)}, {settings.precision}, {seeds}{', deterministic' * settings.deterministic}",
+            f"device   {', '.join(device)}",
             f"losses   {self._implementations()}",
             f"output   {settings.output}: tables, and a folder with {self._records()}",
             "time     expected at the end of the first epoch",
@@ -206,20 +231,3 @@ def seeded(seed: int, *purpose: object) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, *purpose).initial_seed())
         yield
-
-
-def find_device(name: str | None) -> torch.device:
-    """The device called ``name``, or by itself a GPU if there is one. Raises UserError."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device {name!r} is not known; wanted cpu or cuda") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: PyTorch sees no such GPU here")
-    return device
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"

@@ -22,10 +22,11 @@ class Progress:
     When stderr is no terminal it stays empty, so that what is in it are errors.
     """
 
-    def __init__(self, title: str, steps: int, done: int = 0):
+    def __init__(self, title: str, steps: int, done: int = 0, silent: bool = False):
         self.title, self.steps, self.done, self.first = title, steps, done, done
         self.shown = self.begun = time.perf_counter()
-        self.terminal, self.bar = sys.stderr.isatty(), None
+        self.silent = silent
+        self.terminal, self.bar = sys.stderr.isatty() and not silent, None
         if self.terminal:
             self.bar = _bar(title, steps, done)
 
@@ -42,11 +43,17 @@ class Progress:
         else:
             print(f"{self.title}: step {self.done} of {self.steps}, {describe()}, {clock(self.left())} left", file=sys.stderr, flush=True)
 
+    def wait(self, seconds: float) -> None:
+        """So long nothing was trained, which says nothing of the pace."""
+        self.begun += seconds
+
     def left(self) -> float:
         """Seconds to the end at the pace so far."""
         return (time.perf_counter() - self.begun) / max(self.done - self.first, 1) * (self.steps - self.done)
 
     def line(self, text: str) -> None:
+        if self.silent:
+            return
         if self.bar is not None:
             self.bar.update(self.done - self.bar.n)
             self.bar.clear()

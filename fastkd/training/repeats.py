@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fastkd.training import records, runs
+from fastkd.training import distributed, records, runs
 from fastkd.training.console import say
 from fastkd.training.errors import UserError
+from fastkd.training.phases import follow
 from fastkd.training.plan import Plan
 from fastkd.training.run import run
 from fastkd.training.settings import Settings
@@ -19,6 +20,14 @@ def repeat(settings: Settings, times: int) -> list[dict[str, Any]]:
 
     With ``resume`` finished seeds are not run again. Raises UserError, Interrupted.
     """
+    with distributed.group(settings.device):
+        if distributed.leads():
+            return distributed.leading(lambda: _repeat(settings, times))
+        follow()
+        return []
+
+
+def _repeat(settings: Settings, times: int) -> list[dict[str, Any]]:
     if times < 1:
         raise UserError(f"--repeats is {times}, wanted at least 1")
     if times == 1:

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import hashlib
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 import fastkd
 from fastkd.methods import Method, create_method
 from fastkd.models import WeightsError, create_model, load_weights
-from fastkd.training import pictures, records, runs
+from fastkd.training import distributed, pictures, records, runs
 from fastkd.training.console import say
+from fastkd.training.determinism import determinism
+from fastkd.training.devices import device_name
 from fastkd.training.errors import Interrupted, UserError
 from fastkd.training.files import make_folder, save, write
 from fastkd.training.loop import Loop, evaluate, placed
-from fastkd.training.plan import Plan, device_name
+from fastkd.training.phases import lead, lead_epoch, phase_loop
+from fastkd.training.plan import Plan
 from fastkd.training.progress import Progress, clock
 from fastkd.training.runs import CHECKPOINT, Run
 from fastkd.training.screens import ending
@@ -36,6 +34,7 @@ def run(settings: Settings) -> dict[str, Any]:
     Raises UserError for whatever the user can mend, Interrupted after Ctrl-C.
     """
     plan = Plan(settings)
+    distributed.order(settings)  # the others find the data that the plan may have fetched
     found = runs.find(plan) if settings.resume is not None else None
     # the student's folder is there before the teacher's training begins, so that --resume finds the run whenever it was killed
     with determinism(settings.deterministic), runs.opened(plan, "student", found) as student:
@@ -80,17 +79,14 @@ def train(plan: Plan, role: str, run: Run, method: Method, teacher: nn.Module | 
         "taught_by": None if teacher is None else fingerprint(teacher),
     }
     before, begun = state.get("elapsed", 0.0), time.perf_counter()
-    student, (batches, test) = plan.new_model(role), plan.batches(role)
+    student, batches = plan.new_model(role), plan.batches(role)
     names = [name for name, _, _ in phases]
     if state and (state.get("phase") not in names or state.get("taught_by") != common["taught_by"]):
         why = "its teacher was another" if state.get("phase") in names else "not the checkpoint of such a run"
         raise UserError(f"{run.folder / CHECKPOINT}: {why}")
-    for name, recipe, phase_method in phases[names.index(state["phase"]) if state else 0 :]:
-        main = name == "main"
-        part = batches if main else copy.copy(batches)
-        part.stream = role if main else f"{role} {name}"
-        taught = teacher if phase_method.needs_teacher else None
-        loop = Loop(student, phase_method, taught, part, test if main else None, recipe, plan.autocast())
+    for phase in phases[names.index(state["phase"]) if state else 0 :]:
+        name, recipe, main = phase[0], phase[1], phase[0] == "main"
+        loop = phase_loop(plan, role, phase, student, teacher, batches)
         label = title if main else f"{title} {name}"
         if state.get("phase") == name:
             take_up(loop, state, run.folder)
@@ -98,10 +94,11 @@ def train(plan: Plan, role: str, run: Run, method: Method, teacher: nn.Module | 
             keep_best(loop, run, name, anew=True)
         elif run.state is None and name == names[0]:
             say(f"{label}: begins in {run.folder}")
-        progress = Progress(label, loop.steps, len(loop.history) * len(part))
+        lead(loop, role, name)
+        progress = Progress(label, loop.steps, len(loop.history) * len(loop.batches))
         try:
             for epoch in range(len(loop.history) + 1, recipe.epochs + 1):
-                loop.train_epoch(epoch, progress)
+                lead_epoch(loop, epoch, progress)
                 elapsed = before + time.perf_counter() - begun
                 save(run.folder / CHECKPOINT, {**common, **loop.state(), "phase": name, "elapsed": elapsed})
                 keep_best(loop, run, name)
@@ -207,25 +204,3 @@ def how_far(label: str, loop: Loop, folder: Path) -> str:
     best = f" and the best ({loop.best()['test_acc']:.2f} %)" if loop.best_weights else ""
     kept = f"the weights of epoch {done}{best} are in {folder}" if done else "no epoch was finished"
     return f"{label} stopped {where}; {kept}; no row was added; --resume goes on"
-
-
-@contextmanager
-def determinism(wanted: bool) -> Iterator[None]:
-    """PyTorch's deterministic algorithms while a run lasts. Raises UserError where an operation has none."""
-    if not wanted:
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA begins
-    memory: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark, memory.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark, memory.fill_uninitialized_memory = False, False
-    try:
-        yield
-    except RuntimeError as error:
-        if "deterministic" not in str(error):
-            raise
-        raise UserError(f"--deterministic: {str(error).split('.')[0]}") from None
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.benchmark, memory.fill_uninitialized_memory = before[1:]

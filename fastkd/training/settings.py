@@ -19,8 +19,8 @@ class Settings:
 
     ``setting``: a letter of ``SETTINGS``, whose teacher, student, data set and recipe stand in where those are None. Without one they are
     ``resnet20`` twice, ``auto`` and ``digits`` on digits, else ``hankyul2``. ``device`` None: a GPU if there is one; ``overrides``: fields
-    of the recipe; ``resume``: "" looks for the unfinished run, anything else is its folder. ``teacher_seed`` None: that of the run;
-    ``pictures``: the sheets of attention maps at the end, where matplotlib is there.
+    of the recipe; ``compile``, ``cuda_graph`` None: where it pays; ``resume``: "" looks for the unfinished run, anything else is its
+    folder. ``teacher_seed`` None: that of the run; ``pictures``: the sheets of attention maps at the end, where matplotlib is there.
     """
 
     method: str
@@ -37,6 +37,8 @@ class Settings:
     device: str | None = None
     precision: str = "fp32"
     deterministic: bool = False
+    compile: bool | None = None
+    cuda_graph: bool | None = None
     output: Path = Path("runs")
     resume: str | None = None
     pictures: bool = True

@@ -1,0 +1,50 @@
+"""What the FSP loss on a GPU keeps of a pair for its backward pass: shapes alone, for launchers and for fakes, without Triton.
+
+Of a pair of features A (Ca, K) and B (Cb, K) that is dloss/dG, (N, Ca, Cb), where it has no more numbers than the features. Of wide
+features of few positions it has many times more (1024 by 2048 channels at 7x7: 14 times the products' factors). There six K x K matrices
+of the channels' sums are kept instead, (N, 6, K, K), from which the loss and, with the features of both chains, the gradients follow
+(`gram_dual.py`).
+
+The matrix stays, whatever its size, where the six cannot take its place well: for "column_l2", whose gradient divides each column by its
+norm, which needs all the sums over A before those over B are made; and for student and teacher of different sizes, where nothing is
+subtracted before it is multiplied and the loss would be what is left of three large numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+SQUARES = 6
+
+
+def common_size(a: Tensor, b: Tensor) -> tuple[Any, ...]:
+    """What two features are pooled to."""
+    return tuple([i if i <= j else j for i, j in zip(a.shape[2:], b.shape[2:])])
+
+
+def matrix_shape(student: Sequence[Tensor], *rest: Any) -> tuple[Any, ...]:
+    a, b = student
+    return a.shape[0], a.shape[1], b.shape[1]
+
+
+def kept_shape(student: Sequence[Tensor], teacher: Sequence[Tensor], distance: str) -> tuple[Any, ...]:
+    """Of a pair, two features of each chain."""
+    samples, rows, columns = matrix_shape(student)
+    size = common_size(*student)
+    if distance != "column_l2" and size == common_size(*teacher):
+        positions = math.prod(size)
+        # a feature of the student and its teacher's count as one: in half precision, two of those take the bytes of a matrix's numbers
+        larger = 2 * rows * columns > sum(math.prod(x.shape[1:]) for x in (*student, *teacher))
+        if larger and rows * columns > SQUARES * positions * positions:
+            return samples, SQUARES, positions, positions
+    return samples, rows, columns
+
+
+def wide_stages(kept: Sequence[Tensor | tuple[Any, ...]]) -> list[int]:
+    """The stages of a chain that the gradients need of both sides."""
+    pairs = [i for i, x in enumerate(kept) if len(x if isinstance(x, tuple) else x.shape) == 4]
+    return sorted({stage for i in pairs for stage in (i, i + 1)})

@@ -1,0 +1,85 @@
+"""The loop of one phase of a training, the same in the process that leads and in those that follow it."""
+
+from __future__ import annotations
+
+import copy
+import signal
+import sys
+from contextlib import ExitStack, suppress
+from typing import Any
+
+from torch import nn
+
+from fastkd.methods import Method, create_method
+from fastkd.models import create_model
+from fastkd.training import distributed
+from fastkd.training.batches import Batches
+from fastkd.training.determinism import determinism
+from fastkd.training.errors import UserError
+from fastkd.training.loop import Loop
+from fastkd.training.plan import Plan
+from fastkd.training.progress import Progress
+from fastkd.training.recipes import Recipe
+from fastkd.training.settings import Settings
+
+
+def phase_loop(plan: Plan, role: str, phase: tuple[str, Recipe, Method], student: nn.Module, teacher: nn.Module | None,
+               batches: tuple[Batches, Batches]) -> Loop:  # fmt: skip
+    """What trains ``student`` in ``phase`` (of ``plan.phases``); only the main one is tested."""
+    name, recipe, method = phase
+    train, test = copy.copy(batches[0]), batches[1] if name == "main" else None
+    train.stream = role if name == "main" else f"{role} {name}"
+    taught = teacher if method.needs_teacher else None
+    return Loop(student, method, taught, train, test, recipe, plan.autocast(), plan.compiled, plan.captured)
+
+
+def lead(loop: Loop, role: str, phase: str) -> None:
+    """Has the other processes make the same loop, in the same state."""
+    if distributed.share()[1] > 1:
+        teacher = None if loop.teacher is None else loop.teacher.state_dict()
+        distributed.order({"role": role, "phase": phase, "state": loop.state(), "teacher": teacher})
+
+
+def lead_epoch(loop: Loop, epoch: int, progress: Progress) -> None:
+    distributed.order(epoch)
+    loop.train_epoch(epoch, progress)
+
+
+def follow() -> None:
+    """Trains as the first process orders, until it says no more. Prints nothing, writes nothing."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process stops, and torchrun ends us
+    try:
+        with ExitStack() as stack:
+            _follow(stack)
+    except RuntimeError as error:
+        if not distributed.lost(error):
+            raise
+        sys.exit(1)
+
+
+def _follow(stack: ExitStack) -> None:
+    """Orders are a run's settings, then what makes a loop, then numbers of its epochs."""
+    plan: Plan
+    loop: Loop
+    while (order := distributed.receive()) is not None:
+        if isinstance(order, Settings):
+            plan = Plan(order)
+            stack.enter_context(determinism(order.deterministic))
+        elif isinstance(order, dict):
+            loop = _loop(plan, order)
+        else:
+            with suppress(UserError):  # the first process has the same, says so, and ends us
+                loop.train_epoch(order, Progress("", 0, silent=True))
+
+
+def _loop(plan: Plan, order: dict[str, Any]) -> Loop:
+    role = order["role"]
+    method = plan.method if role == "student" else create_method("baseline")
+    phase = next(phase for phase in plan.phases(method) if phase[0] == order["phase"])
+    teacher = None
+    if order["teacher"] is not None:
+        teacher = create_model(plan.models.teacher, plan.data.classes)
+        teacher.load_state_dict(order["teacher"])
+    loop = phase_loop(plan, role, phase, plan.new_model(role), teacher, plan.batches(role))
+    loop.load(order["state"])
+    return loop
