@@ -88,3 +88,11 @@ def idle() -> Iterator[None]:
         yield
     finally:
         library.fastkd_emulate_idle(0)
+
+
+def launched() -> list[str]:
+    """The kernels that were launched since this was last asked."""
+    assert native.EMULATED and native.CUDA.path
+    library = ctypes.CDLL(native.CUDA.path)
+    library.fastkd_emulate_launched.restype = ctypes.c_char_p
+    return library.fastkd_emulate_launched().decode().split()

@@ -68,11 +68,12 @@ def test_cuda_kernels_need_no_more_than_a_gpu_has() -> None:
         pytest.skip(native.CUDA.reason)
     kernels = facts["kernels"]
     codes = {code for code in facts["architectures"] if code.startswith("sm_")}
-    for operation in ("loss_kernel", "gradient_kernel", "map_kernel"):
+    for operation in ("loss_kernel", "gradient_kernel", "map_kernel", "gram_forward", "gram_backward", "gram_pool"):
         assert {code for name, code, *_ in kernels if operation in name} == codes
     for name, code, registers, stack, spilled, shared in kernels:
         assert (stack, spilled) == (0, 0), f"{name} on {code}: {stack} bytes of stack, {spilled} spilled"
-        assert 0 < registers <= 128 and shared <= 48 << 10, f"{name} on {code}: {registers} registers, {shared} bytes of shared memory"
+        most = 255 if "gram_forward" in name or "gram_backward" in name else 128  # blocks of 128 threads, not 256
+        assert 0 < registers <= most and shared <= 48 << 10, f"{name} on {code}: {registers} registers, {shared} bytes of shared memory"
 
 
 def test_import_is_quick_and_starts_no_process() -> None:

@@ -3,7 +3,9 @@
 //
 //   FASTKD_KERNEL(threads) name(args)         a __global__ function for blocks of that many threads (a multiple of 32)
 //   FASTKD_KERNEL_OF(threads, blocks) ...     the same, with as few registers as so many blocks on a multiprocessor may have
-//   FASTKD_DEVICE                             a function called by kernels; FASTKD_BOTH: by the host too, and so by tests
+//   FASTKD_DEVICE                             a function called by kernels; FASTKD_BOTH: by the host too, and so by tests;
+//                                             FASTKD_MEMBER: one of a struct
+//   FASTKD_ARGUMENTS(type) name               a kernel's struct of arguments, read where it is
 //   threadIdx.x, blockIdx.x, gridDim.x        as ever; blocks and grids have one dimension
 //   shared_memory()                           the block's dynamic shared memory, 16-byte aligned; there is no static one
 //   sync_block(), sync_warp()                 all threads of the block, of the warp, must come
@@ -28,6 +30,8 @@
 #define FASTKD_KERNEL_OF(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define FASTKD_DEVICE static __device__ __forceinline__
 #define FASTKD_BOTH static __host__ __device__ __forceinline__
+#define FASTKD_MEMBER __device__ __forceinline__
+#define FASTKD_ARGUMENTS(type) const __grid_constant__ type
 #define FASTKD_UNROLL _Pragma("unroll")
 #define FASTKD_ROLLED _Pragma("unroll 1")
 

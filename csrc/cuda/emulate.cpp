@@ -41,6 +41,7 @@ std::string failure;  // of a thread: exceptions must not leave a fiber
 ucontext_t scheduler;
 bool reversed = false;
 bool idle = false;
+std::string launched;
 
 void enter() {
   try {
@@ -114,6 +115,7 @@ void run(const char* name, unsigned blocks, unsigned threads, size_t shared_byte
   check(blocks > 0 && blocks <= 0x7fffffffu, "the grid is empty or too large");
   check(threads > 0 && threads <= 1024 && threads % kLanes == 0, "the block is not of 1 to 32 whole warps");
   check(shared_bytes <= kSharedLimit, "more shared memory than a block may have");
+  launched += (launched.empty() ? "" : " ") + std::string(name);
   if (idle) return;
   while (fibers.size() < threads) fibers.emplace_back();
   warps.resize(fibers.size() / kLanes);
@@ -154,6 +156,14 @@ const void* aligned(const void* pointer, uintptr_t bytes) {
 
 }  // namespace emulate
 }  // namespace fastkd
+
+// For ctypes: the names of the kernels launched since it was last asked.
+extern "C" __attribute__((visibility("default"))) const char* fastkd_emulate_launched() {
+  static std::string told;
+  told.swap(fastkd::emulate::launched);
+  fastkd::emulate::launched.clear();
+  return told.c_str();
+}
 
 // For ctypes: launches are checked and then do nothing, so that what the host does can be timed.
 extern "C" __attribute__((visibility("default"))) void fastkd_emulate_idle(int wanted) { fastkd::emulate::idle = wanted != 0; }

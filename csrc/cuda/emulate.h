@@ -12,6 +12,8 @@
 #define FASTKD_KERNEL_OF(threads, blocks) static void
 #define FASTKD_DEVICE static inline
 #define FASTKD_BOTH static inline
+#define FASTKD_MEMBER inline
+#define FASTKD_ARGUMENTS(type) const type&
 #define FASTKD_UNROLL
 #define FASTKD_ROLLED
 #define __restrict__

@@ -61,6 +61,11 @@ def own_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
+# A graph holds what the setting was when it was traced, since it cannot ask: torch.compiler.assume_constant_result does no more than this,
+# and imports the compiler.
+own_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 # Found out once, and kept in globals: a graph that is traced reads those, where it could not ask.
 _interpreting: bool | None = None
 _state: tuple[bool, str] | None = None
