@@ -110,13 +110,15 @@ def on_cuda(*shape, dtype=torch.float16):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-@pytest.mark.parametrize("triton, cuda, why_not", itertools.product((False, True), (False, True), ("", "p is 3")))
-def test_auto_takes_what_serves_a_cuda_tensor_and_warns_once_where_only_triton_is_missing(monkeypatch, triton, cuda, why_not, dtype):
+@pytest.mark.parametrize("with_triton, with_cuda, why_not", list(itertools.product((False, True), (False, True), ("", "p is 3"))))
+def test_auto_takes_what_serves_a_cuda_tensor_and_warns_once_where_only_triton_is_missing(
+    monkeypatch, with_triton, with_cuda, why_not, dtype
+):
     x = on_cuda(2, 3, 4, dtype=dtype)
-    backend, messages = chosen(monkeypatch, [x, x], [x, x], operation="fsp_loss", triton=triton, cuda=cuda, why_not_cuda=why_not)
-    served = triton and dtype != torch.float64
-    assert backend == ("cuda" if cuda and not why_not else "triton" if served else "reference")
-    assert len(messages) == (backend == "reference" and not triton)
+    backend, messages = chosen(monkeypatch, [x, x], [x, x], operation="fsp_loss", triton=with_triton, cuda=with_cuda, why_not_cuda=why_not)
+    served = with_triton and dtype != torch.float64
+    assert backend == ("cuda" if with_cuda and not why_not else "triton" if served else "reference")
+    assert len(messages) == (backend == "reference" and not with_triton)
     assert all("the remedy" in message for message in messages)
 
 
