@@ -84,11 +84,10 @@ def availability() -> dict[str, tuple[bool, str]]:
 
 
 def _cuda_state() -> tuple[bool, str]:
-    library = native.CUDA
-    if not library.available:
-        return False, f"the CUDA library is not there: {library.reason}"
     if native.EMULATED:
-        return True, "the CUDA library, emulated on CPU tensors"
+        return True, native.EMULATED.reason
+    if not native.CUDA.available:
+        return False, f"the CUDA library is not there: {native.CUDA.reason}"
     if not torch.cuda.is_available():
         return False, "the CUDA library is loaded, but PyTorch sees no CUDA device"
     return True, f"the CUDA library, on {torch.cuda.get_device_name()}"

@@ -67,13 +67,13 @@ def _load_cuda() -> Library:
 
 
 def emulate(path: str) -> None:
-    """Take the CUDA library's place by its kernels compiled for the CPU, which run there thread by thread: for tests, slow.
+    """Put the CUDA library's kernels, compiled for the CPU, in its place: they run there thread by thread, for tests, slowly.
 
     ``path``: a library built from csrc/cuda with FASTKD_EMULATE. Raises OSError if it does not load.
     """
-    global CUDA, EMULATED
+    global EMULATED
     torch.ops.load_library(path)
-    CUDA, EMULATED = Library("_C_cuda", True, f"emulated on CPU tensors by {path}: for tests, slow", path), True
+    EMULATED = Library("_C_cuda", True, f"emulated on CPU tensors by {path}", path)
 
 
 def _functions() -> ctypes.CDLL:
@@ -160,7 +160,7 @@ def _force_amx(value: str) -> None:
 
 CPU = _load("_C")
 CUDA = _load_cuda()
-EMULATED = False  # by emulate()
+EMULATED: Library | None = None  # by emulate()
 if os.environ.get("FASTKD_CPU"):
     _force_cpu_path(os.environ["FASTKD_CPU"])
 if os.environ.get("FASTKD_AMX"):

@@ -74,15 +74,15 @@ def load() -> None:
 
 def backwards(wanted: bool) -> None:
     """Run threads and blocks from the last to the first, where it matters if a barrier is missing."""
-    assert native.EMULATED and native.CUDA.path
-    ctypes.CDLL(native.CUDA.path).fastkd_emulate_reversed(int(wanted))
+    assert native.EMULATED and native.EMULATED.path
+    ctypes.CDLL(native.EMULATED.path).fastkd_emulate_reversed(int(wanted))
 
 
 @contextlib.contextmanager
 def idle() -> Iterator[None]:
     """Kernels do nothing inside: what is left is the host's work."""
-    assert native.EMULATED and native.CUDA.path
-    library = ctypes.CDLL(native.CUDA.path)
+    assert native.EMULATED and native.EMULATED.path
+    library = ctypes.CDLL(native.EMULATED.path)
     library.fastkd_emulate_idle(1)
     try:
         yield
@@ -92,7 +92,7 @@ def idle() -> Iterator[None]:
 
 def launched() -> list[str]:
     """The kernels that were launched since this was last asked."""
-    assert native.EMULATED and native.CUDA.path
-    library = ctypes.CDLL(native.CUDA.path)
+    assert native.EMULATED and native.EMULATED.path
+    library = ctypes.CDLL(native.EMULATED.path)
     library.fastkd_emulate_launched.restype = ctypes.c_char_p
     return library.fastkd_emulate_launched().decode().split()

@@ -138,7 +138,7 @@ def test_auto_leaves_large_products_to_triton_where_it_is(monkeypatch):
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_a_backend_that_cannot_serve_a_cpu_tensor_says_so(backend, monkeypatch):
     monkeypatch.setattr(kernels, "interpreting", lambda: False)
-    monkeypatch.setattr(native, "EMULATED", False)
+    monkeypatch.setattr(native, "EMULATED", None)
     x = [torch.ones(2, 3, 4, 4)] * 2
     calls = (
         lambda: fastkd.attention_map(x[0]),

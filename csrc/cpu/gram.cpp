@@ -173,11 +173,11 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fsp_loss(std::vecto
 
 std::vector<Tensor> fsp_loss_backward(const Tensor& grad, std::vector<Tensor> features, std::vector<Tensor> gram_grads,
                                       const Text& pool_mode, std::optional<Text> precision, std::vector<int64_t> stages, bool negate,
-                                      std::vector<Tensor> others) {
+                                      std::optional<std::vector<Tensor>> others) {
   check_precision(precision);
   const bool max = parse_switch(pool_mode, "pool_mode", "avg", "max");
   STD_TORCH_CHECK(features.size() >= 2 && gram_grads.size() == features.size() - 1, "gram_grads must hold one matrix a pair of features");
-  STD_TORCH_CHECK(others.empty(), "others must be empty: with a matrix a pair, a chain's gradients need that chain alone");
+  STD_TORCH_CHECK(!others || others->empty(), "others must be empty: with a matrix a pair, a chain's gradients need that chain alone");
   const double upstream = negate ? -scalar_of(grad, "grad") : scalar_of(grad, "grad");
   DType accumulate = accumulation_of(features_of(features, "features"), DType::kFloat);
   for (const Tensor& m : gram_grads) accumulate = accumulation(accumulate, view_of(m, "gram_grads").dtype);

@@ -165,8 +165,8 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fsp_loss(std::vecto
 
 std::vector<Tensor> fsp_loss_backward(const Tensor& grad, std::vector<Tensor> features, std::vector<Tensor> gram_grads,
                                       const Text& pool_mode, std::optional<Text> precision, std::vector<int64_t> stages, bool negate,
-                                      std::vector<Tensor> others) {
-  STD_TORCH_CHECK(others.empty(), "others is for matrices that were not kept, and the CUDA library keeps all");
+                                      std::optional<std::vector<Tensor>> others) {
+  STD_TORCH_CHECK(!others || others->empty(), "others is for matrices that were not kept, and the CUDA library keeps all");
   const std::string how = precision_of(precision);
   const bool max = parse_switch(pool_mode, "pool_mode", "avg", "max");
   STD_TORCH_CHECK(features.size() >= 2 && gram_grads.size() == features.size() - 1, "gram_grads must hold one matrix a pair of features");

@@ -131,11 +131,12 @@ class _Gradients:
 
 def fsp_loss_backward(
     grad: Tensor, features: Sequence[Tensor], gram_grads: Sequence[Tensor], pool_mode: str, precision: str | None, stages: Sequence[int],
-    negate: bool, others: Sequence[Tensor],
+    negate: bool, others: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """See ``torch.ops.fastkd.fsp_loss_backward``."""
     if not stages:
         return []
+    others = others or ()
     tensors = (*features, *others)
     how = mode(tensors, precision)
     key = ("gradients", key_of(tensors), key_of(gram_grads), pool_mode, precision, how, tuple(stages), negate)

@@ -56,7 +56,7 @@ def _loss_fake_by_device(student: list[Tensor], teacher: list[Tensor], pool_mode
 
 
 def _loss_backward_fake(
-    grad: Tensor, features: list[Tensor], gram_grads: Any, pool_mode: Any, precision: Any, stages: list[int], negate: Any, others: Any
+    grad: Tensor, features: list[Tensor], gram_grads: Any, pool_mode: Any, precision: Any, stages: list[int], *rest: Any
 ) -> list[Tensor]:
     return [torch.empty_like(features[i]) for i in stages]
 
@@ -74,7 +74,7 @@ define(
 )
 define(
     "fsp_loss_backward(Tensor grad, Tensor[] features, Tensor[] gram_grads, str pool_mode, str? precision, int[] stages, bool negate, "
-    "Tensor[] others) -> Tensor[]",
+    "Tensor[]? others=None) -> Tensor[]",
     _loss_backward_fake,
 )
 differentiable_once("fsp_matrix_backward", "fsp_matrix")
@@ -189,7 +189,7 @@ def _chain_gradients(ctx: Any, grad: Tensor, needs: Sequence[bool], made: dict[i
     for first in (0, stages):
         wanted = [i for i in range(stages) if needs[first + i] and out[first + i] is None]
         if wanted:
-            chain, others = features[first : first + stages], [features[stages - first + i] for i in wide]
+            chain, others = features[first : first + stages], [features[stages - first + i] for i in wide] or None
             computed = ctx.call(_loss_backward, grad, chain, gram_grads, pool_mode, precision, wanted, first > 0, others)
             for i, dx in zip(wanted, computed, strict=True):
                 out[first + i] = dx
