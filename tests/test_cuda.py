@@ -9,7 +9,7 @@ import emulated
 import pytest
 import torch
 from recorder import fused_only
-from support import KERNELS, gpu, law, make, place, values
+from support import KERNELS, check_loss, dtypes, gpu, law, make, place, values
 
 import fastkd
 from fastkd import native
@@ -99,6 +99,16 @@ def test_misuse_is_told_as_by_other_backends(cuda):
             call()
     with pytest.raises(TypeError, match="int64"):
         fastkd.attention_map(x.long())
+
+
+@pytest.mark.parametrize("first, last, channels", [(0, 16, 19), (1, 17, 24), (4, 20, 24), (0, 15, 16)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("backend", KERNELS[2:])
+def test_channels_of_a_wider_feature_match_the_law(backend, layout, first, last, channels):
+    """As after a concatenation: what begins, or lies between samples, rows or positions, may be no multiple of 16 bytes."""
+    for size in ((5, 5), (4, 4)):
+        student, teacher = (make((3, channels, *size), random.choice(dtypes(backend)), layout)[:, first:last] for _ in range(2))
+        check_loss(backend, "attention_transfer_loss", [student], [teacher])
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "stepped"])

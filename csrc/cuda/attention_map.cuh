@@ -92,7 +92,7 @@ map_gradient_kernel(const MapGradientArgs args) {
   FASTKD_ROLLED
   for (int32_t j = threadIdx.x; j < coefficients_of(w, part); j += kThreads) {
     const int32_t s = position_of(w, first_coefficient(w, part) + j);
-    const double y = norm.has_along ? number_of<A>(w, args.map, n, s) : 0;
+    const double y = number_of<A>(w, args.map, n, s);
     k[j] = static_cast<A>(along_gradient(number_of<A>(w, args.grad, n, s), y, dot[0], norm, 2 / share));
   }
   sync_block();
