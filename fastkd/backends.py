@@ -132,12 +132,14 @@ def why_not_cuda_chain(student: object) -> str:
     return "" if stages <= MAX_STAGES else f"its kernels take up to {MAX_STAGES} stages, not {stages}"
 
 
-# The rule of `auto` between the two backends of a GPU, where both serve a call. None of it is measured yet: all by calculation.
+# The rule of `auto` between the two backends of a GPU, where both serve a call. Nothing of it is measured on one yet.
 #
-# - Attention maps, losses and taps move the same bytes in both; what differs is the host's share, a few microseconds a call in C++ and
-#   tens in Triton's launcher. So C++, whatever the size.
-# - FSP likewise while the host is what a call waits for. Products of many channels are for tensor cores, where Triton emits Hopper's own
-#   instructions and the C++ kernels the plain ones: from LARGE_PRODUCTS multiply-adds on, about 20 us of an H200 in tf32, Triton.
+# - Attention maps, losses and taps, by calculation: they move the same bytes in both. What the host does before the driver takes about as
+#   long in both (measured on a CPU, benchmarks/host.py), but a forward pass is two launches in Triton and one in C++. So C++.
+# - FSP, by calculation: likewise while the host is what a call waits for. Products of many channels are for tensor cores, where Triton
+#   emits Hopper's own instructions and takes larger tiles, and keeps no matrix larger than the features; 64 x 64 tiles of the C++ kernels
+#   read the ResNet-50 stages six times over. So Triton from LARGE_PRODUCTS multiply-adds on, about 20 us of an H200 in tf32.
+# - float64: C++, since Triton has none.
 LARGE_PRODUCTS = 1 << 32
 
 

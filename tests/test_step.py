@@ -39,9 +39,9 @@ def test_a_folded_teacher_answers_as_before(name, folded, features):
     assert len(foldable(model, features)) == folded + (name == "wrn_16_2" and not features)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     answers = [net.double()(x.double(), features=features) for net in (model, light)]
-    if features:
-        answers = [{**found._asdict(), "logits": logits} for found, logits in answers]
-    torch.testing.assert_close(answers[1], answers[0], rtol=1e-4, atol=1e-5)
+    # folded weights are rounded to float32, against the size of a map's numbers
+    for got, want in zip(*map(torch.utils._pytree.tree_leaves, reversed(answers)), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * max(1.0, want.abs().max().item()))
 
 
 def test_weights_cast_once_are_those_that_autocast_casts():
