@@ -88,6 +88,6 @@ def facts(command: list[str]) -> dict[str, Any]:
         "cpu_path": native.cpu_path() if native.CPU.available else None,
         "threads": torch.get_num_threads(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": command,
+        "command": ["python -m pytest" if command[:1] == ["__main__.py"] else command[0], *command[1:]],
         "commit": commit and commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else ""),
     }
