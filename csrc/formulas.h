@@ -1,5 +1,4 @@
-// The formulas that CPU and GPU kernels have in common. Functions are static, as kernels of the CPU need them (see tensor.h), and what they
-// compute must not depend on the compiler: no contraction can change what is written here, or all kernels accept either.
+// The formulas that CPU and GPU kernels have in common. Functions are static, as kernels of the CPU need them (see tensor.h).
 #pragma once
 
 #ifdef __CUDACC__

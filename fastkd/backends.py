@@ -206,11 +206,12 @@ def _choose_on_gpu(operation: str, arguments: tuple[object, ...], why_not_cuda: 
 
 def _must_serve(name: str, device: str, arguments: tuple[object, ...], why_not_cuda: Callable[[], str]) -> None:
     """Raises BackendError where a backend that was asked for by name cannot serve the call."""
-    # not availability(), which would look at every backend
-    if name == "cpp":
-        available, reason = native.CPU.available, native.CPU.reason
+    # not availability(), which would look at every backend, and for the CUDA library ask the driver; a CUDA tensor says that there is a GPU
+    if name == "triton":
+        available, reason = kernels.state()
     else:
-        available, reason = kernels.state() if name == "triton" else _cuda_state()
+        library = native.CPU if name == "cpp" else native.EMULATED or native.CUDA
+        available, reason = library.available, library.reason
     if not available:
         raise BackendError(f"backend {name!r} was asked for but is not available: {reason}")
     wanted = "cpu" if name == "cpp" else "cuda"
