@@ -8,7 +8,7 @@
 //   FASTKD_ARGUMENTS(type) name               a kernel's struct of arguments, read where it is
 //   threadIdx.x, blockIdx.x, gridDim.x        as ever; blocks and grids have one dimension
 //   shared_memory()                           the block's dynamic shared memory, 16-byte aligned; there is no static one
-//   sync_block(), sync_warp()                 all threads of the block, of the warp, must come
+//   sync_block()                              all threads of the block must come
 //   shuffle_xor(value, mask)                  all 32 lanes must come
 //   is_last(ticket, count)                    the block's last thread to come to a ticket of `count` comers; see below
 //   load_fresh(pointer)                       a number that another block wrote before is_last() said so
@@ -40,7 +40,6 @@ namespace fastkd {
 extern __shared__ uint4 fastkd_shared_memory[];
 FASTKD_DEVICE unsigned char* shared_memory() { return reinterpret_cast<unsigned char*>(fastkd_shared_memory); }
 FASTKD_DEVICE void sync_block() { __syncthreads(); }
-FASTKD_DEVICE void sync_warp() { __syncwarp(); }
 template <typename T>
 FASTKD_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);

@@ -47,7 +47,6 @@ const void* aligned(const void* pointer, uintptr_t bytes);
 
 static inline unsigned char* shared_memory() { return emulate::shared(); }
 static inline void sync_block() { emulate::barrier(true); }
-static inline void sync_warp() { emulate::barrier(false); }
 
 template <typename T>
 static inline T shuffle_xor(T value, int mask) {

@@ -82,9 +82,4 @@ void check_device(const TensorView& view, const TensorView& first, const char* n
                   first.device_index);
 }
 
-DeviceFeature device_feature(const Feature& x) {
-  return {x.data,     x.dtype,   x.layout,  static_cast<int32_t>(x.channels),       x.positions, x.stride_n, x.stride_c,
-          x.stride_s, x.size[1], x.size[2], {x.stride[0], x.stride[1], x.stride[2]}};
-}
-
 }  // namespace fastkd

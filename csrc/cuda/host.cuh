@@ -26,7 +26,6 @@ class OnDevice {
   OnDevice& operator=(const OnDevice&) = delete;
 
   Stream stream() const { return stream_; }
-  int32_t index() const { return index_; }
   Tensor empty(const int64_t* sizes, int64_t dim, DType dtype) const { return fastkd::empty(sizes, dim, dtype, index_); }
   // `count` tickets of is_last(), all 0. They are kept for the stream's next call, which finds them 0 again, except while a CUDA graph is
   // captured, which gets its own and zeroes them. The tensor is to live until the kernel is launched.
@@ -71,26 +70,5 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, uns
 
 // All tensors of a call lie on one device.
 void check_device(const TensorView& view, const TensorView& first, const char* name);
-
-// What a kernel needs of a feature or map to find its numbers: Feature (tensor.h) without what the host alone wants.
-struct DeviceFeature {
-  void* data;
-  DType dtype;
-  Layout layout;
-  int32_t channels;
-  int64_t positions;
-  int64_t stride_n, stride_c, stride_s;
-  int64_t height, width;  // the last two of size[]
-  int64_t stride[3];
-};
-
-DeviceFeature device_feature(const Feature& x);
-
-// Where position s of a feature of any layout lies, from the beginning of its channel.
-FASTKD_BOTH int64_t offset_of(const DeviceFeature& x, int64_t s) {
-  if (x.layout != Layout::kGeneric) return s * x.stride_s;
-  const int64_t row = s / x.width, depth = row / x.height;
-  return depth * x.stride[0] + (row - depth * x.height) * x.stride[1] + (s - row * x.width) * x.stride[2];
-}
 
 }  // namespace fastkd
