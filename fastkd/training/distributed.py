@@ -46,6 +46,10 @@ def group(device: str | None) -> Iterator[None]:
         raise UserError(f"torchrun started {started} processes here, and PyTorch sees {there} GPUs: one process a GPU, or --device cpu")
     if cuda:
         torch.cuda.set_device(local_rank() or 0)
+    # Imported once a group is there, its default arguments would hold the group: destroying it would then not end Gloo's threads, and one
+    # that frees a tensor while the interpreter ends aborts the process (pytorch/pytorch#190489). Optimizers import it, by torch._dynamo.
+    import torch.distributed.nn  # noqa: F401
+
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     yield
     dist.destroy_process_group()  # not after an error: the others may wait for something else
