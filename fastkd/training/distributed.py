@@ -6,6 +6,7 @@ at an epoch's end.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -48,8 +49,7 @@ def group(device: str | None) -> Iterator[None]:
         torch.cuda.set_device(local_rank() or 0)
     # Imported once a group is there, its default arguments would hold the group: destroying it would then not end Gloo's threads, and one
     # that frees a tensor while the interpreter ends aborts the process (pytorch/pytorch#190489). Optimizers import it, by torch._dynamo.
-    import torch.distributed.nn  # noqa: F401
-
+    importlib.import_module("torch.distributed.nn")
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     yield
     dist.destroy_process_group()  # not after an error: the others may wait for something else
