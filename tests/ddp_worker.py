@@ -6,6 +6,7 @@ import os
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # imported later it would hold the group, whose threads can abort the end
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
