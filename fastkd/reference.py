@@ -103,6 +103,16 @@ def relu_tap(
     return y, attention_map(y, p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode)
 
 
+def batch_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, *, relu: bool = False, eps: float = 1e-5) -> Tensor:
+    """The y of :func:`fastkd.ops.norm.batch_norm`, by x's own mean and variance; of x's dtype, rounded once."""
+    with _no_autocast(x):
+        wide, w, b = _widen(x, weight, bias)
+        y = F.batch_norm(wide, None, None, w, b, training=True, eps=eps)
+        if residual is not None:
+            y = y + residual
+        return (torch.relu(y) if relu else y).to(x.dtype)
+
+
 def attention_transfer_loss(
     student: Tensor | Sequence[Tensor],
     teacher: Tensor | Sequence[Tensor],

@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "gram.h"
+#include "norm.h"
 #include "tap.h"
 
 namespace fastkd {
@@ -12,6 +13,7 @@ struct KernelTable {
   AttentionKernels attention;
   GramKernels gram;
   TapKernels tap;
+  NormKernels norm;
 };
 
 // Each is defined by the file of its name (through kernels.inl). AVX paths exist only in builds with GCC for x86-64 (FASTKD_X86).

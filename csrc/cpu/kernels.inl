@@ -17,10 +17,11 @@ namespace FASTKD_TARGET {
 #include "attention.inl"
 #include "gram.inl"
 #include "tap.inl"
+#include "norm.inl"
 
 #define FASTKD_STRING_(x) #x
 #define FASTKD_STRING(x) FASTKD_STRING_(x)
-extern const KernelTable table = {FASTKD_STRING(FASTKD_TARGET), attention_kernels, gram_kernels, tap_kernels};
+extern const KernelTable table = {FASTKD_STRING(FASTKD_TARGET), attention_kernels, gram_kernels, tap_kernels, norm_kernels};
 
 }  // namespace FASTKD_TARGET
 }  // namespace fastkd

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.models.features import Features
+from fastkd.ops.norm import batch_norm
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut, returned apart: the network adds them and applies the last ReLU, where the maps are taken."""
+    """Two 3x3 convolutions and a shortcut, returned apart: bn2, addition and last ReLU are the network's, where the maps are taken."""
 
     def __init__(self, width_in: int, width: int, stride: int):
         super().__init__()
@@ -24,9 +25,8 @@ class BasicBlock(nn.Module):
             self.downsample = nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        out = self.bn2(self.conv2(out))
-        return out, x if self.downsample is None else self.downsample(x)
+        out = batch_norm(self.bn1, self.conv1(x), relu=True)
+        return self.conv2(out), x if self.downsample is None else batch_norm(self.downsample[1], self.downsample[0](x))
 
 
 class ResNet(nn.Module):
@@ -66,17 +66,18 @@ class ResNet(nn.Module):
         preact = features == "preact"
         if preact and tap is not None:
             raise ValueError('tap and features="preact" exclude each other: a tap never has the map before the ReLU')
-        x = stem = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = stem = batch_norm(self.bn1, self.conv1(x), relu=True)
         stages, blocks, maps = [], [], []
         for group in (self.layer1, self.layer2, self.layer3):
             for i, block in enumerate(group, 1):
-                total, shortcut = block(x)
+                out, shortcut = block(x)
                 if tap is not None and i == len(group):
-                    x, attention = tap(total, shortcut)
+                    x, attention = tap(batch_norm(block.bn2, out), shortcut)
                     maps.append(attention)
                 else:
-                    total += shortcut
-                    x = F.relu(total, inplace=not preact)
+                    total = x = batch_norm(block.bn2, out, shortcut, relu=not preact)
+                    if preact:
+                        x = F.relu(total)
                 blocks.append(total if preact else x)
             stages.append(blocks[-1])
         pooled = x.mean((2, 3))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.models.features import Features
+from fastkd.ops.norm import batch_norm
 
 
 class PreactBlock(nn.Module):
@@ -26,9 +27,10 @@ class PreactBlock(nn.Module):
         self.convShortcut = None if width_in == width else nn.Conv2d(width_in, width, 1, stride, bias=False)
 
     def forward(self, x: Tensor, keep_norm: bool = False) -> tuple[Tensor, Tensor]:
-        norm = self.bn1(x)
-        active = F.relu(norm, inplace=not keep_norm)
-        out = F.relu(self.bn2(self.conv1(active)), inplace=True)
+        active = norm = batch_norm(self.bn1, x, relu=not keep_norm)
+        if keep_norm:
+            active = F.relu(norm)
+        out = batch_norm(self.bn2, self.conv1(active), relu=True)
         out = self.conv2(out)
         out += x if self.convShortcut is None else self.convShortcut(active)
         return out, norm
@@ -81,8 +83,8 @@ class WideResNet(nn.Module):
                 x = blocks[-1]
                 taken.append(attention)
             ends.append(len(blocks) - 1)
-        norm = self.bn1(x)
-        pooled = F.relu(norm, inplace=not preact).mean((2, 3))
+        norm = batch_norm(self.bn1, x, relu=not preact)
+        pooled = (F.relu(norm) if preact else norm).mean((2, 3))
         logits = self.fc(pooled)
         if not features:
             return logits

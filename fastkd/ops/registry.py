@@ -7,7 +7,7 @@ operations call a thin ``autograd.Function`` instead of the rule registered here
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -21,12 +21,16 @@ from fastkd import backends, kernels
 _LIBRARIES = {namespace: torch.library.Library(namespace, "DEF") for namespace in ("fastkd", "fastkd_cuda")}
 
 
-def define(schema: str, fake: Callable[..., Any], twins_fake: Callable[..., Any] | None = None) -> None:
+def _libraries(twin: bool) -> Iterator[tuple[str, torch.library.Library]]:
+    return ((namespace, library) for namespace, library in _LIBRARIES.items() if twin or namespace == "fastkd")
+
+
+def define(schema: str, fake: Callable[..., Any], twins_fake: Callable[..., Any] | None = None, twin: bool = True) -> None:
     """Declare ``fastkd::<schema>`` and its twin ``fastkd_cuda::<schema>``, each with the function that gives its outputs' shapes, dtypes,
-    devices and strides. On CUDA tensors the first is Triton's, the second the CUDA library's.
+    devices and strides. On CUDA tensors the first is Triton's, the second the CUDA library's. ``twin`` False: there is only the first.
     """
     name = schema.partition("(")[0]
-    for namespace, library in _LIBRARIES.items():
+    for namespace, library in _libraries(twin):
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         known = twins_fake if namespace == "fastkd_cuda" and twins_fake else fake
         torch.library.register_fake(f"{namespace}::{name}", known, lib=library)
@@ -34,9 +38,9 @@ def define(schema: str, fake: Callable[..., Any], twins_fake: Callable[..., Any]
         _LIBRARIES["fastkd"].impl(name, lambda *args: kernels.launcher(name)(*args), "CUDA")
 
 
-def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None], twin: bool = True) -> None:
     """The autograd rule of an operator and of its twin in traced graphs; ``ctx.call`` runs operators where the forward ran."""
-    for namespace, library in _LIBRARIES.items():
+    for namespace, library in _libraries(twin):
         run = in_cuda if namespace == "fastkd_cuda" else call
 
         def setup(ctx: Any, inputs: tuple, output: Any, run: Callable[..., Any] = run) -> None:
@@ -46,11 +50,11 @@ def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..
         torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=setup, lib=library)
 
 
-def differentiable_once(name: str, public: str) -> None:
+def differentiable_once(name: str, public: str, twin: bool = True) -> None:
     """Make a second derivative through the backward operator ``name`` an error; PyTorch's own default is a silent zero."""
 
     _PUBLIC[name] = public
-    autograd(name, lambda ctx, *grads: _refuse(public), lambda ctx, inputs, output: None)
+    autograd(name, lambda ctx, *grads: _refuse(public), lambda ctx, inputs, output: None, twin)
 
 
 _PUBLIC: dict[str, str] = {}

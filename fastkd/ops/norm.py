@@ -1,0 +1,144 @@
+"""A batch norm in training, the addition and the ReLU that follow it, as one operation: what a step's time goes to after convolutions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastkd import backends, native, reference
+from fastkd.ops.registry import autograd, call, define, differentiable_once
+
+
+def _fake(x: Tensor, residual: Tensor | None, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return torch.empty_like(x), *(torch.empty_like(weight) for _ in range(3))
+
+
+def _backward_fake(
+    grad: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, relu: bool, residual: bool
+) -> tuple[Tensor, ...]:
+    dresidual = torch.empty_like(x) if relu and residual else x.new_empty(0)
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias), dresidual
+
+
+define(
+    "batch_norm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, bool relu, float eps)"
+    " -> (Tensor y, Tensor mean, Tensor variance, Tensor invstd)",
+    _fake,
+    twin=False,
+)
+# dresidual is empty unless there are both a residual and a ReLU
+define(
+    "batch_norm_backward(Tensor grad, Tensor x, Tensor? y, Tensor weight, Tensor bias, Tensor mean, Tensor invstd, bool relu,"
+    " bool residual) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
+    _backward_fake,
+    twin=False,
+)
+differentiable_once("batch_norm_backward", "batch_norm", twin=False)
+
+_forward = torch.ops.fastkd.batch_norm.default
+_backward = torch.ops.fastkd.batch_norm_backward.default
+
+
+def _context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    x, residual, weight, bias, relu, eps = inputs
+    y, mean, _, invstd = output
+    # without a residual the ReLU's gate is found from x, which is read anyway
+    ctx.save_for_backward(x, y if relu and residual is not None else None, weight, bias, mean, invstd)
+    ctx.set_materialize_grads(False)
+    ctx.relu, ctx.residual, ctx.eps = relu, residual is not None, eps
+
+
+def _gradients(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    dx, dweight, dbias, dresidual = ctx.call(_backward, grad, *ctx.saved_tensors, ctx.relu, ctx.residual)
+    return dx, (dresidual if ctx.relu else grad) if ctx.residual else None, dweight, dbias, None, None
+
+
+autograd("batch_norm", _gradients, _context, twin=False)
+
+
+class BatchNormFunction(torch.autograd.Function):
+    """``apply(x, residual, weight, bias, relu, eps)`` -> y, mean, unbiased variance, 1 / sqrt(variance + eps); only y has a gradient.
+
+    With g the gradient of y where y > 0 (all of it without a ReLU), d = x - mean and k = weight * invstd:
+    dx = k (g - sum(g) / M - d invstd^2 sum(g d) / M) for sums over the M values of a channel, dresidual = g.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = call(_forward, *inputs)
+        _context(ctx, inputs, output)
+        ctx.call = call
+        ctx.mark_non_differentiable(*output[1:])
+        return tuple(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is not None and torch.is_grad_enabled():  # a graph of the backward pass is wanted
+            return _differentiable_gradients(ctx, grad)
+        return _gradients(ctx, grad)
+
+
+def _differentiable_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, y, weight, bias, _, _ = ctx.saved_tensors
+    normed = reference.batch_norm(x, None, weight, bias, relu=False, eps=ctx.eps)
+    passed = grad * ((normed if y is None else y) > 0) if ctx.relu else grad
+    wanted = [tensor for tensor in (x, weight, bias) if tensor.requires_grad]
+    found = iter(torch.autograd.grad(normed, wanted, passed, create_graph=True))
+    dx, dweight, dbias = (next(found) if tensor.requires_grad else None for tensor in (x, weight, bias))
+    return dx, passed if ctx.residual else None, dweight, dbias, None, None
+
+
+def batch_norm(norm: Any, x: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
+    """``norm(x)``, to which ``residual`` is added, and the ReLU of that: each where asked for. Running averages are updated as ever.
+
+    A float32 :class:`torch.nn.BatchNorm2d` in training, over dense channels_last x and residual of float16, bfloat16 or float32 on a CPU,
+    is one operator that reads x twice and writes once; its backward pass reads what arrives, x and, with both residual and ReLU, the
+    result twice. It sums in float32 over a few thousand numbers and in float64 from there on, and rounds once. Everything else (another
+    device, layout or dtype, eval mode, a norm with hooks or without averages, any other module in its place) is plain PyTorch, where
+    the norm's output is overwritten. Backends asked for by name other than "cpp" are served so too.
+
+    Args:
+        norm: the module whose weight, bias and averages they are, at its place in the network.
+        x: (N, C, H, W).
+        residual: None, or a tensor like x.
+        relu: whether a ReLU ends it.
+
+    Returns: like x. Equals ``torch.relu(norm(x) + residual)``; differentiable, twice too.
+    Source: Ioffe, Szegedy, *Batch normalization*, ICML 2015.
+    """
+    if not _served(norm, x, residual):
+        y = norm(x)
+        if residual is not None:
+            y += residual
+        return F.relu(y, inplace=True) if relu else y
+    run = _forward if torch.compiler.is_compiling() else BatchNormFunction.apply
+    y, mean, variance, _ = run(x, residual, norm.weight, norm.bias, relu, norm.eps)
+    with torch.no_grad():
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(variance, norm.momentum)
+        norm.num_batches_tracked.add_(1)
+    return y
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _served(norm: Any, x: Tensor, residual: Tensor | None) -> bool:
+    if not (isinstance(x, Tensor) and x.is_cpu and type(norm) is nn.BatchNorm2d and norm.training):  # torch.fx gives no tensors
+        return False
+    if not native.CPU.available or backends.current() not in ("auto", "cpp"):
+        return False
+    plain = norm.affine and norm.track_running_stats and norm.momentum is not None and norm.weight.dtype == torch.float32
+    hooked = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
+    alike = residual is None or (residual.dtype == x.dtype and residual.shape == x.shape and _dense(residual))
+    return plain and not hooked and alike and x.dtype in _DTYPES and x.dim() == 4 and _dense(x) and x.numel() // x.shape[1] > 1
+
+
+def _dense(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
