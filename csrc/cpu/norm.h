@@ -1,4 +1,5 @@
-// What norm.cpp hands to the kernels of norm.inl. A feature is `rows` rows of `channels` numbers, dense; units are chunks of rows.
+// What norm.cpp hands to the kernels of norm.inl. A feature is `rows` rows of `channels` numbers, dense; where it has few channels, a row
+// is several positions, each of whose channels counts as one of its own. Units are chunks of rows.
 #pragma once
 
 #include "common.h"
@@ -8,6 +9,7 @@ namespace fastkd {
 struct NormRows {
   DType dtype;  // of x, residual, y, gradients; all else is float
   int64_t rows, channels;
+  int64_t fold;   // positions of a row
   int64_t chunk;  // rows of one, the last may have fewer
 };
 
@@ -33,11 +35,19 @@ struct NormBackwardArgs {
   int32_t relu;
 };
 
+// x = relu(x + residual), in place.
+struct JoinArgs {
+  DType dtype;
+  void* x;
+  const void* residual;  // null if there is none
+};
+
 struct NormKernels {
   void (*moments)(const NormArgs&, int64_t begin, int64_t end);
   void (*apply)(const NormArgs&, int64_t begin, int64_t end);
   void (*sums)(const NormBackwardArgs&, int64_t begin, int64_t end);
   void (*gradient)(const NormBackwardArgs&, int64_t begin, int64_t end);
+  void (*join)(const JoinArgs&, int64_t begin, int64_t end);  // units are numbers
 };
 
 }  // namespace fastkd

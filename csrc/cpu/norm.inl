@@ -179,4 +179,36 @@ static void norm_gradient(const NormBackwardArgs& args, int64_t begin, int64_t e
             [&](auto type, auto gate) { gradient_of<decltype(type), static_cast<Gate>(decltype(gate)::value)>(args, begin, end); });
 }
 
-static constexpr NormKernels norm_kernels = {norm_moments, norm_apply, norm_sums, norm_gradient};
+template <typename T, bool kResidual>
+static void join(const JoinArgs& args, int64_t begin, int64_t end) {
+  constexpr int64_t W = kLanes<float>;
+  T* x = static_cast<T*>(args.x);
+  const T* residual = static_cast<const T*>(args.residual);
+  const auto at = [&](int64_t i, auto zero) {
+    using V = decltype(zero);
+    V value = Piece<T, V>::get(x + i);
+    if constexpr (kResidual) value += Piece<T, V>::get(residual + i);
+    Piece<T, V>::put(x + i, chosen(value < V{}, V{}, value));
+  };
+  int64_t i = begin;
+  if constexpr (kInPairs<T, float>) {
+    for (; i + 2 * W <= end; i += 2 * W) {
+      VecF even, odd, others[2] = {};
+      load_pair(x + i, even, odd);
+      if constexpr (kResidual) load_pair(residual + i, others[0], others[1]);
+      even += others[0], odd += others[1];
+      store_pair(x + i, chosen(even < VecF{}, VecF{}, even), chosen(odd < VecF{}, VecF{}, odd), false);
+    }
+  }
+  for (; i + W <= end; i += W) at(i, VecF{});
+  for (; i < end; ++i) at(i, float{});
+}
+
+static void norm_join(const JoinArgs& args, int64_t begin, int64_t end) {
+  with_type<float>(args.dtype, [&](auto type) {
+    using T = decltype(type);
+    args.residual ? join<T, true>(args, begin, end) : join<T, false>(args, begin, end);
+  });
+}
+
+static constexpr NormKernels norm_kernels = {norm_moments, norm_apply, norm_sums, norm_gradient, norm_join};

@@ -38,6 +38,8 @@ define(
 )
 differentiable_once("batch_norm_backward", "batch_norm", twin=False)
 
+define("add_relu_(Tensor(a!) x, Tensor? residual) -> Tensor(a!)", lambda x, residual: x, twin=False)
+
 _forward = torch.ops.fastkd.batch_norm.default
 _backward = torch.ops.fastkd.batch_norm_backward.default
 
@@ -114,6 +116,8 @@ def batch_norm(norm: Any, x: Tensor, residual: Tensor | None = None, *, relu: bo
     """
     if not _served(norm, x, residual):
         y = norm(x)
+        if relu and _joined(y, residual):
+            return torch.ops.fastkd.add_relu_(y, residual)
         if residual is not None:
             y += residual
         return F.relu(y, inplace=True) if relu else y
@@ -130,14 +134,25 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _served(norm: Any, x: Tensor, residual: Tensor | None) -> bool:
-    if not (isinstance(x, Tensor) and x.is_cpu and type(norm) is nn.BatchNorm2d and norm.training):  # torch.fx gives no tensors
-        return False
-    if not native.CPU.available or backends.current() not in ("auto", "cpp"):
+    if not (type(norm) is nn.BatchNorm2d and norm.training and _in_kernels(x, residual)):
         return False
     plain = norm.affine and norm.track_running_stats and norm.momentum is not None and norm.weight.dtype == torch.float32
     hooked = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
+    return plain and not hooked and x.numel() // x.shape[1] > 1
+
+
+def _joined(y: Tensor, residual: Tensor | None) -> bool:
+    """Whether addition and ReLU are the operator's: eager and without gradients. A compiler fuses the formula with what is before it."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return _in_kernels(y, residual)
+
+
+def _in_kernels(x: Tensor, residual: Tensor | None) -> bool:
+    if not (isinstance(x, Tensor) and x.is_cpu and native.CPU.available and backends.current() in ("auto", "cpp")):
+        return False  # torch.fx gives no tensors
     alike = residual is None or (residual.dtype == x.dtype and residual.shape == x.shape and _dense(residual))
-    return plain and not hooked and alike and x.dtype in _DTYPES and x.dim() == 4 and _dense(x) and x.numel() // x.shape[1] > 1
+    return alike and x.dtype in _DTYPES and x.dim() == 4 and _dense(x)
 
 
 def _dense(x: Tensor) -> bool:
