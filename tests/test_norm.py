@@ -156,6 +156,30 @@ def test_it_is_differentiable_twice(residual, relu):
         torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
 
 
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 16, 5, 5), (2, 5, 3, 7), (4, 64, 9, 9)], ids=str)
+def test_addition_and_relu_of_a_folded_network_are_one_pass(shape, dtype):
+    x, residual = feature(shape, dtype, shift=0.0), feature(shape, dtype, shift=0.0)
+    x[0, 1, 1, 1], x[-1, -1, -1, -1] = float("nan"), -1.0
+    for path in native.cpu_paths():
+        native.set_cpu_path(path)
+        try:
+            for added in (residual, None):
+                with torch.no_grad(), Recorder() as recorder:
+                    y = batch_norm(nn.Identity(), x.clone(), added, relu=True)
+                assert recorder.fused == ["add_relu_"]
+                torch.testing.assert_close(
+                    y, torch.relu(x.float() + (0 if added is None else added)).to(dtype), rtol=0, atol=0, equal_nan=True
+                )
+        finally:
+            native.set_cpu_path("")
+    kept = x.clone()
+    with Recorder() as recorder:
+        batch_norm(nn.Identity(), kept.requires_grad_() * 1, relu=True)  # what has a gradient is autograd's
+    assert not recorder.fused
+
+
 def hooked(norm):
     norm.register_forward_hook(lambda *_: None)
     return norm
@@ -200,6 +224,7 @@ def test_a_backend_by_name_takes_no_other():
 @compiled
 def test_operators_keep_what_their_schemas_say():
     x, added, grad = (feature((4, 16, 5, 5)) for _ in range(3))
+    torch.library.opcheck(torch.ops.fastkd.add_relu_.default, (x.clone(), added), test_utils=("test_schema", "test_faketensor"))
     weight, bias = torch.rand(16).requires_grad_(), torch.rand(16).requires_grad_()
     ops = torch.ops.fastkd
     for residual, relu in ((None, True), (added.requires_grad_(), True), (added, False)):
@@ -227,6 +252,9 @@ def test_misuse_is_refused():
     ]:
         with pytest.raises(RuntimeError, match=words):
             torch.ops.fastkd.batch_norm(*args, False, 1e-5)
+    for args, words in [((x.contiguous(), None), "x must be dense"), ((x, x.half()), "residual must have")]:
+        with pytest.raises(RuntimeError, match=words):
+            torch.ops.fastkd.add_relu_(*args)
     with pytest.raises(RuntimeError, match="y is needed"):
         torch.ops.fastkd.batch_norm_backward(x, x, None, weight, weight, weight, weight, True, True)
 
