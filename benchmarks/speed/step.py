@@ -1,7 +1,8 @@
 """A whole training step of ResNet-20 with attention transfer: what the losses are worth where they are used.
 
-Rows are eager and compiled steps, each with the reference's formula and with every compiled backend. The compiled ones decide what `auto`
-takes inside `torch.compile`: the operator, or the formula that the compiler fuses with its surroundings.
+Rows are eager and compiled steps, each with the reference's formula and with every compiled backend; what else is in a step is as `auto`
+has it. The compiled ones decide what `auto` takes inside `torch.compile`: the operator, or the formula that the compiler fuses with its
+surroundings.
 """
 
 from __future__ import annotations
@@ -37,15 +38,21 @@ NONE, LOSS = "without AT", "loss"  # the teacher runs in every form: without AT,
 TAPS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {"tap": _then_tap, "relu_tap": fastkd.relu_tap}
 
 
-def forward(student: nn.Module, teacher: nn.Module, images: Tensor, labels: Tensor, autocast: torch.autocast, form: str = LOSS) -> Tensor:
-    """Cross-entropy and attention transfer on the three stage outputs, whose maps a tap may take on the features' way, up to the loss."""
+def forward(
+    student: nn.Module, teacher: nn.Module, images: Tensor, labels: Tensor, autocast: torch.autocast, form: str = LOSS, plain: bool = False
+) -> Tensor:
+    """Cross-entropy and attention transfer on the three stage outputs, whose maps a tap may take on the features' way, up to the loss.
+
+    ``plain``: by the reference's formula.
+    """
     with torch.no_grad(), autocast:
         wanted, _ = teacher(images, features=True)
     with autocast:
         features, logits = student(images, features=True, tap=TAPS.get(form))
     loss = F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, labels)
     if form == LOSS:
-        return loss + fastkd.attention_transfer_loss(features.stages, wanted.stages, weight=WEIGHT)
+        transfer = fastkd.reference.attention_transfer_loss if plain else fastkd.attention_transfer_loss
+        return loss + transfer(features.stages, wanted.stages, weight=WEIGHT)
     if form in TAPS:
         return loss + fastkd.attention_transfer_loss(features.maps, wanted.stages, weight=WEIGHT, student_is_map=True)
     return loss
@@ -89,7 +96,7 @@ class Step:
 
     def run(self, variant: Variant) -> Callable[[], Tensor]:
         """The whole step: both networks, the losses, backward, optimizer."""
-        run: Callable[..., Tensor] = functools.partial(forward, form=variant.form)
+        run: Callable[..., Tensor] = functools.partial(forward, form=variant.form, plain=variant.backend == "reference")
         if variant.compiled:
             run = torch.compile(run, fullgraph=True, dynamic=False)
 
@@ -133,7 +140,7 @@ class StepGroup:
 
     def row(self, built: Step, name: str) -> Row:
         variant = self.variants[name]
-        return Row(name, built.run(variant), functools.partial(fastkd.use_backend, variant.backend))
+        return Row(name, built.run(variant), functools.partial(fastkd.use_backend, "auto" if variant.backend == "reference" else variant.backend))
 
     def check(self, built: Step, row: Row) -> None:
         with row.context():
