@@ -140,7 +140,8 @@ class StepGroup:
 
     def row(self, built: Step, name: str) -> Row:
         variant = self.variants[name]
-        return Row(name, built.run(variant), functools.partial(fastkd.use_backend, "auto" if variant.backend == "reference" else variant.backend))
+        backend = "auto" if variant.backend == "reference" else variant.backend
+        return Row(name, built.run(variant), functools.partial(fastkd.use_backend, backend))
 
     def check(self, built: Step, row: Row) -> None:
         with row.context():
