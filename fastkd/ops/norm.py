@@ -100,10 +100,11 @@ def batch_norm(norm: Any, x: Tensor, residual: Tensor | None = None, *, relu: bo
     """``norm(x)``, to which ``residual`` is added, and the ReLU of that: each where asked for. Running averages are updated as ever.
 
     A float32 :class:`torch.nn.BatchNorm2d` in training, over dense channels_last x and residual of float16, bfloat16 or float32 on a CPU,
-    is one operator that reads x twice and writes once; its backward pass reads what arrives, x and, with both residual and ReLU, the
-    result twice. It sums in float32 over a few thousand numbers and in float64 from there on, and rounds once. Everything else (another
-    device, layout or dtype, eval mode, a norm with hooks or without averages, any other module in its place) is plain PyTorch, where
-    the norm's output is overwritten. Backends asked for by name other than "cpp" are served so too.
+    is one operator that reads x twice and writes once; its backward pass reads x and what arrives twice, or, where a residual and a ReLU
+    followed, the result and what arrives once, and then the gradient that it wrote for the residual. It sums in float32 within a few
+    thousand numbers and in float64 from there on, and rounds once. Everything else (another device, layout or dtype, eval mode, a norm
+    with hooks or without averages, any other module in its place) is plain PyTorch, where the norm's output is overwritten; addition and
+    ReLU are then one pass over such tensors where no gradient is wanted. Backends asked for by name other than "cpp" are plain PyTorch.
 
     Args:
         norm: the module whose weight, bias and averages they are, at its place in the network.
