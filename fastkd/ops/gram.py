@@ -207,7 +207,8 @@ def _traced_loss_backward(ctx: Any, grad: Tensor, *rest: Any) -> tuple:
         raise RuntimeError("fastkd::fsp_loss was called with with_grad=False for a tensor that needs a gradient")
     student_needs, teacher_needs = ctx.needs_input_grad[:2]
     out = _chain_gradients(ctx, grad, [*student_needs, *teacher_needs])
-    return out[: ctx.stages], out[ctx.stages :], *(None for _ in ctx.options), None, None, None
+    # before 2.15 the dispatcher drops arguments that have their default values, and wants no gradient of those
+    return out[: ctx.stages], out[ctx.stages :], *(None for _ in ctx.needs_input_grad[2:])
 
 
 autograd("fsp_loss", _traced_loss_backward, _traced_loss_context)

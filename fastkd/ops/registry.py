@@ -6,7 +6,6 @@ operations call a thin ``autograd.Function`` instead of the rule registered here
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -71,7 +70,7 @@ def call(operator: Callable[..., Any], *args: Any) -> Any:
 
 def twin(operator: Any) -> Any:
     """The operator of the CUDA library that does what ``operator`` does."""
-    return getattr(torch.ops.fastkd_cuda, _name(operator)).default
+    return getattr(torch.ops.fastkd_cuda, operator._opname).default
 
 
 def in_cuda(operator: Any, *args: Any) -> Any:
@@ -118,18 +117,13 @@ class _Once(torch.autograd.Function):
 
 def launch(operator: Any, *args: Any) -> Any:
     """As ``call``, by Triton: straight to the launcher, past the dispatcher and its host cost."""
-    name = _name(operator)
+    name = operator._opname
     if not torch.is_grad_enabled():
         return kernels.launcher(name)(*args)
     flat = [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,))]
     if not any(isinstance(x, Tensor) and x.requires_grad for x in flat):
         return kernels.launcher(name)(*args)
     return _Once.apply(name, args, *[x for x in flat if isinstance(x, Tensor)])
-
-
-@functools.cache
-def _name(operator: Any) -> str:
-    return operator._schema.name.partition("::")[2]
 
 
 def caller(example: Tensor) -> Callable[..., Any]:
