@@ -38,12 +38,11 @@ def chain(of, dtype=torch.float32, layout="contiguous", n=2):
 @pytest.mark.parametrize("of", [of for of in CHAINS if "several" not in of])
 def test_a_matrix_larger_than_the_features_is_not_kept(triton, of):
     s, t = ([triton(x).requires_grad_(not i) for x in chain(of)] for i in (0, 1))
-    kept = fastkd.fsp_loss(s, t).grad_fn.saved_tensors[: len(s) - 1]
+    loss = fastkd.fsp_loss(s, t)
+    kept = loss.grad_fn.saved_tensors[: len(s) - 1]
     assert [i for i, x in enumerate(kept) if x.dim() == 4] == WIDE.get(of, list(range(len(kept))))
     for i, x in enumerate(kept):
         assert x.numel() <= sum(y.numel() for y in (*s[i : i + 2], *t[i : i + 2]))
-    columns = fastkd.fsp_loss(s, t, distance="column_l2").grad_fn.saved_tensors[: len(s) - 1]
-    assert all(x.dim() == 3 for x in columns)
 
 
 def test_what_is_kept_follows_from_sizes():
@@ -54,8 +53,17 @@ def test_what_is_kept_follows_from_sizes():
     assert kept((1024, 14, 14), (2048, 7, 7)) == (6, 49, 49)  # ResNet-50
     assert kept((512, 28, 28), (1024, 14, 14)) == (512, 1024)
     assert kept((128, 16, 16), (256, 8, 8)) == (128, 256)  # ResNet-32x4
-    assert kept((1024, 14, 14), (2048, 7, 7), distance="column_l2") == (1024, 2048)
-    assert kept((1024, 14, 14), (2048, 7, 7), (1024, 16, 16), (2048, 8, 8)) == (1024, 2048)
+    assert kept((1024, 14, 14), (2048, 7, 7), distance="column_l2") == (2048,)
+    assert kept((1024, 14, 14), (2048, 7, 7), (1024, 16, 16), (2048, 8, 8)) == (2048,)
+    assert kept((512, 28, 28), (1024, 14, 14), distance="column_l2") == (512, 1024)
+    # a matrix of as many bytes as the features is kept, of one row more it is not
+    assert kept((196, 7, 7), (196, 7, 7), distance="column_l2") == (196, 196)
+    assert kept((197, 7, 7), (196, 7, 7), distance="column_l2") == (196,)
+    with torch.device("meta"):
+        half = [[torch.empty(1, c, 7, 7, dtype=torch.bfloat16) for c in (99, 98)] for _ in range(2)]
+        assert kept_shape(*half, "column_l2") == (1, 98)
+        half[1] = [x.float() for x in half[1]]
+        assert kept_shape(*half, "column_l2") == (1, 99, 98)
     assert kept((98, 7, 7), (98, 7, 7)) == (98, 98) and kept((121, 7, 7), (121, 7, 7)) == (6, 49, 49)
 
 

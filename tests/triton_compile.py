@@ -178,6 +178,8 @@ CIFAR = [(16, 32), (32, 16), (64, 8)]
 RESNET50 = [(256, 56), (512, 28), (1024, 14), (2048, 7)]
 # one pair by a matrix, one by products over channels, of several tiles (of 9x9 positions) and parts
 WIDE = [(96, 18), (520, 9), (768, 9)]
+# the last pair's matrix would be larger than the features
+COLUMNS = [(70, 8), (9, 8), (130, 5), (200, 5)]
 CASES = {
     "cifar": lambda: loss(CIFAR, torch.float32, 128),
     "cifar channels_last bf16": lambda: loss(CIFAR, torch.bfloat16, 128, True),
@@ -201,7 +203,8 @@ CASES = {
     "fsp resnet50": lambda: fsp(RESNET50, torch.float32, 8, "ieee"),
     "fsp resnet50 tf32": lambda: fsp(RESNET50, torch.float32, 8, "tf32"),
     "fsp resnet50 channels_last bf16": lambda: fsp(RESNET50, torch.bfloat16, 8, None, True),
-    "fsp columns": lambda: fsp([(70, 8), (9, 8), (130, 5)], torch.float16, 2, "ieee", distance="column_l2"),
+    "fsp columns": lambda: fsp(COLUMNS, torch.float16, 2, "ieee", distance="column_l2"),
+    "fsp again": lambda: fsp(WIDE, torch.float32, 8, "tf32", True, [(96, 18), (520, 12), (768, 6)]),
     "fsp pooled": lambda: fsp(CIFAR, torch.float32, 4, "tf32", False, [(16, 9), (32, 9), (64, 4)], "max"),
     "fsp wide tf32x3": lambda: fsp(WIDE, torch.float32, 8, "tf32x3"),
     "fsp unaligned": fsp_unaligned,

@@ -13,7 +13,7 @@
 | `gram_kernels.py`  | and their kernels                                                                          |
 | `gram_dual.py`     | what those do where the matrix would be larger than the features                           |
 | `gram_kept.py`     | where that is; without Triton                                                              |
-| `gram_tile.py`     | and what these have in common: features averaged over windows, products in each precision  |
+| `gram_tile.py`     | and what these have in common: features averaged over windows, products and differences    |
 | `gram_view.py`     | how FSP sees a feature, and the tiles of its products                                      |
 | `gram_pool.py`     | the gradient of unusual pooling                                                            |
 | `pool.py`          | adaptive pooling of features and energies, and its gradient                                |

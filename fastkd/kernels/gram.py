@@ -24,8 +24,9 @@ and then multiplied:
 Common pooling windows are fused (`gram_view.py`). For others each pooled tensor takes one more launch forward and one backward, and each
 such gradient one more.
 
-Where a matrix would be larger than the features, as at 7x7 that of 1024 by 2048 channels, neither pass makes it (`gram_dual.py`, which says
-how; `gram_kept.py`, which says where): a program sums products over a part of the channels, and the last of a sample adds the parts.
+Where a matrix would be larger than the features, as at 7x7 that of 1024 by 2048 channels, it is never in memory (`gram_kept.py` says when).
+Either neither pass makes it (`gram_dual.py`): a program sums products over a part of the channels, and the last of a sample adds the parts.
+Or each tile's program forgets it, and the backward pass makes it again for each gradient: about twice the products in all.
 """
 
 from __future__ import annotations
@@ -117,10 +118,10 @@ class _Loss:
                 scratch = 32 * sums + units * parts * 3 * cut[0] * cut[0]
                 tickets += units
             else:
-                cut = tile(
-                    rows, more, max(positions), how, dear=dear, widest=32 if all(v.scalar for v in views[-4:]) else 64 if dear else 128
-                )
-                cuts.append((*cut, int(sizes[0] == sizes[1]), 0, False))
+                alone = not columns and sizes[0] == sizes[1]
+                widest = 32 if all(v.scalar for v in views[-4:]) else 64 if dear or not alone else 128
+                cut = tile(rows, more, max(positions), how, dear=dear, widest=widest)
+                cuts.append((*cut, int(sizes[0] == sizes[1]), 0, len(self.shapes[i]) == 2))
                 row_tiles, column_tiles = math.ceil(rows / cut[0]), math.ceil(more / cut[1])
                 units = samples * (column_tiles if columns else row_tiles * column_tiles)
                 pairs.append((programs, row_tiles * column_tiles, column_tiles, scratch, units, scratch + units, tickets, *positions))

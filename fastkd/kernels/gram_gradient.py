@@ -22,16 +22,21 @@ _plans = Plans()
 
 @dataclass(frozen=True)
 class _Term:
-    """M x for a kept matrix M and the feature at ``xs[0]``, or what `gram_dual.py` makes of kept squares and a stage of both chains."""
+    """M x for a feature x and a kept matrix M, or one that is made again; or what `gram_dual.py` makes of kept squares and both chains."""
 
     common: tuple[int, ...]
-    xs: tuple[int, ...]  # places of features: x, or student's and teacher's
+    xs: tuple[int, ...]  # places of features: x; a stage of student and teacher; x and the factors of both matrices
     m: int  # place of what was kept
-    numbers: tuple[int, ...]  # strides of M: sample, channel of the gradient, channel of x; or where squares are, and how far apart
+    numbers: tuple[int, ...]  # see the kernels: of strides of M, of squares, or of factors of columns
     depth: int  # summed over
     strides: tuple[tuple[int, ...], ...] = ()  # of a kept square and of its transpose: sample, row, positions
     left: bool = False
     sign: int = 0
+    factors: tuple[tuple[int, ...], ...] = ()  # of a matrix made again: what the features of student and teacher are pooled to
+
+    @property
+    def kind(self) -> int:
+        return 1 if self.strides else 2 if self.factors else 0
 
 
 class _Gradients:
@@ -49,13 +54,16 @@ class _Gradients:
         samples, programs = features[0].shape[0], 0
 
         def add(term: _Term, parts: tuple[int, ...], share: int) -> None:
-            kinds.append((len(self.xs), bool(term.strides), term.left, term.sign))
+            same = len(set(term.factors)) == 1
+            kinds.append((len(self.xs), term.kind, term.left, int(same) if term.factors else term.sign))
             self.ms.append(term.m)
             numbers.append(term.numbers)
             scales.append(sign / (math.prod(term.common) * share))
-            for i in term.xs:
-                # of a square's factors, all positions are multiplied
-                place, seen = self.sources.add(i, term.common, ONES if term.strides else parts)
+            for at, i in enumerate(term.xs):
+                # of the factors of a square or of a matrix, all positions are multiplied
+                factor = term.kind == 1 or at > 0
+                common = term.factors[at > 2] if term.kind == 2 and factor else term.common
+                place, seen = self.sources.add(i, common, ONES if factor else parts)
                 self.xs.append(place)
                 views.append(seen)
             for strides in term.strides:
@@ -83,9 +91,13 @@ class _Gradients:
             positions = math.prod(own) // math.prod(grid)
             dear = any(v.dear for v in views[first_view:])
             widest = 64 if (coarse and fine) or out_view.scalar else 128
-            if how in ("ieee", "tf32x3") and any(t.strides for t in terms):
-                widest = 32
-            cut = tile(x.shape[1], positions, max(t.depth for t in terms), how, dear=dear, widest=widest)
+            highest, kind = 128, max(t.kind for t in terms)
+            if how in ("ieee", "tf32x3") and kind:
+                # a matrix made again is a third block in registers
+                highest, widest = 32 if kind == 2 else 128, 32
+            elif kind:
+                highest, widest = 64, 64 if kind == 2 else widest
+            cut = tile(min(x.shape[1], highest), positions, max(t.depth for t in terms), how, dear=dear, widest=widest)
             cuts.append((*cut, first, len(coarse), len(fine)))
             blocks = math.ceil(positions / cut[1])
             tiles = math.ceil(x.shape[1] / cut[0]) * blocks
@@ -158,21 +170,26 @@ def fsp_loss_backward(
             if not 0 <= i < len(features):
                 raise ValueError(f"stages must be indices of features, got {i}")
             pairs = [pair for pair in (i - 1, i) if 0 <= pair < len(gram_grads)]
-            wanted.append((i, [_term(features, gram_grads, i, pair, places, teacher=negate) for pair in pairs]))
+            wanted.append((i, [_term(tensors, gram_grads, i, pair, places, teacher=negate) for pair in pairs]))
         plan = _plans[key] = _Gradients(tensors, wanted, pool_mode, how, -1.0 if negate else 1.0)
     return plan.run(grad, tensors, gram_grads)
 
 
 def _term(
-    features: Sequence[Tensor], kept: Sequence[Tensor], i: int, pair: int, places: dict[int, tuple[int, ...]], *, teacher: bool
+    tensors: Sequence[Tensor], kept: Sequence[Tensor], i: int, pair: int, places: dict[int, tuple[int, ...]], *, teacher: bool
 ) -> _Term:
-    """The term of stage i's gradient that comes from a pair."""
+    """The term of a gradient, stage i's, that comes from a pair. tensors: the chain's, then others; places: of stages of both chains."""
     left, m = i == pair, kept[pair]
     other = pair + 1 if left else pair
-    common = common_size(features[pair], features[pair + 1])
+    common = common_size(tensors[pair], tensors[pair + 1])
     if m.dim() == 3:
         n, a, b = m.stride()
-        return _Term(common, (other,), pair, (n, a, b) if left else (n, b, a), features[other].shape[1])
+        return _Term(common, (other,), pair, (n, a, b) if left else (n, b, a), tensors[other].shape[1])
+    if m.dim() == 2:
+        of = [[places[stage][chain] for stage in (i, other)] for chain in (0, 1)]
+        factors = tuple([common_size(*(tensors[j] for j in side)) for side in of])
+        numbers = (*m.stride(), *(math.prod(size) for size in factors))
+        return _Term(common, (other, *of[0], *of[1]), pair, numbers, tensors[other].shape[1], left=left, factors=factors)
     n, square, row, column = m.stride()
     steps = torch.empty(common, device="meta").stride()
     strides = [(n, one, *[step * of for of in steps]) for one, step in ((row, column), (column, row))]
@@ -184,7 +201,8 @@ def _term(
 
 def _check_kept(m: Tensor, a: Tensor, b: Tensor, name: str) -> None:
     positions = math.prod(common_size(a, b))
-    shape = (a.shape[0], SQUARES, positions, positions) if m.dim() == 4 else (a.shape[0], a.shape[1], b.shape[1])
+    shapes = {2: (b.shape[1],), 4: (SQUARES, positions, positions)}
+    shape = (a.shape[0], *shapes.get(m.dim(), (a.shape[1], b.shape[1])))
     if m.dtype != torch.float32 or m.shape != shape or m.device != a.device:
         raise ValueError(f"{name} is {tuple(m.shape)} {m.dtype} on {m.device}, wanted {shape} float32")
 

@@ -1,12 +1,11 @@
 """What the FSP loss on a GPU keeps of a pair for its backward pass: shapes alone, for launchers and for fakes, without Triton.
 
-Of a pair of features A (Ca, K) and B (Cb, K) that is dloss/dG, (N, Ca, Cb), where it has no more numbers than the features. Of wide
-features of few positions it has many times more (1024 by 2048 channels at 7x7: 14 times the products' factors). There six K x K matrices
-of the channels' sums are kept instead, (N, 6, K, K), from which the loss and, with the features of both chains, the gradients follow
-(`gram_dual.py`).
-
-The matrix stays, whatever its size, where the six cannot take its place well: for "column_l2", whose gradient divides each column by its
-norm, which needs all the sums over A before those over B are made; and for student and teacher of different sizes, where nothing is
+Of a pair of features A (Ca, K) and B (Cb, K) that is dloss/dG, (N, Ca, Cb), where it is no larger than the features. Of wide features of
+few positions it is many times larger (1024 by 2048 channels at 7x7: 14 times the products' factors). There it is never in memory, and the
+gradients need the features of both chains. Either six K x K matrices of the channels' sums are kept, (N, 6, K, K), from which the loss and
+the gradients follow (`gram_dual.py`). Or, where those six cannot take its place well, what each column of G_s - G_t is multiplied by,
+(N, Cb), and the backward pass makes G_s - G_t again, tile by tile, for each gradient: for "column_l2", whose gradient divides each column
+by its norm, which needs all the sums over A before those over B are made; and for student and teacher of different sizes, where nothing is
 subtracted before it is multiplied and the loss would be what is left of three large numbers.
 """
 
@@ -41,10 +40,12 @@ def kept_shape(student: Sequence[Tensor], teacher: Sequence[Tensor], distance: s
         larger = 2 * rows * columns > sum(math.prod(x.shape[1:]) for x in (*student, *teacher))
         if larger and rows * columns > SQUARES * positions * positions:
             return samples, SQUARES, positions, positions
+    if 4 * rows * columns > sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in (*student, *teacher)):
+        return samples, columns
     return samples, rows, columns
 
 
 def wide_stages(kept: Sequence[Tensor | tuple[Any, ...]]) -> list[int]:
     """The stages of a chain that the gradients need of both sides."""
-    pairs = [i for i, x in enumerate(kept) if len(x if isinstance(x, tuple) else x.shape) == 4]
+    pairs = [i for i, x in enumerate(kept) if len(x if isinstance(x, tuple) else x.shape) != 3]
     return sorted({stage for i in pairs for stage in (i, i + 1)})

@@ -6,51 +6,8 @@ import triton
 import triton.language as tl
 
 from fastkd.kernels.gram_dual import dual_program, dual_term
-from fastkd.kernels.gram_tile import across, along, extent, part, product, read, sample, zeros
+from fastkd.kernels.gram_tile import across, along, difference, extent, part, product, products, read, sample, zeros
 from fastkd.kernels.tile import added_up, last_of
-
-
-@triton.jit
-def _products(
-    total, a, b, a_less, b_less, a_view, b_view, a_less_view, b_less_view, n, row, column, V: tl.constexpr, A: tl.constexpr,
-    C: tl.constexpr, J: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """A tile of a b^T over all positions; given a_less and b_less, of a b^T - a_less b_less^T, by way of the features' differences.
-
-    V[A], V[A + 1] are constants of a and b, the next two of a_less and b_less. C[J]: (row block, column block, depth, ...).
-    """
-    # a part of a constant is a constant only once it is named one
-    A_EXACT: tl.constexpr = V[A][9]
-    B_EXACT: tl.constexpr = V[A + 1][9]
-    rows, length = extent(a_view, V, A)
-    columns, _ = extent(b_view, V, A + 1)
-    k = tl.arange(0, C[J][2])
-    own, other = row < rows, column < columns
-    a += sample(a_view, V, A, n)
-    b += sample(b_view, V, A + 1, n)
-    a_rows = across(a_view, V, A, row)[:, None]
-    b_rows = across(b_view, V, A + 1, column)[:, None]
-    if a_less is not None:
-        LESS_EXACT: tl.constexpr = V[A + 2][9]
-        a_less += sample(a_less_view, V, A + 2, n)
-        b_less += sample(b_less_view, V, A + 3, n)
-        a_less_rows = across(a_less_view, V, A + 2, row)[:, None]
-        b_less_rows = across(b_less_view, V, A + 3, column)[:, None]
-    for first in range(0, length, C[J][2]):
-        position = first + k
-        inside = position < length
-        a_mask = own[:, None] & inside[None, :]
-        b_mask = other[:, None] & inside[None, :]
-        x = read(a + (a_rows + along(a_view, V, A, position)[None, :]), a_mask, a_view, V, A)
-        y = read(b + (b_rows + along(b_view, V, A + 1, position)[None, :]), b_mask, b_view, V, A + 1)
-        if a_less is not None:
-            x_less = read(a_less + (a_less_rows + along(a_less_view, V, A + 2, position)[None, :]), a_mask, a_less_view, V, A + 2)
-            y_less = read(b_less + (b_less_rows + along(b_less_view, V, A + 3, position)[None, :]), b_mask, b_less_view, V, A + 3)
-            total = product(x - x_less, tl.trans(y), total, MODE, UPCAST, False, B_EXACT)
-            total = product(x_less, tl.trans(y - y_less), total, MODE, UPCAST, LESS_EXACT, False)
-        else:
-            total = product(x, tl.trans(y), total, MODE, UPCAST, A_EXACT, B_EXACT)
-    return total
 
 
 # counts and places are not specialized, where Triton heeds that (not within tuples): a new batch size need not be a new kernel
@@ -64,7 +21,7 @@ def fsp_matrix_kernel(
     row = tile // columns * C[0][0] + tl.arange(0, C[0][0])
     column = tile % columns * C[0][1] + tl.arange(0, C[0][1])
     total = zeros(row, column)
-    total = _products(total, a, b, None, None, a_view, b_view, None, None, n, row, column, V, 0, C, 0, MODE, UPCAST)
+    total = products(total, a, b, None, None, a_view, b_view, None, None, n, row, column, V, 0, C, 0, MODE, UPCAST)
     a_channels, _ = extent(a_view, V, 0)
     b_channels, _ = extent(b_view, V, 1)
     mask = (row < a_channels)[:, None] & (column < b_channels)[None, :]
@@ -77,45 +34,35 @@ def _matrix_program(
     operands, outs, scratch, tickets, factor, views, of, local, V: tl.constexpr, C: tl.constexpr, J: tl.constexpr, COLUMNS: tl.constexpr,
     MODE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """A tile of G_s - G_t, kept as it is differentiated, and its share of the loss; whether that is complete.
+    """A tile of G_s - G_t and its share of the loss; whether that is complete. Kept is the tile as it is differentiated, or its factors.
 
     of: (first program, tiles of a sample, column tiles, where shares are, their number, where squares and tickets of columns are,
-    positions). C[J]: (row block, column block, depth, whether features are subtracted, ...).
+    positions). C[J]: (row block, column block, depth, whether features are subtracted, 0, whether factors of columns alone are kept).
     """
+    FACTORS: tl.constexpr = C[J][5]
     n = (local // of[1]).to(tl.int64)
     tile = local % of[1]
     column_tile = tile % of[2]
     row = tile // of[2] * C[J][0] + tl.arange(0, C[J][0])
     column = column_tile * C[J][1] + tl.arange(0, C[J][1])
-    d = zeros(row, column)
-    if C[J][3]:
-        d = _products(
-            d, operands[4 * J], operands[4 * J + 1], operands[4 * J + 2], operands[4 * J + 3], views[4 * J], views[4 * J + 1],
-            views[4 * J + 2], views[4 * J + 3], n, row, column, V, 4 * J, C, J, MODE, UPCAST,
-        )  # fmt: skip
-        d = d / of[7]
-    else:
-        d = _products(
-            d, operands[4 * J], operands[4 * J + 1], None, None, views[4 * J], views[4 * J + 1], None, None, n, row, column, V, 4 * J,
-            C, J, MODE, UPCAST,
-        )  # fmt: skip
-        t = zeros(row, column)
-        t = _products(
-            t, operands[4 * J + 2], operands[4 * J + 3], None, None, views[4 * J + 2], views[4 * J + 3], None, None, n, row, column, V,
-            4 * J + 2, C, J, MODE, UPCAST,
-        )  # fmt: skip
-        d = d / of[7] - t / of[8]
+    d = difference(
+        operands[4 * J], operands[4 * J + 1], operands[4 * J + 2], operands[4 * J + 3], views[4 * J], views[4 * J + 1],
+        views[4 * J + 2], views[4 * J + 3], n, row, column, of[7], of[8], V, 4 * J, C, J, C[J][3], MODE, UPCAST,
+    )  # fmt: skip
     a_channels, _ = extent(views[4 * J], V, 4 * J)
     b_channels, _ = extent(views[4 * J + 1], V, 4 * J + 1)
     mask = (row < a_channels)[:, None] & (column < b_channels)[None, :]
     # a sum over idle lanes must not meet 0 * NaN
     squares = tl.where(mask, d * d, 0.0)
     if outs is not None:
-        to = outs[J] + (n * a_channels + row)[:, None] * b_channels + column[None, :]
+        if FACTORS:
+            factors_to = outs[J] + n * b_channels + column
+        else:
+            to = outs[J] + (n * a_channels + row)[:, None] * b_channels + column[None, :]
     if COLUMNS:
         at = scratch + of[5] + n * (of[1] // of[2]) * b_channels + column
         tl.store(at + (tile // of[2]).to(tl.int64) * b_channels, tl.sum(squares, 0), mask=column < b_channels)
-        if outs is not None:
+        if outs is not None and not FACTORS:
             tl.store(to, d, mask=mask)
         done = last_of(tickets + of[6] + n * of[2] + column_tile, of[1] // of[2])
         if done:
@@ -128,15 +75,23 @@ def _matrix_program(
             tl.store(scratch + of[3] + n * of[2] + column_tile, tl.sum(norm, 0))
             if outs is not None:
                 scale = tl.where(norm == 0, 0.0, factor / norm)
-                for first in range(0, a_channels, C[J][0]):
-                    row = first + tl.arange(0, C[J][0])
-                    mask = (row < a_channels)[:, None] & (column < b_channels)[None, :]
-                    to = outs[J] + (n * a_channels + row)[:, None] * b_channels + column[None, :]
-                    tl.store(to, tl.load(to, mask=mask, other=0, cache_modifier=".cg") * scale[None, :], mask=mask)
+                if FACTORS:
+                    tl.store(factors_to, scale, mask=column < b_channels)
+                else:
+                    for first in range(0, a_channels, C[J][0]):
+                        row = first + tl.arange(0, C[J][0])
+                        mask = (row < a_channels)[:, None] & (column < b_channels)[None, :]
+                        to = outs[J] + (n * a_channels + row)[:, None] * b_channels + column[None, :]
+                        tl.store(to, tl.load(to, mask=mask, other=0, cache_modifier=".cg") * scale[None, :], mask=mask)
     else:
         tl.store(scratch + of[3] + local, tl.sum(squares))
         if outs is not None:
-            tl.store(to, d * (2 * factor), mask=mask)
+            if FACTORS:
+                # by the sample's first row of tiles
+                ours = tl.where(tile < of[2], b_channels, 0)
+                tl.store(factors_to, tl.zeros(column.shape, tl.float32) + 2 * factor, mask=column < ours)
+            else:
+                tl.store(to, d * (2 * factor), mask=mask)
         done = local >= 0
     return done
 
@@ -190,19 +145,59 @@ def _term(
 
 
 @triton.jit
-def _either_term(
+def _again_term(
+    total, kept, x, a, b, a_less, b_less, numbers, x_view, a_view, b_view, a_less_view, b_less_view, n, row, rows, position, inside, j,
+    scale, V: tl.constexpr, A: tl.constexpr, K: tl.constexpr, T: tl.constexpr, C: tl.constexpr, J: tl.constexpr, MODE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """total + scale M x, of an M that was not kept: a b^T - a_less b_less^T, made again, times the columns' factors ``kept``.
+
+    a: the student's feature whose gradient this is, or the teacher's is, and b the pair's other. numbers: strides of ``kept``, positions of
+    student and teacher. V[A] is what is constant of x, the next of a, b, a_less, b_less. K[T]: (A, 2, LEFT, whether sizes are the same).
+    """
+    LEFT: tl.constexpr = K[T][2]
+    EXACT: tl.constexpr = V[A][9]
+    SAME: tl.constexpr = K[T][3]
+    count, _ = extent(x_view, V, A)
+    k = tl.arange(0, C[J][2])
+    kept += n * numbers[0]
+    x += sample(x_view, V, A, n)
+    x_columns = (along(x_view, V, A, position) + part(x_view, V, A, j))[None, :]
+    for first in range(0, count, C[J][2]):
+        o = first + k
+        given = o < count
+        m = difference(
+            a, b, a_less, b_less, a_view, b_view, a_less_view, b_less_view, n, row, o, numbers[2], numbers[3], V, A + 1, C, J, SAME, MODE,
+            UPCAST,
+        )  # fmt: skip
+        if LEFT:
+            m = m * tl.load(kept + o * numbers[1], mask=given, other=0)[None, :]
+        else:
+            m = m * tl.load(kept + row * numbers[1], mask=row < rows, other=0)[:, None]
+        y = read(x + (across(x_view, V, A, o)[:, None] + x_columns), given[:, None] & inside[None, :], x_view, V, A)
+        total = product(m * scale, y, total, MODE, UPCAST, False, EXACT)
+    return total
+
+
+@triton.jit
+def _any_term(
     total, ms, xs, m_numbers, views, n, row, rows, position, inside, j, scale, V: tl.constexpr, K: tl.constexpr, T: tl.constexpr,
     C: tl.constexpr, J: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """K[T]: (place of its first tensor and view, 0) or that of ``dual_term``."""
+    """K[T]: (place of its first tensor and view, 0) or that of ``dual_term`` or ``_again_term``."""
     A: tl.constexpr = K[T][0]
-    if K[T][1]:
+    if K[T][1] == 0:
+        return _term(total, ms[T], xs[A], m_numbers[T], views[A], n, row, rows, position, inside, j, scale, V, A, C, J, MODE, UPCAST)
+    elif K[T][1] == 1:
         return dual_term(
             total, xs[A], xs[A + 1], ms[T], views[A], views[A + 1], views[A + 2], views[A + 3], m_numbers[T], n, row, rows, position,
             inside, j, scale, V, A, K, T, C, J, MODE, UPCAST,
         )  # fmt: skip
     else:
-        return _term(total, ms[T], xs[A], m_numbers[T], views[A], n, row, rows, position, inside, j, scale, V, A, C, J, MODE, UPCAST)
+        return _again_term(
+            total, ms[T], xs[A], xs[A + 1], xs[A + 2], xs[A + 3], xs[A + 4], m_numbers[T], views[A], views[A + 1], views[A + 2],
+            views[A + 3], views[A + 4], n, row, rows, position, inside, j, scale, V, A, K, T, C, J, MODE, UPCAST,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["items", "samples"])
@@ -233,7 +228,7 @@ def fsp_gradient_kernel(
             FINE: tl.constexpr = C[i][5]
             coarse = zeros(row, position)
             for k in tl.static_range(COARSE):
-                coarse = _either_term(
+                coarse = _any_term(
                     coarse, ms, xs, m_numbers, views, n, row, rows, position, inside, 0, scales[FIRST + k] * upstream, V, K,
                     FIRST + k, C, i, MODE, UPCAST,
                 )  # fmt: skip
@@ -241,7 +236,7 @@ def fsp_gradient_kernel(
             for j in range(0, W[i][6] * W[i][7] * W[i][8]):
                 total = coarse
                 for k in tl.static_range(FINE):
-                    total = _either_term(
+                    total = _any_term(
                         total, ms, xs, m_numbers, views, n, row, rows, position, inside, j, scales[FIRST + COARSE + k] * upstream, V, K,
                         FIRST + COARSE + k, C, i, MODE, UPCAST,
                     )  # fmt: skip

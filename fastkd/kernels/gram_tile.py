@@ -1,4 +1,4 @@
-"""What the FSP kernels have in common: reading a block of a feature, averaged over its pooling window, and products in each precision.
+"""What the FSP kernels have in common: blocks of features, averaged over pooling windows; products in each precision; their difference.
 
 V[J] is what of a view is constant, `gram_view.View.config`, ``view`` its numbers. Constants are handed down whole: Triton 3.6 takes
 numbers out of tuples in a tuple, and nothing deeper, and passes no part of one on as a constant.
@@ -136,3 +136,67 @@ def product(a, b, total, MODE: tl.constexpr, UPCAST: tl.constexpr, A_EXACT: tl.c
         return tl.dot(_ten_bits(a), _ten_bits(b), total, input_precision="tf32")
     else:
         return tl.dot(a, b, total, input_precision=MODE)
+
+
+@triton.jit
+def products(
+    total, a, b, a_less, b_less, a_view, b_view, a_less_view, b_less_view, n, row, column, V: tl.constexpr, A: tl.constexpr,
+    C: tl.constexpr, J: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """A tile of a b^T over all positions; given a_less and b_less, of a b^T - a_less b_less^T, by way of the features' differences.
+
+    V[A], V[A + 1] are constants of a and b, the next two of a_less and b_less. C[J]: (row block, column block, depth, ...).
+    """
+    # a part of a constant is a constant only once it is named one
+    A_EXACT: tl.constexpr = V[A][9]
+    B_EXACT: tl.constexpr = V[A + 1][9]
+    rows, length = extent(a_view, V, A)
+    columns, _ = extent(b_view, V, A + 1)
+    k = tl.arange(0, C[J][2])
+    own, other = row < rows, column < columns
+    a += sample(a_view, V, A, n)
+    b += sample(b_view, V, A + 1, n)
+    a_rows = across(a_view, V, A, row)[:, None]
+    b_rows = across(b_view, V, A + 1, column)[:, None]
+    if a_less is not None:
+        LESS_EXACT: tl.constexpr = V[A + 2][9]
+        a_less += sample(a_less_view, V, A + 2, n)
+        b_less += sample(b_less_view, V, A + 3, n)
+        a_less_rows = across(a_less_view, V, A + 2, row)[:, None]
+        b_less_rows = across(b_less_view, V, A + 3, column)[:, None]
+    for first in range(0, length, C[J][2]):
+        position = first + k
+        inside = position < length
+        a_mask = own[:, None] & inside[None, :]
+        b_mask = other[:, None] & inside[None, :]
+        x = read(a + (a_rows + along(a_view, V, A, position)[None, :]), a_mask, a_view, V, A)
+        y = read(b + (b_rows + along(b_view, V, A + 1, position)[None, :]), b_mask, b_view, V, A + 1)
+        if a_less is not None:
+            x_less = read(a_less + (a_less_rows + along(a_less_view, V, A + 2, position)[None, :]), a_mask, a_less_view, V, A + 2)
+            y_less = read(b_less + (b_less_rows + along(b_less_view, V, A + 3, position)[None, :]), b_mask, b_less_view, V, A + 3)
+            total = product(x - x_less, tl.trans(y), total, MODE, UPCAST, False, B_EXACT)
+            total = product(x_less, tl.trans(y - y_less), total, MODE, UPCAST, LESS_EXACT, False)
+        else:
+            total = product(x, tl.trans(y), total, MODE, UPCAST, A_EXACT, B_EXACT)
+    return total
+
+
+@triton.jit
+def difference(
+    a, b, a_less, b_less, a_view, b_view, a_less_view, b_less_view, n, row, column, positions, less_positions, V: tl.constexpr,
+    A: tl.constexpr, C: tl.constexpr, J: tl.constexpr, SAME: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """A tile of a b^T / positions - a_less b_less^T / less_positions. SAME: the two are of one size."""
+    total = zeros(row, column)
+    if SAME:
+        total = products(
+            total, a, b, a_less, b_less, a_view, b_view, a_less_view, b_less_view, n, row, column, V, A, C, J, MODE, UPCAST
+        )  # fmt: skip
+        return total / positions
+    else:
+        total = products(total, a, b, None, None, a_view, b_view, None, None, n, row, column, V, A, C, J, MODE, UPCAST)
+        less = zeros(row, column)
+        less = products(
+            less, a_less, b_less, None, None, a_less_view, b_less_view, None, None, n, row, column, V, A + 2, C, J, MODE, UPCAST
+        )  # fmt: skip
+        return total / positions - less / less_positions
