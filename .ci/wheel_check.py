@@ -2,7 +2,7 @@
 
     python .ci/wheel_check.py                                            beside this interpreter's PyTorch and 2.13.0
     python .ci/wheel_check.py --run 2.11.0 2.13.0 newest current         the oldest, a small CPU-only one, the newest, this one
-    python .ci/wheel_check.py --build 2.13.0                             built beside 2.13.0 instead
+    python .ci/wheel_check.py --build 2.11.0                             built beside the oldest instead
 
 ``current`` is the PyTorch of the interpreter that runs this file; every other version gets a fresh virtual environment of its own.
 """
@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -94,7 +95,7 @@ def check_wheel(wheel: Path, work: Path) -> None:
 
 
 def operations() -> None:
-    """Runs beside each PyTorch: every operation, forward and backward, by the compiled kernels and by the reference."""
+    """Runs beside each PyTorch: every operation, forward and backward, by the reference and by the compiled kernels, in a graph too."""
     import torch
 
     import fastkd
@@ -114,19 +115,25 @@ def operations() -> None:
         student, teacher = ([torch.randn(shape).to(dtype) for shape in shapes] for _ in range(2))
         for name, function in calls.items():
             results = []
-            for module, backend in ((fastkd, "cpp"), (reference, "reference")):
+            compiled = torch.compile(functools.partial(function, fastkd), fullgraph=True, backend="aot_eager")
+            for backend, run in (
+                ("reference", functools.partial(function, reference)),
+                ("cpp", functools.partial(function, fastkd)),
+                ("cpp", compiled),
+            ):
                 leaves = [x.clone().requires_grad_() for x in student]
                 with fastkd.use_backend(backend):
-                    value = function(module, leaves, teacher)
+                    value = run(leaves, teacher)
                     value.backward()
                 results.append((value, [x.grad for x in leaves]))
-            (value, grads), (value_wanted, grads_wanted) = results
-            torch.testing.assert_close(value, value_wanted.to(value.dtype), rtol=tolerance, atol=tolerance)
-            for x, grad, wanted in zip(student, grads, grads_wanted, strict=True):
-                assert (grad is None) == (wanted is None), name
-                if grad is not None and wanted is not None:
-                    assert grad.dtype == x.dtype
-                    torch.testing.assert_close(grad, wanted, rtol=tolerance, atol=tolerance * max(1e-6, wanted.abs().max().item()))
+            (value_wanted, grads_wanted), *found = results
+            for value, grads in found:
+                torch.testing.assert_close(value, value_wanted.to(value.dtype), rtol=tolerance, atol=tolerance)
+                for x, grad, wanted in zip(student, grads, grads_wanted, strict=True):
+                    assert (grad is None) == (wanted is None), name
+                    if grad is not None and wanted is not None:
+                        assert grad.dtype == x.dtype
+                        torch.testing.assert_close(grad, wanted, rtol=tolerance, atol=tolerance * max(1e-6, wanted.abs().max().item()))
     print(f"operations right beside torch {torch.__version__}, Python {sys.version.split()[0]}, CPU path {native.cpu_path()}")
 
 

@@ -20,6 +20,15 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"fastkd: inputs drawn from FASTKD_TEST_SEED={SEED}, torch {torch.__version__}"
 
 
+def pytest_collection_finish(session: pytest.Session):
+    """A module's ``beforehand()`` starts what its tests will wait for, and returns what ends it."""
+    if session.config.option.collectonly:
+        return
+    for module in {getattr(item, "module", None) for item in session.items}:
+        if hasattr(module, "beforehand"):
+            session.config.add_cleanup(module.beforehand())
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     report = yield
