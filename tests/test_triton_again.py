@@ -94,13 +94,15 @@ def test_columns_that_do_not_differ_have_gradient_zero(triton):
     assert (got.grads[1][:, :7] == 0).all() and (got.grads[1][:, 7:] != 0).any()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("of", ["columns", "smaller teacher"])
-def test_a_nan_is_not_lost(of, triton):
-    s, t = chains(of)
-    s[0][1, 5, 1, 0] = torch.nan
+def test_what_is_not_finite_is_as_in_the_law(of, value, triton):
+    s, t = ([x.abs() for x in side] for side in chains(of))
+    s[0][1, 5, 1, 0] = value
     got = fetched(evaluate(lambda *x: fastkd.fsp_loss(x[:2], x[2:], distance=CHAINS[of][0]), [triton(x) for x in (*s, *t)]))
     want = evaluate(lambda *x: law.fsp_loss(x[:2], x[2:], distance=CHAINS[of][0]), [*s, *t])
-    assert got.output.isnan() and all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(got.grads, want.grads))
+    assert torch.equal(got.output.isnan(), want.output.isnan()) and not got.output.isfinite()
+    assert all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(got.grads, want.grads))
 
 
 def test_results_are_the_same_bits_in_each_run_and_one_launch_each_way(triton, launched):

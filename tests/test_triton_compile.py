@@ -182,6 +182,15 @@ def test_a_ticket_is_taken_between_barriers(cases):
 
 
 @pytest.mark.slow
+def test_partial_sums_are_read_by_all_threads_before_one_writes_their_total(cases):
+    """A block of fewer positions than threads is held several times over; who reads late must not read the total."""
+    for case in cases.values():
+        for kernel in case["kernels"]:
+            if kernel["name"] in ("loss_kernel", "_map"):
+                assert kernel["unguarded"] == 0, (case["case"], kernel)
+
+
+@pytest.mark.slow
 def test_products_run_on_tensor_cores(request, cases):
     capability = int(request.node.callspec.id.removeprefix("sm_"))
     for name, dtype in PRODUCTS.items():

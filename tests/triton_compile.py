@@ -103,6 +103,15 @@ def tickets(ptx: str) -> list[str]:
     return found
 
 
+def unguarded(ptx: str) -> int:
+    """How many writes to global memory come after a read past the nearest cache, of what other programs wrote, with no barrier between."""
+    found, read = 0, False
+    for word in re.findall(r"bar\.sync|ld\.global\.cg|st\.global", ptx):
+        found += read and word == "st.global"
+        read = word == "ld.global.cg" or (read and word == "st.global")
+    return found
+
+
 def feature(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> torch.Tensor:
     x = torch.empty(shape, dtype=dtype)
     return x.to(memory_format=torch.channels_last) if channels_last else x
@@ -251,6 +260,7 @@ def main() -> None:
                         "capability": capability,
                         "accesses": accesses(k.asm["ptx"]),
                         "tickets": tickets(k.asm["ptx"]),
+                        "unguarded": unguarded(k.asm["ptx"]),
                         "products": products(k.asm["ptx"]),
                         "shared": k.metadata.shared,
                         "shared_limit": SHARED[capability],

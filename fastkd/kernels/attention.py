@@ -231,7 +231,7 @@ def attention_transfer_loss_backward(
     """See ``torch.ops.fastkd.attention_transfer_loss_backward``."""
     if not features:
         return []
-    key = (key_of(features), key_of(coefficients), p, switches)
+    key = (key_of(features), key_of(coefficients), grad.dtype, p, switches)
     plan = _backward_plans.get(key)
     if plan is None:
         plan = _backward_plans[key] = _Backward(features, coefficients, p, switches)

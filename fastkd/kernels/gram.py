@@ -26,7 +26,8 @@ such gradient one more.
 
 Where a matrix would be larger than the features, as at 7x7 that of 1024 by 2048 channels, it is never in memory (`gram_kept.py` says when).
 Either neither pass makes it (`gram_dual.py`): a program sums products over a part of the channels, and the last of a sample adds the parts.
-Or each tile's program forgets it, and the backward pass makes it again for each gradient: about twice the products in all.
+Or each tile's program forgets it, and the backward pass makes it again for each gradient: twice the products in all, and more where
+positions take several blocks or a neighbour is averaged over windows.
 """
 
 from __future__ import annotations

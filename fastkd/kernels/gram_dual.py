@@ -110,7 +110,7 @@ def dual_program(
     place = lane[:, None] * TILE + lane[None, :]
     k = tile // of[2] * TILE + lane
     other = tile % of[2] * TILE + lane
-    at = scratch + of[5] * 32 + (n * tiles + tile) * parts * (3 * SIZE)
+    at = scratch + tl.cast(of[5], tl.int64) * 32 + (n * tiles + tile) * parts * (3 * SIZE)
     if i < of[8]:
         sum00, sum01, sum11 = channel_sums(
             operands[4 * J], operands[4 * J + 2], views[4 * J], views[4 * J + 2], n, k, other, i * CHANNELS, (i + 1) * CHANNELS, V,

@@ -151,7 +151,7 @@ def fsp_loss_backward(
     others = others or ()
     tensors = (*features, *others)
     how = mode(tensors, precision)
-    key = ("gradients", key_of(tensors), key_of(gram_grads), pool_mode, precision, how, tuple(stages), negate)
+    key = ("gradients", key_of(tensors), key_of(gram_grads), grad.dtype, pool_mode, precision, how, tuple(stages), negate)
     plan = _plans.get(key)
     if plan is None:
         names = [f"{of}[{i}]" for of, chain in (("features", features), ("others", others)) for i in range(len(chain))]

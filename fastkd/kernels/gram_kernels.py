@@ -170,6 +170,8 @@ def _again_term(
             a, b, a_less, b_less, a_view, b_view, a_less_view, b_less_view, n, row, o, numbers[2], numbers[3], V, A + 1, C, J, SAME, MODE,
             UPCAST,
         )  # fmt: skip
+        # an idle channel's product with an infinity is none
+        m = tl.where(given[None, :], m, 0.0)
         if LEFT:
             m = m * tl.load(kept + o * numbers[1], mask=given, other=0)[None, :]
         else:

@@ -101,7 +101,7 @@ def unpool(
 ) -> None:  # fmt: skip
     """out (N, C, *S), or (N, *S), = the gradient of what was pooled to ``like`` for the gradient grad * coefficients * h(like)."""
     target = out.unsqueeze(1) if out.dim() < like.dim() else out
-    key = (target.dtype, target.shape, target.stride(), like.shape, like.stride(), max_pool, power, grad is None)
+    key = (target.dtype, target.shape, target.stride(), like.shape, like.stride(), max_pool, power, grad is None or grad.dtype)
     launch = _plans.get(key)
     if launch is None:
         (size, own), (of, others) = spatial(target.shape, target.stride()), spatial(like.shape, like.stride())

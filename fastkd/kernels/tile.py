@@ -177,6 +177,8 @@ def collapse(partial, parts, positions, BLOCK: tl.constexpr):
         q = tl.load(partial + s, mask=mask, other=0, cache_modifier=".cg")
         for part in range(1, parts):
             q += tl.load(partial + part * positions + s, mask=mask, other=0, cache_modifier=".cg")
+        # a block of fewer positions than threads is held several times over: none may read what another has written already
+        tl.debug_barrier()
         tl.store(partial + s, q, mask=mask)
         wide = q.to(tl.float64)
         squares += wide * wide

@@ -19,7 +19,7 @@ BLOCK = 256  # elements a program
 @triton.jit
 def element(flat, channels, size, POSITION_FIRST: tl.constexpr):
     """(sample, channel, d, h, w) of an element, counted with channels innermost if POSITION_FIRST. size: (D, H, W)."""
-    positions = size[0] * size[1] * size[2]
+    positions = tl.cast(size[0], tl.int64) * size[1] * size[2]
     n = flat // (channels * positions)
     rest = flat % (channels * positions)
     if POSITION_FIRST:
