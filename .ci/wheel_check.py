@@ -115,6 +115,7 @@ def operations() -> None:
         student, teacher = ([torch.randn(shape).to(dtype) for shape in shapes] for _ in range(2))
         for name, function in calls.items():
             results = []
+            torch.compiler.reset()
             compiled = torch.compile(functools.partial(function, fastkd), fullgraph=True, backend="aot_eager")
             for backend, run in (
                 ("reference", functools.partial(function, reference)),
