@@ -36,6 +36,7 @@ class _Term:
 
     @property
     def kind(self) -> int:
+        """Of a matrix that was kept (0), of squares (1), or of a matrix made again (2): `gram_kernels._any_term`."""
         return 1 if self.strides else 2 if self.factors else 0
 
 
@@ -91,9 +92,9 @@ class _Gradients:
             positions = math.prod(own) // math.prod(grid)
             dear = any(v.dear for v in views[first_view:])
             widest = 64 if (coarse and fine) or out_view.scalar else 128
+            # a matrix made again is a third block in registers
             highest, kind = 128, max(t.kind for t in terms)
             if how in ("ieee", "tf32x3") and kind:
-                # a matrix made again is a third block in registers
                 highest, widest = 32 if kind == 2 else 128, 32
             elif kind:
                 highest, widest = 64, 64 if kind == 2 else widest
