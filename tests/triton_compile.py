@@ -104,9 +104,12 @@ def tickets(ptx: str) -> list[str]:
 
 
 def unguarded(ptx: str) -> int:
-    """How many writes to global memory come after a read past the nearest cache, of what other programs wrote, with no barrier between."""
+    """How many writes to global memory come after a read past the nearest cache, of what other programs wrote, with no barrier between.
+
+    What is added up by shuffles before it is written is something else than what was read, in another place.
+    """
     found, read = 0, False
-    for word in re.findall(r"bar\.sync|ld\.global\.cg|st\.global", ptx):
+    for word in re.findall(r"bar\.sync|shfl\.sync|ld\.global\.cg|st\.global", ptx):
         found += read and word == "st.global"
         read = word == "ld.global.cg" or (read and word == "st.global")
     return found
