@@ -207,7 +207,7 @@ def _traced_loss_backward(ctx: Any, grad: Tensor, *rest: Any) -> tuple:
         raise RuntimeError("fastkd::fsp_loss was called with with_grad=False for a tensor that needs a gradient")
     student_needs, teacher_needs = ctx.needs_input_grad[:2]
     out = _chain_gradients(ctx, grad, [*student_needs, *teacher_needs])
-    # before 2.15 the dispatcher drops arguments that have their default values, and wants no gradient of those
+    # PyTorch 2.11 drops arguments that have their default values, and wants no gradient of those
     return out[: ctx.stages], out[ctx.stages :], *(None for _ in ctx.needs_input_grad[2:])
 
 
