@@ -13,14 +13,13 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
 
-from fastkd import kernels, native
+from fastkd import errors, kernels, native
 
 NAMES = ("auto", "reference", "cpp", "triton", "cuda")
 
@@ -158,16 +157,6 @@ def _products(a: torch.Tensor, b: torch.Tensor) -> int:
     return a.shape[0] * a.shape[1] * b.shape[1] * min(a[0, 0].numel(), b[0, 0].numel())
 
 
-_warned = False
-
-
-def _warn_once(reason: str) -> None:
-    global _warned
-    if not _warned:
-        _warned = True
-        warnings.warn(f"fastkd serves CUDA tensors by its plain PyTorch reference: {reason}", stacklevel=4)
-
-
 def choose(operation: str, arguments: tuple[object, ...], why_not_cuda: Callable[[], str]) -> str:
     """The backend, ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``, for a call over ``arguments``, tensors and sequences of them.
 
@@ -200,7 +189,7 @@ def _choose_on_gpu(operation: str, arguments: tuple[object, ...], why_not_cuda: 
     if in_cuda:
         return "cuda"
     if not available:
-        _warn_once(reason)
+        errors.warn_once(f"fastkd serves CUDA tensors by its plain PyTorch reference: {reason}")
     return "reference"
 
 

@@ -1,0 +1,24 @@
+"""How fastkd tells a user of something that is not an error: a warning that points at the user's own line."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+# Frames of these packages lie between a user's line and ours: modules, autograd Functions, wrappers of parallel training.
+_PASSED = tuple(f"{Path(sys.modules[name].__file__ or '').parent}{os.sep}" for name in ("torch", "fastkd"))
+
+_said: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """Warns with ``message`` once in this process, at the innermost line that is neither fastkd's nor PyTorch's."""
+    if message in _said:
+        return
+    _said.add(message)
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PASSED):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
