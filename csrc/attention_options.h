@@ -31,7 +31,7 @@ struct AttentionOptions {
 };
 
 static inline AttentionOptions options_of(double p, bool is_signed, bool mean, double eps, bool add_eps) {
-  STD_TORCH_CHECK(std::isfinite(p) && p >= 1, "p must be finite and at least 1, got ", p);
+  STD_TORCH_CHECK(p >= 1 && p <= 16, "p must be from 1 to 16, got ", p);
   STD_TORCH_CHECK(eps >= 0, "eps must not be negative, got ", eps);
   return {p, eps, is_signed, mean, add_eps};
 }

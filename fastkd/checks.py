@@ -6,10 +6,16 @@ Floor 0: used by the reference before it computes, and by the operations to expl
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastkd import errors
+
+Features = Tensor | Sequence[Tensor] | Mapping[Any, Tensor] | Iterable[Tensor]
+"""One feature, or those of several stages in their order."""
 
 CHANNEL_REDUCE = ("mean", "sum")
 EPS_MODE = ("clamp", "add")
@@ -41,6 +47,13 @@ def number(name: str, value: object, *, at_least: float | None = None) -> None:
         raise ValueError(f"{name} is {value!r}, wanted a finite number{bound}")
 
 
+def power(p: object) -> None:
+    """The power of an attention map. Published ones are 1 to 4; |x|^p of float32 features overflows soon after 16."""
+    number("p", p, at_least=1)
+    if p > 16:  # type: ignore[operator]
+        raise ValueError(f"p is {p!r}, wanted a power from 1 to 16; if it is the loss's factor, write weight={p!r}")
+
+
 def feature(name: str, x: object, *, spatial: bool = True) -> None:
     """A floating-point (N, C, *S) tensor with one to three spatial dimensions and no empty one; (N, *S) if not ``spatial``."""
     if not isinstance(x, Tensor):
@@ -57,13 +70,24 @@ def feature(name: str, x: object, *, spatial: bool = True) -> None:
         raise ValueError(f"{name} is {describe(x)}: zero positions, wanted at least one")
 
 
+def listed(value: Any) -> Any:
+    """``value``, or a list of what it holds: the values of a dict of features, the items of a generator, each in its order."""
+    # in the order of their cost: these three are what nearly every call brings
+    if type(value) is list or type(value) is tuple or isinstance(value, Tensor):
+        return value
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
+        return list(value)
+    return value
+
+
 def stages(name: str, value: object) -> list[Tensor]:
     """The tensors of one stage or of several; a lone tensor is a list of one."""
     if isinstance(value, Tensor):
         return [value]
-    if type(value) is list or type(value) is tuple:  # the abstract class below takes a quarter of a microsecond
-        return list(value)
-    if not isinstance(value, Sequence) or isinstance(value, str):
+    value = listed(value)
+    if not isinstance(value, (list, tuple)):
         raise TypeError(f"{name} is {type(value).__name__}, wanted a tensor or a sequence of tensors")
     return list(value)
 
@@ -124,7 +148,7 @@ def _pairs_up(
 
 def attention_map(x: object, p: object, channel_reduce: object, eps: object, eps_mode: object) -> None:
     feature("x", x)
-    number("p", p, at_least=1)
+    power(p)
     number("eps", eps, at_least=0)
     switch("channel_reduce", channel_reduce, CHANNEL_REDUCE)
     switch("eps_mode", eps_mode, EPS_MODE)
@@ -160,7 +184,7 @@ def attention_transfer(
     student_is_map: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The lists of student and teacher tensors, or the error that says what is wrong with the call."""
-    number("p", p, at_least=1)
+    power(p)
     number("eps", eps, at_least=0)
     number("weight", weight)
     switch("channel_reduce", channel_reduce, CHANNEL_REDUCE)
@@ -179,6 +203,17 @@ def attention_transfer(
         if teacher_is_map:
             fits("teacher", i, t, t_size, "student", s, s_size)
     return students, teachers
+
+
+def one_position(students: Sequence[Tensor], teachers: Sequence[Tensor], teacher_is_map: bool, student_is_map: bool) -> None:
+    """Warns of stages whose maps have one position after pooling: they are constant, whatever the features."""
+    for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
+        s_size, t_size = s.shape[1 if student_is_map else 2 :], t.shape[1 if teacher_is_map else 2 :]
+        if all(min(a, b) == 1 for a, b in zip(s_size, t_size, strict=True)):
+            errors.warn_once(
+                f"attention_transfer_loss: student[{i}] is {describe(s)}, teacher[{i}] is {describe(t)}: a normalized map of "
+                "one position is constant, so this stage's loss teaches nothing; wanted a stage before the pooling"
+            )
 
 
 def fsp_matrix(a: object, b: object, pool_mode: object, precision: object) -> None:
@@ -231,6 +266,11 @@ def kd_loss(student_logits: object, teacher_logits: object, temperature: object,
             raise TypeError(f"{name} is {describe(x)}, wanted float16, bfloat16, float32 or float64")
         if x.dim() != 2 or 0 in x.shape:
             raise ValueError(f"{name} is {describe(x)}, wanted (N, K) with at least one sample and one class")
+        if x.shape[1] == 1:
+            raise ValueError(
+                f"{name} is {describe(x)}: the softmax over one class is 1 and teaches nothing, "
+                "wanted at least two (of one logit z, the two are z and 0)"
+            )
     assert isinstance(student_logits, Tensor) and isinstance(teacher_logits, Tensor)
     same_batch("student_logits", student_logits, "teacher_logits", teacher_logits)
     if student_logits.shape[1] != teacher_logits.shape[1]:

@@ -7,12 +7,12 @@ yoshitomo-matsubara/torchdistill, and the papers.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
+from fastkd.checks import Features
 from fastkd.ops.attention import attention_transfer_loss
 from fastkd.ops.gram import fsp_loss
 from fastkd.reference import kd_loss
@@ -26,13 +26,9 @@ class _Loss(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        defaults = dict(list(inspect.signature(type(self).function).parameters.items())[2:])
-        for name in options:
-            if name not in defaults:
-                raise TypeError(f"{type(self).__name__} has no argument {name!r}, wanted one of {', '.join(defaults)}")
-        self._options = tuple(defaults)
-        for name, parameter in defaults.items():
-            setattr(self, name, options.get(name, parameter.default))
+        self._options = tuple(options)
+        for name, value in options.items():
+            setattr(self, name, value)
 
     @classmethod
     def preset(cls: type[_Self], name: str, **overrides: Any) -> _Self:
@@ -53,14 +49,37 @@ _SQUARED_MAPS = {"signed": True, "weight": 1000.0}
 
 
 class AttentionTransfer(_Loss):
-    """:func:`fastkd.attention_transfer_loss` with its keyword arguments fixed; each is an attribute.
+    """:func:`fastkd.attention_transfer_loss` with its further arguments fixed; each is an attribute.
 
-    ``forward(student, teacher)``: tensors or sequences of tensors, one a stage, -> scalar, times ``weight``.
+    ``forward(student, teacher)``: a tensor each, or several, one a stage, -> scalar, times ``weight``.
 
     Presets: ``zagoruyko``, ``repdistiller``, ``mdistiller``, ``hankyul2``, ``torchdistill`` (its "code" mode): mean of squares, summed over
     the stages, 1000; ``kdzoo``: channel sum, norm + 1e-6, mean over the stages, 1000; ``paper``: equation 2, the unsquared l2 distance
     with beta / 2 for the paper's beta of about 0.1.
     """
+
+    def __init__(
+        self,
+        p: float = 2.0,
+        *,
+        channel_reduce: str = "mean",
+        signed: bool = False,
+        eps: float = 1e-12,
+        eps_mode: str = "clamp",
+        pool: str = "before",
+        pool_mode: str = "avg",
+        difference: str = "squared",
+        stage_reduce: str = "sum",
+        weights: Sequence[float] | None = None,
+        weight: float = 1.0,
+        teacher_is_map: bool = False,
+        student_is_map: bool = False,
+    ) -> None:
+        super().__init__(
+            p=p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode, pool=pool, pool_mode=pool_mode,
+            difference=difference, stage_reduce=stage_reduce, weights=weights, weight=weight, teacher_is_map=teacher_is_map,
+            student_is_map=student_is_map,
+        )  # fmt: skip
 
     function = staticmethod(attention_transfer_loss)
     presets = {
@@ -73,18 +92,32 @@ class AttentionTransfer(_Loss):
         "paper": {"channel_reduce": "sum", "difference": "l2", "weight": 0.05},
     }
 
-    def forward(self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]) -> Tensor:
+    def forward(self, student: Features, teacher: Features) -> Tensor:
         return super().forward(student, teacher)
 
 
 class FSP(_Loss):
-    """:func:`fastkd.fsp_loss` with its keyword arguments fixed; each is an attribute.
+    """:func:`fastkd.fsp_loss` with its further arguments fixed; each is an attribute.
 
-    ``forward(student, teacher)``: sequences of L >= 2 stage features -> scalar, times ``weight``.
+    ``forward(student, teacher)``: L >= 2 stage features each -> scalar, times ``weight``.
 
     Presets: ``repdistiller``: sum over pairs, 1; ``kdzoo``: mean over pairs, 1; ``hankyul2``: mean over pairs, 1/3; ``torchdistill``: max
     pooling, l2 norms of the columns, 1; ``paper``: max pooling, squared Frobenius norm, 1.
     """
+
+    def __init__(
+        self,
+        *,
+        pool_mode: str = "avg",
+        distance: str = "squared",
+        pair_reduce: str = "sum",
+        weights: Sequence[float] | None = None,
+        weight: float = 1.0,
+        precision: str | None = None,
+    ) -> None:
+        super().__init__(
+            pool_mode=pool_mode, distance=distance, pair_reduce=pair_reduce, weights=weights, weight=weight, precision=precision
+        )
 
     function = staticmethod(fsp_loss)
     presets = {
@@ -95,12 +128,12 @@ class FSP(_Loss):
         "paper": {"pool_mode": "max", "distance": "frobenius", "weight": 1.0},
     }
 
-    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    def forward(self, student: Features, teacher: Features) -> Tensor:
         return super().forward(student, teacher)
 
 
 class KD(_Loss):
-    """:func:`fastkd.kd_loss` with its keyword arguments fixed; each is an attribute.
+    """:func:`fastkd.kd_loss` with its further arguments fixed; each is an attribute.
 
     It is the soft-target term alone, to which a recipe adds its share of cross-entropy.
     ``forward(student_logits, teacher_logits)``: (N, K) twice -> scalar, times ``weight``.
@@ -108,6 +141,9 @@ class KD(_Loss):
     Presets, all with T = 4 and the share of cross-entropy that goes with each: ``zagoruyko``, ``repdistiller``, ``mdistiller`` 0.9 (with
     0.1); ``kdzoo`` 0.1 (with 1); ``hankyul2`` 1 (with 1); ``torchdistill`` 0.1 (with 0.9, its CIFAR configurations).
     """
+
+    def __init__(self, temperature: float = 4.0, *, reduction: str = "batchmean", weight: float = 1.0) -> None:
+        super().__init__(temperature=temperature, reduction=reduction, weight=weight)
 
     function = staticmethod(kd_loss)
     presets = {

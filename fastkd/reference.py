@@ -7,6 +7,7 @@ float64.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd import checks
+from fastkd.checks import Features
 
 _POOLS: dict[str, tuple[Callable[..., Tensor], ...]] = {
     "avg": (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
@@ -114,8 +116,8 @@ def batch_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor,
 
 
 def attention_transfer_loss(
-    student: Tensor | Sequence[Tensor],
-    teacher: Tensor | Sequence[Tensor],
+    student: Features,
+    teacher: Features,
     p: float = 2.0,
     *,
     channel_reduce: str = "mean",
@@ -136,6 +138,9 @@ def attention_transfer_loss(
         student, teacher, p, channel_reduce, eps, eps_mode, pool, pool_mode, difference, stage_reduce, weights, weight, teacher_is_map,
         student_is_map,
     )  # fmt: skip
+
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and any(x.requires_grad for x in students + teachers):
+        checks.one_position(students, teachers, teacher_is_map, student_is_map)
 
     def normalized(x: Tensor, is_map: bool, size: list[int]) -> Tensor:
         if is_map:
@@ -174,8 +179,8 @@ def fsp_matrix(a: Tensor, b: Tensor, *, pool_mode: str = "avg", precision: str |
 
 
 def fsp_loss(
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
+    student: Features,
+    teacher: Features,
     *,
     pool_mode: str = "avg",
     distance: str = "squared",
@@ -207,7 +212,8 @@ def kd_loss(
     """Softened Kullback-Leibler divergence of knowledge distillation, ``T^2 KL(softmax(t / T) || softmax(s / T))``.
 
     Args:
-        student_logits, teacher_logits: (N, K) floating point, of any dtypes.
+        student_logits, teacher_logits: (N, K) floating point, of any dtypes, K >= 2. A class of logit -inf in the teacher adds nothing;
+            one of logit -inf in the student alone makes the loss +inf.
         temperature: T, above 0.
         reduction: "batchmean" (sum over classes, mean over N), "mean" (over N and K), "sum" or "none".
         weight: multiplies the result.
@@ -220,8 +226,12 @@ def kd_loss(
     checks.kd_loss(student_logits, teacher_logits, temperature, reduction, weight)
     with _no_autocast(student_logits):
         s, t = (F.log_softmax(x / temperature, 1) for x in _widen(student_logits, teacher_logits))
-        # in logarithms, so that a teacher's vanishing probability has a gradient; the clamp gives one of exactly zero its term, zero
-        kl = t.exp() * (t.clamp_min(-1e30) - s)
+        # A class that the teacher excludes (a logit of -inf) has no part in the sum, whatever the student's logit. In the others a
+        # probability that underflows stays above zero, so that a student's -inf makes the loss infinite, not NaN. The teacher's
+        # logarithms, not its probabilities, so that a vanishing one has a gradient.
+        excluded = t == -math.inf
+        p = t.exp().clamp_min(torch.finfo(t.dtype).tiny)
+        kl = p * (t.masked_fill(excluded, 0) - s.masked_fill(excluded, 0))
         if reduction != "none":
             kl = kl.mean() if reduction == "mean" else kl.sum()
         return kl * (weight * temperature**2 / (s.shape[0] if reduction == "batchmean" else 1))

@@ -37,6 +37,11 @@ MISUSE = {
     "power below one": (lambda: X(f(2, 3, 4), 0.99), ValueError, ["p", "0.99", "1"]),
     "power infinite": (lambda: X(f(2, 3, 4), math.inf), ValueError, ["p", "inf", "finite"]),
     "power NaN": (lambda: X(f(2, 3, 4), math.nan), ValueError, ["p", "nan", "finite"]),
+    "power that may be a weight": (lambda: X(f(2, 3, 4), 1000.0), ValueError, ["p", "1000.0", "16", "weight="]),
+    "weight in the place of p": (lambda: AT(*PAIR, 1000.0), ValueError, ["p", "1000.0", "16", "weight="]),
+    "weight in the place of a tap's p": (lambda: fastkd.tap(f(2, 3, 4), 16.5), ValueError, ["p", "16.5", "weight="]),
+    "weight in the place of a ReLU tap's p": (lambda: fastkd.relu_tap(f(2, 3, 4), None, 17), ValueError, ["p", "17", "weight="]),
+    "weight in the place of a module's p": (lambda: fastkd.AttentionTransfer(1000.0)(*PAIR), ValueError, ["p", "1000.0", "weight="]),
     "power a string": (lambda: X(f(2, 3, 4), "2"), TypeError, ["p", "2", "number"]),
     "unknown channel_reduce": (lambda: X(f(2, 3, 4), channel_reduce="max"), ValueError, ["channel_reduce", "max", "mean", "sum"]),
     "unknown eps_mode": (lambda: X(f(2, 3, 4), eps_mode="max"), ValueError, ["eps_mode", "max", "clamp", "add"]),
@@ -107,6 +112,7 @@ MISUSE = {
     "KD integers": (lambda: fastkd.kd_loss(f(2, 3).long(), f(2, 3)), TypeError, ["student_logits", "int64"]),
     "KD temperature": (lambda: fastkd.kd_loss(f(2, 3), f(2, 3), 0.0), ValueError, ["temperature", "0.0"]),
     "KD reduction": (lambda: fastkd.kd_loss(f(2, 3), f(2, 3), reduction="batch"), ValueError, ["reduction", "batch", "batchmean", "none"]),
+    "KD of one class": (lambda: fastkd.kd_loss(f(8, 1), f(8, 1)), ValueError, ["student_logits", r"\(8, 1\)", r"two", "z and 0"]),
     "KD empty batch": (lambda: fastkd.kd_loss(f(0, 3), f(0, 3)), ValueError, ["student_logits", "sample"]),
 }
 

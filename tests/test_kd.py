@@ -34,7 +34,7 @@ def test_kd_matches_the_law_in_every_layout(temperature, layout):
     kd_check(make((5, 10), layout=layout), make((5, 10), layout=layout), temperature)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 1000), (128, 1), (3, 2)], ids=name)
+@pytest.mark.parametrize("shape", [(1, 2), (1, 1000), (128, 2), (3, 5)], ids=name)
 def test_kd_matches_the_law_for_odd_shapes(shape):
     kd_check(values(shape, torch.float32), values(shape, torch.float32))
 
@@ -70,3 +70,36 @@ def test_kd_is_zero_for_equal_logits_and_for_itself():
     loss = fastkd.kd_loss(s, s)
     (grad,) = torch.autograd.grad(loss, s)
     assert loss.abs() < 1e-6 and grad.abs().max() < 1e-6
+
+
+INF = float("inf")
+
+
+@pytest.mark.parametrize("temperature, right", [(1.0, 0.2574), (4.0, 0.2796)])
+def test_a_class_excluded_by_both_adds_nothing(temperature, right):
+    s = torch.tensor([[1, 0.5, -INF]], requires_grad=True)
+    t = torch.tensor([[1.0, 2, -INF]], requires_grad=True)
+    loss = fastkd.kd_loss(s, t, temperature)
+    assert loss.item() == pytest.approx(right, abs=5e-5)
+    two = [x.detach()[:, :2].requires_grad_() for x in (s, t)]
+    for grad, want in zip(torch.autograd.grad(loss, (s, t)), torch.autograd.grad(fastkd.kd_loss(*two, temperature), two)):
+        torch.testing.assert_close(grad, F.pad(want, (0, 1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_class_excluded_by_the_teacher_alone_adds_nothing(dtype):
+    s, t = torch.tensor([[1, 0.5, 0.3]], dtype=dtype, requires_grad=True), torch.tensor([[1, 2, -INF]], dtype=dtype)
+    loss = fastkd.kd_loss(s, t)
+    want = 16 * F.kl_div(F.log_softmax(s / 4, 1), F.softmax(t / 4, 1), reduction="batchmean")
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(*(torch.autograd.grad(value, s)[0] for value in (loss, want)))
+
+
+@pytest.mark.parametrize("teacher", [[1.0, 2, 3], [1.0, 2, -3000]], ids=["likely", "below the smallest number"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_class_excluded_by_the_student_alone_makes_the_loss_infinite(dtype, teacher):
+    s, t = torch.tensor([[1, 0.5, -INF]], dtype=dtype, requires_grad=True), torch.tensor([teacher], dtype=dtype)
+    loss = fastkd.kd_loss(s, t, 1.0)
+    assert loss == INF
+    (grad,) = torch.autograd.grad(loss, s)
+    torch.testing.assert_close(grad, s.detach().softmax(1) - t.softmax(1))

@@ -190,8 +190,8 @@ def power(p: float, signed: bool) -> tuple[int, bool, bool, float, int]:
     p = whole + half / 2 is done by multiplications and a square root where it is small; else whole is 0, and parity tells the sign of a
     negative number's power: 1 negative, 2 positive, 0 none (NaN).
     """
-    if not 1 <= p < math.inf:
-        raise ValueError(f"p must be finite and at least 1, got {p}")
+    if not 1 <= p <= 16:
+        raise ValueError(f"p must be from 1 to 16, got {p}")
     doubled = int(2 * p) if p <= 4 else 0
     if doubled == 2 * p and not (doubled % 2 and signed):
         return doubled // 2, bool(doubled % 2), signed, float(p), 0

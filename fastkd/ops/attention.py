@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastkd import backends, checks, reference
+from fastkd.checks import Features
 from fastkd.ops.registry import (
     accumulator,
     autograd,
@@ -182,6 +183,12 @@ def _loss_forward(ctx: Any, run: Callable[..., Any], stages: int, options: tuple
     foreseeing = student_grad and run is call and not options[2] & _BIT["student_is_map"]
     ctx.expected = expected = _upstream.expected if foreseeing else None
     loss, coefficients, ctx.prepared = run(_loss, tensors[:stages], tensors[stages:], *options, student_grad, teacher_grad, expected)
+    # counted on the coefficients, one a position, since this costs the least; they are as many as before a pooling that comes after
+    batch = tensors[0].shape[0]
+    if not options[2] & _BIT["pool"] or any(k.numel() == batch for k in coefficients):
+        checks.one_position(
+            tensors[:stages], tensors[stages:], bool(options[2] & _BIT["teacher_is_map"]), bool(options[2] & _BIT["student_is_map"])
+        )
     # a teacher made under inference_mode cannot be saved: only what needs a gradient is
     wanted = [i for i, need in enumerate(needs) if need]
     skipped = 0 if student_grad else stages
@@ -236,7 +243,7 @@ def attention_map(
 
     Args:
         x: (N, C, *S), one to three spatial dimensions, float16, bfloat16, float32 or float64, any strides.
-        p: power, at least 1.
+        p: power, from 1 to 16.
         channel_reduce: "mean" or "sum" over C.
         signed: x^p instead of abs(x)^p (negative x under a fractional p gives NaN).
         normalize: divide each sample's map by its l2 norm over S.
@@ -262,8 +269,8 @@ def attention_map(
 
 
 def attention_transfer_loss(
-    student: Tensor | Sequence[Tensor],
-    teacher: Tensor | Sequence[Tensor],
+    student: Features,
+    teacher: Features,
     p: float = 2.0,
     *,
     channel_reduce: str = "mean",
@@ -282,7 +289,8 @@ def attention_transfer_loss(
     """Attention-transfer loss: the distance of student and teacher attention maps, over all stages in one call.
 
     Args:
-        student, teacher: a tensor or a sequence of tensors, one a stage, (N, C, *S); C, dtype and spatial size may differ between the two.
+        student, teacher: a tensor, or several, one a stage, (N, C, *S): a list, a tuple, a dict (its values) or a generator, in its order.
+            C, dtype and spatial size may differ between the two.
         p, channel_reduce, signed, eps, eps_mode: of the maps, as in :func:`attention_map`.
         pool, pool_mode: where spatial sizes differ, both are pooled (adaptively, "avg" or "max") to the smaller size in each dimension,
             "before" or "after" the power and the channel reduction.
@@ -298,6 +306,7 @@ def attention_transfer_loss(
     Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
     Source: Zagoruyko, Komodakis, *Paying more attention to attention*, ICLR 2017, and its published implementations (see the presets).
     """
+    student, teacher = checks.listed(student), checks.listed(teacher)
     backend = backends.choose(
         "attention_transfer_loss",
         (student, teacher),

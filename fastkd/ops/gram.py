@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkd import backends, checks, kernels, reference
+from fastkd.checks import Features
 from fastkd.kernels.gram_kept import kept_shape, wide_stages
 from fastkd.ops.registry import (
     accumulator,
@@ -243,8 +244,8 @@ def fsp_matrix(a: Tensor, b: Tensor, *, pool_mode: str = "avg", precision: str |
 
 
 def fsp_loss(
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
+    student: Features,
+    teacher: Features,
     *,
     pool_mode: str = "avg",
     distance: str = "squared",
@@ -256,7 +257,8 @@ def fsp_loss(
     """FSP loss: the distance of student and teacher FSP matrices over consecutive stages, in one call.
 
     Args:
-        student, teacher: sequences of L >= 2 features (N, C, *S), equal channels stage by stage; the L - 1 consecutive ones are pairs.
+        student, teacher: L >= 2 features (N, C, *S), equal channels stage by stage; the L - 1 consecutive ones are pairs. A list, a
+            tuple, a dict (its values) or a generator, in its order.
         pool_mode, precision: as in :func:`fsp_matrix`; student and teacher pool each for itself.
         distance: "squared", the mean over N, Ca and Cb of the squared difference; "frobenius", the mean over N of the squared Frobenius
             norm; "column_l2", the mean over N of the summed l2 norms of the columns (index Cb).
@@ -269,6 +271,7 @@ def fsp_loss(
     Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
     Source: Yim et al., *A gift from knowledge distillation*, CVPR 2017, and its published implementations (see the presets).
     """
+    student, teacher = checks.listed(student), checks.listed(teacher)
     backend = backends.choose("fsp_loss", (student, teacher), lambda: backends.why_not_cuda_chain(student))
     if backend == "reference":
         return reference.fsp_loss(
