@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastkd.ops.attention import attention_transfer_loss
-from fastkd.ops.gram import fsp_loss
+from fastkd.ops.attention import attention_map, attention_transfer_loss
+from fastkd.ops.gram import fsp_loss, fsp_matrix
 from fastkd.reference import kd_loss
 
 
@@ -22,12 +22,20 @@ class AT(nn.Module):
     def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:
         return attention_transfer_loss(fm_s, fm_t, self.p, channel_reduce="sum", eps=1e-6, eps_mode="add")
 
+    def attention_map(self, fm: Tensor, eps: float = 1e-6) -> Tensor:
+        """The normalized map (N, 1, H, W) of a feature (N, C, H, W)."""
+        return attention_map(fm, self.p, channel_reduce="sum", eps=eps, eps_mode="add").unsqueeze(1)
+
 
 class FSP(nn.Module):
     """``FSP()(fm_s1, fm_s2, fm_t1, fm_t2)`` -> mean squared difference of the FSP matrices of the two pairs."""
 
     def forward(self, fm_s1: Tensor, fm_s2: Tensor, fm_t1: Tensor, fm_t2: Tensor) -> Tensor:
         return fsp_loss((fm_s1, fm_s2), (fm_t1, fm_t2))
+
+    def fsp_matrix(self, fm1: Tensor, fm2: Tensor) -> Tensor:
+        """The FSP matrix (N, C1, C2) of two features."""
+        return fsp_matrix(fm1, fm2)
 
 
 class SoftTarget(nn.Module):
