@@ -88,6 +88,16 @@ def test_only_benchmarks_on_full_shapes() -> None:
     assert {line.split("::")[0] for line in tests} == {f"benchmarks/test_{name}.py" for name in ("attention", "gram", "loop", "step")}
 
 
+@pytest.mark.parametrize("options", [("--benchmark-disable",), ("-n", "1")], ids=" ".join)
+def test_measuring_is_refused_where_it_would_measure_nothing(options: tuple[str, ...]) -> None:
+    if options[0] == "-n":
+        pytest.importorskip("xdist")
+    done = run_pytest("--benchmark", *options)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    (line,) = [line for line in done.stderr.splitlines() if line.strip()]
+    assert line.startswith("ERROR: --benchmark measures") and options[0] in line
+
+
 def test_ordinary_run_is_small() -> None:
     done = run_pytest("--co", "-q", "benchmarks/test_attention.py", "tests/test_kd.py")
     tests = [line for line in done.stdout.splitlines() if "benchmarks/" in line]

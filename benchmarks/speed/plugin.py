@@ -7,6 +7,7 @@ one of the options that shape it is given.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,10 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     if not config.pluginmanager.hasplugin("benchmark") and not config.pluginmanager.hasplugin("pytest_benchmark"):
         raise pytest.UsageError("--benchmark needs pytest-benchmark: pip install -e '.[test]'")
+    if getattr(options, "benchmark_disable", False):
+        raise pytest.UsageError("--benchmark measures and --benchmark-disable does not: leave out one of them")
+    if getattr(options, "numprocesses", None) or os.environ.get("PYTEST_XDIST_WORKER"):
+        raise pytest.UsageError("--benchmark measures one thing at a time, in one process: leave out -n")
     if config.args_source is pytest.Config.ArgsSource.TESTPATHS:
         config.args = ["benchmarks"]
     given = [argument.removeprefix("--benchmark-") for argument in config.invocation_params.args if argument.startswith("--benchmark-")]

@@ -17,7 +17,11 @@ from fastkd import backends, kernels
 
 # One operator name serves one implementation a device: of two registered for a dispatch key the later would silently win. So Triton's
 # kernels have the names of `fastkd` on CUDA tensors, and those of the CUDA library the same names in a namespace of their own.
-_LIBRARIES = {namespace: torch.library.Library(namespace, "DEF") for namespace in ("fastkd", "fastkd_cuda")}
+#
+# A process that imports fastkd a second time (a notebook that has dropped its modules) goes on with the operators of the first time:
+# PyTorch allows a namespace one definition, and graphs may hold its operators.
+_DEFINED_BEFORE = hasattr(torch.ops.fastkd, "attention_map")
+_LIBRARIES = {} if _DEFINED_BEFORE else {name: torch.library.Library(name, "DEF") for name in ("fastkd", "fastkd_cuda")}
 
 
 def _libraries(twin: bool) -> Iterator[tuple[str, torch.library.Library]]:
@@ -33,7 +37,7 @@ def define(schema: str, fake: Callable[..., Any], twins_fake: Callable[..., Any]
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         known = twins_fake if namespace == "fastkd_cuda" and twins_fake else fake
         torch.library.register_fake(f"{namespace}::{name}", known, lib=library)
-    if name in kernels.LAUNCHERS:
+    if name in kernels.LAUNCHERS and _LIBRARIES:
         _LIBRARIES["fastkd"].impl(name, lambda *args: kernels.launcher(name)(*args), "CUDA")
 
 

@@ -1,0 +1,132 @@
+"""How losses and their modules are called: collections of features, signatures, and warnings that point at the user's line."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+import warnings
+from collections import OrderedDict
+
+import pytest
+import torch
+from support import cpp_missing, values
+
+import fastkd
+from fastkd import errors, reference
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+F32 = torch.float32
+BACKENDS = ["reference", pytest.param("cpp", marks=pytest.mark.skipif(bool(cpp_missing()), reason=f"backend cpp: {cpp_missing()}"))]
+MODULES = [
+    (fastkd.AttentionTransfer, fastkd.attention_transfer_loss),
+    (fastkd.FSP, fastkd.fsp_loss),
+    (fastkd.KD, fastkd.kd_loss),
+]
+COLLECTIONS = {
+    "tuple": tuple,
+    "generator": lambda features: (x for x in features),
+    "dict": lambda features: {f"layer{i}": x for i, x in enumerate(features)},
+    "ordered dict": lambda features: OrderedDict((str(9 - i), x) for i, x in enumerate(features)),
+    "values of a dict": lambda features: dict(enumerate(features)).values(),
+}
+
+
+@pytest.mark.parametrize("collection", COLLECTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["attention_transfer_loss", "fsp_loss"])
+def test_features_are_taken_in_the_order_of_their_collection(name, backend, collection):
+    s, t = ([values((2, c, 4, 4), F32) for c in (3, 5, 4)] for _ in range(2))
+    make, weights = COLLECTIONS[collection], [1.0, 2.0, 4.0][: 3 if name == "attention_transfer_loss" else 2]
+    for module in (fastkd, reference):
+        loss = getattr(module, name)
+        with fastkd.use_backend(backend):
+            assert torch.equal(loss(make(s), make(t), weights=weights), loss(s, t, weights=weights))
+            with pytest.raises((TypeError, ValueError), match=r"student\[1\]"):  # a generator is explained too
+                loss(make([s[0], s[1][:1], s[2]]), make(t))
+
+
+def test_a_compiled_loss_takes_a_dict():
+    s, t = ([values((2, c, 4, 4), F32) for c in (3, 5)] for _ in range(2))
+    compiled = torch.compile(lambda s, t: fastkd.attention_transfer_loss(s, t), fullgraph=True, backend="aot_eager")
+    keys = ("layer1", "layer2")
+    torch.testing.assert_close(compiled(dict(zip(keys, s)), dict(zip(keys, t))), fastkd.attention_transfer_loss(s, t))
+
+
+@pytest.mark.parametrize("module, function", MODULES)
+def test_a_module_takes_what_follows_student_and_teacher_in_the_functions_order(module, function):
+    ours = list(inspect.signature(module).parameters.values())
+    wanted = list(inspect.signature(function).parameters.values())[2:]
+    assert [(p.name, p.kind, p.default) for p in ours] == [(p.name, p.kind, p.default) for p in wanted]
+
+
+def test_a_module_takes_its_first_argument_by_position():
+    assert fastkd.KD(2.5).temperature == 2.5 and fastkd.AttentionTransfer(3.0).p == 3.0
+    with pytest.raises(TypeError, match="positional"):
+        fastkd.FSP("max")
+
+
+def warned(call) -> list[warnings.WarningMessage]:
+    errors._said.clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+        call()
+    return caught
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "options, sizes",
+    [({}, [(4, 1), (4, 4)]), ({}, [(1, 4), (4, 4)]), ({"pool": "after"}, [(4, 1), (4, 4)]), ({"teacher_is_map": True}, [(1, 1), (4, 4)])],
+)
+def test_a_stage_of_one_position_is_named_once(backend, options, sizes):
+    student = [values((2, 3, 4, 4), F32).requires_grad_(), values((2, 3, sizes[0][0], sizes[0][0]), F32).requires_grad_()]
+    teacher = [values((2, 5, 4, 4), F32), values((2, 5, sizes[0][1], sizes[0][1]), F32)]
+    if options.get("teacher_is_map"):
+        teacher = [fastkd.attention_map(x) for x in teacher]
+    with fastkd.use_backend(backend):
+        caught = warned(lambda: fastkd.attention_transfer_loss(student, teacher, **options))
+    assert len(caught) == 1 and caught[0].filename == __file__
+    message = str(caught[0].message)
+    assert "student[1]" in message and "one position" in message and "student[0]" not in message and "\n" not in message
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("pool", ["before", "after"])
+def test_stages_of_several_positions_are_not_warned_of(backend, pool):
+    student, teacher = ([values((2, 3, *size), F32).requires_grad_() for size in ((1, 2), (2, 1))] for _ in range(2))
+    with fastkd.use_backend(backend):
+        assert not warned(lambda: fastkd.attention_transfer_loss(student, teacher, pool=pool))
+        assert not warned(lambda: fastkd.attention_transfer_loss(student[0][:, :, :, :1].detach(), teacher[0].detach(), pool=pool))
+
+
+def test_warnings_point_at_the_users_line_through_modules():
+    x, y = values((2, 3, 1, 1), F32).requires_grad_(), values((2, 3, 1, 1), F32)
+    network = torch.nn.ModuleDict({"loss": fastkd.AttentionTransfer()})
+    (caught,) = warned(lambda: network["loss"](x, y))
+    assert caught.filename == __file__
+
+
+IMPORTED_TWICE = """
+import sys, torch
+def run():
+    import fastkd
+    x, y = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 4, 4)
+    def loss(x, y):
+        return fastkd.attention_transfer_loss(x, y)
+    (want,) = torch.autograd.grad(fastkd.reference.attention_transfer_loss(x, y), x)
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        with fastkd.use_backend("cpp" if fastkd.native.CPU.available else "auto"):
+            (grad,) = torch.autograd.grad(function(x, y), x)
+        torch.testing.assert_close(grad, want)
+run()
+for name in [name for name in sys.modules if name.split(".")[0] == "fastkd"]:
+    del sys.modules[name]
+run()
+"""
+
+
+def test_fastkd_can_be_imported_twice_in_a_process():
+    done = subprocess.run([sys.executable, "-c", IMPORTED_TWICE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
