@@ -12,8 +12,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -173,17 +174,60 @@ def choose(operation: str, arguments: tuple[object, ...], why_not_cuda: Callable
             return "reference"
         if device == "cpu":
             return "cpp" if native.CPU.available else "reference"
-        return _choose_on_gpu(operation, arguments, why_not_cuda) if device == "cuda" else "reference"
+        return _choose_on_gpu(operation, arguments, example.device.index, why_not_cuda) if device == "cuda" else "reference"
     if name != "reference":
-        _must_serve(name, device, arguments, why_not_cuda)
+        _must_serve(name, device, example, arguments, why_not_cuda)
     return name
 
 
-def _choose_on_gpu(operation: str, arguments: tuple[object, ...], why_not_cuda: Callable[[], str]) -> str:
-    in_cuda = native.CUDA.available and not why_not_cuda()
+OLDEST_FOR_TRITON = (8, 0)
+"""The oldest compute capability that the Triton kernels are compiled and tested for."""
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def has_code(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether a library with code for ``architectures`` ("sm_80", "compute_90", "sm_90a", ...) runs on a device.
+
+    Machine code serves later devices of its generation, PTX every later device; with an "a" either serves its own device alone, with an "f"
+    the later ones of its generation.
+    """
+    for name in architectures:
+        kind, _, number = name.partition("_")
+        suffix = number[-1] if number[-1:] in ("a", "f") else ""
+        major, minor = divmod(int(number.rstrip("af")), 10)
+        if suffix == "a":
+            served = (major, minor) == capability
+        elif kind == "sm" or suffix == "f":
+            served = major == capability[0] and minor <= capability[1]
+        else:
+            served = (major, minor) <= capability
+        if served:
+            return True
+    return False
+
+
+@functools.cache
+def _why_no_code(architectures: tuple[str, ...], capability: tuple[int, int]) -> str:
+    """Why the CUDA library does not run on such a device, or ""."""
+    if has_code(architectures, capability):
+        return ""
+    return f"the CUDA library has code for {', '.join(architectures) or 'nothing'}, the device is sm_{capability[0]}{capability[1]}"
+
+
+def _choose_on_gpu(operation: str, arguments: tuple[object, ...], index: int, why_not_cuda: Callable[[], str]) -> str:
+    capability = _capability(index)
+    no_code = _why_no_code(native.cuda_architectures(), capability) if native.CUDA.available else ""
+    in_cuda = native.CUDA.available and not no_code and not why_not_cuda()
     if in_cuda and _faster(operation, arguments) == "cuda":
         return "cuda"
     available, reason = kernels.state()
+    if available and capability < OLDEST_FOR_TRITON:
+        available, reason = False, f"the device is sm_{capability[0]}{capability[1]}, older than the Triton kernels' sm_80"
+        reason += f"; {no_code}" if no_code else ""
     if available and not _not_in_triton(arguments):
         return "triton"
     if in_cuda:
@@ -193,7 +237,7 @@ def _choose_on_gpu(operation: str, arguments: tuple[object, ...], why_not_cuda: 
     return "reference"
 
 
-def _must_serve(name: str, device: str, arguments: tuple[object, ...], why_not_cuda: Callable[[], str]) -> None:
+def _must_serve(name: str, device: str, example: object, arguments: tuple[object, ...], why_not_cuda: Callable[[], str]) -> None:
     """Raises BackendError where a backend that was asked for by name cannot serve the call."""
     # not availability(), which would look at every backend, and for the CUDA library ask the driver; a CUDA tensor says that there is a GPU
     if name == "triton":
@@ -210,5 +254,7 @@ def _must_serve(name: str, device: str, arguments: tuple[object, ...], why_not_c
     if device != wanted:
         raise BackendError(f"backend {name!r} was asked for but serves {wanted.upper()} tensors only here, the first is on {device}")
     why = _not_in_triton(arguments) if name == "triton" else why_not_cuda() if name == "cuda" else ""
+    if name == "cuda" and not why and isinstance(example, torch.Tensor) and device == "cuda" and not torch.compiler.is_compiling():
+        why = _why_no_code(native.cuda_architectures(), _capability(example.device.index))
     if why:
         raise BackendError(f"backend {name!r} was asked for but cannot serve the call: {why}")

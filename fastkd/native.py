@@ -7,6 +7,7 @@ cannot load into another, GPU or no GPU. Both implement operators ``torch.ops.fa
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
 import re
@@ -64,6 +65,12 @@ def _load_cuda() -> Library:
         note = _build_info(CPU.path).get("cuda", "it was left out")
         return Library(library.name, False, f"not built: {note} (FASTKD_CUDA=1 makes `pip install .` insist on it)", None)
     return library
+
+
+@functools.cache
+def cuda_architectures() -> tuple[str, ...]:
+    """What the CUDA library has code for, such as ("sm_80", "sm_90", "compute_90"), in nvcc's names."""
+    return tuple(_build_info(CUDA.path).get("architectures", ()))
 
 
 def emulate(path: str) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -262,12 +263,17 @@ def check(
 
 @functools.cache
 def missing(backend: str) -> str:
-    """Why the kernels of a backend cannot run, or ""."""
+    """Why the kernels of a backend cannot run, or "".
+
+    "" too where the first of them fails: its tests are for that to say, and those of the other backends still run.
+    """
     try:
         with fastkd.use_backend(backend):
             fastkd.attention_map(place(torch.ones(1, 1, 1), backend))
     except fastkd.BackendError as error:
         return str(error)
+    except Exception as error:
+        print(f"fastkd: the first kernel of backend {backend!r} fails: {type(error).__name__}: {error}", file=sys.stderr)
     return ""
 
 

@@ -27,6 +27,7 @@ from support import (
     evaluate,
     law,
     make,
+    missing,
     name,
     place,
     some_shape,
@@ -34,7 +35,7 @@ from support import (
 )
 
 import fastkd
-from fastkd import backends, kernels, native
+from fastkd import backends, errors, kernels, native
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PATHS = [] if cpp_missing() else native.cpu_paths()
@@ -93,11 +94,13 @@ class OnCuda(torch.Tensor):
     device = torch.device("cuda", 0)
 
 
-def chosen(monkeypatch, *arguments, operation="attention_map", triton=True, cuda=True, why_not_cuda=""):
+def chosen(monkeypatch, *arguments, operation="attention_map", triton=True, cuda=True, why_not_cuda="", capability=(9, 0)):
     """What ``auto`` chooses for tensors on a CUDA device, and the warnings."""
     monkeypatch.setattr(kernels, "state", lambda: (triton, "the remedy"))
     monkeypatch.setattr(native, "CUDA", dataclasses.replace(native.CUDA, available=cuda))
-    monkeypatch.setattr(backends, "_warned", False)
+    monkeypatch.setattr(errors, "_said", set())
+    monkeypatch.setattr(backends, "_capability", lambda index: capability)
+    monkeypatch.setattr(native, "cuda_architectures", lambda: ("sm_80", "sm_90", "sm_100", "compute_100"))
     with warnings.catch_warnings(record=True) as caught, fastkd.use_backend("auto"):
         warnings.simplefilter("always")
         answers = [backends.choose(operation, arguments, lambda: why_not_cuda) for _ in range(2)]
@@ -120,6 +123,45 @@ def test_auto_takes_what_serves_a_cuda_tensor_and_warns_once_where_only_triton_i
     assert backend == ("cuda" if with_cuda and not why_not else "triton" if served else "reference")
     assert len(messages) == (backend == "reference" and not with_triton)
     assert all("the remedy" in message for message in messages)
+
+
+@pytest.mark.parametrize("capability", [(6, 1), (7, 0), (7, 5)])
+def test_auto_takes_the_reference_on_a_device_that_no_kernel_is_for_and_says_so_once(monkeypatch, capability):
+    x = on_cuda(2, 3, 4)
+    backend, messages = chosen(monkeypatch, [x, x], [x, x], operation="fsp_loss", capability=capability)
+    assert backend == "reference" and len(messages) == 1
+    assert "sm_{}{}".format(*capability) in messages[0] and "sm_80" in messages[0] and "\n" not in messages[0]
+
+
+@pytest.mark.parametrize(
+    "architectures, capability, served",
+    [
+        (["sm_80", "sm_90"], (8, 0), True),
+        (["sm_80", "sm_90"], (8, 6), True),  # machine code serves later devices of its generation
+        (["sm_86"], (8, 0), False),
+        (["sm_80", "sm_90"], (12, 0), False),
+        (["sm_80", "compute_90"], (12, 0), True),  # PTX serves every later device
+        (["compute_90"], (8, 9), False),
+        (["sm_90a", "compute_90a"], (9, 0), True),
+        (["sm_90a", "compute_90a"], (10, 0), False),  # what is special to a device serves no other
+        (["sm_100f"], (10, 3), True),
+        (["sm_75"], (7, 5), True),
+        ([], (9, 0), False),
+    ],
+)
+def test_the_cuda_library_serves_the_devices_that_it_has_code_for(monkeypatch, architectures, capability, served):
+    assert backends.has_code(architectures, capability) == served
+    monkeypatch.setattr(backends, "_capability", lambda index: capability)
+    monkeypatch.setattr(native, "CUDA", dataclasses.replace(native.CUDA, available=True))
+    monkeypatch.setattr(native, "EMULATED", None)
+    monkeypatch.setattr(native, "cuda_architectures", lambda: tuple(architectures))
+    x = on_cuda(2, 3, 4)
+    with fastkd.use_backend("cuda"):
+        if served:
+            assert backends.choose("attention_map", (x,), lambda: "") == "cuda"
+        else:
+            with pytest.raises(fastkd.BackendError, match="sm_{}{}".format(*capability)):
+                backends.choose("attention_map", (x,), lambda: "")
 
 
 def test_auto_leaves_large_products_to_triton_where_it_is(monkeypatch):
@@ -336,3 +378,11 @@ def nan_where_eager_has_it(backend, value, where):
                 missed = b.isnan() & ~a.isnan()
                 assert not missed.any(), f"eager has NaN at {missed.nonzero()[0].tolist()}, ours {a[missed][0].item()}"
                 assert not (a.isnan() & b.isfinite()).any(), "NaN where eager is finite"
+
+
+def test_a_backend_whose_first_kernel_fails_leaves_the_others_their_tests(monkeypatch, capsys):
+    def failing(x):
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(fastkd, "attention_map", failing)
+    assert missing.__wrapped__("reference") == "" and "no kernel image" in capsys.readouterr().err
