@@ -1,277 +1,300 @@
-"""All that can be proven and measured on one machine with a GPU, in one command, without a network; ten minutes are meant to suffice.
+"""The most that can be proven and measured on a machine with a GPU in a few minutes, in one command, without a network.
 
-    python benchmarks/gpu.py                       results into benchmarks/results/<device>/
-    python benchmarks/gpu.py --out DIR --only tests,speed
-    python benchmarks/gpu.py --rehearse            the same on a machine without a GPU, as far as that goes; nothing is measured
+    python benchmarks/gpu.py --minutes 8 --data DIR     results into benchmarks/results/<device>/
+    python benchmarks/gpu.py --rehearse                 the same plan and limits without a GPU; nothing is measured
 
-In this order, each step writing what it found at once, so that a run cut short has left the most: versions and clocks; the tests marked
-`gpu`; how many kernels a call launches; compute-sanitizer (memcheck, racecheck) over a small set; copy bandwidth and matrix rates; the
-losses (``pytest --benchmark``, its groups on a GPU); a whole ResNet-50 step. A step that fails does not stop the next.
+Nothing needs to be installed but PyTorch, Triton and pytest (pytest-xdist runs tests side by side, pytest-benchmark measures): in a clone
+with both compiled libraries in fastkd/, PYTHONPATH is set for every part. docs/gpu.md says what to carry and how to read what comes back.
+
+Parts run one after the other, the most telling first, each in a process group of its own and within a limit of its own; a training run goes
+on in the background until measuring begins. Whatever stops the command, what was found until then lies in four files: gpu.log (this
+command's lines), gpu-outputs.txt (what the parts printed), gpu-summary.json and gpu-results.tar.gz (what they wrote).
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import contextlib
+import io
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parent / "tests")]
+ROOT = Path(__file__).resolve().parent.parent
+GRACE = 8  # seconds after SIGINT in which pytest says what failed, before SIGKILL
+CLOSING = 4  # seconds kept for the last packing
+SPEED = (
+    ("attention chains", "attention", "resnet20-128"),
+    ("attention at ResNet-50 stages", "attention", "resnet50-64"),
+    ("fsp chains", "gram", "resnet20-128"),
+    ("fsp at ResNet-50 stages", "gram", "resnet50-64"),
+    ("resnet20 step", "step", "resnet20"),
+    ("attention wide chains", "attention", "wrn40_2-128 or resnet32x4-128"),
+    ("fsp wide chains", "gram", "wrn40_2-128 or resnet32x4-128"),
+    ("resnet50 step", "step", "resnet50"),
+)
+# of Triton's tests, those whose answer an interpreter cannot give: graphs, streams, waiting, repeated bits, races
+ON_DEVICE = "captured or compiled_step or waits or streams or same_bits or not_current or large_gradients"
 
-import torch  # noqa: E402
-from speed import machine  # noqa: E402
-from speed.cases import Case, features  # noqa: E402
-from speed.gpu import CHAINS, LARGE  # noqa: E402
 
-import fastkd  # noqa: E402
-from fastkd import backends  # noqa: E402
+@dataclass(frozen=True)
+class Part:
+    """A command, how many seconds it may take, and variables of its own."""
 
-LOSSES: dict[str, Callable[..., torch.Tensor]] = {"attention": fastkd.attention_transfer_loss, "gram": fastkd.fsp_loss}
-SANITIZERS = ("memcheck", "racecheck")
+    name: str
+    command: tuple[str, ...]
+    seconds: float
+    variables: tuple[tuple[str, str], ...] = ()
+    measures: bool = False  # alone on the device
+
+
+def own(name: str, seconds: float, *, measures: bool = False) -> Part:
+    """A part of benchmarks/speed/gpu_parts.py."""
+    command = (sys.executable, "-m", "speed.gpu_parts", name.split()[0], *name.split()[1:])
+    return Part(name, command, seconds, measures=measures)
+
+
+def pytest_part(name: str, seconds: float, *arguments: str, processes: int = 0, measures: bool = False) -> Part:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    if processes and find_spec("xdist"):
+        command += ["-n", str(processes)]
+    return Part(name, (*command, *arguments), seconds, measures=measures)
+
+
+def sanitizer(kind: str) -> Part | None:
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if tool is None:
+        return None
+    command = (tool, "--tool", kind, "--target-processes", "all", "--error-exitcode", "9", *own("small-set", 0).command)
+    # each tensor an allocation of its own, so that one byte beyond it is seen
+    return Part(kind, command, 45, (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))
+
+
+def plan(rehearse: bool) -> list[Part]:
+    """The parts, by worth: is it right, on every dtype and layout; do its own tests hold; is memory touched rightly; how fast is it."""
+    place = ("-m", "not large", "-x", "tests/test_cuda.py") if rehearse else ("-m", "gpu and not large", "tests")
+    cuda = ("-k", "captured or waits") if rehearse else ("-k", "cuda and not triton")
+    triton = ("-k", "same_bits") if rehearse else ("-k", f"triton and ({ON_DEVICE})")
+    parts: list[Part | None] = [
+        own("facts", 15),
+        own("smoke cuda", 25),
+        own("smoke triton", 40),
+        pytest_part("tests of cuda", 80, *place, *cuda, processes=5),
+        pytest_part("tests of triton", 60, *(("-x", "tests/test_triton.py") if rehearse else place), *triton, processes=10),
+        sanitizer("memcheck"),
+        sanitizer("racecheck"),
+        own("launches", 20, measures=True),
+        own("rates", 15, measures=True),
+    ]
+    for name, file, shape in SPEED:
+        chosen = f"({shape}) and {'cpu' if rehearse else 'cuda'}"
+        # without a GPU the bodies are walked through once, on small shapes
+        mode = ("--collect-only",) if rehearse else ("--benchmark", "--benchmark-results", f"speed/{name.replace(' ', '-')}")
+        parts.append(pytest_part(f"speed: {name}", 45, *mode, "-k", chosen, f"benchmarks/test_{file}.py", measures=True))
+    parts.append(pytest_part("large tensors", 60, "-m", "gpu and large", "tests", measures=True))
+    return [part for part in parts if part is not None]
+
+
+def training(data: Path | None, rehearse: bool) -> Part | None:
+    """200 epochs of attention transfer, ResNet-20 from ResNet-20, in a CUDA graph; None where there are no images."""
+    there = {"cifar10": ("cifar-10-batches-py", "cifar-10-batches-bin"), "fashion-mnist": ("FashionMNIST",)}
+    name = next((name for name, folders in there.items() if data and any((data / folder).is_dir() for folder in folders)), None)
+    if name is None and not (rehearse and find_spec("sklearn")):
+        return None
+    command = [sys.executable, str(ROOT / "train.py"), "--method", "at", "--output", "runs", "--no-pictures", "--dataset", name or "digits"]
+    command += ["--data", str(data)] if name else []
+    command += ["--epochs", "1"] if rehearse else ["--epochs", "200", "--device", "cuda", "--precision", "bf16", "--cuda-graph"]
+    return Part("training in the background", tuple(command), 0)
 
 
 class Run:
-    """Where results go, and whether this is a rehearsal."""
+    """The command's own state: what is left of its time, what was found, and the four files."""
 
-    def __init__(self, out: Path, rehearse: bool):
-        self.out, self.rehearse = out, rehearse
-        self.device = "cpu" if rehearse else "cuda"
+    def __init__(self, out: Path, minutes: float, rehearse: bool):
+        self.begun, self.seconds, self.rehearse = time.monotonic(), 60 * minutes, rehearse
+        self.out, self.staging = out, Path(tempfile.mkdtemp(prefix="fastkd-gpu-"))
+        self.summary: dict[str, Any] = {"minutes": minutes, "rehearsal": rehearse, "parts": []}
+        self.current: subprocess.Popen[bytes] | None = None
+        self.stopped = False
         out.mkdir(parents=True, exist_ok=True)
+        for name in ("gpu.log", "gpu-outputs.txt"):
+            (out / name).write_text("", encoding="utf-8")
 
-    def save(self, name: str, text: str) -> None:
-        target = self.out / name
-        temporary = target.with_name(f".{name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(target)
+    def passed(self) -> float:
+        return time.monotonic() - self.begun
 
-    def save_json(self, name: str, value: Any) -> None:
-        self.save(name, json.dumps(value, indent=1) + "\n")
+    def left(self) -> float:
+        return self.seconds - CLOSING - self.passed()
 
-    def command(self, name: str, command: list[str], limit: float) -> int:
-        """Run a command in the project's folder; what it printed becomes a file, also when it takes too long."""
-        environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
-        with (self.out / name).open("w", encoding="utf-8") as file:
-            file.write(f"$ {' '.join(command)}\n")
-            file.flush()
-            try:
-                status = subprocess.run(
-                    command, cwd=HERE.parent, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=limit
-                ).returncode
-            except subprocess.TimeoutExpired:
-                status = -1
-            file.write(f"status {status}{' (stopped: too long)' if status == -1 else ''}\n")
-        return status
+    def say(self, line: str) -> None:
+        line = f"{self.passed():4.0f} s  {line}"
+        with contextlib.suppress(OSError):
+            print(line, flush=True)
+        with (self.out / "gpu.log").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
+    def start(self, part: Part) -> tuple[subprocess.Popen[bytes], Path]:
+        output = self.staging / f"{re.sub('[^a-z0-9]+', '-', part.name.lower())}.txt"
+        variables = {**os.environ, **dict(part.variables), "FASTKD_GPU_OUT": str(self.staging), "PYTHONUNBUFFERED": "1"}
+        variables["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")))
+        if self.rehearse:
+            variables["FASTKD_GPU_REHEARSAL"] = variables["TRITON_INTERPRET"] = "1"
+        # tests and benchmarks are found from the clone, and what a part writes lies in the staging folder
+        where = self.staging if part.command[1:2] == (str(ROOT / "train.py"),) else ROOT
+        command = [word.replace("speed/", f"{self.staging}/speed/", 1) if word.startswith("speed/") else word for word in part.command]
+        with output.open("wb") as file:
+            process = subprocess.Popen(command, cwd=where, env=variables, stdout=file, stderr=subprocess.STDOUT,
+                                       stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+        return process, output
 
-def names_of_backends() -> list[str]:
-    return [name for name in ("triton", "cuda") if backends.availability()[name][0]]
+    def run(self, part: Part) -> None:
+        limit = min(part.seconds, self.left())
+        if limit < 3:
+            self.say(f"{part.name}: left out, no time")
+            return
+        begun = self.passed()
+        self.current, output = self.start(part)
+        try:
+            status: int | str = self.current.wait(limit)
+        except subprocess.TimeoutExpired:
+            end(self.current, min(GRACE, max(self.left(), 1)))
+            status = "stopped at its limit"
+        self.current = None
+        self.found(part, status, self.passed() - begun, limit, output)
 
+    def found(self, part: Part, status: int | str, seconds: float, limit: float, output: Path) -> None:
+        """Adds a part's output and a line about it, and packs what there is."""
+        text = output.read_text(encoding="utf-8", errors="replace")
+        lines = [line for line in text.splitlines() if line.strip()]
+        told = lines[-1][:160] if lines else "nothing printed"
+        self.summary["parts"].append({"name": part.name, "status": status, "seconds": round(seconds, 1), "last": told})
+        with (self.out / "gpu-outputs.txt").open("a", encoding="utf-8") as file:
+            file.write(f"\n===== {part.name}: status {status}, {seconds:.0f} s =====\n{text}")
+        self.say(f"{part.name}: {'ok' if status == 0 else f'status {status}'}, {seconds:.0f} of {limit:.0f} s: {told}")
+        self.pack()
 
-def versions(run: Run) -> str:
-    facts = machine.facts(sys.argv)
-    facts["backends"] = {name: list(state) for name, state in backends.availability().items()}
-    facts["triton"] = machine.version("triton")
-    if not run.rehearse:
-        properties = torch.cuda.get_device_properties(0)
-        facts["gpu"] = {
-            "name": properties.name,
-            "capability": f"{properties.major}.{properties.minor}",
-            "memory_gib": round(properties.total_memory / 2**30, 1),
-            "multiprocessors": properties.multi_processor_count,
-            "l2_bytes": properties.L2_cache_size,
-            "count": torch.cuda.device_count(),
-        }
-    if shutil.which("nvidia-smi"):
-        done = subprocess.run(["nvidia-smi", "-q", "-d", "CLOCK,PERFORMANCE,POWER"], capture_output=True, text=True)
-        facts["nvidia_smi"] = done.stdout.splitlines()
-    run.save_json("gpu-versions.json", facts)
-    return f"{facts.get('gpu', {}).get('name', 'no GPU')}, torch {torch.__version__}, triton {facts['triton']}"
-
-
-def tests(run: Run) -> str:
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu and not large", "-p", "no:cacheprovider", "tests"]
-    status = run.command("gpu-tests.txt", command, 240)
-    return f"status {status}: {_last_line(run.out / 'gpu-tests.txt')}"
-
-
-def large(run: Run) -> str:
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu and large", "-p", "no:cacheprovider", "tests"]
-    status = run.command("gpu-tests-large.txt", command, 90)
-    return f"status {status}: {_last_line(run.out / 'gpu-tests-large.txt')}"
-
-
-def _last_line(file: Path) -> str:
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line and not line.startswith("status ")]
-    return lines[-1] if lines else "nothing printed"
-
-
-def _inputs(run: Run, operation: str, shape: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    students, teachers = features(Case(operation, "small" if run.rehearse else shape))
-    return [x.detach().to(run.device).requires_grad_() for x in students], [x.to(run.device) for x in teachers]
+    def pack(self) -> None:
+        """The summary and the archive, each written whole and renamed."""
+        for file in sorted(self.staging.glob("*.json")):
+            with contextlib.suppress(ValueError):
+                self.summary[file.stem] = json.loads(file.read_text(encoding="utf-8"))
+        self.summary["speed"] = dict(speedups(self.staging))
+        write(self.out / "gpu-summary.json", (json.dumps(self.summary, indent=1) + "\n").encode())
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+            archive.add(self.staging, "gpu-results", filter=lambda info: None if info.name.endswith((".pt", ".tmp")) else info)
+        write(self.out / "gpu-results.tar.gz", packed.getvalue())
 
 
-def launches(run: Run) -> str:
-    """Kernels of one call each way, by name, as the profiler saw them."""
-    kind = torch.profiler.ProfilerActivity.CPU if run.rehearse else torch.profiler.ProfilerActivity.CUDA
-    found: dict[str, Any] = {}
-    for backend in names_of_backends():
-        for operation, loss in LOSSES.items():
-            for shape in (CHAINS[0], LARGE):
-                students, teachers = _inputs(run, operation, shape)
-                try:
-                    with fastkd.use_backend(backend):
-                        for _ in range(3):
-                            loss(students, teachers).backward()
-                        for x in students:
-                            x.grad = None
-                        counts: dict[str, Any] = {}
-                        value = None
-                        for direction in ("forward", "backward"):
-                            _wait(run)
-                            with torch.profiler.profile(activities=[kind], acc_events=True) as profile:
-                                if direction == "forward":
-                                    value = loss(students, teachers)
-                                else:
-                                    assert value is not None
-                                    value.backward()
-                                _wait(run)
-                            counts[direction] = {event.key: event.count for event in profile.key_averages()}
-                except fastkd.BackendError as error:
-                    counts = {"error": str(error)}
-                found[f"{backend} {operation} {shape}"] = counts
-    run.save_json("gpu-launches.json", found)
-    return "; ".join(
-        f"{name}: " + ", ".join(f"{d} {sum(v.values())}" if isinstance(v, dict) else str(v) for d, v in counts.items())
-        for name, counts in found.items()
-    )
+def speedups(staging: Path) -> Iterator[tuple[str, Any]]:
+    """Of each measured row its milliseconds, and how many times faster it is than eager and compiled PyTorch."""
+    for file in sorted(staging.glob("speed/*/speed.json")):
+        with contextlib.suppress(ValueError, OSError, KeyError, TypeError):
+            for record in json.loads(file.read_text(encoding="utf-8"))["records"]:
+                name = " ".join(str(record.get(key, "")) for key in ("operation", "shape", "dtype", "layout", "matmul", "clock"))
+                rows = record["rows"].items()
+                yield name, {row: {k: v for k, v in facts.items() if k == "milliseconds" or k.startswith("speedup")} for row, facts in rows}
 
 
-def _wait(run: Run) -> None:
-    if not run.rehearse:
-        torch.cuda.synchronize()
+def write(target: Path, content: bytes) -> None:
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(target)
 
 
-def small_set(run: Run) -> str:
-    """What compute-sanitizer watches: each operation and its backward pass on a few small shapes, layouts and dtypes."""
-    calls = 0
-    for backend in names_of_backends():
-        for dtype in (torch.float32, torch.bfloat16):
-            for layout in (torch.contiguous_format, torch.channels_last):
-                sizes = [(16, 14), (17, 7), (32, 5)]
-                students, teachers = (
-                    [torch.randn(3, c, n, n).to(dtype).to(run.device, memory_format=layout) for c, n in sizes] for _ in range(2)
-                )
-                for x in students:
-                    x.requires_grad_()
-                with fastkd.use_backend(backend):
-                    fastkd.attention_transfer_loss(students, teachers, weight=1000.0).backward()
-                    fastkd.attention_map(students[1]).sum().backward()
-                    for pool_mode in ("avg", "max"):
-                        fastkd.fsp_loss(students, teachers, pool_mode=pool_mode).backward()
-                    fastkd.fsp_matrix(students[0], students[1]).sum().backward()
-                    for pair in (fastkd.tap(students[0]), fastkd.relu_tap(students[1])):
-                        (pair[0].float().sum() + pair[1].sum()).backward()
-                calls += 7
-    _wait(run)
-    return f"{calls} calls"
+def end(process: subprocess.Popen[bytes], grace: float) -> None:
+    """SIGINT to a part and all that it started, and SIGKILL to what is there after ``grace`` seconds."""
+    for number, patience in ((signal.SIGINT, grace), (signal.SIGKILL, 5)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # children that outlived the leader of the group
 
 
-def sanitizer(run: Run) -> str:
-    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    if tool is None or run.rehearse:
-        return "rehearsed without: " + small_set(run) if run.rehearse else "compute-sanitizer is not on PATH"
-    told = []
-    for kind in SANITIZERS:
-        command = [tool, "--tool", kind, "--target-processes", "all", "--error-exitcode", "9"]
-        command += [sys.executable, str(HERE / "gpu.py"), "--small-set"]
-        status = run.command(f"gpu-sanitizer-{kind}.txt", command, 120)
-        told.append(f"{kind}: status {status}, {_last_line(run.out / f'gpu-sanitizer-{kind}.txt')}")
-    return "; ".join(told)
+def execute(run: Run, parts: list[Part], background: Part | None) -> None:
+    behind: tuple[Part, float, subprocess.Popen[bytes], Path] | None = None
 
+    def finish(grace: float) -> None:
+        nonlocal behind
+        if behind is not None:
+            part, begun, process, output = behind
+            behind = None
+            status: int | str | None = process.poll()
+            if status is None:
+                end(process, grace)
+                status = "stopped before measuring"
+            run.found(part, status, run.passed() - begun, run.passed() - begun, output)
 
-def rates(run: Run) -> str:
-    """Bandwidth of a plain copy, beyond the cache, and rates of square matrix products."""
-    size, side = (2**12, 32) if run.rehearse else (2**28, 8192)
-    found: dict[str, float] = {}
-    a, b = (torch.empty(size, device=run.device).uniform_() for _ in range(2))
-    found["copy GB/s"] = 2 * a.nbytes / _seconds(run, lambda: b.copy_(a)) / 1e9
-    for name, dtype, tf32 in (
-        ("float32, ieee", torch.float32, False), ("float32, tf32", torch.float32, True), ("bfloat16", torch.bfloat16, False),
-    ):  # fmt: skip
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-        x, y = (torch.randn(side, side, device=run.device).to(dtype) for _ in range(2))
-        found[f"{name} TFLOP/s"] = 2 * side**3 / _seconds(run, functools.partial(torch.mm, x, y)) / 1e12
-    torch.backends.cuda.matmul.allow_tf32 = False
-    run.save_json("gpu-rates.json", found)
-    return ", ".join(f"{name} {value:.1f}" for name, value in found.items())
-
-
-def _seconds(run: Run, call: Callable[[], Any], rounds: int = 7, calls: int = 10) -> float:
-    """The median over rounds of several calls."""
-    call()
-    readings = []
-    for _ in range(rounds):
-        _wait(run)
-        begun = time.perf_counter()
-        for _ in range(calls):
-            call()
-        _wait(run)
-        readings.append((time.perf_counter() - begun) / calls)
-    return sorted(readings)[rounds // 2]
-
-
-def speed(run: Run) -> str:
-    mode = [] if run.rehearse else ["--benchmark", "--benchmark-results", str(run.out)]
-    command = [sys.executable, "-m", "pytest", "-q", *mode, "-p", "no:cacheprovider", "-k", run.device, "benchmarks"]
-    status = run.command("gpu-speed.txt", command, 330)
-    return f"status {status}: {_last_line(run.out / 'gpu-speed.txt')}"
-
-
-STEPS = {
-    "versions": versions, "tests": tests, "launches": launches, "sanitizer": sanitizer, "rates": rates, "speed": speed, "large": large,
-}  # fmt: skip
+    try:
+        for part in parts:
+            if run.stopped:
+                break
+            if part.measures:
+                finish(GRACE)
+            run.run(part)
+            if background is not None:
+                behind, background = (background, run.passed(), *run.start(background)), None
+    finally:
+        finish(1)
+        if run.current is not None:
+            end(run.current, 1)
+        run.pack()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder for the results (default: benchmarks/results/<device>)")
-    parser.add_argument("--only", help=f"steps, separated by commas, of {', '.join(STEPS)}")
-    parser.add_argument("--rehearse", action="store_true", help="run on the CPU, with Triton interpreted and the CUDA kernels emulated")
-    parser.add_argument("--small-set", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if not args.rehearse and not torch.cuda.is_available():
-        parser.error("PyTorch sees no CUDA device; --rehearse goes as far as that allows")
-    if args.rehearse:
-        os.environ["TRITON_INTERPRET"] = "1"
-        import emulated  # of the tests
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    path: Callable[[str], Path] = lambda text: Path(os.path.expanduser(text)).resolve()  # noqa: E731
+    parser.add_argument("--minutes", type=float, default=8.0, help="time for all of it (8)")
+    parser.add_argument("--data", type=path, metavar="DIR", help="CIFAR-10 or Fashion-MNIST for the training run")
+    parser.add_argument("--out", type=path, metavar="DIR", help="where the four files go (benchmarks/results/<device>)")
+    parser.add_argument("--only", metavar="WORD", help="parts whose names contain it")
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU: Triton interpreted, the CUDA kernels emulated")
+    flags = parser.parse_args()
+    if not 0 < flags.minutes < float("inf"):
+        parser.error(f"--minutes is {flags.minutes:g}, wanted a number above 0")
+    device = "rehearsal"
+    if not flags.rehearse:
+        import torch
 
-        emulated.load()
-    wanted = args.only.split(",") if args.only else list(STEPS)
-    unknown = [name for name in wanted if name not in STEPS]
-    if unknown:
-        parser.error(f"--only: unknown step {', '.join(unknown)}, wanted some of {', '.join(STEPS)}")
-    device = "rehearsal" if args.rehearse else torch.cuda.get_device_name()
-    if args.small_set:
-        print(small_set(Run(args.out or Path("."), args.rehearse)))
-        return 0
-    run = Run(args.out or HERE / "results" / machine.slug(device), args.rehearse)
-    begun, failed = time.perf_counter(), False
-    for name in wanted:
-        try:
-            told = STEPS[name](run)
-        except Exception as error:  # the next step may still work
-            told, failed = f"FAILED: {type(error).__name__}: {error}", True
-        print(f"{time.perf_counter() - begun:4.0f} s  {name}: {told}", flush=True)
-    print(f"results: {run.out}")
-    return int(failed)
+        if not torch.cuda.is_available():
+            parser.error("PyTorch sees no CUDA device; --rehearse goes as far as that allows")
+        device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    parts = [part for part in plan(flags.rehearse) if not flags.only or flags.only in part.name]
+    if not parts:
+        parser.error(f"--only is {flags.only!r}, wanted a word of one of: {', '.join(part.name for part in plan(flags.rehearse))}")
+    if flags.rehearse:  # not counted: a machine with a GPU compiles nothing for a CPU
+        sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+        import emulated
+
+        emulated.build()
+    run = Run(flags.out or ROOT / "benchmarks" / "results" / device, flags.minutes, flags.rehearse)
+
+    def stop(number: int, frame: Any) -> None:
+        run.stopped = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        execute(run, parts, None if flags.only else training(flags.data, flags.rehearse))
+    except KeyboardInterrupt:
+        run.say("stopped; what was found is kept")
+    run.say(f"results: {run.out}")
+    shutil.rmtree(run.staging, ignore_errors=True)
+    return int(run.stopped or any(part["status"] != 0 for part in run.summary["parts"]))
 
 
 if __name__ == "__main__":

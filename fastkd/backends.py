@@ -174,7 +174,9 @@ def choose(operation: str, arguments: tuple[object, ...], why_not_cuda: Callable
             return "reference"
         if device == "cpu":
             return "cpp" if native.CPU.available else "reference"
-        return _choose_on_gpu(operation, arguments, example.device.index, why_not_cuda) if device == "cuda" else "reference"
+        if isinstance(example, torch.Tensor) and device == "cuda":
+            return _choose_on_gpu(operation, arguments, example.device.index, why_not_cuda)
+        return "reference"
     if name != "reference":
         _must_serve(name, device, example, arguments, why_not_cuda)
     return name

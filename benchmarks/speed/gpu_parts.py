@@ -1,0 +1,234 @@
+"""What benchmarks/gpu.py runs in processes of its own:  python -m speed.gpu_parts facts|smoke BACKEND|small-set|launches|rates
+
+Each prints its findings line by line, so that a part that is stopped has said what it found, and writes JSON into FASTKD_GPU_OUT.
+FASTKD_GPU_REHEARSAL=1 goes through the same on a CPU, with Triton interpreted and the CUDA kernels emulated.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastkd
+from fastkd import backends, reference
+from speed import machine
+from speed.cases import Case, features
+from speed.gpu import CHAINS, LARGE
+
+REHEARSAL = os.environ.get("FASTKD_GPU_REHEARSAL") == "1"
+DEVICE = "cpu" if REHEARSAL else "cuda"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+# of the largest value of the exact result: rounding to the dtype, and float32 sums of a few thousand terms
+ALLOWED = {"float32": 1e-4, "bfloat16": 2.0**-7, "float16": 2.0**-10}
+SIZES = ((16, 14), (24, 7), (32, 5))  # channels, height and width of small stages
+Features = list[torch.Tensor]
+
+
+def save(name: str, value: Any) -> None:
+    folder = Path(os.environ.get("FASTKD_GPU_OUT", "."))
+    temporary = folder / f".{name}.tmp"
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(folder / f"{name}.json")
+
+
+def wait() -> None:
+    if not REHEARSAL:
+        torch.cuda.synchronize()
+
+
+def serving() -> list[str]:
+    return [name for name in ("cuda", "triton") if backends.availability()[name][0]]
+
+
+def facts() -> None:
+    """Versions, the device and its clocks."""
+    found = machine.facts(sys.argv)
+    found["backends"] = {name: list(state) for name, state in backends.availability().items()}
+    found["triton"] = machine.version("triton")
+    if not REHEARSAL:
+        properties = torch.cuda.get_device_properties(0)
+        found["gpu"] = {
+            "name": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "multiprocessors": properties.multi_processor_count,
+            "l2_bytes": properties.L2_cache_size,
+            "count": torch.cuda.device_count(),
+        }
+    if shutil.which("nvidia-smi"):
+        done = subprocess.run(["nvidia-smi", "-q", "-d", "CLOCK,PERFORMANCE,POWER"], capture_output=True, text=True)
+        found["nvidia_smi"] = done.stdout.splitlines()
+    save("facts", found)
+    print(f"{found.get('gpu', {}).get('name', 'no GPU')}, torch {torch.__version__}, triton {found['triton']}, {found['backends']}")
+
+
+def operations(module: Any) -> dict[str, Callable[[Features, Features], torch.Tensor]]:
+    """Scalars that reach every kernel of the package, as functions of student and teacher features."""
+
+    def tapped(function: Callable[..., Any]) -> Callable[[Features, Features], torch.Tensor]:
+        def scalar(s: Features, t: Features) -> torch.Tensor:
+            pairs = [function(x) for x in s]
+            maps = [m for _, m in pairs]
+            passed = sum(y.float().square().mean() if y.dtype != torch.float64 else y.square().mean() for y, _ in pairs)
+            return module.attention_transfer_loss(maps, t, student_is_map=True, weight=1000.0) + passed
+
+        return scalar
+
+    return {
+        "attention_transfer_loss": lambda s, t: module.attention_transfer_loss(s, t, weight=1000.0),
+        "attention_map": lambda s, t: sum(module.attention_map(x).square().flatten(1)[:, ::2].sum() for x in s),
+        "fsp_loss": lambda s, t: module.fsp_loss(s, t, weight=100.0, precision="ieee"),
+        "fsp_loss column_l2": lambda s, t: module.fsp_loss(s, t, distance="column_l2", precision="ieee"),
+        "fsp_loss max": lambda s, t: module.fsp_loss(s, t, pool_mode="max", weight=100.0, precision="ieee"),
+        "fsp_matrix": lambda s, t: module.fsp_matrix(s[0], s[1], precision="ieee").square().sum(),
+        "tap": tapped(module.tap),
+        "relu_tap": tapped(module.relu_tap),
+    }
+
+
+def smoke(backend: str) -> int:
+    """Each operation, dtype and layout against float64 on the CPU; a line each. Returns how many are wrong."""
+    wrong = count = 0
+    table: dict[str, Any] = {}
+    exact_forms, forms = operations(reference), operations(fastkd)
+    for dtype, layout in itertools.product(DTYPES, LAYOUTS):
+        torch.manual_seed(0)
+        students, teachers = (
+            [torch.randn(4, c, n, n).to(DTYPES[dtype]).to(memory_format=LAYOUTS[layout]) for c, n in SIZES] for _ in range(2)
+        )
+        for name, form in forms.items():
+            wide = [x.double().requires_grad_() for x in students]
+            value = exact_forms[name](wide, [x.double() for x in teachers])
+            exact = torch.autograd.grad(value, wide, allow_unused=True)
+            label = f"{backend} {name} {dtype} {layout}"
+            count += 1
+            try:
+                given = [x.to(DEVICE).requires_grad_() for x in students]
+                with fastkd.use_backend(backend):
+                    ours = form(given, [x.to(DEVICE) for x in teachers])
+                    grads = torch.autograd.grad(ours, given, allow_unused=True)
+                errors = [abs(ours.item() / value.item() - 1)]
+                errors += [((g.double().cpu() - e).abs().max() / e.abs().max()).item() for g, e in zip(grads, exact) if e is not None]
+                good = all(error <= ALLOWED[dtype] for error in errors)  # not so for NaN
+                told = f"{'ok' if good else 'WRONG'}: loss {errors[0]:.1e}, gradient {max(errors[1:]):.1e}"
+            except Exception as error:  # the next may still work, and each is worth its line
+                good, told = False, f"FAILED: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            wrong += not good
+            table[label] = told
+            print(f"{label}: {told}", flush=True)
+            save(f"smoke-{backend}", table)
+    print(f"{count - wrong} of {count} are right")
+    return wrong
+
+
+def small_set() -> None:
+    """What compute-sanitizer watches: each operation of the CUDA library and its backward pass on small shapes."""
+    calls = 0
+    for dtype, layout in itertools.product(("float32", "bfloat16"), LAYOUTS):
+        made = [torch.randn(3, c, n, n, device=DEVICE).to(DTYPES[dtype]).to(memory_format=LAYOUTS[layout]) for c, n in SIZES * 2]
+        students, teachers = [x.requires_grad_() for x in made[:3]], made[3:]
+        with fastkd.use_backend("cuda"):
+            for form in operations(fastkd).values():
+                form(students, teachers).backward()
+                calls += 1
+    wait()
+    print(f"{calls} operations with their gradients")
+
+
+def launches() -> None:
+    """Kernels of one call each way, by name, as the device saw them."""
+    kind = torch.profiler.ProfilerActivity.CPU if REHEARSAL else torch.profiler.ProfilerActivity.CUDA
+    losses: dict[str, Callable[..., torch.Tensor]] = {"attention": fastkd.attention_transfer_loss, "gram": fastkd.fsp_loss}
+    found: dict[str, Any] = {}
+    for backend, (operation, loss), shape in itertools.product(serving(), losses.items(), (CHAINS[0], LARGE)):
+        name = f"{backend} {operation} {shape}"
+        try:
+            found[name] = _launches(backend, loss, operation, "small" if REHEARSAL else shape, kind)
+            print(f"{name}: " + ", ".join(f"{way} {sum(events.values())}" for way, events in found[name].items()), flush=True)
+        except Exception as error:
+            print(f"{name}: FAILED: {type(error).__name__}: {' '.join(str(error).split())[:200]}", flush=True)
+        save("launches", found)
+
+
+def _launches(backend: str, loss: Callable[..., torch.Tensor], operation: str, shape: str, kind: Any) -> dict[str, dict[str, int]]:
+    students, teachers = features(Case(operation, shape))
+    s, t = [x.detach().to(DEVICE).requires_grad_() for x in students], [x.to(DEVICE) for x in teachers]
+    counts: dict[str, dict[str, int]] = {}
+    with fastkd.use_backend(backend):
+        for _ in range(3):
+            torch.autograd.grad(loss(s, t), s)
+        held: dict[str, torch.Tensor] = {}
+
+        def forward() -> None:
+            held["loss"] = loss(s, t)
+
+        for way, call in (("forward", forward), ("backward", lambda: torch.autograd.grad(held["loss"], s))):
+            wait()
+            with torch.profiler.profile(activities=[kind], acc_events=True) as profile:
+                call()
+                wait()
+            seen = [event for event in profile.key_averages() if str(event.device_type).endswith("CPU" if REHEARSAL else "CUDA")]
+            counts[way] = {event.key: event.count for event in seen}
+    return counts
+
+
+def rates() -> None:
+    """Bandwidth of a plain copy, beyond the cache, and rates of square matrix products."""
+    size, side = (2**12, 32) if REHEARSAL else (2**28, 8192)
+    found: dict[str, float] = {}
+    a, b = (torch.empty(size, device=DEVICE).uniform_() for _ in range(2))
+    found["copy GB/s"] = 2 * a.nbytes / _seconds(lambda: b.copy_(a)) / 1e9
+    products = (("float32 ieee", torch.float32, False), ("float32 tf32", torch.float32, True), ("bfloat16", torch.bfloat16, False))
+    for name, dtype, tf32 in products:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        x, y = (torch.randn(side, side, device=DEVICE).to(dtype) for _ in range(2))
+        found[f"{name} TFLOP/s"] = 2 * side**3 / _seconds(functools.partial(torch.mm, x, y)) / 1e12
+        save("rates", found)
+    print(", ".join(f"{name} {value:.1f}" for name, value in found.items()))
+
+
+def _seconds(call: Callable[[], Any], rounds: int = 7, calls: int = 10) -> float:
+    """The median over rounds of several calls."""
+    call()
+    readings = []
+    for _ in range(rounds):
+        wait()
+        begun = time.perf_counter()
+        for _ in range(calls):
+            call()
+        wait()
+        readings.append((time.perf_counter() - begun) / calls)
+    return sorted(readings)[rounds // 2]
+
+
+def main() -> int:
+    if REHEARSAL:
+        torch.set_num_threads(1)
+        import emulated  # of the tests
+
+        emulated.load()
+        if "triton" in serving():
+            import interpreter  # of the tests: its bfloat16 would be cut off, not rounded
+
+            interpreter.mend()
+    name, *rest = sys.argv[1:]
+    if name == "smoke":
+        return min(smoke(*rest), 1)
+    {"facts": facts, "small-set": small_set, "launches": launches, "rates": rates}[name]()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
