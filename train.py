@@ -25,7 +25,8 @@ def build_parser() -> argparse.ArgumentParser:
     from fastkd.models import MODELS
     from fastkd.training import DATASETS, PRECISIONS, RECIPES, SETTINGS, Recipe
 
-    parser = OneLineParser(prog="train.py", description="Train a teacher, distil a student from it, record the result.")
+    text = "Train a teacher, distil a student from it, record the result."
+    parser = OneLineParser(prog="train.py", description=text, allow_abbrev=False)
     parser.add_argument("--method", required=True, choices=METHODS)
     parser.add_argument("--dataset", choices=("auto", *DATASETS), help="auto (default): CIFAR-10 if under --data, else digits")
     parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="where the sets lie, or are downloaded to (data)")
@@ -45,7 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
     graph = "the step as a CUDA graph: on a GPU, in one process"
     parser.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction, default=None, help=graph)
     parser.add_argument("--output", type=Path, default=Path("runs"), metavar="DIR", help="where tables, runs and teachers go (runs)")
-    parser.add_argument("--resume", nargs="?", const="", metavar="FOLDER", help="go on with the unfinished run of these very flags")
+    resume = "go on with the unfinished run of these very flags; auto: begin it where there is none, end where it is finished"
+    parser.add_argument("--resume", nargs="?", const="", metavar="FOLDER|auto", help=resume)
     pictures = argparse.BooleanOptionalAction
     parser.add_argument("--pictures", action=pictures, default=True, help="sheets of attention maps at the end (where matplotlib is there)")
     group = parser.add_argument_group("fields of the recipe")

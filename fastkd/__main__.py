@@ -56,7 +56,8 @@ def _lines(facts: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m fastkd", description="What is installed, what works here, and why the rest does not.")
+    text = "What is installed, what works here, and why the rest does not."
+    parser = argparse.ArgumentParser(prog="python -m fastkd", description=text, allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="the same as JSON, for programs")
     facts = report()
     print(json.dumps(facts, indent=2) if parser.parse_args().json else "\n".join(_lines(facts)))

@@ -174,7 +174,7 @@ def test_a_foreign_table_stops_the_run_before_it_begins(main, capsys, tmp_path):
 
 def test_every_field_of_a_recipe_has_its_flag(main, tmp_path, capsys):
     flags = "--no-nesterov --momentum 0.5 --pad-mode reflect --teacher-mode train --drop-last-test --gamma 0.2 --weight-decay 0 --epochs 1"
-    assert main(["--method", "baseline", *QUICK, "--output", str(tmp_path), "--batch-size", "100", *flags.split()]) == 0
+    assert main(["--method", "kd", *QUICK, "--output", str(tmp_path), "--batch-size", "100", *flags.split()]) == 0
     config = json.loads(next(tmp_path.glob("*/config.json")).read_text())
     wanted = {"nesterov": False, "momentum": 0.5, "pad_mode": "reflect", "teacher_mode": "train", "drop_last_test": True, "gamma": 0.2}
     assert {key: config["fields"][key] for key in wanted} == wanted and config["fields"]["weight_decay"] == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,10 +114,15 @@ def get_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
     for key, low in (("epochs", 1), ("batch_size", 2), ("init_epochs", 0)):  # batch norm has no variance in a batch of one
         if getattr(recipe, key) < low:
             raise UserError(f"--{key.replace('_', '-')} is {getattr(recipe, key)}, wanted at least {low}")
-    for key in ("lr", "gamma", "momentum", "weight_decay", "init_lr"):
-        value, rate = getattr(recipe, key), key.endswith("lr")
-        if not 0 <= value < float("inf") or (rate and value == 0):
-            raise UserError(f"--{key.replace('_', '-')} is {value}, wanted a {'positive' if rate else 'non-negative'} number")
+    for key, fits, wanted in (
+        ("lr", 0 < recipe.lr < math.inf, "a positive number"),
+        ("init_lr", 0 < recipe.init_lr < math.inf, "a positive number"),
+        ("weight_decay", 0 <= recipe.weight_decay < math.inf, "a non-negative number"),
+        ("momentum", 0 <= recipe.momentum < 1, "at least 0 and less than 1"),  # from 1 on nothing of a gradient fades
+        ("gamma", 0 < recipe.gamma <= 1, "more than 0 and at most 1"),
+    ):
+        if not fits:
+            raise UserError(f"--{key.replace('_', '-')} is {getattr(recipe, key)}, wanted {wanted}")
     for key in ("milestones", "init_milestones"):
         value = getattr(recipe, key)
         if not all(0 < fraction < 1 for fraction in value) or list(value) != sorted(value):

@@ -39,7 +39,8 @@ def redraw(folder: Path, data: Path | None) -> list[Path]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fastkd.training.redraw", description="Attention maps of finished runs.")
+    text = "Attention maps of finished runs."
+    parser = argparse.ArgumentParser(prog="python -m fastkd.training.redraw", description=text, allow_abbrev=False)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a run: runs/at-cifar10-...")
     parser.add_argument("--data", type=Path, metavar="DIR", help="where the set lies now, if not where the run found it")
     flags = parser.parse_args(arguments)

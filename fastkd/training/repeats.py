@@ -8,6 +8,7 @@ from typing import Any
 from fastkd.training import distributed, records, runs
 from fastkd.training.console import say
 from fastkd.training.errors import UserError
+from fastkd.training.flags import refuse_idle
 from fastkd.training.phases import follow
 from fastkd.training.plan import Plan
 from fastkd.training.run import run
@@ -30,6 +31,7 @@ def repeat(settings: Settings, times: int) -> list[dict[str, Any]]:
 def _repeat(settings: Settings, times: int) -> list[dict[str, Any]]:
     if times < 1:
         raise UserError(f"--repeats is {times}, wanted at least 1")
+    refuse_idle(settings)
     if times == 1:
         return [run(settings)]
     if settings.resume:

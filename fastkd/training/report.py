@@ -152,7 +152,8 @@ def put(path: Path, text: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fastkd.training.report", description="Published tables with our figures; curves.")
+    text = "Published tables with our figures; curves."
+    parser = argparse.ArgumentParser(prog="python -m fastkd.training.report", description=text, allow_abbrev=False)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="an --output of train.py, or a copy of its tables and logs")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves of the runs there (PNG, SVG, PDF)")
     parser.add_argument(

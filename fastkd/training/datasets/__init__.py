@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastkd.training.datasets import cifar, digits, fashion_mnist
-from fastkd.training.datasets.base import Dataset
+from fastkd.training.datasets.base import Dataset, MissingFiles
 from fastkd.training.errors import UserError
 
 _LOADERS: dict[str, Callable[[Path], Dataset]] = {
@@ -20,11 +20,13 @@ DATASETS = tuple(_LOADERS)
 
 
 def choose_dataset(name: str, root: Path) -> tuple[str, str]:
-    """(name, why). ``auto`` becomes cifar10 if it lies under ``root``, else digits: nothing is downloaded. Raises UserError."""
+    """(name, why). ``auto`` becomes cifar10 if all of it lies under ``root``, else digits: nothing is downloaded. Raises UserError."""
     if name == "auto":
-        if cifar.present(root, "cifar10"):
-            return "cifar10", f"auto: CIFAR-10 lies under {root}"
-        return "digits", f"auto: no CIFAR-10 under {root}"
+        try:
+            cifar.found(root, "cifar10")
+        except MissingFiles as missing:
+            return "digits", f"auto: no CIFAR-10 under {root}: {missing}"
+        return "cifar10", f"auto: CIFAR-10 lies under {root}"
     if name not in _LOADERS:
         raise UserError(f"dataset {name!r} is not known; known: auto, {', '.join(DATASETS)}")
     return name, "as asked"

@@ -95,16 +95,16 @@ def _read_binary(path: Path, source: Source, records: int) -> tuple[Tensor, Tens
     return table[:, source.label_bytes :].reshape(records, 3, 32, 32), check_labels(table[:, source.label_bytes - 1], source.classes, path)
 
 
-def present(root: Path, name: str) -> bool:
-    """Whether one of the set's folders is under ``root``, be it whole or not."""
-    return any((root / folder).is_dir() for folder in SOURCES[name].folders)
+def found(root: Path, name: str) -> str:
+    """The folder under ``root`` in which the set lies whole. Raises MissingFiles."""
+    return first_complete(root, SOURCES[name].layouts())
 
 
 def load(root: Path, name: str) -> Dataset:
     """Reads the set from ``root``; downloads it through torchvision when no layout of it is complete there. Raises UserError."""
     source = SOURCES[name]
     try:
-        folder = first_complete(root, source.layouts())
+        folder = found(root, name)
     except MissingFiles as missing:
         download(source.torchvision, name, root, missing)
         folder = source.folders[0]

@@ -1,0 +1,41 @@
+"""Flags that would change nothing. Whoever gives one expects something of it, so it is refused."""
+
+from __future__ import annotations
+
+from fastkd.methods import METHODS, TWO_PHASES, create_method
+from fastkd.training.datasets import choose_dataset
+from fastkd.training.errors import UserError
+from fastkd.training.recipes import NORMALIZATIONS, get_recipe
+from fastkd.training.settings import Settings, recipe_of, resolve
+
+
+def refuse_idle(settings: Settings) -> None:
+    """Raises UserError for a flag that is given and that such a run does not read.
+
+    ``--teacher`` is no such flag: a baseline is that of a pair, and ``--data`` is where to look, whatever is found.
+    """
+    if settings.method not in METHODS:
+        return  # Plan lists the known ones
+    dataset = choose_dataset(resolve(settings).dataset, settings.data)[0]
+    recipe = get_recipe(recipe_of(settings, dataset), settings.overrides)
+    method, phases = f"--method {settings.method}", settings.method in TWO_PHASES
+    implied = (settings.teacher, settings.student, settings.dataset, settings.recipe)
+    constants = recipe.normalization == "own" or (recipe.normalization, dataset) in NORMALIZATIONS
+    rates = recipe.milestones or (phases and recipe.init_epochs and recipe.init_milestones)
+    idle = {
+        f"{method} has no teacher": (
+            not create_method(settings.method).needs_teacher,
+            ("teacher_checkpoint", "teacher_seed", "teacher_mode", "preset"),
+        ),
+        "--teacher-checkpoint needs no training": (settings.teacher_checkpoint is not None, ("teacher_seed",)),
+        f"{method} has no first phase": (not phases, ("init_epochs", "init_lr", "init_milestones")),
+        "--init-epochs is 0": (not recipe.init_epochs, ("init_lr", "init_milestones")),
+        "the learning rate has no milestones": (not rates, ("gamma", "new_optimizer")),
+        "--momentum is 0": (recipe.momentum == 0, ("new_optimizer",)),
+        f"{recipe.normalization} has no constants for {dataset}": (not constants, ("normalization",)),
+        "teacher, student, data set and recipe are given": (None not in implied, ("setting",)),
+    }
+    for why, (unread, names) in idle.items():
+        for name in names:
+            if unread and (name in settings.overrides or getattr(settings, name, None) is not None):
+                raise UserError(f"--{name.replace('_', '-')} does nothing here: {why}")
