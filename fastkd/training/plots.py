@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,11 +70,11 @@ def from_config(folder: Path) -> dict[str, Any] | None:
 
 
 def read_epochs(path: Path) -> list[dict[str, float]]:
+    rows = records.read_table(path, ("epoch",))[1]
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-    except (OSError, ValueError, TypeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        return [{key: float(value) for key, value in row.items()} for row in rows]
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
 
 
 def plot(folders: Sequence[Path], wanted: Mapping[str, str], path: Path) -> None:
@@ -108,7 +107,8 @@ def draw(figure: Any, curves: list[Curve], panels: Sequence[tuple[str, str]], he
     from matplotlib.ticker import MaxNLocator
 
     dataset, recipe, epochs, precision = curves[0].place
-    figure.suptitle(f"{DATASET_NAMES.get(dataset, dataset)}, recipe {recipe}, {epochs} epochs, {precision}", fontsize=10, weight="bold")
+    length = f"{epochs} epoch{'s' * (epochs != '1')}"
+    figure.suptitle(f"{DATASET_NAMES.get(dataset, dataset)}, recipe {recipe}, {length}, {precision}", fontsize=10, weight="bold")
     axes = figure.subplots(height, columns, squeeze=False).flatten()
     names = list(COLOURS)
     curves = sorted(curves, key=lambda curve: names.index(curve.about["method"]) if curve.about["method"] in names else len(names))

@@ -108,7 +108,13 @@ def train(plan: Plan, role: str, run: Run, method: Method, teacher: nn.Module | 
             if role == "teacher":
                 keep_teacher(plan, loop, run)
             row = row_of(plan, role, run, loop, teacher_acc, common["started"], before + time.perf_counter() - begun)
-            row = records.append(plan.settings.output, row)
+            try:
+                row = records.append(plan.settings.output, row)
+            except UserError as error:
+                if role == "student":
+                    raise
+                say(f"{title}: {error}")  # its weights are there: no reason to keep its student waiting
+                return row
         except KeyboardInterrupt:
             raise Interrupted(how_far(label, loop, run.folder)) from None
         finally:
