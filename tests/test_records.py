@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastkd.models import create_model
 from fastkd.training import Loop, Recipe, UserError, console, curves, records, repeat, screens
 from fastkd.training.console import logged, say
 from fastkd.training.curves import Curves
@@ -122,9 +123,12 @@ def test_a_log_that_cannot_be_written_is_told_once_and_left(tmp_path, capsys):
     ],
     ids=lambda flags: flags[1],
 )
-def test_the_command_says_all_that_was_asked_for(small_main, tmp_path, flags):
+def test_the_command_says_all_that_was_asked_for(small_main, monkeypatch, tmp_path, flags):
     """What a shell makes of it gives the same plan."""
     import train
+
+    monkeypatch.chdir(tmp_path)
+    torch.save(create_model("resnet8").state_dict(), "a file's name.pt")
 
     def plan_of(arguments):
         given = vars(train.build_parser().parse_args(arguments))
@@ -150,7 +154,9 @@ def test_the_command_repeats_the_run(small_main, tmp_path):
     row = rows_of(output)[1]
     script = (output / row["folder"] / "command.sh").read_text()
     assert f"cd {shlex.quote(str(Path.cwd()))} || exit\n" in script
-    assert small_main(shlex.split(script.splitlines()[-1])[2:]) == 0
+    words = shlex.split(script.splitlines()[-1])
+    assert words.pop() == "$@"  # for --resume
+    assert small_main(words[words.index("train.py") + 1 :]) == 0
     again = rows_of(output)[2]
     weights = [torch.load(output / name / "best.pt", weights_only=True)["model"] for name in (row["folder"], again["folder"])]
     assert row["folder"] != again["folder"] and all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -257,7 +263,8 @@ def test_repeats_are_rows_with_a_mean_and_one_teacher(small_main, tmp_path, caps
     assert "| 4 5 6 |" in section and mean in section
     # one of them alone, by its command, is the same run
     again = json.loads((tmp_path / rows[2]["folder"] / "config.json").read_text())["command"]
-    assert small_main(shlex.split(again)[2:]) == 0
+    words = shlex.split(again)
+    assert small_main(words[words.index("train.py") + 1 :]) == 0
     rows = rows_of(tmp_path)
     assert rows[4]["acc"] == rows[2]["acc"] and rows[4]["losses"] == rows[2]["losses"]
     assert "| 4 5 6 |" in (tmp_path / "results.md").read_text()  # the same seed again is no fourth sample

@@ -39,7 +39,7 @@ def test_the_letters_are_those_of_the_table():
 
 def test_a_teacher_is_found_by_what_its_training_depends_on(tmp_path):
     def path(method="at", **changes):
-        return Plan(Settings(method, **{"dataset": "digits", "output": tmp_path, **changes})).teacher_path().name
+        return Plan(Settings(method, **{"dataset": "digits", "output": tmp_path, "device": "cpu", **changes})).teacher_path().name
 
     assert (
         path()

@@ -8,7 +8,7 @@ from torch import nn
 
 from fastkd.models.features import Features
 from fastkd.models.resnet import ResNet
-from fastkd.models.weights import WeightsError, load_weights, read_checkpoint
+from fastkd.models.weights import WeightsError, fingerprint, load_weights, read_checkpoint
 from fastkd.models.wrn import WideResNet
 
 _WIDE = (32, 64, 128, 256)
@@ -45,4 +45,4 @@ def create_model(name: str, num_classes: int = 10) -> nn.Module:
     return _BUILDERS[name](num_classes)
 
 
-__all__ = ["MODELS", "Features", "ResNet", "WeightsError", "WideResNet", "create_model", "load_weights", "read_checkpoint"]
+__all__ = ["MODELS", "Features", "ResNet", "WeightsError", "WideResNet", "create_model", "fingerprint", "load_weights", "read_checkpoint"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import warnings
 from pathlib import Path
 
@@ -49,8 +51,8 @@ def load_weights(model: nn.Module, path: str | Path) -> dict:
     missing = [name for name in wanted if name not in state and not name.endswith("num_batches_tracked")]
     unknown = [name for name in state if name not in wanted]
     if missing or unknown:
-        parts = [f"lacks {len(missing)} names ({missing[0]}, ...)"] if missing else []
-        parts += [f"has {len(unknown)} others ({unknown[0]}, ...)"] if unknown else []
+        parts = [f"lacks {len(missing)} name{'s' * (len(missing) > 1)} ({missing[0]}, ...)"] if missing else []
+        parts += [f"has {len(unknown)} other{'s' * (len(unknown) > 1)} ({unknown[0]}, ...)"] if unknown else []
         raise WeightsError(f"{path}: another layout than the model's: it {' and '.join(parts)}")
     if state["fc.bias"].shape != wanted["fc.bias"].shape:
         raise WeightsError(f"{path}: trained for {state['fc.bias'].numel()} classes, wanted {wanted['fc.bias'].numel()}")
@@ -61,3 +63,12 @@ def load_weights(model: nn.Module, path: str | Path) -> dict:
             raise WeightsError(f"{path}: {name} holds numbers that are not finite")
     model.load_state_dict({**{name: wanted[name] for name in wanted if name not in state}, **state})
     return checkpoint
+
+
+def fingerprint(model: nn.Module) -> str:
+    """The same for the same weights only, whatever file they lie in."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in model.state_dict().items():
+        value = value.detach().cpu().contiguous()
+        digest.update(name.encode() + ctypes.string_at(value.data_ptr(), value.numel() * value.element_size()))  # needs no numpy
+    return digest.hexdigest()

@@ -14,6 +14,11 @@ LOG = "log.txt"
 _logs: list[Path] = []  # a teacher is trained within its student's run: both keep what is said
 
 
+def counted(number: int, what: str) -> str:
+    """1, "epoch" -> "1 epoch"; 2 -> "2 epochs"."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def say(text: str) -> None:
     """Prints ``text`` and adds it to every open log."""
     print(text, flush=True)

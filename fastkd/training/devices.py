@@ -9,6 +9,7 @@ import shutil
 import torch
 
 from fastkd.training import distributed
+from fastkd.training.console import counted
 from fastkd.training.errors import UserError
 
 
@@ -35,4 +36,4 @@ def can_compile(device: torch.device) -> bool:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {counted(torch.get_num_threads(), 'thread')}"

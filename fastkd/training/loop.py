@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastkd.methods import Method
 from fastkd.training import distributed
 from fastkd.training.batches import Batches, generator
+from fastkd.training.console import counted
 from fastkd.training.errors import UserError
 from fastkd.training.progress import Progress
 from fastkd.training.recipes import Recipe, drops, learning_rate
@@ -103,7 +104,8 @@ class Loop:
         values = [value / self.seen for value in self.train_step.sums.tolist()]
         total = sum(values[:-1])
         if not math.isfinite(total):
-            raise UserError(f"the loss is no longer finite in epoch {epoch}, step {self.step}: try a smaller --lr or --precision fp32")
+            rounded = " or --precision fp32" * (self.batches.dtype != torch.float32)
+            raise UserError(f"the loss is no longer finite in epoch {epoch}, step {self.step}: try a smaller --lr{rounded}")
         return {"loss": total, **dict(zip(self.method.names, values[:-1], strict=True)), "train_acc": 100 * values[-1]}
 
     def _describe(self, epoch: int, seconds: float) -> str:
@@ -150,7 +152,7 @@ class Loop:
             self.teacher.load_state_dict(state["teacher"])
         self.history, self.best_weights = list(state["history"]), dict(state["best"])
         if len(self.history) != state["epoch"]:
-            raise ValueError(f"{len(self.history)} epochs of history, wanted {state['epoch']}")
+            raise ValueError(f"{counted(len(self.history), 'epoch')} of history, wanted {state['epoch']}")
 
 
 def placed(model: nn.Module, device: torch.device) -> nn.Module:

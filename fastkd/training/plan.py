@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,22 @@ from torch import nn
 import fastkd
 from fastkd.backends import choose
 from fastkd.methods import TWO_PHASES, Method, create_method, fsp_preset
-from fastkd.models import create_model
+from fastkd.models import WeightsError, create_model, fingerprint, load_weights
 from fastkd.training import curves, distributed, pictures, records
 from fastkd.training.batches import Batches, generator
+from fastkd.training.console import counted
 from fastkd.training.datasets import Dataset, choose_dataset, load_dataset
 from fastkd.training.devices import can_compile, device_name, find_device
 from fastkd.training.errors import UserError
 from fastkd.training.files import make_folder
-from fastkd.training.recipes import NORMALIZATIONS, Recipe, get_recipe
-from fastkd.training.settings import PRECISIONS, Settings, recipe_of, resolve
+from fastkd.training.recipes import NORMALIZATIONS, RECIPES, Recipe, get_recipe
+from fastkd.training.settings import PRECISIONS, Settings, environment, recipe_of, resolve
 
 ALONE = ("epochs", "teacher_mode", "preset", "init_epochs", "init_lr", "init_milestones")
 """Fields that a teacher's own training has no use for, or whose value stands in its file's name already."""
+
+USUAL = {"precision": "fp32", "device": "cpu", "deterministic": False, "compiled": False, "cuda_graph": False, "processes": 1}
+"""What a teacher's file does not say in its name."""
 
 PAYS = 500_000
 """Images of a process's run from which on compiling its step pays: on 2 cores it did after some 150,000, whatever the network's depth."""
@@ -124,10 +128,11 @@ class Plan:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.precision == "bf16")
 
     def teacher_path(self) -> Path:
-        """Where the teacher of this data set, model, recipe, length and seed is kept, other fields of the recipe included if overridden."""
-        changed = {key: value for key, value in self.settings.overrides.items() if key not in ALONE}
-        if self.processes > 1:
-            changed["processes"] = self.processes
+        """Where the teacher is kept: a name of its own for all that its identity may hold."""
+        recipe, identity = RECIPES[self.recipe_name], self.identity("teacher")
+        changed = {key: value for key, value in dataclasses.asdict(self.recipe).items() if value != getattr(recipe, key)}
+        changed = {key: value for key, value in changed.items() if key not in ALONE}
+        changed |= {key: identity[key] for key, usual in USUAL.items() if identity[key] != usual}
         name = [self.data.name, self.models.teacher, self.recipe_name, f"{self.recipe.epochs}epochs", f"seed{self.seed_of('teacher')}"]
         extra = "-".join(f"{key}={value}" for key, value in sorted(changed.items()))
         if len(extra) > 100:  # a file's name ends at 255 bytes
@@ -154,11 +159,22 @@ class Plan:
             "processes": self.processes,
         }
         if role != "teacher" and self.method.needs_teacher:
-            file = settings.teacher_checkpoint
-            identity |= {"teacher": self.models.teacher, "teacher_checkpoint": None if file is None else os.path.abspath(file)}
+            identity |= {"teacher": self.models.teacher, "teacher_weights": self.teacher_weights}
             if self.seed_of("teacher") != settings.seed:
                 identity["teacher_seed"] = self.seed_of("teacher")
         return identity
+
+    @cached_property
+    def teacher_weights(self) -> str | None:
+        """The fingerprint of what ``--teacher-checkpoint`` holds, wherever it lies; None without one. Raises UserError."""
+        if self.settings.teacher_checkpoint is None:
+            return None
+        teacher = create_model(self.models.teacher, self.data.classes)
+        try:
+            load_weights(teacher, self.settings.teacher_checkpoint)
+        except WeightsError as error:
+            raise UserError(str(error)) from None
+        return fingerprint(teacher)
 
     def config(self) -> dict[str, Any]:
         """All of it in plain values, for the records."""
@@ -168,6 +184,7 @@ class Plan:
             **settings,
             **resolved,
             "fields": dataclasses.asdict(self.recipe),
+            "environment": environment(),
             "fastkd": fastkd.__version__,
             "torch": str(torch.__version__),
         }
@@ -178,7 +195,7 @@ class Plan:
         student = sum(parameter.numel() for parameter in create_model(models.student, data.classes).parameters())
         teacher = sum(parameter.numel() for parameter in create_model(models.teacher, data.classes).parameters())
         fields = [f"{key} {_plain(value)}" for key, value in dataclasses.asdict(self.recipe).items()]
-        phases = [f"{recipe.epochs} epochs of {' + '.join(method.names)}" for _, recipe, method in self.phases(self.method)]
+        phases = [f"{counted(recipe.epochs, 'epoch')} of {' + '.join(method.names)}" for _, recipe, method in self.phases(self.method)]
         if settings.method == "fsp" and fsp_preset(self.recipe.preset) != self.recipe.preset:
             phases.append(f"FSP is {fsp_preset(self.recipe.preset)}'s, since {self.recipe.preset} has none")
         seeds = f"seed {settings.seed}"

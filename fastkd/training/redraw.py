@@ -28,7 +28,8 @@ def redraw(folder: Path, data: Path | None) -> list[Path]:
     plan = Plan(settings if data is None else dataclasses.replace(settings, data=data))
     paths = {"student": folder / ("best.pt" if plan.recipe.report == "best" else "last.pt")}
     if plan.method.needs_teacher:
-        paths["teacher"] = settings.teacher_checkpoint or plan.teacher_path()
+        kept = plan.teacher_path()  # of this machine's device; the run's may have been another
+        paths["teacher"] = settings.teacher_checkpoint or kept.with_name(config.get("teacher_file", kept.name))
     models = {role: plan.new_model(role).to(plan.device) for role in paths}
     try:
         for role, path in paths.items():

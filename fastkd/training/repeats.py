@@ -12,7 +12,7 @@ from fastkd.training.flags import refuse_idle
 from fastkd.training.phases import follow
 from fastkd.training.plan import Plan
 from fastkd.training.run import run
-from fastkd.training.settings import Settings
+from fastkd.training.settings import AUTO, Settings
 from fastkd.training.summary import told
 
 
@@ -34,7 +34,7 @@ def _repeat(settings: Settings, times: int) -> list[dict[str, Any]]:
     refuse_idle(settings)
     if times == 1:
         return [run(settings)]
-    if settings.resume:
+    if settings.resume and settings.resume != AUTO:
         raise UserError("--resume FOLDER is one run; with --repeats leave the folder out")
     teacher_seed = settings.seed if settings.teacher_seed is None else settings.teacher_seed
     each = [dataclasses.replace(settings, seed=settings.seed + i, teacher_seed=teacher_seed) for i in range(times)]
@@ -67,8 +67,8 @@ def taken_up(each: list[Settings]) -> tuple[list[Settings], dict[int, dict[str, 
         waits = bool(unfinished or runs.teachers(plan))
         if finished and not unfinished:
             done[one.seed] = dict(rows[finished[-1].name])
-        settings.append(dataclasses.replace(one, resume="" if waits else None))
+        settings.append(dataclasses.replace(one, resume=one.resume if waits else None))
         begun = begun or waits or bool(finished)
-    if not begun:
-        raise UserError(f"--resume: no unfinished run of this configuration under {each[0].output}; without --resume it begins")
+    if not begun and each[0].resume != AUTO:
+        raise runs.nothing(Plan(each[0]))
     return settings, done

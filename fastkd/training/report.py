@@ -13,15 +13,14 @@ from __future__ import annotations
 import argparse
 import sys
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastkd.models import create_model
-from fastkd.training import records
+from fastkd.training import plots, records
 from fastkd.training.errors import UserError
 from fastkd.training.files import write
-from fastkd.training.plots import plot
 from fastkd.training.published import NOTE, TABLES, Entry, Published
 from fastkd.training.recipes import RECIPES
 from fastkd.training.summary import METHOD_NAMES, Group, groups, number, told
@@ -36,6 +35,19 @@ def read(folders: Sequence[Path]) -> list[dict[str, str]]:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
     return [row for folder in folders for row in records.read_rows(folder)[1]]
+
+
+def check_wanted(wanted: Sequence[tuple[str, str, str]], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raises UserError for a column that no run has, or a value that none has there; the line lists those that there are."""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    for name, _, value in wanted:
+        if name not in columns:
+            raise UserError(f"--only {name}: no such column; known: {', '.join(columns) or 'none, since there are no runs'}")
+        known = dict.fromkeys(str(row.get(name) or "") for row in rows)
+        if value not in known:
+            raise UserError(f"--only {name}={value}: no run has that; known: {', '.join(text or 'nothing' for text in known)}")
+    if wanted and not any(all(str(row.get(name) or "") == value for name, _, value in wanted) for row in rows):
+        raise UserError(f"--only: no run has {' and '.join(f'{name}={value}' for name, _, value in wanted)} together")
 
 
 def figure(row: Any, name: str) -> float | None:
@@ -163,13 +175,15 @@ def main(arguments: list[str] | None = None) -> int:
     flags = parser.parse_args(arguments)
     try:
         wanted = [part.partition("=") for part in flags.only]
-        rows = [row for row in read(flags.folders) if all(row.get(name) == value for name, _, value in wanted)]
+        rows = read(flags.folders)
+        check_wanted(wanted, [*rows, *(curve.about for curve in plots.read(flags.folders, {}))] if flags.plot else rows)
+        rows = [row for row in rows if all((row.get(name) or "") == value for name, _, value in wanted)]
         if flags.into:
             put(flags.into, markdown(rows))
         else:
             print("\n\n".join([f"{caption}\n\n{plain(heads, lines)}" for caption, heads, lines in tables(rows)] + [NOTES]))
         if flags.plot:
-            plot(flags.folders, {name: value for name, _, value in wanted}, flags.plot)
+            plots.plot(flags.folders, {name: value for name, _, value in wanted}, flags.plot)
     except UserError as error:
         print(f"report: error: {error}", file=sys.stderr)
         return 2

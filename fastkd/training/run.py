@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import time
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,9 @@ from torch import nn
 
 import fastkd
 from fastkd.methods import Method, create_method
-from fastkd.models import WeightsError, create_model, load_weights
+from fastkd.models import WeightsError, create_model, fingerprint, load_weights
 from fastkd.training import distributed, pictures, records, runs
-from fastkd.training.console import say
+from fastkd.training.console import counted, say
 from fastkd.training.determinism import determinism
 from fastkd.training.devices import device_name
 from fastkd.training.errors import Interrupted, UserError
@@ -25,7 +23,7 @@ from fastkd.training.plan import Plan
 from fastkd.training.progress import Progress, clock
 from fastkd.training.runs import CHECKPOINT, Run
 from fastkd.training.screens import ending
-from fastkd.training.settings import Settings
+from fastkd.training.settings import AUTO, Settings, environment
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -36,6 +34,10 @@ def run(settings: Settings) -> dict[str, Any]:
     plan = Plan(settings)
     distributed.order(settings)  # the others find the data that the plan may have fetched
     found = runs.find(plan) if settings.resume is not None else None
+    if found is None and settings.resume == AUTO and (row := runs.finished(plan)):
+        done = f"row {row['no']} of {settings.output / 'results.csv'}, {row['reported_acc']} %"
+        say(f"{settings.method}: {row['folder']} is finished, {done}")
+        return dict(row)
     # the student's folder is there before the teacher's training begins, so that --resume finds the run whenever it was killed
     with determinism(settings.deterministic), runs.opened(plan, "student", found) as student:
         say(plan.describe())
@@ -56,14 +58,25 @@ def find_teacher(plan: Plan) -> tuple[nn.Module, float]:
             train(plan, "teacher", opened, create_method("baseline"), None, None)
     teacher = create_model(name, plan.data.classes)
     try:
-        load_weights(teacher, path)
+        config = load_weights(teacher, path).get("config")
     except WeightsError as error:
         raise UserError(str(error)) from None
+    found = config["identity"] if isinstance(config, dict) and isinstance(config.get("identity"), dict) else {}
+    other = runs.differences(found, plan.identity("teacher"))
+    if other and settings.teacher_checkpoint is None:
+        raise UserError(f"{path} is another teacher: {runs.listed(other)}; move it away, or name it by --teacher-checkpoint")
     batches = plan.batches("teacher")[1]
     accuracy = evaluate(placed(teacher, plan.device), batches, plan.autocast())
     images = len(batches) * batches.batch_size if batches.drop_last else batches.count
     whole = "the test set" if images == batches.count else f"{images:,} images of the test set"
-    say(f"teacher: {name} from {path}, {accuracy:.2f} % on {whole}")
+    how = ""
+    if found:
+        where = f"{found.get('dataset')} by {found.get('recipe')}, {counted(found.get('epochs', 0), 'epoch')}, seed {found.get('seed')}"
+        how = f" (trained on {where}, {found.get('precision')}, {found.get('device')})"
+    say(f"teacher: {name} from {path}{how}, {accuracy:.2f} % on {whole}")
+    chance = 1 / plan.data.classes
+    if accuracy / 100 <= chance + 2 * (chance * (1 - chance) / images) ** 0.5:  # what guessing reaches, and its spread
+        say(f"teacher: warning: that is chance for {plan.data.classes} classes: there is nothing to learn from it")
     return teacher, accuracy
 
 
@@ -189,18 +202,13 @@ def row_of(plan: Plan, role: str, run: Run, loop: Loop, teacher_acc: float | Non
         "losses": " ".join(f"{term}={last[term]:.4g}" for term in loop.method.names),
         "overrides": " ".join(f"{key}={value}" for key, value in fields),
         "teacher_seed": plan.seed_of("teacher") if taught and file is None else "",
+        "deterministic": "yes" if settings.deterministic else "no",
+        "compiled": "yes" if plan.compiled else "no",
+        "cuda_graph": "yes" if plan.captured else "no",
+        "environment": " ".join(environment()),
         "teacher_checkpoint": file if taught and file is not None else "",
         "folder": run.folder.name,
     }
-
-
-def fingerprint(model: nn.Module) -> str:
-    """The same for the same weights only, so that a run is not taken up under another teacher."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in model.state_dict().items():
-        value = value.detach().cpu().contiguous()
-        digest.update(name.encode() + ctypes.string_at(value.data_ptr(), value.numel() * value.element_size()))  # needs no numpy
-    return digest.hexdigest()
 
 
 def how_far(label: str, loop: Loop, folder: Path) -> str:

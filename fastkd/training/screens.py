@@ -12,14 +12,19 @@ from typing import Any
 import torch
 
 import fastkd
+from fastkd.training.console import counted
 from fastkd.training.plan import Plan
 from fastkd.training.progress import clock
+from fastkd.training.settings import environment
 
 COMMAND = "command.sh"
 
 
 def command(plan: Plan) -> str:
-    """The command of this run, quoted for a shell, with what was chosen for it by name: ``auto`` may choose otherwise tomorrow."""
+    """The command of this run, quoted for a shell, with what was chosen for it by name: ``auto`` may choose otherwise tomorrow.
+
+    Every choice that changes bits is in it, be it a flag or a variable of the environment.
+    """
     settings, taught = plan.settings, plan.method.needs_teacher
     flags: dict[str, Any] = {
         "method": settings.method,
@@ -35,11 +40,13 @@ def command(plan: Plan) -> str:
         "device": plan.device.type,
         "precision": settings.precision,
         "deterministic": settings.deterministic or None,
+        "compile": plan.compiled,
+        "cuda_graph": plan.captured if plan.device.type == "cuda" and plan.processes == 1 else None,
         "output": settings.output,
         "pictures": None if settings.pictures else False,
     }
     script = sys.argv[0] if Path(sys.argv[0]).name == "train.py" else "train.py"
-    return shlex.join(["python", script, *(word for name, value in flags.items() for word in _words(name, value))])
+    return shlex.join([*environment(), "python", script, *(word for name, value in flags.items() for word in _words(name, value))])
 
 
 def _words(name: str, value: Any) -> list[str]:
@@ -52,14 +59,14 @@ def _words(name: str, value: Any) -> list[str]:
 
 
 def command_file(plan: Plan, role: str) -> str:
-    """A shell script of :func:`command`, with what the weights depend on and no flag says."""
-    versions = f"fastkd {fastkd.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    """A shell script of :func:`command`, with what the weights depend on and no flag says. It takes more flags, such as --resume."""
+    versions = f"fastkd {fastkd.__version__}, torch {torch.__version__}, {counted(torch.get_num_threads(), 'thread')}"
     of = (
         "trains this teacher where it is not there, then its student"
         if role == "teacher"
         else "trains this student, its teacher too if it is not there"
     )
-    return f"#!/bin/sh\n# {of}; {versions}\ncd {shlex.quote(os.getcwd())} || exit\n{command(plan)}\n"
+    return f'#!/bin/sh\n# {of}; {versions}\ncd {shlex.quote(os.getcwd())} || exit\n{command(plan)} "$@"\n'
 
 
 def ending(plan: Plan, role: str, row: Mapping[str, Any], columns: Iterable[str], folder: Path) -> str:

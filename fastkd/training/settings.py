@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,10 @@ from fastkd.training.errors import UserError
 from fastkd.training.recipes import SETTINGS
 
 PRECISIONS = ("fp32", "bf16")
+AUTO = "auto"
+"""The value of ``resume`` with which a queue starts a job again and again until it is finished."""
+VARIABLES = ("FASTKD_BACKEND", "FASTKD_CPU", "FASTKD_AMX", "OMP_NUM_THREADS")
+"""Of the environment: what a run's bits depend on and no flag says."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +24,9 @@ class Settings:
 
     ``setting``: a letter of ``SETTINGS``, whose teacher, student, data set and recipe stand in where those are None. Without one they are
     ``resnet20`` twice, ``auto`` and ``digits`` on digits, else ``hankyul2``. ``device`` None: a GPU if there is one; ``overrides``: fields
-    of the recipe; ``compile``, ``cuda_graph`` None: where it pays; ``resume``: "" looks for the unfinished run, anything else is its
-    folder. ``teacher_seed`` None: that of the run; ``pictures``: the sheets of attention maps at the end, where matplotlib is there.
+    of the recipe; ``compile``, ``cuda_graph`` None: where it pays; ``resume``: "" looks for the unfinished run, "auto" begins it where
+    there is none, anything else is its folder. ``teacher_seed`` None: that of the run; ``pictures``: the sheets of attention maps at the
+    end, where matplotlib is there.
     """
 
     method: str
@@ -42,6 +48,11 @@ class Settings:
     output: Path = Path("runs")
     resume: str | None = None
     pictures: bool = True
+
+
+def environment() -> list[str]:
+    """``VARIABLES`` that are set, as a shell takes them before a command."""
+    return [f"{name}={os.environ[name]}" for name in VARIABLES if os.environ.get(name)]
 
 
 def from_config(config: dict[str, Any], output: Path) -> Settings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -93,9 +94,15 @@ class Step:
         try:
             self._run(drawn, images, self.forward)
         except Exception as error:
-            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or "that of torch.compile"  # which sets it
+            foreign = not type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+            if foreign and not any(name in f"{error} {getattr(error, 'filename', '')}" for name in (cache, "torch._inductor")):
                 raise
-            raise UserError(f"the step cannot be compiled ({type(error).__name__}): --no-compile does without") from None
+            cause = getattr(error, "inner_exception", error)
+            text = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
+            # what the compiler itself refuses is an error of its own; any other comes from a file that it wrote before
+            damaged = f"; a damaged cache is cleared by deleting {cache}" * (not type(cause).__module__.startswith("torch."))
+            raise UserError(f"the step cannot be compiled ({text}): --no-compile does without{damaged}") from None
         self.compiling = time.perf_counter() - begun
         progress.wait(self.compiling)
         progress.line(f"compiled in {self.compiling:.0f} s")
