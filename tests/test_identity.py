@@ -117,6 +117,21 @@ def test_the_command_has_every_choice_that_changes_bits(small_main, monkeypatch,
     assert again.identity("student") == plan.identity("student")
 
 
+def test_a_run_of_several_has_a_command_that_is_not_refused(small_main, tmp_path, capsys):
+    """Its seeds share a teacher: one that is trained has a seed, one that is given has none."""
+    torch.save(create_model("resnet8").state_dict(), tmp_path / "t.pt")
+    flags = [*QUICK, "--epochs", "1", "--output", str(tmp_path), "--seed", "3", "--repeats", "2"]
+    for more, teacher_seeds in ((["--teacher-checkpoint", str(tmp_path / "t.pt")], [False, False]), ([], [False, True])):
+        assert small_main(["--method", "kd", *flags, *more]) == 0
+        rows = rows_of(tmp_path)[-2:]
+        for row, wanted in zip(rows, teacher_seeds, strict=True):
+            words = shlex.split(json.loads((tmp_path / row["folder"] / "config.json").read_text())["command"])
+            assert ("--teacher-seed" in words) == wanted
+        assert small_main(words[words.index("train.py") + 1 :]) == 0
+        again = rows_of(tmp_path)[-1]
+        assert all(again[name] == rows[1][name] for name in ("acc", "losses", "teacher_acc", "seed"))
+
+
 def test_the_command_has_the_environment_that_changes_bits(small_main, monkeypatch, tmp_path):
     for name in ("FASTKD_CPU", "FASTKD_AMX", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)

@@ -93,6 +93,12 @@ class Plan:
         given = self.settings.teacher_seed
         return self.settings.seed if role != "teacher" or given is None else given
 
+    @property
+    def teacher_seed(self) -> int | None:
+        """That of the teacher that this run trains, or finds trained, where it is not the run's own."""
+        seed, ready = self.seed_of("teacher"), self.settings.teacher_checkpoint is not None
+        return seed if self.method.needs_teacher and not ready and seed != self.settings.seed else None
+
     def model_name(self, role: str) -> str:
         return self.models.teacher if role == "teacher" else self.models.student
 
@@ -160,8 +166,8 @@ class Plan:
         }
         if role != "teacher" and self.method.needs_teacher:
             identity |= {"teacher": self.models.teacher, "teacher_weights": self.teacher_weights}
-            if self.seed_of("teacher") != settings.seed:
-                identity["teacher_seed"] = self.seed_of("teacher")
+            if self.teacher_seed is not None:
+                identity["teacher_seed"] = self.teacher_seed
         return identity
 
     @cached_property
@@ -199,8 +205,8 @@ class Plan:
         if settings.method == "fsp" and fsp_preset(self.recipe.preset) != self.recipe.preset:
             phases.append(f"FSP is {fsp_preset(self.recipe.preset)}'s, since {self.recipe.preset} has none")
         seeds = f"seed {settings.seed}"
-        if self.method.needs_teacher and self.seed_of("teacher") != settings.seed:
-            seeds += f", of the teacher {self.seed_of('teacher')}"
+        if self.teacher_seed is not None:
+            seeds += f", of the teacher {self.teacher_seed}"
         device = [device_name(self.device), settings.precision, seeds, *["deterministic"] * settings.deterministic]
         device += [*["compiled"] * self.compiled, *["CUDA graph"] * self.captured]
         if self.processes > 1:

@@ -36,7 +36,7 @@ def command(plan: Plan) -> str:
         "recipe": plan.recipe_name,
         **settings.overrides,
         "seed": settings.seed,
-        "teacher_seed": plan.seed_of("teacher") if taught and plan.seed_of("teacher") != settings.seed else None,
+        "teacher_seed": plan.teacher_seed,
         "device": plan.device.type,
         "precision": settings.precision,
         "deterministic": settings.deterministic or None,
