@@ -242,7 +242,9 @@ STEPS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder for the results (default: benchmarks/results/<device>)")
+    parser.add_argument(
+        "--out", type=lambda text: Path(os.path.expanduser(text)), help="folder for the results (default: benchmarks/results/<device>)"
+    )
     parser.add_argument("--only", help=f"steps, separated by commas, of {', '.join(STEPS)}")
     parser.add_argument("--rehearse", action="store_true", help="run on the CPU, with Triton interpreted and the CUDA kernels emulated")
     parser.add_argument("--small-set", action="store_true", help=argparse.SUPPRESS)

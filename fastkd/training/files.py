@@ -19,6 +19,11 @@ except ImportError:  # Windows: two runs that end in the same instant could then
     fcntl = None  # type: ignore[assignment]
 
 
+def as_path(path: str | os.PathLike[str]) -> Path:
+    """A path as people write it, ``~`` included: no shell expands that one behind ``--data=``, nor in Python. Raises TypeError."""
+    return Path(os.path.expanduser(path))
+
+
 def write(path: Path, content: bytes | str) -> None:
     """Writes ``path`` whole or not at all: a temporary file beside it, then a rename. Raises UserError (a full disk, no permission)."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

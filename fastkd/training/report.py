@@ -20,7 +20,7 @@ from typing import Any
 from fastkd.models import create_model
 from fastkd.training import records
 from fastkd.training.errors import UserError
-from fastkd.training.files import write
+from fastkd.training.files import as_path, write
 from fastkd.training.plots import plot
 from fastkd.training.published import NOTE, TABLES, Entry, Published
 from fastkd.training.recipes import RECIPES
@@ -153,12 +153,14 @@ def put(path: Path, text: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastkd.training.report", description="Published tables with our figures; curves.")
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="an --output of train.py, or a copy of its tables and logs")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves of the runs there (PNG, SVG, PDF)")
+    parser.add_argument(
+        "folders", nargs="+", type=as_path, metavar="FOLDER", help="an --output of train.py, or a copy of its tables and logs"
+    )
+    parser.add_argument("--plot", type=as_path, metavar="FILE", help="draw the curves of the runs there (PNG, SVG, PDF)")
     parser.add_argument(
         "--only", action="append", default=[], metavar="COLUMN=VALUE", help="runs with that value only, such as dataset=cifar10"
     )
-    parser.add_argument("--into", type=Path, metavar="FILE", help=f"write the tables into this Markdown file, between {BEGIN} and {END}")
+    parser.add_argument("--into", type=as_path, metavar="FILE", help=f"write the tables into this Markdown file, between {BEGIN} and {END}")
     flags = parser.parse_args(arguments)
     try:
         wanted = [part.partition("=") for part in flags.only]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.training.errors import UserError
+from fastkd.training.files import as_path
 from fastkd.training.recipes import SETTINGS
 
 PRECISIONS = ("fp32", "bf16")
@@ -21,6 +22,7 @@ class Settings:
     ``resnet20`` twice, ``auto`` and ``digits`` on digits, else ``hankyul2``. ``device`` None: a GPU if there is one; ``overrides``: fields
     of the recipe; ``compile``, ``cuda_graph`` None: where it pays; ``resume``: "" looks for the unfinished run, anything else is its
     folder. ``teacher_seed`` None: that of the run; ``pictures``: the sheets of attention maps at the end, where matplotlib is there.
+    Paths may be strings, and begin with ``~``. The constructor raises UserError for what is no path.
     """
 
     method: str
@@ -42,6 +44,17 @@ class Settings:
     output: Path = Path("runs")
     resume: str | None = None
     pictures: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("data", "output", "teacher_checkpoint", "resume"):
+            value = getattr(self, name)
+            if value is None and name in ("teacher_checkpoint", "resume"):
+                continue
+            try:
+                path = as_path(value) if value != "" or name != "resume" else ""
+            except TypeError:
+                raise UserError(f"{name} is {value!r}, wanted a path") from None
+            object.__setattr__(self, name, str(path) if name == "resume" else path)
 
 
 def from_config(config: dict[str, Any], output: Path) -> Settings:
