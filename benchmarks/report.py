@@ -106,6 +106,7 @@ def full(result: dict[str, Any]) -> str:
 
 def plot(result: dict[str, Any], target: Path) -> None:
     """Bars of each network, in multiples of the first backend's time."""
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, where it is unknown, would end the import
     try:
         import matplotlib
     except ImportError:
