@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fastkd.models import WeightsError, load_weights
 from fastkd.training import pictures
+from fastkd.training.console import screens
 from fastkd.training.errors import UserError
 from fastkd.training.files import as_path
 from fastkd.training.plan import Plan
@@ -39,6 +40,7 @@ def redraw(folder: Path, data: Path | None) -> list[Path]:
     return pictures.keep(plan, folder, models["student"], models.get("teacher"))
 
 
+@screens()
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastkd.training.redraw", description="Attention maps of finished runs.")
     parser.add_argument("folders", nargs="+", type=as_path, metavar="FOLDER", help="of a run: runs/at-cifar10-...")

@@ -19,6 +19,7 @@ from typing import Any
 
 from fastkd.models import create_model
 from fastkd.training import records
+from fastkd.training.console import delivered, screens
 from fastkd.training.errors import UserError
 from fastkd.training.files import as_path, write
 from fastkd.training.plots import plot
@@ -151,6 +152,7 @@ def put(path: Path, text: str) -> None:
     write(path, f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
 
 
+@screens()
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastkd.training.report", description="Published tables with our figures; curves.")
     parser.add_argument(
@@ -169,6 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
             put(flags.into, markdown(rows))
         else:
             print("\n\n".join([f"{caption}\n\n{plain(heads, lines)}" for caption, heads, lines in tables(rows)] + [NOTES]))
+            delivered()
         if flags.plot:
             plot(flags.folders, {name: value for name, _, value in wanted}, flags.plot)
     except UserError as error:

@@ -14,7 +14,7 @@ import fastkd
 from fastkd.methods import Method, create_method
 from fastkd.models import WeightsError, create_model, load_weights
 from fastkd.training import distributed, pictures, records, runs
-from fastkd.training.console import say
+from fastkd.training.console import say, screens
 from fastkd.training.determinism import determinism
 from fastkd.training.devices import device_name
 from fastkd.training.errors import Interrupted, UserError
@@ -37,7 +37,7 @@ def run(settings: Settings) -> dict[str, Any]:
     distributed.order(settings)  # the others find the data that the plan may have fetched
     found = runs.find(plan) if settings.resume is not None else None
     # the student's folder is there before the teacher's training begins, so that --resume finds the run whenever it was killed
-    with determinism(settings.deterministic), runs.opened(plan, "student", found) as student:
+    with screens(), determinism(settings.deterministic), runs.opened(plan, "student", found) as student:
         say(plan.describe())
         teacher, accuracy = find_teacher(plan) if plan.method.needs_teacher else (None, None)
         return train(plan, "student", student, plan.method, teacher, accuracy)
