@@ -84,7 +84,9 @@ def train(plan: Plan, role: str, run: Run, method: Method, teacher: nn.Module | 
     if state and (state.get("phase") not in names or state.get("taught_by") != common["taught_by"]):
         why = "its teacher was another" if state.get("phase") in names else "not the checkpoint of such a run"
         raise UserError(f"{run.folder / CHECKPOINT}: {why}")
-    for phase in phases[names.index(state["phase"]) if state else 0 :]:
+    first = names.index(state["phase"]) if state else 0
+    run.curves.earlier = names[:first]
+    for phase in phases[first:]:
         name, recipe, main = phase[0], phase[1], phase[0] == "main"
         loop = phase_loop(plan, role, phase, student, teacher, batches)
         label = title if main else f"{title} {name}"
