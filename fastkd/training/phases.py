@@ -21,6 +21,7 @@ from fastkd.training.plan import Plan
 from fastkd.training.progress import Progress
 from fastkd.training.recipes import Recipe
 from fastkd.training.settings import Settings
+from fastkd.training.signals import end_late
 
 
 def phase_loop(plan: Plan, role: str, phase: tuple[str, Recipe, Method], student: nn.Module, teacher: nn.Module | None,
@@ -48,6 +49,7 @@ def lead_epoch(loop: Loop, epoch: int, progress: Progress) -> None:
 def follow() -> None:
     """Trains as the first process orders, until it says no more. Prints nothing, writes nothing."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process stops, and torchrun ends us
+    end_late()
     try:
         with ExitStack() as stack:
             _follow(stack)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import time
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 import fastkd
 from fastkd.methods import Method, create_method
-from fastkd.models import WeightsError, create_model, load_weights
+from fastkd.models import WeightsError, create_model, load_weights, read_checkpoint
 from fastkd.training import distributed, pictures, records, runs
 from fastkd.training.console import say, screens
 from fastkd.training.determinism import determinism
@@ -111,8 +112,8 @@ def train(plan: Plan, role: str, run: Run, method: Method, teacher: nn.Module | 
                 keep_teacher(plan, loop, run)
             row = row_of(plan, role, run, loop, teacher_acc, common["started"], before + time.perf_counter() - begun)
             row = records.append(plan.settings.output, row)
-        except KeyboardInterrupt:
-            raise Interrupted(how_far(label, loop, run.folder)) from None
+        except KeyboardInterrupt as stop:
+            raise Interrupted(how_far(label, name, loop, run.folder, plan.settings.output), getattr(stop, "status", 130)) from None
         finally:
             progress.close()
     if role == "student" and plan.settings.pictures:  # after the row: nothing that fails here can lose it
@@ -199,10 +200,16 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def how_far(label: str, loop: Loop, folder: Path) -> str:
-    """One line for somebody who pressed Ctrl-C."""
-    done, epochs = len(loop.history), loop.recipe.epochs
-    where = f"in epoch {done + 1} of {epochs}, step {loop.step} of {len(loop.batches)}" if done < epochs else "after its last epoch"
-    best = f" and the best ({loop.best()['test_acc']:.2f} %)" if loop.best_weights else ""
-    kept = f"the weights of epoch {done}{best} are in {folder}" if done else "no epoch was finished"
-    return f"{label} stopped {where}; {kept}; no row was added; --resume goes on"
+def how_far(label: str, phase: str, loop: Loop, folder: Path, output: Path) -> str:
+    """One line for somebody who stopped the run. It says what the files hold: the signal may have come while one was written."""
+    trained, epochs, saved, best, added = len(loop.history), loop.recipe.epochs, 0, "", False
+    with suppress(WeightsError):
+        state = read_checkpoint(folder / CHECKPOINT)
+        saved = state["epoch"] if state["phase"] == phase else 0
+        best = f" and the best ({read_checkpoint(folder / 'best.pt')['acc']:.2f} %)" if phase == "main" else ""
+    with suppress(UserError):
+        added = any(row.get("folder") == folder.name for row in records.read_rows(output)[1])
+    where = f"in epoch {trained + 1} of {epochs}, step {loop.step} of {len(loop.batches)}" if trained < epochs else "after its last epoch"
+    where = f"in epoch {trained} of {epochs}, while it was saved" if saved < trained else where
+    kept = f"the weights of epoch {saved}{best} are in {folder}" if saved else "no epoch was saved"
+    return f"{label} stopped {where}; {kept}; {'its row was added' if added else 'no row was added; --resume goes on'}"
