@@ -60,7 +60,7 @@ def follow() -> None:
 
 
 def _follow(stack: ExitStack) -> None:
-    """Orders are a run's settings, then what makes a loop, then numbers of its epochs."""
+    """Orders are a run's settings, then what makes a loop, then numbers of its epochs; "wait" is none yet."""
     plan: Plan
     loop: Loop
     while (order := distributed.receive()) is not None:
@@ -69,7 +69,7 @@ def _follow(stack: ExitStack) -> None:
             stack.enter_context(determinism(order.deterministic))
         elif isinstance(order, dict):
             loop = _loop(plan, order)
-        else:
+        elif order != "wait":
             with suppress(UserError):  # the first process has the same, says so, and ends us
                 loop.train_epoch(order, Progress("", 0, silent=True))
 

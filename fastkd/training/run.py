@@ -19,7 +19,7 @@ from fastkd.training.console import say, screens
 from fastkd.training.determinism import determinism
 from fastkd.training.devices import device_name
 from fastkd.training.errors import Interrupted, UserError
-from fastkd.training.files import make_folder, save, write
+from fastkd.training.files import locked, make_folder, save, write
 from fastkd.training.loop import Loop, evaluate, placed
 from fastkd.training.phases import lead, lead_epoch, phase_loop
 from fastkd.training.plan import Plan
@@ -48,13 +48,15 @@ def find_teacher(plan: Plan) -> tuple[nn.Module, float]:
     """The trained teacher and its test accuracy: from --teacher-checkpoint, from an earlier run, or trained now."""
     settings, name = plan.settings, plan.models.teacher
     path = settings.teacher_checkpoint or plan.teacher_path()
-    begun = runs.teachers(plan) if settings.resume is not None else []
-    if begun or (settings.teacher_checkpoint is None and not path.exists()):
-        folder = max(begun, key=runs.epochs_of, default=None)  # all of one identity end alike, so the one that came furthest serves
-        what = f"{path} is not there yet; training it first" if folder is None else f"going on with its training in {folder}"
-        say(f"teacher: {what}")
-        with runs.opened(plan, "teacher", folder) as opened:
-            train(plan, "teacher", opened, create_method("baseline"), None, None)
+    lock = settings.output / f".{path.name}.lock"
+    with locked(lock, Waiting(path)) if settings.teacher_checkpoint is None else nullcontext():
+        begun = runs.teachers(plan) if settings.resume is not None else []
+        if begun or (settings.teacher_checkpoint is None and not path.exists()):
+            folder = max(begun, key=runs.epochs_of, default=None)  # all of one identity end alike, so the one that came furthest serves
+            what = f"{path} is not there yet; training it first" if folder is None else f"going on with its training in {folder}"
+            say(f"teacher: {what}")
+            with runs.opened(plan, "teacher", folder) as opened:
+                train(plan, "teacher", opened, create_method("baseline"), None, None)
     teacher = create_model(name, plan.data.classes)
     try:
         load_weights(teacher, path)
@@ -66,6 +68,20 @@ def find_teacher(plan: Plan) -> tuple[nn.Module, float]:
     whole = "the test set" if images == batches.count else f"{images:,} images of the test set"
     say(f"teacher: {name} from {path}, {accuracy:.2f} % on {whole}")
     return teacher, accuracy
+
+
+class Waiting:
+    """Called again and again while another command trains the teacher."""
+
+    def __init__(self, path: Path):
+        self.path, self.told = path, 0.0
+
+    def __call__(self) -> None:
+        if not self.told:
+            say(f"teacher: another process trains {self.path}; waiting for it")
+        if time.monotonic() - self.told > 60:
+            self.told = time.monotonic()
+            distributed.order("wait")  # processes that hear nothing for half an hour take the first one for lost
 
 
 def train(plan: Plan, role: str, run: Run, method: Method, teacher: nn.Module | None, teacher_acc: float | None) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def opened(plan: Plan, role: str, folder: Path | None) -> Iterator[Run]:
     A new one that ends in a UserError before its first checkpoint leaves no folder: nothing of it could be taken up.
     """
     run = new_run(plan, role) if folder is None else load_run(folder, plan.identity(role))
-    early = {"config.json", COMMAND, LOG, ".lock"}
+    early = {"config.json", COMMAND, LOG, ".lock", ".lock.held"}
     with owned(run.folder / ".lock") as mine:
         if not mine:
             raise UserError(f"{run.folder} is in the hands of another process")
