@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import shlex
 from pathlib import Path
 
@@ -77,3 +78,18 @@ def test_the_speed_report_takes_a_home_too(home):
     from report import written  # of benchmarks
 
     assert written("~/speed.json") == home / "speed.json"
+
+
+def test_a_path_need_not_be_unicode(small_main, home, capsys):
+    folder = Path(os.fsdecode(b"of \xe9mile"))
+    try:
+        folder.mkdir()
+    except (OSError, UnicodeError):
+        pytest.skip("names are UTF-8 on this file system")
+    torch.save(create_model("resnet8").state_dict(), folder / "teacher.pt")
+    flags = [*QUICK, "--no-pictures", "--output", str(folder / "runs"), "--teacher-checkpoint", str(folder / "teacher.pt")]
+    assert small_main(["--method", "kd", *flags]) == 0
+    assert small_main(["--method", "kd", *flags]) == 0  # its table can be read
+    script = next((folder / "runs").glob("kd-*/command.sh")).read_bytes()
+    assert b"'of \xe9mile/runs'" in script
+    assert small_main(["--method", "kd", *flags, "--epochs", "0"]) == 2

@@ -56,11 +56,14 @@ def logged(folder: Path) -> Iterator[None]:
 
 
 class Screen:
-    """stdout or stderr, to which writing never fails: "?" stands for what it cannot print, and where nobody reads, or no room is left,
-    the stream is given up with one line in the log. What is written then is lost here; ``error`` says why."""
+    """stdout or stderr, to which writing never fails.
+
+    "?" stands for what it cannot print. Where nobody reads, or no room is left, the stream is given up with one line
+    in the log; what is written from then on is lost here, and ``error`` says why.
+    """
 
     def __init__(self, stream: Any, name: str):
-        self.stream = stream if stream is not None else open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        self.stream = _sink() if stream is None else stream
         self.name = name
         self.error: OSError | ValueError | None = None
 
@@ -92,20 +95,26 @@ class Screen:
 
     def _give_up(self, error: OSError | ValueError) -> None:
         self.error = error
-        sink = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-        if self.stream in (sys.__stdout__, sys.__stderr__):  # what its buffer holds would fail again when the interpreter ends
+        sink = _sink()
+        if self.stream in (sys.__stdout__, sys.__stderr__):
+            # what its buffer holds would fail again when the interpreter ends
             with suppress(OSError, ValueError):
                 os.dup2(sink.fileno(), self.stream.fileno())
         self.stream = sink
-        text = f"{self.name} cannot be written: {getattr(error, 'strerror', None) or error}; going on without it"
+        reason = getattr(error, "strerror", None) or error
+        text = f"{self.name} cannot be written: {reason}; going on without it"
         for path in list(_logs):
             _note(path, text)
         if not _logs:
             _untold.append(text)
 
 
+def _sink() -> Any:
+    return open(os.devnull, "w", encoding="utf-8")
+
+
 def delivered() -> None:
-    """Raises UserError if something printed could not be written, other than for want of a reader (``| head``)."""
+    """Raises UserError if something could not be printed, other than for want of a reader (``| head``)."""
     sys.stdout.flush()
     error = getattr(sys.stdout, "error", None)
     if error is not None and not isinstance(error, BrokenPipeError):
@@ -114,14 +123,15 @@ def delivered() -> None:
 
 @contextmanager
 def screens() -> Iterator[Screen]:
-    """stdout, which it gives, and stderr are each a :class:`Screen` inside, for argparse, tqdm and torchvision too."""
+    """stdout, which it gives, and stderr are each a :class:`Screen` inside: for argparse, tqdm and torchvision too."""
     if isinstance(sys.stdout, Screen):
         yield sys.stdout
         return
     for number in (0, 1, 2):
         try:
             os.fstat(number)
-        except OSError:  # closed: the next file that is opened, a checkpoint maybe, would be what C++ libraries print to
+        except OSError:
+            # closed: the next file to be opened, a checkpoint maybe, would be what C++ libraries print to
             os.open(os.devnull, os.O_RDWR)
     before = sys.stdout, sys.stderr
     out, err = Screen(sys.stdout, "stdout"), Screen(sys.stderr, "stderr")

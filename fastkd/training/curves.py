@@ -38,7 +38,7 @@ class Curves:
         self.folder, self.done, self.broken = folder, dict[str, int](), not available()
         self.writer: Any = None
         self.earlier: Sequence[str] = ()  # phases that an earlier process finished
-        self.replaced: list[Path] = []  # event files of earlier processes, deleted once all that they hold is in a new one
+        self.replaced: list[Path] = []  # event files of earlier processes, deleted once a new one holds all of it
         self.threads: list[Any] = []  # the writer's
 
     def add(self, phase: str, history: Sequence[dict[str, float]]) -> None:
@@ -79,7 +79,7 @@ class Curves:
         try:
             self.writer = writer = SummaryWriter(str(self.folder))
         finally:
-            self.threads = [thread for thread in threading.enumerate() if thread not in others and _of_writer(thread)]
+            self.threads = [thread for thread in {*threading.enumerate()} - others if _of_writer(thread)]
         for name in self.earlier:
             with open(self.folder / f"{name}.csv", newline="", encoding="utf-8") as file:
                 self._write(writer, name, [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)])

@@ -8,7 +8,10 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM, after everything was left consistent. The message says how far the run came; ``status`` is the command's."""
+    """Ctrl-C or SIGTERM, after everything was left consistent.
+
+    The message says how far the run came; ``status`` is the command's.
+    """
 
     def __init__(self, message: str, status: int = 130):
         super().__init__(message)

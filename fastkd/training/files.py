@@ -22,7 +22,7 @@ except ImportError:  # Windows
 
 
 def as_path(path: str | os.PathLike[str]) -> Path:
-    """A path as people write it, ``~`` included: no shell expands that one behind ``--data=``, nor in Python. Raises TypeError."""
+    """A path as people write it, ``~`` included, which no shell expands behind ``--data=``. Raises TypeError."""
     return Path(os.path.expanduser(path))
 
 
@@ -31,7 +31,7 @@ def write(path: Path, content: bytes | str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -64,7 +64,7 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path, waits: Callable[[], None] | None = None) -> Iterator[None]:
-    """Holds the lock file ``path`` as soon as nobody else does; calls ``waits`` again and again until then. Raises UserError."""
+    """Holds the lock file ``path`` as soon as nobody else does, and calls ``waits`` until then. Raises UserError."""
     pause = 0.01
     while True:
         with owned(path) as mine:
@@ -81,7 +81,7 @@ def locked(path: Path, waits: Callable[[], None] | None = None) -> Iterator[None
 def owned(path: Path) -> Iterator[bool]:
     """Holds the lock file ``path`` if nobody does, and says whether: a killed process holds nothing. Raises UserError.
 
-    Where the system or the file system has no such locks (ENOSYS, ENOLCK: Lustre and NFS, as they are mounted), see :func:`marked`.
+    Where the system, or the file system, has no such locks (Lustre and NFS, as they are mounted), see :func:`marked`.
     """
     with _lock_file(path) as file:
         reason = "" if fcntl is None else None

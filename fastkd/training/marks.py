@@ -12,8 +12,11 @@ from pathlib import Path
 from fastkd.training.console import say
 from fastkd.training.errors import UserError
 
-PULSE, GONE = 10.0, 120.0
-"""Seconds between two signs of life of who holds a mark, and without any until it counts as left behind by a process that is gone."""
+PULSE = 10.0
+"""Seconds between two signs of life of who holds a mark."""
+
+GONE = 120.0
+"""Seconds without a sign of life after which a mark counts as left behind."""
 
 _told = False
 _held: set[str] = set()  # the marks of this process
@@ -23,14 +26,15 @@ _held: set[str] = set()  # the marks of this process
 def marked(path: Path, reason: str = "") -> Iterator[bool]:
     """Holds ``path``.held, a file beside the lock file ``path``, if nobody does, and says whether.
 
-    Nobody takes such a file away from a process that is killed. It therefore holds the process and its machine, its time is renewed while
-    it is held, and the next one removes it when the process is gone or the time has not changed for two minutes. ``reason``: why there is
-    no better lock, said once. Raises UserError.
+    Nobody removes the file of a process that was killed. It therefore names its process and machine, its time is
+    renewed while it is held, and the next one removes it once that process is gone or the time is two minutes old.
+    ``reason``: why there is no better lock, said once. Raises UserError.
     """
     global _told
     if reason and not _told:
         _told = True
-        say(f"{path.parent} has no file locks ({reason}); a file {path.name}.held stands for {path.name} while it is held")
+        stands = f"a file {path.name}.held stands for {path.name} while it is held"
+        say(f"{path.parent} has no file locks ({reason}); {stands}")
     mark = path.with_name(f"{path.name}.held")
     if not _create(mark) and not (_left(path, mark) and _create(mark)):
         yield False

@@ -129,7 +129,8 @@ def train(plan: Plan, role: str, run: Run, method: Method, teacher: nn.Module | 
             row = row_of(plan, role, run, loop, teacher_acc, common["started"], before + time.perf_counter() - begun)
             row = records.append(plan.settings.output, row)
         except KeyboardInterrupt as stop:
-            raise Interrupted(how_far(label, name, loop, run.folder, plan.settings.output), getattr(stop, "status", 130)) from None
+            line = how_far(label, name, loop, run.folder, plan.settings.output)
+            raise Interrupted(line, getattr(stop, "status", 130)) from None
         finally:
             progress.close()
     if role == "student" and plan.settings.pictures:  # after the row: nothing that fails here can lose it
@@ -217,15 +218,21 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def how_far(label: str, phase: str, loop: Loop, folder: Path, output: Path) -> str:
-    """One line for somebody who stopped the run. It says what the files hold: the signal may have come while one was written."""
+    """One line for somebody who stopped the run, by what its files hold: the signal may have come while one was written."""
     trained, epochs, saved, best, added = len(loop.history), loop.recipe.epochs, 0, "", False
     with suppress(WeightsError):
         state = read_checkpoint(folder / CHECKPOINT)
         saved = state["epoch"] if state["phase"] == phase else 0
-        best = f" and the best ({read_checkpoint(folder / 'best.pt')['acc']:.2f} %)" if phase == "main" else ""
+        if phase == "main":
+            best = f" and the best ({read_checkpoint(folder / 'best.pt')['acc']:.2f} %)"
     with suppress(UserError):
         added = any(row.get("folder") == folder.name for row in records.read_rows(output)[1])
-    where = f"in epoch {trained + 1} of {epochs}, step {loop.step} of {len(loop.batches)}" if trained < epochs else "after its last epoch"
-    where = f"in epoch {trained} of {epochs}, while it was saved" if saved < trained else where
+    if saved < trained:
+        where = f"in epoch {trained} of {epochs}, while it was saved"
+    elif trained < epochs:
+        where = f"in epoch {trained + 1} of {epochs}, step {loop.step} of {len(loop.batches)}"
+    else:
+        where = "after its last epoch"
     kept = f"the weights of epoch {saved}{best} are in {folder}" if saved else "no epoch was saved"
-    return f"{label} stopped {where}; {kept}; {'its row was added' if added else 'no row was added; --resume goes on'}"
+    rest = "its row was added" if added else "no row was added; --resume goes on"
+    return f"{label} stopped {where}; {kept}; {rest}"

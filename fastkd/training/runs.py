@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -68,7 +69,7 @@ def new_run(plan: Plan, role: str) -> Run:
     about = {"trained": identity["trained"], "model": identity["model"], "command": command(plan)}
     config = {**plan.config(), **about, "identity": identity}
     write(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    write(folder / COMMAND, command_file(plan, role))
+    write(folder / COMMAND, os.fsencode(command_file(plan, role)))  # the bytes of a path that is no UTF-8
     return Run(folder, config)
 
 

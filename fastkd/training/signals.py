@@ -20,9 +20,10 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM raises :class:`Terminated` inside; one that comes later does nothing, since a queue and torchrun may both send it."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield  # only the main thread may ask, and somebody else has
+    """SIGTERM raises :class:`Terminated` inside, the first one only: a queue and torchrun may both send it."""
+    ours = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if not ours or threading.current_thread() is not threading.main_thread():  # only that one may ask for signals
+        yield
         return
 
     def end(number: int, frame: Any) -> None:
@@ -39,9 +40,9 @@ def terminable() -> Iterator[None]:
 def end_late(seconds: float = 5) -> None:
     """From now on SIGTERM ends this process so many seconds after it came.
 
-    For those that follow the first of several processes: torchrun sends SIGTERM to all at once, and the first one can only stop in good
-    order if the others still take part in the step that it is in. A thread waits for the signal, since the main thread may be in a
-    collective operation that does not end.
+    For those that follow the first of several processes: torchrun sends SIGTERM to all at once, and the first one
+    stops in good order only if the others still take part in the step that it is in. A thread waits for the signal,
+    since the main thread may be in a collective operation that does not end.
     """
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)

@@ -70,7 +70,8 @@ def check_labels(labels: Tensor, classes: int, path: Path) -> Tensor:
 def download(torchvision: str, name: str, root: Path, why: MissingFiles) -> None:
     """Lets torchvision's class of that name download the set. Raises UserError that says why the set is still missing."""
     timeout = socket.getdefaulttimeout()
-    new = [folder for folder in (root / torchvision / "raw", root / torchvision, root, *root.parents) if not folder.exists()]
+    folders = (root / torchvision / "raw", root / torchvision, root, *root.parents)
+    new = [folder for folder in folders if not folder.exists()]
     try:
         say(f"{name}: {why}; downloading it to {root}")
         socket.setdefaulttimeout(30)  # urllib waits for ever on a silent firewall
