@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Trains a teacher, distils a student and records the result:  python train.py --method fsp
 
-Exit status 0; 2 for anything that the caller can mend, with one line on stderr; 130 after Ctrl-C.
+Exit status 0; 2 for anything that the caller can mend, with one line on stderr; 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -73,9 +74,14 @@ def fractions(text: str) -> tuple[float, ...]:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    stack = ExitStack()
     try:
         from fastkd.training import Interrupted, Recipe, Settings, UserError, repeat
+        from fastkd.training.console import screens
+        from fastkd.training.signals import terminable
 
+        stack.enter_context(screens())
+        stack.enter_context(terminable())
         flags = vars(build_parser().parse_args(arguments))
         fields = {field.name: flags.pop(field.name) for field in dataclasses.fields(Recipe)}
         try:
@@ -86,10 +92,12 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
         except Interrupted as stop:
             print(f"train.py: {stop}", file=sys.stderr)
-            return 130
-    except KeyboardInterrupt:
+            return stop.status
+    except KeyboardInterrupt as stop:
         print("train.py: stopped while nothing was being trained; what was finished is kept", file=sys.stderr)
-        return 130
+        return getattr(stop, "status", 130)
+    finally:
+        stack.close()
     return 0
 
 

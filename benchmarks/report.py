@@ -106,6 +106,7 @@ def full(result: dict[str, Any]) -> str:
 
 def plot(result: dict[str, Any], target: Path) -> None:
     """Bars of each network, in multiples of the first backend's time."""
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, where it is unknown, would end the import
     try:
         import matplotlib
     except ImportError:
@@ -140,6 +141,11 @@ def plot(result: dict[str, Any], target: Path) -> None:
     pyplot.close(figure)
 
 
+def written(text: str) -> Path:
+    """A path as people write it: no shell expands the ``~`` of ``--readme=~/README.md``."""
+    return Path(os.path.expanduser(text))
+
+
 def write(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -158,8 +164,8 @@ def into_readme(readme: Path, lines: list[str]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="A Markdown table and a plot from the results of pytest --benchmark.")
-    parser.add_argument("file", nargs="?", type=Path, help="a speed.json; the newest under benchmarks/results by default")
-    parser.add_argument("--readme", nargs="?", const=ROOT / "README.md", type=Path, help="write the short table into README.md")
+    parser.add_argument("file", nargs="?", type=written, help="a speed.json; the newest under benchmarks/results by default")
+    parser.add_argument("--readme", nargs="?", const=ROOT / "README.md", type=written, help="write the short table into README.md")
     parser.add_argument("--no-plot", action="store_true", help="tables only")
     options = parser.parse_args(arguments)
     source = (options.file or newest()).resolve()

@@ -304,3 +304,58 @@ def test_a_shared_teacher_makes_another_run_of_a_seed(small_main, tmp_path):
     assert not torch.equal(first, other)
     alone = [Plan(Settings("baseline", teacher_seed=seed, **common)) for seed in (None, 0)]
     assert alone[0].identity("student") == alone[1].identity("student")
+
+
+def history(epochs, **terms):
+    return [{"epoch": i, "lr": 0.1, "loss": 1.0, **terms, "train_acc": 50.0, "test_acc": 50.0 + i} for i in range(1, epochs + 1)]
+
+
+def writers():
+    return [thread for thread in threading.enumerate() if type(thread).__module__.startswith("tensorboard.")]
+
+
+def test_a_csv_of_the_users_own_is_not_read_and_curves_go_on(small_main, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("tensorboard")
+    flags = [*TWO_PHASES, "--output", str(tmp_path)]
+    mended = interrupt(monkeypatch, 3 + 2 + 2)
+    assert small_main(flags) == 130
+    mended()
+    folder = next(tmp_path.glob("fsp-*"))
+    (folder / "notes.csv").write_text("day,remark\nMonday,it rains\n")
+    assert small_main([*flags, "--resume"]) == 0
+    assert "curves" not in capsys.readouterr().out.split("goes on after")[1]
+    found = points(folder)
+    assert [step for step, _ in found["lr"]] == [1, 2, 3] and [step for step, _ in found["init/loss/fsp"]] == [1, 2]
+    assert not [tag for tag in found if "notes" in tag]
+
+
+@pytest.mark.parametrize("what", ["flush", "__init__", "add_scalar", "init.csv"])
+def test_curves_are_deleted_only_once_others_are_written_and_leave_no_thread(monkeypatch, tmp_path, capsys, what):
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    before = writers()
+    first = Curves(tmp_path)
+    first.add("main", history(2))
+    first.close()
+    (old,) = tmp_path.glob(curves.EVENTS)
+    content = old.read_bytes()
+
+    def full(self, *arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    second = Curves(tmp_path)
+    second.earlier = ["init"] if what == "init.csv" else []
+    with monkeypatch.context() as patch:
+        if what == "__init__":  # when the thread is there already
+            patch.setattr("tensorboard.summary.writer.event_file_writer._AsyncWriter.flush", full)
+        elif what != "init.csv":
+            patch.setattr(tensorboard.SummaryWriter, what, full)
+        second.add("main", history(3))
+        second.add("main", history(4))
+        second.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and "end here" in lines[0] and "the run goes on" in lines[0]
+    assert old.read_bytes() == content and writers() == before
+    third = Curves(tmp_path)
+    third.add("main", history(4))
+    third.close()
+    assert not old.exists() and points(tmp_path)["accuracy/test"] == [(i, 50.0 + i) for i in range(1, 5)] and writers() == before

@@ -28,7 +28,12 @@ def _full(config: pytest.Config) -> bool:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("benchmark")
     group.addoption("--benchmark", dest="benchmark_full", action="store_true", help="Run the speed comparisons of benchmarks/ only.")
-    group.addoption("--benchmark-results", metavar="DIR", type=Path, help="Write speed.json into DIR, of an incomplete run too.")
+    group.addoption(
+        "--benchmark-results",
+        metavar="DIR",
+        type=lambda text: Path(os.path.expanduser(text)),
+        help="Write speed.json into DIR, of an incomplete run too.",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)

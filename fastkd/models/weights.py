@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import warnings
 from pathlib import Path
 
@@ -18,7 +19,7 @@ class WeightsError(ValueError):
 def read_checkpoint(path: str | Path) -> dict:
     """The dict in ``path``, on the CPU. Loaded with ``weights_only=True``: a file never runs code. Raises WeightsError."""
     try:
-        file = open(path, "rb")  # noqa: SIM115 - apart from the reading, whose OSErrors mean a damaged file
+        file = open(os.path.expanduser(path), "rb")  # noqa: SIM115 - apart from the reading, whose OSErrors mean a damaged file
     except OSError as error:
         raise WeightsError(f"{path}: {error.strerror or error}") from None
     try:

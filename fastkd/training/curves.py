@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,9 @@ class Curves:
     def __init__(self, folder: Path):
         self.folder, self.done, self.broken = folder, dict[str, int](), not available()
         self.writer: Any = None
+        self.earlier: Sequence[str] = ()  # phases that an earlier process finished
+        self.replaced: list[Path] = []  # event files of earlier processes, deleted once a new one holds all of it
+        self.threads: list[Any] = []  # the writer's
 
     def add(self, phase: str, history: Sequence[dict[str, float]]) -> None:
         """The epochs of ``phase`` that were not there yet; "main" has the plain tags, another phase its name before them."""
@@ -44,28 +47,42 @@ class Curves:
             return
         try:
             with _quiet_writer():
-                writer = self.writer or self._begin(phase)
+                writer = self.writer or self._begin()
                 self._write(writer, phase, history[self.done.get(phase, 0) :])
                 writer.flush()
+            while self.replaced:
+                self.replaced.pop().unlink(missing_ok=True)
         except Exception as error:  # the disk, or any of the packages behind TensorBoard
-            self.broken = True
-            say(f"TensorBoard curves in {self.folder} end here ({' '.join(str(error).split()) or type(error).__name__}); the run goes on")
+            self._fail(error)
         self.done[phase] = len(history)
 
     def close(self) -> None:
-        if self.writer is not None and not self.broken:
-            self.writer.close()
+        if self.writer is None or self.broken:
+            return
+        try:
+            with _quiet_writer():
+                self.writer.close()
+        except Exception as error:
+            self._fail(error)
 
-    def _begin(self, phase: str) -> Any:
+    def _fail(self, error: Exception) -> None:
+        self.broken = True
+        for thread in self.threads:
+            with suppress(Exception):
+                thread.stop()  # SummaryWriter.close would flush before, and fail once more
+        say(f"TensorBoard curves in {self.folder} end here ({' '.join(str(error).split()) or type(error).__name__}); the run goes on")
+
+    def _begin(self) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
-        for path in self.folder.glob(EVENTS):
-            path.unlink()
-        self.writer = writer = SummaryWriter(str(self.folder))
-        for path in sorted(self.folder.glob("*.csv")):
-            if path.stem not in ("epochs", phase):  # of a phase that an earlier process finished
-                with open(path, newline="", encoding="utf-8") as file:
-                    self._write(writer, path.stem, [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)])
+        self.replaced, others = list(self.folder.glob(EVENTS)), set(threading.enumerate())
+        try:
+            self.writer = writer = SummaryWriter(str(self.folder))
+        finally:
+            self.threads = [thread for thread in {*threading.enumerate()} - others if _of_writer(thread)]
+        for name in self.earlier:
+            with open(self.folder / f"{name}.csv", newline="", encoding="utf-8") as file:
+                self._write(writer, name, [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)])
         return writer
 
     def _write(self, writer: Any, phase: str, history: Sequence[dict[str, float]]) -> None:
@@ -80,7 +97,7 @@ def _quiet_writer() -> Iterator[None]:
     before = threading.excepthook
 
     def hook(arguments: threading.ExceptHookArgs) -> None:
-        if not type(arguments.thread).__module__.startswith("tensorboard."):
+        if not _of_writer(arguments.thread):
             before(arguments)
 
     threading.excepthook = hook
@@ -88,6 +105,10 @@ def _quiet_writer() -> Iterator[None]:
         yield
     finally:
         threading.excepthook = before
+
+
+def _of_writer(thread: threading.Thread | None) -> bool:
+    return type(thread).__module__.startswith("tensorboard.")
 
 
 def tags(phase: str, epoch: dict[str, float]) -> Iterator[tuple[str, float]]:

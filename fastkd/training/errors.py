@@ -8,4 +8,11 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """Ctrl-C, after everything was left consistent. The message says how far the run came; the command ends with status 130."""
+    """Ctrl-C or SIGTERM, after everything was left consistent.
+
+    The message says how far the run came; ``status`` is the command's.
+    """
+
+    def __init__(self, message: str, status: int = 130):
+        super().__init__(message)
+        self.status = status

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -12,11 +13,17 @@ from typing import IO, Any
 import torch
 
 from fastkd.training.errors import UserError
+from fastkd.training.marks import marked
 
 try:
     import fcntl
-except ImportError:  # Windows: two runs that end in the same instant could then lose a row
+except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+
+def as_path(path: str | os.PathLike[str]) -> Path:
+    """A path as people write it, ``~`` included, which no shell expands behind ``--data=``. Raises TypeError."""
+    return Path(os.path.expanduser(path))
 
 
 def write(path: Path, content: bytes | str) -> None:
@@ -24,7 +31,7 @@ def write(path: Path, content: bytes | str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -56,25 +63,41 @@ def make_folder(path: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds the lock file ``path``, so that runs which end together append one after the other. Raises UserError."""
-    with _lock_file(path) as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def locked(path: Path, waits: Callable[[], None] | None = None) -> Iterator[None]:
+    """Holds the lock file ``path`` as soon as nobody else does, and calls ``waits`` until then. Raises UserError."""
+    pause = 0.01
+    while True:
+        with owned(path) as mine:
+            if mine:
+                yield
+                return
+        if waits is not None:
+            waits()
+        time.sleep(pause)
+        pause = min(2 * pause, 1)
 
 
 @contextmanager
 def owned(path: Path) -> Iterator[bool]:
-    """Holds the lock file ``path`` if nobody does, and says whether: a killed process holds nothing. Raises UserError."""
+    """Holds the lock file ``path`` if nobody does, and says whether: a killed process holds nothing. Raises UserError.
+
+    Where the system, or the file system, has no such locks (Lustre and NFS, as they are mounted), see :func:`marked`.
+    """
     with _lock_file(path) as file:
+        reason = "" if fcntl is None else None
         try:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
-        else:
+            return
+        except OSError as error:
+            reason = error.strerror or str(error)
+        if reason is None:
             yield True
+        else:
+            with marked(path, reason) as mine:
+                yield mine
 
 
 def _lock_file(path: Path) -> IO[bytes]:

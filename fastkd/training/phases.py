@@ -21,6 +21,7 @@ from fastkd.training.plan import Plan
 from fastkd.training.progress import Progress
 from fastkd.training.recipes import Recipe
 from fastkd.training.settings import Settings
+from fastkd.training.signals import end_late
 
 
 def phase_loop(plan: Plan, role: str, phase: tuple[str, Recipe, Method], student: nn.Module, teacher: nn.Module | None,
@@ -48,6 +49,7 @@ def lead_epoch(loop: Loop, epoch: int, progress: Progress) -> None:
 def follow() -> None:
     """Trains as the first process orders, until it says no more. Prints nothing, writes nothing."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process stops, and torchrun ends us
+    end_late()
     try:
         with ExitStack() as stack:
             _follow(stack)
@@ -58,7 +60,7 @@ def follow() -> None:
 
 
 def _follow(stack: ExitStack) -> None:
-    """Orders are a run's settings, then what makes a loop, then numbers of its epochs."""
+    """Orders are a run's settings, then what makes a loop, then numbers of its epochs; "wait" is none yet."""
     plan: Plan
     loop: Loop
     while (order := distributed.receive()) is not None:
@@ -67,7 +69,7 @@ def _follow(stack: ExitStack) -> None:
             stack.enter_context(determinism(order.deterministic))
         elif isinstance(order, dict):
             loop = _loop(plan, order)
-        else:
+        elif order != "wait":
             with suppress(UserError):  # the first process has the same, says so, and ends us
                 loop.train_epoch(order, Progress("", 0, silent=True))
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastkd.training import figures
 from fastkd.training.batches import Batches
 from fastkd.training.console import say
 from fastkd.training.files import write
@@ -95,8 +96,8 @@ def sheet(images: Tensor, labels: Sequence[str], maps: dict[str, list[Tensor]], 
     Columns: the image, then each stage with its models side by side. A map goes from 0, or from minus where any has negative values,
     to its own largest magnitude.
     """
+    figure_class = figures.figure_class()
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
 
     count, names, number = len(images), list(maps), len(next(iter(maps.values())))
     signed = any(bool((found < 0).any()) for stages in maps.values() for found in stages)
@@ -122,7 +123,7 @@ def sheet(images: Tensor, labels: Sequence[str], maps: dict[str, list[Tensor]], 
     dpi, left, above = 150, 34, 106
     about = textwrap.wrap((SIGNED if signed else UNSIGNED) + remark, width // 9)
     below = 12 + 20 * len(about)
-    figure = Figure(((width + left + 4) / dpi, (height + above + below) / dpi), dpi=dpi)
+    figure = figure_class(((width + left + 4) / dpi, (height + above + below) / dpi), dpi=dpi)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_xlim(-left, width + 4)
     axes.set_ylim(height + below, -above)

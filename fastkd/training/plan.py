@@ -56,7 +56,6 @@ class Plan:
             raise UserError(f"{error} (--recipe {self.recipe_name}, --preset {self.recipe.preset})") from None
         if self.method.needs_teacher:
             self._check_fit(student, teacher)
-        make_folder(settings.output)
         records.read_rows(settings.output)
         self.data: Dataset = load_dataset(name, settings.data)
         self.compiled, self.captured = self._how()
@@ -65,6 +64,7 @@ class Plan:
         if self.recipe.batch_size > smallest:
             each = f" for each of {self.processes} processes" * (self.processes > 1)
             raise UserError(f"--batch-size is {self.recipe.batch_size}, but {name} has parts of only {smallest} images{each}")
+        make_folder(settings.output)  # last: a command that cannot run leaves none
 
     def _how(self) -> tuple[bool, bool]:
         """Whether steps are compiled, and replayed as a CUDA graph. Bits depend on it, so no clock decides. Raises UserError."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastkd.training import records
+from fastkd.training import figures, records
 from fastkd.training.errors import UserError
 from fastkd.training.files import write
 from fastkd.training.summary import DATASET_NAMES, METHOD_NAMES
@@ -80,7 +80,7 @@ def read_epochs(path: Path) -> list[dict[str, float]]:
 def plot(folders: Sequence[Path], wanted: Mapping[str, str], path: Path) -> None:
     """A row of panels for each data set, recipe and length; a colour a method, a line a seed. Raises UserError."""
     try:
-        from matplotlib.figure import Figure
+        figure_class = figures.figure_class()
     except ImportError:
         raise UserError("--plot takes matplotlib (pip install matplotlib)") from None
     curves = [curve for curve in read(folders, wanted) if curve.epochs]
@@ -91,7 +91,7 @@ def plot(folders: Sequence[Path], wanted: Mapping[str, str], path: Path) -> None
     panels = [*PANELS, *there]
     columns = 3
     height = -(-len(panels) // columns)
-    figure = Figure((3.6 * columns, 2.7 * height * len(places) + 0.5), dpi=100, layout="constrained")
+    figure = figure_class((3.6 * columns, 2.7 * height * len(places) + 0.5), dpi=100, layout="constrained")
     parts = figure.subfigures(len(places), 1, squeeze=False)[:, 0]
     for place, part in zip(places, parts, strict=True):
         draw(part, [curve for curve in curves if curve.place == place], panels, height, columns)

@@ -26,7 +26,7 @@ class Progress:
         self.title, self.steps, self.done, self.first = title, steps, done, done
         self.shown = self.begun = time.perf_counter()
         self.silent = silent
-        self.terminal, self.bar = sys.stderr.isatty() and not silent, None
+        self.terminal, self.bar = sys.stderr is not None and sys.stderr.isatty() and not silent, None
         if self.terminal:
             self.bar = _bar(title, steps, done)
 

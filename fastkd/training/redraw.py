@@ -13,7 +13,9 @@ from pathlib import Path
 
 from fastkd.models import WeightsError, load_weights
 from fastkd.training import pictures
+from fastkd.training.console import screens
 from fastkd.training.errors import UserError
+from fastkd.training.files import as_path
 from fastkd.training.plan import Plan
 from fastkd.training.settings import from_config
 
@@ -39,11 +41,12 @@ def redraw(folder: Path, data: Path | None) -> list[Path]:
     return pictures.keep(plan, folder, models["student"], models.get("teacher"))
 
 
+@screens()
 def main(arguments: list[str] | None = None) -> int:
     text = "Attention maps of finished runs."
     parser = argparse.ArgumentParser(prog="python -m fastkd.training.redraw", description=text, allow_abbrev=False)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a run: runs/at-cifar10-...")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="where the set lies now, if not where the run found it")
+    parser.add_argument("folders", nargs="+", type=as_path, metavar="FOLDER", help="of a run: runs/at-cifar10-...")
+    parser.add_argument("--data", type=as_path, metavar="DIR", help="where the set lies now, if not where the run found it")
     flags = parser.parse_args(arguments)
     try:
         if not pictures.available():

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from fastkd.training import distributed, records, runs
-from fastkd.training.console import say
+from fastkd.training.console import say, screens
 from fastkd.training.errors import UserError
 from fastkd.training.flags import refuse_idle
 from fastkd.training.phases import follow
@@ -21,7 +21,7 @@ def repeat(settings: Settings, times: int) -> list[dict[str, Any]]:
 
     With ``resume`` finished seeds are not run again. Raises UserError, Interrupted.
     """
-    with distributed.group(settings.device):
+    with screens(), distributed.group(settings.device):
         if distributed.leads():
             return distributed.leading(lambda: _repeat(settings, times))
         follow()

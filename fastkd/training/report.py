@@ -19,8 +19,9 @@ from typing import Any
 
 from fastkd.models import create_model
 from fastkd.training import plots, records
+from fastkd.training.console import delivered, screens
 from fastkd.training.errors import UserError
-from fastkd.training.files import write
+from fastkd.training.files import as_path, write
 from fastkd.training.published import NOTE, TABLES, Entry, Published
 from fastkd.training.recipes import RECIPES
 from fastkd.training.summary import METHOD_NAMES, Group, groups, number, told
@@ -163,15 +164,18 @@ def put(path: Path, text: str) -> None:
     write(path, f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
 
 
+@screens()
 def main(arguments: list[str] | None = None) -> int:
     text = "Published tables with our figures; curves."
     parser = argparse.ArgumentParser(prog="python -m fastkd.training.report", description=text, allow_abbrev=False)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="an --output of train.py, or a copy of its tables and logs")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves of the runs there (PNG, SVG, PDF)")
+    parser.add_argument(
+        "folders", nargs="+", type=as_path, metavar="FOLDER", help="an --output of train.py, or a copy of its tables and logs"
+    )
+    parser.add_argument("--plot", type=as_path, metavar="FILE", help="draw the curves of the runs there (PNG, SVG, PDF)")
     parser.add_argument(
         "--only", action="append", default=[], metavar="COLUMN=VALUE", help="runs with that value only, such as dataset=cifar10"
     )
-    parser.add_argument("--into", type=Path, metavar="FILE", help=f"write the tables into this Markdown file, between {BEGIN} and {END}")
+    parser.add_argument("--into", type=as_path, metavar="FILE", help=f"write the tables into this Markdown file, between {BEGIN} and {END}")
     flags = parser.parse_args(arguments)
     try:
         wanted = [part.partition("=") for part in flags.only]
@@ -182,6 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
             put(flags.into, markdown(rows))
         else:
             print("\n\n".join([f"{caption}\n\n{plain(heads, lines)}" for caption, heads, lines in tables(rows)] + [NOTES]))
+            delivered()
         if flags.plot:
             plots.plot(flags.folders, {name: value for name, _, value in wanted}, flags.plot)
     except UserError as error:

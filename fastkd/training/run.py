@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,13 @@ from torch import nn
 
 import fastkd
 from fastkd.methods import Method, create_method
-from fastkd.models import WeightsError, create_model, fingerprint, load_weights
+from fastkd.models import WeightsError, create_model, fingerprint, load_weights, read_checkpoint
 from fastkd.training import distributed, pictures, records, runs
-from fastkd.training.console import counted, say
+from fastkd.training.console import counted, say, screens
 from fastkd.training.determinism import determinism
 from fastkd.training.devices import device_name
 from fastkd.training.errors import Interrupted, UserError
-from fastkd.training.files import make_folder, save, write
+from fastkd.training.files import locked, make_folder, save, write
 from fastkd.training.loop import Loop, evaluate, placed
 from fastkd.training.phases import lead, lead_epoch, phase_loop
 from fastkd.training.plan import Plan
@@ -39,7 +40,7 @@ def run(settings: Settings) -> dict[str, Any]:
         say(f"{settings.method}: {row['folder']} is finished, {done}")
         return dict(row)
     # the student's folder is there before the teacher's training begins, so that --resume finds the run whenever it was killed
-    with determinism(settings.deterministic), runs.opened(plan, "student", found) as student:
+    with screens(), determinism(settings.deterministic), runs.opened(plan, "student", found) as student:
         say(plan.describe())
         teacher, accuracy = find_teacher(plan) if plan.method.needs_teacher else (None, None)
         return train(plan, "student", student, plan.method, teacher, accuracy)
@@ -49,13 +50,15 @@ def find_teacher(plan: Plan) -> tuple[nn.Module, float]:
     """The trained teacher and its test accuracy: from --teacher-checkpoint, from an earlier run, or trained now."""
     settings, name = plan.settings, plan.models.teacher
     path = settings.teacher_checkpoint or plan.teacher_path()
-    begun = runs.teachers(plan) if settings.resume is not None else []
-    if begun or (settings.teacher_checkpoint is None and not path.exists()):
-        folder = max(begun, key=runs.epochs_of, default=None)  # all of one identity end alike, so the one that came furthest serves
-        what = f"{path} is not there yet; training it first" if folder is None else f"going on with its training in {folder}"
-        say(f"teacher: {what}")
-        with runs.opened(plan, "teacher", folder) as opened:
-            train(plan, "teacher", opened, create_method("baseline"), None, None)
+    lock = settings.output / f".{path.name}.lock"
+    with locked(lock, Waiting(path)) if settings.teacher_checkpoint is None else nullcontext():
+        begun = runs.teachers(plan) if settings.resume is not None else []
+        if begun or (settings.teacher_checkpoint is None and not path.exists()):
+            folder = max(begun, key=runs.epochs_of, default=None)  # all of one identity end alike, so the one that came furthest serves
+            what = f"{path} is not there yet; training it first" if folder is None else f"going on with its training in {folder}"
+            say(f"teacher: {what}")
+            with runs.opened(plan, "teacher", folder) as opened:
+                train(plan, "teacher", opened, create_method("baseline"), None, None)
     teacher = create_model(name, plan.data.classes)
     try:
         config = load_weights(teacher, path).get("config")
@@ -80,6 +83,20 @@ def find_teacher(plan: Plan) -> tuple[nn.Module, float]:
     return teacher, accuracy
 
 
+class Waiting:
+    """Called again and again while another command trains the teacher."""
+
+    def __init__(self, path: Path):
+        self.path, self.told = path, 0.0
+
+    def __call__(self) -> None:
+        if not self.told:
+            say(f"teacher: another process trains {self.path}; waiting for it")
+        if time.monotonic() - self.told > 60:
+            self.told = time.monotonic()
+            distributed.order("wait")  # processes that hear nothing for half an hour take the first one for lost
+
+
 def train(plan: Plan, role: str, run: Run, method: Method, teacher: nn.Module | None, teacher_acc: float | None) -> dict[str, Any]:
     """Trains the plan's student or teacher (``role``) in the folder of ``run``, from its state if it has one, and records it.
 
@@ -97,7 +114,9 @@ def train(plan: Plan, role: str, run: Run, method: Method, teacher: nn.Module | 
     if state and (state.get("phase") not in names or state.get("taught_by") != common["taught_by"]):
         why = "its teacher was another" if state.get("phase") in names else "not the checkpoint of such a run"
         raise UserError(f"{run.folder / CHECKPOINT}: {why}")
-    for phase in phases[names.index(state["phase"]) if state else 0 :]:
+    first = names.index(state["phase"]) if state else 0
+    run.curves.earlier = names[:first]
+    for phase in phases[first:]:
         name, recipe, main = phase[0], phase[1], phase[0] == "main"
         loop = phase_loop(plan, role, phase, student, teacher, batches)
         label = title if main else f"{title} {name}"
@@ -128,8 +147,9 @@ def train(plan: Plan, role: str, run: Run, method: Method, teacher: nn.Module | 
                     raise
                 say(f"{title}: {error}")  # its weights are there: no reason to keep its student waiting
                 return row
-        except KeyboardInterrupt:
-            raise Interrupted(how_far(label, loop, run.folder)) from None
+        except KeyboardInterrupt as stop:
+            line = how_far(label, name, loop, run.folder, plan.settings.output)
+            raise Interrupted(line, getattr(stop, "status", 130)) from None
         finally:
             progress.close()
     if role == "student" and plan.settings.pictures:  # after the row: nothing that fails here can lose it
@@ -211,10 +231,22 @@ def row_of(plan: Plan, role: str, run: Run, loop: Loop, teacher_acc: float | Non
     }
 
 
-def how_far(label: str, loop: Loop, folder: Path) -> str:
-    """One line for somebody who pressed Ctrl-C."""
-    done, epochs = len(loop.history), loop.recipe.epochs
-    where = f"in epoch {done + 1} of {epochs}, step {loop.step} of {len(loop.batches)}" if done < epochs else "after its last epoch"
-    best = f" and the best ({loop.best()['test_acc']:.2f} %)" if loop.best_weights else ""
-    kept = f"the weights of epoch {done}{best} are in {folder}" if done else "no epoch was finished"
-    return f"{label} stopped {where}; {kept}; no row was added; --resume goes on"
+def how_far(label: str, phase: str, loop: Loop, folder: Path, output: Path) -> str:
+    """One line for somebody who stopped the run, by what its files hold: the signal may have come while one was written."""
+    trained, epochs, saved, best, added = len(loop.history), loop.recipe.epochs, 0, "", False
+    with suppress(WeightsError):
+        state = read_checkpoint(folder / CHECKPOINT)
+        saved = state["epoch"] if state["phase"] == phase else 0
+        if phase == "main":
+            best = f" and the best ({read_checkpoint(folder / 'best.pt')['acc']:.2f} %)"
+    with suppress(UserError):
+        added = any(row.get("folder") == folder.name for row in records.read_rows(output)[1])
+    if saved < trained:
+        where = f"in epoch {trained} of {epochs}, while it was saved"
+    elif trained < epochs:
+        where = f"in epoch {trained + 1} of {epochs}, step {loop.step} of {len(loop.batches)}"
+    else:
+        where = "after its last epoch"
+    kept = f"the weights of epoch {saved}{best} are in {folder}" if saved else "no epoch was saved"
+    rest = "its row was added" if added else "no row was added; --resume goes on"
+    return f"{label} stopped {where}; {kept}; {rest}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -44,7 +45,7 @@ def opened(plan: Plan, role: str, folder: Path | None) -> Iterator[Run]:
     A new one that ends in a UserError before its first checkpoint leaves no folder: nothing of it could be taken up.
     """
     run = new_run(plan, role) if folder is None else load_run(folder, plan.identity(role))
-    early = {"config.json", COMMAND, LOG, ".lock"}
+    early = {"config.json", COMMAND, LOG, ".lock", ".lock.held"}
     with owned(run.folder / ".lock") as mine:
         if not mine:
             raise UserError(f"{run.folder} is in the hands of another process")
@@ -71,7 +72,7 @@ def new_run(plan: Plan, role: str) -> Run:
         about["teacher_file"] = plan.teacher_path().name
     config = {**plan.config(), **about, "identity": identity}
     write(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    write(folder / COMMAND, command_file(plan, role))
+    write(folder / COMMAND, os.fsencode(command_file(plan, role)))  # the bytes of a path that is no UTF-8
     return Run(folder, config)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.training.errors import UserError
+from fastkd.training.files import as_path
 from fastkd.training.recipes import SETTINGS
 
 PRECISIONS = ("fp32", "bf16")
@@ -27,6 +28,7 @@ class Settings:
     of the recipe; ``compile``, ``cuda_graph`` None: where it pays; ``resume``: "" looks for the unfinished run, "auto" begins it where
     there is none, anything else is its folder. ``teacher_seed`` None: that of the run; ``pictures``: the sheets of attention maps at the
     end, where matplotlib is there.
+    Paths may be strings, and begin with ``~``. The constructor raises UserError for what is no path.
     """
 
     method: str
@@ -48,6 +50,17 @@ class Settings:
     output: Path = Path("runs")
     resume: str | None = None
     pictures: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("data", "output", "teacher_checkpoint", "resume"):
+            value = getattr(self, name)
+            if value is None and name in ("teacher_checkpoint", "resume"):
+                continue
+            try:
+                path = as_path(value) if value != "" or name != "resume" else ""
+            except TypeError:
+                raise UserError(f"{name} is {value!r}, wanted a path") from None
+            object.__setattr__(self, name, str(path) if name == "resume" else path)
 
 
 def environment() -> list[str]:

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from pathlib import Path
 
 from fastkd.training.datasets import cifar, digits, fashion_mnist
 from fastkd.training.datasets.base import Dataset, MissingFiles
 from fastkd.training.errors import UserError
+from fastkd.training.files import as_path
 
-_LOADERS: dict[str, Callable[[Path], Dataset]] = {
-    "cifar10": lambda root: cifar.load(root, "cifar10"),
-    "cifar100": lambda root: cifar.load(root, "cifar100"),
-    "fashion-mnist": fashion_mnist.load,
+_LOADERS: dict[str, Callable[[str | os.PathLike[str]], Dataset]] = {
+    "cifar10": lambda root: cifar.load(as_path(root), "cifar10"),
+    "cifar100": lambda root: cifar.load(as_path(root), "cifar100"),
+    "fashion-mnist": lambda root: fashion_mnist.load(as_path(root)),
     "digits": lambda root: digits.load(),
 }
 
 DATASETS = tuple(_LOADERS)
 
 
-def choose_dataset(name: str, root: Path) -> tuple[str, str]:
+def choose_dataset(name: str, root: str | os.PathLike[str]) -> tuple[str, str]:
     """(name, why). ``auto`` becomes cifar10 if all of it lies under ``root``, else digits: nothing is downloaded. Raises UserError."""
     if name == "auto":
         try:
-            cifar.found(root, "cifar10")
+            cifar.found(as_path(root), "cifar10")
         except MissingFiles as missing:
             return "digits", f"auto: no CIFAR-10 under {root}: {missing}"
         return "cifar10", f"auto: CIFAR-10 lies under {root}"
@@ -32,7 +33,7 @@ def choose_dataset(name: str, root: Path) -> tuple[str, str]:
     return name, "as asked"
 
 
-def load_dataset(name: str, root: Path) -> Dataset:
+def load_dataset(name: str, root: str | os.PathLike[str]) -> Dataset:
     """The whole set, one of ``DATASETS``; files are looked for under ``root`` and downloaded when missing. Raises UserError."""
     return _LOADERS[name](root)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import socket
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fastkd.training.console import say
 from fastkd.training.errors import UserError
 
 
@@ -68,8 +70,10 @@ def check_labels(labels: Tensor, classes: int, path: Path) -> Tensor:
 def download(torchvision: str, name: str, root: Path, why: MissingFiles) -> None:
     """Lets torchvision's class of that name download the set. Raises UserError that says why the set is still missing."""
     timeout = socket.getdefaulttimeout()
+    folders = (root / torchvision / "raw", root / torchvision, root, *root.parents)
+    new = [folder for folder in folders if not folder.exists()]
     try:
-        print(f"{name}: {why}; downloading it to {root}", flush=True)
+        say(f"{name}: {why}; downloading it to {root}")
         socket.setdefaulttimeout(30)  # urllib waits for ever on a silent firewall
         getattr(importlib.import_module("torchvision.datasets"), torchvision)(root, download=True)
     except ImportError:
@@ -79,6 +83,9 @@ def download(torchvision: str, name: str, root: Path, why: MissingFiles) -> None
         raise UserError(f"{name}: {why}, and the download failed ({reason}); name its folder with --data") from None
     finally:
         socket.setdefaulttimeout(timeout)
+        for folder in new:
+            with suppress(OSError):
+                folder.rmdir()  # which goes while it is empty only: nothing came
 
 
 def joined(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
