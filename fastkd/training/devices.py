@@ -20,8 +20,8 @@ def find_device(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"device {name!r} is not known; wanted cpu or cuda") from None
-    if device.type == "cuda" and distributed.local_rank() is not None:
-        device = torch.device("cuda", distributed.local_rank() or 0)
+    if device.type == "cuda" and distributed.launched() is not None:
+        device = torch.device("cuda", distributed.gpu_index())
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: PyTorch sees no such GPU here")
     return device

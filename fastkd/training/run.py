@@ -34,7 +34,8 @@ def run(settings: Settings) -> dict[str, Any]:
     Raises UserError for whatever the user can mend, Interrupted after Ctrl-C.
     """
     plan = Plan(settings)
-    distributed.order(settings)  # the others find the data that the plan may have fetched
+    distributed.order(plan.settings)  # the others find the data that the plan may have fetched
+    distributed.synchronize()
     found = runs.find(plan) if settings.resume is not None else None
     # the student's folder is there before the teacher's training begins, so that --resume finds the run whenever it was killed
     with determinism(settings.deterministic), runs.opened(plan, "student", found) as student:
