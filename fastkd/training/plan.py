@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import fastkd
-from fastkd.backends import choose
+from fastkd.backends import Call
 from fastkd.methods import TWO_PHASES, Method, create_method, fsp_preset
 from fastkd.models import create_model
 from fastkd.training import curves, distributed, pictures, records
@@ -50,6 +50,7 @@ class Plan:
             teacher, student = create_model(self.models.teacher), create_model(self.models.student)
         except ValueError as error:
             raise UserError(f"{error} (--recipe {self.recipe_name}, --preset {self.recipe.preset})") from None
+        self.calls: dict[str, list[Call]] = {}
         if self.method.needs_teacher:
             self._check_fit(student, teacher)
         make_folder(settings.output)
@@ -73,7 +74,7 @@ class Plan:
 
     def _check_fit(self, student: nn.Module, teacher: nn.Module) -> None:
         try:
-            self.method.check(student, teacher)
+            self.calls = self.method.check(student.to(self.device), teacher.to(self.device))
         except fastkd.BackendError as error:
             raise UserError(" ".join(str(error).split())) from None
         except (ValueError, TypeError) as error:
@@ -206,11 +207,25 @@ class Plan:
         return "\n".join(lines)
 
     def _implementations(self) -> str:
-        """Which backend computes each loss."""
-        terms = {str(term.name): term for term in self.method.terms}
-        example = torch.empty(0, device=self.device)
-        backend = choose("attention_transfer_loss", (example,), lambda: "") if any(term.fused for term in terms.values()) else ""
-        return ", ".join(f"{name} by {backend if name in terms and terms[name].fused else 'plain PyTorch'}" for name in self.method.names)
+        """Which implementation computes each loss, in batches of the run's size."""
+        parts = []
+        for name in self.method.names:
+            eager, compiled = self._backends(name, compiled=False), self._backends(name, compiled=True)
+            if not self.compiled or not eager:
+                parts.append(f"{name} by {eager or 'plain PyTorch'}")
+                continue
+            rest = f" ({eager} in an epoch's last, smaller batch)" if self._smaller_batch() and eager != compiled else ""
+            parts.append(f"{name} by {compiled} in the compiled step{rest}")
+        return ", ".join(parts)
+
+    def _backends(self, term: str, compiled: bool) -> str:
+        """Who serves the package's operations in a term of the loss; "" if it has none of them."""
+        found = [call.backend(self.recipe.batch_size, compiled) for call in self.calls.get(term, [])]
+        return " and ".join(dict.fromkeys(found))
+
+    def _smaller_batch(self) -> bool:
+        """Whether an epoch ends with a smaller batch, which is not compiled."""
+        return not self.recipe.drop_last and len(self.data.train_labels) % (self.recipe.batch_size * self.processes) > 0
 
     def _records(self) -> str:
         """What will lie in the folder beside the weights, and what for want of a package will not."""
