@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from fastkd import backends, kernels, native
 from fastkd.training import UserError, datasets
 from fastkd.training.plan import Plan, Settings
+from fastkd.training.screens import command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -113,3 +115,60 @@ def test_a_compiled_run_names_what_its_graph_holds(cpp, tmp_path, backend, field
     assert losses_line(tmp_path, "at", "cpu", backend, compile=True, **fields).endswith(f"ce by plain PyTorch, {words}")
     eager = losses_line(tmp_path, "at", "cpu", backend, **fields)
     assert eager.endswith("at by " + ("reference" if backend == "reference" else "cpp"))
+
+
+@pytest.mark.parametrize(
+    ("features", "fast"),
+    [
+        ("flags\t\t: fpu avx2 avx512f amx_bf16 amx_tile", True),
+        ("flags\t\t: fpu avx512f avx512_bf16", True),
+        ("flags\t\t: fpu avx2 avx512f avx512_fp16", False),
+        ("Features\t: fp asimd bf16", None),  # aarch64, which nobody has measured
+        (None, None),
+    ],
+)
+def test_auto_is_bf16_where_the_processor_has_instructions_for_it(monkeypatch, tmp_path, features, fast):
+    read = Path.read_text
+
+    def cpuinfo(self, *args, **options):
+        if str(self) != "/proc/cpuinfo":
+            return read(self, *args, **options)
+        if features is None:
+            raise FileNotFoundError(self)
+        return f"processor\t: 0\n{features}\nbugs\t\t: spectre_v1\n\nprocessor\t: 1\n"
+
+    monkeypatch.setattr(Path, "read_text", cpuinfo)
+
+    def plan_of(precision):
+        return Plan(Settings("baseline", "digits", student="resnet8", output=tmp_path, device="cpu", precision=precision))
+
+    chosen, auto = "bf16" if fast else "fp32", plan_of("auto")
+    assert auto.settings.precision == auto.config()["precision"] == auto.identity("student")["precision"] == chosen
+    assert f"--precision {chosen} " in command(auto) and f"threads, {chosen}, seed" in auto.describe()
+    assert [line for line in auto.describe().splitlines() if "note" in line] == [f"note     --precision auto takes {chosen} on this device"]
+    assert plan_of("fp32").settings.precision == "fp32" == Settings("baseline").precision
+    assert next(auto.batches("student")[0].train(1))[0].dtype == (torch.bfloat16 if fast else torch.float32)
+    slow = "note     bf16 is emulated on this processor, which has neither AMX nor AVX512-BF16, and 2 to 2.7 times slower than fp32"
+    assert (slow in plan_of("bf16").describe()) == (fast is False) and "note" not in plan_of("fp32").describe()
+    with pytest.raises(UserError, match="precision 'fp16' is not known; known: auto, fp32, bf16"):
+        plan_of("fp16")
+
+
+def test_a_gpu_is_asked_for_bf16(stand_in, monkeypatch, tmp_path):
+    for fast, chosen in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, fast=fast: fast and not including_emulation)
+        plan = Plan(Settings("baseline", "digits", student="resnet8", output=tmp_path, device="cuda", precision="auto"))
+        assert plan.settings.precision == chosen
+
+
+def test_only_the_first_process_looks_into_the_output_folder(monkeypatch, tmp_path):
+    settings = Settings("baseline", "digits", student="resnet8", output=tmp_path / "file" / "runs", device="cpu")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("fastkd.training.distributed.share", lambda: (1, 2))
+    Plan(settings)
+    (tmp_path / "results.csv").write_text("time,price\n")
+    Plan(dataclasses.replace(settings, output=tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "results.csv"]
+    monkeypatch.setattr("fastkd.training.distributed.share", lambda: (0, 2))
+    with pytest.raises(UserError, match="cannot be made"):
+        Plan(settings)

@@ -20,10 +20,10 @@ from fastkd.models import create_model
 from fastkd.training import curves, distributed, pictures, records
 from fastkd.training.batches import Batches, generator
 from fastkd.training.datasets import Dataset, choose_dataset, load_dataset
-from fastkd.training.devices import can_compile, device_name, find_device
+from fastkd.training.devices import can_compile, device_name, fast_bfloat16, find_device
 from fastkd.training.errors import UserError
 from fastkd.training.files import make_folder
-from fastkd.training.recipes import NORMALIZATIONS, Recipe, get_recipe
+from fastkd.training.recipes import NORMALIZATIONS, RECIPES, Recipe, get_recipe
 from fastkd.training.settings import PRECISIONS, Settings, recipe_of, resolve
 
 ALONE = ("epochs", "teacher_mode", "preset", "init_epochs", "init_lr", "init_milestones")
@@ -42,8 +42,12 @@ class Plan:
         self.recipe_name = recipe_of(settings, name)
         self.recipe: Recipe = get_recipe(self.recipe_name, settings.overrides)
         self.device, self.processes = find_device(settings.device), distributed.share()[1]
-        if settings.precision not in PRECISIONS:
-            raise UserError(f"precision {settings.precision!r} is not known; known: {', '.join(PRECISIONS)}")
+        if settings.precision not in ("auto", *PRECISIONS):
+            raise UserError(f"precision {settings.precision!r} is not known; known: auto, {', '.join(PRECISIONS)}")
+        self.asked_precision = settings.precision
+        if settings.precision == "auto":  # by what the device has, never by a clock: the result depends on it
+            chosen = "bf16" if fast_bfloat16(self.device) else "fp32"
+            self.settings = settings = dataclasses.replace(settings, precision=chosen)
         try:
             with seeded(settings.seed, "method"):
                 self.method: Method = create_method(settings.method, self.recipe.preset)
@@ -53,8 +57,9 @@ class Plan:
         self.calls: dict[str, list[Call]] = {}
         if self.method.needs_teacher:
             self._check_fit(student, teacher)
-        make_folder(settings.output)
-        records.read_rows(settings.output)
+        if distributed.leads():  # the others write nothing, and may have no such folder on their machine
+            make_folder(settings.output)
+            records.read_rows(settings.output)
         self.data: Dataset = load_dataset(name, settings.data)
         self.compiled, self.captured = self._how()
         parts = [len(self.data.train_labels) // self.processes] * self.recipe.drop_last
@@ -200,11 +205,31 @@ class Plan:
             f"         {', '.join(fields[9:16])},",
             f"         {', '.join(fields[16:])}",
             f"device   {', '.join(device)}",
+            *(f"note     {text}" for text in self._notes()),
             f"losses   {self._implementations()}",
             f"output   {settings.output}: tables, and a folder with {self._records()}",
             "time     expected at the end of the first epoch",
         ]
         return "\n".join(lines)
+
+    def _notes(self) -> list[str]:
+        """What somebody who chose these settings may not have meant."""
+        recipe, known, notes = self.recipe, RECIPES[self.recipe_name], []
+        together = recipe.batch_size * self.processes
+        if together != known.batch_size:
+            text = f"a step has {together} images; {self.recipe_name}'s learning rate of {known.lr} is for {known.batch_size}"
+            each, rest = divmod(known.batch_size, self.processes)
+            if self.processes > 1 and each >= 2 and not rest:  # what get_recipe takes
+                text += f": --batch-size {each} in each of {self.processes} processes"
+            notes.append(text)
+        if self.asked_precision == "auto":
+            notes.append(f"--precision auto takes {self.settings.precision} on this device")
+        if self.settings.precision == "bf16" and fast_bfloat16(self.device) is False:
+            what, slow = "this GPU", "slower than fp32"
+            if self.device.type == "cpu":
+                what, slow = "this processor, which has neither AMX nor AVX512-BF16", "2 to 2.7 times slower than fp32"
+            notes.append(f"bf16 is emulated on {what}, and {slow}; --precision auto takes what is faster")
+        return notes
 
     def _implementations(self) -> str:
         """Which implementation computes each loss, in batches of the run's size."""
