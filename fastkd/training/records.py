@@ -14,7 +14,7 @@ from fastkd.training.summary import SHOWN, cells, groups
 
 COLUMNS = (
     "no", "method", "dataset", "student", "teacher", "start_time", "acc", "epoch", "nepoch", "lr", "batch_size",
-    "last_acc", "seed", "recipe", "precision", "device", "seconds", "images_per_second", "fastkd",
+    "last_acc", "seed", "recipe", "precision", "device", "seconds", "images_per_second", "fastkd", "processes",
     "reported_acc", "teacher_acc", "train_acc", "losses", "overrides", "teacher_seed",
     "teacher_checkpoint", "folder",
 )  # fmt: skip

@@ -26,6 +26,7 @@ from fastkd.training.progress import Progress, clock
 from fastkd.training.runs import CHECKPOINT, Run
 from fastkd.training.screens import ending
 from fastkd.training.settings import Settings
+from fastkd.training.summary import written
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -158,7 +159,6 @@ def row_of(plan: Plan, role: str, run: Run, loop: Loop, teacher_acc: float | Non
     """The run as a row of the table, without its number."""
     settings, best, last = plan.settings, loop.best(), loop.history[-1]
     taught, file = teacher_acc is not None, settings.teacher_checkpoint
-    fields = [(key, " ".join(map(str, value)) if isinstance(value, tuple) else value) for key, value in settings.overrides.items()]
     return {
         "method": run.config["trained"],
         "dataset": plan.data.name,
@@ -178,11 +178,12 @@ def row_of(plan: Plan, role: str, run: Run, loop: Loop, teacher_acc: float | Non
         "seconds": round(seconds, 1),
         "images_per_second": round(loop.pace()),
         "fastkd": fastkd.__version__,
+        "processes": plan.processes,
         "reported_acc": f"{loop.weights()[1]['test_acc']:.2f}",
         "teacher_acc": "" if teacher_acc is None else f"{teacher_acc:.2f}",
         "train_acc": f"{last['train_acc']:.2f}",
         "losses": " ".join(f"{term}={last[term]:.4g}" for term in loop.method.names),
-        "overrides": " ".join(f"{key}={value}" for key, value in fields),
+        "overrides": " ".join(f"{key}={written(value)}" for key, value in settings.overrides.items()),
         "teacher_seed": plan.seed_of("teacher") if taught and file is None else "",
         "teacher_checkpoint": file if taught and file is not None else "",
         "folder": run.folder.name,
