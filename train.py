@@ -41,7 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--teacher-seed", type=int, metavar="N", help="that of the run")
     parser.add_argument("--repeats", type=int, default=1, metavar="R", help="seeds N, N+1, ..., one teacher: mean and standard deviation")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is one")
-    parser.add_argument("--precision", default="fp32", choices=PRECISIONS)
+    faster = "fp32 (default); auto: bf16 where the device has instructions for it (a CPU: AMX or AVX512-BF16), else fp32"
+    parser.add_argument("--precision", default="fp32", choices=("auto", *PRECISIONS), help=faster)
     parser.add_argument("--deterministic", action="store_true", help="PyTorch's deterministic algorithms: on a GPU runs repeat bit by bit")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="the step by torch.compile: in long runs")
     graph = "the step as a CUDA graph: on a GPU, in one process"

@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 
@@ -158,11 +159,47 @@ def _products(a: torch.Tensor, b: torch.Tensor) -> int:
     return a.shape[0] * a.shape[1] * b.shape[1] * min(a[0, 0].numel(), b[0, 0].numel())
 
 
+_recorded: list[Call] | None = None
+
+
+class Call(NamedTuple):
+    """What :func:`choose` was asked, to ask it again for a batch of another size, or as for a compiled graph."""
+
+    operation: str
+    arguments: tuple[object, ...]
+    why_not_cuda: Callable[[], str]
+
+    def backend(self, batch: int, compiled: bool) -> str:
+        """The backend that would serve the call if its tensors had ``batch`` samples, in a compiled graph or not."""
+        if compiled and current() == "auto":
+            return "reference"
+        return choose(self.operation, tuple(_resized(argument, batch) for argument in self.arguments), self.why_not_cuda)
+
+
+def _resized(argument: object, batch: int) -> object:
+    if isinstance(argument, (list, tuple)):
+        return [_resized(x, batch) for x in argument]
+    return argument[:1].expand(batch, *argument.shape[1:]) if isinstance(argument, torch.Tensor) else argument
+
+
+@contextmanager
+def record_calls() -> Iterator[list[Call]]:
+    """The calls of the package's operations that are made inside, in this process."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
 def choose(operation: str, arguments: tuple[object, ...], why_not_cuda: Callable[[], str]) -> str:
     """The backend, ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``, for a call over ``arguments``, tensors and sequences of them.
 
     The first tensor's device decides. why_not_cuda: why the CUDA library's kernels do not serve the call, or "".
     """
+    if _recorded is not None:
+        _recorded.append(Call(operation, arguments, why_not_cuda))
     example = arguments[0]
     if isinstance(example, (list, tuple)) and example:
         example = example[0]

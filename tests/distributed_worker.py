@@ -19,20 +19,23 @@ from fastkd.training.progress import Progress
 from fastkd.training.teacher import eased
 
 
-def loop(method: str) -> Loop:
+def loop(method: str, alone: bool = False, **fields: Any) -> Loop:
     """Two epochs of a student without batch norms, whose result is to depend on the images alone; the last batch has only 9 of them.
 
     In float64, but for the cross-entropy, so that what differs is no rounding that grew.
+    ``alone``: without cross-entropy; ``fields``: of the recipe, in place of these.
     """
     torch.manual_seed(7)
     rank, world = distributed.share()
     images, labels = torch.randint(0, 256, (57, 3, 32, 32), dtype=torch.uint8), torch.arange(57) % 10
     batches = Batches(images, labels, (0.5,) * 3, (0.25,) * 3, batch_size=16 // world, share=(rank, world), dtype=torch.float64)
-    recipe = get_recipe("repdistiller", {"epochs": 2, "batch_size": 16 // world, "lr": 0.01})
+    recipe = get_recipe("repdistiller", {"epochs": 2, "batch_size": 16 // world, "lr": 0.01, **fields})
     networks = create_model("resnet8"), create_model("resnet8")
     student, teacher = eased(networks[0], True).double().requires_grad_(True), networks[1].double()
-    made = Loop(student, create_method(method, "repdistiller"), teacher, batches, batches, recipe, torch.autocast("cpu", enabled=False))
-    for epoch in (1, 2):
+    terms = create_method(method, "repdistiller")
+    terms = terms.alone() if alone else terms
+    made = Loop(student, terms, teacher, batches, batches, recipe, torch.autocast("cpu", enabled=False))
+    for epoch in range(1, recipe.epochs + 1):
         made.train_epoch(epoch, Progress("", made.steps))
     return made
 
@@ -48,7 +51,7 @@ def main() -> None:
         return
     small_digits()
     moment = os.environ.get("DIE_AFTER")
-    if moment and distributed.local_rank() == 0:  # killed, or stopped, after so many epochs of the student
+    if moment and os.environ.get("LOCAL_RANK") == "0":  # killed, or stopped, after so many epochs of the student
         run_module: Any = sys.modules["fastkd.training.run"]  # its package has a function of that name
         saved = run_module.save
 

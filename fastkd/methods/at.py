@@ -14,7 +14,7 @@ class AT(Term):
     """``AttentionTransfer.preset(preset)`` over ``stages``; stem and pooled vector take no part."""
 
     name = "at"
-    features, fused = True, True
+    features = True
 
     def __init__(self, preset: str, **overrides: Any):
         super().__init__()

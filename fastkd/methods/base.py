@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastkd import backends
 from fastkd.models import Features
 
 Wanted = Literal[False, True, "preact"]
@@ -26,15 +27,12 @@ class Output(NamedTuple):
 class Term(nn.Module):
     """One distillation loss. ``name`` is its column in the log, ``features`` what it reads of both models.
 
-    ``fused`` says that one of the package's operators computes it, by whatever backend serves there.
-
     ``forward(student, teacher)`` takes two Outputs and returns a scalar, the published coefficient included. Parameters, if it has any,
     are trained with the student.
     """
 
     name: str
     features: Wanted = False
-    fused: bool = False
 
 
 class Method(nn.Module):
@@ -69,11 +67,21 @@ class Method(nn.Module):
         """The same terms without cross-entropy."""
         return Method(*self.terms, ce=0.0)
 
-    def check(self, student: nn.Module, teacher: nn.Module) -> None:
-        """Tries the terms on two blank images: models that do not fit raise ValueError or TypeError before hours of training."""
+    def check(self, student: nn.Module, teacher: nn.Module) -> dict[str, list[backends.Call]]:
+        """Tries the terms on two blank images, before hours of training, on the models' device.
+
+        Returns for each term the calls of the package's operations that it makes. Models that do not fit raise
+        ValueError or TypeError, a backend that cannot serve them there BackendError.
+        """
         modes = student.training, teacher.training
         image = next(student.parameters()).new_zeros(2, 3, 32, 32)
         with torch.no_grad():
-            self(self.run(student.eval(), image), self.run(teacher.eval(), image), torch.zeros(2, dtype=torch.int64, device=image.device))
+            output, answer = self.run(student.eval(), image), self.run(teacher.eval(), image)
+            self(output, answer, image.new_zeros(2, dtype=torch.int64))
+            calls = {}
+            for term in self.terms:
+                with backends.record_calls() as calls[str(term.name)]:
+                    term(output, answer)
         student.train(modes[0])
         teacher.train(modes[1])
+        return calls

@@ -14,7 +14,7 @@ class FSP(Term):
     """``FSP.preset(preset)`` over the pairs (stem, stage 1), (stage 1, stage 2), (stage 2, stage 3); channels must be equal."""
 
     name = "fsp"
-    features, fused = True, True
+    features = True
 
     def __init__(self, preset: str, **overrides: Any):
         super().__init__()

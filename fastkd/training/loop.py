@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ class Loop:
             # for a method that draws numbers: those of an epoch do not depend on the epochs before it
             purpose = ("steps", epoch, *self.batches.share) if self.batches.share[1] > 1 else ("steps", epoch)
             torch.manual_seed(generator(self.batches.seed, self.batches.stream, *purpose).initial_seed())
-            self._train_epoch(epoch, progress)
+            distributed.together(lambda: self._train_epoch(epoch, progress), len(self.parameters))
 
     def train_steps(self, epoch: int, progress: Progress) -> Iterator[None]:
         """The training steps of an epoch, one after the other."""
@@ -81,19 +81,24 @@ class Loop:
         begun, compiling = time.perf_counter(), self.train_step.compiling
         for _ in self.train_steps(epoch, progress):
             pass
-        distributed.add(self.train_step.sums)
         self.seen = sum(self.batches.sizes())
+        self._synchronize()
+        distributed.add(self.train_step.sums)
         distributed.same_buffers(self.student, self.method, self.teacher)
         means = self._means(epoch)
         seconds = time.perf_counter() - begun - (self.train_step.compiling - compiling)
         if self.test_batches is not None:
-            means["test_acc"] = evaluate(self.student, self.test_batches, self.autocast, self.batches.share)
+            means["test_acc"] = evaluate(self.student, self.test_batches, self.autocast, self.batches.share, self._synchronize)
         pace = {"seconds": seconds, "images_per_second": self.seen / seconds}
         rate = learning_rate(self.recipe, epoch * len(self.batches) - 1, self.steps)
         self.history.append({"epoch": epoch, "lr": rate, **means, **pace})
         if self.test_batches is not None and self.best() is self.history[-1]:
             self.best_weights = {name: value.detach().clone() for name, value in self.student.state_dict().items()}
         self.step = 0
+
+    def _synchronize(self) -> None:
+        """With as many flags as a step has gradients: a process that failed in a step may meet others at an epoch's end."""
+        distributed.synchronize([False] * len(self.parameters))
 
     def _set_rate(self, step: int) -> None:
         if self.recipe.new_optimizer and drops(self.recipe, step, self.steps) != drops(self.recipe, max(step - 1, 0), self.steps):
@@ -160,10 +165,11 @@ def placed(model: nn.Module, device: torch.device) -> nn.Module:
     return model.to(device).to(memory_format=torch.channels_last)
 
 
-def evaluate(model: nn.Module, batches: Batches, autocast: torch.autocast, share: tuple[int, int] = (0, 1)) -> float:
+def evaluate(model: nn.Module, batches: Batches, autocast: torch.autocast, share: tuple[int, int] = (0, 1),
+             before_sum: Callable[[], None] = lambda: None) -> float:  # fmt: skip
     """Accuracy in percent over ``batches.test()``, done together by processes of which ``share`` says (which, how many).
 
-    The model is left in eval mode.
+    ``before_sum`` is called before their counts are added. The model is left in eval mode.
     """
     model.eval()
     counts = torch.zeros(2, dtype=torch.int64, device=batches.pixels.device)
@@ -172,5 +178,8 @@ def evaluate(model: nn.Module, batches: Batches, autocast: torch.autocast, share
             if i % share[1] == share[0]:
                 counts[0] += (model(images).argmax(1) == labels).sum()
                 counts[1] += len(labels)
-    right, seen = (distributed.add(counts) if share[1] > 1 else counts).tolist()
+    if share[1] > 1:
+        before_sum()
+        distributed.add(counts)
+    right, seen = counts.tolist()
     return 100 * right / seen

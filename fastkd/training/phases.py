@@ -6,6 +6,7 @@ import copy
 import signal
 import sys
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -39,6 +40,7 @@ def lead(loop: Loop, role: str, phase: str) -> None:
     if distributed.share()[1] > 1:
         teacher = None if loop.teacher is None else loop.teacher.state_dict()
         distributed.order({"role": role, "phase": phase, "state": loop.state(), "teacher": teacher})
+        distributed.synchronize()
 
 
 def lead_epoch(loop: Loop, epoch: int, progress: Progress) -> None:
@@ -53,10 +55,10 @@ def follow() -> None:
     try:
         with ExitStack() as stack:
             _follow(stack)
-    except RuntimeError as error:
-        if not distributed.lost(error):
+    except (UserError, RuntimeError) as error:
+        if not isinstance(error, UserError) and not distributed.lost(error):
             raise
-        sys.exit(1)
+        sys.exit(1)  # the first process knows and says why
 
 
 def _follow(stack: ExitStack) -> None:
@@ -64,13 +66,13 @@ def _follow(stack: ExitStack) -> None:
     plan: Plan
     loop: Loop
     while (order := distributed.receive()) is not None:
-        if isinstance(order, Settings):
-            plan = Plan(order)
-            stack.enter_context(determinism(order.deterministic))
-        elif isinstance(order, dict):
-            loop = _loop(plan, order)
-        elif order != "wait":
-            with suppress(UserError):  # the first process has the same, says so, and ends us
+        with suppress(UserError):  # the first process has it too, says so, and ends us
+            if isinstance(order, Settings):
+                plan = distributed.together(partial(Plan, order))
+                stack.enter_context(determinism(order.deterministic))
+            elif isinstance(order, dict):
+                loop = distributed.together(partial(_loop, plan, order))
+            elif order != "wait":
                 loop.train_epoch(order, Progress("", 0, silent=True))
 
 

@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 import fastkd
-from fastkd.backends import choose
+from fastkd.backends import Call
 from fastkd.methods import TWO_PHASES, Method, create_method, fsp_preset
 from fastkd.models import WeightsError, create_model, fingerprint, load_weights
 from fastkd.training import curves, distributed, pictures, records
 from fastkd.training.batches import Batches, generator
 from fastkd.training.console import counted
 from fastkd.training.datasets import Dataset, choose_dataset, load_dataset
-from fastkd.training.devices import can_compile, device_name, find_device
+from fastkd.training.devices import can_compile, device_name, fast_bfloat16, find_device
 from fastkd.training.errors import UserError
 from fastkd.training.files import make_folder
 from fastkd.training.recipes import NORMALIZATIONS, RECIPES, Recipe, get_recipe
@@ -46,17 +46,23 @@ class Plan:
         self.recipe_name = recipe_of(settings, name)
         self.recipe: Recipe = get_recipe(self.recipe_name, settings.overrides)
         self.device, self.processes = find_device(settings.device), distributed.share()[1]
-        if settings.precision not in PRECISIONS:
-            raise UserError(f"precision {settings.precision!r} is not known; known: {', '.join(PRECISIONS)}")
+        if settings.precision not in ("auto", *PRECISIONS):
+            raise UserError(f"precision {settings.precision!r} is not known; known: auto, {', '.join(PRECISIONS)}")
+        self.asked_precision = settings.precision
+        if settings.precision == "auto":  # by what the device has, never by a clock: the result depends on it
+            chosen = "bf16" if fast_bfloat16(self.device) else "fp32"
+            self.settings = settings = dataclasses.replace(settings, precision=chosen)
         try:
             with seeded(settings.seed, "method"):
                 self.method: Method = create_method(settings.method, self.recipe.preset)
             teacher, student = create_model(self.models.teacher), create_model(self.models.student)
         except ValueError as error:
             raise UserError(f"{error} (--recipe {self.recipe_name}, --preset {self.recipe.preset})") from None
+        self.calls: dict[str, list[Call]] = {}
         if self.method.needs_teacher:
             self._check_fit(student, teacher)
-        records.read_rows(settings.output)
+        if distributed.leads():  # the others write nothing, and may have no such folder on their machine
+            records.read_rows(settings.output)
         self.data: Dataset = load_dataset(name, settings.data)
         self.compiled, self.captured = self._how()
         parts = [len(self.data.train_labels) // self.processes] * self.recipe.drop_last
@@ -64,7 +70,8 @@ class Plan:
         if self.recipe.batch_size > smallest:
             each = f" for each of {self.processes} processes" * (self.processes > 1)
             raise UserError(f"--batch-size is {self.recipe.batch_size}, but {name} has parts of only {smallest} images{each}")
-        make_folder(settings.output)  # last: a command that cannot run leaves none
+        if distributed.leads():
+            make_folder(settings.output)  # last: a command that cannot run leaves none
 
     def _how(self) -> tuple[bool, bool]:
         """Whether steps are compiled, and replayed as a CUDA graph. Bits depend on it, so no clock decides. Raises UserError."""
@@ -77,7 +84,7 @@ class Plan:
 
     def _check_fit(self, student: nn.Module, teacher: nn.Module) -> None:
         try:
-            self.method.check(student, teacher)
+            self.calls = self.method.check(student.to(self.device), teacher.to(self.device))
         except fastkd.BackendError as error:
             raise UserError(" ".join(str(error).split())) from None
         except (ValueError, TypeError) as error:
@@ -222,18 +229,52 @@ class Plan:
             f"         {', '.join(fields[9:16])},",
             f"         {', '.join(fields[16:])}",
             f"device   {', '.join(device)}",
+            *(f"note     {text}" for text in self._notes()),
             f"losses   {self._implementations()}",
             f"output   {settings.output}: tables, and a folder with {self._records()}",
             "time     expected at the end of the first epoch",
         ]
         return "\n".join(lines)
 
+    def _notes(self) -> list[str]:
+        """What somebody who chose these settings may not have meant."""
+        recipe, known, notes = self.recipe, RECIPES[self.recipe_name], []
+        together = recipe.batch_size * self.processes
+        if together != known.batch_size:
+            text = f"a step has {together} images; {self.recipe_name}'s learning rate of {known.lr} is for {known.batch_size}"
+            each, rest = divmod(known.batch_size, self.processes)
+            if self.processes > 1 and each >= 2 and not rest:  # what get_recipe takes
+                text += f": --batch-size {each} in each of {self.processes} processes"
+            notes.append(text)
+        if self.asked_precision == "auto":
+            notes.append(f"--precision auto takes {self.settings.precision} on this device")
+        if self.settings.precision == "bf16" and fast_bfloat16(self.device) is False:
+            what, slow = "this GPU", "slower than fp32"
+            if self.device.type == "cpu":
+                what, slow = "this processor, which has neither AMX nor AVX512-BF16", "2 to 2.7 times slower than fp32"
+            notes.append(f"bf16 is emulated on {what}, and {slow}; --precision auto takes what is faster")
+        return notes
+
     def _implementations(self) -> str:
-        """Which backend computes each loss."""
-        terms = {str(term.name): term for term in self.method.terms}
-        example = torch.empty(0, device=self.device)
-        backend = choose("attention_transfer_loss", (example,), lambda: "") if any(term.fused for term in terms.values()) else ""
-        return ", ".join(f"{name} by {backend if name in terms and terms[name].fused else 'plain PyTorch'}" for name in self.method.names)
+        """Which implementation computes each loss, in batches of the run's size."""
+        parts = []
+        for name in self.method.names:
+            eager, compiled = self._backends(name, compiled=False), self._backends(name, compiled=True)
+            if not self.compiled or not eager:
+                parts.append(f"{name} by {eager or 'plain PyTorch'}")
+                continue
+            rest = f" ({eager} in an epoch's last, smaller batch)" if self._smaller_batch() and eager != compiled else ""
+            parts.append(f"{name} by {compiled} in the compiled step{rest}")
+        return ", ".join(parts)
+
+    def _backends(self, term: str, compiled: bool) -> str:
+        """Who serves the package's operations in a term of the loss; "" if it has none of them."""
+        found = [call.backend(self.recipe.batch_size, compiled) for call in self.calls.get(term, [])]
+        return " and ".join(dict.fromkeys(found))
+
+    def _smaller_batch(self) -> bool:
+        """Whether an epoch ends with a smaller batch, which is not compiled."""
+        return not self.recipe.drop_last and len(self.data.train_labels) % (self.recipe.batch_size * self.processes) > 0
 
     def _records(self) -> str:
         """What will lie in the folder beside the weights, and what for want of a package will not."""

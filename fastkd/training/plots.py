@@ -12,7 +12,7 @@ from typing import Any
 from fastkd.training import figures, records
 from fastkd.training.errors import UserError
 from fastkd.training.files import write
-from fastkd.training.summary import DATASET_NAMES, METHOD_NAMES
+from fastkd.training.summary import DATASET_NAMES, METHOD_NAMES, changes, written
 
 COLOURS = {"teacher": "#555555", "baseline": "#999999", "kd": "#009e73", "at": "#0072b2", "fsp": "#d55e00", "at+kd": "#cc79a7"}
 PANELS = (("test_acc", "test accuracy, %"), ("train_acc", "training accuracy, %"), ("loss", "training loss, all terms"))
@@ -35,8 +35,7 @@ class Curve:
     def label(self) -> str:
         about = self.about
         models = " ← ".join(filter(None, [about["student"], about["teacher"]]))
-        changed = [part for part in (about.get("overrides") or "").split() if not part.startswith("epochs=")]
-        parts = [METHOD_NAMES.get(about["method"], about["method"]), models, *changed, "" if about["finished"] else "unfinished"]
+        parts = [METHOD_NAMES.get(about["method"], about["method"]), models, *changes(about), "" if about["finished"] else "unfinished"]
         return ", ".join(filter(None, parts))
 
 
@@ -63,7 +62,8 @@ def from_config(folder: Path) -> dict[str, Any] | None:
             "student": config["model"],
             "teacher": config["identity"].get("teacher", ""),
             "nepoch": str(config["fields"]["epochs"]),
-            "overrides": " ".join(f"{key}={value}" for key, value in config["overrides"].items()),
+            "overrides": " ".join(f"{key}={written(value)}" for key, value in config["overrides"].items()),
+            "processes": str(config["identity"].get("processes", 1)),
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

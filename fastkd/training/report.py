@@ -4,8 +4,8 @@
     python -m fastkd.training.report runs --plot curves.png            and draws the curves of the runs
     python -m fastkd.training.report runs --into README.md             writes the tables between its markers instead
 
-A run counts beside a published figure if data set, student, teacher, method and recipe agree and no field of the recipe was changed;
-with other ``--epochs`` it has a line of its own that says so, and no difference.
+A run counts beside a published figure if data set, student, teacher, method and recipe agree and no field of the recipe was changed,
+the batch being that of all processes together; with other ``--epochs`` it has a line of its own that says so, and no difference.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastkd.training.errors import UserError
 from fastkd.training.files import as_path, write
 from fastkd.training.published import NOTE, TABLES, Entry, Published
 from fastkd.training.recipes import RECIPES
-from fastkd.training.summary import METHOD_NAMES, Group, groups, number, told
+from fastkd.training.summary import METHOD_NAMES, Group, changes, groups, number, told
 
 BEGIN, END = "<!-- experiments:begin -->", "<!-- experiments:end -->"
 DASH = "–"
@@ -65,8 +65,8 @@ def lines_of(table: Published, entries: Sequence[Entry], found: Iterable[Group])
     whole = RECIPES[table.recipe].epochs
     best: dict[tuple[int, int, str], dict[int, Group]] = {}
     for group in found:
-        epochs, changed = int(number(group.key["nepoch"]) or 0), [part.split("=")[0] for part in group.key["overrides"].split()]
-        if group.key["recipe"] != table.recipe or set(changed) - {"epochs"}:
+        epochs = int(number(group.key["nepoch"]) or 0)
+        if group.key["recipe"] != table.recipe or changes(group.key):
             continue
         for place, (entry, dataset) in enumerate(zip(entries, table.dataset, strict=True)):
             for variant, (_, ours) in enumerate(table.variants):
@@ -119,9 +119,9 @@ def tables(rows: Sequence[dict[str, str]]) -> list[tuple[str, list[str], list[li
         heads = ["method", "dataset", "student", "teacher", "recipe", "epochs", "precision", "changed", "runs", "best", "reported"]
         own = []
         for group in found:
-            key = {**group.key, "method": METHOD_NAMES.get(group.key["method"], group.key["method"])}
-            names = ("method", "dataset", "student", "teacher", "recipe", "nepoch", "precision", "overrides")
-            own.append([*(key[name] for name in names), str(len(group.rows)), group.told("acc"), group.told("reported_acc")])
+            method, *rest = group.cells
+            line = [METHOD_NAMES.get(method, method), *rest, str(len(group.rows)), group.told("acc"), group.told("reported_acc")]
+            own.append(line)
         made.append(("All runs: test accuracy in percent, of the best epoch and of the one that the recipe reports", heads, own))
     return made
 

@@ -25,6 +25,7 @@ from fastkd.training.progress import Progress, clock
 from fastkd.training.runs import CHECKPOINT, Run
 from fastkd.training.screens import ending
 from fastkd.training.settings import AUTO, Settings, environment
+from fastkd.training.summary import written
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -33,7 +34,8 @@ def run(settings: Settings) -> dict[str, Any]:
     Raises UserError for whatever the user can mend, Interrupted after Ctrl-C.
     """
     plan = Plan(settings)
-    distributed.order(settings)  # the others find the data that the plan may have fetched
+    distributed.order(plan.settings)  # the others find the data that the plan may have fetched
+    distributed.synchronize()
     found = runs.find(plan) if settings.resume is not None else None
     if found is None and settings.resume == AUTO and (row := runs.finished(plan)):
         done = f"row {row['no']} of {settings.output / 'results.csv'}, {row['reported_acc']} %"
@@ -196,7 +198,6 @@ def row_of(plan: Plan, role: str, run: Run, loop: Loop, teacher_acc: float | Non
     """The run as a row of the table, without its number."""
     settings, best, last = plan.settings, loop.best(), loop.history[-1]
     taught, file = teacher_acc is not None, settings.teacher_checkpoint
-    fields = [(key, " ".join(map(str, value)) if isinstance(value, tuple) else value) for key, value in settings.overrides.items()]
     return {
         "method": run.config["trained"],
         "dataset": plan.data.name,
@@ -216,11 +217,12 @@ def row_of(plan: Plan, role: str, run: Run, loop: Loop, teacher_acc: float | Non
         "seconds": round(seconds, 1),
         "images_per_second": round(loop.pace()),
         "fastkd": fastkd.__version__,
+        "processes": plan.processes,
         "reported_acc": f"{loop.weights()[1]['test_acc']:.2f}",
         "teacher_acc": "" if teacher_acc is None else f"{teacher_acc:.2f}",
         "train_acc": f"{last['train_acc']:.2f}",
         "losses": " ".join(f"{term}={last[term]:.4g}" for term in loop.method.names),
-        "overrides": " ".join(f"{key}={value}" for key, value in fields),
+        "overrides": " ".join(f"{key}={written(value)}" for key, value in settings.overrides.items()),
         "teacher_seed": plan.seed_of("teacher") if taught and file is None else "",
         "deterministic": "yes" if settings.deterministic else "no",
         "compiled": "yes" if plan.compiled else "no",

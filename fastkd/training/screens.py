@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import fastkd
+from fastkd.training import distributed
 from fastkd.training.console import counted
 from fastkd.training.plan import Plan
 from fastkd.training.progress import clock
@@ -46,7 +47,17 @@ def command(plan: Plan) -> str:
         "pictures": None if settings.pictures else False,
     }
     script = sys.argv[0] if Path(sys.argv[0]).name == "train.py" else "train.py"
-    return shlex.join([*environment(), "python", script, *(word for name, value in flags.items() for word in _words(name, value))])
+    return shlex.join([*environment(), *_launcher(plan), script, *(word for name, value in flags.items() for word in _words(name, value))])
+
+
+def _launcher(plan: Plan) -> list[str]:
+    """What starts the script: torchrun with as many processes, also where srun or mpirun started them."""
+    if plan.processes == 1:
+        return ["python"]
+    launch = distributed.launched()
+    nodes = 1 if launch is None else launch.nodes
+    where = ["--standalone"] if nodes == 1 else ["--nnodes", str(nodes)]
+    return ["torchrun", *where, "--nproc-per-node", str(plan.processes // nodes)]
 
 
 def _words(name: str, value: Any) -> list[str]:
@@ -66,6 +77,9 @@ def command_file(plan: Plan, role: str) -> str:
         if role == "teacher"
         else "trains this student, its teacher too if it is not there"
     )
+    launch = distributed.launched()
+    if launch is not None and launch.nodes > 1:
+        versions += f"; on each of {launch.nodes} machines, which --rdzv-endpoint brings together"
     return f'#!/bin/sh\n# {of}; {versions}\ncd {shlex.quote(os.getcwd())} || exit\n{command(plan)} "$@"\n'
 
 

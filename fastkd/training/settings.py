@@ -23,6 +23,7 @@ VARIABLES = ("FASTKD_BACKEND", "FASTKD_CPU", "FASTKD_AMX", "OMP_NUM_THREADS")
 class Settings:
     """What the command line says.
 
+    ``precision`` "auto": bf16 where the device has instructions for it, else fp32.
     ``setting``: a letter of ``SETTINGS``, whose teacher, student, data set and recipe stand in where those are None. Without one they are
     ``resnet20`` twice, ``auto`` and ``digits`` on digits, else ``hankyul2``. ``device`` None: a GPU if there is one; ``overrides``: fields
     of the recipe; ``compile``, ``cuda_graph`` None: where it pays; ``resume``: "" looks for the unfinished run, "auto" begins it where
