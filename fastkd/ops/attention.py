@@ -24,7 +24,7 @@ from fastkd.ops.registry import (
     smaller,
     traced,
 )  # fmt: skip
-from fastkd.ops.upstream import Upstream, take_prepared
+from fastkd.ops.upstream import Upstream, hooked, take_prepared
 
 _MAP = "float p, str channel_reduce, bool signed, bool normalize, float eps, str eps_mode"
 
@@ -160,13 +160,14 @@ class AttentionTransferFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[2:]
-        prepared = take_prepared(ctx, grad, _upstream) if ctx.call is call else ()
+        # first of all, and once: autograd looks here whether a feature was changed in place, hooks may load it from elsewhere
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        prepared = take_prepared(ctx, grad, _upstream)
         if prepared:
             rest = needs[ctx.stages :]
-            others = _feature_gradients(ctx, grad, (False,) * ctx.stages + rest)[ctx.stages :] if any(rest) else (None,) * ctx.stages
+            others = _feature_gradients(ctx, saved, grad, (False,) * ctx.stages + rest)[ctx.stages :] if any(rest) else (None,) * ctx.stages
             return None, None, *prepared, *others
-        return None, None, *_feature_gradients(ctx, grad, needs)
+        return None, None, *_feature_gradients(ctx, saved, grad, needs)
 
 
 class _CudaAttentionTransferFunction(AttentionTransferFunction):
@@ -179,9 +180,9 @@ def _loss_forward(ctx: Any, run: Callable[..., Any], stages: int, options: tuple
     needs = ctx.needs_input_grad[2:]
     student_grad, teacher_grad = any(needs[:stages]), any(needs[stages:])
     # a GPU's gradient must not be read by the host, and has no cache to wait in
-    foreseeing = student_grad and run is call and not options[2] & _BIT["student_is_map"]
-    ctx.expected = expected = _upstream.expected if foreseeing else None
-    loss, coefficients, ctx.prepared = run(_loss, tensors[:stages], tensors[stages:], *options, student_grad, teacher_grad, expected)
+    foreseeing = student_grad and run is call and not options[2] & _BIT["student_is_map"] and not hooked()
+    ctx.situation, ctx.expected = _upstream.expect() if foreseeing else (None, None)
+    loss, coefficients, ctx.prepared = run(_loss, tensors[:stages], tensors[stages:], *options, student_grad, teacher_grad, ctx.expected)
     # a teacher made under inference_mode cannot be saved: only what needs a gradient is
     wanted = [i for i, need in enumerate(needs) if need]
     skipped = 0 if student_grad else stages
@@ -190,9 +191,9 @@ def _loss_forward(ctx: Any, run: Callable[..., Any], stages: int, options: tuple
     return loss
 
 
-def _feature_gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+def _feature_gradients(ctx: Any, saved: Sequence[Tensor], grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
     """The gradients of student and teacher features, None where ``needs`` says so or the forward kept nothing."""
-    saved, kept = ctx.saved_tensors, len(ctx.wanted)
+    kept = len(ctx.wanted)
     pairs = [(i, saved[j], saved[kept + j]) for j, i in enumerate(ctx.wanted) if needs[i]]
     p, _, switches, *_ = ctx.options
     computed = ctx.call(_loss_backward, grad, [x for _, x, _ in pairs], [k for _, _, k in pairs], p, switches)
@@ -215,7 +216,7 @@ def _traced_loss_backward(ctx: Any, grad: Tensor, coefficient_grads: list[Tensor
     needs = [*student_needs, *teacher_needs]
     if any(need and i not in ctx.wanted for i, need in enumerate(needs)):
         raise RuntimeError("fastkd::attention_transfer_loss: a tensor needs a gradient, but student_grad or teacher_grad was false")
-    out = _feature_gradients(ctx, grad, needs)
+    out = _feature_gradients(ctx, ctx.saved_tensors, grad, needs)
     return out[: ctx.stages], out[ctx.stages :], *(None for _ in ctx.options), None, None, None
 
 

@@ -23,7 +23,7 @@ from fastkd.ops.registry import (
     recorded,
     traced,
 )  # fmt: skip
-from fastkd.ops.upstream import Upstream, take_prepared
+from fastkd.ops.upstream import Upstream, hooked, take_prepared
 
 
 def _matrix_fake(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
@@ -143,8 +143,10 @@ class FSPLossFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        made = dict(zip(ctx.made, take_prepared(ctx, grad, _upstream))) if ctx.call is call else {}
-        return None, None, *_chain_gradients(ctx, grad, ctx.needs_input_grad[2:], made)
+        # first of all, and once: autograd looks here whether a feature was changed in place, hooks may load it from elsewhere
+        saved = ctx.saved_tensors
+        made = dict(zip(ctx.made, take_prepared(ctx, grad, _upstream)))
+        return None, None, *_chain_gradients(ctx, saved, grad, ctx.needs_input_grad[2:], made)
 
 
 class _CudaFSPLossFunction(FSPLossFunction):
@@ -157,10 +159,11 @@ def _loss_forward(ctx: Any, run: Callable[..., Any], stages: int, options: tuple
     needs = ctx.needs_input_grad[2:]
     wanted = [i for i in range(stages) if needs[i]]
     # a GPU's gradient must not be read by the host, and has no cache to wait in
-    expected = _upstream.expected if wanted and run is call else None
-    made = wanted if expected is not None else []
+    foreseeing = wanted and run is call and not hooked()
+    ctx.situation, ctx.expected = _upstream.expect() if foreseeing else (None, None)
+    made = wanted if ctx.expected is not None else []
     loss, gram_grads, gradients = run(
-        _loss, list(tensors[:stages]), list(tensors[stages:]), *options, any(needs), expected if made else None, made
+        _loss, list(tensors[:stages]), list(tensors[stages:]), *options, any(needs), ctx.expected, made
     )
     wide = wide_stages(gram_grads)
     saved: list[Tensor | None] = [None] * len(tensors)
@@ -174,14 +177,16 @@ def _loss_forward(ctx: Any, run: Callable[..., Any], stages: int, options: tuple
                 saved[first + i] = tensors[first + i]
     ctx.save_for_backward(*gram_grads, *saved)
     ctx.call, ctx.stages, ctx.options = run, stages, options
-    ctx.expected, ctx.made, ctx.prepared = expected, made, gradients
+    ctx.made, ctx.prepared = made, gradients
     return loss
 
 
-def _chain_gradients(ctx: Any, grad: Tensor, needs: Sequence[bool], made: dict[int, Tensor] | None = None) -> list[Tensor | None]:
+def _chain_gradients(
+    ctx: Any, saved: Sequence[Tensor], grad: Tensor, needs: Sequence[bool], made: dict[int, Tensor] | None = None
+) -> list[Tensor | None]:
     """The gradients of student and teacher features, None where ``needs`` says so; ``made`` holds those of student stages that exist."""
     stages, (pool_mode, *_, precision) = ctx.stages, ctx.options
-    gram_grads, features = list(ctx.saved_tensors[: stages - 1]), list(ctx.saved_tensors[stages - 1 :])
+    gram_grads, features = list(saved[: stages - 1]), list(saved[stages - 1 :])
     for i, x in ctx.frozen.items():
         features[i] = x
     wide, made = wide_stages(gram_grads), made or {}
@@ -206,7 +211,7 @@ def _traced_loss_backward(ctx: Any, grad: Tensor, *rest: Any) -> tuple:
     if not ctx.with_grad:
         raise RuntimeError("fastkd::fsp_loss was called with with_grad=False for a tensor that needs a gradient")
     student_needs, teacher_needs = ctx.needs_input_grad[:2]
-    out = _chain_gradients(ctx, grad, [*student_needs, *teacher_needs])
+    out = _chain_gradients(ctx, ctx.saved_tensors, grad, [*student_needs, *teacher_needs])
     # PyTorch 2.11 drops arguments that have their default values, and wants no gradient of those
     return out[: ctx.stages], out[ctx.stages :], *(None for _ in ctx.needs_input_grad[2:])
 
