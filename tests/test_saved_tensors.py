@@ -1,4 +1,4 @@
-"""What the operations keep between forward and backward pass: checkpointing, offloading and changes in place meet it as with PyTorch's own."""
+"""What the operations keep for the backward pass, under checkpointing, offloading and changes in place."""
 
 from __future__ import annotations
 
@@ -118,8 +118,10 @@ def test_a_checkpointed_network_trains_as_without(use_reentrant):
 
     def loss(model, x):
         features, logits = model(x, features=True)
-        return logits.square().mean() + fastkd.attention_transfer_loss(features.stages, teacher, weight=50.0) + fastkd.fsp_loss(
-            features.stages, teacher
+        return (
+            logits.square().mean()
+            + fastkd.attention_transfer_loss(features.stages, teacher, weight=50.0)
+            + fastkd.fsp_loss(features.stages, teacher)
         )
 
     found = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from fastkd import backends, checks, reference
 from fastkd.ops.registry import (
     accumulator,
     autograd,
+    by_reference,
     call,
     call_unrecorded,
     caller,
@@ -20,6 +22,7 @@ from fastkd.ops.registry import (
     differentiable_once,
     in_cuda,
     one_device,
+    one_for_all,
     recorded,
     smaller,
     traced,
@@ -131,12 +134,20 @@ def _map_forward(ctx: Any, run: Callable[..., Any], x: Tensor, *options: Any) ->
     return y
 
 
-def _map_gradients(ctx: Any, grad: Tensor, norm_grad: Tensor | None = None) -> tuple[Tensor | None, ...]:
-    return ctx.call(_map_backward, grad, *ctx.saved_tensors, *ctx.options), *(None for _ in ctx.options)
+def _map_gradients(ctx: Any, grad: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, y, norm = ctx.saved_tensors
+    if backends.batched(grad):
+        names = ("p", "channel_reduce", "signed", "normalize", "eps", "eps_mode")
+        formula = functools.partial(reference.attention_map, **dict(zip(names, ctx.options, strict=True)))
+        (dx,) = by_reference(formula, [x], [True], grad)
+    else:
+        dx = ctx.call(_map_backward, grad, x, y, norm, *ctx.options)
+    return dx, *(None for _ in ctx.options)
 
 
 def _traced_map_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(inputs[0], *output)
+    ctx.mark_non_differentiable(output[1])
     ctx.options = inputs[1:]
 
 
@@ -160,7 +171,7 @@ class AttentionTransferFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # first of all, and once: autograd looks here whether a feature was changed in place, hooks may load it from elsewhere
+        # first, and once: autograd looks for changes in place here, and hooks may load from elsewhere
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
         prepared = take_prepared(ctx, grad, _upstream)
         if prepared:
@@ -196,22 +207,24 @@ def _feature_gradients(ctx: Any, saved: Sequence[Tensor], grad: Tensor, needs: S
     kept = len(ctx.wanted)
     pairs = [(i, saved[j], saved[kept + j]) for j, i in enumerate(ctx.wanted) if needs[i]]
     p, _, switches, *_ = ctx.options
-    computed = ctx.call(_loss_backward, grad, [x for _, x, _ in pairs], [k for _, _, k in pairs], p, switches)
+    run = one_for_all(ctx.call) if backends.batched(grad) else ctx.call
+    computed = run(_loss_backward, grad, [x for _, x, _ in pairs], [k for _, _, k in pairs], p, switches)
     out: list[Tensor | None] = [None] * len(needs)
     for (i, _, _), dx in zip(pairs, computed, strict=True):
         out[i] = dx
     return out
 
 
-def _traced_loss_context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor]]) -> None:
+def _traced_loss_context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor], list[Tensor]]) -> None:
     student, teacher, *options, student_grad, teacher_grad, _ = inputs
+    ctx.mark_non_differentiable(*output[1], *output[2])
     features = (list(student) if student_grad else []) + (list(teacher) if teacher_grad else [])
     first = 0 if student_grad else len(student)
     ctx.save_for_backward(*features, *output[1])
     ctx.wanted, ctx.options, ctx.stages = list(range(first, first + len(features))), options, len(student)
 
 
-def _traced_loss_backward(ctx: Any, grad: Tensor, coefficient_grads: list[Tensor | None], gradient_grads: list[Tensor | None]) -> tuple:
+def _traced_loss_backward(ctx: Any, grad: Tensor, *unused: list[Tensor | None]) -> tuple:
     student_needs, teacher_needs = ctx.needs_input_grad[:2]
     needs = [*student_needs, *teacher_needs]
     if any(need and i not in ctx.wanted for i, need in enumerate(needs)):

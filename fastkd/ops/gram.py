@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from fastkd.kernels.gram_kept import kept_shape, wide_stages
 from fastkd.ops.registry import (
     accumulator,
     autograd,
+    by_reference,
     call,
     call_unrecorded,
     caller,
@@ -20,6 +22,7 @@ from fastkd.ops.registry import (
     differentiable_once,
     in_cuda,
     one_device,
+    one_for_all,
     recorded,
     traced,
 )  # fmt: skip
@@ -115,6 +118,10 @@ def _matrix_forward(ctx: Any, run: Callable[..., Any], a: Tensor, b: Tensor, *op
 def _factor_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     a, b = ctx.saved_tensors
     needs = ctx.needs_input_grad[:2]
+    if backends.batched(grad):
+        pool_mode, precision = ctx.options
+        formula = functools.partial(reference.fsp_matrix, pool_mode=pool_mode, precision=precision)
+        return *by_reference(formula, (a, b), needs, grad), None, None
     computed = iter(ctx.call(_matrix_backward, grad, a, b, *ctx.options, *needs))
     return next(computed) if needs[0] else None, next(computed) if needs[1] else None, None, None
 
@@ -143,7 +150,7 @@ class FSPLossFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # first of all, and once: autograd looks here whether a feature was changed in place, hooks may load it from elsewhere
+        # first, and once: autograd looks for changes in place here, and hooks may load from elsewhere
         saved = ctx.saved_tensors
         made = dict(zip(ctx.made, take_prepared(ctx, grad, _upstream)))
         return None, None, *_chain_gradients(ctx, saved, grad, ctx.needs_input_grad[2:], made)
@@ -162,9 +169,7 @@ def _loss_forward(ctx: Any, run: Callable[..., Any], stages: int, options: tuple
     foreseeing = wanted and run is call and not hooked()
     ctx.situation, ctx.expected = _upstream.expect() if foreseeing else (None, None)
     made = wanted if ctx.expected is not None else []
-    loss, gram_grads, gradients = run(
-        _loss, list(tensors[:stages]), list(tensors[stages:]), *options, any(needs), ctx.expected, made
-    )
+    loss, gram_grads, gradients = run(_loss, list(tensors[:stages]), list(tensors[stages:]), *options, any(needs), ctx.expected, made)
     wide = wide_stages(gram_grads)
     saved: list[Tensor | None] = [None] * len(tensors)
     ctx.frozen = {}
@@ -189,13 +194,14 @@ def _chain_gradients(
     gram_grads, features = list(saved[: stages - 1]), list(saved[stages - 1 :])
     for i, x in ctx.frozen.items():
         features[i] = x
+    run = one_for_all(ctx.call) if backends.batched(grad) else ctx.call
     wide, made = wide_stages(gram_grads), made or {}
     out: list[Tensor | None] = [made.get(i) if needs[i] else None for i in range(stages)] + [None] * stages
     for first in (0, stages):
         wanted = [i for i in range(stages) if needs[first + i] and out[first + i] is None]
         if wanted:
             chain, others = features[first : first + stages], [features[stages - first + i] for i in wide] or None
-            computed = ctx.call(_loss_backward, grad, chain, gram_grads, pool_mode, precision, wanted, first > 0, others)
+            computed = run(_loss_backward, grad, chain, gram_grads, pool_mode, precision, wanted, first > 0, others)
             for i, dx in zip(wanted, computed, strict=True):
                 out[first + i] = dx
     return out
@@ -203,6 +209,7 @@ def _chain_gradients(
 
 def _traced_loss_context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor], list[Tensor]]) -> None:
     student, teacher, *options, with_grad, _, _ = inputs
+    ctx.mark_non_differentiable(*output[1], *output[2])
     ctx.save_for_backward(*output[1], *student, *teacher)
     ctx.stages, ctx.options, ctx.frozen, ctx.with_grad = len(student), options, {}, with_grad
 

@@ -13,17 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Private, and without a public counterpart: torch.utils.checkpoint asks it too. A PyTorch without it has its gradients prepared as ever.
+from fastkd import backends
+
+# Private, and without a public counterpart. Without it gradients are prepared under hooks too.
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None)
 _MOST = 256  # situations remembered; upstream gradients that never come back would fill a table without bound
 
 
 class Upstream:
-    """The upstream gradients that one operation has seen. Shared by all calls of a process; a race costs time, never a result.
+    """The upstream gradients that one operation has seen, shared by all calls of a process. A race costs time only.
 
-    A guess is what came the last time in the same situation: the turn of the call, counted from the last backward pass, so that the losses
-    of one step are told apart, and the upstream gradient before it, so that losses with backward passes of their own are. It is made while
-    the situation had one outcome, or the same twice in a row. Before the first backward pass it is 1.
+    A guess is what came the last time in the same situation: the turn of the call, counted from the last backward
+    pass, which tells the losses of one sum apart, and the upstream gradient seen last, which tells losses apart that
+    have backward passes of their own. It is made where a situation had one outcome, or the same twice in a row.
+    Before the first backward pass it is 1.
     """
 
     def __init__(self) -> None:
@@ -34,7 +37,7 @@ class Upstream:
         self._doubted: dict[tuple[int, float], float] = {}
 
     def expect(self) -> tuple[tuple[int, float], float | None]:
-        """The situation of this call, for :meth:`saw`, and the value to prepare for; None where there is none to count on."""
+        """The situation of this call, for :meth:`saw`, and the value to prepare for, or None."""
         situation = self._turn, self._last
         self._turn += 1
         return situation, self._known.get(situation, self._first)
@@ -58,8 +61,11 @@ class Upstream:
 
 
 def hooked() -> bool:
-    """Whether what is saved now goes through hooks: checkpointing, which will repeat this forward pass, or offloading. Whoever asked for
-    that wants memory and not time, and gradients that wait for the backward pass are as large as the features."""
+    """Whether what is saved now goes through hooks: checkpointing, which repeats this forward pass, or offloading.
+
+    Whoever asked for that wants memory and not time; gradients that wait for the backward pass are as large as the
+    features.
+    """
     return _top_hooks(False) is not None
 
 
@@ -68,8 +74,10 @@ def take_prepared(ctx: Any, grad: Tensor, seen: Upstream) -> Sequence[Tensor]:
 
     They are given away once: autograd may accumulate into them, so a second backward pass computes its own.
     """
-    # no situation: nothing was to be foreseen. A second derivative may be wanted, the call traced
-    if ctx.situation is None or torch.is_grad_enabled() or type(grad) is not Tensor:
+    if ctx.situation is None:  # nothing was to be foreseen
+        return ()
+    # a second derivative is wanted, the call is traced, or grad stands for several
+    if torch.is_grad_enabled() or type(grad) is not Tensor or backends.batched(grad):
         return ()
     value = grad.item()
     seen.saw(ctx.situation, value)
