@@ -40,13 +40,32 @@ def _pool(x: Tensor, size: list[int], mode: str) -> Tensor:
 
 def _energy(x: Tensor, p: float, channel_reduce: str, signed: bool) -> Tensor:
     # an even power needs no absolute value, and without it the second derivative at 0 is right
-    power = x.pow(p) if signed or p % 2 == 0 else x.abs().pow(p)
+    base = x if signed or p % 2 == 0 else x.abs()
+    if 1 < p < 2:  # the first derivative at 0 is 0, the second has no limit: taken as 0, as that of abs is
+        zero = base == 0
+        power = base.masked_fill(zero, 1).pow(p).masked_fill(zero, 0)
+    else:
+        power = base.pow(p)
     return power.mean(1) if channel_reduce == "mean" else power.sum(1)
 
 
+def _norm(x: Tensor, dim: int | tuple[int, ...], least: float = 0.0) -> Tensor:
+    """The l2 norm over ``dim``, which stays, and ``least``, a constant, where it is less or nothing.
+
+    Its value and gradient are those of ``torch.linalg.vector_norm``, whose second derivative is NaN at 0 and overflows
+    near it.
+    """
+    size = torch.linalg.vector_norm(x.detach(), dim=dim, keepdim=True)
+    fixed = (size < least) | (size == 0)
+    tiny = torch.finfo(x.dtype).tiny
+    scale = torch.ones_like(size).masked_fill(size < tiny**0.25, tiny**-0.5)  # a power of 2 rounds nothing
+    norm = torch.linalg.vector_norm((x * scale).masked_fill(fixed, 1), dim=dim, keepdim=True) / scale
+    return norm.masked_fill(fixed, least)
+
+
 def _normalize(q: Tensor, eps: float, eps_mode: str) -> Tensor:
-    norm = torch.linalg.vector_norm(q, dim=tuple(range(1, q.dim())), keepdim=True)
-    return q / (norm.clamp_min(eps) if eps_mode == "clamp" else norm + eps)
+    dim = tuple(range(1, q.dim()))
+    return q / (_norm(q, dim, eps).clamp_min(eps) if eps_mode == "clamp" else _norm(q, dim) + eps)
 
 
 def _combine(terms: list[Tensor], weights: Sequence[float] | None, reduce: str, weight: float) -> Tensor:
@@ -151,7 +170,7 @@ def attention_transfer_loss(
         for s, t in zip(wide[: len(students)], wide[len(students) :], strict=True):
             size = _smaller(s.shape[1 if student_is_map else 2 :], t.shape[1 if teacher_is_map else 2 :])
             d = (normalized(s, student_is_map, size) - normalized(t, teacher_is_map, size)).flatten(1)
-            terms.append(d.square().mean() if difference == "squared" else torch.linalg.vector_norm(d, dim=1).mean())
+            terms.append(d.square().mean() if difference == "squared" else _norm(d, 1).mean())
         return _combine(terms, weights, stage_reduce, weight)
 
 
@@ -197,7 +216,7 @@ def fsp_loss(
             elif distance == "frobenius":
                 terms.append(d.square().sum((1, 2)).mean())
             else:
-                terms.append(torch.linalg.vector_norm(d, dim=1).sum(1).mean())
+                terms.append(_norm(d, 1).sum((1, 2)).mean())
         return _combine(terms, weights, pair_reduce, weight)
 
 
