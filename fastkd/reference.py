@@ -49,23 +49,21 @@ def _energy(x: Tensor, p: float, channel_reduce: str, signed: bool) -> Tensor:
     return power.mean(1) if channel_reduce == "mean" else power.sum(1)
 
 
-def _norm(x: Tensor, dim: int | tuple[int, ...], least: float = 0.0) -> Tensor:
-    """The l2 norm over ``dim``, which stays, and ``least``, a constant, where it is less or nothing.
+def _norm(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """The l2 norm over ``dim``, which stays; a constant 0 below the smallest normal number.
 
-    Its value and gradient are those of ``torch.linalg.vector_norm``, whose second derivative is NaN at 0 and overflows
-    near it.
+    Elsewhere ``torch.linalg.vector_norm`` to the last bit, whose second derivative is NaN at 0 and overflows near it.
     """
-    size = torch.linalg.vector_norm(x.detach(), dim=dim, keepdim=True)
-    fixed = (size < least) | (size == 0)
-    tiny = torch.finfo(x.dtype).tiny
+    size, tiny = torch.linalg.vector_norm(x.detach(), dim=dim, keepdim=True), torch.finfo(x.dtype).tiny
+    zero = size < tiny
     scale = torch.ones_like(size).masked_fill(size < tiny**0.25, tiny**-0.5)  # a power of 2 rounds nothing
-    norm = torch.linalg.vector_norm((x * scale).masked_fill(fixed, 1), dim=dim, keepdim=True) / scale
-    return norm.masked_fill(fixed, least)
+    norm = torch.linalg.vector_norm((x * scale).masked_fill(zero, 1), dim=dim, keepdim=True) / scale
+    return norm.masked_fill(zero, 0)
 
 
 def _normalize(q: Tensor, eps: float, eps_mode: str) -> Tensor:
-    dim = tuple(range(1, q.dim()))
-    return q / (_norm(q, dim, eps).clamp_min(eps) if eps_mode == "clamp" else _norm(q, dim) + eps)
+    norm = _norm(q, tuple(range(1, q.dim())))
+    return q / (norm.clamp_min(eps) if eps_mode == "clamp" else norm + eps)
 
 
 def _combine(terms: list[Tensor], weights: Sequence[float] | None, reduce: str, weight: float) -> Tensor:

@@ -122,3 +122,13 @@ def test_first_derivatives_and_values_at_zero_are_as_before():
     s = values((2, 3, 4, 3), F64).requires_grad_()
     loss = reference.attention_transfer_loss(s, s.detach(), difference="l2")
     assert loss == 0 and not torch.autograd.grad(loss, s)[0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+def test_a_norm_is_pytorchs_to_the_last_bit(dtype):
+    for scale in (1.0, 1e-12, 1e-25, 1e15):
+        x = (values((5, 7, 3), dtype) * scale).requires_grad_()
+        ours, pytorchs = reference._norm(x, 1), torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        assert torch.equal(ours, pytorchs)
+        (a,), (b,) = (torch.autograd.grad(y.sum(), x) for y in (ours, pytorchs))
+        torch.testing.assert_close(a, b)

@@ -115,7 +115,7 @@ def batch_norm(norm: Any, x: Tensor, residual: Tensor | None = None, *, relu: bo
     is one operator that reads x twice and writes once; its backward pass reads x and what arrives twice, or, where a residual and a ReLU
     followed, the result and what arrives once, and then the gradient that it wrote for the residual. It sums in float32 within a few
     thousand numbers and in float64 from there on, and rounds once. Everything else (another device, layout or dtype, eval mode, a norm
-    with hooks or without averages, any other module in its place) is plain PyTorch, where the norm's output is overwritten; addition and
+    with hooks or without averages, any other module in its place, a transform of torch.func) is plain PyTorch, where the norm's output is overwritten; addition and
     ReLU are then one pass over such tensors where no gradient is wanted. Backends asked for by name other than "cpp" are plain PyTorch.
 
     Args:
