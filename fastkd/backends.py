@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from fastkd import errors, kernels, native
 
@@ -193,6 +194,44 @@ def record_calls() -> Iterator[list[Call]]:
         _recorded = before
 
 
+# Private, and without public counterparts; without them such a call ends in an error of PyTorch's. Batched
+# gradients of torch.autograd go through an older vmap, of which only its tensors tell.
+_in_torch_func: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+_in_older_vmap: Callable[..., bool] = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda x: False)
+
+
+def _transforming() -> bool:
+    return _in_torch_func() or forward_ad._current_level >= 0
+
+
+def transforming() -> bool:
+    """Whether torch.func or forward mode AD is at work: neither can look into a compiled operator.
+
+    False while a graph is traced: asking would leave a node in it, and PyTorch caches no graph with such a node.
+    """
+    return not torch.compiler.is_compiling() and _transforming()
+
+
+def in_torch_func() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp, functionalize, ...) is at work."""
+    return _in_torch_func()
+
+
+def batched(*grads: torch.Tensor | None) -> bool:
+    """Whether gradients in a backward pass may stand for several each, as with ``is_grads_batched=True``."""
+    for grad in grads:
+        if grad is not None and _in_older_vmap(grad):
+            return True
+    return _in_torch_func()
+
+
+def has_tangent(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether one of them carries a derivative of forward mode AD."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
 def choose(operation: str, arguments: tuple[object, ...], why_not_cuda: Callable[[], str]) -> str:
     """The backend, ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``, for a call over ``arguments``, tensors and sequences of them.
 
@@ -207,7 +246,7 @@ def choose(operation: str, arguments: tuple[object, ...], why_not_cuda: Callable
     name = current()
     if name == "auto":
         # inside a compiled graph the plain formula fuses with its neighbours, which an opaque operator cannot
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _transforming():
             return "reference"
         if device == "cpu":
             return "cpp" if native.CPU.available else "reference"
@@ -216,6 +255,11 @@ def choose(operation: str, arguments: tuple[object, ...], why_not_cuda: Callable
         return "reference"
     if name != "reference":
         _must_serve(name, device, example, arguments, why_not_cuda)
+        if transforming() and (_in_torch_func() or has_tangent(_tensors(arguments))):
+            raise BackendError(
+                f"backend {name!r} was asked for but cannot serve the call: it has no rules for torch.func "
+                f"and forward mode AD; use fastkd.reference.{operation}"
+            )
     return name
 
 

@@ -42,12 +42,29 @@ def _pool(x: Tensor, size: list[int], mode: str) -> Tensor:
 
 def _energy(x: Tensor, p: float, channel_reduce: str, signed: bool) -> Tensor:
     # an even power needs no absolute value, and without it the second derivative at 0 is right
-    power = x.pow(p) if signed or p % 2 == 0 else x.abs().pow(p)
+    base = x if signed or p % 2 == 0 else x.abs()
+    if 1 < p < 2:  # the first derivative at 0 is 0, the second has no limit: taken as 0, as that of abs is
+        zero = base == 0
+        power = base.masked_fill(zero, 1).pow(p).masked_fill(zero, 0)
+    else:
+        power = base.pow(p)
     return power.mean(1) if channel_reduce == "mean" else power.sum(1)
 
 
+def _norm(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """The l2 norm over ``dim``, which stays; a constant 0 below the smallest normal number.
+
+    Elsewhere ``torch.linalg.vector_norm`` to the last bit, whose second derivative is NaN at 0 and overflows near it.
+    """
+    size, tiny = torch.linalg.vector_norm(x.detach(), dim=dim, keepdim=True), torch.finfo(x.dtype).tiny
+    zero = size < tiny
+    scale = torch.ones_like(size).masked_fill(size < tiny**0.25, tiny**-0.5)  # a power of 2 rounds nothing
+    norm = torch.linalg.vector_norm((x * scale).masked_fill(zero, 1), dim=dim, keepdim=True) / scale
+    return norm.masked_fill(zero, 0)
+
+
 def _normalize(q: Tensor, eps: float, eps_mode: str) -> Tensor:
-    norm = torch.linalg.vector_norm(q, dim=tuple(range(1, q.dim())), keepdim=True)
+    norm = _norm(q, tuple(range(1, q.dim())))
     return q / (norm.clamp_min(eps) if eps_mode == "clamp" else norm + eps)
 
 
@@ -156,7 +173,7 @@ def attention_transfer_loss(
         for s, t in zip(wide[: len(students)], wide[len(students) :], strict=True):
             size = _smaller(s.shape[1 if student_is_map else 2 :], t.shape[1 if teacher_is_map else 2 :])
             d = (normalized(s, student_is_map, size) - normalized(t, teacher_is_map, size)).flatten(1)
-            terms.append(d.square().mean() if difference == "squared" else torch.linalg.vector_norm(d, dim=1).mean())
+            terms.append(d.square().mean() if difference == "squared" else _norm(d, 1).mean())
         return _combine(terms, weights, stage_reduce, weight)
 
 
@@ -202,7 +219,7 @@ def fsp_loss(
             elif distance == "frobenius":
                 terms.append(d.square().sum((1, 2)).mean())
             else:
-                terms.append(torch.linalg.vector_norm(d, dim=1).sum(1).mean())
+                terms.append(_norm(d, 1).sum((1, 2)).mean())
         return _combine(terms, weights, pair_reduce, weight)
 
 

@@ -21,7 +21,7 @@ def foresee(cpp, function, monkeypatch):
 
     def expect(value):
         upstream = Upstream()
-        upstream._last, upstream._steady = (0.0, False) if value is None else (value, True)
+        upstream.expect = lambda: ((0, 0.0), value)
         monkeypatch.setattr(LOSSES[function], "_upstream", upstream)
 
     with fastkd.use_backend("cpp"):
@@ -109,11 +109,58 @@ def test_a_second_derivative_is_refused_all_the_same(function, foresee):
 
 def test_what_is_expected(function):
     upstream = Upstream()
-    assert upstream.expected == 1.0  # a loss alone, the weight inside
-    upstream.saw(1024.0)
-    assert upstream.expected is None
-    upstream.saw(1024.0)
-    assert upstream.expected == 1024.0  # a loss scale
-    upstream.saw(float("nan"))
-    upstream.saw(float("nan"))
-    assert upstream.expected is None
+
+    def step(value):
+        situation, expected = upstream.expect()
+        upstream.saw(situation, value)
+        return expected
+
+    assert step(1024.0) == 1.0  # a loss alone, the weight inside
+    assert step(1024.0) is None
+    assert step(float("nan")) == 1024.0  # a loss scale
+    assert step(float("nan")) is None
+    assert step(1024.0) is None
+
+
+STEPS = {  # the factors of a step's losses, and how its backward passes go
+    "one sum": ([1.0, 2.0], "sum"),
+    "one sum of three": ([1.0, 2.0, 1.0], "sum"),
+    "a backward pass each": ([1.0, 2.0], "each"),
+    "two backward passes at the end": ([3.0, 2.0], "end"),
+    "one loss in two micro-batches": ([0.5, 0.5], "each"),
+    "the second is only looked at": ([2.0, 0.0], "first"),
+    "the first is only looked at": ([0.0, 2.0], "last"),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_every_loss_of_a_step_keeps_its_prepared_gradient(function, cpp, step, monkeypatch):
+    """Losses of equal shapes, several in a step: from the third step on, all that get a gradient have it from the forward pass."""
+    monkeypatch.setattr(LOSSES[function], "_upstream", Upstream())
+    factors, way = STEPS[step]
+    student, teacher = chain(grad=True), chain()
+    ran = []
+    with fastkd.use_backend("cpp"):
+        for _ in range(6):
+            with Recorder() as recorder:
+                losses = []
+                for factor in factors:
+                    losses.append(factor * getattr(fastkd, function)(student, teacher))
+                    if way == "each":
+                        losses[-1].backward()
+                for loss in {"sum": [sum(losses)], "end": losses, "first": losses[:1], "last": losses[-1:], "each": []}[way]:
+                    loss.backward()
+            ran.append(recorder.fused.count(f"{function}_backward"))
+    assert sum(ran[2:]) == 0, ran
+
+
+def test_a_gradient_that_keeps_changing_is_not_prepared_for(function):
+    """Neither where it is new each time, nor where it cannot be told from what came before."""
+    upstream = Upstream()
+    for values in [1.0 + i / 7 for i in range(1000)], [1.0, 1.0, 2.0] * 30:
+        wrong = 0
+        for value in values:
+            situation, expected = upstream.expect()
+            wrong += expected is not None and expected != value
+            upstream.saw(situation, value)
+        assert wrong <= 3 and len(upstream._known) + len(upstream._doubted) <= 256, wrong

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.models.features import Features
-from fastkd.ops.norm import batch_norm
+from fastkd.ops.norm import add_, batch_norm
 
 
 class PreactBlock(nn.Module):
@@ -31,9 +31,7 @@ class PreactBlock(nn.Module):
         if keep_norm:
             active = F.relu(norm)
         out = batch_norm(self.bn2, self.conv1(active), relu=True)
-        out = self.conv2(out)
-        out += x if self.convShortcut is None else self.convShortcut(active)
-        return out, norm
+        return add_(self.conv2(out), x if self.convShortcut is None else self.convShortcut(active)), norm
 
 
 class WideResNet(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from fastkd.checks import Features
 from fastkd.ops.registry import (
     accumulator,
     autograd,
+    by_reference,
     call,
     call_unrecorded,
     caller,
@@ -21,11 +23,12 @@ from fastkd.ops.registry import (
     differentiable_once,
     in_cuda,
     one_device,
+    one_for_all,
     recorded,
     smaller,
     traced,
 )  # fmt: skip
-from fastkd.ops.upstream import Upstream, take_prepared
+from fastkd.ops.upstream import Upstream, hooked, take_prepared
 
 _MAP = "float p, str channel_reduce, bool signed, bool normalize, float eps, str eps_mode"
 
@@ -132,12 +135,20 @@ def _map_forward(ctx: Any, run: Callable[..., Any], x: Tensor, *options: Any) ->
     return y
 
 
-def _map_gradients(ctx: Any, grad: Tensor, norm_grad: Tensor | None = None) -> tuple[Tensor | None, ...]:
-    return ctx.call(_map_backward, grad, *ctx.saved_tensors, *ctx.options), *(None for _ in ctx.options)
+def _map_gradients(ctx: Any, grad: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, y, norm = ctx.saved_tensors
+    if backends.batched(grad):
+        names = ("p", "channel_reduce", "signed", "normalize", "eps", "eps_mode")
+        formula = functools.partial(reference.attention_map, **dict(zip(names, ctx.options, strict=True)))
+        (dx,) = by_reference(formula, [x], [True], grad)
+    else:
+        dx = ctx.call(_map_backward, grad, x, y, norm, *ctx.options)
+    return dx, *(None for _ in ctx.options)
 
 
 def _traced_map_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(inputs[0], *output)
+    ctx.mark_non_differentiable(output[1])
     ctx.options = inputs[1:]
 
 
@@ -161,13 +172,14 @@ class AttentionTransferFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[2:]
-        prepared = take_prepared(ctx, grad, _upstream) if ctx.call is call else ()
+        # first, and once: autograd looks for changes in place here, and hooks may load from elsewhere
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        prepared = take_prepared(ctx, grad, _upstream)
         if prepared:
             rest = needs[ctx.stages :]
-            others = _feature_gradients(ctx, grad, (False,) * ctx.stages + rest)[ctx.stages :] if any(rest) else (None,) * ctx.stages
+            others = _feature_gradients(ctx, saved, grad, (False,) * ctx.stages + rest)[ctx.stages :] if any(rest) else (None,) * ctx.stages
             return None, None, *prepared, *others
-        return None, None, *_feature_gradients(ctx, grad, needs)
+        return None, None, *_feature_gradients(ctx, saved, grad, needs)
 
 
 class _CudaAttentionTransferFunction(AttentionTransferFunction):
@@ -180,9 +192,9 @@ def _loss_forward(ctx: Any, run: Callable[..., Any], stages: int, options: tuple
     needs = ctx.needs_input_grad[2:]
     student_grad, teacher_grad = any(needs[:stages]), any(needs[stages:])
     # a GPU's gradient must not be read by the host, and has no cache to wait in
-    foreseeing = student_grad and run is call and not options[2] & _BIT["student_is_map"]
-    ctx.expected = expected = _upstream.expected if foreseeing else None
-    loss, coefficients, ctx.prepared = run(_loss, tensors[:stages], tensors[stages:], *options, student_grad, teacher_grad, expected)
+    foreseeing = student_grad and run is call and not options[2] & _BIT["student_is_map"] and not hooked()
+    ctx.situation, ctx.expected = _upstream.expect() if foreseeing else (None, None)
+    loss, coefficients, ctx.prepared = run(_loss, tensors[:stages], tensors[stages:], *options, student_grad, teacher_grad, ctx.expected)
     # counted on the coefficients, one a position, since this costs the least; they are as many as before a pooling that comes after
     batch = tensors[0].shape[0]
     if not options[2] & _BIT["pool"] or any(k.numel() == batch for k in coefficients):
@@ -197,32 +209,34 @@ def _loss_forward(ctx: Any, run: Callable[..., Any], stages: int, options: tuple
     return loss
 
 
-def _feature_gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+def _feature_gradients(ctx: Any, saved: Sequence[Tensor], grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
     """The gradients of student and teacher features, None where ``needs`` says so or the forward kept nothing."""
-    saved, kept = ctx.saved_tensors, len(ctx.wanted)
+    kept = len(ctx.wanted)
     pairs = [(i, saved[j], saved[kept + j]) for j, i in enumerate(ctx.wanted) if needs[i]]
     p, _, switches, *_ = ctx.options
-    computed = ctx.call(_loss_backward, grad, [x for _, x, _ in pairs], [k for _, _, k in pairs], p, switches)
+    run = one_for_all(ctx.call) if backends.batched(grad) else ctx.call
+    computed = run(_loss_backward, grad, [x for _, x, _ in pairs], [k for _, _, k in pairs], p, switches)
     out: list[Tensor | None] = [None] * len(needs)
     for (i, _, _), dx in zip(pairs, computed, strict=True):
         out[i] = dx
     return out
 
 
-def _traced_loss_context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor]]) -> None:
+def _traced_loss_context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor], list[Tensor]]) -> None:
     student, teacher, *options, student_grad, teacher_grad, _ = inputs
+    ctx.mark_non_differentiable(*output[1], *output[2])
     features = (list(student) if student_grad else []) + (list(teacher) if teacher_grad else [])
     first = 0 if student_grad else len(student)
     ctx.save_for_backward(*features, *output[1])
     ctx.wanted, ctx.options, ctx.stages = list(range(first, first + len(features))), options, len(student)
 
 
-def _traced_loss_backward(ctx: Any, grad: Tensor, coefficient_grads: list[Tensor | None], gradient_grads: list[Tensor | None]) -> tuple:
+def _traced_loss_backward(ctx: Any, grad: Tensor, *unused: list[Tensor | None]) -> tuple:
     student_needs, teacher_needs = ctx.needs_input_grad[:2]
     needs = [*student_needs, *teacher_needs]
     if any(need and i not in ctx.wanted for i, need in enumerate(needs)):
         raise RuntimeError("fastkd::attention_transfer_loss: a tensor needs a gradient, but student_grad or teacher_grad was false")
-    out = _feature_gradients(ctx, grad, needs)
+    out = _feature_gradients(ctx, ctx.saved_tensors, grad, needs)
     return out[: ctx.stages], out[ctx.stages :], *(None for _ in ctx.options), None, None, None
 
 

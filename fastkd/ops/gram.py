@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from fastkd.kernels.gram_kept import kept_shape, wide_stages
 from fastkd.ops.registry import (
     accumulator,
     autograd,
+    by_reference,
     call,
     call_unrecorded,
     caller,
@@ -21,10 +23,11 @@ from fastkd.ops.registry import (
     differentiable_once,
     in_cuda,
     one_device,
+    one_for_all,
     recorded,
     traced,
 )  # fmt: skip
-from fastkd.ops.upstream import Upstream, take_prepared
+from fastkd.ops.upstream import Upstream, hooked, take_prepared
 
 
 def _matrix_fake(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
@@ -116,6 +119,10 @@ def _matrix_forward(ctx: Any, run: Callable[..., Any], a: Tensor, b: Tensor, *op
 def _factor_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     a, b = ctx.saved_tensors
     needs = ctx.needs_input_grad[:2]
+    if backends.batched(grad):
+        pool_mode, precision = ctx.options
+        formula = functools.partial(reference.fsp_matrix, pool_mode=pool_mode, precision=precision)
+        return *by_reference(formula, (a, b), needs, grad), None, None
     computed = iter(ctx.call(_matrix_backward, grad, a, b, *ctx.options, *needs))
     return next(computed) if needs[0] else None, next(computed) if needs[1] else None, None, None
 
@@ -144,8 +151,10 @@ class FSPLossFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        made = dict(zip(ctx.made, take_prepared(ctx, grad, _upstream))) if ctx.call is call else {}
-        return None, None, *_chain_gradients(ctx, grad, ctx.needs_input_grad[2:], made)
+        # first, and once: autograd looks for changes in place here, and hooks may load from elsewhere
+        saved = ctx.saved_tensors
+        made = dict(zip(ctx.made, take_prepared(ctx, grad, _upstream)))
+        return None, None, *_chain_gradients(ctx, saved, grad, ctx.needs_input_grad[2:], made)
 
 
 class _CudaFSPLossFunction(FSPLossFunction):
@@ -158,11 +167,10 @@ def _loss_forward(ctx: Any, run: Callable[..., Any], stages: int, options: tuple
     needs = ctx.needs_input_grad[2:]
     wanted = [i for i in range(stages) if needs[i]]
     # a GPU's gradient must not be read by the host, and has no cache to wait in
-    expected = _upstream.expected if wanted and run is call else None
-    made = wanted if expected is not None else []
-    loss, gram_grads, gradients = run(
-        _loss, list(tensors[:stages]), list(tensors[stages:]), *options, any(needs), expected if made else None, made
-    )
+    foreseeing = wanted and run is call and not hooked()
+    ctx.situation, ctx.expected = _upstream.expect() if foreseeing else (None, None)
+    made = wanted if ctx.expected is not None else []
+    loss, gram_grads, gradients = run(_loss, list(tensors[:stages]), list(tensors[stages:]), *options, any(needs), ctx.expected, made)
     wide = wide_stages(gram_grads)
     saved: list[Tensor | None] = [None] * len(tensors)
     ctx.frozen = {}
@@ -175,23 +183,26 @@ def _loss_forward(ctx: Any, run: Callable[..., Any], stages: int, options: tuple
                 saved[first + i] = tensors[first + i]
     ctx.save_for_backward(*gram_grads, *saved)
     ctx.call, ctx.stages, ctx.options = run, stages, options
-    ctx.expected, ctx.made, ctx.prepared = expected, made, gradients
+    ctx.made, ctx.prepared = made, gradients
     return loss
 
 
-def _chain_gradients(ctx: Any, grad: Tensor, needs: Sequence[bool], made: dict[int, Tensor] | None = None) -> list[Tensor | None]:
+def _chain_gradients(
+    ctx: Any, saved: Sequence[Tensor], grad: Tensor, needs: Sequence[bool], made: dict[int, Tensor] | None = None
+) -> list[Tensor | None]:
     """The gradients of student and teacher features, None where ``needs`` says so; ``made`` holds those of student stages that exist."""
     stages, (pool_mode, *_, precision) = ctx.stages, ctx.options
-    gram_grads, features = list(ctx.saved_tensors[: stages - 1]), list(ctx.saved_tensors[stages - 1 :])
+    gram_grads, features = list(saved[: stages - 1]), list(saved[stages - 1 :])
     for i, x in ctx.frozen.items():
         features[i] = x
+    run = one_for_all(ctx.call) if backends.batched(grad) else ctx.call
     wide, made = wide_stages(gram_grads), made or {}
     out: list[Tensor | None] = [made.get(i) if needs[i] else None for i in range(stages)] + [None] * stages
     for first in (0, stages):
         wanted = [i for i in range(stages) if needs[first + i] and out[first + i] is None]
         if wanted:
             chain, others = features[first : first + stages], [features[stages - first + i] for i in wide] or None
-            computed = ctx.call(_loss_backward, grad, chain, gram_grads, pool_mode, precision, wanted, first > 0, others)
+            computed = run(_loss_backward, grad, chain, gram_grads, pool_mode, precision, wanted, first > 0, others)
             for i, dx in zip(wanted, computed, strict=True):
                 out[first + i] = dx
     return out
@@ -199,6 +210,7 @@ def _chain_gradients(ctx: Any, grad: Tensor, needs: Sequence[bool], made: dict[i
 
 def _traced_loss_context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor], list[Tensor]]) -> None:
     student, teacher, *options, with_grad, _, _ = inputs
+    ctx.mark_non_differentiable(*output[1], *output[2])
     ctx.save_for_backward(*output[1], *student, *teacher)
     ctx.stages, ctx.options, ctx.frozen, ctx.with_grad = len(student), options, {}, with_grad
 
@@ -207,7 +219,7 @@ def _traced_loss_backward(ctx: Any, grad: Tensor, *rest: Any) -> tuple:
     if not ctx.with_grad:
         raise RuntimeError("fastkd::fsp_loss was called with with_grad=False for a tensor that needs a gradient")
     student_needs, teacher_needs = ctx.needs_input_grad[:2]
-    out = _chain_gradients(ctx, grad, [*student_needs, *teacher_needs])
+    out = _chain_gradients(ctx, ctx.saved_tensors, grad, [*student_needs, *teacher_needs])
     # PyTorch 2.11 drops arguments that have their default values, and wants no gradient of those
     return out[: ctx.stages], out[ctx.stages :], *(None for _ in ctx.needs_input_grad[2:])
 

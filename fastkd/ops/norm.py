@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd import backends, native, reference
-from fastkd.ops.registry import autograd, call, define, differentiable_once
+from fastkd.ops.registry import autograd, call, define, differentiable_once, not_differentiable
 
 
 def _fake(x: Tensor, residual: Tensor | None, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -39,7 +39,9 @@ define(
 differentiable_once("batch_norm_backward", "batch_norm", twin=False)
 
 define("add_relu_(Tensor(a!) x, Tensor? residual) -> Tensor(a!)", lambda x, residual: x, twin=False)
+not_differentiable("add_relu_", "torch.relu(x + residual)")
 
+_add_relu = torch.ops.fastkd.add_relu_.default
 _forward = torch.ops.fastkd.batch_norm.default
 _backward = torch.ops.fastkd.batch_norm_backward.default
 
@@ -50,12 +52,15 @@ def _context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     # without a residual the ReLU's gate is found from x, which is read anyway
     ctx.save_for_backward(x, y if relu and residual is not None else None, weight, bias, mean, invstd)
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.relu, ctx.residual, ctx.eps = relu, residual is not None, eps
 
 
 def _gradients(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 6
+    if backends.batched(grad):
+        return _gradients_in_pytorch(ctx, grad)
     grad = grad.contiguous(memory_format=torch.channels_last)
     dx, dweight, dbias, dresidual = ctx.call(_backward, grad, *ctx.saved_tensors, ctx.relu, ctx.residual)
     return dx, (dresidual if ctx.relu else grad) if ctx.residual else None, dweight, dbias, None, None
@@ -76,24 +81,31 @@ class BatchNormFunction(torch.autograd.Function):
         output = call(_forward, *inputs)
         _context(ctx, inputs, output)
         ctx.call = call
-        ctx.mark_non_differentiable(*output[1:])
         return tuple(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is not None and torch.is_grad_enabled():  # a graph of the backward pass is wanted
-            return _differentiable_gradients(ctx, grad)
+            return _gradients_in_pytorch(ctx, grad)
         return _gradients(ctx, grad)
 
 
-def _differentiable_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients_in_pytorch(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Where the gradients are to be differentiated, or ``grad`` stands for several."""
     x, y, weight, bias, _, _ = ctx.saved_tensors
-    normed = reference.batch_norm(x, None, weight, bias, relu=False, eps=ctx.eps)
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        normed = reference.batch_norm(x, None, weight, bias, relu=False, eps=ctx.eps)
     passed = grad * ((normed if y is None else y) > 0) if ctx.relu else grad
     wanted = [tensor for tensor in (x, weight, bias) if tensor.requires_grad]
-    found = iter(torch.autograd.grad(normed, wanted, passed, create_graph=True))
+    found = iter(torch.autograd.grad(normed, wanted, passed, create_graph=again))
     dx, dweight, dbias = (next(found) if tensor.requires_grad else None for tensor in (x, weight, bias))
     return dx, passed if ctx.residual else None, dweight, dbias, None, None
+
+
+def add_(y: Tensor, residual: Tensor) -> Tensor:
+    """``y + residual``, in place unless torch.func is at work: vmap cannot put what is batched into what is not."""
+    return y + residual if backends.transforming() else y.add_(residual)
 
 
 def batch_norm(norm: Any, x: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
@@ -103,8 +115,9 @@ def batch_norm(norm: Any, x: Tensor, residual: Tensor | None = None, *, relu: bo
     is one operator that reads x twice and writes once; its backward pass reads x and what arrives twice, or, where a residual and a ReLU
     followed, the result and what arrives once, and then the gradient that it wrote for the residual. It sums in float32 within a few
     thousand numbers and in float64 from there on, and rounds once. Everything else (another device, layout or dtype, eval mode, a norm
-    with hooks or without averages, any other module in its place) is plain PyTorch, where the norm's output is overwritten; addition and
-    ReLU are then one pass over such tensors where no gradient is wanted. Backends asked for by name other than "cpp" are plain PyTorch.
+    with hooks or without averages, any other module in its place, a transform of torch.func) is plain PyTorch, where the norm's output
+    is overwritten; addition and ReLU are then one pass over such tensors where no gradient is wanted. Backends asked for by name other
+    than "cpp" are plain PyTorch.
 
     Args:
         norm: the module whose weight, bias and averages they are, at its place in the network.
@@ -118,9 +131,9 @@ def batch_norm(norm: Any, x: Tensor, residual: Tensor | None = None, *, relu: bo
     if not _served(norm, x, residual):
         y = norm(x)
         if relu and _joined(y, residual):
-            return torch.ops.fastkd.add_relu_(y, residual)
+            return call(_add_relu, y, residual)
         if residual is not None:
-            y += residual
+            y = add_(y, residual)
         return F.relu(y, inplace=True) if relu else y
     run = _forward if torch.compiler.is_compiling() else BatchNormFunction.apply
     y, mean, variance, _ = run(x, residual, norm.weight, norm.bias, relu, norm.eps)
@@ -152,6 +165,8 @@ def _joined(y: Tensor, residual: Tensor | None) -> bool:
 def _in_kernels(x: Tensor, residual: Tensor | None) -> bool:
     if not (isinstance(x, Tensor) and x.is_cpu and native.CPU.available and backends.current() in ("auto", "cpp")):
         return False  # torch.fx gives no tensors
+    if backends.transforming():
+        return False
     alike = residual is None or (residual.dtype == x.dtype and residual.shape == x.shape and _dense(residual))
     return alike and x.dtype in _DTYPES and x.dim() == 4 and _dense(x)
 

@@ -6,14 +6,66 @@ operations call a thin ``autograd.Function`` instead of the rule registered here
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastkd import backends, kernels
+
+
+class _Library(torch.library.Library):
+    """Operators whose autograd rules, for reverse mode alone, let no other derivative pass as zero."""
+
+    def impl(self, op_name: Any, fn: Callable[..., Any], dispatch_key: str = "", **options: Any) -> None:
+        if dispatch_key == "Autograd":
+            rule, name = fn, f"{self.ns}::{op_name}"
+
+            def fn(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+                if backends.transforming():
+                    _refuse_other_derivatives(name, args)
+                return rule(keyset, *args, **kwargs)
+
+        super().impl(op_name, fn, dispatch_key, **options)
+
+
+def _refuse_other_derivatives(name: str, args: Sequence[Any]) -> None:
+    """Inside torch.func or forward mode AD: raise where a derivative would go through the operator."""
+    tensors = [x for x in _flat(args) if isinstance(x, Tensor)]
+    followed = backends.in_torch_func() and torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if followed or backends.has_tangent(tensors):
+        operator = name.partition("::")[2]
+        public = _PUBLIC.get(operator, operator)
+        raise RuntimeError(f"{name} has no derivative in torch.func and forward mode AD; use fastkd.reference.{public}")
+
+
+def _one_by_one(run: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+    """The rule for vmap of a function of tensors and lists of them: a loop over the samples."""
+
+    def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        def pick(i: int, value: Any, dim: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return [pick(i, *pair) for pair in zip(value, dim, strict=True)]
+            return value if dim is None else value.select(dim, i)
+
+        def joined(outputs: Sequence[Any]) -> Any:
+            first = outputs[0]
+            if isinstance(first, Tensor):
+                return torch.stack(list(outputs))
+            return type(first)(joined(same) for same in zip(*outputs, strict=True))
+
+        samples = (map(functools.partial(pick, i), args, in_dims) for i in range(info.batch_size))
+        return joined([run(*sample) for sample in samples]), 0
+
+    return rule
+
+
+def _flat(args: Sequence[Any]) -> list[Any]:
+    """The arguments, lists among them opened."""
+    return [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+
 
 # One operator name serves one implementation a device: of two registered for a dispatch key the later would silently win. So Triton's
 # kernels have the names of `fastkd` on CUDA tensors, and those of the CUDA library the same names in a namespace of their own.
@@ -21,22 +73,26 @@ from fastkd import backends, kernels
 # A process that imports fastkd a second time (a notebook that has dropped its modules) goes on with the operators of the first time:
 # PyTorch allows a namespace one definition, and graphs may hold its operators.
 _DEFINED_BEFORE = hasattr(torch.ops.fastkd, "attention_map")
-_LIBRARIES = {} if _DEFINED_BEFORE else {name: torch.library.Library(name, "DEF") for name in ("fastkd", "fastkd_cuda")}
+_LIBRARIES = {} if _DEFINED_BEFORE else {name: _Library(name, "DEF") for name in ("fastkd", "fastkd_cuda")}
 
 
-def _libraries(twin: bool) -> Iterator[tuple[str, torch.library.Library]]:
+def _libraries(twin: bool) -> Iterator[tuple[str, _Library]]:
     return ((namespace, library) for namespace, library in _LIBRARIES.items() if twin or namespace == "fastkd")
 
 
 def define(schema: str, fake: Callable[..., Any], twins_fake: Callable[..., Any] | None = None, twin: bool = True) -> None:
     """Declare ``fastkd::<schema>`` and its twin ``fastkd_cuda::<schema>``, each with the function that gives its outputs' shapes, dtypes,
     devices and strides. On CUDA tensors the first is Triton's, the second the CUDA library's. ``twin`` False: there is only the first.
+    Under vmap an operator runs once a sample.
     """
     name = schema.partition("(")[0]
     for namespace, library in _libraries(twin):
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         known = twins_fake if namespace == "fastkd_cuda" and twins_fake else fake
         torch.library.register_fake(f"{namespace}::{name}", known, lib=library)
+        if "!" not in schema:  # what writes into its arguments does not, see `not_differentiable`
+            rule = _one_by_one(getattr(getattr(torch.ops, namespace), name).default)
+            torch.library.register_vmap(f"{namespace}::{name}", rule, lib=library)
     if name in kernels.LAUNCHERS and _LIBRARIES:
         _LIBRARIES["fastkd"].impl(name, lambda *args: kernels.launcher(name)(*args), "CUDA")
 
@@ -58,6 +114,33 @@ def differentiable_once(name: str, public: str, twin: bool = True) -> None:
 
     _PUBLIC[name] = public
     autograd(name, lambda ctx, *grads: _refuse(public), lambda ctx, inputs, output: None, twin)
+
+
+def not_differentiable(name: str, instead: str) -> None:
+    """Refuse derivatives and vmap for ``fastkd::<name>``, which writes into its first argument.
+
+    Where it is called without, autograd is told of the change in place.
+    """
+    if not _LIBRARIES:
+        return
+    operator = getattr(torch.ops.fastkd, name).default
+    refusal = f"fastkd::{name} has no derivative and no rule for vmap; use {instead}"
+
+    def no_vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
+        raise RuntimeError(refusal)
+
+    def rule(keyset: Any, x: Tensor, *args: Any) -> Tensor:
+        tensors = [x, *(y for y in args if isinstance(y, Tensor))]
+        followed = torch.is_grad_enabled() and any(y.requires_grad for y in tensors)
+        if followed or backends.has_tangent(tensors):
+            raise RuntimeError(refusal)
+        _call_kernel(operator, x, *args)
+        torch.autograd.graph.increment_version(x)
+        return x
+
+    # past what _Library puts before a rule, since this one refuses by itself
+    torch.library.Library.impl(_LIBRARIES["fastkd"], name, rule, "Autograd", with_keyset=True)
+    torch.library.register_vmap(f"fastkd::{name}", no_vmap, lib=_LIBRARIES["fastkd"])
 
 
 _PUBLIC: dict[str, str] = {}
@@ -99,7 +182,7 @@ def recorded(tensors: Sequence[Tensor]) -> bool:
         for x in tensors:
             if x.requires_grad:
                 return True
-    return forward_ad._current_level >= 0  # forward mode: the Function refuses it, the operator would drop the tangents
+    return False
 
 
 class _Once(torch.autograd.Function):
@@ -124,7 +207,7 @@ def launch(operator: Any, *args: Any) -> Any:
     name = operator._opname
     if not torch.is_grad_enabled():
         return kernels.launcher(name)(*args)
-    flat = [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+    flat = _flat(args)
     if not any(isinstance(x, Tensor) and x.requires_grad for x in flat):
         return kernels.launcher(name)(*args)
     return _Once.apply(name, args, *[x for x in flat if isinstance(x, Tensor)])
@@ -142,6 +225,29 @@ def call_unrecorded(backend: str, example: Tensor, operator: Callable[..., Any],
     if backend == "cuda":
         return _call_kernel(twin(operator), *args)
     return (launch if caller(example) is launch else _call_kernel)(operator, *args)
+
+
+def by_reference(formula: Callable[..., Tensor], inputs: Sequence[Tensor], needs: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
+    """The gradients of ``formula(*inputs)``, plain PyTorch, in its result's dtype; None where ``needs`` says so.
+
+    For a ``grad`` that stands for several (``backends.batched``): PyTorch's operators know of that, kernels do not.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        wide = [x.to(accumulator(inputs)) for x in inputs]
+        wanted = [x for x, need in zip(wide, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(formula(*wide), wanted, grad, create_graph=again))
+    return [next(found) if need else None for need in needs]
+
+
+def one_for_all(run: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """``run`` for the backward operator of a loss and such a ``grad``: once, since its results are linear in it."""
+
+    def scaled(operator: Any, grad: Tensor, features: Sequence[Tensor], *rest: Any) -> list[Tensor]:
+        one = torch.ones((), dtype=grad.dtype, device=grad.device)
+        return [dx * grad for dx in run(operator, one, [x.to(accumulator([x])) for x in features], *rest)]
+
+    return scaled
 
 
 def accumulator(tensors: Sequence[Tensor]) -> torch.dtype:

@@ -3,6 +3,7 @@ incoming one in a pass that is made anyway."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastkd import backends, checks, reference
-from fastkd.ops.registry import accumulator, autograd, caller, define, differentiable_once, in_cuda, one_device, traced
+from fastkd.ops.registry import accumulator, autograd, by_reference, caller, define, differentiable_once, in_cuda, one_device, traced
 
 _OPTIONS = "float p, str channel_reduce, bool signed, float eps, str eps_mode"
 
@@ -52,7 +53,11 @@ class TapFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, map_grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if map_grad is not None:
-            grad = ctx.call(_backward, grad, map_grad, *ctx.saved_tensors, *ctx.options)
+            x, attention, norm = ctx.saved_tensors
+            if backends.batched(grad, map_grad):
+                grad = _sum_in_pytorch(ctx, grad, map_grad, x)
+            else:
+                grad = ctx.call(_backward, grad, map_grad, x, attention, norm, *ctx.options)
         return grad, None, None, None, None, None
 
 
@@ -70,6 +75,14 @@ def _tap_forward(
     ctx.set_materialize_grads(False)
     ctx.call, ctx.options = run, (p, channel_reduce, signed, eps, eps_mode)
     return x, y
+
+
+def _sum_in_pytorch(ctx: Any, grad: Tensor | None, map_grad: Tensor, x: Tensor) -> Tensor:
+    """``grad`` and the gradient that ``map_grad`` gives x, where these stand for several each."""
+    p, channel_reduce, signed, eps, eps_mode = ctx.options
+    options = dict(p=p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode)
+    dx: Any = by_reference(functools.partial(reference.attention_map, **options), [x], [True], map_grad)[0]
+    return dx if grad is None else grad + dx
 
 
 class ReluTapFunction(torch.autograd.Function):
@@ -103,7 +116,9 @@ def _relu_forward(ctx: Any, run: Callable[..., Any], x: Tensor, residual: Tensor
 
 def _relu_gradients(ctx: Any, grad: Tensor | None, map_grad: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     y, attention, norm = ctx.saved_tensors
-    if map_grad is not None:
+    if map_grad is not None and backends.batched(grad, map_grad):
+        grad = _sum_in_pytorch(ctx, grad, map_grad, y) * (y > 0)
+    elif map_grad is not None:
         grad = ctx.call(_relu_backward, grad, map_grad, y, attention, norm, *ctx.options)
     elif grad is not None:
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
@@ -112,6 +127,7 @@ def _relu_gradients(ctx: Any, grad: Tensor | None, map_grad: Tensor | None, *unu
 
 def _traced_relu_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.save_for_backward(*output)
+    ctx.mark_non_differentiable(output[2])
     ctx.options = inputs[2:]
 
 
@@ -182,7 +198,7 @@ def relu_tap(
     Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
     Source: Zagoruyko, Komodakis, *Paying more attention to attention*, ICLR 2017.
     """
-    backend = backends.choose("relu_tap", (x,), lambda: backends.why_not_cuda_map(p))
+    backend = backends.choose("relu_tap", (x, residual), lambda: backends.why_not_cuda_map(p))
     if backend == "reference":
         return reference.relu_tap(x, residual, p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode)
     options = (p, channel_reduce, signed, eps, eps_mode)

@@ -13,22 +13,60 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd import backends
+
+# Private, and without a public counterpart. Without it gradients are prepared under hooks too.
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None)
+_MOST = 256  # situations remembered; upstream gradients that never come back would fill a table without bound
+
 
 class Upstream:
-    """The upstream gradients that one operation has seen. Shared by all calls of a process; a race costs time, never a result."""
+    """The upstream gradients that one operation has seen, shared by all calls of a process. A race costs time only.
+
+    A guess is what came the last time in the same situation: the turn of the call, counted from the last backward
+    pass, which tells the losses of one sum apart, and the upstream gradient seen last, which tells losses apart that
+    have backward passes of their own. It is made where a situation had one outcome, or the same twice in a row.
+    Before the first backward pass it is 1.
+    """
 
     def __init__(self) -> None:
-        self._last, self._steady = 1.0, True
+        self._turn, self._last = 0, 1.0
+        self._first: float | None = 1.0
+        # what came in a situation: to be counted on, or after something else
+        self._known: dict[tuple[int, float], float] = {}
+        self._doubted: dict[tuple[int, float], float] = {}
 
-    @property
-    def expected(self) -> float | None:
-        """The value to prepare for; None while the values change from call to call."""
-        return self._last if self._steady else None
+    def expect(self) -> tuple[tuple[int, float], float | None]:
+        """The situation of this call, for :meth:`saw`, and the value to prepare for, or None."""
+        situation = self._turn, self._last
+        self._turn += 1
+        return situation, self._known.get(situation, self._first)
 
-    def saw(self, value: float) -> None:
-        """Record what a backward pass was given."""
-        self._steady = value == self._last
-        self._last = value
+    def saw(self, situation: tuple[int, float], value: float) -> None:
+        """Record what the backward pass of the call in that situation was given."""
+        if self._known.get(situation) != value:
+            self._learn(situation, value)
+        self._turn, self._last = 0, value
+
+    def _learn(self, situation: tuple[int, float], value: float) -> None:
+        self._first = None
+        if len(self._known) + len(self._doubted) >= _MOST:
+            self._known.clear()
+            self._doubted.clear()
+        before = self._known.pop(situation, None)
+        if before is None and self._doubted.pop(situation, value) == value:  # never so for NaN
+            self._known[situation] = value
+        else:
+            self._doubted[situation] = value
+
+
+def hooked() -> bool:
+    """Whether what is saved now goes through hooks: checkpointing, which repeats this forward pass, or offloading.
+
+    Whoever asked for that wants memory and not time; gradients that wait for the backward pass are as large as the
+    features.
+    """
+    return _top_hooks(False) is not None
 
 
 def take_prepared(ctx: Any, grad: Tensor, seen: Upstream) -> Sequence[Tensor]:
@@ -36,10 +74,13 @@ def take_prepared(ctx: Any, grad: Tensor, seen: Upstream) -> Sequence[Tensor]:
 
     They are given away once: autograd may accumulate into them, so a second backward pass computes its own.
     """
-    if torch.is_grad_enabled() or type(grad) is not Tensor:  # a second derivative is wanted, or the call is traced
+    if ctx.situation is None:  # nothing was to be foreseen
+        return ()
+    # a second derivative is wanted, the call is traced, or grad stands for several
+    if torch.is_grad_enabled() or type(grad) is not Tensor or backends.batched(grad):
         return ()
     value = grad.item()
-    seen.saw(value)
+    seen.saw(ctx.situation, value)
     if value != ctx.expected:
         return ()
     prepared, ctx.prepared = ctx.prepared, ()
