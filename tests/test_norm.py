@@ -179,13 +179,13 @@ def test_addition_and_relu_of_a_folded_network_are_one_pass(shape, dtype):
     for _ in every_path():
         for added in (residual, None):
             with torch.no_grad(), Recorder() as recorder:
-                y = batch_norm(nn.Identity(), x.clone(), added, relu=True)
+                y = batch_norm(nn.Identity(), x.clone(), added, relu=True, owned=True)
             assert recorder.fused == ["add_relu_"]
             exact = torch.relu(x.float() + (0 if added is None else added)).to(dtype)
             torch.testing.assert_close(y, exact, rtol=0, atol=0, equal_nan=True)
     kept = x.clone()
     with Recorder() as recorder:
-        batch_norm(nn.Identity(), kept.requires_grad_() * 1, relu=True)  # what has a gradient is autograd's
+        batch_norm(nn.Identity(), kept.requires_grad_() * 1, relu=True, owned=True)  # what has a gradient is autograd's
     assert not recorder.fused
 
 
@@ -214,7 +214,7 @@ def test_everything_else_is_pytorch(case):
     x, norm = change(feature((4, 16, 6, 6))), make(nn.BatchNorm2d(16))
     other = copy.deepcopy(norm)
     with Recorder() as recorder:
-        y = batch_norm(norm, x.clone() if case == "another module" else x, x, relu=True)  # what that one hands back is overwritten
+        y = batch_norm(norm, x, x, relu=True)
     assert not recorder.fused.count("batch_norm")
     assert torch.equal(y, F.relu(other(x) + x))
     for found, wanted in zip(norm.buffers(), other.buffers(), strict=True):
