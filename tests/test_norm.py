@@ -310,3 +310,27 @@ def test_a_compiled_network_holds_the_operator():
         torch.testing.assert_close(ours.grad, exact.grad, rtol=1e-4, atol=1e-5)
     for ours, exact in zip(model.buffers(), other.buffers(), strict=True):
         torch.testing.assert_close(ours, exact)
+
+
+@compiled
+@pytest.mark.parametrize("relu", [False, True])
+def test_it_is_differentiable_twice_where_only_the_residual_has_a_gradient(relu):
+    """A frozen norm over what carries no gradient: the operation is right, the operator by itself refuses or is right."""
+    x, added = feature((4, 8, 3, 3)), feature((4, 8, 3, 3))
+    norm, exact = norms(8)
+    norm.requires_grad_(False)
+
+    def penalty(function, added):
+        leaf = added.detach().clone().requires_grad_()
+        (grad,) = torch.autograd.grad(function(leaf).pow(3).sum(), leaf, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), leaf)[0]
+
+    law = penalty(lambda r: reference.batch_norm(x.double(), r, exact.weight, exact.bias, relu=relu), added.double())
+    ours = penalty(lambda r: batch_norm(norm, x, r, relu=relu), added)
+    torch.testing.assert_close(ours.double(), law, rtol=1e-3, atol=1e-4 * law.abs().max().item())
+    raw = lambda r: torch.ops.fastkd.batch_norm(x, r, norm.weight, norm.bias, relu, norm.eps)[0]  # noqa: E731
+    if relu:
+        with pytest.raises(RuntimeError, match="use fastkd.reference.batch_norm, which is differentiable twice"):
+            penalty(raw, added)
+    else:
+        torch.testing.assert_close(penalty(raw, added).double(), law, rtol=1e-3, atol=1e-4 * law.abs().max().item())

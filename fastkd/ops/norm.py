@@ -92,7 +92,7 @@ def _differentiable_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ..
     normed = reference.batch_norm(x, None, weight, bias, relu=False, eps=ctx.eps)
     passed = grad * ((normed if y is None else y) > 0) if ctx.relu else grad
     wanted = [tensor for tensor in (x, weight, bias) if tensor.requires_grad]
-    found = iter(torch.autograd.grad(normed, wanted, passed, create_graph=True))
+    found = iter(torch.autograd.grad(normed, wanted, passed, create_graph=True) if wanted else ())
     dx, dweight, dbias = (next(found) if tensor.requires_grad else None for tensor in (x, weight, bias))
     return dx, passed if ctx.residual else None, dweight, dbias, None, None
 
