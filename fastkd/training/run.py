@@ -56,7 +56,7 @@ def find_teacher(plan: Plan) -> tuple[nn.Module, float]:
             train(plan, "teacher", opened, create_method("baseline"), None, None)
     teacher = create_model(name, plan.data.classes)
     try:
-        load_weights(teacher, path)
+        load_weights(teacher, path, say=say)
     except WeightsError as error:
         raise UserError(str(error)) from None
     batches = plan.batches("teacher")[1]
