@@ -179,13 +179,13 @@ def test_addition_and_relu_of_a_folded_network_are_one_pass(shape, dtype):
     for _ in every_path():
         for added in (residual, None):
             with torch.no_grad(), Recorder() as recorder:
-                y = batch_norm(nn.Identity(), x.clone(), added, relu=True)
+                y = batch_norm(nn.Identity(), x.clone(), added, relu=True, owned=True)
             assert recorder.fused == ["add_relu_"]
             exact = torch.relu(x.float() + (0 if added is None else added)).to(dtype)
             torch.testing.assert_close(y, exact, rtol=0, atol=0, equal_nan=True)
     kept = x.clone()
     with Recorder() as recorder:
-        batch_norm(nn.Identity(), kept.requires_grad_() * 1, relu=True)  # what has a gradient is autograd's
+        batch_norm(nn.Identity(), kept.requires_grad_() * 1, relu=True, owned=True)  # what has a gradient is autograd's
     assert not recorder.fused
 
 
@@ -214,7 +214,7 @@ def test_everything_else_is_pytorch(case):
     x, norm = change(feature((4, 16, 6, 6))), make(nn.BatchNorm2d(16))
     other = copy.deepcopy(norm)
     with Recorder() as recorder:
-        y = batch_norm(norm, x.clone() if case == "another module" else x, x, relu=True)  # what that one hands back is overwritten
+        y = batch_norm(norm, x, x, relu=True)
     assert not recorder.fused.count("batch_norm")
     assert torch.equal(y, F.relu(other(x) + x))
     for found, wanted in zip(norm.buffers(), other.buffers(), strict=True):
@@ -310,3 +310,27 @@ def test_a_compiled_network_holds_the_operator():
         torch.testing.assert_close(ours.grad, exact.grad, rtol=1e-4, atol=1e-5)
     for ours, exact in zip(model.buffers(), other.buffers(), strict=True):
         torch.testing.assert_close(ours, exact)
+
+
+@compiled
+@pytest.mark.parametrize("relu", [False, True])
+def test_it_is_differentiable_twice_where_only_the_residual_has_a_gradient(relu):
+    """A frozen norm over what carries no gradient: the operation is right, the operator by itself refuses or is right."""
+    x, added = feature((4, 8, 3, 3)), feature((4, 8, 3, 3))
+    norm, exact = norms(8)
+    norm.requires_grad_(False)
+
+    def penalty(function, added):
+        leaf = added.detach().clone().requires_grad_()
+        (grad,) = torch.autograd.grad(function(leaf).pow(3).sum(), leaf, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), leaf)[0]
+
+    law = penalty(lambda r: reference.batch_norm(x.double(), r, exact.weight, exact.bias, relu=relu), added.double())
+    ours = penalty(lambda r: batch_norm(norm, x, r, relu=relu), added)
+    torch.testing.assert_close(ours.double(), law, rtol=1e-3, atol=1e-4 * law.abs().max().item())
+    raw = lambda r: torch.ops.fastkd.batch_norm(x, r, norm.weight, norm.bias, relu, norm.eps)[0]  # noqa: E731
+    if relu:
+        with pytest.raises(RuntimeError, match="use fastkd.reference.batch_norm, which is differentiable twice"):
+            penalty(raw, added)
+    else:
+        torch.testing.assert_close(penalty(raw, added).double(), law, rtol=1e-3, atol=1e-4 * law.abs().max().item())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 import re
+import weakref
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from support import evaluate, law, make, values
 
 import fastkd
@@ -48,8 +51,9 @@ def test_tap_hands_the_feature_on_without_a_copy():
     hidden = x * 1
     y, _ = fastkd.tap(hidden)
     assert y.data_ptr() == hidden.data_ptr() and y.shape == x.shape and y.stride() == hidden.stride()
+    y.add_(1)
     with pytest.raises(RuntimeError, match="modified inplace"):
-        y.add_(1)
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("function", ["tap", "relu_tap"])
@@ -224,3 +228,40 @@ def test_every_operator_passes_opcheck(operator):
     for other, args in samples():
         if other == operator:
             torch.library.opcheck(getattr(torch.ops.fastkd, operator).default, args)
+
+
+@pytest.mark.parametrize("kept", ["by autograd", "checkpoint", "save_on_cpu"])
+@pytest.mark.parametrize("used", ["feature", "map", "both"])
+def test_a_tap_before_an_inplace_relu_names_relu_tap(kept, used):
+    def step(x):
+        y, attention = fastkd.tap(x * 1)
+        y = torch.relu_(y)
+        return (y.sin().sum() if used != "map" else 0) + (attention.square().sum() if used != "feature" else 0)
+
+    x = values((2, 3, 4, 4), torch.float32).requires_grad_()
+    with torch.autograd.graph.save_on_cpu() if kept == "save_on_cpu" else contextlib.nullcontext():
+        loss = torch.utils.checkpoint.checkpoint(step, x, use_reentrant=False) if kept == "checkpoint" else step(x)
+        with pytest.raises(RuntimeError, match="relu_tap") as caught:
+            loss.backward()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_change_of_relu_taps_feature_is_told_where_hooks_keep_it():
+    x = values((2, 3, 4, 4), torch.float32).requires_grad_()
+    with torch.autograd.graph.save_on_cpu():
+        y, attention = fastkd.relu_tap(x)
+    (y * 1).add_(1)
+    torch.autograd.grad(y.sum() + attention.sum(), x, retain_graph=True)
+    y.add_(1)
+    with pytest.raises(RuntimeError, match="relu_tap's feature was modified"):
+        (y.sum() + attention.sum()).backward()
+
+
+def test_what_watches_a_feature_holds_no_memory():
+    x = values((2, 3, 4, 4), torch.float32).requires_grad_()
+    hidden = x * 1
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x):
+        y, attention = fastkd.tap(hidden)
+    pointer = weakref.ref(hidden)
+    del hidden, y
+    assert pointer() is None and attention.grad_fn.watched.untyped_storage().nbytes() == 0

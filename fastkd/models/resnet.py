@@ -7,12 +7,19 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.models.features import Features
-from fastkd.ops.norm import batch_norm
+from fastkd.models.features import Features, Group, Record, fixed
+from fastkd.ops.norm import conv_norm
+
+
+class Shortcut(nn.Sequential):
+    """A 1x1 convolution and its batch norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv_norm(self[0], self[1], x) if len(self) == 2 else super().forward(x)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut, returned apart: bn2, addition and last ReLU are the network's, where the maps are taken."""
+    """Two 3x3 convolutions, added to the input or to a shortcut, and a ReLU."""
 
     def __init__(self, width_in: int, width: int, stride: int):
         super().__init__()
@@ -22,11 +29,20 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.downsample = None
         if stride != 1 or width_in != width:
-            self.downsample = nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+            self.downsample = Shortcut(nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        out = batch_norm(self.bn1, self.conv1(x), relu=True)
-        return self.conv2(out), x if self.downsample is None else batch_norm(self.downsample[1], self.downsample[0](x))
+    def forward(self, x: Tensor, record: Record | None = None) -> Tensor:
+        out = conv_norm(self.conv1, self.bn1, x, relu=True)
+        shortcut = x if self.downsample is None else self.downsample(x)
+        if record is not None and record.preact:
+            total = conv_norm(self.conv2, self.bn2, out, shortcut)
+            record.before.append(total)
+            return F.relu(total)
+        if record is not None and record.tap is not None and record.last:
+            y, attention = record.tap(conv_norm(self.conv2, self.bn2, out), shortcut)
+            record.maps.append(attention)
+            return y
+        return conv_norm(self.conv2, self.bn2, out, shortcut, relu=True)
 
 
 class ResNet(nn.Module):
@@ -56,30 +72,26 @@ class ResNet(nn.Module):
             nn.init.xavier_uniform_(self.fc.weight)
 
     @staticmethod
-    def _group(width_in: int, width: int, count: int, stride: int) -> nn.Sequential:
+    def _group(width_in: int, width: int, count: int, stride: int) -> Group:
         first = BasicBlock(width_in, width, stride)
-        return nn.Sequential(first, *(BasicBlock(width, width, 1) for _ in range(count - 1)))
+        return Group(first, *(BasicBlock(width, width, 1) for _ in range(count - 1)))
 
     def forward(
         self, x: Tensor, features: bool | str = False, tap: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     ) -> Tensor | tuple[Features, Tensor]:
+        features, tap = fixed("features", features, False), fixed("tap", tap, None)
         preact = features == "preact"
         if preact and tap is not None:
             raise ValueError('tap and features="preact" exclude each other: a tap never has the map before the ReLU')
-        x = stem = batch_norm(self.bn1, self.conv1(x), relu=True)
-        stages, blocks, maps = [], [], []
+        record = Record(preact, tap) if features or tap is not None else None
+        x = stem = conv_norm(self.conv1, self.bn1, x, relu=True)
+        stages = []
         for group in (self.layer1, self.layer2, self.layer3):
-            for i, block in enumerate(group, 1):
-                out, shortcut = block(x)
-                if tap is not None and i == len(group):
-                    x, attention = tap(batch_norm(block.bn2, out), shortcut)
-                    maps.append(attention)
-                else:
-                    total = x = batch_norm(block.bn2, out, shortcut, relu=not preact)
-                    if preact:
-                        x = F.relu(total)
-                blocks.append(total if preact else x)
-            stages.append(blocks[-1])
+            x = group(x) if record is None else group(x, record=record)
+            stages.append(record.before[-1] if record is not None and preact else x)
         pooled = x.mean((2, 3))
         logits = self.fc(pooled)
-        return (Features(stem, tuple(stages), pooled, tuple(blocks), tuple(maps)), logits) if features else logits
+        if record is None or not features:
+            return logits
+        blocks = record.before if preact else record.blocks
+        return Features(stem, tuple(stages), pooled, tuple(blocks), tuple(record.maps)), logits

@@ -8,14 +8,14 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.models.features import Features
-from fastkd.ops.norm import add_, batch_norm
+from fastkd.models.features import Features, Group, Record, fixed
+from fastkd.ops.norm import add, batch_norm, conv_norm, untouched
 
 
 class PreactBlock(nn.Module):
     """BN-ReLU-conv twice, added to the input or to a bare 1x1 convolution of the first activation.
 
-    Returns the raw sum and bn1's output, which is the previous block's pre-activation map when ``keep_norm``, else already overwritten.
+    With ``record.preact`` bn1's output, the previous block's map before its ReLU, goes into ``record.before``.
     """
 
     def __init__(self, width_in: int, width: int, stride: int):
@@ -26,12 +26,27 @@ class PreactBlock(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
         self.convShortcut = None if width_in == width else nn.Conv2d(width_in, width, 1, stride, bias=False)
 
-    def forward(self, x: Tensor, keep_norm: bool = False) -> tuple[Tensor, Tensor]:
-        active = norm = batch_norm(self.bn1, x, relu=not keep_norm)
-        if keep_norm:
+    def forward(self, x: Tensor, record: Record | None = None) -> Tensor:
+        if record is not None and record.preact:
+            norm = batch_norm(self.bn1, x)
+            record.before.append(norm)
             active = F.relu(norm)
-        out = batch_norm(self.bn2, self.conv1(active), relu=True)
-        return add_(self.conv2(out), x if self.convShortcut is None else self.convShortcut(active)), norm
+        else:
+            active = batch_norm(self.bn1, x, relu=True)
+        out = self.conv2(conv_norm(self.conv1, self.bn2, active, relu=True))
+        shortcut = x if self.convShortcut is None else self.convShortcut(active)
+        return add(out, shortcut, owned=untouched(self.conv2, nn.Conv2d))
+
+
+class LayerGroup(nn.Module):
+    """A group under the name ``layer``, as in the published state dicts: block1.layer.0.conv1.weight."""
+
+    def __init__(self, *blocks: nn.Module):
+        super().__init__()
+        self.layer = Group(*blocks)
+
+    def forward(self, x: Tensor, record: Record | None = None) -> Tensor:
+        return self.layer(x) if record is None else self.layer(x, record=record)
 
 
 class WideResNet(nn.Module):
@@ -58,33 +73,37 @@ class WideResNet(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     @staticmethod
-    def _group(width_in: int, width: int, count: int, stride: int) -> nn.ModuleDict:
+    def _group(width_in: int, width: int, count: int, stride: int) -> LayerGroup:
         first = PreactBlock(width_in, width, stride)
-        # the level called "layer" is there for the sake of the published names, block1.layer.0.conv1.weight
-        return nn.ModuleDict({"layer": nn.Sequential(first, *(PreactBlock(width, width, 1) for _ in range(count - 1)))})
+        return LayerGroup(first, *(PreactBlock(width, width, 1) for _ in range(count - 1)))
 
     def forward(
         self, x: Tensor, features: bool | str = False, tap: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     ) -> Tensor | tuple[Features, Tensor]:
+        features, tap = fixed("features", features, False), fixed("tap", tap, None)
         preact = features == "preact"
         if preact and tap is not None:
             raise ValueError('tap and features="preact" exclude each other: the tap is on the sums before the batch norm')
+        record = Record(preact, tap) if features or tap is not None else None
         x = stem = self.conv1(x)
-        blocks, norms, ends, taken = [], [], [], []
+        stages, ends = [], []
         for group in (self.block1, self.block2, self.block3):
-            for block in group["layer"].children():
-                x, norm = block(x, preact)
-                blocks.append(x)
-                norms.append(norm)
-            if tap is not None:
-                blocks[-1], attention = tap(x)
-                x = blocks[-1]
-                taken.append(attention)
-            ends.append(len(blocks) - 1)
+            x = group(x) if record is None else group(x, record=record)
+            if record is not None and tap is not None:
+                x, attention = tap(x)
+                record.blocks[-1] = x
+                record.maps.append(attention)
+            stages.append(x)
+            if record is not None:
+                ends.append(len(record.blocks))
         norm = batch_norm(self.bn1, x, relu=not preact)
         pooled = (F.relu(norm) if preact else norm).mean((2, 3))
         logits = self.fc(pooled)
-        if not features:
+        if record is None or not features:
             return logits
-        maps = [*norms[1:], norm] if preact else blocks
-        return Features(stem, tuple(maps[i] for i in ends), pooled, tuple(maps), tuple(taken)), logits
+        if preact:  # of a block: what the next batch norm made of its sum
+            blocks = [*record.before[1:], norm]
+            stages = [blocks[end - 1] for end in ends]
+        else:
+            blocks = record.blocks
+        return Features(stem, tuple(stages), pooled, tuple(blocks), tuple(record.maps)), logits

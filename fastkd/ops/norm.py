@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fastkd import backends, native, reference
 from fastkd.ops.registry import autograd, call, define, differentiable_once, not_differentiable
@@ -98,43 +99,50 @@ def _gradients_in_pytorch(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         normed = reference.batch_norm(x, None, weight, bias, relu=False, eps=ctx.eps)
     passed = grad * ((normed if y is None else y) > 0) if ctx.relu else grad
     wanted = [tensor for tensor in (x, weight, bias) if tensor.requires_grad]
-    found = iter(torch.autograd.grad(normed, wanted, passed, create_graph=again))
+    found = iter(torch.autograd.grad(normed, wanted, passed, create_graph=again) if wanted else ())
     dx, dweight, dbias = (next(found) if tensor.requires_grad else None for tensor in (x, weight, bias))
     return dx, passed if ctx.residual else None, dweight, dbias, None, None
 
 
-def add_(y: Tensor, residual: Tensor) -> Tensor:
-    """``y + residual``, in place unless torch.func is at work: vmap cannot put what is batched into what is not."""
-    return y + residual if backends.transforming() else y.add_(residual)
+def add(y: Tensor, residual: Tensor, *, owned: bool) -> Tensor:
+    """``y + residual``, in y's memory where nobody else can hold y (``owned``).
+
+    Never so inside torch.func: vmap cannot put what is batched into what is not.
+    """
+    return y.add_(residual) if owned and isinstance(y, Tensor) and not backends.transforming() else y + residual
 
 
-def batch_norm(norm: Any, x: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
+def batch_norm(norm: Any, x: Tensor, residual: Tensor | None = None, *, relu: bool = False, owned: bool = False) -> Tensor:
     """``norm(x)``, to which ``residual`` is added, and the ReLU of that: each where asked for. Running averages are updated as ever.
 
     A float32 :class:`torch.nn.BatchNorm2d` in training, over dense channels_last x and residual of float16, bfloat16 or float32 on a CPU,
     is one operator that reads x twice and writes once; its backward pass reads x and what arrives twice, or, where a residual and a ReLU
     followed, the result and what arrives once, and then the gradient that it wrote for the residual. It sums in float32 within a few
     thousand numbers and in float64 from there on, and rounds once. Everything else (another device, layout or dtype, eval mode, a norm
-    with hooks or without averages, any other module in its place, a transform of torch.func) is plain PyTorch, where the norm's output
-    is overwritten; addition and ReLU are then one pass over such tensors where no gradient is wanted. Backends asked for by name other
-    than "cpp" are plain PyTorch.
+    with hooks or a forward of its own or without averages, any other module in its place, a transform of torch.func, any tracer but
+    ``torch.compile``) is plain PyTorch. There addition and ReLU overwrite a tensor that nobody else can hold, the output of a batch norm
+    that is :func:`untouched`, and where no gradient is wanted they are one pass over it. Backends asked for by name other than "cpp" are
+    plain PyTorch.
 
     Args:
         norm: the module whose weight, bias and averages they are, at its place in the network.
         x: (N, C, H, W).
         residual: None, or a tensor like x.
         relu: whether a ReLU ends it.
+        owned: whether x was made for this call alone, so that it may be overwritten where ``norm`` is an Identity.
 
     Returns: like x. Equals ``torch.relu(norm(x) + residual)``; differentiable, twice too.
     Source: Ioffe, Szegedy, *Batch normalization*, ICML 2015.
     """
     if not _served(norm, x, residual):
         y = norm(x)
-        if relu and _joined(y, residual):
+        # what another module, a hook or a tracer handed back may be x, or be held by it
+        fresh = isinstance(y, Tensor) and (untouched(norm, nn.BatchNorm2d) or (owned and untouched(norm, nn.Identity)))
+        if relu and fresh and _joined(y, residual):
             return call(_add_relu, y, residual)
         if residual is not None:
-            y = add_(y, residual)
-        return F.relu(y, inplace=True) if relu else y
+            y, fresh = add(y, residual, owned=fresh), isinstance(y, Tensor)
+        return F.relu(y, inplace=fresh) if relu else y
     run = _forward if torch.compiler.is_compiling() else BatchNormFunction.apply
     y, mean, variance, _ = run(x, residual, norm.weight, norm.bias, relu, norm.eps)
     with torch.no_grad():
@@ -144,15 +152,35 @@ def batch_norm(norm: Any, x: Tensor, residual: Tensor | None = None, *, relu: bo
     return y
 
 
+def conv_norm(conv: Any, norm: Any, x: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
+    """``batch_norm(norm, conv(x), residual, relu=relu)``, which may overwrite the convolution's output where the norm was folded into it
+    and is an Identity now.
+    """
+    return batch_norm(norm, conv(x), residual, relu=relu, owned=type(norm) is nn.Identity and untouched(conv, nn.Conv2d))
+
+
+# Hooks of all modules (torch.nn.modules.module.register_module_forward_hook and so on): PyTorch has no public way to ask for them.
+_GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global_{kind}_hooks", {}) for kind in ("forward", "forward_pre", "backward", "backward_pre")]
+
+
+def untouched(module: Any, kind: type[nn.Module]) -> bool:
+    """Whether ``module(x)`` is PyTorch's own ``kind.forward`` and no code of a user sees what goes in or comes out: no subclass (nor a
+    parametrization, which makes one), no forward of the instance's own, no hooks of this module or of all modules.
+    """
+    if type(module) is not kind or "forward" in module.__dict__:
+        return False
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not own and not any(_GLOBAL_HOOKS)
+
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _served(norm: Any, x: Tensor, residual: Tensor | None) -> bool:
-    if not (type(norm) is nn.BatchNorm2d and norm.training and _in_kernels(x, residual)):
+    if not (untouched(norm, nn.BatchNorm2d) and norm.training and _in_kernels(x, residual)):
         return False
     plain = norm.affine and norm.track_running_stats and norm.momentum is not None and norm.weight.dtype == torch.float32
-    hooked = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
-    return plain and not hooked and x.numel() // x.shape[1] > 1
+    return plain and x.numel() // x.shape[1] > 1
 
 
 def _joined(y: Tensor, residual: Tensor | None) -> bool:
@@ -163,12 +191,23 @@ def _joined(y: Tensor, residual: Tensor | None) -> bool:
 
 
 def _in_kernels(x: Tensor, residual: Tensor | None) -> bool:
-    if not (isinstance(x, Tensor) and x.is_cpu and native.CPU.available and backends.current() in ("auto", "cpp")):
-        return False  # torch.fx gives no tensors
-    if backends.transforming():
+    if type(x) not in (Tensor, nn.Parameter):
+        return False  # a DTensor, a fake tensor; torch.fx gives no tensors at all
+    if not (x.is_cpu and native.CPU.available and backends.current() in ("auto", "cpp")) or _traced() or backends.transforming():
         return False
     alike = residual is None or (residual.dtype == x.dtype and residual.shape == x.shape and _dense(residual))
     return alike and x.dtype in _DTYPES and x.dim() == 4 and _dense(x)
+
+
+def _traced() -> bool:
+    """Whether this call is being recorded for a program that must run without fastkd or be rewritten: torch.jit.trace, ONNX, TensorBoard,
+    make_fx, functionalize, torch.export. (torch.compile is not among them: its graphs hold the operator.)
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
+        return True
+    return get_proxy_mode() is not None
 
 
 def _dense(x: Tensor) -> bool:

@@ -39,6 +39,24 @@ _relu = torch.ops.fastkd.relu_tap.default
 _relu_backward = torch.ops.fastkd.relu_tap_backward.default
 
 
+_EMPTY = torch.empty(0)
+
+
+def _watch(ctx: Any, x: Tensor) -> None:
+    """Note how often x was changed in place so far. What watches it shares x's counter of changes, but none of its memory."""
+    ctx.watched, ctx.version = None, 0
+    if any(ctx.needs_input_grad):
+        ctx.watched = x.detach()
+        ctx.watched.data = _EMPTY
+        ctx.version = ctx.watched._version
+
+
+def _unchanged(ctx: Any, sentence: str) -> None:
+    # PyTorch's own check says neither whose feature it was nor what to do, and does not see it where hooks keep the saved tensors
+    if ctx.watched is not None and ctx.watched._version != ctx.version:
+        raise RuntimeError(f"{sentence} before the backward pass, which needs it as it was")
+
+
 class TapFunction(torch.autograd.Function):
     """``apply(x, p, channel_reduce, signed, eps, eps_mode)`` -> x, map.
 
@@ -52,6 +70,7 @@ class TapFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, map_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        _unchanged(ctx, "tap's feature was modified inplace, by a ReLU for which relu_tap stands or by another operation,")
         if map_grad is not None:
             x, attention, norm = ctx.saved_tensors
             if backends.batched(grad, map_grad):
@@ -74,7 +93,8 @@ def _tap_forward(
     ctx.save_for_backward(x, y, norm)
     ctx.set_materialize_grads(False)
     ctx.call, ctx.options = run, (p, channel_reduce, signed, eps, eps_mode)
-    return x, y
+    _watch(ctx, x)
+    return x.detach(), y  # x itself would be handed back as a view, whose change autograd refuses without saying what to do
 
 
 def _sum_in_pytorch(ctx: Any, grad: Tensor | None, map_grad: Tensor, x: Tensor) -> Tensor:
@@ -111,10 +131,12 @@ def _relu_forward(ctx: Any, run: Callable[..., Any], x: Tensor, residual: Tensor
     ctx.save_for_backward(y, attention, norm)
     ctx.set_materialize_grads(False)
     ctx.call, ctx.options = run, options
+    _watch(ctx, y)
     return y, attention
 
 
 def _relu_gradients(ctx: Any, grad: Tensor | None, map_grad: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    _unchanged(ctx, "relu_tap's feature was modified by an inplace operation")
     y, attention, norm = ctx.saved_tensors
     if map_grad is not None and backends.batched(grad, map_grad):
         grad = _sum_in_pytorch(ctx, grad, map_grad, y) * (y > 0)
@@ -126,6 +148,7 @@ def _relu_gradients(ctx: Any, grad: Tensor | None, map_grad: Tensor | None, *unu
 
 
 def _traced_relu_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.watched = None
     ctx.save_for_backward(*output)
     ctx.mark_non_differentiable(output[2])
     ctx.options = inputs[2:]
@@ -147,8 +170,9 @@ def tap(
 
     The backward pass adds the map's gradient to the one that arrives from the network in a single pass over the feature, so that no
     gradient of the loss is written, read again and added. Give the map to :func:`attention_transfer_loss` with ``student_is_map=True``.
-    Use what is returned in place of x: where x itself goes on, autograd adds as ever. The feature returned is a view of x and may not be
-    changed in place. Inside ``torch.compile`` it is ``x, attention_map(x)``.
+    Use what is returned in place of x: where x itself goes on, autograd adds as ever. The feature returned shares x's memory and may not
+    be changed in place, which the backward pass refuses: before a ReLU take :func:`relu_tap`. Inside ``torch.compile`` it is
+    ``x, attention_map(x)``.
 
     Args:
         x: (N, C, *S), one to three spatial dimensions, float16, bfloat16, float32 or float64, any strides.

@@ -63,7 +63,7 @@ def find_teacher(plan: Plan) -> tuple[nn.Module, float]:
                 train(plan, "teacher", opened, create_method("baseline"), None, None)
     teacher = create_model(name, plan.data.classes)
     try:
-        config = load_weights(teacher, path).get("config")
+        config = load_weights(teacher, path, say=say).get("config")
     except WeightsError as error:
         raise UserError(str(error)) from None
     found = config["identity"] if isinstance(config, dict) and isinstance(config.get("identity"), dict) else {}

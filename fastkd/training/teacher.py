@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
+from fastkd.ops.norm import untouched
+
 
 def eased(teacher: nn.Module, features: bool | str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A copy of ``teacher`` in eval mode with fewer operations; the features that ``features`` asks for, and the logits, are the same but
     for rounding.
 
     A batch norm is folded where nothing but it reads its convolution's output: all of a CIFAR ResNet's, a wide ResNet's within its blocks.
+    Where a user put hooks, a parametrization or a forward of its own on either, both stay.
     ``dtype``: what autocast would cast the weights of convolutions and linear layers to in every step. A model that ``torch.fx`` cannot
     follow keeps its batch norms.
     """
@@ -42,10 +45,10 @@ def foldable(model: nn.Module, features: bool | str) -> list[tuple[str, str]]:
             readers.setdefault(str(node.target), []).append(node)
     found = []
     for name, nodes in readers.items():
-        source = nodes[0].args[0] if isinstance(layers[name], nn.BatchNorm2d) and len(nodes) == 1 else None
+        source = nodes[0].args[0] if untouched(layers[name], nn.BatchNorm2d) and len(nodes) == 1 else None
         if isinstance(source, fx.Node) and source.op == "call_module" and len(source.users) == 1:
             conv = str(source.target)
-            if isinstance(layers[conv], nn.Conv2d) and len(readers[conv]) == 1 and layers[name].track_running_stats:
+            if untouched(layers[conv], nn.Conv2d) and len(readers[conv]) == 1 and layers[name].track_running_stats:
                 found.append((conv.removeprefix("model."), name.removeprefix("model.")))
     return found
 
