@@ -40,19 +40,20 @@ def _pool(x: Tensor, size: list[int], mode: str) -> Tensor:
 
 def _energy(x: Tensor, p: float, channel_reduce: str, signed: bool) -> Tensor:
     # an even power needs no absolute value, and without it the second derivative at 0 is right
+    p = float(p)
     power = x.pow(p) if signed or p % 2 == 0 else x.abs().pow(p)
     return power.mean(1) if channel_reduce == "mean" else power.sum(1)
 
 
 def _normalize(q: Tensor, eps: float, eps_mode: str) -> Tensor:
     norm = torch.linalg.vector_norm(q, dim=tuple(range(1, q.dim())), keepdim=True)
-    return q / (norm.clamp_min(eps) if eps_mode == "clamp" else norm + eps)
+    return q / (norm.clamp_min(float(eps)) if eps_mode == "clamp" else norm + float(eps))
 
 
 def _combine(terms: list[Tensor], weights: Sequence[float] | None, reduce: str, weight: float) -> Tensor:
     if weights is not None:
-        terms = [w * term for w, term in zip(weights, terms, strict=True)]
-    total = torch.stack(terms).sum()
+        terms = [float(w) * term for w, term in zip(weights, terms, strict=True)]
+    total, weight = torch.stack(terms).sum(), float(weight)
     return total * (weight / len(terms) if reduce == "mean" else weight)
 
 
@@ -218,6 +219,7 @@ def kd_loss(
     Source: Hinton, Vinyals, Dean, *Distilling the knowledge in a neural network*, 2015.
     """
     checks.kd_loss(student_logits, teacher_logits, temperature, reduction, weight)
+    temperature, weight = float(temperature), float(weight)
     with _no_autocast(student_logits):
         s, t = (F.log_softmax(x / temperature, 1) for x in _widen(student_logits, teacher_logits))
         # in logarithms, so that a teacher's vanishing probability has a gradient; the clamp gives one of exactly zero its term, zero

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fastkd.modules import NumbersAsFloats
 from fastkd.ops.attention import attention_transfer_loss
 from fastkd.ops.gram import fsp_loss
 from fastkd.reference import kd_loss
 
 
-class AT(nn.Module):
+class AT(NumbersAsFloats):
     """``AT(p)(fm_s, fm_t)`` -> mean squared difference of the maps, sums over channels of abs(x)^p divided by (norm + 1e-6)."""
 
     def __init__(self, p: float) -> None:
@@ -30,7 +31,7 @@ class FSP(nn.Module):
         return fsp_loss((fm_s1, fm_s2), (fm_t1, fm_t2))
 
 
-class SoftTarget(nn.Module):
+class SoftTarget(NumbersAsFloats):
     """``SoftTarget(T)(out_s, out_t)`` -> T^2 KL, summed over classes, mean over the batch."""
 
     def __init__(self, T: float) -> None:

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from fastkd.modules import NumbersAsFloats
 from fastkd.ops.attention import attention_transfer_loss
 from fastkd.ops.gram import fsp_loss
 from fastkd.reference import kd_loss
 
 
-class Attention(nn.Module):
+class Attention(NumbersAsFloats):
     """``Attention(p)(g_s, g_t)`` -> one attention-transfer loss a stage."""
 
     def __init__(self, p: float = 2) -> None:
@@ -41,7 +42,7 @@ class FSP(nn.Module):
         return [fsp_loss(g_s[i : i + 2], g_t[i : i + 2]) for i in range(len(g_s) - 1)]
 
 
-class DistillKL(nn.Module):
+class DistillKL(NumbersAsFloats):
     """``DistillKL(T)(y_s, y_t)`` -> T^2 KL, summed over classes, mean over the batch."""
 
     def __init__(self, T: float) -> None:

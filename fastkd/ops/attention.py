@@ -250,6 +250,8 @@ def attention_map(
     backend = backends.choose("attention_map", (x,), lambda: backends.why_not_cuda_map(p))
     if backend == "reference":
         return reference.attention_map(x, p, channel_reduce=channel_reduce, signed=signed, normalize=normalize, eps=eps, eps_mode=eps_mode)
+    if not checks.are_floats(p, eps):
+        p, eps = checks.numbers(p=p, eps=eps)
     if torch.compiler.is_compiling():
         checks.attention_map(x, p, channel_reduce, eps, eps_mode)
         return traced(backend, _map)(x, p, channel_reduce, signed, normalize, eps, eps_mode)[0]
@@ -310,6 +312,9 @@ def attention_transfer_loss(
             student_is_map=student_is_map,
         )  # fmt: skip
 
+    if not checks.are_floats(p, eps, weight):
+        p, eps, weight = checks.numbers(p=p, eps=eps, weight=weight)
+    weights = checks.stage_weights(weights)
     switches = (
         channel_reduce,
         bool(signed),

@@ -277,6 +277,9 @@ def fsp_loss(
         )  # fmt: skip
     if backend == "cuda":
         precision = precision or kernels.own_precision()
+    if not checks.are_floats(weight):
+        (weight,) = checks.numbers(weight=weight)
+    weights = checks.stage_weights(weights, what="pair")
     options = (pool_mode, distance, pair_reduce, weights, weight, precision)
     if torch.compiler.is_compiling():
         students, teachers = checks.fsp_loss(student, teacher, *options)
