@@ -6,7 +6,7 @@ Floor 0: used by the reference before it computes, and by the operations to expl
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -54,21 +54,28 @@ def number(name: str, value: object, *, at_least: float | None = None) -> float:
 
 
 def _from_numpy(value: object) -> bool:
-    """By names: NumPy need not be there, and a compiler takes its numbers for arrays of no dimensions."""
+    """Whether it is one of NumPy's numbers; told by names, since NumPy need not be there."""
     kind = type(value)
-    return kind.__module__ == "numpy" and kind.__name__.startswith(("float", "int", "uint"))
+    if kind.__module__ != "numpy":
+        return False
+    if torch.compiler.is_compiling():  # which takes NumPy's numbers for arrays without dimensions
+        x = torch.as_tensor(value)
+        return x.dim() == 0 and x.dtype != torch.bool and not x.is_complex()
+    return kind.__name__.startswith(("float", "int", "uint"))
 
 
 _LEAST = {"p": 1.0, "eps": 0.0}
 
 
-def numbers(**values: object) -> list[float]:
-    """The arguments of these names as floats."""
-    return [number(name, value, at_least=_LEAST.get(name)) for name, value in values.items()]
+def constant(name: str, value: object) -> float:
+    """As :func:`number`, for an operator's argument: it is a constant of a compiled graph, which does not know NumPy's numbers."""
+    if torch.compiler.is_compiling() and _from_numpy(value):
+        raise TypeError(f"{name} is a number of NumPy's, which the graph of a backend asked for by name cannot hold: wanted float({name})")
+    return number(name, value, at_least=_LEAST.get(name))
 
 
 def are_floats(a: object, b: object = 0.0, c: object = 0.0) -> bool:
-    """Whether :func:`numbers` has nothing to do: finite numbers, of type float already. A sum that overflows says False, too."""
+    """Whether they are finite and of type float, so that none needs a look of its own. A sum that overflows says no, too."""
     return type(a) is type(b) is type(c) is float and 0.0 * (a + b + c) == 0.0  # type: ignore[operator]
 
 
@@ -140,7 +147,9 @@ def fits(name: str, i: int, x: Tensor, size: Sequence[int], other_name: str, oth
         )
 
 
-def stage_weights(weights: object, count: int | None = None, what: str = "stage") -> list[float] | None:
+def stage_weights(
+    weights: object, count: int | None = None, what: str = "stage", convert: Callable[[str, object], float] = number
+) -> list[float] | None:
     """One number a stage or pair, as floats; None stays."""
     if weights is None:
         return None
@@ -149,7 +158,7 @@ def stage_weights(weights: object, count: int | None = None, what: str = "stage"
         raise TypeError(f"weights is {type(weights).__name__}, wanted a sequence of {wanted}, one a {what}")
     if count is not None and len(weights) != count:
         raise ValueError(f"weights has {len(weights)} numbers, wanted {count}, one a {what}")
-    return [number(f"weights[{i}]", value) for i, value in enumerate(weights)]
+    return [convert(f"weights[{i}]", value) for i, value in enumerate(weights)]
 
 
 def _named(name: str, tensors: list[Tensor], value: object) -> list[str]:

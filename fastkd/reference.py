@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd import checks
+from fastkd import checks, graphs
 
 _POOLS: dict[str, tuple[Callable[..., Tensor], ...]] = {
     "avg": (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
@@ -39,9 +39,10 @@ def _pool(x: Tensor, size: list[int], mode: str) -> Tensor:
 
 
 def _energy(x: Tensor, p: float, channel_reduce: str, signed: bool) -> Tensor:
-    # an even power needs no absolute value, and without it the second derivative at 0 is right
     p = float(p)
-    power = x.pow(p) if signed or p % 2 == 0 else x.abs().pow(p)
+    # an even power needs no absolute value, and without it the second derivative at 0 is right; a compiled graph has no second derivative,
+    # and would be compiled for even powers and for others apart
+    power = x.pow(p) if signed or (not torch.compiler.is_compiling() and p % 2 == 0) else x.abs().pow(p)
     return power.mean(1) if channel_reduce == "mean" else power.sum(1)
 
 
@@ -151,7 +152,8 @@ def attention_transfer_loss(
         terms = []
         for s, t in zip(wide[: len(students)], wide[len(students) :], strict=True):
             size = _smaller(s.shape[1 if student_is_map else 2 :], t.shape[1 if teacher_is_map else 2 :])
-            d = (normalized(s, student_is_map, size) - normalized(t, teacher_is_map, size)).flatten(1)
+            s, t = graphs.save_constants(normalized(s, student_is_map, size), normalized(t, teacher_is_map, size))
+            d = (s - t).flatten(1)
             terms.append(d.square().mean() if difference == "squared" else torch.linalg.vector_norm(d, dim=1).mean())
         return _combine(terms, weights, stage_reduce, weight)
 
@@ -192,7 +194,9 @@ def fsp_loss(
         s, t = wide[: len(students)], wide[len(students) :]
         terms = []
         for i in range(len(s) - 1):
-            d = _gram(s[i], s[i + 1], pool_mode, precision) - _gram(t[i], t[i + 1], pool_mode, precision)
+            grams = (_gram(side[i], side[i + 1], pool_mode, precision) for side in (s, t))
+            s_gram, t_gram = graphs.save_constants(*grams)
+            d = s_gram - t_gram
             if distance == "squared":
                 terms.append(d.square().mean())
             elif distance == "frobenius":
@@ -221,7 +225,7 @@ def kd_loss(
     checks.kd_loss(student_logits, teacher_logits, temperature, reduction, weight)
     temperature, weight = float(temperature), float(weight)
     with _no_autocast(student_logits):
-        s, t = (F.log_softmax(x / temperature, 1) for x in _widen(student_logits, teacher_logits))
+        s, t = graphs.save_constants(*(F.log_softmax(x / temperature, 1) for x in _widen(student_logits, teacher_logits)))
         # in logarithms, so that a teacher's vanishing probability has a gradient; the clamp gives one of exactly zero its term, zero
         kl = t.exp() * (t.clamp_min(-1e30) - s)
         if reduction != "none":

@@ -126,3 +126,106 @@ def test_numbers_of_other_projects_modules_are_floats_too(module):
         refused(lambda: kind(value), TypeError, name)
     for value in NOT_FINITE.values():
         refused(lambda: kind(value), ValueError, name)
+
+
+# in compiled graphs
+
+
+def counted():
+    """A compiler's backend that only counts its graphs, and the count."""
+    graphs = []
+    return (lambda graph, example: (graphs.append(graph), graph.forward)[1]), graphs
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("kind", ["float32", "float64", "int64"])
+def test_compiled_functions_take_numpy_numbers(kind):
+    def everything(value):
+        return [CALLS[function](**argument(function, name, value)) for function, name in ARGUMENTS]
+
+    compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
+    with fastkd.use_backend("auto"):
+        for number in (3, 2):
+            for got, want in zip(compiled(np.dtype(kind).type(number)), everything(float(number)), strict=True):
+                torch.testing.assert_close(got, want)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("function, name", ARGUMENTS)
+def test_graphs_of_a_backend_take_numpy_numbers_as_weight_and_refuse_others(cpp, function, name):
+    compiled = torch.compile(lambda value: CALLS[function](**argument(function, name, value)), fullgraph=True, backend="eager")
+    with fastkd.use_backend(cpp):
+        if name == "weight" or function == "kd_loss":
+            torch.testing.assert_close(compiled(np.float32(3)), CALLS[function](**argument(function, name, 3.0)))
+            return
+        with pytest.raises(Exception, match=name) as caught:
+            compiled(np.float32(3))
+    assert "which the graph of a backend asked for by name cannot hold: wanted float(" in str(caught.value)
+
+
+SERIES = (1, 2.5, 3, 4, 5.0)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("function, name", IN_MODULES)
+def test_a_modules_number_that_changes_compiles_two_graphs(function, name):
+    backend, graphs = counted()
+    module = MODULES[function]()
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    inputs = LOGITS if function == "kd_loss" else (STUDENT, TEACHER)
+    with fastkd.use_backend("auto"):
+        for value in SERIES:
+            setattr(module, name, argument(function, name, value)[name])
+            torch.testing.assert_close(compiled(*inputs), CALLS[function](**argument(function, name, value)))
+    assert len(graphs) <= 2
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("function", MODULES)
+def test_a_weight_that_changes_compiles_two_graphs_of_a_backend(cpp, function):
+    backend, graphs = counted()
+    module = MODULES[function]()
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    inputs = LOGITS if function == "kd_loss" else (STUDENT, TEACHER)
+    with fastkd.use_backend(cpp):
+        for module.weight in SERIES:
+            torch.testing.assert_close(compiled(*inputs), CALLS[function](weight=module.weight))
+    assert len(graphs) <= 2
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("module", COMPAT)
+def test_another_projects_number_that_changes_compiles_two_graphs(module):
+    kind, name, inputs = COMPAT[module]
+    instance, (backend, graphs) = kind(2), counted()
+    compiled = torch.compile(instance, fullgraph=True, backend=backend)
+    with fastkd.use_backend("auto"):
+        for value in SERIES:
+            setattr(instance, name, value)
+            torch.testing.assert_close(compiled(*inputs), instance(*inputs), equal_nan=True)  # negative features under a signed power
+    assert len(graphs) <= 2
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("function", ["attention_transfer_loss", "fsp_loss"])
+def test_the_weight_in_a_graph_is_applied_before_a_gradient_is_rounded(cpp, function, dtype):
+    student, teacher = ([torch.randn(64, c, 8, 8).to(dtype) for c in (16, 16)] for _ in range(2))
+    student = [x.requires_grad_() for x in student]
+
+    def loss(student, teacher):
+        return getattr(fastkd, function)(student, teacher, weight=1000.0)
+
+    with fastkd.use_backend(cpp):
+        want = torch.autograd.grad(loss(student, teacher), student)
+        got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(student, teacher), student)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).tiny)
+        assert (a != 0).float().mean() > 0.9

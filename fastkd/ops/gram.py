@@ -278,13 +278,15 @@ def fsp_loss(
     if backend == "cuda":
         precision = precision or kernels.own_precision()
     if not checks.are_floats(weight):
-        (weight,) = checks.numbers(weight=weight)
-    weights = checks.stage_weights(weights, what="pair")
+        weight = checks.number("weight", weight)
+    weights = checks.stage_weights(weights, what="pair", convert=checks.constant)
     options = (pool_mode, distance, pair_reduce, weights, weight, precision)
     if torch.compiler.is_compiling():
-        students, teachers = checks.fsp_loss(student, teacher, *options)
+        # the weight has been looked at, and may be a number that only the graph knows
+        students, teachers = checks.fsp_loss(student, teacher, *options[:4], 1.0, precision)
         needs = torch.is_grad_enabled() and any(x.requires_grad for x in students + teachers)
-        return traced(backend, _loss)(students, teachers, *options, needs)[0]
+        # the weight outside: a number among an operator's arguments is a constant of the graph
+        return traced(backend, _loss)(students, teachers, *options[:4], 1.0, precision, needs)[0] * weight
     try:
         students, teachers = checks.stages("student", student), checks.stages("teacher", teacher)
         if not recorded(students) and not recorded(teachers):

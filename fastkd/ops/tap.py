@@ -147,7 +147,7 @@ def tap(
     if backend == "reference":
         return reference.tap(x, p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode)
     if not checks.are_floats(p, eps):
-        p, eps = checks.numbers(p=p, eps=eps)
+        p, eps = checks.constant("p", p), checks.constant("eps", eps)
     if torch.compiler.is_compiling():
         checks.attention_map(x, p, channel_reduce, eps, eps_mode)
         return x, traced(backend, _map)(x, p, channel_reduce, signed, True, eps, eps_mode)[0]
@@ -188,7 +188,7 @@ def relu_tap(
     if backend == "reference":
         return reference.relu_tap(x, residual, p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode)
     if not checks.are_floats(p, eps):
-        p, eps = checks.numbers(p=p, eps=eps)
+        p, eps = checks.constant("p", p), checks.constant("eps", eps)
     options = (p, channel_reduce, signed, eps, eps_mode)
     if torch.compiler.is_compiling():
         checks.relu_tap(x, residual, p, channel_reduce, eps, eps_mode)
