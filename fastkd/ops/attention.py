@@ -345,5 +345,6 @@ def attention_transfer_loss(
     if failure:  # not the arguments' fault
         raise failure
     needs = [torch.is_grad_enabled() and any(x.requires_grad for x in tensors) for tensors in (students, teachers)]
-    # the weight outside: a number among an operator's arguments is a constant of the graph. It reaches the gradients in float32 all the same
+    # the weight outside: a number among an operator's arguments is a constant of the graph. It still reaches
+    # the gradients in float32
     return traced(backend, _loss)(students, teachers, p, eps, _BITS[switches], weights, 1.0, *needs, None)[0] * weight

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastkd import backends, checks, kernels, reference
 from fastkd.kernels.gram_kept import kept_shape, wide_stages
+from fastkd.ops import flops
 from fastkd.ops.registry import (
     accumulator,
     autograd,
@@ -79,6 +80,7 @@ define(
 )
 differentiable_once("fsp_matrix_backward", "fsp_matrix")
 differentiable_once("fsp_loss_backward", "fsp_loss")
+flops.register()
 
 _matrix = torch.ops.fastkd.fsp_matrix.default
 _matrix_backward = torch.ops.fastkd.fsp_matrix_backward.default
