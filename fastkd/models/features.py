@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -29,3 +30,9 @@ class Features(NamedTuple):
     pooled: Tensor
     blocks: tuple[Tensor, ...]
     maps: tuple[Tensor, ...] = ()
+
+
+# The name under which torch.export.save writes it; torch.export.load needs fastkd imported. There is no public function for it.
+_register = getattr(torch.utils._pytree, "_register_namedtuple", None)
+if _register is not None:
+    _register(Features, serialized_type_name="fastkd.models.Features")
