@@ -6,7 +6,7 @@ Floor 0: used by the reference before it computes, and by the operations to expl
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,20 +38,80 @@ def switch(name: str, value: object, known: Sequence[object]) -> None:
         raise ValueError(f"{name} is {value!r}, wanted one of {', '.join(map(repr, known))}")
 
 
-def number(name: str, value: object, *, at_least: float | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} is {value!r} ({type(value).__name__}), wanted a number")
+def number(name: str, value: object, *, at_least: float | None = None) -> float:
+    """A finite number, of Python's or NumPy's, as a float.
+
+    A tensor is none: what takes a number has no gradient for it, and would lose that of a Parameter without a word.
+    """
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name} is a tensor ({type(value).__name__}), wanted a number: a tensor would get no gradient")
+    numpy = _from_numpy(value)
+    if isinstance(value, bool) or not (numpy or isinstance(value, (int, float))):
+        given = f"{value!r} ({type(value).__name__})" if isinstance(value, (bool, str, complex)) else type(value).__name__
+        raise TypeError(f"{name} is {given}, wanted a number")
+    result = float(value)  # type: ignore[arg-type]
+    if numpy and torch.compiler.is_compiling():
+        return result  # it is an input of the graph, known only when the graph runs
     # by comparison, not math.isfinite: under torch.compile(dynamic=True) the number may be symbolic
-    if not (-math.inf if at_least is None else at_least) <= value < math.inf or value == -math.inf:
+    if not (-math.inf if at_least is None else at_least) <= result < math.inf or result == -math.inf:
         bound = "" if at_least is None else f" of at least {at_least:g}"
         raise ValueError(f"{name} is {value!r}, wanted a finite number{bound}")
+    return result
 
 
-def power(p: object) -> None:
+def _from_numpy(value: object) -> bool:
+    """Whether it is one of NumPy's numbers; told by names, since NumPy need not be there."""
+    kind = type(value)
+    if kind.__module__ != "numpy":
+        return False
+    if torch.compiler.is_compiling():  # which takes NumPy's numbers for arrays without dimensions
+        x = torch.as_tensor(value)
+        return x.dim() == 0 and x.dtype != torch.bool and not x.is_complex()
+    return kind.__name__.startswith(("float", "int", "uint"))
+
+
+_LEAST = {"p": 1.0, "eps": 0.0}
+
+
+def constant(name: str, value: object) -> float:
+    """As :func:`number`, for an operator's argument: it is a constant of a compiled graph, which does not know NumPy's numbers."""
+    if torch.compiler.is_compiling() and _from_numpy(value):
+        raise TypeError(f"{name} is a number of NumPy's, which the graph of a backend asked for by name cannot hold: wanted float({name})")
+    return number(name, value, at_least=_LEAST.get(name))
+
+
+def are_floats(a: object, b: object = 0.0, c: object = 0.0) -> bool:
+    """Whether they are finite and of type float, so that none needs a look of its own. A sum that overflows says no, too."""
+    return type(a) is type(b) is type(c) is float and 0.0 * (a + b + c) == 0.0
+
+
+def above_zero(name: str, value: object) -> float:
+    result = number(name, value)
+    if not (_from_numpy(value) and torch.compiler.is_compiling()) and not result > 0:
+        raise ValueError(f"{name} is {value!r}, wanted a finite number above 0")
+    return result
+
+
+def option(name: str, value: object) -> Any:
+    """What a module holds of the argument ``name``: numbers as floats, anything else as it was given.
+
+    A compiled graph takes a float attribute that changes as an input; for an integer it is compiled anew each time.
+    """
+    if name == "weights":
+        return stage_weights(value)
+    if name in ("temperature", "T"):
+        return above_zero(name, value)
+    if name == "p":
+        return power(value)
+    return number(name, value, at_least=_LEAST.get(name)) if name in ("eps", "weight") else value
+
+
+def power(p: object) -> float:
     """The power of an attention map. Published ones are 1 to 4; |x|^p of float32 features overflows soon after 16."""
-    number("p", p, at_least=1)
-    if p > 16:  # type: ignore[operator]
+    result = number("p", p, at_least=1)
+    if not (_from_numpy(p) and torch.compiler.is_compiling()) and result > 16:
         raise ValueError(f"p is {p!r}, wanted a power from 1 to 16; if it is the loss's factor, write weight={p!r}")
+    return result
 
 
 def feature(name: str, x: object, *, spatial: bool = True) -> None:
@@ -114,15 +174,18 @@ def fits(name: str, i: int, x: Tensor, size: Sequence[int], other_name: str, oth
         )
 
 
-def stage_weights(weights: object, count: int, what: str) -> None:
+def stage_weights(
+    weights: object, count: int | None = None, what: str = "stage", convert: Callable[[str, object], float] = number
+) -> list[float] | None:
+    """One number a stage or pair, as floats; None stays."""
     if weights is None:
-        return
+        return None
     if not isinstance(weights, Sequence) or isinstance(weights, str):
-        raise TypeError(f"weights is {type(weights).__name__}, wanted a sequence of {count} numbers, one a {what}")
-    if len(weights) != count:
+        wanted = "numbers" if count is None else f"{count} numbers"
+        raise TypeError(f"weights is {type(weights).__name__}, wanted a sequence of {wanted}, one a {what}")
+    if count is not None and len(weights) != count:
         raise ValueError(f"weights has {len(weights)} numbers, wanted {count}, one a {what}")
-    for i, value in enumerate(weights):
-        number(f"weights[{i}]", value)
+    return [convert(f"weights[{i}]", value) for i, value in enumerate(weights)]
 
 
 def _named(name: str, tensors: list[Tensor], value: object) -> list[str]:
@@ -256,9 +319,7 @@ def fsp_loss(
 def kd_loss(student_logits: object, teacher_logits: object, temperature: object, reduction: object, weight: object) -> None:
     switch("reduction", reduction, KD_REDUCTION)
     number("weight", weight)
-    number("temperature", temperature)
-    if not temperature > 0:  # type: ignore[operator]
-        raise ValueError(f"temperature is {temperature!r}, wanted a finite number above 0")
+    above_zero("temperature", temperature)
     for name, x in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} is {type(x).__name__}, wanted a tensor")

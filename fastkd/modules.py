@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
+from fastkd import checks
 from fastkd.checks import Features
 from fastkd.ops.attention import attention_transfer_loss
 from fastkd.ops.gram import fsp_loss
@@ -20,7 +21,14 @@ from fastkd.reference import kd_loss
 _Self = TypeVar("_Self", bound="_Loss")
 
 
-class _Loss(nn.Module):
+class NumbersAsFloats(nn.Module):
+    """Checks a number where it becomes an attribute, and holds it as a float (:func:`fastkd.checks.option`)."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, checks.option(name, value))
+
+
+class _Loss(NumbersAsFloats):
     function: ClassVar[Callable[..., Tensor]]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]]
 

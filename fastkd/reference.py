@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd import checks
+from fastkd import checks, graphs
 from fastkd.checks import Features
 
 _POOLS: dict[str, tuple[Callable[..., Tensor], ...]] = {
@@ -28,8 +29,9 @@ def _widen(*tensors: Tensor) -> list[Tensor]:
     return [x.to(dtype) for x in tensors]
 
 
-def _no_autocast(x: Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, enabled=False)
+def _no_autocast(x: Tensor) -> AbstractContextManager[None]:
+    # the meta device, for one, has none
+    return torch.autocast(x.device.type, enabled=False) if torch.amp.is_autocast_available(x.device.type) else nullcontext()
 
 
 def _smaller(a: Sequence[int], b: Sequence[int]) -> list[int]:
@@ -41,6 +43,10 @@ def _pool(x: Tensor, size: list[int], mode: str) -> Tensor:
 
 
 def _energy(x: Tensor, p: float, channel_reduce: str, signed: bool) -> Tensor:
+    p = float(p)
+    if torch.compiler.is_compiling():  # a graph has no second derivative, and would be compiled for even powers and for others apart
+        power = (x if signed else x.abs()).pow(p)
+        return power.mean(1) if channel_reduce == "mean" else power.sum(1)
     # an even power needs no absolute value, and without it the second derivative at 0 is right
     base = x if signed or p % 2 == 0 else x.abs()
     if 1 < p < 2:  # the first derivative at 0 is 0, the second has no limit: taken as 0, as that of abs is
@@ -56,6 +62,8 @@ def _norm(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
 
     Elsewhere ``torch.linalg.vector_norm`` to the last bit, whose second derivative is NaN at 0 and overflows near it.
     """
+    if torch.compiler.is_compiling():  # a graph has no second derivative
+        return torch.linalg.vector_norm(x, dim=dim, keepdim=True)
     size, tiny = torch.linalg.vector_norm(x.detach(), dim=dim, keepdim=True), torch.finfo(x.dtype).tiny
     zero = size < tiny
     scale = torch.ones_like(size).masked_fill(size < tiny**0.25, tiny**-0.5)  # a power of 2 rounds nothing
@@ -65,13 +73,13 @@ def _norm(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
 
 def _normalize(q: Tensor, eps: float, eps_mode: str) -> Tensor:
     norm = _norm(q, tuple(range(1, q.dim())))
-    return q / (norm.clamp_min(eps) if eps_mode == "clamp" else norm + eps)
+    return q / (norm.clamp_min(float(eps)) if eps_mode == "clamp" else norm + float(eps))
 
 
 def _combine(terms: list[Tensor], weights: Sequence[float] | None, reduce: str, weight: float) -> Tensor:
     if weights is not None:
-        terms = [w * term for w, term in zip(weights, terms, strict=True)]
-    total = torch.stack(terms).sum()
+        terms = [float(w) * term for w, term in zip(weights, terms, strict=True)]
+    total, weight = torch.stack(terms).sum(), float(weight)
     return total * (weight / len(terms) if reduce == "mean" else weight)
 
 
@@ -172,7 +180,8 @@ def attention_transfer_loss(
         terms = []
         for s, t in zip(wide[: len(students)], wide[len(students) :], strict=True):
             size = _smaller(s.shape[1 if student_is_map else 2 :], t.shape[1 if teacher_is_map else 2 :])
-            d = (normalized(s, student_is_map, size) - normalized(t, teacher_is_map, size)).flatten(1)
+            s, t = graphs.save_constants(normalized(s, student_is_map, size), normalized(t, teacher_is_map, size))
+            d = (s - t).flatten(1)
             terms.append(d.square().mean() if difference == "squared" else _norm(d, 1).mean())
         return _combine(terms, weights, stage_reduce, weight)
 
@@ -213,7 +222,9 @@ def fsp_loss(
         s, t = wide[: len(students)], wide[len(students) :]
         terms = []
         for i in range(len(s) - 1):
-            d = _gram(s[i], s[i + 1], pool_mode, precision) - _gram(t[i], t[i + 1], pool_mode, precision)
+            grams = (_gram(side[i], side[i + 1], pool_mode, precision) for side in (s, t))
+            s_gram, t_gram = graphs.save_constants(*grams)
+            d = s_gram - t_gram
             if distance == "squared":
                 terms.append(d.square().mean())
             elif distance == "frobenius":
@@ -241,8 +252,9 @@ def kd_loss(
     Source: Hinton, Vinyals, Dean, *Distilling the knowledge in a neural network*, 2015.
     """
     checks.kd_loss(student_logits, teacher_logits, temperature, reduction, weight)
+    temperature, weight = float(temperature), float(weight)
     with _no_autocast(student_logits):
-        s, t = (F.log_softmax(x / temperature, 1) for x in _widen(student_logits, teacher_logits))
+        s, t = graphs.save_constants(*(F.log_softmax(x / temperature, 1) for x in _widen(student_logits, teacher_logits)))
         # A class that the teacher excludes (a logit of -inf) has no part in the sum, whatever the student's logit. In the others a
         # probability that underflows stays above zero, so that a student's -inf makes the loss infinite, not NaN. The teacher's
         # logarithms, not its probabilities, so that a vanishing one has a gradient.

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fastkd.modules import NumbersAsFloats
 from fastkd.ops.attention import attention_map, attention_transfer_loss
 from fastkd.ops.gram import fsp_loss, fsp_matrix
 from fastkd.reference import kd_loss
 
 
-class AT(nn.Module):
+class AT(NumbersAsFloats):
     """``AT(p)(fm_s, fm_t)`` -> mean squared difference of the maps, sums over channels of abs(x)^p divided by (norm + 1e-6)."""
 
     def __init__(self, p: float) -> None:
@@ -38,7 +39,7 @@ class FSP(nn.Module):
         return fsp_matrix(fm1, fm2)
 
 
-class SoftTarget(nn.Module):
+class SoftTarget(NumbersAsFloats):
     """``SoftTarget(T)(out_s, out_t)`` -> T^2 KL, summed over classes, mean over the batch."""
 
     def __init__(self, T: float) -> None:

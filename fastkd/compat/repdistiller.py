@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from fastkd.checks import Features, stages
+from fastkd.modules import NumbersAsFloats
 from fastkd.ops.attention import attention_map, attention_transfer_loss
 from fastkd.ops.gram import fsp_loss, fsp_matrix
 from fastkd.reference import kd_loss
 
 
-class Attention(nn.Module):
+class Attention(NumbersAsFloats):
     """``Attention(p)(g_s, g_t)`` -> one attention-transfer loss a stage."""
 
     def __init__(self, p: float = 2) -> None:
@@ -61,7 +62,7 @@ class FSP(nn.Module):
         return (s - t).pow(2).mean()
 
 
-class DistillKL(nn.Module):
+class DistillKL(NumbersAsFloats):
     """``DistillKL(T)(y_s, y_t)`` -> T^2 KL, summed over classes, mean over the batch.
 
     Logits (N, K), or (N, K, *S) as those of a segmentation: then summed over positions too and, as there, divided by N alone.

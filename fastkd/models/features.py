@@ -69,3 +69,9 @@ def fixed(name: str, value: Any, default: Any) -> Any:
         return value
     torch._assert(value == default, f"the network was traced with {name}={default}: trace it again with concrete_args to have another")
     return default
+
+
+# The name under which torch.export.save writes it; torch.export.load needs fastkd imported. There is no public function for it.
+_register = getattr(torch.utils._pytree, "_register_namedtuple", None)
+if _register is not None:
+    _register(Features, serialized_type_name="fastkd.models.Features")

@@ -271,6 +271,8 @@ def attention_map(
     backend = backends.choose("attention_map", (x,), lambda: backends.why_not_cuda_map(p))
     if backend == "reference":
         return reference.attention_map(x, p, channel_reduce=channel_reduce, signed=signed, normalize=normalize, eps=eps, eps_mode=eps_mode)
+    if not checks.are_floats(p, eps):
+        p, eps = checks.constant("p", p), checks.constant("eps", eps)
     if torch.compiler.is_compiling():
         checks.attention_map(x, p, channel_reduce, eps, eps_mode)
         return traced(backend, _map)(x, p, channel_reduce, signed, normalize, eps, eps_mode)[0]
@@ -333,6 +335,9 @@ def attention_transfer_loss(
             student_is_map=student_is_map,
         )  # fmt: skip
 
+    if not checks.are_floats(p, eps, weight):
+        p, eps, weight = checks.constant("p", p), checks.constant("eps", eps), checks.number("weight", weight)
+    weights = checks.stage_weights(weights, convert=checks.constant)
     switches = (
         channel_reduce,
         bool(signed),
@@ -355,11 +360,14 @@ def attention_transfer_loss(
             return function.apply(len(students), options, *students, *teachers)
         except Exception as error:
             failure = error
+    # the weight has been looked at, and may be a number that only the graph knows
     students, teachers = checks.attention_transfer(
-        student, teacher, p, channel_reduce, eps, eps_mode, pool, pool_mode, difference, stage_reduce, weights, weight, teacher_is_map,
+        student, teacher, p, channel_reduce, eps, eps_mode, pool, pool_mode, difference, stage_reduce, weights, 1.0, teacher_is_map,
         student_is_map,
     )  # fmt: skip
     if failure:  # not the arguments' fault
         raise failure
     needs = [torch.is_grad_enabled() and any(x.requires_grad for x in tensors) for tensors in (students, teachers)]
-    return traced(backend, _loss)(students, teachers, p, eps, _BITS[switches], weights, weight, *needs, None)[0]
+    # the weight outside: a number among an operator's arguments is a constant of the graph. It still reaches
+    # the gradients in float32
+    return traced(backend, _loss)(students, teachers, p, eps, _BITS[switches], weights, 1.0, *needs, None)[0] * weight

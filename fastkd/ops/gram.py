@@ -12,6 +12,7 @@ from torch import Tensor
 from fastkd import backends, checks, kernels, reference
 from fastkd.checks import Features
 from fastkd.kernels.gram_kept import kept_shape, wide_stages
+from fastkd.ops import flops
 from fastkd.ops.registry import (
     accumulator,
     autograd,
@@ -83,6 +84,7 @@ define(
 )
 differentiable_once("fsp_matrix_backward", "fsp_matrix")
 differentiable_once("fsp_loss_backward", "fsp_loss")
+flops.register()
 
 _matrix = torch.ops.fastkd.fsp_matrix.default
 _matrix_backward = torch.ops.fastkd.fsp_matrix_backward.default
@@ -292,11 +294,16 @@ def fsp_loss(
         )  # fmt: skip
     if backend == "cuda":
         precision = precision or kernels.own_precision()
+    if not checks.are_floats(weight):
+        weight = checks.number("weight", weight)
+    weights = checks.stage_weights(weights, what="pair", convert=checks.constant)
     options = (pool_mode, distance, pair_reduce, weights, weight, precision)
     if torch.compiler.is_compiling():
-        students, teachers = checks.fsp_loss(student, teacher, *options)
+        # the weight has been looked at, and may be a number that only the graph knows
+        students, teachers = checks.fsp_loss(student, teacher, *options[:4], 1.0, precision)
         needs = torch.is_grad_enabled() and any(x.requires_grad for x in students + teachers)
-        return traced(backend, _loss)(students, teachers, *options, needs)[0]
+        # the weight outside: a number among an operator's arguments is a constant of the graph
+        return traced(backend, _loss)(students, teachers, *options[:4], 1.0, precision, needs)[0] * weight
     try:
         students, teachers = checks.stages("student", student), checks.stages("teacher", teacher)
         if not recorded(students) and not recorded(teachers):

@@ -186,6 +186,8 @@ def tap(
     backend = backends.choose("tap", (x,), lambda: backends.why_not_cuda_map(p))
     if backend == "reference":
         return reference.tap(x, p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode)
+    if not checks.are_floats(p, eps):
+        p, eps = checks.constant("p", p), checks.constant("eps", eps)
     if torch.compiler.is_compiling():
         checks.attention_map(x, p, channel_reduce, eps, eps_mode)
         return x, traced(backend, _map)(x, p, channel_reduce, signed, True, eps, eps_mode)[0]
@@ -225,6 +227,8 @@ def relu_tap(
     backend = backends.choose("relu_tap", (x, residual), lambda: backends.why_not_cuda_map(p))
     if backend == "reference":
         return reference.relu_tap(x, residual, p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode)
+    if not checks.are_floats(p, eps):
+        p, eps = checks.constant("p", p), checks.constant("eps", eps)
     options = (p, channel_reduce, signed, eps, eps_mode)
     if torch.compiler.is_compiling():
         checks.relu_tap(x, residual, p, channel_reduce, eps, eps_mode)
