@@ -64,7 +64,7 @@ def test_without_file_locks_one_holds_and_no_row_is_lost(no_locks, tmp_path):
     with owned(tmp_path / ".lock") as again:
         assert again
     with ThreadPoolExecutor(6) as pool:
-        list(pool.map(lambda i: records.append(tmp_path, {"seed": i}), range(12)))
+        list(pool.map(lambda i: records.append(tmp_path, {"seed": i, "folder": f"run{i}"}), range(12)))
     rows = records.read_rows(tmp_path)[1]
     assert [row["no"] for row in rows] == [str(i) for i in range(1, 13)] and {row["seed"] for row in rows} == {str(i) for i in range(12)}
 
@@ -122,7 +122,7 @@ def test_who_comes_second_waits_for_the_teacher(tmp_path, capsys):
         time.sleep(0.3)
         assert not found and out + capsys.readouterr().out == f"teacher: another process trains {path}; waiting for it\n"
         path.parent.mkdir()
-        torch.save(create_model("resnet8").state_dict(), path)
+        torch.save({"model": create_model("resnet8").state_dict(), "config": {"identity": plan.identity("teacher")}}, path)
     thread.join(60)
     assert found and "training it first" not in capsys.readouterr().out
 
