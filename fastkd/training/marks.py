@@ -20,6 +20,7 @@ GONE = 120.0
 
 _told = False
 _held: set[str] = set()  # the marks of this process
+_changing = threading.Lock()  # held while a mark and its name in _held are made or removed: each tells of the other
 
 
 @contextmanager
@@ -36,10 +37,13 @@ def marked(path: Path, reason: str = "") -> Iterator[bool]:
         stands = f"a file {path.name}.held stands for {path.name} while it is held"
         say(f"{path.parent} has no file locks ({reason}); {stands}")
     mark = path.with_name(f"{path.name}.held")
-    if not _create(mark) and not (_left(path, mark) and _create(mark)):
+    with _changing:
+        mine = _create(mark) or (_left(path, mark) and _create(mark))
+        if mine:
+            _held.add(str(mark))
+    if not mine:
         yield False
         return
-    _held.add(str(mark))
     done = threading.Event()
     pulse = threading.Thread(target=_live, args=(mark, done), daemon=True)
     pulse.start()
@@ -48,9 +52,10 @@ def marked(path: Path, reason: str = "") -> Iterator[bool]:
     finally:
         done.set()
         pulse.join()
-        _held.discard(str(mark))
-        with suppress(OSError):
-            mark.unlink()
+        with _changing:
+            with suppress(OSError):
+                mark.unlink()
+            _held.discard(str(mark))
 
 
 def _create(mark: Path) -> bool:
