@@ -58,17 +58,11 @@ def _energy(x: Tensor, p: float, channel_reduce: str, signed: bool) -> Tensor:
 
 
 def _norm(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """The l2 norm over ``dim``, which stays; a constant 0 below the smallest normal number.
-
-    Elsewhere ``torch.linalg.vector_norm`` to the last bit, whose second derivative is NaN at 0 and overflows near it.
-    """
+    """``torch.linalg.vector_norm``, ``dim`` kept, but a constant where it is 0: there its second derivative is NaN."""
     if torch.compiler.is_compiling():  # a graph has no second derivative
         return torch.linalg.vector_norm(x, dim=dim, keepdim=True)
-    size, tiny = torch.linalg.vector_norm(x.detach(), dim=dim, keepdim=True), torch.finfo(x.dtype).tiny
-    zero = size < tiny
-    scale = torch.ones_like(size).masked_fill(size < tiny**0.25, tiny**-0.5)  # a power of 2 rounds nothing
-    norm = torch.linalg.vector_norm((x * scale).masked_fill(zero, 1), dim=dim, keepdim=True) / scale
-    return norm.masked_fill(zero, 0)
+    zero = torch.linalg.vector_norm(x.detach(), dim=dim, keepdim=True) == 0
+    return torch.linalg.vector_norm(x.masked_fill(zero, 1), dim=dim, keepdim=True).masked_fill(zero, 0)
 
 
 def _normalize(q: Tensor, eps: float, eps_mode: str) -> Tensor:

@@ -102,6 +102,22 @@ def test_fsp_with_a_dead_channel(dead, distance):
     finite(lambda *x: reference.fsp_loss(x[:2], x[2:], distance=distance), *s, *t)
 
 
+def test_fsp_with_a_channel_that_all_but_died():
+    """Weight decay leaves such numbers; second derivatives of a norm are as large as it is small, and right in float32."""
+    s, t = ([values((2, 3, 4, 3), F64), values((2, 4, 4, 3), F64)] for _ in range(2))
+    for side in (s, t):
+        side[1][:, 1] *= 1e-20
+    found = []
+    for dtype in (torch.float32, F64):
+        torch.manual_seed(3)
+        x, y = (z.to(dtype).requires_grad_() for z in s)
+        loss = reference.fsp_loss([x, y], [z.to(dtype) for z in t], distance="column_l2")
+        (first,) = torch.autograd.grad(loss, y, create_graph=True)
+        found.append(torch.autograd.grad((first * torch.randn(first.shape, dtype=F64).to(dtype)).sum(), y)[0].double())
+    assert found[1][:, 1].abs().max() > 1e17
+    torch.testing.assert_close(found[0][:, 1] * 1e-20, found[1][:, 1] * 1e-20, rtol=1e-3, atol=1e-3)
+
+
 def test_taps_and_batch_norm():
     x, t = sample("zero"), values((2, 3, 4, 3), F64)
     finite(lambda x: sum((y * t.view(y.shape) if y.dim() == 4 else y * t[:, 0]).sum() for y in reference.tap(x)), x)
