@@ -158,14 +158,19 @@ def _products(a: torch.Tensor, b: torch.Tensor) -> int:
     return a.shape[0] * a.shape[1] * b.shape[1] * min(a[0, 0].numel(), b[0, 0].numel())
 
 
-_warned = False
+_warned: set[str] = set()
 
 
-def _warn_once(reason: str) -> None:
-    global _warned
-    if not _warned:
-        _warned = True
-        warnings.warn(f"fastkd serves CUDA tensors by its plain PyTorch reference: {reason}", stacklevel=4)
+def _warn_once(device: str, reason: str) -> None:
+    """Once a process and kind of device; FASTKD_BACKEND=reference, which asks for the reference, is not warned."""
+    if device not in _warned:
+        _warned.add(device)
+        warnings.warn(f"fastkd serves {device} tensors by its plain PyTorch reference: {reason}", stacklevel=4)
+
+
+def _reference_on_cpu() -> str:
+    _warn_once("CPU", native.CPU.reason)
+    return "reference"
 
 
 def choose(operation: str, arguments: tuple[object, ...], why_not_cuda: Callable[[], str]) -> str:
@@ -183,7 +188,7 @@ def choose(operation: str, arguments: tuple[object, ...], why_not_cuda: Callable
         if torch.compiler.is_compiling():
             return "reference"
         if device == "cpu":
-            return "cpp" if native.CPU.available else "reference"
+            return "cpp" if native.CPU.available else _reference_on_cpu()
         return _choose_on_gpu(operation, arguments, why_not_cuda) if device == "cuda" else "reference"
     if name != "reference":
         _must_serve(name, device, arguments, why_not_cuda)
@@ -200,7 +205,7 @@ def _choose_on_gpu(operation: str, arguments: tuple[object, ...], why_not_cuda: 
     if in_cuda:
         return "cuda"
     if not available:
-        _warn_once(reason)
+        _warn_once("CUDA", reason)
     return "reference"
 
 

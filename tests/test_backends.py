@@ -97,7 +97,7 @@ def chosen(monkeypatch, *arguments, operation="attention_map", triton=True, cuda
     """What ``auto`` chooses for tensors on a CUDA device, and the warnings."""
     monkeypatch.setattr(kernels, "state", lambda: (triton, "the remedy"))
     monkeypatch.setattr(native, "CUDA", dataclasses.replace(native.CUDA, available=cuda))
-    monkeypatch.setattr(backends, "_warned", False)
+    monkeypatch.setattr(backends, "_warned", set())
     with warnings.catch_warnings(record=True) as caught, fastkd.use_backend("auto"):
         warnings.simplefilter("always")
         answers = [backends.choose(operation, arguments, lambda: why_not_cuda) for _ in range(2)]
