@@ -45,18 +45,16 @@ bool cpu_has_avx512() {
 }
 #endif
 
+#ifdef FASTKD_AMX
 // Asks Linux for the registers, once: they are too large to be every process's.
 bool cpu_has_amx() {
-#ifdef FASTKD_AMX
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
   static const bool has =
       cpu_has_avx512() && (~cpuid(7).d & (kAmxBf16 | kAmxTile)) == 0 && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
   return has;
-#else
-  return false;
-#endif
 }
+#endif
 
 Status find(const char* name, const KernelTable** found) {
   if (std::strcmp(name, "portable") == 0) {
