@@ -1,5 +1,4 @@
-#!/usr/bin/env python
-"""Trains a teacher, distils a student and records the result:  python train.py --method fsp
+"""The command line of ``python train.py`` in a clone and of ``fastkd-train`` where fastkd is installed.
 
 Exit status 0; 2 for anything that the caller can mend, with one line on stderr; 130 after Ctrl-C.
 """
@@ -11,6 +10,8 @@ import dataclasses
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
+
+from fastkd.training.screens import program
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -25,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     from fastkd.models import MODELS
     from fastkd.training import DATASETS, PRECISIONS, RECIPES, SETTINGS, Recipe
 
-    parser = OneLineParser(prog="train.py", description="Train a teacher, distil a student from it, record the result.")
+    parser = OneLineParser(prog=program(), description="Train a teacher, distil a student from it, record the result.")
     parser.add_argument("--method", required=True, choices=METHODS)
     parser.add_argument("--dataset", choices=("auto", *DATASETS), help="auto (default): CIFAR-10 if under --data, else digits")
     parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="where the sets lie, or are downloaded to (data)")
@@ -80,16 +81,12 @@ def main(arguments: list[str] | None = None) -> int:
             times = flags.pop("repeats")
             repeat(Settings(**flags, overrides={name: value for name, value in fields.items() if value is not None}), times)
         except UserError as error:
-            print(f"train.py: error: {error}", file=sys.stderr)
+            print(f"{program()}: error: {error}", file=sys.stderr)
             return 2
         except Interrupted as stop:
-            print(f"train.py: {stop}", file=sys.stderr)
+            print(f"{program()}: {stop}", file=sys.stderr)
             return 130
     except KeyboardInterrupt:
-        print("train.py: stopped while nothing was being trained; what was finished is kept", file=sys.stderr)
+        print(f"{program()}: stopped while nothing was being trained; what was finished is kept", file=sys.stderr)
         return 130
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

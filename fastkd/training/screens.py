@@ -16,6 +16,12 @@ from fastkd.training.plan import Plan
 from fastkd.training.progress import clock
 
 COMMAND = "command.sh"
+INSTALLED = "fastkd-train"
+
+
+def program() -> str:
+    """What the user called: the installed command, or the script in a clone."""
+    return INSTALLED if Path(sys.argv[0]).stem == INSTALLED else "train.py"
 
 
 def command(plan: Plan) -> str:
@@ -39,7 +45,8 @@ def command(plan: Plan) -> str:
         "pictures": None if settings.pictures else False,
     }
     script = sys.argv[0] if Path(sys.argv[0]).name == "train.py" else "train.py"
-    return shlex.join(["python", script, *(word for name, value in flags.items() for word in _words(name, value))])
+    start = [INSTALLED] if program() == INSTALLED else ["python", script]
+    return shlex.join([*start, *(word for name, value in flags.items() for word in _words(name, value))])
 
 
 def _words(name: str, value: Any) -> list[str]:
