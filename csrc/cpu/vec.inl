@@ -209,9 +209,15 @@ FASTKD_INLINE bool is_line(const T* p) {
 
 // Two vectors at a time from bfloat16: `even` are the numbers at even places, `odd` those at odd ones. Half the instructions of two loads.
 template <typename T, typename A>
-static constexpr bool kInPairs = false;
+struct InPairs {
+  static constexpr bool value = false;
+};
 template <>
-constexpr bool kInPairs<BFloat16, float> = FASTKD_VECTOR_BYTES > 16;
+struct InPairs<BFloat16, float> {
+  static constexpr bool value = FASTKD_VECTOR_BYTES > 16;
+};
+template <typename T, typename A>
+static constexpr bool kInPairs = InPairs<T, A>::value;
 typedef BitsF BitsFU __attribute__((aligned(2), may_alias));
 
 FASTKD_INLINE void load_pair(const BFloat16* p, VecF& even, VecF& odd) {

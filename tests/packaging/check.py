@@ -137,14 +137,19 @@ def check_pure_python(folder: Path) -> str:
 
 
 def check_uv(folder: Path) -> str:
-    """uv builds anew after an edit of a kernel and when FASTKD_BUILD=0 is taken away, and not without a reason."""
+    """A project that depends on the source tree: uv builds anew for a reason, and only then."""
     if not shutil.which("uv"):
         raise Missing("uv is not installed")
-    top = small(folder)
+    top, project = small(folder), folder / "project"
+    text = (top / "pyproject.toml").read_text(encoding="utf-8")
+    (top / "pyproject.toml").write_text(text.replace('dependencies = ["torch>=2.11"]', "dependencies = []"), encoding="utf-8")
+    project.mkdir()
+    needs = f'name = "project"\nversion = "1"\nrequires-python = ">=3.10"\ndependencies = ["fastkd @ {top.as_uri()}"]\n'
+    (project / "pyproject.toml").write_text(f"[project]\n{needs}")
 
     def built(**variables: str) -> bool:
-        uv = ["uv", "pip", "install", "--no-deps", "--no-build-isolation", "--python", sys.executable, "--target", folder / "uv", "."]
-        return "Built fastkd" in run(*uv, cwd=top, FASTKD_CUDA="0", UV_CACHE_DIR=str(folder / "cache"), **variables)
+        uv = ["uv", "pip", "install", "--no-build-isolation", "--python", sys.executable, "--target", folder / "uv", "-r", "pyproject.toml"]
+        return "Built fastkd" in run(*uv, cwd=project, FASTKD_CUDA="0", UV_CACHE_DIR=str(folder / "cache"), **variables)
 
     assert built(FASTKD_BUILD="0") and not built(FASTKD_BUILD="0")
     assert built() and not built()
