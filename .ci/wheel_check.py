@@ -32,6 +32,7 @@ def call(*command: str | Path, path: str = "", cwd: Path | None = None) -> str:
     print("$", *command, flush=True)
     # every symbol is looked up when the library is loaded, not when it is first called
     environment = {**os.environ, "PYTHONPATH": path, "LD_BIND_NOW": "1"}
+    environment["PATH"] = os.pathsep.join((f"{path}/bin", os.environ["PATH"]))  # commands of packages in that folder
     done = subprocess.run([*map(str, command)], env=environment, cwd=cwd, text=True, capture_output=True)
     if done.returncode:
         raise SystemExit(f"{done.stdout}{done.stderr}\nwheel check: {' '.join(map(str, command))} failed")
@@ -58,7 +59,7 @@ class Beside:
 
 def build(beside: Beside, work: Path) -> Path:
     """The wheel, built from the sdist, so that a file which that one lacks is missed here."""
-    beside.add("setuptools>=77")
+    beside.add("setuptools>=77", "ninja")
     beside.call("-c", f"import setuptools.build_meta as b; b.build_sdist({str(work)!r})", cwd=ROOT)
     (sdist,) = work.glob("fastkd-*.tar.gz")
     beside.call("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", work / "wheel", sdist)

@@ -232,6 +232,12 @@ def has_tangent(tensors: Iterable[torch.Tensor]) -> bool:
     return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
+def _reference_on_cpu() -> str:
+    """FASTKD_BACKEND=reference, which asks for the reference, is not warned."""
+    errors.warn_once(f"fastkd serves CPU tensors by its plain PyTorch reference: {native.CPU.reason}")
+    return "reference"
+
+
 def choose(operation: str, arguments: tuple[object, ...], why_not_cuda: Callable[[], str]) -> str:
     """The backend, ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``, for a call over ``arguments``, tensors and sequences of them.
 
@@ -249,7 +255,7 @@ def choose(operation: str, arguments: tuple[object, ...], why_not_cuda: Callable
         if torch.compiler.is_compiling() or _transforming():
             return "reference"
         if device == "cpu":
-            return "cpp" if native.CPU.available else "reference"
+            return "cpp" if native.CPU.available else _reference_on_cpu()
         if isinstance(example, torch.Tensor) and device == "cuda":
             return _choose_on_gpu(operation, arguments, example.device.index, why_not_cuda)
         return "reference"

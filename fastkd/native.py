@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from typing import Any
 import torch
 
 CPU_PATHS = ("portable", "avx2", "avx512")
-"""The code paths of the CPU library, slowest first. Off x86-64, and with compilers other than GCC, it has the first only."""
+"""The code paths of the CPU library, slowest first. Off x86-64, and of clang older than 16, it has the first only."""
 
 _MARKER = b"fastkd-build-info:"
+# by the numbers of fastkd_find_cpu_path
+_LACKS = {2: "this processor lacks it", 3: "it was not built, which takes GCC or clang 16 on x86-64"}
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,22 @@ def _build_info(path: str | None) -> dict[str, Any]:
     return json.loads(found.group(1)) if found else {}
 
 
+def _why_missing(file: Path) -> str:
+    """Why there is no such library in the folder that was imported."""
+    here = file.parent
+    for entry in sys.path:
+        installed = Path(entry).resolve() / here.name
+        if installed != here.resolve() and (installed / file.name).is_file():
+            return f"{here} has no compiled library and hides the installed package in {installed}: `pip install -e .` builds it here"
+    install = "pip install -e ." if (here.parent / "setup.py").is_file() else "pip install ."
+    return f"{file} is not there: built with FASTKD_BUILD=0, or not yet (`{install}` builds it)"
+
+
 def _load(name: str) -> Library:
     """Load ``fastkd/<name>.abi3.so`` into this process, or say why that cannot be."""
     file = Path(__file__).parent / f"{name}.abi3.so"
     if not file.is_file():
-        return Library(name, False, f"{file} is not there: built with FASTKD_BUILD=0, or not yet (`pip install .` builds it)", None)
+        return Library(name, False, _why_missing(file), None)
     try:
         torch.ops.load_library(str(file))
     except OSError as error:
@@ -61,9 +75,9 @@ def _load_cuda() -> Library:
     if torch.version.cuda is None:
         return Library("_C_cuda", False, f"torch {torch.__version__} is a build without CUDA", None)
     library = _load("_C_cuda")
-    if library.path is None and CPU.available:
-        note = _build_info(CPU.path).get("cuda", "it was left out")
-        return Library(library.name, False, f"not built: {note} (FASTKD_CUDA=1 makes `pip install .` insist on it)", None)
+    why_not = _build_info(CPU.path).get("cuda") if library.path is None else None
+    if why_not:
+        return Library(library.name, False, f"not built: {why_not}", None)
     return library
 
 
@@ -89,6 +103,7 @@ def _functions() -> ctypes.CDLL:
         raise RuntimeError(f"the CPU library is not available: {CPU.reason}")
     functions = ctypes.CDLL(CPU.path)
     functions.fastkd_cpu_path.restype = ctypes.c_char_p
+    functions.fastkd_find_cpu_path.argtypes = [ctypes.c_char_p]
     functions.fastkd_set_cpu_path.argtypes = [ctypes.c_char_p]
     functions.fastkd_set_amx.argtypes = [ctypes.c_int]
     return functions
@@ -110,16 +125,21 @@ def set_cpu_path(name: str) -> None:
     if status == 1:
         raise ValueError(f"CPU code path is {name!r}, wanted one of {', '.join(map(repr, CPU_PATHS))}")
     if status:
-        raise ValueError(f"CPU code path {name!r} cannot run here, these can: {', '.join(map(repr, cpu_paths()))}")
+        these = ", ".join(map(repr, cpu_paths()))
+        raise ValueError(f"CPU code path {name!r} cannot run here: {_LACKS[status]}; these can: {these}")
 
 
 def cpu_paths() -> list[str]:
     """The code paths that can run here, slowest first. Raises RuntimeError if the library is not available."""
-    functions, current = _functions(), cpu_path()
-    try:
-        return [name for name in CPU_PATHS if functions.fastkd_set_cpu_path(name.encode()) == 0]
-    finally:
-        functions.fastkd_set_cpu_path(current.encode())
+    functions = _functions()
+    return [name for name in CPU_PATHS if functions.fastkd_find_cpu_path(name.encode()) == 0]
+
+
+def _missing_cpu_paths() -> list[str]:
+    """The code paths that cannot run here, and why."""
+    functions = _functions()
+    found = {name: functions.fastkd_find_cpu_path(name.encode()) for name in CPU_PATHS}
+    return [f"{name} ({_LACKS[status]})" for name, status in found.items() if status]
 
 
 def amx() -> bool:
@@ -139,11 +159,13 @@ def report() -> dict[str, dict[str, Any]]:
     """For ``cpu`` and ``cuda``: available, reason, path, and what the library was built with; for ``cpu`` the code paths too."""
     parts: dict[str, dict[str, Any]] = {}
     for key, library in (("cpu", CPU), ("cuda", CUDA)):
-        # "cuda" is in the other library's reason, "kernels" is for tests (setup.py, kernel_resources)
-        facts = {k: v for k, v in _build_info(library.path).items() if k not in ("cuda", "kernels")}
+        # "cuda" is in the other library's reason
+        facts = {k: v for k, v in _build_info(library.path).items() if k != "cuda"}
         parts[key] = {"available": library.available, "reason": library.reason, "path": library.path, **facts}
     if CPU.available:
         parts["cpu"] |= {"code_path": cpu_path(), "code_paths": cpu_paths(), "amx": amx()}
+        if _missing_cpu_paths():
+            parts["cpu"]["other_code_paths"] = _missing_cpu_paths()
     return parts
 
 

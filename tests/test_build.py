@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -58,20 +59,32 @@ def test_library_tells_what_it_was_built_with_even_unloaded(library: Path) -> No
     facts = native._build_info(str(library))
     assert facts["torch_target"] == "2.11"
     assert {"compiler", "torch_headers"} <= facts.keys()
-    assert ("toolkit" in facts) == ("cuda" in library.name)
+    assert ("toolkit" in facts) == ("built" in facts) == ("cuda" in library.name)
 
 
+def cuobjdump() -> str | None:
+    """NVIDIA's tool that looks into a CUDA library: the toolkit's, or the one that comes with Triton."""
+    spec = importlib.util.find_spec("triton")
+    beside = [Path(folder) / "backends" / "nvidia" / "bin" for folder in (spec.submodule_search_locations or [] if spec else [])]
+    return shutil.which("cuobjdump") or next((found for folder in beside if (found := shutil.which("cuobjdump", path=folder))), None)
+
+
+@pytest.mark.skipif(not (PACKAGE / "_C_cuda.abi3.so").exists(), reason=native.CUDA.reason)
+@pytest.mark.skipif(not cuobjdump(), reason="no cuobjdump, which comes with Triton and with the CUDA toolkit")
 def test_cuda_kernels_need_no_more_than_a_gpu_has() -> None:
-    """As ptxas said when the library was built: no stack and no spills anywhere, and registers for at least two blocks a multiprocessor."""
-    facts = native._build_info(str(PACKAGE / "_C_cuda.abi3.so")) if (PACKAGE / "_C_cuda.abi3.so").exists() else {}
-    if not facts:
-        pytest.skip(native.CUDA.reason)
-    kernels = facts["kernels"]
-    codes = {code for code in facts["architectures"] if code.startswith("sm_")}
+    """No stack, where spills would be, and registers for at least two blocks a multiprocessor."""
+    command = [str(cuobjdump()), "--dump-resource-usage", PACKAGE / "_C_cuda.abi3.so"]
+    said = subprocess.run(command, check=True, text=True, capture_output=True).stdout
+    kernels = []
+    for part in said.split("arch = ")[1:]:
+        found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", part)
+        kernels += [(name, part.split()[0], *map(int, numbers)) for name, *numbers in found]
+    built = native._build_info(str(PACKAGE / "_C_cuda.abi3.so"))["architectures"]
+    codes = {code for code in built if code.startswith("sm_")}
     for operation in ("loss_kernel", "gradient_kernel", "map_kernel", "gram_forward", "gram_backward", "gram_pool"):
         assert {code for name, code, *_ in kernels if operation in name} == codes
-    for name, code, registers, stack, spilled, shared in kernels:
-        assert (stack, spilled) == (0, 0), f"{name} on {code}: {stack} bytes of stack, {spilled} spilled"
+    for name, code, registers, stack, shared, local in kernels:
+        assert (stack, local) == (0, 0), f"{name} on {code}: {stack} bytes of stack, {local} of local memory"
         most = 255 if "gram_forward" in name or "gram_backward" in name else 128  # blocks of 128 threads, not 256
         assert 0 < registers <= most and shared <= 48 << 10, f"{name} on {code}: {registers} registers, {shared} bytes of shared memory"
 
@@ -169,6 +182,7 @@ def test_fastkd_cpu_with_an_unknown_name_stops_the_import() -> None:
         ("FASTKD_CUDA", "2", "FASTKD_CUDA is '2', wanted 0 or 1 or auto"),
         ("MAX_JOBS", "many", "MAX_JOBS is 'many', wanted a number from 1 up"),
         ("CXX", "no-such-compiler", "FASTKD_BUILD=0"),
+        ("CXX", "false", "'false' does not work as a C++ compiler"),
     ],
 )
 def test_build_misuse_is_one_sentence(switch: str, value: str, wanted: str, tmp_path: Path) -> None:
@@ -179,3 +193,90 @@ def test_build_misuse_is_one_sentence(switch: str, value: str, wanted: str, tmp_
     (sentence,) = done.stderr.strip().splitlines()
     assert sentence.startswith("fastkd: ")
     assert wanted in sentence
+
+
+def warnings_of(code: str, package: Path, **environment: str) -> list[str]:
+    """The first line of each warning that the code's calls of losses cause."""
+    done = python(f"import warnings; warnings.simplefilter('always'); import torch, fastkd; {code}", package, **environment)
+    assert done.returncode == 0, done.stderr
+    return re.findall(r"UserWarning: (.*)", done.stderr)
+
+
+TWICE = f"{OPERATION}; fastkd.fsp_matrix(torch.ones(1, 2, 3), torch.ones(1, 2, 3)); {OPERATION}"
+
+
+def test_a_missing_library_is_warned_of_once(bare: Path) -> None:
+    (warning,) = warnings_of(TWICE, bare)
+    assert warning == (
+        f"fastkd serves CPU tensors by its plain PyTorch reference: {bare / '_C.abi3.so'} is not there: "
+        "built with FASTKD_BUILD=0, or not yet (`pip install .` builds it)"
+    )
+
+
+def test_a_broken_library_is_warned_of_once(bare: Path) -> None:
+    (bare / "_C.abi3.so").write_bytes(b"not a library")
+    (warning,) = warnings_of(TWICE, bare)
+    assert "plain PyTorch reference" in warning and "does not load into torch" in warning
+
+
+def test_a_source_folder_that_hides_the_installed_package_is_named(bare: Path, tmp_path: Path) -> None:
+    """After `pip install .` in a clone: what is imported there is the clone's own folder, without a library."""
+    installed = tmp_path / "site-packages" / "fastkd"
+    shutil.copytree(bare, installed)
+    (installed / "_C.abi3.so").touch()
+    (bare.parent / "setup.py").touch()
+    path = os.pathsep.join((str(bare.parent), str(installed.parent)))
+    (warning,) = warnings_of(TWICE, bare, PYTHONPATH=path)
+    hides = f"{bare} has no compiled library and hides the installed package in {installed}: `pip install -e .` builds it here"
+    assert warning == f"fastkd serves CPU tensors by its plain PyTorch reference: {hides}"
+    report = "import runpy, sys; sys.argv[1:] = ['--json']; runpy.run_module('fastkd', run_name='__main__')"
+    assert json.loads(output(report, bare, PYTHONPATH=path))["native"]["cpu"]["reason"] == hides
+
+
+def test_the_reference_by_name_is_not_warned_of(bare: Path) -> None:
+    assert warnings_of(TWICE, bare, FASTKD_BACKEND="reference") == []
+    assert warnings_of(f"\nwith fastkd.use_backend('reference'): {OPERATION}", bare) == []
+
+
+@needs_cpu_library
+def test_a_library_that_is_there_is_not_warned_of() -> None:
+    assert warnings_of(TWICE, PACKAGE) == []
+
+
+@needs_cpu_library
+def test_the_report_does_not_touch_the_code_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other threads may be computing: their kernels must not change for the time of a report."""
+    functions, chosen = native._functions(), []
+
+    class Watched:
+        def __getattr__(self, name: str) -> object:
+            if name.startswith("fastkd_set"):
+                chosen.append(name)
+            return getattr(functions, name)
+
+    monkeypatch.setattr(native, "_functions", Watched)
+    report = native.report()["cpu"]
+    assert native.cpu_paths() == report["code_paths"]
+    assert chosen == []
+
+
+@needs_cpu_library
+def test_a_code_path_that_was_not_built_is_told_from_one_that_the_processor_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Library:
+        """Of clang 15, on a processor without AVX-512."""
+
+        status = {b"portable": 0, b"avx2": 3, b"avx512": 2}
+
+        def fastkd_find_cpu_path(self, name: bytes) -> int:
+            return self.status.get(name, 1)
+
+        fastkd_set_cpu_path = fastkd_find_cpu_path
+
+    monkeypatch.setattr(native, "_functions", Library)
+    assert native.cpu_paths() == ["portable"]
+    built = "it was not built, which takes GCC or clang 16 on x86-64"
+    with pytest.raises(ValueError, match=rf"'avx2' cannot run here: {built}; these can: 'portable'"):
+        native.set_cpu_path("avx2")
+    with pytest.raises(ValueError, match="'avx512' cannot run here: this processor lacks it; these can: 'portable'"):
+        native.set_cpu_path("avx512")
+    assert native._missing_cpu_paths() == [f"avx2 ({built})", "avx512 (this processor lacks it)"]

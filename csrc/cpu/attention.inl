@@ -1,6 +1,6 @@
 // Attention maps and the attention-transfer loss, one (sample, stage) unit after the other; a unit's student and teacher are handled
-// together, while they are in the cache. Needs vec.inl, pool.inl and attention_stream.inl. Sums over positions are taken in double, in the
-// order of the positions.
+// together, while they are in the cache. Needs the files that kernels/attention.cpp includes before it. Sums over positions are taken in
+// double, in the order of the positions.
 
 // Hands out pieces of the scratch memory, each with a vector to spare: loops over positions may run to the end of a vector.
 struct Bump {
@@ -306,4 +306,4 @@ static void attention_loss_backward(const AttentionLossBackwardArgs& args, int64
                                       : loss_backward_units<float>(args, begin, end, scratch);
 }
 
-static constexpr AttentionKernels attention_kernels = {attention_map, attention_map_backward, attention_loss, attention_loss_backward};
+extern const AttentionKernels attention_kernels = {attention_map, attention_map_backward, attention_loss, attention_loss_backward};

@@ -2,22 +2,14 @@
 // gradient. attention_planes.inl has them for planes.
 
 // even/odd lanes of two vectors, one after the other
-#if defined(__clang__)
-FASTKD_INLINE VecF even_odd_sum(VecF a, VecF b) {
-  static_assert(kLanes<float> == 4, "clang builds the portable path only");
-  return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
-}
-FASTKD_INLINE VecD even_odd_sum(VecD a, VecD b) { return __builtin_shufflevector(a, b, 0, 2) + __builtin_shufflevector(a, b, 1, 3); }
-#else
 template <typename V, typename I>
 FASTKD_INLINE V even_odd_sum_of(V a, V b) {
   I even;
   for (size_t i = 0; i < sizeof(V) / sizeof(a[0]); ++i) even[i] = 2 * i;
-  return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
+  return FASTKD_SHUFFLE(a, b, even) + FASTKD_SHUFFLE(a, b, even + 1);
 }
 FASTKD_INLINE VecF even_odd_sum(VecF a, VecF b) { return even_odd_sum_of<VecF, IntF>(a, b); }
 FASTKD_INLINE VecD even_odd_sum(VecD a, VecD b) { return even_odd_sum_of<VecD, IntD>(a, b); }
-#endif
 
 // Lane i of the result is the sum of the lanes of v[i], i < kLanes<A>. Overwrites v.
 template <typename A>

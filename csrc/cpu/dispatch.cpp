@@ -4,6 +4,9 @@
 #include <cstdlib>
 #include <cstring>
 
+#ifdef FASTKD_X86
+#include <cpuid.h>
+#endif
 #ifdef FASTKD_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -12,54 +15,66 @@
 namespace fastkd {
 namespace {
 
-enum Status { kOk = 0, kUnknown = 1, kUnsupported = 2 };
+enum Status { kOk = 0, kUnknown = 1, kUnsupported = 2, kNotBuilt = 3 };
 
-bool cpu_has_avx2() {
+#define FASTKD_TABLE(path) {#path, path::attention_kernels, path::gram_kernels, path::tap_kernels, path::norm_kernels}
+constexpr KernelTable kPortable = FASTKD_TABLE(portable);
 #ifdef FASTKD_X86
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-#else
-  return false;
-#endif
+constexpr KernelTable kAvx2 = FASTKD_TABLE(avx2);
+constexpr KernelTable kAvx512 = FASTKD_TABLE(avx512);
+
+struct Registers {
+  unsigned a, b, c, d;
+};
+Registers cpuid(unsigned leaf) {
+  Registers r = {};
+  __get_cpuid_count(leaf, 0, &r.a, &r.b, &r.c, &r.d);  // leaves zeros where the processor has no such leaf
+  return r;
+}
+
+// The compiler's own test asks the operating system for the vectors' registers too, but does not know every name: GCC 10 lacks f16c,
+// clang those of AMX. cpuid is asked for these.
+bool cpu_has_avx2() {
+  constexpr unsigned kF16c = 1u << 29;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && (cpuid(1).c & kF16c) != 0;
 }
 
 bool cpu_has_avx512() {
-#ifdef FASTKD_X86
   return cpu_has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl");
-#else
-  return false;
-#endif
 }
+#endif
 
+#ifdef FASTKD_AMX
 // Asks Linux for the registers, once: they are too large to be every process's.
 bool cpu_has_amx() {
-#ifdef FASTKD_AMX
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  static const bool has = cpu_has_avx512() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-                          syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  static const bool has =
+      cpu_has_avx512() && (~cpuid(7).d & (kAmxBf16 | kAmxTile)) == 0 && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
   return has;
-#else
-  return false;
-#endif
 }
+#endif
 
 Status find(const char* name, const KernelTable** found) {
   if (std::strcmp(name, "portable") == 0) {
-    *found = &portable::table;
+    *found = &kPortable;
     return kOk;
   }
   const bool is_avx2 = std::strcmp(name, "avx2") == 0;
   if (!is_avx2 && std::strcmp(name, "avx512") != 0) return kUnknown;
-  if (is_avx2 ? !cpu_has_avx2() : !cpu_has_avx512()) return kUnsupported;
 #ifdef FASTKD_X86
-  *found = is_avx2 ? &avx2::table : &avx512::table;
-#endif
+  if (is_avx2 ? !cpu_has_avx2() : !cpu_has_avx512()) return kUnsupported;
+  *found = is_avx2 ? &kAvx2 : &kAvx512;
   return kOk;
+#else
+  return kNotBuilt;
+#endif
 }
 
 const KernelTable* best() {
   const KernelTable* table = nullptr;
-  if (find("avx512", &table) != kOk && find("avx2", &table) != kOk) table = &portable::table;
+  if (find("avx512", &table) != kOk && find("avx2", &table) != kOk) table = &kPortable;
   return table;
 }
 
@@ -86,7 +101,7 @@ std::atomic<bool>& amx_wanted() {
 
 bool tiles_available() {
 #ifdef FASTKD_AMX
-  return amx_wanted().load(std::memory_order_relaxed) && &kernels() == &avx512::table && cpu_has_amx();
+  return amx_wanted().load(std::memory_order_relaxed) && &kernels() == &kAvx512 && cpu_has_amx();
 #else
   return false;
 #endif
@@ -107,8 +122,13 @@ extern "C" __attribute__((visibility("default"))) const char* fastkd_cpu_path() 
   return table == nullptr ? nullptr : table->name;
 }
 
-// Chooses the code path for all threads: 0 done, 1 no such name, 2 this CPU (or this build) cannot run it. An empty name chooses the best
-// one.
+// Whether a code path can run here: 0 yes, 1 there is no such name, 2 this CPU lacks it, 3 this build does.
+extern "C" __attribute__((visibility("default"))) int fastkd_find_cpu_path(const char* name) {
+  const fastkd::KernelTable* table = nullptr;
+  return fastkd::find(name, &table);
+}
+
+// Chooses the code path for all threads; returns what fastkd_find_cpu_path() does. An empty name chooses the best one.
 extern "C" __attribute__((visibility("default"))) int fastkd_set_cpu_path(const char* name) {
   const fastkd::KernelTable* table = nullptr;
   if (name == nullptr || *name == '\0') {

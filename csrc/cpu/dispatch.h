@@ -8,31 +8,33 @@
 
 namespace fastkd {
 
-struct KernelTable {
-  const char* name;  // "portable", "avx2", "avx512"
-  AttentionKernels attention;
-  GramKernels gram;
-  TapKernels tap;
-  NormKernels norm;
-};
-
-// Each is defined by the file of its name (through kernels.inl). AVX paths exist only in builds with GCC for x86-64 (FASTKD_X86).
-namespace portable {
-extern const KernelTable table;
-}
-namespace avx2 {
-extern const KernelTable table;
-}
-namespace avx512 {
-extern const KernelTable table;
-}
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// Code paths with AVX exist on x86-64, for GCC and for clang from 16 on. AMX is asked of Linux.
+#if defined(__x86_64__) && defined(__GNUC__) && (!defined(__clang__) || __clang_major__ >= 16)
 #define FASTKD_X86 1
-#if defined(__linux__) && __GNUC__ >= 11
+#if defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
 #define FASTKD_AMX 1
 #endif
 #endif
+
+struct KernelTable {
+  const char* name;  // "portable", "avx2", "avx512"
+  const AttentionKernels& attention;
+  const GramKernels& gram;
+  const TapKernels& tap;
+  const NormKernels& norm;
+};
+
+// Defined at the end of the .inl files, by way of kernels/.
+#define FASTKD_CODE_PATH(path)                     \
+  namespace path {                                 \
+  extern const AttentionKernels attention_kernels; \
+  extern const GramKernels gram_kernels;           \
+  extern const TapKernels tap_kernels;             \
+  extern const NormKernels norm_kernels;           \
+  }
+FASTKD_CODE_PATH(portable)
+FASTKD_CODE_PATH(avx2)
+FASTKD_CODE_PATH(avx512)
 
 // The path in use: FASTKD_CPU, or what fastkd_set_cpu_path() chose, or else the best one that this CPU runs. Throws if FASTKD_CPU names no
 // usable path.

@@ -270,7 +270,7 @@ static void training(const GramTraining& call, int64_t begin, int64_t end, void*
   }
 }
 
-static constexpr GramKernels gram_kernels = {
+extern const GramKernels gram_kernels = {
     {forward_scratch<float>, forward_scratch<double>},   {forward<float>, forward<double>},
     {backward_scratch<float>, backward_scratch<double>}, {backward<float>, backward<double>},
     {training_scratch<float>, training_scratch<double>}, {training<float>, training<double>},

@@ -17,7 +17,7 @@ template <int Segment, typename A>
 FASTKD_INLINE Vec<A> fold(Vec<A> x, Vec<A> y) {
   Mask<A> low = {};
   for (int i = 0; i < int(kLanes<A>); ++i) low[i] = i / (Segment / 2) * Segment + i % (Segment / 2);
-  return __builtin_shuffle(x, y, low) + __builtin_shuffle(x, y, low + Segment / 2);
+  return FASTKD_SHUFFLE(x, y, low) + FASTKD_SHUFFLE(x, y, low + Segment / 2);
 }
 // The sums of each of kLanes<A> vectors.
 template <typename A, int Count>

@@ -42,7 +42,7 @@ template <typename A>
 FASTKD_INLINE Vec<A> neighbours(Vec<A> v, Vec<A> w) {
   Mask<A> even = {};
   for (int i = 0; i < int(kLanes<A>); ++i) even[i] = 2 * i;
-  return __builtin_shuffle(v, w, even) + __builtin_shuffle(v, w, even + 1);
+  return FASTKD_SHUFFLE(v, w, even) + FASTKD_SHUFFLE(v, w, even + 1);
 }
 
 template <typename T, typename A>
@@ -68,7 +68,7 @@ static void spread_quarters(const A* grad, const PoolPlan& plan, A* plane) {
     const Vec<A> share = load<A, A>(grad + i) * A(0.25);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
-      const Vec<A> v = __builtin_shuffle(share, twice + half * (W / 2));
+      const Vec<A> v = FASTKD_SHUFFLE(share, twice + half * (W / 2));
       A* to = next_vector<A>(lines);
       store<A, A>(to, Add ? load<A, A>(to) + v : v);
       store<A, A>(to + width, Add ? load<A, A>(to + width) + v : v);

@@ -211,4 +211,4 @@ static void norm_join(const JoinArgs& args, int64_t begin, int64_t end) {
   });
 }
 
-static constexpr NormKernels norm_kernels = {norm_moments, norm_apply, norm_sums, norm_gradient, norm_join};
+extern const NormKernels norm_kernels = {norm_moments, norm_apply, norm_sums, norm_gradient, norm_join};

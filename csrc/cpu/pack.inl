@@ -70,10 +70,10 @@ static void transpose_square(const float* from, int64_t from_row, float* to, int
 #endif
 #pragma GCC unroll 4
   for (int q = 0; q < kQuarters; ++q) {
-    const VecD a = (VecD)__builtin_shuffle(v[0][q], v[1][q], low), b = (VecD)__builtin_shuffle(v[2][q], v[3][q], low);
-    const VecD c = (VecD)__builtin_shuffle(v[0][q], v[1][q], high), d = (VecD)__builtin_shuffle(v[2][q], v[3][q], high);
-    const VecF out[4] = {(VecF)__builtin_shuffle(a, b, low2), (VecF)__builtin_shuffle(a, b, high2), (VecF)__builtin_shuffle(c, d, low2),
-                         (VecF)__builtin_shuffle(c, d, high2)};
+    const VecD a = (VecD)FASTKD_SHUFFLE(v[0][q], v[1][q], low), b = (VecD)FASTKD_SHUFFLE(v[2][q], v[3][q], low);
+    const VecD c = (VecD)FASTKD_SHUFFLE(v[0][q], v[1][q], high), d = (VecD)FASTKD_SHUFFLE(v[2][q], v[3][q], high);
+    const VecF out[4] = {(VecF)FASTKD_SHUFFLE(a, b, low2), (VecF)FASTKD_SHUFFLE(a, b, high2), (VecF)FASTKD_SHUFFLE(c, d, low2),
+                         (VecF)FASTKD_SHUFFLE(c, d, high2)};
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
       const int64_t row = 4 * q + j;

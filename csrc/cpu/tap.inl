@@ -216,4 +216,4 @@ static void tap_backward(const TapBackwardArgs& args, int64_t begin, int64_t end
   });
 }
 
-static constexpr TapKernels tap_kernels = {relu_tap, tap_backward};
+extern const TapKernels tap_kernels = {relu_tap, tap_backward};

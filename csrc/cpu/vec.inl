@@ -119,15 +119,16 @@ FASTKD_INLINE T from_acc(A x) {
   return Number<T, A>::put(x);
 }
 
-// The general case goes lane by lane: 16-bit storage with double accumulation, which only mixed calls with float64 use.
+// The general case goes lane by lane: 16-bit storage with double accumulation, which only mixed calls with float64 use. Too rare for its
+// conversions to be compiled into every loop.
 template <typename T, typename A>
 struct Memory {
-  FASTKD_INLINE Vec<A> load(const T* p) {
+  static __attribute__((noinline)) Vec<A> load(const T* p) {
     Vec<A> v = {};
     for (int64_t i = 0; i < kLanes<A>; ++i) v[i] = to_acc<T, A>(p[i]);
     return v;
   }
-  FASTKD_INLINE void store(T* p, Vec<A> v) {
+  static __attribute__((noinline)) void store(T* p, Vec<A> v) {
     for (int64_t i = 0; i < kLanes<A>; ++i) p[i] = from_acc<T, A>(v[i]);
   }
 };
@@ -208,9 +209,15 @@ FASTKD_INLINE bool is_line(const T* p) {
 
 // Two vectors at a time from bfloat16: `even` are the numbers at even places, `odd` those at odd ones. Half the instructions of two loads.
 template <typename T, typename A>
-static constexpr bool kInPairs = false;
+struct InPairs {
+  static constexpr bool value = false;
+};
 template <>
-constexpr bool kInPairs<BFloat16, float> = FASTKD_VECTOR_BYTES > 16;
+struct InPairs<BFloat16, float> {
+  static constexpr bool value = FASTKD_VECTOR_BYTES > 16;
+};
+template <typename T, typename A>
+static constexpr bool kInPairs = InPairs<T, A>::value;
 typedef BitsF BitsFU __attribute__((aligned(2), may_alias));
 
 FASTKD_INLINE void load_pair(const BFloat16* p, VecF& even, VecF& odd) {
@@ -249,6 +256,26 @@ FASTKD_INLINE void deinterleave(VecF& low, VecF& high) {
   }
   low = even, high = odd;
 }
+
+// FASTKD_SHUFFLE(a, b, order): the lanes of a and, counted on, of b in the order given; FASTKD_SHUFFLE(a, order) those of a. clang has no
+// such function for an order of variables, but makes one instruction of these loops where the order is known.
+#ifdef __clang__
+template <typename V, typename I>
+FASTKD_INLINE V shuffled(V a, V b, I order) {
+  constexpr int W = sizeof(V) / sizeof(a[0]);
+  V result = {};
+#pragma clang loop unroll(full)
+  for (int i = 0; i < W; ++i) result[i] = order[i] < W ? a[order[i]] : b[order[i] - W];
+  return result;
+}
+template <typename V, typename I>
+FASTKD_INLINE V shuffled(V a, I order) {
+  return shuffled(a, a, order);
+}
+#define FASTKD_SHUFFLE shuffled
+#else
+#define FASTKD_SHUFFLE __builtin_shuffle
+#endif
 
 template <typename A>
 FASTKD_INLINE Vec<A> broadcast(A x) {

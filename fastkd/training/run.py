@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 import fastkd
+from fastkd import native
 from fastkd.methods import Method, create_method
 from fastkd.models import WeightsError, create_model, fingerprint, load_weights, read_checkpoint
 from fastkd.training import distributed, pictures, records, runs
@@ -44,6 +45,8 @@ def run(settings: Settings) -> dict[str, Any]:
     # the student's folder is there before the teacher's training begins, so that --resume finds the run whenever it was killed
     with screens(), determinism(settings.deterministic), runs.opened(plan, "student", found) as student:
         say(plan.describe())
+        if plan.device.type == "cpu" and not native.CPU.available:
+            say(f"no compiled kernels, plain PyTorch instead: {native.CPU.reason}")
         teacher, accuracy = find_teacher(plan) if plan.method.needs_teacher else (None, None)
         return train(plan, "student", student, plan.method, teacher, accuracy)
 

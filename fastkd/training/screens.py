@@ -19,6 +19,13 @@ from fastkd.training.progress import clock
 from fastkd.training.settings import environment
 
 COMMAND = "command.sh"
+INSTALLED = "fastkd-train"
+
+
+def program() -> str:
+    """What the user called: the installed command, or the script in a clone."""
+    # torchrun starts the installed command as a module, "cli"
+    return INSTALLED if Path(sys.argv[0]).stem in (INSTALLED, "cli") else "train.py"
 
 
 def command(plan: Plan) -> str:
@@ -47,17 +54,24 @@ def command(plan: Plan) -> str:
         "pictures": None if settings.pictures else False,
     }
     script = sys.argv[0] if Path(sys.argv[0]).name == "train.py" else "train.py"
-    return shlex.join([*environment(), *_launcher(plan), script, *(word for name, value in flags.items() for word in _words(name, value))])
+    return shlex.join([*environment(), *_start(plan, script), *(word for name, value in flags.items() for word in _words(name, value))])
 
 
-def _launcher(plan: Plan) -> list[str]:
-    """What starts the script: torchrun with as many processes, also where srun or mpirun started them."""
+def _start(plan: Plan, script: str) -> list[str]:
+    """What starts the script, or the installed command: torchrun with as many processes, also where srun or mpirun started them."""
+    installed = program() == INSTALLED
     if plan.processes == 1:
-        return ["python"]
+        return [INSTALLED] if installed else ["python", script]
     launch = distributed.launched()
     nodes = 1 if launch is None else launch.nodes
     where = ["--standalone"] if nodes == 1 else ["--nnodes", str(nodes)]
-    return ["torchrun", *where, "--nproc-per-node", str(plan.processes // nodes)]
+    return [
+        "torchrun",
+        *where,
+        "--nproc-per-node",
+        str(plan.processes // nodes),
+        *(["-m", "fastkd.training.cli"] if installed else [script]),
+    ]
 
 
 def _words(name: str, value: Any) -> list[str]:

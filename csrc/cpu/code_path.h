@@ -1,0 +1,38 @@
+// The head of the files in kernels/. setup.py compiles each of them once per code path, with FASTKD_PATH (portable, avx2 or avx512) and
+// FASTKD_VECTOR_BYTES. Headers stand before the target, so that nothing of theirs is compiled for this instruction set. A file's kernels
+// stand in the namespace FASTKD_PATH, and FASTKD_PATH_END behind them.
+//
+// Rules for the .inl files there: use only what is defined in this namespace, raw pointers, the plain structs of common.h, compiler
+// builtins, intrinsics and functions of libm. No std:: templates, no inline functions of headers (see common.h).
+#pragma once
+
+#include "dispatch.h"
+
+#ifdef FASTKD_X86
+#include <immintrin.h>
+#endif
+
+#include <cmath>
+
+#if FASTKD_VECTOR_BYTES == 16  // every compiler with vector extensions maps these to what the machine has (SSE2, NEON), or to scalars
+#define FASTKD_PATH_BUILT 1
+#define FASTKD_PATH_END
+#elif defined(FASTKD_X86) && defined(__clang__)
+#define FASTKD_PATH_BUILT 1
+#define FASTKD_PATH_END _Pragma("clang attribute pop")
+#if FASTKD_VECTOR_BYTES == 64
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#endif
+#elif defined(FASTKD_X86)
+#define FASTKD_PATH_BUILT 1
+#define FASTKD_PATH_END
+// GCC takes the deliberately undefined operands of its own intrinsics for uninitialized variables.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#if FASTKD_VECTOR_BYTES == 64
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#endif
