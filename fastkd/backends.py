@@ -107,6 +107,11 @@ def _not_in_triton(arguments: tuple[object, ...]) -> str:
     return ""
 
 
+def is_wrapper(x: object) -> bool:
+    """Whether a tensor holds others, as a DTensor does, for which PyTorch has rules for its own operators alone."""
+    return type(x) is not torch.Tensor and hasattr(type(x), "__tensor_flatten__")
+
+
 # What the CUDA library does not serve, and "" where it does. Its kernels check the rest, so misuse is explained as everywhere.
 
 MAX_STAGES = 16
@@ -180,12 +185,15 @@ def choose(operation: str, arguments: tuple[object, ...], why_not_cuda: Callable
     name = current()
     if name == "auto":
         # inside a compiled graph the plain formula fuses with its neighbours, which an opaque operator cannot
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or is_wrapper(example):
             return "reference"
         if device == "cpu":
             return "cpp" if native.CPU.available else "reference"
         return _choose_on_gpu(operation, arguments, why_not_cuda) if device == "cuda" else "reference"
     if name != "reference":
+        if is_wrapper(example):
+            kind = type(example).__name__
+            raise BackendError(f"backend {name!r} was asked for but serves plain tensors only, the first is a {kind}")
         _must_serve(name, device, arguments, why_not_cuda)
     return name
 

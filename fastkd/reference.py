@@ -42,9 +42,10 @@ def _pool(x: Tensor, size: list[int], mode: str) -> Tensor:
 
 def _energy(x: Tensor, p: float, channel_reduce: str, signed: bool) -> Tensor:
     p = float(p)
-    # an even power needs no absolute value, and without it the second derivative at 0 is right; a compiled graph has no second derivative,
-    # and would be compiled for even powers and for others apart
-    power = x.pow(p) if signed or (not torch.compiler.is_compiling() and p % 2 == 0) else x.abs().pow(p)
+    # an even power needs no absolute value, and without it the second derivative at 0 is right; a compiled graph has
+    # none, and would be compiled for even powers and for others apart
+    plain = signed or (not torch.compiler.is_compiling() and p % 2 == 0)
+    power = x.pow(p) if plain else x.abs().pow(p)
     return power.mean(1) if channel_reduce == "mean" else power.sum(1)
 
 

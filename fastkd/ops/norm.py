@@ -152,6 +152,8 @@ def _joined(y: Tensor, residual: Tensor | None) -> bool:
 def _in_kernels(x: Tensor, residual: Tensor | None) -> bool:
     if not (isinstance(x, Tensor) and x.is_cpu and native.CPU.available and backends.current() in ("auto", "cpp")):
         return False  # torch.fx gives no tensors
+    if backends.is_wrapper(x):
+        return False
     alike = residual is None or (residual.dtype == x.dtype and residual.shape == x.shape and _dense(residual))
     return alike and x.dtype in _DTYPES and x.dim() == 4 and _dense(x)
 
