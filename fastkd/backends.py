@@ -109,6 +109,11 @@ def _not_in_triton(arguments: tuple[object, ...]) -> str:
     return ""
 
 
+def is_wrapper(x: object) -> bool:
+    """Whether a tensor holds others, as a DTensor does, for which PyTorch has rules for its own operators alone."""
+    return type(x) is not torch.Tensor and hasattr(type(x), "__tensor_flatten__")
+
+
 # What the CUDA library does not serve, and "" where it does. Its kernels check the rest, so misuse is explained as everywhere.
 
 MAX_STAGES = 16
@@ -252,7 +257,7 @@ def choose(operation: str, arguments: tuple[object, ...], why_not_cuda: Callable
     name = current()
     if name == "auto":
         # inside a compiled graph the plain formula fuses with its neighbours, which an opaque operator cannot
-        if torch.compiler.is_compiling() or _transforming():
+        if torch.compiler.is_compiling() or _transforming() or is_wrapper(example):
             return "reference"
         if device == "cpu":
             return "cpp" if native.CPU.available else _reference_on_cpu()
@@ -260,6 +265,9 @@ def choose(operation: str, arguments: tuple[object, ...], why_not_cuda: Callable
             return _choose_on_gpu(operation, arguments, example.device.index, why_not_cuda)
         return "reference"
     if name != "reference":
+        if is_wrapper(example):
+            kind = type(example).__name__
+            raise BackendError(f"backend {name!r} was asked for but serves plain tensors only, the first is a {kind}")
         _must_serve(name, device, example, arguments, why_not_cuda)
         if transforming() and (_in_torch_func() or has_tangent(_tensors(arguments))):
             raise BackendError(

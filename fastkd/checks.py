@@ -41,13 +41,15 @@ def switch(name: str, value: object, known: Sequence[object]) -> None:
 def number(name: str, value: object, *, at_least: float | None = None) -> float:
     """A finite number, of Python's or NumPy's, as a float.
 
-    A tensor is none: what takes a number has no gradient for it, and would lose that of a Parameter without a word.
+    A tensor is none: what takes a number has no gradient for it, and a Parameter would lose its own without a word.
     """
     if isinstance(value, Tensor):
-        raise TypeError(f"{name} is a tensor ({type(value).__name__}), wanted a number: a tensor would get no gradient")
+        kind = type(value).__name__
+        raise TypeError(f"{name} is a tensor ({kind}), wanted a number: a tensor would get no gradient")
     numpy = _from_numpy(value)
     if isinstance(value, bool) or not (numpy or isinstance(value, (int, float))):
-        given = f"{value!r} ({type(value).__name__})" if isinstance(value, (bool, str, complex)) else type(value).__name__
+        kind = type(value).__name__
+        given = f"{value!r} ({kind})" if isinstance(value, (bool, str, complex)) else kind
         raise TypeError(f"{name} is {given}, wanted a number")
     result = float(value)  # type: ignore[arg-type]
     if numpy and torch.compiler.is_compiling():
@@ -74,14 +76,14 @@ _LEAST = {"p": 1.0, "eps": 0.0}
 
 
 def constant(name: str, value: object) -> float:
-    """As :func:`number`, for an operator's argument: it is a constant of a compiled graph, which does not know NumPy's numbers."""
+    """As :func:`number`, for an operator's argument: in a compiled graph it is a constant, and NumPy's are inputs."""
     if torch.compiler.is_compiling() and _from_numpy(value):
-        raise TypeError(f"{name} is a number of NumPy's, which the graph of a backend asked for by name cannot hold: wanted float({name})")
+        raise TypeError(f"{name} is a NumPy number, which the graph of a backend asked for by name cannot hold: wanted float({name})")
     return number(name, value, at_least=_LEAST.get(name))
 
 
 def are_floats(a: object, b: object = 0.0, c: object = 0.0) -> bool:
-    """Whether they are finite and of type float, so that none needs a look of its own. A sum that overflows says no, too."""
+    """Whether they are finite and of type float: then none needs a look of its own. A sum that overflows says no."""
     return type(a) is type(b) is type(c) is float and 0.0 * (a + b + c) == 0.0
 
 
@@ -92,10 +94,10 @@ def above_zero(name: str, value: object) -> float:
     return result
 
 
-def option(name: str, value: object) -> Any:
+def option(name: str, value: Any) -> Any:
     """What a module holds of the argument ``name``: numbers as floats, anything else as it was given.
 
-    A compiled graph takes a float attribute that changes as an input; for an integer it is compiled anew each time.
+    A float attribute that changes becomes an input of a compiled graph; for an integer it is compiled anew each time.
     """
     if name == "weights":
         return stage_weights(value)

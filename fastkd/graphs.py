@@ -8,21 +8,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# It does nothing, and no compiler knows that: what comes after it cannot be had again from what lies before it. It claims to write to x, so
-# that it needs no copy.
-if not hasattr(torch.ops.fastkd, "recompute_barrier_"):  # it is there where fastkd is imported a second time in a process
-    _LIBRARY = torch.library.Library("fastkd", "FRAGMENT")
+# It does nothing, and no compiler knows that: it will not compute again what lies before it to have what comes after.
+# It claims to write to x, so that it needs no copy.
+_LIBRARY = torch.library.Library("fastkd", "FRAGMENT")
+if not hasattr(torch.ops.fastkd, "recompute_barrier_"):  # a notebook may import fastkd anew
+    # PyTorch keeps this function, and so the library, which takes back what it registered when it is deleted
     _LIBRARY.define("recompute_barrier_(Tensor(a!) x) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl("recompute_barrier_", lambda x: None, "CompositeExplicitAutograd")
+    _LIBRARY.impl("recompute_barrier_", lambda x, library=_LIBRARY: None, "CompositeExplicitAutograd")
     torch.library.register_fake("fastkd::recompute_barrier_", lambda x: None, lib=_LIBRARY)
-    torch.library.register_vmap("fastkd::recompute_barrier_", lambda info, in_dims, x: (None, None), lib=_LIBRARY)
+    torch.library.register_vmap("fastkd::recompute_barrier_", lambda *args: (None, None), lib=_LIBRARY)
 
 
 def save_constants(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Two tensors that a loss compares, unchanged. In a compiled graph the one without a gradient is saved as it is for the backward pass.
+    """Two tensors that a loss compares, unchanged; a compiled graph saves the one without a gradient as it is.
 
-    Left alone, a compiler may save an input of the graph in its place and compute it again from that. Autograd refuses to save an input
-    that was made under ``torch.inference_mode``, as a teacher's may be, and a graph cannot ask whether one was.
+    Left alone, a compiler may save an input of the graph in its place and compute it again in the backward pass.
+    Autograd refuses to save an input that was made under ``torch.inference_mode``, as a teacher's may be, and a graph
+    cannot ask whether one was.
     """
     if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or not torch.is_grad_enabled():
         return a, b

@@ -22,7 +22,7 @@ _Self = TypeVar("_Self", bound="_Loss")
 
 
 class NumbersAsFloats(nn.Module):
-    """Checks a number where it becomes an attribute, and holds it as a float (:func:`fastkd.checks.option`)."""
+    """A number is checked when it becomes an attribute, and held as a float (:func:`fastkd.checks.option`)."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, checks.option(name, value))

@@ -1,4 +1,4 @@
-"""Losses compiled by inductor, whose graphs may save their inputs, with a teacher that was run under ``torch.inference_mode``."""
+"""Losses compiled by inductor, whose graphs may save their inputs, of a teacher run under ``torch.inference_mode``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks and losses through torch.export to a file and back, and on the meta device, where only shapes are computed."""
+"""Networks and losses through torch.export to a file and back, and on the meta device, which has shapes alone."""
 
 from __future__ import annotations
 

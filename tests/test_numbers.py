@@ -1,4 +1,4 @@
-"""Numbers among the arguments: what is taken for one, what is refused, and how often a graph is compiled for a number that changes."""
+"""Numbers among the arguments: what is taken for one, what is refused, how often one that changes is compiled."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def fresh_compiler():
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("kind", ["float32", "float64", "int64"])
+@pytest.mark.parametrize("kind", ["float32", "int64"])
 def test_compiled_functions_take_numpy_numbers(kind):
     def everything(value):
         return [CALLS[function](**argument(function, name, value)) for function, name in ARGUMENTS]

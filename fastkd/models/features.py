@@ -71,7 +71,8 @@ def fixed(name: str, value: Any, default: Any) -> Any:
     return default
 
 
-# The name under which torch.export.save writes it; torch.export.load needs fastkd imported. There is no public function for it.
+# The name under which torch.export.save writes it; torch.export.load needs fastkd imported. PyTorch has no public
+# function for this.
 _register = getattr(torch.utils._pytree, "_register_namedtuple", None)
 if _register is not None:
     _register(Features, serialized_type_name="fastkd.models.Features")

@@ -1,6 +1,6 @@
-"""How many floating-point operations PyTorch's ``FlopCounterMode`` counts for the operators: the products that the reference makes.
+"""What PyTorch's ``FlopCounterMode`` counts for the operators: the matrix products that the reference makes.
 
-Attention maps, their losses, the taps and batch norms have none there, as elementwise operations and sums have none in PyTorch.
+Attention maps, their losses, the taps and batch norms have none, and PyTorch counts no elementwise operations or sums.
 """
 
 from __future__ import annotations

@@ -202,7 +202,7 @@ class _Once(torch.autograd.Function):
         _refuse(_PUBLIC[ctx.operator])
 
 
-# Whether a mode of PyTorch's, such as FlopCounterMode, looks at the operators that the dispatcher is asked for.
+# Whether a mode of PyTorch's, such as FlopCounterMode, looks at what the dispatcher is asked for.
 _watched: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
 
