@@ -49,7 +49,7 @@ def _why_missing(file: Path) -> str:
     here = file.parent
     for entry in sys.path:
         installed = Path(entry).resolve() / here.name
-        if installed != here.resolve() and (installed / file.name).is_file():
+        if (installed / file.name).is_file():
             return f"{here} has no compiled library and hides the installed package in {installed}: `pip install -e .` builds it here"
     install = "pip install -e ." if (here.parent / "setup.py").is_file() else "pip install ."
     return f"{file} is not there: built with FASTKD_BUILD=0, or not yet (`{install}` builds it)"

@@ -260,8 +260,6 @@ for dtype, tolerance in ((torch.float16, 1e-2), (torch.bfloat16, 5e-2), (torch.f
 """
     env = {**os.environ, "FASTKD_CPU": path, "OMP_NUM_THREADS": "1", "FASTKD_BACKEND": "cpp"}
     done = subprocess.run([sys.executable, "-c", code, str(random.randrange(2**31))], env=env, capture_output=True, text=True, timeout=300)
-    if "that this CPU can run" in done.stderr:
-        pytest.skip(f"this CPU has no {path}")
     assert done.returncode == 0, done.stderr
 
 
