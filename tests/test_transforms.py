@@ -18,6 +18,7 @@ from torch.autograd.functional import jacobian
 import fastkd
 from fastkd import native
 from fastkd.models import create_model
+from fastkd.ops.norm import batch_norm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPES = ((2, 3, 4, 3), (2, 4, 4, 3), (2, 5, 4, 3))
@@ -428,3 +429,15 @@ def test_batched_gradients_of_a_networks_losses(name, train):
             for grads, *each in zip(way(losses, params), *wanted, strict=True):
                 for row, want in zip(grads, each, strict=True):
                     assert (row - want).norm() < 1e-2 * want.norm() + 1e-5
+
+
+@compiled
+def test_a_batched_gradient_for_the_residual_alone():
+    x, residual, frozen = (values((4, 5, 3, 3), torch.float32).to(memory_format=torch.channels_last) for _ in range(3))
+    norm = torch.nn.BatchNorm2d(5).requires_grad_(False)
+    residual.requires_grad_()
+    with fastkd.use_backend("cpp"):
+        y = batch_norm(norm, x, residual, relu=True)
+    grads = torch.stack([frozen, 2 * frozen])
+    (found,) = torch.autograd.grad(y, residual, grads, is_grads_batched=True)
+    assert torch.equal(found, grads * (y > 0))
