@@ -50,6 +50,10 @@ LAUNCHERS = {
 """The operators that Triton serves, and the file of each one's launcher."""
 
 
+class NegativeView(Exception):
+    """A kernel was to read a view such as ``z.conj().imag``: its numbers lie in memory with the opposite sign."""
+
+
 @functools.cache
 def launcher(operator: str) -> Callable[..., Any]:
     """The function that runs ``fastkd::<operator>``; imports Triton."""

@@ -29,6 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd.kernels import NegativeView
+
 THREADS = 128
 TILE = 4096
 LONGEST = 1024  # the largest position block
@@ -238,7 +240,10 @@ class Launch:
         self.compiled: dict[Any, Callable[..., None]] = {}
 
     def __call__(self, given: Sequence[Tensor], *args: Any) -> None:
-        """Launch on the device of the tensors ``given`` by the user, whose alignment is not known beforehand."""
+        """Launch on the device of the tensors ``given`` by the user, whose alignment is not known beforehand.
+
+        Raises :class:`NegativeView` if one of them is such a view.
+        """
         device = given[0].get_device()
         if device >= 0 and device != torch.cuda.current_device():
             with torch.cuda.device(device):
@@ -246,10 +251,12 @@ class Launch:
         return self._launch(device, given, args)
 
     def _launch(self, device: int, given: Sequence[Tensor], args: tuple) -> None:
-        key = (device, *[x.data_ptr() % 16 for x in given])
+        key = (device, *[None if x.is_neg() else x.data_ptr() % 16 for x in given])
         run = self.compiled.get(key)
         if run is not None:
             return run(*args, *self.constants)
+        if None in key:
+            raise NegativeView
         compiled = self.kernel[self.grid](*args, *self.constants, **self.options)
         if compiled is not None:  # interpreted kernels are not compiled
             self.compiled[key] = compiled[self.grid]

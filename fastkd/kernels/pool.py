@@ -111,7 +111,8 @@ def unpool(
             _unpool, math.ceil(elements / BLOCK), elements, target.shape[1], size, own, of, others, largest_window(of, size),
             target.stride(1) == 1, ((True, False, 1, 1, 1, *power),),
         )  # fmt: skip
-    launch((like, coefficients, target), grad, like, place, coefficients, target)
+    given = (like, coefficients, target) if grad is None else (like, coefficients, target, grad)
+    launch(given, grad, like, place, coefficients, target)
 
 
 def gradient_of_pool(grad: Tensor, x: Tensor, coefficients: Tensor, out: Tensor, power: tuple, *, max_pool: bool) -> None:

@@ -115,14 +115,16 @@ def add(y: Tensor, residual: Tensor, *, owned: bool) -> Tensor:
 def batch_norm(norm: Any, x: Tensor, residual: Tensor | None = None, *, relu: bool = False, owned: bool = False) -> Tensor:
     """``norm(x)``, to which ``residual`` is added, and the ReLU of that: each where asked for. Running averages are updated as ever.
 
-    A float32 :class:`torch.nn.BatchNorm2d` in training, over dense channels_last x and residual of float16, bfloat16 or float32 on a CPU,
+    A :class:`torch.nn.BatchNorm2d` in training, with parameters of float32 or of x's dtype, over dense channels_last
+    x and residual of float16, bfloat16 or float32 on a CPU,
     is one operator that reads x twice and writes once; its backward pass reads x and what arrives twice, or, where a residual and a ReLU
     followed, the result and what arrives once, and then the gradient that it wrote for the residual. It sums in float32 within a few
     thousand numbers and in float64 from there on, and rounds once. Everything else (another device, layout or dtype, eval mode, a norm
     with hooks or a forward of its own or without averages, any other module in its place, a transform of torch.func, any tracer but
     ``torch.compile``) is plain PyTorch. There addition and ReLU overwrite a tensor that nobody else can hold, the output of a batch norm
     that is :func:`untouched`, and where no gradient is wanted they are one pass over it. Backends asked for by name other than "cpp" are
-    plain PyTorch.
+    plain PyTorch. Half-precision parameters and averages are widened to float32 there too: PyTorch by itself rounds the batch's mean to
+    their dtype on a CPU.
 
     Args:
         norm: the module whose weight, bias and averages they are, at its place in the network.
@@ -135,7 +137,8 @@ def batch_norm(norm: Any, x: Tensor, residual: Tensor | None = None, *, relu: bo
     Source: Ioffe, Szegedy, *Batch normalization*, ICML 2015.
     """
     if not _served(norm, x, residual):
-        y = norm(x)
+        half = _in_half_precision(norm, x) and not _traced() and not backends.transforming()
+        y = _normed_in_float32(norm, x) if half else norm(x)
         # what another module, a hook or a tracer handed back may be x, or be held by it
         fresh = isinstance(y, Tensor) and (untouched(norm, nn.BatchNorm2d) or (owned and untouched(norm, nn.Identity)))
         if relu and fresh and _joined(y, residual):
@@ -144,10 +147,25 @@ def batch_norm(norm: Any, x: Tensor, residual: Tensor | None = None, *, relu: bo
             y, fresh = add(y, residual, owned=fresh), isinstance(y, Tensor)
         return F.relu(y, inplace=fresh) if relu else y
     run = _forward if torch.compiler.is_compiling() else BatchNormFunction.apply
-    y, mean, variance, _ = run(x, residual, norm.weight, norm.bias, relu, norm.eps)
+    y, mean, variance, _ = run(x, residual, norm.weight.float(), norm.bias.float(), relu, norm.eps)
     with torch.no_grad():
-        norm.running_mean.lerp_(mean, norm.momentum)
-        norm.running_var.lerp_(variance, norm.momentum)
+        for average, value in ((norm.running_mean, mean), (norm.running_var, variance)):
+            if average.dtype == torch.float32:
+                average.lerp_(value, norm.momentum)
+            else:
+                average.copy_(average.float().lerp_(value, norm.momentum))
+        norm.num_batches_tracked.add_(1)
+    return y
+
+
+def _normed_in_float32(norm: Any, x: Tensor) -> Tensor:
+    """``norm(x)`` by float32 copies of its parameters and averages."""
+    averages = norm.running_mean, norm.running_var
+    mean, variance = (average.float() for average in averages)
+    y = F.batch_norm(x, mean, variance, norm.weight.float(), norm.bias.float(), True, norm.momentum, norm.eps)
+    with torch.no_grad():
+        for average, value in zip(averages, (mean, variance)):
+            average.copy_(value)
         norm.num_batches_tracked.add_(1)
     return y
 
@@ -177,10 +195,22 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _served(norm: Any, x: Tensor, residual: Tensor | None) -> bool:
-    if not (untouched(norm, nn.BatchNorm2d) and norm.training and _in_kernels(x, residual)):
+    if not (_replaceable(norm) and _in_kernels(x, residual)):
         return False
-    plain = norm.affine and norm.track_running_stats and norm.momentum is not None and norm.weight.dtype == torch.float32
-    return plain and x.numel() // x.shape[1] > 1
+    return norm.weight.dtype in (torch.float32, x.dtype) and x.numel() // x.shape[1] > 1
+
+
+def _replaceable(norm: Any) -> bool:
+    """Whether nobody can tell another computation of the norm from its own."""
+    plain = untouched(norm, nn.BatchNorm2d) and norm.training and norm.affine
+    return plain and norm.track_running_stats and norm.momentum is not None
+
+
+def _in_half_precision(norm: Any, x: Tensor) -> bool:
+    """Whether PyTorch itself would round the batch's mean to the parameters' dtype: 0.24 deviations for bfloat16 and a mean of 100."""
+    if not (isinstance(x, Tensor) and x.is_cpu and x.dtype in (torch.bfloat16, torch.float16)):
+        return False
+    return _replaceable(norm) and norm.weight.dtype == x.dtype
 
 
 def _joined(y: Tensor, residual: Tensor | None) -> bool:

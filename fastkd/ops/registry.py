@@ -185,6 +185,20 @@ def recorded(tensors: Sequence[Tensor]) -> bool:
     return False
 
 
+def _run_launcher(name: str, args: tuple) -> Any:
+    """Run an operator by its Triton launcher; resolve negative views, as the dispatcher does for the other backends."""
+    try:
+        return kernels.launcher(name)(*args)
+    except kernels.NegativeView:
+        return kernels.launcher(name)(*[_without_negative_views(arg) for arg in args])
+
+
+def _without_negative_views(arg: Any) -> Any:
+    if isinstance(arg, (list, tuple)):
+        return [_without_negative_views(x) for x in arg]
+    return arg.resolve_neg() if isinstance(arg, Tensor) else arg
+
+
 class _Once(torch.autograd.Function):
     """``apply(operator, args, *tensors)``: a backward operator run by its launcher, in a graph that cannot be differentiated.
 
@@ -194,7 +208,7 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, operator: str, args: tuple, *tensors: Tensor) -> Any:
         ctx.operator = operator
-        out = kernels.launcher(operator)(*args)
+        out = _run_launcher(operator, args)
         return out if isinstance(out, Tensor) else tuple(out)
 
     @staticmethod
@@ -212,10 +226,10 @@ def launch(operator: Any, *args: Any) -> Any:
         return call(operator, *args)
     name = operator._opname
     if not torch.is_grad_enabled():
-        return kernels.launcher(name)(*args)
+        return _run_launcher(name, args)
     flat = _flat(args)
     if not any(isinstance(x, Tensor) and x.requires_grad for x in flat):
-        return kernels.launcher(name)(*args)
+        return _run_launcher(name, args)
     return _Once.apply(name, args, *[x for x in flat if isinstance(x, Tensor)])
 
 
