@@ -46,14 +46,13 @@ def number(name: str, value: object, *, at_least: float | None = None) -> float:
     if isinstance(value, Tensor):
         kind = type(value).__name__
         raise TypeError(f"{name} is a tensor ({kind}), wanted a number: a tensor would get no gradient")
-    numpy = _from_numpy(value)
-    if isinstance(value, bool) or not (numpy or isinstance(value, (int, float))):
+    if isinstance(value, bool) or not (isinstance(value, (int, float)) or _from_numpy(value)):
         kind = type(value).__name__
         given = f"{value!r} ({kind})" if isinstance(value, (bool, str, complex)) else kind
         raise TypeError(f"{name} is {given}, wanted a number")
     result = float(value)  # type: ignore[arg-type]
-    if numpy and torch.compiler.is_compiling():
-        return result  # it is an input of the graph, known only when the graph runs
+    if known_to_graph(value):
+        return result
     # by comparison, not math.isfinite: under torch.compile(dynamic=True) the number may be symbolic
     if not (-math.inf if at_least is None else at_least) <= result < math.inf or result == -math.inf:
         bound = "" if at_least is None else f" of at least {at_least:g}"
@@ -72,12 +71,17 @@ def _from_numpy(value: object) -> bool:
     return kind.__name__.startswith(("float", "int", "uint"))
 
 
+def known_to_graph(value: object) -> bool:
+    """Whether it is an input of the graph that is compiled, known only when the graph runs: NumPy's numbers are."""
+    return torch.compiler.is_compiling() and _from_numpy(value)
+
+
 _LEAST = {"p": 1.0, "eps": 0.0}
 
 
 def constant(name: str, value: object) -> float:
     """As :func:`number`, for an operator's argument: in a compiled graph it is a constant, and NumPy's are inputs."""
-    if torch.compiler.is_compiling() and _from_numpy(value):
+    if known_to_graph(value):
         raise TypeError(f"{name} is a NumPy number, which the graph of a backend asked for by name cannot hold: wanted float({name})")
     return number(name, value, at_least=_LEAST.get(name))
 
@@ -89,7 +93,7 @@ def are_floats(a: object, b: object = 0.0, c: object = 0.0) -> bool:
 
 def above_zero(name: str, value: object) -> float:
     result = number(name, value)
-    if not (_from_numpy(value) and torch.compiler.is_compiling()) and not result > 0:
+    if not known_to_graph(value) and not result > 0:
         raise ValueError(f"{name} is {value!r}, wanted a finite number above 0")
     return result
 
@@ -111,7 +115,7 @@ def option(name: str, value: Any) -> Any:
 def power(p: object) -> float:
     """The power of an attention map. Published ones are 1 to 4; |x|^p of float32 features overflows soon after 16."""
     result = number("p", p, at_least=1)
-    if not (_from_numpy(p) and torch.compiler.is_compiling()) and result > 16:
+    if not known_to_graph(p) and result > 16:
         raise ValueError(f"p is {p!r}, wanted a power from 1 to 16; if it is the loss's factor, write weight={p!r}")
     return result
 

@@ -26,11 +26,18 @@ def save_constants(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     Autograd refuses to save an input that was made under ``torch.inference_mode``, as a teacher's may be, and a graph
     cannot ask whether one was.
     """
-    if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or not torch.is_grad_enabled():
+    if not torch.compiler.is_compiling() or exporting() or not torch.is_grad_enabled():
         return a, b
     if a.requires_grad == b.requires_grad:
         return a, b
     return (a, _behind_barrier(b)) if a.requires_grad else (_behind_barrier(a), b)
+
+
+def exporting() -> bool:
+    """Whether a graph is traced for torch.export."""
+    # the public function says True in every graph that PyTorch 2.11 traces
+    flag: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.isexporting() if flag is None else flag
 
 
 def _behind_barrier(x: Tensor) -> Tensor:

@@ -30,8 +30,8 @@ def _widen(*tensors: Tensor) -> list[Tensor]:
 
 
 def _no_autocast(x: Tensor) -> AbstractContextManager[None]:
-    # the meta device, for one, has none
-    return torch.autocast(x.device.type, enabled=False) if torch.amp.is_autocast_available(x.device.type) else nullcontext()
+    # asked of the tensor: PyTorch 2.11 does not compile torch.amp.is_autocast_available
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def _smaller(a: Sequence[int], b: Sequence[int]) -> list[int]:
@@ -43,7 +43,8 @@ def _pool(x: Tensor, size: list[int], mode: str) -> Tensor:
 
 
 def _energy(x: Tensor, p: float, channel_reduce: str, signed: bool) -> Tensor:
-    p = float(p)
+    # a number that only a graph knows is a tensor here: as a float, PyTorch 2.11 asks whether it is 2
+    p = torch.as_tensor(p, dtype=x.dtype) if checks.known_to_graph(p) else float(p)  # type: ignore[assignment]
     if torch.compiler.is_compiling():  # a graph has no second derivative, and would be compiled for even powers and for others apart
         power = (x if signed else x.abs()).pow(p)
         return power.mean(1) if channel_reduce == "mean" else power.sum(1)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from fastkd import backends, native, reference
+from fastkd import backends, graphs, native, reference
 from fastkd.ops.registry import autograd, call, define, differentiable_once, not_differentiable
 
 
@@ -234,7 +234,7 @@ def _traced() -> bool:
     make_fx, functionalize, torch.export. (torch.compile is not among them: its graphs hold the operator.)
     """
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        return graphs.exporting()
     if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
         return True
     return get_proxy_mode() is not None
