@@ -37,7 +37,7 @@ def exporting() -> bool:
     """Whether a graph is traced for torch.export."""
     # the public function says True in every graph that PyTorch 2.11 traces
     flag: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
-    return torch.compiler.isexporting() if flag is None else flag
+    return torch.compiler.is_exporting() if flag is None else flag
 
 
 def _behind_barrier(x: Tensor) -> Tensor:
