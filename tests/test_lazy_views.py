@@ -1,4 +1,7 @@
-"""Views whose numbers are not those in memory: PyTorch negates ``z.conj().imag`` when an operator reads it, a kernel must not forget to."""
+"""Views whose numbers are not those in memory.
+
+PyTorch negates ``z.conj().imag`` when an operator reads it; a kernel must not forget to.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,14 @@ MAP = {"p": 1, "signed": True}
 
 
 def negative(backend: str, *shape: int) -> Tensor:
-    """A view with the negative bit where the backend's kernels run, strided as the imaginary parts of complex numbers are."""
+    """A view with the negative bit, strided as imaginary parts are, where the backend's kernels run."""
     x = place(torch.randn(shape, dtype=torch.complex64), backend).conj().imag
     assert x.is_neg()
     return x
 
 
 def checked(backend: str, fn: Callable[..., Tensor | tuple[Tensor, ...]], tensors: Sequence[Tensor]) -> None:
-    """Results, gradients and gradients for negative upstream gradients are, to the bit, those of the same numbers in memory."""
+    """Results, and gradients for negative upstream gradients, are those of the same numbers in memory."""
     results = []
     upstreams: list[Tensor] = []
     for resolve in (False, True):

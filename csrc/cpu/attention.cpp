@@ -11,20 +11,22 @@ namespace fastkd {
 
 using Tensors = std::vector<Tensor>;
 
-// Numbers of a feature that are brought to scratch memory at a time, where it cannot be read as it lies: 64 KiB of float.
-constexpr int64_t kChunkElements = 16384;
+// Numbers of a feature that are brought to scratch memory at a time, where it cannot be read as it lies: 64 KiB of
+// float. Channels come in groups of as many as kernels sum at once, unless their planes are larger than that.
+constexpr int64_t kChunkElements = 16384, kChunkGroup = 8, kLargestGrouped = 65536;
 
 AttentionSide side_of(const Feature& x, const PoolPlan& pool) {
-  const int64_t chunk = kChunkElements / x.positions;
+  int64_t chunk = kChunkElements / x.positions;
+  if (x.positions <= kLargestGrouped) chunk = chunk < kChunkGroup ? kChunkGroup : chunk / kChunkGroup * kChunkGroup;
   return {x, pool, chunk < 1 ? 1 : chunk < x.channels ? chunk : x.channels, nullptr};
 }
 
 size_t scratch_of(const AttentionSide& side, int64_t maps, bool in_place, size_t size) {
-  const size_t map = scratch_piece(side.x.positions, size);
+  const size_t map = scratch_piece(side.x.positions, sizeof(double));
   const size_t chunks = in_place ? 0
                                  : map + 2 * scratch_piece(side.chunk * side.x.positions, size) +
                                        2 * scratch_piece(side.chunk * side.pool.out_positions, size);
-  return static_cast<size_t>(maps) * map + chunks;
+  return static_cast<size_t>(maps + 1) * map + chunks;  // one more for the sums of a block of channels
 }
 
 size_t size_of(DType accumulation) { return accumulation == DType::kDouble ? sizeof(double) : sizeof(float); }
@@ -177,7 +179,7 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& stud
       stage.gradient = feature_of(view_of(gradients[i], "gradient"), "gradient");
       stage.streaming = bytes_of(stage.gradient) >= kStreamingBytes;
     }
-    size_t bytes = 3 * scratch_piece(stage.student.pool.out_positions, size);
+    size_t bytes = 3 * scratch_piece(stage.student.pool.out_positions, sizeof(double));
     for (const AttentionSide* side : {&stage.student, &stage.teacher}) {
       const bool in_place = side->x.layout != Layout::kGeneric && !side->pool.active &&
                             (side == &stage.teacher || stage.gradient.data == nullptr || stage.gradient.layout == side->x.layout);

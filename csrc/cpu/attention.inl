@@ -21,21 +21,20 @@ FASTKD_INLINE void clear(A* p, int64_t count) {
 
 // A sample's map before normalization: sums over channels, which for "mean" still want to be divided (norm_of and normalized do it on the
 // way). `full` differs from `map` only if the map was pooled: the map at the feature's own size.
-template <typename A>
 struct Energies {
-  A* map;
-  A* full;
+  double* map;
+  double* full;
 };
 
 template <typename A, typename P>
-static void energies_of(const AttentionSide& side, bool pooled, int64_t n, A* q, Bump bump, const P& power) {
+static void energies_of(const AttentionSide& side, bool pooled, int64_t n, double* q, Bump bump, const P& power) {
   const Feature& x = side.x;
   if (!pooled && x.layout != Layout::kGeneric) {
     with_type<A>(x.dtype, [&](auto t) {
       using T = decltype(t);
       const T* base = static_cast<const T*>(x.data) + n * x.stride_n;
       if (x.layout == Layout::kPlanes) {
-        energy_planes<T, A>(base, x.channels, x.stride_c, x.positions, q, false, power);
+        energy_planes<T, A>(base, {0, x.channels, x.channels}, x.stride_c, x.positions, take<A>(bump, x.positions), q, power);
       } else {
         energy_channels_last<T, A>(base, x.channels, x.stride_s, x.positions, q, power);
       }
@@ -44,6 +43,7 @@ static void energies_of(const AttentionSide& side, bool pooled, int64_t n, A* q,
   }
   const int64_t positions = pooled ? side.pool.out_positions : x.positions;
   A* plane = take<A>(bump, x.positions);
+  A* block = take<A>(bump, positions);
   A* planes = take<A>(bump, side.chunk * positions);
   for (int64_t c = 0; c < x.channels; c += side.chunk) {
     const int64_t end = min_of(c + side.chunk, x.channels);
@@ -52,21 +52,21 @@ static void energies_of(const AttentionSide& side, bool pooled, int64_t n, A* q,
     } else {
       load_planes(x, n, c, end, planes);
     }
-    energy_planes<A, A>(planes, end - c, positions, positions, q, c > 0, power);
+    energy_planes<A, A>(planes, {c, end - c, x.channels}, positions, positions, block, q, power);
   }
 }
 
 template <typename A>
-static Energies<A> make_energies(const AttentionSide& side, bool pool_before, const AttentionOptions& options, int64_t n, Bump& bump) {
+static Energies make_energies(const AttentionSide& side, bool pool_before, const AttentionOptions& options, int64_t n, Bump& bump) {
   const bool before = side.pool.active && pool_before;
   const int64_t positions = before ? side.pool.out_positions : side.x.positions;
-  Energies<A> e;
-  e.map = e.full = take<A>(bump, positions);
+  Energies e;
+  e.map = e.full = take<double>(bump, positions);
   with_power<A>(options, [&](const auto& power) { energies_of<A>(side, before, n, e.map, bump, power); });
   int64_t count = positions;
   if (side.pool.active && !pool_before) {
     count = side.pool.out_positions;
-    e.map = take<A>(bump, count);
+    e.map = take<double>(bump, count);
     pool_planes(e.full, 1, side.pool, e.map);
   }
   pad(e.map, count);
@@ -75,8 +75,8 @@ static Energies<A> make_energies(const AttentionSide& side, bool pool_before, co
 
 // Writes a sample's coefficients: factor * dq, un-pooled where the map had been pooled.
 template <typename A>
-static void write_coefficients(const AttentionSide& side, bool pool_before, const A* g, const A* y, double dot, const Norm& norm,
-                               double factor, const A* full, int64_t n, Bump bump) {
+static void write_coefficients(const AttentionSide& side, bool pool_before, const double* g, const double* y, double dot, const Norm& norm,
+                               double factor, const double* full, int64_t n, Bump bump) {
   const int64_t count = side.pool.out_positions;
   A* out = static_cast<A*>(side.coefficients);
   if (!side.pool.active || pool_before) return normalize_backward(g, y, dot, count, norm, factor, out + n * count);
@@ -151,12 +151,12 @@ static void write_gradient(const AttentionLossArgs& args, const AttentionStage& 
 
 // One side's map before normalization and what normalizes it: nothing, for a map that comes normalized.
 template <typename A>
-static Energies<A> side_map(const AttentionSide& side, bool is_map, const AttentionLossArgs& args, int64_t n, Bump& bump, Norm& norm) {
+static Energies side_map(const AttentionSide& side, bool is_map, const AttentionLossArgs& args, int64_t n, Bump& bump, Norm& norm) {
   const int64_t count = side.pool.out_positions;
-  Energies<A> e;
+  Energies e;
   if (is_map) {
     norm = {0, 1, 1, 1, 0, false};
-    e.map = e.full = take<A>(bump, count);
+    e.map = e.full = take<double>(bump, count);
     load_planes(side.x, n, 0, 1, e.map);
     pad(e.map, count);
   } else {
@@ -174,19 +174,19 @@ static double loss_unit(const AttentionLossArgs& args, const AttentionStage& sta
 
   // The student last: its gradient begins with what was read last.
   Norm s_norm, t_norm;
-  const Energies<A> t = side_map<A>(stage.teacher, args.teacher_is_map, args, n, bump, t_norm);
-  const Energies<A> s = side_map<A>(stage.student, args.student_is_map, args, n, bump, s_norm);
+  const Energies t = side_map<A>(stage.teacher, args.teacher_is_map, args, n, bump, t_norm);
+  const Energies s = side_map<A>(stage.student, args.student_is_map, args, n, bump, s_norm);
 
   // Maps become y in place; the difference is kept for the coefficients.
-  A* difference = take<A>(bump, count);
+  double* difference = take<double>(bump, count);
   VecD squares = {}, along_s = {}, along_t = {};
   for (int64_t i = 0; i < count; i += kStep) {
-    const VecD y_s = normalized(s.map + i, s_norm);
-    const VecD y_t = normalized(t.map + i, t_norm);
+    const VecD y_s = normalized<A>(s.map + i, s_norm);
+    const VecD y_t = normalized<A>(t.map + i, t_norm);
     const VecD d = y_s - y_t;
-    store<A, double>(s.map + i, y_s);
-    store<A, double>(t.map + i, y_t);
-    store<A, double>(difference + i, d);
+    store<double, double>(s.map + i, y_s);
+    store<double, double>(t.map + i, y_t);
+    store<double, double>(difference + i, d);
     squares += d * d;
     along_s += d * y_s;
     along_t += d * y_t;
@@ -199,11 +199,11 @@ static double loss_unit(const AttentionLossArgs& args, const AttentionStage& sta
   }
   if (stage.student.coefficients != nullptr) {
     const double factor = args.student_is_map ? slope : slope * options.p / reduction(stage.student, options);
-    write_coefficients(stage.student, before, difference, s.map, sum(along_s), s_norm, factor, s.full, n, bump);
+    write_coefficients<A>(stage.student, before, difference, s.map, sum(along_s), s_norm, factor, s.full, n, bump);
   }
   if (stage.teacher.coefficients != nullptr) {
     const double factor = args.teacher_is_map ? -slope : -slope * options.p / reduction(stage.teacher, options);
-    write_coefficients(stage.teacher, before, difference, t.map, sum(along_t), t_norm, factor, t.full, n, bump);
+    write_coefficients<A>(stage.teacher, before, difference, t.map, sum(along_t), t_norm, factor, t.full, n, bump);
   }
   if (stage.gradient.data != nullptr) write_gradient<A>(args, stage, n, bump);
   return distance;
@@ -225,14 +225,13 @@ static void map_units(const AttentionMapArgs& args, int64_t begin, int64_t end, 
   const int64_t count = args.side.x.positions;
   for (int64_t n = begin; n < end; ++n) {
     Bump bump{static_cast<char*>(scratch)};
-    const Energies<A> e = make_energies<A>(args.side, false, args.options, n, bump);
+    const Energies e = make_energies<A>(args.side, false, args.options, n, bump);
     Norm norm = {0, reduction(args.side, args.options), 1 / reduction(args.side, args.options), 1, 0, false};
     if (args.normalize) {
       norm = norm_of(e.map, count, args.side, args.options);
       static_cast<A*>(args.norm)[n] = static_cast<A>(norm.norm);
     }
-    for (int64_t i = 0; i < count; i += kStep) store<A, double>(e.map + i, normalized(e.map + i, norm));
-    convert_out<A, A>(e.map, count, static_cast<A*>(args.map) + n * count);
+    write_normalized(e.map, count, norm, static_cast<A*>(args.map) + n * count);
   }
 }
 

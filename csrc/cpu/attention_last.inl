@@ -11,13 +11,23 @@ FASTKD_INLINE V even_odd_sum_of(V a, V b) {
 FASTKD_INLINE VecF even_odd_sum(VecF a, VecF b) { return even_odd_sum_of<VecF, IntF>(a, b); }
 FASTKD_INLINE VecD even_odd_sum(VecD a, VecD b) { return even_odd_sum_of<VecD, IntD>(a, b); }
 
-// Lane i of the result is the sum of the lanes of v[i], i < kLanes<A>. Overwrites v.
-template <typename A>
-FASTKD_INLINE Vec<A> transposed_sum(Vec<A>* v) {
-  for (int64_t n = kLanes<A>; n > 1; n /= 2) {
+// q[i] is the sum of the i-th run of lanes of v[0], v[1], ..., v[n - 1]: runs are whole vectors where n = kLanes<A>,
+// halves of vectors where n is half of that. The last additions are made in double. Overwrites v.
+FASTKD_INLINE void store_sums(VecF* v, int64_t n, double* q) {
+  for (; n > 2; n /= 2) {
     for (int64_t i = 0; i < n / 2; ++i) v[i] = even_odd_sum(v[2 * i], v[2 * i + 1]);
   }
-  return v[0];
+  for (int64_t i = 0; i < 2; ++i) {
+    VecD low, high;
+    widen(v[i], low, high);
+    store<double, double>(q + i * kLanes<double>, even_odd_sum(low, high));
+  }
+}
+FASTKD_INLINE void store_sums(VecD* v, int64_t n, double* q) {
+  for (; n > 1; n /= 2) {
+    for (int64_t i = 0; i < n / 2; ++i) v[i] = even_odd_sum(v[2 * i], v[2 * i + 1]);
+  }
+  store<double, double>(q, v[0]);
 }
 
 // How far ahead of a pass over consecutive memory its lines are fetched: past the end of the page, where the hardware stops.
@@ -28,24 +38,39 @@ FASTKD_INLINE void prefetch_stream(const void* p) {
   for (int64_t i = 0; i < Bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + kAhead + i);
 }
 
+// Rows of so many vectors are wide: they are summed in eight vectors instead of two, and those in runs of so many
+// additions, so that rounding errors do not grow with the number of channels.
+constexpr int64_t kWide = 32, kRun = 32;
+
 // The energies of one position's channels, to be summed over lanes. `mask` keeps the lanes of the last vector that no other vector held.
-template <typename T, typename A, typename P>
+template <bool kIsWide, typename T, typename A, typename P>
 FASTKD_INLINE Vec<A> energy_of_row(const T* x, int64_t channels, Mask<A> mask, const P& power) {
   constexpr int64_t W = kLanes<A>;
-  Vec<A> a = {}, b = {};
-  int64_t c = 0;
-  for (; c + 2 * W <= channels; c += 2 * W) {
-    prefetch_stream<2 * W * sizeof(T)>(x + c);
+  const auto add_pair = [&](const T* at, Vec<A>& first, Vec<A>& second) {
+    prefetch_stream<2 * W * sizeof(T)>(at);
     Vec<A> low, high;
     if constexpr (kInPairs<T, A>) {
-      load_pair(x + c, low, high);
+      load_pair(at, low, high);
     } else {
-      low = load<T, A>(x + c);
-      high = load<T, A>(x + c + W);
+      low = load<T, A>(at);
+      high = load<T, A>(at + W);
     }
-    a += P::energy(power, low);
-    b += P::energy(power, high);
+    first += P::energy(power, low);
+    second += P::energy(power, high);
+  };
+  Vec<A> a = {}, b = {};
+  int64_t c = 0;
+  if constexpr (kIsWide) {
+    while (c + 8 * W <= channels) {
+      Vec<A> sums[8] = {};
+      for (const int64_t stop = min_of(channels, c + kRun * 8 * W); c + 8 * W <= stop; c += 8 * W) {
+        for (int64_t i = 0; i < 8; i += 2) add_pair(x + c + i * W, sums[i], sums[i + 1]);
+      }
+      a += (sums[0] + sums[2]) + (sums[4] + sums[6]);
+      b += (sums[1] + sums[3]) + (sums[5] + sums[7]);
+    }
   }
+  for (; c + 2 * W <= channels; c += 2 * W) add_pair(x + c, a, b);
   if (c + W <= channels) {
     prefetch_stream<W * sizeof(T)>(x + c);
     a += P::energy(power, load<T, A>(x + c));
@@ -57,7 +82,7 @@ FASTKD_INLINE Vec<A> energy_of_row(const T* x, int64_t channels, Mask<A> mask, c
 
 // The energies of adjacent positions of as many channels as a vector has lanes: a pair of vectors holds two of them, each in a half.
 template <typename P>
-static int64_t energy_of_two(const BFloat16* x, int64_t count, float* q, const P& power) {
+static int64_t energy_of_two(const BFloat16* x, int64_t count, double* q, const P& power) {
   constexpr int64_t W = kLanes<float>;
   int64_t s = 0;
   for (; s + W <= count; s += W) {
@@ -70,17 +95,13 @@ static int64_t energy_of_two(const BFloat16* x, int64_t count, float* q, const P
       rows[i] = P::energy(power, even) + P::energy(power, odd);
     }
     // Lanes of the lower halves are summed apart from those of the upper ones: 8 sums of 2 x 8 lanes, in the order of the positions.
-    for (int64_t n = W / 2; n > 1; n /= 2) {
-      for (int64_t i = 0; i < n / 2; ++i) rows[i] = even_odd_sum(rows[2 * i], rows[2 * i + 1]);
-    }
-    store<float, float>(q + s, rows[0]);
+    store_sums(rows, W / 2, q + s);
   }
   return s;
 }
 
-// q[s] = sum over channels of the energy of x[s * stride_s + c]. Nothing is read outside of [x, the last element of the last position].
-template <typename T, typename A, typename P>
-static void energy_channels_last(const T* x, int64_t channels, int64_t stride_s, int64_t count, A* q, const P& power) {
+template <bool kIsWide, typename T, typename A, typename P>
+static void energy_of_rows(const T* x, int64_t channels, int64_t stride_s, int64_t count, double* q, const P& power) {
   constexpr int64_t W = kLanes<A>;
   Mask<A> mask;
   for (int64_t i = 0; i < W; ++i) mask[i] = (channels >= W ? i >= W - channels % W : i < channels) ? -1 : 0;
@@ -91,19 +112,31 @@ static void energy_channels_last(const T* x, int64_t channels, int64_t stride_s,
   // With fewer channels than lanes a vector reaches into the positions behind; stop while there are such.
   for (; s + W <= count && (channels >= W || (stride_s > 0 && (s + W - 1) * stride_s + W <= (count - 1) * stride_s + channels)); s += W) {
     Vec<A> rows[W];
-    for (int64_t i = 0; i < W; ++i) rows[i] = energy_of_row<T, A>(x + (s + i) * stride_s, channels, mask, power);
-    store<A, A>(q + s, transposed_sum<A>(rows));
+    for (int64_t i = 0; i < W; ++i) rows[i] = energy_of_row<kIsWide, T, A>(x + (s + i) * stride_s, channels, mask, power);
+    store_sums(rows, W, q + s);
   }
   for (; s < count; ++s) {
     const T* row = x + s * stride_s;
     if (channels >= W) {
-      Vec<A> rows[W] = {energy_of_row<T, A>(row, channels, mask, power)};
-      q[s] = transposed_sum<A>(rows)[0];
+      Vec<A> rows[W] = {energy_of_row<kIsWide, T, A>(row, channels, mask, power)};
+      double sums[W];
+      store_sums(rows, W, sums);
+      q[s] = sums[0];
     } else {
-      A total = 0;
+      double total = 0;
       for (int64_t c = 0; c < channels; ++c) total += P::energy1(power, to_acc<T, A>(row[c]));
       q[s] = total;
     }
+  }
+}
+
+// q[s] = sum over channels of the energy of x[s * stride_s + c]. Nothing is read outside of [x, the last element of the last position].
+template <typename T, typename A, typename P>
+static void energy_channels_last(const T* x, int64_t channels, int64_t stride_s, int64_t count, double* q, const P& power) {
+  if (channels >= kWide * kLanes<A>) {
+    energy_of_rows<true, T, A>(x, channels, stride_s, count, q, power);
+  } else {
+    energy_of_rows<false, T, A>(x, channels, stride_s, count, q, power);
   }
 }
 

@@ -131,8 +131,8 @@ static void pool_planes(const A* in, int64_t count, const PoolPlan& plan, A* out
   }
 }
 
-template <typename A>
-static void unpool_planes_add(const A* in, int64_t count, const PoolPlan& plan, const A* grad, A* out) {
+template <typename In, typename A>
+static void unpool_planes_add(const In* in, int64_t count, const PoolPlan& plan, const A* grad, A* out) {
   for (int64_t i = 0; i < count; ++i, in += plan.in_positions, grad += plan.out_positions, out += plan.in_positions) {
     for_windows(plan, [&](int64_t at, const Window& window) {
       if (plan.max) {

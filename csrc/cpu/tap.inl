@@ -44,7 +44,7 @@ static void relu_rows(const T* x, int64_t x_stride, const T* r, int64_t r_stride
 
 // y = relu(x + residual) and q, the sums over channels of the energies of y as rounded to its dtype, for one sample.
 template <bool kSum, typename T, typename A, typename P>
-static void relu_energies(const ReluTapArgs& args, int64_t n, A* q, Bump bump, const P& power) {
+static void relu_energies(const ReluTapArgs& args, int64_t n, double* q, Bump bump, const P& power) {
   const Feature& x = args.x;
   const Feature& r = args.residual;
   const Feature& y = args.y.x;
@@ -62,12 +62,13 @@ static void relu_energies(const ReluTapArgs& args, int64_t n, A* q, Bump bump, c
     const T* x_row = static_cast<const T*>(x.data) + n * x.stride_n;
     const T* r_row = kSum ? static_cast<const T*>(r.data) + n * r.stride_n : nullptr;
     T* y_row = static_cast<T*>(y.data) + n * y.stride_n;
+    A* block = take<A>(bump, y.positions);
     for (int64_t i = 0; i < rows; i += step) {
       const int64_t some = min_of(step, rows - i);
       T* to = y_row + i * y_stride;
       relu_rows<kSum, T, A>(x_row + i * x_stride, x_stride, kSum ? r_row + i * r_stride : nullptr, r_stride, to, y_stride, some, count);
       if (planes) {
-        energy_planes<T, A>(to, some, y_stride, count, q, i > 0, power);
+        energy_planes<T, A>(to, {i, some, rows}, y_stride, count, block, q, power);
       } else {
         energy_channels_last<T, A>(to, count, y_stride, some, q + i, power);
       }
@@ -75,6 +76,7 @@ static void relu_energies(const ReluTapArgs& args, int64_t n, A* q, Bump bump, c
     return;
   }
   const int64_t positions = y.positions;
+  A* block = take<A>(bump, positions);
   A* sums = take<A>(bump, args.y.chunk * positions);
   A* other = take<A>(bump, args.y.chunk * positions);
   T* rounded_sums = take<T>(bump, args.y.chunk * positions);
@@ -87,7 +89,7 @@ static void relu_energies(const ReluTapArgs& args, int64_t n, A* q, Bump bump, c
     convert_out<T, A>(sums, count, rounded_sums);
     convert_in<T, A>(rounded_sums, count, sums);
     store_planes(sums, y, n, c, end);
-    energy_planes<A, A>(sums, end - c, positions, positions, q, c > 0, power);
+    energy_planes<A, A>(sums, {c, end - c, y.channels}, positions, positions, block, q, power);
   }
 }
 
@@ -98,7 +100,7 @@ static void relu_tap(const ReluTapArgs& args, int64_t begin, int64_t end, void* 
     using A = decltype(a);
     for (int64_t n = begin; n < end; ++n) {
       Bump bump{static_cast<char*>(scratch)};
-      A* q = take<A>(bump, count);
+      double* q = take<double>(bump, count);
       with_power<A>(args.options, [&](const auto& power) {
         if (args.residual.data != nullptr) {
           relu_energies<true, T, A>(args, n, q, bump, power);
@@ -109,8 +111,7 @@ static void relu_tap(const ReluTapArgs& args, int64_t begin, int64_t end, void* 
       pad(q, count);
       const Norm norm = norm_of(q, count, args.y, args.options);
       static_cast<A*>(args.norm)[n] = static_cast<A>(norm.norm);
-      for (int64_t i = 0; i < count; i += kStep) store<A, double>(q + i, normalized(q + i, norm));
-      convert_out<A, A>(q, count, static_cast<A*>(args.map) + n * count);
+      write_normalized(q, count, norm, static_cast<A*>(args.map) + n * count);
     }
   });
 }

@@ -238,24 +238,35 @@ FASTKD_INLINE void store_pair(BFloat16* p, VecF even, VecF odd, bool streaming) 
   }
 }
 // Numbers in the order of load_pair to the order in memory, and back.
+#if defined(__clang__)
 FASTKD_INLINE void interleave(VecF& even, VecF& odd) {
-  constexpr int64_t W = kLanes<float>;
-  VecF low, high;
-  for (int64_t i = 0; i < W; ++i) {
-    low[i] = (i % 2 == 0 ? even : odd)[i / 2];
-    high[i] = (i % 2 == 0 ? even : odd)[(W + i) / 2];
-  }
-  even = low, odd = high;
+  static_assert(kLanes<float> == 4, "clang builds the portable path only");
+  const VecF low = __builtin_shufflevector(even, odd, 0, 4, 1, 5);
+  odd = __builtin_shufflevector(even, odd, 2, 6, 3, 7);
+  even = low;
 }
 FASTKD_INLINE void deinterleave(VecF& low, VecF& high) {
-  constexpr int64_t W = kLanes<float>;
-  VecF even, odd;
-  for (int64_t i = 0; i < W / 2; ++i) {
-    even[i] = low[2 * i], even[W / 2 + i] = high[2 * i];
-    odd[i] = low[2 * i + 1], odd[W / 2 + i] = high[2 * i + 1];
-  }
-  low = even, high = odd;
+  const VecF even = __builtin_shufflevector(low, high, 0, 2, 4, 6);
+  high = __builtin_shufflevector(low, high, 1, 3, 5, 7);
+  low = even;
 }
+#else
+FASTKD_INLINE void interleave(VecF& even, VecF& odd) {
+  constexpr int32_t W = kLanes<float>;
+  IntF first;
+  for (int32_t i = 0; i < W; ++i) first[i] = i / 2 + i % 2 * W;
+  const VecF low = __builtin_shuffle(even, odd, first);
+  odd = __builtin_shuffle(even, odd, first + W / 2);
+  even = low;
+}
+FASTKD_INLINE void deinterleave(VecF& low, VecF& high) {
+  IntF every_other;
+  for (int32_t i = 0; i < kLanes<float>; ++i) every_other[i] = 2 * i;
+  const VecF even = __builtin_shuffle(low, high, every_other);
+  high = __builtin_shuffle(low, high, every_other + 1);
+  low = even;
+}
+#endif
 
 // FASTKD_SHUFFLE(a, b, order): the lanes of a and, counted on, of b in the order given; FASTKD_SHUFFLE(a, order) those of a. clang has no
 // such function for an order of variables, but makes one instruction of these loops where the order is known.
@@ -280,6 +291,19 @@ FASTKD_INLINE V shuffled(V a, I order) {
 template <typename A>
 FASTKD_INLINE Vec<A> broadcast(A x) {
   return x - Vec<A>{};  // x - 0 is x for every x, -0 and NaN included
+}
+
+// A vector's lanes in double: `low` the first half of them, `high` the second.
+FASTKD_INLINE void widen(VecF v, VecD& low, VecD& high) {
+#if FASTKD_VECTOR_BYTES == 64
+  low = (VecD)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v));
+  high = (VecD)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1));
+#elif FASTKD_VECTOR_BYTES == 32
+  low = (VecD)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v));
+  high = (VecD)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1));
+#else
+  low = VecD{v[0], v[1]}, high = VecD{v[2], v[3]};
+#endif
 }
 
 FASTKD_INLINE double sum(VecD v) {

@@ -83,11 +83,11 @@ FASTKD_DEVICE void energies_by_columns(const Walk& w, const Place& x, const Relu
   sync_block();
   const int32_t length = w.tiles == 1 ? columns_of_sums(w) : part.columns;
   for (int32_t j = threadIdx.x; j < length; j += kThreads) {
-    A total = 0;
+    double total = 0;  // of up to a thousand numbers, where maps are small
     for (int i = 0; i < groups; ++i) {
       for (int32_t c = j; c < part.columns; c += length) total += sums[i * across * W + c];
     }
-    out[part.first_column + j] = total;
+    out[part.first_column + j] = static_cast<A>(total);
   }
 }
 

@@ -48,12 +48,12 @@ FASTKD_DEVICE double reduction_of(const Walk& w, bool mean) {
   return w.by_rows ? w.columns : w.rows * w.fold;
 }
 
-// One position's sums, which other blocks have just written, in their order.
+// One position's sums, which other blocks have just written, in their order, and in double: there may be hundreds.
 template <typename A>
 FASTKD_DEVICE A collapsed(const A* sums, int32_t parts, int32_t positions, int32_t s) {
-  A total = load_fresh(sums + s);
+  double total = load_fresh(sums + s);
   for (int32_t part = 1; part < parts; ++part) total += load_fresh(sums + static_cast<int64_t>(part) * positions + s);
-  return total;
+  return static_cast<A>(total);
 }
 
 // y of the sum q, rounded: equal maps then have equal y and no distance, however the compiler contracts what follows.
