@@ -237,37 +237,6 @@ FASTKD_INLINE void store_pair(BFloat16* p, VecF even, VecF odd, bool streaming) 
     *reinterpret_cast<BitsFU*>(p) = bits;
   }
 }
-// Numbers in the order of load_pair to the order in memory, and back.
-#if defined(__clang__)
-FASTKD_INLINE void interleave(VecF& even, VecF& odd) {
-  static_assert(kLanes<float> == 4, "clang builds the portable path only");
-  const VecF low = __builtin_shufflevector(even, odd, 0, 4, 1, 5);
-  odd = __builtin_shufflevector(even, odd, 2, 6, 3, 7);
-  even = low;
-}
-FASTKD_INLINE void deinterleave(VecF& low, VecF& high) {
-  const VecF even = __builtin_shufflevector(low, high, 0, 2, 4, 6);
-  high = __builtin_shufflevector(low, high, 1, 3, 5, 7);
-  low = even;
-}
-#else
-FASTKD_INLINE void interleave(VecF& even, VecF& odd) {
-  constexpr int32_t W = kLanes<float>;
-  IntF first;
-  for (int32_t i = 0; i < W; ++i) first[i] = i / 2 + i % 2 * W;
-  const VecF low = __builtin_shuffle(even, odd, first);
-  odd = __builtin_shuffle(even, odd, first + W / 2);
-  even = low;
-}
-FASTKD_INLINE void deinterleave(VecF& low, VecF& high) {
-  IntF every_other;
-  for (int32_t i = 0; i < kLanes<float>; ++i) every_other[i] = 2 * i;
-  const VecF even = __builtin_shuffle(low, high, every_other);
-  high = __builtin_shuffle(low, high, every_other + 1);
-  low = even;
-}
-#endif
-
 // FASTKD_SHUFFLE(a, b, order): the lanes of a and, counted on, of b in the order given; FASTKD_SHUFFLE(a, order) those of a. clang has no
 // such function for an order of variables, but makes one instruction of these loops where the order is known.
 #ifdef __clang__
@@ -287,6 +256,23 @@ FASTKD_INLINE V shuffled(V a, I order) {
 #else
 #define FASTKD_SHUFFLE __builtin_shuffle
 #endif
+
+// Numbers in the order of load_pair to the order in memory, and back.
+FASTKD_INLINE void interleave(VecF& even, VecF& odd) {
+  constexpr int32_t W = kLanes<float>;
+  IntF first;
+  for (int32_t i = 0; i < W; ++i) first[i] = i / 2 + i % 2 * W;
+  const VecF low = FASTKD_SHUFFLE(even, odd, first);
+  odd = FASTKD_SHUFFLE(even, odd, first + W / 2);
+  even = low;
+}
+FASTKD_INLINE void deinterleave(VecF& low, VecF& high) {
+  IntF every_other;
+  for (int32_t i = 0; i < kLanes<float>; ++i) every_other[i] = 2 * i;
+  const VecF even = FASTKD_SHUFFLE(low, high, every_other);
+  high = FASTKD_SHUFFLE(low, high, every_other + 1);
+  low = even;
+}
 
 template <typename A>
 FASTKD_INLINE Vec<A> broadcast(A x) {
