@@ -81,7 +81,7 @@ def append(output: Path, row: dict[str, Any]) -> dict[str, Any]:
 
     Raises UserError when the tables cannot be read or written; the row is then in a file of its own beside them, until it is added.
     """
-    aside = output / f"results-{row['folder']}.csv"
+    aside = output / f"results-{row.get('folder', 'run')}.csv"
     try:
         with locked(output / ".results.lock"):
             for half in output.glob(".results.*.tmp"):  # of a process that was killed: nobody else writes now
