@@ -221,9 +221,7 @@ def operators(ops):
 BARRIER = "fastkd::recompute_barrier_"  # it computes and returns nothing
 NAMES = {
     namespace: sorted(
-        name.partition("::")[2]
-        for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith(f"{namespace}::") and name != BARRIER
+        name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{namespace}::") and name != BARRIER
     )
     for namespace in ("fastkd", "fastkd_cuda")
 }
