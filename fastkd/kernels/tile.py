@@ -1,9 +1,7 @@
 """What the kernels over attention maps have in common. Functions of Triton; `launch.py` explains walks, folds and grids.
 
-Sums over channels run in float32 within a program: each lane adds RUN rows at most before the lanes are added as a tree,
-so that rounding errors do not grow with the number of channels. The programs' sums are added in float64. Sums over
-positions run in float64, as on a CPU: a map whose squares leave float32's range still has its norm. Every order is fixed,
-whatever program is the last to finish a sample.
+Sums over channels run in float32, each lane in the order of its rows and the lanes as a tree; sums over positions run in float64, as on a
+CPU: a map whose squares leave float32's range still has its norm. Every order is fixed, whatever program is the last to finish a sample.
 
 CONFIG[ITEM] is what of a tensor is constant in a kernel, `launch.config`. It is handed down whole and its numbers get names before
 they are used as shapes: Triton 3.6 takes numbers out of a constant tuple of tuples, and neither goes deeper nor passes a part of one on.
@@ -13,9 +11,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-RUN = tl.constexpr(16)
-"""Tiles of rows that a lane adds one after the other."""
 
 
 @triton.jit
@@ -142,26 +137,22 @@ def sum_energies(
         y_at = y + places(y_walk, CONFIG, ITEM, n, first, rows, position)
     if residual is not None:
         residual_at = residual + places(residual_walk, CONFIG, ITEM, n, first, rows, position)
-    total = tl.zeros((BLOCK,), tl.float32)
-    end = tl.minimum(first + steps * ROWS, rows_count)
-    for run in range(first, end, RUN * ROWS):
-        sums = tl.zeros((ROWS, BLOCK), tl.float32)
-        for row in range(run, tl.minimum(run + RUN * ROWS, end), ROWS):
-            mask = (row + rows < rows_count)[:, None] & inside[None, :]
-            v = tl.load(at, mask=mask, other=0).to(tl.float32)
-            at += row_step(walk, CONFIG, ITEM)
-            if y is not None:
-                if residual is not None:
-                    v += tl.load(residual_at, mask=mask, other=0).to(tl.float32)
-                    residual_at += row_step(residual_walk, CONFIG, ITEM)
-                # a NaN stays
-                rounded = tl.where(v < 0, 0.0, v).to(y.dtype.element_ty)
-                tl.store(y_at, rounded, mask=mask)
-                y_at += row_step(y_walk, CONFIG, ITEM)
-                v = rounded.to(tl.float32)
-            sums += energy(v, CONFIG, ITEM)
-        total += tl.sum(sums, 0)
-    tl.store(out + chunk * length + position, total, mask=inside)
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for row in range(first, tl.minimum(first + steps * ROWS, rows_count), ROWS):
+        mask = (row + rows < rows_count)[:, None] & inside[None, :]
+        v = tl.load(at, mask=mask, other=0).to(tl.float32)
+        at += row_step(walk, CONFIG, ITEM)
+        if y is not None:
+            if residual is not None:
+                v += tl.load(residual_at, mask=mask, other=0).to(tl.float32)
+                residual_at += row_step(residual_walk, CONFIG, ITEM)
+            # a NaN stays
+            rounded = tl.where(v < 0, 0.0, v).to(y.dtype.element_ty)
+            tl.store(y_at, rounded, mask=mask)
+            y_at += row_step(y_walk, CONFIG, ITEM)
+            v = rounded.to(tl.float32)
+        total += energy(v, CONFIG, ITEM)
+    tl.store(out + chunk * length + position, tl.sum(total, 0), mask=inside)
 
 
 @triton.jit
@@ -183,11 +174,9 @@ def collapse(partial, parts, positions, BLOCK: tl.constexpr):
         s = first + tl.arange(0, BLOCK)
         mask = s < positions
         # .cg: other multiprocessors wrote them
-        total = tl.zeros((BLOCK,), tl.float64)
-        for part in range(0, parts):
-            row = partial + part * positions
-            total += tl.load(row + s, mask=mask, other=0, cache_modifier=".cg").to(tl.float64)
-        q = total.to(tl.float32)
+        q = tl.load(partial + s, mask=mask, other=0, cache_modifier=".cg")
+        for part in range(1, parts):
+            q += tl.load(partial + part * positions + s, mask=mask, other=0, cache_modifier=".cg")
         # a block of fewer positions than threads is held several times over: none may read what another has written already
         tl.debug_barrier()
         tl.store(partial + s, q, mask=mask)
