@@ -47,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--benchmark needs pytest-benchmark: pip install -e '.[test]'")
     if getattr(options, "benchmark_disable", False):
         raise pytest.UsageError("--benchmark measures and --benchmark-disable does not: leave out one of them")
-    if getattr(options, "numprocesses", None) or os.environ.get("PYTEST_XDIST_WORKER"):
+    if getattr(options, "numprocesses", None) or hasattr(config, "workerinput"):  # the latter: a worker of pytest-xdist
         raise pytest.UsageError("--benchmark measures one thing at a time, in one process: leave out -n")
     if config.args_source is pytest.Config.ArgsSource.TESTPATHS:
         config.args = ["benchmarks"]
