@@ -58,6 +58,8 @@ def stand_in(monkeypatch):
     monkeypatch.setattr("fastkd.training.plan.device_name", str)
     monkeypatch.setattr(native, "CUDA", dataclasses.replace(native.CUDA, available=True))
     monkeypatch.setattr(native, "EMULATED", None)
+    monkeypatch.setattr(backends, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(native, "cuda_architectures", lambda: ("sm_90",))
     monkeypatch.setattr(kernels, "state", lambda: (True, "a stand-in"))
     monkeypatch.setattr(kernels, "interpreting", lambda: False)
     for module in ("attention", "gram"):
@@ -144,7 +146,7 @@ def test_auto_is_bf16_where_the_processor_has_instructions_for_it(monkeypatch, t
 
     chosen, auto = "bf16" if fast else "fp32", plan_of("auto")
     assert auto.settings.precision == auto.config()["precision"] == auto.identity("student")["precision"] == chosen
-    assert f"--precision {chosen} " in command(auto) and f"threads, {chosen}, seed" in auto.describe()
+    assert f"--precision {chosen} " in command(auto) and f"1 thread, {chosen}, seed" in auto.describe()
     assert [line for line in auto.describe().splitlines() if "note" in line] == [f"note     --precision auto takes {chosen} on this device"]
     assert plan_of("fp32").settings.precision == "fp32" == Settings("baseline").precision
     assert next(auto.batches("student")[0].train(1))[0].dtype == (torch.bfloat16 if fast else torch.float32)
@@ -170,5 +172,5 @@ def test_only_the_first_process_looks_into_the_output_folder(monkeypatch, tmp_pa
     Plan(dataclasses.replace(settings, output=tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "results.csv"]
     monkeypatch.setattr("fastkd.training.distributed.share", lambda: (0, 2))
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="results.csv cannot be read: Not a directory"):
         Plan(settings)
