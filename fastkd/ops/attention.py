@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastkd import backends, checks, reference
 from fastkd.checks import Features
-from fastkd.ops.registry import (
+from fastkd.ops._grad_prefetch import Upstream, hooked, take_prepared
+from fastkd.ops._register import (
     accumulator,
     autograd,
     by_reference,
@@ -28,7 +29,6 @@ from fastkd.ops.registry import (
     smaller,
     traced,
 )  # fmt: skip
-from fastkd.ops.upstream import Upstream, hooked, take_prepared
 
 _MAP = "float p, str channel_reduce, bool signed, bool normalize, float eps, str eps_mode"
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastkd import backends, checks, reference
-from fastkd.ops.registry import accumulator, autograd, by_reference, caller, define, differentiable_once, in_cuda, one_device, traced
+from fastkd.ops._register import accumulator, autograd, by_reference, caller, define, differentiable_once, in_cuda, one_device, traced
 
 _OPTIONS = "float p, str channel_reduce, bool signed, float eps, str eps_mode"
 

@@ -33,8 +33,8 @@ from support import (
 
 import fastkd
 from fastkd import native
-from fastkd.ops import gram
-from fastkd.ops.upstream import Upstream
+from fastkd.ops import fsp
+from fastkd.ops._grad_prefetch import Upstream
 
 SHAPES = (
     (1, 1, 1),
@@ -73,7 +73,7 @@ def upstream_guess(monkeypatch):
         guess = Upstream()  # of its own it expects 1
         if value != 1.0:
             guess.expect = lambda: ((0, 0.0), value)
-        monkeypatch.setattr(gram, "_upstream", guess)
+        monkeypatch.setattr(fsp, "_upstream", guess)
 
     expect(1.0)
     return expect

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fastkd import backends, graphs, native, reference
-from fastkd.ops.registry import autograd, call, define, differentiable_once, not_differentiable
+from fastkd.ops._register import autograd, call, define, differentiable_once, not_differentiable
 
 
 def _fake(x: Tensor, residual: Tensor | None, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:

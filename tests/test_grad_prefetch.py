@@ -8,10 +8,10 @@ from recorder import Recorder
 from support import make
 
 import fastkd
-from fastkd.ops import attention, gram
-from fastkd.ops.upstream import Upstream
+from fastkd.ops import attention, fsp
+from fastkd.ops._grad_prefetch import Upstream
 
-LOSSES = {"attention_transfer_loss": attention, "fsp_loss": gram}
+LOSSES = {"attention_transfer_loss": attention, "fsp_loss": fsp}
 pytestmark = pytest.mark.parametrize("function", LOSSES)
 
 
