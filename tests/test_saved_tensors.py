@@ -13,7 +13,7 @@ import fastkd
 from fastkd import native
 from fastkd.models import create_model
 from fastkd.ops import attention, fsp
-from fastkd.ops._grad_prefetch import Upstream
+from fastkd.ops._grad_prefetch import GradPrefetch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPES = ((2, 3, 4, 3), (2, 4, 4, 3), (2, 5, 2, 2))
@@ -155,7 +155,7 @@ def test_no_gradient_is_held_for_who_checkpoints(function, way):
 @pytest.mark.parametrize("foreseen", [True, False])
 @pytest.mark.parametrize("function", LOSSES)
 def test_a_feature_changed_in_place_raises_whether_or_not_the_gradient_was_foreseen(function, foreseen, stage, with_teacher, monkeypatch):
-    monkeypatch.setattr(LOSSES[function], "_upstream", Upstream())
+    monkeypatch.setattr(LOSSES[function], "_prefetch", GradPrefetch())
     s = [x * 1 for x in student("cpp")]
     t = [x.clone().requires_grad_(with_teacher) for x in TEACHER]
     with fastkd.use_backend("cpp"):

@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd import backends, checks, kernels, reference
+from fastkd._implementations import Backend
+from fastkd._private import batched, saved_tensors_hooked
 from fastkd.checks import Features
 from fastkd.kernels.gram_kept import kept_shape, wide_stages
-from fastkd.ops import flops
-from fastkd.ops._grad_prefetch import Upstream, hooked, take_prepared
-from fastkd.ops._register import (
-    accumulator,
-    autograd,
-    by_reference,
-    call,
-    call_unrecorded,
-    caller,
-    define,
-    differentiable_once,
-    in_cuda,
-    one_device,
-    one_for_all,
-    recorded,
-    traced,
-)  # fmt: skip
+from fastkd.ops import _batched_grads, _cuda_limits, _grad_prefetch, flops
+from fastkd.ops._register import accumulator, autograd, define, differentiable_once, one_device
 
 
 def _matrix_fake(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
@@ -82,151 +69,135 @@ define(
     "Tensor[]? others=None) -> Tensor[]",
     _loss_backward_fake,
 )
-differentiable_once("fsp_matrix_backward", "fsp_matrix")
-differentiable_once("fsp_loss_backward", "fsp_loss")
+differentiable_once("fsp_matrix_backward")
+differentiable_once("fsp_loss_backward")
 flops.register()
 
-_matrix = torch.ops.fastkd.fsp_matrix.default
-_matrix_backward = torch.ops.fastkd.fsp_matrix_backward.default
-_loss = torch.ops.fastkd.fsp_loss.default
-_loss_backward = torch.ops.fastkd.fsp_loss_backward.default
-_upstream = Upstream()
+_prefetch = _grad_prefetch.GradPrefetch()
 
 
 class FSPMatrixFunction(torch.autograd.Function):
-    """``apply(a, b, pool_mode, precision)`` -> G = A B^T / S; dA = M B / S and dB = M^T A / S for an incoming M."""
+    """``apply(impl, a, b, pool_mode, precision)`` -> G = A B^T / S; dA = M B / S and dB = M^T A / S for an incoming M."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, *options: Any) -> Tensor:
-        return _matrix_forward(ctx, caller(a), a, b, *options)
+    def forward(ctx: Any, impl: Backend, a: Tensor, b: Tensor, *options: Any) -> Tensor:
+        # each factor is saved for the other's gradient, and may be an inference tensor only if that is not wanted
+        ctx.save_for_backward(*((a, b) if any(ctx.needs_input_grad) else ()))
+        ctx.impl, ctx.options = impl, options
+        return impl.run("fsp_matrix", a, b, *options)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _factor_gradients(ctx, grad)
+        return None, *_factor_gradients(ctx, grad, ctx.needs_input_grad[1:3]), None, None
 
 
-class _CudaFSPMatrixFunction(FSPMatrixFunction):
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, *options: Any) -> Tensor:
-        return _matrix_forward(ctx, in_cuda, a, b, *options)
-
-
-def _matrix_forward(ctx: Any, run: Callable[..., Any], a: Tensor, b: Tensor, *options: Any) -> Tensor:
-    # each factor is saved for the other's gradient, and may be an inference tensor only if that is not wanted
-    ctx.save_for_backward(*((a, b) if any(ctx.needs_input_grad) else ()))
-    ctx.options, ctx.call = options, run
-    return run(_matrix, a, b, *options)
-
-
-def _factor_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _factor_gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
     a, b = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:2]
-    if backends.batched(grad):
+    if batched(grad):
         pool_mode, precision = ctx.options
         formula = functools.partial(reference.fsp_matrix, pool_mode=pool_mode, precision=precision)
-        return *by_reference(formula, (a, b), needs, grad), None, None
-    computed = iter(ctx.call(_matrix_backward, grad, a, b, *ctx.options, *needs))
-    return next(computed) if needs[0] else None, next(computed) if needs[1] else None, None, None
+        return _batched_grads.by_reference(formula, (a, b), needs, grad)
+    computed = iter(ctx.impl.run_backward("fsp_matrix_backward", grad, a, b, *ctx.options, *needs))
+    return [next(computed) if need else None for need in needs]
 
 
-def _traced_matrix_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _graph_matrix_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
     ctx.options = inputs[2:]
 
 
-autograd("fsp_matrix", _factor_gradients, _traced_matrix_context)
+def _graph_matrix_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *_factor_gradients(ctx, grad, ctx.needs_input_grad[:2]), None, None
+
+
+autograd("fsp_matrix", _graph_matrix_backward, _graph_matrix_context)
 
 
 class FSPLossFunction(torch.autograd.Function):
-    """``apply(stages, options, *student, *teacher)`` -> loss.
+    """``apply(impl, options, student, teacher, needed, *tensors)`` -> loss, for lists of features of which ``tensors`` need a gradient.
 
-    The forward saves M = dloss/dG of the student for each pair, for an upstream gradient of 1 (the teacher's is -M), so a chain's gradients
-    need only the chain itself: dA = upstream M B / S, dB = upstream M^T A / S, and a middle stage adds the terms of its two pairs.
+    ``needed``: the places of those in ``[*student, *teacher]``. The forward saves M = dloss/dG of the student for each pair, for an
+    upstream gradient of 1 (the teacher's is -M), so a chain's gradients need only the chain itself: dA = upstream M B / S, dB = upstream
+    M^T A / S, and a middle stage adds the terms of its two pairs.
     Where M would be larger than the features, Triton keeps less and needs both chains' features of that pair (`kernels/gram_kept.py`).
     On a CPU, for the upstream gradient that is expected (:mod:`fastkd.ops._grad_prefetch`), it makes the student's gradients too, sample by
     sample, while the sample's maps are in the cache; the backward hands those out, once, if it is given just that.
     """
 
     @staticmethod
-    def forward(ctx: Any, stages: int, options: tuple, *tensors: Tensor) -> Tensor:
-        return _loss_forward(ctx, caller(tensors[0]), stages, options, tensors)
+    def forward(ctx: Any, impl: Backend, options: tuple, student: list, teacher: list, needed: list[int], *tensors: Tensor) -> Tensor:
+        stages = len(student)
+        foreseeing = needed[0] < stages and impl.prefetches and not saved_tensors_hooked()
+        ctx.expected = _prefetch.expect() if foreseeing else None
+        upstream = ctx.expected and ctx.expected[1]
+        made = [] if upstream is None else [i for i in needed if i < stages]
+        loss, matrix_grads, ctx.prepared = impl.run("fsp_loss", student, teacher, *options, True, upstream, made)
+        ctx.impl, ctx.options, ctx.stages, ctx.needed, ctx.frozen = impl, options, stages, needed, {}
+        _save_chains(ctx, student, teacher, matrix_grads)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # first, and once: autograd looks for changes in place here, and hooks may load from elsewhere
         saved = ctx.saved_tensors
-        made = dict(zip(ctx.made, take_prepared(ctx, grad, _upstream)))
-        return None, None, *_chain_gradients(ctx, saved, grad, ctx.needs_input_grad[2:], made)
+        prepared = _grad_prefetch.take(ctx, grad, _prefetch)
+        if len(prepared) == len(ctx.needed):
+            return None, None, None, None, None, *prepared
+        made = dict(zip(ctx.needed, prepared))
+        return None, None, None, None, None, *_chain_gradients(ctx, saved, grad, ctx.needs_input_grad[5:], made)
 
 
-class _CudaFSPLossFunction(FSPLossFunction):
-    @staticmethod
-    def forward(ctx: Any, stages: int, options: tuple, *tensors: Tensor) -> Tensor:
-        return _loss_forward(ctx, in_cuda, stages, options, tensors)
-
-
-def _loss_forward(ctx: Any, run: Callable[..., Any], stages: int, options: tuple, tensors: tuple[Tensor, ...]) -> Tensor:
-    needs = ctx.needs_input_grad[2:]
-    wanted = [i for i in range(stages) if needs[i]]
-    # a GPU's gradient must not be read by the host, and has no cache to wait in
-    foreseeing = wanted and run is call and not hooked()
-    ctx.situation, ctx.expected = _upstream.expect() if foreseeing else (None, None)
-    made = wanted if ctx.expected is not None else []
-    loss, gram_grads, gradients = run(_loss, list(tensors[:stages]), list(tensors[stages:]), *options, any(needs), ctx.expected, made)
-    wide = wide_stages(gram_grads)
-    saved: list[Tensor | None] = [None] * len(tensors)
-    ctx.frozen = {}
-    for first in (0, stages):
-        for i in range(stages) if any(needs[first : first + stages]) else wide:
+def _save_chains(ctx: Any, student: Sequence[Tensor], teacher: Sequence[Tensor], matrix_grads: Sequence[Tensor]) -> None:
+    """Save the features of the chains that need a gradient, and those of both where M is not kept."""
+    stages, wide = len(student), wide_stages(matrix_grads)
+    saved: list[Tensor | None] = [None] * (2 * stages)
+    for first, chain, need in ((0, student, ctx.needed[0] < stages), (stages, teacher, ctx.needed[-1] >= stages)):
+        for i in range(stages) if need else wide:
             # what was made under inference_mode, a teacher, cannot be saved, nor changed in place
-            if tensors[first + i].is_inference():
-                ctx.frozen[first + i] = tensors[first + i]
+            if chain[i].is_inference():
+                ctx.frozen[first + i] = chain[i]
             else:
-                saved[first + i] = tensors[first + i]
-    ctx.save_for_backward(*gram_grads, *saved)
-    ctx.call, ctx.stages, ctx.options = run, stages, options
-    ctx.made, ctx.prepared = made, gradients
-    return loss
+                saved[first + i] = chain[i]
+    ctx.save_for_backward(*matrix_grads, *saved)
 
 
 def _chain_gradients(
-    ctx: Any, saved: Sequence[Tensor], grad: Tensor, needs: Sequence[bool], made: dict[int, Tensor] | None = None
+    ctx: Any, saved: Sequence[Tensor], grad: Tensor, needs: Sequence[bool], made: dict[int, Tensor]
 ) -> list[Tensor | None]:
-    """The gradients of student and teacher features, None where ``needs`` says so; ``made`` holds those of student stages that exist."""
+    """The gradients of the features at ``ctx.needed``, None where ``needs`` says so; ``made`` holds those that exist, by their place."""
     stages, (pool_mode, *_, precision) = ctx.stages, ctx.options
-    gram_grads, features = list(saved[: stages - 1]), list(saved[stages - 1 :])
+    matrix_grads, features = list(saved[: stages - 1]), list(saved[stages - 1 :])
     for i, x in ctx.frozen.items():
         features[i] = x
-    run = one_for_all(ctx.call) if backends.batched(grad) else ctx.call
-    wide, made = wide_stages(gram_grads), made or {}
-    out: list[Tensor | None] = [made.get(i) if needs[i] else None for i in range(stages)] + [None] * stages
+    wide = wide_stages(matrix_grads)
+    run = functools.partial(_batched_grads.scaled, ctx.impl) if batched(grad) else ctx.impl.run_backward
+    found = {place: made.get(place) for place, need in zip(ctx.needed, needs) if need}
     for first in (0, stages):
-        wanted = [i for i in range(stages) if needs[first + i] and out[first + i] is None]
-        if wanted:
+        left = [place - first for place, dx in found.items() if dx is None and first <= place < first + stages]
+        if left:
             chain, others = features[first : first + stages], [features[stages - first + i] for i in wide] or None
-            computed = run(_loss_backward, grad, chain, gram_grads, pool_mode, precision, wanted, first > 0, others)
-            for i, dx in zip(wanted, computed, strict=True):
-                out[first + i] = dx
-    return out
+            computed = run("fsp_loss_backward", grad, chain, matrix_grads, pool_mode, precision, left, first > 0, others)
+            found.update(zip([first + i for i in left], computed, strict=True))
+    return [found.get(place) for place in ctx.needed]
 
 
-def _traced_loss_context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor], list[Tensor]]) -> None:
-    student, teacher, *options, with_grad, _, _ = inputs
+def _graph_loss_context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor], list[Tensor]]) -> None:
+    student, teacher, *ctx.options, ctx.with_grad, _, _ = inputs
     ctx.mark_non_differentiable(*output[1], *output[2])
     ctx.save_for_backward(*output[1], *student, *teacher)
-    ctx.stages, ctx.options, ctx.frozen, ctx.with_grad = len(student), options, {}, with_grad
+    ctx.stages, ctx.frozen, ctx.needed = len(student), {}, range(2 * len(student))
 
 
-def _traced_loss_backward(ctx: Any, grad: Tensor, *rest: Any) -> tuple:
+def _graph_loss_backward(ctx: Any, grad: Tensor, *rest: Any) -> tuple:
     if not ctx.with_grad:
         raise RuntimeError("fastkd::fsp_loss was called with with_grad=False for a tensor that needs a gradient")
     student_needs, teacher_needs = ctx.needs_input_grad[:2]
-    out = _chain_gradients(ctx, ctx.saved_tensors, grad, [*student_needs, *teacher_needs])
+    out = _chain_gradients(ctx, ctx.saved_tensors, grad, [*student_needs, *teacher_needs], {})
     # PyTorch 2.11 drops arguments that have their default values, and wants no gradient of those
     return out[: ctx.stages], out[ctx.stages :], *(None for _ in ctx.needs_input_grad[2:])
 
 
-autograd("fsp_loss", _traced_loss_backward, _traced_loss_context)
+autograd("fsp_loss", _graph_loss_backward, _graph_loss_context)
 
 
 def fsp_matrix(a: Tensor, b: Tensor, *, pool_mode: str = "avg", precision: str | None = None) -> Tensor:
@@ -242,18 +213,18 @@ def fsp_matrix(a: Tensor, b: Tensor, *, pool_mode: str = "avg", precision: str |
     Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
     Source: Yim et al., *A gift from knowledge distillation*, CVPR 2017.
     """
-    backend = backends.choose("fsp_matrix", (a, b), lambda: "")
-    if backend == "reference":
+    impl = backends.select("fsp_matrix", (a, b), lambda: "")
+    if impl.name == "reference":
         return reference.fsp_matrix(a, b, pool_mode=pool_mode, precision=precision)
-    if backend == "cuda":
+    if impl.name == "cuda":
         precision = precision or kernels.own_precision()
     if torch.compiler.is_compiling():
         checks.fsp_matrix(a, b, pool_mode, precision)
-        return traced(backend, _matrix)(a, b, pool_mode, precision)
+        return impl.graph_op("fsp_matrix")(a, b, pool_mode, precision)
     try:
-        return (_CudaFSPMatrixFunction if backend == "cuda" else FSPMatrixFunction).apply(a, b, pool_mode, precision)
+        return FSPMatrixFunction.apply(impl, a, b, pool_mode, precision)
     except Exception:
-        checks.fsp_matrix(a, b, pool_mode, precision)
+        checks.explain(checks.fsp_matrix, a, b, pool_mode, precision)
         raise
 
 
@@ -286,13 +257,13 @@ def fsp_loss(
     Source: Yim et al., *A gift from knowledge distillation*, CVPR 2017, and its published implementations (see the presets).
     """
     student, teacher = checks.listed(student), checks.listed(teacher)
-    backend = backends.choose("fsp_loss", (student, teacher), lambda: backends.why_not_cuda_chain(student))
-    if backend == "reference":
+    impl = backends.select("fsp_loss", (student, teacher), lambda: _cuda_limits.fsp_loss(student))
+    if impl.name == "reference":
         return reference.fsp_loss(
             student, teacher, pool_mode=pool_mode, distance=distance, pair_reduce=pair_reduce, weights=weights, weight=weight,
             precision=precision,
         )  # fmt: skip
-    if backend == "cuda":
+    if impl.name == "cuda":
         precision = precision or kernels.own_precision()
     if not checks.are_floats(weight):
         weight = checks.number("weight", weight)
@@ -303,12 +274,14 @@ def fsp_loss(
         students, teachers = checks.fsp_loss(student, teacher, *options[:4], 1.0, precision)
         needs = torch.is_grad_enabled() and any(x.requires_grad for x in students + teachers)
         # the weight outside: a number among an operator's arguments is a constant of the graph
-        return traced(backend, _loss)(students, teachers, *options[:4], 1.0, precision, needs)[0] * weight
+        return impl.graph_op("fsp_loss")(students, teachers, *options[:4], 1.0, precision, needs)[0] * weight
     try:
         students, teachers = checks.stages("student", student), checks.stages("teacher", teacher)
-        if not recorded(students) and not recorded(teachers):
-            return call_unrecorded(backend, students[0], _loss, students, teachers, *options, False, None, [])[0]
-        return (_CudaFSPLossFunction if backend == "cuda" else FSPLossFunction).apply(len(students), options, *students, *teachers)
+        tensors = [*students, *teachers]
+        needed = [i for i, x in enumerate(tensors) if x.requires_grad] if torch.is_grad_enabled() else None
+        if needed:
+            return FSPLossFunction.apply(impl, options, students, teachers, needed, *[tensors[i] for i in needed])
+        return impl.run("fsp_loss", students, teachers, *options, False, None, [])[0]
     except Exception:
-        checks.fsp_loss(student, teacher, *options)
+        checks.explain(checks.fsp_loss, student, teacher, *options)
         raise
