@@ -24,7 +24,8 @@ class _Operators(dict[str, Callable[..., Any]]):
         self.namespace = namespace
 
     def __missing__(self, name: str) -> Callable[..., Any]:
-        self[name] = getattr(getattr(torch.ops, self.namespace), name).default
+        operator = getattr(getattr(torch.ops, self.namespace), name).default
+        self[name] = getattr(operator, "_op", operator)  # what OpOverload's __call__ calls, without a Python frame of its own
         return self[name]
 
 

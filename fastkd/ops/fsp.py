@@ -15,7 +15,7 @@ from fastkd._private import batched, saved_tensors_hooked
 from fastkd.checks import Features
 from fastkd.kernels.gram_kept import kept_shape, wide_stages
 from fastkd.ops import _batched_grads, _cuda_limits, _grad_prefetch, flops
-from fastkd.ops._register import accumulator, autograd, define, differentiable_once, one_device
+from fastkd.ops._register import accumulator, autograd, define, differentiable_once, one_device, wanting_gradients
 
 
 def _matrix_fake(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
@@ -125,7 +125,9 @@ class FSPLossFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, impl: Backend, options: tuple, student: list, teacher: list, needed: list[int], *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, impl: Backend, options: tuple, student: Sequence, teacher: Sequence, needed: Sequence, *tensors: Tensor
+    ) -> Tensor:
         stages = len(student)
         foreseeing = needed[0] < stages and impl.prefetches and not saved_tensors_hooked()
         ctx.expected = _prefetch.expect() if foreseeing else None
@@ -213,7 +215,7 @@ def fsp_matrix(a: Tensor, b: Tensor, *, pool_mode: str = "avg", precision: str |
     Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
     Source: Yim et al., *A gift from knowledge distillation*, CVPR 2017.
     """
-    impl = backends.select("fsp_matrix", (a, b), lambda: "")
+    impl = backends.select("fsp_matrix", (a, b), _cuda_limits.none)
     if impl.name == "reference":
         return reference.fsp_matrix(a, b, pool_mode=pool_mode, precision=precision)
     if impl.name == "cuda":
@@ -257,7 +259,7 @@ def fsp_loss(
     Source: Yim et al., *A gift from knowledge distillation*, CVPR 2017, and its published implementations (see the presets).
     """
     student, teacher = checks.listed(student), checks.listed(teacher)
-    impl = backends.select("fsp_loss", (student, teacher), lambda: _cuda_limits.fsp_loss(student))
+    impl = backends.select("fsp_loss", (student, teacher), _cuda_limits.fsp_loss)
     if impl.name == "reference":
         return reference.fsp_loss(
             student, teacher, pool_mode=pool_mode, distance=distance, pair_reduce=pair_reduce, weights=weights, weight=weight,
@@ -277,10 +279,9 @@ def fsp_loss(
         return impl.graph_op("fsp_loss")(students, teachers, *options[:4], 1.0, precision, needs)[0] * weight
     try:
         students, teachers = checks.stages("student", student), checks.stages("teacher", teacher)
-        tensors = [*students, *teachers]
-        needed = [i for i, x in enumerate(tensors) if x.requires_grad] if torch.is_grad_enabled() else None
-        if needed:
-            return FSPLossFunction.apply(impl, options, students, teachers, needed, *[tensors[i] for i in needed])
+        needed, tensors = wanting_gradients(students, teachers)
+        if tensors:
+            return FSPLossFunction.apply(impl, options, students, teachers, needed, *tensors)
         return impl.run("fsp_loss", students, teachers, *options, False, None, [])[0]
     except Exception:
         checks.explain(checks.fsp_loss, student, teacher, *options)
