@@ -35,6 +35,9 @@ class Backend:
     prefetches = False
     """Whether the forward pass of a loss may make the gradients that the backward pass is expected to ask for."""
 
+    keeps_matrices = True
+    """Whether the FSP loss keeps dloss/dG of every pair, however large."""
+
     def __init__(self, name: str, namespace: str = "fastkd") -> None:
         self.name = name
         self._namespace = namespace
@@ -67,6 +70,8 @@ class CppBackend(Backend):
 
 class TritonBackend(Backend):
     """Eager calls go straight to a launcher, past the dispatcher and its host cost."""
+
+    keeps_matrices = False
 
     def run(self, operator: str, *args: Any) -> Any:
         if dispatch_watched() and not kernels.interpreting():

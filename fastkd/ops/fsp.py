@@ -134,8 +134,12 @@ class FSPLossFunction(torch.autograd.Function):
         upstream = ctx.expected and ctx.expected[1]
         made = [] if upstream is None else [i for i in needed if i < stages]
         loss, matrix_grads, ctx.prepared = impl.run("fsp_loss", student, teacher, *options, True, upstream, made)
-        ctx.impl, ctx.options, ctx.stages, ctx.needed, ctx.frozen = impl, options, stages, needed, {}
-        _save_chains(ctx, student, teacher, matrix_grads)
+        ctx.impl, ctx.options, ctx.stages, ctx.needed = impl, options, stages, needed
+        if impl.keeps_matrices and needed == range(stages):  # the common case
+            ctx.saved_places, ctx.frozen = needed, {}
+            ctx.save_for_backward(*matrix_grads, *tensors)
+        else:
+            _save_chains(ctx, student, teacher, matrix_grads)
         return loss
 
     @staticmethod
@@ -151,16 +155,14 @@ class FSPLossFunction(torch.autograd.Function):
 
 def _save_chains(ctx: Any, student: Sequence[Tensor], teacher: Sequence[Tensor], matrix_grads: Sequence[Tensor]) -> None:
     """Save the features of the chains that need a gradient, and those of both where M is not kept."""
-    stages, wide = len(student), wide_stages(matrix_grads)
-    saved: list[Tensor | None] = [None] * (2 * stages)
-    for first, chain, need in ((0, student, ctx.needed[0] < stages), (stages, teacher, ctx.needed[-1] >= stages)):
-        for i in range(stages) if need else wide:
-            # what was made under inference_mode, a teacher, cannot be saved, nor changed in place
-            if chain[i].is_inference():
-                ctx.frozen[first + i] = chain[i]
-            else:
-                saved[first + i] = chain[i]
-    ctx.save_for_backward(*matrix_grads, *saved)
+    stages, wide, every = len(student), wide_stages(matrix_grads), (*student, *teacher)
+    places = []
+    for first, need in ((0, ctx.needed[0] < stages), (stages, ctx.needed[-1] >= stages)):
+        places += [first + i for i in (range(stages) if need else wide)]
+    # what was made under inference_mode, a teacher, cannot be saved, nor changed in place
+    ctx.frozen = {i: every[i] for i in places if every[i].is_inference()}
+    ctx.saved_places = [i for i in places if i not in ctx.frozen]
+    ctx.save_for_backward(*matrix_grads, *[every[i] for i in ctx.saved_places])
 
 
 def _chain_gradients(
@@ -168,9 +170,8 @@ def _chain_gradients(
 ) -> list[Tensor | None]:
     """The gradients of the features at ``ctx.needed``, None where ``needs`` says so; ``made`` holds those that exist, by their place."""
     stages, (pool_mode, *_, precision) = ctx.stages, ctx.options
-    matrix_grads, features = list(saved[: stages - 1]), list(saved[stages - 1 :])
-    for i, x in ctx.frozen.items():
-        features[i] = x
+    matrix_grads, by_place = list(saved[: stages - 1]), dict(zip(ctx.saved_places, saved[stages - 1 :])) | ctx.frozen
+    features = [by_place.get(i) for i in range(2 * stages)]
     wide = wide_stages(matrix_grads)
     run = functools.partial(_batched_grads.scaled, ctx.impl) if batched(grad) else ctx.impl.run_backward
     found = {place: made.get(place) for place, need in zip(ctx.needed, needs) if need}
@@ -187,7 +188,8 @@ def _graph_loss_context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tens
     student, teacher, *ctx.options, ctx.with_grad, _, _ = inputs
     ctx.mark_non_differentiable(*output[1], *output[2])
     ctx.save_for_backward(*output[1], *student, *teacher)
-    ctx.stages, ctx.frozen, ctx.needed = len(student), {}, range(2 * len(student))
+    ctx.stages, ctx.frozen = len(student), {}
+    ctx.needed = ctx.saved_places = range(2 * len(student))
 
 
 def _graph_loss_backward(ctx: Any, grad: Tensor, *rest: Any) -> tuple:
