@@ -20,7 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 NAMES = {"attention": "AT", "gram": "FSP"}
 # README's rows; of results that lack them, all
-SHORT = {("attention", "resnet20-64"), ("attention", "wrn40_2-128"), ("attention", "resnet50-8"), ("gram", "resnet20-64"), ("gram", "wrn40_2-128")}
+SHORT = {
+    *(("attention", shape) for shape in ("resnet20-64", "wrn40_2-128", "resnet50-8")),
+    *(("gram", shape) for shape in ("resnet20-64", "wrn40_2-128")),
+}
 # (row, label, colour) of the bars
 BARS = (
     ("eager, stock malloc", "eager, stock malloc", "#c9c9c9"),
