@@ -108,9 +108,9 @@ def places(walk, CONFIG: tl.constexpr, ITEM: tl.constexpr, n, row, rows, positio
 
 @triton.jit
 def row_step(walk, CONFIG: tl.constexpr, ITEM: tl.constexpr):
-    """How far the next tile of rows is."""
+    """How far the next tile of rows is. A tensor always: Triton 3.7 does not compile a constant that a function returns."""
     if CONFIG[ITEM][1]:
-        return CONFIG[ITEM][3]
+        return tl.cast(CONFIG[ITEM][3], tl.int64)
     elif CONFIG[ITEM][0]:
         return tl.cast(walk[5], tl.int64) * (CONFIG[ITEM][2] * CONFIG[ITEM][3])
     else:
