@@ -42,6 +42,9 @@ ucontext_t scheduler;
 bool reversed = false;
 bool idle = false;
 std::string launched;
+void* stream_of_calls = nullptr;
+bool capturing = false;
+int slice_of_tickets = -1;
 
 void enter() {
   try {
@@ -149,6 +152,10 @@ const unsigned char* exchange(const void* mine, size_t size) {
   return slots;
 }
 
+void* stream() { return stream_of_calls; }
+bool is_capturing() { return capturing; }
+void note_tickets(int slice) { slice_of_tickets = slice; }
+
 const void* aligned(const void* pointer, uintptr_t bytes) {
   if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0) throw std::runtime_error("an access is not aligned");
   return pointer;
@@ -164,6 +171,15 @@ extern "C" __attribute__((visibility("default"))) const char* fastkd_emulate_lau
   fastkd::emulate::launched.clear();
   return told.c_str();
 }
+
+// For ctypes: the stream of the calls that follow, and whether a graph is captured on it.
+extern "C" __attribute__((visibility("default"))) void fastkd_emulate_stream(void* handle, int capturing) {
+  fastkd::emulate::stream_of_calls = handle;
+  fastkd::emulate::capturing = capturing != 0;
+}
+
+// For ctypes: the slice of tickets that the last call had, or -1.
+extern "C" __attribute__((visibility("default"))) int fastkd_emulate_tickets() { return fastkd::emulate::slice_of_tickets; }
 
 // For ctypes: launches are checked and then do nothing, so that what the host does can be timed.
 extern "C" __attribute__((visibility("default"))) void fastkd_emulate_idle(int wanted) { fastkd::emulate::idle = wanted != 0; }

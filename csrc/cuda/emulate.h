@@ -35,6 +35,11 @@ void barrier(bool whole_block);
 // Every lane's `size` bytes (at most 256) to every lane of the warp: the result holds 32 times those, valid until the next exchange but
 // one.
 const unsigned char* exchange(const void* mine, size_t size);
+// The stream of calls, and whether a graph is captured on it, as a test has set them.
+void* stream();
+bool is_capturing();
+// Which slice of tickets a call has; -1: memory of its own.
+void note_tickets(int slice);
 // The pointer; throws unless it is a multiple of `bytes`.
 const void* aligned(const void* pointer, uintptr_t bytes);
 
