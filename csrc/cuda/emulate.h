@@ -40,6 +40,9 @@ void* stream();
 bool is_capturing();
 // Which slice of tickets a call has; -1: memory of its own.
 void note_tickets(int slice);
+// sum and eight products, added as a tensor core adds them: each loses what lies more than two bits below the last place that the
+// largest of them has in float32, and the result what lies below its own last place. Nothing is rounded to nearest.
+float add_cut_off(float sum, const double (&products)[8]);
 // The pointer; throws unless it is a multiple of `bytes`.
 const void* aligned(const void* pointer, uintptr_t bytes);
 
