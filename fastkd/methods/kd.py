@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fastkd.losses import KD as KDLoss
 from fastkd.methods.base import Output, Term
-from fastkd.modules import KD as KDLoss
 
 
 class KD(Term):
