@@ -14,9 +14,9 @@ from support_data import small_digits
 
 from fastkd.methods import create_method
 from fastkd.models import create_model
+from fastkd.models.folding import eased
 from fastkd.training import Batches, Loop, distributed, get_recipe
 from fastkd.training.progress import Progress
-from fastkd.training.teacher import eased
 
 
 def loop(method: str, alone: bool = False, **fields: Any) -> Loop:
@@ -52,7 +52,7 @@ def main() -> None:
     small_digits()
     moment = os.environ.get("DIE_AFTER")
     if moment and os.environ.get("LOCAL_RANK") == "0":  # killed, or stopped, after so many epochs of the student
-        run_module: Any = sys.modules["fastkd.training.run"]  # its package has a function of that name
+        run_module: Any = sys.modules["fastkd.training.experiment"]  # its package has a function of that name
         saved = run_module.save
 
         def save(path: Path, content: dict) -> None:

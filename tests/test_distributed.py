@@ -14,8 +14,9 @@ import pytest
 import torch
 from support_data import small_digits
 
-from fastkd.training import Batches, UserError, datasets
-from fastkd.training.plan import Plan, Settings
+from fastkd import data as datasets
+from fastkd.training import Batches, UserError
+from fastkd.training.config import Plan, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["--method", "at", "--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--batch-size", "16", "--device", "cpu"]

@@ -8,10 +8,12 @@ import sys
 import pytest
 
 import fastkd.__main__ as about
-from fastkd.training import Settings, choose_dataset, get_recipe, redraw, report
-from fastkd.training.datasets import cifar
+from fastkd.data import cifar
+from fastkd.report import maps as redraw
+from fastkd.report import tables as report
+from fastkd.training import Settings, choose_dataset, get_recipe
+from fastkd.training.config import Plan
 from fastkd.training.flags import refuse_idle
-from fastkd.training.plan import Plan
 
 QUICK = ["--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--device", "cpu"]
 

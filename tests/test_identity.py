@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from fastkd.models import create_model, fingerprint
+from fastkd.report.maps import redraw
 from fastkd.training import Loop, Settings, UserError, repeat
-from fastkd.training.plan import Plan
-from fastkd.training.redraw import redraw
-from fastkd.training.screens import command, command_file
+from fastkd.training.config import Plan
+from fastkd.training.run_summary import command, command_file
 
 QUICK = ["--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--batch-size", "32", "--device", "cpu", "--no-pictures"]
 
@@ -57,7 +57,7 @@ def error_of(main, capsys, flags):
 
 def test_a_teacher_has_a_file_for_each_identity(small_main, monkeypatch, tmp_path):
     """Whatever its identity holds, two that differ in it lie apart, and those of one identity together."""
-    monkeypatch.setattr("fastkd.training.plan.find_device", lambda name: torch.device(name))
+    monkeypatch.setattr("fastkd.training.config.find_device", lambda name: torch.device(name))
     monkeypatch.setattr(Plan, "_check_fit", lambda self, student, teacher: None)  # nothing can run on the device that is named
     changes = [
         {}, {"precision": "bf16"}, {"device": "cuda"}, {"device": "cuda", "cuda_graph": False}, {"deterministic": True}, {"compile": True},
@@ -107,14 +107,14 @@ def test_the_command_has_every_choice_that_changes_bits(small_main, monkeypatch,
     """Also where another machine, or another day, would choose otherwise by itself."""
     import train
 
-    monkeypatch.setattr("fastkd.training.plan.find_device", lambda name: torch.device(name))
+    monkeypatch.setattr("fastkd.training.config.find_device", lambda name: torch.device(name))
     monkeypatch.setattr(Plan, "_check_fit", lambda self, student, teacher: None)  # nothing can run on the device that is named
     plan = Plan(settings_of(tmp_path, "at", **change))
     words = shlex.split(command(plan))
     given = train.build_parser().parse_args(words[words.index("train.py") + 1 :])
     assert (given.compile, given.cuda_graph) == (plan.compiled, plan.captured if plan.device.type == "cuda" else None)
-    monkeypatch.setattr("fastkd.training.plan.PAYS", 0)
-    monkeypatch.setattr("fastkd.training.plan.can_compile", lambda device: True)
+    monkeypatch.setattr("fastkd.training.config.PAYS", 0)
+    monkeypatch.setattr("fastkd.training.config.can_compile", lambda device: True)
     again = Plan(settings_of(tmp_path, "at", **{**change, "compile": given.compile, "cuda_graph": given.cuda_graph}))
     assert again.identity("student") == plan.identity("student")
 

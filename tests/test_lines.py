@@ -6,10 +6,12 @@ import pytest
 import torch
 from test_step import loop_of
 
-from fastkd.training import Settings, UserError, console, devices, report
-from fastkd.training.plan import Plan
+from fastkd.io import console
+from fastkd.report import tables as report
+from fastkd.training import Settings, UserError, device
+from fastkd.training.config import Plan
+from fastkd.training.experiment import find_teacher
 from fastkd.training.progress import Progress
-from fastkd.training.run import find_teacher
 
 QUICK = ["--dataset", "digits", "--student", "resnet8", "--batch-size", "32", "--device", "cpu", "--no-pictures"]
 
@@ -32,7 +34,7 @@ def test_one_of_something_is_singular(small_main, capsys, tmp_path):
     described = Plan(settings_of(tmp_path, "baseline")).describe()
     assert "baseline: 1 epoch of ce\n" in described and ", 1 thread," in described  # these tests run on one
     assert "2 epochs of ce\n" in Plan(settings_of(tmp_path, "baseline", overrides={"epochs": 2})).describe()
-    assert devices.device_name(torch.device("cpu")) == "cpu, 1 thread"
+    assert device.device_name(torch.device("cpu")) == "cpu, 1 thread"
 
 
 def test_a_teacher_at_chance_gets_one_warning(small_main, tmp_path, capsys):

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from fastkd.training import UserError, distributed
-from fastkd.training.devices import find_device
-from fastkd.training.plan import Plan, Settings
-from fastkd.training.screens import command, command_file
+from fastkd.training.config import Plan, Settings
+from fastkd.training.device import find_device
+from fastkd.training.run_summary import command, command_file
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["--method", "at", "--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--batch-size", "16", "--device", "cpu"]
@@ -84,11 +84,11 @@ def test_a_classifier_that_the_loss_never_reaches_is_not_decayed(start, tmp_path
 PLACES = {
     "the first, in a step": (0, "fastkd.training.step:Step._forward", 2),
     "another, in a step": (1, "fastkd.training.step:Step._forward", 2),
-    "another, after the last step": (1, "fastkd.training.batches:Batches.sizes", 2),
-    "another, in the test": (1, "fastkd.training.loop:evaluate", 1),
-    "another, in its plan": (1, "fastkd.training.plan:Plan.__init__", 1),
-    "another, in its loop": (1, "fastkd.training.loop:Loop.load", 1),
-    "the first, between epochs": (0, "fastkd.training.run:keep_best", 1),
+    "another, after the last step": (1, "fastkd.data.loader:Batches.sizes", 2),
+    "another, in the test": (1, "fastkd.training.trainer:evaluate", 1),
+    "another, in its plan": (1, "fastkd.training.config:Plan.__init__", 1),
+    "another, in its loop": (1, "fastkd.training.trainer:Loop.load", 1),
+    "the first, between epochs": (0, "fastkd.training.experiment:keep_best", 1),
 }
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from support_data import small_digits
 
+from fastkd import data as datasets
 from fastkd.methods import METHODS, create_method
 from fastkd.models import create_model
-from fastkd.training import RECIPES, Batches, Loop, Settings, UserError, datasets, get_recipe, run
-from fastkd.training.plan import Plan
+from fastkd.training import RECIPES, Batches, Loop, Settings, UserError, get_recipe, run
+from fastkd.training.config import Plan
 from fastkd.training.progress import Progress
 from fastkd.training.recipes import learning_rate
 

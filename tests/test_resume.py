@@ -18,10 +18,11 @@ import pytest
 import torch
 from support_data import small_digits
 
+from fastkd import data as datasets
+from fastkd.io.files import owned
 from fastkd.methods import create_method
 from fastkd.models import create_model
-from fastkd.training import Batches, Loop, datasets, get_recipe
-from fastkd.training.files import owned
+from fastkd.training import Batches, Loop, get_recipe
 from fastkd.training.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from fastkd import backends, kernels, native
-from fastkd.training import UserError, datasets
-from fastkd.training.plan import Plan, Settings
-from fastkd.training.screens import command
+from fastkd import data as datasets
+from fastkd.training import UserError
+from fastkd.training.config import Plan, Settings
+from fastkd.training.run_summary import command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,8 +55,8 @@ def stand_in(monkeypatch):
         return [torch.zeros(())]
 
     monkeypatch.setattr(nn.Module, "to", to)
-    monkeypatch.setattr("fastkd.training.plan.find_device", torch.device)
-    monkeypatch.setattr("fastkd.training.plan.device_name", str)
+    monkeypatch.setattr("fastkd.training.config.find_device", torch.device)
+    monkeypatch.setattr("fastkd.training.config.device_name", str)
     monkeypatch.setattr(native, "CUDA", dataclasses.replace(native.CUDA, available=True))
     monkeypatch.setattr(native, "EMULATED", None)
     monkeypatch.setattr(backends, "_capability", lambda index: (9, 0))

@@ -10,11 +10,11 @@ import torch
 
 from fastkd.methods import METHODS, create_method
 from fastkd.models import create_model
+from fastkd.models.folding import eased, foldable
 from fastkd.training import Batches, Loop, UserError, get_recipe
-from fastkd.training.plan import PAYS, Plan, Settings
+from fastkd.training.config import PAYS, Plan, Settings
 from fastkd.training.progress import Progress
 from fastkd.training.step import Replayed
-from fastkd.training.teacher import eased, foldable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -177,7 +177,7 @@ def test_a_step_that_cannot_be_compiled_is_one_line(monkeypatch):
 
 
 def test_only_a_long_run_is_compiled_unless_asked(tmp_path, monkeypatch):
-    monkeypatch.setattr("fastkd.training.plan.can_compile", lambda device: True)
+    monkeypatch.setattr("fastkd.training.config.can_compile", lambda device: True)
 
     def plan(epochs, **more):
         return Plan(Settings("at", "digits", teacher="resnet8", student="resnet8", output=tmp_path, overrides={"epochs": epochs}, **more))
@@ -189,5 +189,5 @@ def test_only_a_long_run_is_compiled_unless_asked(tmp_path, monkeypatch):
     assert plan(8).identity("student") != plan(8, compile=True).identity("student")
     with pytest.raises(UserError, match="--cuda-graph is for one process on a GPU"):
         plan(8, cuda_graph=True)
-    monkeypatch.setattr("fastkd.training.plan.can_compile", lambda device: False)
+    monkeypatch.setattr("fastkd.training.config.can_compile", lambda device: False)
     assert not plan(long).compiled

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from fastkd.training import RECIPES, SETTINGS, Settings
-from fastkd.training.plan import Plan
-from fastkd.training.run import find_teacher
+from fastkd.training.config import Plan
+from fastkd.training.experiment import find_teacher
 
 DATA = Path(os.environ.get("FASTKD_DATA", "data"))
 TEACHERS = Path(os.environ.get("FASTKD_TEACHERS", DATA / "teachers"))

@@ -12,15 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastkd.io.files import make_folder, save, write
 from fastkd.methods import METHODS, Method, Output, Term, create_method
 from fastkd.models import create_model
 from fastkd.training import RECIPES, Batches, Loop, UserError, get_recipe, load_dataset
 from fastkd.training import files as files_module
-from fastkd.training.files import make_folder, save, write
-from fastkd.training.plan import Plan, Settings
+from fastkd.training.config import Plan, Settings
 from fastkd.training.progress import Progress, clock
 from fastkd.training.recipes import learning_rate
-from fastkd.training.records import COLUMNS, append, read_rows
+from fastkd.training.results import COLUMNS, append, read_rows
 
 FP32 = torch.autocast("cpu", enabled=False)
 BF16 = torch.autocast("cpu", dtype=torch.bfloat16)

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fastkd.training.screens import program
+from fastkd.training.run_summary import program
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -78,8 +78,8 @@ def fractions(text: str) -> tuple[float, ...]:
 def main(arguments: list[str] | None = None) -> int:
     stack = ExitStack()
     try:
+        from fastkd.io.console import screens
         from fastkd.training import Interrupted, Recipe, Settings, UserError, repeat
-        from fastkd.training.console import screens
         from fastkd.training.signals import terminable
 
         stack.enter_context(screens())

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastkd.training.errors import UserError
+from fastkd.errors import UserError
 
 
 @contextmanager

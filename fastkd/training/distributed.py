@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastkd.training.errors import UserError
+from fastkd.errors import UserError
 
 T = TypeVar("T")
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from fastkd.data import choose_dataset
+from fastkd.errors import UserError
 from fastkd.methods import METHODS, TWO_PHASES, create_method
-from fastkd.training.datasets import choose_dataset
-from fastkd.training.errors import UserError
 from fastkd.training.recipes import NORMALIZATIONS, get_recipe
 from fastkd.training.settings import Settings, recipe_of, resolve
 

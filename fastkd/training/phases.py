@@ -11,18 +11,18 @@ from typing import Any
 
 from torch import nn
 
+from fastkd.data.loader import Batches
+from fastkd.errors import UserError
 from fastkd.methods import Method, create_method
 from fastkd.models import create_model
 from fastkd.training import distributed
-from fastkd.training.batches import Batches
+from fastkd.training.config import Plan
 from fastkd.training.determinism import determinism
-from fastkd.training.errors import UserError
-from fastkd.training.loop import Loop
-from fastkd.training.plan import Plan
 from fastkd.training.progress import Progress
 from fastkd.training.recipes import Recipe
 from fastkd.training.settings import Settings
 from fastkd.training.signals import end_late
+from fastkd.training.trainer import Loop
 
 
 def phase_loop(plan: Plan, role: str, phase: tuple[str, Recipe, Method], student: nn.Module, teacher: nn.Module | None,

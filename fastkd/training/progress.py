@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from fastkd.training.console import say
+from fastkd.io.console import say
 
 
 def clock(seconds: float) -> str:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fastkd.training import distributed, records, runs
-from fastkd.training.console import say, screens
-from fastkd.training.errors import UserError
+from fastkd.errors import UserError
+from fastkd.io.console import say, screens
+from fastkd.training import distributed, results, run_dir
+from fastkd.training.config import Plan
+from fastkd.training.experiment import run
 from fastkd.training.flags import refuse_idle
+from fastkd.training.groups import told
 from fastkd.training.phases import follow
-from fastkd.training.plan import Plan
-from fastkd.training.run import run
 from fastkd.training.settings import AUTO, Settings
-from fastkd.training.summary import told
 
 
 def repeat(settings: Settings, times: int) -> list[dict[str, Any]]:
@@ -58,17 +58,17 @@ def _repeat(settings: Settings, times: int) -> list[dict[str, Any]]:
 
 def taken_up(each: list[Settings]) -> tuple[list[Settings], dict[int, dict[str, Any]]]:
     """(settings, rows of finished seeds): each seed goes on, begins or is finished. Raises UserError where nothing had begun at all."""
-    rows = {row.get("folder"): row for row in records.read_rows(each[0].output)[1]}
+    rows = {row.get("folder"): row for row in results.read_rows(each[0].output)[1]}
     done: dict[int, dict[str, Any]] = {}
     settings, begun = [], False
     for one in each:
         plan = Plan(one)
-        unfinished, finished = runs.folders(one.output, plan.identity("student"))
-        waits = bool(unfinished or runs.teachers(plan))
+        unfinished, finished = run_dir.folders(one.output, plan.identity("student"))
+        waits = bool(unfinished or run_dir.teachers(plan))
         if finished and not unfinished:
             done[one.seed] = dict(rows[finished[-1].name])
         settings.append(dataclasses.replace(one, resume=one.resume if waits else None))
         begun = begun or waits or bool(finished)
     if not begun and each[0].resume != AUTO:
-        raise runs.nothing(Plan(each[0]))
+        raise run_dir.nothing(Plan(each[0]))
     return settings, done

@@ -18,6 +18,17 @@ class Terminated(KeyboardInterrupt):
     status = 128 + signal.SIGTERM
 
 
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM, after everything was left consistent.
+
+    The message says how far the run came; ``status`` is the command's.
+    """
+
+    def __init__(self, message: str, status: int = 130):
+        super().__init__(message)
+        self.status = status
+
+
 @contextmanager
 def terminable() -> Iterator[None]:
     """SIGTERM raises :class:`Terminated` inside, the first one only: a queue and torchrun may both send it."""

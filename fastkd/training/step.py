@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkd.data.loader import Batches
+from fastkd.errors import UserError
 from fastkd.methods import Method, Output
 from fastkd.training import distributed
-from fastkd.training.batches import Batches
-from fastkd.training.errors import UserError
 from fastkd.training.progress import Progress
 
 

@@ -15,15 +15,15 @@ from torch import nn
 
 import fastkd
 from fastkd.backends import Call
+from fastkd.data import Dataset, choose_dataset, load_dataset
+from fastkd.data.loader import Batches, generator
+from fastkd.errors import UserError
+from fastkd.io.console import counted
+from fastkd.io.files import make_folder
 from fastkd.methods import TWO_PHASES, Method, create_method, fsp_preset
 from fastkd.models import WeightsError, create_model, fingerprint, load_weights
-from fastkd.training import curves, distributed, pictures, records
-from fastkd.training.batches import Batches, generator
-from fastkd.training.console import counted
-from fastkd.training.datasets import Dataset, choose_dataset, load_dataset
-from fastkd.training.devices import can_compile, device_name, fast_bfloat16, find_device
-from fastkd.training.errors import UserError
-from fastkd.training.files import make_folder
+from fastkd.training import attention_maps, distributed, results, tensorboard
+from fastkd.training.device import can_compile, device_name, fast_bfloat16, find_device
 from fastkd.training.recipes import NORMALIZATIONS, RECIPES, Recipe, get_recipe
 from fastkd.training.settings import PRECISIONS, Settings, environment, recipe_of, resolve
 
@@ -62,7 +62,7 @@ class Plan:
         if self.method.needs_teacher:
             self._check_fit(student, teacher)
         if distributed.leads():  # the others write nothing, and may have no such folder on their machine
-            records.read_rows(settings.output)
+            results.read_rows(settings.output)
         self.data: Dataset = load_dataset(name, settings.data)
         self.compiled, self.captured = self._how()
         parts = [len(self.data.train_labels) // self.processes] * self.recipe.drop_last
@@ -279,9 +279,11 @@ class Plan:
     def _records(self) -> str:
         """What will lie in the folder beside the weights, and what for want of a package will not."""
         parts = ["log", "epochs"]
-        parts.append("TensorBoard curves" if curves.available() else "no TensorBoard curves (the package tensorboard is not installed)")
+        parts.append(
+            "TensorBoard curves" if tensorboard.available() else "no TensorBoard curves (the package tensorboard is not installed)"
+        )
         if self.settings.pictures:
-            parts.append("pictures" if pictures.available() else "no pictures (matplotlib is not installed)")
+            parts.append("pictures" if attention_maps.available() else "no pictures (matplotlib is not installed)")
         return ", ".join(parts)
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 import fastkd
+from fastkd.io.console import counted
 from fastkd.training import distributed
-from fastkd.training.console import counted
-from fastkd.training.plan import Plan
+from fastkd.training.config import Plan
 from fastkd.training.progress import clock
 from fastkd.training.settings import environment
 

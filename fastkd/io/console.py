@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fastkd.training.errors import UserError
+from fastkd.errors import UserError
 
 LOG = "log.txt"
 

@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
+from fastkd.errors import UserError
+from fastkd.io.console import LOG, logged, say
+from fastkd.io.files import owned, sweep, write
 from fastkd.models import WeightsError, read_checkpoint
-from fastkd.training import records
-from fastkd.training.console import LOG, logged, say
-from fastkd.training.curves import Curves
-from fastkd.training.errors import UserError
-from fastkd.training.files import owned, sweep, write
-from fastkd.training.plan import Plan
-from fastkd.training.screens import COMMAND, command, command_file
+from fastkd.training import results
+from fastkd.training.config import Plan
+from fastkd.training.run_summary import COMMAND, command, command_file
 from fastkd.training.settings import AUTO, environment
+from fastkd.training.tensorboard import Curves
 
 CHECKPOINT = "last.pt"
 
@@ -136,7 +136,7 @@ def read_config(folder: Path) -> dict[str, Any] | None:
 
 def folders(output: Path, identity: dict[str, Any]) -> tuple[list[Path], list[Path]]:
     """Runs of that identity under ``output``: (unfinished, finished), those without and with a row in its table. Raises UserError."""
-    done = {row.get("folder") for row in records.read_rows(output)[1]}
+    done = {row.get("folder") for row in results.read_rows(output)[1]}
     found = [path for path, config in configs(output) if not other_than(path, config, identity)]
     return [path for path in found if path.name not in done], [path for path in found if path.name in done]
 
@@ -150,7 +150,7 @@ def configs(output: Path) -> list[tuple[Path, dict[str, Any]]]:
 def finished(plan: Plan) -> dict[str, str] | None:
     """The row of the latest finished run of this configuration, if there is one. Raises UserError."""
     done = [path.name for path in folders(plan.settings.output, plan.identity("student"))[1]]
-    rows = [row for row in records.read_rows(plan.settings.output)[1] if row.get("folder") in done]
+    rows = [row for row in results.read_rows(plan.settings.output)[1] if row.get("folder") in done]
     return rows[-1] if rows else None
 
 
@@ -161,7 +161,7 @@ def nothing(plan: Plan) -> UserError:
     if row is not None:
         rest = f"{row['folder']} is finished"
     else:
-        done = {row.get("folder") for row in records.read_rows(output)[1]}
+        done = {row.get("folder") for row in results.read_rows(output)[1]}
         left = [(path, config) for path, config in configs(output) if path.name not in done and config.get("trained") != "teacher"]
         found = [(other_than(path, config, identity), path.name) for path, config in left]
         if found:
@@ -180,7 +180,7 @@ def find(plan: Plan) -> Path | None:
         folder = next((path for path in (Path(wanted), output / wanted) if path.is_dir()), None)
         if folder is None:
             raise UserError(f"--resume {wanted}: no such folder, neither here nor under {output}")
-        if folder.name in {row.get("folder") for row in records.read_rows(output)[1]}:
+        if folder.name in {row.get("folder") for row in results.read_rows(output)[1]}:
             raise UserError(f"--resume {wanted}: that run is finished; its row is in {output / 'results.csv'}")
         return folder
     found, _ = folders(output, plan.identity("student"))
@@ -205,7 +205,7 @@ def teachers(plan: Plan) -> list[Path]:
 def epochs_of(folder: Path) -> int:
     """How many epochs its log has."""
     try:
-        return len(records.read_table(folder / "epochs.csv", ("epoch",))[1])
+        return len(results.read_table(folder / "epochs.csv", ("epoch",))[1])
     except UserError:
         return 0
 

@@ -1,6 +1,6 @@
 """The pictures of finished runs anew, from their weights.
 
-python -m fastkd.training.redraw runs/FOLDER
+python -m fastkd.report.maps runs/FOLDER
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import json
 import sys
 from pathlib import Path
 
+from fastkd.errors import UserError
+from fastkd.io.console import screens
+from fastkd.io.files import as_path
 from fastkd.models import WeightsError, load_weights
-from fastkd.training import pictures
-from fastkd.training.console import screens
-from fastkd.training.errors import UserError
-from fastkd.training.files import as_path
-from fastkd.training.plan import Plan
+from fastkd.training import attention_maps
+from fastkd.training.config import Plan
 from fastkd.training.settings import from_config
 
 
@@ -38,18 +38,18 @@ def redraw(folder: Path, data: Path | None) -> list[Path]:
             load_weights(models[role], path)
     except WeightsError as error:
         raise UserError(str(error)) from None
-    return pictures.keep(plan, folder, models["student"], models.get("teacher"))
+    return attention_maps.keep(plan, folder, models["student"], models.get("teacher"))
 
 
 @screens()
 def main(arguments: list[str] | None = None) -> int:
     text = "Attention maps of finished runs."
-    parser = argparse.ArgumentParser(prog="python -m fastkd.training.redraw", description=text, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m fastkd.report.maps", description=text, allow_abbrev=False)
     parser.add_argument("folders", nargs="+", type=as_path, metavar="FOLDER", help="of a run: runs/at-cifar10-...")
     parser.add_argument("--data", type=as_path, metavar="DIR", help="where the set lies now, if not where the run found it")
     flags = parser.parse_args(arguments)
     try:
-        if not pictures.available():
+        if not attention_maps.available():
             raise UserError("pictures take matplotlib (pip install matplotlib)")
         for folder in flags.folders:
             for path in redraw(folder, flags.data):

@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.training import figures
-from fastkd.training.batches import Batches
-from fastkd.training.console import say
-from fastkd.training.files import write
-from fastkd.training.summary import described
+from fastkd.data.loader import Batches
+from fastkd.io import figures
+from fastkd.io.console import say
+from fastkd.io.files import write
+from fastkd.training.groups import described
 
 if TYPE_CHECKING:
-    from fastkd.training.plan import Plan
+    from fastkd.training.config import Plan
 
 # file's stem: (what the map is, the map of features (N, C, H, W), what else the reader should know)
 VARIANTS: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {

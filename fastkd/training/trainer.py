@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkd.data.loader import Batches, generator
+from fastkd.errors import UserError
+from fastkd.io.console import counted
 from fastkd.methods import Method
+from fastkd.models.folding import eased
 from fastkd.training import distributed
-from fastkd.training.batches import Batches, generator
-from fastkd.training.console import counted
-from fastkd.training.errors import UserError
 from fastkd.training.progress import Progress
 from fastkd.training.recipes import Recipe, drops, learning_rate
 from fastkd.training.step import Step
-from fastkd.training.teacher import eased
 
 
 class Loop:

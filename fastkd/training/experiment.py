@@ -11,22 +11,23 @@ from torch import nn
 
 import fastkd
 from fastkd import native
+from fastkd.errors import UserError
+from fastkd.io.console import counted, say, screens
+from fastkd.io.files import locked, make_folder, save, write
 from fastkd.methods import Method, create_method
 from fastkd.models import WeightsError, create_model, fingerprint, load_weights, read_checkpoint
-from fastkd.training import distributed, pictures, records, runs
-from fastkd.training.console import counted, say, screens
+from fastkd.training import attention_maps, distributed, results, run_dir
+from fastkd.training.config import Plan
 from fastkd.training.determinism import determinism
-from fastkd.training.devices import device_name
-from fastkd.training.errors import Interrupted, UserError
-from fastkd.training.files import locked, make_folder, save, write
-from fastkd.training.loop import Loop, evaluate, placed
+from fastkd.training.device import device_name
+from fastkd.training.groups import written
 from fastkd.training.phases import lead, lead_epoch, phase_loop
-from fastkd.training.plan import Plan
 from fastkd.training.progress import Progress, clock
-from fastkd.training.runs import CHECKPOINT, Run
-from fastkd.training.screens import ending
+from fastkd.training.run_dir import CHECKPOINT, Run
+from fastkd.training.run_summary import ending
 from fastkd.training.settings import AUTO, Settings, environment
-from fastkd.training.summary import written
+from fastkd.training.signals import Interrupted
+from fastkd.training.trainer import Loop, evaluate, placed
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -37,13 +38,13 @@ def run(settings: Settings) -> dict[str, Any]:
     plan = Plan(settings)
     distributed.order(plan.settings)  # the others find the data that the plan may have fetched
     distributed.synchronize()
-    found = runs.find(plan) if settings.resume is not None else None
-    if found is None and settings.resume == AUTO and (row := runs.finished(plan)):
+    found = run_dir.find(plan) if settings.resume is not None else None
+    if found is None and settings.resume == AUTO and (row := run_dir.finished(plan)):
         done = f"row {row['no']} of {settings.output / 'results.csv'}, {row['reported_acc']} %"
         say(f"{settings.method}: {row['folder']} is finished, {done}")
         return dict(row)
     # the student's folder is there before the teacher's training begins, so that --resume finds the run whenever it was killed
-    with screens(), determinism(settings.deterministic), runs.opened(plan, "student", found) as student:
+    with screens(), determinism(settings.deterministic), run_dir.opened(plan, "student", found) as student:
         say(plan.describe())
         if plan.device.type == "cpu" and not native.CPU.available:
             say(f"no compiled kernels, plain PyTorch instead: {native.CPU.reason}")
@@ -57,12 +58,12 @@ def find_teacher(plan: Plan) -> tuple[nn.Module, float]:
     path = settings.teacher_checkpoint or plan.teacher_path()
     lock = settings.output / f".{path.name}.lock"
     with locked(lock, Waiting(path)) if settings.teacher_checkpoint is None else nullcontext():
-        begun = runs.teachers(plan) if settings.resume is not None else []
+        begun = run_dir.teachers(plan) if settings.resume is not None else []
         if begun or (settings.teacher_checkpoint is None and not path.exists()):
-            folder = max(begun, key=runs.epochs_of, default=None)  # all of one identity end alike, so the one that came furthest serves
+            folder = max(begun, key=run_dir.epochs_of, default=None)  # all of one identity end alike, so the one that came furthest serves
             what = f"{path} is not there yet; training it first" if folder is None else f"going on with its training in {folder}"
             say(f"teacher: {what}")
-            with runs.opened(plan, "teacher", folder) as opened:
+            with run_dir.opened(plan, "teacher", folder) as opened:
                 train(plan, "teacher", opened, create_method("baseline"), None, None)
     teacher = create_model(name, plan.data.classes)
     try:
@@ -70,9 +71,9 @@ def find_teacher(plan: Plan) -> tuple[nn.Module, float]:
     except WeightsError as error:
         raise UserError(str(error)) from None
     found = config["identity"] if isinstance(config, dict) and isinstance(config.get("identity"), dict) else {}
-    other = runs.differences(found, plan.identity("teacher"))
+    other = run_dir.differences(found, plan.identity("teacher"))
     if other and settings.teacher_checkpoint is None:
-        raise UserError(f"{path} is another teacher: {runs.listed(other)}; move it away, or name it by --teacher-checkpoint")
+        raise UserError(f"{path} is another teacher: {run_dir.listed(other)}; move it away, or name it by --teacher-checkpoint")
     batches = plan.batches("teacher")[1]
     accuracy = evaluate(placed(teacher, plan.device), batches, plan.autocast())
     images = len(batches) * batches.batch_size if batches.drop_last else batches.count
@@ -146,7 +147,7 @@ def train(plan: Plan, role: str, run: Run, method: Method, teacher: nn.Module | 
                 keep_teacher(plan, loop, run)
             row = row_of(plan, role, run, loop, teacher_acc, common["started"], before + time.perf_counter() - begun)
             try:
-                row = records.append(plan.settings.output, row)
+                row = results.append(plan.settings.output, row)
             except UserError as error:
                 if role == "student":
                     raise
@@ -159,8 +160,8 @@ def train(plan: Plan, role: str, run: Run, method: Method, teacher: nn.Module | 
             progress.close()
     if role == "student" and plan.settings.pictures:  # after the row: nothing that fails here can lose it
         student.load_state_dict(loop.weights()[0])
-        pictures.keep(plan, run.folder, student, teacher)
-    say(ending(plan, role, row, records.COLUMNS[:11], run.folder))
+        attention_maps.keep(plan, run.folder, student, teacher)
+    say(ending(plan, role, row, results.COLUMNS[:11], run.folder))
     return row
 
 
@@ -180,7 +181,7 @@ def keep_best(loop: Loop, run: Run, phase: str, anew: bool = False) -> None:
     if not loop.history:
         return
     run.curves.add(phase, loop.history)
-    table = records.table(list(loop.history[-1]), loop.history)
+    table = results.table(list(loop.history[-1]), loop.history)
     write(run.folder / ("epochs.csv" if phase == "main" else f"{phase}.csv"), table)
     if phase == "main":
         best = loop.best()
@@ -245,7 +246,7 @@ def how_far(label: str, phase: str, loop: Loop, folder: Path, output: Path) -> s
         if phase == "main":
             best = f" and the best ({read_checkpoint(folder / 'best.pt')['acc']:.2f} %)"
     with suppress(UserError):
-        added = any(row.get("folder") == folder.name for row in records.read_rows(output)[1])
+        added = any(row.get("folder") == folder.name for row in results.read_rows(output)[1])
     if saved < trained:
         where = f"in epoch {trained} of {epochs}, while it was saved"
     elif trained < epochs:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
+from fastkd.errors import UserError
+from fastkd.io.console import counted
 from fastkd.training import distributed
-from fastkd.training.console import counted
-from fastkd.training.errors import UserError
 
 
 def find_device(name: str | None) -> torch.device:
