@@ -12,6 +12,7 @@ import torch
 from fastkd.errors import UserError
 from fastkd.io.console import counted
 from fastkd.training import distributed
+from fastkd.training.launch import launched
 
 
 def find_device(name: str | None) -> torch.device:
@@ -22,7 +23,7 @@ def find_device(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"device {name!r} is not known; wanted cpu or cuda") from None
-    if device.type == "cuda" and distributed.launched() is not None:
+    if device.type == "cuda" and launched() is not None:
         device = torch.device("cuda", distributed.gpu_index())
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: PyTorch sees no such GPU here")

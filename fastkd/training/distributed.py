@@ -12,13 +12,15 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastkd.errors import UserError
+from fastkd.training import signals
+from fastkd.training.launch import WORLD, launched, variable
 
 T = TypeVar("T")
 
@@ -30,49 +32,6 @@ def share() -> tuple[int, int]:
 
 def leads() -> bool:
     return share()[0] == 0
-
-
-# Where launchers write a process's number, the number of all, and its number on this machine. The first of each
-# is torchrun's, and of everybody who prepares PyTorch's "env://". SLURM_NTASKS is no sign of several processes:
-# a batch script has it too, whose command was started once and by no srun.
-_RANK = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-_WORLD = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-_LOCAL = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
-
-
-class Launch(NamedTuple):
-    """What the environment says of processes that were started together: of this one, and how many there are on how many machines."""
-
-    rank: int
-    world: int
-    local: int
-    nodes: int
-    torchrun: bool
-
-
-def launched() -> Launch | None:
-    """None for a process that was started alone. Raises UserError for variables that contradict each other."""
-    torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    (world_name, world), (rank_name, rank) = _variable(_WORLD), _variable(_RANK)
-    if world is None and os.environ.get("RANK") and os.environ.get("MASTER_ADDR"):
-        raise UserError(f"RANK is {rank}, but WORLD_SIZE is not set: start the processes with torchrun")
-    if world is None or (world == 1 and not torchrun):
-        return None
-    if rank is None:
-        raise UserError(f"{world_name} is {world}, but {_RANK[0]} is not set: start the processes with torchrun")
-    if not 0 <= rank < world:
-        raise UserError(f"{rank_name} is {rank}, wanted 0 to {world - 1}, since {world_name} is {world}")
-    local = _variable(_LOCAL)[1]
-    nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1)) if torchrun else 1
-    return Launch(rank, world, rank if local is None else local, nodes, torchrun)
-
-
-def _variable(names: Sequence[str]) -> tuple[str, int | None]:
-    name = next((name for name in names if os.environ.get(name)), names[0])
-    try:
-        return name, int(os.environ[name]) if os.environ.get(name) else None
-    except ValueError:
-        raise UserError(f"{name} is {os.environ[name]!r}, wanted a number") from None
 
 
 def gpu_index() -> int:
@@ -93,11 +52,12 @@ def group(device: str | None) -> Iterator[None]:
     if launch is None:
         yield
         return
+    status = signals.end_late() if launch.rank else None
     if not os.environ.get("MASTER_ADDR"):
         if launch.rank:
             sys.exit(2)  # the first one says it
         raise UserError(
-            f"{launch.world} processes were started ({_variable(_WORLD)[0]}), but MASTER_ADDR is not set: start them with torchrun, "
+            f"{launch.world} processes were started ({variable(WORLD)[0]}), but MASTER_ADDR is not set: start them with torchrun, "
             "or set MASTER_ADDR and MASTER_PORT so that they train together"
         )
     os.environ.setdefault("MASTER_PORT", "29500")  # torchrun's
@@ -112,7 +72,12 @@ def group(device: str | None) -> Iterator[None]:
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
         raise UserError(f"{launch.world} processes cannot meet at {where}: {' '.join(str(error).split())[:200]}") from None
-    yield
+    try:
+        yield
+    except (UserError, RuntimeError) as error:
+        if status is None or not (isinstance(error, UserError) or lost(error)):
+            raise
+        sys.exit(status())  # the first process knows and says why
     dist.destroy_process_group()  # not after an error: the others may wait for something else
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import signal
-import sys
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
@@ -21,7 +19,6 @@ from fastkd.training.determinism import determinism
 from fastkd.training.progress import Progress
 from fastkd.training.recipes import Recipe
 from fastkd.training.settings import Settings
-from fastkd.training.signals import end_late
 from fastkd.training.trainer import Loop
 
 
@@ -50,15 +47,8 @@ def lead_epoch(loop: Loop, epoch: int, progress: Progress) -> None:
 
 def follow() -> None:
     """Trains as the first process orders, until it says no more. Prints nothing, writes nothing."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process stops, and torchrun ends us
-    end_late()
-    try:
-        with ExitStack() as stack:
-            _follow(stack)
-    except (UserError, RuntimeError) as error:
-        if not isinstance(error, UserError) and not distributed.lost(error):
-            raise
-        sys.exit(1)  # the first process knows and says why
+    with ExitStack() as stack:
+        _follow(stack)
 
 
 def _follow(stack: ExitStack) -> None:

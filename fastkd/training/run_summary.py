@@ -13,8 +13,8 @@ import torch
 
 import fastkd
 from fastkd.io.console import counted
-from fastkd.training import distributed
 from fastkd.training.config import Plan
+from fastkd.training.launch import launched
 from fastkd.training.progress import clock
 from fastkd.training.settings import environment
 
@@ -62,7 +62,7 @@ def _start(plan: Plan, script: str) -> list[str]:
     installed = program() == INSTALLED
     if plan.processes == 1:
         return [INSTALLED] if installed else ["python", script]
-    launch = distributed.launched()
+    launch = launched()
     nodes = 1 if launch is None else launch.nodes
     where = ["--standalone"] if nodes == 1 else ["--nnodes", str(nodes)]
     return [
@@ -91,7 +91,7 @@ def command_file(plan: Plan, role: str) -> str:
         if role == "teacher"
         else "trains this student, its teacher too if it is not there"
     )
-    launch = distributed.launched()
+    launch = launched()
     if launch is not None and launch.nodes > 1:
         versions += f"; on each of {launch.nodes} machines, which --rdzv-endpoint brings together"
     return f'#!/bin/sh\n# {of}; {versions}\ncd {shlex.quote(os.getcwd())} || exit\n{command(plan)} "$@"\n'
