@@ -7,8 +7,9 @@ import pytest
 from fastkd.report import curves
 from fastkd.report import tables as report
 from fastkd.training import RECIPES, results
-from fastkd.training.config import Plan, Settings
+from fastkd.training.config import Config, Settings
 from fastkd.training.groups import changes, groups
+from fastkd.training.run_summary import describe
 
 RUN = {
     "method": "at", "dataset": "cifar100", "student": "resnet20", "teacher": "resnet56", "recipe": "sakd", "nepoch": "240",
@@ -69,5 +70,5 @@ def test_means_are_over_runs_of_as_many_processes():
 def test_another_batch_than_the_recipes_is_told_with_the_rates_own(monkeypatch, tmp_path, processes, batch, words):
     monkeypatch.setattr("fastkd.training.distributed.share", lambda: (0, processes))
     fields = {} if batch is None else {"batch_size": batch}
-    plan = Plan(Settings("baseline", "digits", student="resnet8", recipe="hankyul2", output=tmp_path, device="cpu", overrides=fields))
-    assert [line for line in plan.describe().splitlines() if line.startswith("note")] == ([words] if words else [])
+    plan = Config(Settings("baseline", "digits", student="resnet8", recipe="hankyul2", output=tmp_path, device="cpu", overrides=fields))
+    assert [line for line in describe(plan).splitlines() if line.startswith("note")] == ([words] if words else [])

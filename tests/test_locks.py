@@ -21,7 +21,7 @@ from fastkd.io import files, locks
 from fastkd.io.files import locked, owned
 from fastkd.models import create_model
 from fastkd.training import Settings, UserError, load_dataset, results
-from fastkd.training.config import Plan
+from fastkd.training.config import Config
 from fastkd.training.experiment import find_teacher
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,7 +111,7 @@ def test_who_holds_a_mark_renews_it(monkeypatch, tmp_path):
 
 
 def test_who_comes_second_waits_for_the_teacher(tmp_path, capsys):
-    plan = Plan(Settings("kd", "digits", student="resnet8", teacher="resnet8", output=tmp_path, device="cpu", resume=""))
+    plan = Config(Settings("kd", "digits", student="resnet8", teacher="resnet8", output=tmp_path, device="cpu", resume=""))
     path, found = plan.teacher_path(), []
     with locked(tmp_path / f".{path.name}.lock"):
         thread = threading.Thread(target=lambda: found.append(find_teacher(plan)))

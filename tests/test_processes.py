@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from fastkd.training import UserError, distributed, launch
-from fastkd.training.config import Plan, Settings
+from fastkd.training.command import command, command_file
+from fastkd.training.config import Config, Settings
 from fastkd.training.device import find_device
-from fastkd.training.run_summary import command, command_file
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["--method", "at", "--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--batch-size", "16", "--device", "cpu"]
@@ -84,13 +84,14 @@ def test_a_classifier_that_the_loss_never_reaches_is_not_decayed(start, tmp_path
 
 
 PLACES = {
-    "the first, in a step": (0, "fastkd.training.step:Step._forward", 2),
-    "another, in a step": (1, "fastkd.training.step:Step._forward", 2),
+    "the first, in a step": (0, "fastkd.training.step:TrainStep._forward", 2),
+    "another, in a step": (1, "fastkd.training.step:TrainStep._forward", 2),
     "another, after the last step": (1, "fastkd.data.loader:Batches.sizes", 2),
     "another, in the test": (1, "fastkd.training.trainer:evaluate", 1),
-    "another, in its plan": (1, "fastkd.training.config:Plan.__init__", 1),
-    "another, in its loop": (1, "fastkd.training.trainer:Loop.load", 1),
-    "the first, between epochs": (0, "fastkd.training.experiment:keep_best", 1),
+    "another, in a sum itself": (1, "fastkd.training.distributed:_sum", 2),
+    "another, in its plan": (1, "fastkd.training.config:Config.__init__", 1),
+    "another, in its loop": (1, "fastkd.training.trainer:Trainer.__init__", 1),
+    "the first, between epochs": (0, "fastkd.training.run_dir:RunDir.write_epoch_files", 1),
 }
 
 
@@ -122,7 +123,7 @@ def test_a_failure_of_one_process_ends_all_at_once_with_one_line(start, tmp_path
 )
 def test_any_exception_of_one_process_ends_all(start, tmp_path, rank, error, statuses, words):
     flags = [*FLAGS, "--method", "baseline", "--output", str(tmp_path / "runs")]
-    answer, logs = start(of_two(), flags=flags, **fails(rank, "fastkd.training.step:Step._forward", 2, error))
+    answer, logs = start(of_two(), flags=flags, **fails(rank, "fastkd.training.step:TrainStep._forward", 2, error))
     assert answer["statuses"] == statuses, (answer, logs)
     assert words in ours(logs) and len(ours(logs)) == 1 + (rank == 1), logs
     assert answer["seconds"] < 10
@@ -272,6 +273,6 @@ def test_each_process_has_its_own_gpu(monkeypatch, there, by, index):
 def test_the_command_of_several_machines_names_them(monkeypatch, tmp_path):
     started(monkeypatch, **STARTED["torchrun within srun"], GROUP_WORLD_SIZE="2")
     monkeypatch.setattr("fastkd.training.distributed.share", lambda: (0, 4))
-    plan = Plan(Settings("baseline", "digits", student="resnet8", output=tmp_path, device="cpu"))
+    plan = Config(Settings("baseline", "digits", student="resnet8", output=tmp_path, device="cpu"))
     assert command(plan).startswith("torchrun --nnodes 2 --nproc-per-node 2 train.py ")
     assert "on each of 2 machines, which --rdzv-endpoint brings together" in command_file(plan, "student")

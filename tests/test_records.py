@@ -18,8 +18,8 @@ import torch
 from fastkd.io import console
 from fastkd.io.console import logged, say
 from fastkd.models import create_model
-from fastkd.training import Loop, Recipe, UserError, repeat, results, run_summary, tensorboard
-from fastkd.training.config import Plan, Settings
+from fastkd.training import Recipe, Trainer, UserError, command, repeat, results, tensorboard
+from fastkd.training.config import Config, Settings
 from fastkd.training.groups import described, groups, told
 from fastkd.training.tensorboard import Curves
 
@@ -50,7 +50,7 @@ def points(folder):
 
 def interrupt(monkeypatch, after):
     """Ctrl-C at the beginning of the so-manieth epoch of this process; returns what puts an end to that."""
-    whole, left = Loop.train_epoch, after
+    whole, left = Trainer.train_epoch, after
 
     def train_epoch(self, epoch, progress):
         nonlocal left
@@ -59,8 +59,8 @@ def interrupt(monkeypatch, after):
             raise KeyboardInterrupt
         whole(self, epoch, progress)
 
-    monkeypatch.setattr(Loop, "train_epoch", train_epoch)
-    return lambda: monkeypatch.setattr(Loop, "train_epoch", whole)
+    monkeypatch.setattr(Trainer, "train_epoch", train_epoch)
+    return lambda: monkeypatch.setattr(Trainer, "train_epoch", whole)
 
 
 def test_screen_and_log_say_what_happens(small_main, tmp_path, capsys):
@@ -135,11 +135,11 @@ def test_the_command_says_all_that_was_asked_for(small_main, monkeypatch, tmp_pa
         given = vars(train.build_parser().parse_args(arguments))
         fields = {field.name: given.pop(field.name) for field in dataclasses.fields(Recipe)}
         assert given.pop("repeats") == 1
-        return Plan(Settings(**given, overrides={name: value for name, value in fields.items() if value is not None}))
+        return Config(Settings(**given, overrides={name: value for name, value in fields.items() if value is not None}))
 
     plan = plan_of([*flags, "--output", str(tmp_path / "a folder; and $more"), "--data", "it's here"])
     words = subprocess.run(
-        ["sh", "-c", f'python() {{ printf "%s\\0" "$@"; }}\n{run_summary.command(plan)}'], capture_output=True, text=True, check=True
+        ["sh", "-c", f'python() {{ printf "%s\\0" "$@"; }}\n{command.command(plan)}'], capture_output=True, text=True, check=True
     ).stdout.split("\0")[:-1]
     assert words[0].endswith("train.py")
     again = plan_of(words[1:])
@@ -297,13 +297,13 @@ def test_repeats_that_cannot_be(small_main, tmp_path, times, resume, words):
 
 def test_a_shared_teacher_makes_another_run_of_a_seed(small_main, tmp_path):
     common = {"dataset": "digits", "student": "resnet8", "output": tmp_path, "seed": 1}
-    plans = [Plan(Settings("kd", teacher="resnet8", teacher_seed=seed, **common)) for seed in (None, 1, 0)]
+    plans = [Config(Settings("kd", teacher="resnet8", teacher_seed=seed, **common)) for seed in (None, 1, 0)]
     own, same, shared = (plan.identity("student") for plan in plans)
     assert own == same != shared and plans[0].teacher_path() != plans[2].teacher_path()
     assert plans[2].identity("teacher")["seed"] == 0 and shared["seed"] == 1
     first, other = (next(plan.batches("teacher")[0].train(1))[1] for plan in (plans[0], plans[2]))
     assert not torch.equal(first, other)
-    alone = [Plan(Settings("baseline", teacher_seed=seed, **common)) for seed in (None, 0)]
+    alone = [Config(Settings("baseline", teacher_seed=seed, **common)) for seed in (None, 0)]
     assert alone[0].identity("student") == alone[1].identity("student")
 
 

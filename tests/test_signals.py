@@ -60,7 +60,7 @@ def test_ctrl_c_within_a_save_names_the_epoch_that_was_saved(small_main, monkeyp
             left = -1
             raise KeyboardInterrupt
 
-    for module in ("training.experiment", "training.results", "io.files"):
+    for module in ("training.run_dir", "training.results", "io.files"):
         monkeypatch.setattr(sys.modules[f"fastkd.{module}"], "write", interrupted)
     assert small_main(["--method", "baseline", *QUICK, "--epochs", "3", "--output", str(tmp_path)]) == 130
     monkeypatch.undo()

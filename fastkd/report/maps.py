@@ -16,29 +16,29 @@ from fastkd.io.console import screens
 from fastkd.io.files import as_path
 from fastkd.models import WeightsError, load_weights
 from fastkd.training import attention_maps
-from fastkd.training.config import Plan
+from fastkd.training.config import Config
 from fastkd.training.settings import from_config
 
 
 def redraw(folder: Path, data: Path | None) -> list[Path]:
     """The pictures of the run in ``folder`` from its files; none and one line where they cannot be drawn. Raises UserError."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} holds no run: config.json: {getattr(error, 'strerror', None) or error}") from None
-    settings = from_config(config, folder.parent)
-    plan = Plan(settings if data is None else dataclasses.replace(settings, data=data))
-    paths = {"student": folder / ("best.pt" if plan.recipe.report == "best" else "last.pt")}
-    if plan.method.needs_teacher:
-        kept = plan.teacher_path()  # of this machine's device; the run's may have been another
-        paths["teacher"] = settings.teacher_checkpoint or kept.with_name(config.get("teacher_file", kept.name))
-    models = {role: plan.new_model(role).to(plan.device) for role in paths}
+    settings = from_config(about, folder.parent)
+    config = Config(settings if data is None else dataclasses.replace(settings, data=data))
+    paths = {"student": folder / ("best.pt" if config.recipe.report == "best" else "last.pt")}
+    if config.method.needs_teacher:
+        kept = config.teacher_path()  # of this machine's device; the run's may have been another
+        paths["teacher"] = settings.teacher_checkpoint or kept.with_name(about.get("teacher_file", kept.name))
+    models = {role: config.new_model(role).to(config.device) for role in paths}
     try:
         for role, path in paths.items():
             load_weights(models[role], path)
     except WeightsError as error:
         raise UserError(str(error)) from None
-    return attention_maps.keep(plan, folder, models["student"], models.get("teacher"))
+    return attention_maps.keep(config, folder, models["student"], models.get("teacher"))
 
 
 @screens()

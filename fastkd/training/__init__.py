@@ -8,9 +8,24 @@ from fastkd.training.recipes import RECIPES, SETTINGS, Recipe, get_recipe
 from fastkd.training.repeats import repeat
 from fastkd.training.settings import PRECISIONS, Settings
 from fastkd.training.signals import Interrupted
-from fastkd.training.trainer import Loop, evaluate
+from fastkd.training.trainer import Trainer, evaluate
 
 __all__ = [
-    "DATASETS", "PRECISIONS", "RECIPES", "SETTINGS", "Batches", "Dataset", "Interrupted", "Loop", "Recipe", "Settings", "UserError",
-    "choose_dataset", "evaluate", "get_recipe", "load_dataset", "repeat", "run",
+    "DATASETS",
+    "PRECISIONS",
+    "RECIPES",
+    "SETTINGS",
+    "Batches",
+    "Dataset",
+    "Interrupted",
+    "Recipe",
+    "Settings",
+    "Trainer",
+    "UserError",
+    "choose_dataset",
+    "evaluate",
+    "get_recipe",
+    "load_dataset",
+    "repeat",
+    "run",
 ]  # fmt: skip

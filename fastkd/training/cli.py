@@ -12,8 +12,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fastkd.training.command import program
 from fastkd.training.launch import is_first
-from fastkd.training.run_summary import program
 
 
 class OneLineParser(argparse.ArgumentParser):

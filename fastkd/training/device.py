@@ -1,11 +1,14 @@
-"""The device of a run."""
+"""The device of a run, and runs that repeat bit by bit on it."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,3 +64,25 @@ def processor_features() -> set[str]:
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {counted(torch.get_num_threads(), 'thread')}"
+
+
+@contextmanager
+def determinism(wanted: bool) -> Iterator[None]:
+    """PyTorch's deterministic algorithms while a run lasts. Raises UserError where an operation has none."""
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA begins
+    memory: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark, memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark, memory.fill_uninitialized_memory = False, False
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise UserError(f"--deterministic: {str(error).split('.')[0]}") from None
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark, memory.fill_uninitialized_memory = before[1:]

@@ -1,33 +1,34 @@
-"""One run from settings to a row of the table: teacher, student, records."""
+"""One run from settings to a row of the table: teacher, student, records. Every process of it runs this same program."""
 
 from __future__ import annotations
 
+import copy
 import time
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-import fastkd
 from fastkd import native
+from fastkd.data.loader import Batches
 from fastkd.errors import UserError
 from fastkd.io.console import counted, say, screens
-from fastkd.io.files import locked, make_folder, save, write
+from fastkd.io.files import locked
 from fastkd.methods import Method, create_method
-from fastkd.models import WeightsError, create_model, fingerprint, load_weights, read_checkpoint
+from fastkd.models import WeightsError, create_model, fingerprint, load_weights
 from fastkd.training import attention_maps, distributed, results, run_dir
-from fastkd.training.config import Plan
-from fastkd.training.determinism import determinism
-from fastkd.training.device import device_name
-from fastkd.training.groups import written
-from fastkd.training.phases import lead, lead_epoch, phase_loop
+from fastkd.training.config import Config
+from fastkd.training.device import determinism
 from fastkd.training.progress import Progress, clock
-from fastkd.training.run_dir import CHECKPOINT, Run
-from fastkd.training.run_summary import ending
-from fastkd.training.settings import AUTO, Settings, environment
+from fastkd.training.recipes import Recipe
+from fastkd.training.run_dir import RunDir
+from fastkd.training.run_summary import describe, ending, how_far, row_of
+from fastkd.training.settings import Settings
 from fastkd.training.signals import Interrupted
-from fastkd.training.trainer import Loop, evaluate, placed
+from fastkd.training.trainer import Trainer, evaluate, placed
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -35,224 +36,149 @@ def run(settings: Settings) -> dict[str, Any]:
 
     Raises UserError for whatever the user can mend, Interrupted after Ctrl-C.
     """
-    plan = Plan(settings)
-    distributed.order(plan.settings)  # the others find the data that the plan may have fetched
-    distributed.synchronize()
-    found = run_dir.find(plan) if settings.resume is not None else None
-    if found is None and settings.resume == AUTO and (row := run_dir.finished(plan)):
+    config = shared_config(settings)
+    row, folder = distributed.from_first(lambda: run_dir.choose(config))
+    if row is not None:
         done = f"row {row['no']} of {settings.output / 'results.csv'}, {row['reported_acc']} %"
         say(f"{settings.method}: {row['folder']} is finished, {done}")
         return dict(row)
     # the student's folder is there before the teacher's training begins, so that --resume finds the run whenever it was killed
-    with screens(), determinism(settings.deterministic), run_dir.opened(plan, "student", found) as student:
-        say(plan.describe())
-        if plan.device.type == "cpu" and not native.CPU.available:
+    with screens(), determinism(settings.deterministic), run_dir.opened(config, "student", folder) as student:
+        say(describe(config))
+        if config.device.type == "cpu" and not native.CPU.available:
             say(f"no compiled kernels, plain PyTorch instead: {native.CPU.reason}")
-        teacher, accuracy = find_teacher(plan) if plan.method.needs_teacher else (None, None)
-        return train(plan, "student", student, plan.method, teacher, accuracy)
+        teacher, accuracy = find_teacher(config) if config.method.needs_teacher else (None, None)
+        return train(config, "student", student, config.method, teacher, accuracy)
 
 
-def find_teacher(plan: Plan) -> tuple[nn.Module, float]:
+def shared_config(settings: Settings) -> Config:
+    """The first process decides, for instance what ``--precision auto`` is, and fetches the data; the others follow."""
+    config = Config(settings) if distributed.leads() else None
+    decided = distributed.from_first(lambda: settings if config is None else config.settings)
+    config = config or Config(decided)
+    distributed.meet()  # nothing is written before all are ready
+    return config
+
+
+def find_teacher(config: Config) -> tuple[nn.Module, float]:
     """The trained teacher and its test accuracy: from --teacher-checkpoint, from an earlier run, or trained now."""
-    settings, name = plan.settings, plan.models.teacher
-    path = settings.teacher_checkpoint or plan.teacher_path()
-    lock = settings.output / f".{path.name}.lock"
-    with locked(lock, Waiting(path)) if settings.teacher_checkpoint is None else nullcontext():
-        begun = run_dir.teachers(plan) if settings.resume is not None else []
-        if begun or (settings.teacher_checkpoint is None and not path.exists()):
-            folder = max(begun, key=run_dir.epochs_of, default=None)  # all of one identity end alike, so the one that came furthest serves
+    settings = config.settings
+    path = settings.teacher_checkpoint or config.teacher_path()
+    with teacher_lock(config, path):
+        begun = distributed.from_first(lambda: run_dir.teachers(config) if settings.resume is not None else [])
+        if begun or (settings.teacher_checkpoint is None and distributed.from_first(lambda: not path.exists())):
+            folder = max(begun, key=run_dir.epochs_of, default=None)  # all of one identity end alike: the one that came furthest
             what = f"{path} is not there yet; training it first" if folder is None else f"going on with its training in {folder}"
             say(f"teacher: {what}")
-            with run_dir.opened(plan, "teacher", folder) as opened:
-                train(plan, "teacher", opened, create_method("baseline"), None, None)
-    teacher = create_model(name, plan.data.classes)
+            with run_dir.opened(config, "teacher", folder) as opened:
+                train(config, "teacher", opened, create_method("baseline"), None, None)
+    teacher = create_model(config.models.teacher, config.data.classes)
+    weights, accuracy = distributed.from_first(lambda: load_teacher(config, teacher, path))
+    teacher.load_state_dict(weights)
+    return teacher, accuracy
+
+
+@contextmanager
+def teacher_lock(config: Config, path: Path) -> Iterator[None]:
+    """Of several commands with one output the first trains the teacher, and the others wait for it here."""
+    if config.settings.teacher_checkpoint is not None or not distributed.leads():
+        yield
+        return
+    told = 0.0
+
+    def waits() -> None:
+        nonlocal told
+        if not told:
+            say(f"teacher: another process trains {path}; waiting for it")
+        if time.monotonic() - told > 60:
+            told = time.monotonic()
+            distributed.busy()
+
+    with locked(config.settings.output / f".{path.name}.lock", waits):
+        yield
+
+
+def load_teacher(config: Config, teacher: nn.Module, path: Path) -> tuple[dict[str, Any], float]:
+    """Loads ``path`` into ``teacher`` and says what it is. Returns its weights and its test accuracy. Raises UserError."""
     try:
-        config = load_weights(teacher, path, say=say).get("config")
+        about = load_weights(teacher, path, say=say).get("config")
     except WeightsError as error:
         raise UserError(str(error)) from None
-    found = config["identity"] if isinstance(config, dict) and isinstance(config.get("identity"), dict) else {}
-    other = run_dir.differences(found, plan.identity("teacher"))
-    if other and settings.teacher_checkpoint is None:
+    found = about["identity"] if isinstance(about, dict) and isinstance(about.get("identity"), dict) else {}
+    other = run_dir.differences(found, config.identity("teacher"))
+    if other and config.settings.teacher_checkpoint is None:
         raise UserError(f"{path} is another teacher: {run_dir.listed(other)}; move it away, or name it by --teacher-checkpoint")
-    batches = plan.batches("teacher")[1]
-    accuracy = evaluate(placed(teacher, plan.device), batches, plan.autocast())
+    batches = config.batches("teacher")[1]
+    accuracy = evaluate(placed(teacher, config.device), batches, config.autocast())
     images = len(batches) * batches.batch_size if batches.drop_last else batches.count
     whole = "the test set" if images == batches.count else f"{images:,} images of the test set"
     how = ""
     if found:
         where = f"{found.get('dataset')} by {found.get('recipe')}, {counted(found.get('epochs', 0), 'epoch')}, seed {found.get('seed')}"
         how = f" (trained on {where}, {found.get('precision')}, {found.get('device')})"
-    say(f"teacher: {name} from {path}{how}, {accuracy:.2f} % on {whole}")
-    chance = 1 / plan.data.classes
+    say(f"teacher: {config.models.teacher} from {path}{how}, {accuracy:.2f} % on {whole}")
+    chance = 1 / config.data.classes
     if accuracy / 100 <= chance + 2 * (chance * (1 - chance) / images) ** 0.5:  # what guessing reaches, and its spread
-        say(f"teacher: warning: that is chance for {plan.data.classes} classes: there is nothing to learn from it")
-    return teacher, accuracy
+        say(f"teacher: warning: that is chance for {config.data.classes} classes: there is nothing to learn from it")
+    return {name: value.cpu() for name, value in teacher.state_dict().items()}, accuracy
 
 
-class Waiting:
-    """Called again and again while another command trains the teacher."""
-
-    def __init__(self, path: Path):
-        self.path, self.told = path, 0.0
-
-    def __call__(self) -> None:
-        if not self.told:
-            say(f"teacher: another process trains {self.path}; waiting for it")
-        if time.monotonic() - self.told > 60:
-            self.told = time.monotonic()
-            distributed.order("wait")  # processes that hear nothing for half an hour take the first one for lost
-
-
-def train(plan: Plan, role: str, run: Run, method: Method, teacher: nn.Module | None, teacher_acc: float | None) -> dict[str, Any]:
-    """Trains the plan's student or teacher (``role``) in the folder of ``run``, from its state if it has one, and records it.
+def train(config: Config, role: str, run: RunDir, method: Method, teacher: nn.Module | None, teacher_acc: float | None) -> dict[str, Any]:
+    """Trains the "student" or the "teacher" (``role``) in the folder of ``run``, from its state if it has one, and records it.
 
     The checkpoint, the best weights and the log are on disk after every epoch. Raises UserError, Interrupted.
     """
-    title, state, phases = run.config["trained"], run.state or {}, plan.phases(method)
-    common = {
-        "config": run.config,
-        "started": state.get("started", time.strftime("%Y-%m-%d %H:%M:%S")),
-        "taught_by": None if teacher is None else fingerprint(teacher),
-    }
-    before, begun = state.get("elapsed", 0.0), time.perf_counter()
-    student, batches = plan.new_model(role), plan.batches(role)
-    names = [name for name, _, _ in phases]
-    if state and (state.get("phase") not in names or state.get("taught_by") != common["taught_by"]):
-        why = "its teacher was another" if state.get("phase") in names else "not the checkpoint of such a run"
-        raise UserError(f"{run.folder / CHECKPOINT}: {why}")
-    first = names.index(state["phase"]) if state else 0
-    run.curves.earlier = names[:first]
-    for phase in phases[first:]:
+    title, state, phases = run.config["trained"], run.state or {}, config.phases(method)
+    run.begin([name for name, _, _ in phases], None if teacher is None else fingerprint(teacher))
+    student, batches = config.new_model(role), config.batches(role)
+    for phase in phases[run.finished_phases :]:
         name, recipe, main = phase[0], phase[1], phase[0] == "main"
-        loop = phase_loop(plan, role, phase, student, teacher, batches)
+        trainer = phase_trainer(config, role, phase, student, teacher, batches)
         label = title if main else f"{title} {name}"
         if state.get("phase") == name:
-            take_up(loop, state, run.folder)
-            say(f"{label}: {run.folder} goes on after epoch {len(loop.history)} of {recipe.epochs}")
-            keep_best(loop, run, name, anew=True)
-        elif run.state is None and name == names[0]:
+            run.take_up(trainer)
+            say(f"{label}: {run.folder} goes on after epoch {len(trainer.history)} of {recipe.epochs}")
+        elif run.state is None and name == phases[0][0]:
             say(f"{label}: begins in {run.folder}")
-        lead(loop, role, name)
-        progress = Progress(label, loop.steps, len(loop.history) * len(loop.batches))
+        progress = Progress(label, trainer.steps, len(trainer.history) * len(trainer.batches))
         try:
-            for epoch in range(len(loop.history) + 1, recipe.epochs + 1):
-                lead_epoch(loop, epoch, progress)
-                elapsed = before + time.perf_counter() - begun
-                save(run.folder / CHECKPOINT, {**common, **loop.state(), "phase": name, "elapsed": elapsed})
-                keep_best(loop, run, name)
-                progress.line(f"{label} epoch {epoch}/{recipe.epochs}  {loop.summary()}  {clock(progress.left())} left")
-            if not main:
-                continue
-            if role == "teacher":
-                keep_teacher(plan, loop, run)
-            row = row_of(plan, role, run, loop, teacher_acc, common["started"], before + time.perf_counter() - begun)
-            try:
-                row = results.append(plan.settings.output, row)
-            except UserError as error:
-                if role == "student":
-                    raise
-                say(f"{title}: {error}")  # its weights are there: no reason to keep its student waiting
-                return row
+            for epoch in trainer.fit(progress):
+                run.save_epoch(name, trainer)
+                progress.line(f"{label} epoch {epoch}/{recipe.epochs}  {trainer.summary()}  {clock(progress.left())} left")
+            if main:
+                row = distributed.from_first(partial(record, config, role, run, trainer, teacher_acc))
         except KeyboardInterrupt as stop:
-            line = how_far(label, name, loop, run.folder, plan.settings.output)
+            line = how_far(label, name, trainer, run.folder, config.settings.output)
             raise Interrupted(line, getattr(stop, "status", 130)) from None
         finally:
             progress.close()
-    if role == "student" and plan.settings.pictures:  # after the row: nothing that fails here can lose it
-        student.load_state_dict(loop.weights()[0])
-        attention_maps.keep(plan, run.folder, student, teacher)
-    say(ending(plan, role, row, results.COLUMNS[:11], run.folder))
+    if run.writes and "no" in row:
+        if role == "student" and config.settings.pictures:  # after the row: nothing that fails here can lose it
+            student.load_state_dict(trainer.weights()[0])
+            attention_maps.keep(config, run.folder, student, teacher)
+        say(ending(config, role, row, results.COLUMNS[:11], run.folder))
     return row
 
 
-def take_up(loop: Loop, state: dict[str, Any], folder: Path) -> None:
+def phase_trainer(config: Config, role: str, phase: tuple[str, Recipe, Method], student: nn.Module, teacher: nn.Module | None,
+                  batches: tuple[Batches, Batches]) -> Trainer:  # fmt: skip
+    """What trains ``student`` in ``phase`` (of ``config.phases``); only the main one is tested."""
+    name, recipe, method = phase
+    train, test = copy.copy(batches[0]), batches[1] if name == "main" else None
+    train.stream = role if name == "main" else f"{role} {name}"
+    taught = teacher if method.needs_teacher else None
+    return Trainer(student, method, taught, train, test, recipe, config.autocast(), config.compiled, config.captured)
+
+
+def record(config: Config, role: str, run: RunDir, trainer: Trainer, teacher_acc: float | None) -> dict[str, Any]:
+    """Adds the run to the table and returns its row, which has no number where that failed. Raises UserError for a student's."""
+    if role == "teacher":
+        run.write_weights(config.teacher_path(), *trainer.weights())
+    row = row_of(config, role, run, trainer, teacher_acc)
     try:
-        loop.load(state)
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        text = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder / CHECKPOINT}: damaged, or of another version ({type(error).__name__}: {text})") from None
-
-
-def keep_best(loop: Loop, run: Run, phase: str, anew: bool = False) -> None:
-    """The files that follow from a checkpoint: curves, the log, and the best weights when they are new; ``anew``: whatever is there.
-
-    A process killed before this has kept the checkpoint already; whoever takes that up calls it again.
-    """
-    if not loop.history:
-        return
-    run.curves.add(phase, loop.history)
-    table = results.table(list(loop.history[-1]), loop.history)
-    write(run.folder / ("epochs.csv" if phase == "main" else f"{phase}.csv"), table)
-    if phase == "main":
-        best = loop.best()
-        if anew or best is loop.history[-1]:
-            save(run.folder / "best.pt", weights_file(loop.best_weights, best, run))
-
-
-def keep_teacher(plan: Plan, loop: Loop, run: Run) -> None:
-    make_folder(plan.settings.output / "teachers")
-    save(plan.teacher_path(), weights_file(*loop.weights(), run))
-
-
-def weights_file(weights: dict[str, Any], epoch: dict[str, float], run: Run) -> dict[str, Any]:
-    return {"model": weights, "epoch": epoch["epoch"], "acc": epoch["test_acc"], "config": run.config}
-
-
-def row_of(plan: Plan, role: str, run: Run, loop: Loop, teacher_acc: float | None, started: str, seconds: float) -> dict[str, Any]:
-    """The run as a row of the table, without its number."""
-    settings, best, last = plan.settings, loop.best(), loop.history[-1]
-    taught, file = teacher_acc is not None, settings.teacher_checkpoint
-    return {
-        "method": run.config["trained"],
-        "dataset": plan.data.name,
-        "student": run.config["model"],
-        "teacher": plan.models.teacher if taught else "",
-        "start_time": started,
-        "acc": f"{best['test_acc']:.2f}",
-        "epoch": best["epoch"],
-        "nepoch": plan.recipe.epochs,
-        "lr": plan.recipe.lr,
-        "batch_size": plan.recipe.batch_size,
-        "last_acc": f"{last['test_acc']:.2f}",
-        "seed": plan.seed_of(role),
-        "recipe": plan.recipe_name,
-        "precision": settings.precision,
-        "device": device_name(plan.device),
-        "seconds": round(seconds, 1),
-        "images_per_second": round(loop.pace()),
-        "fastkd": fastkd.__version__,
-        "processes": plan.processes,
-        "reported_acc": f"{loop.weights()[1]['test_acc']:.2f}",
-        "teacher_acc": "" if teacher_acc is None else f"{teacher_acc:.2f}",
-        "train_acc": f"{last['train_acc']:.2f}",
-        "losses": " ".join(f"{term}={last[term]:.4g}" for term in loop.method.names),
-        "overrides": " ".join(f"{key}={written(value)}" for key, value in settings.overrides.items()),
-        "teacher_seed": plan.seed_of("teacher") if taught and file is None else "",
-        "deterministic": "yes" if settings.deterministic else "no",
-        "compiled": "yes" if plan.compiled else "no",
-        "cuda_graph": "yes" if plan.captured else "no",
-        "environment": " ".join(environment()),
-        "teacher_checkpoint": file if taught and file is not None else "",
-        "folder": run.folder.name,
-    }
-
-
-def how_far(label: str, phase: str, loop: Loop, folder: Path, output: Path) -> str:
-    """One line for somebody who stopped the run, by what its files hold: the signal may have come while one was written."""
-    trained, epochs, saved, best, added = len(loop.history), loop.recipe.epochs, 0, "", False
-    with suppress(WeightsError):
-        state = read_checkpoint(folder / CHECKPOINT)
-        saved = state["epoch"] if state["phase"] == phase else 0
-        if phase == "main":
-            best = f" and the best ({read_checkpoint(folder / 'best.pt')['acc']:.2f} %)"
-    with suppress(UserError):
-        added = any(row.get("folder") == folder.name for row in results.read_rows(output)[1])
-    if saved < trained:
-        where = f"in epoch {trained} of {epochs}, while it was saved"
-    elif trained < epochs:
-        where = f"in epoch {trained + 1} of {epochs}, step {loop.step} of {len(loop.batches)}"
-    else:
-        where = "after its last epoch"
-    kept = f"the weights of epoch {saved}{best} are in {folder}" if saved else "no epoch was saved"
-    rest = "its row was added" if added else "no row was added; --resume goes on"
-    return f"{label} stopped {where}; {kept}; {rest}"
+        return results.append(config.settings.output, row)
+    except UserError as error:
+        if role == "student":
+            raise
+        say(f"{run.config['trained']}: {error}")  # its weights are there: no reason to keep its student waiting
+        return row

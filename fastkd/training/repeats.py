@@ -8,11 +8,10 @@ from typing import Any
 from fastkd.errors import UserError
 from fastkd.io.console import say, screens
 from fastkd.training import distributed, results, run_dir
-from fastkd.training.config import Plan
+from fastkd.training.config import Config
 from fastkd.training.experiment import run
 from fastkd.training.flags import refuse_idle
 from fastkd.training.groups import told
-from fastkd.training.phases import follow
 from fastkd.training.settings import AUTO, Settings
 
 
@@ -22,10 +21,7 @@ def repeat(settings: Settings, times: int) -> list[dict[str, Any]]:
     With ``resume`` finished seeds are not run again. Raises UserError, Interrupted.
     """
     with screens(), distributed.group(settings.device):
-        if distributed.leads():
-            return distributed.leading(lambda: _repeat(settings, times))
-        follow()
-        return []
+        return _repeat(settings, times)
 
 
 def _repeat(settings: Settings, times: int) -> list[dict[str, Any]]:
@@ -40,7 +36,7 @@ def _repeat(settings: Settings, times: int) -> list[dict[str, Any]]:
     each = [dataclasses.replace(settings, seed=settings.seed + i, teacher_seed=teacher_seed) for i in range(times)]
     done: dict[int, dict[str, Any]] = {}
     if settings.resume is not None:
-        each, done = taken_up(each)
+        each, done = distributed.from_first(lambda: taken_up(each))
     for i, one in enumerate(each, 1):
         if one.seed in done:
             row = done[one.seed]
@@ -62,13 +58,13 @@ def taken_up(each: list[Settings]) -> tuple[list[Settings], dict[int, dict[str, 
     done: dict[int, dict[str, Any]] = {}
     settings, begun = [], False
     for one in each:
-        plan = Plan(one)
-        unfinished, finished = run_dir.folders(one.output, plan.identity("student"))
-        waits = bool(unfinished or run_dir.teachers(plan))
+        config = Config(one)
+        unfinished, finished = run_dir.folders(one.output, config.identity("student"))
+        waits = bool(unfinished or run_dir.teachers(config))
         if finished and not unfinished:
             done[one.seed] = dict(rows[finished[-1].name])
         settings.append(dataclasses.replace(one, resume=one.resume if waits else None))
         begun = begun or waits or bool(finished)
     if not begun and each[0].resume != AUTO:
-        raise run_dir.nothing(Plan(each[0]))
+        raise run_dir.nothing(Config(each[0]))
     return settings, done

@@ -5,46 +5,104 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastkd.errors import UserError
 from fastkd.io.console import LOG, logged, say
-from fastkd.io.files import owned, sweep, write
+from fastkd.io.files import make_folder, owned, save, sweep, write
 from fastkd.models import WeightsError, read_checkpoint
-from fastkd.training import results
-from fastkd.training.config import Plan
-from fastkd.training.run_summary import COMMAND, command, command_file
+from fastkd.training import distributed, results
+from fastkd.training.command import COMMAND, command, command_file
+from fastkd.training.config import Config
 from fastkd.training.settings import AUTO, environment
 from fastkd.training.tensorboard import Curves
+
+if TYPE_CHECKING:
+    from fastkd.training.trainer import Trainer
 
 CHECKPOINT = "last.pt"
 
 
-@dataclass
-class Run:
-    """``folder``, its config.json, and the state in its checkpoint: None before the first epoch's end."""
+class RunDir:
+    """The folder of one training: its config.json, the state in its checkpoint (None before the first epoch's end), its files.
 
-    folder: Path
-    config: dict[str, Any]
-    state: dict[str, Any] | None = None
+    Of several processes the first writes; in the others, whose ``writes`` is False, every method that writes does nothing.
+    """
 
-    def __post_init__(self) -> None:
-        self.curves = Curves(self.folder)
+    def __init__(self, folder: Path, config: dict[str, Any], state: dict[str, Any] | None = None, writes: bool = True):
+        self.folder, self.config, self.state, self.writes = folder, config, state, writes
+        self.curves = Curves(folder)
+
+    def begin(self, phases: Sequence[str], taught_by: str | None) -> None:
+        """Goes on after the phases that the checkpoint leaves behind. Raises UserError if it is of another kind of run or teacher."""
+        state = self.state or {}
+        if state and (state.get("phase") not in phases or state.get("taught_by") != taught_by):
+            why = "its teacher was another" if state.get("phase") in phases else "not the checkpoint of such a run"
+            raise UserError(f"{self.folder / CHECKPOINT}: {why}")
+        self.taught_by, self.begun = taught_by, time.perf_counter()
+        self.started, self.before = state.get("started", time.strftime("%Y-%m-%d %H:%M:%S")), state.get("elapsed", 0.0)
+        self.finished_phases = phases.index(state["phase"]) if state else 0
+        self.curves.earlier = phases[: self.finished_phases]
+
+    @property
+    def seconds(self) -> float:
+        """Of training, those of earlier processes included."""
+        return float(self.before + time.perf_counter() - self.begun)
+
+    def take_up(self, trainer: Trainer) -> None:
+        """Gives ``trainer`` the state, and writes what follows from it: the process before may have been killed too early."""
+        assert self.state is not None
+        try:
+            trainer.load(self.state)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            text = " ".join(str(error).split())[:200]
+            raise UserError(f"{self.folder / CHECKPOINT}: damaged, or of another version ({type(error).__name__}: {text})") from None
+        self.write_epoch_files(self.state["phase"], trainer, anew=True)
+
+    def save_epoch(self, phase: str, trainer: Trainer) -> None:
+        """The checkpoint after an epoch, then what follows from it."""
+        if self.writes:
+            about = {"config": self.config, "started": self.started, "taught_by": self.taught_by}
+            save(self.folder / CHECKPOINT, {**about, **trainer.state(), "phase": phase, "elapsed": self.seconds})
+            self.write_epoch_files(phase, trainer)
+
+    def write_epoch_files(self, phase: str, trainer: Trainer, anew: bool = False) -> None:
+        """Curves, the table of epochs, and the best weights when they are new; ``anew``: whatever is there."""
+        history = trainer.history
+        if not history or not self.writes:
+            return
+        self.curves.add(phase, history)
+        write(self.folder / ("epochs.csv" if phase == "main" else f"{phase}.csv"), results.table(list(history[-1]), history))
+        if phase == "main" and (anew or trainer.best() is history[-1]):
+            self.write_weights(self.folder / "best.pt", trainer.best_weights, trainer.best())
+
+    def write_weights(self, path: Path, weights: dict[str, Any], epoch: dict[str, float]) -> None:
+        """Weights of ``epoch`` for whoever needs no more, such as another run's teacher."""
+        if self.writes:
+            if path.parent != self.folder:
+                make_folder(path.parent)
+            save(path, {"model": weights, "epoch": epoch["epoch"], "acc": epoch["test_acc"], "config": self.config})
 
 
 @contextmanager
-def opened(plan: Plan, role: str, folder: Path | None) -> Iterator[Run]:
-    """The run in ``folder``, an unfinished one, or a new one, locked until the end. Raises UserError.
+def opened(config: Config, role: str, folder: Path | None) -> Iterator[RunDir]:
+    """The run in ``folder``, an unfinished one, or a new one. The first process locks it until the end. Raises UserError."""
+    with ExitStack() as stack:
+        whole = distributed.from_first(lambda: stack.enter_context(_locked(config, role, folder)))
+        if not distributed.leads():
+            whole = RunDir(whole.folder, whole.config, whole.state, writes=False)
+        yield whole
 
-    A new one that ends in a UserError before its first checkpoint leaves no folder: nothing of it could be taken up.
-    """
-    run = new_run(plan, role) if folder is None else load_run(folder, plan.identity(role))
+
+@contextmanager
+def _locked(config: Config, role: str, folder: Path | None) -> Iterator[RunDir]:
+    """A new run that ends in a UserError before its first checkpoint leaves no folder: nothing of it could be taken up."""
+    run = new_run(config, role) if folder is None else load_run(folder, config.identity(role))
     early = {"config.json", COMMAND, LOG, ".lock", ".lock.held"}
     with owned(run.folder / ".lock") as mine:
         if not mine:
@@ -62,21 +120,21 @@ def opened(plan: Plan, role: str, folder: Path | None) -> Iterator[Run]:
             raise
 
 
-def new_run(plan: Plan, role: str) -> Run:
-    identity, started = plan.identity(role), time.strftime("%Y-%m-%d %H:%M:%S")
+def new_run(config: Config, role: str) -> RunDir:
+    identity, started = config.identity(role), time.strftime("%Y-%m-%d %H:%M:%S")
     stamp = started.translate({ord("-"): None, ord(":"): None, ord(" "): "-"})
     name = f"{identity['trained']}-{identity['dataset']}-{identity['model']}-seed{identity['seed']}-{stamp}"
-    folder = new_folder(plan.settings.output, name)
-    about = {"trained": identity["trained"], "model": identity["model"], "command": command(plan)}
-    if role == "student" and plan.method.needs_teacher and plan.settings.teacher_checkpoint is None:
-        about["teacher_file"] = plan.teacher_path().name
-    config = {**plan.config(), **about, "identity": identity}
-    write(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    write(folder / COMMAND, os.fsencode(command_file(plan, role)))  # the bytes of a path that is no UTF-8
-    return Run(folder, config)
+    folder = new_folder(config.settings.output, name)
+    about = {"trained": identity["trained"], "model": identity["model"], "command": command(config)}
+    if role == "student" and config.method.needs_teacher and config.settings.teacher_checkpoint is None:
+        about["teacher_file"] = config.teacher_path().name
+    values = {**config.config(), **about, "identity": identity}
+    write(folder / "config.json", json.dumps(values, indent=2) + "\n")
+    write(folder / COMMAND, os.fsencode(command_file(config, role)))  # the bytes of a path that is no UTF-8
+    return RunDir(folder, values)
 
 
-def load_run(folder: Path, identity: dict[str, Any]) -> Run:
+def load_run(folder: Path, identity: dict[str, Any]) -> RunDir:
     """An unfinished run. Raises UserError for a damaged or foreign checkpoint, which stays as it is."""
     path, config = folder / CHECKPOINT, read_config(folder)
     if config is None:
@@ -85,7 +143,7 @@ def load_run(folder: Path, identity: dict[str, Any]) -> Run:
     if other:
         raise UserError(f"{folder} is a run of another configuration: {listed(other)}")
     if not path.exists():
-        return Run(folder, config)
+        return RunDir(folder, config)
     try:
         state = read_checkpoint(path)
     except WeightsError as error:
@@ -97,7 +155,7 @@ def load_run(folder: Path, identity: dict[str, Any]) -> Run:
     if config.get("environment", environment()) != environment():
         words = [" ".join(one) or "none of its variables" for one in (config["environment"], environment())]
         say(f"resume: begun with {words[0]}, continued with {words[1]}: the last bits may differ")
-    return Run(folder, config, state)
+    return RunDir(folder, config, state)
 
 
 Differences = dict[str, tuple[Any, Any]]
@@ -147,35 +205,43 @@ def configs(output: Path) -> list[tuple[Path, dict[str, Any]]]:
     return [(path, config) for path in paths if (config := read_config(path)) is not None]
 
 
-def finished(plan: Plan) -> dict[str, str] | None:
+def choose(config: Config) -> tuple[dict[str, str] | None, Path | None]:
+    """(the row of a finished run with which ``--resume auto`` ends, the folder of the run to go on with). Raises UserError."""
+    if config.settings.resume is None:
+        return None, None
+    folder = find(config)
+    return (finished(config) if folder is None and config.settings.resume == AUTO else None), folder
+
+
+def finished(config: Config) -> dict[str, str] | None:
     """The row of the latest finished run of this configuration, if there is one. Raises UserError."""
-    done = [path.name for path in folders(plan.settings.output, plan.identity("student"))[1]]
-    rows = [row for row in results.read_rows(plan.settings.output)[1] if row.get("folder") in done]
+    done = [path.name for path in folders(config.settings.output, config.identity("student"))[1]]
+    rows = [row for row in results.read_rows(config.settings.output)[1] if row.get("folder") in done]
     return rows[-1] if rows else None
 
 
-def nothing(plan: Plan) -> UserError:
+def nothing(config: Config) -> UserError:
     """That no run of this configuration is unfinished: is it finished, or which one is nearest to it."""
-    output, identity = plan.settings.output, plan.identity("student")
-    row, rest = finished(plan), "without --resume it begins"
+    output, identity = config.settings.output, config.identity("student")
+    row, rest = finished(config), "without --resume it begins"
     if row is not None:
         rest = f"{row['folder']} is finished"
     else:
         done = {row.get("folder") for row in results.read_rows(output)[1]}
-        left = [(path, config) for path, config in configs(output) if path.name not in done and config.get("trained") != "teacher"]
-        found = [(other_than(path, config, identity), path.name) for path, config in left]
+        left = [(path, about) for path, about in configs(output) if path.name not in done and about.get("trained") != "teacher"]
+        found = [(other_than(path, about, identity), path.name) for path, about in left]
         if found:
             other, name = min(found, key=lambda pair: len(pair[0]))
             rest = f"the nearest is {name}: {listed(other)}; {rest}"
     return UserError(f"--resume: no unfinished run of this configuration under {output}; {rest}")
 
 
-def find(plan: Plan) -> Path | None:
+def find(config: Config) -> Path | None:
     """The folder that ``--resume`` means; None where only the teacher's training had begun. Raises UserError: none, several.
 
     ``auto`` takes the one that came furthest, since all of one identity end alike, and None where there is none.
     """
-    output, wanted = plan.settings.output, plan.settings.resume
+    output, wanted = config.settings.output, config.settings.resume
     if wanted and wanted != AUTO:
         folder = next((path for path in (Path(wanted), output / wanted) if path.is_dir()), None)
         if folder is None:
@@ -183,23 +249,23 @@ def find(plan: Plan) -> Path | None:
         if folder.name in {row.get("folder") for row in results.read_rows(output)[1]}:
             raise UserError(f"--resume {wanted}: that run is finished; its row is in {output / 'results.csv'}")
         return folder
-    found, _ = folders(output, plan.identity("student"))
+    found, _ = folders(output, config.identity("student"))
     if wanted == AUTO:
         return max(found, key=epochs_of, default=None)
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise UserError(f"--resume: {len(found)} unfinished runs of this configuration under {output}: {names}; name one: --resume FOLDER")
-    if not found and not teachers(plan):
-        raise nothing(plan)
+    if not found and not teachers(config):
+        raise nothing(config)
     return found[0] if found else None
 
 
-def teachers(plan: Plan) -> list[Path]:
+def teachers(config: Config) -> list[Path]:
     """Unfinished trainings of the teacher that this plan waits for; where the teacher is there, those that lack only their row."""
-    if not plan.method.needs_teacher or plan.settings.teacher_checkpoint is not None:
+    if not config.method.needs_teacher or config.settings.teacher_checkpoint is not None:
         return []
-    found, there = folders(plan.settings.output, plan.identity("teacher"))[0], plan.teacher_path().exists()
-    return [folder for folder in found if not there or epochs_of(folder) == plan.recipe.epochs]
+    found, there = folders(config.settings.output, config.identity("teacher"))[0], config.teacher_path().exists()
+    return [folder for folder in found if not there or epochs_of(folder) == config.recipe.epochs]
 
 
 def epochs_of(folder: Path) -> int:
