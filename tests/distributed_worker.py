@@ -14,12 +14,12 @@ from support_data import small_digits
 
 from fastkd.methods import create_method
 from fastkd.models import create_model
-from fastkd.training import Batches, Loop, distributed, get_recipe
+from fastkd.models.folding import eased
+from fastkd.training import Batches, Trainer, distributed, get_recipe, run_dir
 from fastkd.training.progress import Progress
-from fastkd.training.teacher import eased
 
 
-def loop(method: str, alone: bool = False, **fields: Any) -> Loop:
+def loop(method: str, alone: bool = False, **fields: Any) -> Trainer:
     """Two epochs of a student without batch norms, whose result is to depend on the images alone; the last batch has only 9 of them.
 
     In float64, but for the cross-entropy, so that what differs is no rounding that grew.
@@ -34,7 +34,7 @@ def loop(method: str, alone: bool = False, **fields: Any) -> Loop:
     student, teacher = eased(networks[0], True).double().requires_grad_(True), networks[1].double()
     terms = create_method(method, "repdistiller")
     terms = terms.alone() if alone else terms
-    made = Loop(student, terms, teacher, batches, batches, recipe, torch.autocast("cpu", enabled=False))
+    made = Trainer(student, terms, teacher, batches, batches, recipe, torch.autocast("cpu", enabled=False))
     for epoch in range(1, recipe.epochs + 1):
         made.train_epoch(epoch, Progress("", made.steps))
     return made
@@ -52,15 +52,14 @@ def main() -> None:
     small_digits()
     moment = os.environ.get("DIE_AFTER")
     if moment and os.environ.get("LOCAL_RANK") == "0":  # killed, or stopped, after so many epochs of the student
-        run_module: Any = sys.modules["fastkd.training.run"]  # its package has a function of that name
-        saved = run_module.save
+        saved = run_dir.save
 
         def save(path: Path, content: dict) -> None:
             saved(path, content)
             if path.name == "last.pt" and content["config"]["trained"] != "teacher" and content["epoch"] == int(moment):
                 os.kill(os.getpid(), getattr(signal, os.environ["DIE_BY"]))
 
-        run_module.save = save
+        run_dir.save = save
     sys.exit(runpy.run_path(str(Path(__file__).resolve().parent.parent / "train.py"))["main"](rest))
 
 

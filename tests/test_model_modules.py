@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations, parametrize
 import fastkd
 from fastkd import native
 from fastkd.models import create_model
-from fastkd.training.teacher import eased
+from fastkd.models.folding import eased
 
 NETWORKS = ["resnet8", "wrn_16_1"]
 networks = pytest.mark.parametrize("name", NETWORKS)

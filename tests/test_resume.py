@@ -18,10 +18,11 @@ import pytest
 import torch
 from support_data import small_digits
 
+from fastkd import data as datasets
+from fastkd.io.files import owned
 from fastkd.methods import create_method
 from fastkd.models import create_model
-from fastkd.training import Batches, Loop, datasets, get_recipe
-from fastkd.training.files import owned
+from fastkd.training import Batches, Trainer, get_recipe
 from fastkd.training.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,7 +156,7 @@ def test_a_loop_taken_up_goes_on_as_if_nothing_had_been(one_thread):
         batches = Batches(images, labels, (0.5,) * 3, (0.25,) * 3, batch_size=32)
         recipe = get_recipe("sakd", {"epochs": 4, "batch_size": 32, "milestones": (0.4,)})
         student, teacher, fp32 = create_model("resnet8"), create_model("resnet8"), torch.autocast("cpu", enabled=False)
-        return Loop(student, create_method("at+kd", "sakd"), teacher, batches, batches, recipe, fp32)
+        return Trainer(student, create_method("at+kd", "sakd"), teacher, batches, batches, recipe, fp32)
 
     whole = loop()
     for epoch in range(1, 5):

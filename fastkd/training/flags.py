@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from fastkd.data import choose_dataset
+from fastkd.errors import UserError
 from fastkd.methods import METHODS, TWO_PHASES, create_method
-from fastkd.training.datasets import choose_dataset
-from fastkd.training.errors import UserError
 from fastkd.training.recipes import NORMALIZATIONS, get_recipe
 from fastkd.training.settings import Settings, recipe_of, resolve
 
@@ -15,7 +15,7 @@ def refuse_idle(settings: Settings) -> None:
     ``--teacher`` is no such flag: a baseline is that of a pair, and ``--data`` is where to look, whatever is found.
     """
     if settings.method not in METHODS:
-        return  # Plan lists the known ones
+        return  # Config lists the known ones
     dataset = choose_dataset(resolve(settings).dataset, settings.data)[0]
     recipe = get_recipe(recipe_of(settings, dataset), settings.overrides)
     method, phases = f"--method {settings.method}", settings.method in TWO_PHASES

@@ -11,11 +11,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fastkd.training.errors import UserError
+from fastkd.errors import UserError
 
 LOG = "log.txt"
 
 _logs: list[Path] = []  # a teacher is trained within its student's run: both keep what is said
+_silent = False  # of several processes those that are not the first say nothing
 _untold: list[str] = []  # of a screen that was given up before there was a log
 
 
@@ -26,9 +27,27 @@ def counted(number: int, what: str) -> str:
 
 def say(text: str) -> None:
     """Prints ``text`` and adds it to every open log."""
+    if _silent:
+        return
     print(text, flush=True)
     for path in list(_logs):
         _note(path, text)
+
+
+def silent() -> bool:
+    """Whether nothing is to be said here."""
+    return _silent
+
+
+@contextmanager
+def silenced(silent: bool) -> Iterator[None]:
+    """Inside, nothing is said if ``silent``."""
+    global _silent
+    before, _silent = _silent, silent
+    try:
+        yield
+    finally:
+        _silent = before
 
 
 def _note(path: Path, text: str) -> None:

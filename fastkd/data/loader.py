@@ -57,14 +57,14 @@ class Batches:
         order = torch.randperm(self.count, generator=random)
         corner = torch.randint(0, 2 * PAD + 1, (2, self.count, 1), generator=random)
         flipped = torch.randint(0, 2, (self.count, 1), generator=random) * self.flip
-        drawn = torch.cat([order[:, None], corner[0], corner[1], flipped], 1).to(self.pixels.device)
+        params = torch.cat([order[:, None], corner[0], corner[1], flipped], 1).to(self.pixels.device)
         for i in range(len(self)):
-            yield drawn[i * self.joined : (i + 1) * self.joined].tensor_split(world)[rank]
+            yield params[i * self.joined : (i + 1) * self.joined].tensor_split(world)[rank]
 
-    def take(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
+    def take(self, params: Tensor) -> tuple[Tensor, Tensor]:
         """(images, labels) of one batch of :meth:`draw`. Nothing waits for the device, and no shape depends on what was drawn."""
-        which, top, left, flipped = drawn.unbind(1)
-        line = torch.arange(SIDE, device=drawn.device)
+        which, top, left, flipped = params.unbind(1)
+        line = torch.arange(SIDE, device=params.device)
         rows = line + (top - PAD)[:, None]
         columns = torch.where(flipped[:, None] == 1, SIDE - 1 - line, line) + (left - PAD)[:, None]
         return self._gather(which, rows, columns), self.labels[which]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastkd.training.datasets.base import Dataset
-from fastkd.training.errors import UserError
+from fastkd.data.base import Dataset
+from fastkd.errors import UserError
 
 TEST = 360  # the last images of scikit-learn's order
 

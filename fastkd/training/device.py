@@ -1,17 +1,21 @@
-"""The device of a run."""
+"""The device of a run, and runs that repeat bit by bit on it."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from fastkd.errors import UserError
+from fastkd.io.console import counted
 from fastkd.training import distributed
-from fastkd.training.console import counted
-from fastkd.training.errors import UserError
+from fastkd.training.launch import launched
 
 
 def find_device(name: str | None) -> torch.device:
@@ -22,7 +26,7 @@ def find_device(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"device {name!r} is not known; wanted cpu or cuda") from None
-    if device.type == "cuda" and distributed.launched() is not None:
+    if device.type == "cuda" and launched() is not None:
         device = torch.device("cuda", distributed.gpu_index())
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: PyTorch sees no such GPU here")
@@ -60,3 +64,25 @@ def processor_features() -> set[str]:
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {counted(torch.get_num_threads(), 'thread')}"
+
+
+@contextmanager
+def determinism(wanted: bool) -> Iterator[None]:
+    """PyTorch's deterministic algorithms while a run lasts. Raises UserError where an operation has none."""
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA begins
+    memory: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark, memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark, memory.fill_uninitialized_memory = False, False
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise UserError(f"--deterministic: {str(error).split('.')[0]}") from None
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark, memory.fill_uninitialized_memory = before[1:]

@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.training import figures
-from fastkd.training.batches import Batches
-from fastkd.training.console import say
-from fastkd.training.files import write
-from fastkd.training.summary import described
+from fastkd.data.loader import Batches
+from fastkd.io import figures
+from fastkd.io.console import say
+from fastkd.io.files import write
+from fastkd.training.groups import described
 
 if TYPE_CHECKING:
-    from fastkd.training.plan import Plan
+    from fastkd.training.config import Config
 
 # file's stem: (what the map is, the map of features (N, C, H, W), what else the reader should know)
 VARIANTS: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
@@ -52,19 +52,19 @@ def available() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def keep(plan: Plan, folder: Path, student: nn.Module, teacher: nn.Module | None) -> list[Path]:
+def keep(config: Config, folder: Path, student: nn.Module, teacher: nn.Module | None) -> list[Path]:
     """The sheets of a run in its folder, one a variant; on failure none, and one line that says why. Models are left in eval mode."""
     if not available():
         return []
     try:
-        images, labels = examples(plan.data.name, plan.data.classes, plan.data.test_images, plan.data.test_labels)
-        mean, std = plan.normalization()
-        batch = next(Batches(images, torch.arange(len(images)), mean, std, batch_size=len(images), device=plan.device).test())[0]
+        images, labels = examples(config.data.name, config.data.classes, config.data.test_images, config.data.test_labels)
+        mean, std = config.normalization()
+        batch = next(Batches(images, torch.arange(len(images)), mean, std, batch_size=len(images), device=config.device).test())[0]
         models = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
         features = {name: stages(model, batch) for name, model in models.items()}
-        teaching = plan.models.teacher if teacher is not None else ""
-        what = {"method": plan.settings.method, "dataset": plan.data.name, "student": plan.models.student, "teacher": teaching}
-        title, paths = described({**what, "nepoch": plan.recipe.epochs}), []
+        teaching = config.models.teacher if teacher is not None else ""
+        what = {"method": config.settings.method, "dataset": config.data.name, "student": config.models.student, "teacher": teaching}
+        title, paths = described({**what, "nepoch": config.recipe.epochs}), []
         for stem, (formula, reduce, remark) in VARIANTS.items():
             maps = {name: [reduce(x) for x in found] for name, found in features.items()}
             write(folder / f"{stem}.png", sheet(images, labels, maps, formula, title, remark))

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fastkd.training.console import say
+from fastkd.io.console import say
 
 EVENTS = "events.out.tfevents.*"
 _TAGS = {  # every other column is the loss of a term

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from fastkd.training.datasets import cifar, digits, fashion_mnist
-from fastkd.training.datasets.base import Dataset, MissingFiles
-from fastkd.training.errors import UserError
-from fastkd.training.files import as_path
+from fastkd.data import cifar, digits, fashion_mnist
+from fastkd.data.base import Dataset, MissingFiles
+from fastkd.errors import UserError
+from fastkd.io.files import as_path
 
 _LOADERS: dict[str, Callable[[str | os.PathLike[str]], Dataset]] = {
     "cifar10": lambda root: cifar.load(as_path(root), "cifar10"),

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.training.datasets.base import Dataset, MissingFiles, check_labels, download, first_complete
-from fastkd.training.errors import UserError
+from fastkd.data.base import Dataset, MissingFiles, check_labels, download, first_complete
+from fastkd.errors import UserError
 
 FOLDER = Path("FashionMNIST") / "raw"
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")

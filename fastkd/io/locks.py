@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fastkd.training.console import say
-from fastkd.training.errors import UserError
+from fastkd.errors import UserError
+from fastkd.io.console import say
 
 PULSE = 10.0
 """Seconds between two signs of life of who holds a mark."""

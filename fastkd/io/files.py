@@ -12,8 +12,8 @@ from typing import IO, Any
 
 import torch
 
-from fastkd.training.errors import UserError
-from fastkd.training.marks import marked
+from fastkd.errors import UserError
+from fastkd.io.locks import marked
 
 try:
     import fcntl

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastkd.training.console import say
-from fastkd.training.errors import UserError
+from fastkd.errors import UserError
+from fastkd.io.console import say
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fastkd.training.errors import UserError
-from fastkd.training.files import locked, write
-from fastkd.training.summary import SHOWN, cells, groups, number
+from fastkd.errors import UserError
+from fastkd.io.files import locked, write
+from fastkd.training.groups import SHOWN, cells, groups, number
 
 COLUMNS = (
     "no", "method", "dataset", "student", "teacher", "start_time", "acc", "epoch", "nepoch", "lr", "batch_size",

@@ -1,8 +1,8 @@
 """The published tables with our figures beside them, the means over seeds, and the curves.
 
-    python -m fastkd.training.report runs                              prints the tables
-    python -m fastkd.training.report runs --plot curves.png            and draws the curves of the runs
-    python -m fastkd.training.report runs --into README.md             writes the tables between its markers instead
+    python -m fastkd.report runs                              prints the tables
+    python -m fastkd.report runs --plot curves.png            and draws the curves of the runs
+    python -m fastkd.report runs --into README.md             writes the tables between its markers instead
 
 A run counts beside a published figure if data set, student, teacher, method and recipe agree and no field of the recipe was changed,
 the batch being that of all processes together; with other ``--epochs`` it has a line of its own that says so, and no difference.
@@ -17,14 +17,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastkd.errors import UserError
+from fastkd.io.console import delivered, screens
+from fastkd.io.files import as_path, write
 from fastkd.models import create_model
-from fastkd.training import plots, records
-from fastkd.training.console import delivered, screens
-from fastkd.training.errors import UserError
-from fastkd.training.files import as_path, write
-from fastkd.training.published import NOTE, TABLES, Entry, Published
+from fastkd.report import curves
+from fastkd.report.published import NOTE, TABLES, Entry, Published
+from fastkd.training import results
+from fastkd.training.groups import METHOD_NAMES, Group, changes, groups, number, told
 from fastkd.training.recipes import RECIPES
-from fastkd.training.summary import METHOD_NAMES, Group, changes, groups, number, told
 
 BEGIN, END = "<!-- experiments:begin -->", "<!-- experiments:end -->"
 DASH = "–"
@@ -35,7 +36,7 @@ def read(folders: Sequence[Path]) -> list[dict[str, str]]:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
-    return [row for folder in folders for row in records.read_rows(folder)[1]]
+    return [row for folder in folders for row in results.read_rows(folder)[1]]
 
 
 def check_wanted(wanted: Sequence[tuple[str, str, str]], rows: Sequence[Mapping[str, Any]]) -> None:
@@ -148,7 +149,7 @@ def markdown(rows: Sequence[dict[str, str]]) -> str:
     parts = [NOTES]
     for caption, heads, lines in tables(rows):
         names = [head or " " * i for i, head in enumerate(heads)]  # two without a name
-        parts += [f"**{caption}**", records.markdown(names, [dict(zip(names, line, strict=True)) for line in lines]).rstrip()]
+        parts += [f"**{caption}**", results.markdown(names, [dict(zip(names, line, strict=True)) for line in lines]).rstrip()]
     return "\n\n".join(parts)
 
 
@@ -167,7 +168,7 @@ def put(path: Path, text: str) -> None:
 @screens()
 def main(arguments: list[str] | None = None) -> int:
     text = "Published tables with our figures; curves."
-    parser = argparse.ArgumentParser(prog="python -m fastkd.training.report", description=text, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m fastkd.report", description=text, allow_abbrev=False)
     parser.add_argument(
         "folders", nargs="+", type=as_path, metavar="FOLDER", help="an --output of train.py, or a copy of its tables and logs"
     )
@@ -180,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         wanted = [part.partition("=") for part in flags.only]
         rows = read(flags.folders)
-        check_wanted(wanted, [*rows, *(curve.about for curve in plots.read(flags.folders, {}))] if flags.plot else rows)
+        check_wanted(wanted, [*rows, *(curve.about for curve in curves.read(flags.folders, {}))] if flags.plot else rows)
         rows = [row for row in rows if all((row.get(name) or "") == value for name, _, value in wanted)]
         if flags.into:
             put(flags.into, markdown(rows))
@@ -188,12 +189,8 @@ def main(arguments: list[str] | None = None) -> int:
             print("\n\n".join([f"{caption}\n\n{plain(heads, lines)}" for caption, heads, lines in tables(rows)] + [NOTES]))
             delivered()
         if flags.plot:
-            plots.plot(flags.folders, {name: value for name, _, value in wanted}, flags.plot)
+            curves.plot(flags.folders, {name: value for name, _, value in wanted}, flags.plot)
     except UserError as error:
         print(f"report: error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,15 +15,14 @@ from torch import nn
 
 import fastkd
 from fastkd.backends import Call
-from fastkd.methods import TWO_PHASES, Method, create_method, fsp_preset
+from fastkd.data import Dataset, choose_dataset, load_dataset
+from fastkd.data.loader import Batches, generator
+from fastkd.errors import UserError
+from fastkd.io.files import make_folder
+from fastkd.methods import TWO_PHASES, Method, create_method
 from fastkd.models import WeightsError, create_model, fingerprint, load_weights
-from fastkd.training import curves, distributed, pictures, records
-from fastkd.training.batches import Batches, generator
-from fastkd.training.console import counted
-from fastkd.training.datasets import Dataset, choose_dataset, load_dataset
-from fastkd.training.devices import can_compile, device_name, fast_bfloat16, find_device
-from fastkd.training.errors import UserError
-from fastkd.training.files import make_folder
+from fastkd.training import distributed, results
+from fastkd.training.device import can_compile, fast_bfloat16, find_device
 from fastkd.training.recipes import NORMALIZATIONS, RECIPES, Recipe, get_recipe
 from fastkd.training.settings import PRECISIONS, Settings, environment, recipe_of, resolve
 
@@ -37,7 +36,7 @@ PAYS = 500_000
 """Images of a process's run from which on compiling its step pays: on 2 cores it did after some 150,000, whatever the network's depth."""
 
 
-class Plan:
+class Config:
     """The settings resolved: recipe, method, device, data in memory. The constructor raises UserError for whatever cannot work."""
 
     def __init__(self, settings: Settings):
@@ -62,7 +61,7 @@ class Plan:
         if self.method.needs_teacher:
             self._check_fit(student, teacher)
         if distributed.leads():  # the others write nothing, and may have no such folder on their machine
-            records.read_rows(settings.output)
+            results.read_rows(settings.output)
         self.data: Dataset = load_dataset(name, settings.data)
         self.compiled, self.captured = self._how()
         parts = [len(self.data.train_labels) // self.processes] * self.recipe.drop_last
@@ -201,92 +200,6 @@ class Plan:
             "fastkd": fastkd.__version__,
             "torch": str(torch.__version__),
         }
-
-    def describe(self) -> str:
-        """One screen for the start of the run."""
-        settings, models, data = self.settings, self.models, self.data
-        student = sum(parameter.numel() for parameter in create_model(models.student, data.classes).parameters())
-        teacher = sum(parameter.numel() for parameter in create_model(models.teacher, data.classes).parameters())
-        fields = [f"{key} {_plain(value)}" for key, value in dataclasses.asdict(self.recipe).items()]
-        phases = [f"{counted(recipe.epochs, 'epoch')} of {' + '.join(method.names)}" for _, recipe, method in self.phases(self.method)]
-        if settings.method == "fsp" and fsp_preset(self.recipe.preset) != self.recipe.preset:
-            phases.append(f"FSP is {fsp_preset(self.recipe.preset)}'s, since {self.recipe.preset} has none")
-        seeds = f"seed {settings.seed}"
-        if self.teacher_seed is not None:
-            seeds += f", of the teacher {self.teacher_seed}"
-        device = [device_name(self.device), settings.precision, seeds, *["deterministic"] * settings.deterministic]
-        device += [*["compiled"] * self.compiled, *["CUDA graph"] * self.captured]
-        if self.processes > 1:
-            batch = self.recipe.batch_size
-            device.append(f"{self.processes} processes of {batch} images a step each, {batch * self.processes} together")
-        lines = [
-            f"fastkd   {fastkd.__version__}, torch {torch.__version__}",
-            f"method   {settings.method}: {'; '.join(phases)}",
-            f"student  {models.student}, {student:,} parameters",
-            f"teacher  {models.teacher}, {teacher:,} parameters" if self.method.needs_teacher else "teacher  none",
-            f"data     {data.name} ({self.why}), {len(data.train_labels):,} training and {len(data.test_labels):,} test images",
-            f"recipe   {self.recipe_name}: {', '.join(fields[:9])},",
-            f"         {', '.join(fields[9:16])},",
-            f"         {', '.join(fields[16:])}",
-            f"device   {', '.join(device)}",
-            *(f"note     {text}" for text in self._notes()),
-            f"losses   {self._implementations()}",
-            f"output   {settings.output}: tables, and a folder with {self._records()}",
-            "time     expected at the end of the first epoch",
-        ]
-        return "\n".join(lines)
-
-    def _notes(self) -> list[str]:
-        """What somebody who chose these settings may not have meant."""
-        recipe, known, notes = self.recipe, RECIPES[self.recipe_name], []
-        together = recipe.batch_size * self.processes
-        if together != known.batch_size:
-            text = f"a step has {together} images; {self.recipe_name}'s learning rate of {known.lr} is for {known.batch_size}"
-            each, rest = divmod(known.batch_size, self.processes)
-            if self.processes > 1 and each >= 2 and not rest:  # what get_recipe takes
-                text += f": --batch-size {each} in each of {self.processes} processes"
-            notes.append(text)
-        if self.asked_precision == "auto":
-            notes.append(f"--precision auto takes {self.settings.precision} on this device")
-        if self.settings.precision == "bf16" and fast_bfloat16(self.device) is False:
-            what, slow = "this GPU", "slower than fp32"
-            if self.device.type == "cpu":
-                what, slow = "this processor, which has neither AMX nor AVX512-BF16", "2 to 2.7 times slower than fp32"
-            notes.append(f"bf16 is emulated on {what}, and {slow}; --precision auto takes what is faster")
-        return notes
-
-    def _implementations(self) -> str:
-        """Which implementation computes each loss, in batches of the run's size."""
-        parts = []
-        for name in self.method.names:
-            eager, compiled = self._backends(name, compiled=False), self._backends(name, compiled=True)
-            if not self.compiled or not eager:
-                parts.append(f"{name} by {eager or 'plain PyTorch'}")
-                continue
-            rest = f" ({eager} in an epoch's last, smaller batch)" if self._smaller_batch() and eager != compiled else ""
-            parts.append(f"{name} by {compiled} in the compiled step{rest}")
-        return ", ".join(parts)
-
-    def _backends(self, term: str, compiled: bool) -> str:
-        """Who serves the package's operations in a term of the loss; "" if it has none of them."""
-        found = [call.backend(self.recipe.batch_size, compiled) for call in self.calls.get(term, [])]
-        return " and ".join(dict.fromkeys(found))
-
-    def _smaller_batch(self) -> bool:
-        """Whether an epoch ends with a smaller batch, which is not compiled."""
-        return not self.recipe.drop_last and len(self.data.train_labels) % (self.recipe.batch_size * self.processes) > 0
-
-    def _records(self) -> str:
-        """What will lie in the folder beside the weights, and what for want of a package will not."""
-        parts = ["log", "epochs"]
-        parts.append("TensorBoard curves" if curves.available() else "no TensorBoard curves (the package tensorboard is not installed)")
-        if self.settings.pictures:
-            parts.append("pictures" if pictures.available() else "no pictures (matplotlib is not installed)")
-        return ", ".join(parts)
-
-
-def _plain(value: Any) -> Any:
-    return " ".join(f"{part:.4g}" for part in value) or "none" if isinstance(value, tuple) else value
 
 
 @contextmanager

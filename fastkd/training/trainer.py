@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastkd.data.loader import Batches, generator
+from fastkd.errors import UserError
+from fastkd.io.console import counted
 from fastkd.methods import Method
+from fastkd.models.folding import eased
 from fastkd.training import distributed
-from fastkd.training.batches import Batches, generator
-from fastkd.training.console import counted
-from fastkd.training.errors import UserError
 from fastkd.training.progress import Progress
 from fastkd.training.recipes import Recipe, drops, learning_rate
-from fastkd.training.step import Step
-from fastkd.training.teacher import eased
+from fastkd.training.step import TrainStep
 
 
-class Loop:
+class Trainer:
     """Trains ``student`` in place. ``train`` gives the training batches of an epoch by its number, ``test`` the test batches, if any.
 
     ``history`` has one dict an epoch: epoch (from 1), lr (at its end), loss, one mean per loss term, train_acc and test_acc in percent,
     seconds and images_per_second of its training. :meth:`state` holds all that changes and :meth:`load` takes it up after any epoch:
-    what is random is drawn per epoch, from its number. ``compiled`` and ``captured``: see :class:`Step`. Of several processes each has its
-    part of every batch; loss, accuracies and gradients are those of all, and batch norms see their own process's images.
+    what is random is drawn per epoch, from its number. ``compiled`` and ``captured``: see :class:`TrainStep`. Of several processes
+    each has its part of every batch; loss, accuracies and gradients are those of all, and batch norms see their own process's images.
     """
 
     def __init__(self, student: nn.Module, method: Method, teacher: nn.Module | None, train: Batches, test: Batches | None, recipe: Recipe,
@@ -44,7 +44,7 @@ class Loop:
         taught = self.teacher
         if taught is not None and recipe.teacher_mode == "eval":
             taught = eased(taught, self.method.features, train.dtype)
-        self.train_step = Step(self.student, self.method, taught, self.optimizer, train, autocast, compiled, captured)
+        self.train_step = TrainStep(self.student, self.method, taught, self.optimizer, train, autocast, compiled, captured)
         self.history: list[dict[str, float]] = []
         self.best_weights: dict[str, Tensor] = {}
         self.step = 0  # in the epoch that runs
@@ -53,13 +53,19 @@ class Loop:
     def steps(self) -> int:
         return self.recipe.epochs * len(self.batches)
 
+    def fit(self, progress: Progress) -> Iterator[int]:
+        """Trains the epochs that are left, and yields the number of each after it: :meth:`state` is then to be saved."""
+        for epoch in range(len(self.history) + 1, self.recipe.epochs + 1):
+            self.train_epoch(epoch, progress)
+            yield epoch
+
     def train_epoch(self, epoch: int, progress: Progress) -> None:
         """One epoch (from 1) and the test after it, appended to ``history``. Raises UserError when the loss is no longer a number."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             # for a method that draws numbers: those of an epoch do not depend on the epochs before it
             purpose = ("steps", epoch, *self.batches.share) if self.batches.share[1] > 1 else ("steps", epoch)
             torch.manual_seed(generator(self.batches.seed, self.batches.stream, *purpose).initial_seed())
-            distributed.together(lambda: self._train_epoch(epoch, progress), len(self.parameters))
+            self._train_epoch(epoch, progress)
 
     def train_steps(self, epoch: int, progress: Progress) -> Iterator[None]:
         """The training steps of an epoch, one after the other."""
@@ -69,11 +75,11 @@ class Loop:
             self.teacher.train(self.recipe.teacher_mode == "train")
         self.train_step.sums.zero_()
         self.seen, begun = 0, time.perf_counter()
-        for step, (drawn, images) in enumerate(zip(self.batches.draw(epoch), self.batches.sizes(), strict=True), 1):
+        for step, (augment_params, images) in enumerate(zip(self.batches.draw(epoch), self.batches.sizes(), strict=True), 1):
             self.step = step
             self._set_rate((epoch - 1) * len(self.batches) + step - 1)
-            self.train_step(drawn, images, progress)
-            self.seen += len(drawn)
+            self.train_step(augment_params, images, progress)
+            self.seen += len(augment_params)
             progress.advance(lambda: self._describe(epoch, time.perf_counter() - begun))
             yield
 
@@ -82,13 +88,12 @@ class Loop:
         for _ in self.train_steps(epoch, progress):
             pass
         self.seen = sum(self.batches.sizes())
-        self._synchronize()
         distributed.add(self.train_step.sums)
         distributed.same_buffers(self.student, self.method, self.teacher)
         means = self._means(epoch)
         seconds = time.perf_counter() - begun - (self.train_step.compiling - compiling)
         if self.test_batches is not None:
-            means["test_acc"] = evaluate(self.student, self.test_batches, self.autocast, self.batches.share, self._synchronize)
+            means["test_acc"] = evaluate(self.student, self.test_batches, self.autocast, self.batches.share)
         pace = {"seconds": seconds, "images_per_second": self.seen / seconds}
         rate = learning_rate(self.recipe, epoch * len(self.batches) - 1, self.steps)
         self.history.append({"epoch": epoch, "lr": rate, **means, **pace})
@@ -96,13 +101,9 @@ class Loop:
             self.best_weights = {name: value.detach().clone() for name, value in self.student.state_dict().items()}
         self.step = 0
 
-    def _synchronize(self) -> None:
-        """With as many flags as a step has gradients: a process that failed in a step may meet others at an epoch's end."""
-        distributed.synchronize([False] * len(self.parameters))
-
     def _set_rate(self, step: int) -> None:
         if self.recipe.new_optimizer and drops(self.recipe, step, self.steps) != drops(self.recipe, max(step - 1, 0), self.steps):
-            self.train_step.forget()
+            self.train_step.reset_momentum()
         self.train_step.set_rate(learning_rate(self.recipe, step, self.steps))
 
     def _means(self, epoch: int) -> dict[str, float]:
@@ -165,11 +166,10 @@ def placed(model: nn.Module, device: torch.device) -> nn.Module:
     return model.to(device).to(memory_format=torch.channels_last)
 
 
-def evaluate(model: nn.Module, batches: Batches, autocast: torch.autocast, share: tuple[int, int] = (0, 1),
-             before_sum: Callable[[], None] = lambda: None) -> float:  # fmt: skip
+def evaluate(model: nn.Module, batches: Batches, autocast: torch.autocast, share: tuple[int, int] = (0, 1)) -> float:
     """Accuracy in percent over ``batches.test()``, done together by processes of which ``share`` says (which, how many).
 
-    ``before_sum`` is called before their counts are added. The model is left in eval mode.
+    The model is left in eval mode.
     """
     model.eval()
     counts = torch.zeros(2, dtype=torch.int64, device=batches.pixels.device)
@@ -179,7 +179,6 @@ def evaluate(model: nn.Module, batches: Batches, autocast: torch.autocast, share
                 counts[0] += (model(images).argmax(1) == labels).sum()
                 counts[1] += len(labels)
     if share[1] > 1:
-        before_sum()
         distributed.add(counts)
     right, seen = counts.tolist()
     return 100 * right / seen

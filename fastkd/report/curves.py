@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastkd.training import figures, records
-from fastkd.training.errors import UserError
-from fastkd.training.files import write
-from fastkd.training.summary import DATASET_NAMES, METHOD_NAMES, changes, written
+from fastkd.errors import UserError
+from fastkd.io import figures
+from fastkd.io.files import write
+from fastkd.training import results
+from fastkd.training.groups import DATASET_NAMES, METHOD_NAMES, changes, written
 
 COLOURS = {"teacher": "#555555", "baseline": "#999999", "kd": "#009e73", "at": "#0072b2", "fsp": "#d55e00", "at+kd": "#cc79a7"}
 PANELS = (("test_acc", "test accuracy, %"), ("train_acc", "training accuracy, %"), ("loss", "training loss, all terms"))
@@ -42,7 +43,7 @@ class Curve:
 def read(folders: Sequence[Path], wanted: Mapping[str, str]) -> Iterator[Curve]:
     """The runs that have a log, finished or not, whose row (or else configuration) has the ``wanted`` values. Raises UserError."""
     for output in folders:
-        rows = {row.get("folder"): row for row in records.read_rows(output)[1]}
+        rows = {row.get("folder"): row for row in results.read_rows(output)[1]}
         for path in sorted(output.glob("*/epochs.csv")):
             about: dict[str, Any] | None = rows.get(path.parent.name) or from_config(path.parent)
             if about is None:
@@ -70,7 +71,7 @@ def from_config(folder: Path) -> dict[str, Any] | None:
 
 
 def read_epochs(path: Path) -> list[dict[str, float]]:
-    rows = records.read_table(path, ("epoch",))[1]
+    rows = results.read_table(path, ("epoch",))[1]
     try:
         return [{key: float(value) for key, value in row.items()} for row in rows]
     except ValueError as error:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.training.datasets.base import Dataset, MissingFiles, check_labels, download, first_complete, joined, read_bytes
-from fastkd.training.errors import UserError
+from fastkd.data.base import Dataset, MissingFiles, check_labels, download, first_complete, joined, read_bytes
+from fastkd.errors import UserError
 
 PIXELS = 3 * 32 * 32
 
