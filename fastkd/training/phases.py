@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import nn
 
-from fastkd.methods import Method, create_method
+from fastkd.methods import Definition, define
 from fastkd.models import create_model
 from fastkd.training import distributed
 from fastkd.training.batches import Batches
 from fastkd.training.determinism import determinism
 from fastkd.training.errors import UserError
-from fastkd.training.loop import Loop
+from fastkd.training.loop import Loop, placed
 from fastkd.training.plan import Plan
 from fastkd.training.progress import Progress
 from fastkd.training.recipes import Recipe
@@ -25,14 +25,14 @@ from fastkd.training.settings import Settings
 from fastkd.training.signals import end_late
 
 
-def phase_loop(plan: Plan, role: str, phase: tuple[str, Recipe, Method], student: nn.Module, teacher: nn.Module | None,
+def phase_loop(plan: Plan, role: str, phase: tuple[str, Recipe, Definition], student: nn.Module, teacher: nn.Module | None,
                batches: tuple[Batches, Batches]) -> Loop:  # fmt: skip
     """What trains ``student`` in ``phase`` (of ``plan.phases``); only the main one is tested."""
     name, recipe, method = phase
     train, test = copy.copy(batches[0]), batches[1] if name == "main" else None
     train.stream = role if name == "main" else f"{role} {name}"
-    taught = teacher if method.needs_teacher else None
-    return Loop(student, method, taught, train, test, recipe, plan.autocast(), plan.compiled, plan.captured)
+    distillation = plan.distillation(role, placed(student, plan.device), teacher, method)
+    return Loop(distillation, train, test, recipe, plan.autocast(), plan.compiled, plan.captured)
 
 
 def lead(loop: Loop, role: str, phase: str) -> None:
@@ -78,7 +78,7 @@ def _follow(stack: ExitStack) -> None:
 
 def _loop(plan: Plan, order: dict[str, Any]) -> Loop:
     role = order["role"]
-    method = plan.method if role == "student" else create_method("baseline")
+    method = plan.method if role == "student" else define("baseline")
     phase = next(phase for phase in plan.phases(method) if phase[0] == order["phase"])
     teacher = None
     if order["teacher"] is not None:

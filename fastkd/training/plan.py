@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,13 @@ from torch import nn
 
 import fastkd
 from fastkd.backends import Call
-from fastkd.methods import TWO_PHASES, Method, create_method, fsp_preset
+from fastkd.distillation import Distillation
+from fastkd.methods import Definition, define, title_of
+from fastkd.methods.options import written
 from fastkd.models import WeightsError, create_model, fingerprint, load_weights
+from fastkd.seeds import generator, seeded
 from fastkd.training import curves, distributed, pictures, records
-from fastkd.training.batches import Batches, generator
+from fastkd.training.batches import Batches
 from fastkd.training.console import counted
 from fastkd.training.datasets import Dataset, choose_dataset, load_dataset
 from fastkd.training.devices import can_compile, device_name, fast_bfloat16, find_device
@@ -53,17 +54,22 @@ class Plan:
             chosen = "bf16" if fast_bfloat16(self.device) else "fp32"
             self.settings = settings = dataclasses.replace(settings, precision=chosen)
         try:
-            with seeded(settings.seed, "method"):
-                self.method: Method = create_method(settings.method, self.recipe.preset)
-            teacher, student = create_model(self.models.teacher), create_model(self.models.student)
+            self.method = define(settings.method, preset=self.recipe.preset, words=settings.options)
+            if settings.recipe is None:  # an explicit one wins over what a method's authors change in theirs
+                changed = self.method.recipe(dataclasses.asdict(self.recipe), settings.overrides)
+                settings = dataclasses.replace(settings, overrides={**changed, **settings.overrides})
+                self.recipe = get_recipe(self.recipe_name, settings.overrides)
+            for model in (self.models.teacher, self.models.student):
+                create_model(model)
         except ValueError as error:
             raise UserError(f"{error} (--recipe {self.recipe_name}, --preset {self.recipe.preset})") from None
+        self.settings = settings = dataclasses.replace(settings, method=self.method.name)
         self.calls: dict[str, list[Call]] = {}
-        if self.method.needs_teacher:
-            self._check_fit(student, teacher)
         if distributed.leads():  # the others write nothing, and may have no such folder on their machine
             records.read_rows(settings.output)
         self.data: Dataset = load_dataset(name, settings.data)
+        if self.method.needs_teacher:
+            self._check_fit()
         self.compiled, self.captured = self._how()
         parts = [len(self.data.train_labels) // self.processes] * self.recipe.drop_last
         smallest = min([*parts, *[len(self.data.test_labels)] * self.recipe.drop_last_test], default=2**62)
@@ -82,14 +88,24 @@ class Plan:
             raise UserError("--cuda-graph is for one process on a GPU")
         return compiled, cuda and self.processes == 1 if settings.cuda_graph is None else settings.cuda_graph
 
-    def _check_fit(self, student: nn.Module, teacher: nn.Module) -> None:
+    def _check_fit(self) -> None:
+        student, teacher = (create_model(self.model_name(role), self.data.classes).to(self.device) for role in ("student", "teacher"))
         try:
-            self.calls = self.method.check(student.to(self.device), teacher.to(self.device))
+            trial = self.distillation("student", student, teacher, self.method, fold=False)
+            self.calls = trial.check(self.recipe.batch_size if self.method.whole_batches else 2)
         except fastkd.BackendError as error:
             raise UserError(" ".join(str(error).split())) from None
         except (ValueError, TypeError) as error:
             pair = f"{self.models.teacher} as teacher and {self.models.student} as student"
             raise UserError(f"method {self.settings.method} does not fit {pair}: {' '.join(str(error).split())}") from None
+
+    def distillation(self, role: str, student: nn.Module, teacher: nn.Module | None, method: Definition, fold: bool = True) -> Distillation:
+        """What trains ``student`` by ``method``; both networks are on the device."""
+        return Distillation(
+            student, teacher if method.needs_teacher else None, method, train_labels=self.data.train_labels,
+            num_classes=self.data.classes, batch_size=self.recipe.batch_size, epochs=self.recipe.epochs, autocast=self.autocast(),
+            teacher_mode=self.recipe.teacher_mode, seed=self.seed_of(role), fold=fold,
+        )  # fmt: skip
 
     def new_model(self, role: str) -> nn.Module:
         """The untrained "student" or "teacher", its weights drawn from (seed, role): two of one architecture begin apart."""
@@ -109,13 +125,13 @@ class Plan:
     def model_name(self, role: str) -> str:
         return self.models.teacher if role == "teacher" else self.models.student
 
-    def phases(self, method: Method) -> list[tuple[str, Recipe, Method]]:
+    def phases(self, method: Definition) -> list[tuple[str, Recipe, Definition]]:
         """(name, recipe, method) of what a training with ``method`` does one after the other: "main", perhaps after "init"."""
         recipe = self.recipe
-        if not method.needs_teacher or self.settings.method not in TWO_PHASES or not recipe.init_epochs:
+        if not method.initializes or not recipe.init_epochs:
             return [("main", recipe, method)]
         first = dataclasses.replace(recipe, epochs=recipe.init_epochs, lr=recipe.init_lr, milestones=recipe.init_milestones)
-        return [("init", first, method.alone()), ("main", recipe, create_method("baseline"))]
+        return [("init", first, method.initialization()), ("main", recipe, method.after_initialization())]
 
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """(mean, std) a channel."""
@@ -127,7 +143,7 @@ class Plan:
         dtype = torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
         common: dict[str, Any] = {"mean": mean, "std": std, "device": self.device, "dtype": dtype}
         random: dict[str, Any] = {"seed": self.seed_of(role), "stream": role, "flip": data.flip, "pad_mode": recipe.pad_mode}
-        random |= {"share": distributed.share(), "drop_last": recipe.drop_last}
+        random |= {"share": distributed.share(), "drop_last": recipe.drop_last or (role == "student" and self.method.whole_batches)}
         train = Batches(data.train_images, data.train_labels, batch_size=recipe.batch_size, **random, **common)
         # an accuracy over all images does not depend on the batch; one over whole batches does
         size, images, labels = 500, data.test_images, data.test_labels
@@ -175,6 +191,8 @@ class Plan:
             identity |= {"teacher": self.models.teacher, "teacher_weights": self.teacher_weights}
             if self.teacher_seed is not None:
                 identity["teacher_seed"] = self.teacher_seed
+        if role != "teacher" and self.method.changes:
+            identity["options"] = {key: written(value) for key, value in self.method.changes.items()}
         return identity
 
     @cached_property
@@ -209,8 +227,10 @@ class Plan:
         teacher = sum(parameter.numel() for parameter in create_model(models.teacher, data.classes).parameters())
         fields = [f"{key} {_plain(value)}" for key, value in dataclasses.asdict(self.recipe).items()]
         phases = [f"{counted(recipe.epochs, 'epoch')} of {' + '.join(method.names)}" for _, recipe, method in self.phases(self.method)]
-        if settings.method == "fsp" and fsp_preset(self.recipe.preset) != self.recipe.preset:
-            phases.append(f"FSP is {fsp_preset(self.recipe.preset)}'s, since {self.recipe.preset} has none")
+        for term, preset in self.method.others_presets().items():
+            why = "by option" if f"{term}.preset" in self.method.changes else f"since {self.recipe.preset} has none"
+            phases.append(f"{title_of(term)} is {preset}'s, {why}")
+        phases += self.options()
         seeds = f"seed {settings.seed}"
         if self.teacher_seed is not None:
             seeds += f", of the teacher {self.teacher_seed}"
@@ -239,6 +259,8 @@ class Plan:
     def _notes(self) -> list[str]:
         """What somebody who chose these settings may not have meant."""
         recipe, known, notes = self.recipe, RECIPES[self.recipe_name], []
+        if self.method.whole_batches and self._smaller_batch(recipe.drop_last):
+            notes.append(f"{self.method.name} is built for whole batches: an epoch's last, smaller one is left out")
         together = recipe.batch_size * self.processes
         if together != known.batch_size:
             text = f"a step has {together} images; {self.recipe_name}'s learning rate of {known.lr} is for {known.batch_size}"
@@ -263,7 +285,8 @@ class Plan:
             if not self.compiled or not eager:
                 parts.append(f"{name} by {eager or 'plain PyTorch'}")
                 continue
-            rest = f" ({eager} in an epoch's last, smaller batch)" if self._smaller_batch() and eager != compiled else ""
+            smaller = self._smaller_batch(self.recipe.drop_last or self.method.whole_batches)
+            rest = f" ({eager} in an epoch's last, smaller batch)" if smaller and eager != compiled else ""
             parts.append(f"{name} by {compiled} in the compiled step{rest}")
         return ", ".join(parts)
 
@@ -272,9 +295,13 @@ class Plan:
         found = [call.backend(self.recipe.batch_size, compiled) for call in self.calls.get(term, [])]
         return " and ".join(dict.fromkeys(found))
 
-    def _smaller_batch(self) -> bool:
+    def options(self) -> list[str]:
+        """The options of the method that were changed, as the command line has them: "at.beta=500.0"."""
+        return [f"{key}={written(value)}" for key, value in self.method.changes.items()]
+
+    def _smaller_batch(self, dropped: bool) -> bool:
         """Whether an epoch ends with a smaller batch, which is not compiled."""
-        return not self.recipe.drop_last and len(self.data.train_labels) % (self.recipe.batch_size * self.processes) > 0
+        return not dropped and len(self.data.train_labels) % (self.recipe.batch_size * self.processes) > 0
 
     def _records(self) -> str:
         """What will lie in the folder beside the weights, and what for want of a package will not."""
@@ -287,11 +314,3 @@ class Plan:
 
 def _plain(value: Any) -> Any:
     return " ".join(f"{part:.4g}" for part in value) or "none" if isinstance(value, tuple) else value
-
-
-@contextmanager
-def seeded(seed: int, *purpose: object) -> Iterator[None]:
-    """PyTorch's own generator, set for (seed, purpose...) and given back as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(seed, *purpose).initial_seed())
-        yield

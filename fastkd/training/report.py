@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastkd.methods import title_of
 from fastkd.models import create_model
 from fastkd.training import plots, records
 from fastkd.training.console import delivered, screens
@@ -24,7 +25,7 @@ from fastkd.training.errors import UserError
 from fastkd.training.files import as_path, write
 from fastkd.training.published import NOTE, TABLES, Entry, Published
 from fastkd.training.recipes import RECIPES
-from fastkd.training.summary import METHOD_NAMES, Group, changes, groups, number, told
+from fastkd.training.summary import Group, changes, groups, number, told
 
 BEGIN, END = "<!-- experiments:begin -->", "<!-- experiments:end -->"
 DASH = "–"
@@ -120,7 +121,7 @@ def tables(rows: Sequence[dict[str, str]]) -> list[tuple[str, list[str], list[li
         own = []
         for group in found:
             method, *rest = group.cells
-            line = [METHOD_NAMES.get(method, method), *rest, str(len(group.rows)), group.told("acc"), group.told("reported_acc")]
+            line = [title_of(method), *rest, str(len(group.rows)), group.told("acc"), group.told("reported_acc")]
             own.append(line)
         made.append(("All runs: test accuracy in percent, of the best epoch and of the one that the recipe reports", heads, own))
     return made

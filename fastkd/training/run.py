@@ -11,7 +11,7 @@ from torch import nn
 
 import fastkd
 from fastkd import native
-from fastkd.methods import Method, create_method
+from fastkd.methods import Definition, define
 from fastkd.models import WeightsError, create_model, fingerprint, load_weights, read_checkpoint
 from fastkd.training import distributed, pictures, records, runs
 from fastkd.training.console import counted, say, screens
@@ -63,7 +63,7 @@ def find_teacher(plan: Plan) -> tuple[nn.Module, float]:
             what = f"{path} is not there yet; training it first" if folder is None else f"going on with its training in {folder}"
             say(f"teacher: {what}")
             with runs.opened(plan, "teacher", folder) as opened:
-                train(plan, "teacher", opened, create_method("baseline"), None, None)
+                train(plan, "teacher", opened, define("baseline"), None, None)
     teacher = create_model(name, plan.data.classes)
     try:
         config = load_weights(teacher, path, say=say).get("config")
@@ -102,7 +102,7 @@ class Waiting:
             distributed.order("wait")  # processes that hear nothing for half an hour take the first one for lost
 
 
-def train(plan: Plan, role: str, run: Run, method: Method, teacher: nn.Module | None, teacher_acc: float | None) -> dict[str, Any]:
+def train(plan: Plan, role: str, run: Run, method: Definition, teacher: nn.Module | None, teacher_acc: float | None) -> dict[str, Any]:
     """Trains the plan's student or teacher (``role``) in the folder of ``run``, from its state if it has one, and records it.
 
     The checkpoint, the best weights and the log are on disk after every epoch. Raises UserError, Interrupted.
@@ -158,8 +158,8 @@ def train(plan: Plan, role: str, run: Run, method: Method, teacher: nn.Module | 
         finally:
             progress.close()
     if role == "student" and plan.settings.pictures:  # after the row: nothing that fails here can lose it
-        student.load_state_dict(loop.weights()[0])
-        pictures.keep(plan, run.folder, student, teacher)
+        loop.student.load_state_dict(loop.weights()[0])
+        pictures.keep(plan, run.folder, loop.student, teacher)
     say(ending(plan, role, row, records.COLUMNS[:11], run.folder))
     return row
 
@@ -201,6 +201,7 @@ def row_of(plan: Plan, role: str, run: Run, loop: Loop, teacher_acc: float | Non
     """The run as a row of the table, without its number."""
     settings, best, last = plan.settings, loop.best(), loop.history[-1]
     taught, file = teacher_acc is not None, settings.teacher_checkpoint
+    changed = plan.options() if role == "student" else []
     return {
         "method": run.config["trained"],
         "dataset": plan.data.name,
@@ -224,8 +225,8 @@ def row_of(plan: Plan, role: str, run: Run, loop: Loop, teacher_acc: float | Non
         "reported_acc": f"{loop.weights()[1]['test_acc']:.2f}",
         "teacher_acc": "" if teacher_acc is None else f"{teacher_acc:.2f}",
         "train_acc": f"{last['train_acc']:.2f}",
-        "losses": " ".join(f"{term}={last[term]:.4g}" for term in loop.method.names),
-        "overrides": " ".join(f"{key}={written(value)}" for key, value in settings.overrides.items()),
+        "losses": " ".join(f"{term}={last[term]:.4g}" for term in loop.distillation.names),
+        "overrides": " ".join([*(f"{key}={written(value)}" for key, value in settings.overrides.items()), *changed]),
         "teacher_seed": plan.seed_of("teacher") if taught and file is None else "",
         "deterministic": "yes" if settings.deterministic else "no",
         "compiled": "yes" if plan.compiled else "no",

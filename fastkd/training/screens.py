@@ -43,6 +43,7 @@ def command(plan: Plan) -> str:
         "teacher_checkpoint": settings.teacher_checkpoint if taught else None,
         "recipe": plan.recipe_name,
         **settings.overrides,
+        "option": plan.options(),
         "seed": settings.seed,
         "teacher_seed": plan.teacher_seed,
         "device": plan.device.type,
@@ -76,6 +77,8 @@ def _start(plan: Plan, script: str) -> list[str]:
 
 def _words(name: str, value: Any) -> list[str]:
     flag = "--" + name.replace("_", "-")
+    if isinstance(value, list):
+        return [word for each in value for word in (flag, each)]
     if value is None:
         return []
     if isinstance(value, bool):
