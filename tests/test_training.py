@@ -163,7 +163,7 @@ def test_the_parameters_of_a_method_are_trained_and_kept():
 def test_every_term_goes_down_on_a_fixed_batch(name, autocast):
     torch.manual_seed(1)
     teacher = create_model("resnet8").eval() if name != "baseline" else None
-    loop = loop_of(name, teacher=teacher, autocast=autocast, lr=0.02)
+    loop = loop_of(name, teacher=teacher, autocast=autocast, lr=0.02, teacher_mode="eval")
     drawn, step, readings = next(loop.batches.draw(1)), loop.train_step, []
     for _ in range(25):
         before = step.sums.clone()

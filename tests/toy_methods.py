@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fastkd.methods import AT, FSP, KD, Beside, Definition, Distiller, Points, Preset, definition, option
+from fastkd.methods import Beside, Definition, Distiller, Points, Preset, definition, option
+from fastkd.methods.at import AT
+from fastkd.methods.fsp import FSP
+from fastkd.methods.kd import KD
 from fastkd.models import Neck
 
 

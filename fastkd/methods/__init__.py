@@ -1,14 +1,15 @@
-"""Distillation methods. A new one is one file with its :class:`Distiller` and one line in ``_KINDS``."""
+"""Distillation methods: one file here with a :class:`Distiller` is one method, under the file's name."""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from fastkd.methods import definition
-from fastkd.methods.at import AT
 from fastkd.methods.base import (
     Batch,
     Beside,
@@ -20,17 +21,25 @@ from fastkd.methods.base import (
     option,
     overrides,
     undisturbed,
-)  # fmt: skip
+)
 from fastkd.methods.definition import Definition, Term
-from fastkd.methods.fsp import FSP
-from fastkd.methods.kd import KD
 
-# in the order of the published table; a sum has this order whatever the user writes, but for KD, which is last
-_KINDS: dict[str, type[Distiller]] = {
-    "kd": KD,
-    "at": AT,
-    "fsp": FSP,
-}
+# the order of the published table, and of the terms of a sum (but KD is last there); what is not in it comes after, by name
+_TABLE = ("kd", "fitnet", "at", "fsp", "ofd", "rkd", "crd", "reviewkd", "srrl", "afd", "semckd", "simkd", "norm", "sakd")
+
+
+def _kinds() -> dict[str, type[Distiller]]:
+    """The method of each file in this folder that holds one."""
+    found: dict[str, type[Distiller]] = {}
+    for name in sorted(module.name for module in pkgutil.iter_modules(__path__)):
+        module = importlib.import_module(f"{__name__}.{name}")
+        for value in vars(module).values():
+            if isinstance(value, type) and issubclass(value, Distiller) and value.__module__ == module.__name__ != Distiller.__module__:
+                found[name] = value
+    return {name: found[name] for name in sorted(found, key=lambda name: _TABLE.index(name) if name in _TABLE else len(_TABLE))}
+
+
+_KINDS = _kinds()
 
 METHODS = ("baseline", *_KINDS)
 """The names of the single methods; several are joined by "+"."""
@@ -80,6 +89,6 @@ def colour_of(name: str) -> str | None:
 
 
 __all__ = [
-    "AT", "FSP", "KD", "METHODS", "Batch", "Beside", "BuildContext", "Definition", "Distiller", "Output", "Points", "Preset", "Term",
+    "METHODS", "Batch", "Beside", "BuildContext", "Definition", "Distiller", "Output", "Points", "Preset", "Term",
     "colour_of", "create_method", "define", "definition", "full_name", "initializes", "option", "overrides", "title_of", "undisturbed",
 ]  # fmt: skip

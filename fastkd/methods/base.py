@@ -135,8 +135,8 @@ def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> A
 class Distiller(nn.Module):
     """One distillation loss with all that it learns and keeps. Parameters are trained with the student's, buffers are in the checkpoint.
 
-    A method is one file with a subclass and a line in ``fastkd/methods/__init__.py``. It is built with PyTorch's generator set for
-    (seed, the method's name), so its first weights do not depend on its neighbours in a sum.
+    A method is one file in ``fastkd/methods/`` with one subclass; the file's name is the method's. It is built with PyTorch's generator
+    set for (seed, the method's name), so its first weights do not depend on its neighbours in a sum.
     """
 
     @dataclass(frozen=True)
