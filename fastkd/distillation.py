@@ -101,13 +101,14 @@ class Distillation(nn.Module):
                 context = BuildContext.of(student, teacher, image_shape, **rest)
                 distillers, student = self.definition.build(context, seed)
         self.student = student
-        self.methods = nn.ModuleDict(distillers).to(next(student.parameters()).device)
+        first = next(student.parameters()).detach()
+        self.methods = nn.ModuleDict(distillers).to(first.device)
         self.names = self.definition.names
         self.points = [_union(getattr(distiller, f"{role}_points") for distiller in distillers.values()) for role in ("student", "teacher")]
         kinds = {name: type(distiller) for name, distiller in distillers.items()}
         self._scheduled = {name: i for i, name in enumerate(kinds) if overrides(kinds[name], "weight_at")}
         self._changes_logits = [name for name in kinds if overrides(kinds[name], "logits")]
-        self.register_buffer("weights", torch.ones(len(kinds), device=next(student.parameters()).device), persistent=False)
+        self.register_buffer("weights", first.new_ones(len(kinds), dtype=torch.float32), persistent=False)
         # in a tuple, which nn.Module does not look into: the teacher, and the copy that answers in eval mode
         self._outside: tuple[nn.Module, ...] = (teacher,) if teacher is not None and distillers else ()
         if fold:
@@ -178,7 +179,8 @@ class Distillation(nn.Module):
         Returns for each method the calls of the package's operations that it makes.
         """
         blank = next(self.student.parameters()).new_zeros(images, *self.image_shape)
-        batch = Batch(blank, blank.new_zeros(images, dtype=torch.int64), torch.arange(images, device=blank.device))
+        labels = blank.new_zeros(images, dtype=torch.int64)
+        batch = Batch(blank, labels, labels.add(1).cumsum(0) - 1)
         with undisturbed(self, *self._outside):
             student, teacher, calls = self._students(blank), self._teachers(blank), {}
             for name in self.methods if teacher is not None else ():
