@@ -9,11 +9,11 @@ joins student, teacher and method; :mod:`fastkd.reference`, the same in plain Py
 from fastkd import backends, models, native, ops, reference
 from fastkd.backends import BackendError, use_backend
 from fastkd.distillation import Distillation, Losses
-from fastkd.modules import FSP, KD, RKD, AttentionTransfer
+from fastkd.losses import FSP, KD, RKD, AttentionTransfer
 from fastkd.ops.attention import attention_map, attention_transfer_loss
-from fastkd.ops.gram import fsp_loss, fsp_matrix
+from fastkd.ops.feature_map import relu_tap, tap
+from fastkd.ops.fsp import fsp_loss, fsp_matrix
 from fastkd.ops.rkd import rkd_loss
-from fastkd.ops.tap import relu_tap, tap
 from fastkd.reference import kd_loss
 
 __version__ = "0.1.0"

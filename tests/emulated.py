@@ -79,6 +79,24 @@ def backwards(wanted: bool) -> None:
 
 
 @contextlib.contextmanager
+def stream(handle: int, capturing: bool = False) -> Iterator[None]:
+    """Calls inside belong to another stream than 0, on which a CUDA graph is captured or not."""
+    assert native.EMULATED and native.EMULATED.path
+    library = ctypes.CDLL(native.EMULATED.path)
+    library.fastkd_emulate_stream(ctypes.c_void_p(handle), int(capturing))
+    try:
+        yield
+    finally:
+        library.fastkd_emulate_stream(None, 0)
+
+
+def tickets() -> int:
+    """The slice of ticket counters that the last call had; -1: it had memory of its own."""
+    assert native.EMULATED and native.EMULATED.path
+    return int(ctypes.CDLL(native.EMULATED.path).fastkd_emulate_tickets())
+
+
+@contextlib.contextmanager
 def idle() -> Iterator[None]:
     """Kernels do nothing inside: what is left is the host's work."""
     assert native.EMULATED and native.EMULATED.path

@@ -14,8 +14,9 @@ import pytest
 import torch
 from support_data import small_digits
 
-from fastkd.training import Batches, UserError, datasets
-from fastkd.training.plan import Plan, Settings
+from fastkd import data as datasets
+from fastkd.training import Batches, UserError
+from fastkd.training.config import Config, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["--method", "at", "--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--batch-size", "16", "--device", "cpu"]
@@ -116,6 +117,6 @@ def test_a_step_of_all_processes_must_fit_the_set(tmp_path, monkeypatch):
     small_digits()
     monkeypatch.setattr("fastkd.training.distributed.share", lambda: (0, 4))
     settings = Settings("at", "digits", student="resnet8", teacher="resnet8", output=tmp_path, overrides={"batch_size": 16})
-    assert "processes=4" in Plan(settings).teacher_path().name and Plan(settings).identity("student")["processes"] == 4
+    assert "processes=4" in Config(settings).teacher_path().name and Config(settings).identity("student")["processes"] == 4
     with pytest.raises(UserError, match="--batch-size is 17, but digits has parts of only 16 images for each of 4 processes"):
-        Plan(Settings("at", "digits", student="resnet8", teacher="resnet8", output=tmp_path, overrides={"batch_size": 17}))
+        Config(Settings("at", "digits", student="resnet8", teacher="resnet8", output=tmp_path, overrides={"batch_size": 17}))

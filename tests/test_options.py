@@ -12,10 +12,10 @@ import toy_methods
 
 from fastkd import methods
 from fastkd.training import RECIPES, UserError
-from fastkd.training.plan import Plan, Settings
+from fastkd.training.config import Config, Settings
+from fastkd.training.groups import changes
 from fastkd.training.recipes import get_recipe
 from fastkd.training.settings import from_config
-from fastkd.training.summary import changes
 
 QUICK = ["--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--epochs", "1", "--no-pictures", "--device", "cpu"]
 
@@ -60,12 +60,12 @@ def toys(monkeypatch, small_main):
 
 
 def test_an_identity_holds_what_differs_from_the_preset_and_nothing_else(small_main, tmp_path):
-    plans = [Plan(settings("at", tmp_path, *words)) for words in ((), ("beta=1000",), ("at.beta=500",), ("beta=5e2",))]
+    plans = [Config(settings("at", tmp_path, *words)) for words in ((), ("beta=1000",), ("at.beta=500",), ("beta=5e2",))]
     found = [plan.identity("student") for plan in plans]
     assert found[0] == found[1] and "options" not in found[0] and found[2] == found[3] != found[0]
-    assert found[0] == Plan(settings("at", tmp_path)).identity("student")
+    assert found[0] == Config(settings("at", tmp_path)).identity("student")
     assert all("options" not in plan.identity("teacher") for plan in plans)
-    assert {plan.settings.method for plan in (Plan(settings("kd+at", tmp_path)), Plan(settings("at+kd", tmp_path)))} == {"at+kd"}
+    assert {plan.settings.method for plan in (Config(settings("kd+at", tmp_path)), Config(settings("at+kd", tmp_path)))} == {"at+kd"}
 
 
 @pytest.mark.parametrize(
@@ -85,16 +85,16 @@ def test_what_is_no_option_is_one_line(small_main, tmp_path, capsys, flags, word
 
 def test_a_method_brings_what_its_authors_change_unless_a_recipe_is_named(toys, tmp_path):
     assert RECIPES["digits"].teacher_mode == "eval"
-    plan = Plan(settings("toy", tmp_path))
+    plan = Config(settings("toy", tmp_path))
     assert plan.recipe.teacher_mode == "train" and plan.identity("student")["teacher_mode"] == "train"
     assert "toy_teacher_mode" not in plan.config() and plan.config()["overrides"] == {"teacher_mode": "train"}
     for more in ({"recipe": "digits"}, {"overrides": {"teacher_mode": "eval"}}):
-        assert Plan(settings("toy", tmp_path, **more)).recipe == get_recipe("digits", {})
+        assert Config(settings("toy", tmp_path, **more)).recipe == get_recipe("digits", {})
     with pytest.raises(UserError, match="--teacher-mode is left open: .*eval by at, train by toy; |eval by at, train by toy"):
-        Plan(settings("toy+at", tmp_path, "ce.weight=1"))
+        Config(settings("toy+at", tmp_path, "ce.weight=1"))
     with pytest.raises(UserError, match="--option ce.weight is left open"):
-        Plan(settings("toy+at", tmp_path))
-    Plan(settings("toy+at", tmp_path, "ce.weight=1", overrides={"teacher_mode": "eval"}))
+        Config(settings("toy+at", tmp_path))
+    Config(settings("toy+at", tmp_path, "ce.weight=1", overrides={"teacher_mode": "eval"}))
 
 
 def test_a_run_of_a_method_with_all_that_one_may_own(toys, small_main, tmp_path, capsys):

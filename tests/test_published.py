@@ -8,9 +8,11 @@ import pytest
 
 from fastkd.methods import METHODS
 from fastkd.models import MODELS
-from fastkd.training import DATASETS, RECIPES, plots, report
-from fastkd.training.published import SELF, TABLES
-from fastkd.training.records import COLUMNS, table
+from fastkd.report import curves
+from fastkd.report import tables as report
+from fastkd.report.published import SELF, TABLES
+from fastkd.training import DATASETS, RECIPES
+from fastkd.training.results import COLUMNS, table
 
 RUN = {
     "method": "at", "dataset": "cifar10", "student": "resnet_32_20", "teacher": "resnet_32_20", "recipe": "hankyul2", "nepoch": "200",
@@ -151,7 +153,7 @@ def test_curves_of_finished_and_unfinished_runs(committed, tmp_path, monkeypatch
     )
     (committed / "foreign").mkdir()
     (committed / "foreign" / "epochs.csv").write_text("a,b\n")
-    found = list(plots.read([committed], {}))
+    found = list(curves.read([committed], {}))
     assert [curve.label for curve in found] == [
         "AT, resnet_32_20 ← resnet_32_20", "FSP, resnet20 ← resnet110, unfinished", "KD, resnet_32_20 ← resnet_32_20"
     ]  # fmt: skip

@@ -19,11 +19,12 @@ import torch
 import toy_methods
 from support_data import small_digits
 
+from fastkd import data as datasets
 from fastkd.distillation import Distillation
+from fastkd.io.files import owned
 from fastkd.methods import define
 from fastkd.models import create_model
-from fastkd.training import Batches, Loop, datasets, get_recipe
-from fastkd.training.files import owned
+from fastkd.training import Batches, Trainer, get_recipe
 from fastkd.training.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,7 +161,7 @@ def test_a_loop_taken_up_goes_on_as_if_nothing_had_been(one_thread, name):
         recipe = get_recipe("sakd", {"epochs": 4, "batch_size": 32, "milestones": (0.4,)})
         student, teacher, fp32 = create_model("resnet8"), create_model("resnet8"), torch.autocast("cpu", enabled=False)
         distillation = Distillation(student, teacher, method, teacher_mode=recipe.teacher_mode, train_labels=labels)
-        return Loop(distillation, batches, batches, recipe, fp32)
+        return Trainer(distillation, batches, batches, recipe, fp32)
 
     whole = loop()
     for epoch in range(1, 5):

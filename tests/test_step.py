@@ -12,9 +12,10 @@ from fastkd.distillation import Distillation
 from fastkd.methods import METHODS
 from fastkd.models import create_model
 from fastkd.models.folding import fold_for_inference, foldable
-from fastkd.training import Batches, Loop, UserError, get_recipe
-from fastkd.training.plan import PAYS, Plan, Settings
+from fastkd.training import Batches, Trainer, UserError, get_recipe
+from fastkd.training.config import PAYS, Config, Settings
 from fastkd.training.progress import Progress
+from fastkd.training.run_summary import describe
 from fastkd.training.step import Replayed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -82,7 +83,7 @@ def loop_of(method, dtype=torch.float32, count=70, **options):
     student, teacher = create_model("resnet8"), lively("resnet8")
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
     distillation = Distillation(student, teacher, method, preset="repdistiller", autocast=autocast)
-    return Loop(distillation, batches, batches, recipe, autocast, **options)
+    return Trainer(distillation, batches, batches, recipe, autocast, **options)
 
 
 def trained(loop, epochs=(1, 2)):
@@ -115,7 +116,7 @@ class Again:
 @pytest.fixture
 def no_gpu(monkeypatch):
     monkeypatch.setattr(Replayed, "warm", lambda self, drawn: self.run(drawn))
-    monkeypatch.setattr(Replayed, "capture", lambda self: Again(self.run, self.drawn))
+    monkeypatch.setattr(Replayed, "capture", lambda self: Again(self.run, self.augment_params))
 
 
 @pytest.mark.parametrize("method", [*METHODS, "at+kd"])
@@ -146,7 +147,7 @@ def test_a_cuda_graph_trains_as_eager_does():  # untested: no GPU was at hand
         networks = create_model("resnet8"), lively("resnet8")
         autocast = torch.autocast("cuda", torch.bfloat16, enabled=False)
         made = Distillation(*networks, "at", preset="repdistiller", autocast=autocast)
-        found.append(trained(Loop(made, batches, batches, recipe, autocast, captured=captured)))
+        found.append(trained(Trainer(made, batches, batches, recipe, autocast, captured=captured)))
     eager, graphed = found
     assert graphed.train_step.graph.graph is not None
     assert graphed.history[-1]["loss"] == pytest.approx(eager.history[-1]["loss"], rel=1e-2)
@@ -181,17 +182,17 @@ def test_a_step_that_cannot_be_compiled_is_one_line(monkeypatch):
 
 
 def test_only_a_long_run_is_compiled_unless_asked(tmp_path, monkeypatch):
-    monkeypatch.setattr("fastkd.training.plan.can_compile", lambda device: True)
+    monkeypatch.setattr("fastkd.training.config.can_compile", lambda device: True)
 
     def plan(epochs, **more):
-        return Plan(Settings("at", "digits", teacher="resnet8", student="resnet8", output=tmp_path, overrides={"epochs": epochs}, **more))
+        return Config(Settings("at", "digits", teacher="resnet8", student="resnet8", output=tmp_path, overrides={"epochs": epochs}, **more))
 
     long = PAYS // 1437 + 1
     assert [plan(epochs).compiled for epochs in (8, long)] == [False, True]
     assert plan(8, compile=True).compiled and not plan(long, compile=False).compiled
-    assert "compiled" in plan(long).describe() and "compiled" not in plan(8).describe()
+    assert "compiled" in describe(plan(long)) and "compiled" not in describe(plan(8))
     assert plan(8).identity("student") != plan(8, compile=True).identity("student")
     with pytest.raises(UserError, match="--cuda-graph is for one process on a GPU"):
         plan(8, cuda_graph=True)
-    monkeypatch.setattr("fastkd.training.plan.can_compile", lambda device: False)
+    monkeypatch.setattr("fastkd.training.config.can_compile", lambda device: False)
     assert not plan(long).compiled

@@ -14,16 +14,16 @@ import torch
 import torch.nn.functional as F
 
 from fastkd.distillation import Distillation
+from fastkd.io import files as files_module
+from fastkd.io.files import make_folder, save, write
 from fastkd.methods import METHODS, Distiller, Points, Preset, Term, define
 from fastkd.methods.definition import Definition
 from fastkd.models import create_model
-from fastkd.training import RECIPES, Batches, Loop, UserError, get_recipe, load_dataset
-from fastkd.training import files as files_module
-from fastkd.training.files import make_folder, save, write
-from fastkd.training.plan import Plan, Settings
+from fastkd.training import RECIPES, Batches, Trainer, UserError, get_recipe, load_dataset
+from fastkd.training.config import Config, Settings
 from fastkd.training.progress import Progress, clock
 from fastkd.training.recipes import learning_rate
-from fastkd.training.records import COLUMNS, append, read_rows
+from fastkd.training.results import COLUMNS, append, read_rows
 
 FP32 = torch.autocast("cpu", enabled=False)
 BF16 = torch.autocast("cpu", dtype=torch.bfloat16)
@@ -116,7 +116,7 @@ def loop_of(name, student=None, teacher=None, autocast=FP32, batches=None, **ove
     recipe = get_recipe("hankyul2", {"epochs": 2, "batch_size": batches.batch_size, **overrides})
     networks = student or create_model("resnet8"), teacher
     made = Distillation(*networks, name, preset="hankyul2", teacher_mode=recipe.teacher_mode, autocast=autocast)
-    return Loop(made, batches, batches, recipe, autocast)
+    return Trainer(made, batches, batches, recipe, autocast)
 
 
 @pytest.mark.parametrize(("name", "features"), [("baseline", None), ("kd", "pooled"), ("at", True), ("at+kd", True)])
@@ -150,7 +150,7 @@ class Adapter(Distiller):
 def test_the_parameters_of_a_method_are_trained_and_kept():
     batches, recipe = small_batches(), get_recipe("hankyul2", {"epochs": 1})
     method = Definition("adapter", (Term("adapter", Adapter, "hankyul2", Adapter.Options(), {}),), 0.0, "hankyul2", {})
-    loop = Loop(Distillation(create_model("resnet8"), create_model("resnet8"), method), batches, batches, recipe, FP32)
+    loop = Trainer(Distillation(create_model("resnet8"), create_model("resnet8"), method), batches, batches, recipe, FP32)
     layer = loop.distillation.methods["adapter"].layer
     before = layer.weight.detach().clone()
     loop.train_epoch(1, Progress("", 2))
@@ -180,7 +180,7 @@ def test_a_short_digits_run_learns():
     train = Batches(data.train_images, data.train_labels, data.mean, data.std, batch_size=32, flip=False, drop_last=True)
     test = Batches(data.test_images, data.test_labels, data.mean, data.std, batch_size=360)
     recipe = get_recipe("digits", {"epochs": 3})
-    loop = Loop(Distillation(create_model("resnet8"), None, "baseline"), train, test, recipe, FP32)
+    loop = Trainer(Distillation(create_model("resnet8"), None, "baseline"), train, test, recipe, FP32)
     for epoch in (1, 2, 3):
         loop.train_epoch(epoch, Progress("", loop.steps))
     assert loop.best()["test_acc"] > 80
@@ -229,7 +229,7 @@ def test_values_that_cannot_be_are_refused(overrides, words):
 
 
 def test_a_teacher_and_a_student_of_one_architecture_begin_apart(tmp_path):
-    plan = Plan(Settings("fsp", "digits", student="resnet8", teacher="resnet8", output=tmp_path))
+    plan = Config(Settings("fsp", "digits", student="resnet8", teacher="resnet8", output=tmp_path))
     state = torch.get_rng_state()
     student, again, teacher = (plan.new_model(role).conv1.weight for role in ("student", "student", "teacher"))
     assert torch.equal(student, again) and not torch.equal(student, teacher)
@@ -240,9 +240,9 @@ def test_a_teacher_and_a_student_of_one_architecture_begin_apart(tmp_path):
 
 def test_models_that_do_not_fit_the_method_are_told_before_any_training(tmp_path):
     with pytest.raises(UserError, match="method fsp does not fit resnet8x4 as teacher and resnet8 as student") as caught:
-        Plan(Settings("fsp", "digits", student="resnet8", teacher="resnet8x4", output=tmp_path))
+        Config(Settings("fsp", "digits", student="resnet8", teacher="resnet8x4", output=tmp_path))
     assert "\n" not in str(caught.value)
-    Plan(Settings("at", "digits", student="resnet8", teacher="resnet8x4", output=tmp_path))
+    Config(Settings("at", "digits", student="resnet8", teacher="resnet8x4", output=tmp_path))
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):

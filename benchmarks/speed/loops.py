@@ -1,4 +1,4 @@
-"""Whole training loops: the steps of ``fastkd.training.Loop`` beside a toolkit's, data and all, in the process of the stock allocator."""
+"""Whole training loops: ``fastkd.training.Trainer`` beside a toolkit's, data and all, in the process of the stock allocator."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastkd.distillation import Distillation
-from fastkd.training import Batches, Loop, get_recipe
+from fastkd.training import Batches, Trainer, get_recipe
 from fastkd.training.progress import Progress
 from speed import toolkit
 from speed.measure import Row
@@ -52,7 +52,7 @@ class Steps:
     def count(self) -> int:
         return 100 * self.batch
 
-    def loop(self, name: str) -> Loop:
+    def loop(self, name: str) -> Trainer:
         """The loop as train.py makes it, by RepDistiller's recipe."""
         dtype = torch.float32 if name == FP32 else torch.bfloat16
         images = toolkit.Images(self.count)
@@ -63,7 +63,7 @@ class Steps:
         networks = toolkit.network(self.student, 1), toolkit.network(self.teacher, 2).eval()
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
         distillation = Distillation(*networks, self.method, preset="repdistiller", autocast=autocast)
-        return Loop(distillation, batches, None, recipe, autocast, name == COMPILED)
+        return Trainer(distillation, batches, None, recipe, autocast, name == COMPILED)
 
 
 @functools.lru_cache(maxsize=1)

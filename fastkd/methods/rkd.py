@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fastkd.losses import RKD as RKDLoss
 from fastkd.methods.base import Batch, BuildContext, Distiller, Output, Preset, option
-from fastkd.modules import RKD as RKDLoss
 
 
 class RKD(Distiller):

@@ -12,14 +12,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fastkd.training.screens import program
+from fastkd.training.command import program
+from fastkd.training.launch import is_first
 
 
 class OneLineParser(argparse.ArgumentParser):
     """argparse prints its usage before an error; here one line says what is wrong."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n" if is_first() else None)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -86,11 +87,17 @@ def fractions(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(",") if part.strip())
 
 
+def tell(text: str) -> None:
+    """One line on stderr. Of several processes the first alone writes it."""
+    if is_first():
+        print(f"{program()}: {text}", file=sys.stderr)
+
+
 def main(arguments: list[str] | None = None) -> int:
     stack = ExitStack()
     try:
+        from fastkd.io.console import screens
         from fastkd.training import Interrupted, Recipe, Settings, UserError, repeat
-        from fastkd.training.console import screens
         from fastkd.training.signals import terminable
 
         stack.enter_context(screens())
@@ -102,13 +109,13 @@ def main(arguments: list[str] | None = None) -> int:
             flags["options"] = tuple(flags["options"])
             repeat(Settings(**flags, overrides={name: value for name, value in fields.items() if value is not None}), times)
         except UserError as error:
-            print(f"{program()}: error: {error}", file=sys.stderr)
+            tell(f"error: {error}")
             return 2
         except Interrupted as stop:
-            print(f"{program()}: {stop}", file=sys.stderr)
+            tell(str(stop))
             return stop.status
     except KeyboardInterrupt as stop:
-        print(f"{program()}: stopped while nothing was being trained; what was finished is kept", file=sys.stderr)
+        tell("stopped while nothing was being trained; what was finished is kept")
         return getattr(stop, "status", 130)
     finally:
         stack.close()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from fastkd.data import choose_dataset
+from fastkd.errors import UserError
 from fastkd.methods import full_name, initializes
-from fastkd.training.datasets import choose_dataset
-from fastkd.training.errors import UserError
 from fastkd.training.recipes import NORMALIZATIONS, get_recipe
 from fastkd.training.settings import Settings, recipe_of, resolve
 
@@ -17,7 +17,7 @@ def refuse_idle(settings: Settings) -> None:
     try:
         name = full_name(settings.method)
     except ValueError:
-        return  # Plan says what is known
+        return  # Config says what is known
     dataset = choose_dataset(resolve(settings).dataset, settings.data)[0]
     recipe = get_recipe(recipe_of(settings, dataset), settings.overrides)
     method, phases = f"--method {settings.method}", initializes(name)

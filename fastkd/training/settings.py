@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastkd.training.errors import UserError
-from fastkd.training.files import as_path
+from fastkd.errors import UserError
+from fastkd.io.files import as_path
 from fastkd.training.recipes import SETTINGS
 
 PRECISIONS = ("fp32", "bf16")
