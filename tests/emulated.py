@@ -1,4 +1,4 @@
-"""The CUDA library's kernels on a machine without a GPU: compiled for the CPU, where csrc/cuda/testing/emulate.h runs them thread by thread."""
+"""The CUDA library's kernels on a machine without a GPU: run on the CPU, thread by thread (csrc/cuda/testing/emulate.h)."""
 
 from __future__ import annotations
 
