@@ -160,7 +160,12 @@ class Distillation(nn.Module):
         return self
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
-        """Sets the factors of the methods that have a schedule, for ``epoch`` (from 0) of ``epochs``; until then they are 1."""
+        """Tells the methods that ``epoch`` (from 0) of ``epochs`` begins, and sets the factors of those that have a schedule.
+
+        Until then the factors are 1.
+        """
+        for name in self.methods:
+            self._distiller(name).set_epoch(epoch, epochs)
         for name, place in self._scheduled.items():
             self.weights[place].fill_(self._distiller(name).weight_at(epoch, epochs))
 

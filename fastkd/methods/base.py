@@ -190,6 +190,12 @@ class Distiller(nn.Module):
         """A factor on the loss in ``epoch`` (from 0) of ``epochs``. Schedules are fractions of the run, as milestones are."""
         return 1.0
 
+    def set_epoch(self, epoch: int, epochs: int) -> None:
+        """Before the first step of ``epoch`` (from 0), for numbers that are drawn from the seed and the epoch.
+
+        The seed is ``torch.initial_seed()`` in ``__init__``. What a graph reads must be a buffer that is changed in place.
+        """
+
     def update(self, index: Tensor, record: Any) -> None:
         """After the optimizer's step, without gradients. ``index`` and ``record`` have the rows of all processes together."""
 
