@@ -64,6 +64,7 @@ class Config:
             raise UserError(f"{error} (--recipe {self.recipe_name}, --preset {self.recipe.preset})") from None
         self.settings = settings = dataclasses.replace(settings, method=self.method.name)
         self.calls: dict[str, list[Call]] = {}
+        self.student_parameters = 0  # of the student that a method has changed
         if distributed.leads():  # the others write nothing, and may have no such folder on their machine
             results.read_rows(settings.output)
         self.data: Dataset = load_dataset(name, settings.data)
@@ -92,6 +93,7 @@ class Config:
         try:
             trial = self.distillation("student", student, teacher, self.method, fold=False)
             self.calls = trial.check(self.recipe.batch_size if self.method.whole_batches else 2)
+            self.student_parameters = sum(parameter.numel() for parameter in trial.student.parameters())
         except fastkd.BackendError as error:
             raise UserError(" ".join(str(error).split())) from None
         except (ValueError, TypeError) as error:

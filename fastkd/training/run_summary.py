@@ -38,6 +38,7 @@ def describe(config: Config) -> str:
         why = "by option" if f"{term}.preset" in config.method.changes else f"since {config.recipe.preset} has none"
         phases.append(f"{title_of(term)} is {preset}'s, {why}")
     phases += config.options()
+    added = f"; {config.student_parameters:,} as {settings.method} trains, tests and saves it" * config.method.wraps
     seeds = f"seed {settings.seed}"
     if config.teacher_seed is not None:
         seeds += f", of the teacher {config.teacher_seed}"
@@ -49,7 +50,7 @@ def describe(config: Config) -> str:
     lines = [
         f"fastkd   {fastkd.__version__}, torch {torch.__version__}",
         f"method   {settings.method}: {'; '.join(phases)}",
-        f"student  {models.student}, {student:,} parameters",
+        f"student  {models.student}, {student:,} parameters{added}",
         f"teacher  {models.teacher}, {teacher:,} parameters" if config.method.needs_teacher else "teacher  none",
         f"data     {data.name} ({config.why}), {len(data.train_labels):,} training and {len(data.test_labels):,} test images",
         f"recipe   {config.recipe_name}: {', '.join(fields[:9])},",
