@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from support_data import small_digits
 
-from fastkd.methods import create_method
+from fastkd.distillation import Distillation
+from fastkd.methods import Definition, define
 from fastkd.models import create_model
-from fastkd.models.folding import eased
+from fastkd.models.folding import fold_for_inference
 from fastkd.training import Batches, Trainer, distributed, get_recipe, run_dir
 from fastkd.training.progress import Progress
 
 
-def loop(method: str, alone: bool = False, **fields: Any) -> Trainer:
+def loop(method: str | Definition, alone: bool = False, **fields: Any) -> Trainer:
     """Two epochs of a student without batch norms, whose result is to depend on the images alone; the last batch has only 9 of them.
 
     In float64, but for the cross-entropy, so that what differs is no rounding that grew.
@@ -31,10 +32,10 @@ def loop(method: str, alone: bool = False, **fields: Any) -> Trainer:
     batches = Batches(images, labels, (0.5,) * 3, (0.25,) * 3, batch_size=16 // world, share=(rank, world), dtype=torch.float64)
     recipe = get_recipe("repdistiller", {"epochs": 2, "batch_size": 16 // world, "lr": 0.01, **fields})
     networks = create_model("resnet8"), create_model("resnet8")
-    student, teacher = eased(networks[0], True).double().requires_grad_(True), networks[1].double()
-    terms = create_method(method, "repdistiller")
-    terms = terms.alone() if alone else terms
-    made = Trainer(student, terms, teacher, batches, batches, recipe, torch.autocast("cpu", enabled=False))
+    student, teacher = fold_for_inference(networks[0], True).double().requires_grad_(True), networks[1].double()
+    terms = define(method, preset="repdistiller") if isinstance(method, str) else method
+    distillation = Distillation(student, teacher, terms.initialization() if alone else terms, train_labels=labels)
+    made = Trainer(distillation, batches, batches, recipe, torch.autocast("cpu", enabled=False))
     for epoch in range(1, recipe.epochs + 1):
         made.train_epoch(epoch, Progress("", made.steps))
     return made

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import toy_methods
 from distributed_worker import loop
 from support_data import small_digits
 
@@ -84,6 +85,16 @@ def gradients(path: str) -> None:
                 parameter.grad = torch.full((2,), 10.0**rank)
         distributed.add_gradients(parameters, 0.5)
         torch.save([parameter.grad for parameter in parameters], f"{path}-{rank}.pt")
+
+
+def banks(path: str) -> None:
+    """A method that keeps a row for each image of all processes, and what one process makes of rows that are not divided evenly."""
+    with distributed.group("cpu"):
+        rank = distributed.share()[0]
+        rows = torch.arange(5).tensor_split(2)[rank]
+        joined = distributed.joined_rows((rows, (rows[:, None] * 2.0,)), 5)
+        made = loop(toy_methods.define("bank"))
+        torch.save({"joined": joined, "bank": made.distillation.methods["bank"].bank}, f"{path}-{rank}.pt")
 
 
 def child(job: dict[str, Any], rank: int) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 import distributed_worker
 import pytest
 import torch
+import toy_methods
 
 from fastkd.training import UserError, distributed, launch
 from fastkd.training.command import command, command_file
@@ -83,9 +84,21 @@ def test_a_classifier_that_the_loss_never_reaches_is_not_decayed(start, tmp_path
         torch.testing.assert_close(two["model"], one.student.state_dict(), rtol=1e-5, atol=1e-7)
 
 
+def test_rows_of_all_processes_reach_a_method_that_keeps_them(start, tmp_path, one_thread):
+    answer, logs = start(of_two(), call="banks", arguments=[tmp_path / "two"])
+    assert answer["statuses"] == [0, 0], logs
+    one = distributed_worker.loop(toy_methods.define("bank")).distillation.methods["bank"].bank
+    two = [torch.load(tmp_path / f"two-{rank}.pt") for rank in (0, 1)]
+    assert torch.equal(two[0]["bank"], two[1]["bank"]) and one.any(1).all()
+    torch.testing.assert_close(two[0]["bank"], one, rtol=1e-4, atol=1e-6)
+    for found in two:
+        index, (record,) = found["joined"]
+        assert index.tolist() == [0, 1, 2, 3, 4] and record.tolist() == [[0.0], [2.0], [4.0], [6.0], [8.0]]
+
+
 PLACES = {
-    "the first, in a step": (0, "fastkd.training.step:TrainStep._forward", 2),
-    "another, in a step": (1, "fastkd.training.step:TrainStep._forward", 2),
+    "the first, in a step": (0, "fastkd.distillation:Distillation.forward", 2),
+    "another, in a step": (1, "fastkd.distillation:Distillation.forward", 2),
     "another, after the last step": (1, "fastkd.data.loader:Batches.sizes", 2),
     "another, in the test": (1, "fastkd.training.trainer:evaluate", 1),
     "another, in a sum itself": (1, "fastkd.training.distributed:_sum", 2),
@@ -123,7 +136,7 @@ def test_a_failure_of_one_process_ends_all_at_once_with_one_line(start, tmp_path
 )
 def test_any_exception_of_one_process_ends_all(start, tmp_path, rank, error, statuses, words):
     flags = [*FLAGS, "--method", "baseline", "--output", str(tmp_path / "runs")]
-    answer, logs = start(of_two(), flags=flags, **fails(rank, "fastkd.training.step:TrainStep._forward", 2, error))
+    answer, logs = start(of_two(), flags=flags, **fails(rank, "fastkd.distillation:Distillation.forward", 2, error))
     assert answer["statuses"] == statuses, (answer, logs)
     assert words in ours(logs) and len(ours(logs)) == 1 + (rank == 1), logs
     assert answer["seconds"] < 10

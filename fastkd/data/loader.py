@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from fastkd.seeds import generator
+
 SIDE, PAD = 32, 4
 PAD_MODES = ("reflect", "zero")
-
-
-def generator(seed: int, *purpose: object) -> torch.Generator:
-    """A CPU generator of its own for (seed, purpose...), so that every epoch's randomness can be drawn again from its number alone."""
-    digest = hashlib.blake2b(repr((seed, *purpose)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 class Batches:
@@ -42,7 +37,8 @@ class Batches:
         self.shift = (-torch.tensor(mean) / torch.tensor(std)).to(device).expand(SIDE, SIDE, 3).contiguous()
 
     def __len__(self) -> int:
-        return self.count // self.joined if self.drop_last else -(-self.count // self.joined)
+        whole, rest = divmod(self.count, self.joined)
+        return whole + (not self.drop_last and rest >= 2 * self.share[1])  # a batch norm needs two images in each process
 
     def sizes(self) -> list[int]:
         """Images of all processes together in each step of an epoch."""

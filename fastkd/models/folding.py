@@ -12,14 +12,14 @@ from torch.nn.utils import fuse_conv_bn_eval
 from fastkd.ops.norm import untouched
 
 
-def eased(teacher: nn.Module, features: bool | str, dtype: torch.dtype = torch.float32) -> nn.Module:
+def fold_for_inference(teacher: nn.Module, features: bool | str, dtype: torch.dtype | None = None) -> nn.Module:
     """A copy of ``teacher`` in eval mode with fewer operations; the features that ``features`` asks for, and the logits, are the same but
     for rounding.
 
     A batch norm is folded where nothing but it reads its convolution's output: all of a CIFAR ResNet's, a wide ResNet's within its blocks.
     Where a user put hooks, a parametrization or a forward of its own on either, both stay.
-    ``dtype``: what autocast would cast the weights of convolutions and linear layers to in every step. A model that ``torch.fx`` cannot
-    follow keeps its batch norms.
+    ``dtype``: what autocast would cast the weights of convolutions and linear layers to in every step; None leaves them.
+    A model that ``torch.fx`` cannot follow keeps its batch norms.
     """
     model = copy.deepcopy(teacher).eval().requires_grad_(False)
     for conv, norm in foldable(model, features):
@@ -27,7 +27,7 @@ def eased(teacher: nn.Module, features: bool | str, dtype: torch.dtype = torch.f
         model.set_submodule(conv, fuse_conv_bn_eval(*layers))
         model.set_submodule(norm, nn.Identity())
     for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
+        if dtype is not None and isinstance(module, (nn.Conv2d, nn.Linear)):
             module.to(dtype)
     return model.to(memory_format=torch.channels_last)
 

@@ -12,12 +12,13 @@ from typing import Any
 from fastkd.errors import UserError
 from fastkd.io import figures
 from fastkd.io.files import write
+from fastkd.methods import METHODS, colour_of, title_of
 from fastkd.training import results
-from fastkd.training.groups import DATASET_NAMES, METHOD_NAMES, changes, written
+from fastkd.training.groups import DATASET_NAMES, changes, written
 
-COLOURS = {"teacher": "#555555", "baseline": "#999999", "kd": "#009e73", "at": "#0072b2", "fsp": "#d55e00", "at+kd": "#cc79a7"}
+COLOURS = {"teacher": "#555555", "baseline": "#999999", **{name: colour_of(name) for name in METHODS[1:]}, "at+kd": "#cc79a7"}
 PANELS = (("test_acc", "test accuracy, %"), ("train_acc", "training accuracy, %"), ("loss", "training loss, all terms"))
-TERMS = (("at", "AT loss"), ("kd", "KD loss"), ("fsp", "FSP loss"))
+TERMS = tuple((name, f"{title_of(name)} loss") for name in sorted(METHODS[1:], key=lambda name: name == "kd"))
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Curve:
     def label(self) -> str:
         about = self.about
         models = " ← ".join(filter(None, [about["student"], about["teacher"]]))
-        parts = [METHOD_NAMES.get(about["method"], about["method"]), models, *changes(about), "" if about["finished"] else "unfinished"]
+        parts = [title_of(about["method"]), models, *changes(about), "" if about["finished"] else "unfinished"]
         return ", ".join(filter(None, parts))
 
 

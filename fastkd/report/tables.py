@@ -20,11 +20,12 @@ from typing import Any
 from fastkd.errors import UserError
 from fastkd.io.console import delivered, screens
 from fastkd.io.files import as_path, write
+from fastkd.methods import title_of
 from fastkd.models import create_model
 from fastkd.report import curves
 from fastkd.report.published import NOTE, TABLES, Entry, Published
 from fastkd.training import results
-from fastkd.training.groups import METHOD_NAMES, Group, changes, groups, number, told
+from fastkd.training.groups import Group, changes, groups, number, told
 from fastkd.training.recipes import RECIPES
 
 BEGIN, END = "<!-- experiments:begin -->", "<!-- experiments:end -->"
@@ -121,7 +122,7 @@ def tables(rows: Sequence[dict[str, str]]) -> list[tuple[str, list[str], list[li
         own = []
         for group in found:
             method, *rest = group.cells
-            line = [METHOD_NAMES.get(method, method), *rest, str(len(group.rows)), group.told("acc"), group.told("reported_acc")]
+            line = [title_of(method), *rest, str(len(group.rows)), group.told("acc"), group.told("reported_acc")]
             own.append(line)
         made.append(("All runs: test accuracy in percent, of the best epoch and of the one that the recipe reports", heads, own))
     return made

@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     text = "Train a teacher, distil a student from it, record the result."
     parser = OneLineParser(prog=program(), description=text, allow_abbrev=False)
-    parser.add_argument("--method", required=True, choices=METHODS)
+    parser.add_argument("--method", required=True, type=method_name, metavar="NAME", help=f"{', '.join(METHODS)}, or a sum such as at+kd")
     parser.add_argument("--dataset", choices=("auto", *DATASETS), help="auto (default): CIFAR-10 if under --data, else digits")
     parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="where the sets lie, or are downloaded to (data)")
     letters = ", ".join(f"{letter} {teacher} > {student}" for letter, (teacher, student) in SETTINGS.items())
@@ -54,10 +54,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", nargs="?", const="", metavar="FOLDER|auto", help=resume)
     pictures = argparse.BooleanOptionalAction
     parser.add_argument("--pictures", action=pictures, default=True, help="sheets of attention maps at the end (where matplotlib is there)")
+    option = "of the method, as often as needed: at.beta=500, or beta=500 where one term alone has it; 0.5:0.75 is a tuple"
+    parser.add_argument("--option", action="append", default=[], dest="options", metavar="NAME=VALUE", help=option)
     group = parser.add_argument_group("fields of the recipe")
     for field in dataclasses.fields(Recipe):
         add_field(group, field)
     return parser
+
+
+def method_name(text: str) -> str:
+    from fastkd.methods import full_name
+
+    try:
+        return full_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r}: {error}") from None
 
 
 def add_field(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
@@ -95,6 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
         fields = {field.name: flags.pop(field.name) for field in dataclasses.fields(Recipe)}
         try:
             times = flags.pop("repeats")
+            flags["options"] = tuple(flags["options"])
             repeat(Settings(**flags, overrides={name: value for name, value in fields.items() if value is not None}), times)
         except UserError as error:
             tell(f"error: {error}")

@@ -41,6 +41,7 @@ def command(config: Config) -> str:
         "teacher_checkpoint": settings.teacher_checkpoint if taught else None,
         "recipe": config.recipe_name,
         **settings.overrides,
+        "option": config.options(),
         "seed": settings.seed,
         "teacher_seed": config.teacher_seed,
         "device": config.device.type,
@@ -74,6 +75,8 @@ def _start(config: Config, script: str) -> list[str]:
 
 def _words(name: str, value: Any) -> list[str]:
     flag = "--" + name.replace("_", "-")
+    if isinstance(value, list):
+        return [word for each in value for word in (flag, each)]
     if value is None:
         return []
     if isinstance(value, bool):

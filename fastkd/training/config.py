@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,14 @@ from torch import nn
 import fastkd
 from fastkd.backends import Call
 from fastkd.data import Dataset, choose_dataset, load_dataset
-from fastkd.data.loader import Batches, generator
+from fastkd.data.loader import Batches
+from fastkd.distillation import Distillation
 from fastkd.errors import UserError
 from fastkd.io.files import make_folder
-from fastkd.methods import TWO_PHASES, Method, create_method
+from fastkd.methods import Definition, define
+from fastkd.methods.options import written
 from fastkd.models import WeightsError, create_model, fingerprint, load_weights
+from fastkd.seeds import generator, seeded
 from fastkd.training import distributed, results
 from fastkd.training.device import can_compile, fast_bfloat16, find_device
 from fastkd.training.recipes import NORMALIZATIONS, RECIPES, Recipe, get_recipe
@@ -52,17 +53,22 @@ class Config:
             chosen = "bf16" if fast_bfloat16(self.device) else "fp32"
             self.settings = settings = dataclasses.replace(settings, precision=chosen)
         try:
-            with seeded(settings.seed, "method"):
-                self.method: Method = create_method(settings.method, self.recipe.preset)
-            teacher, student = create_model(self.models.teacher), create_model(self.models.student)
+            self.method = define(settings.method, preset=self.recipe.preset, words=settings.options)
+            if settings.recipe is None:  # an explicit one wins over what a method's authors change in theirs
+                changed = self.method.recipe(dataclasses.asdict(self.recipe), settings.overrides)
+                settings = dataclasses.replace(settings, overrides={**changed, **settings.overrides})
+                self.recipe = get_recipe(self.recipe_name, settings.overrides)
+            for model in (self.models.teacher, self.models.student):
+                create_model(model)
         except ValueError as error:
             raise UserError(f"{error} (--recipe {self.recipe_name}, --preset {self.recipe.preset})") from None
+        self.settings = settings = dataclasses.replace(settings, method=self.method.name)
         self.calls: dict[str, list[Call]] = {}
-        if self.method.needs_teacher:
-            self._check_fit(student, teacher)
         if distributed.leads():  # the others write nothing, and may have no such folder on their machine
             results.read_rows(settings.output)
         self.data: Dataset = load_dataset(name, settings.data)
+        if self.method.needs_teacher:
+            self._check_fit()
         self.compiled, self.captured = self._how()
         parts = [len(self.data.train_labels) // self.processes] * self.recipe.drop_last
         smallest = min([*parts, *[len(self.data.test_labels)] * self.recipe.drop_last_test], default=2**62)
@@ -81,14 +87,24 @@ class Config:
             raise UserError("--cuda-graph is for one process on a GPU")
         return compiled, cuda and self.processes == 1 if settings.cuda_graph is None else settings.cuda_graph
 
-    def _check_fit(self, student: nn.Module, teacher: nn.Module) -> None:
+    def _check_fit(self) -> None:
+        student, teacher = (create_model(self.model_name(role), self.data.classes).to(self.device) for role in ("student", "teacher"))
         try:
-            self.calls = self.method.check(student.to(self.device), teacher.to(self.device))
+            trial = self.distillation("student", student, teacher, self.method, fold=False)
+            self.calls = trial.check(self.recipe.batch_size if self.method.whole_batches else 2)
         except fastkd.BackendError as error:
             raise UserError(" ".join(str(error).split())) from None
         except (ValueError, TypeError) as error:
             pair = f"{self.models.teacher} as teacher and {self.models.student} as student"
             raise UserError(f"method {self.settings.method} does not fit {pair}: {' '.join(str(error).split())}") from None
+
+    def distillation(self, role: str, student: nn.Module, teacher: nn.Module | None, method: Definition, fold: bool = True) -> Distillation:
+        """What trains ``student`` by ``method``; both networks are on the device."""
+        return Distillation(
+            student, teacher if method.needs_teacher else None, method, train_labels=self.data.train_labels,
+            num_classes=self.data.classes, batch_size=self.recipe.batch_size, epochs=self.recipe.epochs, autocast=self.autocast(),
+            teacher_mode=self.recipe.teacher_mode, seed=self.seed_of(role), fold=fold,
+        )  # fmt: skip
 
     def new_model(self, role: str) -> nn.Module:
         """The untrained "student" or "teacher", its weights drawn from (seed, role): two of one architecture begin apart."""
@@ -108,13 +124,13 @@ class Config:
     def model_name(self, role: str) -> str:
         return self.models.teacher if role == "teacher" else self.models.student
 
-    def phases(self, method: Method) -> list[tuple[str, Recipe, Method]]:
+    def phases(self, method: Definition) -> list[tuple[str, Recipe, Definition]]:
         """(name, recipe, method) of what a training with ``method`` does one after the other: "main", perhaps after "init"."""
         recipe = self.recipe
-        if not method.needs_teacher or self.settings.method not in TWO_PHASES or not recipe.init_epochs:
+        if not method.initializes or not recipe.init_epochs:
             return [("main", recipe, method)]
         first = dataclasses.replace(recipe, epochs=recipe.init_epochs, lr=recipe.init_lr, milestones=recipe.init_milestones)
-        return [("init", first, method.alone()), ("main", recipe, create_method("baseline"))]
+        return [("init", first, method.initialization()), ("main", recipe, method.after_initialization())]
 
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """(mean, std) a channel."""
@@ -126,7 +142,7 @@ class Config:
         dtype = torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
         common: dict[str, Any] = {"mean": mean, "std": std, "device": self.device, "dtype": dtype}
         random: dict[str, Any] = {"seed": self.seed_of(role), "stream": role, "flip": data.flip, "pad_mode": recipe.pad_mode}
-        random |= {"share": distributed.share(), "drop_last": recipe.drop_last}
+        random |= {"share": distributed.share(), "drop_last": recipe.drop_last or (role == "student" and self.method.whole_batches)}
         train = Batches(data.train_images, data.train_labels, batch_size=recipe.batch_size, **random, **common)
         # an accuracy over all images does not depend on the batch; one over whole batches does
         size, images, labels = 500, data.test_images, data.test_labels
@@ -174,6 +190,8 @@ class Config:
             identity |= {"teacher": self.models.teacher, "teacher_weights": self.teacher_weights}
             if self.teacher_seed is not None:
                 identity["teacher_seed"] = self.teacher_seed
+        if role != "teacher" and self.method.changes:
+            identity["options"] = {key: written(value) for key, value in self.method.changes.items()}
         return identity
 
     @cached_property
@@ -201,10 +219,6 @@ class Config:
             "torch": str(torch.__version__),
         }
 
-
-@contextmanager
-def seeded(seed: int, *purpose: object) -> Iterator[None]:
-    """PyTorch's own generator, set for (seed, purpose...) and given back as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(seed, *purpose).initial_seed())
-        yield
+    def options(self) -> list[str]:
+        """The options of the method that were changed, as the command line has them: "at.beta=500.0"."""
+        return [f"{key}={written(value)}" for key, value in self.method.changes.items()]

@@ -207,6 +207,22 @@ def _sum(values: Tensor) -> Tensor:
     return values
 
 
+def joined_rows(tree: T, rows: int) -> T:
+    """Each tensor of ``tree``, whose rows belong to this process's images, with the rows of all processes, ``rows`` in all."""
+    rank, world = share()
+    if world == 1:
+        return tree
+    sizes = [len(part) for part in torch.empty(rows).tensor_split(world)]  # as Batches.draw divides them
+
+    def join(mine: Tensor) -> Tensor:
+        parts = [mine.new_zeros(sizes[0], *mine.shape[1:]) for _ in sizes]  # the first part is a largest one
+        parts[rank][: len(mine)] = mine
+        dist.all_gather(parts, parts[rank].clone())
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    return torch.utils._pytree.tree_map(join, tree)
+
+
 def same_buffers(*modules: nn.Module | None) -> None:
     """Everybody's buffers become those of the first process: running averages are of each one's own images until here."""
     if share()[1] > 1:

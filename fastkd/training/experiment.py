@@ -17,7 +17,7 @@ from fastkd.data.loader import Batches
 from fastkd.errors import UserError
 from fastkd.io.console import counted, say, screens
 from fastkd.io.files import locked
-from fastkd.methods import Method, create_method
+from fastkd.methods import Definition, define
 from fastkd.models import WeightsError, create_model, fingerprint, load_weights
 from fastkd.training import attention_maps, distributed, results, run_dir
 from fastkd.training.config import Config
@@ -40,7 +40,7 @@ def run(settings: Settings) -> dict[str, Any]:
     row, folder = distributed.from_first(lambda: run_dir.choose(config))
     if row is not None:
         done = f"row {row['no']} of {settings.output / 'results.csv'}, {row['reported_acc']} %"
-        say(f"{settings.method}: {row['folder']} is finished, {done}")
+        say(f"{config.settings.method}: {row['folder']} is finished, {done}")
         return dict(row)
     # the student's folder is there before the teacher's training begins, so that --resume finds the run whenever it was killed
     with screens(), determinism(settings.deterministic), run_dir.opened(config, "student", folder) as student:
@@ -71,7 +71,7 @@ def find_teacher(config: Config) -> tuple[nn.Module, float]:
             what = f"{path} is not there yet; training it first" if folder is None else f"going on with its training in {folder}"
             say(f"teacher: {what}")
             with run_dir.opened(config, "teacher", folder) as opened:
-                train(config, "teacher", opened, create_method("baseline"), None, None)
+                train(config, "teacher", opened, define("baseline"))
     teacher = create_model(config.models.teacher, config.data.classes)
     weights, accuracy = distributed.from_first(lambda: load_teacher(config, teacher, path))
     teacher.load_state_dict(weights)
@@ -123,7 +123,8 @@ def load_teacher(config: Config, teacher: nn.Module, path: Path) -> tuple[dict[s
     return {name: value.cpu() for name, value in teacher.state_dict().items()}, accuracy
 
 
-def train(config: Config, role: str, run: RunDir, method: Method, teacher: nn.Module | None, teacher_acc: float | None) -> dict[str, Any]:
+def train(config: Config, role: str, run: RunDir, method: Definition, teacher: nn.Module | None = None,
+          teacher_acc: float | None = None) -> dict[str, Any]:  # fmt: skip
     """Trains the "student" or the "teacher" (``role``) in the folder of ``run``, from its state if it has one, and records it.
 
     The checkpoint, the best weights and the log are on disk after every epoch. Raises UserError, Interrupted.
@@ -154,20 +155,20 @@ def train(config: Config, role: str, run: RunDir, method: Method, teacher: nn.Mo
             progress.close()
     if run.writes and "no" in row:
         if role == "student" and config.settings.pictures:  # after the row: nothing that fails here can lose it
-            student.load_state_dict(trainer.weights()[0])
-            attention_maps.keep(config, run.folder, student, teacher)
+            trainer.student.load_state_dict(trainer.weights()[0])
+            attention_maps.keep(config, run.folder, trainer.student, teacher)
         say(ending(config, role, row, results.COLUMNS[:11], run.folder))
     return row
 
 
-def phase_trainer(config: Config, role: str, phase: tuple[str, Recipe, Method], student: nn.Module, teacher: nn.Module | None,
+def phase_trainer(config: Config, role: str, phase: tuple[str, Recipe, Definition], student: nn.Module, teacher: nn.Module | None,
                   batches: tuple[Batches, Batches]) -> Trainer:  # fmt: skip
     """What trains ``student`` in ``phase`` (of ``config.phases``); only the main one is tested."""
     name, recipe, method = phase
     train, test = copy.copy(batches[0]), batches[1] if name == "main" else None
     train.stream = role if name == "main" else f"{role} {name}"
-    taught = teacher if method.needs_teacher else None
-    return Trainer(student, method, taught, train, test, recipe, config.autocast(), config.compiled, config.captured)
+    distillation = config.distillation(role, placed(student, config.device), teacher, method)
+    return Trainer(distillation, train, test, recipe, config.autocast(), config.compiled, config.captured)
 
 
 def record(config: Config, role: str, run: RunDir, trainer: Trainer, teacher_acc: float | None) -> dict[str, Any]:

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastkd.methods import title_of
 from fastkd.training.recipes import RECIPES
 
 KEYS = ("method", "dataset", "student", "teacher", "recipe", "nepoch", "precision", "overrides", "teacher_checkpoint", "processes")
 OLD = {"processes": "1"}
 """What a row means that was written before there was such a column."""
-METHOD_NAMES = {"teacher": "teacher", "baseline": "baseline", "kd": "KD", "at": "AT", "fsp": "FSP", "at+kd": "AT+KD"}
 DATASET_NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "fashion-mnist": "Fashion-MNIST", "digits": "digits"}
 SHOWN = (*KEYS[:8], "seeds", "acc", "reported_acc")
 
@@ -97,7 +97,7 @@ def described(row: Mapping[str, Any]) -> str:
     method, dataset = str(row["method"]), str(row["dataset"])
     models = " ← ".join(filter(None, [str(row["student"]), str(row["teacher"])]))
     epochs = f"{row['nepoch']} epoch{'s' * (str(row['nepoch']) != '1')}"
-    return f"{METHOD_NAMES.get(method, method)} on {DATASET_NAMES.get(dataset, dataset)}, {models}, {epochs}"
+    return f"{title_of(method)} on {DATASET_NAMES.get(dataset, dataset)}, {models}, {epochs}"
 
 
 def cells(group: Group) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 import fastkd
 from fastkd.errors import UserError
 from fastkd.io.console import counted
-from fastkd.methods import fsp_preset
+from fastkd.methods import title_of
 from fastkd.models import WeightsError, create_model, read_checkpoint
 from fastkd.training import attention_maps, results, tensorboard
 from fastkd.training.command import command
@@ -34,8 +34,10 @@ def describe(config: Config) -> str:
     teacher = sum(parameter.numel() for parameter in create_model(models.teacher, data.classes).parameters())
     fields = [f"{key} {_plain(value)}" for key, value in dataclasses.asdict(config.recipe).items()]
     phases = [f"{counted(recipe.epochs, 'epoch')} of {' + '.join(method.names)}" for _, recipe, method in config.phases(config.method)]
-    if settings.method == "fsp" and fsp_preset(config.recipe.preset) != config.recipe.preset:
-        phases.append(f"FSP is {fsp_preset(config.recipe.preset)}'s, since {config.recipe.preset} has none")
+    for term, preset in config.method.others_presets().items():
+        why = "by option" if f"{term}.preset" in config.method.changes else f"since {config.recipe.preset} has none"
+        phases.append(f"{title_of(term)} is {preset}'s, {why}")
+    phases += config.options()
     seeds = f"seed {settings.seed}"
     if config.teacher_seed is not None:
         seeds += f", of the teacher {config.teacher_seed}"
@@ -65,6 +67,8 @@ def describe(config: Config) -> str:
 def _notes(config: Config) -> list[str]:
     """What somebody who chose these settings may not have meant."""
     recipe, known, notes = config.recipe, RECIPES[config.recipe_name], []
+    if config.method.whole_batches and _smaller_batch(config, recipe.drop_last):
+        notes.append(f"{config.method.name} is built for whole batches: an epoch's last, smaller one is left out")
     together = recipe.batch_size * config.processes
     if together != known.batch_size:
         text = f"a step has {together} images; {config.recipe_name}'s learning rate of {known.lr} is for {known.batch_size}"
@@ -85,12 +89,13 @@ def _notes(config: Config) -> list[str]:
 def _implementations(config: Config) -> str:
     """Which implementation computes each loss, in batches of the run's size."""
     parts = []
+    smaller = _smaller_batch(config, config.recipe.drop_last or config.method.whole_batches)
     for name in config.method.names:
         eager, compiled = _backends(config, name, compiled=False), _backends(config, name, compiled=True)
         if not config.compiled or not eager:
             parts.append(f"{name} by {eager or 'plain PyTorch'}")
             continue
-        rest = f" ({eager} in an epoch's last, smaller batch)" if _smaller_batch(config) and eager != compiled else ""
+        rest = f" ({eager} in an epoch's last, smaller batch)" if smaller and eager != compiled else ""
         parts.append(f"{name} by {compiled} in the compiled step{rest}")
     return ", ".join(parts)
 
@@ -101,9 +106,9 @@ def _backends(config: Config, term: str, compiled: bool) -> str:
     return " and ".join(dict.fromkeys(found))
 
 
-def _smaller_batch(config: Config) -> bool:
+def _smaller_batch(config: Config, dropped: bool) -> bool:
     """Whether an epoch ends with a smaller batch, which is not compiled."""
-    return not config.recipe.drop_last and len(config.data.train_labels) % (config.recipe.batch_size * config.processes) > 0
+    return not dropped and len(config.data.train_labels) % (config.recipe.batch_size * config.processes) > 0
 
 
 def _records(config: Config) -> str:
@@ -123,6 +128,7 @@ def row_of(config: Config, role: str, run: RunDir, trainer: Trainer, teacher_acc
     """The run as a row of the table, without its number."""
     settings, best, last = config.settings, trainer.best(), trainer.history[-1]
     taught, file = teacher_acc is not None, settings.teacher_checkpoint
+    changed = config.options() if role == "student" else []
     return {
         "method": run.config["trained"],
         "dataset": config.data.name,
@@ -146,8 +152,8 @@ def row_of(config: Config, role: str, run: RunDir, trainer: Trainer, teacher_acc
         "reported_acc": f"{trainer.weights()[1]['test_acc']:.2f}",
         "teacher_acc": "" if teacher_acc is None else f"{teacher_acc:.2f}",
         "train_acc": f"{last['train_acc']:.2f}",
-        "losses": " ".join(f"{term}={last[term]:.4g}" for term in trainer.method.names),
-        "overrides": " ".join(f"{key}={written(value)}" for key, value in settings.overrides.items()),
+        "losses": " ".join(f"{term}={last[term]:.4g}" for term in trainer.distillation.names),
+        "overrides": " ".join([*(f"{key}={written(value)}" for key, value in settings.overrides.items()), *changed]),
         "teacher_seed": config.seed_of("teacher") if taught and file is None else "",
         "deterministic": "yes" if settings.deterministic else "no",
         "compiled": "yes" if config.compiled else "no",

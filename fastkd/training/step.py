@@ -9,11 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastkd.data.loader import Batches
+from fastkd.distillation import Distillation, Losses
 from fastkd.errors import UserError
-from fastkd.methods import Method, Output
 from fastkd.training import distributed
 from fastkd.training.progress import Progress
 
@@ -25,14 +25,14 @@ class TrainStep:
     compiled too. ``captured``: all of it as a CUDA graph. Nothing here waits for the device.
     """
 
-    def __init__(self, student: nn.Module, method: Method, teacher: nn.Module | None, optimizer: torch.optim.SGD, batches: Batches,
-                 autocast: torch.autocast, compiled: bool, captured: bool):  # fmt: skip
-        self.student, self.method, self.teacher, self.optimizer = student, method, teacher, optimizer
-        self.batches, self.autocast, self.compiled = batches, autocast, compiled
+    def __init__(self, distillation: Distillation, optimizer: torch.optim.SGD, batches: Batches, compiled: bool, captured: bool):
+        self.distillation, self.optimizer, self.batches, self.compiled = distillation, optimizer, batches, compiled
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         # on the device, and read about once a second
-        self.sums = torch.zeros(len(method.names) + 1, device=batches.pixels.device, dtype=torch.float64)
-        self.forward: Callable[..., tuple[Tensor, Tensor]] = torch.compile(self._forward, dynamic=False) if compiled else self._forward
+        self.sums = torch.zeros(len(distillation.names) + 1, device=batches.pixels.device, dtype=torch.float64)
+        self.forward: Callable[..., Losses] = distillation
+        if compiled:
+            self.forward = torch.compile(distillation, dynamic=False, fullgraph=True)
         self.graph = Replayed(self._whole) if captured else None
         self.rate: Tensor | None = None
         if captured:  # a graph would keep a number for ever
@@ -42,7 +42,7 @@ class TrainStep:
     def __call__(self, augment_params: Tensor, images: int, progress: Progress) -> None:
         """A step on one of ``Batches.draw``, this process's part of a batch of so many ``images``."""
         if len(augment_params) < self.batches.batch_size:
-            self._run(augment_params, images, self._forward)
+            self._run(augment_params, images, self.distillation)
         elif self.compiled and not self.compiling:
             self._compile(augment_params, images, progress)
         elif self.graph is not None:
@@ -65,26 +65,21 @@ class TrainStep:
     def _whole(self, augment_params: Tensor) -> None:
         self._run(augment_params, self.batches.joined, self.forward)
 
-    def _run(self, augment_params: Tensor, together: int, forward: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    def _run(self, augment_params: Tensor, together: int, forward: Callable[..., Losses]) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+        records: dict[str, Any] = {}
         if len(augment_params):  # a small batch may have no part for everybody
             images, labels = self.batches.take(augment_params)
-            losses, logits = forward(images, labels)
-            losses.sum().backward()
-            right = (logits.detach().argmax(1) == labels).sum()
-            self.sums += torch.cat([losses.detach() * len(labels), right.float()[None]])
+            losses = forward(images, labels, augment_params[:, 0])
+            losses.total.backward()
+            records = losses.records
+            right = (losses.student_logits.detach().argmax(1) == labels).sum()
+            terms = torch.stack(list(losses.terms.values())).detach()
+            self.sums += torch.cat([terms * len(labels), right.float()[None]])
         distributed.add_gradients(self.parameters, len(augment_params) / together)
         self.optimizer.step()
-
-    def _forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(each term of the loss, the student's logits)."""
-        answer: Output | None = None
-        if self.teacher is not None:
-            with torch.no_grad(), self.autocast:
-                answer = self.method.run(self.teacher, images)
-        with self.autocast:
-            output = self.method.run(self.student, images)
-        return torch.stack(list(self.method(output, answer, labels).values())), output.logits
+        if records:
+            self.distillation.update(*distributed.joined_rows((augment_params[:, 0], records), together))
 
     def _compile(self, augment_params: Tensor, images: int, progress: Progress) -> None:
         """The first whole batch, whose step waits for the compiler."""

@@ -5,24 +5,27 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fastkd.data.loader import Batches, generator
+from fastkd.data.loader import Batches
+from fastkd.distillation import Distillation
 from fastkd.errors import UserError
 from fastkd.io.console import counted
-from fastkd.methods import Method
-from fastkd.models.folding import eased
+from fastkd.seeds import generator
 from fastkd.training import distributed
 from fastkd.training.progress import Progress
 from fastkd.training.recipes import Recipe, drops, learning_rate
 from fastkd.training.step import TrainStep
 
+M = TypeVar("M", bound=nn.Module)
+
 
 class Trainer:
-    """Trains ``student`` in place. ``train`` gives the training batches of an epoch by its number, ``test`` the test batches, if any.
+    """Trains the student of ``distillation`` in place. ``train`` gives the training batches of an epoch by its number, ``test`` the test
+    batches, if any.
 
     ``history`` has one dict an epoch: epoch (from 1), lr (at its end), loss, one mean per loss term, train_acc and test_acc in percent,
     seconds and images_per_second of its training. :meth:`state` holds all that changes and :meth:`load` takes it up after any epoch:
@@ -30,21 +33,17 @@ class Trainer:
     each has its part of every batch; loss, accuracies and gradients are those of all, and batch norms see their own process's images.
     """
 
-    def __init__(self, student: nn.Module, method: Method, teacher: nn.Module | None, train: Batches, test: Batches | None, recipe: Recipe,
-                 autocast: torch.autocast, compiled: bool = False, captured: bool = False):  # fmt: skip
+    def __init__(self, distillation: Distillation, train: Batches, test: Batches | None, recipe: Recipe, autocast: torch.autocast,
+                 compiled: bool = False, captured: bool = False):  # fmt: skip
         self.device = train.pixels.device
-        self.student = placed(student, self.device)
-        self.method = method.to(self.device)
-        self.teacher = placed(teacher, self.device).requires_grad_(False) if teacher is not None else None
+        self.distillation = placed(distillation, self.device)
+        self.student, self.method, self.teacher = distillation.student, distillation.methods, distillation.teacher
         self.batches, self.test_batches, self.recipe, self.autocast = train, test, recipe, autocast
-        self.parameters = [*student.parameters(), *method.parameters()]
+        self.parameters = [parameter for parameter in distillation.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.SGD(
             self.parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.nesterov, fused=True
         )
-        taught = self.teacher
-        if taught is not None and recipe.teacher_mode == "eval":
-            taught = eased(taught, self.method.features, train.dtype)
-        self.train_step = TrainStep(self.student, self.method, taught, self.optimizer, train, autocast, compiled, captured)
+        self.train_step = TrainStep(distillation, self.optimizer, train, compiled, captured)
         self.history: list[dict[str, float]] = []
         self.best_weights: dict[str, Tensor] = {}
         self.step = 0  # in the epoch that runs
@@ -69,10 +68,8 @@ class Trainer:
 
     def train_steps(self, epoch: int, progress: Progress) -> Iterator[None]:
         """The training steps of an epoch, one after the other."""
-        self.student.train()
-        self.method.train()
-        if self.teacher is not None:
-            self.teacher.train(self.recipe.teacher_mode == "train")
+        self.distillation.train()
+        self.distillation.set_epoch(epoch - 1, self.recipe.epochs)
         self.train_step.sums.zero_()
         self.seen, begun = 0, time.perf_counter()
         for step, (augment_params, images) in enumerate(zip(self.batches.draw(epoch), self.batches.sizes(), strict=True), 1):
@@ -112,7 +109,7 @@ class Trainer:
         if not math.isfinite(total):
             rounded = " or --precision fp32" * (self.batches.dtype != torch.float32)
             raise UserError(f"the loss is no longer finite in epoch {epoch}, step {self.step}: try a smaller --lr{rounded}")
-        return {"loss": total, **dict(zip(self.method.names, values[:-1], strict=True)), "train_acc": 100 * values[-1]}
+        return {"loss": total, **dict(zip(self.distillation.names, values[:-1], strict=True)), "train_acc": 100 * values[-1]}
 
     def _describe(self, epoch: int, seconds: float) -> str:
         means = self._means(epoch)
@@ -123,7 +120,7 @@ class Trainer:
     def summary(self) -> str:
         """The last epoch in one line."""
         last = self.history[-1]
-        losses = " ".join(f"{name} {last[name]:.4f}" for name in self.method.names)
+        losses = " ".join(f"{name} {last[name]:.4f}" for name in self.distillation.names)
         accuracy = f"train {last['train_acc']:.2f} %  test {last['test_acc']:.2f} %  " if "test_acc" in last else ""
         return f"loss {last['loss']:.4f} ({losses})  {accuracy}{last['images_per_second']:.0f} images/s"
 
@@ -145,7 +142,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Weights, optimizer, history, best weights; the teacher too if it is in train mode, since its batch norms then change."""
         state = {"model": self.student.state_dict(), "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict()}
-        if self.teacher is not None and self.recipe.teacher_mode == "train":
+        if self.teacher is not None and self.distillation.teacher_mode == "train":
             state["teacher"] = self.teacher.state_dict()
         return {**state, "epoch": len(self.history), "history": self.history, "best": self.best_weights}
 
@@ -154,14 +151,14 @@ class Trainer:
         self.student.load_state_dict(state["model"])
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.teacher is not None and self.recipe.teacher_mode == "train":
+        if self.teacher is not None and self.distillation.teacher_mode == "train":
             self.teacher.load_state_dict(state["teacher"])
         self.history, self.best_weights = list(state["history"]), dict(state["best"])
         if len(self.history) != state["epoch"]:
             raise ValueError(f"{counted(len(self.history), 'epoch')} of history, wanted {state['epoch']}")
 
 
-def placed(model: nn.Module, device: torch.device) -> nn.Module:
+def placed(model: M, device: torch.device) -> M:
     """``model`` on ``device``, its convolutions channels_last, in place."""
     return model.to(device).to(memory_format=torch.channels_last)
 
