@@ -9,10 +9,10 @@ Functions :func:`attention_map`, :func:`attention_transfer_loss`, :func:`fsp_mat
 from fastkd import backends, models, native, ops, reference
 from fastkd.backends import BackendError, use_backend
 from fastkd.distillation import Distillation, Losses
-from fastkd.modules import FSP, KD, AttentionTransfer
+from fastkd.losses import FSP, KD, AttentionTransfer
 from fastkd.ops.attention import attention_map, attention_transfer_loss
-from fastkd.ops.gram import fsp_loss, fsp_matrix
-from fastkd.ops.tap import relu_tap, tap
+from fastkd.ops.feature_map import relu_tap, tap
+from fastkd.ops.fsp import fsp_loss, fsp_matrix
 from fastkd.reference import kd_loss
 
 __version__ = "0.1.0"

@@ -54,12 +54,21 @@ def test_each_precision_is_as_near_as_it_claims(cuda, dtype, precision):
         assert (got.double() - want).norm() / want.norm() < allowed
 
 
-def test_tf32_rounds_to_nearest_and_the_others_do_not(cuda):
-    """Positive numbers, whose errors would add up were they cut off instead."""
-    a, b = (make((2, c, 32, 32), kind="relu") for c in (16, 8))
+@pytest.mark.parametrize("channels", [(16, 8), (64, 64)])
+@pytest.mark.parametrize("size", [32, 64])
+def test_tf32_rounds_to_nearest_and_the_others_do_not(cuda, size, channels):
+    """Positive numbers, whose errors would add up were they cut off instead, as tensor cores do with each sum."""
+    a, b = (make((1, c, size, size), kind="relu") for c in channels)
     exact = law.fsp_matrix(a.double(), b.double())
     errors = [(fastkd.fsp_matrix(cuda(a), cuda(b), precision=p).double().cpu() / exact - 1).abs().max().item() for p in PRECISIONS]
     assert errors[0] < 3e-6 and 5e-6 < errors[1] < 1.5e-4 and errors[2] < 3e-6, errors
+
+
+def test_sums_of_bfloat16_are_as_near_as_those_of_float32(cuda):
+    a, b = (make((1, c, 64, 64), torch.bfloat16, kind="relu") for c in (16, 64))
+    exact = law.fsp_matrix(a.double(), b.double())
+    error = (fastkd.fsp_matrix(cuda(a), cuda(b)).double().cpu() / exact - 1).abs().max().item()
+    assert error < 3e-6, error
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fastkd.losses import AttentionTransfer
 from fastkd.methods.base import Batch, Beside, BuildContext, Distiller, Output, Points, Preset, option
-from fastkd.modules import AttentionTransfer
 
 # Cross-entropy and KD beside AT: hankyul2's at_st, szagoruyko's flags together, RepDistiller's script with -a 1, and as in their KD
 # where the authors never combine them.

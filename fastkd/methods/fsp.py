@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from fastkd.losses import FSP as FSPLoss
 from fastkd.methods.base import Batch, BuildContext, Distiller, Output, Points, Preset, option
 from fastkd.models import Features
-from fastkd.modules import FSP as FSPLoss
 
 
 def _preset(fields: Mapping[str, Any]) -> Preset:

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fastkd.losses import KD as KDLoss
 from fastkd.methods.base import Batch, Beside, BuildContext, Distiller, Output, Preset, option
-from fastkd.modules import KD as KDLoss
 
 
 class KD(Distiller):

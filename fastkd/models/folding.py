@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
-from fastkd.ops.norm import untouched
+from fastkd.ops.batch_norm import untouched
 
 
 def fold_for_inference(teacher: nn.Module, features: bool | str, dtype: torch.dtype | None = None) -> nn.Module:

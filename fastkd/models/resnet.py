@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.models.features import Features, Group, Record, fixed, shown, through_neck
-from fastkd.ops.norm import conv_norm
+from fastkd.ops.batch_norm import conv_norm
 
 
 class Shortcut(nn.Sequential):

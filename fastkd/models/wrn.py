@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.models.features import Features, Group, Record, fixed, shown, through_neck
-from fastkd.ops.norm import add, batch_norm, conv_norm, untouched
+from fastkd.ops.batch_norm import add, batch_norm, conv_norm, untouched
 
 
 class PreactBlock(nn.Module):

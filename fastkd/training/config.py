@@ -222,3 +222,7 @@ class Config:
     def options(self) -> list[str]:
         """The options of the method that were changed, as the command line has them: "at.beta=500.0"."""
         return [f"{key}={written(value)}" for key, value in self.method.changes.items()]
+
+    def smaller_batch(self, dropped: bool) -> bool:
+        """Whether an epoch ends with a smaller batch, which is not compiled."""
+        return not dropped and len(self.data.train_labels) % (self.recipe.batch_size * self.processes) > 0

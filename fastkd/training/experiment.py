@@ -71,7 +71,7 @@ def find_teacher(config: Config) -> tuple[nn.Module, float]:
             what = f"{path} is not there yet; training it first" if folder is None else f"going on with its training in {folder}"
             say(f"teacher: {what}")
             with run_dir.opened(config, "teacher", folder) as opened:
-                train(config, "teacher", opened, define("baseline"))
+                train(config, "teacher", opened, define("baseline"), None, None)
     teacher = create_model(config.models.teacher, config.data.classes)
     weights, accuracy = distributed.from_first(lambda: load_teacher(config, teacher, path))
     teacher.load_state_dict(weights)
@@ -123,8 +123,9 @@ def load_teacher(config: Config, teacher: nn.Module, path: Path) -> tuple[dict[s
     return {name: value.cpu() for name, value in teacher.state_dict().items()}, accuracy
 
 
-def train(config: Config, role: str, run: RunDir, method: Definition, teacher: nn.Module | None = None,
-          teacher_acc: float | None = None) -> dict[str, Any]:  # fmt: skip
+def train(
+    config: Config, role: str, run: RunDir, method: Definition, teacher: nn.Module | None, teacher_acc: float | None
+) -> dict[str, Any]:
     """Trains the "student" or the "teacher" (``role``) in the folder of ``run``, from its state if it has one, and records it.
 
     The checkpoint, the best weights and the log are on disk after every epoch. Raises UserError, Interrupted.

@@ -67,7 +67,7 @@ def describe(config: Config) -> str:
 def _notes(config: Config) -> list[str]:
     """What somebody who chose these settings may not have meant."""
     recipe, known, notes = config.recipe, RECIPES[config.recipe_name], []
-    if config.method.whole_batches and _smaller_batch(config, recipe.drop_last):
+    if config.method.whole_batches and config.smaller_batch(recipe.drop_last):
         notes.append(f"{config.method.name} is built for whole batches: an epoch's last, smaller one is left out")
     together = recipe.batch_size * config.processes
     if together != known.batch_size:
@@ -89,12 +89,12 @@ def _notes(config: Config) -> list[str]:
 def _implementations(config: Config) -> str:
     """Which implementation computes each loss, in batches of the run's size."""
     parts = []
-    smaller = _smaller_batch(config, config.recipe.drop_last or config.method.whole_batches)
     for name in config.method.names:
         eager, compiled = _backends(config, name, compiled=False), _backends(config, name, compiled=True)
         if not config.compiled or not eager:
             parts.append(f"{name} by {eager or 'plain PyTorch'}")
             continue
+        smaller = config.smaller_batch(config.recipe.drop_last or config.method.whole_batches)
         rest = f" ({eager} in an epoch's last, smaller batch)" if smaller and eager != compiled else ""
         parts.append(f"{name} by {compiled} in the compiled step{rest}")
     return ", ".join(parts)
@@ -104,11 +104,6 @@ def _backends(config: Config, term: str, compiled: bool) -> str:
     """Who serves the package's operations in a term of the loss; "" if it has none of them."""
     found = [call.backend(config.recipe.batch_size, compiled) for call in config.calls.get(term, [])]
     return " and ".join(dict.fromkeys(found))
-
-
-def _smaller_batch(config: Config, dropped: bool) -> bool:
-    """Whether an epoch ends with a smaller batch, which is not compiled."""
-    return not dropped and len(config.data.train_labels) % (config.recipe.batch_size * config.processes) > 0
 
 
 def _records(config: Config) -> str:

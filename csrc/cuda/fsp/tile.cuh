@@ -61,7 +61,7 @@ FASTKD_DEVICE void store_positions(A* tile, int c, int s, int channels, int posi
       Pack pack;
       FASTKD_UNROLL
       for (int j = 0; j < 4; ++j) set<A>(pack, j, v[i + j]);
-      store_pack(tile + staged<PANELS>(c, s + i, channels, positions), pack);
+      store_shared_pack(tile + staged<PANELS>(c, s + i, channels, positions), pack);
     }
   } else {
     FASTKD_UNROLL

@@ -14,7 +14,7 @@ from torch import nn
 import fastkd
 from fastkd import native, reference
 from fastkd.models import create_model
-from fastkd.ops.norm import batch_norm
+from fastkd.ops.batch_norm import batch_norm
 
 compiled = pytest.mark.skipif(not native.CPU.available, reason="needs the CPU library")
 SHAPES = [

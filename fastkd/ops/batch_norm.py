@@ -7,10 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from fastkd import backends, graphs, native, reference
-from fastkd.ops.registry import autograd, call, define, differentiable_once, not_differentiable
+from fastkd import backends, native, reference
+from fastkd._implementations import CPP
+from fastkd._private import batched, has_hooks, recorded_elsewhere, transforming
+from fastkd.ops._register import autograd, define, differentiable_once, not_differentiable
 
 
 def _fake(x: Tensor, residual: Tensor | None, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -28,23 +29,19 @@ define(
     "batch_norm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, bool relu, float eps)"
     " -> (Tensor y, Tensor mean, Tensor variance, Tensor invstd)",
     _fake,
-    twin=False,
+    only_cpu=True,
 )
 # dresidual is empty unless there are both a residual and a ReLU
 define(
     "batch_norm_backward(Tensor grad, Tensor x, Tensor? y, Tensor weight, Tensor bias, Tensor mean, Tensor invstd, bool relu,"
     " bool residual) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
     _backward_fake,
-    twin=False,
+    only_cpu=True,
 )
-differentiable_once("batch_norm_backward", "batch_norm", twin=False)
+differentiable_once("batch_norm_backward", only_cpu=True)
 
-define("add_relu_(Tensor(a!) x, Tensor? residual) -> Tensor(a!)", lambda x, residual: x, twin=False)
+define("add_relu_(Tensor(a!) x, Tensor? residual) -> Tensor(a!)", lambda x, residual: x, only_cpu=True)
 not_differentiable("add_relu_", "torch.relu(x + residual)")
-
-_add_relu = torch.ops.fastkd.add_relu_.default
-_forward = torch.ops.fastkd.batch_norm.default
-_backward = torch.ops.fastkd.batch_norm_backward.default
 
 
 def _context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -60,14 +57,14 @@ def _context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 def _gradients(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 6
-    if backends.batched(grad):
+    if batched(grad):
         return _gradients_in_pytorch(ctx, grad)
     grad = grad.contiguous(memory_format=torch.channels_last)
-    dx, dweight, dbias, dresidual = ctx.call(_backward, grad, *ctx.saved_tensors, ctx.relu, ctx.residual)
+    dx, dweight, dbias, dresidual = ctx.impl.run_backward("batch_norm_backward", grad, *ctx.saved_tensors, ctx.relu, ctx.residual)
     return dx, (dresidual if ctx.relu else grad) if ctx.residual else None, dweight, dbias, None, None
 
 
-autograd("batch_norm", _gradients, _context, twin=False)
+autograd("batch_norm", _gradients, _context, only_cpu=True)
 
 
 class BatchNormFunction(torch.autograd.Function):
@@ -79,9 +76,9 @@ class BatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = call(_forward, *inputs)
+        output = CPP.run("batch_norm", *inputs)
         _context(ctx, inputs, output)
-        ctx.call = call
+        ctx.impl = CPP
         return tuple(output)
 
     @staticmethod
@@ -109,7 +106,7 @@ def add(y: Tensor, residual: Tensor, *, owned: bool) -> Tensor:
 
     Never so inside torch.func: vmap cannot put what is batched into what is not.
     """
-    return y.add_(residual) if owned and isinstance(y, Tensor) and not backends.transforming() else y + residual
+    return y.add_(residual) if owned and isinstance(y, Tensor) and not transforming() else y + residual
 
 
 def batch_norm(norm: Any, x: Tensor, residual: Tensor | None = None, *, relu: bool = False, owned: bool = False) -> Tensor:
@@ -137,16 +134,16 @@ def batch_norm(norm: Any, x: Tensor, residual: Tensor | None = None, *, relu: bo
     Source: Ioffe, Szegedy, *Batch normalization*, ICML 2015.
     """
     if not _served(norm, x, residual):
-        half = _in_half_precision(norm, x) and not _traced() and not backends.transforming()
+        half = _in_half_precision(norm, x) and not recorded_elsewhere() and not transforming()
         y = _normed_in_float32(norm, x) if half else norm(x)
         # what another module, a hook or a tracer handed back may be x, or be held by it
         fresh = isinstance(y, Tensor) and (untouched(norm, nn.BatchNorm2d) or (owned and untouched(norm, nn.Identity)))
         if relu and fresh and _joined(y, residual):
-            return call(_add_relu, y, residual)
+            return CPP.run("add_relu_", y, residual)
         if residual is not None:
             y, fresh = add(y, residual, owned=fresh), isinstance(y, Tensor)
         return F.relu(y, inplace=fresh) if relu else y
-    run = _forward if torch.compiler.is_compiling() else BatchNormFunction.apply
+    run = CPP.graph_op("batch_norm") if torch.compiler.is_compiling() else BatchNormFunction.apply
     y, mean, variance, _ = run(x, residual, norm.weight.float(), norm.bias.float(), relu, norm.eps)
     with torch.no_grad():
         for average, value in ((norm.running_mean, mean), (norm.running_var, variance)):
@@ -177,18 +174,13 @@ def conv_norm(conv: Any, norm: Any, x: Tensor, residual: Tensor | None = None, *
     return batch_norm(norm, conv(x), residual, relu=relu, owned=type(norm) is nn.Identity and untouched(conv, nn.Conv2d))
 
 
-# Hooks of all modules (torch.nn.modules.module.register_module_forward_hook and so on): PyTorch has no public way to ask for them.
-_GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global_{kind}_hooks", {}) for kind in ("forward", "forward_pre", "backward", "backward_pre")]
-
-
 def untouched(module: Any, kind: type[nn.Module]) -> bool:
     """Whether ``module(x)`` is PyTorch's own ``kind.forward`` and no code of a user sees what goes in or comes out: no subclass (nor a
     parametrization, which makes one), no forward of the instance's own, no hooks of this module or of all modules.
     """
     if type(module) is not kind or "forward" in module.__dict__:
         return False
-    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not own and not any(_GLOBAL_HOOKS)
+    return not has_hooks(module)
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -223,21 +215,10 @@ def _joined(y: Tensor, residual: Tensor | None) -> bool:
 def _in_kernels(x: Tensor, residual: Tensor | None) -> bool:
     if type(x) not in (Tensor, nn.Parameter):
         return False  # a DTensor, a fake tensor; torch.fx gives no tensors at all
-    if not (x.is_cpu and native.CPU.available and backends.current() in ("auto", "cpp")) or _traced() or backends.transforming():
+    if not (x.is_cpu and native.CPU.available and backends.current() in ("auto", "cpp")) or recorded_elsewhere() or transforming():
         return False
     alike = residual is None or (residual.dtype == x.dtype and residual.shape == x.shape and _dense(residual))
     return alike and x.dtype in _DTYPES and x.dim() == 4 and _dense(x)
-
-
-def _traced() -> bool:
-    """Whether this call is being recorded for a program that must run without fastkd or be rewritten: torch.jit.trace, ONNX, TensorBoard,
-    make_fx, functionalize, torch.export. (torch.compile is not among them: its graphs hold the operator.)
-    """
-    if torch.compiler.is_compiling():
-        return graphs.exporting()
-    if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
-        return True
-    return get_proxy_mode() is not None
 
 
 def _dense(x: Tensor) -> bool:

@@ -13,14 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd import backends
+from fastkd._private import batched
 
-# Private, and without a public counterpart. Without it gradients are prepared under hooks too.
-_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None)
 _MOST = 256  # situations remembered; upstream gradients that never come back would fill a table without bound
 
 
-class Upstream:
+class GradPrefetch:
     """The upstream gradients that one operation has seen, shared by all calls of a process. A race costs time only.
 
     A guess is what came the last time in the same situation: the turn of the call, counted from the last backward
@@ -60,28 +58,20 @@ class Upstream:
             self._doubted[situation] = value
 
 
-def hooked() -> bool:
-    """Whether what is saved now goes through hooks: checkpointing, which repeats this forward pass, or offloading.
-
-    Whoever asked for that wants memory and not time; gradients that wait for the backward pass are as large as the
-    features.
-    """
-    return _top_hooks(False) is not None
-
-
-def take_prepared(ctx: Any, grad: Tensor, seen: Upstream) -> Sequence[Tensor]:
-    """The gradients ``ctx.prepared``, made by the forward for the upstream gradient ``ctx.expected``, if ``grad`` is that; else nothing.
+def take(ctx: Any, grad: Tensor, seen: GradPrefetch) -> Sequence[Tensor]:
+    """The gradients ``ctx.prepared``, made by the forward for the upstream gradient that it expected, if ``grad`` is that; else nothing.
 
     They are given away once: autograd may accumulate into them, so a second backward pass computes its own.
     """
-    if ctx.situation is None:  # nothing was to be foreseen
+    if ctx.expected is None:  # the forward made no guess
         return ()
     # a second derivative is wanted, the call is traced, or grad stands for several
-    if torch.is_grad_enabled() or type(grad) is not Tensor or backends.batched(grad):
+    if torch.is_grad_enabled() or type(grad) is not Tensor or batched(grad):
         return ()
+    situation, expected = ctx.expected
     value = grad.item()
-    seen.saw(ctx.situation, value)
-    if value != ctx.expected:
+    seen.saw(situation, value)
+    if value != expected:
         return ()
     prepared, ctx.prepared = ctx.prepared, ()
     return prepared

@@ -33,8 +33,8 @@ from support import (
 
 import fastkd
 from fastkd import native
-from fastkd.ops import gram
-from fastkd.ops.upstream import Upstream
+from fastkd.ops import fsp
+from fastkd.ops._grad_prefetch import GradPrefetch
 
 SHAPES = (
     (1, 1, 1),
@@ -70,10 +70,10 @@ def upstream_guess(monkeypatch):
     """A guess of the upstream gradient that no other test has touched; call it to set what is expected."""
 
     def expect(value: float | None) -> None:
-        guess = Upstream()  # of its own it expects 1
+        guess = GradPrefetch()  # of its own it expects 1
         if value != 1.0:
             guess.expect = lambda: ((0, 0.0), value)
-        monkeypatch.setattr(gram, "_upstream", guess)
+        monkeypatch.setattr(fsp, "_prefetch", guess)
 
     expect(1.0)
     return expect

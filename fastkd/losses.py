@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastkd import checks
 from fastkd.checks import Features
 from fastkd.ops.attention import attention_transfer_loss
-from fastkd.ops.gram import fsp_loss
+from fastkd.ops.fsp import fsp_loss
 from fastkd.reference import kd_loss
 
 _Self = TypeVar("_Self", bound="_Loss")

@@ -8,10 +8,10 @@ from recorder import Recorder
 from support import make
 
 import fastkd
-from fastkd.ops import attention, gram
-from fastkd.ops.upstream import Upstream
+from fastkd.ops import attention, fsp
+from fastkd.ops._grad_prefetch import GradPrefetch
 
-LOSSES = {"attention_transfer_loss": attention, "fsp_loss": gram}
+LOSSES = {"attention_transfer_loss": attention, "fsp_loss": fsp}
 pytestmark = pytest.mark.parametrize("function", LOSSES)
 
 
@@ -20,9 +20,9 @@ def foresee(cpp, function, monkeypatch):
     """foresee(value): the next calls expect that upstream gradient, None for no guess."""
 
     def expect(value):
-        upstream = Upstream()
+        upstream = GradPrefetch()
         upstream.expect = lambda: ((0, 0.0), value)
-        monkeypatch.setattr(LOSSES[function], "_upstream", upstream)
+        monkeypatch.setattr(LOSSES[function], "_prefetch", upstream)
 
     with fastkd.use_backend("cpp"):
         yield expect
@@ -108,7 +108,7 @@ def test_a_second_derivative_is_refused_all_the_same(function, foresee):
 
 
 def test_what_is_expected(function):
-    upstream = Upstream()
+    upstream = GradPrefetch()
 
     def step(value):
         situation, expected = upstream.expect()
@@ -136,7 +136,7 @@ STEPS = {  # the factors of a step's losses, and how its backward passes go
 @pytest.mark.parametrize("step", STEPS)
 def test_every_loss_of_a_step_keeps_its_prepared_gradient(function, cpp, step, monkeypatch):
     """Losses of equal shapes, several in a step: from the third step on, all that get a gradient have it from the forward pass."""
-    monkeypatch.setattr(LOSSES[function], "_upstream", Upstream())
+    monkeypatch.setattr(LOSSES[function], "_prefetch", GradPrefetch())
     factors, way = STEPS[step]
     student, teacher = chain(grad=True), chain()
     ran = []
@@ -156,7 +156,7 @@ def test_every_loss_of_a_step_keeps_its_prepared_gradient(function, cpp, step, m
 
 def test_a_gradient_that_keeps_changing_is_not_prepared_for(function):
     """Neither where it is new each time, nor where it cannot be told from what came before."""
-    upstream = Upstream()
+    upstream = GradPrefetch()
     for values in [1.0 + i / 7 for i in range(1000)], [1.0, 1.0, 2.0] * 30:
         wrong = 0
         for value in values:

@@ -4,14 +4,16 @@ incoming one in a pass that is made anyway."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd import backends, checks, reference
-from fastkd.ops.registry import accumulator, autograd, by_reference, caller, define, differentiable_once, in_cuda, one_device, traced
+from fastkd._implementations import Backend
+from fastkd._private import batched
+from fastkd.ops import _batched_grads, _cuda_limits
+from fastkd.ops._register import accumulator, autograd, define, differentiable_once, one_device
 
 _OPTIONS = "float p, str channel_reduce, bool signed, float eps, str eps_mode"
 
@@ -30,14 +32,8 @@ def _relu_fake(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, 
 define(f"tap_backward(Tensor? grad, Tensor map_grad, Tensor x, Tensor map, Tensor norm, {_OPTIONS}) -> Tensor", _backward_fake)
 define(f"relu_tap(Tensor x, Tensor? residual, {_OPTIONS}) -> (Tensor y, Tensor map, Tensor norm)", _relu_fake)
 define(f"relu_tap_backward(Tensor? grad, Tensor map_grad, Tensor y, Tensor map, Tensor norm, {_OPTIONS}) -> Tensor", _backward_fake)
-differentiable_once("tap_backward", "tap")
-differentiable_once("relu_tap_backward", "relu_tap")
-
-_map = torch.ops.fastkd.attention_map.default
-_backward = torch.ops.fastkd.tap_backward.default
-_relu = torch.ops.fastkd.relu_tap.default
-_relu_backward = torch.ops.fastkd.relu_tap_backward.default
-
+differentiable_once("tap_backward")
+differentiable_once("relu_tap_backward")
 
 _EMPTY = torch.empty(0)
 
@@ -58,103 +54,88 @@ def _unchanged(ctx: Any, sentence: str) -> None:
 
 
 class TapFunction(torch.autograd.Function):
-    """``apply(x, p, channel_reduce, signed, eps, eps_mode)`` -> x, map.
+    """``apply(impl, x, p, channel_reduce, signed, eps, eps_mode)`` -> x, map.
 
     dx = g + k sign(x) |x|^(p-1) for the incoming gradient g of x and the coefficient k = p dq (/ C for "mean") of each position, with dq
     as in :class:`fastkd.ops.attention.AttentionMapFunction`; the sum is formed in float32 and rounded once.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float, channel_reduce: str, signed: bool, eps: float, eps_mode: str) -> tuple[Tensor, Tensor]:
-        return _tap_forward(ctx, caller(x), x, p, channel_reduce, signed, eps, eps_mode)
+    def forward(
+        ctx: Any, impl: Backend, x: Tensor, p: float, channel_reduce: str, signed: bool, eps: float, eps_mode: str
+    ) -> tuple[Tensor, Tensor]:
+        y, norm = impl.run("attention_map", x, p, channel_reduce, signed, True, eps, eps_mode)
+        ctx.save_for_backward(x, y, norm)
+        ctx.set_materialize_grads(False)
+        ctx.impl, ctx.options = impl, (p, channel_reduce, signed, eps, eps_mode)
+        _watch(ctx, x)
+        return x.detach(), y  # x itself would be handed back as a view, whose change autograd refuses without saying what to do
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, map_grad: Tensor | None) -> tuple[Tensor | None, ...]:
         _unchanged(ctx, "tap's feature was modified inplace, by a ReLU for which relu_tap stands or by another operation,")
         if map_grad is not None:
             x, attention, norm = ctx.saved_tensors
-            if backends.batched(grad, map_grad):
+            if batched(grad, map_grad):
                 grad = _sum_in_pytorch(ctx, grad, map_grad, x)
             else:
-                grad = ctx.call(_backward, grad, map_grad, x, attention, norm, *ctx.options)
-        return grad, None, None, None, None, None
-
-
-class _CudaTapFunction(TapFunction):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float, channel_reduce: str, signed: bool, eps: float, eps_mode: str) -> tuple[Tensor, Tensor]:
-        return _tap_forward(ctx, in_cuda, x, p, channel_reduce, signed, eps, eps_mode)
-
-
-def _tap_forward(
-    ctx: Any, run: Callable[..., Any], x: Tensor, p: float, channel_reduce: str, signed: bool, eps: float, eps_mode: str
-) -> tuple[Tensor, Tensor]:
-    y, norm = run(_map, x, p, channel_reduce, signed, True, eps, eps_mode)
-    ctx.save_for_backward(x, y, norm)
-    ctx.set_materialize_grads(False)
-    ctx.call, ctx.options = run, (p, channel_reduce, signed, eps, eps_mode)
-    _watch(ctx, x)
-    return x.detach(), y  # x itself would be handed back as a view, whose change autograd refuses without saying what to do
+                grad = ctx.impl.run_backward("tap_backward", grad, map_grad, x, attention, norm, *ctx.options)
+        return None, grad, None, None, None, None, None
 
 
 def _sum_in_pytorch(ctx: Any, grad: Tensor | None, map_grad: Tensor, x: Tensor) -> Tensor:
     """``grad`` and the gradient that ``map_grad`` gives x, where these stand for several each."""
     p, channel_reduce, signed, eps, eps_mode = ctx.options
     options = dict(p=p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode)
-    dx: Any = by_reference(functools.partial(reference.attention_map, **options), [x], [True], map_grad)[0]
+    dx: Any = _batched_grads.by_reference(functools.partial(reference.attention_map, **options), [x], [True], map_grad)[0]
     return dx if grad is None else grad + dx
 
 
 class ReluTapFunction(torch.autograd.Function):
-    """``apply(x, residual, p, channel_reduce, signed, eps, eps_mode)`` -> y = relu(x + residual), map of y.
+    """``apply(impl, x, residual, p, channel_reduce, signed, eps, eps_mode)`` -> y = relu(x + residual), map of y.
 
     dx = (g + k y^(p-1)) where y > 0, else 0, for x and residual alike; g and k as in :class:`TapFunction`.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
-        return _relu_forward(ctx, caller(x), x, residual, *options)
+    def forward(ctx: Any, impl: Backend, x: Tensor, residual: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
+        y, attention, norm = impl.run("relu_tap", x, residual, *options)
+        ctx.save_for_backward(y, attention, norm)
+        ctx.set_materialize_grads(False)
+        ctx.impl, ctx.options = impl, options
+        _watch(ctx, y)
+        return y, attention
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, map_grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _relu_gradients(ctx, grad, map_grad)
+        dx = _relu_gradient(ctx, grad, map_grad)
+        return None, *(dx if need else None for need in ctx.needs_input_grad[1:3]), *(None for _ in ctx.options)
 
 
-class _CudaReluTapFunction(ReluTapFunction):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
-        return _relu_forward(ctx, in_cuda, x, residual, *options)
-
-
-def _relu_forward(ctx: Any, run: Callable[..., Any], x: Tensor, residual: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
-    y, attention, norm = run(_relu, x, residual, *options)
-    ctx.save_for_backward(y, attention, norm)
-    ctx.set_materialize_grads(False)
-    ctx.call, ctx.options = run, options
-    _watch(ctx, y)
-    return y, attention
-
-
-def _relu_gradients(ctx: Any, grad: Tensor | None, map_grad: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+def _relu_gradient(ctx: Any, grad: Tensor | None, map_grad: Tensor | None) -> Tensor | None:
+    """The gradient of x and residual alike."""
     _unchanged(ctx, "relu_tap's feature was modified by an inplace operation")
     y, attention, norm = ctx.saved_tensors
-    if map_grad is not None and backends.batched(grad, map_grad):
-        grad = _sum_in_pytorch(ctx, grad, map_grad, y) * (y > 0)
-    elif map_grad is not None:
-        grad = ctx.call(_relu_backward, grad, map_grad, y, attention, norm, *ctx.options)
-    elif grad is not None:
-        grad = torch.ops.aten.threshold_backward(grad, y, 0)
-    return *(grad if need else None for need in ctx.needs_input_grad[:2]), *(None for _ in ctx.options)
+    if map_grad is None:
+        return None if grad is None else torch.ops.aten.threshold_backward(grad, y, 0)
+    if batched(grad, map_grad):
+        return _sum_in_pytorch(ctx, grad, map_grad, y) * (y > 0)
+    return ctx.impl.run_backward("relu_tap_backward", grad, map_grad, y, attention, norm, *ctx.options)
 
 
-def _traced_relu_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _graph_relu_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.watched = None
     ctx.save_for_backward(*output)
     ctx.mark_non_differentiable(output[2])
     ctx.options = inputs[2:]
 
 
-autograd("relu_tap", _relu_gradients, _traced_relu_context)
+def _graph_relu_backward(ctx: Any, grad: Tensor | None, map_grad: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    dx = _relu_gradient(ctx, grad, map_grad)
+    return *(dx if need else None for need in ctx.needs_input_grad[:2]), *(None for _ in ctx.options)
+
+
+autograd("relu_tap", _graph_relu_backward, _graph_relu_context)
 
 
 def tap(
@@ -183,18 +164,18 @@ def tap(
     Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
     Source: Zagoruyko, Komodakis, *Paying more attention to attention*, ICLR 2017.
     """
-    backend = backends.choose("tap", (x,), lambda: backends.why_not_cuda_map(p))
-    if backend == "reference":
+    impl = backends.select("tap", (x,), lambda: _cuda_limits.attention_map(p))
+    if impl.name == "reference":
         return reference.tap(x, p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode)
     if not checks.are_floats(p, eps):
         p, eps = checks.constant("p", p), checks.constant("eps", eps)
     if torch.compiler.is_compiling():
         checks.attention_map(x, p, channel_reduce, eps, eps_mode)
-        return x, traced(backend, _map)(x, p, channel_reduce, signed, True, eps, eps_mode)[0]
+        return x, impl.graph_op("attention_map")(x, p, channel_reduce, signed, True, eps, eps_mode)[0]
     try:
-        return (_CudaTapFunction if backend == "cuda" else TapFunction).apply(x, p, channel_reduce, signed, eps, eps_mode)
+        return TapFunction.apply(impl, x, p, channel_reduce, signed, eps, eps_mode)
     except Exception:
-        checks.attention_map(x, p, channel_reduce, eps, eps_mode)
+        checks.explain(checks.attention_map, x, p, channel_reduce, eps, eps_mode)
         raise
 
 
@@ -224,17 +205,17 @@ def relu_tap(
     Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
     Source: Zagoruyko, Komodakis, *Paying more attention to attention*, ICLR 2017.
     """
-    backend = backends.choose("relu_tap", (x, residual), lambda: backends.why_not_cuda_map(p))
-    if backend == "reference":
+    impl = backends.select("relu_tap", (x, residual), lambda: _cuda_limits.attention_map(p))
+    if impl.name == "reference":
         return reference.relu_tap(x, residual, p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode)
     if not checks.are_floats(p, eps):
         p, eps = checks.constant("p", p), checks.constant("eps", eps)
     options = (p, channel_reduce, signed, eps, eps_mode)
     if torch.compiler.is_compiling():
         checks.relu_tap(x, residual, p, channel_reduce, eps, eps_mode)
-        return traced(backend, _relu)(x, residual, *options)[:2]
+        return impl.graph_op("relu_tap")(x, residual, *options)[:2]
     try:
-        return (_CudaReluTapFunction if backend == "cuda" else ReluTapFunction).apply(x, residual, *options)
+        return ReluTapFunction.apply(impl, x, residual, *options)
     except Exception:
-        checks.relu_tap(x, residual, p, channel_reduce, eps, eps_mode)
+        checks.explain(checks.relu_tap, x, residual, p, channel_reduce, eps, eps_mode)
         raise
