@@ -26,11 +26,11 @@ import torch  # noqa: E402
 from speed.formulas import FORMULAS  # noqa: E402
 
 from fastkd import kernels  # noqa: E402
-from fastkd.ops.attention import _BIT  # noqa: E402
+from fastkd.ops._options import BIT  # noqa: E402
 
 SIZES = ((16, 8), (32, 4), (32, 4))  # channels, height and width of a stage
 ROUNDS, CALLS = 15, 300
-SWITCHES = _BIT["channel_reduce"] | _BIT["pool"]
+SWITCHES = BIT["channel_reduce"] | BIT["pool"]
 Call = Callable[[], Any]
 
 

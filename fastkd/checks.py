@@ -29,6 +29,17 @@ KD_REDUCTION = ("batchmean", "mean", "sum", "none")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def explain(check: Callable[..., object], *args: object) -> None:
+    """Raise what ``check`` finds wrong with a call's arguments, in place of the error that is handled now; nothing if they are right.
+
+    The error is in no local variable: one that holds its own frame would keep the features alive until a garbage collection.
+    """
+    try:
+        check(*args)
+    except (TypeError, ValueError) as error:
+        raise error from None
+
+
 def describe(x: Tensor) -> str:
     return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
 
@@ -236,6 +247,28 @@ def relu_tap(x: object, residual: object, p: object, channel_reduce: object, eps
         raise ValueError(f"residual is {describe(residual)}, x is {describe(x)}: wanted the same shape and device")
 
 
+def attention_options(
+    p: object,
+    channel_reduce: object,
+    eps: object,
+    eps_mode: object,
+    pool: object,
+    pool_mode: object,
+    difference: object,
+    stage_reduce: object,
+    weight: object,
+) -> None:
+    power(p)
+    number("eps", eps, at_least=0)
+    number("weight", weight)
+    switch("channel_reduce", channel_reduce, CHANNEL_REDUCE)
+    switch("eps_mode", eps_mode, EPS_MODE)
+    switch("pool", pool, POOL)
+    switch("pool_mode", pool_mode, POOL_MODE)
+    switch("difference", difference, DIFFERENCE)
+    switch("stage_reduce", stage_reduce, REDUCE)
+
+
 def attention_transfer(
     student: object,
     teacher: object,
@@ -253,15 +286,7 @@ def attention_transfer(
     student_is_map: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The lists of student and teacher tensors, or the error that says what is wrong with the call."""
-    power(p)
-    number("eps", eps, at_least=0)
-    number("weight", weight)
-    switch("channel_reduce", channel_reduce, CHANNEL_REDUCE)
-    switch("eps_mode", eps_mode, EPS_MODE)
-    switch("pool", pool, POOL)
-    switch("pool_mode", pool_mode, POOL_MODE)
-    switch("difference", difference, DIFFERENCE)
-    switch("stage_reduce", stage_reduce, REDUCE)
+    attention_options(p, channel_reduce, eps, eps_mode, pool, pool_mode, difference, stage_reduce, weight)
     students, teachers = _pairs_up(student, teacher, least=1, spatial_student=not student_is_map, spatial_teacher=not teacher_is_map)
     stage_weights(weights, len(students), "stage")
     for i, (s, t) in enumerate(zip(students, teachers, strict=True)):

@@ -126,7 +126,7 @@ def relu_tap(
 
 
 def batch_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, *, relu: bool = False, eps: float = 1e-5) -> Tensor:
-    """The y of :func:`fastkd.ops.norm.batch_norm`, by x's own mean and variance; of x's dtype, rounded once."""
+    """The y of :func:`fastkd.ops.batch_norm.batch_norm`, by x's own mean and variance; of x's dtype, rounded once."""
     with _no_autocast(x):
         wide, w, b = _widen(x, weight, bias)
         y = F.batch_norm(wide, None, None, w, b, training=True, eps=eps)

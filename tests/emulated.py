@@ -1,4 +1,4 @@
-"""The CUDA library's kernels on a machine without a GPU: compiled for the CPU, where csrc/cuda/emulate.h runs them thread by thread."""
+"""The CUDA library's kernels on a machine without a GPU: run on the CPU, thread by thread (csrc/cuda/testing/emulate.h)."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def build() -> Path | None:
     folder = ROOT / "csrc" / "cuda"
     if not compiler or not folder.is_dir():
         return None
-    sources = [*sorted(folder.glob("*.cu")), *sorted(folder.glob("*.cpp")), ROOT / "csrc" / "tensor.cpp"]
+    sources = [*sorted(folder.rglob("*.cu")), *sorted(folder.rglob("*.cpp")), ROOT / "csrc" / "common" / "tensor.cpp"]
     digest = hashlib.blake2b(f"{torch.__version__} {compiler} {FLAGS}".encode(), digest_size=8)
-    for path in sorted([*ROOT.glob("csrc/*.*"), *folder.glob("*.*")]):
-        digest.update(path.name.encode() + path.read_bytes())
+    for path in sorted([*ROOT.glob("csrc/common/*.*"), *folder.rglob("*.*")]):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     library = ROOT / "build" / "emulated" / digest.hexdigest() / "_C_emulated.so"
     if library.exists():
         return library
@@ -55,7 +55,7 @@ def build() -> Path | None:
             if process.returncode:
                 raise RuntimeError(f"the CUDA kernels do not compile for the CPU:\n{said}")
 
-    made = [str(objects / (source.name + ".o")) for source in sources]
+    made = [str(objects / f"{source.parent.name}-{source.name}.o") for source in sources]
     finish([start(*FLAGS, *search, "-x", "c++", "-c", str(source), "-o", to) for source, to in zip(sources, made)])
     finish([start("-shared", *made, f"-L{top / 'lib'}", "-ltorch_cpu", "-o", str(objects / library.name))])
     os.replace(objects / library.name, library)

@@ -19,11 +19,11 @@
 
 #include <cstdint>
 
-#include "formulas.h"
-#include "tensor.h"
+#include "common/formulas.h"
+#include "common/tensor.h"
 
 #ifdef FASTKD_EMULATE
-#include "cuda/emulate.h"
+#include "cuda/testing/emulate.h"
 #else
 #include <cuda_runtime.h>
 #define FASTKD_KERNEL(threads) __global__ void __launch_bounds__(threads)
