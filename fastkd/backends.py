@@ -123,6 +123,8 @@ def is_wrapper(x: object) -> bool:
 # - FSP, by calculation: likewise while the host is what a call waits for. Products of many channels are for tensor cores, where Triton
 #   emits Hopper's own instructions and takes larger tiles, and keeps no matrix larger than the features; 64 x 64 tiles of the C++ kernels
 #   read the ResNet-50 stages six times over. So Triton from LARGE_PRODUCTS multiply-adds on, about 20 us of an H200 in tf32.
+# - FSP of stages that differ in size, which are pooled: Triton until it is measured, since the C++ kernels load most windows number by
+#   number, each after the other. Sizes that halve from stage to stage they load at once.
 # - float64: C++, since Triton has none.
 LARGE_PRODUCTS = 1 << 32
 
@@ -130,9 +132,11 @@ LARGE_PRODUCTS = 1 << 32
 def _faster(operation: str, arguments: tuple[object, ...]) -> Backend:
     if not operation.startswith("fsp"):
         return CUDA
-    first = arguments[0]
-    chain = first if isinstance(first, (list, tuple)) else arguments
-    work = sum(_products(a, b) for a, b in zip(chain, chain[1:]) if isinstance(a, Tensor) and isinstance(b, Tensor))
+    chains = [chain for chain in arguments if isinstance(chain, (list, tuple))] or [arguments]
+    pairs = [[(a, b) for a, b in zip(c, c[1:]) if isinstance(a, Tensor) and isinstance(b, Tensor)] for c in chains]
+    if any(a.shape[2:] != b.shape[2:] for chain in pairs for a, b in chain):
+        return TRITON
+    work = sum(_products(a, b) for a, b in pairs[0])
     return CUDA if work < LARGE_PRODUCTS else TRITON
 
 

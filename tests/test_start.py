@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from torch import nn
 
 from fastkd import backends, kernels, native
 from fastkd import data as datasets
-from fastkd._implementations import Backend, TritonBackend
 from fastkd.training import UserError
 from fastkd.training.command import command
 from fastkd.training.config import Config, Settings
@@ -52,9 +52,8 @@ def stand_in(monkeypatch):
                 module._buffers[name] = value.as_subclass(OnCuda)
         return self
 
-    def served(impl, operator, *args):
-        example = args[0][0] if isinstance(args[0], list) else args[0]
-        calls.append((impl.name, example.device.type))
+    def served(backend, operator, students, *args):
+        calls.append((backend, students[0].device.type))
         return [torch.zeros(())]
 
     monkeypatch.setattr(nn.Module, "to", to)
@@ -66,8 +65,8 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(native, "cuda_architectures", lambda: ("sm_90",))
     monkeypatch.setattr(kernels, "state", lambda: (True, "a stand-in"))
     monkeypatch.setattr(kernels, "interpreting", lambda: False)
-    monkeypatch.setattr(Backend, "run", served)
-    monkeypatch.setattr(TritonBackend, "run", served)
+    for backend in (backends.CUDA, backends.TRITON):
+        monkeypatch.setattr(backend, "run", functools.partial(served, backend.name))
     return calls
 
 
