@@ -38,7 +38,7 @@ def redraw(folder: Path, data: Path | None) -> list[Path]:
             load_weights(models[role], path)
     except WeightsError as error:
         raise UserError(str(error)) from None
-    return attention_maps.keep(config, folder, models["student"], models.get("teacher"))
+    return attention_maps.draw(config, folder, models["student"], models.get("teacher"))
 
 
 @screens()

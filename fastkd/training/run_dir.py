@@ -19,7 +19,7 @@ from fastkd.models import WeightsError, read_checkpoint
 from fastkd.training import distributed, results
 from fastkd.training.command import COMMAND, command, command_file
 from fastkd.training.config import Config
-from fastkd.training.resume import CHECKPOINT, listed, other_than, read_config
+from fastkd.training.resume import CHECKPOINT, differences_of, in_words, read_config
 from fastkd.training.settings import environment
 from fastkd.training.tensorboard import Curves
 
@@ -53,7 +53,7 @@ class RunDir:
         """Of training, those of earlier processes included."""
         return float(self.before + time.perf_counter() - self.begun)
 
-    def take_up(self, trainer: Trainer) -> None:
+    def restore(self, trainer: Trainer) -> None:
         """Gives ``trainer`` the state, and writes what follows from it: the process before may have been killed too early."""
         assert self.state is not None
         try:
@@ -138,9 +138,9 @@ def load_run(folder: Path, identity: dict[str, Any]) -> RunDir:
     path, config = folder / CHECKPOINT, read_config(folder)
     if config is None:
         raise UserError(f"{folder} holds no run of this version: no config.json with its identity")
-    other = other_than(folder, config, identity)
+    other = differences_of(folder, config, identity)
     if other:
-        raise UserError(f"{folder} is a run of another configuration: {listed(other)}")
+        raise UserError(f"{folder} is a run of another configuration: {in_words(other)}")
     if not path.exists():
         return RunDir(folder, config)
     try:
