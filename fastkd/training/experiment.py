@@ -167,7 +167,8 @@ def phase_trainer(config: Config, role: str, phase: tuple[str, Recipe, Definitio
     name, recipe, method = phase
     train, test = copy.copy(batches[0]), batches[1] if name == "main" else None
     train.stream = role if name == "main" else f"{role} {name}"
-    distillation = config.distillation(role, placed(student, config.device), teacher, method)
+    taught = None if teacher is None else placed(teacher, config.device)
+    distillation = config.distillation(role, placed(student, config.device), taught, method)
     return Trainer(distillation, train, test, recipe, config.autocast(), config.compiled, config.captured)
 
 
