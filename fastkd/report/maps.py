@@ -1,4 +1,4 @@
-"""The pictures of finished runs anew, from their weights.
+"""Draws the attention maps of finished runs again, from their weights.
 
 python -m fastkd.report.maps runs/FOLDER
 """

@@ -66,7 +66,7 @@ class Choices:
         return self.settings.output / "teachers" / f"{'-'.join(filter(None, [*name, extra]))}.pt"
 
     def identity(self, role: str) -> dict[str, Any]:
-        """All that the student's or the teacher's weights depend on, in plain values: a run is taken up under the same only."""
+        """All that the student's or the teacher's weights depend on, in plain values. Only a run of the same identity is resumed."""
         settings, fields = self.settings, {**dataclasses.asdict(self.recipe)}
         if role == "teacher":
             fields = {key: value for key, value in fields.items() if key == "epochs" or key not in ALONE}

@@ -52,7 +52,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def shared_config(settings: Settings) -> Config:
-    """The first process decides, for instance what ``--precision auto`` is, and fetches the data; the others follow."""
+    """The first process decides, for instance what ``--precision auto`` is, and fetches the data; the others take its settings."""
     config = Config(settings) if distributed.leads() else None
     decided = distributed.from_first(lambda: settings if config is None else config.settings)
     config = config or Config(decided)

@@ -41,7 +41,7 @@ def differences_of(folder: Path, config: dict[str, Any], identity: dict[str, Any
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """The config of a run that can be taken up, or None: something else, or of a version that knew no identities."""
+    """The config of a run that can be resumed; None for anything else, and for versions that wrote no identities."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
