@@ -161,6 +161,8 @@ def listed(value: Any) -> Any:
 
 def stages(name: str, value: object) -> list[Tensor]:
     """The tensors of one stage or of several; a lone tensor is a list of one."""
+    if type(value) is list:  # what nearly every call brings
+        return value
     if isinstance(value, Tensor):
         return [value]
     value = listed(value)

@@ -96,6 +96,14 @@ def tickets() -> int:
     return int(ctypes.CDLL(native.EMULATED.path).fastkd_emulate_tickets())
 
 
+def products() -> int:
+    """How often warps multiplied on tensor cores, 16 x 8 x 8 numbers or x 16 of bfloat16, since this was last asked."""
+    assert native.EMULATED and native.EMULATED.path
+    library = ctypes.CDLL(native.EMULATED.path)
+    library.fastkd_emulate_products.restype = ctypes.c_int64
+    return int(library.fastkd_emulate_products())
+
+
 @contextlib.contextmanager
 def idle() -> Iterator[None]:
     """Kernels do nothing inside: what is left is the host's work."""

@@ -71,6 +71,7 @@ def test_each_stream_has_a_slice_of_its_own_while_there_are_any(cuda):
 
 
 @gpu
+@pytest.mark.unpoisoned
 @pytest.mark.parametrize("call", CALLS)
 def test_compiled_calls_run_in_cuda_graphs_of_pytorch(cuda, call):
     """mode="reduce-overhead" refuses what a call keeps in a graph's private pool."""

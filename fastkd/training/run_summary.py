@@ -22,7 +22,8 @@ from fastkd.training.device import device_name, fast_bfloat16
 from fastkd.training.groups import written
 from fastkd.training.progress import clock
 from fastkd.training.recipes import RECIPES
-from fastkd.training.run_dir import CHECKPOINT, RunDir
+from fastkd.training.resume import CHECKPOINT
+from fastkd.training.run_dir import RunDir
 from fastkd.training.settings import environment
 from fastkd.training.trainer import Trainer
 

@@ -23,13 +23,19 @@ FASTKD_DEVICE float float_of(uint32_t bits) {
   return x;
 }
 
-// The nearest number of tf32. Tensor cores cut the last 13 bits off, all in one direction.
+// The nearest number of tf32. Tensor cores cut the last 13 bits off, all in one direction. Of two that are as near, sm_90 and later
+// take the even one, in a single instruction; sm_80 has one only for the larger one, and makes four of it.
 FASTKD_DEVICE uint32_t to_tf32(float x) {
 #ifdef FASTKD_EMULATE
-  return x == x ? (bits_of(x) + 0x1000u) & 0xffffe000u : bits_of(x);
+  const uint32_t bits = bits_of(x);
+  return x == x ? (bits + 0xfffu + (bits >> 13 & 1u)) & 0xffffe000u : bits;
 #else
   uint32_t bits;
+#if __CUDA_ARCH__ >= 900
+  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+#else
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+#endif
   return bits;
 #endif
 }
@@ -62,6 +68,7 @@ FASTKD_DEVICE void emulate_mma(float (&total)[4], const uint32_t (&a)[4], const 
     return float_of(bits & 0xffffe000u);
   };
   const int lane = threadIdx.x % kWarp;
+  if (lane == 0) emulate::count_product();
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
     for (int first = 0; first < (WIDE ? 16 : 8); first += 8) {

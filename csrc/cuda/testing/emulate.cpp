@@ -48,6 +48,7 @@ std::string launched;
 void* stream_of_calls = nullptr;
 bool capturing = false;
 int slice_of_tickets = -1;
+int64_t products = 0;
 
 void enter() {
   try {
@@ -157,6 +158,7 @@ const unsigned char* exchange(const void* mine, size_t size) {
 
 void* stream() { return stream_of_calls; }
 bool is_capturing() { return capturing; }
+void count_product() { ++products; }
 void note_tickets(int slice) { slice_of_tickets = slice; }
 
 float add_cut_off(float sum, const double (&products)[8]) {
@@ -205,6 +207,13 @@ extern "C" __attribute__((visibility("default"))) void fastkd_emulate_stream(voi
 
 // For ctypes: the slice of tickets that the last call had, or -1.
 extern "C" __attribute__((visibility("default"))) int fastkd_emulate_tickets() { return fastkd::emulate::slice_of_tickets; }
+
+// For ctypes: how often warps multiplied on tensor cores since it was last asked.
+extern "C" __attribute__((visibility("default"))) int64_t fastkd_emulate_products() {
+  const int64_t told = fastkd::emulate::products;
+  fastkd::emulate::products = 0;
+  return told;
+}
 
 // For ctypes: launches are checked and then do nothing, so that what the host does can be timed.
 extern "C" __attribute__((visibility("default"))) void fastkd_emulate_idle(int wanted) { fastkd::emulate::idle = wanted != 0; }

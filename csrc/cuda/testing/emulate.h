@@ -43,6 +43,8 @@ void note_tickets(int slice);
 // sum and eight products, added as a tensor core adds them: each loses what lies more than two bits below the last place that the
 // largest of them has in float32, and the result what lies below its own last place. Nothing is rounded to nearest.
 float add_cut_off(float sum, const double (&products)[8]);
+// Called for each product of a warp on tensor cores.
+void count_product();
 // The pointer; throws unless it is a multiple of `bytes`.
 const void* aligned(const void* pointer, uintptr_t bytes);
 
