@@ -86,8 +86,6 @@ def loads_at_once(kernel: str, architecture: str) -> list[int]:
 def test_features_are_written_sixteen_bytes_at_a_time_in_both_layouts(architecture, kernel, types, packs):
     found = instructions(kernel, architecture)
     assert found["STG.E.128"] >= 2 * types * packs, found
-    if kernel.endswith("f") and "map_kernel" not in kernel:  # what is written number by number: float32
-        assert found["STG.E"] <= 2 * packs, found
 
 
 # For 32 x 32 numbers and 16 terms, once for G and twice for the difference of two: 2 x 4 fragments of two instructions, or bfloat16's
@@ -95,11 +93,11 @@ def test_features_are_written_sixteen_bytes_at_a_time_in_both_layouts(architectu
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("mode, products, roundings", [(1, 48, 96), (2, 144, 288), (3, 72, 0)])
 def test_products_and_roundings_of_fsp_are_as_few_as_can_be(architecture, mode, products, roundings):
-    """sm_80 rounds to tf32 by adding half of a place, unless a number is not finite; others have an instruction."""
+    """Before sm_90 rounding to tf32 adds half of a place, unless a number is not finite; then there is an instruction."""
     found = instructions(f"gram_forwardIfLNS_4ModeE{mode}", architecture)
     assert sum(count for name, count in found.items() if name.startswith("HMMA")) == products
-    one = found["F2FP.TF32.F32.PACK_B"]
-    assert one == (0 if architecture == "sm_80" else roundings), found
+    older = int(architecture.strip("sm_af")) < 90
+    assert found["F2FP.TF32.F32.PACK_B"] == (0 if older else roundings), found
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

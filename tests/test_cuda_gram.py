@@ -188,11 +188,12 @@ def test_features_that_are_pooled_before(launched, dtype, pool_mode, layout):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "reversed"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_gradients_of_averages_that_are_made_before(launched, dtype, layout):
-    """Too many products to make at each position: coarse gradients that windows, which overlap, are gathered from."""
-    a, b = make((1, 512, 36, 35), dtype, layout).requires_grad_(), make((1, 512, 5, 7), dtype)
+@pytest.mark.parametrize("size, grid, precision", [((36, 35), (5, 7), "tf32x3"), ((24, 24), (12, 12), "ieee")])
+def test_gradients_of_averages_that_are_made_before(launched, size, grid, precision, dtype, layout):
+    """Too many products to make at each position: coarse gradients that windows, which may overlap, are gathered from."""
+    a, b = make((1, 512, *size), dtype, layout).requires_grad_(), make((1, 512, *grid), torch.float32 if precision == "ieee" else dtype)
     upstream = torch.randn(1, 512, 512)
-    (got,) = torch.autograd.grad(fastkd.fsp_matrix(a, b, precision="tf32x3"), a, upstream)
+    (got,) = torch.autograd.grad(fastkd.fsp_matrix(a, b, precision=precision), a, upstream)
     assert launched()[-2:] == ["gram_backward", "gram_backward"]
     x = a.detach().double().requires_grad_()
     (want,) = torch.autograd.grad(law.fsp_matrix(x, b.double()), x, upstream.double())
