@@ -24,7 +24,8 @@ class _Operators(dict[str, Callable[..., Any]]):
         self.namespace = namespace
 
     def __missing__(self, name: str) -> Callable[..., Any]:
-        self[name] = getattr(getattr(torch.ops, self.namespace), name).default
+        operator = getattr(getattr(torch.ops, self.namespace), name).default
+        self[name] = getattr(operator, "_op", operator)  # what OpOverload's __call__ calls, without a Python frame of its own
         return self[name]
 
 
@@ -33,6 +34,9 @@ class Backend:
 
     prefetches = False
     """Whether the forward pass of a loss may make the gradients that the backward pass is expected to ask for."""
+
+    keeps_matrices = True
+    """Whether the FSP loss keeps dloss/dG of every pair, however large."""
 
     def __init__(self, name: str, namespace: str = "fastkd") -> None:
         self.name = name
@@ -66,6 +70,8 @@ class CppBackend(Backend):
 
 class TritonBackend(Backend):
     """Eager calls go straight to a launcher, past the dispatcher and its host cost."""
+
+    keeps_matrices = False
 
     def run(self, operator: str, *args: Any) -> Any:
         if dispatch_watched() and not kernels.interpreting():

@@ -47,7 +47,12 @@ def transforming() -> bool:
 
     False while a graph is traced: asking would leave a node in it, and PyTorch caches no graph with such a node.
     """
-    return not torch.compiler.is_compiling() and (in_torch_func() or forward_ad._current_level >= 0)
+    return not torch.compiler.is_compiling() and eagerly_transforming()
+
+
+def eagerly_transforming() -> bool:
+    """As :func:`transforming`, where no graph is traced."""
+    return in_torch_func() or forward_ad._current_level >= 0
 
 
 def has_tangent(tensors: Iterable[Tensor]) -> bool:

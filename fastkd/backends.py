@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastkd import errors, kernels, native
 from fastkd._implementations import BACKENDS, CPP, CUDA, REFERENCE, TRITON, Backend
-from fastkd._private import has_tangent, in_torch_func, transforming
+from fastkd._private import eagerly_transforming, has_tangent, in_torch_func, transforming
 
 NAMES = ("auto", "reference", "cpp", "triton", "cuda")
 
@@ -147,8 +147,8 @@ def _products(a: Tensor, b: Tensor) -> int:
 
 
 _recorded: list[Call] | None = None
-Limits = Callable[[], str]
-"""Why the CUDA library's kernels do not serve a call, or "" where they do."""
+Limits = Callable[[tuple, tuple], str]
+"""Why the CUDA library's kernels do not serve a call over ``arguments`` with ``options``, or "" where they do."""
 
 
 class Call(NamedTuple):
@@ -157,12 +157,13 @@ class Call(NamedTuple):
     operation: str
     arguments: tuple[object, ...]
     cuda_limits: Limits
+    options: tuple[object, ...]
 
     def backend(self, batch: int, compiled: bool) -> str:
         """The backend that would serve the call if its tensors had ``batch`` samples, in a compiled graph or not."""
         if compiled and current() == "auto":
             return "reference"
-        return select(self.operation, tuple(_resized(argument, batch) for argument in self.arguments), self.cuda_limits).name
+        return select(self.operation, tuple(_resized(argument, batch) for argument in self.arguments), self.cuda_limits, self.options).name
 
 
 def _resized(argument: object, batch: int) -> object:
@@ -182,27 +183,30 @@ def record_calls() -> Iterator[list[Call]]:
         _recorded = before
 
 
-def select(operation: str, arguments: tuple[object, ...], cuda_limits: Limits) -> Backend:
+def select(operation: str, arguments: tuple[object, ...], cuda_limits: Limits, options: tuple[object, ...] = ()) -> Backend:
     """The backend that serves a call over ``arguments``, tensors and sequences of them. The first tensor's device decides.
 
     Raises: BackendError where a backend was asked for by name and cannot serve the call.
     """
     if _recorded is not None:
-        _recorded.append(Call(operation, arguments, cuda_limits))
+        _recorded.append(Call(operation, arguments, cuda_limits, options))
     first = arguments[0]
     if isinstance(first, (list, tuple)) and first:
         first = first[0]
-    name = current()
+    compiling = torch.compiler.is_compiling()
+    name = _traced if compiling else _chosen.get()
     if name == "auto":
         # inside a compiled graph the plain formula fuses with its neighbours, which an opaque operator cannot
-        if torch.compiler.is_compiling() or transforming() or is_wrapper(first):
+        if compiling or eagerly_transforming() or is_wrapper(first):
             return REFERENCE
         if not isinstance(first, Tensor) or first.is_cpu:
             return CPP if native.CPU.available else _reference_on_cpu()
         device = first.device
-        return _select_on_gpu(operation, arguments, device.index, cuda_limits) if device.type == "cuda" else REFERENCE
-    if name != "reference":
-        _must_serve(name, operation, first, arguments, cuda_limits)
+        if device.type != "cuda":
+            return REFERENCE
+        return _select_on_gpu(operation, arguments, device.index, cuda_limits(arguments, options))
+    if _known(name, "FASTKD_BACKEND") != "reference":
+        _must_serve(name, operation, first, arguments, cuda_limits(arguments, options) if name == "cuda" else "")
     return BACKENDS[name]
 
 
@@ -221,10 +225,10 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-def _select_on_gpu(operation: str, arguments: tuple[object, ...], index: int, cuda_limits: Limits) -> Backend:
+def _select_on_gpu(operation: str, arguments: tuple[object, ...], index: int, not_in_cuda: str) -> Backend:
     capability = _capability(index)
     no_code = native.why_no_code(native.cuda_architectures(), capability) if native.CUDA.available else ""
-    in_cuda = native.CUDA.available and not no_code and not cuda_limits()
+    in_cuda = native.CUDA.available and not no_code and not not_in_cuda
     if in_cuda and _faster(operation, arguments) is CUDA:
         return CUDA
     available, reason = kernels.state()
@@ -240,7 +244,7 @@ def _select_on_gpu(operation: str, arguments: tuple[object, ...], index: int, cu
     return REFERENCE
 
 
-def _must_serve(name: str, operation: str, first: object, arguments: tuple[object, ...], cuda_limits: Limits) -> None:
+def _must_serve(name: str, operation: str, first: object, arguments: tuple[object, ...], not_in_cuda: str) -> None:
     """Raises BackendError where a backend that was asked for by name cannot serve the call."""
 
     def refuse(why: str) -> NoReturn:
@@ -263,7 +267,7 @@ def _must_serve(name: str, operation: str, first: object, arguments: tuple[objec
         wanted = "cpu"
     if device != wanted:
         refuse(f"serves {wanted.upper()} tensors only here, the first is on {device}")
-    why = _not_in_triton(arguments) if name == "triton" else cuda_limits() if name == "cuda" else ""
+    why = _not_in_triton(arguments) if name == "triton" else not_in_cuda
     if name == "cuda" and not why and isinstance(first, Tensor) and device == "cuda" and not torch.compiler.is_compiling():
         why = native.why_no_code(native.cuda_architectures(), _capability(first.device.index))
     if why:

@@ -161,6 +161,8 @@ def listed(value: Any) -> Any:
 
 def stages(name: str, value: object) -> list[Tensor]:
     """The tensors of one stage or of several; a lone tensor is a list of one."""
+    if type(value) is list:  # what nearly every call brings
+        return value
     if isinstance(value, Tensor):
         return [value]
     value = listed(value)
@@ -370,3 +372,19 @@ def kd_loss(student_logits: object, teacher_logits: object, temperature: object,
             f"student_logits is {describe(student_logits)}, teacher_logits is {describe(teacher_logits)}: "
             "class counts differ, wanted the same"
         )
+
+
+def rkd_loss(student: object, teacher: object, distance_weight: object, angle_weight: object, weight: object) -> None:
+    for name, value in (("distance_weight", distance_weight), ("angle_weight", angle_weight), ("weight", weight)):
+        number(name, value)
+    for name, x in (("student", student), ("teacher", teacher)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} is {type(x).__name__}, wanted a tensor")
+        if x.dtype not in _FLOATS:
+            raise TypeError(f"{name} is {describe(x)}, wanted float16, bfloat16, float32 or float64")
+        if x.dim() < 2 or 0 in x.shape:
+            raise ValueError(f"{name} is {describe(x)}, wanted (N, ...) with at least one number a sample")
+        if x.shape[0] == 1:
+            raise ValueError(f"{name} is {describe(x)}: one sample has no relations, wanted at least two")
+    assert isinstance(student, Tensor) and isinstance(teacher, Tensor)
+    same_batch("student", student, "teacher", teacher)

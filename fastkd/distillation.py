@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastkd import backends
 from fastkd.methods import Batch, BuildContext, Definition, Distiller, Output, Points, define, overrides, undisturbed
+from fastkd.models.extract import Observed, shows_features
 from fastkd.models.folding import fold_for_inference
 
 
@@ -48,9 +49,13 @@ class Distillation(nn.Module):
     norms are folded into its convolutions: load its weights before, or call :meth:`fold` after.
 
     Args:
-        student, teacher: networks of ``fastkd.models``; the teacher may be None where the method is "baseline".
+        student, teacher: networks of ``fastkd.models``, or any others; the teacher may be None where the method is "baseline".
         method: a name of ``fastkd.methods.METHODS``, or several with "+" between them, or what ``fastkd.methods.define`` returns.
         options, preset: see ``fastkd.methods.define``.
+        student_points, teacher_points: names of submodules (of ``named_modules()``), in the order of the forward pass, whose outputs are
+            the ``stages`` of a network that is none of ours. ``pooled`` is then the input of its last ``nn.Linear``, ``final`` the map
+            whose mean that is, and FSP's pairs are consecutive stages. Such a teacher is not folded.
+        classifier: the name of another module than the last ``nn.Linear``, in both networks where they are not ours.
         train_labels: (M,) labels of the training set, for methods that keep something of each image; the ``index`` of ``forward``
             counts in it.
         num_classes: that of the teacher's logits unless given.
@@ -76,6 +81,9 @@ class Distillation(nn.Module):
         *,
         options: Mapping[str, Mapping[str, Any]] | None = None,
         preset: str | None = None,
+        student_points: Sequence[str] | None = None,
+        teacher_points: Sequence[str] | None = None,
+        classifier: str | None = None,
         train_labels: Tensor | None = None,
         num_classes: int | None = None,
         batch_size: int | None = None,
@@ -90,28 +98,38 @@ class Distillation(nn.Module):
         self.definition = define(method, preset=preset, options=options) if isinstance(method, str) else method
         if teacher_mode not in ("eval", "train"):
             raise ValueError(f"teacher_mode is {teacher_mode!r}, wanted 'eval' or 'train'")
+        self._observed: tuple[Observed | None, Observed | None] = (None, None)
         self.autocast, self.teacher_mode, self.image_shape, self.batch_size = autocast, teacher_mode, image_shape, batch_size
         distillers: dict[str, Distiller] = {}
         if self.definition.needs_teacher:
             if teacher is None:
                 raise ValueError(f"teacher is None, but method {self.definition.name!r} learns from one")
             teacher.requires_grad_(False)
+            with undisturbed(student, teacher):
+                self._observed = (
+                    self._view(student, student_points, "student", classifier),
+                    self._view(teacher, teacher_points, "teacher", classifier),
+                )
             rest = {"train_labels": train_labels, "num_classes": num_classes, "batch_size": batch_size, "epochs": epochs}
             with undisturbed(student, teacher):
-                context = BuildContext.of(student, teacher, image_shape, **rest)
+                context = BuildContext.of(student, teacher, image_shape, self._observed, **rest)
                 distillers, student = self.definition.build(context, seed)
         self.student = student
-        self.methods = nn.ModuleDict(distillers).to(next(student.parameters()).device)
+        first = next(student.parameters()).detach()
+        self.methods = nn.ModuleDict(distillers).to(first.device)
         self.names = self.definition.names
         self.points = [_union(getattr(distiller, f"{role}_points") for distiller in distillers.values()) for role in ("student", "teacher")]
         kinds = {name: type(distiller) for name, distiller in distillers.items()}
         self._scheduled = {name: i for i, name in enumerate(kinds) if overrides(kinds[name], "weight_at")}
         self._changes_logits = [name for name in kinds if overrides(kinds[name], "logits")]
-        self.register_buffer("weights", torch.ones(len(kinds), device=next(student.parameters()).device), persistent=False)
+        self.register_buffer("weights", first.new_ones(len(kinds), dtype=torch.float32), persistent=False)
         # in a tuple, which nn.Module does not look into: the teacher, and the copy that answers in eval mode
         self._outside: tuple[nn.Module, ...] = (teacher,) if teacher is not None and distillers else ()
-        if fold:
-            self.fold()
+        for points, view, role in zip(self.points, self._observed, ("student", "teacher"), strict=True):
+            if points and view is not None and not view.points:
+                raise ValueError(f"{role}_points is None, but method {self.definition.name!r} reads maps of the {role}: name submodules")
+        self._folds = fold
+        self.fold()
         self.train(self.training)
 
     @property
@@ -120,7 +138,7 @@ class Distillation(nn.Module):
 
     def fold(self) -> None:
         """Copies the teacher once more, where a copy answers for it: after its weights were changed in place."""
-        if self._outside and self.teacher_mode == "eval":
+        if self._folds and self._outside and self.teacher_mode == "eval" and self._observed[1] is None:
             teacher, dtype = self._outside[0], None
             with self._autocast():
                 kind = next(teacher.parameters()).device.type
@@ -142,7 +160,12 @@ class Distillation(nn.Module):
         return self
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
-        """Sets the factors of the methods that have a schedule, for ``epoch`` (from 0) of ``epochs``; until then they are 1."""
+        """Tells the methods that ``epoch`` (from 0) of ``epochs`` begins, and sets the factors of those that have a schedule.
+
+        Until then the factors are 1.
+        """
+        for name in self.methods:
+            self._distiller(name).set_epoch(epoch, epochs)
         for name, place in self._scheduled.items():
             self.weights[place].fill_(self._distiller(name).weight_at(epoch, epochs))
 
@@ -178,7 +201,8 @@ class Distillation(nn.Module):
         Returns for each method the calls of the package's operations that it makes.
         """
         blank = next(self.student.parameters()).new_zeros(images, *self.image_shape)
-        batch = Batch(blank, blank.new_zeros(images, dtype=torch.int64), torch.arange(images, device=blank.device))
+        labels = blank.new_zeros(images, dtype=torch.int64)
+        batch = Batch(blank, labels, labels.add(1).cumsum(0) - 1)
         with undisturbed(self, *self._outside):
             student, teacher, calls = self._students(blank), self._teachers(blank), {}
             for name in self.methods if teacher is not None else ():
@@ -186,16 +210,22 @@ class Distillation(nn.Module):
                     self._terms(batch, self._as_seen(student), self._as_seen(teacher), [name])
         return calls
 
+    def _view(self, network: nn.Module, points: Sequence[str] | None, role: str, classifier: str | None) -> Observed | None:
+        """What shows the features of a network that is none of ours, or where the user names other points."""
+        if points is None and shows_features(network):
+            return None
+        return Observed(network, points, classifier, self.image_shape, role)
+
     def _students(self, images: Tensor) -> Output:
         if not self._outside:
             return Output(self.student(images), None)  # type: ignore[arg-type]
-        return self.points[0].observe(self.student, images)
+        return self.points[0].observe(self._observed[0] or self.student, images)
 
     def _teachers(self, images: Tensor) -> Output | None:
         if not self._outside:
             return None
         with torch.no_grad(), self._autocast():
-            return self.points[1].observe(self._outside[-1], images)
+            return self.points[1].observe(self._observed[1] or self._outside[-1], images)
 
     def _terms(self, batch: Batch, student: Output, teacher: Output | None,
                names: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:  # fmt: skip

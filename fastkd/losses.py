@@ -16,6 +16,7 @@ from fastkd import checks
 from fastkd.checks import Features
 from fastkd.ops.attention import attention_transfer_loss
 from fastkd.ops.fsp import fsp_loss
+from fastkd.ops.rkd import rkd_loss
 from fastkd.reference import kd_loss
 
 _Self = TypeVar("_Self", bound="_Loss")
@@ -161,6 +162,29 @@ class KD(_Loss):
         "kdzoo": {"temperature": 4.0, "weight": 0.1},
         "hankyul2": {"temperature": 4.0, "weight": 1.0},
         "torchdistill": {"temperature": 4.0, "weight": 0.1},
+    }
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return super().forward(student, teacher)
+
+
+class RKD(_Loss):
+    """:func:`fastkd.rkd_loss` with its further arguments fixed; each is an attribute.
+
+    ``forward(student, teacher)``: (N, ...) twice -> scalar, times ``weight``.
+
+    Presets: ``repdistiller``, ``mdistiller``: distances 25, angles 50; ``lenscloth``, ``torchdistill``: 1 and 2.
+    """
+
+    def __init__(self, *, distance_weight: float = 25.0, angle_weight: float = 50.0, weight: float = 1.0) -> None:
+        super().__init__(distance_weight=distance_weight, angle_weight=angle_weight, weight=weight)
+
+    function = staticmethod(rkd_loss)
+    presets = {
+        "repdistiller": {"distance_weight": 25.0, "angle_weight": 50.0},
+        "mdistiller": {"distance_weight": 25.0, "angle_weight": 50.0},
+        "lenscloth": {"distance_weight": 1.0, "angle_weight": 2.0},
+        "torchdistill": {"distance_weight": 1.0, "angle_weight": 2.0},
     }
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:

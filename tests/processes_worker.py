@@ -97,6 +97,13 @@ def banks(path: str) -> None:
         torch.save({"joined": joined, "bank": made.distillation.methods["bank"].bank}, f"{path}-{rank}.pt")
 
 
+def answers(path: str) -> None:
+    """What the first process finds after a while, in all of them."""
+    with distributed.group("cpu"):
+        found = distributed.from_first(lambda: [distributed.busy(), distributed.busy(), 7][-1])
+        torch.save(found, f"{path}-{distributed.share()[0]}.pt")
+
+
 def child(job: dict[str, Any], rank: int) -> int:
     log = os.open(job["logs"][rank], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)

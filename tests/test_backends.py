@@ -103,7 +103,7 @@ def chosen(monkeypatch, *arguments, operation="attention_map", triton=True, cuda
     monkeypatch.setattr(native, "cuda_architectures", lambda: ("sm_80", "sm_90", "sm_100", "compute_100"))
     with warnings.catch_warnings(record=True) as caught, fastkd.use_backend("auto"):
         warnings.simplefilter("always")
-        answers = [backends.select(operation, arguments, lambda: why_not_cuda).name for _ in range(2)]
+        answers = [backends.select(operation, arguments, lambda *given: why_not_cuda).name for _ in range(2)]
     assert answers[0] == answers[1]
     return answers[0], [str(w.message) for w in caught]
 
@@ -158,10 +158,10 @@ def test_the_cuda_library_serves_the_devices_that_it_has_code_for(monkeypatch, a
     x = on_cuda(2, 3, 4)
     with fastkd.use_backend("cuda"):
         if served:
-            assert backends.select("attention_map", (x,), lambda: "").name == "cuda"
+            assert backends.select("attention_map", (x,), lambda *given: "").name == "cuda"
         else:
             with pytest.raises(fastkd.BackendError, match="sm_{}{}".format(*capability)):
-                backends.select("attention_map", (x,), lambda: "")
+                backends.select("attention_map", (x,), lambda *given: "")
 
 
 def test_auto_leaves_large_products_and_pooling_to_triton_where_it_is(monkeypatch):

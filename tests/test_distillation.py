@@ -167,6 +167,8 @@ def test_records_come_back_after_the_step():
     assert not record.requires_grad
     bank = distillation.methods["bank"].bank
     assert not bank.any()
+    distillation.set_epoch(2, 5)
+    torch.testing.assert_close(distillation(images, labels, index).terms["bank"], (record - 2).square().mean())
     distillation.update(index, losses.records)
     assert torch.equal(bank[index], record) and not bank[[2, 4, 6, 7]].any() and "methods.bank.bank" in distillation.state_dict()
     with pytest.raises(ValueError, match="train_labels is None"):

@@ -98,6 +98,20 @@ def test_the_teacher_and_a_part_of_the_student_may_want_gradients(function, fore
     assert all(torch.equal(a, b) for a, b in zip(one(2.0), one(None)))
 
 
+def test_one_stage_of_each_side_may_want_a_gradient(function, foresee):
+    """As many gradients are prepared as are wanted, but not the same ones."""
+
+    def one(expected):
+        torch.manual_seed(8)
+        student, teacher = chain()[1:], chain()[1:]
+        student[0].requires_grad_()
+        teacher[1].requires_grad_()
+        foresee(expected)
+        return gradients(function, student, teacher, 2.0)[0]
+
+    assert all(torch.equal(a, b) for a, b in zip(one(2.0), one(None)))
+
+
 def test_a_second_derivative_is_refused_all_the_same(function, foresee):
     student, teacher = chain(grad=True), chain()
     foresee(1.0)

@@ -58,7 +58,7 @@ def error_of(main, capsys, flags):
 def test_a_teacher_has_a_file_for_each_identity(small_main, monkeypatch, tmp_path):
     """Whatever its identity holds, two that differ in it lie apart, and those of one identity together."""
     monkeypatch.setattr("fastkd.training.config.find_device", lambda name: torch.device(name))
-    monkeypatch.setattr(Config, "_check_fit", lambda self, student, teacher: None)  # nothing can run on the device that is named
+    monkeypatch.setattr(Config, "_check_fit", lambda self: None)  # nothing can run on the device that is named
     changes = [
         {}, {"precision": "bf16"}, {"device": "cuda"}, {"device": "cuda", "cuda_graph": False}, {"deterministic": True}, {"compile": True},
         {"seed": 1}, {"teacher": "resnet20"}, {"recipe": "sakd"}, {"overrides": {"lr": 0.2}}, {"overrides": {"epochs": 2}},
@@ -108,7 +108,7 @@ def test_the_command_has_every_choice_that_changes_bits(small_main, monkeypatch,
     import train
 
     monkeypatch.setattr("fastkd.training.config.find_device", lambda name: torch.device(name))
-    monkeypatch.setattr(Config, "_check_fit", lambda self, student, teacher: None)  # nothing can run on the device that is named
+    monkeypatch.setattr(Config, "_check_fit", lambda self: None)  # nothing can run on the device that is named
     plan = Config(settings_of(tmp_path, "at", **change))
     words = shlex.split(command(plan))
     given = train.build_parser().parse_args(words[words.index("train.py") + 1 :])

@@ -28,9 +28,10 @@ FLAGS += ["--epochs", "2", "--recipe", "hankyul2", "--no-pictures"]
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
 
 
-def of_two(**variables):
-    """What each of two processes of one machine finds in its environment."""
-    return [{"RANK": str(i), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "free", **variables} for i in (0, 1)]
+def of_two(count=2, **variables):
+    """What each of two processes of one machine, or of more, finds in its environment."""
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "free", **variables}
+    return [{"RANK": str(i), **common} for i in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +125,19 @@ def test_a_failure_of_one_process_ends_all_at_once_with_one_line(start, tmp_path
     assert len(ours(logs)) == 1 and ours(logs)[0].startswith(f"train.py: error: {words}"), logs
     if what in PLACES:
         assert answer["seconds"] < 10  # well below one where nothing else runs; the group's timeout is half an hour
+
+
+def test_a_failure_of_the_last_of_three_is_told_by_the_first(start, tmp_path):
+    flags = [*FLAGS, "--method", "baseline", "--output", str(tmp_path / "runs")]
+    answer, logs = start(of_two(3), flags=flags, **fails(2, "fastkd.training.distributed:_sum", 1))
+    assert answer["statuses"] == [2, 1, 1] and ours(logs) == ["train.py: error: planted"] and logs[1:] == ["", ""], (answer, logs)
+    assert answer["seconds"] < 10
+
+
+def test_the_others_wait_as_long_as_the_first_says_that_it_is_busy(start, tmp_path):
+    answer, logs = start(of_two(), call="answers", arguments=[tmp_path / "answer"])
+    assert answer["statuses"] == [0, 0], logs
+    assert [torch.load(tmp_path / f"answer-{rank}.pt") for rank in (0, 1)] == [7, 7]
 
 
 @pytest.mark.parametrize(

@@ -69,11 +69,16 @@ class Bank(Distiller):
         super().__init__(context, options)
         if context.train_labels is None:
             raise ValueError("train_labels is None: bank keeps a row for each image")
+        self.register_buffer("epoch", torch.zeros(()))
+        self.seed = torch.initial_seed()
         self.register_buffer("bank", torch.zeros(len(context.train_labels), *context.student_shapes.pooled))
 
     def loss(self, batch, student, teacher, connected):
         pooled = student.features.pooled.float()
-        return (pooled - self.bank[batch.index]).square().mean(), pooled.detach()
+        return (pooled - self.bank[batch.index] - self.epoch).square().mean(), pooled.detach()
+
+    def set_epoch(self, epoch, epochs):
+        self.epoch.fill_(epoch)
 
     def update(self, index, record):
         self.bank[index] = record

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.models import Features
+
+Network = Callable[..., tuple[Features, Tensor]]
+"""A network of ``fastkd.models``, or another that is observed: ``network(images, features=...)``."""
 
 
 class Points(enum.Flag):
@@ -28,11 +31,11 @@ class Points(enum.Flag):
         known: dict[Points, bool | str] = {Points.NONE: "pooled", Points.MAPS: True, Points.PREACT: "preact"}
         return known.get(self, "both")
 
-    def observe(self, network: nn.Module, images: Tensor) -> Output:
+    def observe(self, network: Network, images: Tensor) -> Output:
         """One forward pass of ``network``, with these features and no others."""
         features, logits = network(images, features=self.argument)
         if self is Points.PREACT:
-            features = features._replace(stem=(), stages=(), blocks=(), maps=(), preact=features)
+            features = features._replace(stem=(), stages=(), blocks=(), maps=(), preact=features)  # type: ignore[arg-type]
         return Output(logits, features)
 
 
@@ -74,9 +77,13 @@ class BuildContext:
     image_shape: tuple[int, ...] = (3, 32, 32)
 
     @classmethod
-    def of(cls, student: nn.Module, teacher: nn.Module, image_shape: tuple[int, ...] = (3, 32, 32), **rest: Any) -> BuildContext:
-        """Finds the shapes, and the number of classes unless given, in one forward pass of each network."""
-        found = [shapes(network, image_shape) for network in (student, teacher)]
+    def of(cls, student: nn.Module, teacher: nn.Module, image_shape: tuple[int, ...] = (3, 32, 32),
+           observed: tuple[Network | None, Network | None] = (None, None), **rest: Any) -> BuildContext:  # fmt: skip
+        """Finds the shapes, and the number of classes unless given, in one forward pass of each network.
+
+        ``observed``: what shows the features of a network that does not do so itself.
+        """
+        found = [shapes(network, image_shape, view) for network, view in zip((student, teacher), observed, strict=True)]
         if rest.get("num_classes") is None:
             rest["num_classes"] = found[1][1]
         return cls(student, teacher, found[0][0], found[1][0], image_shape=image_shape, **rest)
@@ -99,11 +106,11 @@ def undisturbed(*networks: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def shapes(network: nn.Module, image_shape: tuple[int, ...]) -> tuple[Features, int]:
+def shapes(network: nn.Module, image_shape: tuple[int, ...], observed: Network | None = None) -> tuple[Features, int]:
     """(Features of each map's size without the batch, number of logits), from two blank images."""
     with undisturbed(network):
         images = next(network.parameters()).new_zeros(2, *image_shape)
-        features, logits = network(images, features="both")
+        features, logits = (observed or network)(images, features="both")
     return torch.utils._pytree.tree_map(lambda x: x.shape[1:] if isinstance(x, Tensor) else x, features), logits.shape[1]
 
 
@@ -182,6 +189,12 @@ class Distiller(nn.Module):
     def weight_at(self, epoch: int, epochs: int) -> float:
         """A factor on the loss in ``epoch`` (from 0) of ``epochs``. Schedules are fractions of the run, as milestones are."""
         return 1.0
+
+    def set_epoch(self, epoch: int, epochs: int) -> None:
+        """Before the first step of ``epoch`` (from 0), for numbers that are drawn from the seed and the epoch.
+
+        The seed is ``torch.initial_seed()`` in ``__init__``. What a graph reads must be a buffer that is changed in place.
+        """
 
     def update(self, index: Tensor, record: Any) -> None:
         """After the optimizer's step, without gradients. ``index`` and ``record`` have the rows of all processes together."""

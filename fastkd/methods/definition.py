@@ -57,6 +57,11 @@ class Definition:
         return any(term.kind.initializes for term in self.terms)
 
     @property
+    def wraps(self) -> bool:
+        """Whether a term changes the student."""
+        return any(overrides(term.kind, "wrap_student") for term in self.terms)
+
+    @property
     def whole_batches(self) -> bool:
         return any(term.kind.whole_batches for term in self.terms)
 

@@ -51,4 +51,5 @@ class FSP(Distiller):
 
 
 def _chain(features: Features) -> list[Tensor]:
-    return [features.stem, *features.stages]
+    """A network that has no stem to show begins with its first stage."""
+    return [*([features.stem] if isinstance(features.stem, Tensor) else []), *features.stages]

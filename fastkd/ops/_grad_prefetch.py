@@ -63,7 +63,7 @@ def take(ctx: Any, grad: Tensor, seen: GradPrefetch) -> Sequence[Tensor]:
 
     They are given away once: autograd may accumulate into them, so a second backward pass computes its own.
     """
-    if ctx.expected is None:  # the forward made no guess
+    if ctx.expected is None:  # nothing was to be foreseen
         return ()
     # a second derivative is wanted, the call is traced, or grad stands for several
     if torch.is_grad_enabled() or type(grad) is not Tensor or batched(grad):

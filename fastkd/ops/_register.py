@@ -135,6 +135,22 @@ def not_differentiable(name: str, instead: str) -> None:
     torch.library.register_vmap(f"fastkd::{name}", no_vmap, lib=_LIBRARIES["fastkd"])
 
 
+def wanting_gradients(students: Sequence[Any], teachers: Sequence[Any]) -> tuple[Sequence[int], Sequence[Tensor]]:
+    """The places in ``[*students, *teachers]`` of the tensors that autograd records, and those tensors."""
+    if not torch.is_grad_enabled():
+        return (), ()
+    for x in teachers:
+        if x.requires_grad:
+            break
+    else:
+        learners = [x for x in students if x.requires_grad]
+        if learners and len(learners) == len(students):  # the common case
+            return range(len(learners)), learners
+    every = (*students, *teachers)
+    needed = [i for i, x in enumerate(every) if x.requires_grad]
+    return needed, [every[i] for i in needed]
+
+
 def accumulator(tensors: Sequence[Tensor]) -> torch.dtype:
     """The dtype in which a call over these tensors accumulates and answers."""
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32

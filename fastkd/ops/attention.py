@@ -15,7 +15,7 @@ from fastkd._private import batched, saved_tensors_hooked
 from fastkd.checks import Features
 from fastkd.ops import _batched_grads, _cuda_limits, _grad_prefetch
 from fastkd.ops._options import BIT, AttentionOptions, OperatorOptions, validated, validated_once
-from fastkd.ops._register import accumulator, autograd, define, differentiable_once, one_device, smaller
+from fastkd.ops._register import accumulator, autograd, define, differentiable_once, one_device, smaller, wanting_gradients
 
 _MAP = "float p, str channel_reduce, bool signed, bool normalize, float eps, str eps_mode"
 
@@ -120,7 +120,7 @@ class AttentionTransferFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, impl: Backend, options: OperatorOptions, student: list, teacher: list, needed: list[int], *tensors: Tensor
+        ctx: Any, impl: Backend, options: OperatorOptions, student: Sequence, teacher: Sequence, needed: Sequence[int], *tensors: Tensor
     ) -> Tensor:
         stages, bits = len(student), options[2]
         student_grad, teacher_grad = needed[0] < stages, needed[-1] >= stages
@@ -220,7 +220,7 @@ def attention_map(
     Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
     Source: Zagoruyko, Komodakis, *Paying more attention to attention*, ICLR 2017.
     """
-    impl = backends.select("attention_map", (x,), lambda: _cuda_limits.attention_map(p))
+    impl = backends.select("attention_map", (x,), _cuda_limits.attention_map, (p,))
     if impl.name == "reference":
         return reference.attention_map(x, p, channel_reduce=channel_reduce, signed=signed, normalize=normalize, eps=eps, eps_mode=eps_mode)
     if not checks.are_floats(p, eps):
@@ -278,11 +278,7 @@ def attention_transfer_loss(
     given = (
         p, channel_reduce, signed, eps, eps_mode, pool, pool_mode, difference, stage_reduce, weights, weight, teacher_is_map, student_is_map
     )  # fmt: skip
-    impl = backends.select(
-        "attention_transfer_loss",
-        (student, teacher),
-        lambda: _cuda_limits.attention_transfer_loss(student, teacher, p, teacher_is_map, student_is_map),
-    )
+    impl = backends.select("attention_transfer_loss", (student, teacher), _cuda_limits.attention_transfer_loss, given)
     if impl.name == "reference":
         return reference.attention_transfer_loss(student, teacher, **AttentionOptions(*given).keywords())
     if torch.compiler.is_compiling():
@@ -290,10 +286,9 @@ def attention_transfer_loss(
     try:
         options = validated_once(given)
         students, teachers = checks.stages("student", student), checks.stages("teacher", teacher)
-        tensors = [*students, *teachers]
-        needed = [i for i, x in enumerate(tensors) if x.requires_grad] if torch.is_grad_enabled() else None
-        if needed:
-            return AttentionTransferFunction.apply(impl, options, students, teachers, needed, *[tensors[i] for i in needed])
+        needed, tensors = wanting_gradients(students, teachers)
+        if tensors:
+            return AttentionTransferFunction.apply(impl, options, students, teachers, needed, *tensors)
         # an autograd.Function would cost 3 microseconds for nothing
         return impl.run("attention_transfer_loss", students, teachers, *options, False, False, None)[0]
     except Exception:

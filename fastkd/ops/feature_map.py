@@ -164,7 +164,7 @@ def tap(
     Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
     Source: Zagoruyko, Komodakis, *Paying more attention to attention*, ICLR 2017.
     """
-    impl = backends.select("tap", (x,), lambda: _cuda_limits.attention_map(p))
+    impl = backends.select("tap", (x,), _cuda_limits.attention_map, (p,))
     if impl.name == "reference":
         return reference.tap(x, p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode)
     if not checks.are_floats(p, eps):
@@ -205,7 +205,7 @@ def relu_tap(
     Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
     Source: Zagoruyko, Komodakis, *Paying more attention to attention*, ICLR 2017.
     """
-    impl = backends.select("relu_tap", (x, residual), lambda: _cuda_limits.attention_map(p))
+    impl = backends.select("relu_tap", (x, residual), _cuda_limits.attention_map, (p,))
     if impl.name == "reference":
         return reference.relu_tap(x, residual, p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode)
     if not checks.are_floats(p, eps):

@@ -15,7 +15,7 @@ from fastkd._private import batched, saved_tensors_hooked
 from fastkd.checks import Features
 from fastkd.kernels.gram_kept import kept_shape, wide_stages
 from fastkd.ops import _batched_grads, _cuda_limits, _grad_prefetch, flops
-from fastkd.ops._register import accumulator, autograd, define, differentiable_once, one_device
+from fastkd.ops._register import accumulator, autograd, define, differentiable_once, one_device, wanting_gradients
 
 
 def _matrix_fake(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
@@ -125,15 +125,21 @@ class FSPLossFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, impl: Backend, options: tuple, student: list, teacher: list, needed: list[int], *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, impl: Backend, options: tuple, student: Sequence, teacher: Sequence, needed: Sequence, *tensors: Tensor
+    ) -> Tensor:
         stages = len(student)
         foreseeing = needed[0] < stages and impl.prefetches and not saved_tensors_hooked()
         ctx.expected = _prefetch.expect() if foreseeing else None
         upstream = ctx.expected and ctx.expected[1]
         made = [] if upstream is None else [i for i in needed if i < stages]
         loss, matrix_grads, ctx.prepared = impl.run("fsp_loss", student, teacher, *options, True, upstream, made)
-        ctx.impl, ctx.options, ctx.stages, ctx.needed, ctx.frozen = impl, options, stages, needed, {}
-        _save_chains(ctx, student, teacher, matrix_grads)
+        ctx.impl, ctx.options, ctx.stages, ctx.needed = impl, options, stages, needed
+        if impl.keeps_matrices and needed == range(stages):  # the common case
+            ctx.saved_places, ctx.frozen = needed, {}
+            ctx.save_for_backward(*matrix_grads, *tensors)
+        else:
+            _save_chains(ctx, student, teacher, matrix_grads)
         return loss
 
     @staticmethod
@@ -149,16 +155,14 @@ class FSPLossFunction(torch.autograd.Function):
 
 def _save_chains(ctx: Any, student: Sequence[Tensor], teacher: Sequence[Tensor], matrix_grads: Sequence[Tensor]) -> None:
     """Save the features of the chains that need a gradient, and those of both where M is not kept."""
-    stages, wide = len(student), wide_stages(matrix_grads)
-    saved: list[Tensor | None] = [None] * (2 * stages)
-    for first, chain, need in ((0, student, ctx.needed[0] < stages), (stages, teacher, ctx.needed[-1] >= stages)):
-        for i in range(stages) if need else wide:
-            # what was made under inference_mode, a teacher, cannot be saved, nor changed in place
-            if chain[i].is_inference():
-                ctx.frozen[first + i] = chain[i]
-            else:
-                saved[first + i] = chain[i]
-    ctx.save_for_backward(*matrix_grads, *saved)
+    stages, wide, every = len(student), wide_stages(matrix_grads), (*student, *teacher)
+    places = []
+    for first, need in ((0, ctx.needed[0] < stages), (stages, ctx.needed[-1] >= stages)):
+        places += [first + i for i in (range(stages) if need else wide)]
+    # what was made under inference_mode, a teacher, cannot be saved, nor changed in place
+    ctx.frozen = {i: every[i] for i in places if every[i].is_inference()}
+    ctx.saved_places = [i for i in places if i not in ctx.frozen]
+    ctx.save_for_backward(*matrix_grads, *[every[i] for i in ctx.saved_places])
 
 
 def _chain_gradients(
@@ -166,9 +170,8 @@ def _chain_gradients(
 ) -> list[Tensor | None]:
     """The gradients of the features at ``ctx.needed``, None where ``needs`` says so; ``made`` holds those that exist, by their place."""
     stages, (pool_mode, *_, precision) = ctx.stages, ctx.options
-    matrix_grads, features = list(saved[: stages - 1]), list(saved[stages - 1 :])
-    for i, x in ctx.frozen.items():
-        features[i] = x
+    matrix_grads, by_place = list(saved[: stages - 1]), dict(zip(ctx.saved_places, saved[stages - 1 :])) | ctx.frozen
+    features = [by_place.get(i) for i in range(2 * stages)]
     wide = wide_stages(matrix_grads)
     run = functools.partial(_batched_grads.scaled, ctx.impl) if batched(grad) else ctx.impl.run_backward
     found = {place: made.get(place) for place, need in zip(ctx.needed, needs) if need}
@@ -185,7 +188,8 @@ def _graph_loss_context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tens
     student, teacher, *ctx.options, ctx.with_grad, _, _ = inputs
     ctx.mark_non_differentiable(*output[1], *output[2])
     ctx.save_for_backward(*output[1], *student, *teacher)
-    ctx.stages, ctx.frozen, ctx.needed = len(student), {}, range(2 * len(student))
+    ctx.stages, ctx.frozen = len(student), {}
+    ctx.needed = ctx.saved_places = range(2 * len(student))
 
 
 def _graph_loss_backward(ctx: Any, grad: Tensor, *rest: Any) -> tuple:
@@ -213,7 +217,7 @@ def fsp_matrix(a: Tensor, b: Tensor, *, pool_mode: str = "avg", precision: str |
     Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
     Source: Yim et al., *A gift from knowledge distillation*, CVPR 2017.
     """
-    impl = backends.select("fsp_matrix", (a, b), lambda: "")
+    impl = backends.select("fsp_matrix", (a, b), _cuda_limits.none)
     if impl.name == "reference":
         return reference.fsp_matrix(a, b, pool_mode=pool_mode, precision=precision)
     if impl.name == "cuda":
@@ -257,7 +261,7 @@ def fsp_loss(
     Source: Yim et al., *A gift from knowledge distillation*, CVPR 2017, and its published implementations (see the presets).
     """
     student, teacher = checks.listed(student), checks.listed(teacher)
-    impl = backends.select("fsp_loss", (student, teacher), lambda: _cuda_limits.fsp_loss(student))
+    impl = backends.select("fsp_loss", (student, teacher), _cuda_limits.fsp_loss)
     if impl.name == "reference":
         return reference.fsp_loss(
             student, teacher, pool_mode=pool_mode, distance=distance, pair_reduce=pair_reduce, weights=weights, weight=weight,
@@ -277,10 +281,9 @@ def fsp_loss(
         return impl.graph_op("fsp_loss")(students, teachers, *options[:4], 1.0, precision, needs)[0] * weight
     try:
         students, teachers = checks.stages("student", student), checks.stages("teacher", teacher)
-        tensors = [*students, *teachers]
-        needed = [i for i, x in enumerate(tensors) if x.requires_grad] if torch.is_grad_enabled() else None
-        if needed:
-            return FSPLossFunction.apply(impl, options, students, teachers, needed, *[tensors[i] for i in needed])
+        needed, tensors = wanting_gradients(students, teachers)
+        if tensors:
+            return FSPLossFunction.apply(impl, options, students, teachers, needed, *tensors)
         return impl.run("fsp_loss", students, teachers, *options, False, None, [])[0]
     except Exception:
         checks.explain(checks.fsp_loss, student, teacher, *options)

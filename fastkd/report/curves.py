@@ -17,8 +17,6 @@ from fastkd.training import results
 from fastkd.training.groups import DATASET_NAMES, changes, written
 
 COLOURS = {"teacher": "#555555", "baseline": "#999999", **{name: colour_of(name) for name in METHODS[1:]}, "at+kd": "#cc79a7"}
-
-COLOURS = {"teacher": "#555555", "baseline": "#999999", **{name: colour_of(name) for name in METHODS[1:]}, "at+kd": "#cc79a7"}
 PANELS = (("test_acc", "test accuracy, %"), ("train_acc", "training accuracy, %"), ("loss", "training loss, all terms"))
 TERMS = tuple((name, f"{title_of(name)} loss") for name in sorted(METHODS[1:], key=lambda name: name == "kd"))
 

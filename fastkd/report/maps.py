@@ -33,6 +33,8 @@ def redraw(folder: Path, data: Path | None) -> list[Path]:
         kept = config.teacher_path()  # of this machine's device; the run's may have been another
         paths["teacher"] = settings.teacher_checkpoint or kept.with_name(about.get("teacher_file", kept.name))
     models = {role: config.new_model(role).to(config.device) for role in paths}
+    if config.method.wraps:
+        models["student"] = config.distillation("student", models["student"], models["teacher"], config.method, fold=False).student
     try:
         for role, path in paths.items():
             load_weights(models[role], path)

@@ -64,6 +64,7 @@ class Config:
             raise UserError(f"{error} (--recipe {self.recipe_name}, --preset {self.recipe.preset})") from None
         self.settings = settings = dataclasses.replace(settings, method=self.method.name)
         self.calls: dict[str, list[Call]] = {}
+        self.student_parameters = 0  # of the student that a method has changed
         if distributed.leads():  # the others write nothing, and may have no such folder on their machine
             results.read_rows(settings.output)
         self.data: Dataset = load_dataset(name, settings.data)
@@ -92,6 +93,7 @@ class Config:
         try:
             trial = self.distillation("student", student, teacher, self.method, fold=False)
             self.calls = trial.check(self.recipe.batch_size if self.method.whole_batches else 2)
+            self.student_parameters = sum(parameter.numel() for parameter in trial.student.parameters())
         except fastkd.BackendError as error:
             raise UserError(" ".join(str(error).split())) from None
         except (ValueError, TypeError) as error:
@@ -222,7 +224,3 @@ class Config:
     def options(self) -> list[str]:
         """The options of the method that were changed, as the command line has them: "at.beta=500.0"."""
         return [f"{key}={written(value)}" for key, value in self.method.changes.items()]
-
-    def smaller_batch(self, dropped: bool) -> bool:
-        """Whether an epoch ends with a smaller batch, which is not compiled."""
-        return not dropped and len(self.data.train_labels) % (self.recipe.batch_size * self.processes) > 0

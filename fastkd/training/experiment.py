@@ -19,7 +19,7 @@ from fastkd.io.console import counted, say, screens
 from fastkd.io.files import locked
 from fastkd.methods import Definition, define
 from fastkd.models import WeightsError, create_model, fingerprint, load_weights
-from fastkd.training import attention_maps, distributed, results, run_dir
+from fastkd.training import attention_maps, distributed, results, resume, run_dir
 from fastkd.training.config import Config
 from fastkd.training.device import determinism
 from fastkd.training.progress import Progress, clock
@@ -37,10 +37,10 @@ def run(settings: Settings) -> dict[str, Any]:
     Raises UserError for whatever the user can mend, Interrupted after Ctrl-C.
     """
     config = shared_config(settings)
-    row, folder = distributed.from_first(lambda: run_dir.choose(config))
+    row, folder = distributed.from_first(lambda: resume.choose(config))
     if row is not None:
         done = f"row {row['no']} of {settings.output / 'results.csv'}, {row['reported_acc']} %"
-        say(f"{settings.method}: {row['folder']} is finished, {done}")
+        say(f"{config.settings.method}: {row['folder']} is finished, {done}")
         return dict(row)
     # the student's folder is there before the teacher's training begins, so that --resume finds the run whenever it was killed
     with screens(), determinism(settings.deterministic), run_dir.opened(config, "student", folder) as student:
@@ -65,9 +65,8 @@ def find_teacher(config: Config) -> tuple[nn.Module, float]:
     settings = config.settings
     path = settings.teacher_checkpoint or config.teacher_path()
     with teacher_lock(config, path):
-        begun = distributed.from_first(lambda: run_dir.teachers(config) if settings.resume is not None else [])
-        if begun or (settings.teacher_checkpoint is None and distributed.from_first(lambda: not path.exists())):
-            folder = max(begun, key=run_dir.epochs_of, default=None)  # all of one identity end alike: the one that came furthest
+        needed, folder = distributed.from_first(lambda: resume.choose_teacher(config, path))
+        if needed:
             what = f"{path} is not there yet; training it first" if folder is None else f"going on with its training in {folder}"
             say(f"teacher: {what}")
             with run_dir.opened(config, "teacher", folder) as opened:
@@ -105,9 +104,9 @@ def load_teacher(config: Config, teacher: nn.Module, path: Path) -> tuple[dict[s
     except WeightsError as error:
         raise UserError(str(error)) from None
     found = about["identity"] if isinstance(about, dict) and isinstance(about.get("identity"), dict) else {}
-    other = run_dir.differences(found, config.identity("teacher"))
+    other = resume.differences(found, config.identity("teacher"))
     if other and config.settings.teacher_checkpoint is None:
-        raise UserError(f"{path} is another teacher: {run_dir.listed(other)}; move it away, or name it by --teacher-checkpoint")
+        raise UserError(f"{path} is another teacher: {resume.listed(other)}; move it away, or name it by --teacher-checkpoint")
     batches = config.batches("teacher")[1]
     accuracy = evaluate(placed(teacher, config.device), batches, config.autocast())
     images = len(batches) * batches.batch_size if batches.drop_last else batches.count
@@ -168,7 +167,8 @@ def phase_trainer(config: Config, role: str, phase: tuple[str, Recipe, Definitio
     name, recipe, method = phase
     train, test = copy.copy(batches[0]), batches[1] if name == "main" else None
     train.stream = role if name == "main" else f"{role} {name}"
-    distillation = config.distillation(role, placed(student, config.device), teacher, method)
+    taught = None if teacher is None else placed(teacher, config.device)
+    distillation = config.distillation(role, placed(student, config.device), taught, method)
     return Trainer(distillation, train, test, recipe, config.autocast(), config.compiled, config.captured)
 
 

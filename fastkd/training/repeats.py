@@ -7,7 +7,7 @@ from typing import Any
 
 from fastkd.errors import UserError
 from fastkd.io.console import say, screens
-from fastkd.training import distributed, results, run_dir
+from fastkd.training import distributed, results, resume
 from fastkd.training.config import Config
 from fastkd.training.experiment import run
 from fastkd.training.flags import refuse_idle
@@ -59,12 +59,12 @@ def taken_up(each: list[Settings]) -> tuple[list[Settings], dict[int, dict[str, 
     settings, begun = [], False
     for one in each:
         config = Config(one)
-        unfinished, finished = run_dir.folders(one.output, config.identity("student"))
-        waits = bool(unfinished or run_dir.teachers(config))
+        unfinished, finished = resume.folders(one.output, config.identity("student"))
+        waits = bool(unfinished or resume.teachers(config))
         if finished and not unfinished:
             done[one.seed] = dict(rows[finished[-1].name])
         settings.append(dataclasses.replace(one, resume=one.resume if waits else None))
         begun = begun or waits or bool(finished)
     if not begun and each[0].resume != AUTO:
-        raise run_dir.nothing(Config(each[0]))
+        raise resume.nothing(Config(each[0]))
     return settings, done

@@ -22,7 +22,8 @@ from fastkd.training.device import device_name, fast_bfloat16
 from fastkd.training.groups import written
 from fastkd.training.progress import clock
 from fastkd.training.recipes import RECIPES
-from fastkd.training.run_dir import CHECKPOINT, RunDir
+from fastkd.training.resume import CHECKPOINT
+from fastkd.training.run_dir import RunDir
 from fastkd.training.settings import environment
 from fastkd.training.trainer import Trainer
 
@@ -38,6 +39,7 @@ def describe(config: Config) -> str:
         why = "by option" if f"{term}.preset" in config.method.changes else f"since {config.recipe.preset} has none"
         phases.append(f"{title_of(term)} is {preset}'s, {why}")
     phases += config.options()
+    added = f"; {config.student_parameters:,} as {settings.method} trains, tests and saves it" * config.method.wraps
     seeds = f"seed {settings.seed}"
     if config.teacher_seed is not None:
         seeds += f", of the teacher {config.teacher_seed}"
@@ -49,7 +51,7 @@ def describe(config: Config) -> str:
     lines = [
         f"fastkd   {fastkd.__version__}, torch {torch.__version__}",
         f"method   {settings.method}: {'; '.join(phases)}",
-        f"student  {models.student}, {student:,} parameters",
+        f"student  {models.student}, {student:,} parameters{added}",
         f"teacher  {models.teacher}, {teacher:,} parameters" if config.method.needs_teacher else "teacher  none",
         f"data     {data.name} ({config.why}), {len(data.train_labels):,} training and {len(data.test_labels):,} test images",
         f"recipe   {config.recipe_name}: {', '.join(fields[:9])},",
@@ -67,7 +69,7 @@ def describe(config: Config) -> str:
 def _notes(config: Config) -> list[str]:
     """What somebody who chose these settings may not have meant."""
     recipe, known, notes = config.recipe, RECIPES[config.recipe_name], []
-    if config.method.whole_batches and config.smaller_batch(recipe.drop_last):
+    if config.method.whole_batches and _smaller_batch(config, recipe.drop_last):
         notes.append(f"{config.method.name} is built for whole batches: an epoch's last, smaller one is left out")
     together = recipe.batch_size * config.processes
     if together != known.batch_size:
@@ -94,7 +96,7 @@ def _implementations(config: Config) -> str:
         if not config.compiled or not eager:
             parts.append(f"{name} by {eager or 'plain PyTorch'}")
             continue
-        smaller = config.smaller_batch(config.recipe.drop_last or config.method.whole_batches)
+        smaller = _smaller_batch(config, config.recipe.drop_last or config.method.whole_batches)
         rest = f" ({eager} in an epoch's last, smaller batch)" if smaller and eager != compiled else ""
         parts.append(f"{name} by {compiled} in the compiled step{rest}")
     return ", ".join(parts)
@@ -104,6 +106,11 @@ def _backends(config: Config, term: str, compiled: bool) -> str:
     """Who serves the package's operations in a term of the loss; "" if it has none of them."""
     found = [call.backend(config.recipe.batch_size, compiled) for call in config.calls.get(term, [])]
     return " and ".join(dict.fromkeys(found))
+
+
+def _smaller_batch(config: Config, dropped: bool) -> bool:
+    """Whether an epoch ends with a smaller batch, which is not compiled."""
+    return not dropped and len(config.data.train_labels) % (config.recipe.batch_size * config.processes) > 0
 
 
 def _records(config: Config) -> str:

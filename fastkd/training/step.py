@@ -67,10 +67,10 @@ class TrainStep:
 
     def _run(self, augment_params: Tensor, together: int, forward: Callable[..., Losses]) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        records: dict[str, Any] = {}
+        index, records = augment_params[:, 0], dict[str, Any]()
         if len(augment_params):  # a small batch may have no part for everybody
             images, labels = self.batches.take(augment_params)
-            losses = forward(images, labels, augment_params[:, 0])
+            losses = forward(images, labels, index)
             losses.total.backward()
             records = losses.records
             right = (losses.student_logits.detach().argmax(1) == labels).sum()
@@ -79,7 +79,7 @@ class TrainStep:
         distributed.add_gradients(self.parameters, len(augment_params) / together)
         self.optimizer.step()
         if records:
-            self.distillation.update(*distributed.joined_rows((augment_params[:, 0], records), together))
+            self.distillation.update(*distributed.joined_rows((index, records), together))
 
     def _compile(self, augment_params: Tensor, images: int, progress: Progress) -> None:
         """The first whole batch, whose step waits for the compiler."""
