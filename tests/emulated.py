@@ -97,7 +97,7 @@ def tickets() -> int:
 
 
 def products() -> int:
-    """How often warps multiplied on tensor cores, 16 x 8 x 8 numbers or x 16 of bfloat16, since this was last asked."""
+    """How often warps multiplied on tensor cores since this was last asked: 16 x 8 x 8, of bfloat16 16 x 8 x 16."""
     assert native.EMULATED and native.EMULATED.path
     library = ctypes.CDLL(native.EMULATED.path)
     library.fastkd_emulate_products.restype = ctypes.c_int64
