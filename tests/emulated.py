@@ -1,4 +1,4 @@
-"""The CUDA library's kernels on a machine without a GPU: compiled for the CPU, where csrc/cuda/testing/emulate.h runs them thread by thread."""
+"""The CUDA library's kernels on a machine without a GPU: run on the CPU, thread by thread (csrc/cuda/testing/emulate.h)."""
 
 from __future__ import annotations
 
@@ -76,6 +76,32 @@ def backwards(wanted: bool) -> None:
     """Run threads and blocks from the last to the first, where it matters if a barrier is missing."""
     assert native.EMULATED and native.EMULATED.path
     ctypes.CDLL(native.EMULATED.path).fastkd_emulate_reversed(int(wanted))
+
+
+@contextlib.contextmanager
+def stream(handle: int, capturing: bool = False) -> Iterator[None]:
+    """Calls inside belong to another stream than 0, on which a CUDA graph is captured or not."""
+    assert native.EMULATED and native.EMULATED.path
+    library = ctypes.CDLL(native.EMULATED.path)
+    library.fastkd_emulate_stream(ctypes.c_void_p(handle), int(capturing))
+    try:
+        yield
+    finally:
+        library.fastkd_emulate_stream(None, 0)
+
+
+def tickets() -> int:
+    """The slice of ticket counters that the last call had; -1: it had memory of its own."""
+    assert native.EMULATED and native.EMULATED.path
+    return int(ctypes.CDLL(native.EMULATED.path).fastkd_emulate_tickets())
+
+
+def products() -> int:
+    """How often warps multiplied on tensor cores, 16 x 8 x 8 numbers or x 16 of bfloat16, since this was last asked."""
+    assert native.EMULATED and native.EMULATED.path
+    library = ctypes.CDLL(native.EMULATED.path)
+    library.fastkd_emulate_products.restype = ctypes.c_int64
+    return int(library.fastkd_emulate_products())
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """What Triton's interpreter gets wrong, mended for the tests.
 
-It cuts float32 off where it writes bfloat16; a GPU rounds to nearest. That of 3.6 makes numbers of arrays of one element, which numpy 2.4
+It cuts float32 off where it writes bfloat16; a GPU rounds to nearest. It adds the rows of a tile one after the other, a
+GPU's lanes add as a tree: errors would grow with the size of a tile. That of 3.6 makes numbers of arrays of one element, which numpy 2.4
 refuses. And it replaces the functions of triton.language anew at every call of a device function, a third of its time: here once a launch.
 """
 
@@ -26,6 +27,20 @@ def mend() -> None:
         return torch.from_numpy(numbers.copy()).bfloat16().view(torch.int16).numpy().view(np.uint16).reshape(numbers.shape)
 
     interpreter._convert_float = rounding
+
+    def sum_as_tree(self, given):
+        numbers = given.handle.data
+        if numbers.dtype.kind != "f":
+            return add_in_order(self, given)
+        rows = np.moveaxis(numbers, self.axis, 0) if self.axis is not None else numbers.reshape(-1)
+        while len(rows) > 1:  # sizes are powers of two
+            rows = rows[: len(rows) // 2] + rows[len(rows) // 2 :]
+        total = rows[0]
+        if self.keep_dims:
+            total = np.expand_dims(total, self.axis) if self.axis is not None else total.reshape((1,) * numbers.ndim)
+        return self.to_tensor(total, given.dtype)
+
+    add_in_order, interpreter.ReduceOps.sum = interpreter.ReduceOps.sum, sum_as_tree
 
     patch = interpreter._patch_lang_tensor
 

@@ -133,8 +133,8 @@ def test_pooled_features_are_as_exact_as_pytorch(cpu_path, channels, pool):
     check(by_seed, "attention_transfer_loss", lambda f, s, t: f(s, t, pool=pool), tensors)
 
 
-# not triton: a way that is as exact spills registers on sm_80, so its sums over channels still run in one chain a lane
-GPU = [param for param in KERNELS if param.values[0] == "cuda"]
+GPU = [param for param in KERNELS if param.values[0] != "cpp"]
+TRITON = [param for param in KERNELS if param.values[0] == "triton"]
 
 
 @pytest.mark.parametrize("backend", GPU)
@@ -163,3 +163,26 @@ def test_gpu_kernels_of_small_maps_are_as_exact_as_pytorch(backend):
     for size in (1, 2, 4):
         x = features(1024, size, "contiguous", torch.float32)[:1]
         check(results, "attention_map", lambda f, x: f(x, normalize=False), x, backend)
+
+
+@pytest.mark.parametrize("backend", TRITON)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "stepped"])
+def test_triton_is_as_exact_as_pytorch(backend, layout):
+    for channels, seeds in ((64, SEEDS), (512, 5), (4096, 3)):
+        check_maps(features(channels, 7, layout, torch.float32, seeds), 2.0, backend)
+
+
+# tiles of 4, 8 and 64 rows
+@pytest.mark.parametrize("layout, channels, size", [("contiguous", 256, 32), ("contiguous", 4096, 7), ("stepped", 4096, 7)])
+@pytest.mark.parametrize("backend", TRITON)
+def test_triton_is_as_exact_where_a_lane_adds_the_most_rows(backend, layout, channels, size, monkeypatch):
+    """As in a large batch, where each program sums all it may: 64 rows a lane."""
+    pytest.importorskip("triton")
+    from fastkd.kernels import attention_map, launch
+
+    monkeypatch.setattr(launch, "LEAST", launch.MOST)
+    monkeypatch.setattr(attention_map, "_plans", launch.Plans())
+    (x,) = features(channels, size, layout, torch.bfloat16, 3)[:1]
+    cut = launch.grid(launch.walk(x.shape, [x.stride()], x.element_size()), launch.MOST)
+    assert cut.steps == 64
+    check(results, "attention_map", lambda f, x: f(x), [x], backend, gradients=False)

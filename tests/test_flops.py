@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastkd
 from fastkd import kernels
-from fastkd.ops import registry
+from fastkd.ops import _register
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -65,9 +65,9 @@ def test_triton_asks_the_dispatcher_while_a_mode_watches(cpp, monkeypatch):
     monkeypatch.setattr(kernels, "interpreting", lambda: False)
     monkeypatch.setattr(kernels, "launcher", lambda name: lambda *args: name)
     operator, args = torch.ops.fastkd.fsp_matrix.default, (a, b, "avg", None)
-    assert registry.launch(operator, *args) == "fsp_matrix"
+    assert _register.launch(operator, *args) == "fsp_matrix"
     with FlopCounterMode(display=False) as counter:
-        got = registry.launch(operator, *args)
+        got = _register.launch(operator, *args)
     torch.testing.assert_close(got, law.fsp_matrix(a, b))
     assert counter.get_total_flops() == 2 * 8 * 16 * 32 * 4 * 4
 

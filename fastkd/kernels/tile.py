@@ -1,7 +1,9 @@
 """What the kernels over attention maps have in common. Functions of Triton; `launch.py` explains walks, folds and grids.
 
-Sums over channels run in float32, each lane in the order of its rows and the lanes as a tree; sums over positions run in float64, as on a
-CPU: a map whose squares leave float32's range still has its norm. Every order is fixed, whatever program is the last to finish a sample.
+Sums over channels run in float32 within a program: each lane adds at most 64 rows one after the other, up to 4096 channels,
+and the lanes are added as a tree. The programs' sums are added in float64, so that rounding errors do not grow with their
+number. Sums over positions run in float64, as on a CPU: a map whose squares leave float32's range still has its norm.
+Every order is fixed, whatever program is the last to finish a sample.
 
 CONFIG[ITEM] is what of a tensor is constant in a kernel, `launch.config`. It is handed down whole and its numbers get names before
 they are used as shapes: Triton 3.6 takes numbers out of a constant tuple of tuples, and neither goes deeper nor passes a part of one on.
@@ -106,9 +108,9 @@ def places(walk, CONFIG: tl.constexpr, ITEM: tl.constexpr, n, row, rows, positio
 
 @triton.jit
 def row_step(walk, CONFIG: tl.constexpr, ITEM: tl.constexpr):
-    """How far the next tile of rows is."""
+    """How far the next tile of rows is. A tensor always: Triton 3.7 does not compile a constant that a function returns."""
     if CONFIG[ITEM][1]:
-        return CONFIG[ITEM][3]
+        return tl.cast(CONFIG[ITEM][3], tl.int64)
     elif CONFIG[ITEM][0]:
         return tl.cast(walk[5], tl.int64) * (CONFIG[ITEM][2] * CONFIG[ITEM][3])
     else:
@@ -168,15 +170,19 @@ def last_of(ticket, count):
 
 @triton.jit
 def collapse(partial, parts, positions, BLOCK: tl.constexpr):
-    """Adds ``parts`` rows of partial sums into the first, in order, and returns the sum of squares of the totals."""
+    """Adds ``parts`` rows of partial sums into the first, in order, and returns the sum of squares of the totals.
+
+    They are added in float64: a folded feature of many channels has hundreds.
+    """
     squares = tl.zeros((BLOCK,), tl.float64)
     for first in range(0, positions, BLOCK):
         s = first + tl.arange(0, BLOCK)
         mask = s < positions
         # .cg: other multiprocessors wrote them
-        q = tl.load(partial + s, mask=mask, other=0, cache_modifier=".cg")
-        for part in range(1, parts):
-            q += tl.load(partial + part * positions + s, mask=mask, other=0, cache_modifier=".cg")
+        total = tl.zeros((BLOCK,), tl.float64)
+        for part in range(0, parts):
+            total += tl.load(partial + part * positions + s, mask=mask, other=0, cache_modifier=".cg").to(tl.float64)
+        q = total.to(tl.float32)
         # a block of fewer positions than threads is held several times over: none may read what another has written already
         tl.debug_barrier()
         tl.store(partial + s, q, mask=mask)

@@ -1,4 +1,4 @@
-// The tap operators for the CPU: checks, allocation and the parallel region. The passes are in tap.inl, the schemas in fastkd/ops/tap.py.
+// The tap operators for the CPU: checks, allocation and the parallel region. The passes are in tap.inl, the schemas in fastkd/ops/feature_map.py.
 #include "cpu/attention/tap.h"
 
 #include <optional>

@@ -1,5 +1,5 @@
 // Batch norm in training, with the addition and the ReLU that follow it, for the CPU: checks, allocation, the parallel regions and what
-// joins them. The passes are in batch_norm.inl, the schemas in fastkd/ops/norm.py.
+// joins them. The passes are in batch_norm.inl, the schemas in fastkd/ops/batch_norm.py.
 #include "cpu/batch_norm/batch_norm.h"
 
 #include <cmath>

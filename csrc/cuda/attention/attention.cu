@@ -151,11 +151,11 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& stud
   const int64_t stages = static_cast<int64_t>(count), size = size_of(accumulated);
   const int64_t doubles = stages * samples + (sums * size + 7) / 8;
   Tensor scratch = device.empty(&doubles, 1, DType::kDouble);
-  const Tensor tickets = device.tickets(1 + stages * samples);
+  const Tickets tickets = device.tickets(1 + stages * samples);
   args.distances = static_cast<double*>(scratch.mutable_data_ptr());
   args.sums = args.distances + stages * samples;
   args.loss = loss.mutable_data_ptr();
-  args.tickets = tickets_of(tickets);
+  args.tickets = tickets.first;
   args.samples = static_cast<int32_t>(samples);
   const bool in_double = accumulated == DType::kDouble;
   launch("attention_transfer_loss", in_double ? loss_kernel<double> : loss_kernel<float>, blocks, kThreads,

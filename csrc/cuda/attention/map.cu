@@ -37,11 +37,11 @@ std::tuple<Tensor, Tensor> make_map(const char* name, const OnDevice& device, co
   Tensor norm = device.empty(&norms, 1, accumulated);
   const int64_t sums = x.batch * parts_of(args.walk) * x.positions;
   Tensor scratch = device.empty(&sums, 1, accumulated);
-  const Tensor tickets = device.tickets(x.batch);
+  const Tickets tickets = device.tickets(x.batch);
   args.sums = scratch.mutable_data_ptr();
   args.map = map.mutable_data_ptr();
   args.norm = norm.mutable_data_ptr();
-  args.tickets = tickets_of(tickets);
+  args.tickets = tickets.first;
   const bool in_double = accumulated == DType::kDouble;
   const auto kernel = y != nullptr ? (in_double ? map_kernel<true, double> : map_kernel<true, float>)
                                    : (in_double ? map_kernel<false, double> : map_kernel<false, float>);

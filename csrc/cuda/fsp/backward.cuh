@@ -168,7 +168,13 @@ gram_pool(FASTKD_ARGUMENTS(PoolArguments) call) {
     using T = decltype(zero);
     A v[1];
     const T* from = static_cast<const T*>(item.x.data) + n * item.x.stride_n + c * item.x.stride_c;
-    load_pooled<A, T, 1>(item.x, from, box_of<true>(static_cast<int32_t>(s), item.x.size, item.x.grid), v);
+    if (item.x.halved) {
+      Loaded<T, 1> window[kWindow<false>];
+      load_window(item.x, from + window_offset<false>(item.x, static_cast<int32_t>(s)), window);
+      v[0] = pooled<A>(item.x, window, 0);
+    } else {
+      load_pooled<A, T, 1>(item.x, from, box_of<true>(static_cast<int32_t>(s), item.x.size, item.x.grid), v);
+    }
     static_cast<A*>(item.out)[n * item.stride_n + c * item.stride_c + s * item.stride_s] = v[0];
   });
 }

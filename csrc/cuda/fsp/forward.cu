@@ -37,10 +37,12 @@ void run_forward(GramCall& call, std::vector<PairArguments> pairs, int64_t sampl
   arguments.loss = loss;
   arguments.groups = static_cast<int32_t>(groups);
   if (result != GramResult::kMatrix) {
-    const int64_t doubles = groups + scratch, tickets = 1 + groups;
+    const int64_t doubles = groups + scratch;
     arguments.terms = static_cast<double*>(call.keep(call.device.empty(&doubles, 1, DType::kDouble)));
     arguments.scratch = arguments.terms + groups;
-    arguments.tickets = static_cast<unsigned*>(call.keep(call.device.tickets(tickets)));
+    const Tickets tickets = call.device.tickets(1 + groups);
+    arguments.tickets = tickets.first;
+    if (tickets.memory) call.keep(*tickets.memory);
   }
   call.pool();
   int64_t blocks = 0;

@@ -29,11 +29,12 @@ struct ForwardArguments {
 };
 static_assert(sizeof(ForwardArguments) <= 4096, "a kernel's arguments");
 
-// Bytes of shared memory: the operands, then, over them, the tile; the sums.
+// Bytes of shared memory: the sums; the operands, then, over them, the tile.
+constexpr size_t kForwardSums = (kWarp + kGramThreads) * sizeof(double);
 template <typename A>
 FASTKD_BOTH constexpr size_t forward_shared(int chains) {
   const int operands = 2 * chains * kGramTile * 32, sums = kGramTile * (kGramTile + 1) + 64;
-  return (operands > sums ? operands : sums) * sizeof(A) + (kWarp + kGramThreads) * sizeof(double);
+  return kForwardSums + (operands > sums ? operands : sums) * sizeof(A);
 }
 
 // Adds the products of a pair's operands from `operand` on: of two chains at once, or of one.
@@ -74,9 +75,8 @@ gram_forward(FASTKD_ARGUMENTS(ForwardArguments) call) {
   const int row0 = row_tile * kGramTile, column0 = group % pair.column_tiles * kGramTile;
   const int64_t n = group / pair.column_tiles, a_channels = pair.operand[0].channels, b_channels = pair.operand[1].channels;
   const Cut cut = cut_of(pair.operand[0].channels, pair.operand[1].channels, threadIdx.x / kWarp);
-  A* tiles = reinterpret_cast<A*>(shared_memory());
-  double* scratch = reinterpret_cast<double*>(shared_memory() + forward_shared<A>(pair.chains)) - kWarp - kGramThreads;
-  double* column_sums = scratch + kWarp;
+  double *scratch = reinterpret_cast<double*>(shared_memory()), *column_sums = scratch + kWarp;
+  A* tiles = reinterpret_cast<A*>(shared_memory() + kForwardSums);
 
   GramSum<A, MODE> sum;
   sum.clear();

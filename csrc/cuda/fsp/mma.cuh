@@ -23,13 +23,19 @@ FASTKD_DEVICE float float_of(uint32_t bits) {
   return x;
 }
 
-// The nearest number of tf32. Tensor cores cut the last 13 bits off, all in one direction.
+// The nearest number of tf32. Tensor cores cut the last 13 bits off, all in one direction. Of two that are as near, sm_90 and later
+// take the even one, in a single instruction; sm_80 has one only for the larger one, and makes four of it.
 FASTKD_DEVICE uint32_t to_tf32(float x) {
 #ifdef FASTKD_EMULATE
-  return x == x ? (bits_of(x) + 0x1000u) & 0xffffe000u : bits_of(x);
+  const uint32_t bits = bits_of(x);
+  return x == x ? (bits + 0xfffu + (bits >> 13 & 1u)) & 0xffffe000u : bits;
 #else
   uint32_t bits;
+#if __CUDA_ARCH__ >= 900
+  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+#else
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+#endif
   return bits;
 #endif
 }
@@ -57,18 +63,23 @@ FASTKD_DEVICE void emulate_mma(float (&total)[4], const uint32_t (&a)[4], const 
     uint32_t a[4], b[2];
   } mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
   const Lane* lanes = reinterpret_cast<const Lane*>(emulate::exchange(&mine, sizeof mine));
-  const auto number = [](uint32_t bits, int k) {
+  const auto number = [](uint32_t bits, int k) -> double {
     if (WIDE) return float_of(k % 2 ? bits & 0xffff0000u : bits << 16);
     return float_of(bits & 0xffffe000u);
   };
   const int lane = threadIdx.x % kWarp;
+  if (lane == 0) emulate::count_product();
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
-    for (int k = 0; k < (WIDE ? 16 : 8); ++k) {
-      const int at = WIDE ? k / 2 : k;
-      const uint32_t of_a = lanes[row % 8 * 4 + at % 4].a[row / 8 + 2 * (at / 4)];
-      const uint32_t of_b = lanes[column * 4 + at % 4].b[at / 4];
-      total[i] += number(of_a, k) * number(of_b, k);
+    for (int first = 0; first < (WIDE ? 16 : 8); first += 8) {
+      double products[8];
+      for (int k = first; k < first + 8; ++k) {
+        const int at = WIDE ? k / 2 : k;
+        const uint32_t of_a = lanes[row % 8 * 4 + at % 4].a[row / 8 + 2 * (at / 4)];
+        const uint32_t of_b = lanes[column * 4 + at % 4].b[at / 4];
+        products[k - first] = number(of_a, k) * number(of_b, k);
+      }
+      total[i] = emulate::add_cut_off(total[i], products);
     }
   }
 }
@@ -122,24 +133,24 @@ FASTKD_DEVICE Quad<MODE> quad_of(const float (&x)[4]) {
   return q;
 }
 
-// total += a b^T over the 16 positions that the warp's quads hold. exact: nothing is left of a, or of b, by rounding (kBf16).
+// sum += a b^T over the 16 positions that the warp's quads hold. exact: nothing is left of a, or of b, by rounding (kBf16).
 template <Mode MODE>
-FASTKD_DEVICE void multiply(float (&total)[4], const Quad<MODE> (&a)[2], const Quad<MODE>& b, bool a_exact, bool b_exact) {
+FASTKD_DEVICE void multiply(float (&sum)[4], const Quad<MODE> (&a)[2], const Quad<MODE>& b, bool a_exact, bool b_exact) {
   if constexpr (MODE == Mode::kBf16) {
     // the small terms first; the product of both rests is left out
-    if (!a_exact) mma_bf16(total, {a[0].low[0], a[1].low[0], a[0].low[1], a[1].low[1]}, b.high);
-    if (!b_exact) mma_bf16(total, {a[0].high[0], a[1].high[0], a[0].high[1], a[1].high[1]}, b.low);
-    mma_bf16(total, {a[0].high[0], a[1].high[0], a[0].high[1], a[1].high[1]}, b.high);
+    if (!a_exact) mma_bf16(sum, {a[0].low[0], a[1].low[0], a[0].low[1], a[1].low[1]}, b.high);
+    if (!b_exact) mma_bf16(sum, {a[0].high[0], a[1].high[0], a[0].high[1], a[1].high[1]}, b.low);
+    mma_bf16(sum, {a[0].high[0], a[1].high[0], a[0].high[1], a[1].high[1]}, b.high);
   } else {
     FASTKD_UNROLL
     for (int i = 0; i < 4; i += 2) {
       const uint32_t left[4] = {a[0].high[i], a[1].high[i], a[0].high[i + 1], a[1].high[i + 1]};
       const uint32_t right[2] = {b.high[i], b.high[i + 1]};
       if constexpr (MODE == Mode::kTf32x3) {
-        mma_tf32(total, {a[0].low[i], a[1].low[i], a[0].low[i + 1], a[1].low[i + 1]}, right);
-        mma_tf32(total, left, {b.low[i], b.low[i + 1]});
+        mma_tf32(sum, {a[0].low[i], a[1].low[i], a[0].low[i + 1], a[1].low[i + 1]}, right);
+        mma_tf32(sum, left, {b.low[i], b.low[i + 1]});
       }
-      mma_tf32(total, left, right);
+      mma_tf32(sum, left, right);
     }
   }
 }

@@ -2,6 +2,8 @@
 // of shared memory.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/host.cuh"
 #include "cuda/fsp/mma.cuh"
 
@@ -23,8 +25,9 @@ struct Operand {
   DType dtype;
   Pool pool;
   Reading reading;
-  bool linear;  // not pooled, and position s lies at s * stride[2]
-  bool exact;   // its numbers are bfloat16's
+  bool linear : 1;  // not pooled, and position s lies at s * stride[2]
+  bool exact : 1;   // its numbers are bfloat16's
+  bool halved : 1;  // the finer of size and grid is twice the other in the last two dimensions, and equal in the first
 };
 
 // 1 / count. Spelled out for float64, whose division is a call that costs registers.
@@ -144,15 +147,40 @@ FASTKD_DEVICE void with_width(DType dtype, const F& f) {
   }
 }
 
+// What one load brings: 16 bytes of numbers, or one.
+template <typename T, int P>
+struct Loaded {
+  std::conditional_t<P == 1, T, Pack> raw;
+
+  FASTKD_MEMBER void load(const T* from) {
+    if constexpr (P == 1) {
+      raw = *from;
+    } else {
+      raw = load_pack(from);
+    }
+  }
+  template <typename A>
+  FASTKD_MEMBER A number(int i, bool is_bfloat16) const {
+    if constexpr (P == 1) {
+      return widened<A>(raw, is_bfloat16);
+    } else {
+      return widened<A>(get<T>(raw, i), is_bfloat16);
+    }
+  }
+};
+
 template <typename A, typename T, int P>
 FASTKD_DEVICE void load_numbers(const T* from, bool is_bfloat16, A (&to)[P]) {
-  if constexpr (P == 1) {
-    to[0] = widened<A>(*from, is_bfloat16);
-  } else {
-    const Pack pack = load_pack(from);
-    FASTKD_UNROLL
-    for (int i = 0; i < P; ++i) to[i] = widened<A>(get<T>(pack, i), is_bfloat16);
-  }
+  Loaded<T, P> loaded;
+  loaded.load(from);
+  FASTKD_UNROLL
+  for (int i = 0; i < P; ++i) to[i] = loaded.template number<A>(i, is_bfloat16);
+}
+
+// Whether a number takes the place of the largest so far: of equal ones the first stays; a NaN is larger than anything.
+template <typename A>
+FASTKD_DEVICE bool is_larger(A number, A largest) {
+  return number > largest || number != number;
 }
 
 // P channels from `from` on, at the position whose box of numbers this is.
@@ -174,8 +202,7 @@ FASTKD_DEVICE void load_pooled(const Operand& x, const T* from, const Box& box, 
         FASTKD_UNROLL
         for (int i = 0; i < P; ++i) {
           if (x.pool == Pool::kMax) {
-            // the first of equal ones; a NaN is larger than anything
-            if (first || one[i] > to[i] || one[i] != one[i]) to[i] = one[i];
+            if (first || is_larger(one[i], to[i])) to[i] = one[i];
           } else {
             to[i] += one[i] * share;
           }
@@ -189,6 +216,42 @@ FASTKD_DEVICE void load_pooled(const Operand& x, const T* from, const Box& box, 
     FASTKD_UNROLL
     for (int i = 0; i < P; ++i) to[i] *= share;
   }
+}
+
+// The windows of an operand that is halved: all that a thread loads is on its way before it waits for the first of it.
+template <bool SPREAD>
+constexpr int kWindow = SPREAD ? 1 : 4;
+
+// Where the window of position s begins, from the beginning of its channel.
+template <bool SPREAD>
+FASTKD_BOTH int64_t window_offset(const Operand& x, int32_t s) {
+  int32_t at[3];
+  place_of(s, x.grid, at);
+  const int32_t h = SPREAD ? at[1] / 2 : at[1] * 2, w = SPREAD ? at[2] / 2 : at[2] * 2;
+  return at[0] * x.stride[0] + h * x.stride[1] + w * x.stride[2];
+}
+
+template <typename T, int P, int N>
+FASTKD_DEVICE void load_window(const Operand& x, const T* from, Loaded<T, P> (&to)[N]) {
+  FASTKD_UNROLL
+  for (int j = 0; j < N; ++j) to[j].load(from + (j / 2 * x.stride[1] + j % 2 * x.stride[2]));
+}
+
+// Number i of what load_window() has loaded, pooled or spread.
+template <typename A, typename T, int P, int N>
+FASTKD_DEVICE A pooled(const Operand& x, const Loaded<T, P> (&window)[N], int i) {
+  const bool is_bfloat16 = x.dtype == DType::kBFloat16;
+  A total = window[0].template number<A>(i, is_bfloat16);
+  FASTKD_UNROLL
+  for (int j = 1; j < N; ++j) {
+    const A one = window[j].template number<A>(i, is_bfloat16);
+    if (x.pool == Pool::kMax) {
+      if (is_larger(one, total)) total = one;
+    } else {
+      total += one;
+    }
+  }
+  return x.pool == Pool::kMax ? total : total * A(0.25);
 }
 
 // One number of a feature, whatever it is.
@@ -214,7 +277,7 @@ FASTKD_DEVICE int32_t place_of_maximum(const Operand& x, int64_t from, const Box
       FASTKD_ROLLED
       for (int32_t w = box.begin[2]; w < box.end[2]; ++w) {
         const A one = number_of<A>(x, from + d * x.stride[0] + h * x.stride[1] + w * x.stride[2]);
-        if (place < 0 || one > most || one != one) {
+        if (place < 0 || is_larger(one, most)) {
           most = one;
           place = (d * x.size[1] + h) * x.size[2] + w;
         }

@@ -26,6 +26,11 @@ Reading reading_of(const Operand& x, bool padded) {
   return Reading::kOne;
 }
 
+// Fine and coarse sizes: see Operand.
+bool is_halved(const int32_t* fine, const int32_t* coarse) {
+  return fine[0] == coarse[0] && fine[1] == 2 * coarse[1] && fine[2] == 2 * coarse[2];
+}
+
 }  // namespace
 
 Operand plain_operand(const Feature& x) {
@@ -56,6 +61,7 @@ Operand GramCall::operand(const Feature& x, const int64_t* grid, int64_t channel
   for (int d = 0; d < 3; ++d) o.grid[d] = narrow(grid[d]);
   o.positions = narrow(count_of(grid));
   o.pool = max ? Pool::kMax : Pool::kAvg;
+  o.halved = is_halved(o.size, o.grid);
   o.exact = o.exact && max;
   if (channels_of_other <= kFusedTiles * kGramTile && is_near(x, grid)) return o;
 
@@ -75,6 +81,7 @@ Operand GramCall::operand(const Feature& x, const int64_t* grid, int64_t channel
   o.data = item.out;
   o.dtype = accumulate;
   o.pool = Pool::kNone;
+  o.halved = false;
   o.stride_n = item.stride_n;
   o.stride_c = item.stride_c;
   for (int d = 0; d < 3; ++d) o.size[d] = o.grid[d];
@@ -97,6 +104,7 @@ Operand GramCall::spread(const Feature& x, const int64_t* grid) const {
   for (int d = 0; d < 3; ++d) o.grid[d] = narrow(grid[d]);
   o.positions = narrow(count_of(grid));
   o.pool = Pool::kSpread;
+  o.halved = is_halved(o.grid, o.size);
   o.exact = false;
   return o;
 }

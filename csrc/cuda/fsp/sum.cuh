@@ -11,7 +11,9 @@ FASTKD_DEVICE void subtract(A (&from)[N], const A (&what)[N]) {
   for (int i = 0; i < N; ++i) from[i] -= what[i];
 }
 
-// On tensor cores.
+// On tensor cores, which cut off what does not fit into the sum that they add to. One that grew with each of a feature's thousands
+// of positions would lose more than the low parts of numbers hold. So modes with low parts begin a new sum for every 16 positions and
+// add it to `v` in float32, which rounds to nearest.
 template <typename A, Mode MODE>
 struct GramSum {
   // Fragments of b that registers hold at a time: twice the words, where something is left of what is rounded.
@@ -70,8 +72,14 @@ struct GramSum {
           for (int i = 0; i < kAtOnce; ++i) {
             const int ni = n_first + i;
             if (n0 + 8 * ni >= columns) break;
-            multiply<MODE>(v[mi][ni], a, b[i], !DIFFERENCE && s.a_exact, s.b_exact);
-            if constexpr (DIFFERENCE) multiply<MODE>(v[mi][ni], a_less, b_change[i], less.a_exact, false);
+            float own[4] = {0, 0, 0, 0};
+            float (&sum)[4] = Quad<MODE>::kRest ? own : v[mi][ni];
+            multiply<MODE>(sum, a, b[i], !DIFFERENCE && s.a_exact, s.b_exact);
+            if constexpr (DIFFERENCE) multiply<MODE>(sum, a_less, b_change[i], less.a_exact, false);
+            if constexpr (Quad<MODE>::kRest) {
+              FASTKD_UNROLL
+              for (int j = 0; j < 4; ++j) v[mi][ni][j] += own[j];
+            }
           }
         }
       }

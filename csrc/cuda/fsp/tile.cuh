@@ -61,7 +61,7 @@ FASTKD_DEVICE void store_positions(A* tile, int c, int s, int channels, int posi
       Pack pack;
       FASTKD_UNROLL
       for (int j = 0; j < 4; ++j) set<A>(pack, j, v[i + j]);
-      store_pack(tile + staged<PANELS>(c, s + i, channels, positions), pack);
+      store_shared_pack(tile + staged<PANELS>(c, s + i, channels, positions), pack);
     }
   } else {
     FASTKD_UNROLL
@@ -100,6 +100,32 @@ FASTKD_DEVICE void stage_positions(const Operand& x, const T* from, A* tile, int
   }
 }
 
+// A thread's part of a tile, where it stays with one position: P channels at a time, from `begin` to `end`; those from `given` on are 0.
+struct Share {
+  int begin, end, given, position;
+};
+
+// A halved operand's channels; `from` is where their windows begin.
+template <typename A, typename T, bool PANELS, int P, bool SPREAD>
+FASTKD_DEVICE void stage_halved(const Operand& x, const T* from, A* tile, const Share& share, int channels, int positions) {
+  constexpr int N = kWindow<SPREAD>, kAtOnce = P == 1 ? 2 * kInFlight / N : kInFlight / N;
+  const int64_t apart = P == 1 ? x.stride_c : P;  // channels that are loaded at once lie together
+  FASTKD_ROLLED
+  for (int first = share.begin; first < share.end; first += kAtOnce) {
+    Loaded<T, P> v[kAtOnce][N] = {};
+    FASTKD_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i < share.given && first + i < share.end) load_window(x, from + (first + i) * apart, v[i]);
+    }
+    FASTKD_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i >= share.end) break;
+      FASTKD_UNROLL
+      for (int j = 0; j < P; ++j) tile[staged<PANELS>((first + i) * P + j, share.position, channels, positions)] = pooled<A>(x, v[i], j);
+    }
+  }
+}
+
 // Neighbouring threads take neighbouring positions, P channels at a time; a thread stays with one position.
 template <typename A, typename T, bool PANELS, int P, bool POOLED>
 FASTKD_DEVICE void stage_channels(const Operand& x, const T* from, A* tile, int c0, int channels, int s0, int positions) {
@@ -108,48 +134,43 @@ FASTKD_DEVICE void stage_channels(const Operand& x, const T* from, A* tile, int 
   const int each = (packs + (kGramThreads >> bits) - 1) / (kGramThreads >> bits), begin = (threadIdx.x >> bits) * each;
   const int end = begin + each < packs ? begin + each : packs;
   const bool inside = s0 + s < x.positions;
-  // packs from here on are 0
-  const int given = !inside ? 0 : x.channels - c0 < channels ? (x.channels - c0) / P : packs;
+  const Share share = {begin, end, !inside ? 0 : x.channels - c0 < channels ? (x.channels - c0) / P : packs, s};
   from += c0 * x.stride_c;
+  const int at = inside ? s0 + s : 0;
+  if (POOLED && x.halved) {
+    if (x.pool == Pool::kSpread) {
+      stage_halved<A, T, PANELS, P, true>(x, from + window_offset<true>(x, at), tile, share, channels, positions);
+    } else {
+      stage_halved<A, T, PANELS, P, false>(x, from + window_offset<false>(x, at), tile, share, channels, positions);
+    }
+    return;
+  }
   if (POOLED && x.pool != Pool::kNone) {
-    const Box box = box_of<false>(inside ? s0 + s : 0, x.size, x.grid);
+    const Box box = box_of<false>(at, x.size, x.grid);
     FASTKD_ROLLED
     for (int i = begin; i < end; ++i) {
       A v[P] = {};
-      if (i < given) load_pooled<A, T, P>(x, from + i * P * x.stride_c, box, v);
+      if (i < share.given) load_pooled<A, T, P>(x, from + i * P * x.stride_c, box, v);
       FASTKD_UNROLL
       for (int j = 0; j < P; ++j) tile[staged<PANELS>(i * P + j, s, channels, positions)] = v[j];
     }
     return;
   }
-  if (inside) from += offset_of(x, s0 + s);
+  from += offset_of(x, at);
+  const int64_t apart = P == 1 ? x.stride_c : P;
   FASTKD_ROLLED
   for (int first = begin; first < end; first += kAtOnce) {
-    T v[P == 1 ? kAtOnce : 1];
-    Pack pack[P == 1 ? 1 : kAtOnce];
+    Loaded<T, P> v[kAtOnce] = {};
     FASTKD_UNROLL
     for (int i = 0; i < kAtOnce; ++i) {
-      const bool is_given = first + i < given && first + i < end;
-      if constexpr (P == 1) {
-        v[i] = {};
-        if (is_given) v[i] = from[(first + i) * x.stride_c];
-      } else {
-        pack[i] = {{0, 0, 0, 0}};
-        if (is_given) pack[i] = load_pack(from + (first + i) * P);  // channels lie together
-      }
+      if (first + i < share.given && first + i < end) v[i].load(from + (first + i) * apart);
     }
     FASTKD_UNROLL
     for (int i = 0; i < kAtOnce; ++i) {
       if (first + i >= end) break;
       FASTKD_UNROLL
       for (int j = 0; j < P; ++j) {
-        T number;
-        if constexpr (P == 1) {
-          number = v[i];
-        } else {
-          number = get<T>(pack[i], j);
-        }
-        tile[staged<PANELS>((first + i) * P + j, s, channels, positions)] = widened<A>(number, x.dtype == DType::kBFloat16);
+        tile[staged<PANELS>((first + i) * P + j, s, channels, positions)] = v[i].template number<A>(j, x.dtype == DType::kBFloat16);
       }
     }
   }

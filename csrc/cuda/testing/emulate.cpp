@@ -4,6 +4,9 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -42,6 +45,10 @@ ucontext_t scheduler;
 bool reversed = false;
 bool idle = false;
 std::string launched;
+void* stream_of_calls = nullptr;
+bool capturing = false;
+int slice_of_tickets = -1;
+int64_t products = 0;
 
 void enter() {
   try {
@@ -149,6 +156,33 @@ const unsigned char* exchange(const void* mine, size_t size) {
   return slots;
 }
 
+void* stream() { return stream_of_calls; }
+bool is_capturing() { return capturing; }
+void count_product() { ++products; }
+void note_tickets(int slice) { slice_of_tickets = slice; }
+
+float add_cut_off(float sum, const double (&products)[8]) {
+  const auto exponent = [](double x) {
+    uint64_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return static_cast<int>(bits >> 52 & 0x7ff);
+  };
+  constexpr int kZero = 0, kNotFinite = 0x7ff, kOne = 0x3ff, kBits = 23 + 2;
+  int largest = exponent(sum);
+  for (const double product : products) largest = std::max(largest, exponent(product));
+  if (largest == kZero) return sum;
+  if (largest == kNotFinite) {
+    for (const double product : products) sum += static_cast<float>(product);
+    return sum;
+  }
+  const int unit = largest - kOne - kBits;
+  const double scale = std::ldexp(1.0, -unit);
+  int64_t total = static_cast<int64_t>(sum * scale), place = 1;
+  for (const double product : products) total += static_cast<int64_t>(product * scale);
+  while (std::abs(total) / place >= 1 << 24) place *= 2;
+  return static_cast<float>(std::ldexp(static_cast<double>(total / place * place), unit));
+}
+
 const void* aligned(const void* pointer, uintptr_t bytes) {
   if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0) throw std::runtime_error("an access is not aligned");
   return pointer;
@@ -163,6 +197,22 @@ extern "C" __attribute__((visibility("default"))) const char* fastkd_emulate_lau
   told.swap(fastkd::emulate::launched);
   fastkd::emulate::launched.clear();
   return told.c_str();
+}
+
+// For ctypes: the stream of the calls that follow, and whether a graph is captured on it.
+extern "C" __attribute__((visibility("default"))) void fastkd_emulate_stream(void* handle, int capturing) {
+  fastkd::emulate::stream_of_calls = handle;
+  fastkd::emulate::capturing = capturing != 0;
+}
+
+// For ctypes: the slice of tickets that the last call had, or -1.
+extern "C" __attribute__((visibility("default"))) int fastkd_emulate_tickets() { return fastkd::emulate::slice_of_tickets; }
+
+// For ctypes: how often warps multiplied on tensor cores since it was last asked.
+extern "C" __attribute__((visibility("default"))) int64_t fastkd_emulate_products() {
+  const int64_t told = fastkd::emulate::products;
+  fastkd::emulate::products = 0;
+  return told;
 }
 
 // For ctypes: launches are checked and then do nothing, so that what the host does can be timed.

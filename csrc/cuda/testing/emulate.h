@@ -35,6 +35,16 @@ void barrier(bool whole_block);
 // Every lane's `size` bytes (at most 256) to every lane of the warp: the result holds 32 times those, valid until the next exchange but
 // one.
 const unsigned char* exchange(const void* mine, size_t size);
+// The stream of calls, and whether a graph is captured on it, as a test has set them.
+void* stream();
+bool is_capturing();
+// Which slice of tickets a call has; -1: memory of its own.
+void note_tickets(int slice);
+// sum and eight products, added as a tensor core adds them: each loses what lies more than two bits below the last place that the
+// largest of them has in float32, and the result what lies below its own last place. Nothing is rounded to nearest.
+float add_cut_off(float sum, const double (&products)[8]);
+// Called for each product of a warp on tensor cores.
+void count_product();
 // The pointer; throws unless it is a multiple of `bytes`.
 const void* aligned(const void* pointer, uintptr_t bytes);
 
