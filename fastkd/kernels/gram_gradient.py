@@ -130,7 +130,7 @@ class _Gradients:
         self.launch = Launch(
             fsp_gradient_kernel, programs, tuple(numbers), tuple(v.numbers for v in views), tuple(v.numbers for v in out_views),
             tuple(items), tuple(scales), samples, tuple(v.config for v in views), tuple(v.config for v in out_views), tuple(kinds),
-            tuple(cuts), len(items), how, interpreting(), **options(how, many),
+            tuple(cuts), len(items), how, interpreting(), **options(how, many, backward=True),
         )  # fmt: skip
 
     def run(self, grad: Tensor | None, features: Sequence[Tensor], ms: Sequence[Tensor]) -> list[Tensor]:
