@@ -81,7 +81,7 @@ class Libraries(toolchain.NinjaFile):
         for source in sources(part):
             command = [*(nvcc if source.endswith(".cu") else cxx)]
             command += [f"-DFASTKD_BUILD_INFO={info}"] if source.endswith("build_info.cpp") else []
-            if "/kernels/" not in source:
+            if Path(source).name != "kernels.cpp":
                 objects.append(self.compile(source, f"{name}/{source}.o", command))
                 continue
             for path, size in CODE_PATHS.items():
@@ -93,8 +93,9 @@ class Libraries(toolchain.NinjaFile):
 
 
 def sources(part: str) -> list[str]:
-    """Of one library, what lies in csrc itself included. What takes longest comes first."""
-    files = [file for place in (f"{part}/kernels", part, "csrc") for file in sorted(Path(place).glob("*.c*"))]
+    """Of one library, with what both share. Kernels take longest to compile and come first."""
+    files = [file for place in (part, "csrc/common") for file in sorted(Path(place).rglob("*.c*"))]
+    files.sort(key=lambda file: file.name != "kernels.cpp")
     return [str(file) for file in files if file.suffix in (".cpp", ".cu")]
 
 

@@ -1,4 +1,6 @@
-"""What the host pays for a loss on a GPU, as far as a machine without one can tell: python benchmarks/host.py
+"""What the host pays for a loss on a GPU, as far as a machine without one can tell: python benchmarks/host.py [--against DIR]
+
+With ``--against DIR``, another clone, instead: what the host pays for a tiny loss on a CPU in both (speed/against.py).
 
 Three stages of tiny tensors, one thread, microseconds of processor time a call: the least of several interleaved rounds.
 
@@ -12,6 +14,7 @@ one more forward. Autograd is in the first alone: it costs the other two the sam
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Callable
@@ -23,14 +26,15 @@ sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parent / "tests")]
 
 import emulated  # noqa: E402
 import torch  # noqa: E402
+from speed.against import compare  # noqa: E402
 from speed.formulas import FORMULAS  # noqa: E402
 
 from fastkd import kernels  # noqa: E402
-from fastkd.ops.attention import _BIT  # noqa: E402
+from fastkd.ops._options import BIT  # noqa: E402
 
 SIZES = ((16, 8), (32, 4), (32, 4))  # channels, height and width of a stage
 ROUNDS, CALLS = 15, 300
-SWITCHES = _BIT["channel_reduce"] | _BIT["pool"]
+SWITCHES = BIT["channel_reduce"] | BIT["pool"]
 Call = Callable[[], Any]
 
 
@@ -78,6 +82,12 @@ def rows(operation: str) -> dict[str, tuple[Call, Call]]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--against", type=Path, metavar="DIR", help="another clone of fastkd with its libraries built")
+    given = parser.parse_args()
+    if given.against:
+        compare(given.against, HERE.parent)
+        return
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}; µs a call, three stages: forward, forward and backward")
     for operation, name in (("attention", "AT"), ("gram", "FSP")):

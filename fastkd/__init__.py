@@ -1,16 +1,19 @@
 """Fused kernels for knowledge distillation: attention transfer and FSP, in float16 to float64, forward and backward.
 
-Functions :func:`attention_map`, :func:`attention_transfer_loss`, :func:`fsp_matrix`, :func:`fsp_loss`, :func:`kd_loss`; :func:`tap` and
-:func:`relu_tap`, which take an attention map on the feature's way through the network; modules :class:`AttentionTransfer`, :class:`FSP`,
-:class:`KD` with the published variants as presets; :mod:`fastkd.reference`, the same in plain PyTorch.
+Functions :func:`attention_map`, :func:`attention_transfer_loss`, :func:`fsp_matrix`, :func:`fsp_loss`, :func:`kd_loss`,
+:func:`rkd_loss`; :func:`tap` and :func:`relu_tap`, which take an attention map on the feature's way through the network; modules
+:class:`AttentionTransfer`, :class:`FSP`, :class:`KD`, :class:`RKD` with the published variants as presets; :class:`Distillation`, which
+joins student, teacher and method; :mod:`fastkd.reference`, the same in plain PyTorch.
 """
 
 from fastkd import backends, models, native, ops, reference
 from fastkd.backends import BackendError, use_backend
-from fastkd.modules import FSP, KD, AttentionTransfer
+from fastkd.distillation import Distillation, Losses
+from fastkd.losses import FSP, KD, RKD, AttentionTransfer
 from fastkd.ops.attention import attention_map, attention_transfer_loss
-from fastkd.ops.gram import fsp_loss, fsp_matrix
-from fastkd.ops.tap import relu_tap, tap
+from fastkd.ops.feature_map import relu_tap, tap
+from fastkd.ops.fsp import fsp_loss, fsp_matrix
+from fastkd.ops.rkd import rkd_loss
 from fastkd.reference import kd_loss
 
 __version__ = "0.1.0"
@@ -18,8 +21,11 @@ __version__ = "0.1.0"
 __all__ = [
     "FSP",
     "KD",
+    "RKD",
     "AttentionTransfer",
     "BackendError",
+    "Distillation",
+    "Losses",
     "attention_map",
     "attention_transfer_loss",
     "backends",
@@ -31,6 +37,7 @@ __all__ = [
     "ops",
     "reference",
     "relu_tap",
+    "rkd_loss",
     "tap",
     "use_backend",
 ]

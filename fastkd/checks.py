@@ -29,6 +29,17 @@ KD_REDUCTION = ("batchmean", "mean", "sum", "none")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def explain(check: Callable[..., object], *args: object) -> None:
+    """Raise what ``check`` finds wrong with a call's arguments, in place of the error that is handled now; nothing if they are right.
+
+    The error is in no local variable: one that holds its own frame would keep the features alive until a garbage collection.
+    """
+    try:
+        check(*args)
+    except (TypeError, ValueError) as error:
+        raise error from None
+
+
 def describe(x: Tensor) -> str:
     return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
 
@@ -150,6 +161,8 @@ def listed(value: Any) -> Any:
 
 def stages(name: str, value: object) -> list[Tensor]:
     """The tensors of one stage or of several; a lone tensor is a list of one."""
+    if type(value) is list:  # what nearly every call brings
+        return value
     if isinstance(value, Tensor):
         return [value]
     value = listed(value)
@@ -236,6 +249,28 @@ def relu_tap(x: object, residual: object, p: object, channel_reduce: object, eps
         raise ValueError(f"residual is {describe(residual)}, x is {describe(x)}: wanted the same shape and device")
 
 
+def attention_options(
+    p: object,
+    channel_reduce: object,
+    eps: object,
+    eps_mode: object,
+    pool: object,
+    pool_mode: object,
+    difference: object,
+    stage_reduce: object,
+    weight: object,
+) -> None:
+    power(p)
+    number("eps", eps, at_least=0)
+    number("weight", weight)
+    switch("channel_reduce", channel_reduce, CHANNEL_REDUCE)
+    switch("eps_mode", eps_mode, EPS_MODE)
+    switch("pool", pool, POOL)
+    switch("pool_mode", pool_mode, POOL_MODE)
+    switch("difference", difference, DIFFERENCE)
+    switch("stage_reduce", stage_reduce, REDUCE)
+
+
 def attention_transfer(
     student: object,
     teacher: object,
@@ -253,15 +288,7 @@ def attention_transfer(
     student_is_map: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The lists of student and teacher tensors, or the error that says what is wrong with the call."""
-    power(p)
-    number("eps", eps, at_least=0)
-    number("weight", weight)
-    switch("channel_reduce", channel_reduce, CHANNEL_REDUCE)
-    switch("eps_mode", eps_mode, EPS_MODE)
-    switch("pool", pool, POOL)
-    switch("pool_mode", pool_mode, POOL_MODE)
-    switch("difference", difference, DIFFERENCE)
-    switch("stage_reduce", stage_reduce, REDUCE)
+    attention_options(p, channel_reduce, eps, eps_mode, pool, pool_mode, difference, stage_reduce, weight)
     students, teachers = _pairs_up(student, teacher, least=1, spatial_student=not student_is_map, spatial_teacher=not teacher_is_map)
     stage_weights(weights, len(students), "stage")
     for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
@@ -345,3 +372,19 @@ def kd_loss(student_logits: object, teacher_logits: object, temperature: object,
             f"student_logits is {describe(student_logits)}, teacher_logits is {describe(teacher_logits)}: "
             "class counts differ, wanted the same"
         )
+
+
+def rkd_loss(student: object, teacher: object, distance_weight: object, angle_weight: object, weight: object) -> None:
+    for name, value in (("distance_weight", distance_weight), ("angle_weight", angle_weight), ("weight", weight)):
+        number(name, value)
+    for name, x in (("student", student), ("teacher", teacher)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} is {type(x).__name__}, wanted a tensor")
+        if x.dtype not in _FLOATS:
+            raise TypeError(f"{name} is {describe(x)}, wanted float16, bfloat16, float32 or float64")
+        if x.dim() < 2 or 0 in x.shape:
+            raise ValueError(f"{name} is {describe(x)}, wanted (N, ...) with at least one number a sample")
+        if x.shape[0] == 1:
+            raise ValueError(f"{name} is {describe(x)}: one sample has no relations, wanted at least two")
+    assert isinstance(student, Tensor) and isinstance(teacher, Tensor)
+    same_batch("student", student, "teacher", teacher)

@@ -1,4 +1,4 @@
-"""How fastkd tells a user of something that is not an error: a warning that points at the user's own line."""
+"""What fastkd tells a user: errors that they can mend, and warnings that point at their own line."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from pathlib import Path
 _PASSED = tuple(f"{Path(sys.modules[name].__file__ or '').parent}{os.sep}" for name in ("torch", "fastkd"))
 
 _said: set[str] = set()
+
+
+class UserError(Exception):
+    """Something that the user can mend. The message is the one line they read; a command ends with status 2."""
 
 
 def warn_once(message: str) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastkd._private import exporting
+
 # It does nothing, and no compiler knows that: it will not compute again what lies before it to have what comes after.
 # It claims to write to x, so that it needs no copy.
 _LIBRARY = torch.library.Library("fastkd", "FRAGMENT")
@@ -31,13 +33,6 @@ def save_constants(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if a.requires_grad == b.requires_grad:
         return a, b
     return (a, _behind_barrier(b)) if a.requires_grad else (_behind_barrier(a), b)
-
-
-def exporting() -> bool:
-    """Whether a graph is traced for torch.export."""
-    # the public function says True in every graph that PyTorch 2.11 traces
-    flag: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
-    return torch.compiler.is_exporting() if flag is None else flag
 
 
 def _behind_barrier(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,35 @@ def _load_cuda() -> Library:
 def cuda_architectures() -> tuple[str, ...]:
     """What the CUDA library has code for, such as ("sm_80", "sm_90", "compute_90"), in nvcc's names."""
     return tuple(_build_info(CUDA.path).get("architectures", ()))
+
+
+def has_code(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether a library with code for ``architectures`` ("sm_80", "compute_90", "sm_90a", ...) runs on a device.
+
+    Machine code serves later devices of its generation, PTX every later device; with an "a" either serves its own device alone, with an "f"
+    the later ones of its generation.
+    """
+    for name in architectures:
+        kind, _, number = name.partition("_")
+        suffix = number[-1] if number[-1:] in ("a", "f") else ""
+        major, minor = divmod(int(number.rstrip("af")), 10)
+        if suffix == "a":
+            served = (major, minor) == capability
+        elif kind == "sm" or suffix == "f":
+            served = major == capability[0] and minor <= capability[1]
+        else:
+            served = (major, minor) <= capability
+        if served:
+            return True
+    return False
+
+
+@functools.cache
+def why_no_code(architectures: tuple[str, ...], capability: tuple[int, int]) -> str:
+    """Why the CUDA library does not run on such a device, or ""."""
+    if has_code(architectures, capability):
+        return ""
+    return f"the CUDA library has code for {', '.join(architectures) or 'nothing'}, the device is sm_{capability[0]}{capability[1]}"
 
 
 def emulate(path: str) -> None:

@@ -126,7 +126,7 @@ def relu_tap(
 
 
 def batch_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, *, relu: bool = False, eps: float = 1e-5) -> Tensor:
-    """The y of :func:`fastkd.ops.norm.batch_norm`, by x's own mean and variance; of x's dtype, rounded once."""
+    """The y of :func:`fastkd.ops.batch_norm.batch_norm`, by x's own mean and variance; of x's dtype, rounded once."""
     with _no_autocast(x):
         wide, w, b = _widen(x, weight, bias)
         y = F.batch_norm(wide, None, None, w, b, training=True, eps=eps)
@@ -259,3 +259,23 @@ def kd_loss(
         if reduction != "none":
             kl = kl.mean() if reduction == "mean" else kl.sum()
         return kl * (weight * temperature**2 / (s.shape[0] if reduction == "batchmean" else 1))
+
+
+def rkd_loss(student: Tensor, teacher: Tensor, *, distance_weight: float = 25.0, angle_weight: float = 50.0, weight: float = 1.0) -> Tensor:
+    """Reference of :func:`fastkd.rkd_loss`, which see, by the formula: (N, N, D) differences and (N, N, N) cosines."""
+    checks.rkd_loss(student, teacher, distance_weight, angle_weight, weight)
+    with _no_autocast(student):
+        sides = [x.flatten(1) for x in _widen(student, teacher)]
+        away = [x[None] - x[:, None] for x in sides]  # [i, j] is e_j - e_i
+        squares = [x.square().sum(2) for x in away]
+        zero = [square == 0 for square in squares]
+        lengths = [square.masked_fill(mask, 1).sqrt().masked_fill(mask, 0) for square, mask in zip(squares, zero, strict=True)]
+        loss = sides[0].new_zeros(())
+        if distance_weight:
+            means = [x.sum() / (~mask).sum().clamp_min(1) for x, mask in zip(lengths, zero, strict=True)]
+            scaled = [x / torch.where(mean > 0, mean, 1) for x, mean in zip(lengths, means, strict=True)]
+            loss = loss + weight * distance_weight * F.smooth_l1_loss(scaled[0], scaled[1])
+        if angle_weight:
+            units = [x / y.masked_fill(mask, 1)[..., None] for x, y, mask in zip(away, lengths, zero, strict=True)]
+            loss = loss + weight * angle_weight * F.smooth_l1_loss(units[0] @ units[0].mT, units[1] @ units[1].mT)
+        return loss

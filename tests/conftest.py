@@ -127,7 +127,7 @@ def small_main(monkeypatch: pytest.MonkeyPatch, one_thread):
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent))
     from support_data import small_digits
 
-    from fastkd.training import datasets
+    from fastkd import data as datasets
 
     monkeypatch.setattr(datasets, "_LOADERS", dict(datasets._LOADERS))
     small_digits()

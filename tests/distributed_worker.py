@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from support_data import small_digits
 
-from fastkd.methods import create_method
+from fastkd.distillation import Distillation
+from fastkd.methods import Definition, define
 from fastkd.models import create_model
-from fastkd.training import Batches, Loop, distributed, get_recipe
+from fastkd.models.folding import fold_for_inference
+from fastkd.training import Batches, Trainer, distributed, get_recipe, run_dir
 from fastkd.training.progress import Progress
-from fastkd.training.teacher import eased
 
 
-def loop(method: str, alone: bool = False, **fields: Any) -> Loop:
+def loop(method: str | Definition, alone: bool = False, **fields: Any) -> Trainer:
     """Two epochs of a student without batch norms, whose result is to depend on the images alone; the last batch has only 9 of them.
 
     In float64, but for the cross-entropy, so that what differs is no rounding that grew.
@@ -31,10 +32,10 @@ def loop(method: str, alone: bool = False, **fields: Any) -> Loop:
     batches = Batches(images, labels, (0.5,) * 3, (0.25,) * 3, batch_size=16 // world, share=(rank, world), dtype=torch.float64)
     recipe = get_recipe("repdistiller", {"epochs": 2, "batch_size": 16 // world, "lr": 0.01, **fields})
     networks = create_model("resnet8"), create_model("resnet8")
-    student, teacher = eased(networks[0], True).double().requires_grad_(True), networks[1].double()
-    terms = create_method(method, "repdistiller")
-    terms = terms.alone() if alone else terms
-    made = Loop(student, terms, teacher, batches, batches, recipe, torch.autocast("cpu", enabled=False))
+    student, teacher = fold_for_inference(networks[0], True).double().requires_grad_(True), networks[1].double()
+    terms = define(method, preset="repdistiller") if isinstance(method, str) else method
+    distillation = Distillation(student, teacher, terms.initialization() if alone else terms, train_labels=labels)
+    made = Trainer(distillation, batches, batches, recipe, torch.autocast("cpu", enabled=False))
     for epoch in range(1, recipe.epochs + 1):
         made.train_epoch(epoch, Progress("", made.steps))
     return made
@@ -52,15 +53,14 @@ def main() -> None:
     small_digits()
     moment = os.environ.get("DIE_AFTER")
     if moment and os.environ.get("LOCAL_RANK") == "0":  # killed, or stopped, after so many epochs of the student
-        run_module: Any = sys.modules["fastkd.training.run"]  # its package has a function of that name
-        saved = run_module.save
+        saved = run_dir.save
 
         def save(path: Path, content: dict) -> None:
             saved(path, content)
             if path.name == "last.pt" and content["config"]["trained"] != "teacher" and content["epoch"] == int(moment):
                 os.kill(os.getpid(), getattr(signal, os.environ["DIE_BY"]))
 
-        run_module.save = save
+        run_dir.save = save
     sys.exit(runpy.run_path(str(Path(__file__).resolve().parent.parent / "train.py"))["main"](rest))
 
 

@@ -1,4 +1,4 @@
-"""The CUDA library's kernels on a machine without a GPU: compiled for the CPU, where csrc/cuda/emulate.h runs them thread by thread."""
+"""The CUDA library's kernels on a machine without a GPU: run on the CPU, thread by thread (csrc/cuda/testing/emulate.h)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -35,10 +36,10 @@ def build() -> Path | None:
     folder = ROOT / "csrc" / "cuda"
     if not compiler or not folder.is_dir():
         return None
-    sources = [*sorted(folder.glob("*.cu")), *sorted(folder.glob("*.cpp")), ROOT / "csrc" / "tensor.cpp"]
+    sources = [*sorted(folder.rglob("*.cu")), *sorted(folder.rglob("*.cpp")), ROOT / "csrc" / "common" / "tensor.cpp"]
     digest = hashlib.blake2b(f"{torch.__version__} {compiler} {FLAGS}".encode(), digest_size=8)
-    for path in sorted([*ROOT.glob("csrc/*.*"), *folder.glob("*.*")]):
-        digest.update(path.name.encode() + path.read_bytes())
+    for path in sorted([*ROOT.glob("csrc/common/*.*"), *folder.rglob("*.*")]):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     library = ROOT / "build" / "emulated" / digest.hexdigest() / "_C_emulated.so"
     if library.exists():
         return library
@@ -47,17 +48,15 @@ def build() -> Path | None:
     objects = library.parent / str(os.getpid())
     objects.mkdir(parents=True, exist_ok=True)
 
-    def start(*arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen([*compiler, *arguments], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    def run(arguments: list[str]) -> None:
+        done = subprocess.run([*compiler, *arguments], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if done.returncode:
+            raise RuntimeError(f"the CUDA kernels do not compile for the CPU:\n{done.stdout}")
 
-    def finish(processes: list[subprocess.Popen[str]]) -> None:
-        for process, said in [(process, process.communicate()[0]) for process in processes]:
-            if process.returncode:
-                raise RuntimeError(f"the CUDA kernels do not compile for the CPU:\n{said}")
-
-    made = [str(objects / (source.name + ".o")) for source in sources]
-    finish([start(*FLAGS, *search, "-x", "c++", "-c", str(source), "-o", to) for source, to in zip(sources, made)])
-    finish([start("-shared", *made, f"-L{top / 'lib'}", "-ltorch_cpu", "-o", str(objects / library.name))])
+    made = [str(objects / f"{source.parent.name}-{source.name}.o") for source in sources]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as pool:
+        list(pool.map(run, ([*FLAGS, *search, "-x", "c++", "-c", str(source), "-o", to] for source, to in zip(sources, made))))
+    run(["-shared", *made, f"-L{top / 'lib'}", "-ltorch_cpu", "-o", str(objects / library.name)])
     os.replace(objects / library.name, library)
     shutil.rmtree(objects)
     return library
@@ -76,6 +75,32 @@ def backwards(wanted: bool) -> None:
     """Run threads and blocks from the last to the first, where it matters if a barrier is missing."""
     assert native.EMULATED and native.EMULATED.path
     ctypes.CDLL(native.EMULATED.path).fastkd_emulate_reversed(int(wanted))
+
+
+@contextlib.contextmanager
+def stream(handle: int, capturing: bool = False) -> Iterator[None]:
+    """Calls inside belong to another stream than 0, on which a CUDA graph is captured or not."""
+    assert native.EMULATED and native.EMULATED.path
+    library = ctypes.CDLL(native.EMULATED.path)
+    library.fastkd_emulate_stream(ctypes.c_void_p(handle), int(capturing))
+    try:
+        yield
+    finally:
+        library.fastkd_emulate_stream(None, 0)
+
+
+def tickets() -> int:
+    """The slice of ticket counters that the last call had; -1: it had memory of its own."""
+    assert native.EMULATED and native.EMULATED.path
+    return int(ctypes.CDLL(native.EMULATED.path).fastkd_emulate_tickets())
+
+
+def products() -> int:
+    """How often warps multiplied on tensor cores since this was last asked: 16 x 8 x 8, of bfloat16 16 x 8 x 16."""
+    assert native.EMULATED and native.EMULATED.path
+    library = ctypes.CDLL(native.EMULATED.path)
+    library.fastkd_emulate_products.restype = ctypes.c_int64
+    return int(library.fastkd_emulate_products())
 
 
 @contextlib.contextmanager

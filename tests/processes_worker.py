@@ -3,8 +3,9 @@
 They are forked from a process that has imported everything, which takes a fraction of the time of new ones.
 A job is a line of JSON: ``flags`` of train.py, or ``call``, a function of this file with its ``arguments``;
 ``environment``, one dict of variables a process; ``logs``, a file a process; ``fault``: {"rank", "place", "call",
-"error"} raises that error in one process at the so-manieth call of a function. The answer has the exit ``statuses``
-(-9: killed after ``limit`` seconds) and ``seconds``: from the fault, else from the start, to the last one's end.
+"error"} raises that error in one process (rank null: in all), or sends it that signal, at the so-manieth call of a
+function. The answer has the exit ``statuses`` (-9: killed after ``limit`` seconds) and ``seconds``: from the fault,
+else from the start, to the last one's end.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import toy_methods
 from distributed_worker import loop
 from support_data import small_digits
 
@@ -47,7 +49,10 @@ def plant(fault: dict[str, Any], moment: Path) -> None:
         left -= 1
         if left == 0:
             moment.write_text(str(time.monotonic()))
-            raise ERRORS[fault["error"]]("planted")
+            if fault["error"].startswith("SIG"):
+                os.kill(os.getpid(), getattr(signal, fault["error"]))
+            else:
+                raise ERRORS[fault["error"]]("planted")
         return whole(*args, **options)
 
     setattr(holder, name, failing)
@@ -82,15 +87,33 @@ def gradients(path: str) -> None:
         torch.save([parameter.grad for parameter in parameters], f"{path}-{rank}.pt")
 
 
+def banks(path: str) -> None:
+    """A method that keeps a row for each image of all processes, and what one process makes of rows that are not divided evenly."""
+    with distributed.group("cpu"):
+        rank = distributed.share()[0]
+        rows = torch.arange(5).tensor_split(2)[rank]
+        joined = distributed.joined_rows((rows, (rows[:, None] * 2.0,)), 5)
+        made = loop(toy_methods.define("bank"))
+        torch.save({"joined": joined, "bank": made.distillation.methods["bank"].bank}, f"{path}-{rank}.pt")
+
+
+def answers(path: str) -> None:
+    """What the first process finds after a while, in all of them."""
+    with distributed.group("cpu"):
+        found = distributed.from_first(lambda: [distributed.busy(), distributed.busy(), 7][-1])
+        torch.save(found, f"{path}-{distributed.share()[0]}.pt")
+
+
 def child(job: dict[str, Any], rank: int) -> int:
     log = os.open(job["logs"][rank], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(job["environment"][rank])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     if job.get("terminal"):
         as_on_a_terminal()
     fault = job.get("fault")
-    if fault and fault["rank"] == rank:
+    if fault and fault["rank"] in (None, rank):
         plant(fault, Path(job["logs"][0] + ".moment"))
     try:
         if "call" in job:

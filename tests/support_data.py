@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from fastkd.training import datasets
-from fastkd.training.datasets import digits
+from fastkd import data as datasets
+from fastkd.data import digits
 
 
 def small_digits(train: int = 64, test: int = 64) -> None:

@@ -91,7 +91,7 @@ def test_an_unknown_backend_is_refused_with_the_known_names():
 class OnCuda(torch.Tensor):
     """A tensor that says that it lies on a CUDA device, which may not be there."""
 
-    device = torch.device("cuda", 0)
+    device, is_cpu, is_cuda = torch.device("cuda", 0), False, True
 
 
 def chosen(monkeypatch, *arguments, operation="attention_map", triton=True, cuda=True, why_not_cuda="", capability=(9, 0)):
@@ -103,7 +103,7 @@ def chosen(monkeypatch, *arguments, operation="attention_map", triton=True, cuda
     monkeypatch.setattr(native, "cuda_architectures", lambda: ("sm_80", "sm_90", "sm_100", "compute_100"))
     with warnings.catch_warnings(record=True) as caught, fastkd.use_backend("auto"):
         warnings.simplefilter("always")
-        answers = [backends.choose(operation, arguments, lambda: why_not_cuda) for _ in range(2)]
+        answers = [backends.select(operation, arguments, lambda *given: why_not_cuda).name for _ in range(2)]
     assert answers[0] == answers[1]
     return answers[0], [str(w.message) for w in caught]
 
@@ -150,7 +150,7 @@ def test_auto_takes_the_reference_on_a_device_that_no_kernel_is_for_and_says_so_
     ],
 )
 def test_the_cuda_library_serves_the_devices_that_it_has_code_for(monkeypatch, architectures, capability, served):
-    assert backends.has_code(architectures, capability) == served
+    assert native.has_code(architectures, capability) == served
     monkeypatch.setattr(backends, "_capability", lambda index: capability)
     monkeypatch.setattr(native, "CUDA", dataclasses.replace(native.CUDA, available=True))
     monkeypatch.setattr(native, "EMULATED", None)
@@ -158,23 +158,27 @@ def test_the_cuda_library_serves_the_devices_that_it_has_code_for(monkeypatch, a
     x = on_cuda(2, 3, 4)
     with fastkd.use_backend("cuda"):
         if served:
-            assert backends.choose("attention_map", (x,), lambda: "") == "cuda"
+            assert backends.select("attention_map", (x,), lambda *given: "").name == "cuda"
         else:
             with pytest.raises(fastkd.BackendError, match="sm_{}{}".format(*capability)):
-                backends.choose("attention_map", (x,), lambda: "")
+                backends.select("attention_map", (x,), lambda *given: "")
 
 
-def test_auto_leaves_large_products_to_triton_where_it_is(monkeypatch):
-    large, small = [[on_cuda(64, c, n, n) for c, n in ((256 // d, 56), (512 // d, 28), (1024 // d, 14))] for d in (1, 16)]
-    for chain, operation, triton, backend in (
-        (large, "fsp_loss", True, "triton"),
-        (large, "fsp_loss", False, "cuda"),
-        (large, "attention_transfer_loss", True, "cuda"),
-        (small, "fsp_loss", True, "cuda"),
+def test_auto_leaves_large_products_and_pooling_to_triton_where_it_is(monkeypatch):
+    large, small = [[on_cuda(64, c // d, 28, 28) for c in (256, 512, 1024)] for d in (1, 16)]
+    pooled = [on_cuda(4, 16, n, n) for n in (32, 32, 16)]
+    for chain, teacher, operation, triton, backend in (
+        (large, large, "fsp_loss", True, "triton"),
+        (large, large, "fsp_loss", False, "cuda"),
+        (large, large, "attention_transfer_loss", True, "cuda"),
+        (small, small, "fsp_loss", True, "cuda"),
+        (pooled, small, "fsp_loss", True, "triton"),
+        (small, pooled, "fsp_loss", True, "triton"),
+        (pooled, pooled, "fsp_loss", False, "cuda"),
     ):
-        assert chosen(monkeypatch, chain, chain, operation=operation, triton=triton)[0] == backend
-    assert chosen(monkeypatch, *large[:2], operation="fsp_matrix")[0] == "triton"
-    assert chosen(monkeypatch, *small[:2], operation="fsp_matrix")[0] == "cuda"
+        assert chosen(monkeypatch, chain, teacher, operation=operation, triton=triton)[0] == backend
+    for first, second, backend in ((*large[:2], "triton"), (*small[:2], "cuda"), (*pooled[1:], "triton")):
+        assert chosen(monkeypatch, first, second, operation="fsp_matrix")[0] == backend
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])

@@ -207,12 +207,12 @@ OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "tes
 
 @pytest.mark.unpoisoned
 def test_operators_keep_what_their_schemas_say(cuda):
-    from fastkd.ops.attention import _BIT
+    from fastkd.ops._options import BIT
 
     ops = torch.ops.fastkd_cuda
     s, t = chains(cuda)
     x = s[0].detach().requires_grad_()
-    bits = _BIT["channel_reduce"] | _BIT["pool"]
+    bits = BIT["channel_reduce"] | BIT["pool"]
     for operator, args in (
         (ops.attention_map, (x, 2.0, "mean", False, True, 1e-12, "clamp")),
         (ops.relu_tap, (x, t[0], 2.0, "mean", False, 1e-12, "clamp")),

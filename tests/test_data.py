@@ -15,8 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastkd.data import cifar
 from fastkd.training import Batches, UserError, choose_dataset, load_dataset
-from fastkd.training.datasets import cifar
 
 TRAIN_FILES = [f"data_batch_{i}" for i in range(1, 6)]
 

@@ -16,12 +16,13 @@ BACKENDS = ("module://matplotlib_inline.backend_inline", "no-such-backend", "tka
 # everything but matplotlib is imported once, then a process for each picture and backend
 WORKER = """
 import json, os, runpy, sys, torch
-from fastkd.training import pictures, report
+from fastkd.training import attention_maps
+from fastkd.report import tables as report
 root, speed, output, *backends = sys.argv[1:]
 
 def sheet():
     maps = {"student": [torch.rand(1, 8, 8)] * 3}
-    assert pictures.sheet(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), ["x"], maps, "x", "x", "").startswith(b"\\x89PNG")
+    assert attention_maps.sheet(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), ["x"], maps, "x", "x", "").startswith(b"\\x89PNG")
     import matplotlib
     # a user's own windows open as before
     assert os.environ["MPLBACKEND"] != "tkagg" or matplotlib.get_backend(auto_select=False) == "tkagg"

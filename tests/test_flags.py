@@ -8,10 +8,13 @@ import sys
 import pytest
 
 import fastkd.__main__ as about
-from fastkd.training import Settings, choose_dataset, get_recipe, redraw, report
-from fastkd.training.datasets import cifar
+from fastkd.data import cifar
+from fastkd.report import maps as redraw
+from fastkd.report import tables as report
+from fastkd.training import Settings, choose_dataset, get_recipe
+from fastkd.training.config import Config
 from fastkd.training.flags import refuse_idle
-from fastkd.training.plan import Plan
+from fastkd.training.run_summary import describe
 
 QUICK = ["--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--device", "cpu"]
 
@@ -119,7 +122,7 @@ def test_auto_never_downloads_whatever_part_of_cifar10_is_there(small_main, monk
     (tmp_path / "data" / folder / names[folder]).touch()
     name, why = choose_dataset("auto", tmp_path / "data")
     assert name == "digits" and why.startswith(f"auto: no CIFAR-10 under {tmp_path / 'data'}: ") and f"{folder} lacks " in why
-    plan = Plan(Settings("baseline", data=tmp_path / "data", student="resnet8", output=tmp_path / "runs"))
-    assert plan.data.name == "digits" and why in plan.describe()
+    plan = Config(Settings("baseline", data=tmp_path / "data", student="resnet8", output=tmp_path / "runs"))
+    assert plan.data.name == "digits" and why in describe(plan)
     shutil.rmtree(tmp_path / "data")
     assert choose_dataset("auto", tmp_path / "data")[0] == "digits"

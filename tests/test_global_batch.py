@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from fastkd.training import RECIPES, plots, records, report
-from fastkd.training.plan import Plan, Settings
-from fastkd.training.summary import changes, groups
+from fastkd.report import curves
+from fastkd.report import tables as report
+from fastkd.training import RECIPES, results
+from fastkd.training.config import Config, Settings
+from fastkd.training.groups import changes, groups
+from fastkd.training.run_summary import describe
 
 RUN = {
     "method": "at", "dataset": "cifar100", "student": "resnet20", "teacher": "resnet56", "recipe": "sakd", "nepoch": "240",
@@ -38,7 +41,7 @@ def test_a_change_is_what_differs_from_the_recipe(overrides, processes, changed)
     lines = report.lines_of(report.TABLES[2], dict(report.TABLES[2].rows)["AT"], groups([row]))
     figures = ["–"] if changed else ["–", "71.00"] if short else ["71.00 (+0.29)"]
     assert [cells[0] for _, cells in lines] == figures
-    assert plots.Curve({**row, "finished": "yes"}, []).label == ", ".join(["AT", "resnet20 ← resnet56", *changed])
+    assert curves.Curve({**row, "finished": "yes"}, []).label == ", ".join(["AT", "resnet20 ← resnet56", *changed])
 
 
 def test_milestones_above_are_the_recipes():
@@ -49,7 +52,7 @@ def test_means_are_over_runs_of_as_many_processes():
     rows = [{**RUN, "seed": seed, "processes": processes} for seed, processes in (("0", ""), ("1", "1"), ("0", "2"), ("1", "2"))]
     found = groups(rows)
     assert [group.seeds for group in found] == [["0", "1"], ["0", "1"]]
-    assert [group.cells[-1] for group in found] == ["", "processes=2"] and "| processes=2 |" in records.means(rows)
+    assert [group.cells[-1] for group in found] == ["", "processes=2"] and "| processes=2 |" in results.means(rows)
     (_, heads, lines) = report.tables(rows)[-1]
     assert [line[heads.index("changed")] for line in lines] == ["", "processes=2"]
 
@@ -67,5 +70,5 @@ def test_means_are_over_runs_of_as_many_processes():
 def test_another_batch_than_the_recipes_is_told_with_the_rates_own(monkeypatch, tmp_path, processes, batch, words):
     monkeypatch.setattr("fastkd.training.distributed.share", lambda: (0, processes))
     fields = {} if batch is None else {"batch_size": batch}
-    plan = Plan(Settings("baseline", "digits", student="resnet8", recipe="hankyul2", output=tmp_path, device="cpu", overrides=fields))
-    assert [line for line in plan.describe().splitlines() if line.startswith("note")] == ([words] if words else [])
+    plan = Config(Settings("baseline", "digits", student="resnet8", recipe="hankyul2", output=tmp_path, device="cpu", overrides=fields))
+    assert [line for line in describe(plan).splitlines() if line.startswith("note")] == ([words] if words else [])

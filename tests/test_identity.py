@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from fastkd.models import create_model, fingerprint
-from fastkd.training import Loop, Settings, UserError, repeat
-from fastkd.training.plan import Plan
-from fastkd.training.redraw import redraw
-from fastkd.training.screens import command, command_file
+from fastkd.report.maps import redraw
+from fastkd.training import Settings, Trainer, UserError, repeat
+from fastkd.training.command import command, command_file
+from fastkd.training.config import Config
 
 QUICK = ["--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--batch-size", "32", "--device", "cpu", "--no-pictures"]
 
@@ -34,7 +34,7 @@ def settings_of(output, method="kd", **changes):
 
 def stop(monkeypatch, epoch):
     """Ctrl-C at the beginning of an epoch of this process; returns what puts an end to that."""
-    whole, left = Loop.train_epoch, [None] * epoch
+    whole, left = Trainer.train_epoch, [None] * epoch
 
     def train_epoch(self, number, progress):
         left.pop()
@@ -42,8 +42,8 @@ def stop(monkeypatch, epoch):
             raise KeyboardInterrupt
         whole(self, number, progress)
 
-    monkeypatch.setattr(Loop, "train_epoch", train_epoch)
-    return lambda: monkeypatch.setattr(Loop, "train_epoch", whole)
+    monkeypatch.setattr(Trainer, "train_epoch", train_epoch)
+    return lambda: monkeypatch.setattr(Trainer, "train_epoch", whole)
 
 
 def error_of(main, capsys, flags):
@@ -57,18 +57,18 @@ def error_of(main, capsys, flags):
 
 def test_a_teacher_has_a_file_for_each_identity(small_main, monkeypatch, tmp_path):
     """Whatever its identity holds, two that differ in it lie apart, and those of one identity together."""
-    monkeypatch.setattr("fastkd.training.plan.find_device", lambda name: torch.device(name))
-    monkeypatch.setattr(Plan, "_check_fit", lambda self, student, teacher: None)  # nothing can run on the device that is named
+    monkeypatch.setattr("fastkd.training.config.find_device", lambda name: torch.device(name))
+    monkeypatch.setattr(Config, "_check_fit", lambda self: None)  # nothing can run on the device that is named
     changes = [
         {}, {"precision": "bf16"}, {"device": "cuda"}, {"device": "cuda", "cuda_graph": False}, {"deterministic": True}, {"compile": True},
         {"seed": 1}, {"teacher": "resnet20"}, {"recipe": "sakd"}, {"overrides": {"lr": 0.2}}, {"overrides": {"epochs": 2}},
     ]  # fmt: skip
-    plans = [Plan(settings_of(tmp_path, **change)) for change in changes]
+    plans = [Config(settings_of(tmp_path, **change)) for change in changes]
     identities = [plan.identity("teacher") for plan in plans]
     assert all(one != other for i, one in enumerate(identities) for other in identities[:i])
     assert len({plan.teacher_path().name for plan in plans}) == len(plans)
     assert plans[0].teacher_path().name == "digits-resnet8-digits-1epochs-seed0.pt"
-    said = Plan(settings_of(tmp_path, overrides={"lr": 0.05, "momentum": 0.9}))  # what the recipe has anyway
+    said = Config(settings_of(tmp_path, overrides={"lr": 0.05, "momentum": 0.9}))  # what the recipe has anyway
     assert said.identity("teacher") == identities[0] and said.teacher_path() == plans[0].teacher_path()
 
 
@@ -76,9 +76,9 @@ def test_a_run_says_which_teacher_it_took_and_takes_no_other(small_main, tmp_pat
     """A teacher trained in bf16, under the name that fp32's has."""
     flags = ["--method", "kd", *QUICK, "--epochs", "1", "--output", str(tmp_path)]
     assert small_main([*flags, "--precision", "bf16"]) == 0
-    bf16 = Plan(settings_of(tmp_path, precision="bf16")).teacher_path()
+    bf16 = Config(settings_of(tmp_path, precision="bf16")).teacher_path()
     assert f"teacher: resnet8 from {bf16} (trained on digits by digits, 1 epoch, seed 0, bf16, cpu), " in capsys.readouterr().out
-    fp32 = Plan(settings_of(tmp_path)).teacher_path()
+    fp32 = Config(settings_of(tmp_path)).teacher_path()
     shutil.copy(bf16, fp32)
     before = fp32.read_bytes()
     err = error_of(small_main, capsys, flags)
@@ -107,15 +107,15 @@ def test_the_command_has_every_choice_that_changes_bits(small_main, monkeypatch,
     """Also where another machine, or another day, would choose otherwise by itself."""
     import train
 
-    monkeypatch.setattr("fastkd.training.plan.find_device", lambda name: torch.device(name))
-    monkeypatch.setattr(Plan, "_check_fit", lambda self, student, teacher: None)  # nothing can run on the device that is named
-    plan = Plan(settings_of(tmp_path, "at", **change))
+    monkeypatch.setattr("fastkd.training.config.find_device", lambda name: torch.device(name))
+    monkeypatch.setattr(Config, "_check_fit", lambda self: None)  # nothing can run on the device that is named
+    plan = Config(settings_of(tmp_path, "at", **change))
     words = shlex.split(command(plan))
     given = train.build_parser().parse_args(words[words.index("train.py") + 1 :])
     assert (given.compile, given.cuda_graph) == (plan.compiled, plan.captured if plan.device.type == "cuda" else None)
-    monkeypatch.setattr("fastkd.training.plan.PAYS", 0)
-    monkeypatch.setattr("fastkd.training.plan.can_compile", lambda device: True)
-    again = Plan(settings_of(tmp_path, "at", **{**change, "compile": given.compile, "cuda_graph": given.cuda_graph}))
+    monkeypatch.setattr("fastkd.training.config.PAYS", 0)
+    monkeypatch.setattr("fastkd.training.config.can_compile", lambda device: True)
+    again = Config(settings_of(tmp_path, "at", **{**change, "compile": given.compile, "cuda_graph": given.cuda_graph}))
     assert again.identity("student") == plan.identity("student")
 
 
@@ -139,7 +139,7 @@ def test_the_command_has_the_environment_that_changes_bits(small_main, monkeypat
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("FASTKD_BACKEND", "reference")
     monkeypatch.chdir(tmp_path)
-    plan = Plan(settings_of(tmp_path, "at"))
+    plan = Config(settings_of(tmp_path, "at"))
     assert command(plan).startswith("FASTKD_BACKEND=reference python train.py --method at ")
     # a shell gives the variable to the program, and the program the flags that the script is given
     (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$FASTKD_BACKEND" "$@"\n')

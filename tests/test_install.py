@@ -171,9 +171,10 @@ def tree(tmp_path: Path) -> Path:
     """A source tree with the real build and metadata, and next to nothing to compile."""
     pytest.importorskip("setuptools", minversion="77")
     tree = tmp_path / "tree"
-    (tree / "csrc" / "cpu" / "kernels").mkdir(parents=True)
+    (tree / "csrc" / "cpu" / "three").mkdir(parents=True)
+    (tree / "csrc" / "common").mkdir()
     (tree / "fastkd").mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "csrc/toolchain.py", "csrc/build_info.cpp"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "csrc/toolchain.py", "csrc/common/build_info.cpp"):
         shutil.copy(ROOT / name, tree / name)
     (tree / "fastkd" / "__init__.py").write_text("__version__ = '0.0.1'\n")
     (tree / "fastkd" / "py.typed").touch()
@@ -181,7 +182,7 @@ def tree(tmp_path: Path) -> Path:
     (tree / "csrc" / "cpu" / "one.cpp").write_text('#include "one.h"\nint first() { return one(); }\n')
     (tree / "csrc" / "cpu" / "two.cpp").write_text("int second() { return 2; }\n")
     kernel = '#include "../one.h"\nnamespace FASTKD_PATH { int third() { return one() + FASTKD_VECTOR_BYTES; } }\n'
-    (tree / "csrc" / "cpu" / "kernels" / "three.cpp").write_text(kernel)
+    (tree / "csrc" / "cpu" / "three" / "kernels.cpp").write_text(kernel)
     return tree
 
 
@@ -193,7 +194,7 @@ def test_an_edit_compiles_what_it_concerns_and_nothing_else(tree: Path) -> None:
         assert (tree / "fastkd" / "_C.abi3.so").is_file() and not (tree / "fastkd" / "_C_cuda.abi3.so").exists()
         return {Path(name).name for name in re.findall(r"-o (\S+)", done.stdout)}
 
-    kernels = {f"three.cpp.{path}.o" for path in ("portable", "avx2", "avx512")}
+    kernels = {f"kernels.cpp.{path}.o" for path in ("portable", "avx2", "avx512")}
     library = {"_C.abi3.so"}
     everything = kernels | {"one.cpp.o", "two.cpp.o", "build_info.cpp.o"} | library
     assert made() == everything
@@ -238,7 +239,7 @@ def test_the_wheel_says_that_it_is_typed_and_the_sdist_is_whole(tree: Path) -> N
         assert "fastkd/py.typed" in archive.namelist()
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"setup.py", "csrc/toolchain.py", "csrc/cpu/one.h", "csrc/cpu/kernels/three.cpp"} <= names
+    assert {"setup.py", "csrc/toolchain.py", "csrc/cpu/one.h", "csrc/cpu/three/kernels.cpp"} <= names
 
 
 def test_the_manifest_names_files_that_are_there() -> None:

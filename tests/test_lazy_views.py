@@ -14,7 +14,7 @@ from support import KERNELS, place
 from torch import Tensor
 
 import fastkd
-from fastkd.ops.norm import batch_norm
+from fastkd.ops.batch_norm import batch_norm
 
 MAP = {"p": 1, "signed": True}
 

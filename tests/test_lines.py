@@ -6,10 +6,13 @@ import pytest
 import torch
 from test_step import loop_of
 
-from fastkd.training import Settings, UserError, console, devices, report
-from fastkd.training.plan import Plan
+from fastkd.io import console
+from fastkd.report import tables as report
+from fastkd.training import Settings, UserError, device
+from fastkd.training.config import Config
+from fastkd.training.experiment import find_teacher
 from fastkd.training.progress import Progress
-from fastkd.training.run import find_teacher
+from fastkd.training.run_summary import describe
 
 QUICK = ["--dataset", "digits", "--student", "resnet8", "--batch-size", "32", "--device", "cpu", "--no-pictures"]
 
@@ -29,15 +32,15 @@ def test_a_loss_that_is_not_finite_blames_what_can_be_changed(small_main, capsys
 
 def test_one_of_something_is_singular(small_main, capsys, tmp_path):
     assert [console.counted(n, "epoch") for n in (0, 1, 2)] == ["0 epochs", "1 epoch", "2 epochs"]
-    described = Plan(settings_of(tmp_path, "baseline")).describe()
+    described = describe(Config(settings_of(tmp_path, "baseline")))
     assert "baseline: 1 epoch of ce\n" in described and ", 1 thread," in described  # these tests run on one
-    assert "2 epochs of ce\n" in Plan(settings_of(tmp_path, "baseline", overrides={"epochs": 2})).describe()
-    assert devices.device_name(torch.device("cpu")) == "cpu, 1 thread"
+    assert "2 epochs of ce\n" in describe(Config(settings_of(tmp_path, "baseline", overrides={"epochs": 2})))
+    assert device.device_name(torch.device("cpu")) == "cpu, 1 thread"
 
 
 def test_a_teacher_at_chance_gets_one_warning(small_main, tmp_path, capsys):
     """One that knows nothing, and one that knows the answers."""
-    plan = Plan(settings_of(tmp_path, teacher_checkpoint=tmp_path / "t.pt"))
+    plan = Config(settings_of(tmp_path, teacher_checkpoint=tmp_path / "t.pt"))
     model = plan.new_model("teacher")
     with torch.no_grad():
         model.fc.weight.zero_()
@@ -51,7 +54,7 @@ def test_a_teacher_at_chance_gets_one_warning(small_main, tmp_path, capsys):
     try:
         assert find_teacher(plan)[1] == 100
     finally:
-        plan.data.test_labels.copy_(Plan(settings_of(tmp_path)).data.test_labels)
+        plan.data.test_labels.copy_(Config(settings_of(tmp_path)).data.test_labels)
     assert "warning" not in capsys.readouterr().out
 
 

@@ -17,11 +17,12 @@ import pytest
 import torch
 from test_data import stand_in
 
+from fastkd.io import files, locks
+from fastkd.io.files import locked, owned
 from fastkd.models import create_model
-from fastkd.training import Settings, UserError, files, load_dataset, marks, records
-from fastkd.training.files import locked, owned
-from fastkd.training.plan import Plan
-from fastkd.training.run import find_teacher
+from fastkd.training import Settings, UserError, load_dataset, results
+from fastkd.training.config import Config
+from fastkd.training.experiment import find_teacher
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--batch-size", "32", "--device", "cpu", "--no-pictures"]
@@ -39,7 +40,7 @@ def no_locks(request, monkeypatch):
             raise OSError(request.param, os.strerror(request.param))
 
         monkeypatch.setattr(files.fcntl, "flock", flock)
-    monkeypatch.setattr(marks, "_told", False)
+    monkeypatch.setattr(locks, "_told", False)
     return request.param
 
 
@@ -47,7 +48,7 @@ def test_a_run_needs_no_file_locks(small_main, no_locks, tmp_path, capsys):
     assert small_main(["--method", "kd", *QUICK, "--epochs", "1", "--output", str(tmp_path)]) == 0
     out, err = capsys.readouterr()
     lines = [line for line in out.splitlines() if "file locks" in line]
-    assert err == "" and [row["method"] for row in records.read_rows(tmp_path)[1]] == ["teacher", "kd"]
+    assert err == "" and [row["method"] for row in results.read_rows(tmp_path)[1]] == ["teacher", "kd"]
     assert not list(tmp_path.rglob("*.held"))
     if no_locks is None:
         assert lines == []
@@ -64,8 +65,8 @@ def test_without_file_locks_one_holds_and_no_row_is_lost(no_locks, tmp_path):
     with owned(tmp_path / ".lock") as again:
         assert again
     with ThreadPoolExecutor(6) as pool:
-        list(pool.map(lambda i: records.append(tmp_path, {"seed": i, "folder": f"run{i}"}), range(12)))
-    rows = records.read_rows(tmp_path)[1]
+        list(pool.map(lambda i: results.append(tmp_path, {"seed": i, "folder": f"run{i}"}), range(12)))
+    rows = results.read_rows(tmp_path)[1]
     assert [row["no"] for row in rows] == [str(i) for i in range(1, 13)] and {row["seed"] for row in rows} == {str(i) for i in range(12)}
 
 
@@ -98,7 +99,7 @@ def test_a_mark_is_left_behind_when_its_process_is_gone(monkeypatch, tmp_path, h
 
 def test_who_holds_a_mark_renews_it(monkeypatch, tmp_path):
     monkeypatch.setattr(files, "fcntl", None)
-    monkeypatch.setattr(marks, "PULSE", 0.01)
+    monkeypatch.setattr(locks, "PULSE", 0.01)
     mark = tmp_path / ".lock.held"
     with owned(tmp_path / ".lock"):
         os.utime(mark, (0, 0))
@@ -110,7 +111,7 @@ def test_who_holds_a_mark_renews_it(monkeypatch, tmp_path):
 
 
 def test_who_comes_second_waits_for_the_teacher(tmp_path, capsys):
-    plan = Plan(Settings("kd", "digits", student="resnet8", teacher="resnet8", output=tmp_path, device="cpu", resume=""))
+    plan = Config(Settings("kd", "digits", student="resnet8", teacher="resnet8", output=tmp_path, device="cpu", resume=""))
     path, found = plan.teacher_path(), []
     with locked(tmp_path / f".{path.name}.lock"):
         thread = threading.Thread(target=lambda: found.append(find_teacher(plan)))
@@ -150,7 +151,7 @@ def test_two_commands_on_one_output_train_one_teacher(tmp_path):
     flags = ["--method", "at", *QUICK, "--epochs", "2", "--output", str(tmp_path)]
     done = subprocess.run([sys.executable, "-c", PAIR, *flags], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert sorted(row["method"] for row in records.read_rows(tmp_path)[1]) == ["at", "at", "teacher"]
+    assert sorted(row["method"] for row in results.read_rows(tmp_path)[1]) == ["at", "at", "teacher"]
     assert done.stdout.count("training it first") == 1
 
 

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations, parametrize
 import fastkd
 from fastkd import native
 from fastkd.models import create_model
-from fastkd.training.teacher import eased
+from fastkd.models.folding import fold_for_inference
 
 NETWORKS = ["resnet8", "wrn_16_1"]
 networks = pytest.mark.parametrize("name", NETWORKS)
@@ -261,11 +261,11 @@ def test_a_folded_teacher_calls_what_was_put_on_its_modules(name, what, how):
     else:
         module.__class__ = type("Heir", (type(module),), {"forward": lambda self, x: super(type(self), self).forward(x) * 2 + 1})
     with torch.no_grad():
-        torch.testing.assert_close(eased(teacher, False)(x), teacher(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fold_for_inference(teacher, False)(x), teacher(x), rtol=1e-4, atol=1e-4)
 
 
 def folded(model):
-    return eased(model.eval(), False)
+    return fold_for_inference(model.eval(), False)
 
 
 TRACERS = {
@@ -287,7 +287,7 @@ TRACERS = {
 def test_under_a_tracer_networks_are_plain_pytorch(name, kind, tracer):
     model, x = network(name, train=kind == "train"), images()
     if kind == "folded":
-        model = eased(model.eval(), False)
+        model = fold_for_inference(model.eval(), False)
     plain, other = copy.deepcopy(model), images()
     with torch.set_grad_enabled(kind == "train"):
         program = TRACERS[tracer](model, x)

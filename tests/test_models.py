@@ -126,6 +126,12 @@ def worn_in(name: str, **options) -> torch.nn.Module:
     return model.eval()
 
 
+def assert_same(found, wanted):
+    """Two Features hold the same tensors in the same fields."""
+    (left, one), (right, other) = (torch.utils._pytree.tree_flatten(tree) for tree in (found, wanted))
+    assert one == other and all(x is y or torch.equal(x, y) for x, y in zip(left, right, strict=True))
+
+
 @pytest.mark.parametrize(("name", "blocks"), [("resnet8", 1), ("resnet20", 3), ("resnet8x4", 1), ("resnet_32_20", 3)])
 def test_resnet_features_equal_a_forward_written_by_hand(name, blocks):
     model, x = worn_in(name, num_classes=7), torch.randn(2, 3, 32, 32, dtype=torch.float64)
@@ -136,6 +142,10 @@ def test_resnet_features_equal_a_forward_written_by_hand(name, blocks):
         torch.testing.assert_close(list(found.blocks), maps)
         torch.testing.assert_close(list(found.stages), maps[blocks - 1 :: blocks])
         torch.testing.assert_close([found.stem, found.pooled, found_logits], [stem, pooled, logits])
+        both = model(x, features="both")[0]
+        assert_same(both.preact if features == "preact" else both._replace(preact=None), found)
+    assert_same(model(x, features="pooled")[0], both._replace(stem=(), stages=(), blocks=(), preact=None))
+    torch.testing.assert_close(both.final.mean((2, 3)), pooled)
     torch.testing.assert_close(model(x), logits)
     assert stem.shape[-1] == (28 if "_32_" in name else 32)
 
@@ -149,6 +159,10 @@ def test_wide_resnet_features_equal_a_forward_written_by_hand(name, blocks):
         torch.testing.assert_close(list(found.blocks), maps)
         torch.testing.assert_close(list(found.stages), maps[blocks - 1 :: blocks])
         torch.testing.assert_close([found.stem, found.pooled, found_logits], [stem, pooled, logits])
+        both = model(x, features="both")[0]
+        assert_same(both.preact if features == "preact" else both._replace(preact=None), found)
+    assert_same(model(x, features="pooled")[0], both._replace(stem=(), stages=(), blocks=(), preact=None))
+    torch.testing.assert_close(both.final.mean((2, 3)), pooled)
     torch.testing.assert_close(model(x), logits)
 
 
@@ -157,7 +171,7 @@ def test_asking_for_features_changes_neither_gradients_nor_batch_norms(name):
     """Also: what is returned is not overwritten afterwards by an in-place ReLU or addition."""
     model, x = create_model(name), torch.randn(4, 3, 32, 32)
     start, results = {key: value.clone() for key, value in model.state_dict().items()}, []
-    for features in (False, True, "preact"):
+    for features in (False, True, "preact", "both", "pooled"):
         model.load_state_dict(start)
         model.zero_grad()
         out = model.train()(x, features=features)
@@ -192,8 +206,9 @@ def test_a_tap_gives_the_maps_of_the_stages_and_changes_nothing_else(name, tap):
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(model.eval()(x, tap=taken), model(x))
-    with pytest.raises(ValueError, match="preact"):
-        model(x, features="preact", tap=taken)
+    for features in ("preact", "both", "pooled"):
+        with pytest.raises(ValueError, match=features):
+            model(x, features=features, tap=taken)
 
 
 @pytest.mark.parametrize("name", ["resnet8", "wrn_16_1"])
@@ -203,9 +218,59 @@ def test_models_compile_as_one_graph_and_keep_channels_last(name):
     features = model(x, features=True)[0]
     assert all(m.is_contiguous(memory_format=torch.channels_last) for m in (features.stem, *features.blocks))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for wanted in (True, "preact"):
+    for wanted in (True, "preact", "both", "pooled"):
         expected, got = model(x, features=wanted), compiled(x, features=wanted)
         torch.testing.assert_close([*got[0].stages, got[1]], [*expected[0].stages, expected[1]], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1"])
+def test_the_neck_and_the_classifier_may_be_exchanged(name):
+    class Shown(fastkd.models.Neck):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(64, 7, 1)
+
+        def forward(self, x, record=None):
+            inner = self.conv(x)
+            if record is not None:
+                record.neck = inner
+            return inner.relu()
+
+    model, x = create_model(name).eval(), torch.randn(2, 3, 32, 32)
+    before = model(x, features=True)[0]
+    assert before.neck is None and not [key for key in model.state_dict() if key.startswith("neck")]
+    model.neck, model.fc = Shown(), torch.nn.Linear(7, 5)
+    for features in (True, "preact", "both", "pooled"):
+        found, logits = model(x, features=features)
+        torch.testing.assert_close(found.neck, model.neck.conv(before.final))
+        torch.testing.assert_close(found.final, found.neck.relu())
+        torch.testing.assert_close(logits, model.fc(found.final.mean((2, 3))))
+    torch.testing.assert_close(model(x), logits)
+    model.neck = torch.nn.Conv2d(64, 7, 1)  # one that shows nothing
+    assert model(x, features=True)[0].neck is None and model(x).shape == (2, 5)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_2"])
+def test_the_norms_before_the_relu_are_those_of_the_maps(name):
+    """Of a ResNet the sums before the ReLU hold a shortcut too, so it is taken away: of the norm alone the map is an affine one."""
+    model, x = worn_in(name), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    outputs, handles = [], []
+    norms = model.norms_before_relu()
+    for norm in norms:
+        handles.append(norm.register_forward_hook(lambda module, args, output: outputs.append(output.clone())))
+    stages = model(x, features="preact")[0].stages
+    assert [norm.num_features for norm in norms] == [stage.shape[1] for stage in stages]
+    if name.startswith("wrn"):
+        assert all(map(torch.equal, outputs, stages))
+    else:
+        blocks = [group[-1] for group in (model.layer1, model.layer2, model.layer3)]
+        assert all(norm is block.bn2 for norm, block in zip(norms, blocks, strict=True))
+
+
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1"])
+def test_an_unknown_choice_of_features_is_refused(name):
+    with pytest.raises(ValueError, match="features is 'all', wanted one of False, True, 'preact', 'both', 'pooled'"):
+        create_model(name)(torch.zeros(2, 3, 32, 32), features="all")
 
 
 @pytest.mark.parametrize("form", ["bare", "model", "DataParallel", "before 0.4.1"])

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from fastkd.models import create_model, load_weights
-from fastkd.training import Settings, UserError, choose_dataset, load_dataset, redraw, report
+from fastkd.report import maps as redraw
+from fastkd.report import tables as report
+from fastkd.training import Settings, UserError, choose_dataset, load_dataset
 
 QUICK = ["--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--batch-size", "32", "--device", "cpu", "--epochs", "1"]
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from fastkd.models import create_model
-from fastkd.training import pictures, redraw
-from fastkd.training.pictures import CELL, GAP, GROUP, VARIANTS, examples, sheet, stages
+from fastkd.report import maps as redraw
+from fastkd.training import attention_maps
+from fastkd.training.attention_maps import CELL, GAP, GROUP, VARIANTS, examples, sheet, stages
 
 QUICK = ["--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--batch-size", "32", "--device", "cpu", "--epochs", "1"]
 NAMES = {f"{stem}.png" for stem in VARIANTS}
@@ -139,7 +140,7 @@ def test_a_run_leaves_its_sheets_and_they_can_be_drawn_again(small_main, tmp_pat
     assert {path.name: path.read_bytes() for path in folder.glob("*.png")} == first
     assert set(capsys.readouterr().out.split()) == {str(folder / name) for name in NAMES}
 
-    monkeypatch.setattr(pictures, "available", lambda: False)
+    monkeypatch.setattr(attention_maps, "available", lambda: False)
     assert redraw.main([str(folder)]) == 2 and "matplotlib" in capsys.readouterr().err
     monkeypatch.undo()
     shutil.rmtree(folder)
@@ -149,7 +150,7 @@ def test_a_run_leaves_its_sheets_and_they_can_be_drawn_again(small_main, tmp_pat
 
 
 def test_without_matplotlib_the_screen_says_so_and_the_run_is_whole(small_main, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(pictures, "available", lambda: False)
+    monkeypatch.setattr(attention_maps, "available", lambda: False)
     assert small_main(["--method", "baseline", *QUICK, "--output", str(tmp_path)]) == 0
     assert "no pictures (matplotlib is not installed)" in capsys.readouterr().out
     assert len(rows_of(tmp_path)) == 1 and not list(tmp_path.rglob("*.png"))
@@ -166,7 +167,7 @@ def test_pictures_that_fail_lose_no_row(small_main, monkeypatch, tmp_path, capsy
         raise OSError(errno.ENOSPC, "No space left on device")
 
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(pictures, "write", full)
+    monkeypatch.setattr(attention_maps, "write", full)
     assert small_main(["--method", "baseline", *QUICK, "--output", str(tmp_path)]) == 0
     out, err = capsys.readouterr()
     assert out.count("No space left on device") == 1 and err == "" and "again    python" in out

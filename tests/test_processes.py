@@ -5,18 +5,21 @@ from __future__ import annotations
 import csv
 import json
 import os
+import runpy
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import distributed_worker
 import pytest
 import torch
+import toy_methods
 
-from fastkd.training import UserError, distributed
-from fastkd.training.devices import find_device
-from fastkd.training.plan import Plan, Settings
-from fastkd.training.screens import command, command_file
+from fastkd.training import UserError, distributed, launch
+from fastkd.training.command import command, command_file
+from fastkd.training.config import Config, Settings
+from fastkd.training.device import find_device
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["--method", "at", "--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--batch-size", "16", "--device", "cpu"]
@@ -25,9 +28,10 @@ FLAGS += ["--epochs", "2", "--recipe", "hankyul2", "--no-pictures"]
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
 
 
-def of_two(**variables):
-    """What each of two processes of one machine finds in its environment."""
-    return [{"RANK": str(i), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "free", **variables} for i in (0, 1)]
+def of_two(count=2, **variables):
+    """What each of two processes of one machine, or of more, finds in its environment."""
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "free", **variables}
+    return [{"RANK": str(i), **common} for i in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +85,27 @@ def test_a_classifier_that_the_loss_never_reaches_is_not_decayed(start, tmp_path
         torch.testing.assert_close(two["model"], one.student.state_dict(), rtol=1e-5, atol=1e-7)
 
 
+def test_rows_of_all_processes_reach_a_method_that_keeps_them(start, tmp_path, one_thread):
+    answer, logs = start(of_two(), call="banks", arguments=[tmp_path / "two"])
+    assert answer["statuses"] == [0, 0], logs
+    one = distributed_worker.loop(toy_methods.define("bank")).distillation.methods["bank"].bank
+    two = [torch.load(tmp_path / f"two-{rank}.pt") for rank in (0, 1)]
+    assert torch.equal(two[0]["bank"], two[1]["bank"]) and one.any(1).all()
+    torch.testing.assert_close(two[0]["bank"], one, rtol=1e-4, atol=1e-6)
+    for found in two:
+        index, (record,) = found["joined"]
+        assert index.tolist() == [0, 1, 2, 3, 4] and record.tolist() == [[0.0], [2.0], [4.0], [6.0], [8.0]]
+
+
 PLACES = {
-    "the first, in a step": (0, "fastkd.training.step:Step._forward", 2),
-    "another, in a step": (1, "fastkd.training.step:Step._forward", 2),
-    "another, after the last step": (1, "fastkd.training.batches:Batches.sizes", 2),
-    "another, in the test": (1, "fastkd.training.loop:evaluate", 1),
-    "another, in its plan": (1, "fastkd.training.plan:Plan.__init__", 1),
-    "another, in its loop": (1, "fastkd.training.loop:Loop.load", 1),
-    "the first, between epochs": (0, "fastkd.training.run:keep_best", 1),
+    "the first, in a step": (0, "fastkd.distillation:Distillation.forward", 2),
+    "another, in a step": (1, "fastkd.distillation:Distillation.forward", 2),
+    "another, after the last step": (1, "fastkd.data.loader:Batches.sizes", 2),
+    "another, in the test": (1, "fastkd.training.trainer:evaluate", 1),
+    "another, in a sum itself": (1, "fastkd.training.distributed:_sum", 2),
+    "another, in its plan": (1, "fastkd.training.config:Config.__init__", 1),
+    "another, in its loop": (1, "fastkd.training.trainer:Trainer.__init__", 1),
+    "the first, between epochs": (0, "fastkd.training.run_dir:RunDir.write_epoch_files", 1),
 }
 
 
@@ -110,6 +127,19 @@ def test_a_failure_of_one_process_ends_all_at_once_with_one_line(start, tmp_path
         assert answer["seconds"] < 10  # well below one where nothing else runs; the group's timeout is half an hour
 
 
+def test_a_failure_of_the_last_of_three_is_told_by_the_first(start, tmp_path):
+    flags = [*FLAGS, "--method", "baseline", "--output", str(tmp_path / "runs")]
+    answer, logs = start(of_two(3), flags=flags, **fails(2, "fastkd.training.distributed:_sum", 1))
+    assert answer["statuses"] == [2, 1, 1] and ours(logs) == ["train.py: error: planted"] and logs[1:] == ["", ""], (answer, logs)
+    assert answer["seconds"] < 10
+
+
+def test_the_others_wait_as_long_as_the_first_says_that_it_is_busy(start, tmp_path):
+    answer, logs = start(of_two(), call="answers", arguments=[tmp_path / "answer"])
+    assert answer["statuses"] == [0, 0], logs
+    assert [torch.load(tmp_path / f"answer-{rank}.pt") for rank in (0, 1)] == [7, 7]
+
+
 @pytest.mark.parametrize(
     ("rank", "error", "statuses", "words"),
     [
@@ -120,10 +150,42 @@ def test_a_failure_of_one_process_ends_all_at_once_with_one_line(start, tmp_path
 )
 def test_any_exception_of_one_process_ends_all(start, tmp_path, rank, error, statuses, words):
     flags = [*FLAGS, "--method", "baseline", "--output", str(tmp_path / "runs")]
-    answer, logs = start(of_two(), flags=flags, **fails(rank, "fastkd.training.step:Step._forward", 2, error))
+    answer, logs = start(of_two(), flags=flags, **fails(rank, "fastkd.distillation:Distillation.forward", 2, error))
     assert answer["statuses"] == statuses, (answer, logs)
     assert words in ours(logs) and len(ours(logs)) == 1 + (rank == 1), logs
     assert answer["seconds"] < 10
+
+
+# before the processes know each other, and when they do
+@pytest.mark.parametrize("place", ["fastkd.training.cli:build_parser", "fastkd.training.distributed:leads"])
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_to_all_processes_while_they_start_is_one_line(start, tmp_path, place, name, status):
+    flags = [*FLAGS, "--method", "baseline", "--output", str(tmp_path / "runs")]
+    answer, logs = start(of_two(), flags=flags, **fails(None, place, 1, name))
+    assert ours(logs) == ["train.py: stopped while nothing was being trained; what was finished is kept"], logs
+    assert answer["statuses"] == [status] * 2 and answer["seconds"] < 10
+
+
+def test_a_wrong_flag_of_all_processes_is_one_line(start, tmp_path):
+    answer, logs = start(of_two(), flags=[*FLAGS, "--lr", "fast"])
+    assert answer["statuses"] == [2, 2] and len(ours(logs)) == 1 and logs[1] == ""
+
+
+def test_ctrl_c_before_anything_began_is_one_line(monkeypatch, capsys):
+    """While PyTorch is imported, which takes the longest; each launcher has its own name for a process's number."""
+
+    class Stop(types.ModuleType):
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "fastkd.training.cli", Stop("cli"))
+    for variables in ({}, *({name: rank} for name in launch.RANK for rank in "01")):
+        started(monkeypatch, **variables)
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(ROOT / "train.py"))
+        silent = "1" in variables.values()
+        assert caught.value.code == 130
+        assert capsys.readouterr().err == "train.py: stopped before anything began\n" * (not silent)
 
 
 def test_a_run_of_two_processes_says_so_in_its_records_and_its_command(start, tmp_path):
@@ -139,8 +201,8 @@ def test_a_run_of_two_processes_says_so_in_its_records_and_its_command(start, tm
         assert "torchrun --standalone --nproc-per-node 2 train.py --method baseline " in text, text
 
 
-def launch(monkeypatch, **variables):
-    for name in (*distributed._RANK, *distributed._WORLD, *distributed._LOCAL, "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "GROUP_WORLD_SIZE"):
+def started(monkeypatch, **variables):
+    for name in (*launch.RANK, *launch.WORLD, *launch.LOCAL, "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "GROUP_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -160,8 +222,8 @@ STARTED = {
 
 @pytest.mark.parametrize("by", STARTED)
 def test_processes_are_known_by_whoever_started_them(monkeypatch, by):
-    launch(monkeypatch, **STARTED[by])
-    assert distributed.launched() == (1, 4, 1, 1, "torchrun" in by)
+    started(monkeypatch, **STARTED[by])
+    assert launch.launched() == (1, 4, 1, 1, "torchrun" in by)
     with pytest.raises(SystemExit), distributed.group("cpu"):  # without an address, of which the first speaks
         pass
 
@@ -178,8 +240,8 @@ def test_processes_are_known_by_whoever_started_them(monkeypatch, by):
     ids=str,
 )
 def test_a_process_that_is_alone_trains_alone(monkeypatch, variables):
-    launch(monkeypatch, **variables)
-    assert distributed.launched() is None
+    started(monkeypatch, **variables)
+    assert launch.launched() is None
     with distributed.group("cpu"):
         assert distributed.share() == (0, 1) and not torch.distributed.is_initialized()
 
@@ -200,7 +262,7 @@ def test_a_process_that_is_alone_trains_alone(monkeypatch, variables):
     ],
 )
 def test_processes_that_cannot_meet_are_one_line(monkeypatch, variables, words):
-    launch(monkeypatch, **variables)
+    started(monkeypatch, **variables)
     with pytest.raises(UserError, match=words) as caught, distributed.group("cpu"):
         pass
     assert "\n" not in str(caught.value) and not torch.distributed.is_initialized()
@@ -211,6 +273,12 @@ def test_of_processes_without_an_address_the_first_alone_speaks(start, tmp_path)
     answer, logs = start(both, flags=[*FLAGS, "--output", str(tmp_path / "runs")])
     assert answer["statuses"] == [2, 2] and len(ours(logs)) == 1 and logs[1] == ""
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_process_that_meets_nobody_speaks_for_itself(start):
+    (alone,) = of_two(MASTER_PORT="no")[1:]
+    answer, logs = start([alone], flags=FLAGS)
+    assert answer["statuses"] == [2] and ours(logs)[0].startswith("train.py: error: 2 processes cannot meet at 127.0.0.1:no "), logs
 
 
 def test_a_group_by_srun_and_an_address_joins(start, tmp_path):
@@ -226,7 +294,7 @@ def test_a_group_by_srun_and_an_address_joins(start, tmp_path):
     [(4, "env", 1), (1, "srun", 0), (1, "torchrun within srun", None), (0, "srun", None), (4, "torchrun within srun", 1)],
 )
 def test_each_process_has_its_own_gpu(monkeypatch, there, by, index):
-    launch(monkeypatch, **STARTED[by])
+    started(monkeypatch, **STARTED[by])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
     if index is not None:
         assert distributed.gpu_index() == index and (there == 0 or find_device("cuda") == torch.device("cuda", index))
@@ -236,8 +304,8 @@ def test_each_process_has_its_own_gpu(monkeypatch, there, by, index):
 
 
 def test_the_command_of_several_machines_names_them(monkeypatch, tmp_path):
-    launch(monkeypatch, **STARTED["torchrun within srun"], GROUP_WORLD_SIZE="2")
+    started(monkeypatch, **STARTED["torchrun within srun"], GROUP_WORLD_SIZE="2")
     monkeypatch.setattr("fastkd.training.distributed.share", lambda: (0, 4))
-    plan = Plan(Settings("baseline", "digits", student="resnet8", output=tmp_path, device="cpu"))
+    plan = Config(Settings("baseline", "digits", student="resnet8", output=tmp_path, device="cpu"))
     assert command(plan).startswith("torchrun --nnodes 2 --nproc-per-node 2 train.py ")
     assert "on each of 2 machines, which --rdzv-endpoint brings together" in command_file(plan, "student")

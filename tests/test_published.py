@@ -8,9 +8,11 @@ import pytest
 
 from fastkd.methods import METHODS
 from fastkd.models import MODELS
-from fastkd.training import DATASETS, RECIPES, plots, report
-from fastkd.training.published import SELF, TABLES
-from fastkd.training.records import COLUMNS, table
+from fastkd.report import curves
+from fastkd.report import tables as report
+from fastkd.report.published import SELF, TABLES
+from fastkd.training import DATASETS, RECIPES
+from fastkd.training.results import COLUMNS, table
 
 RUN = {
     "method": "at", "dataset": "cifar10", "student": "resnet_32_20", "teacher": "resnet_32_20", "recipe": "hankyul2", "nepoch": "200",
@@ -33,7 +35,7 @@ def test_a_published_table_names_what_there_is(table):
     for _, entries in table.rows:
         assert len(entries) == len(table.columns)
         for entry in entries:
-            assert entry.method in ("", "teacher", *METHODS) and entry.student in MODELS and entry.teacher in ("", *MODELS)
+            assert entry.method in ("", "teacher", "at+kd", *METHODS) and entry.student in MODELS and entry.teacher in ("", *MODELS)
             assert bool(entry.teacher) == (entry.method not in ("", "teacher", "baseline")) or not entry.method
             if entry.runs:
                 assert entry.value == pytest.approx(statistics.mean(entry.runs), abs=0.06)
@@ -151,7 +153,7 @@ def test_curves_of_finished_and_unfinished_runs(committed, tmp_path, monkeypatch
     )
     (committed / "foreign").mkdir()
     (committed / "foreign" / "epochs.csv").write_text("a,b\n")
-    found = list(plots.read([committed], {}))
+    found = list(curves.read([committed], {}))
     assert [curve.label for curve in found] == [
         "AT, resnet_32_20 ← resnet_32_20", "FSP, resnet20 ← resnet110, unfinished", "KD, resnet_32_20 ← resnet_32_20"
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""README's examples run as they stand."""
+"""The documents: their examples run as they stand, and what they name exists."""
 
 from __future__ import annotations
 
@@ -9,24 +9,57 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in DOCUMENTS}
+EXAMPLES = [
+    pytest.param(code, id=f"{name}-{i}")
+    for name, text in TEXTS.items()
+    for i, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+]
 
 
-def test_readme_has_examples() -> None:
-    assert len(EXAMPLES) >= 3
+def test_there_are_examples() -> None:
+    assert len(EXAMPLES) >= 6
 
 
-@pytest.mark.parametrize("code", EXAMPLES, ids=[str(i) for i in range(len(EXAMPLES))])
+@pytest.mark.parametrize("code", EXAMPLES)
 def test_example_runs(code: str) -> None:
     names: dict[str, object] = {}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(code, "example", "exec"), names)
     if "loss" in names:
         assert all(x.grad is not None and x.grad.isfinite().all() for x in names["student"])  # type: ignore[attr-defined]
 
 
-def test_the_flags_it_names_exist() -> None:
+def test_readme_is_short() -> None:
+    assert len(TEXTS["README.md"].splitlines()) <= 150 and len(TEXTS["CONTRIBUTING.md"].splitlines()) <= 120
+
+
+def test_the_flags_they_name_exist() -> None:
     known = set(runpy.run_path(str(ROOT / "train.py"))["build_parser"]()._option_string_actions)
-    table = README.split("## Experiments")[1].split("##")[0]
-    named = set(re.findall(r"`(--[a-z-]+)`", table)) | set(re.findall(r"train\.py.*?(--[a-z-]+)", table))
-    assert named and named <= known
+    named = set(re.findall(r"`(--[a-z-]+)", TEXTS["docs/training.md"] + TEXTS["docs/recipes.md"]))
+    named |= {flag for text in TEXTS.values() for line in re.findall(r"train\.py (.*)", text) for flag in re.findall(r"--[a-z-]+", line)}
+    assert named and named <= known | {"--nproc-per-node"}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_lead_to_files_and_headings(name: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", TEXTS[name]):
+        if target.startswith("http"):
+            continue
+        path, _, heading = target.partition("#")
+        file = (ROOT / name).parent / path if path else ROOT / name
+        assert file.exists(), f"{name} names {target}"
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, f"{name} names {target}"
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_tests_and_files_that_they_name_exist(name: str) -> None:
+    text = re.sub(r"```.*?```", "", TEXTS[name], flags=re.DOTALL)
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
+    missing = [test for test in re.findall(r"`(test_\w+)`", text) if f"def {test}(" not in sources]
+    places = ("fastkd", "csrc", "tests", "benchmarks", ".ci")
+    paths = [path for path in re.findall(r"`([\w./-]+/[\w.-]+\.\w+)`", text) if path.split("/")[0] in places]
+    missing += [path for path in paths if not (ROOT / path).exists()]
+    assert not missing, f"{name} names {missing}"

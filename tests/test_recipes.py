@@ -9,10 +9,12 @@ import pytest
 import torch
 from support_data import small_digits
 
-from fastkd.methods import METHODS, create_method
+from fastkd import data as datasets
+from fastkd.distillation import Distillation
+from fastkd.methods import METHODS, define
 from fastkd.models import create_model
-from fastkd.training import RECIPES, Batches, Loop, Settings, UserError, datasets, get_recipe, run
-from fastkd.training.plan import Plan
+from fastkd.training import RECIPES, Batches, Settings, Trainer, UserError, get_recipe, run
+from fastkd.training.config import Config
 from fastkd.training.progress import Progress
 from fastkd.training.recipes import learning_rate
 
@@ -64,8 +66,7 @@ def test_losses_have_their_published_shares(preset, alone, beside):
     plain = {}
     with torch.no_grad():
         for method, shares in (("baseline", (1, 0)), ("kd", alone), ("at+kd", beside), ("at", (1, 0)), ("fsp", (1, 0))):
-            losses = create_method(method, preset)
-            found = losses(losses.run(student, images), losses.run(teacher, images), labels)
+            found = Distillation(student, teacher, method, preset=preset).eval()(images, labels).terms
             plain.setdefault("ce", found["ce"])
             torch.testing.assert_close(found["ce"], plain["ce"] * shares[0])
             if "kd" in found:
@@ -80,21 +81,21 @@ def test_a_new_optimizer_at_a_drop_forgets_its_momenta():
     for new in (False, True):
         student = copy.deepcopy(first)
         recipe = get_recipe("sakd", {"epochs": 2, "batch_size": 32, "milestones": (0.5,), "new_optimizer": new})
-        loop = Loop(student, create_method("baseline"), None, data, data, recipe, FP32)
+        loop = Trainer(Distillation(student, None, "baseline"), data, data, recipe, FP32)
         loop.train_epoch(1, Progress("", 4))
         middle = copy.deepcopy(student)
         loop.train_epoch(2, Progress("", 4))
         ends.append(student.conv1.weight.detach())
     # the second epoch with an optimizer that is really new
     recipe = dataclasses.replace(recipe, lr=recipe.lr * recipe.gamma, milestones=(), new_optimizer=False)
-    loop = Loop(middle, create_method("baseline"), None, data, data, recipe, FP32)
+    loop = Trainer(Distillation(middle, None, "baseline"), data, data, recipe, FP32)
     loop.train_epoch(2, Progress("", 4))
     assert torch.equal(middle.conv1.weight.detach(), ends[1]) and not torch.equal(ends[0], ends[1])
 
 
 @pytest.mark.parametrize("model", ["resnet8", "wrn_16_1"])
 def test_the_first_phase_of_fsp_moves_the_features_only(digits, tmp_path, model):
-    plan = Plan(
+    plan = Config(
         Settings("fsp", "digits", teacher=model, student=model, recipe="kdzoo", overrides={"epochs": 4, "batch_size": 32}, output=tmp_path)
     )
     (name, recipe, method), (second, whole, after) = plan.phases(plan.method)
@@ -102,7 +103,8 @@ def test_the_first_phase_of_fsp_moves_the_features_only(digits, tmp_path, model)
     assert method.names == ("fsp",) and not after.needs_teacher
     student = plan.new_model("student")
     before = copy.deepcopy(student.state_dict())
-    loop = Loop(student, method, plan.new_model("teacher"), plan.batches("student")[0], None, recipe, FP32)
+    distillation = Distillation(student, plan.new_model("teacher"), method)
+    loop = Trainer(distillation, plan.batches("student")[0], None, recipe, FP32)
     loop.train_epoch(1, Progress("", 2))
     still = {key for key, value in student.named_parameters() if torch.equal(value, before[key])}
     assert still == {"fc.weight", "fc.bias"} | ({"bn1.weight", "bn1.bias"} if model.startswith("wrn") else set())
@@ -112,7 +114,7 @@ def test_the_first_phase_of_fsp_moves_the_features_only(digits, tmp_path, model)
 def test_a_test_set_is_shuffled_alike_before_its_last_batch_is_left_out(digits, tmp_path):
     def test_labels(seed, drop):
         overrides = {"batch_size": 24, "drop_last_test": drop}
-        plan = Plan(Settings("at", "digits", recipe="hankyul2", overrides=overrides, seed=seed, output=tmp_path))
+        plan = Config(Settings("at", "digits", recipe="hankyul2", overrides=overrides, seed=seed, output=tmp_path))
         return torch.cat([labels for _, labels in plan.batches("student")[1].test()]), plan.data.test_labels
 
     (one, labels), (other, _), (all_of_them, _) = test_labels(0, True), test_labels(5, True), test_labels(0, False)
@@ -122,7 +124,7 @@ def test_a_test_set_is_shuffled_alike_before_its_last_batch_is_left_out(digits, 
 
 def test_constants_belong_to_their_sets(digits, tmp_path):
     def constants(normalization, name):
-        plan = Plan(Settings("at", "digits", overrides={"normalization": normalization}, output=tmp_path))
+        plan = Config(Settings("at", "digits", overrides={"normalization": normalization}, output=tmp_path))
         plan.data = dataclasses.replace(plan.data, name=name)
         test = plan.batches("student")[1]
         return [1 / (255 * test.scale[0, 0, 0].item()), -(test.shift / (255 * test.scale))[0, 0, 0].item()]
@@ -147,8 +149,8 @@ def test_the_reported_epoch_is_the_teachers_too(digits, tmp_path, report):
 
 def test_every_recipe_serves_every_method():
     for name, recipe in RECIPES.items():
-        for method in METHODS:
-            assert create_method(method, recipe.preset).needs_teacher == (method != "baseline"), name
+        for method in (*METHODS, "at+kd"):
+            assert define(method, preset=recipe.preset).needs_teacher == (method != "baseline"), name
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastkd.io import console
+from fastkd.io.console import logged, say
 from fastkd.models import create_model
-from fastkd.training import Loop, Recipe, UserError, console, curves, records, repeat, screens
-from fastkd.training.console import logged, say
-from fastkd.training.curves import Curves
-from fastkd.training.plan import Plan, Settings
-from fastkd.training.summary import described, groups, told
+from fastkd.training import Recipe, Trainer, UserError, command, repeat, results, tensorboard
+from fastkd.training.config import Config, Settings
+from fastkd.training.groups import described, groups, mean_and_spread
+from fastkd.training.tensorboard import Curves
 
 QUICK = ["--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--batch-size", "32", "--device", "cpu", "--no-pictures"]
 TWO_PHASES = ["--method", "fsp", "--recipe", "sakd", *QUICK, "--epochs", "3", "--init-epochs", "2"]
@@ -40,7 +41,7 @@ def points(folder):
     """{tag: [(step, value), ...]} of all event files in the order of the files."""
     loader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
     found: dict[str, list] = {}
-    for path in sorted(folder.glob(curves.EVENTS)):
+    for path in sorted(folder.glob(tensorboard.EVENTS)):
         for event in loader.EventFileLoader(str(path)).Load():
             for value in event.summary.value:
                 found.setdefault(value.tag, []).append((event.step, value.tensor.float_val[0]))
@@ -49,7 +50,7 @@ def points(folder):
 
 def interrupt(monkeypatch, after):
     """Ctrl-C at the beginning of the so-manieth epoch of this process; returns what puts an end to that."""
-    whole, left = Loop.train_epoch, after
+    whole, left = Trainer.train_epoch, after
 
     def train_epoch(self, epoch, progress):
         nonlocal left
@@ -58,8 +59,8 @@ def interrupt(monkeypatch, after):
             raise KeyboardInterrupt
         whole(self, epoch, progress)
 
-    monkeypatch.setattr(Loop, "train_epoch", train_epoch)
-    return lambda: monkeypatch.setattr(Loop, "train_epoch", whole)
+    monkeypatch.setattr(Trainer, "train_epoch", train_epoch)
+    return lambda: monkeypatch.setattr(Trainer, "train_epoch", whole)
 
 
 def test_screen_and_log_say_what_happens(small_main, tmp_path, capsys):
@@ -73,8 +74,8 @@ def test_screen_and_log_say_what_happens(small_main, tmp_path, capsys):
     assert "losses   ce by plain PyTorch, at by " in start and "kd by plain PyTorch" in start
     assert "left" in end and f"row 2 of {tmp_path / 'results.csv'}" in end
     heads, values = (line.split("  ") for line in end.splitlines()[-4:-2])
-    assert [word.strip() for word in heads if word] == list(records.COLUMNS[:11])
-    assert [word.strip() for word in values if word] == [row[name] for name in records.COLUMNS[:11]]
+    assert [word.strip() for word in heads if word] == list(results.COLUMNS[:11])
+    assert [word.strip() for word in values if word] == [row[name] for name in results.COLUMNS[:11]]
     files, again = end.splitlines()[-2:]
     assert set(files.removeprefix("files").replace(",", " ").split()) == {path.name for path in folder.glob("[!.]*")}
     assert again.split(None, 1)[1] == json.loads((folder / "config.json").read_text())["command"]
@@ -134,11 +135,11 @@ def test_the_command_says_all_that_was_asked_for(small_main, monkeypatch, tmp_pa
         given = vars(train.build_parser().parse_args(arguments))
         fields = {field.name: given.pop(field.name) for field in dataclasses.fields(Recipe)}
         assert given.pop("repeats") == 1
-        return Plan(Settings(**given, overrides={name: value for name, value in fields.items() if value is not None}))
+        return Config(Settings(**given, overrides={name: value for name, value in fields.items() if value is not None}))
 
     plan = plan_of([*flags, "--output", str(tmp_path / "a folder; and $more"), "--data", "it's here"])
     words = subprocess.run(
-        ["sh", "-c", f'python() {{ printf "%s\\0" "$@"; }}\n{screens.command(plan)}'], capture_output=True, text=True, check=True
+        ["sh", "-c", f'python() {{ printf "%s\\0" "$@"; }}\n{command.command(plan)}'], capture_output=True, text=True, check=True
     ).stdout.split("\0")[:-1]
     assert words[0].endswith("train.py")
     again = plan_of(words[1:])
@@ -172,7 +173,7 @@ def test_curves_are_the_history_and_a_resumed_run_has_no_step_twice(small_main, 
     assert small_main([*flags, "--resume"]) == 0
     folder = next(tmp_path.glob("fsp-*"))
     found = points(folder)
-    assert len(list(folder.glob(curves.EVENTS))) == 1
+    assert len(list(folder.glob(tensorboard.EVENTS))) == 1
     expected = {}
     for prefix, name in (("", "epochs.csv"), ("init/", "init.csv")):
         for epoch in epochs_of(folder / name):
@@ -193,19 +194,19 @@ def test_curves_are_the_history_and_a_resumed_run_has_no_step_twice(small_main, 
 
 
 def test_without_tensorboard_the_screen_says_so_and_the_run_is_whole(small_main, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(curves, "available", lambda: False)
+    monkeypatch.setattr(tensorboard, "available", lambda: False)
     assert small_main(["--method", "baseline", *QUICK, "--epochs", "1", "--output", str(tmp_path)]) == 0
     assert "no TensorBoard curves (the package tensorboard is not installed)" in capsys.readouterr().out
-    assert len(rows_of(tmp_path)) == 1 and not list(tmp_path.rglob(curves.EVENTS))
+    assert len(rows_of(tmp_path)) == 1 and not list(tmp_path.rglob(tensorboard.EVENTS))
 
 
 def test_curves_that_fail_lose_no_row(small_main, monkeypatch, tmp_path, capsys):
-    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    writer = pytest.importorskip("torch.utils.tensorboard")
 
     def full(self):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tensorboard.SummaryWriter, "flush", full)
+    monkeypatch.setattr(writer.SummaryWriter, "flush", full)
     assert small_main(["--method", "baseline", *QUICK, "--epochs", "2", "--output", str(tmp_path)]) == 0
     out, err = capsys.readouterr()
     assert out.count("No space left on device") == 1 and "the run goes on" in out and err == ""
@@ -231,7 +232,7 @@ def test_curves_on_a_full_disk_are_one_line(tmp_path, capfd, monkeypatch):
 
 
 def test_mean_and_sample_deviation():
-    assert [told([]), told([91.8]), told([91.80, 92.16, 91.79])] == ["–", "91.80", "91.92 ± 0.21"]
+    assert [mean_and_spread([]), mean_and_spread([91.8]), mean_and_spread([91.80, 92.16, 91.79])] == ["–", "91.80", "91.92 ± 0.21"]
 
 
 def test_a_group_is_what_differs_in_the_seed_alone_and_a_seed_counts_once():
@@ -257,7 +258,7 @@ def test_repeats_are_rows_with_a_mean_and_one_teacher(small_main, tmp_path, caps
         ("teacher", "4", ""), ("kd", "4", "4"), ("kd", "5", "4"), ("kd", "6", "4")
     ]  # fmt: skip
     assert len(list(tmp_path.glob("teachers/*.pt"))) == 1
-    mean = told([float(row["acc"]) for row in rows[1:]])
+    mean = mean_and_spread([float(row["acc"]) for row in rows[1:]])
     assert "±" in mean and f"3 runs, seeds 4 5 6: acc {mean} %, reported_acc {mean} %" in capsys.readouterr().out.splitlines()[-1]
     section = (tmp_path / "results.md").read_text().split("## Means over seeds")[1]
     assert "| 4 5 6 |" in section and mean in section
@@ -296,13 +297,13 @@ def test_repeats_that_cannot_be(small_main, tmp_path, times, resume, words):
 
 def test_a_shared_teacher_makes_another_run_of_a_seed(small_main, tmp_path):
     common = {"dataset": "digits", "student": "resnet8", "output": tmp_path, "seed": 1}
-    plans = [Plan(Settings("kd", teacher="resnet8", teacher_seed=seed, **common)) for seed in (None, 1, 0)]
+    plans = [Config(Settings("kd", teacher="resnet8", teacher_seed=seed, **common)) for seed in (None, 1, 0)]
     own, same, shared = (plan.identity("student") for plan in plans)
     assert own == same != shared and plans[0].teacher_path() != plans[2].teacher_path()
     assert plans[2].identity("teacher")["seed"] == 0 and shared["seed"] == 1
     first, other = (next(plan.batches("teacher")[0].train(1))[1] for plan in (plans[0], plans[2]))
     assert not torch.equal(first, other)
-    alone = [Plan(Settings("baseline", teacher_seed=seed, **common)) for seed in (None, 0)]
+    alone = [Config(Settings("baseline", teacher_seed=seed, **common)) for seed in (None, 0)]
     assert alone[0].identity("student") == alone[1].identity("student")
 
 
@@ -331,12 +332,12 @@ def test_a_csv_of_the_users_own_is_not_read_and_curves_go_on(small_main, monkeyp
 
 @pytest.mark.parametrize("what", ["flush", "__init__", "add_scalar", "init.csv"])
 def test_curves_are_deleted_only_once_others_are_written_and_leave_no_thread(monkeypatch, tmp_path, capsys, what):
-    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    writer = pytest.importorskip("torch.utils.tensorboard")
     before = writers()
     first = Curves(tmp_path)
     first.add("main", history(2))
     first.close()
-    (old,) = tmp_path.glob(curves.EVENTS)
+    (old,) = tmp_path.glob(tensorboard.EVENTS)
     content = old.read_bytes()
 
     def full(self, *arguments):
@@ -348,7 +349,7 @@ def test_curves_are_deleted_only_once_others_are_written_and_leave_no_thread(mon
         if what == "__init__":  # when the thread is there already
             patch.setattr("tensorboard.summary.writer.event_file_writer._AsyncWriter.flush", full)
         elif what != "init.csv":
-            patch.setattr(tensorboard.SummaryWriter, what, full)
+            patch.setattr(writer.SummaryWriter, what, full)
         second.add("main", history(3))
         second.add("main", history(4))
         second.close()

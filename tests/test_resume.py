@@ -16,12 +16,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import toy_methods
 from support_data import small_digits
 
-from fastkd.methods import create_method
+from fastkd import data as datasets
+from fastkd.distillation import Distillation
+from fastkd.io.files import owned
+from fastkd.methods import define
 from fastkd.models import create_model
-from fastkd.training import Batches, Loop, datasets, get_recipe
-from fastkd.training.files import owned
+from fastkd.training import Batches, Trainer, get_recipe
 from fastkd.training.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,8 +149,10 @@ def test_every_file_may_be_half_written(nursery, whole, tmp_path, method, die_at
     check_same(tmp_path / "runs", whole(flags)[0])
 
 
-def test_a_loop_taken_up_goes_on_as_if_nothing_had_been(one_thread):
-    """Teacher in train mode, momenta, learning rates, best weights: through a file and into new objects."""
+@pytest.mark.parametrize("name", ["at+kd", "scheduled+bank+toy", "wrapping"])
+def test_a_loop_taken_up_goes_on_as_if_nothing_had_been(one_thread, name):
+    """Teacher in train mode, momenta, learning rates, best weights, what a method learns and keeps: through a file and into new objects."""
+    method = define(name, preset="sakd") if name == "at+kd" else toy_methods.define(name, words=["ce.weight=1"])
 
     def loop():
         torch.manual_seed(0)
@@ -155,7 +160,8 @@ def test_a_loop_taken_up_goes_on_as_if_nothing_had_been(one_thread):
         batches = Batches(images, labels, (0.5,) * 3, (0.25,) * 3, batch_size=32)
         recipe = get_recipe("sakd", {"epochs": 4, "batch_size": 32, "milestones": (0.4,)})
         student, teacher, fp32 = create_model("resnet8"), create_model("resnet8"), torch.autocast("cpu", enabled=False)
-        return Loop(student, create_method("at+kd", "sakd"), teacher, batches, batches, recipe, fp32)
+        distillation = Distillation(student, teacher, method, teacher_mode=recipe.teacher_mode, train_labels=labels)
+        return Trainer(distillation, batches, batches, recipe, fp32)
 
     whole = loop()
     for epoch in range(1, 5):

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 import fastkd
 from fastkd import native
 from fastkd.models import create_model
-from fastkd.ops import attention, gram
-from fastkd.ops.upstream import Upstream
+from fastkd.ops import attention, fsp
+from fastkd.ops._grad_prefetch import GradPrefetch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPES = ((2, 3, 4, 3), (2, 4, 4, 3), (2, 5, 2, 2))
@@ -133,7 +133,7 @@ def test_a_checkpointed_network_trains_as_without(use_reentrant):
     assert all(map(torch.equal, *found))
 
 
-LOSSES = {"attention_transfer_loss": attention, "fsp_loss": gram}
+LOSSES = {"attention_transfer_loss": attention, "fsp_loss": fsp}
 
 
 @pytest.mark.skipif(not native.CPU.available, reason="needs the CPU library")
@@ -155,7 +155,7 @@ def test_no_gradient_is_held_for_who_checkpoints(function, way):
 @pytest.mark.parametrize("foreseen", [True, False])
 @pytest.mark.parametrize("function", LOSSES)
 def test_a_feature_changed_in_place_raises_whether_or_not_the_gradient_was_foreseen(function, foreseen, stage, with_teacher, monkeypatch):
-    monkeypatch.setattr(LOSSES[function], "_upstream", Upstream())
+    monkeypatch.setattr(LOSSES[function], "_prefetch", GradPrefetch())
     s = [x * 1 for x in student("cpp")]
     t = [x.clone().requires_grad_(with_teacher) for x in TEACHER]
     with fastkd.use_backend("cpp"):

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from fastkd.training import report
-from fastkd.training.console import screens
+from fastkd.io.console import screens
+from fastkd.report import tables as report
 from fastkd.training.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastkd.training import records
+from fastkd.training import results
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--batch-size", "32", "--device", "cpu", "--no-pictures"]
-RUN = sys.modules["fastkd.training.run"]  # its package has a function of that name
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
                "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}  # fmt: skip
 
@@ -48,7 +47,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
     ],
 )
 def test_ctrl_c_within_a_save_names_the_epoch_that_was_saved(small_main, monkeypatch, tmp_path, capsys, name, epoch, when, words):
-    write, left = records.write, {"last.pt": epoch, "epochs.csv": epoch, "results.csv": 1}[name]
+    write, left = results.write, {"last.pt": epoch, "epochs.csv": epoch, "results.csv": 1}[name]
 
     def interrupted(path, content):
         nonlocal left
@@ -61,8 +60,8 @@ def test_ctrl_c_within_a_save_names_the_epoch_that_was_saved(small_main, monkeyp
             left = -1
             raise KeyboardInterrupt
 
-    for module in ("run", "records", "files"):
-        monkeypatch.setattr(sys.modules[f"fastkd.training.{module}"], "write", interrupted)
+    for module in ("training.run_dir", "training.results", "io.files"):
+        monkeypatch.setattr(sys.modules[f"fastkd.{module}"], "write", interrupted)
     assert small_main(["--method", "baseline", *QUICK, "--epochs", "3", "--output", str(tmp_path)]) == 130
     monkeypatch.undo()
     (line,) = capsys.readouterr().err.splitlines()
@@ -72,7 +71,7 @@ def test_ctrl_c_within_a_save_names_the_epoch_that_was_saved(small_main, monkeyp
     assert line.startswith("train.py: baseline stopped " + words.format(are=are))
     saved = epoch - (name == "last.pt" and when == "before")
     assert (folder / "last.pt").exists() == (saved > 0) and (not saved or torch.load(folder / "last.pt")["epoch"] == saved)
-    assert len(records.read_rows(tmp_path)[1]) == ("its row was added" in line)
+    assert len(results.read_rows(tmp_path)[1]) == ("its row was added" in line)
 
 
 def lines_until(process, words):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 from torch import nn
 
 from fastkd import backends, kernels, native
-from fastkd.training import UserError, datasets
-from fastkd.training.plan import Plan, Settings
-from fastkd.training.screens import command
+from fastkd import data as datasets
+from fastkd.training import UserError
+from fastkd.training.command import command
+from fastkd.training.config import Config, Settings
+from fastkd.training.run_summary import describe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,7 +34,7 @@ def loaded_once():
 class OnCuda(torch.Tensor):
     """A tensor that says that it lies on a GPU, which need not be there; so do those that are computed from it."""
 
-    device = torch.device("cuda", 0)
+    device, is_cpu, is_cuda = torch.device("cuda", 0), False, True
 
 
 @pytest.fixture
@@ -49,29 +52,29 @@ def stand_in(monkeypatch):
                 module._buffers[name] = value.as_subclass(OnCuda)
         return self
 
-    def served(backend, example, *args):
-        calls.append((backend, example.device.type))
+    def served(backend, operator, students, *args):
+        calls.append((backend, students[0].device.type))
         return [torch.zeros(())]
 
     monkeypatch.setattr(nn.Module, "to", to)
-    monkeypatch.setattr("fastkd.training.plan.find_device", torch.device)
-    monkeypatch.setattr("fastkd.training.plan.device_name", str)
+    monkeypatch.setattr("fastkd.training.config.find_device", torch.device)
+    monkeypatch.setattr("fastkd.training.run_summary.device_name", str)
     monkeypatch.setattr(native, "CUDA", dataclasses.replace(native.CUDA, available=True))
     monkeypatch.setattr(native, "EMULATED", None)
     monkeypatch.setattr(backends, "_capability", lambda index: (9, 0))
     monkeypatch.setattr(native, "cuda_architectures", lambda: ("sm_90",))
     monkeypatch.setattr(kernels, "state", lambda: (True, "a stand-in"))
     monkeypatch.setattr(kernels, "interpreting", lambda: False)
-    for module in ("attention", "gram"):
-        monkeypatch.setattr(f"fastkd.ops.{module}.call_unrecorded", served)
+    for backend in (backends.CUDA, backends.TRITON):
+        monkeypatch.setattr(backend, "run", functools.partial(served, backend.name))
     return calls
 
 
 def losses_line(tmp_path, method, device, backend=None, model="resnet8", compile=False, **fields):
     with backends.use_backend(backend) if backend else contextlib.nullcontext():
         pair = {"teacher": model, "student": model, "device": device, "compile": compile}
-        plan = Plan(Settings(method, "digits", **pair, output=tmp_path, overrides=fields))
-        return next(line for line in plan.describe().splitlines() if line.startswith("losses"))
+        plan = Config(Settings(method, "digits", **pair, output=tmp_path, overrides=fields))
+        return next(line for line in describe(plan).splitlines() if line.startswith("losses"))
 
 
 @pytest.mark.parametrize("method", ["at", "fsp"])
@@ -142,16 +145,16 @@ def test_auto_is_bf16_where_the_processor_has_instructions_for_it(monkeypatch, t
     monkeypatch.setattr(Path, "read_text", cpuinfo)
 
     def plan_of(precision):
-        return Plan(Settings("baseline", "digits", student="resnet8", output=tmp_path, device="cpu", precision=precision))
+        return Config(Settings("baseline", "digits", student="resnet8", output=tmp_path, device="cpu", precision=precision))
 
     chosen, auto = "bf16" if fast else "fp32", plan_of("auto")
     assert auto.settings.precision == auto.config()["precision"] == auto.identity("student")["precision"] == chosen
-    assert f"--precision {chosen} " in command(auto) and f"1 thread, {chosen}, seed" in auto.describe()
-    assert [line for line in auto.describe().splitlines() if "note" in line] == [f"note     --precision auto takes {chosen} on this device"]
+    assert f"--precision {chosen} " in command(auto) and f"1 thread, {chosen}, seed" in describe(auto)
+    assert [line for line in describe(auto).splitlines() if "note" in line] == [f"note     --precision auto takes {chosen} on this device"]
     assert plan_of("fp32").settings.precision == "fp32" == Settings("baseline").precision
     assert next(auto.batches("student")[0].train(1))[0].dtype == (torch.bfloat16 if fast else torch.float32)
     slow = "note     bf16 is emulated on this processor, which has neither AMX nor AVX512-BF16, and 2 to 2.7 times slower than fp32"
-    assert (slow in plan_of("bf16").describe()) == (fast is False) and "note" not in plan_of("fp32").describe()
+    assert (slow in describe(plan_of("bf16"))) == (fast is False) and "note" not in describe(plan_of("fp32"))
     with pytest.raises(UserError, match="precision 'fp16' is not known; known: auto, fp32, bf16"):
         plan_of("fp16")
 
@@ -159,7 +162,7 @@ def test_auto_is_bf16_where_the_processor_has_instructions_for_it(monkeypatch, t
 def test_a_gpu_is_asked_for_bf16(stand_in, monkeypatch, tmp_path):
     for fast, chosen in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, fast=fast: fast and not including_emulation)
-        plan = Plan(Settings("baseline", "digits", student="resnet8", output=tmp_path, device="cuda", precision="auto"))
+        plan = Config(Settings("baseline", "digits", student="resnet8", output=tmp_path, device="cuda", precision="auto"))
         assert plan.settings.precision == chosen
 
 
@@ -167,10 +170,10 @@ def test_only_the_first_process_looks_into_the_output_folder(monkeypatch, tmp_pa
     settings = Settings("baseline", "digits", student="resnet8", output=tmp_path / "file" / "runs", device="cpu")
     (tmp_path / "file").touch()
     monkeypatch.setattr("fastkd.training.distributed.share", lambda: (1, 2))
-    Plan(settings)
+    Config(settings)
     (tmp_path / "results.csv").write_text("time,price\n")
-    Plan(dataclasses.replace(settings, output=tmp_path))
+    Config(dataclasses.replace(settings, output=tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "results.csv"]
     monkeypatch.setattr("fastkd.training.distributed.share", lambda: (0, 2))
     with pytest.raises(UserError, match="results.csv cannot be read: Not a directory"):
-        Plan(settings)
+        Config(settings)

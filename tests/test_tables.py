@@ -7,8 +7,9 @@ import io
 
 import pytest
 
-from fastkd.training import UserError, plots, records
-from fastkd.training.records import COLUMNS, append, read_rows, table
+from fastkd.report import curves
+from fastkd.training import UserError, results
+from fastkd.training.results import COLUMNS, append, read_rows, table
 
 QUICK = ["--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--batch-size", "32", "--device", "cpu", "--no-pictures"]
 ROW = {
@@ -100,7 +101,7 @@ def test_a_damaged_table_is_one_line_before_anything_begins(small_main, path, ca
 def test_a_row_that_finds_its_table_damaged_is_kept_beside_it_and_added_later(small_main, monkeypatch, tmp_path, capsys):
     """Damaged while the teacher was trained: the student is trained all the same, and both rows are kept."""
     flags = ["--method", "kd", *QUICK, "--epochs", "1", "--output", str(tmp_path)]
-    whole, table_path, untouched = records.append, tmp_path / "results.csv", [True]
+    whole, table_path, untouched = results.append, tmp_path / "results.csv", [True]
 
     def damaged(output, row):
         if untouched:
@@ -108,7 +109,7 @@ def test_a_row_that_finds_its_table_damaged_is_kept_beside_it_and_added_later(sm
             table_path.write_text(table(COLUMNS, [{**ROW, "no": 1}]).replace("1,at,", "1,,at,"))
         return whole(output, row)
 
-    monkeypatch.setattr(records, "append", damaged)
+    monkeypatch.setattr(results, "append", damaged)
     assert small_main(flags) == 2
     out, err = capsys.readouterr()
     asides = sorted(tmp_path.glob("results-*.csv"))
@@ -128,7 +129,7 @@ def test_a_row_that_finds_its_table_damaged_is_kept_beside_it_and_added_later(sm
 def test_epochs_that_a_spreadsheet_wrote_are_drawn(tmp_path):
     path = tmp_path / "epochs.csv"
     path.write_text("\ufeffepoch;loss\r\n1;0.5\r\n2;0.25\r\n;\r\n", encoding="utf-8")
-    assert plots.read_epochs(path) == [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25}]
+    assert curves.read_epochs(path) == [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25}]
     path.write_text("epoch,loss\n1,\n")
     with pytest.raises(UserError, match="epochs.csv cannot be read"):
-        plots.read_epochs(path)
+        curves.read_epochs(path)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from fastkd.training import RECIPES, SETTINGS, Settings
-from fastkd.training.plan import Plan
-from fastkd.training.run import find_teacher
+from fastkd.training.config import Config
+from fastkd.training.experiment import find_teacher
 
 DATA = Path(os.environ.get("FASTKD_DATA", "data"))
 TEACHERS = Path(os.environ.get("FASTKD_TEACHERS", DATA / "teachers"))
@@ -24,7 +24,7 @@ PUBLISHED = TEACHERS / "resnet56_cifar100.pth"
 @pytest.mark.skipif(not PUBLISHED.exists(), reason="FASTKD_TEACHERS has no resnet56_cifar100.pth")
 @pytest.mark.skipif(not any(DATA.glob("cifar-100-*")), reason="FASTKD_DATA has no CIFAR-100")
 def test_the_published_resnet56_gets_its_published_accuracy(tmp_path, capsys):
-    plan = Plan(Settings("at", setting="a", data=DATA, teacher_checkpoint=PUBLISHED, output=tmp_path, device="cpu"))
+    plan = Config(Settings("at", setting="a", data=DATA, teacher_checkpoint=PUBLISHED, output=tmp_path, device="cpu"))
     assert (plan.models.teacher, plan.models.student, plan.data.name, plan.recipe_name) == ("resnet56", "resnet20", "cifar100", "sakd")
     _, accuracy = find_teacher(plan)
     assert f"{accuracy:.2f}" == "73.04" and "73.04 % on the test set" in capsys.readouterr().out
@@ -39,7 +39,7 @@ def test_the_letters_are_those_of_the_table():
 
 def test_a_teacher_is_found_by_what_its_training_depends_on(tmp_path):
     def path(method="at", **changes):
-        return Plan(Settings(method, **{"dataset": "digits", "output": tmp_path, "device": "cpu", **changes})).teacher_path().name
+        return Config(Settings(method, **{"dataset": "digits", "output": tmp_path, "device": "cpu", **changes})).teacher_path().name
 
     assert (
         path()

@@ -18,7 +18,7 @@ from torch.autograd.functional import jacobian
 import fastkd
 from fastkd import native
 from fastkd.models import create_model
-from fastkd.ops.norm import batch_norm
+from fastkd.ops.batch_norm import batch_norm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPES = ((2, 3, 4, 3), (2, 4, 4, 3), (2, 5, 4, 3))

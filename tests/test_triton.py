@@ -190,11 +190,12 @@ def test_a_second_derivative_is_refused_and_names_the_reference(triton, function
 @pytest.mark.parametrize("pool", ["before", "after"])
 def test_the_operator_gives_what_its_schema_says(triton, pool):
     """The launchers as operators: for graphs, and for whoever calls them directly; with gradients for an upstream that is foreseen."""
-    from fastkd.ops.attention import _BIT, _loss_fake
+    from fastkd.ops._options import BIT
+    from fastkd.ops.attention import _loss_fake
 
     s, t = chains(triton, grad=False)
     t[0] = t[0][..., :5, :6]
-    args = (s, t, 2.0, 1e-12, _BIT["channel_reduce"] | _BIT["pool"] * (pool == "before"), None, 3.0, True, True, -2.5)
+    args = (s, t, 2.0, 1e-12, BIT["channel_reduce"] | BIT["pool"] * (pool == "before"), None, 3.0, True, True, -2.5)
     got, fake = kernels.launcher("attention_transfer_loss")(*args), _loss_fake(*args)
     for a, b in zip(torch.utils._pytree.tree_leaves(got), torch.utils._pytree.tree_leaves(fake), strict=True):
         assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)

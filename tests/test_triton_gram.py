@@ -122,7 +122,7 @@ def test_offsets_within_a_large_sample_are_as_wide(triton, monkeypatch):
 @pytest.mark.parametrize("pool_mode", ["avg", "max"])
 def test_the_operator_gives_what_its_schema_says(triton, pool_mode):
     """The launchers as operators: for graphs, and for whoever calls them directly; with gradients for an upstream that is foreseen."""
-    from fastkd.ops.gram import _loss_fake
+    from fastkd.ops.fsp import _loss_fake
 
     s, t = ([triton(make((2, *shape))) for shape in CIFAR] for _ in range(2))
     args = (s, t, pool_mode, "frobenius", "mean", [1.0, -2.0], 3.0, "ieee", True, -2.5, [0, 2])

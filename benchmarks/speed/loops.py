@@ -1,4 +1,4 @@
-"""Whole training loops: the steps of ``fastkd.training.Loop`` beside a toolkit's, data and all, in the process of the stock allocator."""
+"""Whole training loops: ``fastkd.training.Trainer`` beside a toolkit's, data and all, in the process of the stock allocator."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from fastkd.methods import create_method
-from fastkd.training import Batches, Loop, get_recipe
+from fastkd.distillation import Distillation
+from fastkd.training import Batches, Trainer, get_recipe
 from fastkd.training.progress import Progress
 from speed import toolkit
 from speed.measure import Row
@@ -52,7 +52,7 @@ class Steps:
     def count(self) -> int:
         return 100 * self.batch
 
-    def loop(self, name: str) -> Loop:
+    def loop(self, name: str) -> Trainer:
         """The loop as train.py makes it, by RepDistiller's recipe."""
         dtype = torch.float32 if name == FP32 else torch.bfloat16
         images = toolkit.Images(self.count)
@@ -62,7 +62,8 @@ class Steps:
         recipe = get_recipe("repdistiller", {"batch_size": self.batch, "lr": 1e-5})
         networks = toolkit.network(self.student, 1), toolkit.network(self.teacher, 2).eval()
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
-        return Loop(networks[0], create_method(self.method, "repdistiller"), networks[1], batches, None, recipe, autocast, name == COMPILED)
+        distillation = Distillation(*networks, self.method, preset="repdistiller", autocast=autocast)
+        return Trainer(distillation, batches, None, recipe, autocast, name == COMPILED)
 
 
 @functools.lru_cache(maxsize=1)
@@ -80,8 +81,9 @@ def _ours(what: Steps, name: str) -> tuple[Iterator[None], list[float]]:
     """Steps without end, and what the distillation loss and its gradient took in those since the list was cleared."""
     loop, spent = what.loop(name), []
     if name != COMPILED:
-        loop.method.terms[0].register_forward_pre_hook(lambda *_: spent.append(-time.perf_counter()))
-        loop.method.terms[0].register_forward_hook(functools.partial(_timed, spent))
+        distiller: Any = next(iter(loop.distillation.methods.values()))
+        distiller.function.register_forward_pre_hook(lambda *_: spent.append(-time.perf_counter()))
+        distiller.function.register_forward_hook(functools.partial(_timed, spent))
 
     def run() -> Iterator[None]:
         for epoch in range(1, 240):
@@ -132,7 +134,7 @@ class LoopGroup:
         small = replace(self.steps, batch=min(self.steps.batch, 16))
         loop = small.loop(row.name)
         images, labels = loop.batches.take(next(loop.batches.draw(1)))
-        ours = loop.train_step.forward(images, labels)[0].sum().item()
+        ours = loop.train_step.forward(images, labels).total.item()
         networks = toolkit.network(small.student, 1), toolkit.network(small.teacher, 2).eval()
         with torch.no_grad():
             student, teacher = (net(images.float(), features=True) for net in networks)

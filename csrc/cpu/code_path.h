@@ -2,11 +2,11 @@
 // FASTKD_VECTOR_BYTES. Headers stand before the target, so that nothing of theirs is compiled for this instruction set. A file's kernels
 // stand in the namespace FASTKD_PATH, and FASTKD_PATH_END behind them.
 //
-// Rules for the .inl files there: use only what is defined in this namespace, raw pointers, the plain structs of common.h, compiler
+// Rules for the .inl files there: use only what is defined in this namespace, raw pointers, the plain structs of host.h, compiler
 // builtins, intrinsics and functions of libm. No std:: templates, no inline functions of headers (see common.h).
 #pragma once
 
-#include "dispatch.h"
+#include "cpu/dispatch.h"
 
 #ifdef FASTKD_X86
 #include <immintrin.h>

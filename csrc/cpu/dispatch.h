@@ -1,10 +1,10 @@
 // The table of kernels of one CPU code path, and the choice among the paths.
 #pragma once
 
-#include "attention.h"
-#include "gram.h"
-#include "norm.h"
-#include "tap.h"
+#include "cpu/attention/attention.h"
+#include "cpu/fsp/fsp.h"
+#include "cpu/batch_norm/batch_norm.h"
+#include "cpu/attention/tap.h"
 
 namespace fastkd {
 
@@ -24,7 +24,7 @@ struct KernelTable {
   const NormKernels& norm;
 };
 
-// Defined at the end of the .inl files, by way of kernels/.
+// Defined at the end of the .inl files, by way of each operation's kernels.cpp.
 #define FASTKD_CODE_PATH(path)                     \
   namespace path {                                 \
   extern const AttentionKernels attention_kernels; \

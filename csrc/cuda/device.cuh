@@ -19,11 +19,11 @@
 
 #include <cstdint>
 
-#include "formulas.h"
-#include "tensor.h"
+#include "common/formulas.h"
+#include "common/tensor.h"
 
 #ifdef FASTKD_EMULATE
-#include "cuda/emulate.h"
+#include "cuda/testing/emulate.h"
 #else
 #include <cuda_runtime.h>
 #define FASTKD_KERNEL(threads) __global__ void __launch_bounds__(threads)
@@ -107,11 +107,23 @@ FASTKD_DEVICE Pack load_pack_if(const T* pointer, bool wanted) {
 }
 
 template <typename T>
-FASTKD_DEVICE void store_pack(T* pointer, const Pack& pack) {
+FASTKD_DEVICE void store_shared_pack(T* pointer, const Pack& pack) {
 #ifdef FASTKD_EMULATE
   *reinterpret_cast<Pack*>(const_cast<void*>(emulate::aligned(pointer, 16))) = pack;
 #else
   *reinterpret_cast<uint4*>(pointer) = make_uint4(pack.word[0], pack.word[1], pack.word[2], pack.word[3]);
+#endif
+}
+
+// To global memory, in one instruction: what C++ says, nvcc splits into four where the words are computed one by one.
+template <typename T>
+FASTKD_DEVICE void store_pack(T* pointer, const Pack& pack) {
+#ifdef FASTKD_EMULATE
+  store_shared_pack(pointer, pack);
+#else
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(pack.word[0]), "r"(pack.word[1]), "r"(pack.word[2]),
+               "r"(pack.word[3])
+               : "memory");
 #endif
 }
 

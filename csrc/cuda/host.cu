@@ -6,28 +6,35 @@
 
 namespace fastkd {
 
+namespace {
+
+// Counters for is_last(), in slices: one for each stream that makes calls. They are no memory of PyTorch's allocator: a tensor
+// kept from one call to the next would occupy the private pool of a CUDA graph, or a user's MemPool, for ever.
+constexpr int kSlices = 64;
+constexpr int64_t kSlice = 1 << 14;
+
 #ifdef FASTKD_EMULATE
 
-OnDevice::OnDevice(const TensorView& view) : index_(view.device_index), stream_(nullptr) {}
+unsigned ticket_counters[kSlices * kSlice];
 
-Tensor OnDevice::tickets(int64_t count) const {
-  static Tensor kept = [] {
-    const int64_t all = 1 << 16;
-    Tensor zeros = fastkd::empty(&all, 1, DType::kFloat);
-    std::memset(zeros.mutable_data_ptr(), 0, all * sizeof(float));
-    return zeros;
-  }();
-  STD_TORCH_CHECK(count <= kept.numel(), "more tickets than the emulation has");
-  const auto* first = static_cast<const unsigned*>(kept.const_data_ptr());
-  for (int64_t i = 0; i < count; ++i) STD_TORCH_CHECK(first[i] == 0, "a kernel left a ticket that is not 0");
-  return kept;
-}
+unsigned* first_counter(Stream) { return ticket_counters; }
+Stream current_stream(int32_t) { return emulate::stream(); }
+bool is_capturing(Stream) { return emulate::is_capturing(); }
+void clear(void* counters, size_t bytes, Stream) { std::memset(counters, 0, bytes); }
 
 #else
 
-namespace {
+__device__ unsigned ticket_counters[kSlices * kSlice];  // each device has its own, zeros at first
 
 void check(cudaError_t status, const char* name) { STD_TORCH_CHECK(status == cudaSuccess, name, ": ", cudaGetErrorString(status)); }
+
+// Of the current device. Null where the stream is another one in each thread, for which one slice would not do.
+unsigned* first_counter(Stream stream) {
+  if (stream == cudaStreamPerThread) return nullptr;
+  void* first = nullptr;
+  check(cudaGetSymbolAddress(&first, ticket_counters), "tickets");
+  return static_cast<unsigned*>(first);
+}
 
 Stream current_stream(int32_t index) {
   void* stream = nullptr;
@@ -35,32 +42,44 @@ Stream current_stream(int32_t index) {
   return static_cast<Stream>(stream);
 }
 
+bool is_capturing(Stream stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &status), "tickets");
+  return status != cudaStreamCaptureStatusNone;
+}
+
+void clear(void* counters, size_t bytes, Stream stream) { check(cudaMemsetAsync(counters, 0, bytes, stream), "tickets"); }
+
+#endif
+
+// The slice of a stream of the current device, whose index this is; null where there is none left.
+unsigned* slice_of(int32_t index, Stream stream) {
+  struct Slices {
+    std::map<std::pair<int32_t, Stream>, unsigned*> of_stream;
+    std::map<int32_t, int> taken;  // by the streams of a device
+    std::mutex mutex;
+  };
+  static auto* slices = new Slices;  // never freed: calls may come while the process ends
+  const std::lock_guard<std::mutex> lock(slices->mutex);
+  const auto found = slices->of_stream.find({index, stream});
+  if (found != slices->of_stream.end()) return found->second;
+  int& taken = slices->taken[index];
+  unsigned* first = taken < kSlices ? first_counter(stream) : nullptr;
+  if (first != nullptr) first += kSlice * taken++;
+  slices->of_stream.insert({{index, stream}, first});
+  return first;
+}
+
 }  // namespace
+
+#ifdef FASTKD_EMULATE
+
+OnDevice::OnDevice(const TensorView& view) : index_(view.device_index), stream_(current_stream(view.device_index)) {}
+
+#else
 
 OnDevice::OnDevice(const TensorView& view)
     : index_(view.device_index), stream_(current_stream(view.device_index)), guard_(view.device_index) {}
-
-Tensor OnDevice::tickets(int64_t count) const {
-  const auto zeros = [&](int64_t size) {
-    Tensor made = empty(&size, 1, DType::kFloat);  // 4 bytes each, like an unsigned
-    check(cudaMemsetAsync(made.mutable_data_ptr(), 0, static_cast<size_t>(size) * sizeof(unsigned), stream_), "tickets");
-    return made;
-  };
-  cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
-  check(cudaStreamIsCapturing(stream_, &capturing), "tickets");
-  if (capturing != cudaStreamCaptureStatusNone) return zeros(count);
-  using Key = std::pair<int32_t, Stream>;
-  // never freed: at exit the allocator may be gone before this is
-  static auto* kept = new std::map<Key, Tensor>;
-  static std::mutex mutex;
-  const std::lock_guard<std::mutex> lock(mutex);
-  auto found = kept->find({index_, stream_});
-  if (found == kept->end() || found->second.numel() < count) {
-    const int64_t size = count < 4096 ? 4096 : count;
-    found = kept->insert_or_assign(Key{index_, stream_}, zeros(size)).first;
-  }
-  return found->second;
-}
 
 void check_launch(const char* name, cudaError_t status) { check(status, name); }
 
@@ -70,7 +89,20 @@ void allow_shared(const char* name, const void* kernel, size_t bytes) {
 
 #endif
 
-unsigned* tickets_of(const Tensor& tickets) { return static_cast<unsigned*>(tickets.mutable_data_ptr()); }
+Tickets OnDevice::tickets(int64_t count) const {
+  const bool may_share = count <= kSlice && !is_capturing(stream_);
+  Tickets tickets{may_share ? slice_of(index_, stream_) : nullptr, std::nullopt};
+  if (tickets.first == nullptr) {
+    tickets.memory = empty(&count, 1, DType::kFloat);  // 4 bytes each, like an unsigned
+    tickets.first = static_cast<unsigned*>(tickets.memory->mutable_data_ptr());
+    clear(tickets.first, static_cast<size_t>(count) * sizeof(unsigned), stream_);
+  }
+#ifdef FASTKD_EMULATE
+  emulate::note_tickets(tickets.memory ? -1 : static_cast<int>((tickets.first - ticket_counters) / kSlice));
+  for (int64_t i = 0; i < count; ++i) STD_TORCH_CHECK(tickets.first[i] == 0, "a kernel left a ticket that is not 0");
+#endif
+  return tickets;
+}
 
 unsigned grid_of(const char* name, int64_t blocks) {
   STD_TORCH_CHECK(blocks > 0 && blocks < int64_t{1} << 31, name, ": a grid of ", blocks, " blocks is more than a GPU takes");

@@ -1,6 +1,8 @@
 // The host side of the CUDA operators: the device of a call, its stream, its tickets, and the launch of a kernel.
 #pragma once
 
+#include <optional>
+
 #include "cuda/device.cuh"
 
 #ifndef FASTKD_EMULATE
@@ -18,6 +20,13 @@ using Stream = void*;
 using Stream = cudaStream_t;
 #endif
 
+// Counters for is_last(), all 0: the first of them, and the memory that they alone have, if any, which must live until the kernel
+// is launched.
+struct Tickets {
+  unsigned* first;
+  std::optional<Tensor> memory;
+};
+
 // Makes the device of `view` the current one while it lives. All work of a call goes to that device's current stream.
 class OnDevice {
  public:
@@ -27,9 +36,9 @@ class OnDevice {
 
   Stream stream() const { return stream_; }
   Tensor empty(const int64_t* sizes, int64_t dim, DType dtype) const { return fastkd::empty(sizes, dim, dtype, index_); }
-  // `count` tickets of is_last(), all 0. They are kept for the stream's next call, which finds them 0 again, except while a CUDA graph is
-  // captured, which gets its own and zeroes them. The tensor is to live until the kernel is launched.
-  Tensor tickets(int64_t count) const;
+  // They belong to the stream, whose next call finds them 0 again. A CUDA graph may be replayed on any stream, beside others, and
+  // has its own, which it clears at each replay.
+  Tickets tickets(int64_t count) const;
 
  private:
   int32_t index_;
@@ -38,8 +47,6 @@ class OnDevice {
   torch::stable::accelerator::DeviceGuard guard_;
 #endif
 };
-
-unsigned* tickets_of(const Tensor& tickets);
 
 // A size that a launch can have: blocks in [1, 2^31), else an error that names the kernel.
 unsigned grid_of(const char* name, int64_t blocks);

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastkd.modules import NumbersAsFloats
+from fastkd.losses import NumbersAsFloats
 from fastkd.ops.attention import attention_map, attention_transfer_loss
-from fastkd.ops.gram import fsp_loss, fsp_matrix
+from fastkd.ops.fsp import fsp_loss, fsp_matrix
 from fastkd.reference import kd_loss
 
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from fastkd.checks import Features, stages
-from fastkd.modules import NumbersAsFloats
+from fastkd.losses import NumbersAsFloats
 from fastkd.ops.attention import attention_map, attention_transfer_loss
-from fastkd.ops.gram import fsp_loss, fsp_matrix
+from fastkd.ops.fsp import fsp_loss, fsp_matrix
 from fastkd.reference import kd_loss
 
 

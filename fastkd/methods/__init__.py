@@ -1,79 +1,94 @@
-"""Distillation methods. A new one is one file with its Term and one line in ``_METHODS``."""
+"""Distillation methods: one file here with a :class:`Distiller` is one method, under the file's name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import importlib
+import pkgutil
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from fastkd.methods.at import AT
-from fastkd.methods.base import Method, Output, Term
-from fastkd.methods.fsp import FSP
-from fastkd.methods.kd import KD
+from torch import nn
 
+from fastkd.methods import definition
+from fastkd.methods.base import (
+    Batch,
+    Beside,
+    BuildContext,
+    Distiller,
+    Output,
+    Points,
+    Preset,
+    option,
+    overrides,
+    undisturbed,
+)
+from fastkd.methods.definition import Definition, Term
 
-class Shares(NamedTuple):
-    """(cross-entropy, KD) as a preset's authors weigh them: in ``kd`` alone and beside AT. Without KD cross-entropy counts once."""
-
-    alone: tuple[float, float]
-    beside_at: tuple[float, float]
-    at: str = ""  # whose AT and temperature, where the modules have no preset of this name
-    fsp: str = ""  # whose FSP, where the authors have none
-
-
-_SHARES = {
-    "hankyul2": Shares((1, 1), (1, 0.9)),
-    "zagoruyko": Shares((0.1, 0.9), (0.1, 0.9), fsp="repdistiller"),
-    "repdistiller": Shares((0.1, 0.9), (1, 1)),  # -r 0.1 -a 0.9; with another loss its README sets -a 1 and leaves -r at 1
-    "mdistiller": Shares((0.1, 0.9), (0.1, 0.9), fsp="repdistiller"),  # it never combines AT and KD: as in its KD
-    "kdzoo": Shares((1, 0.1), (1, 0.1)),
-    "torchdistill": Shares((0.9, 0.1), (0.9, 0.1)),
-    "sakd": Shares((1, 0.9), (1, 0.9), at="repdistiller", fsp="repdistiller"),  # it has KD alone; its AT rows are others'
-}
+# the order of the published table, and of the terms of a sum (but KD is last there); what is not in it comes after, by name
+_TABLE = ("kd", "fitnet", "at", "fsp", "ofd", "rkd", "crd", "reviewkd", "srrl", "afd", "semckd", "simkd", "norm", "sakd")
 
 
-def _kd(preset: str) -> Method:
-    shares = _shares(preset)
-    ce, weight = shares.alone
-    return Method(KD(shares.at or preset, weight=weight), ce=ce)
+def _kinds() -> dict[str, type[Distiller]]:
+    """The method of each file in this folder that holds one."""
+    found: dict[str, type[Distiller]] = {}
+    for name in sorted(module.name for module in pkgutil.iter_modules(__path__)):
+        module = importlib.import_module(f"{__name__}.{name}")
+        for value in vars(module).values():
+            if isinstance(value, type) and issubclass(value, Distiller) and value.__module__ == module.__name__ != Distiller.__module__:
+                found[name] = value
+    return {name: found[name] for name in sorted(found, key=lambda name: _TABLE.index(name) if name in _TABLE else len(_TABLE))}
 
 
-def _at_kd(preset: str) -> Method:
-    shares = _shares(preset)
-    ce, weight = shares.beside_at
-    return Method(AT(shares.at or preset), KD(shares.at or preset, weight=weight), ce=ce)
+_KINDS = _kinds()
+
+METHODS = ("baseline", *_KINDS)
+"""The names of the single methods; several are joined by "+"."""
 
 
-def _shares(preset: str) -> Shares:
-    if preset not in _SHARES:
-        raise ValueError(f"KD has no preset {preset!r}, wanted one of {', '.join(_SHARES)}")
-    return _SHARES[preset]
+def define(name: str, *, preset: str | None = None, options: Mapping[str, Mapping[str, Any]] | None = None,
+           words: Iterable[str] = ()) -> Definition:  # fmt: skip
+    """What the method ``name`` is: a name of ``METHODS``, or several with "+" between them.
+
+    ``preset``: whose published values the terms take, such as "repdistiller"; None: those of the first term's best known code.
+    ``options``: ``{"at": {"beta": 500}}``; ``words``: the same as the command line has it, ``["at.beta=500"]``. A term's own preset is
+    the option ``preset``, and ``ce.weight`` the weight of cross-entropy.
+    Raises ValueError for a name, a preset or an option that is not known, and where terms of a sum are published with different values
+    of what they share.
+    """
+    return definition.define(_KINDS, name, preset, options, words)
 
 
-_PLAIN = Shares((1, 1), (1, 1))  # of a preset that has no KD
-
-_METHODS: dict[str, Callable[[str], Method]] = {
-    "baseline": lambda preset: Method(),
-    "kd": _kd,
-    "at": lambda preset: Method(AT(_SHARES.get(preset, _PLAIN).at or preset)),
-    "fsp": lambda preset: Method(FSP(fsp_preset(preset))),
-    "at+kd": _at_kd,
-}
-
-METHODS = tuple(_METHODS)
-TWO_PHASES = ("fsp",)
-"""Methods that some train in two phases: the distillation terms alone, which initialize the student, then cross-entropy alone."""
+def full_name(name: str) -> str:
+    """A method's name with the terms of a sum in their order. Raises ValueError for one that is not known."""
+    return "+".join(definition.names_of(_KINDS, name)) or "baseline"
 
 
-def fsp_preset(preset: str) -> str:
-    """Whose FSP goes with ``preset``: RepDistiller's where its authors have none."""
-    return _SHARES.get(preset, _PLAIN).fsp or preset
+def initializes(name: str) -> bool:
+    """Whether a term of the method may train the student in a first phase of its own."""
+    return any(_KINDS[part].initializes for part in definition.names_of(_KINDS, name))
 
 
-def create_method(name: str, preset: str = "hankyul2") -> Method:
-    """The method ``name`` (one of ``METHODS``) with the coefficients of ``preset``. Raises ValueError for an unknown name or preset."""
-    if name not in _METHODS:
-        raise ValueError(f"method {name!r} is not known; known: {', '.join(METHODS)}")
-    return _METHODS[name](preset)
+def create_method(name: str, context: BuildContext, *, preset: str | None = None, options: Mapping[str, Mapping[str, Any]] | None = None,
+                  seed: int = 0) -> Distiller | nn.ModuleDict:  # fmt: skip
+    """The :class:`Distiller` ``name`` built for the networks of ``context``; of a sum a ModuleDict of its distillers by name.
+
+    Arguments as for :func:`define`. Raises ValueError, and what a method raises for networks that do not fit it.
+    """
+    distillers, _ = define(name, preset=preset, options=options).build(context, seed)
+    return distillers[name] if name in distillers else nn.ModuleDict(distillers)
 
 
-__all__ = ["METHODS", "TWO_PHASES", "Method", "Output", "Term", "create_method", "fsp_preset"]
+def title_of(name: str) -> str:
+    """A method's name for people: "AT+KD" for "at+kd"."""
+    return "+".join(_KINDS[part].title if part in _KINDS else part for part in name.split("+"))
+
+
+def colour_of(name: str) -> str | None:
+    """The colour of a single method in figures; None for a sum."""
+    return _KINDS[name].colour if name in _KINDS else None
+
+
+__all__ = [
+    "METHODS", "Batch", "Beside", "BuildContext", "Definition", "Distiller", "Output", "Points", "Preset", "Term",
+    "colour_of", "create_method", "define", "definition", "full_name", "initializes", "option", "overrides", "title_of", "undisturbed",
+]  # fmt: skip

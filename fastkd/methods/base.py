@@ -1,87 +1,205 @@
-"""What a method is: cross-entropy plus distillation terms, each of which says which features it reads."""
+"""What a distillation method is: a :class:`Distiller`, which sees both networks once and then one batch after the other."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import dataclasses
+import enum
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd import backends
 from fastkd.models import Features
 
-Wanted = Literal[False, True, "preact"]
+Network = Callable[..., tuple[Features, Tensor]]
+"""A network of ``fastkd.models``, or another that is observed: ``network(images, features=...)``."""
 
 
-NO_FEATURES = Features((), (), (), ())  # type: ignore[arg-type]
+class Points(enum.Flag):
+    """Which features a method reads of a network. Logits, pooled vector and final map are always there."""
+
+    NONE = 0
+    MAPS = enum.auto()  # stem, stages, blocks
+    PREACT = enum.auto()  # preact.stages, preact.blocks: the maps before the ReLU
+
+    @property
+    def argument(self) -> bool | str:
+        """What a network's ``forward`` gets as ``features`` for them."""
+        known: dict[Points, bool | str] = {Points.NONE: "pooled", Points.MAPS: True, Points.PREACT: "preact"}
+        return known.get(self, "both")
+
+    def observe(self, network: Network, images: Tensor) -> Output:
+        """One forward pass of ``network``, with these features and no others."""
+        features, logits = network(images, features=self.argument)
+        if self is Points.PREACT:
+            features = features._replace(stem=(), stages=(), blocks=(), maps=(), preact=features)  # type: ignore[arg-type]
+        return Output(logits, features)
+
+
+class Batch(NamedTuple):
+    """Images (N, 3, H, W) as the networks get them, labels (N,) or None, and ``index`` (N,) or None.
+
+    ``index`` says where each image stands in the training set in use: 0 to len(train_labels) - 1, in a subset too.
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+    index: Tensor | None = None  # type: ignore[assignment]  # in place of the method of tuples
 
 
 class Output(NamedTuple):
-    """One model's answer to a batch. ``features`` is there only if the method asked for them."""
+    """One network's answer to a batch."""
 
-    features: Features
     logits: Tensor
+    features: Features
 
 
-class Term(nn.Module):
-    """One distillation loss. ``name`` is its column in the log, ``features`` what it reads of both models.
+@dataclass(frozen=True)
+class BuildContext:
+    """What a method may look at once, before the first step. It copies what it needs, and never stores a network.
 
-    ``forward(student, teacher)`` takes two Outputs and returns a scalar, the published coefficient included. Parameters, if it has any,
-    are trained with the student.
+    ``student`` and ``teacher`` are as built: not folded, not wrapped for several GPUs; the teacher is frozen and holds its weights.
+    ``student_shapes`` and ``teacher_shapes`` are Features of torch.Size (C, H, W), ``preact`` included. ``train_labels`` are those of
+    the training set in use, or None; their number is the size of a bank. ``batch_size`` counts the images of ONE process in a step.
     """
 
-    name: str
-    features: Wanted = False
+    student: nn.Module
+    teacher: nn.Module
+    student_shapes: Features
+    teacher_shapes: Features
+    num_classes: int
+    train_labels: Tensor | None = None
+    batch_size: int | None = None
+    epochs: int | None = None
+    image_shape: tuple[int, ...] = (3, 32, 32)
 
+    @classmethod
+    def of(cls, student: nn.Module, teacher: nn.Module, image_shape: tuple[int, ...] = (3, 32, 32),
+           observed: tuple[Network | None, Network | None] = (None, None), **rest: Any) -> BuildContext:  # fmt: skip
+        """Finds the shapes, and the number of classes unless given, in one forward pass of each network.
 
-class Method(nn.Module):
-    """``forward(student, teacher, labels)`` -> the named terms of the loss, which is their sum.
-
-    Only what the terms need is asked of the models: a method without terms needs no teacher at all (``needs_teacher``), one on logits
-    no features (``features``). ``ce`` is the share of the cross-entropy; at 0 it is left out.
-    """
-
-    def __init__(self, *terms: Term, ce: float = 1.0):
-        super().__init__()
-        self.ce = ce
-        self.terms = nn.ModuleList(terms)
-        self.needs_teacher = bool(terms)
-        wanted = {term.features for term in terms} - {False}
-        if len(wanted) > 1:
-            raise ValueError("terms before and after the ReLU cannot share one forward pass")
-        self.features: Wanted = wanted.pop() if wanted else False
-        self.names = (*["ce"][: ce != 0], *(str(term.name) for term in terms))
-
-    def forward(self, student: Output, teacher: Output | None, labels: Tensor) -> dict[str, Tensor]:
-        losses = {"ce": F.cross_entropy(student.logits.float(), labels) * self.ce} if self.ce else {}
-        for term in self.terms:
-            losses[str(term.name)] = term(student, teacher)
-        return losses
-
-    def run(self, model: nn.Module, images: Tensor) -> Output:
-        """``model`` on ``images``, with the features that the terms read and no others."""
-        return Output(*model(images, features=self.features)) if self.features else Output(NO_FEATURES, model(images))
-
-    def alone(self) -> Method:
-        """The same terms without cross-entropy."""
-        return Method(*self.terms, ce=0.0)
-
-    def check(self, student: nn.Module, teacher: nn.Module) -> dict[str, list[backends.Call]]:
-        """Tries the terms on two blank images, before hours of training, on the models' device.
-
-        Returns for each term the calls of the package's operations that it makes. Models that do not fit raise
-        ValueError or TypeError, a backend that cannot serve them there BackendError.
+        ``observed``: what shows the features of a network that does not do so itself.
         """
-        modes = student.training, teacher.training
-        image = next(student.parameters()).new_zeros(2, 3, 32, 32)
+        found = [shapes(network, image_shape, view) for network, view in zip((student, teacher), observed, strict=True)]
+        if rest.get("num_classes") is None:
+            rest["num_classes"] = found[1][1]
+        return cls(student, teacher, found[0][0], found[1][0], image_shape=image_shape, **rest)
+
+    def with_student(self, student: nn.Module) -> BuildContext:
+        return dataclasses.replace(self, student=student, student_shapes=shapes(student, self.image_shape)[0])
+
+
+@contextmanager
+def undisturbed(*networks: nn.Module) -> Iterator[None]:
+    """The networks are in eval mode and have no gradients inside; afterwards each module is in the mode that it was in."""
+    modes = [(module, module.training) for network in networks for module in network.modules()]
+    try:
+        for network in networks:
+            network.eval()
         with torch.no_grad():
-            output, answer = self.run(student.eval(), image), self.run(teacher.eval(), image)
-            self(output, answer, image.new_zeros(2, dtype=torch.int64))
-            calls = {}
-            for term in self.terms:
-                with backends.record_calls() as calls[str(term.name)]:
-                    term(output, answer)
-        student.train(modes[0])
-        teacher.train(modes[1])
-        return calls
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def shapes(network: nn.Module, image_shape: tuple[int, ...], observed: Network | None = None) -> tuple[Features, int]:
+    """(Features of each map's size without the batch, number of logits), from two blank images."""
+    with undisturbed(network):
+        images = next(network.parameters()).new_zeros(2, *image_shape)
+        features, logits = (observed or network)(images, features="both")
+    return torch.utils._pytree.tree_map(lambda x: x.shape[1:] if isinstance(x, Tensor) else x, features), logits.shape[1]
+
+
+class Beside(NamedTuple):
+    """Weights of cross-entropy and of KD that a method is trained with, beside its own loss."""
+
+    ce: float = 1.0
+    kd: float = 0.0
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published variant: values of the method's options, what is trained beside its loss, and fields of the recipe that it changes.
+
+    ``with_kd``: what stands beside the loss in the sum with KD, where its authors published that too.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    beside: Beside = Beside(1.0, 0.0)  # noqa: RUF009 - a tuple
+    with_kd: Beside | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+
+def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A field of a method's ``Options``: its default, its help, and the values that a string may have."""
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+class Distiller(nn.Module):
+    """One distillation loss with all that it learns and keeps. Parameters are trained with the student's, buffers are in the checkpoint.
+
+    A method is one file in ``fastkd/methods/`` with one subclass; the file's name is the method's. It is built with PyTorch's generator
+    set for (seed, the method's name), so its first weights do not depend on its neighbours in a sum.
+    """
+
+    @dataclass(frozen=True)
+    class Options:
+        """The method's knobs, each with :func:`option`. ``--option NAME.FIELD=VALUE`` sets one."""
+
+    title: ClassVar[str]  # in tables and curves
+    colour: ClassVar[str] = "#000000"
+    presets: ClassVar[Mapping[str, Preset]]
+    canonical: ClassVar[str]  # the preset that stands in where a recipe's authors lack the method
+    student_points: Points = Points.NONE
+    teacher_points: Points = Points.NONE
+    whole_batches: ClassVar[bool] = False  # a short last batch is dropped
+    initializes: ClassVar[bool] = False  # with recipe.init_epochs it is alone in a first phase, and left out of the main one
+
+    def __init__(self, context: BuildContext, options: Any):
+        super().__init__()
+
+    @classmethod
+    def beside(cls, options: Any, preset: Preset, with_kd: bool) -> Beside:
+        """What is trained beside this loss; ``with_kd``: in the sum with KD alone, under a preset of the recipe's own authors."""
+        return preset.with_kd if with_kd and preset.with_kd is not None else preset.beside
+
+    def wrap_student(self, student: nn.Module) -> nn.Module:
+        """The network that is trained, tested, counted and saved: ``student``, changed or not. One method of a sum may change it."""
+        return student
+
+    def logits(self, z: Tensor) -> Tensor:
+        """Applied to both networks' logits, float32, before cross-entropy and every loss of the sum."""
+        return z
+
+    def connect(self, batch: Batch, student: Output, teacher: Output) -> Any:
+        """What convolutions make of the features, inside autocast. The result is handed to :meth:`loss`."""
+        return None
+
+    def loss(self, batch: Batch, student: Output, teacher: Output, connected: Any) -> Tensor | tuple[Tensor, Any]:
+        """The scalar, its published weight included, or (scalar, record). Outside autocast.
+
+        A record is a tensor or a tuple of tensors, one row an image, without gradients; :meth:`update` gets it after the step.
+        """
+        raise NotImplementedError
+
+    def weight_at(self, epoch: int, epochs: int) -> float:
+        """A factor on the loss in ``epoch`` (from 0) of ``epochs``. Schedules are fractions of the run, as milestones are."""
+        return 1.0
+
+    def set_epoch(self, epoch: int, epochs: int) -> None:
+        """Before the first step of ``epoch`` (from 0), for numbers that are drawn from the seed and the epoch.
+
+        The seed is ``torch.initial_seed()`` in ``__init__``. What a graph reads must be a buffer that is changed in place.
+        """
+
+    def update(self, index: Tensor, record: Any) -> None:
+        """After the optimizer's step, without gradients. ``index`` and ``record`` have the rows of all processes together."""
+
+
+def overrides(cls: type[Distiller], name: str) -> bool:
+    """Whether a method has its own ``name``."""
+    return getattr(cls, name) is not getattr(Distiller, name)

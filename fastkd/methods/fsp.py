@@ -2,23 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
 
-from fastkd.methods.base import Output, Term
-from fastkd.modules import FSP as FSPLoss
+from fastkd.losses import FSP as FSPLoss
+from fastkd.methods.base import Batch, BuildContext, Distiller, Output, Points, Preset, option
+from fastkd.models import Features
 
 
-class FSP(Term):
-    """``FSP.preset(preset)`` over the pairs (stem, stage 1), (stage 1, stage 2), (stage 2, stage 3); channels must be equal."""
+def _preset(fields: Mapping[str, Any]) -> Preset:
+    return Preset({**{key: value for key, value in fields.items() if key != "weight"}, "beta": fields["weight"]})
 
-    name = "fsp"
-    features = True
 
-    def __init__(self, preset: str, **overrides: Any):
-        super().__init__()
-        self.loss = FSPLoss.preset(preset, **overrides)
+class FSP(Distiller):
+    """``fastkd.FSP`` over the pairs (stem, stage 1), (stage 1, stage 2), (stage 2, stage 3); channels must be equal."""
 
-    def forward(self, student: Output, teacher: Output) -> Tensor:
-        return self.loss([student.features.stem, *student.features.stages], [teacher.features.stem, *teacher.features.stages])
+    @dataclass(frozen=True)
+    class Options:
+        beta: float = option(1.0, "factor of the loss")
+        pool_mode: str = option("avg", "how the larger map of a pair is pooled", ("avg", "max"))
+        distance: str = option("squared", "of two matrices", ("squared", "frobenius", "column_l2"))
+        pair_reduce: str = option("sum", "over pairs", ("sum", "mean"))
+        weights: tuple[float, ...] | None = option(None, "one factor a pair")
+        precision: str | None = option(None, "of float32 products on a GPU", ("ieee", "tf32", "tf32x3"))
+
+        def __post_init__(self) -> None:
+            self.module()
+
+        def module(self) -> FSPLoss:
+            fields = asdict(self)
+            return FSPLoss(weight=fields.pop("beta"), **fields)
+
+    title, colour = "FSP", "#d55e00"
+    canonical = "repdistiller"
+    presets = {name: _preset(fields) for name, fields in FSPLoss.presets.items()}
+    student_points = teacher_points = Points.MAPS
+    initializes = True
+
+    def __init__(self, context: BuildContext, options: Any):
+        super().__init__(context, options)
+        self.function = options.module()
+
+    def loss(self, batch: Batch, student: Output, teacher: Output, connected: Any) -> Tensor:
+        return self.function(_chain(student.features), _chain(teacher.features))
+
+
+def _chain(features: Features) -> list[Tensor]:
+    """A network that has no stem to show begins with its first stage."""
+    return [*([features.stem] if isinstance(features.stem, Tensor) else []), *features.stages]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from fastkd.models.features import Features
+from fastkd.models.features import Features, Neck
 from fastkd.models.resnet import ResNet
 from fastkd.models.weights import WeightsError, fingerprint, load_weights, read_checkpoint
 from fastkd.models.wrn import WideResNet
@@ -36,7 +36,8 @@ MODELS = tuple(_BUILDERS)
 def create_model(name: str, num_classes: int = 10) -> nn.Module:
     """A freshly initialized model by its name (one of ``MODELS``), for (N, 3, 32, 32) images. Raises ValueError for an unknown name.
 
-    ``model(x)`` gives logits, ``model(x, features=True)`` and ``model(x, features="preact")`` give ``(Features, logits)``.
+    ``model(x)`` gives logits; with ``features`` True, "preact", "both" or "pooled" it gives ``(Features, logits)``.
+    ``model.neck`` and ``model.fc`` may be exchanged; ``model.norms_before_relu()`` are the batch norms of ``preact.stages``.
     """
     if name not in _BUILDERS:
         raise ValueError(f"model {name!r} is not known; known: {', '.join(MODELS)}")
@@ -45,4 +46,15 @@ def create_model(name: str, num_classes: int = 10) -> nn.Module:
     return _BUILDERS[name](num_classes)
 
 
-__all__ = ["MODELS", "Features", "ResNet", "WeightsError", "WideResNet", "create_model", "fingerprint", "load_weights", "read_checkpoint"]
+__all__ = [
+    "MODELS",
+    "Features",
+    "Neck",
+    "ResNet",
+    "WeightsError",
+    "WideResNet",
+    "create_model",
+    "fingerprint",
+    "load_weights",
+    "read_checkpoint",
+]

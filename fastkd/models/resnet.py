@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.models.features import Features, Group, Record, fixed
-from fastkd.ops.norm import conv_norm
+from fastkd.models.features import Features, Group, Record, fixed, shown, through_neck
+from fastkd.ops.batch_norm import conv_norm
 
 
 class Shortcut(nn.Sequential):
@@ -46,12 +46,12 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """(N, 3, 32, 32) -> logits (N, num_classes); with ``features`` True or "preact" -> (Features, logits).
+    """(N, 3, 32, 32) -> logits (N, num_classes); with ``features`` one of True, "preact", "both", "pooled" -> (Features, logits).
 
     ``depth`` is 6n + 2, ``widths`` the channels of the stem and of the three groups. ``stem_kernel=7`` is the variant of hankyul2's tables:
     7x7, stride 1, padding 1, so the maps are 28, 14 and 7 wide, and a Xavier-initialized classifier.
     ``tap``: a function (x, shortcut) -> (relu(x + shortcut), map), :func:`fastkd.relu_tap`, for the end of each group; the maps are then in
-    ``Features.maps``.
+    ``Features.maps``. ``neck``, an Identity, stands between the last map and the pooling: it and ``fc`` may be exchanged.
     """
 
     def __init__(self, depth: int, widths: tuple[int, int, int, int] = (16, 16, 32, 64), num_classes: int = 10, stem_kernel: int = 3):
@@ -64,12 +64,13 @@ class ResNet(nn.Module):
         self.layer1 = self._group(widths[0], widths[1], count, 1)
         self.layer2 = self._group(widths[1], widths[2], count, 2)
         self.layer3 = self._group(widths[2], widths[3], count, 2)
-        self.fc = nn.Linear(widths[3], num_classes)
+        self.neck: nn.Module = nn.Identity()
+        self.fc: nn.Module = nn.Linear(widths[3], num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if stem_kernel == 7:
-            nn.init.xavier_uniform_(self.fc.weight)
+            nn.init.xavier_uniform_(self.fc.get_parameter("weight"))
 
     @staticmethod
     def _group(width_in: int, width: int, count: int, stride: int) -> Group:
@@ -80,18 +81,20 @@ class ResNet(nn.Module):
         self, x: Tensor, features: bool | str = False, tap: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     ) -> Tensor | tuple[Features, Tensor]:
         features, tap = fixed("features", features, False), fixed("tap", tap, None)
-        preact = features == "preact"
-        if preact and tap is not None:
-            raise ValueError('tap and features="preact" exclude each other: a tap never has the map before the ReLU')
-        record = Record(preact, tap) if features or tap is not None else None
+        record = Record(features, tap) if features or tap is not None else None
         x = stem = conv_norm(self.conv1, self.bn1, x, relu=True)
-        stages = []
+        stages, before = [], []
         for group in (self.layer1, self.layer2, self.layer3):
-            x = group(x) if record is None else group(x, record=record)
-            stages.append(record.before[-1] if record is not None and preact else x)
-        pooled = x.mean((2, 3))
+            x = group(x) if record is None or features == "pooled" else group(x, record=record)
+            stages.append(x)
+            before += [] if record is None else record.before[-1:]
+        final = through_neck(self.neck, x, record)
+        pooled = final.mean((2, 3))
         logits = self.fc(pooled)
         if record is None or not features:
             return logits
-        blocks = record.before if preact else record.blocks
-        return Features(stem, tuple(stages), pooled, tuple(blocks), tuple(record.maps)), logits
+        return shown(features, record, stem, stages, before, record.before, pooled, final), logits
+
+    def norms_before_relu(self) -> tuple[nn.Module, ...]:
+        """The batch norm that ends in each of ``stages`` with ``features="preact"``, before the shortcut is added."""
+        return tuple(group[-1].get_submodule("bn2") for group in (self.layer1, self.layer2, self.layer3))

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.models.features import Features, Group, Record, fixed
-from fastkd.ops.norm import add, batch_norm, conv_norm, untouched
+from fastkd.models.features import Features, Group, Record, fixed, shown, through_neck
+from fastkd.ops.batch_norm import add, batch_norm, conv_norm, untouched
 
 
 class PreactBlock(nn.Module):
@@ -50,9 +50,12 @@ class LayerGroup(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """(N, 3, 32, 32) -> logits (N, num_classes); with ``features`` True or "preact" -> (Features, logits). ``depth`` is 6n + 4.
+    """(N, 3, 32, 32) -> logits (N, num_classes); with ``features`` one of True, "preact", "both", "pooled" -> (Features, logits).
+
+    ``depth`` is 6n + 4.
 
     ``tap``: a function x -> (x, map), :func:`fastkd.tap`, for the raw sum that ends each group; the maps are then in ``Features.maps``.
+    ``neck``, an Identity, stands between ReLU(bn1(last sum)) and the pooling: it and ``fc`` may be exchanged.
     """
 
     def __init__(self, depth: int, factor: int, num_classes: int = 10):
@@ -65,12 +68,13 @@ class WideResNet(nn.Module):
         self.block2 = self._group(widths[1], widths[2], count, 2)
         self.block3 = self._group(widths[2], widths[3], count, 2)
         self.bn1 = nn.BatchNorm2d(widths[3])
-        self.fc = nn.Linear(widths[3], num_classes)
+        self.neck: nn.Module = nn.Identity()
+        self.fc: nn.Module = nn.Linear(widths[3], num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
                 nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
-        nn.init.zeros_(self.fc.bias)
+        nn.init.zeros_(self.fc.get_parameter("bias"))
 
     @staticmethod
     def _group(width_in: int, width: int, count: int, stride: int) -> LayerGroup:
@@ -81,14 +85,11 @@ class WideResNet(nn.Module):
         self, x: Tensor, features: bool | str = False, tap: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     ) -> Tensor | tuple[Features, Tensor]:
         features, tap = fixed("features", features, False), fixed("tap", tap, None)
-        preact = features == "preact"
-        if preact and tap is not None:
-            raise ValueError('tap and features="preact" exclude each other: the tap is on the sums before the batch norm')
-        record = Record(preact, tap) if features or tap is not None else None
+        record = Record(features, tap) if features or tap is not None else None
         x = stem = self.conv1(x)
         stages, ends = [], []
         for group in (self.block1, self.block2, self.block3):
-            x = group(x) if record is None else group(x, record=record)
+            x = group(x) if record is None or features == "pooled" else group(x, record=record)
             if record is not None and tap is not None:
                 x, attention = tap(x)
                 record.blocks[-1] = x
@@ -96,14 +97,17 @@ class WideResNet(nn.Module):
             stages.append(x)
             if record is not None:
                 ends.append(len(record.blocks))
+        preact = record is not None and record.preact
         norm = batch_norm(self.bn1, x, relu=not preact)
-        pooled = (F.relu(norm) if preact else norm).mean((2, 3))
+        final = through_neck(self.neck, F.relu(norm) if preact else norm, record)
+        pooled = final.mean((2, 3))
         logits = self.fc(pooled)
         if record is None or not features:
             return logits
-        if preact:  # of a block: what the next batch norm made of its sum
-            blocks = [*record.before[1:], norm]
-            stages = [blocks[end - 1] for end in ends]
-        else:
-            blocks = record.blocks
-        return Features(stem, tuple(stages), pooled, tuple(blocks), tuple(record.maps)), logits
+        # of a block: what the next batch norm made of its sum
+        before = [*record.before[1:], norm] if preact else []
+        return shown(features, record, stem, stages, [before[end - 1] for end in ends if preact], before, pooled, final), logits
+
+    def norms_before_relu(self) -> tuple[nn.Module, ...]:
+        """The batch norm that gives each of ``stages`` with ``features="preact"``: the first of the next group, or the last of all."""
+        return *(group.get_submodule("layer.0.bn1") for group in (self.block2, self.block3)), self.bn1

@@ -1,15 +1,31 @@
 """Data, recipes, the loop, checkpoints and records: everything that ``train.py`` calls."""
 
-from fastkd.training.batches import Batches
-from fastkd.training.datasets import DATASETS, Dataset, choose_dataset, load_dataset
-from fastkd.training.errors import Interrupted, UserError
-from fastkd.training.loop import Loop, evaluate
+from fastkd.data import DATASETS, Dataset, choose_dataset, load_dataset
+from fastkd.data.loader import Batches
+from fastkd.errors import UserError
+from fastkd.training.experiment import run
 from fastkd.training.recipes import RECIPES, SETTINGS, Recipe, get_recipe
 from fastkd.training.repeats import repeat
-from fastkd.training.run import run
 from fastkd.training.settings import PRECISIONS, Settings
+from fastkd.training.signals import Interrupted
+from fastkd.training.trainer import Trainer, evaluate
 
 __all__ = [
-    "DATASETS", "PRECISIONS", "RECIPES", "SETTINGS", "Batches", "Dataset", "Interrupted", "Loop", "Recipe", "Settings", "UserError",
-    "choose_dataset", "evaluate", "get_recipe", "load_dataset", "repeat", "run",
+    "DATASETS",
+    "PRECISIONS",
+    "RECIPES",
+    "SETTINGS",
+    "Batches",
+    "Dataset",
+    "Interrupted",
+    "Recipe",
+    "Settings",
+    "Trainer",
+    "UserError",
+    "choose_dataset",
+    "evaluate",
+    "get_recipe",
+    "load_dataset",
+    "repeat",
+    "run",
 ]  # fmt: skip

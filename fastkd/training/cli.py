@@ -12,14 +12,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fastkd.training.screens import program
+from fastkd.training.command import program
+from fastkd.training.launch import is_first
 
 
 class OneLineParser(argparse.ArgumentParser):
     """argparse prints its usage before an error; here one line says what is wrong."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n" if is_first() else None)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -29,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     text = "Train a teacher, distil a student from it, record the result."
     parser = OneLineParser(prog=program(), description=text, allow_abbrev=False)
-    parser.add_argument("--method", required=True, choices=METHODS)
+    parser.add_argument("--method", required=True, type=method_name, metavar="NAME", help=f"{', '.join(METHODS)}, or a sum such as at+kd")
     parser.add_argument("--dataset", choices=("auto", *DATASETS), help="auto (default): CIFAR-10 if under --data, else digits")
     parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="where the sets lie, or are downloaded to (data)")
     letters = ", ".join(f"{letter} {teacher} > {student}" for letter, (teacher, student) in SETTINGS.items())
@@ -53,10 +54,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", nargs="?", const="", metavar="FOLDER|auto", help=resume)
     pictures = argparse.BooleanOptionalAction
     parser.add_argument("--pictures", action=pictures, default=True, help="sheets of attention maps at the end (where matplotlib is there)")
+    option = "of the method, as often as needed: at.beta=500, or beta=500 where one term alone has it; 0.5:0.75 is a tuple"
+    parser.add_argument("--option", action="append", default=[], dest="options", metavar="NAME=VALUE", help=option)
     group = parser.add_argument_group("fields of the recipe")
     for field in dataclasses.fields(Recipe):
         add_field(group, field)
     return parser
+
+
+def method_name(text: str) -> str:
+    from fastkd.methods import full_name
+
+    try:
+        return full_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r}: {error}") from None
 
 
 def add_field(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
@@ -75,11 +87,18 @@ def fractions(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(",") if part.strip())
 
 
+def tell(text: str, speaks: bool) -> None:
+    """One line on stderr, if this process ``speaks``: of several the first one does for all."""
+    if speaks:
+        print(f"{program()}: {text}", file=sys.stderr)
+
+
 def main(arguments: list[str] | None = None) -> int:
     stack = ExitStack()
     try:
+        from fastkd.io.console import screens
         from fastkd.training import Interrupted, Recipe, Settings, UserError, repeat
-        from fastkd.training.console import screens
+        from fastkd.training.distributed import MeetingError
         from fastkd.training.signals import terminable
 
         stack.enter_context(screens())
@@ -88,15 +107,16 @@ def main(arguments: list[str] | None = None) -> int:
         fields = {field.name: flags.pop(field.name) for field in dataclasses.fields(Recipe)}
         try:
             times = flags.pop("repeats")
+            flags["options"] = tuple(flags["options"])
             repeat(Settings(**flags, overrides={name: value for name, value in fields.items() if value is not None}), times)
         except UserError as error:
-            print(f"{program()}: error: {error}", file=sys.stderr)
+            tell(f"error: {error}", is_first() or isinstance(error, MeetingError))
             return 2
         except Interrupted as stop:
-            print(f"{program()}: {stop}", file=sys.stderr)
+            tell(str(stop), is_first())
             return stop.status
     except KeyboardInterrupt as stop:
-        print(f"{program()}: stopped while nothing was being trained; what was finished is kept", file=sys.stderr)
+        tell("stopped while nothing was being trained; what was finished is kept", is_first())
         return getattr(stop, "status", 130)
     finally:
         stack.close()

@@ -1,8 +1,9 @@
-"""Several processes that train one student, started by torchrun, srun or mpirun: the first leads, the others follow its orders.
+"""Several processes that train one student, started by torchrun, srun or mpirun. Each runs the same program.
 
-The first one alone looks into the command's folders, writes files and prints. They meet in every step, where gradients are summed, and
-at an epoch's end. Before each of these sums they exchange whether one of them has failed (:func:`synchronize`),
-since the others would wait for its part until the group's timeout.
+The first alone looks into the command's folders, writes files and prints. They meet in every step, where gradients
+are summed, at an epoch's end, and where the first one has found something that all need (:func:`from_first`).
+A process that fails writes why into the group's store and closes its connections. Whoever waits for it, wherever
+that is, then raises the same words as a :class:`PeerError`.
 """
 
 from __future__ import annotations
@@ -12,15 +13,31 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastkd.training.errors import UserError
+from fastkd.errors import UserError
+from fastkd.io.console import silenced
+from fastkd.training import signals
+from fastkd.training.launch import WORLD, Launch, launched, variable
 
 T = TypeVar("T")
+
+FAILURE = "fastkd/failure"
+"""Where in the store a process writes what it failed with."""
+
+_store: Any = None
+
+
+class PeerError(UserError):
+    """What another process failed with, or that it is gone."""
+
+
+class MeetingError(UserError):
+    """This process cannot meet the others, so none of them can speak for it."""
 
 
 def share() -> tuple[int, int]:
@@ -29,50 +46,8 @@ def share() -> tuple[int, int]:
 
 
 def leads() -> bool:
+    """Whether this process is the first, or alone."""
     return share()[0] == 0
-
-
-# Where launchers write a process's number, the number of all, and its number on this machine. The first of each
-# is torchrun's, and of everybody who prepares PyTorch's "env://". SLURM_NTASKS is no sign of several processes:
-# a batch script has it too, whose command was started once and by no srun.
-_RANK = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-_WORLD = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-_LOCAL = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
-
-
-class Launch(NamedTuple):
-    """What the environment says of processes that were started together: of this one, and how many there are on how many machines."""
-
-    rank: int
-    world: int
-    local: int
-    nodes: int
-    torchrun: bool
-
-
-def launched() -> Launch | None:
-    """None for a process that was started alone. Raises UserError for variables that contradict each other."""
-    torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    (world_name, world), (rank_name, rank) = _variable(_WORLD), _variable(_RANK)
-    if world is None and os.environ.get("RANK") and os.environ.get("MASTER_ADDR"):
-        raise UserError(f"RANK is {rank}, but WORLD_SIZE is not set: start the processes with torchrun")
-    if world is None or (world == 1 and not torchrun):
-        return None
-    if rank is None:
-        raise UserError(f"{world_name} is {world}, but {_RANK[0]} is not set: start the processes with torchrun")
-    if not 0 <= rank < world:
-        raise UserError(f"{rank_name} is {rank}, wanted 0 to {world - 1}, since {world_name} is {world}")
-    local = _variable(_LOCAL)[1]
-    nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1)) if torchrun else 1
-    return Launch(rank, world, rank if local is None else local, nodes, torchrun)
-
-
-def _variable(names: Sequence[str]) -> tuple[str, int | None]:
-    name = next((name for name in names if os.environ.get(name)), names[0])
-    try:
-        return name, int(os.environ[name]) if os.environ.get(name) else None
-    except ValueError:
-        raise UserError(f"{name} is {os.environ[name]!r}, wanted a number") from None
 
 
 def gpu_index() -> int:
@@ -88,109 +63,122 @@ def gpu_index() -> int:
 
 @contextmanager
 def group(device: str | None) -> Iterator[None]:
-    """The processes that were started together know each other inside. A process that was started alone goes on alone."""
+    """The processes that were started together know each other inside, where none but the first prints.
+
+    A process that was started alone goes on alone. If one fails, all end: those but the first in silence where the
+    user can mend it, since the first one then says what it is. Raises MeetingError.
+    """
     launch = launched()
     if launch is None:
         yield
         return
+    status = signals.end_late() if launch.rank else None
+    cuda = device == "cuda" or (device is None and torch.cuda.is_available())
+    try:
+        _join(launch, cuda)
+    except MeetingError:
+        if status is not None and status() != 1:  # a signal ended the first one too, which says so
+            sys.exit(status())
+        raise
+    try:
+        with silenced(launch.rank > 0):
+            yield
+    except BaseException as error:
+        _leave(error, cuda)
+        if status is not None and isinstance(error, UserError):
+            sys.exit(status())
+        raise
+    dist.destroy_process_group()
+
+
+def _join(launch: Launch, cuda: bool) -> None:
+    global _store
     if not os.environ.get("MASTER_ADDR"):
         if launch.rank:
             sys.exit(2)  # the first one says it
         raise UserError(
-            f"{launch.world} processes were started ({_variable(_WORLD)[0]}), but MASTER_ADDR is not set: start them with torchrun, "
+            f"{launch.world} processes were started ({variable(WORLD)[0]}), but MASTER_ADDR is not set: start them with torchrun, "
             "or set MASTER_ADDR and MASTER_PORT so that they train together"
         )
     os.environ.setdefault("MASTER_PORT", "29500")  # torchrun's
-    cuda = device == "cuda" or (device is None and torch.cuda.is_available())
     if cuda:
         torch.cuda.set_device(gpu_index())
     # Imported once a group is there, its default arguments would hold the group: destroying it would then not end Gloo's threads, and one
     # that frees a tensor while the interpreter ends aborts the process (pytorch/pytorch#190489). Optimizers import it, by torch._dynamo.
     importlib.import_module("torch.distributed.nn")
+    from torch.distributed.rendezvous import rendezvous
+
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank=launch.rank, world_size=launch.world)
+        _store = next(rendezvous("env://", launch.rank, launch.world))[0]
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=_store, rank=launch.rank, world_size=launch.world)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
-        raise UserError(f"{launch.world} processes cannot meet at {where}: {' '.join(str(error).split())[:200]}") from None
-    yield
-    dist.destroy_process_group()  # not after an error: the others may wait for something else
+        raise MeetingError(f"{launch.world} processes cannot meet at {where}: {' '.join(str(error).split())[:200]}") from None
 
 
-def order(what: Any) -> None:
-    """Something for those who wait in :func:`receive`. None ends them."""
-    if share()[1] > 1:
-        dist.broadcast_object_list([what], src=0)
+def _leave(error: BaseException, cuda: bool) -> None:
+    """Tells the others what ended this process, and closes its connections."""
+    if isinstance(error, Exception) and not isinstance(error, (PeerError, signals.Interrupted)):
+        (rank, world), text = share(), " ".join(str(error).split())[:200]
+        if not isinstance(error, UserError):
+            text = f"process {rank} of {world} failed with {type(error).__name__}: {text}"
+        with suppress(RuntimeError):  # the process that holds the store may be gone
+            _store.set(FAILURE, text)
+    if not cuda:  # NCCL would first wait for sums in which the others take no part; the end of the process closes all
+        with suppress(RuntimeError):
+            dist.destroy_process_group()
 
 
-def receive() -> Any:
-    """What the first process ordered."""
-    box = [None]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def leading(work: Callable[[], T]) -> T:
-    """``work()`` of the process that leads; its end, or its UserError, ends the others. Raises UserError when one of them is gone."""
+@contextmanager
+def _meeting() -> Iterator[None]:
+    """Around what all processes do together. Raises PeerError if one of them has failed or is gone."""
     try:
-        done = work()
-    except UserError:
-        with suppress(RuntimeError):  # one of them may be gone
-            order(None)
-        raise
-    except RuntimeError as error:
-        if not lost(error):
+        yield
+    except RuntimeError as error:  # in Gloo's words or NCCL's
+        if not isinstance(error, dist.DistError) and "onnection" not in str(error):
             raise
-        raise UserError("another process of this run has ended; what was finished is kept") from None
-    order(None)
-    return done
+        text = "another process of this run has ended; what was finished is kept"
+        with suppress(RuntimeError):
+            if leads() and _store.check([FAILURE]):  # the others end in silence, and may have lost the store with the first
+                text = _store.get(FAILURE).decode()
+        raise PeerError(text) from None
 
 
-def lost(error: BaseException) -> bool:
-    """Whether another process is gone, in Gloo's words or NCCL's."""
-    return share()[1] > 1 and (isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "onnection" in str(error)))
+class _Busy:
+    """In place of an answer: the first process is not there yet."""
 
 
-class PeerError(UserError):
-    """What another process failed with."""
+def busy() -> None:
+    """Tells those who wait in :func:`from_first` to go on waiting: after half an hour they take the first process for lost."""
+    from_first(_Busy)
 
 
-def synchronize(flags: Sequence[bool] = (), error: Exception | None = None) -> list[bool]:
-    """Waits for all processes, and returns for each flag whether it is set in any of them: all give the same number of flags.
+def from_first(work: Callable[[], T]) -> T:
+    """What ``work()`` returns in the first process, given to all; the others do not call it."""
+    value: Any = work() if leads() else None
+    while share()[1] > 1:
+        box = [value]
+        with _meeting():
+            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        if leads() or not isinstance(box[0], _Busy):
+            return box[0]
+    return value
 
-    A process that has failed gives its ``error``; the others then raise it as a PeerError. Nothing here waits for a GPU.
-    """
-    rank, world = share()
-    if world == 1:
+
+def any_of(flags: Sequence[bool] = ()) -> list[bool]:
+    """For each flag whether it is set in any process: all give the same number of flags. Nothing here waits for a GPU."""
+    if share()[1] == 1:
         return list(flags)
-    sent = torch.tensor([0 if error is None else world - rank, *flags], dtype=torch.int32)
-    dist.all_reduce(sent, dist.ReduceOp.MAX)
-    if not sent[0]:
-        return [bool(flag) for flag in sent[1:].tolist()]
-    failed, text = world - int(sent[0]), " ".join(str(error).split())[:200]
-    if not isinstance(error, UserError):
-        text = f"process {rank} of {world} failed with {type(error).__name__}: {text}"
-    words: list[Any] = [text]
-    dist.broadcast_object_list(words, src=failed, device=torch.device("cpu"))
-    if error is not None:
-        return list(flags)  # it has its own to raise
-    raise PeerError(words[0])
+    sent = torch.tensor([True, *flags], dtype=torch.int32)
+    with _meeting():
+        dist.all_reduce(sent, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in sent[1:].tolist()]
 
 
-def together(work: Callable[[], T], flags: int = 0) -> T:
-    """``work()``, done by all processes at once: if it fails in one, the others raise PeerError where they next
-    :func:`synchronize`, at its end at the latest. ``flags``: how many are exchanged within ``work``.
-    """
-    try:
-        done = work()
-    except PeerError:
-        raise
-    except Exception as error:
-        if not lost(error):
-            with suppress(RuntimeError):  # another may be gone, which is not what to report
-                synchronize([False] * flags, error)
-        raise
-    synchronize([False] * flags)
-    return done
+def meet() -> None:
+    """Waits for all processes. Before sums on a GPU, since NCCL would wait for ever for one that has failed."""
+    any_of()
 
 
 def add_gradients(parameters: Sequence[nn.Parameter], weight: float) -> None:
@@ -201,7 +189,7 @@ def add_gradients(parameters: Sequence[nn.Parameter], weight: float) -> None:
     """
     if share()[1] == 1:
         return
-    there = synchronize([parameter.grad is not None for parameter in parameters])
+    there = any_of([parameter.grad is not None for parameter in parameters])
     grads = []
     for parameter in (parameter for parameter, needed in zip(parameters, there, strict=True) if needed):
         if parameter.grad is None:  # no image here, but everybody sends the same numbers of bytes
@@ -209,8 +197,7 @@ def add_gradients(parameters: Sequence[nn.Parameter], weight: float) -> None:
         grads.append(parameter.grad)
     if not grads:
         return
-    flat = torch.cat([grad.reshape(-1) for grad in grads]).mul_(weight)
-    dist.all_reduce(flat)
+    flat = _sum(torch.cat([grad.reshape(-1) for grad in grads]).mul_(weight))
     for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
         grad.copy_(part.view(grad.shape))
 
@@ -218,13 +205,39 @@ def add_gradients(parameters: Sequence[nn.Parameter], weight: float) -> None:
 def add(values: Tensor) -> Tensor:
     """The sum of everybody's, in place."""
     if share()[1] > 1:
+        meet()
+        _sum(values)
+    return values
+
+
+def _sum(values: Tensor) -> Tensor:
+    with _meeting():
         dist.all_reduce(values)
     return values
+
+
+def joined_rows(tree: T, rows: int) -> T:
+    """Each tensor of ``tree``, whose rows belong to this process's images, with the rows of all processes, ``rows`` in all."""
+    rank, world = share()
+    if world == 1:
+        return tree
+    sizes = [len(part) for part in torch.empty(rows).tensor_split(world)]  # as Batches.draw divides them
+
+    def join(mine: Tensor) -> Tensor:
+        parts = [mine.new_zeros(sizes[0], *mine.shape[1:]) for _ in sizes]  # the first part is a largest one
+        parts[rank][: len(mine)] = mine
+        with _meeting():
+            dist.all_gather(parts, parts[rank].clone())
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    return torch.utils._pytree.tree_map(join, tree)
 
 
 def same_buffers(*modules: nn.Module | None) -> None:
     """Everybody's buffers become those of the first process: running averages are of each one's own images until here."""
     if share()[1] > 1:
-        for module in modules:
-            for buffer in module.buffers() if module is not None else ():
-                dist.broadcast(buffer, src=0)
+        meet()
+        with _meeting():
+            for module in modules:
+                for buffer in module.buffers() if module is not None else ():
+                    dist.broadcast(buffer, src=0)

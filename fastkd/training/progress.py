@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from fastkd.training.console import say
+from fastkd.io import console
+from fastkd.io.console import say
 
 
 def clock(seconds: float) -> str:
@@ -25,8 +26,8 @@ class Progress:
     def __init__(self, title: str, steps: int, done: int = 0, silent: bool = False):
         self.title, self.steps, self.done, self.first = title, steps, done, done
         self.shown = self.begun = time.perf_counter()
-        self.silent = silent
-        self.terminal, self.bar = sys.stderr is not None and sys.stderr.isatty() and not silent, None
+        self.silent = silent or console.silent()
+        self.terminal, self.bar = sys.stderr is not None and sys.stderr.isatty() and not self.silent, None
         if self.terminal:
             self.bar = _bar(title, steps, done)
 

@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastkd.training.batches import PAD_MODES
-from fastkd.training.errors import UserError
+from fastkd.data.loader import PAD_MODES
+from fastkd.errors import UserError
 
 
 def _field(text: str, default: Any, choices: tuple[str, ...] | None = None) -> Any:

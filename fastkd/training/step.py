@@ -9,46 +9,46 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastkd.methods import Method, Output
+from fastkd.data.loader import Batches
+from fastkd.distillation import Distillation, Losses
+from fastkd.errors import UserError
 from fastkd.training import distributed
-from fastkd.training.batches import Batches
-from fastkd.training.errors import UserError
 from fastkd.training.progress import Progress
 
 
-class Step:
+class TrainStep:
     """Images, both networks, losses, gradients, optimizer. ``sums`` over the images of the epoch: each term, and the right answers.
 
     ``compiled``: networks and losses as one compiled function, for whole batches; what is left of an epoch runs eagerly rather than being
     compiled too. ``captured``: all of it as a CUDA graph. Nothing here waits for the device.
     """
 
-    def __init__(self, student: nn.Module, method: Method, teacher: nn.Module | None, optimizer: torch.optim.SGD, batches: Batches,
-                 autocast: torch.autocast, compiled: bool, captured: bool):  # fmt: skip
-        self.student, self.method, self.teacher, self.optimizer = student, method, teacher, optimizer
-        self.batches, self.autocast, self.compiled = batches, autocast, compiled
+    def __init__(self, distillation: Distillation, optimizer: torch.optim.SGD, batches: Batches, compiled: bool, captured: bool):
+        self.distillation, self.optimizer, self.batches, self.compiled = distillation, optimizer, batches, compiled
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         # on the device, and read about once a second
-        self.sums = torch.zeros(len(method.names) + 1, device=batches.pixels.device, dtype=torch.float64)
-        self.forward: Callable[..., tuple[Tensor, Tensor]] = torch.compile(self._forward, dynamic=False) if compiled else self._forward
+        self.sums = torch.zeros(len(distillation.names) + 1, device=batches.pixels.device, dtype=torch.float64)
+        self.forward: Callable[..., Losses] = distillation
+        if compiled:
+            self.forward = torch.compile(distillation, dynamic=False, fullgraph=True)
         self.graph = Replayed(self._whole) if captured else None
         self.rate: Tensor | None = None
         if captured:  # a graph would keep a number for ever
             self.rate = torch.zeros((), device=batches.pixels.device)
         self.compiling = 0.0  # seconds, once
 
-    def __call__(self, drawn: Tensor, images: int, progress: Progress) -> None:
+    def __call__(self, augment_params: Tensor, images: int, progress: Progress) -> None:
         """A step on one of ``Batches.draw``, this process's part of a batch of so many ``images``."""
-        if len(drawn) < self.batches.batch_size:
-            self._run(drawn, images, self._forward)
+        if len(augment_params) < self.batches.batch_size:
+            self._run(augment_params, images, self.distillation)
         elif self.compiled and not self.compiling:
-            self._compile(drawn, images, progress)
+            self._compile(augment_params, images, progress)
         elif self.graph is not None:
-            self.graph(drawn)
+            self.graph(augment_params)
         else:
-            self._whole(drawn)
+            self._whole(augment_params)
 
     def set_rate(self, rate: float) -> None:
         if self.rate is not None:
@@ -56,43 +56,38 @@ class Step:
         for group in self.optimizer.param_groups:
             group["lr"] = rate if self.rate is None else self.rate
 
-    def forget(self) -> None:
+    def reset_momentum(self) -> None:
         """Momenta as those of a new optimizer, in place."""
         for state in self.optimizer.state.values():
             if state.get("momentum_buffer") is not None:
                 state["momentum_buffer"].zero_()
 
-    def _whole(self, drawn: Tensor) -> None:
-        self._run(drawn, self.batches.joined, self.forward)
+    def _whole(self, augment_params: Tensor) -> None:
+        self._run(augment_params, self.batches.joined, self.forward)
 
-    def _run(self, drawn: Tensor, together: int, forward: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    def _run(self, augment_params: Tensor, together: int, forward: Callable[..., Losses]) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        if len(drawn):  # a small batch may have no part for everybody
-            images, labels = self.batches.take(drawn)
-            losses, logits = forward(images, labels)
-            losses.sum().backward()
-            right = (logits.detach().argmax(1) == labels).sum()
-            self.sums += torch.cat([losses.detach() * len(labels), right.float()[None]])
-        distributed.add_gradients(self.parameters, len(drawn) / together)
+        index, records = augment_params[:, 0], dict[str, Any]()
+        if len(augment_params):  # a small batch may have no part for everybody
+            images, labels = self.batches.take(augment_params)
+            losses = forward(images, labels, index)
+            losses.total.backward()
+            records = losses.records
+            right = (losses.student_logits.detach().argmax(1) == labels).sum()
+            terms = torch.stack(list(losses.terms.values())).detach()
+            self.sums += torch.cat([terms * len(labels), right.float()[None]])
+        distributed.add_gradients(self.parameters, len(augment_params) / together)
         self.optimizer.step()
+        if records:
+            self.distillation.update(*distributed.joined_rows((index, records), together))
 
-    def _forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(each term of the loss, the student's logits)."""
-        answer: Output | None = None
-        if self.teacher is not None:
-            with torch.no_grad(), self.autocast:
-                answer = self.method.run(self.teacher, images)
-        with self.autocast:
-            output = self.method.run(self.student, images)
-        return torch.stack(list(self.method(output, answer, labels).values())), output.logits
-
-    def _compile(self, drawn: Tensor, images: int, progress: Progress) -> None:
+    def _compile(self, augment_params: Tensor, images: int, progress: Progress) -> None:
         """The first whole batch, whose step waits for the compiler."""
         progress.line("compiling the step: about half a minute, or some for a deep network; --no-compile does without")
         begun = time.perf_counter()
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a CUDA build without a GPU warns of that
         try:
-            self._run(drawn, images, self.forward)
+            self._run(augment_params, images, self.forward)
         except Exception as error:
             cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or "that of torch.compile"  # which sets it
             foreign = not type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
@@ -109,7 +104,7 @@ class Step:
 
 
 class Replayed:
-    """``run(drawn)`` as a CUDA graph. The first calls run it as it is, on a stream of their own; then it is captured once and replayed.
+    """``run(augment_params)`` as a CUDA graph: the first calls run it as it is, on a stream of their own, then it is captured once.
 
     They are no trials but steps like the others: libraries, compilers and the optimizer make then what they keep.
     """
@@ -120,26 +115,26 @@ class Replayed:
         self.run, self.calls = run, 0
         self.graph: Any = None
 
-    def __call__(self, drawn: Tensor) -> None:
+    def __call__(self, augment_params: Tensor) -> None:
         self.calls += 1
         if self.calls <= self.FIRST:
-            self.warm(drawn)
+            self.warm(augment_params)
             return
         if self.graph is None:
-            self.drawn = drawn.clone()  # where every replay looks
+            self.augment_params = augment_params.clone()  # where every replay looks
             self.graph = self.capture()
-        self.drawn.copy_(drawn)
+        self.augment_params.copy_(augment_params)
         self.graph.replay()
 
-    def warm(self, drawn: Tensor) -> None:
+    def warm(self, augment_params: Tensor) -> None:
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            self.run(drawn)
+            self.run(augment_params)
         current.wait_stream(stream)
 
     def capture(self) -> Any:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self.run(self.drawn)
+            self.run(self.augment_params)
         return graph

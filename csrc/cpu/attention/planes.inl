@@ -1,0 +1,238 @@
+// The two passes over a feature that attention needs, for planes (lanes along positions): the energy of each position (the sum over
+// channels of |x|^p), and the gradient (a coefficient for each position times h(x)). attention/last.inl has them for channels-last.
+//
+// Rounding errors grow with the number of additions: a running sum over thousands of channels would lose two or
+// three bits of float. So channels are summed in blocks, and the sums of the blocks are added in double.
+
+// Eight channels are read side by side: enough streams to keep the memory busy, and their sum is a tree.
+constexpr int64_t kStreams = 8;
+// How many channels a block has, for a sum over so many: a power of two, at least kStreams. Small blocks are more exact,
+// large ones take less time. Blocks of double are added in double too, so there are fewer of them.
+template <typename A>
+FASTKD_INLINE int64_t block_of(int64_t channels) {
+  if (sizeof(A) == sizeof(double) || channels >= 512) return 128;
+  return channels >= 128 ? 64 : 32;
+}
+// Positions handled before going on to the next channels, so that their running energies stay in the first-level cache.
+constexpr int64_t kBlock = 2048;
+
+template <typename A>
+FASTKD_INLINE Vec<A> tree_of(const Vec<A>* e) {
+  return ((e[0] + e[1]) + (e[2] + e[3])) + ((e[4] + e[5]) + (e[6] + e[7]));
+}
+
+template <typename T, typename A, typename P>
+FASTKD_INLINE Vec<A> energy_of_streams(const T* x, int64_t stride_c, const P& power) {
+  Vec<A> e[kStreams];
+  for (int64_t i = 0; i < kStreams; ++i) {
+    // The eight channels that follow: eight pages, of which the hardware notices each too late.
+    __builtin_prefetch(x + (kStreams + i) * stride_c);
+    e[i] = P::energy(power, load<T, A>(x + i * stride_c));
+  }
+  return tree_of<A>(e);
+}
+
+// q[i] (+)= v[i] for the lanes i of v.
+FASTKD_INLINE void add_block(double* q, VecD v, bool accumulate) { store<double, double>(q, accumulate ? load<double, double>(q) + v : v); }
+FASTKD_INLINE void add_block(double* q, VecF v, bool accumulate) {
+  VecD low, high;
+  widen(v, low, high);
+  add_block(q, low, accumulate);
+  add_block(q + kLanes<double>, high, accumulate);
+}
+
+// A part of the channels of a sum: `count` of them from the channel `first` on, of `total`.
+struct Channels {
+  int64_t first, count, total;
+};
+
+// A condition that a kernel is compiled for, and one that it looks at.
+template <bool kValue>
+struct Constant {
+  static constexpr bool value = kValue;
+};
+struct Variable {
+  bool value;
+};
+
+// f(c, grouped, opens, closes) step by step: channel c of the part and the seven that follow if `grouped`, else c
+// alone; whether the step opens and closes a block.
+template <typename A, typename F>
+FASTKD_INLINE void for_steps(const Channels& part, const F& f) {
+  const int64_t within = block_of<A>(part.total) - 1;
+  for (int64_t c = 0; c < part.count;) {
+    const bool grouped = c + kStreams <= part.count;
+    const int64_t begin = part.first + c, end = begin + (grouped ? kStreams : 1);
+    const bool opens = (begin & within) == 0, closes = (end & within) == 0 || end == part.total;
+    if (!grouped) {
+      f(c, Constant<false>{}, Variable{opens}, Variable{closes});
+    } else if (opens) {
+      f(c, Constant<true>{}, Constant<true>{}, Variable{closes});
+    } else if (closes) {
+      f(c, Constant<true>{}, Constant<false>{}, Constant<true>{});
+    } else {
+      f(c, Constant<true>{}, Constant<false>{}, Constant<false>{});
+    }
+    c = end - part.first;
+  }
+}
+
+// energy_planes for bfloat16 and a count of whole pairs of vectors: two vectors at a time, which costs half. The
+// running energies lie in the order of load_pair until their block ends.
+template <typename P>
+static void energy_planes_in_pairs(const BFloat16* x, const Channels& part, int64_t stride_c, int64_t count, float* block, double* q,
+                                   const P& power) {
+  constexpr int64_t W = kLanes<float>;
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t end = min_of(begin + kBlock, count);
+    for_steps<float>(part, [&](int64_t c, auto grouped, auto opens, auto closes) {
+      const BFloat16* row = x + c * stride_c;
+      const bool accumulate = part.first + c >= block_of<float>(part.total);
+      for (int64_t s = begin; s < end; s += 2 * W) {
+        VecF low, high;
+        if constexpr (grouped.value) {
+          VecF l[kStreams], h[kStreams];
+          for (int64_t i = 0; i < kStreams; ++i) {
+            __builtin_prefetch(row + (kStreams + i) * stride_c + s);
+            load_pair(row + i * stride_c + s, l[i], h[i]);
+            l[i] = P::energy(power, l[i]);
+            h[i] = P::energy(power, h[i]);
+          }
+          low = tree_of<float>(l);
+          high = tree_of<float>(h);
+        } else {
+          load_pair(row + s, low, high);
+          low = P::energy(power, low);
+          high = P::energy(power, high);
+        }
+        if (!opens.value) {
+          low += load<float, float>(block + s);
+          high += load<float, float>(block + s + W);
+        }
+        if (closes.value) {
+          interleave(low, high);
+          add_block(q + s, low, accumulate);
+          add_block(q + s + W, high, accumulate);
+        } else {
+          store<float, float>(block + s, low);
+          store<float, float>(block + s + W, high);
+        }
+      }
+    });
+  }
+}
+
+// Adds the energies of a part of the channels, of which x is the first, to q, the sums of `count` positions: those of
+// the blocks that end within it. The running energies of a block that does not end there stay in `block`, `count`
+// numbers and a vector, for the part that follows; q is complete once the last channel was added.
+template <typename T, typename A, typename P>
+static void energy_planes(const T* x, const Channels& part, int64_t stride_c, int64_t count, A* block, double* q, const P& power) {
+  constexpr int64_t W = kLanes<A>;
+  if (count < W) {
+    for (int64_t s = 0; s < count; ++s) {
+      double total = part.first > 0 ? q[s] : 0;
+      for (int64_t c = 0; c < part.count; ++c) total += P::energy1(power, to_acc<T, A>(x[c * stride_c + s]));
+      q[s] = total;
+    }
+    return;
+  }
+  // The vectors [begin, end) of x, whose running energies are `running` and whose sums are `sums`.
+  const auto add = [&](const T* from, int64_t begin, int64_t end, A* running, double* sums) {
+    for_steps<A>(part, [&](int64_t c, auto grouped, auto opens, auto closes) {
+      const T* row = from + c * stride_c;
+      const bool accumulate = part.first + c >= block_of<A>(part.total);
+      for (int64_t s = begin; s < end; s += W) {
+        Vec<A> v;
+        if constexpr (grouped.value) {
+          v = energy_of_streams<T, A>(row + s, stride_c, power);
+        } else {
+          v = P::energy(power, load<T, A>(row + s));
+        }
+        if (!opens.value) v += load<A, A>(running + s);
+        if (closes.value) {
+          add_block(sums + s, v, accumulate);
+        } else {
+          store<A, A>(running + s, v);
+        }
+      }
+    });
+  };
+  // The last vector ends at the last position and may overlap the one before it; it is computed first, from q as
+  // given, and stored last.
+  const int64_t whole = count / W * W;
+  double tail[W] = {};
+  if (whole < count) {
+    if (part.first > 0) __builtin_memcpy(tail, q + count - W, sizeof(tail));
+    add(x + count - W, 0, W, block + count, tail);
+  }
+  int64_t pairs = 0;
+  if constexpr (kInPairs<T, A>) {
+    pairs = count / (2 * W) * (2 * W);
+    energy_planes_in_pairs(x, part, stride_c, pairs, block, q, power);
+  }
+  for (int64_t begin = pairs; begin < whole; begin += kBlock) add(x, begin, min_of(begin + kBlock, whole), block, q);
+  if (whole < count) __builtin_memcpy(q + count - W, tail, sizeof(tail));
+}
+
+// gradient_planes for bfloat16 and a count of whole pairs of vectors.
+template <typename P>
+static void gradient_planes_in_pairs(const BFloat16* x, int64_t channels, int64_t stride_c, int64_t count, const float* coefficient,
+                                     BFloat16* dx, int64_t dx_stride_c, bool streaming, const P& power) {
+  constexpr int64_t W = kLanes<float>;
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t block = min_of(kBlock, count - begin);
+    float pairs[kBlock];  // the coefficients in the order of load_pair
+    for (int64_t s = 0; s < block; s += 2 * W) {
+      VecF low = load<float, float>(coefficient + begin + s), high = load<float, float>(coefficient + begin + s + W);
+      deinterleave(low, high);
+      store<float, float>(pairs + s, low);
+      store<float, float>(pairs + s + W, high);
+    }
+    for (int64_t c = channels - 1; c >= 0; --c) {
+      const BFloat16* from = x + c * stride_c + begin;
+      BFloat16* to = dx + c * dx_stride_c + begin;
+      for (int64_t s = 0; s < block; s += 2 * W) {
+        VecF low, high;
+        load_pair(from + s, low, high);
+        low = P::slope(power, low) * load<float, float>(pairs + s);
+        high = P::slope(power, high) * load<float, float>(pairs + s + W);
+        store_pair(to + s, low, high, streaming);
+      }
+    }
+  }
+}
+
+// dx[c * dx_stride_c + s] = coefficient[s] * h(x[c * stride_c + s]). From the last channel to the first: those that were read last are
+// still in the cache.
+template <typename T, typename A, typename P>
+static void gradient_planes(const T* x, int64_t channels, int64_t stride_c, int64_t count, const A* coefficient, T* dx, int64_t dx_stride_c,
+                            bool streaming, const P& power) {
+  constexpr int64_t W = kLanes<A>;
+  streaming = streaming && is_line(dx) && is_line(dx + dx_stride_c);
+  if constexpr (kInPairs<T, A>) {
+    const int64_t pairs = count / (2 * W) * (2 * W);
+    if (pairs > 0) {
+      gradient_planes_in_pairs(x, channels, stride_c, pairs, coefficient, dx, dx_stride_c, streaming, power);
+      if (pairs == count) return;
+      const int64_t begin = min_of(pairs, count - W);
+      x += begin, dx += begin, coefficient += begin, count -= begin;
+    }
+  }
+  for (int64_t c = channels - 1; c >= 0; --c) {
+    const T* from = x + c * stride_c;
+    T* to = dx + c * dx_stride_c;
+    if (count < W) {
+      for (int64_t s = 0; s < count; ++s) to[s] = from_acc<T, A>(P::slope1(power, to_acc<T, A>(from[s])) * coefficient[s]);
+      continue;
+    }
+    int64_t s = 0;
+    if (streaming) {
+      for (; s + W <= count; s += W) stream<T, A>(to + s, P::slope(power, load<T, A>(from + s)) * load<A, A>(coefficient + s));
+    } else {
+      for (; s + W <= count; s += W) store<T, A>(to + s, P::slope(power, load<T, A>(from + s)) * load<A, A>(coefficient + s));
+    }
+    // The last vector overlaps the one before it: the same values again.
+    s = count - W;
+    if (count % W != 0) store<T, A>(to + s, P::slope(power, load<T, A>(from + s)) * load<A, A>(coefficient + s));
+  }
+}

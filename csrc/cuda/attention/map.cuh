@@ -1,0 +1,102 @@
+// The attention map and the gradient it sends, alone or as taps: one launch each. Forward: each block sums the energies of one unit, on its
+// way past a ReLU if there is one, and the last of a sample normalizes the map. Backward: each block finds the <g, y> of its sample anew,
+// 25 KiB of the second-level cache for 56x56 positions where it streams two or three times up to 128 KiB.
+#pragma once
+
+#include "cuda/attention/energy.cuh"
+#include "cuda/attention/gradient.cuh"
+
+namespace fastkd {
+
+struct MapArgs {
+  Place x;
+  Walk walk;
+  Relu relu;
+  void* sums;         // parts_of(walk) * positions numbers a sample
+  void* map;          // (N, positions)
+  void* norm;         // (N), if normalize
+  unsigned* tickets;  // [sample]
+  double eps;
+  int32_t normalize, mean, add_eps;
+};
+
+template <bool kRelu, typename A>
+FASTKD_KERNEL_OF(kThreads, kBlocks<A>)
+map_kernel(const MapArgs args) {
+  const Walk& w = args.walk;
+  const int64_t n = static_cast<int32_t>(blockIdx.x) / w.units;
+  const int32_t positions = positions_of(w), parts = parts_of(w);
+  A* sums = static_cast<A*>(args.sums) + n * parts * positions;
+  energies<kRelu, false>(w, args.x, &args.relu, n, static_cast<int32_t>(blockIdx.x) % w.units, shared_numbers<A>(), sums);
+  if (!is_last(args.tickets + n, static_cast<unsigned>(w.units))) return;
+
+  // each thread has the same positions in both passes
+  A* q = positions <= kTile ? shared_numbers<A>() : sums;
+  double squares[1] = {};
+  for (int32_t s = threadIdx.x; s < positions; s += kThreads) {
+    const A total = collapsed(sums, parts, positions, s);
+    q[s] = total;
+    squares[0] += static_cast<double>(total) * total;
+  }
+  const double share = reduction_of(w, args.mean);
+  Norm norm = no_norm(share);
+  if (args.normalize) {
+    block_sums(squares, 0);
+    norm = norm_from(sqrt(squares[0]) / share, share, args.eps, args.add_eps);
+    if (threadIdx.x == 0) static_cast<A*>(args.norm)[n] = static_cast<A>(norm.norm);
+  }
+  for (int32_t s = threadIdx.x; s < positions; s += kThreads) static_cast<A*>(args.map)[n * positions + s] = normalized(q[s], norm);
+}
+
+// A map (N, *S) of any strides.
+struct MapPlace {
+  const void* data;
+  int64_t stride_n;
+  int64_t stride[3];
+  int32_t is_run;  // its positions follow each other, which saves two divisions a number
+};
+
+struct MapGradientArgs {
+  Place x, dx;
+  Tap tap;
+  Walk walk;
+  MapPlace grad, map;
+  const void* norm;
+  int64_t norm_stride;
+  double eps;
+  int32_t normalize, mean, add_eps;
+};
+
+template <typename A>
+FASTKD_DEVICE double number_of(const Walk& w, const MapPlace& map, int64_t n, int32_t s) {
+  return static_cast<const A*>(map.data)[n * map.stride_n + (map.is_run ? s : spatial_offset(w.size, map.stride, s))];
+}
+
+template <bool kTap, typename A>
+FASTKD_KERNEL_OF(kThreads, kBlocks<A>)
+map_gradient_kernel(const MapGradientArgs args) {
+  const Walk& w = args.walk;
+  const int64_t n = static_cast<int32_t>(blockIdx.x) / w.units;
+  const Part part = part_of(w, static_cast<int32_t>(blockIdx.x) % w.units);
+  const double share = reduction_of(w, args.mean);
+  Norm norm = no_norm(1);
+  double dot[1] = {};
+  if (args.normalize) {
+    norm = norm_from(static_cast<const A*>(args.norm)[n * args.norm_stride], share, args.eps, args.add_eps);
+    for (int32_t s = threadIdx.x; s < positions_of(w); s += kThreads) {
+      dot[0] += number_of<A>(w, args.grad, n, s) * number_of<A>(w, args.map, n, s);
+    }
+    block_sums(dot, 0);
+  }
+  A* k = shared_numbers<A>();
+  FASTKD_ROLLED
+  for (int32_t j = threadIdx.x; j < coefficients_of(w, part); j += kThreads) {
+    const int32_t s = position_of(w, first_coefficient(w, part) + j);
+    const double y = number_of<A>(w, args.map, n, s);
+    k[j] = static_cast<A>(along_gradient(number_of<A>(w, args.grad, n, s), y, dot[0], norm, 2 / share));
+  }
+  sync_block();
+  stream<kTap, false>(w, args.x, args.dx, &args.tap, n, part, k);
+}
+
+}  // namespace fastkd

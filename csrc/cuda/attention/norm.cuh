@@ -1,0 +1,72 @@
+// The normalization of a sample's map by the block that comes last to it, as in csrc/cpu/attention/norm.inl. Sums over positions are taken
+// in double, in one order.
+#pragma once
+
+#include "cuda/attention/walk.cuh"
+
+namespace fastkd {
+
+// Shared memory of all kernels here: kBlockSums sums over a block, each in its own place, and then kTile numbers.
+constexpr int kBlockSums = 4, kMostSums = 3;
+constexpr int kWarps = kThreads / kWarp;
+constexpr size_t kSumBytes = sizeof(double) * kBlockSums * kMostSums * kWarps;
+template <typename A>
+constexpr size_t kSharedBytes = kSumBytes + kTile * sizeof(A);
+
+FASTKD_DEVICE double* block_sums_place(int which) { return reinterpret_cast<double*>(shared_memory()) + which * kMostSums * kWarps; }
+template <typename A>
+FASTKD_DEVICE A* shared_numbers() {
+  return reinterpret_cast<A*>(shared_memory() + kSumBytes);
+}
+
+// The sums over a block of `v`, for all its threads. `which` of the places: not one that was used since the last barrier but one.
+template <int K>
+FASTKD_DEVICE void block_sums(double (&v)[K], int which) {
+  static_assert(K <= kMostSums);
+  double* place = block_sums_place(which);
+  FASTKD_UNROLL
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+    FASTKD_UNROLL
+    for (int k = 0; k < K; ++k) v[k] += shuffle_xor(v[k], mask);
+  }
+  if (threadIdx.x % kWarp == 0) {
+    FASTKD_UNROLL
+    for (int k = 0; k < K; ++k) place[threadIdx.x / kWarp * K + k] = v[k];
+  }
+  sync_block();
+  FASTKD_UNROLL
+  for (int k = 0; k < K; ++k) {
+    v[k] = 0;
+    FASTKD_UNROLL
+    for (int w = 0; w < kWarps; ++w) v[k] += place[w * K + k];
+  }
+}
+
+// What the sums over channels are divided by.
+FASTKD_DEVICE double reduction_of(const Walk& w, bool mean) {
+  if (!mean) return 1;
+  return w.by_rows ? w.columns : w.rows * w.fold;
+}
+
+// One position's sums, which other blocks have just written, in their order, and in double: there may be hundreds.
+template <typename A>
+FASTKD_DEVICE A collapsed(const A* sums, int32_t parts, int32_t positions, int32_t s) {
+  double total = load_fresh(sums + s);
+  for (int32_t part = 1; part < parts; ++part) total += load_fresh(sums + static_cast<int64_t>(part) * positions + s);
+  return static_cast<A>(total);
+}
+
+// y of the sum q, rounded: equal maps then have equal y and no distance, however the compiler contracts what follows.
+FASTKD_DEVICE float normalized(float q, const Norm& norm) { return static_cast<float>(q * norm.reciprocal); }
+FASTKD_DEVICE double normalized(double q, const Norm& norm) { return q / norm.divisor; }
+
+// What takes q to y where nothing is divided by but the number of channels.
+FASTKD_DEVICE Norm no_norm(double reduction) { return {0, reduction, 1 / reduction, 1, 0, false}; }
+
+// factor * dq, for the gradient g of y; dot = <g, y>.
+FASTKD_DEVICE double along_gradient(double g, double y, double dot, const Norm& norm, double factor) {
+  const double along = norm.has_along ? y * (norm.along * dot) : 0;
+  return (g - along) * (factor * norm.scale);
+}
+
+}  // namespace fastkd

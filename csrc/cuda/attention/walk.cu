@@ -1,0 +1,126 @@
+#include "cuda/attention/walk.cuh"
+
+#include <limits>
+
+namespace fastkd {
+namespace {
+
+// By calculation, for an H200: 132 multiprocessors take four such blocks each at once, so eight for each make two waves, of which the
+// second hides the end of the first. A block should read at least 16 KiB, all that its threads have on their way at once, and at most 128
+// KiB, so that many waves leave a short tail.
+constexpr int64_t kGoalBlocks = 132 * 8;
+constexpr int64_t kLeast = 16 << 10, kMost = 128 << 10;
+
+int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t common_divisor(int64_t a, int64_t b) { return b == 0 ? a : common_divisor(b, a % b); }
+
+// Whether packs begin at multiples of 16 bytes: `between` is the stride from row to row.
+bool is_aligned(const Feature& x, int64_t pack, int64_t rows, int64_t between) {
+  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && (x.batch == 1 || x.stride_n % pack == 0) && (rows == 1 || between % pack == 0);
+}
+
+void cut_by_rows(Walk& w, int64_t row_bytes, int64_t goal) {
+  w.by_rows = 1;
+  w.across = 1;
+  while (w.across < kWarp && w.across * w.width < w.columns) w.across = static_cast<int16_t>(2 * w.across);
+  const int64_t pass = stride_of(w, kUnroll).rows;
+  int64_t rows = quotient_up(goal / row_bytes, pass) * pass;
+  rows = rows < pass ? pass : rows < kTile ? rows : kTile;
+  const int64_t chunks = quotient_up(w.rows, rows);
+  w.chunk = static_cast<int32_t>(quotient_up(w.rows, chunks));
+  w.tiles = 1;
+  w.units = static_cast<int32_t>(chunks);
+}
+
+void cut_by_columns(Walk& w, int64_t pack_bytes, int64_t goal) {
+  const int64_t packs = w.columns / w.width;
+  // A map of up to 64 packs is not cut: its rows then follow each other without a gap. Else at least half a KiB in a row, even numbers of
+  // packs (32 bytes are what memory gives), and tiles of about equal size.
+  int64_t across = packs;
+  if (packs > 64) {
+    int64_t wanted = 32;
+    while (wanted < kThreads && 2 * wanted * pack_bytes * w.rows <= goal) wanted *= 2;
+    across = quotient_up(quotient_up(packs, quotient_up(packs, wanted)), 2) * 2;
+  }
+  const int64_t tiles = quotient_up(packs, across);
+  const int64_t pass = kUnroll * (kThreads / across);
+  int64_t rows = quotient_up(goal / (across * pack_bytes), pass) * pass;
+  rows = rows < pass ? pass : rows;
+  const int64_t chunks = quotient_up(w.rows, rows);
+  w.by_rows = 0;
+  w.across = static_cast<int16_t>(across);
+  w.groups = static_cast<int16_t>(kThreads / across);
+  w.chunk = static_cast<int32_t>(quotient_up(w.rows, chunks));
+  w.tiles = static_cast<int32_t>(tiles);
+  w.units = static_cast<int32_t>(tiles * chunks);
+}
+
+void check_size(int64_t size) {
+  STD_TORCH_CHECK(size <= std::numeric_limits<int32_t>::max(), "a sample of more than 2^31 positions or channels is not served");
+}
+
+}  // namespace
+
+void check_served(const AttentionOptions& options) { STD_TORCH_CHECK(options.p == 2, "the CUDA kernels serve p = 2, got ", options.p); }
+
+int64_t size_of(DType dtype) { return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2; }
+
+int64_t bytes_of(const Feature& x) { return x.batch * x.channels * x.positions * size_of(x.dtype); }
+
+int64_t unit_goal(int64_t bytes) {
+  const int64_t goal = bytes / kGoalBlocks;
+  return goal < kLeast ? kLeast : goal < kMost ? goal : kMost;
+}
+
+Walk walk_of(const Feature* const* tensors, int count, int64_t goal) {
+  const Feature& x = *tensors[0];
+  const int64_t size = size_of(x.dtype), pack = 16 / size;
+  const int64_t fold = pack / common_divisor(x.positions, pack);
+  bool last = true, last_packed = x.channels % pack == 0, packed = true;
+  for (int i = 0; i < count; ++i) {
+    const Feature& t = *tensors[i];
+    last = last && t.layout == Layout::kChannelsLast;
+    last_packed = last_packed && last && is_aligned(t, pack, t.positions, t.stride_s);
+    packed = packed && t.layout == Layout::kPlanes &&
+             (fold == 1 ? is_aligned(t, pack, t.channels, t.stride_c) : t.stride_c == t.positions && is_aligned(t, pack, 1, 0));
+  }
+  check_size(x.channels);
+  check_size(fold * x.positions);
+  Walk w{};
+  w.dtype = x.dtype;
+  w.size[0] = static_cast<int32_t>(x.size[1]);
+  w.size[1] = static_cast<int32_t>(x.size[2]);
+  w.fold = 1;
+  if (last) {
+    w.width = static_cast<int8_t>(last_packed ? pack : 1);
+    w.rows = static_cast<int32_t>(x.positions);
+    w.columns = static_cast<int32_t>(x.channels);
+    cut_by_rows(w, x.channels * size, goal);
+    return w;
+  }
+  // the shape alone decides on the order of sums
+  const bool packs = x.channels % fold == 0;
+  if (packs) w.fold = static_cast<int32_t>(fold);
+  w.width = static_cast<int8_t>(packs ? pack : 1);
+  w.rows = static_cast<int32_t>(x.channels / w.fold);
+  w.columns = static_cast<int32_t>(x.positions * w.fold);
+  cut_by_columns(w, w.width * size, goal);
+  if (packs && !packed) {
+    w.across = static_cast<int16_t>(w.across * pack);
+    w.width = 1;
+  }
+  return w;
+}
+
+Walk map_walk(const Feature& map) {
+  Feature numbers = map;
+  numbers.layout = Layout::kGeneric;
+  return walk_of(numbers, kLeast);
+}
+
+Place place_of(const Feature& x, const Walk& w) {
+  return {x.data, x.stride_n, w.by_rows ? x.stride_s : x.stride_c, {x.stride[0], x.stride[1], x.stride[2]}};
+}
+
+}  // namespace fastkd

@@ -1,0 +1,187 @@
+// fsp_matrix and fsp_loss with their backward operators, on a GPU: checks and allocation. The division into launches is in gram_plan.cu,
+// the arithmetic in gram_forward.cuh and gram_backward.cuh.
+//
+// Forward, one launch: a block makes a tile of a pair's dloss/dG of one sample: of G_s - G_t = (A_s - A_t) B_s^T + A_t (B_s - B_t)^T where
+// student and teacher have equal sizes after pooling, so that what they share is subtracted before it is multiplied and rounded; of both
+// products where they have not. Backward, one launch: dA = upstream M B / S and dB = upstream M^T A / S, both terms of a middle stage at
+// once. Pooling is done where a feature is read, or by a launch before; the gradient of averaging where the other factor is read, or, like
+// that of maxima, by windows from a gradient that a launch before has made (gram_gradient.cu).
+#include "cuda/fsp/gradient.cuh"
+
+#include <optional>
+#include <tuple>
+
+namespace fastkd {
+namespace {
+
+std::string precision_of(const std::optional<Text>& precision) {
+  const std::string value = precision ? precision->value : "ieee";
+  STD_TORCH_CHECK(value == "ieee" || value == "tf32" || value == "tf32x3",
+                  "precision must be \"ieee\", \"tf32\", \"tf32x3\" or None, got \"", value, "\"");
+  return value;
+}
+
+std::vector<TensorView> views_of(const std::vector<Tensor>& tensors, const char* name) {
+  std::vector<TensorView> views;
+  for (const Tensor& tensor : tensors) views.push_back(view_of(tensor, name));
+  return views;
+}
+
+DType accumulation_of(const std::vector<TensorView>& views) {
+  DType all = DType::kFloat;
+  for (const TensorView& view : views) all = accumulation(all, view.dtype);
+  return all;
+}
+
+std::vector<Feature> features_of(const GramCall& call, const std::vector<TensorView>& views, const char* name) {
+  std::vector<Feature> features;
+  for (const TensorView& view : views) {
+    features.push_back(feature_of(view, name));
+    call.check_feature(view, name);
+  }
+  return features;
+}
+
+// The operands of one chain's pair: side 0 a student's (or the only one's), side 1 a teacher's.
+void plan_chain(GramCall& call, PairArguments& pair, int side, const Feature& a, const Feature& b) {
+  int64_t size[3];
+  common_size(a, b, size);
+  pair.operand[2 * side] = call.operand(a, size, b.channels);
+  pair.operand[2 * side + 1] = call.operand(b, size, a.channels);
+}
+
+bool same_positions(const PairArguments& pair) { return std::equal(pair.operand[0].grid, pair.operand[0].grid + 3, pair.operand[2].grid); }
+
+}  // namespace
+
+Tensor fsp_matrix(const Tensor& a, const Tensor& b, const Text& pool_mode, std::optional<Text> precision) {
+  const std::string how = precision_of(precision);
+  const bool max = parse_switch(pool_mode, "pool_mode", "avg", "max");
+  const std::vector<TensorView> views = {view_of(a, "a"), view_of(b, "b")};
+  const DType accumulate = accumulation_of(views);
+  GramCall call(views[0], accumulate, mode_of(views, accumulate, how), max);
+  const Feature fa = features_of(call, {views[0]}, "a")[0], fb = features_of(call, {views[1]}, "b")[0];
+  const int64_t sizes[3] = {fa.batch, fa.channels, fb.channels};
+  Tensor out = call.device.empty(sizes, 3, accumulate);
+  PairArguments pair{};
+  pair.chains = 1;
+  pair.out = out.mutable_data_ptr();
+  plan_chain(call, pair, 0, fa, fb);
+  run_forward(call, {pair}, fa.batch, GramResult::kMatrix, nullptr);
+  return out;
+}
+
+std::vector<Tensor> fsp_matrix_backward(const Tensor& grad, const Tensor& a, const Tensor& b, const Text& pool_mode,
+                                        std::optional<Text> precision, bool a_grad, bool b_grad) {
+  const std::string how = precision_of(precision);
+  const bool max = parse_switch(pool_mode, "pool_mode", "avg", "max");
+  const std::vector<TensorView> views = {view_of(a, "a"), view_of(b, "b")};
+  const TensorView m = view_of(grad, "grad");
+  const DType accumulate = accumulation(accumulation_of(views), m.dtype);
+  GramCall call(views[0], accumulate, mode_of(views, accumulate, how), max);
+  const Feature fa = features_of(call, {views[0]}, "a")[0], fb = features_of(call, {views[1]}, "b")[0];
+  check_matrix_grad(call, m, fa, fb, "grad");
+  GramGradients gradients(call);
+  if (a_grad) gradients.add(a, views[0], fa, {{fb, m, 1}});
+  if (b_grad) gradients.add(b, views[1], fb, {{fa, m, 2}});
+  return gradients.run(1.0, nullptr);
+}
+
+namespace {
+
+// The gradients of stages of a chain from those of its matrices.
+std::vector<Tensor> chain_gradients(const std::vector<Tensor>& features, const std::vector<TensorView>& views,
+                                    const std::vector<Tensor>& gram_grads, const std::vector<int64_t>& stages, bool max,
+                                    const std::string& how, double factor, const TensorView* upstream) {
+  if (stages.empty()) return {};
+  const std::vector<TensorView> m = views_of(gram_grads, "gram_grads");
+  const DType accumulate = accumulation(accumulation_of(views), accumulation_of(m));
+  GramCall call(views[0], accumulate, mode_of(views, accumulate, how), max);
+  const std::vector<Feature> f = features_of(call, views, "features");
+  for (size_t p = 0; p < m.size(); ++p) check_matrix_grad(call, m[p], f[p], f[p + 1], "gram_grads");
+  GramGradients gradients(call);
+  for (const int64_t i : stages) {
+    STD_TORCH_CHECK(i >= 0 && i < static_cast<int64_t>(f.size()), "stages must be indices of features, got ", i);
+    std::vector<GramTerm> terms;
+    if (i > 0) terms.push_back({f[i - 1], m[i - 1], 2});
+    if (i < static_cast<int64_t>(m.size())) terms.push_back({f[i + 1], m[i], 1});
+    gradients.add(features[i], views[i], f[i], terms);
+  }
+  return gradients.run(factor, upstream);
+}
+
+}  // namespace
+
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fsp_loss(std::vector<Tensor> student, std::vector<Tensor> teacher,
+                                                                      const Text& pool_mode, const Text& distance, const Text& pair_reduce,
+                                                                      std::optional<std::vector<double>> weights, double weight,
+                                                                      std::optional<Text> precision, bool with_grad,
+                                                                      std::optional<double> upstream, std::vector<int64_t> stages) {
+  const std::string how = precision_of(precision);
+  const bool max = parse_switch(pool_mode, "pool_mode", "avg", "max");
+  const bool columns = distance.value == "column_l2", mean = distance.value == "squared";
+  STD_TORCH_CHECK(mean || columns || distance.value == "frobenius", "distance must be \"squared\", \"frobenius\" or \"column_l2\", got \"",
+                  distance.value, "\"");
+  const bool pair_mean = parse_switch(pair_reduce, "pair_reduce", "sum", "mean");
+  STD_TORCH_CHECK(student.size() >= 2, "student must hold at least two stages, got ", student.size());
+  STD_TORCH_CHECK(teacher.size() == student.size(), "student and teacher must hold equally many stages, got ", student.size(), " and ",
+                  teacher.size());
+  const size_t count = student.size() - 1;
+  STD_TORCH_CHECK(!weights || weights->size() == count, "weights must hold one number a pair (", count, ")");
+  STD_TORCH_CHECK(stages.empty() || (upstream && with_grad), "stages wants with_grad and the upstream gradient");
+
+  const std::vector<TensorView> s_views = views_of(student, "student"), t_views = views_of(teacher, "teacher");
+  std::vector<TensorView> all = s_views;
+  all.insert(all.end(), t_views.begin(), t_views.end());
+  const DType accumulate = accumulation_of(all);
+  GramCall call(all[0], accumulate, mode_of(all, accumulate, how), max);
+  const std::vector<Feature> s = features_of(call, s_views, "student"), t = features_of(call, t_views, "teacher");
+  for (size_t i = 0; i <= count; ++i) {
+    STD_TORCH_CHECK(s[i].channels == t[i].channels, "student and teacher must have equal channels, got ", s[i].channels, " and ",
+                    t[i].channels, " in stage ", i);
+  }
+  std::vector<PairArguments> pairs;
+  std::vector<Tensor> grads;
+  for (size_t p = 0; p < count; ++p) {
+    const int64_t sizes[3] = {s[p].batch, s[p].channels, s[p + 1].channels};
+    PairArguments pair{};
+    pair.chains = 2;
+    pair.factor = weight * (weights ? (*weights)[p] : 1.0) / (pair_mean ? static_cast<double>(count) : 1.0) /
+                  static_cast<double>(mean ? sizes[0] * sizes[1] * sizes[2] : sizes[0]);
+    plan_chain(call, pair, 0, s[p], s[p + 1]);
+    plan_chain(call, pair, 1, t[p], t[p + 1]);
+    pair.difference = same_positions(pair);
+    if (with_grad) {
+      grads.push_back(call.device.empty(sizes, 3, accumulate));
+      pair.out = grads.back().mutable_data_ptr();
+    }
+    pairs.push_back(pair);
+  }
+  Tensor loss = call.device.empty(nullptr, 0, accumulate);
+  run_forward(call, pairs, s[0].batch, columns ? GramResult::kColumnNorms : GramResult::kSquares, loss.mutable_data_ptr());
+  const std::vector<Tensor> gradients = chain_gradients(student, s_views, grads, stages, max, how, upstream ? *upstream : 0.0, nullptr);
+  return {loss, grads, gradients};
+}
+
+std::vector<Tensor> fsp_loss_backward(const Tensor& grad, std::vector<Tensor> features, std::vector<Tensor> gram_grads,
+                                      const Text& pool_mode, std::optional<Text> precision, std::vector<int64_t> stages, bool negate,
+                                      std::optional<std::vector<Tensor>> others) {
+  STD_TORCH_CHECK(!others || others->empty(), "others is for matrices that were not kept, and the CUDA library keeps all");
+  const std::string how = precision_of(precision);
+  const bool max = parse_switch(pool_mode, "pool_mode", "avg", "max");
+  STD_TORCH_CHECK(features.size() >= 2 && gram_grads.size() == features.size() - 1, "gram_grads must hold one matrix a pair of features");
+  const std::vector<TensorView> views = views_of(features, "features");
+  const TensorView upstream = view_of(grad, "grad");
+  check_device(upstream, views[0], "grad");
+  for (int d = 0; d < upstream.dim; ++d) STD_TORCH_CHECK(upstream.sizes[d] == 1, "grad must hold one number");
+  return chain_gradients(features, views, gram_grads, stages, max, how, negate ? -1.0 : 1.0, &upstream);
+}
+
+}  // namespace fastkd
+
+STABLE_TORCH_LIBRARY_IMPL(fastkd_cuda, FASTKD_DISPATCH_KEY, m) {
+  m.impl("fsp_matrix", TORCH_BOX(&fastkd::fsp_matrix));
+  m.impl("fsp_matrix_backward", TORCH_BOX(&fastkd::fsp_matrix_backward));
+  m.impl("fsp_loss", TORCH_BOX(&fastkd::fsp_loss));
+  m.impl("fsp_loss_backward", TORCH_BOX(&fastkd::fsp_loss_backward));
+}

@@ -1,0 +1,163 @@
+#include "cuda/fsp/plan.cuh"
+
+#include <algorithm>
+
+namespace fastkd {
+namespace {
+
+constexpr int64_t kFusedTiles = 2;
+
+int64_t bytes_of(DType dtype) { return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2; }
+
+int32_t narrow(int64_t size) {
+  STD_TORCH_CHECK(size < int64_t{1} << 31, "a feature has ", size, " channels or positions, more than the CUDA kernels take");
+  return static_cast<int32_t>(size);
+}
+
+// padded: rows may be read beyond the last position.
+Reading reading_of(const Operand& x, bool padded) {
+  const int64_t pack = 16 / bytes_of(x.dtype);
+  const auto whole = [&](int64_t stride) { return stride % pack == 0; };
+  if (reinterpret_cast<uintptr_t>(x.data) % 16 != 0 || !whole(x.stride_n)) return Reading::kOne;
+  bool apart = true;
+  for (int d = 0; d < 3; ++d) apart = apart && (x.size[d] == 1 || whole(x.stride[d]));
+  if (x.stride_c == 1 && whole(x.channels) && apart) return Reading::kChannels;
+  if (x.linear && x.stride[2] == 1 && whole(x.stride_c) && (padded || whole(x.positions))) return Reading::kPositions;
+  return Reading::kOne;
+}
+
+}  // namespace
+
+Operand plain_operand(const Feature& x) {
+  Operand o{};
+  o.data = x.data;
+  o.stride_n = x.stride_n;
+  o.stride_c = x.stride_c;
+  o.channels = narrow(x.channels);
+  o.positions = narrow(x.positions);
+  for (int d = 0; d < 3; ++d) {
+    o.stride[d] = x.stride[d];
+    o.size[d] = o.grid[d] = narrow(x.size[d]);
+  }
+  o.dtype = x.dtype;
+  o.pool = Pool::kNone;
+  o.linear = x.layout != Layout::kGeneric;
+  if (o.linear) o.stride[2] = x.stride_s;
+  o.exact = x.dtype == DType::kBFloat16;
+  o.reading = reading_of(o, false);
+  return o;
+}
+
+Operand GramCall::operand(const Feature& x, const int64_t* grid, int64_t channels_of_other) {
+  if (is_size(x, grid)) return plain_operand(x);
+  Feature own = x;
+  own.layout = Layout::kGeneric;  // windows want each axis' stride
+  Operand o = plain_operand(own);
+  for (int d = 0; d < 3; ++d) o.grid[d] = narrow(grid[d]);
+  o.positions = narrow(count_of(grid));
+  o.pool = max ? Pool::kMax : Pool::kAvg;
+  o.halved = is_halved(o.size, o.grid);
+  o.exact = o.exact && max;
+  if (channels_of_other <= kFusedTiles * kGramTile && is_near(x, grid)) return o;
+
+  const bool channels_last = x.stride_c == 1 && x.channels > 1;
+  const int64_t pack = 16 / size_of(), unit = channels_last ? x.channels : (o.positions + pack - 1) / pack * pack;
+  const int64_t sizes[3] = {x.batch, channels_last ? o.positions : x.channels, unit};
+  PoolItem item{};
+  item.x = o;
+  item.out = keep(device.empty(sizes, 3, accumulate));
+  item.stride_n = sizes[1] * sizes[2];
+  item.stride_c = channels_last ? 1 : unit;
+  item.stride_s = channels_last ? unit : 1;
+  item.count = x.batch * x.channels * o.positions;
+  item.channels_last = channels_last;
+  pools_.push_back(item);
+
+  o.data = item.out;
+  o.dtype = accumulate;
+  o.pool = Pool::kNone;
+  o.halved = false;
+  o.stride_n = item.stride_n;
+  o.stride_c = item.stride_c;
+  for (int d = 0; d < 3; ++d) o.size[d] = o.grid[d];
+  o.stride[0] = item.stride_s * grid[1] * grid[2];
+  o.stride[1] = item.stride_s * grid[2];
+  o.stride[2] = item.stride_s;
+  o.linear = true;
+  o.reading = reading_of(o, true);
+  return o;
+}
+
+bool is_near(const Feature& x, const int64_t* grid) {
+  return is_near(x.size[0], grid[0]) && is_near(x.size[1], grid[1]) && is_near(x.size[2], grid[2]);
+}
+
+Operand GramCall::spread(const Feature& x, const int64_t* grid) const {
+  Feature own = x;
+  own.layout = Layout::kGeneric;
+  Operand o = plain_operand(own);
+  for (int d = 0; d < 3; ++d) o.grid[d] = narrow(grid[d]);
+  o.positions = narrow(count_of(grid));
+  o.pool = Pool::kSpread;
+  o.halved = is_halved(o.grid, o.size);
+  o.exact = false;
+  return o;
+}
+
+Operand GramCall::matrix(const TensorView& m, int own_dim) const {
+  Feature x{};
+  x.data = m.data;
+  x.dtype = m.dtype;
+  x.layout = Layout::kPlanes;
+  x.batch = m.sizes[0];
+  x.channels = m.sizes[own_dim];
+  x.positions = m.sizes[3 - own_dim];
+  x.stride_n = m.strides[0];
+  x.stride_c = m.strides[own_dim];
+  x.size[0] = x.size[1] = 1;
+  x.size[2] = x.positions;
+  x.stride[2] = x.stride_s = m.strides[3 - own_dim];
+  return plain_operand(x);
+}
+
+void GramCall::pool() {
+  for (size_t begin = 0; begin < pools_.size(); begin += PoolArguments::kMost) {
+    PoolArguments arguments{};
+    int64_t blocks = 0;
+    for (size_t i = begin; i < pools_.size() && arguments.items < PoolArguments::kMost; ++i) {
+      PoolItem& item = arguments.item[arguments.items++];
+      item = pools_[i];
+      item.first_block = static_cast<int32_t>(blocks);
+      blocks += (item.count + PoolArguments::kThreads - 1) / PoolArguments::kThreads;
+      grid_of("gram_pool", blocks);
+    }
+    launch("gram_pool", accumulate == DType::kDouble ? gram_pool<double> : gram_pool<float>, blocks, PoolArguments::kThreads, 0, device,
+           arguments);
+  }
+}
+
+void GramCall::check_feature(const TensorView& view, const char* name) const {
+  check_device(view, first_, name);
+  STD_TORCH_CHECK(view.dim == first_.dim, name, ": all maps must have the same number of dimensions, got ", view.dim, " and ", first_.dim);
+  STD_TORCH_CHECK(view.sizes[0] == first_.sizes[0], name, ": all maps must have the same batch size, got ", view.sizes[0], " and ",
+                  first_.sizes[0]);
+}
+
+Mode mode_of(const std::vector<TensorView>& features, DType accumulate, const std::string& precision) {
+  if (accumulate == DType::kDouble) return Mode::kIeee;
+  bool all_bfloat16 = true, any_float = false;
+  for (const TensorView& x : features) {
+    all_bfloat16 = all_bfloat16 && x.dtype == DType::kBFloat16;
+    any_float = any_float || x.dtype == DType::kFloat;
+  }
+  if (all_bfloat16) return Mode::kBf16;
+  if (precision == "tf32") return Mode::kTf32;
+  // three products of halves are as near, and what halves are made of is exact in them
+  return precision == "tf32x3" || !any_float ? Mode::kTf32x3 : Mode::kIeee;
+}
+
+void common_size(const Feature& a, const Feature& b, int64_t* size) {
+  for (int d = 0; d < 3; ++d) size[d] = std::min(a.size[d], b.size[d]);
+}
+
+}  // namespace fastkd

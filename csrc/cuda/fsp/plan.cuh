@@ -1,0 +1,66 @@
+// How the FSP operators are divided into launches: what kernels get of features, and which features are pooled before.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cuda/fsp/backward.cuh"
+#include "cuda/fsp/forward.cuh"
+
+namespace fastkd {
+
+// What a call is made with, and what it makes on the way.
+class GramCall {
+ public:
+  GramCall(const TensorView& first, DType accumulate, Mode mode, bool max)
+      : device(first), accumulate(accumulate), mode(mode), max(max), first_(first) {}
+
+  // `x` on a grid: as it is, or pooled where it is read. Is it read for more than two tiles, it is pooled before (one pass that reads a
+  // window's numbers and writes one, instead of reading a window for each tile), which pool() does for all.
+  Operand operand(const Feature& x, const int64_t* grid, int64_t channels_of_other);
+  // `x` on a finer grid that was averaged to its size: its numbers spread over their windows.
+  Operand spread(const Feature& x, const int64_t* grid) const;
+  // dloss/dG: own channels x other channels.
+  Operand matrix(const TensorView& m, int own_dim) const;
+  void pool();
+
+  // Tensors that live until the kernels are launched.
+  void* keep(Tensor tensor) {
+    kept_.push_back(tensor);
+    return kept_.back().mutable_data_ptr();
+  }
+  int64_t size_of() const { return accumulate == DType::kDouble ? 8 : 4; }
+  // All features of a call: one device, batch size and number of dimensions.
+  void check_feature(const TensorView& view, const char* name) const;
+  void check_device_of(const TensorView& view, const char* name) const { check_device(view, first_, name); }
+
+  const OnDevice device;
+  const DType accumulate;
+  const Mode mode;
+  const bool max;
+
+ private:
+  TensorView first_;
+  std::vector<PoolItem> pools_;
+  std::vector<Tensor> kept_;
+};
+
+Mode mode_of(const std::vector<TensorView>& features, DType accumulate, const std::string& precision);
+void common_size(const Feature& a, const Feature& b, int64_t* size);
+inline bool is_size(const Feature& x, const int64_t* size) { return x.size[0] == size[0] && x.size[1] == size[1] && x.size[2] == size[2]; }
+bool is_near(const Feature& x, const int64_t* grid);
+// Fine and coarse sizes: see Operand.
+template <typename T>
+bool is_halved(const T* fine, const T* coarse) {
+  return fine[0] == coarse[0] && fine[1] == 2 * coarse[1] && fine[2] == 2 * coarse[2];
+}
+inline int64_t count_of(const int64_t* size) { return size[0] * size[1] * size[2]; }
+inline int32_t tiles_of(int64_t size) { return static_cast<int32_t>((size + kGramTile - 1) / kGramTile); }
+// Operand of a tensor of this layout, unpooled, and how it is best read.
+Operand plain_operand(const Feature& x);
+
+// Runs what is planned; tiles and blocks are counted here. `terms` and `loss`: see ForwardArguments.
+void run_forward(GramCall& call, std::vector<PairArguments> pairs, int64_t samples, GramResult result, void* loss);
+void run_backward(GramCall& call, const std::vector<GradientArguments>& items, int64_t samples, double factor, const TensorView* upstream);
+
+}  // namespace fastkd

@@ -1,0 +1,133 @@
+"""The backends as objects: how each runs an operator, and which operator stands for it in a compiled graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from fastkd import kernels
+from fastkd._private import BelowAutograd, dispatch_watched
+
+
+def refuse_second_derivative(operator: str) -> NoReturn:
+    public = operator.removesuffix("_backward")
+    raise RuntimeError(f"{public} has no second derivative: use fastkd.reference.{public}, which is differentiable twice")
+
+
+class _Operators(dict[str, Callable[..., Any]]):
+    """The operators of a namespace by name, each looked up once."""
+
+    def __init__(self, namespace: str) -> None:
+        self.namespace = namespace
+
+    def __missing__(self, name: str) -> Callable[..., Any]:
+        operator = getattr(getattr(torch.ops, self.namespace), name).default
+        self[name] = getattr(operator, "_op", operator)  # what OpOverload's __call__ calls, without a Python frame of its own
+        return self[name]
+
+
+class Backend:
+    """What serves a call: a name, and a way to run its operators, by default through PyTorch's dispatcher."""
+
+    prefetches = False
+    """Whether the forward pass of a loss may make the gradients that the backward pass is expected to ask for."""
+
+    keeps_matrices = True
+    """Whether the FSP loss keeps dloss/dG of every pair, however large."""
+
+    def __init__(self, name: str, namespace: str = "fastkd") -> None:
+        self.name = name
+        self._namespace = namespace
+        self._operators = _Operators(namespace)
+
+    def __repr__(self) -> str:
+        return f"<backend {self.name}>"
+
+    def graph_op(self, operator: str) -> Any:
+        """The operator that stands in a compiled graph."""
+        return getattr(getattr(torch.ops, self._namespace), operator).default
+
+    def run(self, operator: str, *args: Any) -> Any:
+        """Run an operator, straight to its kernel, where autograd has nothing to record."""
+        with BelowAutograd():
+            return self._operators[operator](*args)
+
+    def run_backward(self, operator: str, *args: Any) -> Any:
+        """Run a backward operator. Where a graph of the backward pass is made, it refuses to be differentiated."""
+        if torch.is_grad_enabled():
+            return self._operators[operator](*args)
+        with BelowAutograd():
+            return self._operators[operator](*args)
+
+
+class CppBackend(Backend):
+    # a GPU's gradient must not be read by the host, and has no cache to wait in
+    prefetches = True
+
+
+class TritonBackend(Backend):
+    """Eager calls go straight to a launcher, past the dispatcher and its host cost."""
+
+    keeps_matrices = False
+
+    def run(self, operator: str, *args: Any) -> Any:
+        if dispatch_watched() and not kernels.interpreting():
+            return super().run(operator, *args)
+        return _run_launcher(operator, args)
+
+    def run_backward(self, operator: str, *args: Any) -> Any:
+        if dispatch_watched() and not kernels.interpreting():
+            return super().run_backward(operator, *args)
+        if torch.is_grad_enabled():
+            tensors = [x for x in flat(args) if isinstance(x, Tensor)]
+            if any(x.requires_grad for x in tensors):
+                return _DifferentiableOnce.apply(operator, args, *tensors)
+        return _run_launcher(operator, args)
+
+
+REFERENCE = Backend("reference")
+CPP = CppBackend("cpp")
+TRITON = TritonBackend("triton")
+CUDA = Backend("cuda", "fastkd_cuda")
+BACKENDS = {backend.name: backend for backend in (REFERENCE, CPP, TRITON, CUDA)}
+# in a graph the dispatcher finds, by the tensors' device, whose `fastkd` operator it is
+IN_GRAPH = {"fastkd": Backend("graph"), "fastkd_cuda": CUDA}
+
+
+def flat(args: Sequence[Any]) -> list[Any]:
+    """The arguments, lists among them opened."""
+    return [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+
+
+def _run_launcher(operator: str, args: tuple) -> Any:
+    """Run an operator by its Triton launcher; resolve negative views, as the dispatcher does for the other backends."""
+    try:
+        return kernels.launcher(operator)(*args)
+    except kernels.NegativeView:
+        return kernels.launcher(operator)(*[_without_negative_views(arg) for arg in args])
+
+
+def _without_negative_views(arg: Any) -> Any:
+    if isinstance(arg, (list, tuple)):
+        return [_without_negative_views(x) for x in arg]
+    return arg.resolve_neg() if isinstance(arg, Tensor) else arg
+
+
+class _DifferentiableOnce(torch.autograd.Function):
+    """``apply(operator, args, *tensors)``: a backward operator run by its launcher, in a graph that cannot be differentiated.
+
+    ``tensors`` are those among the arguments: autograd looks for them no deeper.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, operator: str, args: tuple, *tensors: Tensor) -> Any:
+        ctx.operator = operator
+        out = _run_launcher(operator, args)
+        return out if isinstance(out, Tensor) else tuple(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        refuse_second_derivative(ctx.operator)

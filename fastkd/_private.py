@@ -1,0 +1,102 @@
+"""Every private name of PyTorch that fastkd needs, where there is no public one. Triton's are public.
+
+Floor 0. A PyTorch that lacks one is refused when fastkd is imported, in one sentence: without it a derivative could be wrong in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx.experimental import proxy_tensor
+from torch.nn.modules import module as _modules
+
+
+def find(owner: Any, path: str) -> Any:
+    """``owner.path``, or ImportError that names it."""
+    value = owner
+    for name in path.split("."):
+        if not hasattr(value, name):
+            raise ImportError(
+                f"fastkd needs {owner.__name__}.{path}, which PyTorch {torch.__version__} does not have: "
+                "install a PyTorch from 2.11 to 2.15, or a newer fastkd"
+            )
+        value = getattr(value, name)
+    return value
+
+
+# A context below which the dispatcher passes by autograd's rules, which would be entered only to find nothing to record.
+BelowAutograd = find(torch, "_C._AutoDispatchBelowAutograd")
+# Whether a transform of torch.func (grad, vmap, jvp, functionalize, ...) is at work.
+in_torch_func: Callable[[], bool] = find(torch, "_C._are_functorch_transforms_active")
+# Batched gradients of torch.autograd go through an older vmap, of which only its tensors tell.
+_in_older_vmap: Callable[[Tensor], bool] = find(torch, "_C._functorch.is_legacy_batchedtensor")
+_top_hooks: Callable[[bool], Any] = find(torch, "_C._autograd._top_saved_tensors_default_hooks")
+_dispatch_modes: Callable[[], int] = find(torch, "_C._len_torch_dispatch_stack")
+# Hooks of all modules, registered by torch.nn.modules.module.register_module_forward_hook and so on.
+_GLOBAL_HOOKS = [find(_modules, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")]
+_get_proxy_mode: Callable[[], Any] = find(proxy_tensor, "get_proxy_mode")
+find(forward_ad, "_current_level")  # read anew by each call
+
+
+def transforming() -> bool:
+    """Whether torch.func or forward mode AD is at work: neither can look into a compiled operator.
+
+    False while a graph is traced: asking would leave a node in it, and PyTorch caches no graph with such a node.
+    """
+    return not torch.compiler.is_compiling() and eagerly_transforming()
+
+
+def eagerly_transforming() -> bool:
+    """As :func:`transforming`, where no graph is traced."""
+    return in_torch_func() or forward_ad._current_level >= 0
+
+
+def has_tangent(tensors: Iterable[Tensor]) -> bool:
+    """Whether one of them carries a derivative of forward mode AD."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def batched(*grads: Tensor | None) -> bool:
+    """Whether gradients in a backward pass may stand for several each, as with ``is_grads_batched=True``."""
+    for grad in grads:
+        if grad is not None and _in_older_vmap(grad):
+            return True
+    return in_torch_func()
+
+
+def saved_tensors_hooked() -> bool:
+    """Whether what is saved now goes through hooks: checkpointing, which repeats this forward pass, or offloading."""
+    return _top_hooks(False) is not None
+
+
+def dispatch_watched() -> bool:
+    """Whether a mode of PyTorch's, such as FlopCounterMode, looks at what the dispatcher is asked for."""
+    return _dispatch_modes() > 0
+
+
+def exporting() -> bool:
+    """Whether a graph is traced for torch.export."""
+    # the public function says True in every graph that PyTorch 2.11 traces
+    flag: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else flag
+
+
+def recorded_elsewhere() -> bool:
+    """Whether this call is recorded for a program that must run without fastkd or be rewritten: torch.jit.trace, ONNX, TensorBoard,
+    make_fx, functionalize, torch.export. (torch.compile is not among them: its graphs hold the operators.)
+    """
+    if torch.compiler.is_compiling():
+        return exporting()
+    return bool(torch.jit.is_tracing()) or in_torch_func() or _get_proxy_mode() is not None  # type: ignore[attr-defined]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks of this module, or of all modules, see what goes in or comes out."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own) or any(_GLOBAL_HOOKS)

@@ -1,0 +1,94 @@
+"""What a data set is here, and the checks that all file readers share."""
+
+from __future__ import annotations
+
+import importlib
+import socket
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastkd.errors import UserError
+from fastkd.io.console import say
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A whole set in memory: images uint8 (N, 3, 32, 32), labels int64 (N,); ``mean`` and ``std`` per channel, on the scale 0 to 1."""
+
+    name: str
+    classes: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    flip: bool
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+class MissingFiles(Exception):
+    """No layout of the set is complete under the folder; the message says what was looked for."""
+
+
+def first_complete(root: Path, layouts: dict[str, tuple[str, ...]]) -> str:
+    """The first folder of ``layouts`` all of whose files lie under ``root``. Raises MissingFiles."""
+    for folder, files in layouts.items():
+        if all((root / folder / file).is_file() for file in files):
+            return folder
+    for folder, files in layouts.items():
+        absent = [file for file in files if not (root / folder / file).is_file()]
+        if len(absent) < len(files):
+            raise MissingFiles(f"{root / folder} lacks {', '.join(absent)}")
+    raise MissingFiles(f"neither {' nor '.join(str(root / folder) for folder in layouts)} is there")
+
+
+def read_bytes(path: Path, size: int) -> bytearray:
+    """The file's bytes, which must be ``size`` many. Raises UserError."""
+    try:
+        found = path.stat().st_size
+        if found != size:
+            raise UserError(f"{path} is damaged: {found:,} bytes, wanted {size:,}; delete it and fetch the set again")
+        return bytearray(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def check_labels(labels: Tensor, classes: int, path: Path) -> Tensor:
+    """``labels`` as int64 (N,), all within the set's classes. Raises UserError."""
+    labels = labels.to(torch.int64)
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise UserError(f"{path} is damaged: labels from {low} to {high}, wanted 0 to {classes - 1}; delete it and fetch the set again")
+    return labels
+
+
+def download(torchvision: str, name: str, root: Path, why: MissingFiles) -> None:
+    """Lets torchvision's class of that name download the set. Raises UserError that says why the set is still missing."""
+    timeout = socket.getdefaulttimeout()
+    folders = (root / torchvision / "raw", root / torchvision, root, *root.parents)
+    new = [folder for folder in folders if not folder.exists()]
+    try:
+        say(f"{name}: {why}; downloading it to {root}")
+        socket.setdefaulttimeout(30)  # urllib waits for ever on a silent firewall
+        getattr(importlib.import_module("torchvision.datasets"), torchvision)(root, download=True)
+    except ImportError:
+        raise UserError(f"{name}: {why}, and to download it takes torchvision; install that or name the folder with --data") from None
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; torchvision raises RuntimeError for a wrong checksum
+        reason = " ".join(str(getattr(error, "reason", error)).split())
+        raise UserError(f"{name}: {why}, and the download failed ({reason}); name its folder with --data") from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+        for folder in new:
+            with suppress(OSError):
+                folder.rmdir()  # which goes while it is empty only: nothing came
+
+
+def joined(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The (images, labels) of several files, one after the other."""
+    images, labels = zip(*parts, strict=True)
+    return torch.cat(images), torch.cat(labels)

@@ -1,0 +1,54 @@
+"""Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017) in torchvision's layout, gzipped or not; padded to 32x32, three channels."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastkd.data.base import Dataset, MissingFiles, check_labels, download, first_complete
+from fastkd.errors import UserError
+
+FOLDER = Path("FashionMNIST") / "raw"
+FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+
+def _found(root: Path) -> list[Path]:
+    pairs = [(root / FOLDER / name, root / FOLDER / f"{name}.gz") for name in FILES]
+    if all(plain.is_file() or packed.is_file() for plain, packed in pairs):
+        return [plain if plain.is_file() else packed for plain, packed in pairs]
+    first_complete(root, {str(FOLDER): tuple(f"{name}.gz" for name in FILES)})
+    raise MissingFiles(f"{root / FOLDER} is incomplete")
+
+
+def _read_idx(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """An idx file of unsigned bytes: magic 0 0 8 dims, each dimension as a big-endian int32, then the values."""
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:  # a damaged .gz raises any of the three
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UserError(f"{path} cannot be read: {' '.join(text.split())}; delete it and fetch the set again") from None
+    head = bytes([0, 0, 8, len(shape)]) + b"".join(size.to_bytes(4, "big") for size in shape)
+    count = torch.Size(shape).numel()
+    if not raw.startswith(head) or len(raw) != len(head) + count:
+        sizes = " x ".join(map(str, shape))
+        raise UserError(f"{path} is damaged: not {sizes} unsigned bytes in idx layout; delete it and fetch the set again")
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=len(head)).view(shape)
+
+
+def load(root: Path) -> Dataset:
+    """Reads the set from ``root``; downloads it through torchvision when it is not complete there. Raises UserError."""
+    try:
+        paths = _found(root)
+    except MissingFiles as missing:
+        download("FashionMNIST", "fashion-mnist", root, missing)
+        paths = _found(root)
+    parts = []
+    for images_path, labels_path, count in ((paths[0], paths[1], 60_000), (paths[2], paths[3], 10_000)):
+        images = F.pad(_read_idx(images_path, (count, 28, 28)), (2, 2, 2, 2)).unsqueeze(1).expand(count, 3, 32, 32)
+        parts += [images, check_labels(_read_idx(labels_path, (count,)), 10, labels_path)]
+    return Dataset("fashion-mnist", 10, (0.2860,) * 3, (0.3530,) * 3, True, *parts)

@@ -1,0 +1,272 @@
+"""Student, teacher and method as one module: from a batch to its loss. The training script drives the same one that users build."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastkd import backends
+from fastkd.methods import Batch, BuildContext, Definition, Distiller, Output, Points, define, overrides, undisturbed
+from fastkd.models.extract import Observed, shows_features
+from fastkd.models.folding import fold_for_inference
+
+
+class Losses(NamedTuple):
+    """What a batch gives. ``total`` is the sum of ``terms``, scalars by name: "ce" where there are labels, then one a method.
+
+    ``student_logits`` and ``teacher_logits`` are as the losses see them, in float32 at least. ``records`` are what
+    :meth:`Distillation.update` wants after the optimizer's step, by name; most methods have none.
+    """
+
+    total: Tensor
+    terms: dict[str, Tensor]
+    student_logits: Tensor
+    teacher_logits: Tensor | None
+    records: dict[str, Any]
+
+
+class Distillation(nn.Module):
+    """``forward(images, labels=None, index=None) -> Losses``, for a loop of your own:
+
+        distillation = fastkd.Distillation(student, teacher, "at+kd")
+        optimizer = torch.optim.SGD(distillation.parameters(), 0.05)
+        for epoch in range(epochs):
+            distillation.train()
+            distillation.set_epoch(epoch, epochs)
+            for images, labels in loader:
+                optimizer.zero_grad()
+                losses = distillation(images, labels)
+                losses.total.backward()
+                optimizer.step()
+
+    Its parameters are the student's, then those of the methods; ``student`` is what is tested and saved. The teacher is frozen and moves
+    with ``.to()``, but is not in ``modules()``, ``parameters()`` or ``state_dict()``. In eval mode a copy of it answers, whose batch
+    norms are folded into its convolutions: load its weights before, or call :meth:`fold` after.
+
+    Args:
+        student, teacher: networks of ``fastkd.models``, or any others; the teacher may be None where the method is "baseline".
+        method: a name of ``fastkd.methods.METHODS``, or several with "+" between them, or what ``fastkd.methods.define`` returns.
+        options, preset: see ``fastkd.methods.define``.
+        student_points, teacher_points: names of submodules (of ``named_modules()``), in the order of the forward pass, whose outputs are
+            the ``stages`` of a network that is none of ours. ``pooled`` is then the input of its last ``nn.Linear``, ``final`` the map
+            whose mean that is, and FSP's pairs are consecutive stages. Such a teacher is not folded.
+        classifier: the name of another module than the last ``nn.Linear``, in both networks where they are not ours.
+        train_labels: (M,) labels of the training set, for methods that keep something of each image; the ``index`` of ``forward``
+            counts in it.
+        num_classes: that of the teacher's logits unless given.
+        batch_size, epochs: of the training, for methods whose layers or schedules depend on them.
+        autocast: what the networks and the methods' convolutions run under; None: whatever is on where ``forward`` is called. The losses
+            themselves never run under autocast.
+        teacher_mode: "eval", or "train": its batch norms take each batch's own statistics.
+        seed: the methods' first weights depend on it and on the method's name.
+        fold: whether a teacher in eval mode is folded.
+        image_shape: (C, H, W) of the images.
+
+    ``forward`` takes images (N, C, H, W), labels (N,) int64 or None (no cross-entropy then) and, for methods that need it, ``index``
+    (N,) int64. It is one graph under ``torch.compile(fullgraph=True)``. Raises ValueError for what a method does not know or fit.
+    """
+
+    weights: Tensor
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        method: str | Definition = "at",
+        *,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+        preset: str | None = None,
+        student_points: Sequence[str] | None = None,
+        teacher_points: Sequence[str] | None = None,
+        classifier: str | None = None,
+        train_labels: Tensor | None = None,
+        num_classes: int | None = None,
+        batch_size: int | None = None,
+        epochs: int | None = None,
+        autocast: torch.autocast | None = None,
+        teacher_mode: str = "eval",
+        seed: int = 0,
+        fold: bool = True,
+        image_shape: tuple[int, ...] = (3, 32, 32),
+    ):
+        super().__init__()
+        self.definition = define(method, preset=preset, options=options) if isinstance(method, str) else method
+        if teacher_mode not in ("eval", "train"):
+            raise ValueError(f"teacher_mode is {teacher_mode!r}, wanted 'eval' or 'train'")
+        self._observed: tuple[Observed | None, Observed | None] = (None, None)
+        self.autocast, self.teacher_mode, self.image_shape, self.batch_size = autocast, teacher_mode, image_shape, batch_size
+        distillers: dict[str, Distiller] = {}
+        if self.definition.needs_teacher:
+            if teacher is None:
+                raise ValueError(f"teacher is None, but method {self.definition.name!r} learns from one")
+            teacher.requires_grad_(False)
+            with undisturbed(student, teacher):
+                self._observed = (
+                    self._view(student, student_points, "student", classifier),
+                    self._view(teacher, teacher_points, "teacher", classifier),
+                )
+            rest = {"train_labels": train_labels, "num_classes": num_classes, "batch_size": batch_size, "epochs": epochs}
+            with undisturbed(student, teacher):
+                context = BuildContext.of(student, teacher, image_shape, self._observed, **rest)
+                distillers, student = self.definition.build(context, seed)
+        self.student = student
+        first = next(student.parameters()).detach()
+        self.methods = nn.ModuleDict(distillers).to(first.device)
+        self.names = self.definition.names
+        self.points = [_union(getattr(distiller, f"{role}_points") for distiller in distillers.values()) for role in ("student", "teacher")]
+        kinds = {name: type(distiller) for name, distiller in distillers.items()}
+        self._scheduled = {name: i for i, name in enumerate(kinds) if overrides(kinds[name], "weight_at")}
+        self._changes_logits = [name for name in kinds if overrides(kinds[name], "logits")]
+        self.register_buffer("weights", first.new_ones(len(kinds), dtype=torch.float32), persistent=False)
+        # in a tuple, which nn.Module does not look into: the teacher, and the copy that answers in eval mode
+        self._outside: tuple[nn.Module, ...] = (teacher,) if teacher is not None and distillers else ()
+        for points, view, role in zip(self.points, self._observed, ("student", "teacher"), strict=True):
+            if points and view is not None and not view.points:
+                raise ValueError(f"{role}_points is None, but method {self.definition.name!r} reads maps of the {role}: name submodules")
+        self._folds = fold
+        self.fold()
+        self.train(self.training)
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        return self._outside[0] if self._outside else None
+
+    def fold(self) -> None:
+        """Copies the teacher once more, where a copy answers for it: after its weights were changed in place."""
+        if self._folds and self._outside and self.teacher_mode == "eval" and self._observed[1] is None:
+            teacher, dtype = self._outside[0], None
+            with self._autocast():
+                kind = next(teacher.parameters()).device.type
+                if self.autocast is not None and torch.is_autocast_enabled(kind):
+                    dtype = torch.get_autocast_dtype(kind)
+            self._outside = teacher, fold_for_inference(teacher, self.points[1].argument, dtype)
+
+    def train(self, mode: bool = True) -> Distillation:
+        """As ever; the teacher is in train mode only where ``teacher_mode`` says so."""
+        super().train(mode)
+        if self._outside:
+            self._outside[0].train(mode and self.teacher_mode == "train")
+        return self
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Distillation:
+        super()._apply(fn, recurse)
+        for network in self._outside:
+            network._apply(fn, recurse)
+        return self
+
+    def set_epoch(self, epoch: int, epochs: int) -> None:
+        """Tells the methods that ``epoch`` (from 0) of ``epochs`` begins, and sets the factors of those that have a schedule.
+
+        Until then the factors are 1.
+        """
+        for name in self.methods:
+            self._distiller(name).set_epoch(epoch, epochs)
+        for name, place in self._scheduled.items():
+            self.weights[place].fill_(self._distiller(name).weight_at(epoch, epochs))
+
+    def forward(self, images: Tensor, labels: Tensor | None = None, index: Tensor | None = None) -> Losses:
+        batch = Batch(images, labels, index)
+        losses: dict[str, Tensor] = {}
+        teacher = self._teachers(images)
+        with self._autocast():
+            student = self._students(images)
+        if labels is not None and self.definition.ce:
+            # on a cast of its own: half-precision gradients are rounded before they are added, as in published code
+            losses["ce"] = F.cross_entropy(self._seen(student.logits).float(), labels) * self.definition.ce
+        student, teacher = self._as_seen(student), self._as_seen(teacher)
+        found, records = self._terms(batch, student, teacher, self.methods)
+        losses.update(found)
+        if not losses:
+            raise ValueError(f"labels are None, and method {self.definition.name!r} has no loss but cross-entropy")
+        total = torch.stack(list(losses.values())).sum()
+        return Losses(total, losses, student.logits, None if teacher is None else teacher.logits, records)
+
+    @torch.no_grad()
+    def update(self, index: Tensor, records: Mapping[str, Any]) -> None:
+        """After the optimizer's step: hands ``records`` of :class:`Losses` back to their methods, with the ``index`` of their images.
+
+        With several processes the rows of all are to be joined first, in the order of the processes.
+        """
+        for name, record in records.items():
+            self._distiller(name).update(index, record)
+
+    def check(self, images: int = 2) -> dict[str, list[backends.Call]]:
+        """Tries all of it on so many blank images, before hours of training: what does not fit raises here.
+
+        Returns for each method the calls of the package's operations that it makes.
+        """
+        blank = next(self.student.parameters()).new_zeros(images, *self.image_shape)
+        labels = blank.new_zeros(images, dtype=torch.int64)
+        batch = Batch(blank, labels, labels.add(1).cumsum(0) - 1)
+        with undisturbed(self, *self._outside):
+            student, teacher, calls = self._students(blank), self._teachers(blank), {}
+            for name in self.methods if teacher is not None else ():
+                with backends.record_calls() as calls[name]:
+                    self._terms(batch, self._as_seen(student), self._as_seen(teacher), [name])
+        return calls
+
+    def _view(self, network: nn.Module, points: Sequence[str] | None, role: str, classifier: str | None) -> Observed | None:
+        """What shows the features of a network that is none of ours, or where the user names other points."""
+        if points is None and shows_features(network):
+            return None
+        return Observed(network, points, classifier, self.image_shape, role)
+
+    def _students(self, images: Tensor) -> Output:
+        if not self._outside:
+            return Output(self.student(images), None)  # type: ignore[arg-type]
+        return self.points[0].observe(self._observed[0] or self.student, images)
+
+    def _teachers(self, images: Tensor) -> Output | None:
+        if not self._outside:
+            return None
+        with torch.no_grad(), self._autocast():
+            return self.points[1].observe(self._observed[1] or self._outside[-1], images)
+
+    def _terms(self, batch: Batch, student: Output, teacher: Output | None,
+               names: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:  # fmt: skip
+        """(losses, records) of the methods ``names``."""
+        losses: dict[str, Tensor] = {}
+        records: dict[str, Any] = {}
+        if teacher is None:
+            return losses, records
+        with self._autocast():
+            connected = {name: self._distiller(name).connect(batch, student, teacher) for name in names}
+        with _no_autocast(batch.images):
+            for name, links in connected.items():
+                found = self._distiller(name).loss(batch, student, teacher, links)
+                if isinstance(found, tuple):
+                    found, records[name] = found
+                losses[name] = found * self.weights[self._scheduled[name]] if name in self._scheduled else found
+        return losses, records
+
+    def _as_seen(self, output: Output | None) -> Any:
+        return None if output is None else output._replace(logits=self._seen(output.logits))
+
+    def _seen(self, z: Tensor) -> Tensor:
+        """Logits as every loss of the sum sees them: in float32 at least, and as a method may change them."""
+        z = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+        for name in self._changes_logits:
+            z = self._distiller(name).logits(z)
+        return z
+
+    def _distiller(self, name: str) -> Distiller:
+        return self.methods[name]  # type: ignore[return-value]
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.autocast is None else self.autocast
+
+
+def _union(points: Any) -> Points:
+    union = Points.NONE
+    for each in points:
+        union |= each
+    return union
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    return torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext()

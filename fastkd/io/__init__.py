@@ -1,0 +1,1 @@
+"""What commands print and write: screens and logs, files, locks, figures. It imports no other part of the package but errors."""

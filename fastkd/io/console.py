@@ -1,0 +1,169 @@
+"""What a command says: on the screen, and in the logs of the runs that are under way."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from fastkd.errors import UserError
+
+LOG = "log.txt"
+
+_logs: list[Path] = []  # a teacher is trained within its student's run: both keep what is said
+_silent = False  # of several processes those that are not the first say nothing
+_untold: list[str] = []  # of a screen that was given up before there was a log
+
+
+def counted(number: int, what: str) -> str:
+    """1, "epoch" -> "1 epoch"; 2 -> "2 epochs"."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def say(text: str) -> None:
+    """Prints ``text`` and adds it to every open log."""
+    if _silent:
+        return
+    print(text, flush=True)
+    for path in list(_logs):
+        _note(path, text)
+
+
+def silent() -> bool:
+    """Whether nothing is to be said here."""
+    return _silent
+
+
+@contextmanager
+def silenced(silent: bool) -> Iterator[None]:
+    """Inside, nothing is said if ``silent``."""
+    global _silent
+    before, _silent = _silent, silent
+    try:
+        yield
+    finally:
+        _silent = before
+
+
+def _note(path: Path, text: str) -> None:
+    """Adds a line to an open log. One that cannot be written is told and left, since no training should end with it."""
+    try:
+        with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text + "\n")
+    except OSError as error:
+        _logs.remove(path)
+        print(f"{path} cannot be written: {error.strerror or error}; going on without it", flush=True)
+
+
+@contextmanager
+def logged(folder: Path) -> Iterator[None]:
+    """Keeps in ``folder``/log.txt what is said until the end, and what the run ended with. A log that is there is continued."""
+    path = folder / LOG
+    _logs.append(path)
+    try:
+        _note(path, f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(['python', *sys.argv])}")
+        while _untold and path in _logs:
+            _note(path, _untold.pop(0))
+        yield
+    except BaseException as error:
+        if path in _logs:
+            _note(path, f"# {time.strftime('%Y-%m-%d %H:%M:%S')} ended: {' '.join(str(error).split()) or type(error).__name__}")
+        raise
+    finally:
+        if path in _logs:
+            _logs.remove(path)
+
+
+class Screen:
+    """stdout or stderr, to which writing never fails.
+
+    "?" stands for what it cannot print. Where nobody reads, or no room is left, the stream is given up with one line
+    in the log; what is written from then on is lost here, and ``error`` says why.
+    """
+
+    def __init__(self, stream: Any, name: str):
+        self.stream = _sink() if stream is None else stream
+        self.name = name
+        self.error: OSError | ValueError | None = None
+
+    def write(self, text: str) -> int:
+        try:
+            try:
+                self.stream.write(text)
+            except UnicodeEncodeError:
+                encoding = self.stream.encoding
+                self.stream.write(text.encode(encoding, "replace").decode(encoding))
+        except (OSError, ValueError) as error:  # ValueError: a stream that somebody closed
+            self._give_up(error)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except (OSError, ValueError) as error:
+            self._give_up(error)
+
+    def isatty(self) -> bool:
+        try:
+            return bool(self.stream.isatty())
+        except ValueError:
+            return False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def _give_up(self, error: OSError | ValueError) -> None:
+        self.error = error
+        sink = _sink()
+        if self.stream in (sys.__stdout__, sys.__stderr__):
+            # what its buffer holds would fail again when the interpreter ends
+            with suppress(OSError, ValueError):
+                os.dup2(sink.fileno(), self.stream.fileno())
+        self.stream = sink
+        reason = getattr(error, "strerror", None) or error
+        text = f"{self.name} cannot be written: {reason}; going on without it"
+        for path in list(_logs):
+            _note(path, text)
+        if not _logs:
+            _untold.append(text)
+
+
+def _sink() -> Any:
+    return open(os.devnull, "w", encoding="utf-8")
+
+
+def delivered() -> None:
+    """Raises UserError if something could not be printed, other than for want of a reader (``| head``)."""
+    sys.stdout.flush()
+    error = getattr(sys.stdout, "error", None)
+    if error is not None and not isinstance(error, BrokenPipeError):
+        raise UserError(f"stdout cannot be written: {getattr(error, 'strerror', None) or error}")
+
+
+@contextmanager
+def screens() -> Iterator[Screen]:
+    """stdout, which it gives, and stderr are each a :class:`Screen` inside: for argparse, tqdm and torchvision too."""
+    if isinstance(sys.stdout, Screen):
+        yield sys.stdout
+        return
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            # closed: the next file to be opened, a checkpoint maybe, would be what C++ libraries print to
+            os.open(os.devnull, os.O_RDWR)
+    before = sys.stdout, sys.stderr
+    out, err = Screen(sys.stdout, "stdout"), Screen(sys.stderr, "stderr")
+    sys.stdout, sys.stderr = out, err
+    try:
+        yield out
+    finally:
+        out.flush()
+        err.flush()
+        sys.stdout, sys.stderr = before
+        _untold.clear()

@@ -1,0 +1,191 @@
+"""The losses as modules, and every published variant of them as a preset.
+
+A preset's ``weight`` is the coefficient its implementation multiplies the loss by. Sources: szagoruyko/attention-transfer,
+HobbitLong/RepDistiller, megvii-research/mdistiller, AberHu/Knowledge-Distillation-Zoo, hankyul2/KnowledgeDistillation,
+yoshitomo-matsubara/torchdistill, and the papers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from fastkd import checks
+from fastkd.checks import Features
+from fastkd.ops.attention import attention_transfer_loss
+from fastkd.ops.fsp import fsp_loss
+from fastkd.ops.rkd import rkd_loss
+from fastkd.reference import kd_loss
+
+_Self = TypeVar("_Self", bound="_Loss")
+
+
+class NumbersAsFloats(nn.Module):
+    """A number is checked when it becomes an attribute, and held as a float (:func:`fastkd.checks.option`)."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, checks.option(name, value))
+
+
+class _Loss(NumbersAsFloats):
+    function: ClassVar[Callable[..., Tensor]]
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self._options = tuple(options)
+        for name, value in options.items():
+            setattr(self, name, value)
+
+    @classmethod
+    def preset(cls: type[_Self], name: str, **overrides: Any) -> _Self:
+        """The published variant ``name``, its coefficient as ``weight``; keyword arguments replace single fields of it."""
+        if name not in cls.presets:
+            raise ValueError(f"{cls.__name__} has no preset {name!r}, wanted one of {', '.join(cls.presets)}")
+        return cls(**{**cls.presets[name], **overrides})
+
+    def forward(self, student: Any, teacher: Any) -> Tensor:
+        return type(self).function(student, teacher, **{name: getattr(self, name) for name in self._options})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._options)
+
+
+# x.pow(p), as these write it, and abs(x)**p are one at p = 2; `signed` keeps another p true to them
+_SQUARED_MAPS = {"signed": True, "weight": 1000.0}
+
+
+class AttentionTransfer(_Loss):
+    """:func:`fastkd.attention_transfer_loss` with its further arguments fixed; each is an attribute.
+
+    ``forward(student, teacher)``: a tensor each, or several, one a stage, -> scalar, times ``weight``.
+
+    Presets: ``zagoruyko``, ``repdistiller``, ``mdistiller``, ``hankyul2``, ``torchdistill`` (its "code" mode): mean of squares, summed over
+    the stages, 1000; ``kdzoo``: channel sum, norm + 1e-6, mean over the stages, 1000; ``paper``: equation 2, the unsquared l2 distance
+    with beta / 2 for the paper's beta of about 0.1.
+    """
+
+    def __init__(
+        self,
+        p: float = 2.0,
+        *,
+        channel_reduce: str = "mean",
+        signed: bool = False,
+        eps: float = 1e-12,
+        eps_mode: str = "clamp",
+        pool: str = "before",
+        pool_mode: str = "avg",
+        difference: str = "squared",
+        stage_reduce: str = "sum",
+        weights: Sequence[float] | None = None,
+        weight: float = 1.0,
+        teacher_is_map: bool = False,
+        student_is_map: bool = False,
+    ) -> None:
+        super().__init__(
+            p=p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode, pool=pool, pool_mode=pool_mode,
+            difference=difference, stage_reduce=stage_reduce, weights=weights, weight=weight, teacher_is_map=teacher_is_map,
+            student_is_map=student_is_map,
+        )  # fmt: skip
+
+    function = staticmethod(attention_transfer_loss)
+    presets = {
+        "zagoruyko": _SQUARED_MAPS,
+        "repdistiller": _SQUARED_MAPS,
+        "mdistiller": _SQUARED_MAPS,
+        "kdzoo": {"channel_reduce": "sum", "eps": 1e-6, "eps_mode": "add", "stage_reduce": "mean", "weight": 1000.0},
+        "hankyul2": _SQUARED_MAPS,
+        "torchdistill": _SQUARED_MAPS,
+        "paper": {"channel_reduce": "sum", "difference": "l2", "weight": 0.05},
+    }
+
+    def forward(self, student: Features, teacher: Features) -> Tensor:
+        return super().forward(student, teacher)
+
+
+class FSP(_Loss):
+    """:func:`fastkd.fsp_loss` with its further arguments fixed; each is an attribute.
+
+    ``forward(student, teacher)``: L >= 2 stage features each -> scalar, times ``weight``.
+
+    Presets: ``repdistiller``: sum over pairs, 1; ``kdzoo``: mean over pairs, 1; ``hankyul2``: mean over pairs, 1/3; ``torchdistill``: max
+    pooling, l2 norms of the columns, 1; ``paper``: max pooling, squared Frobenius norm, 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        pool_mode: str = "avg",
+        distance: str = "squared",
+        pair_reduce: str = "sum",
+        weights: Sequence[float] | None = None,
+        weight: float = 1.0,
+        precision: str | None = None,
+    ) -> None:
+        super().__init__(
+            pool_mode=pool_mode, distance=distance, pair_reduce=pair_reduce, weights=weights, weight=weight, precision=precision
+        )
+
+    function = staticmethod(fsp_loss)
+    presets = {
+        "repdistiller": {"weight": 1.0},
+        "kdzoo": {"pair_reduce": "mean", "weight": 1.0},
+        "hankyul2": {"pair_reduce": "mean", "weight": 1 / 3},
+        "torchdistill": {"pool_mode": "max", "distance": "column_l2", "weight": 1.0},
+        "paper": {"pool_mode": "max", "distance": "frobenius", "weight": 1.0},
+    }
+
+    def forward(self, student: Features, teacher: Features) -> Tensor:
+        return super().forward(student, teacher)
+
+
+class KD(_Loss):
+    """:func:`fastkd.kd_loss` with its further arguments fixed; each is an attribute.
+
+    It is the soft-target term alone, to which a recipe adds its share of cross-entropy.
+    ``forward(student_logits, teacher_logits)``: (N, K) twice -> scalar, times ``weight``.
+
+    Presets, all with T = 4 and the share of cross-entropy that goes with each: ``zagoruyko``, ``repdistiller``, ``mdistiller`` 0.9 (with
+    0.1); ``kdzoo`` 0.1 (with 1); ``hankyul2`` 1 (with 1); ``torchdistill`` 0.1 (with 0.9, its CIFAR configurations).
+    """
+
+    def __init__(self, temperature: float = 4.0, *, reduction: str = "batchmean", weight: float = 1.0) -> None:
+        super().__init__(temperature=temperature, reduction=reduction, weight=weight)
+
+    function = staticmethod(kd_loss)
+    presets = {
+        "zagoruyko": {"temperature": 4.0, "weight": 0.9},
+        "repdistiller": {"temperature": 4.0, "weight": 0.9},
+        "mdistiller": {"temperature": 4.0, "weight": 0.9},
+        "kdzoo": {"temperature": 4.0, "weight": 0.1},
+        "hankyul2": {"temperature": 4.0, "weight": 1.0},
+        "torchdistill": {"temperature": 4.0, "weight": 0.1},
+    }
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return super().forward(student, teacher)
+
+
+class RKD(_Loss):
+    """:func:`fastkd.rkd_loss` with its further arguments fixed; each is an attribute.
+
+    ``forward(student, teacher)``: (N, ...) twice -> scalar, times ``weight``.
+
+    Presets: ``repdistiller``, ``mdistiller``: distances 25, angles 50; ``lenscloth``, ``torchdistill``: 1 and 2.
+    """
+
+    def __init__(self, *, distance_weight: float = 25.0, angle_weight: float = 50.0, weight: float = 1.0) -> None:
+        super().__init__(distance_weight=distance_weight, angle_weight=angle_weight, weight=weight)
+
+    function = staticmethod(rkd_loss)
+    presets = {
+        "repdistiller": {"distance_weight": 25.0, "angle_weight": 50.0},
+        "mdistiller": {"distance_weight": 25.0, "angle_weight": 50.0},
+        "lenscloth": {"distance_weight": 1.0, "angle_weight": 2.0},
+        "torchdistill": {"distance_weight": 1.0, "angle_weight": 2.0},
+    }
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return super().forward(student, teacher)

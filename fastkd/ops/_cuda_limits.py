@@ -1,0 +1,41 @@
+"""What the CUDA library does not serve, and "" where it does. Its kernels check the rest, so that misuse is explained as everywhere.
+
+Each function takes a call's arguments and options, as :func:`fastkd.backends.select` is given them.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+MAX_STAGES = 16
+"""Stages whose pointers and sizes go to a kernel by value."""
+
+
+def none(arguments: tuple, options: tuple) -> str:
+    return ""
+
+
+def attention_map(arguments: tuple, options: tuple) -> str:
+    p = options[0]
+    return "" if p == 2 else f"its kernels take p = 2, not {p}"
+
+
+def attention_transfer_loss(arguments: tuple, options: tuple) -> str:
+    students, teachers = map(_stages, arguments)
+    if len(students) > MAX_STAGES:
+        return f"its kernels take up to {MAX_STAGES} stages, not {len(students)}"
+    teacher_is_map, student_is_map = options[-2:]
+    for s, t in zip(students, teachers):
+        if s.shape[1 if student_is_map else 2 :] != t.shape[1 if teacher_is_map else 2 :]:
+            return "its kernels take student and teacher of equal spatial size"
+    return attention_map(arguments, options)
+
+
+def fsp_loss(arguments: tuple, options: tuple) -> str:
+    student = arguments[0]
+    stages = len(student) if isinstance(student, (list, tuple)) else 0
+    return "" if stages <= MAX_STAGES else f"its kernels take up to {MAX_STAGES} stages, not {stages}"
+
+
+def _stages(side: object) -> list[Tensor]:
+    return [x for x in (side if isinstance(side, (list, tuple)) else (side,)) if isinstance(x, Tensor)]

@@ -1,0 +1,290 @@
+"""FSP (flow of solution procedure) matrices and the FSP loss: operators, autograd rules, public functions."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd import backends, checks, kernels, reference
+from fastkd._implementations import Backend
+from fastkd._private import batched, saved_tensors_hooked
+from fastkd.checks import Features
+from fastkd.kernels.gram_kept import kept_shape, wide_stages
+from fastkd.ops import _batched_grads, _cuda_limits, _grad_prefetch, flops
+from fastkd.ops._register import accumulator, autograd, define, differentiable_once, one_device, wanting_gradients
+
+
+def _matrix_fake(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
+    one_device([a, b])
+    return a.new_empty((a.shape[0], a.shape[1], b.shape[1]), dtype=accumulator([a, b]))
+
+
+def _matrix_backward_fake(grad: Tensor, a: Tensor, b: Tensor, pool_mode: Any, precision: Any, a_grad: bool, b_grad: bool) -> list[Tensor]:
+    return [torch.empty_like(x) for x, need in ((a, a_grad), (b, b_grad)) if need]
+
+
+def _loss_fake(
+    student: list[Tensor], teacher: list[Tensor], pool_mode: Any, distance: Any, pair_reduce: Any, weights: Any, weight: Any,
+    precision: Any, with_grad: bool, upstream: float | None = None, stages: Sequence[int] = (),
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    one_device(student + teacher)
+    dtype, first = accumulator(student + teacher), student[0]
+    pairs = zip(student, student[1:], strict=False) if with_grad else ()
+    gram_grads = [first.new_empty((a.shape[0], a.shape[1], b.shape[1]), dtype=dtype) for a, b in pairs]
+    return first.new_empty((), dtype=dtype), gram_grads, [torch.empty_like(student[i]) for i in stages]
+
+
+def _loss_fake_by_device(student: list[Tensor], teacher: list[Tensor], pool_mode: Any, distance: Any, *rest: Any) -> tuple:
+    """On CUDA tensors Triton's, which may keep less."""
+    loss, gram_grads, gradients = _loss_fake(student, teacher, pool_mode, distance, *rest)
+    if loss.device.type == "cuda":
+        shapes = [kept_shape(student[i : i + 2], teacher[i : i + 2], distance) for i in range(len(gram_grads))]
+        gram_grads = [loss.new_empty(shape) for shape in shapes]
+    return loss, gram_grads, gradients
+
+
+def _loss_backward_fake(
+    grad: Tensor, features: list[Tensor], gram_grads: Any, pool_mode: Any, precision: Any, stages: list[int], *rest: Any
+) -> list[Tensor]:
+    return [torch.empty_like(features[i]) for i in stages]
+
+
+define("fsp_matrix(Tensor a, Tensor b, str pool_mode, str? precision) -> Tensor", _matrix_fake)
+define(
+    "fsp_matrix_backward(Tensor grad, Tensor a, Tensor b, str pool_mode, str? precision, bool a_grad, bool b_grad) -> Tensor[]",
+    _matrix_backward_fake,
+)
+define(
+    "fsp_loss(Tensor[] student, Tensor[] teacher, str pool_mode, str distance, str pair_reduce, float[]? weights, float weight, "
+    "str? precision, bool with_grad, float? upstream=None, int[] stages=[]) -> (Tensor loss, Tensor[] gram_grads, Tensor[] gradients)",
+    _loss_fake_by_device,
+    _loss_fake,
+)
+define(
+    "fsp_loss_backward(Tensor grad, Tensor[] features, Tensor[] gram_grads, str pool_mode, str? precision, int[] stages, bool negate, "
+    "Tensor[]? others=None) -> Tensor[]",
+    _loss_backward_fake,
+)
+differentiable_once("fsp_matrix_backward")
+differentiable_once("fsp_loss_backward")
+flops.register()
+
+_prefetch = _grad_prefetch.GradPrefetch()
+
+
+class FSPMatrixFunction(torch.autograd.Function):
+    """``apply(impl, a, b, pool_mode, precision)`` -> G = A B^T / S; dA = M B / S and dB = M^T A / S for an incoming M."""
+
+    @staticmethod
+    def forward(ctx: Any, impl: Backend, a: Tensor, b: Tensor, *options: Any) -> Tensor:
+        # each factor is saved for the other's gradient, and may be an inference tensor only if that is not wanted
+        ctx.save_for_backward(*((a, b) if any(ctx.needs_input_grad) else ()))
+        ctx.impl, ctx.options = impl, options
+        return impl.run("fsp_matrix", a, b, *options)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_factor_gradients(ctx, grad, ctx.needs_input_grad[1:3]), None, None
+
+
+def _factor_gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+    a, b = ctx.saved_tensors
+    if batched(grad):
+        pool_mode, precision = ctx.options
+        formula = functools.partial(reference.fsp_matrix, pool_mode=pool_mode, precision=precision)
+        return _batched_grads.by_reference(formula, (a, b), needs, grad)
+    computed = iter(ctx.impl.run_backward("fsp_matrix_backward", grad, a, b, *ctx.options, *needs))
+    return [next(computed) if need else None for need in needs]
+
+
+def _graph_matrix_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.options = inputs[2:]
+
+
+def _graph_matrix_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *_factor_gradients(ctx, grad, ctx.needs_input_grad[:2]), None, None
+
+
+autograd("fsp_matrix", _graph_matrix_backward, _graph_matrix_context)
+
+
+class FSPLossFunction(torch.autograd.Function):
+    """``apply(impl, options, student, teacher, needed, *tensors)`` -> loss, for lists of features of which ``tensors`` need a gradient.
+
+    ``needed``: the places of those in ``[*student, *teacher]``. The forward saves M = dloss/dG of the student for each pair, for an
+    upstream gradient of 1 (the teacher's is -M), so a chain's gradients need only the chain itself: dA = upstream M B / S, dB = upstream
+    M^T A / S, and a middle stage adds the terms of its two pairs.
+    Where M would be larger than the features, Triton keeps less and needs both chains' features of that pair (`kernels/gram_kept.py`).
+    On a CPU, for the upstream gradient that is expected (:mod:`fastkd.ops._grad_prefetch`), it makes the student's gradients too, sample by
+    sample, while the sample's maps are in the cache; the backward hands those out, once, if it is given just that.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, impl: Backend, options: tuple, student: Sequence, teacher: Sequence, needed: Sequence, *tensors: Tensor
+    ) -> Tensor:
+        stages = len(student)
+        foreseeing = needed[0] < stages and impl.prefetches and not saved_tensors_hooked()
+        ctx.expected = expected = _prefetch.expect() if foreseeing else None
+        upstream = expected[1] if expected else None
+        made = [] if upstream is None else [i for i in needed if i < stages]
+        loss, matrix_grads, ctx.prepared = impl.run("fsp_loss", student, teacher, *options, True, upstream, made)
+        ctx.impl, ctx.options, ctx.stages, ctx.needed = impl, options, stages, needed
+        if impl.keeps_matrices and needed == range(stages):  # the common case
+            ctx.saved_places, ctx.frozen = needed, {}
+            ctx.save_for_backward(*matrix_grads, *tensors)
+        else:
+            _save_chains(ctx, student, teacher, matrix_grads)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # first, and once: autograd looks for changes in place here, and hooks may load from elsewhere
+        saved = ctx.saved_tensors
+        prepared = _grad_prefetch.take(ctx, grad, _prefetch)
+        if len(prepared) == len(ctx.needed):
+            return None, None, None, None, None, *prepared
+        made = dict(zip(ctx.needed, prepared))
+        return None, None, None, None, None, *_chain_gradients(ctx, saved, grad, ctx.needs_input_grad[5:], made)
+
+
+def _save_chains(ctx: Any, student: Sequence[Tensor], teacher: Sequence[Tensor], matrix_grads: Sequence[Tensor]) -> None:
+    """Save the features of the chains that need a gradient, and those of both where M is not kept."""
+    stages, wide, every = len(student), wide_stages(matrix_grads), (*student, *teacher)
+    places = []
+    for first, need in ((0, ctx.needed[0] < stages), (stages, ctx.needed[-1] >= stages)):
+        places += [first + i for i in (range(stages) if need else wide)]
+    # what was made under inference_mode, a teacher, cannot be saved, nor changed in place
+    ctx.frozen = {i: every[i] for i in places if every[i].is_inference()}
+    ctx.saved_places = [i for i in places if i not in ctx.frozen]
+    ctx.save_for_backward(*matrix_grads, *[every[i] for i in ctx.saved_places])
+
+
+def _chain_gradients(
+    ctx: Any, saved: Sequence[Tensor], grad: Tensor, needs: Sequence[bool], made: dict[int, Tensor]
+) -> list[Tensor | None]:
+    """The gradients of the features at ``ctx.needed``, None where ``needs`` says so; ``made`` holds those that exist, by their place."""
+    stages, (pool_mode, *_, precision) = ctx.stages, ctx.options
+    matrix_grads, by_place = list(saved[: stages - 1]), dict(zip(ctx.saved_places, saved[stages - 1 :])) | ctx.frozen
+    features = [by_place.get(i) for i in range(2 * stages)]
+    wide = wide_stages(matrix_grads)
+    run = functools.partial(_batched_grads.scaled, ctx.impl) if batched(grad) else ctx.impl.run_backward
+    found = {place: made.get(place) for place, need in zip(ctx.needed, needs) if need}
+    for first in (0, stages):
+        left = [place - first for place, dx in found.items() if dx is None and first <= place < first + stages]
+        if left:
+            chain, others = features[first : first + stages], [features[stages - first + i] for i in wide] or None
+            computed = run("fsp_loss_backward", grad, chain, matrix_grads, pool_mode, precision, left, first > 0, others)
+            found.update(zip([first + i for i in left], computed, strict=True))
+    return [found.get(place) for place in ctx.needed]
+
+
+def _graph_loss_context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor], list[Tensor]]) -> None:
+    student, teacher, *ctx.options, ctx.with_grad, _, _ = inputs
+    ctx.mark_non_differentiable(*output[1], *output[2])
+    ctx.save_for_backward(*output[1], *student, *teacher)
+    ctx.stages, ctx.frozen = len(student), {}
+    ctx.needed = ctx.saved_places = range(2 * len(student))
+
+
+def _graph_loss_backward(ctx: Any, grad: Tensor, *rest: Any) -> tuple:
+    if not ctx.with_grad:
+        raise RuntimeError("fastkd::fsp_loss was called with with_grad=False for a tensor that needs a gradient")
+    student_needs, teacher_needs = ctx.needs_input_grad[:2]
+    out = _chain_gradients(ctx, ctx.saved_tensors, grad, [*student_needs, *teacher_needs], {})
+    # PyTorch 2.11 drops arguments that have their default values, and wants no gradient of those
+    return out[: ctx.stages], out[ctx.stages :], *(None for _ in ctx.needs_input_grad[2:])
+
+
+autograd("fsp_loss", _graph_loss_backward, _graph_loss_context)
+
+
+def fsp_matrix(a: Tensor, b: Tensor, *, pool_mode: str = "avg", precision: str | None = None) -> Tensor:
+    """FSP matrix: the Gram matrix between the channels of two features, averaged over positions.
+
+    Args:
+        a: (N, Ca, *Sa), b: (N, Cb, *Sb), one to three spatial dimensions, float16, bfloat16, float32 or float64, any dtypes and strides.
+        pool_mode: where spatial sizes differ, both are pooled (adaptively, "avg" or "max") to the smaller size in each dimension.
+        precision: of the products on a GPU: "ieee", "tf32", "tf32x3", or None for PyTorch's own setting; ignored on a CPU.
+
+    Returns: (N, Ca, Cb), float32 (float64 if any input is float64); differentiable in both.
+    Equals ``torch.bmm(a.flatten(2), b.flatten(2).transpose(1, 2)) / S`` at equal sizes.
+    Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
+    Source: Yim et al., *A gift from knowledge distillation*, CVPR 2017.
+    """
+    impl = backends.select("fsp_matrix", (a, b), _cuda_limits.none)
+    if impl.name == "reference":
+        return reference.fsp_matrix(a, b, pool_mode=pool_mode, precision=precision)
+    if impl.name == "cuda":
+        precision = precision or kernels.own_precision()
+    if torch.compiler.is_compiling():
+        checks.fsp_matrix(a, b, pool_mode, precision)
+        return impl.graph_op("fsp_matrix")(a, b, pool_mode, precision)
+    try:
+        return FSPMatrixFunction.apply(impl, a, b, pool_mode, precision)
+    except Exception:
+        checks.explain(checks.fsp_matrix, a, b, pool_mode, precision)
+        raise
+
+
+def fsp_loss(
+    student: Features,
+    teacher: Features,
+    *,
+    pool_mode: str = "avg",
+    distance: str = "squared",
+    pair_reduce: str = "sum",
+    weights: Sequence[float] | None = None,
+    weight: float = 1.0,
+    precision: str | None = None,
+) -> Tensor:
+    """FSP loss: the distance of student and teacher FSP matrices over consecutive stages, in one call.
+
+    Args:
+        student, teacher: L >= 2 features (N, C, *S), equal channels stage by stage; the L - 1 consecutive ones are pairs. A list, a
+            tuple, a dict (its values) or a generator, in its order.
+        pool_mode, precision: as in :func:`fsp_matrix`; student and teacher pool each for itself.
+        distance: "squared", the mean over N, Ca and Cb of the squared difference; "frobenius", the mean over N of the squared Frobenius
+            norm; "column_l2", the mean over N of the summed l2 norms of the columns (index Cb).
+        pair_reduce, weights: "sum" or "mean" of the pairs' terms, each multiplied by its weight.
+        weight: multiplies the loss, in float32, before a half-precision gradient is rounded.
+
+    Returns: a scalar, float32 (float64 if any input is float64); differentiable in student and teacher.
+    Equals ``weight * sum((fsp_matrix(*s) - fsp_matrix(*t)).square().mean() for s, t in zip(pairwise(student), pairwise(teacher)))`` at
+    the defaults, with :func:`itertools.pairwise`.
+    Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
+    Source: Yim et al., *A gift from knowledge distillation*, CVPR 2017, and its published implementations (see the presets).
+    """
+    student, teacher = checks.listed(student), checks.listed(teacher)
+    impl = backends.select("fsp_loss", (student, teacher), _cuda_limits.fsp_loss)
+    if impl.name == "reference":
+        return reference.fsp_loss(
+            student, teacher, pool_mode=pool_mode, distance=distance, pair_reduce=pair_reduce, weights=weights, weight=weight,
+            precision=precision,
+        )  # fmt: skip
+    if impl.name == "cuda":
+        precision = precision or kernels.own_precision()
+    if not checks.are_floats(weight):
+        weight = checks.number("weight", weight)
+    weights = checks.stage_weights(weights, what="pair", convert=checks.constant)
+    options = (pool_mode, distance, pair_reduce, weights, weight, precision)
+    if torch.compiler.is_compiling():
+        # the weight has been looked at, and may be a number that only the graph knows
+        students, teachers = checks.fsp_loss(student, teacher, *options[:4], 1.0, precision)
+        needs = torch.is_grad_enabled() and any(x.requires_grad for x in students + teachers)
+        # the weight outside: a number among an operator's arguments is a constant of the graph
+        return impl.graph_op("fsp_loss")(students, teachers, *options[:4], 1.0, precision, needs)[0] * weight
+    try:
+        students, teachers = checks.stages("student", student), checks.stages("teacher", teacher)
+        needed, tensors = wanting_gradients(students, teachers)
+        if tensors:
+            return FSPLossFunction.apply(impl, options, students, teachers, needed, *tensors)
+        return impl.run("fsp_loss", students, teachers, *options, False, None, [])[0]
+    except Exception:
+        checks.explain(checks.fsp_loss, student, teacher, *options)
+        raise

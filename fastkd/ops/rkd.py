@@ -1,0 +1,141 @@
+"""Relational knowledge distillation: distances and angles between the samples of a batch, in O(B^2) memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastkd import checks, reference
+
+NUMBERS = 2**16
+"""Of a chunk's differences and cosines. Some vertices are taken at once where the batch is small; one makes (B, B) and (B, D)."""
+
+
+def rkd_loss(student: Tensor, teacher: Tensor, *, distance_weight: float = 25.0, angle_weight: float = 50.0, weight: float = 1.0) -> Tensor:
+    """Differences of pairwise distances, and of the angles of all triples, between student and teacher.
+
+    Args:
+        student, teacher: (N, ...) floating point, flattened to (N, D); N >= 2 the same, the rest may differ.
+        distance_weight: of the smooth-l1 mean (beta 1) over (N, N) of the distances, each side's divided by the mean of its positive ones.
+        angle_weight: of the smooth-l1 mean over (N, N, N) of the cosines between e_j - e_i and e_k - e_i. At 0 no triple is looked at.
+        weight: multiplies the result.
+
+    Returns: a scalar; float32, float64 if any input is float64. Equal samples have distance and cosine 0, with gradient 0.
+    The sums run over a few vertices at a time, and the gradients are found with them: memory is O(N^2 + N D), never (N, N, D).
+    Raises: TypeError, ValueError for what is not such a pair. A second derivative raises RuntimeError; ``fastkd.reference`` has one.
+    Source: Park, Kim, Lu, Cho, *Relational knowledge distillation*, CVPR 2019; the weights are RepDistiller's.
+    """
+    checks.rkd_loss(student, teacher, distance_weight, angle_weight, weight)
+    factors = [float(weight) * float(factor) for factor in (distance_weight, angle_weight)]
+    s, t = (x.flatten(1) for x in reference._widen(student, teacher))
+    followed = torch.is_grad_enabled()
+    loss: Tensor = _loss(s, t, *factors, followed and s.requires_grad, followed and t.requires_grad)[0]
+    return loss
+
+
+@torch.library.custom_op("fastkd::rkd_loss", mutates_args=())
+def _loss(s: Tensor, t: Tensor, distance: float, angle: float, need_s: bool, need_t: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, its gradient for s, for t); a gradient that nobody needs has no elements."""
+    with reference._no_autocast(s):
+        grads = [torch.zeros_like(x) if need else x.new_empty(0) for x, need in ((s, need_s), (t, need_t))]
+        loss = s.new_zeros(())
+        pulls: list[Tensor | None] = [None, None]
+        if distance:
+            loss, pulls = _distances(s, t, distance, (need_s, need_t))
+        if angle or need_s or need_t:
+            for rows in _chunks(s, t):
+                loss = loss + _vertices(rows, (s, t), angle, pulls, (need_s, need_t), grads)
+    return loss, grads[0], grads[1]
+
+
+@_loss.register_fake
+def _(s: Tensor, t: Tensor, distance: float, angle: float, need_s: bool, need_t: bool) -> tuple[Tensor, Tensor, Tensor]:
+    grads = [torch.empty_like(x) if need else x.new_empty(0) for x, need in ((s, need_s), (t, need_t))]
+    return s.new_empty(()), grads[0], grads[1]
+
+
+def _chunks(s: Tensor, t: Tensor) -> list[slice]:
+    count = s.shape[0]
+    step = max(1, NUMBERS // (count * (count + max(s.shape[1], t.shape[1]))))
+    return [slice(begin, min(begin + step, count)) for begin in range(0, count, step)]
+
+
+def _distances(s: Tensor, t: Tensor, factor: float, needs: tuple[bool, bool]) -> tuple[Tensor, list[Tensor | None]]:
+    """(the loss of the distances, dloss/d(distance) / distance of each side that needs it)."""
+    found = []
+    for x in (s, t):
+        lengths = torch.cat([torch.linalg.vector_norm(x - x[rows, None], dim=2) for rows in _chunks(s, t)])
+        positive = (lengths > 0).sum().clamp_min(1)
+        mean = lengths.sum() / positive
+        found.append((lengths, positive, torch.where(mean > 0, mean, 1)))
+    scaled = [lengths / mean for lengths, _, mean in found]
+    factor /= scaled[0].numel()
+    loss = factor * F.smooth_l1_loss(scaled[0], scaled[1], reduction="sum")
+    slope = factor * (scaled[0] - scaled[1]).clamp_(-1, 1)
+    pulls: list[Tensor | None] = []
+    for (lengths, positive, mean), sign, need in zip(found, (1, -1), needs, strict=True):
+        if not need:
+            pulls.append(None)
+            continue
+        through_mean = (slope * lengths).sum() / (mean.square() * positive)
+        pulls.append(torch.where(lengths > 0, sign * (slope / mean - through_mean) / lengths, 0))
+    return loss, pulls
+
+
+def _vertices(rows: slice, sides: tuple[Tensor, Tensor], angle: float, pulls: list[Tensor | None], needs: tuple[bool, bool],
+              grads: list[Tensor]) -> Tensor:  # fmt: skip
+    """The angles at the samples ``rows``; adds to ``grads`` what they and the distances from these samples give."""
+    away = [x - x[rows, None] for x in sides]  # (rows, N, D): e_j - e_i
+    lengths = [torch.linalg.vector_norm(x, dim=2, keepdim=True) for x in away]
+    inverse = [torch.where(length > 0, 1 / length, 0) for length in lengths]
+    units = [x * y for x, y in zip(away, inverse, strict=True)]
+    loss, slope = sides[0].new_zeros(()), None
+    if angle:
+        cosines = [x @ x.mT for x in units]
+        factor = angle / sides[0].shape[0] ** 3
+        loss = factor * F.smooth_l1_loss(cosines[0], cosines[1], reduction="sum")
+        slope = factor * (cosines[0] - cosines[1]).clamp_(-1, 1)  # symmetric in j and k
+    for i, (sign, need) in enumerate(zip((1, -1), needs, strict=True)):
+        if not need:
+            continue
+        pull = pulls[i]
+        if slope is not None:
+            change = 2 * sign * (slope @ units[i])
+            change = (change - units[i] * (units[i] * change).sum(2, keepdim=True)) * inverse[i]
+            grads[i] += change.sum(0)
+            grads[i][rows] -= change.sum(1)
+        if pull is not None:  # each pair is met twice, from either sample
+            grads[i][rows] -= 2 * (pull[rows, :, None] * away[i]).sum(1)
+    return loss
+
+
+class _Scaled(torch.autograd.Function):
+    """``grad * upstream``, a function of ``x`` too, whose derivative is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, upstream: Tensor, grad: Tensor, x: Tensor) -> Tensor:
+        return grad * upstream
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError("rkd_loss has no second derivative: use fastkd.reference.rkd_loss, which is differentiable twice")
+
+
+def _context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*output[1:], *inputs[:2])
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _gradients(ctx: Any, upstream: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
+    grads, sides = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
+    found = [
+        _Scaled.apply(upstream, grad, x) if upstream is not None and grad.numel() else None for grad, x in zip(grads, sides, strict=True)
+    ]
+    return *found, None, None, None, None
+
+
+_loss.register_autograd(_gradients, setup_context=_context)

@@ -1,0 +1,168 @@
+"""Sheets of attention maps: some test images, and what teacher and student look at in each stage.
+
+Drawn as one array of pixels with matplotlib's lettering around it, which takes a fraction of the time of an axis a map.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastkd.data.loader import Batches
+from fastkd.io import figures
+from fastkd.io.console import say
+from fastkd.io.files import write
+from fastkd.training.groups import described
+
+if TYPE_CHECKING:
+    from fastkd.training.config import Config
+
+# file's stem: (what the map is, the map of features (N, C, H, W), what else the reader should know)
+VARIANTS: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
+    "maps-mean-of-squares": ("Mean over channels of x²", lambda x: x.square().mean(1), ""),
+    "maps-sum-of-squares": (
+        "Sum over channels of x²",
+        lambda x: x.square().sum(1),
+        " The mean times the channels: the same colours.",
+    ),
+    "maps-plain-sum": ("Sum over channels of x", lambda x: x.sum(1), ""),
+}
+# classes apart from each other, by label; of a set that is not here six labels at even distances
+CLASSES: dict[str, dict[int, str]] = {
+    "cifar10": {0: "airplane", 1: "automobile", 3: "cat", 5: "dog", 7: "horse", 8: "ship"},
+    "cifar100": {8: "bicycle", 13: "bus", 15: "camel", 17: "castle", 53: "orange", 88: "tiger"},
+    "fashion-mnist": {0: "T-shirt", 1: "trouser", 2: "pullover", 5: "sandal", 8: "bag", 9: "ankle boot"},
+    "digits": {i: str(i) for i in (0, 2, 3, 5, 7, 9)},
+}
+CELL, GAP, GROUP = 120, 5, 18  # pixels: a picture, between two, between stages
+UNSIGNED = "Each map from 0 (dark) to its own largest value (bright), over the grey image."
+SIGNED = "Each map from minus (blue) to plus (red) its own largest magnitude, over the brightened grey image."
+SHARE = 0.65  # of the heat map, the rest is the image
+
+
+def available() -> bool:
+    return find_spec("matplotlib") is not None
+
+
+def draw(config: Config, folder: Path, student: nn.Module, teacher: nn.Module | None) -> list[Path]:
+    """The sheets of a run in its folder, one a variant; on failure none, and one line that says why. Models are left in eval mode."""
+    if not available():
+        return []
+    try:
+        images, labels = examples(config.data.name, config.data.classes, config.data.test_images, config.data.test_labels)
+        mean, std = config.normalization()
+        batch = next(Batches(images, torch.arange(len(images)), mean, std, batch_size=len(images), device=config.device).test())[0]
+        models = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
+        features = {name: stages(model, batch) for name, model in models.items()}
+        teaching = config.models.teacher if teacher is not None else ""
+        what = {"method": config.settings.method, "dataset": config.data.name, "student": config.models.student, "teacher": teaching}
+        title, paths = described({**what, "nepoch": config.recipe.epochs}), []
+        for stem, (formula, reduce, remark) in VARIANTS.items():
+            maps = {name: [reduce(x) for x in found] for name, found in features.items()}
+            write(folder / f"{stem}.png", sheet(images, labels, maps, formula, title, remark))
+            paths.append(folder / f"{stem}.png")
+        return paths
+    except Exception as error:  # the run is finished and recorded, whatever matplotlib or the disk say
+        say(f"pictures: none ({' '.join(str(error).split()) or type(error).__name__})")
+        return []
+
+
+def examples(name: str, classes: int, images: Tensor, labels: Tensor) -> tuple[Tensor, list[str]]:
+    """The first test image of each class to show, (N, 3, H, W) uint8, and the names of the classes."""
+    wanted = CLASSES.get(name) or {i * classes // 6: f"class {i * classes // 6}" for i in range(6)}
+    places = {label: (labels == label).nonzero() for label in wanted}
+    there = [label for label in wanted if len(places[label])]
+    return images[[int(places[label][0]) for label in there]], [wanted[label] for label in there]
+
+
+def stages(model: nn.Module, batch: Tensor) -> list[Tensor]:
+    """The stages' outputs (N, C, H, W) on the CPU, in float32 and eval mode: batch norms by their running averages."""
+    with torch.no_grad():
+        features, _ = model.eval()(batch, features=True)
+    return [x.float().cpu() for x in features.stages]
+
+
+def sheet(images: Tensor, labels: Sequence[str], maps: dict[str, list[Tensor]], formula: str, title: str, remark: str) -> bytes:
+    """A PNG. ``images`` (N, 3, H, W) uint8; ``maps`` by model: one (N, h, w) a stage.
+
+    Columns: the image, then each stage with its models side by side. A map goes from 0, or from minus where any has negative values,
+    to its own largest magnitude.
+    """
+    figure_class = figures.figure_class()
+    from matplotlib import colormaps
+
+    count, names, number = len(images), list(maps), len(next(iter(maps.values())))
+    signed = any(bool((found < 0).any()) for stages in maps.values() for found in stages)
+    picture = enlarged(images.float() / 255)
+    grey = picture.mean(1, keepdim=True).expand_as(picture)
+    grey = (1 + grey) / 2 if signed else grey  # 0 is white there, and black behind it would make it grey
+    columns, places, x = [picture], [0], CELL
+    for stage in range(number):
+        x += GROUP
+        for name in names:
+            colour = heat(maps[name][stage], signed, colormaps)
+            columns.append(SHARE * colour + (1 - SHARE) * grey)
+            places.append(x)
+            x += CELL + GAP
+        x -= GAP
+    width, height = x, count * (CELL + GAP) - GAP
+    canvas = torch.ones(height, width, 3)
+    for place, column in zip(places, columns, strict=True):
+        for row in range(count):
+            top = row * (CELL + GAP)
+            canvas[top : top + CELL, place : place + CELL] = column[row].permute(1, 2, 0)
+
+    dpi, left, above = 150, 34, 106
+    about = textwrap.wrap((SIGNED if signed else UNSIGNED) + remark, width // 9)
+    below = 12 + 20 * len(about)
+    figure = figure_class(((width + left + 4) / dpi, (height + above + below) / dpi), dpi=dpi)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_xlim(-left, width + 4)
+    axes.set_ylim(height + below, -above)
+    axes.set_axis_off()
+    axes.imshow(canvas.clamp(0, 1).numpy(), extent=(0, width, height, 0), interpolation="nearest", aspect="auto")
+    text: dict[str, Any] = {"ha": "center", "va": "center"}
+    axes.text(0, -above + 14, formula, ha="left", va="center", fontsize=8.5, weight="bold")
+    axes.text(0, -above + 36, title, ha="left", va="center", fontsize=7.5)
+    axes.text(CELL / 2, -14, "image", fontsize=7.5, **text)
+    for i, place in enumerate(places[1:]):
+        word = names[i % len(names)] if len(names) > 1 else size(maps[names[0]][i])
+        axes.text(place + CELL / 2, -14, word, fontsize=7.5, **text)
+    for stage in range(number):
+        first, last = places[1 + stage * len(names)], places[(stage + 1) * len(names)] + CELL
+        word = f"stage {stage + 1}" + f" ({size(maps[names[0]][stage])})" * (len(names) > 1)
+        axes.text((first + last) / 2, -42, word, fontsize=8, **text)
+        axes.plot([first, last], [-29, -29], color="black", linewidth=0.6)
+    for row, label in enumerate(labels):
+        axes.text(-12, row * (CELL + GAP) + CELL / 2, label, fontsize=8, rotation=90, **text)
+    for i, line in enumerate(about):
+        axes.text(0, height + 18 + 20 * i, line, ha="left", va="center", fontsize=7)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
+
+
+def enlarged(pictures: Tensor) -> Tensor:
+    """(N, C, h, w) at the size of a cell."""
+    return F.interpolate(pictures, size=(CELL, CELL), mode="bicubic", align_corners=False)
+
+
+def size(found: Tensor) -> str:
+    return "×".join(map(str, found.shape[-2:]))
+
+
+def heat(found: Tensor, signed: bool, colormaps: Any) -> Tensor:
+    """Colours (N, 3, CELL, CELL) of maps (N, h, w)."""
+    top = found.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    level = enlarged((found / top)[:, None])[:, 0]
+    level = level / 2 + 0.5 if signed else level
+    colour = colormaps["RdBu_r" if signed else "inferno"](level.clamp(0, 1).numpy())[..., :3]
+    return torch.from_numpy(colour).float().permute(0, 3, 1, 2)

@@ -1,0 +1,105 @@
+"""Rows of the table that differ in nothing but the seed, as one: mean and spread."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastkd.methods import title_of
+from fastkd.training.recipes import RECIPES
+
+KEYS = ("method", "dataset", "student", "teacher", "recipe", "nepoch", "precision", "overrides", "teacher_checkpoint", "processes")
+OLD = {"processes": "1"}
+"""What a row means that was written before there was such a column."""
+DATASET_NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "fashion-mnist": "Fashion-MNIST", "digits": "digits"}
+SHOWN = (*KEYS[:8], "seeds", "acc", "reported_acc")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one configuration, ``rows`` with one a seed: of two runs of the same seed the later."""
+
+    key: dict[str, str]
+    rows: list[Mapping[str, Any]]
+
+    @property
+    def seeds(self) -> list[str]:
+        return [str(row["seed"]) for row in self.rows]
+
+    def values(self, column: str) -> list[float]:
+        return [value for value in (number(row.get(column)) for row in self.rows) if value is not None]
+
+    def spread(self, column: str) -> str:
+        return mean_and_spread(self.values(column))
+
+    @property
+    def cells(self) -> list[str]:
+        """Values of ``KEYS``, up to ``overrides``, for a line of a table; more processes than one stand with the overrides."""
+        *first, overrides = (self.key[name] for name in KEYS[:8])
+        more = f"processes={self.key['processes']}" if self.key["processes"] != "1" else ""
+        return [*first, " ".join(filter(None, [overrides, more]))]
+
+
+def groups(rows: Iterable[Mapping[str, Any]]) -> list[Group]:
+    """The configurations in ``rows``, in the order of their first rows."""
+    found: dict[tuple[str, ...], dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(tuple(str(row.get(name) or OLD.get(name, "")) for name in KEYS), {})[str(row.get("seed", ""))] = row
+    return [Group(dict(zip(KEYS, key, strict=True)), list(seeds.values())) for key, seeds in found.items()]
+
+
+def changes(row: Mapping[str, Any]) -> list[str]:
+    """What a run has changed in its recipe, but for the epochs: ["lr=0.2"]. A flag that repeats the recipe's value is no change.
+
+    The batch is that of all processes together: 2 processes of 32 images take the steps of a recipe with 64.
+    """
+    recipe, given = RECIPES.get(str(row["recipe"])), dict[str, str]()
+    name = ""
+    for word in str(row.get("overrides") or "").split():  # "milestones=0.25 0.5 lr=0.2"
+        key, equals, value = word.partition("=")
+        name = key if equals else name
+        given[name] = f"{given[name]} {word}" if not equals and name in given else value
+    given.pop("epochs", None)
+    if recipe is None:
+        return [f"{key}={value}" for key, value in given.items()]
+    processes = int(number(row.get("processes")) or 1)
+    batch = given.pop("batch_size", None) or recipe.batch_size
+    changed = [f"{key}={value}" for key, value in given.items() if value != written(getattr(recipe, key, None))]
+    if int(number(batch) or 0) * processes != recipe.batch_size:
+        changed.append(f"batch_size={batch}" + f"×{processes}" * (processes > 1))
+    return changed
+
+
+def written(value: Any) -> str:
+    """A field of a recipe in the column ``overrides``."""
+    return " ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+
+
+def number(text: Any) -> float | None:
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return None
+
+
+def mean_and_spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean ± sample standard deviation (n - 1); of one value no deviation, of none a dash."""
+    if not values:
+        return "–"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def described(row: Mapping[str, Any]) -> str:
+    """What a run was, for a title: "AT on CIFAR-10, resnet20 ← resnet110, 10 epochs"."""
+    method, dataset = str(row["method"]), str(row["dataset"])
+    models = " ← ".join(filter(None, [str(row["student"]), str(row["teacher"])]))
+    epochs = f"{row['nepoch']} epoch{'s' * (str(row['nepoch']) != '1')}"
+    return f"{title_of(method)} on {DATASET_NAMES.get(dataset, dataset)}, {models}, {epochs}"
+
+
+def cells(group: Group) -> list[str]:
+    """A group's line under the heads ``SHOWN``."""
+    return [*group.cells, " ".join(group.seeds), group.spread("acc"), group.spread("reported_acc")]

@@ -1,0 +1,206 @@
+"""What a run says of itself: at its start, in the table, and at its end."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastkd
+from fastkd.errors import UserError
+from fastkd.io.console import counted
+from fastkd.methods import title_of
+from fastkd.models import WeightsError, create_model, read_checkpoint
+from fastkd.training import attention_maps, results, tensorboard
+from fastkd.training.command import command
+from fastkd.training.config import Config
+from fastkd.training.device import device_name, fast_bfloat16
+from fastkd.training.groups import written
+from fastkd.training.progress import clock
+from fastkd.training.recipes import RECIPES
+from fastkd.training.resume import CHECKPOINT
+from fastkd.training.run_dir import RunDir
+from fastkd.training.settings import environment
+from fastkd.training.trainer import Trainer
+
+
+def describe(config: Config) -> str:
+    """One screen for the start of the run."""
+    settings, models, data = config.settings, config.models, config.data
+    student = sum(parameter.numel() for parameter in create_model(models.student, data.classes).parameters())
+    teacher = sum(parameter.numel() for parameter in create_model(models.teacher, data.classes).parameters())
+    fields = [f"{key} {_plain(value)}" for key, value in dataclasses.asdict(config.recipe).items()]
+    phases = [f"{counted(recipe.epochs, 'epoch')} of {' + '.join(method.names)}" for _, recipe, method in config.phases(config.method)]
+    for term, preset in config.method.others_presets().items():
+        why = "by option" if f"{term}.preset" in config.method.changes else f"since {config.recipe.preset} has none"
+        phases.append(f"{title_of(term)} is {preset}'s, {why}")
+    phases += config.options()
+    added = f"; {config.student_parameters:,} as {settings.method} trains, tests and saves it" * config.method.wraps
+    seeds = f"seed {settings.seed}"
+    if config.teacher_seed is not None:
+        seeds += f", of the teacher {config.teacher_seed}"
+    device = [device_name(config.device), settings.precision, seeds, *["deterministic"] * settings.deterministic]
+    device += [*["compiled"] * config.compiled, *["CUDA graph"] * config.captured]
+    if config.processes > 1:
+        batch = config.recipe.batch_size
+        device.append(f"{config.processes} processes of {batch} images a step each, {batch * config.processes} together")
+    lines = [
+        f"fastkd   {fastkd.__version__}, torch {torch.__version__}",
+        f"method   {settings.method}: {'; '.join(phases)}",
+        f"student  {models.student}, {student:,} parameters{added}",
+        f"teacher  {models.teacher}, {teacher:,} parameters" if config.method.needs_teacher else "teacher  none",
+        f"data     {data.name} ({config.why}), {len(data.train_labels):,} training and {len(data.test_labels):,} test images",
+        f"recipe   {config.recipe_name}: {', '.join(fields[:9])},",
+        f"         {', '.join(fields[9:16])},",
+        f"         {', '.join(fields[16:])}",
+        f"device   {', '.join(device)}",
+        *(f"note     {text}" for text in _notes(config)),
+        f"losses   {_implementations(config)}",
+        f"output   {settings.output}: tables, and a folder with {_records(config)}",
+        "time     expected at the end of the first epoch",
+    ]
+    return "\n".join(lines)
+
+
+def _notes(config: Config) -> list[str]:
+    """What somebody who chose these settings may not have meant."""
+    recipe, known, notes = config.recipe, RECIPES[config.recipe_name], []
+    if config.method.whole_batches and _smaller_batch(config, recipe.drop_last):
+        notes.append(f"{config.method.name} is built for whole batches: an epoch's last, smaller one is left out")
+    together = recipe.batch_size * config.processes
+    if together != known.batch_size:
+        text = f"a step has {together} images; {config.recipe_name}'s learning rate of {known.lr} is for {known.batch_size}"
+        each, rest = divmod(known.batch_size, config.processes)
+        if config.processes > 1 and each >= 2 and not rest:  # what get_recipe takes
+            text += f": --batch-size {each} in each of {config.processes} processes"
+        notes.append(text)
+    if config.asked_precision == "auto":
+        notes.append(f"--precision auto takes {config.settings.precision} on this device")
+    if config.settings.precision == "bf16" and fast_bfloat16(config.device) is False:
+        what, slow = "this GPU", "slower than fp32"
+        if config.device.type == "cpu":
+            what, slow = "this processor, which has neither AMX nor AVX512-BF16", "2 to 2.7 times slower than fp32"
+        notes.append(f"bf16 is emulated on {what}, and {slow}; --precision auto takes what is faster")
+    return notes
+
+
+def _implementations(config: Config) -> str:
+    """Which implementation computes each loss, in batches of the run's size."""
+    parts = []
+    for name in config.method.names:
+        eager, compiled = _backends(config, name, compiled=False), _backends(config, name, compiled=True)
+        if not config.compiled or not eager:
+            parts.append(f"{name} by {eager or 'plain PyTorch'}")
+            continue
+        smaller = _smaller_batch(config, config.recipe.drop_last or config.method.whole_batches)
+        rest = f" ({eager} in an epoch's last, smaller batch)" if smaller and eager != compiled else ""
+        parts.append(f"{name} by {compiled} in the compiled step{rest}")
+    return ", ".join(parts)
+
+
+def _backends(config: Config, term: str, compiled: bool) -> str:
+    """Who serves the package's operations in a term of the loss; "" if it has none of them."""
+    found = [call.backend(config.recipe.batch_size, compiled) for call in config.calls.get(term, [])]
+    return " and ".join(dict.fromkeys(found))
+
+
+def _smaller_batch(config: Config, dropped: bool) -> bool:
+    """Whether an epoch ends with a smaller batch, which is not compiled."""
+    return not dropped and len(config.data.train_labels) % (config.recipe.batch_size * config.processes) > 0
+
+
+def _records(config: Config) -> str:
+    """What will lie in the folder beside the weights, and what for want of a package will not."""
+    parts = ["log", "epochs"]
+    parts.append("TensorBoard curves" if tensorboard.available() else "no TensorBoard curves (the package tensorboard is not installed)")
+    if config.settings.pictures:
+        parts.append("pictures" if attention_maps.available() else "no pictures (matplotlib is not installed)")
+    return ", ".join(parts)
+
+
+def _plain(value: Any) -> Any:
+    return " ".join(f"{part:.4g}" for part in value) or "none" if isinstance(value, tuple) else value
+
+
+def row_of(config: Config, role: str, run: RunDir, trainer: Trainer, teacher_acc: float | None) -> dict[str, Any]:
+    """The run as a row of the table, without its number."""
+    settings, best, last = config.settings, trainer.best(), trainer.history[-1]
+    taught, file = teacher_acc is not None, settings.teacher_checkpoint
+    changed = config.options() if role == "student" else []
+    return {
+        "method": run.config["trained"],
+        "dataset": config.data.name,
+        "student": run.config["model"],
+        "teacher": config.models.teacher if taught else "",
+        "start_time": run.started,
+        "acc": f"{best['test_acc']:.2f}",
+        "epoch": best["epoch"],
+        "nepoch": config.recipe.epochs,
+        "lr": config.recipe.lr,
+        "batch_size": config.recipe.batch_size,
+        "last_acc": f"{last['test_acc']:.2f}",
+        "seed": config.seed_of(role),
+        "recipe": config.recipe_name,
+        "precision": settings.precision,
+        "device": device_name(config.device),
+        "seconds": round(run.seconds, 1),
+        "images_per_second": round(trainer.pace()),
+        "fastkd": fastkd.__version__,
+        "processes": config.processes,
+        "reported_acc": f"{trainer.weights()[1]['test_acc']:.2f}",
+        "teacher_acc": "" if teacher_acc is None else f"{teacher_acc:.2f}",
+        "train_acc": f"{last['train_acc']:.2f}",
+        "losses": " ".join(f"{term}={last[term]:.4g}" for term in trainer.distillation.names),
+        "overrides": " ".join([*(f"{key}={written(value)}" for key, value in settings.overrides.items()), *changed]),
+        "teacher_seed": config.seed_of("teacher") if taught and file is None else "",
+        "deterministic": "yes" if settings.deterministic else "no",
+        "compiled": "yes" if config.compiled else "no",
+        "cuda_graph": "yes" if config.captured else "no",
+        "environment": " ".join(environment()),
+        "teacher_checkpoint": file if taught and file is not None else "",
+        "folder": run.folder.name,
+    }
+
+
+def ending(config: Config, role: str, row: Mapping[str, Any], columns: Iterable[str], folder: Path) -> str:
+    """The row, the files, and for a student the command that repeats it."""
+    title = row["method"]
+    figures = f"best {row['acc']} % (epoch {row['epoch']}), last {row['last_acc']} %, {clock(row['seconds'])}"
+    lines = [f"{title}: {figures}; {config.recipe_name} reports the {config.recipe.report}: {row['reported_acc']} %"]
+    lines.append(f"{title}: row {row['no']} of {config.settings.output / 'results.csv'}, weights in {folder}")
+    if role == "teacher":
+        return "\n".join(lines)
+    names = list(columns)
+    widths = [max(len(name), len(str(row[name]))) for name in names]
+    lines += [
+        "  ".join(str(word).ljust(width) for word, width in zip(line, widths, strict=True)).rstrip()
+        for line in (names, [row[name] for name in names])
+    ]
+    files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    lines += [f"files    {', '.join(files)}", f"again    {command(config)}"]
+    return "\n".join(lines)
+
+
+def how_far(label: str, phase: str, trainer: Trainer, folder: Path, output: Path) -> str:
+    """One line for somebody who stopped the run, by what its files hold: the signal may have come while one was written."""
+    trained, epochs, saved, best, added = len(trainer.history), trainer.recipe.epochs, 0, "", False
+    with suppress(WeightsError):
+        state = read_checkpoint(folder / CHECKPOINT)
+        saved = state["epoch"] if state["phase"] == phase else 0
+        if phase == "main":
+            best = f" and the best ({read_checkpoint(folder / 'best.pt')['acc']:.2f} %)"
+    with suppress(UserError):
+        added = any(row.get("folder") == folder.name for row in results.read_rows(output)[1])
+    if saved < trained:
+        where = f"in epoch {trained} of {epochs}, while it was saved"
+    elif trained < epochs:
+        where = f"in epoch {trained + 1} of {epochs}, step {trainer.step} of {len(trainer.batches)}"
+    else:
+        where = "after its last epoch"
+    kept = f"the weights of epoch {saved}{best} are in {folder}" if saved else "no epoch was saved"
+    rest = "its row was added" if added else "no row was added; --resume goes on"
+    return f"{label} stopped {where}; {kept}; {rest}"
