@@ -103,6 +103,7 @@ def plan(rehearse: bool) -> list[Part]:
         # without a GPU the bodies are walked through once, on small shapes
         mode = ("--collect-only",) if rehearse else ("--benchmark", "--benchmark-results", f"speed/{name.replace(' ', '-')}")
         parts.append(pytest_part(f"speed: {name}", 45, *mode, "-k", chosen, f"benchmarks/test_{file}.py", measures=True))
+    parts.append(own("tiles", 75, measures=True))
     parts.append(pytest_part("large tensors", 60, "-m", "gpu and large", "tests", measures=True))
     return [part for part in parts if part is not None]
 

@@ -42,7 +42,7 @@ from fastkd.kernels import interpreting
 from fastkd.kernels.gram_gradient import fsp_loss_backward
 from fastkd.kernels.gram_kept import common_size, kept_shape, wide_stages
 from fastkd.kernels.gram_kernels import fsp_loss_kernel, fsp_matrix_kernel
-from fastkd.kernels.gram_view import Sources, added_up, checked, dual_tile, mode, owned, tile, warps
+from fastkd.kernels.gram_view import Sources, added_up, checked, dual_tile, mode, options, owned, tile, warps
 from fastkd.kernels.launch import Launch, Plans, key_of, power_of_two
 
 BLOCK = 256  # of the loss's last sum
@@ -61,7 +61,7 @@ class _Matrix:
         tiles = math.ceil(a.shape[1] / cut[0]) * columns
         self.launch = Launch(
             fsp_matrix_kernel, a.shape[0] * tiles, a_view.numbers, b_view.numbers, tiles, columns, math.prod(common),
-            (a_view.config, b_view.config), (cut,), how, interpreting(), num_warps=warps([cut], how),
+            (a_view.config, b_view.config), (cut,), how, interpreting(), **options(how, warps([cut], how)),
         )  # fmt: skip
 
 
@@ -146,7 +146,7 @@ class _Loss:
         self.launch = Launch(
             fsp_loss_kernel, programs, tuple(v.numbers for v in views), tuple(pairs), samples, sum(p[4] for p in pairs),
             tuple(v.config for v in views), tuple(cuts), count, columns, BLOCK, how, interpreting(),
-            num_warps=many,
+            **options(how, many),
         )  # fmt: skip
 
 

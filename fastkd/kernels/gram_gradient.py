@@ -13,7 +13,7 @@ from fastkd.kernels import interpreting
 from fastkd.kernels.gram_kept import SQUARES, common_size, wide_stages
 from fastkd.kernels.gram_kernels import fsp_gradient_kernel
 from fastkd.kernels.gram_pool import spread
-from fastkd.kernels.gram_view import ONES, Sources, added_up, checked, mode, owned, tile, view, warps, window
+from fastkd.kernels.gram_view import ONES, Sources, added_up, checked, mode, options, owned, tile, view, warps, window
 from fastkd.kernels.launch import Launch, Plans, key_of
 from fastkd.kernels.windows import empty_pooled, pooled_strides
 
@@ -130,7 +130,7 @@ class _Gradients:
         self.launch = Launch(
             fsp_gradient_kernel, programs, tuple(numbers), tuple(v.numbers for v in views), tuple(v.numbers for v in out_views),
             tuple(items), tuple(scales), samples, tuple(v.config for v in views), tuple(v.config for v in out_views), tuple(kinds),
-            tuple(cuts), len(items), how, interpreting(), num_warps=many,
+            tuple(cuts), len(items), how, interpreting(), **options(how, many, backward=True),
         )  # fmt: skip
 
     def run(self, grad: Tensor | None, features: Sequence[Tensor], ms: Sequence[Tensor]) -> list[Tensor]:

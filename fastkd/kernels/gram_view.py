@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -83,17 +84,37 @@ def mode(tensors: Sequence[Tensor], precision: str | None) -> str:
     return precision
 
 
+class Tiles(NamedTuple):
+    """The largest tile of a program, and how its loads are pipelined."""
+
+    block: int  # rows, and columns
+    depth: int  # of what is multiplied at a time
+    stages: int  # blocks of depth that are in shared memory or on the way to it, for launches of eight warps
+
+
+TILES = {
+    "ieee": Tiles(64, 16, 1),
+    "tf32": Tiles(128, 32, 2),
+    "tf32x3": Tiles(64, 16, 1),
+    "bf16": Tiles(128, 32, 2),
+}
+"""By mode; `python -m speed.gpu_parts tiles` in benchmarks/ tries others on a GPU and prints the lines to put here."""
+
+
 def tile(rows: int, columns: int, depth: int, how: str, *, dear: bool = False, widest: int = 128) -> Size:
     """(row block, column block, depth) of a program's tile of the product of (rows, depth) and (depth, columns).
 
     dear: addresses of what is multiplied take many registers; widest: of the column block, where there are more of those, or two sums at a
     time. The bounds below are where ptxas no longer spills.
     """
+    most, deepest, _ = TILES[how]
     if how == "ieee":  # without tensor cores a thread holds its rows and columns of both blocks
-        return min(max(power_of_two(rows), 16), 64), min(max(power_of_two(columns), 16), 64, widest), 16
-    most = 128 if min(rows, columns) >= 128 and how != "tf32x3" else 64
+        return min(max(power_of_two(rows), 16), most), min(max(power_of_two(columns), 16), most, widest), deepest
+    if min(rows, columns) < 128:
+        most = min(most, 64)
     block, other = (min(max(power_of_two(n), 16), most) for n in (rows, columns))
-    deepest = 16 if how == "tf32x3" or (dear and max(block, other) >= 64) else 32
+    if dear and max(block, other) >= 64:
+        deepest = 16
     return block, min(other, widest), min(max(power_of_two(depth), 16), deepest)
 
 
@@ -132,6 +153,15 @@ def warps(tiles: Sequence[Size], how: str, dual: Sequence[Size] = ()) -> int:
     if any(t[0] * t[1] > 64 * 64 for t in tiles) or any(t[0] == 64 for t in dual):
         return 8  # fewer would not have the registers
     return 4 if how == "ieee" else min(4, max(most_warps(t) for t in tiles))
+
+
+def options(how: str, count: int, *, backward: bool = False) -> dict[str, int]:
+    """Of a launch of ``count`` warps a program. Those of four share a multiprocessor, and have no registers to spare.
+
+    Nor have gradients of bfloat16 on sm_100, where two stages spilled.
+    """
+    pipelined = count == 8 and not (backward and how == "bf16")
+    return {"num_warps": count, "num_stages": TILES[how].stages if pipelined else 1}
 
 
 def added_up(how: str, several: bool) -> bool:
