@@ -49,7 +49,7 @@ Mode mode_of(const std::vector<TensorView>& features, DType accumulate, const st
 void common_size(const Feature& a, const Feature& b, int64_t* size);
 inline bool is_size(const Feature& x, const int64_t* size) { return x.size[0] == size[0] && x.size[1] == size[1] && x.size[2] == size[2]; }
 bool is_near(const Feature& x, const int64_t* grid);
-// Fine and coarse sizes: see Operand.
+// Whether the last two sizes halve, and the first stays.
 template <typename T>
 bool is_halved(const T* fine, const T* coarse) {
   return fine[0] == coarse[0] && fine[1] == 2 * coarse[1] && fine[2] == 2 * coarse[2];

@@ -100,7 +100,8 @@ FASTKD_DEVICE void stage_positions(const Operand& x, const T* from, A* tile, int
   }
 }
 
-// A thread's part of a tile, where it stays with one position: P channels at a time, from `begin` to `end`; those from `given` on are 0.
+// A thread's part of a tile, where it stays with one position: packs of channels from `begin` to `end`. Those from
+// `given` on are 0.
 struct Share {
   int begin, end, given, position;
 };
