@@ -149,10 +149,10 @@ def test_every_file_may_be_half_written(nursery, whole, tmp_path, method, die_at
     check_same(tmp_path / "runs", whole(flags)[0])
 
 
-@pytest.mark.parametrize("name", ["at+kd", "scheduled+bank+toy", "wrapping"])
+@pytest.mark.parametrize("name", ["at+kd", "fitnet+ofd+srrl", "scheduled+bank+toy", "wrapping"])
 def test_a_loop_taken_up_goes_on_as_if_nothing_had_been(one_thread, name):
     """Teacher in train mode, momenta, learning rates, best weights, what a method learns and keeps: through a file and into new objects."""
-    method = define(name, preset="sakd") if name == "at+kd" else toy_methods.define(name, words=["ce.weight=1"])
+    method = define(name, preset="sakd") if name in ("at+kd", "fitnet+ofd+srrl") else toy_methods.define(name, words=["ce.weight=1"])
 
     def loop():
         torch.manual_seed(0)

@@ -63,11 +63,6 @@ def full_name(name: str) -> str:
     return "+".join(definition.names_of(_KINDS, name)) or "baseline"
 
 
-def initializes(name: str) -> bool:
-    """Whether a term of the method may train the student in a first phase of its own."""
-    return any(_KINDS[part].initializes for part in definition.names_of(_KINDS, name))
-
-
 def create_method(name: str, context: BuildContext, *, preset: str | None = None, options: Mapping[str, Mapping[str, Any]] | None = None,
                   seed: int = 0) -> Distiller | nn.ModuleDict:  # fmt: skip
     """The :class:`Distiller` ``name`` built for the networks of ``context``; of a sum a ModuleDict of its distillers by name.
@@ -90,5 +85,5 @@ def colour_of(name: str) -> str | None:
 
 __all__ = [
     "METHODS", "Batch", "Beside", "BuildContext", "Definition", "Distiller", "Output", "Points", "Preset", "Term",
-    "colour_of", "create_method", "define", "definition", "full_name", "initializes", "option", "overrides", "title_of", "undisturbed",
+    "colour_of", "create_method", "define", "definition", "full_name", "option", "overrides", "title_of", "undisturbed",
 ]  # fmt: skip

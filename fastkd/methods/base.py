@@ -157,7 +157,7 @@ class Distiller(nn.Module):
     student_points: Points = Points.NONE
     teacher_points: Points = Points.NONE
     whole_batches: ClassVar[bool] = False  # a short last batch is dropped
-    initializes: ClassVar[bool] = False  # with recipe.init_epochs it is alone in a first phase, and left out of the main one
+    initializes: ClassVar[bool] = False  # what :meth:`begins` says
 
     def __init__(self, context: BuildContext, options: Any):
         super().__init__()
@@ -166,6 +166,11 @@ class Distiller(nn.Module):
     def beside(cls, options: Any, preset: Preset, with_kd: bool) -> Beside:
         """What is trained beside this loss; ``with_kd``: in the sum with KD alone, under a preset of the recipe's own authors."""
         return preset.with_kd if with_kd and preset.with_kd is not None else preset.beside
+
+    @classmethod
+    def begins(cls, options: Any) -> bool:
+        """Whether, with recipe.init_epochs, it is alone in a first phase and left out of the main one."""
+        return cls.initializes
 
     def wrap_student(self, student: nn.Module) -> nn.Module:
         """The network that is trained, tested, counted and saved: ``student``, changed or not. One method of a sum may change it."""

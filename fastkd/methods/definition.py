@@ -32,6 +32,11 @@ class Term:
     options: Any
     changes: Mapping[str, Any]
 
+    @property
+    def begins(self) -> bool:
+        """Whether it is alone in a first phase, where the recipe has one."""
+        return self.kind.begins(self.options)
+
 
 @dataclass(frozen=True)
 class Definition:
@@ -54,7 +59,7 @@ class Definition:
 
     @property
     def initializes(self) -> bool:
-        return any(term.kind.initializes for term in self.terms)
+        return any(term.begins for term in self.terms)
 
     @property
     def wraps(self) -> bool:
@@ -67,10 +72,10 @@ class Definition:
 
     def initialization(self) -> Definition:
         """The terms that may initialize the student, alone."""
-        return dataclasses.replace(self, terms=tuple(t for t in self.terms if t.kind.initializes), ce=0.0)
+        return dataclasses.replace(self, terms=tuple(t for t in self.terms if t.begins), ce=0.0)
 
     def after_initialization(self) -> Definition:
-        return dataclasses.replace(self, terms=tuple(t for t in self.terms if not t.kind.initializes))
+        return dataclasses.replace(self, terms=tuple(t for t in self.terms if not t.begins))
 
     def others_presets(self) -> dict[str, str]:
         """Terms whose values are not those of the recipe's authors, and whose they are."""
