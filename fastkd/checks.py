@@ -388,3 +388,16 @@ def rkd_loss(student: object, teacher: object, distance_weight: object, angle_we
             raise ValueError(f"{name} is {describe(x)}: one sample has no relations, wanted at least two")
     assert isinstance(student, Tensor) and isinstance(teacher, Tensor)
     same_batch("student", student, "teacher", teacher)
+
+
+def hcl_loss(student: object, teacher: object, weights: object, weight: object) -> tuple[list[Tensor], list[Tensor]]:
+    """The lists of student and teacher tensors, or the error that says what is wrong with the call."""
+    number("weight", weight)
+    students, teachers = _pairs_up(student, teacher, least=1)
+    stage_weights(weights, len(students), "level")
+    for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
+        if s.dim() != 4:
+            raise ValueError(f"student[{i}] is {describe(s)}, wanted (N, C, H, W)")
+        if s.shape != t.shape:
+            raise ValueError(f"student[{i}] is {describe(s)}, teacher[{i}] is {describe(t)}: wanted the same shape")
+    return students, teachers

@@ -94,6 +94,7 @@ class Config:
             trial = self.distillation("student", student, teacher, self.method, fold=False)
             self.calls = trial.check(self.recipe.batch_size if self.method.whole_batches else 2)
             self.student_parameters = sum(parameter.numel() for parameter in trial.student.parameters())
+            self.method = dataclasses.replace(self.method, changes={**self.method.changes, **trial.settled()})
         except fastkd.BackendError as error:
             raise UserError(" ".join(str(error).split())) from None
         except (ValueError, TypeError) as error:
