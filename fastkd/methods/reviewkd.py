@@ -86,7 +86,7 @@ class ReviewKD(Distiller):
         beta = published_weight(context) if options.beta is None else options.beta
         self.settled = {"beta": beta}
         teacher = context.teacher_shapes.preact if options.before_relu else context.teacher_shapes
-        widths = [[*(shape[0] for shape in side.stages), side.pooled[0]] for side in (context.student_shapes, teacher)]
+        widths: list[list[Any]] = [[*(shape[0] for shape in side.stages), side.pooled[0]] for side in (context.student_shapes, teacher)]
         if len(widths[0]) != len(widths[1]):
             raise ValueError(f"student has {len(widths[0]) - 1} stages, teacher has {len(widths[1]) - 1}: reviewkd wanted the same number")
         middle, deepest = min(512, widths[0][-1]), len(widths[0]) - 1
