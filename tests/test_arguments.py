@@ -22,6 +22,7 @@ MODULES = [
     (fastkd.AttentionTransfer, fastkd.attention_transfer_loss),
     (fastkd.FSP, fastkd.fsp_loss),
     (fastkd.KD, fastkd.kd_loss),
+    (fastkd.HCL, fastkd.hcl_loss),
 ]
 COLLECTIONS = {
     "tuple": tuple,
@@ -64,6 +65,13 @@ def test_a_module_takes_its_first_argument_by_position():
     assert fastkd.KD(2.5).temperature == 2.5 and fastkd.AttentionTransfer(3.0).p == 3.0
     with pytest.raises(TypeError, match="positional"):
         fastkd.FSP("max")
+
+
+def test_fsp_is_found_under_its_former_name_too():
+    from fastkd.ops import fsp, gram
+
+    for name in ("FSPLossFunction", "FSPMatrixFunction", "fsp_loss", "fsp_matrix"):
+        assert getattr(gram, name) is getattr(fsp, name)
 
 
 def warned(call) -> list[warnings.WarningMessage]:
