@@ -435,3 +435,16 @@ def _channels(name: str, x: object) -> None:
         raise TypeError(f"{name} is {describe(x)}, wanted float16, bfloat16, float32 or float64")
     if x.dim() != 1 or 0 in x.shape:
         raise ValueError(f"{name} is {describe(x)}, wanted (C,), one number a channel")
+
+
+def hcl_loss(student: object, teacher: object, weights: object, weight: object) -> tuple[list[Tensor], list[Tensor]]:
+    """The lists of student and teacher tensors, or the error that says what is wrong with the call."""
+    number("weight", weight)
+    students, teachers = _pairs_up(student, teacher, least=1)
+    stage_weights(weights, len(students), "level")
+    for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
+        if s.dim() != 4:
+            raise ValueError(f"student[{i}] is {describe(s)}, wanted (N, C, H, W)")
+        if s.shape != t.shape:
+            raise ValueError(f"student[{i}] is {describe(s)}, teacher[{i}] is {describe(t)}: wanted the same shape")
+    return students, teachers

@@ -159,6 +159,10 @@ class Distillation(nn.Module):
             network._apply(fn, recurse)
         return self
 
+    def settled(self) -> dict[str, Any]:
+        """Options left open whose values the networks decided, by name: {"reviewkd.beta": 1.0}."""
+        return {f"{name}.{key}": value for name in self.methods for key, value in self._distiller(name).settled.items()}
+
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Tells the methods that ``epoch`` (from 0) of ``epochs`` begins, and sets the factors of those that have a schedule.
 

@@ -17,7 +17,7 @@ from fastkd.checks import Features
 from fastkd.ops.attention import attention_transfer_loss
 from fastkd.ops.fsp import fsp_loss
 from fastkd.ops.rkd import rkd_loss
-from fastkd.reference import kd_loss, ofd_loss
+from fastkd.reference import hcl_loss, kd_loss, ofd_loss
 
 _Self = TypeVar("_Self", bound="_Loss")
 
@@ -212,3 +212,21 @@ class OFD(_Loss):
     def forward(self, student: Features, teacher: Features) -> Tensor:
         margins = [getattr(self, name) for name in self._margins]
         return ofd_loss(student, teacher, margins, **{name: getattr(self, name) for name in self._options})
+
+
+class HCL(_Loss):
+    """:func:`fastkd.hcl_loss` with its further arguments fixed; each is an attribute.
+
+    ``forward(student, teacher)``: a tensor (N, C, H, W) each, or several, one a level -> scalar, times ``weight``.
+
+    Presets: ``reviewkd``, ``mdistiller``: weight 1; what a pair of networks takes is in ``fastkd.methods.reviewkd``.
+    """
+
+    def __init__(self, *, weights: Sequence[float] | None = None, weight: float = 1.0) -> None:
+        super().__init__(weights=weights, weight=weight)
+
+    function = staticmethod(hcl_loss)
+    presets = {"reviewkd": {"weight": 1.0}, "mdistiller": {"weight": 1.0}}
+
+    def forward(self, student: Features, teacher: Features) -> Tensor:
+        return super().forward(student, teacher)

@@ -329,3 +329,45 @@ def ofd_loss(student: Features, teacher: Features, margins: Features, *, weights
             reached = (s <= target) & (target <= 0)  # in this form a NaN stays one
             terms.append((s - target).masked_fill(reached, 0).square().sum() / s.shape[0])
         return _combine(terms, [0.5 ** (count - 1 - i) for i in range(count)] if weights is None else weights, "sum", weight)
+
+
+def hcl_loss(student: Features, teacher: Features, *, weights: Sequence[float] | None = None, weight: float = 1.0) -> Tensor:
+    """The hierarchical context loss of ReviewKD: mean squared differences at full size and of averages over coarser grids.
+
+    Args:
+        student, teacher: a tensor (N, C, H, W) or several, one a level; the shapes of a pair are the same. Any floating dtype.
+        weights: one factor a level, 1 by default.
+        weight: multiplies the result.
+
+    Returns: a scalar; float32, float64 if any input is float64. The levels are summed.
+    Of one level: ``mean((s - t)^2)`` with factor 1, then the same of both averaged to 4x4, 2x2 and 1x1. A grid is used where its
+    side is smaller than H; the first that is used has the factor 1/2, each next one half of that. The sum is divided by that of
+    the factors.
+    Raises: TypeError, ValueError for what are not such pairs.
+    Source: Chen, Liu, Zhao, Jia, *Distilling knowledge via knowledge review*, CVPR 2021.
+    """
+    students, teachers = checks.hcl_loss(student, teacher, weights, weight)
+    with _no_autocast(students[0]):
+        wide = _widen(*students, *teachers)
+        terms = [_hcl_level(s - t) for s, t in zip(wide[: len(students)], wide[len(students) :], strict=True)]
+        return _combine(terms, weights, "sum", weight)
+
+
+def _hcl_level(difference: Tensor) -> Tensor:
+    """Averages are linear, so those of the difference are the difference of the averages."""
+    total, factor, factors = difference.square().mean(), 1.0, 1.0
+    x, whole = difference, all(size % 4 == 0 for size in difference.shape[2:])
+    for side in (4, 2, 1):
+        if side < difference.shape[2]:
+            factor /= 2
+            factors += factor
+            x = _grid(x if whole else difference, side)  # averages of equal parts may be averaged further
+            total = total + factor * x.square().mean()
+    return total / factors
+
+
+def _grid(x: Tensor, side: int) -> Tensor:
+    """``x`` averaged to (side, side). Equal parts are averaged faster by avg_pool2d, to the same numbers."""
+    if all(size % side == 0 for size in x.shape[2:]):
+        return F.avg_pool2d(x, [size // side for size in x.shape[2:]])
+    return F.adaptive_avg_pool2d(x, side)

@@ -22,6 +22,7 @@ MODULES = [
     (fastkd.AttentionTransfer, fastkd.attention_transfer_loss),
     (fastkd.FSP, fastkd.fsp_loss),
     (fastkd.KD, fastkd.kd_loss),
+    (fastkd.HCL, fastkd.hcl_loss),
 ]
 COLLECTIONS = {
     "tuple": tuple,

@@ -149,10 +149,15 @@ def test_every_file_may_be_half_written(nursery, whole, tmp_path, method, die_at
     check_same(tmp_path / "runs", whole(flags)[0])
 
 
-@pytest.mark.parametrize("name", ["at+kd", "fitnet+ofd+srrl", "scheduled+bank+toy", "wrapping"])
+@pytest.mark.parametrize(
+    "name",
+    ["at+kd", "fitnet+ofd+srrl", "scheduled+bank+toy", "wrapping", pytest.param("reviewkd+semckd+afd", marks=pytest.mark.slow)],
+)
 def test_a_loop_taken_up_goes_on_as_if_nothing_had_been(one_thread, name):
     """Teacher in train mode, momenta, learning rates, best weights, what a method learns and keeps: through a file and into new objects."""
-    method = define(name, preset="sakd") if name in ("at+kd", "fitnet+ofd+srrl") else toy_methods.define(name, words=["ce.weight=1"])
+    words = ["kd.weight=1", "semckd.beta=4"] if "semckd" in name else ["ce.weight=1"]
+    ours = {"preset": "sakd"} if name in ("at+kd", "fitnet+ofd+srrl") else {"words": words}
+    method = (define if {"at", "fitnet", "afd"} & {*name.split("+")} else toy_methods.define)(name, **ours)
 
     def loop():
         torch.manual_seed(0)
@@ -160,7 +165,7 @@ def test_a_loop_taken_up_goes_on_as_if_nothing_had_been(one_thread, name):
         batches = Batches(images, labels, (0.5,) * 3, (0.25,) * 3, batch_size=32)
         recipe = get_recipe("sakd", {"epochs": 4, "batch_size": 32, "milestones": (0.4,)})
         student, teacher, fp32 = create_model("resnet8"), create_model("resnet8"), torch.autocast("cpu", enabled=False)
-        distillation = Distillation(student, teacher, method, teacher_mode=recipe.teacher_mode, train_labels=labels)
+        distillation = Distillation(student, teacher, method, teacher_mode=recipe.teacher_mode, train_labels=labels, batch_size=32)
         return Trainer(distillation, batches, batches, recipe, fp32)
 
     whole = loop()

@@ -157,6 +157,7 @@ class Distiller(nn.Module):
     student_points: Points = Points.NONE
     teacher_points: Points = Points.NONE
     whole_batches: ClassVar[bool] = False  # a short last batch is dropped
+    settled: Mapping[str, Any] = {}  # options left open whose value the networks decide: a run writes them into its row
     initializes: ClassVar[bool] = False  # what :meth:`begins` says
 
     def __init__(self, context: BuildContext, options: Any):

@@ -21,7 +21,7 @@ from fastkd.seeds import generator, seeded
 from fastkd.training import distributed, results
 from fastkd.training.choices import Choices
 from fastkd.training.device import can_compile, fast_bfloat16, find_device
-from fastkd.training.recipes import NORMALIZATIONS, Recipe, get_recipe
+from fastkd.training.recipes import NORMALIZATIONS, Recipe, get_recipe, options_of
 from fastkd.training.settings import PRECISIONS, Settings, recipe_of, resolve
 
 PAYS = 500_000
@@ -46,8 +46,9 @@ class Config(Choices):
         if settings.precision == "auto":  # by what the device has, never by a clock: the result depends on it
             chosen = "bf16" if fast_bfloat16(self.device) else "fp32"
             self.settings = settings = dataclasses.replace(settings, precision=chosen)
+        brought, self.notes = options_of(self.recipe_name, settings.method, settings.options)
         try:
-            self.method = define(settings.method, preset=self.recipe.preset, words=settings.options)
+            self.method = define(settings.method, preset=self.recipe.preset, words=[*brought, *settings.options])
             if settings.recipe is None:  # an explicit one wins over what a method's authors change in theirs
                 changed = self.method.recipe(dataclasses.asdict(self.recipe), settings.overrides)
                 settings = dataclasses.replace(settings, overrides={**changed, **settings.overrides})
@@ -90,6 +91,7 @@ class Config(Choices):
         try:
             trial = self.distillation("student", student, teacher, self.method, fold=False)
             self.calls = trial.check(self.recipe.batch_size if self.method.whole_batches else 2)
+            self.method = dataclasses.replace(self.method, changes={**self.method.changes, **trial.settled()})
             self.student_parameters = sum(parameter.numel() for parameter in trial.student.parameters())
         except fastkd.BackendError as error:
             raise UserError(" ".join(str(error).split())) from None

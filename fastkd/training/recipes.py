@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,6 +86,11 @@ RECIPES: dict[str, Recipe] = {
     "digits": Recipe(8, 32, 0.05, (0.5, 0.8), nesterov=True, weight_decay=5e-4, pad_mode="zero", drop_last=True),
 }  # fmt: skip
 
+# options of a method that a recipe brings, and why, by (recipe, method); what the user says of the same option wins
+OPTIONS: dict[tuple[str, str], tuple[str, str, str]] = {
+    ("digits", "semckd"): ("beta", "40", "the published 400 is infinite there after a few steps"),
+}
+
 # teacher and student on CIFAR-100, by SAKD's letters (those of its README; its code's own flag swaps f, g and h)
 SETTINGS: dict[str, tuple[str, str]] = {
     "a": ("resnet56", "resnet20"),
@@ -135,6 +141,17 @@ def get_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
         scaled = max(1, round(recipe.init_epochs * recipe.epochs / RECIPES[name].epochs))
         recipe = dataclasses.replace(recipe, init_epochs=scaled)
     return recipe
+
+
+def options_of(name: str, method: str, said: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(options that the recipe ``name`` brings to ``method``, as words of the command line; notes that say so)."""
+    words, notes = [], []
+    for (recipe, term), (field_name, value, why) in OPTIONS.items():
+        names = {field_name, f"{term}.{field_name}", f"{term}.preset"}
+        if recipe == name and term in method.split("+") and not names & {word.partition("=")[0] for word in said}:
+            words.append(f"{term}.{field_name}={value}")
+            notes.append(f"the recipe {name} gives {term} a {field_name} of {value}: {why}")
+    return words, notes
 
 
 def drops(recipe: Recipe, step: int, steps: int) -> int:

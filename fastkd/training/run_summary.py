@@ -68,7 +68,7 @@ def describe(config: Config) -> str:
 
 def _notes(config: Config) -> list[str]:
     """What somebody who chose these settings may not have meant."""
-    recipe, known, notes = config.recipe, RECIPES[config.recipe_name], []
+    recipe, known, notes = config.recipe, RECIPES[config.recipe_name], [*config.notes]
     if config.method.whole_batches and _smaller_batch(config, recipe.drop_last):
         notes.append(f"{config.method.name} is built for whole batches: an epoch's last, smaller one is left out")
     together = recipe.batch_size * config.processes
