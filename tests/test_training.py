@@ -66,7 +66,7 @@ def by_formula(name, student, teacher, labels):
 ALL = [*METHODS, "at+kd"]
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", ["baseline", "kd", "at", "fsp", "at+kd"])  # the others have files of their own
 def test_a_method_is_the_sum_of_the_published_terms(pair, name):
     networks, outputs, images, labels = pair
     distillation = Distillation(*copy.deepcopy(networks), name, preset="hankyul2", teacher_mode="train")
