@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -47,17 +48,15 @@ def build() -> Path | None:
     objects = library.parent / str(os.getpid())
     objects.mkdir(parents=True, exist_ok=True)
 
-    def start(*arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen([*compiler, *arguments], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-    def finish(processes: list[subprocess.Popen[str]]) -> None:
-        for process, said in [(process, process.communicate()[0]) for process in processes]:
-            if process.returncode:
-                raise RuntimeError(f"the CUDA kernels do not compile for the CPU:\n{said}")
+    def run(arguments: list[str]) -> None:
+        done = subprocess.run([*compiler, *arguments], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if done.returncode:
+            raise RuntimeError(f"the CUDA kernels do not compile for the CPU:\n{done.stdout}")
 
     made = [str(objects / f"{source.parent.name}-{source.name}.o") for source in sources]
-    finish([start(*FLAGS, *search, "-x", "c++", "-c", str(source), "-o", to) for source, to in zip(sources, made)])
-    finish([start("-shared", *made, f"-L{top / 'lib'}", "-ltorch_cpu", "-o", str(objects / library.name))])
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as pool:
+        list(pool.map(run, ([*FLAGS, *search, "-x", "c++", "-c", str(source), "-o", to] for source, to in zip(sources, made))))
+    run(["-shared", *made, f"-L{top / 'lib'}", "-ltorch_cpu", "-o", str(objects / library.name)])
     os.replace(objects / library.name, library)
     shutil.rmtree(objects)
     return library
@@ -97,7 +96,7 @@ def tickets() -> int:
 
 
 def products() -> int:
-    """How often warps multiplied on tensor cores, 16 x 8 x 8 numbers or x 16 of bfloat16, since this was last asked."""
+    """How often warps multiplied on tensor cores since this was last asked: 16 x 8 x 8, of bfloat16 16 x 8 x 16."""
     assert native.EMULATED and native.EMULATED.path
     library = ctypes.CDLL(native.EMULATED.path)
     library.fastkd_emulate_products.restype = ctypes.c_int64

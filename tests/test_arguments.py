@@ -66,6 +66,13 @@ def test_a_module_takes_its_first_argument_by_position():
         fastkd.FSP("max")
 
 
+def test_fsp_is_found_under_its_former_name_too():
+    from fastkd.ops import fsp, gram
+
+    for name in ("FSPLossFunction", "FSPMatrixFunction", "fsp_loss", "fsp_matrix"):
+        assert getattr(gram, name) is getattr(fsp, name)
+
+
 def warned(call) -> list[warnings.WarningMessage]:
     errors._said.clear()
     with warnings.catch_warnings(record=True) as caught:

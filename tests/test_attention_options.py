@@ -13,7 +13,7 @@ from support import values
 import fastkd
 from fastkd.ops._options import BIT, SWITCHES, AttentionOptions, validated_once
 
-HEADER = Path(fastkd.__file__).parent.parent / "csrc" / "attention_options.h"
+HEADER = Path(fastkd.__file__).parent.parent / "csrc" / "common" / "attention_options.h"
 DEFAULTS = {name: p.default for name, p in list(inspect.signature(fastkd.attention_transfer_loss).parameters.items())[2:]}
 
 

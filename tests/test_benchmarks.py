@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import report
 import torch
-from speed import cases, goals, machine, measure, rows, table
+from speed import against, cases, goals, machine, measure, rows, table
 from speed.measure import Row
 from speed.session import Replay, save
 from speed.stock import Stock
@@ -264,3 +264,11 @@ def test_plot(result: dict[str, Any], tmp_path: Path) -> None:
     save(result, tmp_path)
     report.main([str(tmp_path / "speed.json")])
     assert b"<svg" in (tmp_path / "speed.svg").read_bytes()
+
+
+def test_two_trees_take_turns_in_processes_of_their_own(capsys, tmp_path):
+    ratio = against.compare(ROOT, ROOT, rounds=1)
+    table = capsys.readouterr().out
+    assert 0.05 < ratio < 20 and all(f"{loss:24} {way}" in table for loss, way in against.CASES)
+    with pytest.raises(SystemExit, match=f"wanted the tree {tmp_path}"):
+        against.Tree(tmp_path)

@@ -58,7 +58,7 @@ def test_each_precision_is_as_near_as_it_claims(cuda, dtype, precision):
 @pytest.mark.parametrize("channels", [(16, 8), (64, 64)])
 @pytest.mark.parametrize("size", [32, 64])
 def test_tf32_rounds_to_nearest_and_the_others_do_not(cuda, size, channels):
-    """Positive numbers, whose errors would add up were they cut off instead, as tensor cores do with each sum."""
+    """Positive numbers, whose errors would add up were they cut off, as tensor cores do with sums."""
     a, b = (make((1, c, size, size), kind="relu") for c in channels)
     exact = law.fsp_matrix(a.double(), b.double())
     errors = [(fastkd.fsp_matrix(cuda(a), cuda(b), precision=p).double().cpu() / exact - 1).abs().max().item() for p in PRECISIONS]
@@ -69,7 +69,8 @@ def test_tf32_rounds_ties_to_even(cuda):
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("before sm_90 ties are rounded away from zero")
     place, one = 2.0**-10, torch.ones(1, 1, 1)
-    for x, nearest in ((1 + place / 2, 1), (1 + 3 * place / 2, 1 + 2 * place), (1 + place * 0.51, 1 + place), (-1 - place / 2, -1)):
+    for sign, (more, rounded) in itertools.product((1, -1), ((0.5, 0), (1.5, 2), (0.51, 1))):
+        x, nearest = sign * (1 + more * place), sign * (1 + rounded * place)
         assert fastkd.fsp_matrix(cuda(one * x), cuda(one), precision="tf32").item() == nearest
 
 
@@ -129,18 +130,20 @@ def test_long_chains_take_several_launches(launched):
 
 
 @pytest.mark.parametrize("a, b", [(16, 16), (9, 24), (32, 64), (64, 64), (72, 130)])
-@pytest.mark.parametrize("dtype, precision, each", [(torch.float32, "tf32", 2), (torch.float32, "tf32x3", 6), (torch.bfloat16, "ieee", 1)])
-def test_no_product_is_made_twice(launched, dtype, precision, each, a, b):
-    """Also where a tile has fewer parts than a block has warps. A matrix's gradient is float32: two parts in bfloat16."""
+@pytest.mark.parametrize("precision, each", [("tf32", 2), ("tf32x3", 6), ("bfloat16", 1)])
+def test_no_product_is_made_twice(launched, precision, each, a, b):
+    """Also where a tile has fewer parts than a block has warps."""
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     x, y = make((2, a, 7, 8), dtype).requires_grad_(), make((2, b, 7, 8), dtype)
 
     def count(rows, columns, terms):
         return 2 * math.ceil(rows / 16) * math.ceil(columns / 8) * math.ceil(terms / 16) * each
 
     emulated.products()
-    matrix = fastkd.fsp_matrix(x, y, precision=precision)
+    matrix = fastkd.fsp_matrix(x, y, precision="ieee" if dtype == torch.bfloat16 else precision)
     assert emulated.products() == count(a, b, 56)
     torch.autograd.grad(matrix.sum(), x)
+    # the matrix's gradient is float32, which takes two parts of bfloat16
     assert emulated.products() == count(a, 56, b) * (2 if dtype == torch.bfloat16 else 1)
 
 
@@ -188,11 +191,12 @@ def test_features_that_are_pooled_before(launched, dtype, pool_mode, layout):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "reversed"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_gradients_of_averages_that_are_made_before(launched, dtype, layout):
-    """Too many products to make at each position: coarse gradients that windows, which overlap, are gathered from."""
-    a, b = make((1, 512, 36, 35), dtype, layout).requires_grad_(), make((1, 512, 5, 7), dtype)
+@pytest.mark.parametrize("size, grid, precision", [((36, 35), (5, 7), "tf32x3"), ((24, 24), (12, 12), "ieee")])
+def test_gradients_of_averages_that_are_made_before(launched, size, grid, precision, dtype, layout):
+    """Too many products to make at each position: coarse gradients that windows, which may overlap, are gathered from."""
+    a, b = make((1, 512, *size), dtype, layout).requires_grad_(), make((1, 512, *grid), torch.float32 if precision == "ieee" else dtype)
     upstream = torch.randn(1, 512, 512)
-    (got,) = torch.autograd.grad(fastkd.fsp_matrix(a, b, precision="tf32x3"), a, upstream)
+    (got,) = torch.autograd.grad(fastkd.fsp_matrix(a, b, precision=precision), a, upstream)
     assert launched()[-2:] == ["gram_backward", "gram_backward"]
     x = a.detach().double().requires_grad_()
     (want,) = torch.autograd.grad(law.fsp_matrix(x, b.double()), x, upstream.double())

@@ -1,4 +1,4 @@
-"""Ticket counters of the CUDA library: whose they are, with several streams, captured graphs and memory pools."""
+"""Ticket counters of the CUDA library, with several streams, captured graphs and memory pools."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastkd
 from fastkd import kernels
-from fastkd.ops import _register
+from fastkd._implementations import TRITON
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -64,10 +64,10 @@ def test_triton_asks_the_dispatcher_while_a_mode_watches(cpp, monkeypatch):
     a, b = stages(*THREE[:2])
     monkeypatch.setattr(kernels, "interpreting", lambda: False)
     monkeypatch.setattr(kernels, "launcher", lambda name: lambda *args: name)
-    operator, args = torch.ops.fastkd.fsp_matrix.default, (a, b, "avg", None)
-    assert _register.launch(operator, *args) == "fsp_matrix"
+    args = (a, b, "avg", None)
+    assert TRITON.run("fsp_matrix", *args) == "fsp_matrix"
     with FlopCounterMode(display=False) as counter:
-        got = _register.launch(operator, *args)
+        got = TRITON.run("fsp_matrix", *args)
     torch.testing.assert_close(got, law.fsp_matrix(a, b))
     assert counter.get_total_flops() == 2 * 8 * 16 * 32 * 4 * 4
 

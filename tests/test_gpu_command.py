@@ -57,7 +57,7 @@ def test_each_part_is_packed_and_a_failure_stops_nothing(tmp_path: Path) -> None
         assert "gpu-results/rates.json" in archive.getnames()
 
 
-def test_a_part_at_its_limit_may_still_say_what_it_found(tmp_path: Path, short: None) -> None:
+def test_a_part_at_its_limit_may_still_say_what_it_found(tmp_path: Path) -> None:
     code = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('two failed')"
     execute(Run(tmp_path, 1, rehearse=True), [python("slow", code, seconds=3), python("next", "print('after')")], None)
     assert [(part["status"], part["last"]) for part in summary(tmp_path)["parts"]] == [("stopped at its limit", "two failed"), (0, "after")]

@@ -169,7 +169,8 @@ def test_first_weights_depend_on_the_seed_and_the_method_alone(context):
     assert torch.equal(weights("toy"), weights("scheduled+toy+bank")) and not torch.equal(weights("toy"), weights("toy", 1))
     assert torch.equal(state, torch.get_rng_state())
     seeds = {define("bank").build(context, seed)[0]["bank"].seed for seed in (0, 0, 1)}
-    assert len(seeds) == 2
+    both = define("toy+bank", words=["ce.weight=1"]).build(context)[0]
+    assert len(seeds) == 2 and both["toy"].seed != both["bank"].seed
 
 
 def test_a_method_that_holds_a_network_is_refused(context):

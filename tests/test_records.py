@@ -20,7 +20,7 @@ from fastkd.io.console import logged, say
 from fastkd.models import create_model
 from fastkd.training import Recipe, Trainer, UserError, command, repeat, results, tensorboard
 from fastkd.training.config import Config, Settings
-from fastkd.training.groups import described, groups, told
+from fastkd.training.groups import described, groups, mean_and_spread
 from fastkd.training.tensorboard import Curves
 
 QUICK = ["--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--batch-size", "32", "--device", "cpu", "--no-pictures"]
@@ -232,7 +232,7 @@ def test_curves_on_a_full_disk_are_one_line(tmp_path, capfd, monkeypatch):
 
 
 def test_mean_and_sample_deviation():
-    assert [told([]), told([91.8]), told([91.80, 92.16, 91.79])] == ["–", "91.80", "91.92 ± 0.21"]
+    assert [mean_and_spread([]), mean_and_spread([91.8]), mean_and_spread([91.80, 92.16, 91.79])] == ["–", "91.80", "91.92 ± 0.21"]
 
 
 def test_a_group_is_what_differs_in_the_seed_alone_and_a_seed_counts_once():
@@ -258,7 +258,7 @@ def test_repeats_are_rows_with_a_mean_and_one_teacher(small_main, tmp_path, caps
         ("teacher", "4", ""), ("kd", "4", "4"), ("kd", "5", "4"), ("kd", "6", "4")
     ]  # fmt: skip
     assert len(list(tmp_path.glob("teachers/*.pt"))) == 1
-    mean = told([float(row["acc"]) for row in rows[1:]])
+    mean = mean_and_spread([float(row["acc"]) for row in rows[1:]])
     assert "±" in mean and f"3 runs, seeds 4 5 6: acc {mean} %, reported_acc {mean} %" in capsys.readouterr().out.splitlines()[-1]
     section = (tmp_path / "results.md").read_text().split("## Means over seeds")[1]
     assert "| 4 5 6 |" in section and mean in section

@@ -98,6 +98,7 @@ def test_the_student_predicts_by_projector_and_the_teachers_classifier(student, 
 def test_the_difference_is_taken_in_float32(dtype):
     context = BuildContext.of(create_model("resnet8"), create_model("resnet8"))
     method = create_method("simkd", context, options={"simkd": {"beta": 0.5}})
+    assert not method.wrap_student(context.student).fc.weight.requires_grad and context.teacher.fc.weight.requires_grad
     maps = [100 * torch.randn(2, 64, 8, 8).to(dtype) for _ in range(2)]
     outputs = [fastkd.methods.Output(None, Features((), (), None, (), final=x)) for x in maps]
     loss = method.loss(None, *outputs, None)

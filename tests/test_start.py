@@ -34,7 +34,7 @@ def loaded_once():
 class OnCuda(torch.Tensor):
     """A tensor that says that it lies on a GPU, which need not be there; so do those that are computed from it."""
 
-    device, is_cpu = torch.device("cuda", 0), False
+    device, is_cpu, is_cuda = torch.device("cuda", 0), False, True
 
 
 @pytest.fixture

@@ -66,7 +66,7 @@ def by_formula(name, student, teacher, labels):
 ALL = [*METHODS, "at+kd"]
 
 
-@pytest.mark.parametrize("name", ["baseline", "kd", "at", "fsp", "at+kd"])  # the others have files of their own
+@pytest.mark.parametrize("name", ["baseline", "kd", "at", "fsp", "at+kd"])
 def test_a_method_is_the_sum_of_the_published_terms(pair, name):
     networks, outputs, images, labels = pair
     distillation = Distillation(*copy.deepcopy(networks), name, preset="hankyul2", teacher_mode="train")
@@ -165,7 +165,7 @@ def test_every_term_goes_down_on_a_fixed_batch(name, autocast):
     teacher = create_model("resnet8").eval() if name != "baseline" else None
     loop = loop_of(name, teacher=teacher, autocast=autocast, lr=0.02, teacher_mode="eval")
     drawn, step, readings = next(loop.batches.draw(1)), loop.train_step, []
-    for _ in range(25):
+    for _ in range(60 if name == "simkd" else 25):  # which fits a random map, with nothing else in the sum
         before = step.sums.clone()
         step(drawn, len(drawn), Progress("", 25))
         readings.append(((step.sums - before)[:-1] / len(drawn)).tolist())

@@ -40,6 +40,8 @@ WIDE = {
 PRODUCTS = {
     "fsp resnet50": None,
     "fsp resnet50 tf32": "tf32",
+    "fsp resnet32x4 tf32": "tf32",
+    "fsp resnet32x4 bf16": "bf16",
     "fsp resnet50 channels_last bf16": "bf16",
     "fsp cifar tf32x3": "tf32",
     "fsp wide tf32x3": "tf32",
@@ -206,6 +208,19 @@ def test_products_run_on_tensor_cores(request, cases):
                     assert not used, (name, kernel["name"], used)
                 else:
                     assert wanted in used and set(used.values()) <= {dtype, "f16"}, (name, kernel["name"], used)
+
+
+@pytest.mark.slow
+def test_warps_do_not_repeat_each_others_products(request, cases):
+    """Triton gives a warp no fewer than 16 rows or 8 columns of a tile, whatever their number."""
+    capability = int(request.node.callspec.id.removeprefix("sm_"))
+    for name, case in cases.items():
+        for kernel in case["kernels"]:
+            needed, made = kernel["work"]
+            # 9 channels beside 130; from sm_90 on, 64 rows where eight warps multiply in groups of four
+            small = name == "fsp columns" and kernel["name"] == "fsp_gradient_kernel"
+            joined = capability == 90 and any(kind.startswith("wgmma") for kind in kernel["products"])
+            assert made <= needed * (1.4 if small else 1.3 if joined else 1), (name, kernel["name"], kernel["work"])
 
 
 @pytest.mark.slow

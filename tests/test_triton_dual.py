@@ -78,6 +78,18 @@ def test_loss_matches_the_law(of, triton):
     check_loss("triton", "fsp_loss", s, t, upstream=torch.tensor(random.uniform(-3, 3)), weight=7.0, **switches)
 
 
+@pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
+def test_tiles_wider_than_high_match_the_law(triton, precision):
+    """On tensor cores; of 35 positions two, one above the other."""
+    tensors = [make((1, *shape), torch.float32) for shape in CHAINS["several tiles"] * 2]
+    ours = fetched(evaluate(lambda *x: fastkd.fsp_loss(x[:2], x[2:], precision=precision), [triton(x) for x in tensors]))
+    exact = evaluate(lambda *x: law.fsp_loss(x[:2], x[2:]), [x.double() for x in tensors])
+    allowed = {"tf32": 2e-3, "tf32x3": 1e-5}[precision]
+    assert abs(ours.output.double() / exact.output - 1) < allowed
+    for got, want in zip(ours.grads, exact.grads):
+        assert (got.double() - want).norm() / want.norm() < 2 * allowed
+
+
 @pytest.mark.parametrize("of", ["fused windows", "after a matrix"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_maxima_are_pooled_before(of, layout, triton):

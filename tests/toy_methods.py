@@ -28,7 +28,7 @@ class Toy(Distiller):
 
     def __init__(self, context, options):
         super().__init__(context, options)
-        self.beta = options.beta
+        self.beta, self.seed = options.beta, torch.initial_seed()
         sizes = context.student_shapes.pooled[0], context.teacher_shapes.pooled[0]
         self.layers = nn.ModuleList(nn.Linear(size, options.width) for size in sizes)
 

@@ -7,6 +7,7 @@ constants, alignments and options that a launcher would use there; what ptxas an
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -89,6 +90,21 @@ def products(ptx: str) -> dict[str, int]:
             name = f"{kind} {dtype[1]}"
             found[name] = found.get(name, 0) + 1
     return found
+
+
+def work(kernel: Any) -> list[int]:
+    """How many multiplications a kernel's products need, and how many its warps make by tensor cores: more, if some make the same ones.
+
+    Of each product once, wherever a loop repeats it. Those of tcgen05 (sm_100) do not say their sizes and are not counted.
+    """
+    operand = r"(?:tensor|!ttg\.memdesc)<(\d+)x(\d+)x"
+    dots = re.findall(rf"(?:tt\.dot|ttng\.warp_group_dot) .*?: {operand}.*? \* {operand}", kernel.asm["ttgir"])
+    ptx, warps = kernel.asm["ptx"], kernel.metadata.num_warps
+    single = re.findall(r"\bmma\.sync[\w.]*?\.m(\d+)n(\d+)k(\d+)", ptx)
+    joined = re.findall(r"\bwgmma\.mma_async[\w.]*?\.m(\d+)n(\d+)k(\d+)", ptx)
+    made = sum(math.prod(map(int, size)) * warps for size in single)
+    made += sum(math.prod(map(int, size)) * warps // 4 for size in joined)
+    return [sum(int(m) * int(k) * int(n) for m, k, _, n in dots), made]
 
 
 def tickets(ptx: str) -> list[str]:
@@ -189,6 +205,7 @@ def matrix(shape: tuple[int, ...], dtype: torch.dtype, precision: str) -> None:
 
 CIFAR = [(16, 32), (32, 16), (64, 8)]
 RESNET50 = [(256, 56), (512, 28), (1024, 14), (2048, 7)]
+RESNET32X4 = [(64, 32), (128, 16), (256, 8)]
 # one pair by a matrix, one by products over channels, of several tiles (of 9x9 positions) and parts
 WIDE = [(96, 18), (520, 9), (768, 9)]
 # the last pair's matrix would be larger than the features
@@ -213,6 +230,8 @@ CASES = {
     "map of one program": lambda: maps((8, 16, 8, 8), torch.float32),
     "fsp cifar bf16": lambda: fsp(CIFAR, torch.bfloat16, 128, None),
     "fsp cifar tf32x3": lambda: fsp(CIFAR, torch.float32, 128, "tf32x3"),
+    "fsp resnet32x4 tf32": lambda: fsp(RESNET32X4, torch.float32, 64, "tf32"),
+    "fsp resnet32x4 bf16": lambda: fsp(RESNET32X4, torch.bfloat16, 64, None),
     "fsp resnet50": lambda: fsp(RESNET50, torch.float32, 8, "ieee"),
     "fsp resnet50 tf32": lambda: fsp(RESNET50, torch.float32, 8, "tf32"),
     "fsp resnet50 channels_last bf16": lambda: fsp(RESNET50, torch.bfloat16, 8, None, True),
@@ -236,6 +255,9 @@ FEW = (
     "fsp columns",
     "matrix tf32",
     "fsp resnet50 channels_last bf16",
+    "fsp resnet32x4 tf32",
+    "fsp wide tf32x3",
+    "fsp unaligned",
 )
 
 
@@ -278,6 +300,7 @@ def main() -> None:
                         "tickets": tickets(k.asm["ptx"]),
                         "unguarded": unguarded(k.asm["ptx"]),
                         "products": products(k.asm["ptx"]),
+                        "work": work(k),
                         "shared": k.metadata.shared,
                         "shared_limit": SHARED[capability],
                         "fp_fusion": k.metadata.enable_fp_fusion,

@@ -42,7 +42,7 @@ from fastkd.kernels import interpreting
 from fastkd.kernels.gram_gradient import fsp_loss_backward
 from fastkd.kernels.gram_kept import common_size, kept_shape, wide_stages
 from fastkd.kernels.gram_kernels import fsp_loss_kernel, fsp_matrix_kernel
-from fastkd.kernels.gram_view import Sources, checked, dual_tile, mode, tile, warps
+from fastkd.kernels.gram_view import Sources, added_up, checked, dual_tile, mode, owned, tile, warps
 from fastkd.kernels.launch import Launch, Plans, key_of, power_of_two
 
 BLOCK = 256  # of the loss's last sum
@@ -61,7 +61,7 @@ class _Matrix:
         tiles = math.ceil(a.shape[1] / cut[0]) * columns
         self.launch = Launch(
             fsp_matrix_kernel, a.shape[0] * tiles, a_view.numbers, b_view.numbers, tiles, columns, math.prod(common),
-            (a_view.config, b_view.config), (cut,), how, interpreting(), num_warps=warps([cut]),
+            (a_view.config, b_view.config), (cut,), how, interpreting(), num_warps=warps([cut], how),
         )  # fmt: skip
 
 
@@ -93,35 +93,47 @@ class _Loss:
         pairs_of = [(student[i : i + 2], teacher[i : i + 2]) for i in range(count)]
         self.shapes = [kept_shape(*pair, distance) for pair in pairs_of]
         self.wide = wide_stages(self.shapes)
-        views, cuts, pairs = [], [], []
-        programs, scratch, tickets = 0, 0, 1
-        self.terms = []  # what a distance is divided by
+        views, cuts, sizes_of, tiles_of = [], [], [], []
         for i, ((a, b), _) in enumerate(pairs_of):
             sizes = [common_size(*side) for side in pairs_of[i]]
             for j in (i, i + 1, len(student) + i, len(student) + i + 1):
                 place, seen = self.sources.add(j, sizes[j >= len(student)])
                 self.operands.append(place)
                 views.append(seen)
-            rows, more = a.shape[1], b.shape[1]
-            positions = [math.prod(size) for size in sizes]
             dear = any(v.dear for v in views[-4:])
             if len(self.shapes[i]) == 4:
-                cut = dual_tile(positions[0], how, dear=dear)
-                of = math.ceil(positions[0] / cut[0])
-                # sums are a small part of what they are made of
-                channels = max(power_of_two(6 * positions[0]), 256)
-                a_parts, parts = math.ceil(rows / channels), math.ceil(rows / channels) + math.ceil(more / channels)
-                units = samples * of * of
-                sums = math.ceil((scratch + units) / 32)  # at a multiple of 128 bytes
-                cuts.append((*cut, 2, channels, of == 1))
-                pairs.append((programs, of * of * parts, of, scratch, units, sums, tickets, positions[0], a_parts))
-                programs += units * parts
-                scratch = 32 * sums + units * parts * 3 * cut[0] * cut[0]
-                tickets += units
+                cut = dual_tile(math.prod(sizes[0]), how, dear=dear)
             else:
                 alone = not columns and sizes[0] == sizes[1]
                 widest = 32 if all(v.scalar for v in views[-4:]) else 64 if dear or not alone else 128
-                cut = tile(rows, more, max(positions), how, dear=dear, widest=widest)
+                cut = tile(a.shape[1], b.shape[1], max(map(math.prod, sizes)), how, dear=dear, widest=widest)
+            sizes_of.append(sizes)
+            tiles_of.append(cut)
+        many = warps(tiles_of, how, [cut for cut, shape in zip(tiles_of, self.shapes) if len(shape) == 4])
+
+        pairs = []
+        programs, scratch, tickets = 0, 0, 1
+        self.terms = []  # what a distance is divided by
+        for i, ((a, b), _) in enumerate(pairs_of):
+            rows, more = a.shape[1], b.shape[1]
+            sizes, cut = sizes_of[i], tiles_of[i]
+            positions = [math.prod(size) for size in sizes]
+            if len(self.shapes[i]) == 4:
+                across, along = (math.ceil(positions[0] / n) for n in cut[:2])
+                tiles = across * along
+                # sums are a small part of what they are made of
+                channels = max(power_of_two(6 * positions[0]), 256)
+                a_parts, parts = math.ceil(rows / channels), math.ceil(rows / channels) + math.ceil(more / channels)
+                units = samples * tiles
+                sums = math.ceil((scratch + units) / 32)  # at a multiple of 128 bytes
+                cuts.append((*cut, 2, channels, tiles == 1 and cut[0] == cut[1]))
+                pairs.append((programs, tiles * parts, along, scratch, units, sums, tickets, positions[0], a_parts))
+                programs += units * parts
+                scratch = 32 * sums + units * parts * 3 * cut[0] * cut[1]
+                tickets += units
+            else:
+                if added_up(how, sizes[0] == sizes[1]):
+                    cut = owned(cut, many, more)
                 cuts.append((*cut, int(sizes[0] == sizes[1]), 0, len(self.shapes[i]) == 2))
                 row_tiles, column_tiles = math.ceil(rows / cut[0]), math.ceil(more / cut[1])
                 units = samples * (column_tiles if columns else row_tiles * column_tiles)
@@ -134,7 +146,7 @@ class _Loss:
         self.launch = Launch(
             fsp_loss_kernel, programs, tuple(v.numbers for v in views), tuple(pairs), samples, sum(p[4] for p in pairs),
             tuple(v.config for v in views), tuple(cuts), count, columns, BLOCK, how, interpreting(),
-            num_warps=warps(cuts, [cut for cut in cuts if cut[3] == 2]),
+            num_warps=many,
         )  # fmt: skip
 
 

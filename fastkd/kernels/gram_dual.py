@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastkd.kernels.gram_tile import across, along, extent, part, product, read, sample
+from fastkd.kernels.gram_tile import across, along, extent, part, product, read, sample, zeros
 from fastkd.kernels.tile import last_of
 
 
@@ -40,9 +40,9 @@ def channel_sums(
     s += sample(s_view, V, A, n)
     t += sample(t_view, V, A + 2, n)
     c = tl.arange(0, C[J][2])
-    sum00 = tl.zeros((k.shape[0], k.shape[0]), tl.float32)
-    sum01 = tl.zeros((k.shape[0], k.shape[0]), tl.float32)
-    sum11 = tl.zeros((k.shape[0], k.shape[0]), tl.float32)
+    sum00 = zeros(k, other)
+    sum01 = zeros(k, other)
+    sum11 = zeros(k, other)
     for first in range(begin, tl.minimum(end, channels), C[J][2]):
         channel = first + c
         own = (channel < channels)[:, None]
@@ -95,21 +95,23 @@ def dual_program(
     """A tile's sums over a part of the channels of A or of B. The last of a tile's programs adds them, keeps them and writes the tile's
     share of the loss; whether this was the last.
 
-    of: (first program, programs of a sample, tiles a side, where shares are, their number, where sums (by 32) and tickets are, positions,
-    parts of A). C[J]: (tile, tile, depth, 2, channels of a part, whether there is one tile).
+    of: (first program, programs of a sample, column tiles, where shares are, their number, where sums (by 32) and tickets are,
+    positions, parts of A). C[J]: (row block, column block, depth, 2, channels of a part, whether one square tile is all).
     """
-    TILE: tl.constexpr = C[J][0]
-    SIZE: tl.constexpr = TILE * TILE
+    HIGH: tl.constexpr = C[J][0]
+    WIDE: tl.constexpr = C[J][1]
+    SIZE: tl.constexpr = HIGH * WIDE
     CHANNELS: tl.constexpr = C[J][4]
     n = (local // of[1]).to(tl.int64)
-    tiles = of[2] * of[2]
+    tiles = (of[7] + HIGH - 1) // HIGH * of[2]
     tile = local % of[1] % tiles
     i = local % of[1] // tiles
     parts = of[1] // tiles
-    lane = tl.arange(0, TILE)
-    place = lane[:, None] * TILE + lane[None, :]
-    k = tile // of[2] * TILE + lane
-    other = tile % of[2] * TILE + lane
+    row = tl.arange(0, HIGH)
+    column = tl.arange(0, WIDE)
+    place = row[:, None] * WIDE + column[None, :]
+    k = tile // of[2] * HIGH + row
+    other = tile % of[2] * WIDE + column
     at = scratch + tl.cast(of[5], tl.int64) * 32 + (n * tiles + tile) * parts * (3 * SIZE)
     if i < of[8]:
         sum00, sum01, sum11 = channel_sums(

@@ -13,7 +13,7 @@ from fastkd.kernels import interpreting
 from fastkd.kernels.gram_kept import SQUARES, common_size, wide_stages
 from fastkd.kernels.gram_kernels import fsp_gradient_kernel
 from fastkd.kernels.gram_pool import spread
-from fastkd.kernels.gram_view import ONES, Sources, checked, mode, tile, view, warps, window
+from fastkd.kernels.gram_view import ONES, Sources, added_up, checked, mode, owned, tile, view, warps, window
 from fastkd.kernels.launch import Launch, Plans, key_of
 from fastkd.kernels.windows import empty_pooled, pooled_strides
 
@@ -51,8 +51,9 @@ class _Gradients:
         self.xs: list[int | None] = []
         self.outs: list[tuple[int, ...]] = []  # of each item: (wanted,) or, for a term by itself, (wanted, its size)
         self.spread: list[tuple[int, list[int], list[int | None]]] = []  # (wanted, items of its terms, pools of their maxima)
-        views, kinds, numbers, scales, cuts, items, out_views = [], [], [], [], [], [], []
-        samples, programs = features[0].shape[0], 0
+        views, kinds, numbers, scales, cuts, out_views = [], [], [], [], [], []
+        sizes = []  # of each item: its channels, its positions
+        samples = features[0].shape[0]
 
         def add(term: _Term, parts: tuple[int, ...], share: int) -> None:
             same = len(set(term.factors)) == 1
@@ -73,7 +74,6 @@ class _Gradients:
 
         def item(i: int, terms: Sequence[_Term], grid: tuple[int, ...], out: tuple[int, ...]) -> None:
             """A gradient on its own grid or, of parts, on the grid of its pooled terms."""
-            nonlocal programs
             x = features[i]
             own = x.shape[2:] if len(out) == 1 else out[1:]
             coarse = [t for t in terms if window(own, t.common, max_pool=False) == grid]
@@ -100,10 +100,7 @@ class _Gradients:
                 highest, widest = 64, 64 if kind == 2 else widest
             cut = tile(min(x.shape[1], highest), positions, max(t.depth for t in terms), how, dear=dear, widest=widest)
             cuts.append((*cut, first, len(coarse), len(fine)))
-            blocks = math.ceil(positions / cut[1])
-            tiles = math.ceil(x.shape[1] / cut[0]) * blocks
-            items.append((programs, tiles, blocks))
-            programs += samples * tiles
+            sizes.append((x.shape[1], positions))
             out_views.append(out_view)
             self.outs.append(out)
 
@@ -119,12 +116,21 @@ class _Gradients:
                 pooled = self.sources.max_pool and of is None
                 places.append(self.sources.add(i, term.common)[0] if pooled else None)
                 item(i, [term], ONES, (at, *term.common))
-            self.spread.append((at, list(range(len(items) - len(terms), len(items))), places))
+            self.spread.append((at, list(range(len(sizes) - len(terms), len(sizes))), places))
+        many, items, programs = warps(cuts, how), [], 0
+        for at, ((channels, positions), cut) in enumerate(zip(sizes, cuts)):
+            first, count = cut[3], cut[4] + cut[5]
+            if added_up(how, any(kind for _, kind, *_ in kinds[first : first + count])):
+                cuts[at] = cut = owned(cut, many, positions)
+            blocks = math.ceil(positions / cut[1])
+            tiles = math.ceil(channels / cut[0]) * blocks
+            items.append((programs, tiles, blocks))
+            programs += samples * tiles
         self.wanted = [i for i, _ in wanted]
         self.launch = Launch(
             fsp_gradient_kernel, programs, tuple(numbers), tuple(v.numbers for v in views), tuple(v.numbers for v in out_views),
             tuple(items), tuple(scales), samples, tuple(v.config for v in views), tuple(v.config for v in out_views), tuple(kinds),
-            tuple(cuts), len(items), how, interpreting(), num_warps=warps(cuts),
+            tuple(cuts), len(items), how, interpreting(), num_warps=many,
         )  # fmt: skip
 
     def run(self, grad: Tensor | None, features: Sequence[Tensor], ms: Sequence[Tensor]) -> list[Tensor]:

@@ -6,14 +6,16 @@ Common pooling windows are read where the feature is: averages over windows that
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import triton
 from torch import Tensor
 
-from fastkd.kernels import own_precision
+from fastkd.kernels import interpreting, own_precision
 from fastkd.kernels.launch import power_of_two, served, walk
 from fastkd.kernels.pool import pool
 from fastkd.kernels.windows import pooled_strides
@@ -97,12 +99,55 @@ def tile(rows: int, columns: int, depth: int, how: str, *, dear: bool = False, w
 
 def dual_tile(positions: int, how: str, *, dear: bool = False) -> Size:
     """The same of the products over channels, three at a time (`gram_dual.py`)."""
-    block = min(max(power_of_two(positions), 16), 32 if how in ("ieee", "tf32x3") else 64)
-    return block, block, 16 if how in ("ieee", "tf32x3") or dear else 32
+    if how == "ieee":
+        block = min(max(power_of_two(positions), 16), 32)
+        return block, block, 16
+    depth = 16 if how == "tf32x3" or dear else 32
+    if how != "tf32x3" and positions > 32 and _joins_warps():
+        return 64, 64, depth
+    # so that four warps, or eight of the larger, divide its columns: see `owned`
+    columns = min(max(power_of_two(positions), 32), 64)
+    return columns // 2, columns, depth
 
 
-def warps(tiles: Sequence[Size], dual: Sequence[Size] = ()) -> int:
-    return 8 if any(t[0] * t[1] > 64 * 64 for t in tiles) or any(t[0] == 64 for t in dual) else 4
+@functools.cache
+def _joins_warps() -> bool:
+    """Whether the device multiplies tiles of 64 rows by groups of four warps, as sm_90 and later do, rather than by single ones."""
+    if interpreting():
+        return False
+    arch = triton.runtime.driver.active.get_current_target().arch
+    return isinstance(arch, int) and arch >= 90
+
+
+def most_warps(t: Size) -> int:
+    """How many warps can have a part of tile t of their own.
+
+    Triton divides a tile to which several products are added along its longer side alone, and a warp's part is 16 rows or
+    8 columns at least. More warps compute the same numbers again.
+    """
+    return t[0] // 16 if t[0] >= t[1] else t[1] // 8
+
+
+def warps(tiles: Sequence[Size], how: str, dual: Sequence[Size] = ()) -> int:
+    if any(t[0] * t[1] > 64 * 64 for t in tiles) or any(t[0] == 64 for t in dual):
+        return 8  # fewer would not have the registers
+    return 4 if how == "ieee" else min(4, max(most_warps(t) for t in tiles))
+
+
+def added_up(how: str, several: bool) -> bool:
+    """Whether several products are added to a tile at each step: of the parts of a number, or of ``several`` factors."""
+    return how in ("bf16", "tf32x3") or (how == "tf32" and several)
+
+
+def owned(t: Size, count: int, columns: int) -> Size:
+    """Tile t, or one near it of which each of ``count`` warps can have a part of its own; columns: of the matrix."""
+    if t[0] >= 64 and _joins_warps():
+        return t
+    high, wide = t[:2]
+    for rows, more in ((high, wide), (high, 2 * wide), (high // 2, wide), (high // 2, 2 * wide)):
+        if rows >= 16 and more <= max(power_of_two(columns), wide) and most_warps((rows, more)) >= count:
+            return rows, more, *t[2:]
+    return t
 
 
 def checked(tensors: Sequence[Tensor], names: Sequence[str], pool_mode: str, precision: str | None) -> None:

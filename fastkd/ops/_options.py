@@ -39,7 +39,7 @@ class AttentionOptions(NamedTuple):
         return bits
 
 
-# For each switch its value when the bit is clear and when it is set; csrc/attention_options.h has the same numbers.
+# For each switch its value when the bit is clear and when it is set; csrc/common/attention_options.h has the same numbers.
 SWITCHES = {
     "channel_reduce": ("sum", "mean"),
     "signed": (False, True),

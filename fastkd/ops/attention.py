@@ -1,4 +1,4 @@
-"""Attention maps and the attention-transfer loss: operators, autograd rules, public functions."""
+"""The attention-transfer loss: operators, autograd rules, public function."""
 
 from __future__ import annotations
 
@@ -16,17 +16,9 @@ from fastkd.checks import Features
 from fastkd.ops import _batched_grads, _cuda_limits, _grad_prefetch
 from fastkd.ops._options import BIT, AttentionOptions, OperatorOptions, validated, validated_once
 from fastkd.ops._register import accumulator, autograd, define, differentiable_once, one_device, smaller, wanting_gradients
+from fastkd.ops.attention_map import AttentionMapFunction, attention_map
 
-_MAP = "float p, str channel_reduce, bool signed, bool normalize, float eps, str eps_mode"
-
-
-def _map_fake(x: Tensor, p: Any, channel_reduce: Any, signed: Any, normalize: bool, eps: Any, eps_mode: Any) -> tuple[Tensor, Tensor]:
-    dtype = accumulator([x])
-    return x.new_empty((x.shape[0], *x.shape[2:]), dtype=dtype), x.new_empty((x.shape[0] if normalize else 0,), dtype=dtype)
-
-
-def _map_backward_fake(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(x)
+__all__ = ["AttentionMapFunction", "AttentionTransferFunction", "attention_map", "attention_transfer_loss"]
 
 
 def _coefficient_size(x: Tensor, is_map: bool, other: Sequence[int], switches: int) -> list[int]:
@@ -53,8 +45,6 @@ def _loss_backward_fake(grad: Tensor, features: list[Tensor], coefficients: list
     return [torch.empty_like(x) for x in features]
 
 
-define(f"attention_map(Tensor x, {_MAP}) -> (Tensor map, Tensor norm)", _map_fake)
-define(f"attention_map_backward(Tensor grad, Tensor x, Tensor map, Tensor norm, {_MAP}) -> Tensor", _map_backward_fake)
 define(
     "attention_transfer_loss(Tensor[] student, Tensor[] teacher, float p, float eps, int switches, float[]? weights, float weight, "
     "bool student_grad, bool teacher_grad, float? upstream) -> (Tensor loss, Tensor[] coefficients, Tensor[] gradients)",
@@ -64,47 +54,8 @@ define(
     "attention_transfer_loss_backward(Tensor grad, Tensor[] features, Tensor[] coefficients, float p, int switches) -> Tensor[]",
     _loss_backward_fake,
 )
-differentiable_once("attention_map_backward")
 differentiable_once("attention_transfer_loss_backward")
 
-
-class AttentionMapFunction(torch.autograd.Function):
-    """``apply(impl, x, p, channel_reduce, signed, normalize, eps, eps_mode)`` -> map.
-
-    With q = reduce_c |x|^p, n = ||q||, y = q / max(n, eps) and g the incoming gradient:
-    dq = (g - y <g, y>) / n where n > eps, g / eps elsewhere;  dx = p sign(x) |x|^(p-1) dq, divided by C for "mean".
-    """
-
-    @staticmethod
-    def forward(ctx: Any, impl: Backend, x: Tensor, *options: Any) -> Tensor:
-        y, norm = impl.run("attention_map", x, *options)
-        ctx.save_for_backward(x, y, norm)
-        ctx.impl, ctx.options = impl, options
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_map_gradients(ctx, grad)
-
-
-def _map_gradients(ctx: Any, grad: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, y, norm = ctx.saved_tensors
-    if batched(grad):
-        names = ("p", "channel_reduce", "signed", "normalize", "eps", "eps_mode")
-        formula = functools.partial(reference.attention_map, **dict(zip(names, ctx.options, strict=True)))
-        (dx,) = _batched_grads.by_reference(formula, [x], [True], grad)
-    else:
-        dx = ctx.impl.run_backward("attention_map_backward", grad, x, y, norm, *ctx.options)
-    return dx, *(None for _ in ctx.options)
-
-
-def _graph_map_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(inputs[0], *output)
-    ctx.mark_non_differentiable(output[1])
-    ctx.options = inputs[1:]
-
-
-autograd("attention_map", _map_gradients, _graph_map_context)
 
 _prefetch = _grad_prefetch.GradPrefetch()
 
@@ -125,9 +76,10 @@ class AttentionTransferFunction(torch.autograd.Function):
         stages, bits = len(student), options[2]
         student_grad, teacher_grad = needed[0] < stages, needed[-1] >= stages
         foreseeing = student_grad and impl.prefetches and not bits & BIT["student_is_map"] and not saved_tensors_hooked()
-        ctx.expected = _prefetch.expect() if foreseeing else None
+        ctx.expected = expected = _prefetch.expect() if foreseeing else None
+        upstream = expected[1] if expected else None
         loss, coefficients, ctx.prepared = impl.run(
-            "attention_transfer_loss", student, teacher, *options, student_grad, teacher_grad, ctx.expected and ctx.expected[1]
+            "attention_transfer_loss", student, teacher, *options, student_grad, teacher_grad, upstream
         )
         _warn_of_one_position(student, teacher, bits, coefficients)
         ctx.impl, ctx.options, ctx.needed, ctx.stages = impl, options, needed, stages
@@ -152,7 +104,7 @@ class AttentionTransferFunction(torch.autograd.Function):
 def _warn_of_one_position(student: Sequence[Tensor], teacher: Sequence[Tensor], bits: int, coefficients: Sequence[Tensor]) -> None:
     # counted on the coefficients, one a position, since this costs the least; they are as many as before a pooling that comes after
     if bits & BIT["pool"]:
-        batch = student[0].shape[0]
+        batch = len(student[0])
         for k in coefficients:
             if k.numel() == batch:
                 break
@@ -193,47 +145,6 @@ def _graph_loss_backward(ctx: Any, grad: Tensor, *unused: list[Tensor | None]) -
 
 
 autograd("attention_transfer_loss", _graph_loss_backward, _graph_loss_context)
-
-
-def attention_map(
-    x: Tensor,
-    p: float = 2.0,
-    *,
-    channel_reduce: str = "mean",
-    signed: bool = False,
-    normalize: bool = True,
-    eps: float = 1e-12,
-    eps_mode: str = "clamp",
-) -> Tensor:
-    """Attention map of a feature: where its energy lies.
-
-    Args:
-        x: (N, C, *S), one to three spatial dimensions, float16, bfloat16, float32 or float64, any strides.
-        p: power, from 1 to 16.
-        channel_reduce: "mean" or "sum" over C.
-        signed: x^p instead of abs(x)^p (negative x under a fractional p gives NaN).
-        normalize: divide each sample's map by its l2 norm over S.
-        eps, eps_mode: the divisor is max(norm, eps) for "clamp", norm + eps for "add".
-
-    Returns: (N, *S), float32 (float64 for a float64 x).
-    Equals ``F.normalize(x.float().abs().pow(p).mean(1).flatten(1)).view(N, *S)`` at the defaults.
-    Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
-    Source: Zagoruyko, Komodakis, *Paying more attention to attention*, ICLR 2017.
-    """
-    impl = backends.select("attention_map", (x,), _cuda_limits.attention_map, (p,))
-    if impl.name == "reference":
-        return reference.attention_map(x, p, channel_reduce=channel_reduce, signed=signed, normalize=normalize, eps=eps, eps_mode=eps_mode)
-    if not checks.are_floats(p, eps):
-        p, eps = checks.constant("p", p), checks.constant("eps", eps)
-    options = (p, channel_reduce, signed, normalize, eps, eps_mode)
-    if torch.compiler.is_compiling():
-        checks.attention_map(x, p, channel_reduce, eps, eps_mode)
-        return impl.graph_op("attention_map")(x, *options)[0]
-    try:
-        return AttentionMapFunction.apply(impl, x, *options)
-    except Exception:
-        checks.explain(checks.attention_map, x, p, channel_reduce, eps, eps_mode)
-        raise
 
 
 def attention_transfer_loss(

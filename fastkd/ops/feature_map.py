@@ -57,7 +57,7 @@ class TapFunction(torch.autograd.Function):
     """``apply(impl, x, p, channel_reduce, signed, eps, eps_mode)`` -> x, map.
 
     dx = g + k sign(x) |x|^(p-1) for the incoming gradient g of x and the coefficient k = p dq (/ C for "mean") of each position, with dq
-    as in :class:`fastkd.ops.attention.AttentionMapFunction`; the sum is formed in float32 and rounded once.
+    as in :class:`fastkd.ops.attention_map.AttentionMapFunction`; the sum is formed in float32 and rounded once.
     """
 
     @staticmethod

@@ -130,8 +130,8 @@ class FSPLossFunction(torch.autograd.Function):
     ) -> Tensor:
         stages = len(student)
         foreseeing = needed[0] < stages and impl.prefetches and not saved_tensors_hooked()
-        ctx.expected = _prefetch.expect() if foreseeing else None
-        upstream = ctx.expected and ctx.expected[1]
+        ctx.expected = expected = _prefetch.expect() if foreseeing else None
+        upstream = expected[1] if expected else None
         made = [] if upstream is None else [i for i in needed if i < stages]
         loss, matrix_grads, ctx.prepared = impl.run("fsp_loss", student, teacher, *options, True, upstream, made)
         ctx.impl, ctx.options, ctx.stages, ctx.needed = impl, options, stages, needed

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastkd import checks, reference
 from fastkd.checks import Features
-from fastkd.ops.attention import attention_map
+from fastkd.ops.attention_map import attention_map
 
 
 def sakd_map(x: Tensor) -> Tensor:

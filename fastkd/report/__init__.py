@@ -1,1 +1,1 @@
-"""What finished runs show: the published tables with ours beside them, curves, and attention maps drawn anew."""
+"""What finished runs show: the published tables with ours beside them, curves, and attention maps."""

@@ -1,4 +1,4 @@
-"""The pictures of finished runs anew, from their weights.
+"""Draws the attention maps of finished runs again, from their weights.
 
 python -m fastkd.report.maps runs/FOLDER
 """
@@ -40,7 +40,7 @@ def redraw(folder: Path, data: Path | None) -> list[Path]:
             load_weights(models[role], path)
     except WeightsError as error:
         raise UserError(str(error)) from None
-    return attention_maps.keep(config, folder, models["student"], models.get("teacher"))
+    return attention_maps.draw(config, folder, models["student"], models.get("teacher"))
 
 
 @screens()

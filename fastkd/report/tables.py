@@ -25,7 +25,7 @@ from fastkd.models import create_model
 from fastkd.report import curves
 from fastkd.report.published import NOTE, TABLES, Entry, Published
 from fastkd.training import results
-from fastkd.training.groups import Group, changes, groups, number, told
+from fastkd.training.groups import Group, changes, groups, mean_and_spread, number
 from fastkd.training.recipes import RECIPES
 
 BEGIN, END = "<!-- experiments:begin -->", "<!-- experiments:end -->"
@@ -98,7 +98,7 @@ def cell(entry: Entry, group: Group | None, whole: bool, digits: int) -> str:
         return DASH
     mean, digits = sum(values) / len(values), max(digits, 2)
     runs = f" [{len(values)}]" if len(values) > 1 else ""
-    return told(values, digits) + runs + (f" ({mean - entry.value:+.{digits}f})" if whole and entry.value is not None else "")
+    return mean_and_spread(values, digits) + runs + (f" ({mean - entry.value:+.{digits}f})" if whole and entry.value is not None else "")
 
 
 def tables(rows: Sequence[dict[str, str]]) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -122,7 +122,7 @@ def tables(rows: Sequence[dict[str, str]]) -> list[tuple[str, list[str], list[li
         own = []
         for group in found:
             method, *rest = group.cells
-            line = [title_of(method), *rest, str(len(group.rows)), group.told("acc"), group.told("reported_acc")]
+            line = [title_of(method), *rest, str(len(group.rows)), group.spread("acc"), group.spread("reported_acc")]
             own.append(line)
         made.append(("All runs: test accuracy in percent, of the best epoch and of the one that the recipe reports", heads, own))
     return made

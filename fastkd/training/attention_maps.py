@@ -52,7 +52,7 @@ def available() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def keep(config: Config, folder: Path, student: nn.Module, teacher: nn.Module | None) -> list[Path]:
+def draw(config: Config, folder: Path, student: nn.Module, teacher: nn.Module | None) -> list[Path]:
     """The sheets of a run in its folder, one a variant; on failure none, and one line that says why. Models are left in eval mode."""
     if not available():
         return []

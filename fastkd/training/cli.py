@@ -87,9 +87,9 @@ def fractions(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(",") if part.strip())
 
 
-def tell(text: str) -> None:
-    """One line on stderr. Of several processes the first alone writes it."""
-    if is_first():
+def tell(text: str, speaks: bool) -> None:
+    """One line on stderr, if this process ``speaks``: of several the first one does for all."""
+    if speaks:
         print(f"{program()}: {text}", file=sys.stderr)
 
 
@@ -98,6 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         from fastkd.io.console import screens
         from fastkd.training import Interrupted, Recipe, Settings, UserError, repeat
+        from fastkd.training.distributed import MeetingError
         from fastkd.training.signals import terminable
 
         stack.enter_context(screens())
@@ -109,13 +110,13 @@ def main(arguments: list[str] | None = None) -> int:
             flags["options"] = tuple(flags["options"])
             repeat(Settings(**flags, overrides={name: value for name, value in fields.items() if value is not None}), times)
         except UserError as error:
-            tell(f"error: {error}")
+            tell(f"error: {error}", is_first() or isinstance(error, MeetingError))
             return 2
         except Interrupted as stop:
-            tell(str(stop))
+            tell(str(stop), is_first())
             return stop.status
     except KeyboardInterrupt as stop:
-        tell("stopped while nothing was being trained; what was finished is kept")
+        tell("stopped while nothing was being trained; what was finished is kept", is_first())
         return getattr(stop, "status", 130)
     finally:
         stack.close()

@@ -36,6 +36,10 @@ class PeerError(UserError):
     """What another process failed with, or that it is gone."""
 
 
+class MeetingError(UserError):
+    """This process cannot meet the others, so none of them can speak for it."""
+
+
 def share() -> tuple[int, int]:
     """(which process this is, of how many)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
@@ -62,7 +66,7 @@ def group(device: str | None) -> Iterator[None]:
     """The processes that were started together know each other inside, where none but the first prints.
 
     A process that was started alone goes on alone. If one fails, all end: those but the first in silence where the
-    user can mend it, since the first one then says what it is. Raises UserError where they cannot meet.
+    user can mend it, since the first one then says what it is. Raises MeetingError.
     """
     launch = launched()
     if launch is None:
@@ -70,7 +74,12 @@ def group(device: str | None) -> Iterator[None]:
         return
     status = signals.end_late() if launch.rank else None
     cuda = device == "cuda" or (device is None and torch.cuda.is_available())
-    _join(launch, cuda)
+    try:
+        _join(launch, cuda)
+    except MeetingError:
+        if status is not None and status() != 1:  # a signal ended the first one too, which says so
+            sys.exit(status())
+        raise
     try:
         with silenced(launch.rank > 0):
             yield
@@ -105,7 +114,7 @@ def _join(launch: Launch, cuda: bool) -> None:
         dist.init_process_group(backend, store=_store, rank=launch.rank, world_size=launch.world)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
-        raise UserError(f"{launch.world} processes cannot meet at {where}: {' '.join(str(error).split())[:200]}") from None
+        raise MeetingError(f"{launch.world} processes cannot meet at {where}: {' '.join(str(error).split())[:200]}") from None
 
 
 def _leave(error: BaseException, cuda: bool) -> None:
@@ -217,7 +226,8 @@ def joined_rows(tree: T, rows: int) -> T:
     def join(mine: Tensor) -> Tensor:
         parts = [mine.new_zeros(sizes[0], *mine.shape[1:]) for _ in sizes]  # the first part is a largest one
         parts[rank][: len(mine)] = mine
-        dist.all_gather(parts, parts[rank].clone())
+        with _meeting():
+            dist.all_gather(parts, parts[rank].clone())
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     return torch.utils._pytree.tree_map(join, tree)

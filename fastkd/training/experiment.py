@@ -52,7 +52,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def shared_config(settings: Settings) -> Config:
-    """The first process decides, for instance what ``--precision auto`` is, and fetches the data; the others follow."""
+    """The first process decides, for instance what ``--precision auto`` is, and fetches the data; the others take its settings."""
     config = Config(settings) if distributed.leads() else None
     decided = distributed.from_first(lambda: settings if config is None else config.settings)
     config = config or Config(decided)
@@ -83,14 +83,14 @@ def teacher_lock(config: Config, path: Path) -> Iterator[None]:
     if config.settings.teacher_checkpoint is not None or not distributed.leads():
         yield
         return
-    told = 0.0
+    last_said = 0.0
 
     def waits() -> None:
-        nonlocal told
-        if not told:
+        nonlocal last_said
+        if not last_said:
             say(f"teacher: another process trains {path}; waiting for it")
-        if time.monotonic() - told > 60:
-            told = time.monotonic()
+        if time.monotonic() - last_said > 60:
+            last_said = time.monotonic()
             distributed.busy()
 
     with locked(config.settings.output / f".{path.name}.lock", waits):
@@ -106,7 +106,7 @@ def load_teacher(config: Config, teacher: nn.Module, path: Path) -> tuple[dict[s
     found = about["identity"] if isinstance(about, dict) and isinstance(about.get("identity"), dict) else {}
     other = resume.differences(found, config.identity("teacher"))
     if other and config.settings.teacher_checkpoint is None:
-        raise UserError(f"{path} is another teacher: {resume.listed(other)}; move it away, or name it by --teacher-checkpoint")
+        raise UserError(f"{path} is another teacher: {resume.in_words(other)}; move it away, or name it by --teacher-checkpoint")
     batches = config.batches("teacher")[1]
     accuracy = evaluate(placed(teacher, config.device), batches, config.autocast())
     images = len(batches) * batches.batch_size if batches.drop_last else batches.count
@@ -137,7 +137,7 @@ def train(
         trainer = phase_trainer(config, role, phase, student, teacher, batches)
         label = title if main else f"{title} {name}"
         if state.get("phase") == name:
-            run.take_up(trainer)
+            run.restore(trainer)
             say(f"{label}: {run.folder} goes on after epoch {len(trainer.history)} of {recipe.epochs}")
         elif run.state is None and name == phases[0][0]:
             say(f"{label}: begins in {run.folder}")
@@ -156,7 +156,7 @@ def train(
     if run.writes and "no" in row:
         if role == "student" and config.settings.pictures:  # after the row: nothing that fails here can lose it
             trainer.student.load_state_dict(trainer.weights()[0])
-            attention_maps.keep(config, run.folder, trainer.student, teacher)
+            attention_maps.draw(config, run.folder, trainer.student, teacher)
         say(ending(config, role, row, results.COLUMNS[:11], run.folder))
     return row
 

@@ -31,8 +31,8 @@ class Group:
     def values(self, column: str) -> list[float]:
         return [value for value in (number(row.get(column)) for row in self.rows) if value is not None]
 
-    def told(self, column: str) -> str:
-        return told(self.values(column))
+    def spread(self, column: str) -> str:
+        return mean_and_spread(self.values(column))
 
     @property
     def cells(self) -> list[str]:
@@ -84,7 +84,7 @@ def number(text: Any) -> float | None:
         return None
 
 
-def told(values: Sequence[float], digits: int = 2) -> str:
+def mean_and_spread(values: Sequence[float], digits: int = 2) -> str:
     """Mean ± sample standard deviation (n - 1); of one value no deviation, of none a dash."""
     if not values:
         return "–"
@@ -102,4 +102,4 @@ def described(row: Mapping[str, Any]) -> str:
 
 def cells(group: Group) -> list[str]:
     """A group's line under the heads ``SHOWN``."""
-    return [*group.cells, " ".join(group.seeds), group.told("acc"), group.told("reported_acc")]
+    return [*group.cells, " ".join(group.seeds), group.spread("acc"), group.spread("reported_acc")]

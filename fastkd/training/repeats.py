@@ -11,7 +11,7 @@ from fastkd.training import distributed, results, resume
 from fastkd.training.config import Config
 from fastkd.training.experiment import run
 from fastkd.training.flags import refuse_idle
-from fastkd.training.groups import told
+from fastkd.training.groups import mean_and_spread
 from fastkd.training.settings import AUTO, Settings
 
 
@@ -36,7 +36,7 @@ def _repeat(settings: Settings, times: int) -> list[dict[str, Any]]:
     each = [dataclasses.replace(settings, seed=settings.seed + i, teacher_seed=teacher_seed) for i in range(times)]
     done: dict[int, dict[str, Any]] = {}
     if settings.resume is not None:
-        each, done = distributed.from_first(lambda: taken_up(each))
+        each, done = distributed.from_first(lambda: resumed(each))
     for i, one in enumerate(each, 1):
         if one.seed in done:
             row = done[one.seed]
@@ -46,25 +46,25 @@ def _repeat(settings: Settings, times: int) -> list[dict[str, Any]]:
             done[one.seed] = run(one)
             say("")
     rows = [done[one.seed] for one in each]
-    figures = (f"{name} {told([float(row[name]) for row in rows])} %" for name in ("acc", "reported_acc"))
+    figures = (f"{name} {mean_and_spread([float(row[name]) for row in rows])} %" for name in ("acc", "reported_acc"))
     seeds = " ".join(str(one.seed) for one in each)
     say(f"{times} runs, seeds {seeds}: {', '.join(figures)} (mean ± sample standard deviation); kept in {settings.output / 'results.md'}")
     return rows
 
 
-def taken_up(each: list[Settings]) -> tuple[list[Settings], dict[int, dict[str, Any]]]:
+def resumed(each: list[Settings]) -> tuple[list[Settings], dict[int, dict[str, Any]]]:
     """(settings, rows of finished seeds): each seed goes on, begins or is finished. Raises UserError where nothing had begun at all."""
     rows = {row.get("folder"): row for row in results.read_rows(each[0].output)[1]}
     done: dict[int, dict[str, Any]] = {}
     settings, begun = [], False
     for one in each:
         config = Config(one)
-        unfinished, finished = resume.folders(one.output, config.identity("student"))
-        waits = bool(unfinished or resume.teachers(config))
+        unfinished, finished = resume.runs_of(one.output, config.identity("student"))
+        waits = bool(unfinished or resume.unfinished_teachers(config))
         if finished and not unfinished:
             done[one.seed] = dict(rows[finished[-1].name])
         settings.append(dataclasses.replace(one, resume=one.resume if waits else None))
         begun = begun or waits or bool(finished)
     if not begun and each[0].resume != AUTO:
-        raise resume.nothing(Config(each[0]))
+        raise resume.nothing_to_resume(Config(each[0]))
     return settings, done

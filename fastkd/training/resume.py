@@ -26,11 +26,11 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> Differences:
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def listed(other: Differences) -> str:
+def in_words(other: Differences) -> str:
     return ", ".join(f"{key} {found} instead of {wanted}" for key, (found, wanted) in other.items())
 
 
-def other_than(folder: Path, config: dict[str, Any], identity: dict[str, Any]) -> Differences:
+def differences_of(folder: Path, config: dict[str, Any], identity: dict[str, Any]) -> Differences:
     """How the run in ``folder`` differs from ``identity``. A teacher that was moved is the same one by its weights."""
     other = differences(config["identity"], identity)
     if identity.get("teacher_weights") and other.keys() <= TEACHER and other:
@@ -41,7 +41,7 @@ def other_than(folder: Path, config: dict[str, Any], identity: dict[str, Any]) -
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """The config of a run that can be taken up, or None: something else, or of a version that knew no identities."""
+    """The config of a run that can be resumed; None for anything else, and for versions that wrote no identities."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -49,14 +49,14 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     return config if isinstance(config, dict) and isinstance(config.get("identity"), dict) else None
 
 
-def folders(output: Path, identity: dict[str, Any]) -> tuple[list[Path], list[Path]]:
+def runs_of(output: Path, identity: dict[str, Any]) -> tuple[list[Path], list[Path]]:
     """Runs of that identity under ``output``: (unfinished, finished), those without and with a row in its table. Raises UserError."""
     done = {row.get("folder") for row in results.read_rows(output)[1]}
-    found = [path for path, config in configs(output) if not other_than(path, config, identity)]
+    found = [path for path, config in all_runs(output) if not differences_of(path, config, identity)]
     return [path for path in found if path.name not in done], [path for path in found if path.name in done]
 
 
-def configs(output: Path) -> list[tuple[Path, dict[str, Any]]]:
+def all_runs(output: Path) -> list[tuple[Path, dict[str, Any]]]:
     """(folder, config) of every run under ``output``."""
     paths = [path.parent for path in sorted(output.glob("*/config.json"))]
     return [(path, config) for path in paths if (config := read_config(path)) is not None]
@@ -66,18 +66,18 @@ def choose(config: Config) -> tuple[dict[str, str] | None, Path | None]:
     """(the row of a finished run with which ``--resume auto`` ends, the folder of the run to go on with). Raises UserError."""
     if config.settings.resume is None:
         return None, None
-    folder = find(config)
+    folder = find_run(config)
     return (finished(config) if folder is None and config.settings.resume == AUTO else None), folder
 
 
 def finished(config: Config) -> dict[str, str] | None:
     """The row of the latest finished run of this configuration, if there is one. Raises UserError."""
-    done = [path.name for path in folders(config.settings.output, config.identity("student"))[1]]
+    done = [path.name for path in runs_of(config.settings.output, config.identity("student"))[1]]
     rows = [row for row in results.read_rows(config.settings.output)[1] if row.get("folder") in done]
     return rows[-1] if rows else None
 
 
-def nothing(config: Config) -> UserError:
+def nothing_to_resume(config: Config) -> UserError:
     """That no run of this configuration is unfinished: is it finished, or which one is nearest to it."""
     output, identity = config.settings.output, config.identity("student")
     row, rest = finished(config), "without --resume it begins"
@@ -85,15 +85,15 @@ def nothing(config: Config) -> UserError:
         rest = f"{row['folder']} is finished"
     else:
         done = {row.get("folder") for row in results.read_rows(output)[1]}
-        left = [(path, about) for path, about in configs(output) if path.name not in done and about.get("trained") != "teacher"]
-        found = [(other_than(path, about, identity), path.name) for path, about in left]
+        left = [(path, about) for path, about in all_runs(output) if path.name not in done and about.get("trained") != "teacher"]
+        found = [(differences_of(path, about, identity), path.name) for path, about in left]
         if found:
             other, name = min(found, key=lambda pair: len(pair[0]))
-            rest = f"the nearest is {name}: {listed(other)}; {rest}"
+            rest = f"the nearest is {name}: {in_words(other)}; {rest}"
     return UserError(f"--resume: no unfinished run of this configuration under {output}; {rest}")
 
 
-def find(config: Config) -> Path | None:
+def find_run(config: Config) -> Path | None:
     """The folder that ``--resume`` means; None where only the teacher's training had begun. Raises UserError: none, several.
 
     ``auto`` takes the one that came furthest, since all of one identity end alike, and None where there is none.
@@ -106,28 +106,28 @@ def find(config: Config) -> Path | None:
         if folder.name in {row.get("folder") for row in results.read_rows(output)[1]}:
             raise UserError(f"--resume {wanted}: that run is finished; its row is in {output / 'results.csv'}")
         return folder
-    found, _ = folders(output, config.identity("student"))
+    found, _ = runs_of(output, config.identity("student"))
     if wanted == AUTO:
         return max(found, key=epochs_of, default=None)
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise UserError(f"--resume: {len(found)} unfinished runs of this configuration under {output}: {names}; name one: --resume FOLDER")
-    if not found and not teachers(config):
-        raise nothing(config)
+    if not found and not unfinished_teachers(config):
+        raise nothing_to_resume(config)
     return found[0] if found else None
 
 
-def teachers(config: Config) -> list[Path]:
+def unfinished_teachers(config: Config) -> list[Path]:
     """Unfinished trainings of the teacher that this plan waits for; where the teacher is there, those that lack only their row."""
     if not config.method.needs_teacher or config.settings.teacher_checkpoint is not None:
         return []
-    found, there = folders(config.settings.output, config.identity("teacher"))[0], config.teacher_path().exists()
+    found, there = runs_of(config.settings.output, config.identity("teacher"))[0], config.teacher_path().exists()
     return [folder for folder in found if not there or epochs_of(folder) == config.recipe.epochs]
 
 
 def choose_teacher(config: Config, path: Path) -> tuple[bool, Path | None]:
     """(whether the teacher of ``path`` is still to be trained, the unfinished training to go on with, if there is one)."""
-    begun = teachers(config) if config.settings.resume is not None else []
+    begun = unfinished_teachers(config) if config.settings.resume is not None else []
     needed = config.settings.teacher_checkpoint is None and not path.exists()
     # all of one identity end alike, so the one that came furthest serves
     return needed or bool(begun), max(begun, key=epochs_of, default=None)

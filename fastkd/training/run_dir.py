@@ -19,7 +19,7 @@ from fastkd.models import WeightsError, read_checkpoint
 from fastkd.training import distributed, results
 from fastkd.training.command import COMMAND, command, command_file
 from fastkd.training.config import Config
-from fastkd.training.resume import CHECKPOINT, listed, other_than, read_config
+from fastkd.training.resume import CHECKPOINT, differences_of, in_words, read_config
 from fastkd.training.settings import environment
 from fastkd.training.tensorboard import Curves
 
@@ -53,31 +53,31 @@ class RunDir:
         """Of training, those of earlier processes included."""
         return float(self.before + time.perf_counter() - self.begun)
 
-    def take_up(self, trainer: Trainer) -> None:
-        """Gives ``trainer`` the state, and writes what follows from it: the process before may have been killed too early."""
+    def restore(self, trainer: Trainer) -> None:
+        """Gives ``trainer`` the state. The files that follow from it are written again: the run may have been killed before them."""
         assert self.state is not None
         try:
             trainer.load(self.state)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             text = " ".join(str(error).split())[:200]
             raise UserError(f"{self.folder / CHECKPOINT}: damaged, or of another version ({type(error).__name__}: {text})") from None
-        self.write_epoch_files(self.state["phase"], trainer, anew=True)
+        self.write_epoch_files(self.state["phase"], trainer, rewrite=True)
 
     def save_epoch(self, phase: str, trainer: Trainer) -> None:
-        """The checkpoint after an epoch, then what follows from it."""
+        """Writes the checkpoint after an epoch, then the files that follow from it."""
         if self.writes:
             about = {"config": self.config, "started": self.started, "taught_by": self.taught_by}
             save(self.folder / CHECKPOINT, {**about, **trainer.state(), "phase": phase, "elapsed": self.seconds})
             self.write_epoch_files(phase, trainer)
 
-    def write_epoch_files(self, phase: str, trainer: Trainer, anew: bool = False) -> None:
-        """Curves, the table of epochs, and the best weights when they are new; ``anew``: whatever is there."""
+    def write_epoch_files(self, phase: str, trainer: Trainer, rewrite: bool = False) -> None:
+        """Curves, the table of epochs, and the best weights when they are new; ``rewrite``: in any case."""
         history = trainer.history
         if not history or not self.writes:
             return
         self.curves.add(phase, history)
         write(self.folder / ("epochs.csv" if phase == "main" else f"{phase}.csv"), results.table(list(history[-1]), history))
-        if phase == "main" and (anew or trainer.best() is history[-1]):
+        if phase == "main" and (rewrite or trainer.best() is history[-1]):
             self.write_weights(self.folder / "best.pt", trainer.best_weights, trainer.best())
 
     def write_weights(self, path: Path, weights: dict[str, Any], epoch: dict[str, float]) -> None:
@@ -100,7 +100,7 @@ def opened(config: Config, role: str, folder: Path | None) -> Iterator[RunDir]:
 
 @contextmanager
 def _locked(config: Config, role: str, folder: Path | None) -> Iterator[RunDir]:
-    """A new run that ends in a UserError before its first checkpoint leaves no folder: nothing of it could be taken up."""
+    """A new run that ends in a UserError before its first checkpoint leaves no folder: nothing of it could be resumed."""
     run = new_run(config, role) if folder is None else load_run(folder, config.identity(role))
     early = {"config.json", COMMAND, LOG, ".lock", ".lock.held"}
     with owned(run.folder / ".lock") as mine:
@@ -138,9 +138,9 @@ def load_run(folder: Path, identity: dict[str, Any]) -> RunDir:
     path, config = folder / CHECKPOINT, read_config(folder)
     if config is None:
         raise UserError(f"{folder} holds no run of this version: no config.json with its identity")
-    other = other_than(folder, config, identity)
+    other = differences_of(folder, config, identity)
     if other:
-        raise UserError(f"{folder} is a run of another configuration: {listed(other)}")
+        raise UserError(f"{folder} is a run of another configuration: {in_words(other)}")
     if not path.exists():
         return RunDir(folder, config)
     try:

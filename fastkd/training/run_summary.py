@@ -169,8 +169,8 @@ def row_of(config: Config, role: str, run: RunDir, trainer: Trainer, teacher_acc
 def ending(config: Config, role: str, row: Mapping[str, Any], columns: Iterable[str], folder: Path) -> str:
     """The row, the files, and for a student the command that repeats it."""
     title = row["method"]
-    told = f"best {row['acc']} % (epoch {row['epoch']}), last {row['last_acc']} %, {clock(row['seconds'])}"
-    lines = [f"{title}: {told}; {config.recipe_name} reports the {config.recipe.report}: {row['reported_acc']} %"]
+    figures = f"best {row['acc']} % (epoch {row['epoch']}), last {row['last_acc']} %, {clock(row['seconds'])}"
+    lines = [f"{title}: {figures}; {config.recipe_name} reports the {config.recipe.report}: {row['reported_acc']} %"]
     lines.append(f"{title}: row {row['no']} of {config.settings.output / 'results.csv'}, weights in {folder}")
     if role == "teacher":
         return "\n".join(lines)

@@ -30,7 +30,7 @@ def available() -> bool:
 class Curves:
     """Event files in the run's folder, one step an epoch; nothing without the package ``tensorboard``.
 
-    The first :meth:`add` writes all epochs anew, so that a run taken up has each step once. Whatever fails here is told once and
+    The first :meth:`add` writes all epochs, so that a resumed run has each step once. Whatever fails here is said once and
     ends the curves, not the run.
     """
 

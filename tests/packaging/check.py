@@ -49,8 +49,8 @@ def tree(folder: Path) -> Path:
 def small(folder: Path) -> Path:
     """The real build and metadata, with next to nothing to compile."""
     top = folder / "small"
-    for folder in ("csrc/cpu", "csrc/common", "fastkd"):
-        (top / folder).mkdir(parents=True)
+    for part in ("csrc/cpu", "csrc/common", "fastkd"):
+        (top / part).mkdir(parents=True)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc/toolchain.py", "csrc/common/build_info.cpp"):
         shutil.copy(ROOT / name, top / name)
     (top / "fastkd" / "__init__.py").write_text("__version__ = '0.0.1'\n")

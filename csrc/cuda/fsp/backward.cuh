@@ -12,6 +12,7 @@ struct Gather {
   int64_t stride_n, stride_c, stride_s;
   int32_t grid[3];
   bool max;
+  bool halved;  // the feature's last two sizes are twice the grid's
 };
 
 struct GradientArguments {
@@ -52,12 +53,15 @@ FASTKD_DEVICE A gathered(const Gather& gather, const GradientArguments& item, co
       FASTKD_ROLLED
       for (int32_t w = windows.begin[2]; w < windows.end[2]; ++w) {
         const int32_t at = (d * gather.grid[1] + h) * gather.grid[2] + w;
+        const A number = from[at * gather.stride_s];
         if (!gather.max) {
-          total += from[at * gather.stride_s] * inverse_of<A>(share_of<true>(d, h, w, gather.grid, item.own.size));
+          total += number * (gather.halved ? A(0.25) : inverse_of<A>(share_of<true>(d, h, w, gather.grid, item.own.size)));
           continue;
         }
         const int64_t channel = n * item.own.stride_n + c * item.own.stride_c;
-        if (place_of_maximum<A>(item.own, channel, box_of<true>(at, item.own.size, gather.grid)) == s) total += from[at * gather.stride_s];
+        const int32_t place = gather.halved ? place_of_maximum_of_four<A>(item.own, channel, d, 2 * h, 2 * w)
+                                            : place_of_maximum<A>(item.own, channel, box_of<true>(at, item.own.size, gather.grid));
+        if (place == s) total += number;
       }
     }
   }

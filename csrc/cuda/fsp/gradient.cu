@@ -49,6 +49,7 @@ Gather GramGradients::coarse(const Feature& feature, const GramTerm& term, const
   gather.stride_s = made.stride_s;
   for (int d = 0; d < 3; ++d) gather.grid[d] = static_cast<int32_t>(grid[d]);
   gather.max = call_.max;
+  gather.halved = is_halved(feature.size, grid);
   return gather;
 }
 

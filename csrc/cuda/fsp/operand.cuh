@@ -287,6 +287,26 @@ FASTKD_DEVICE int32_t place_of_maximum(const Operand& x, int64_t from, const Box
   return place;
 }
 
+// As place_of_maximum(), of 2 x 2 numbers from (d, h, w) on, all of which are loaded before they are compared.
+template <typename A>
+FASTKD_DEVICE int32_t place_of_maximum_of_four(const Operand& x, int64_t from, int32_t d, int32_t h, int32_t w) {
+  int32_t most = 0;
+  with_width<A>(x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    Loaded<T, 1> window[4];
+    load_window(x, static_cast<const T*>(x.data) + (from + d * x.stride[0] + h * x.stride[1] + w * x.stride[2]), window);
+    A largest = window[0].template number<A>(0, x.dtype == DType::kBFloat16);
+    FASTKD_UNROLL
+    for (int j = 1; j < 4; ++j) {
+      const A one = window[j].template number<A>(0, x.dtype == DType::kBFloat16);
+      if (!is_larger(one, largest)) continue;
+      largest = one;
+      most = j;
+    }
+  });
+  return (d * x.size[1] + h + most / 2) * x.size[2] + w + most % 2;
+}
+
 // Writes one number of a gradient.
 template <typename A>
 FASTKD_DEVICE void store_number(const Operand& x, int64_t at, A value) {

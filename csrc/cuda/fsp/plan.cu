@@ -26,11 +26,6 @@ Reading reading_of(const Operand& x, bool padded) {
   return Reading::kOne;
 }
 
-// Fine and coarse sizes: see Operand.
-bool is_halved(const int32_t* fine, const int32_t* coarse) {
-  return fine[0] == coarse[0] && fine[1] == 2 * coarse[1] && fine[2] == 2 * coarse[2];
-}
-
 }  // namespace
 
 Operand plain_operand(const Feature& x) {

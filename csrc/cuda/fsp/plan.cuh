@@ -49,6 +49,11 @@ Mode mode_of(const std::vector<TensorView>& features, DType accumulate, const st
 void common_size(const Feature& a, const Feature& b, int64_t* size);
 inline bool is_size(const Feature& x, const int64_t* size) { return x.size[0] == size[0] && x.size[1] == size[1] && x.size[2] == size[2]; }
 bool is_near(const Feature& x, const int64_t* grid);
+// Fine and coarse sizes: see Operand.
+template <typename T>
+bool is_halved(const T* fine, const T* coarse) {
+  return fine[0] == coarse[0] && fine[1] == 2 * coarse[1] && fine[2] == 2 * coarse[2];
+}
 inline int64_t count_of(const int64_t* size) { return size[0] * size[1] * size[2]; }
 inline int32_t tiles_of(int64_t size) { return static_cast<int32_t>((size + kGramTile - 1) / kGramTile); }
 // Operand of a tensor of this layout, unpooled, and how it is best read.

@@ -1,0 +1,122 @@
+"""The choices of a run as plain values: what makes two runs the same, and what the records say."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastkd
+from fastkd.data import Dataset
+from fastkd.errors import UserError
+from fastkd.methods import Definition
+from fastkd.methods.options import written
+from fastkd.models import WeightsError, create_model, fingerprint, load_weights
+from fastkd.training.recipes import RECIPES, Recipe
+from fastkd.training.settings import Models, Settings, environment
+
+ALONE = ("epochs", "teacher_mode", "preset", "init_epochs", "init_lr", "init_milestones")
+"""Fields that a teacher's own training has no use for, or whose value stands in its file's name already."""
+
+USUAL = {"precision": "fp32", "device": "cpu", "deterministic": False, "compiled": False, "cuda_graph": False, "processes": 1}
+"""What a teacher's file does not say in its name."""
+
+
+class Choices:
+    """The settings, and all that was chosen where they left it open. ``role`` is "student" or "teacher"."""
+
+    settings: Settings
+    models: Models
+    recipe_name: str
+    recipe: Recipe
+    method: Definition
+    data: Dataset
+    device: torch.device
+    processes: int
+    compiled: bool
+    captured: bool
+
+    def seed_of(self, role: str) -> int:
+        given = self.settings.teacher_seed
+        return self.settings.seed if role != "teacher" or given is None else given
+
+    @property
+    def teacher_seed(self) -> int | None:
+        """That of the teacher that this run trains, or finds trained, where it is not the run's own."""
+        seed, ready = self.seed_of("teacher"), self.settings.teacher_checkpoint is not None
+        return seed if self.method.needs_teacher and not ready and seed != self.settings.seed else None
+
+    def model_name(self, role: str) -> str:
+        return self.models.teacher if role == "teacher" else self.models.student
+
+    def teacher_path(self) -> Path:
+        """Where the teacher is kept: a name of its own for all that its identity may hold."""
+        recipe, identity = RECIPES[self.recipe_name], self.identity("teacher")
+        changed = {key: value for key, value in dataclasses.asdict(self.recipe).items() if value != getattr(recipe, key)}
+        changed = {key: value for key, value in changed.items() if key not in ALONE}
+        changed |= {key: identity[key] for key, usual in USUAL.items() if identity[key] != usual}
+        name = [self.data.name, self.models.teacher, self.recipe_name, f"{self.recipe.epochs}epochs", f"seed{self.seed_of('teacher')}"]
+        extra = "-".join(f"{key}={value}" for key, value in sorted(changed.items()))
+        if len(extra) > 100:  # a file's name ends at 255 bytes
+            extra = hashlib.blake2b(extra.encode(), digest_size=8).hexdigest()
+        return self.settings.output / "teachers" / f"{'-'.join(filter(None, [*name, extra]))}.pt"
+
+    def identity(self, role: str) -> dict[str, Any]:
+        """All that the student's or the teacher's weights depend on, in plain values. Only a run of the same identity is resumed."""
+        settings, fields = self.settings, {**dataclasses.asdict(self.recipe)}
+        if role == "teacher":
+            fields = {key: value for key, value in fields.items() if key == "epochs" or key not in ALONE}
+        identity: dict[str, Any] = {
+            "trained": "teacher" if role == "teacher" else settings.method,
+            "dataset": self.data.name,
+            "model": self.model_name(role),
+            "recipe": self.recipe_name,
+            **{key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()},
+            "seed": self.seed_of(role),
+            "precision": settings.precision,
+            "device": self.device.type,
+            "deterministic": settings.deterministic,
+            "compiled": self.compiled,
+            "cuda_graph": self.captured,
+            "processes": self.processes,
+        }
+        if role != "teacher" and self.method.needs_teacher:
+            identity |= {"teacher": self.models.teacher, "teacher_weights": self.teacher_weights}
+            if self.teacher_seed is not None:
+                identity["teacher_seed"] = self.teacher_seed
+        if role != "teacher" and self.method.changes:
+            identity["options"] = {key: written(value) for key, value in self.method.changes.items()}
+        return identity
+
+    @cached_property
+    def teacher_weights(self) -> str | None:
+        """The fingerprint of what ``--teacher-checkpoint`` holds, wherever it lies; None without one. Raises UserError."""
+        if self.settings.teacher_checkpoint is None:
+            return None
+        teacher = create_model(self.models.teacher, self.data.classes)
+        try:
+            load_weights(teacher, self.settings.teacher_checkpoint)
+        except WeightsError as error:
+            raise UserError(str(error)) from None
+        return fingerprint(teacher)
+
+    def config(self) -> dict[str, Any]:
+        """All of it in plain values, for the records."""
+        settings = {key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(self.settings).items()}
+        resolved = {**dataclasses.asdict(self.models), "dataset": self.data.name, "recipe": self.recipe_name, "device": str(self.device)}
+        return {
+            **settings,
+            **resolved,
+            "fields": dataclasses.asdict(self.recipe),
+            "environment": environment(),
+            "fastkd": fastkd.__version__,
+            "torch": str(torch.__version__),
+        }
+
+    def options(self) -> list[str]:
+        """The options of the method that were changed, as the command line has them: "at.beta=500.0"."""
+        return [f"{key}={written(value)}" for key, value in self.method.changes.items()]
