@@ -312,6 +312,26 @@ def one_position(students: Sequence[Tensor], teachers: Sequence[Tensor], teacher
             )
 
 
+def sakd_map(x: object, name: str = "x") -> None:
+    feature(name, x)
+    assert isinstance(x, Tensor)
+    if x.dim() != 4 or x.shape[2] != x.shape[3]:
+        raise ValueError(f"{name} is {describe(x)}, wanted a square map (N, C, H, H)")
+
+
+def sakd_loss(student: object, teacher: object, weights: object, weight: object) -> tuple[list[Tensor], list[Tensor]]:
+    """The lists of student and teacher tensors, or the error that says what is wrong with the call."""
+    number("weight", weight)
+    students, teachers = _pairs_up(student, teacher, least=1)
+    stage_weights(weights, len(students), "stage")
+    for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
+        sakd_map(s, f"student[{i}]")
+        sakd_map(t, f"teacher[{i}]")
+        if s.shape[2] != t.shape[2]:
+            raise ValueError(f"student[{i}] is {describe(s)}, teacher[{i}] is {describe(t)}: sizes differ, SAKD wanted the same H")
+    return students, teachers
+
+
 def fsp_matrix(a: object, b: object, pool_mode: object, precision: object) -> None:
     switch("pool_mode", pool_mode, POOL_MODE)
     switch("precision", precision, PRECISION)

@@ -17,6 +17,7 @@ from fastkd.checks import Features
 from fastkd.ops.attention import attention_transfer_loss
 from fastkd.ops.fsp import fsp_loss
 from fastkd.ops.rkd import rkd_loss
+from fastkd.ops.sakd import sakd_loss
 from fastkd.reference import hcl_loss, kd_loss, ofd_loss
 
 _Self = TypeVar("_Self", bound="_Loss")
@@ -165,6 +166,24 @@ class KD(_Loss):
     }
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return super().forward(student, teacher)
+
+
+class SAKD(_Loss):
+    """:func:`fastkd.sakd_loss` with its further arguments fixed; each is an attribute.
+
+    ``forward(student, teacher)``: a tensor each, or several, one a stage, -> scalar, times ``weight``.
+
+    Presets: ``sakd``: 200, its authors' for CIFAR; ``imagenet``: 100, theirs for ImageNet.
+    """
+
+    def __init__(self, *, weights: Sequence[float] | None = None, weight: float = 200.0) -> None:
+        super().__init__(weights=weights, weight=weight)
+
+    function = staticmethod(sakd_loss)
+    presets = {"sakd": {"weight": 200.0}, "imagenet": {"weight": 100.0}}
+
+    def forward(self, student: Features, teacher: Features) -> Tensor:
         return super().forward(student, teacher)
 
 

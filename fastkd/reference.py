@@ -181,6 +181,35 @@ def attention_transfer_loss(
         return _combine(terms, weights, stage_reduce, weight)
 
 
+def _self_attended(g: Tensor) -> Tensor:
+    """The map g (N, H, H) and what its self-attention adds; the tokens are its rows."""
+    rows = torch.softmax(g @ g.mT, 2)  # that over the columns is its transpose, since g g^T is symmetric
+    return g + (rows + rows.mT) * g / math.sqrt(g.shape[2])
+
+
+def _sakd(energies: list[Tensor], weights: Sequence[float] | None, weight: float) -> Tensor:
+    """The loss from the energy maps, the student's first."""
+    count = len(energies) // 2
+    maps = [_normalize(_self_attended(g), 1e-12, "clamp") for g in energies]
+    pairs = [graphs.save_constants(s, t) for s, t in zip(maps[:count], maps[count:], strict=True)]
+    weights = [0.5 ** (count - 1 - i) for i in range(count)] if weights is None else weights
+    return _combine([(s - t).square().mean() for s, t in pairs], weights, "sum", weight)
+
+
+def sakd_map(x: Tensor) -> Tensor:
+    """See :func:`fastkd.sakd_map`."""
+    checks.sakd_map(x)
+    with _no_autocast(x):
+        return _self_attended(_widen(x)[0].square().mean(1))
+
+
+def sakd_loss(student: Features, teacher: Features, *, weights: Sequence[float] | None = None, weight: float = 200.0) -> Tensor:
+    """See :func:`fastkd.sakd_loss`."""
+    students, teachers = checks.sakd_loss(student, teacher, weights, weight)
+    with _no_autocast(students[0]):
+        return _sakd([x.square().mean(1) for x in _widen(*students, *teachers)], weights, weight)
+
+
 def _gram(a: Tensor, b: Tensor, pool_mode: str, precision: str | None) -> Tensor:
     size = _smaller(a.shape[2:], b.shape[2:])
     a, b = _pool(a, size, pool_mode).flatten(2), _pool(b, size, pool_mode).flatten(2)

@@ -165,7 +165,10 @@ class Distiller(nn.Module):
 
     @classmethod
     def beside(cls, options: Any, preset: Preset, with_kd: bool) -> Beside:
-        """What is trained beside this loss; ``with_kd``: in the sum with KD alone, under a preset of the recipe's own authors."""
+        """What is trained beside this loss; ``with_kd``: whether the user asks for KD too.
+
+        ``preset.with_kd`` is None but in the sum with KD alone, under a preset of the recipe's own authors.
+        """
         return preset.with_kd if with_kd and preset.with_kd is not None else preset.beside
 
     @classmethod
