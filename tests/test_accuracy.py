@@ -178,7 +178,8 @@ def test_triton_is_as_exact_as_pytorch(backend, layout):
 def test_triton_is_as_exact_where_a_lane_adds_the_most_rows(backend, layout, channels, size, monkeypatch):
     """As in a large batch, where each program sums all it may: 64 rows a lane."""
     pytest.importorskip("triton")
-    from fastkd.kernels import attention_map, launch
+    from fastkd.kernels.attention import map as attention_map
+    from fastkd.kernels.common import launch
 
     monkeypatch.setattr(launch, "LEAST", launch.MOST)
     monkeypatch.setattr(attention_map, "_plans", launch.Plans())

@@ -131,7 +131,7 @@ def test_a_wrong_argument_is_one_line(tmp_path: Path) -> None:
 
 
 def test_the_fastest_tiles_are_printed_and_the_table_is_as_it_was(tmp_path: Path, monkeypatch, capsys) -> None:
-    gram_view = pytest.importorskip("fastkd.kernels.gram_view", exc_type=ImportError)
+    gram_view = pytest.importorskip("fastkd.kernels.fsp.view", exc_type=ImportError)
     from speed import gpu_parts
 
     def seconds(how: str, *features: object) -> float:

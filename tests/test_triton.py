@@ -102,7 +102,7 @@ def test_results_are_the_same_bits_in_each_run(triton):
 
 def test_nothing_as_large_as_a_feature_is_allocated_but_gradients(triton, monkeypatch):
     """In any layout: maps, coefficients and scratch memory are a small part of a feature of many channels."""
-    from fastkd.kernels.launch import Launch
+    from fastkd.kernels.common.launch import Launch
 
     layouts = ("contiguous", "channels_last", "stepped", "expanded_batch")
     pairs = [[triton(make((2, 300, 5, 6), torch.float32, layout)) for _ in range(2)] for layout in layouts]

@@ -1,4 +1,4 @@
-"""FSP pairs whose matrix, larger than the features, Triton makes once in each pass and keeps in neither (`gram_kept.py` says where)."""
+"""FSP pairs whose matrix, larger than the features, Triton makes once in each pass and keeps in neither (`fsp/saved.py` says where)."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastkd
 from fastkd import kernels
-from fastkd.kernels.gram_kept import kept_shape
+from fastkd.kernels.fsp.saved import kept_shape
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.skipif(bool(missing("triton")), reason=missing("triton"))]
 PAIR = [(24, 3, 3), (40, 3, 3)]
@@ -145,7 +145,9 @@ def test_results_are_the_same_bits_in_each_run_and_one_launch_each_way(triton, l
 
 @pytest.mark.parametrize("layout", ["contiguous", "stepped"])
 def test_offsets_within_a_large_sample_are_as_wide(triton, layout, monkeypatch):
-    from fastkd.kernels import gram, gram_gradient, gram_view
+    from fastkd.kernels.fsp import forward as gram
+    from fastkd.kernels.fsp import gradient as gram_gradient
+    from fastkd.kernels.fsp import view as gram_view
 
     tensors = [triton(arrange(x, layout)) for x in (*chain("fused windows"), *chain("fused windows"))]
     results = []

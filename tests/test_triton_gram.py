@@ -103,7 +103,9 @@ def test_unusual_pooling_takes_launches_of_its_own(triton, launched):
 
 def test_offsets_within_a_large_sample_are_as_wide(triton, monkeypatch):
     """The kernel for samples beyond 2^31 elements gives the same bits."""
-    from fastkd.kernels import gram, gram_gradient, gram_view
+    from fastkd.kernels.fsp import forward as gram
+    from fastkd.kernels.fsp import gradient as gram_gradient
+    from fastkd.kernels.fsp import view as gram_view
 
     tensors = [make((2, *shape), torch.float32, layout) for shape in CIFAR for layout in ("contiguous", "stepped")]
     tensors = [triton(x) for x in tensors]

@@ -206,7 +206,7 @@ def tiles(seconds: str = "60") -> None:
 
     Tries as many as there is time for, the present one first. A tile that does not compile or fit is passed over.
     """
-    from fastkd.kernels import gram_view
+    from fastkd.kernels.fsp import view as gram_view
 
     end = time.monotonic() + float(seconds)
     found: dict[str, dict[str, float]] = {}
@@ -239,7 +239,8 @@ def _tile_line(how: str, tried: tuple[int, ...]) -> str:
 
 
 def _forget_plans() -> None:
-    from fastkd.kernels import gram, gram_gradient
+    from fastkd.kernels.fsp import forward as gram
+    from fastkd.kernels.fsp import gradient as gram_gradient
 
     gram._plans.clear()
     gram_gradient._plans.clear()

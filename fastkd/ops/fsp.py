@@ -13,7 +13,7 @@ from fastkd import backends, checks, kernels, reference
 from fastkd._implementations import Backend
 from fastkd._private import batched, saved_tensors_hooked
 from fastkd.checks import Features
-from fastkd.kernels.gram_kept import kept_shape, wide_stages
+from fastkd.kernels.fsp.saved import kept_shape, wide_stages
 from fastkd.ops import _batched_grads, _cuda_limits, _grad_prefetch, flops
 from fastkd.ops._register import accumulator, autograd, define, differentiable_once, one_device, wanting_gradients
 
@@ -119,7 +119,7 @@ class FSPLossFunction(torch.autograd.Function):
     ``needed``: the places of those in ``[*student, *teacher]``. The forward saves M = dloss/dG of the student for each pair, for an
     upstream gradient of 1 (the teacher's is -M), so a chain's gradients need only the chain itself: dA = upstream M B / S, dB = upstream
     M^T A / S, and a middle stage adds the terms of its two pairs.
-    Where M would be larger than the features, Triton keeps less and needs both chains' features of that pair (`kernels/gram_kept.py`).
+    Where M would be larger than the features, Triton keeps less and needs both chains' features of that pair (`kernels/fsp/saved.py`).
     On a CPU, for the upstream gradient that is expected (:mod:`fastkd.ops._grad_prefetch`), it makes the student's gradients too, sample by
     sample, while the sample's maps are in the cache; the backward hands those out, once, if it is given just that.
     """

@@ -1,4 +1,6 @@
-"""Gradients of FSP matrices and of the FSP loss: all features of a chain in one launch, as `gram.py` says."""
+"""Gradients of FSP matrices and of the FSP loss: all features of a chain in one launch, as `fsp/forward.py`
+says.
+"""
 
 from __future__ import annotations
 
@@ -10,33 +12,39 @@ import torch
 from torch import Tensor
 
 from fastkd.kernels import interpreting
-from fastkd.kernels.gram_kept import SQUARES, common_size, wide_stages
-from fastkd.kernels.gram_kernels import fsp_gradient_kernel
-from fastkd.kernels.gram_pool import spread
-from fastkd.kernels.gram_view import ONES, Sources, added_up, checked, mode, options, owned, tile, view, warps, window
-from fastkd.kernels.launch import Launch, Plans, key_of
-from fastkd.kernels.windows import empty_pooled, pooled_strides
+from fastkd.kernels.common.launch import Launch, Plans, key_of
+from fastkd.kernels.common.windows import empty_pooled, pooled_strides
+from fastkd.kernels.fsp.kernels import fsp_gradient_kernel
+from fastkd.kernels.fsp.pool import spread
+from fastkd.kernels.fsp.saved import SQUARES, common_size, wide_stages
+from fastkd.kernels.fsp.view import ONES, Sources, added_up, checked, mode, options, owned, tile, view, warps, window
 
 _plans = Plans()
 
 
 @dataclass(frozen=True)
 class _Term:
-    """M x for a feature x and a kept matrix M, or one that is made again; or what `gram_dual.py` makes of kept squares and both chains."""
+    """M x for a feature x and a kept matrix M, or one that is made again; or what `fsp/low_rank.py` makes of
+    kept squares and both chains.
+    """
 
     common: tuple[int, ...]
-    xs: tuple[int, ...]  # places of features: x; a stage of student and teacher; x and the factors of both matrices
+    # places of features: x; a stage of student and teacher; x and the factors of both matrices
+    xs: tuple[int, ...]
     m: int  # place of what was kept
     numbers: tuple[int, ...]  # see the kernels: of strides of M, of squares, or of factors of columns
     depth: int  # summed over
     strides: tuple[tuple[int, ...], ...] = ()  # of a kept square and of its transpose: sample, row, positions
     left: bool = False
     sign: int = 0
-    factors: tuple[tuple[int, ...], ...] = ()  # of a matrix made again: what the features of student and teacher are pooled to
+    # of a matrix made again: what the features of student and teacher are pooled to
+    factors: tuple[tuple[int, ...], ...] = ()
 
     @property
     def kind(self) -> int:
-        """Of a matrix that was kept (0), of squares (1), or of a matrix made again (2): `gram_kernels._any_term`."""
+        """Of a matrix that was kept (0), of squares (1), or of a matrix made again (2):
+        `gram_kernels._any_term`.
+        """
         return 1 if self.strides else 2 if self.factors else 0
 
 
@@ -49,8 +57,10 @@ class _Gradients:
         self.sources = Sources(features, max_pool=pool_mode == "max")
         self.ms: list[int] = []
         self.xs: list[int | None] = []
-        self.outs: list[tuple[int, ...]] = []  # of each item: (wanted,) or, for a term by itself, (wanted, its size)
-        self.spread: list[tuple[int, list[int], list[int | None]]] = []  # (wanted, items of its terms, pools of their maxima)
+        # of each item: (wanted,) or, for a term by itself, (wanted, its size)
+        self.outs: list[tuple[int, ...]] = []
+        # (wanted, items of its terms, pools of their maxima)
+        self.spread: list[tuple[int, list[int], list[int | None]]] = []
         views, kinds, numbers, scales, cuts, out_views = [], [], [], [], [], []
         sizes = []  # of each item: its channels, its positions
         samples = features[0].shape[0]
@@ -185,7 +195,9 @@ def fsp_loss_backward(
 def _term(
     tensors: Sequence[Tensor], kept: Sequence[Tensor], i: int, pair: int, places: dict[int, tuple[int, ...]], *, teacher: bool
 ) -> _Term:
-    """The term of a gradient, stage i's, that comes from a pair. tensors: the chain's, then others; places: of stages of both chains."""
+    """The term of a gradient, stage i's, that comes from a pair. tensors: the chain's, then others; places:
+    of stages of both chains.
+    """
     left, m = i == pair, kept[pair]
     other = pair + 1 if left else pair
     common = common_size(tensors[pair], tensors[pair + 1])
@@ -200,7 +212,8 @@ def _term(
     n, square, row, column = m.stride()
     steps = torch.empty(common, device="meta").stride()
     strides = [(n, one, *[step * of for of in steps]) for one, step in ((row, column), (column, row))]
-    # A takes Q, B takes P: of the student Q00 and Q01^T, P00 + P01 and P01^T + P11; of the teacher Q00 - Q01 and Q01^T - Q11, P01 and P11
+    # A takes Q, B takes P: of the student Q00 and Q01^T, P00 + P01 and P01^T + P11; of the teacher Q00 - Q01
+    # and Q01^T - Q11, P01 and P11
     first = (3 if left else 0) + (teacher and not left)
     sign = 0 if teacher != left else -1 if teacher else 1
     return _Term(common, places[i], pair, (first * square, square), math.prod(common), tuple(strides), left, sign)
