@@ -224,9 +224,9 @@ def samples():
         yield ops.fsp_loss.default, (s, t, "avg", "squared", "sum", None, 1.0, None, grad)
         yield ops.fsp_loss.default, (s, [v.detach() for v in t], "max", "column_l2", "mean", [2.0], 3.0, "tf32", grad)
         plain = [v.detach() for v in (*s, *t)]
-        loss, grams, _ = ops.fsp_loss(plain[:2], plain[2:], "avg", "squared", "sum", None, 1.0, None, True)
-        yield ops.fsp_loss_backward.default, (torch.ones_like(loss), plain[:2], grams, "avg", None, [0, 1], False, [])
-        yield ops.fsp_loss_backward.default, (torch.ones_like(loss), plain[2:], grams, "avg", None, [1], True, [])
+        loss, matrices, _ = ops.fsp_loss(plain[:2], plain[2:], "avg", "squared", "sum", None, 1.0, None, True)
+        yield ops.fsp_loss_backward.default, (torch.ones_like(loss), plain[:2], matrices, "avg", None, [0, 1], False, [])
+        yield ops.fsp_loss_backward.default, (torch.ones_like(loss), plain[2:], matrices, "avg", None, [1], True, [])
 
 
 OPERATORS = [

@@ -194,7 +194,7 @@ def operators(ops):
     transfer = (2.0, 1e-12, SWITCHES, None, 1.0, True, True, None)
     loss, coefficients, _ = ops.attention_transfer_loss([a, b], [c, d], *transfer)
     chain = ("avg", "squared", "sum", None, 1.0, None, True)
-    fsp, gram_grads, _ = ops.fsp_loss([a, b], [c, d], *chain)
+    fsp, matrix_grads, _ = ops.fsp_loss([a, b], [c, d], *chain)
     made = {
         "attention_map": (lambda x: ops.attention_map(x, *NORMED), a),
         "attention_map_backward": (lambda x: ops.attention_map_backward(map_y, x, m, norm, *NORMED), a),
@@ -203,9 +203,9 @@ def operators(ops):
             lambda x: ops.attention_transfer_loss_backward(loss, [x, b], coefficients[:2], 2.0, SWITCHES), a
         ),
         "fsp_matrix": (lambda x: ops.fsp_matrix(x, b, "avg", None), a),
-        "fsp_matrix_backward": (lambda x: ops.fsp_matrix_backward(gram_grads[0], x, b, "avg", None, True, True), a),
+        "fsp_matrix_backward": (lambda x: ops.fsp_matrix_backward(matrix_grads[0], x, b, "avg", None, True, True), a),
         "fsp_loss": (lambda x: ops.fsp_loss([x, b], [c, d], *chain), a),
-        "fsp_loss_backward": (lambda x: ops.fsp_loss_backward(fsp, [x, b], gram_grads, "avg", None, [0, 1], False), a),
+        "fsp_loss_backward": (lambda x: ops.fsp_loss_backward(fsp, [x, b], matrix_grads, "avg", None, [0, 1], False), a),
         "tap_backward": (lambda x: ops.tap_backward(b, map_y, x, m, norm, *MAP), a),
         "relu_tap": (lambda x: ops.relu_tap(x, b, *MAP), a),
         "relu_tap_backward": (lambda x: ops.relu_tap_backward(b, map_y, x, map_y, norm_y, *MAP), y),

@@ -192,15 +192,15 @@ def fsp_loss(
 
     given = [x for x, _ in plan.sources.made(tensors)] if plan.sources.pools else tensors
     operands = tuple([given[i] for i in plan.operands])
-    gram_grads = [first.new_empty(shape, dtype=torch.float32) for shape in plan.shapes] if with_grad else []
+    matrix_grads = [first.new_empty(shape, dtype=torch.float32) for shape in plan.shapes] if with_grad else []
     loss = first.new_empty((), dtype=torch.float32)
     plan.launch(
-        operands, operands, tuple(gram_grads) if with_grad else None, loss, first.new_empty(plan.scratch, dtype=torch.float32),
+        operands, operands, tuple(matrix_grads) if with_grad else None, loss, first.new_empty(plan.scratch, dtype=torch.float32),
         first.new_zeros(plan.tickets, dtype=torch.int32), factors,
     )  # fmt: skip
     gradients = []
     if stages:
         given_upstream = first.new_full((), float(upstream or 0), dtype=torch.float32)
         others = [teacher[i] for i in plan.wide]
-        gradients = fsp_loss_backward(given_upstream, student, gram_grads, pool_mode, precision, stages, False, others)
-    return loss, gram_grads, gradients
+        gradients = fsp_loss_backward(given_upstream, student, matrix_grads, pool_mode, precision, stages, False, others)
+    return loss, matrix_grads, gradients

@@ -24,7 +24,7 @@ _plans = Plans()
 
 @dataclass(frozen=True)
 class _Term:
-    """M x for a feature x and a kept matrix M, or one that is made again; or what `fsp/low_rank.py` makes of
+    """M x for a feature x and a kept matrix M, or one that is recomputed; or what `fsp/low_rank.py` makes of
     kept squares and both chains.
     """
 
@@ -37,12 +37,12 @@ class _Term:
     strides: tuple[tuple[int, ...], ...] = ()  # of a kept square and of its transpose: sample, row, positions
     left: bool = False
     sign: int = 0
-    # of a matrix made again: what the features of student and teacher are pooled to
+    # of a matrix recomputed: what the features of student and teacher are pooled to
     factors: tuple[tuple[int, ...], ...] = ()
 
     @property
     def kind(self) -> int:
-        """Of a matrix that was kept (0), of squares (1), or of a matrix made again (2):
+        """Of a matrix that was kept (0), of squares (1), or of a matrix recomputed (2):
         `gram_kernels._any_term`.
         """
         return 1 if self.strides else 2 if self.factors else 0
@@ -102,7 +102,7 @@ class _Gradients:
             positions = math.prod(own) // math.prod(grid)
             dear = any(v.dear for v in views[first_view:])
             widest = 64 if (coarse and fine) or out_view.scalar else 128
-            # a matrix made again is a third block in registers
+            # a matrix recomputed is a third block in registers
             highest, kind = 128, max(t.kind for t in terms)
             if how in ("ieee", "tf32x3") and kind:
                 highest, widest = 32 if kind == 2 else 128, 32
@@ -159,7 +159,7 @@ class _Gradients:
 
 
 def fsp_loss_backward(
-    grad: Tensor, features: Sequence[Tensor], gram_grads: Sequence[Tensor], pool_mode: str, precision: str | None, stages: Sequence[int],
+    grad: Tensor, features: Sequence[Tensor], matrix_grads: Sequence[Tensor], pool_mode: str, precision: str | None, stages: Sequence[int],
     negate: bool, others: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """See ``torch.ops.fastkd.fsp_loss_backward``."""
@@ -168,28 +168,28 @@ def fsp_loss_backward(
     others = others or ()
     tensors = (*features, *others)
     how = mode(tensors, precision)
-    key = ("gradients", key_of(tensors), key_of(gram_grads), grad.dtype, pool_mode, precision, how, tuple(stages), negate)
+    key = ("gradients", key_of(tensors), key_of(matrix_grads), grad.dtype, pool_mode, precision, how, tuple(stages), negate)
     plan = _plans.get(key)
     if plan is None:
         names = [f"{of}[{i}]" for of, chain in (("features", features), ("others", others)) for i in range(len(chain))]
         checked(tensors, names, pool_mode, precision)
-        if len(features) < 2 or len(gram_grads) != len(features) - 1:
-            raise ValueError("gram_grads must hold one matrix a pair of features")
-        wide = wide_stages(gram_grads)
+        if len(features) < 2 or len(matrix_grads) != len(features) - 1:
+            raise ValueError("matrix_grads must hold one matrix a pair of features")
+        wide = wide_stages(matrix_grads)
         if len(others) != len(wide) or any(x.shape[1] != features[i].shape[1] for i, x in zip(wide, others)):
             raise ValueError(f"others must hold stages {wide} of the other chain, got {len(others)} features")
-        for i, m in enumerate(gram_grads):
-            _check_kept(m, features[i], features[i + 1], f"gram_grads[{i}]")
+        for i, m in enumerate(matrix_grads):
+            _check_kept(m, features[i], features[i + 1], f"matrix_grads[{i}]")
         # student's and teacher's features of a stage
         places = {i: (i, len(features) + k)[:: -1 if negate else 1] for k, i in enumerate(wide)}
         wanted = []
         for i in stages:
             if not 0 <= i < len(features):
                 raise ValueError(f"stages must be indices of features, got {i}")
-            pairs = [pair for pair in (i - 1, i) if 0 <= pair < len(gram_grads)]
-            wanted.append((i, [_term(tensors, gram_grads, i, pair, places, teacher=negate) for pair in pairs]))
+            pairs = [pair for pair in (i - 1, i) if 0 <= pair < len(matrix_grads)]
+            wanted.append((i, [_term(tensors, matrix_grads, i, pair, places, teacher=negate) for pair in pairs]))
         plan = _plans[key] = _Gradients(tensors, wanted, pool_mode, how, -1.0 if negate else 1.0)
-    return plan.run(grad, tensors, gram_grads)
+    return plan.run(grad, tensors, matrix_grads)
 
 
 def _term(

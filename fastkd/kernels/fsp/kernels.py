@@ -154,12 +154,12 @@ def _term(
 
 
 @triton.jit
-def _again_term(
+def _recomputed_term(
     total, kept, x, a, b, a_less, b_less, numbers, x_view, a_view, b_view, a_less_view, b_less_view, n, row, rows, position, inside, j,
     scale, V: tl.constexpr, A: tl.constexpr, K: tl.constexpr, T: tl.constexpr, C: tl.constexpr, J: tl.constexpr, MODE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """total + scale M x, of an M that was not kept: a b^T - a_less b_less^T, made again, times the columns'
+    """total + scale M x, of an M that was not kept: a b^T - a_less b_less^T, recomputed, times the columns'
     factors ``kept``.
 
     a: the student's feature whose gradient this is, or the teacher's is, and b the pair's other. numbers:
@@ -197,7 +197,7 @@ def _any_term(
     total, ms, xs, m_numbers, views, n, row, rows, position, inside, j, scale, V: tl.constexpr, K: tl.constexpr, T: tl.constexpr,
     C: tl.constexpr, J: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """K[T]: (place of its first tensor and view, 0) or that of ``dual_term`` or ``_again_term``."""
+    """K[T]: (place of its first tensor and view, 0) or that of ``dual_term`` or ``_recomputed_term``."""
     A: tl.constexpr = K[T][0]
     if K[T][1] == 0:
         return _term(total, ms[T], xs[A], m_numbers[T], views[A], n, row, rows, position, inside, j, scale, V, A, C, J, MODE, UPCAST)
@@ -207,7 +207,7 @@ def _any_term(
             inside, j, scale, V, A, K, T, C, J, MODE, UPCAST,
         )  # fmt: skip
     else:
-        return _again_term(
+        return _recomputed_term(
             total, ms[T], xs[A], xs[A + 1], xs[A + 2], xs[A + 3], xs[A + 4], m_numbers[T], views[A], views[A + 1], views[A + 2],
             views[A + 3], views[A + 4], n, row, rows, position, inside, j, scale, V, A, K, T, C, J, MODE, UPCAST,
         )  # fmt: skip

@@ -145,19 +145,17 @@ def test_results_are_the_same_bits_in_each_run_and_one_launch_each_way(triton, l
 
 @pytest.mark.parametrize("layout", ["contiguous", "stepped"])
 def test_offsets_within_a_large_sample_are_as_wide(triton, layout, monkeypatch):
-    from fastkd.kernels.fsp import forward as gram
-    from fastkd.kernels.fsp import gradient as gram_gradient
-    from fastkd.kernels.fsp import view as gram_view
+    from fastkd.kernels.fsp import forward, gradient, view
 
     tensors = [triton(arrange(x, layout)) for x in (*chain("fused windows"), *chain("fused windows"))]
     results = []
     for far in (2**31, 0):
-        monkeypatch.setattr(gram_view, "FAR", far)
-        for plans in (gram._plans, gram_gradient._plans):
+        monkeypatch.setattr(view, "FAR", far)
+        for plans in (forward._plans, gradient._plans):
             plans.clear()
         result = evaluate(lambda *x: fastkd.fsp_loss(x[:3], x[3:]), tensors)
         results.append([result.output, *result.grads])
-    for plans in (gram._plans, gram_gradient._plans):
+    for plans in (forward._plans, gradient._plans):
         plans.clear()
     assert all(map(torch.equal, *results))
 
@@ -196,6 +194,6 @@ def test_the_backward_operator_refuses_what_it_cannot_use(triton):
     s, t = ([triton(x) for x in chain("pair")] for _ in range(2))
     _, kept, _ = kernels.launcher("fsp_loss")(s, t, "avg", "squared", "sum", None, 1.0, None, True)
     backward = kernels.launcher("fsp_loss_backward")
-    for others, given, word in (([], kept, "others"), (t[::-1], kept, "others"), (t, [kept[0][..., :4]], "gram_grads")):
+    for others, given, word in (([], kept, "others"), (t[::-1], kept, "others"), (t, [kept[0][..., :4]], "matrix_grads")):
         with pytest.raises(ValueError, match=word):
             backward(s[0].new_ones(()), s, given, "avg", None, [0], False, others)

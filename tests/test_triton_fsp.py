@@ -103,20 +103,18 @@ def test_unusual_pooling_takes_launches_of_its_own(triton, launched):
 
 def test_offsets_within_a_large_sample_are_as_wide(triton, monkeypatch):
     """The kernel for samples beyond 2^31 elements gives the same bits."""
-    from fastkd.kernels.fsp import forward as gram
-    from fastkd.kernels.fsp import gradient as gram_gradient
-    from fastkd.kernels.fsp import view as gram_view
+    from fastkd.kernels.fsp import forward, gradient, view
 
     tensors = [make((2, *shape), torch.float32, layout) for shape in CIFAR for layout in ("contiguous", "stepped")]
     tensors = [triton(x) for x in tensors]
     results = []
     for far in (2**31, 0):
-        monkeypatch.setattr(gram_view, "FAR", far)
-        for plans in (gram._plans, gram_gradient._plans):
+        monkeypatch.setattr(view, "FAR", far)
+        for plans in (forward._plans, gradient._plans):
             plans.clear()
         result = evaluate(lambda *x: fastkd.fsp_loss(x[::2], x[1::2]), tensors)
         results.append([result.output, *result.grads])
-    for plans in (gram._plans, gram_gradient._plans):
+    for plans in (forward._plans, gradient._plans):
         plans.clear()
     assert all(map(torch.equal, *results))
 

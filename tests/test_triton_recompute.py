@@ -132,6 +132,6 @@ def test_the_backward_operator_refuses_what_it_cannot_use(triton):
     s, t = ([triton(x) for x in side] for side in chains("smaller teacher"))
     _, kept, _ = kernels.launcher("fsp_loss")(s, t, "avg", "squared", "sum", None, 1.0, None, True)
     backward = kernels.launcher("fsp_loss_backward")
-    for others, given, word in (([], kept, "others"), (t[::-1], kept, "others"), (t, [kept[0][:, :4]], "gram_grads")):
+    for others, given, word in (([], kept, "others"), (t[::-1], kept, "others"), (t, [kept[0][:, :4]], "matrix_grads")):
         with pytest.raises(ValueError, match=word):
             backward(s[0].new_ones(()), s, given, "avg", None, [0], False, others)
