@@ -1,4 +1,4 @@
-"""The law: every operation of fastkd in plain PyTorch, differentiable twice, on any device.
+"""The reference: every operation of fastkd in plain PyTorch, differentiable twice, on any device.
 
 Same names and signatures as the public functions. Inputs may be float16, bfloat16, float32 or float64 and differ in dtype; everything is
 computed and returned in float32, or in float64 if any input is float64, whatever autocast says. The kernels are tested against this file in

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from support import KERNELS, arrange, law, place
+from support import KERNELS, arrange, place, ref
 from torch import Tensor
 
 import fastkd
@@ -69,7 +69,7 @@ def check(
     Both are taken against float64. Backend "cpp" takes each of its code paths. ``call(function, *tensors)`` calls
     fastkd's function of that name, or the reference's.
     """
-    ours, plain = (functools.partial(call, getattr(module, name)) for module in (fastkd, law))
+    ours, plain = (functools.partial(call, getattr(module, name)) for module in (fastkd, ref))
     exact = run(plain, [x.double() for x in tensors], **options)
     rough = rms_errors(run(plain, [x.float() for x in tensors], **options), exact)
     for path in native.cpu_paths() if backend == "cpp" else ("",):
