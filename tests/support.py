@@ -184,7 +184,8 @@ def eager_error(exact: Tensor, rough: Sequence[Tensor], wide: torch.dtype) -> fl
 def one_by_one(backend: str, tensors: Sequence[Tensor], exact: Tensor) -> float:
     """What sums of equal numbers may be off, which are all rounded the same way where they are added one after the other.
 
-    The interpreter adds channels so; a GPU in a tree. The reference itself, in float64, adds the positions of a map so, in each of some lanes.
+    The interpreter adds channels so; a GPU in a tree.
+    The reference itself, in float64, adds the positions of a map so, in each of some lanes.
     """
     most = exact.abs().max().item() if exact.numel() else 0
     if backend == "triton" and any(x.dim() > 2 and x.stride(1) == 0 for x in tensors):

@@ -1,4 +1,4 @@
-"""attention_map and attention_transfer_loss: C++ and Triton kernels against the reference in float64, over dtypes, layouts, shapes, switches."""
+"""attention_map and attention_transfer_loss: C++ and Triton kernels against the reference in float64, over every switch."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def answers(norm, x, residual, relu, grad, ref=None):
         y = batch_norm(norm, x, residual, relu=relu)
     else:
         y = norm(x) if residual is None else norm(x) + residual
-        # float64 and the kernel may differ on which side of 0 a number lies: the kernel's side is the reference's there, and was compared before
+        # float64 and the kernel may differ on which side of 0 a number lies: the kernel's side is taken, which was compared before
         y = y * (ref > 0) if relu else y
     gradients = torch.autograd.grad(y, [*leaves, norm.weight, norm.bias], grad)
     return [y, *gradients, norm.running_mean, norm.running_var]
