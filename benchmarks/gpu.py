@@ -38,11 +38,11 @@ CLOSING = 4  # seconds kept for the last packing
 SPEED = (
     ("attention chains", "attention", "resnet20-128"),
     ("attention at ResNet-50 stages", "attention", "resnet50-64"),
-    ("fsp chains", "gram", "resnet20-128"),
-    ("fsp at ResNet-50 stages", "gram", "resnet50-64"),
+    ("fsp chains", "fsp", "resnet20-128"),
+    ("fsp at ResNet-50 stages", "fsp", "resnet50-64"),
     ("resnet20 step", "step", "resnet20"),
     ("attention wide chains", "attention", "wrn40_2-128 or resnet32x4-128"),
-    ("fsp wide chains", "gram", "wrn40_2-128 or resnet32x4-128"),
+    ("fsp wide chains", "fsp", "wrn40_2-128 or resnet32x4-128"),
     ("resnet50 step", "step", "resnet50"),
 )
 # of Triton's tests, those whose answer an interpreter cannot give: graphs, streams, waiting, repeated bits, races
@@ -103,6 +103,7 @@ def plan(rehearse: bool) -> list[Part]:
         # without a GPU the bodies are walked through once, on small shapes
         mode = ("--collect-only",) if rehearse else ("--benchmark", "--benchmark-results", f"speed/{name.replace(' ', '-')}")
         parts.append(pytest_part(f"speed: {name}", 45, *mode, "-k", chosen, f"benchmarks/test_{file}.py", measures=True))
+    parts.append(own("tiles", 75, measures=True))
     parts.append(pytest_part("large tensors", 60, "-m", "gpu and large", "tests", measures=True))
     return [part for part in parts if part is not None]
 

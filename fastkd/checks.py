@@ -312,6 +312,26 @@ def one_position(students: Sequence[Tensor], teachers: Sequence[Tensor], teacher
             )
 
 
+def sakd_map(x: object, name: str = "x") -> None:
+    feature(name, x)
+    assert isinstance(x, Tensor)
+    if x.dim() != 4 or x.shape[2] != x.shape[3]:
+        raise ValueError(f"{name} is {describe(x)}, wanted a square map (N, C, H, H)")
+
+
+def sakd_loss(student: object, teacher: object, weights: object, weight: object) -> tuple[list[Tensor], list[Tensor]]:
+    """The lists of student and teacher tensors, or the error that says what is wrong with the call."""
+    number("weight", weight)
+    students, teachers = _pairs_up(student, teacher, least=1)
+    stage_weights(weights, len(students), "stage")
+    for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
+        sakd_map(s, f"student[{i}]")
+        sakd_map(t, f"teacher[{i}]")
+        if s.shape[2] != t.shape[2]:
+            raise ValueError(f"student[{i}] is {describe(s)}, teacher[{i}] is {describe(t)}: sizes differ, SAKD wanted the same H")
+    return students, teachers
+
+
 def fsp_matrix(a: object, b: object, pool_mode: object, precision: object) -> None:
     switch("pool_mode", pool_mode, POOL_MODE)
     switch("precision", precision, PRECISION)
@@ -388,6 +408,53 @@ def rkd_loss(student: object, teacher: object, distance_weight: object, angle_we
             raise ValueError(f"{name} is {describe(x)}: one sample has no relations, wanted at least two")
     assert isinstance(student, Tensor) and isinstance(teacher, Tensor)
     same_batch("student", student, "teacher", teacher)
+
+
+def ofd_margin(weight: object, bias: object) -> None:
+    for name, x in (("weight", weight), ("bias", bias)):
+        _channels(name, x)
+    assert isinstance(weight, Tensor) and isinstance(bias, Tensor)
+    if weight.shape != bias.shape or weight.device != bias.device:
+        raise ValueError(f"weight is {describe(weight)}, bias is {describe(bias)}: wanted the same channels and device")
+
+
+def ofd_margins(margins: object, *, values: bool) -> list[Tensor]:
+    """The margins of each stage; ``values``: also that none is above 0, which waits for a GPU."""
+    found = stages("margins", margins)
+    for i, margin in enumerate(found):
+        _channels(f"margins[{i}]", margin)
+        if values and bool((margin > 0).any()):
+            raise ValueError(f"margins[{i}] has {margin.max().item():.6g}, wanted numbers of at most 0")
+    return found
+
+
+def ofd_loss(student: object, teacher: object, margins: object, weights: object,
+             weight: object) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
+    """The lists of student and teacher tensors and of margins, or the error that says what is wrong with the call."""
+    number("weight", weight)
+    students, teachers = _pairs_up(student, teacher, least=1)
+    stage_weights(weights, len(students), "stage")
+    known = not torch.compiler.is_compiling() and students[0].device.type == "cpu"
+    found = ofd_margins(margins, values=known)
+    if len(found) != len(students):
+        raise ValueError(f"margins has {len(found)}, wanted {len(students)}, one a stage")
+    for i, (s, t, margin) in enumerate(zip(students, teachers, found, strict=True)):
+        if s.shape != t.shape:
+            raise ValueError(f"student[{i}] is {describe(s)}, teacher[{i}] is {describe(t)}: shapes differ, wanted the same")
+        if margin.shape[0] != t.shape[1] or margin.device != t.device:
+            raise ValueError(
+                f"margins[{i}] is {describe(margin)}, teacher[{i}] is {describe(t)}: wanted one number a channel, on its device"
+            )
+    return students, teachers, found
+
+
+def _channels(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is {type(x).__name__}, wanted a tensor")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"{name} is {describe(x)}, wanted float16, bfloat16, float32 or float64")
+    if x.dim() != 1 or 0 in x.shape:
+        raise ValueError(f"{name} is {describe(x)}, wanted (C,), one number a channel")
 
 
 def hcl_loss(student: object, teacher: object, weights: object, weight: object) -> tuple[list[Tensor], list[Tensor]]:

@@ -17,7 +17,8 @@ from fastkd.checks import Features
 from fastkd.ops.attention import attention_transfer_loss
 from fastkd.ops.fsp import fsp_loss
 from fastkd.ops.rkd import rkd_loss
-from fastkd.reference import hcl_loss, kd_loss
+from fastkd.ops.sakd import sakd_loss
+from fastkd.reference import hcl_loss, kd_loss, ofd_loss
 
 _Self = TypeVar("_Self", bound="_Loss")
 
@@ -168,6 +169,24 @@ class KD(_Loss):
         return super().forward(student, teacher)
 
 
+class SAKD(_Loss):
+    """:func:`fastkd.sakd_loss` with its further arguments fixed; each is an attribute.
+
+    ``forward(student, teacher)``: a tensor each, or several, one a stage, -> scalar, times ``weight``.
+
+    Presets: ``sakd``: 200, its authors' for CIFAR; ``imagenet``: 100, theirs for ImageNet.
+    """
+
+    def __init__(self, *, weights: Sequence[float] | None = None, weight: float = 200.0) -> None:
+        super().__init__(weights=weights, weight=weight)
+
+    function = staticmethod(sakd_loss)
+    presets = {"sakd": {"weight": 200.0}, "imagenet": {"weight": 100.0}}
+
+    def forward(self, student: Features, teacher: Features) -> Tensor:
+        return super().forward(student, teacher)
+
+
 class RKD(_Loss):
     """:func:`fastkd.rkd_loss` with its further arguments fixed; each is an attribute.
 
@@ -189,6 +208,29 @@ class RKD(_Loss):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return super().forward(student, teacher)
+
+
+class OFD(_Loss):
+    """:func:`fastkd.ofd_loss` with its margins and further arguments fixed; the margins are buffers, and are checked here once.
+
+    ``forward(student, teacher)``: (N, C, *S) a stage, before the ReLU, -> scalar, times ``weight``.
+
+    Presets, ``OFD.preset("ofd", margins=...)``: ``ofd``, ``mdistiller``: 0.001.
+    """
+
+    def __init__(self, margins: Features, *, weights: Sequence[float] | None = None, weight: float = 1e-3) -> None:
+        super().__init__(weights=weights, weight=weight)
+        found = checks.ofd_margins(margins, values=True)
+        self._margins = tuple(f"margin_{i}" for i in range(len(found)))
+        for name, margin in zip(self._margins, found, strict=True):
+            self.register_buffer(name, margin.detach().clone())
+
+    function = staticmethod(ofd_loss)
+    presets = {"ofd": {"weight": 1e-3}, "mdistiller": {"weight": 1e-3}}
+
+    def forward(self, student: Features, teacher: Features) -> Tensor:
+        margins = [getattr(self, name) for name in self._margins]
+        return ofd_loss(student, teacher, margins, **{name: getattr(self, name) for name in self._options})
 
 
 class HCL(_Loss):

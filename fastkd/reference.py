@@ -1,4 +1,4 @@
-"""The law: every operation of fastkd in plain PyTorch, differentiable twice, on any device.
+"""The reference: every operation of fastkd in plain PyTorch, differentiable twice, on any device.
 
 Same names and signatures as the public functions. Inputs may be float16, bfloat16, float32 or float64 and differ in dtype; everything is
 computed and returned in float32, or in float64 if any input is float64, whatever autocast says. The kernels are tested against this file in
@@ -181,6 +181,35 @@ def attention_transfer_loss(
         return _combine(terms, weights, stage_reduce, weight)
 
 
+def _self_attended(g: Tensor) -> Tensor:
+    """The map g (N, H, H) and what its self-attention adds; the tokens are its rows."""
+    rows = torch.softmax(g @ g.mT, 2)  # that over the columns is its transpose, since g g^T is symmetric
+    return g + (rows + rows.mT) * g / math.sqrt(g.shape[2])
+
+
+def _sakd(energies: list[Tensor], weights: Sequence[float] | None, weight: float) -> Tensor:
+    """The loss from the energy maps, the student's first."""
+    count = len(energies) // 2
+    maps = [_normalize(_self_attended(g), 1e-12, "clamp") for g in energies]
+    pairs = [graphs.save_constants(s, t) for s, t in zip(maps[:count], maps[count:], strict=True)]
+    weights = [0.5 ** (count - 1 - i) for i in range(count)] if weights is None else weights
+    return _combine([(s - t).square().mean() for s, t in pairs], weights, "sum", weight)
+
+
+def sakd_map(x: Tensor) -> Tensor:
+    """See :func:`fastkd.sakd_map`."""
+    checks.sakd_map(x)
+    with _no_autocast(x):
+        return _self_attended(_widen(x)[0].square().mean(1))
+
+
+def sakd_loss(student: Features, teacher: Features, *, weights: Sequence[float] | None = None, weight: float = 200.0) -> Tensor:
+    """See :func:`fastkd.sakd_loss`."""
+    students, teachers = checks.sakd_loss(student, teacher, weights, weight)
+    with _no_autocast(students[0]):
+        return _sakd([x.square().mean(1) for x in _widen(*students, *teachers)], weights, weight)
+
+
 def _gram(a: Tensor, b: Tensor, pool_mode: str, precision: str | None) -> Tensor:
     size = _smaller(a.shape[2:], b.shape[2:])
     a, b = _pool(a, size, pool_mode).flatten(2), _pool(b, size, pool_mode).flatten(2)
@@ -279,6 +308,56 @@ def rkd_loss(student: Tensor, teacher: Tensor, *, distance_weight: float = 25.0,
             units = [x / y.masked_fill(mask, 1)[..., None] for x, y, mask in zip(away, lengths, zero, strict=True)]
             loss = loss + weight * angle_weight * F.smooth_l1_loss(units[0] @ units[0].mT, units[1] @ units[1].mT)
         return loss
+
+
+def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
+    """The mean of the negative part of a normal distribution, for each channel of a batch norm: the margin of :func:`ofd_loss`.
+
+    Args:
+        weight, bias: (C,), of the batch norm before the ReLU; deviation s = abs(weight) and mean of a normal distribution.
+
+    Returns: (C,), at most 0; float32, float64 if any input is float64. ``bias - s * phi(bias / s) / Phi(-bias / s)`` with the
+    standard density phi and its integral Phi; -3 s where Phi(-bias / s) is at most 0.001; the smaller of bias and 0 where s is 0.
+    Raises: TypeError, ValueError for what is not such a pair.
+    Source: Heo et al., *A comprehensive overhaul of feature distillation*, ICCV 2019.
+    """
+    checks.ofd_margin(weight, bias)
+    dtype = _widen(weight, bias)[0].dtype
+    deviation, mean = weight.double().abs(), bias.double()
+    constant = deviation == 0
+    deviation = deviation.masked_fill(constant, 1)
+    z = mean / deviation
+    below = 0.5 * torch.erfc(z / math.sqrt(2))
+    rare = below <= 0.001
+    density = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
+    margin = torch.where(rare, -3 * deviation, mean - deviation * density / below.masked_fill(rare, 1))
+    return torch.where(constant, mean, margin).clamp_max(0).to(dtype)
+
+
+def ofd_loss(student: Features, teacher: Features, margins: Features, *, weights: Sequence[float] | None = None,
+             weight: float = 1e-3) -> Tensor:  # fmt: skip
+    """Squared difference from the teacher's map before its ReLU, where that map is raised to a margin and the student is not below it.
+
+    Args:
+        student, teacher: (N, C, *S) floating point with one to three spatial dimensions, or several, one a stage; pairs of one shape.
+        margins: (C,), or one for each stage; :func:`fastkd.ofd_margin` gives them. None may be above 0, which is not looked at on a GPU.
+        weights: one factor a stage; None: 1 for the last stage, 1/2 for the one before it, and so on.
+        weight: multiplies the result.
+
+    Returns: a scalar; float32, float64 if any input is float64. With ``target = max(t, margin)`` each stage is
+    ``((s - target) ** 2)[(s > target) | (target > 0)].sum() / N``.
+    Raises: TypeError, ValueError for what is not such a pair.
+    Source: Heo et al., *A comprehensive overhaul of feature distillation*, ICCV 2019; weights and divisor are those of its code.
+    """
+    students, teachers, bounds = checks.ofd_loss(student, teacher, margins, weights, weight)
+    count = len(students)
+    with _no_autocast(students[0]):
+        wide, terms = _widen(*students, *teachers, *bounds), []
+        for s, t, margin in zip(wide[:count], wide[count : 2 * count], wide[2 * count :], strict=True):
+            s, target = graphs.save_constants(s, torch.maximum(t, margin.view(-1, *[1] * (t.dim() - 2))))
+            reached = (s <= target) & (target <= 0)  # in this form a NaN stays one
+            terms.append((s - target).masked_fill(reached, 0).square().sum() / s.shape[0])
+        return _combine(terms, [0.5 ** (count - 1 - i) for i in range(count)] if weights is None else weights, "sum", weight)
 
 
 def hcl_loss(student: Features, teacher: Features, *, weights: Sequence[float] | None = None, weight: float = 1.0) -> Tensor:

@@ -92,7 +92,7 @@ def triton(request: pytest.FixtureRequest):
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The Triton kernels that were launched."""
-    from fastkd.kernels.launch import Launch
+    from fastkd.kernels.common.launch import Launch
 
     names: list[str] = []
     run = Launch.__call__

@@ -98,7 +98,7 @@ def test_a_backend_of_a_gpu_is_refused_on_a_cpu(stand_in, tmp_path):
     [
         ("at", "resnet8", 64, "ce by plain PyTorch, at by cuda"),
         ("at+kd", "resnet8", 64, "ce by plain PyTorch, at by cuda, kd by plain PyTorch"),
-        ("fsp", "resnet8x4", 64, "ce by plain PyTorch, fsp by cuda"),
+        ("fsp", "resnet8x4", 64, "ce by plain PyTorch, fsp by triton"),
         ("fsp", "resnet8x4", 800, "ce by plain PyTorch, fsp by triton"),
     ],
 )

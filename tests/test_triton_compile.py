@@ -224,6 +224,14 @@ def test_warps_do_not_repeat_each_others_products(request, cases):
 
 
 @pytest.mark.slow
+def test_fsp_loads_the_next_blocks_while_it_multiplies(cases):
+    for name, case in cases.items():
+        for kernel in case["kernels"] if name.startswith("fsp resnet50 ") else ():
+            if kernel["name"] == "fsp_loss_kernel" or "bf16" not in name:
+                assert kernel["copies"] >= 16, (name, kernel["name"], kernel["copies"])
+
+
+@pytest.mark.slow
 def test_fsp_reads_and_writes_sixteen_bytes_at_a_time(cases):
     for name, (least_read, least_written, most) in FSP_WIDE.items():
         for kernel in cases[name]["kernels"] if name in cases else ():

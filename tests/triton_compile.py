@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fastkd import kernels
-from fastkd.kernels.gram_kept import wide_stages
+from fastkd.kernels.fsp.saved import wide_stages
 
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that a program may use
 
@@ -71,6 +71,16 @@ def resources(kernel: Any) -> dict[str, int]:
         file.flush()
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+def copies(kernel: Any) -> int:
+    """How many instructions of a kernel's machine code copy to shared memory while others go on: pipelined loads."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    return len(re.findall(r"\bLDGSTS\b", text))
 
 
 def accesses(ptx: str) -> dict[str, int]:
@@ -301,6 +311,7 @@ def main() -> None:
                         "unguarded": unguarded(k.asm["ptx"]),
                         "products": products(k.asm["ptx"]),
                         "work": work(k),
+                        "copies": copies(k) if "resnet50" in name and k.name.startswith("fsp") else 0,
                         "shared": k.metadata.shared,
                         "shared_limit": SHARED[capability],
                         "fp_fusion": k.metadata.enable_fp_fusion,

@@ -1,4 +1,6 @@
-"""What benchmarks/gpu.py runs in processes of its own:  python -m speed.gpu_parts facts|smoke BACKEND|small-set|launches|rates
+"""What benchmarks/gpu.py runs in processes of its own.
+
+    python -m speed.gpu_parts facts|smoke BACKEND|small-set|launches|rates|tiles
 
 Each prints its findings line by line, so that a part that is stopped has said what it found, and writes JSON into FASTKD_GPU_OUT.
 FASTKD_GPU_REHEARSAL=1 goes through the same on a CPU, with Triton interpreted and the CUDA kernels emulated.
@@ -150,7 +152,7 @@ def small_set() -> None:
 def launches() -> None:
     """Kernels of one call each way, by name, as the device saw them."""
     kind = torch.profiler.ProfilerActivity.CPU if REHEARSAL else torch.profiler.ProfilerActivity.CUDA
-    losses: dict[str, Callable[..., torch.Tensor]] = {"attention": fastkd.attention_transfer_loss, "gram": fastkd.fsp_loss}
+    losses: dict[str, Callable[..., torch.Tensor]] = {"attention": fastkd.attention_transfer_loss, "fsp": fastkd.fsp_loss}
     found: dict[str, Any] = {}
     for backend, (operation, loss), shape in itertools.product(serving(), losses.items(), (CHAINS[0], LARGE)):
         name = f"{backend} {operation} {shape}"
@@ -199,6 +201,64 @@ def rates() -> None:
     print(", ".join(f"{name} {value:.1f}" for name, value in found.items()))
 
 
+def tiles(seconds: str = "60") -> None:
+    """FSP by Triton at the ResNet-50 stages, forward and backward, with other tiles: prints the lines for ``gram_view.TILES``.
+
+    Tries as many as there is time for, the present one first. A tile that does not compile or fit is passed over.
+    """
+    from fastkd.kernels.fsp import view as gram_view
+
+    end = time.monotonic() + float(seconds)
+    found: dict[str, dict[str, float]] = {}
+    candidates = [gram_view.Tiles(block, depth, stages) for stages in (3, 4, 1, 2) for block, depth in ((128, 32), (64, 32), (128, 16))]
+    present = {how: gram_view.TILES[how] for how in ("tf32", "bf16")}
+    students, teachers = features(Case("fsp", "small" if REHEARSAL else LARGE))
+    try:
+        for number, how in itertools.product(range(1 + len(candidates)), present):
+            tried = [present[how], *candidates][number]
+            if time.monotonic() > end or (number and tried == present[how]):
+                continue
+            gram_view.TILES[how] = tried
+            try:
+                found.setdefault(how, {})[_tile_line(how, tried)] = _fsp_seconds(how, students, teachers) * 1e3
+            except Exception as error:
+                print(f"{how} {tuple(tried)}: {type(error).__name__}: {' '.join(str(error).split())[:120]}", flush=True)
+                continue
+            print(f"{how} {tuple(tried)}: {found[how][_tile_line(how, tried)]:.3f} ms", flush=True)
+            save("tiles", found)
+    finally:
+        gram_view.TILES.update(present)
+        _forget_plans()
+    for times in found.values():
+        best = min(times, key=times.__getitem__)
+        print(f"{best}  # {times[best]:.3f} ms; at present {next(iter(times.values())):.3f}")
+
+
+def _tile_line(how: str, tried: tuple[int, ...]) -> str:
+    return f'    "{how}": Tiles({", ".join(map(str, tried))}),'
+
+
+def _forget_plans() -> None:
+    from fastkd.kernels.fsp import forward
+    from fastkd.kernels.fsp import gradient as gram_gradient
+
+    forward._plans.clear()
+    gram_gradient._plans.clear()
+
+
+def _fsp_seconds(how: str, students: Features, teachers: Features) -> float:
+    _forget_plans()
+    dtype, precision = (torch.bfloat16, None) if how == "bf16" else (torch.float32, how)
+    s, t = ([x.detach().to(DEVICE, dtype) for x in side] for side in (students, teachers))
+    s = [x.requires_grad_() for x in s]
+
+    def step() -> None:
+        torch.autograd.grad(fastkd.fsp_loss(s, t, precision=precision), s)
+
+    with fastkd.use_backend("triton"):
+        return _seconds(step, 1 if REHEARSAL else 5, 1 if REHEARSAL else 4)
+
+
 def _seconds(call: Callable[[], Any], rounds: int = 7, calls: int = 10) -> float:
     """The median over rounds of several calls."""
     call()
@@ -226,7 +286,7 @@ def main() -> int:
     name, *rest = sys.argv[1:]
     if name == "smoke":
         return min(smoke(*rest), 1)
-    {"facts": facts, "small-set": small_set, "launches": launches, "rates": rates}[name]()
+    {"facts": facts, "small-set": small_set, "launches": launches, "rates": rates, "tiles": tiles}[name](*rest)
     return 0
 
 

@@ -115,7 +115,8 @@ FASTKD_DEVICE void store_shared_pack(T* pointer, const Pack& pack) {
 #endif
 }
 
-// To global memory, in one instruction: what C++ says, nvcc splits into four where the words are computed one by one.
+// To global memory, in one instruction. nvcc splits a store that is written in C++ into four where it computes the
+// words one by one.
 template <typename T>
 FASTKD_DEVICE void store_pack(T* pointer, const Pack& pack) {
 #ifdef FASTKD_EMULATE

@@ -8,8 +8,8 @@ namespace fastkd {
 
 namespace {
 
-// Counters for is_last(), in slices: one for each stream that makes calls. They are no memory of PyTorch's allocator: a tensor
-// kept from one call to the next would occupy the private pool of a CUDA graph, or a user's MemPool, for ever.
+// Counters for is_last(), in slices: one for each stream that makes calls. They are no memory of PyTorch's allocator.
+// A tensor kept from one call to the next could lie in the private pool of a CUDA graph, or in a user's MemPool.
 constexpr int kSlices = 64;
 constexpr int64_t kSlice = 1 << 14;
 
@@ -28,7 +28,7 @@ __device__ unsigned ticket_counters[kSlices * kSlice];  // each device has its o
 
 void check(cudaError_t status, const char* name) { STD_TORCH_CHECK(status == cudaSuccess, name, ": ", cudaGetErrorString(status)); }
 
-// Of the current device. Null where the stream is another one in each thread, for which one slice would not do.
+// Of the current device. Null for the stream that is another one in each thread: one slice would not do.
 unsigned* first_counter(Stream stream) {
   if (stream == cudaStreamPerThread) return nullptr;
   void* first = nullptr;

@@ -20,8 +20,8 @@ using Stream = void*;
 using Stream = cudaStream_t;
 #endif
 
-// Counters for is_last(), all 0: the first of them, and the memory that they alone have, if any, which must live until the kernel
-// is launched.
+// Counters for is_last(), all 0: the first of them, and the memory of their own, if they have any. It must live until
+// the kernel is launched.
 struct Tickets {
   unsigned* first;
   std::optional<Tensor> memory;
@@ -36,8 +36,8 @@ class OnDevice {
 
   Stream stream() const { return stream_; }
   Tensor empty(const int64_t* sizes, int64_t dim, DType dtype) const { return fastkd::empty(sizes, dim, dtype, index_); }
-  // They belong to the stream, whose next call finds them 0 again. A CUDA graph may be replayed on any stream, beside others, and
-  // has its own, which it clears at each replay.
+  // They belong to the stream, whose next call finds them 0 again. A CUDA graph may be replayed on any stream, beside
+  // others: it has counters of its own, and clears them at each replay.
   Tickets tickets(int64_t count) const;
 
  private:

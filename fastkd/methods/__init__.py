@@ -23,6 +23,7 @@ from fastkd.methods.base import (
     undisturbed,
 )
 from fastkd.methods.definition import Definition, Term
+from fastkd.models import students
 
 # the order of the published table, and of the terms of a sum (but KD is last there); what is not in it comes after, by name
 _TABLE = ("kd", "fitnet", "at", "fsp", "ofd", "rkd", "crd", "reviewkd", "srrl", "afd", "semckd", "simkd", "norm", "sakd")
@@ -63,11 +64,6 @@ def full_name(name: str) -> str:
     return "+".join(definition.names_of(_KINDS, name)) or "baseline"
 
 
-def initializes(name: str) -> bool:
-    """Whether a term of the method may train the student in a first phase of its own."""
-    return any(_KINDS[part].initializes for part in definition.names_of(_KINDS, name))
-
-
 def create_method(name: str, context: BuildContext, *, preset: str | None = None, options: Mapping[str, Mapping[str, Any]] | None = None,
                   seed: int = 0) -> Distiller | nn.ModuleDict:  # fmt: skip
     """The :class:`Distiller` ``name`` built for the networks of ``context``; of a sum a ModuleDict of its distillers by name.
@@ -76,6 +72,15 @@ def create_method(name: str, context: BuildContext, *, preset: str | None = None
     """
     distillers, _ = define(name, preset=preset, options=options).build(context, seed)
     return distillers[name] if name in distillers else nn.ModuleDict(distillers)
+
+
+def _wrap(student: nn.Module, teacher: nn.Module, run: Mapping[str, Any]) -> nn.Module:
+    """For ``fastkd.models.load_student``: ``run`` is a run's config.json."""
+    found = define(run["method"], preset=run["fields"]["preset"], words=run["options"])
+    return found.wrap(BuildContext.of(student, teacher)) if found.wraps else student
+
+
+students.HOOKS["wrap"] = _wrap
 
 
 def title_of(name: str) -> str:
@@ -90,5 +95,5 @@ def colour_of(name: str) -> str | None:
 
 __all__ = [
     "METHODS", "Batch", "Beside", "BuildContext", "Definition", "Distiller", "Output", "Points", "Preset", "Term",
-    "colour_of", "create_method", "define", "definition", "full_name", "initializes", "option", "overrides", "title_of", "undisturbed",
+    "colour_of", "create_method", "define", "definition", "full_name", "option", "overrides", "title_of", "undisturbed",
 ]  # fmt: skip

@@ -158,15 +158,23 @@ class Distiller(nn.Module):
     teacher_points: Points = Points.NONE
     whole_batches: ClassVar[bool] = False  # a short last batch is dropped
     settled: Mapping[str, Any] = {}  # options left open whose value the networks decide: a run writes them into its row
-    initializes: ClassVar[bool] = False  # with recipe.init_epochs it is alone in a first phase, and left out of the main one
+    initializes: ClassVar[bool] = False  # what :meth:`begins` says
 
     def __init__(self, context: BuildContext, options: Any):
         super().__init__()
 
     @classmethod
     def beside(cls, options: Any, preset: Preset, with_kd: bool) -> Beside:
-        """What is trained beside this loss; ``with_kd``: in the sum with KD alone, under a preset of the recipe's own authors."""
+        """What is trained beside this loss; ``with_kd``: whether the user asks for KD too.
+
+        ``preset.with_kd`` is None but in the sum with KD alone, under a preset of the recipe's own authors.
+        """
         return preset.with_kd if with_kd and preset.with_kd is not None else preset.beside
+
+    @classmethod
+    def begins(cls, options: Any) -> bool:
+        """Whether, with recipe.init_epochs, it is alone in a first phase and left out of the main one."""
+        return cls.initializes
 
     def wrap_student(self, student: nn.Module) -> nn.Module:
         """The network that is trained, tested, counted and saved: ``student``, changed or not. One method of a sum may change it."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fastkd.methods.base import BuildContext, Distiller, option, overrides
+from fastkd.methods.base import Beside, BuildContext, Distiller, option, overrides
 from fastkd.methods.options import Nested, filled, from_words
 from fastkd.seeds import seeded
 
@@ -31,6 +31,11 @@ class Term:
     preset: str
     options: Any
     changes: Mapping[str, Any]
+
+    @property
+    def begins(self) -> bool:
+        """Whether it is alone in a first phase, where the recipe has one."""
+        return self.kind.begins(self.options)
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Definition:
 
     @property
     def initializes(self) -> bool:
-        return any(term.kind.initializes for term in self.terms)
+        return any(term.begins for term in self.terms)
 
     @property
     def wraps(self) -> bool:
@@ -67,10 +72,10 @@ class Definition:
 
     def initialization(self) -> Definition:
         """The terms that may initialize the student, alone."""
-        return dataclasses.replace(self, terms=tuple(t for t in self.terms if t.kind.initializes), ce=0.0)
+        return dataclasses.replace(self, terms=tuple(t for t in self.terms if t.begins), ce=0.0)
 
     def after_initialization(self) -> Definition:
-        return dataclasses.replace(self, terms=tuple(t for t in self.terms if not t.kind.initializes))
+        return dataclasses.replace(self, terms=tuple(t for t in self.terms if not t.begins))
 
     def others_presets(self) -> dict[str, str]:
         """Terms whose values are not those of the recipe's authors, and whose they are."""
@@ -83,6 +88,14 @@ class Definition:
         for key in dict.fromkeys(key for wish in wishes.values() for key in wish if key not in said):
             wanted[key] = {name: wish.get(key, base[key]) for name, wish in wishes.items()}
         return {key: _agreed(values, f"--{key.replace('_', '-')}") for key, values in wanted.items()}
+
+    def wrap(self, context: BuildContext) -> nn.Module:
+        """The student as a term of the sum changes it, with new weights where it adds any."""
+        student = context.student
+        for term in self.terms:
+            if overrides(term.kind, "wrap_student"):
+                student = term.kind(context, term.options).wrap_student(student)
+        return student
 
     def build(self, context: BuildContext, seed: int = 0) -> tuple[dict[str, Distiller], nn.Module]:
         """The distillers by name, in the order of the sum, and the student, perhaps wrapped.
@@ -114,7 +127,7 @@ def define(kinds: Mapping[str, type[Distiller]], name: str, preset: str | None, 
     make = functools.partial(_term, kinds, preset, given)
     terms = [make(name) for name in names if name != "kd"]
     published = len(terms) == 1 and "kd" in names and terms[0].preset == preset
-    beside = {term.name: term.kind.beside(term.options, term.kind.presets[term.preset], published) for term in terms}
+    beside = {term.name: _beside(term, "kd" in names, published) for term in terms}
     added = {name: wish.kd for name, wish in beside.items() if wish.kd}  # by the methods' authors, whether the user asks or not
     if not terms and names:
         terms = [make("kd")]
@@ -179,6 +192,12 @@ def _term(kinds: Mapping[str, type[Distiller]], preset: str, given: Nested, name
     pairs = {field.name: (getattr(plain, field.name), getattr(options, field.name)) for field in dataclasses.fields(kind.Options)}
     changes |= {f"{name}.{key}": found for key, (before, found) in pairs.items() if found != before}
     return Term(name, kind, chosen, options, changes)
+
+
+def _beside(term: Term, with_kd: bool, published: bool) -> Beside:
+    """What is trained beside the term; what its authors published for the sum with KD stands for that sum alone."""
+    preset = term.kind.presets[term.preset]
+    return term.kind.beside(term.options, preset if published else dataclasses.replace(preset, with_kd=None), with_kd)
 
 
 def _cross_entropy(wanted: Mapping[str, float], said: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from torch import nn
 
+from fastkd.models import students
 from fastkd.models.features import Features, Neck
 from fastkd.models.resnet import ResNet
 from fastkd.models.weights import WeightsError, fingerprint, load_weights, read_checkpoint
@@ -46,6 +48,15 @@ def create_model(name: str, num_classes: int = 10) -> nn.Module:
     return _BUILDERS[name](num_classes)
 
 
+def load_student(folder: str | Path, *, file: str = "best.pt") -> nn.Module:
+    """The trained network of a run from its folder (``runs/simkd-cifar100-...``), in eval mode on the CPU: ready to predict, or to teach.
+
+    It has what the run tested: SimKD's projector and classifier, NORM's pair. ``file``: "best.pt", the best epoch's weights, or
+    "last.pt". Images must be normalized as in the run. Nothing but the file is read. Raises WeightsError, one line.
+    """
+    return students.load_student(folder, create_model, file=file)
+
+
 __all__ = [
     "MODELS",
     "Features",
@@ -55,6 +66,7 @@ __all__ = [
     "WideResNet",
     "create_model",
     "fingerprint",
+    "load_student",
     "load_weights",
     "read_checkpoint",
 ]

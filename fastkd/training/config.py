@@ -59,6 +59,9 @@ class Config(Choices):
                 create_model(model)
         except ValueError as error:
             raise UserError(f"{error} (--recipe {self.recipe_name}, --preset {self.recipe.preset})") from None
+        for term in self.method.terms:
+            if getattr(term.options, "phases", 1) > 1 and not self.recipe.init_epochs:
+                raise UserError(f"--init-epochs is 0, but {term.name}.phases is {term.options.phases}: wanted at least 1")
         self.settings = settings = dataclasses.replace(settings, method=self.method.name)
         self.calls: dict[str, list[Call]] = {}
         self.student_parameters = 0  # of the student that a method has changed

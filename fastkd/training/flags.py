@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastkd.data import choose_dataset
 from fastkd.errors import UserError
-from fastkd.methods import full_name, initializes
+from fastkd.methods import define
 from fastkd.training.recipes import NORMALIZATIONS, get_recipe
 from fastkd.training.settings import Settings, recipe_of, resolve
 
@@ -14,19 +14,19 @@ def refuse_idle(settings: Settings) -> None:
 
     ``--teacher`` is no such flag: a baseline is that of a pair, and ``--data`` is where to look, whatever is found.
     """
-    try:
-        name = full_name(settings.method)
-    except ValueError:
-        return  # Config says what is known
     dataset = choose_dataset(resolve(settings).dataset, settings.data)[0]
     recipe = get_recipe(recipe_of(settings, dataset), settings.overrides)
-    method, phases = f"--method {settings.method}", initializes(name)
+    try:
+        definition = define(settings.method, preset=recipe.preset, words=settings.options)
+    except ValueError:
+        return  # Config says what is known
+    method, phases = f"--method {settings.method}", definition.initializes
     implied = (settings.teacher, settings.student, settings.dataset, settings.recipe)
     constants = recipe.normalization == "own" or (recipe.normalization, dataset) in NORMALIZATIONS
     rates = recipe.milestones or (phases and recipe.init_epochs and recipe.init_milestones)
     idle = {
         f"{method} has no teacher": (
-            name == "baseline",
+            not definition.needs_teacher,
             ("teacher_checkpoint", "teacher_seed", "teacher_mode", "preset"),
         ),
         "--teacher-checkpoint needs no training": (settings.teacher_checkpoint is not None, ("teacher_seed",)),

@@ -46,7 +46,9 @@ class Recipe:
                                 ("own", "ofd", "repdistiller"))  # fmt: skip
     preset: str = _field("whose coefficients the method's losses take", "hankyul2")
     report: str = _field("which epoch is the result", "best", ("best", "last"))
-    init_epochs: int = _field("of a first phase with the FSP loss alone, then cross-entropy alone; 0: both together", 0)
+    init_epochs: int = _field(
+        "of a first phase with the loss of FSP, or of FitNet with phases=2, alone, then cross-entropy alone; 0: both together", 0
+    )
     init_lr: float = _field("learning rate at the start of that phase", 0.05)
     init_milestones: tuple[float, ...] = _field("where it drops, as fractions of that phase", ())
 

@@ -23,8 +23,8 @@ FASTKD_DEVICE float float_of(uint32_t bits) {
   return x;
 }
 
-// The nearest number of tf32. Tensor cores cut the last 13 bits off, all in one direction. Of two that are as near, sm_90 and later
-// take the even one, in a single instruction; sm_80 has one only for the larger one, and makes four of it.
+// The nearest number of tf32. Tensor cores cut the last 13 bits off, all in one direction. sm_90 and later round ties
+// to even, in one instruction. sm_80 can only round them away from zero, in four.
 FASTKD_DEVICE uint32_t to_tf32(float x) {
 #ifdef FASTKD_EMULATE
   const uint32_t bits = bits_of(x);
@@ -133,7 +133,7 @@ FASTKD_DEVICE Quad<MODE> quad_of(const float (&x)[4]) {
   return q;
 }
 
-// sum += a b^T over the 16 positions that the warp's quads hold. exact: nothing is left of a, or of b, by rounding (kBf16).
+// sum += a b^T over the 16 positions that the warp's quads hold. exact: rounding leaves nothing of a, or of b (kBf16).
 template <Mode MODE>
 FASTKD_DEVICE void multiply(float (&sum)[4], const Quad<MODE> (&a)[2], const Quad<MODE>& b, bool a_exact, bool b_exact) {
   if constexpr (MODE == Mode::kBf16) {

@@ -6,6 +6,7 @@
 
 #include "cuda/host.cuh"
 #include "cuda/fsp/mma.cuh"
+#include "cuda/fsp/windows.cuh"
 
 namespace fastkd {
 
@@ -27,88 +28,8 @@ struct Operand {
   Reading reading;
   bool linear : 1;  // not pooled, and position s lies at s * stride[2]
   bool exact : 1;   // its numbers are bfloat16's
-  bool halved : 1;  // the finer of size and grid is twice the other in the last two dimensions, and equal in the first
+  bool halved : 1;  // of size and grid the finer one is twice the other in the last two dimensions
 };
-
-// 1 / count. Spelled out for float64, whose division is a call that costs registers.
-template <typename A>
-FASTKD_BOTH A inverse_of(int32_t count) {
-  if constexpr (sizeof(A) == 4) {
-    return 1.0f / static_cast<A>(count);
-  } else {
-    const A c = count;
-    A y = 1.0f / static_cast<float>(count);
-    FASTKD_UNROLL
-    for (int i = 0; i < 2; ++i) y = y * (2 - c * y);
-    return y;
-  }
-}
-
-// (at * rest + more) / grid. FAR: for products of more than 32 bits too; 64-bit division is a call as well.
-template <bool FAR>
-FASTKD_BOTH int32_t quotient_of(int32_t at, int32_t rest, int32_t more, int32_t grid) {
-  if (!FAR) return (at * rest + more) / grid;
-  const int64_t product = static_cast<int64_t>(at) * rest + more;
-  int32_t quotient = static_cast<int32_t>(static_cast<double>(product) * inverse_of<double>(grid));
-  const int64_t left = product - static_cast<int64_t>(quotient) * grid;
-  if (left < 0) --quotient;
-  if (left >= grid) ++quotient;
-  return quotient;
-}
-
-// Whether windows of an axis may be found without FAR.
-FASTKD_BOTH bool is_near(int64_t size, int64_t grid) { return (grid + 1) * (size % grid) + grid < int64_t{1} << 31; }
-
-// The numbers of an axis of `size` that position `at` of a `grid` is pooled from, [begin, end): PyTorch's windows. And the positions of a
-// `size` whose windows hold the number `at` of the `grid` that they are taken from.
-template <bool FAR>
-FASTKD_BOTH int32_t window_begin(int32_t at, int32_t size, int32_t grid) {
-  const int32_t whole = size / grid;
-  return at * whole + quotient_of<FAR>(at, size - whole * grid, 0, grid);
-}
-
-template <bool FAR>
-FASTKD_BOTH int32_t window_end(int32_t at, int32_t size, int32_t grid) {
-  const int32_t whole = size / grid;
-  return (at + 1) * whole + quotient_of<FAR>(at + 1, size - whole * grid, grid - 1, grid);
-}
-
-// A box of numbers, [begin, end) on each axis.
-struct Box {
-  int32_t begin[3], end[3];
-};
-
-FASTKD_BOTH void place_of(int32_t s, const int32_t* grid, int32_t* at) {
-  const int32_t row = s / grid[2], depth = row / grid[1];
-  at[0] = depth;
-  at[1] = row - depth * grid[1];
-  at[2] = s - row * grid[2];
-}
-
-template <bool FAR>
-FASTKD_BOTH Box box_of(int32_t s, const int32_t* size, const int32_t* grid) {
-  Box box;
-  int32_t at[3];
-  place_of(s, grid, at);
-  FASTKD_UNROLL
-  for (int d = 0; d < 3; ++d) {
-    box.begin[d] = window_begin<FAR>(at[d], size[d], grid[d]);
-    box.end[d] = window_end<FAR>(at[d], size[d], grid[d]);
-  }
-  return box;
-}
-
-FASTKD_BOTH int32_t count_of(const Box& box) {
-  return (box.end[0] - box.begin[0]) * (box.end[1] - box.begin[1]) * (box.end[2] - box.begin[2]);
-}
-
-// How many numbers the window at (d, h, w) of `size` averages, of those of `grid`.
-template <bool FAR>
-FASTKD_BOTH int32_t share_of(int32_t d, int32_t h, int32_t w, const int32_t* size, const int32_t* grid) {
-  return (window_end<FAR>(d, grid[0], size[0]) - window_begin<FAR>(d, grid[0], size[0])) *
-         (window_end<FAR>(h, grid[1], size[1]) - window_begin<FAR>(h, grid[1], size[1])) *
-         (window_end<FAR>(w, grid[2], size[2]) - window_begin<FAR>(w, grid[2], size[2]));
-}
 
 // The offset of a position that is not pooled.
 FASTKD_BOTH int64_t offset_of(const Operand& x, int32_t s) {
@@ -177,7 +98,7 @@ FASTKD_DEVICE void load_numbers(const T* from, bool is_bfloat16, A (&to)[P]) {
   for (int i = 0; i < P; ++i) to[i] = loaded.template number<A>(i, is_bfloat16);
 }
 
-// Whether a number takes the place of the largest so far: of equal ones the first stays; a NaN is larger than anything.
+// Whether a number takes the place of the largest so far: the first of equal ones stays, a NaN takes it.
 template <typename A>
 FASTKD_DEVICE bool is_larger(A number, A largest) {
   return number > largest || number != number;
@@ -218,7 +139,7 @@ FASTKD_DEVICE void load_pooled(const Operand& x, const T* from, const Box& box, 
   }
 }
 
-// The windows of an operand that is halved: all that a thread loads is on its way before it waits for the first of it.
+// The windows of a halved operand. A thread starts all its loads before it waits for the first.
 template <bool SPREAD>
 constexpr int kWindow = SPREAD ? 1 : 4;
 
@@ -287,7 +208,7 @@ FASTKD_DEVICE int32_t place_of_maximum(const Operand& x, int64_t from, const Box
   return place;
 }
 
-// As place_of_maximum(), of 2 x 2 numbers from (d, h, w) on, all of which are loaded before they are compared.
+// As place_of_maximum(), of the 2 x 2 numbers from (d, h, w) on. All are loaded before they are compared.
 template <typename A>
 FASTKD_DEVICE int32_t place_of_maximum_of_four(const Operand& x, int64_t from, int32_t d, int32_t h, int32_t w) {
   int32_t most = 0;

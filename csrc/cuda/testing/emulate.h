@@ -40,8 +40,8 @@ void* stream();
 bool is_capturing();
 // Which slice of tickets a call has; -1: memory of its own.
 void note_tickets(int slice);
-// sum and eight products, added as a tensor core adds them: each loses what lies more than two bits below the last place that the
-// largest of them has in float32, and the result what lies below its own last place. Nothing is rounded to nearest.
+// The sum of `sum` and eight products, as a tensor core adds them. It cuts off each what lies more than two bits below
+// the largest one's last place in float32, and off the result what lies below its own. It rounds nothing to nearest.
 float add_cut_off(float sum, const double (&products)[8]);
 // Called for each product of a warp on tensor cores.
 void count_product();

@@ -1,0 +1,46 @@
+"""What brings a student's map to the form of a teacher's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def pointwise(width_in: int, width: int, relu: bool = False) -> nn.Sequential:
+    """(N, ``width_in``, H, W) -> (N, ``width``, H, W): a 1x1 convolution without bias, batch norm and perhaps a ReLU.
+
+    The convolution's first weights are normal with variance 2 / ``width``.
+    """
+    convolution = nn.Conv2d(width_in, width, 1, bias=False)
+    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(convolution, nn.BatchNorm2d(width), *[nn.ReLU(inplace=True)] * relu)
+
+
+class ConvReg(nn.Module):
+    """FitNet's regressor: a convolution with bias from the student's map to the teacher's channels and size, batch norm, ReLU.
+
+    ``student``, ``teacher``: (C, H, W). Where the student's size is twice the teacher's, 3x3 of stride 2; where it is half of it,
+    a transposed 4x4 of stride 2; where it is larger or equal, a convolution without padding of the kernel that fits. Else 3x3, and
+    the result has the student's size.
+    """
+
+    def __init__(self, student: Sequence[int], teacher: Sequence[int], relu: bool = True):
+        super().__init__()
+        (width_in, *sizes), (width, *targets) = student, teacher
+        pairs = [*zip(sizes, targets, strict=True)]
+        self.convolution: nn.Module
+        if all(s == 2 * t for s, t in pairs):
+            self.convolution = nn.Conv2d(width_in, width, 3, stride=2, padding=1)
+        elif all(2 * s == t for s, t in pairs):
+            self.convolution = nn.ConvTranspose2d(width_in, width, 4, stride=2, padding=1)
+        elif all(s >= t for s, t in pairs):
+            self.convolution = nn.Conv2d(width_in, width, tuple(1 + s - t for s, t in pairs))  # type: ignore[arg-type]
+        else:
+            self.convolution = nn.Conv2d(width_in, width, 3, padding=1)
+        self.norm, self.relu = nn.BatchNorm2d(width), relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.convolution(x))
+        return F.relu(x) if self.relu else x
