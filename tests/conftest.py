@@ -29,6 +29,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """
     option = config.option
     measures = getattr(option, "benchmark_full", False) or getattr(option, "benchmark_only", False)
+    if hasattr(config, "workerinput") or "PYTEST_XDIST_WORKER" in os.environ:
+        return  # one of those processes, or a run that one of their tests starts
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not option.keyword and not option.markexpr
     if getattr(option, "numprocesses", 0) is None and whole and not (measures or option.usepdb or option.collectonly):
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
