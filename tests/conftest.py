@@ -16,6 +16,10 @@ if not torch.cuda.is_available():  # nothing else reads it: inductor's kernels f
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
+    pluginmanager.import_plugin("speed.plugin")  # --benchmark, for pytest without a path too
+
+
 # a worker of pytest-xdist has its share of the threads: two that wait for each other on one core take longer than one
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))

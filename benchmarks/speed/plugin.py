@@ -1,4 +1,4 @@
-"""``pytest --benchmark``. ``fastkd/pytest_plugin.py`` loads it, so the option is known whatever part of the tests is asked for.
+"""``pytest --benchmark``. The conftest.py of tests/ and of benchmarks/ load it, so the option is known whatever is asked for.
 
 An ordinary run calls each benchmark once, on small shapes. ``--benchmark`` (or pytest-benchmark's ``--benchmark-only``) runs nothing else
 than the benchmarks, on the full ones. All options of pytest-benchmark keep their meaning; its own table, hundreds of lines, is printed when
