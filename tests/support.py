@@ -328,7 +328,7 @@ def apart(student: Sequence[Tensor], teacher: Sequence[Tensor], switches: dict[s
     return [*chains[0], *chains[1]], {**switches, "weight": abs(switches.get("weight", 1.0)), "weights": weights}
 
 
-def gram_terms(student: Sequence[Tensor], teacher: Sequence[Tensor], switches: dict[str, object]) -> float:
+def fsp_terms(student: Sequence[Tensor], teacher: Sequence[Tensor], switches: dict[str, object]) -> float:
     """What the rounding of each product, all in one direction, would make of the FSP loss: 2 |d| |products| for a squared distance."""
     chains, positive = apart(student, teacher, switches)
     most = paired(ref.fsp_loss, len(student), **positive)(*chains).item()
@@ -344,7 +344,7 @@ def check_loss(
     fns = [paired(getattr(module, function), len(student), **switches) for module in (fastkd, ref)]
     terms, gradients = 0.0, None
     if function == "fsp_loss":
-        terms = gram_terms(student, teacher, switches)
+        terms = fsp_terms(student, teacher, switches)
         if switches.get("distance") != "column_l2":  # there the gradient does not depend on how large the difference is
             chains, positive = apart(student, teacher, switches)
             sign = None if upstream is None else upstream.abs()

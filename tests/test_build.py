@@ -81,11 +81,11 @@ def test_cuda_kernels_need_no_more_than_a_gpu_has() -> None:
         kernels += [(name, part.split()[0], *map(int, numbers)) for name, *numbers in found]
     built = native._build_info(str(PACKAGE / "_C_cuda.abi3.so"))["architectures"]
     codes = {code for code in built if code.startswith("sm_")}
-    for operation in ("loss_kernel", "gradient_kernel", "map_kernel", "gram_forward", "gram_backward", "gram_pool"):
+    for operation in ("loss_kernel", "gradient_kernel", "map_kernel", "fsp_forward", "fsp_backward", "fsp_pool"):
         assert {code for name, code, *_ in kernels if operation in name} == codes
     for name, code, registers, stack, shared, local in kernels:
         assert (stack, local) == (0, 0), f"{name} on {code}: {stack} bytes of stack, {local} of local memory"
-        most = 255 if "gram_forward" in name or "gram_backward" in name else 128  # blocks of 128 threads, not 256
+        most = 255 if "fsp_forward" in name or "fsp_backward" in name else 128  # blocks of 128 threads, not 256
         assert 0 < registers <= most and shared <= 48 << 10, f"{name} on {code}: {registers} registers, {shared} bytes of shared memory"
 
 

@@ -98,14 +98,14 @@ def test_features_are_written_sixteen_bytes_at_a_time_in_both_layouts(architectu
 @pytest.mark.parametrize("mode, products, roundings", [(1, 48, 96), (2, 144, 288), (3, 72, 0)])
 def test_products_and_roundings_of_fsp_are_as_few_as_can_be(architecture, mode, products, roundings):
     """sm_90 and later round to tf32 in one instruction, earlier ones in several."""
-    found = instructions(f"gram_forwardIfLNS_4ModeE{mode}", architecture)
+    found = instructions(f"fsp_forwardIfLNS_4ModeE{mode}", architecture)
     assert sum(count for name, count in found.items() if name.startswith("HMMA")) == products
     older = int(architecture.strip("sm_af")) < 90
     assert found["F2FP.TF32.F32.PACK_B"] == (0 if older else roundings), found
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("kernel", [f"gram_{way}LNS_4ModeE{mode}" for way in ("forwardIf", "backwardIf") for mode in (1, 2)])
+@pytest.mark.parametrize("kernel", [f"fsp_{way}LNS_4ModeE{mode}" for way in ("forwardIf", "backwardIf") for mode in (1, 2)])
 def test_features_of_halved_sizes_are_loaded_before_they_are_pooled(architecture, kernel):
     """Windows of float32 and of 16 bits, in both layouts, pooled or spread: four begin 4 loads each, four 8."""
     found = collections.Counter(loads_at_once(kernel, architecture))
@@ -113,6 +113,6 @@ def test_features_of_halved_sizes_are_loaded_before_they_are_pooled(architecture
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("kernel, types", [("gram_poolIf", 2), ("gram_poolId", 3)])
+@pytest.mark.parametrize("kernel, types", [("fsp_poolIf", 2), ("fsp_poolId", 3)])
 def test_features_of_halved_sizes_are_loaded_before_they_are_pooled_apart(architecture, kernel, types):
     assert loads_at_once(kernel, architecture).count(4) == types

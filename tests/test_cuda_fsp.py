@@ -104,21 +104,21 @@ def test_a_chain_takes_one_launch_each_way(launched, layout):
     for x in s:
         x.requires_grad_()
     fastkd.fsp_loss(s, t).backward()
-    assert launched() == ["gram_forward", "gram_backward"]
+    assert launched() == ["fsp_forward", "fsp_backward"]
     torch.autograd.grad(fastkd.fsp_matrix(s[0], s[1]).sum(), s[:2])
-    assert launched() == ["gram_forward", "gram_backward"]
+    assert launched() == ["fsp_forward", "fsp_backward"]
     fastkd.fsp_loss([s[0], s[0]], [t[0], t[0]], pool_mode="max").backward()
-    assert launched() == ["gram_forward", "gram_backward"]
+    assert launched() == ["fsp_forward", "fsp_backward"]
 
 
 def test_maxima_and_wide_neighbours_take_launches_of_their_own(launched):
     s = [make((1, c, n, n)).requires_grad_() for c, n in ((3, 9), (4, 4), (5, 2))]
     t = [make((1, c, n, n)) for c, n in ((3, 8), (4, 4), (5, 2))]
     fastkd.fsp_loss(s, t, pool_mode="max").backward()
-    assert launched() == ["gram_forward", "gram_backward", "gram_backward"]
+    assert launched() == ["fsp_forward", "fsp_backward", "fsp_backward"]
     a, b = make((1, 3, 6, 6)).requires_grad_(), make((1, 129, 3, 3)).requires_grad_()
     fastkd.fsp_matrix(a, b).sum().backward()
-    assert launched() == ["gram_pool", "gram_forward", "gram_pool", "gram_backward"]
+    assert launched() == ["fsp_pool", "fsp_forward", "fsp_pool", "fsp_backward"]
 
 
 def test_long_chains_take_several_launches(launched):
@@ -126,7 +126,7 @@ def test_long_chains_take_several_launches(launched):
     s, t = ([make((2, 3 + i % 4, 5, 4 + i % 2)) for i in range(16)] for _ in range(2))
     for distance in ("squared", "column_l2"):
         check_loss("cuda", "fsp_loss", s, t, needs=[True] * 16 + [False] * 16, distance=distance)
-        assert launched() == ["gram_forward"] * 2 + ["gram_backward"] * 4
+        assert launched() == ["fsp_forward"] * 2 + ["fsp_backward"] * 4
 
 
 @pytest.mark.parametrize("a, b", [(16, 16), (9, 24), (32, 64), (64, 64), (72, 130)])
@@ -171,7 +171,7 @@ def test_features_of_halved_sizes(launched, size, dtype, pool_mode, layout):
         x, y = make((2, 16, *fine), dtype, layout), make((2, channels, *size), dtype, layout)
         args = dict(pool_mode=pool_mode)
         ours = fetched(evaluate(lambda *x: fastkd.fsp_matrix(*x, **args), [x, y]))
-        assert launched().count("gram_pool") == (2 if channels == 130 else 0)
+        assert launched().count("fsp_pool") == (2 if channels == 130 else 0)
         exact = evaluate(lambda *x: ref.fsp_matrix(*x, **args), [x.double(), y.double()])
         near = {torch.float64: 1e-13, torch.float32: 1e-5}
         for got, want, allowed in zip((ours.output, *ours.grads), (exact.output, *exact.grads), (1e-5, 1e-2, 1e-2)):
@@ -186,7 +186,7 @@ def test_features_that_are_pooled_before(launched, dtype, pool_mode, layout):
     s, t = ([make((2, c, *size), dtype, layout) for c, size in ((8, (7, 6)), (130, (3, 5)), (12, (6, 5)))] for _ in range(2))
     check_loss("cuda", "fsp_loss", s, t, pool_mode=pool_mode, needs=[True] * 3 + [False] * 3)
     names = launched()
-    assert names[:2] == ["gram_pool", "gram_forward"] and "gram_pool" in names[2:]
+    assert names[:2] == ["fsp_pool", "fsp_forward"] and "fsp_pool" in names[2:]
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "reversed"])
@@ -197,7 +197,7 @@ def test_gradients_of_averages_that_are_made_before(launched, size, grid, precis
     a, b = make((1, 512, *size), dtype, layout).requires_grad_(), make((1, 512, *grid), torch.float32 if precision == "ieee" else dtype)
     upstream = torch.randn(1, 512, 512)
     (got,) = torch.autograd.grad(fastkd.fsp_matrix(a, b, precision=precision), a, upstream)
-    assert launched()[-2:] == ["gram_backward", "gram_backward"]
+    assert launched()[-2:] == ["fsp_backward", "fsp_backward"]
     x = a.detach().double().requires_grad_()
     (want,) = torch.autograd.grad(ref.fsp_matrix(x, b.double()), x, upstream.double())
     assert (got.double() - want).abs().max() < (1e-2 if dtype == torch.bfloat16 else 1e-5) * want.abs().max()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastkd.distillation import Distillation
-from fastkd.methods import METHODS
+from fastkd.methods import METHODS, define
 from fastkd.models import create_model
 from fastkd.models.folding import fold_for_inference, foldable
 from fastkd.training import Batches, Trainer, UserError, get_recipe
@@ -75,14 +75,16 @@ def test_what_cannot_be_followed_keeps_its_batch_norms():
 
 def loop_of(method, dtype=torch.float32, count=70, **options):
     torch.manual_seed(5)
+    whole = define(method).whole_batches
     images, labels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8), torch.arange(count) % 10
-    batches = Batches(images, labels, (0.5,) * 3, (0.25,) * 3, batch_size=8, dtype=dtype)
+    batches = Batches(images, labels, (0.5,) * 3, (0.25,) * 3, batch_size=8, dtype=dtype, drop_last=whole)
     # rates that float32 holds exactly, as a graph's rate is one
     fields = {"epochs": 2, "batch_size": 8, "lr": 0.0625, "gamma": 0.5, "new_optimizer": True, "milestones": (0.3, 0.6)}
     recipe = get_recipe("repdistiller", fields)
     student, teacher = create_model("resnet8"), lively("resnet8")
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
-    distillation = Distillation(student, teacher, method, preset="repdistiller", autocast=autocast)
+    rest = {"train_labels": labels, "batch_size": 8, "epochs": 2}
+    distillation = Distillation(student, teacher, method, preset="repdistiller", autocast=autocast, **rest)
     return Trainer(distillation, batches, batches, recipe, autocast, **options)
 
 
@@ -123,7 +125,7 @@ def no_gpu(monkeypatch):
 def test_a_replayed_step_trains_the_same_bits(no_gpu, method):
     """Numbers through one tensor, the rate in another, momenta reset in place, and the last, smaller batch without the graph."""
     graphed = trained(loop_of(method, captured=True))
-    assert graphed.train_step.graph.graph.replays == 16 - Replayed.FIRST
+    assert graphed.train_step.graph.graph.replays == 16 - Replayed.FIRST  # eight whole batches an epoch
     assert bits(graphed) == bits(trained(loop_of(method)))
 
 

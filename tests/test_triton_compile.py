@@ -51,7 +51,7 @@ PRODUCTS = {
 }
 # accesses of 16 bytes in each kernel where the layout allows them everywhere, at least so many, and of 4 bytes at most: the upstream
 # gradient, shares of the loss and, where squares of 49 positions take a matrix's place, their rows
-FSP_WIDE = {"fsp resnet50 channels_last bf16": (9, 16, 104), "matrix tf32": (8, 16, 8)}
+FSP_WIDE = {"fsp resnet50 channels_last bf16": (9, 14, 104), "matrix tf32": (8, 16, 8)}
 
 
 def is_fsp(case: str) -> bool:
@@ -219,10 +219,14 @@ def test_warps_do_not_repeat_each_others_products(request, cases):
     for name, case in cases.items():
         for kernel in case["kernels"]:
             needed, made = kernel["work"]
-            # 9 channels beside 130; from sm_90 on, 64 rows where eight warps multiply in groups of four
+            # 9 channels beside 130 (1.75 on sm_100); from sm_90 on, 64 rows where eight warps multiply in groups of four
             small = name == "fsp columns" and kernel["name"] == "fsp_gradient_kernel"
             joined = capability == 90 and any(kind.startswith("wgmma") for kind in kernel["products"])
-            assert made <= needed * (1.4 if small else 1.3 if joined else 1), (name, kernel["name"], kernel["work"])
+            assert made <= needed * ((1.4 if capability < 100 else 1.8) if small else 1.3 if joined else 1), (
+                name,
+                kernel["name"],
+                kernel["work"],
+            )
 
 
 @pytest.mark.slow
@@ -238,5 +242,6 @@ def test_fsp_reads_and_writes_sixteen_bytes_at_a_time(cases):
     for name, (least_read, least_written, most) in FSP_WIDE.items():
         for kernel in cases[name]["kernels"] if name in cases else ():
             found = kernel["accesses"]
-            assert found.get("ld 128", 0) >= least_read and found.get("st 128", 0) >= least_written, (name, kernel["name"], found)
+            read = found.get("ld 128", 0) + kernel["copies"]  # those that go to shared memory without a register between
+            assert read >= least_read and found.get("st 128", 0) >= least_written, (name, kernel["name"], found)
             assert found.get("ld 32", 0) + found.get("st 32", 0) <= most and not {"ld 16", "st 16"} & found.keys(), (name, found)

@@ -311,7 +311,7 @@ def main() -> None:
                         "unguarded": unguarded(k.asm["ptx"]),
                         "products": products(k.asm["ptx"]),
                         "work": work(k),
-                        "copies": copies(k) if "resnet50" in name and k.name.startswith("fsp") else 0,
+                        "copies": copies(k) if ("resnet50" in name and k.name.startswith("fsp")) or name == "matrix tf32" else 0,
                         "shared": k.metadata.shared,
                         "shared_limit": SHARED[capability],
                         "fp_fusion": k.metadata.enable_fp_fusion,

@@ -93,6 +93,12 @@ def define(schema: str, fake: Callable[..., Any], cuda_fake: Callable[..., Any] 
         _LIBRARIES["fastkd"].impl(name, lambda *args: kernels.launcher(name)(*args), "CUDA")
 
 
+def implement(name: str, kernel: Callable[..., Any]) -> None:
+    """The implementation of ``fastkd::<name>`` for every device, in operations of PyTorch."""
+    if _LIBRARIES:
+        _LIBRARIES["fastkd"].impl(name, kernel, "CompositeExplicitAutograd")
+
+
 def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None], only_cpu: bool = False) -> None:
     """The autograd rule of an operator in traced graphs, in both namespaces; ``ctx.impl`` runs operators where the forward ran."""
     for namespace, library in _libraries(only_cpu):

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd import checks, reference
+from fastkd._private import transforming
+from fastkd.ops._register import autograd, define, implement
 
 NUMBERS = 2**16
 """Of a chunk's differences and cosines. Some vertices are taken at once where the batch is small; one makes (B, B) and (B, D)."""
@@ -29,14 +31,17 @@ def rkd_loss(student: Tensor, teacher: Tensor, *, distance_weight: float = 25.0,
     Source: Park, Kim, Lu, Cho, *Relational knowledge distillation*, CVPR 2019; the weights are RepDistiller's.
     """
     checks.rkd_loss(student, teacher, distance_weight, angle_weight, weight)
+    if transforming():
+        weights = {"distance_weight": distance_weight, "angle_weight": angle_weight, "weight": weight}
+        return reference.rkd_loss(student, teacher, **weights)
     factors = [float(weight) * float(factor) for factor in (distance_weight, angle_weight)]
     s, t = (x.flatten(1) for x in reference._widen(student, teacher))
     followed = torch.is_grad_enabled()
-    loss: Tensor = _loss(s, t, *factors, followed and s.requires_grad, followed and t.requires_grad)[0]
+    needs = followed and s.requires_grad, followed and t.requires_grad
+    loss: Tensor = torch.ops.fastkd.rkd_loss.default(s, t, *factors, *needs)[0]
     return loss
 
 
-@torch.library.custom_op("fastkd::rkd_loss", mutates_args=())
 def _loss(s: Tensor, t: Tensor, distance: float, angle: float, need_s: bool, need_t: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, its gradient for s, for t); a gradient that nobody needs has no elements."""
     with reference._no_autocast(s):
@@ -51,8 +56,7 @@ def _loss(s: Tensor, t: Tensor, distance: float, angle: float, need_s: bool, nee
     return loss, grads[0], grads[1]
 
 
-@_loss.register_fake
-def _(s: Tensor, t: Tensor, distance: float, angle: float, need_s: bool, need_t: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(s: Tensor, t: Tensor, distance: float, angle: float, need_s: bool, need_t: bool) -> tuple[Tensor, Tensor, Tensor]:
     grads = [torch.empty_like(x) if need else x.new_empty(0) for x, need in ((s, need_s), (t, need_t))]
     return s.new_empty(()), grads[0], grads[1]
 
@@ -138,4 +142,10 @@ def _gradients(ctx: Any, upstream: Tensor | None, *unused: Any) -> tuple[Tensor 
     return *found, None, None, None, None
 
 
-_loss.register_autograd(_gradients, setup_context=_context)
+define(
+    "rkd_loss(Tensor s, Tensor t, float distance, float angle, bool need_s, bool need_t) -> (Tensor loss, Tensor s_grad, Tensor t_grad)",
+    _fake,
+    only_cpu=True,
+)
+implement("rkd_loss", _loss)
+autograd("rkd_loss", _gradients, _context, only_cpu=True)
