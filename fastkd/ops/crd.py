@@ -13,7 +13,7 @@ from fastkd import checks, reference
 
 NUMBERS = 2**22
 """Of what a chunk of samples makes: scores against a whole bank, or drawn rows of it."""
-CHEAPER = 16
+CHEAPER = 64
 """How many rows of a bank a product of matrices takes in the time of one that is gathered."""
 
 
