@@ -38,11 +38,11 @@ CLOSING = 4  # seconds kept for the last packing
 SPEED = (
     ("attention chains", "attention", "resnet20-128"),
     ("attention at ResNet-50 stages", "attention", "resnet50-64"),
-    ("fsp chains", "gram", "resnet20-128"),
-    ("fsp at ResNet-50 stages", "gram", "resnet50-64"),
+    ("fsp chains", "fsp", "resnet20-128"),
+    ("fsp at ResNet-50 stages", "fsp", "resnet50-64"),
     ("resnet20 step", "step", "resnet20"),
     ("attention wide chains", "attention", "wrn40_2-128 or resnet32x4-128"),
-    ("fsp wide chains", "gram", "wrn40_2-128 or resnet32x4-128"),
+    ("fsp wide chains", "fsp", "wrn40_2-128 or resnet32x4-128"),
     ("resnet50 step", "step", "resnet50"),
 )
 # of Triton's tests, those whose answer an interpreter cannot give: graphs, streams, waiting, repeated bits, races

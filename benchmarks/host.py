@@ -90,7 +90,7 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}; µs a call, three stages: forward, forward and backward")
-    for operation, name in (("attention", "AT"), ("gram", "FSP")):
+    for operation, name in (("attention", "AT"), ("fsp", "FSP")):
         calls = [(row, direction, call) for row, pair in rows(operation).items() for direction, call in zip(("forward", "both"), pair)]
         least: dict[tuple[str, str], float] = {}
         with emulated.idle():

@@ -18,11 +18,11 @@ from speed import goals, table
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
-NAMES = {"attention": "AT", "gram": "FSP"}
+NAMES = {"attention": "AT", "fsp": "FSP"}
 # README's rows; of results that lack them, all
 SHORT = {
     *(("attention", shape) for shape in ("resnet20-64", "wrn40_2-128", "resnet50-8")),
-    *(("gram", shape) for shape in ("resnet20-64", "wrn40_2-128")),
+    *(("fsp", shape) for shape in ("resnet20-64", "wrn40_2-128")),
 }
 # (row, label, colour) of the bars
 BARS = (

@@ -262,7 +262,7 @@ class CRD(_Loss):
 
 
 class OFD(_Loss):
-    """:func:`fastkd.ofd_loss` with its margins and further arguments fixed; the margins are buffers, and are checked here once.
+    """:func:`fastkd.ofd_loss` with its margins and further arguments fixed; the margins are buffers, checked here.
 
     ``forward(student, teacher)``: (N, C, *S) a stage, before the ReLU, -> scalar, times ``weight``.
 

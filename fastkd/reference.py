@@ -1,4 +1,4 @@
-"""The law: every operation of fastkd in plain PyTorch, differentiable twice, on any device.
+"""The reference: every operation of fastkd in plain PyTorch, differentiable twice, on any device.
 
 Same names and signatures as the public functions. Inputs may be float16, bfloat16, float32 or float64 and differ in dtype; everything is
 computed and returned in float32, or in float64 if any input is float64, whatever autocast says. The kernels are tested against this file in
@@ -342,13 +342,15 @@ def crd_loss(student: Tensor, teacher: Tensor, student_bank: Tensor, teacher_ban
 
 
 def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
-    """The mean of the negative part of a normal distribution, for each channel of a batch norm: the margin of :func:`ofd_loss`.
+    """The margins of :func:`ofd_loss`: for each channel of a batch norm the mean of what it sends below 0.
 
     Args:
-        weight, bias: (C,), of the batch norm before the ReLU; deviation s = abs(weight) and mean of a normal distribution.
+        weight, bias: (C,), of the batch norm before the ReLU: its numbers are normal, of deviation s = abs(weight)
+            and mean bias.
 
-    Returns: (C,), at most 0; float32, float64 if any input is float64. ``bias - s * phi(bias / s) / Phi(-bias / s)`` with the
-    standard density phi and its integral Phi; -3 s where Phi(-bias / s) is at most 0.001; the smaller of bias and 0 where s is 0.
+    Returns: (C,), at most 0; float32, float64 if any input is float64. With the standard density phi and its integral Phi
+    ``bias - s * phi(bias / s) / Phi(-bias / s)``; -3 s where Phi(-bias / s) is at most 0.001; the smaller of bias
+    and 0 where s is 0.
     Raises: TypeError, ValueError for what is not such a pair.
     Source: Heo et al., *A comprehensive overhaul of feature distillation*, ICCV 2019.
     """
@@ -367,18 +369,20 @@ def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
 
 def ofd_loss(student: Features, teacher: Features, margins: Features, *, weights: Sequence[float] | None = None,
              weight: float = 1e-3) -> Tensor:  # fmt: skip
-    """Squared difference from the teacher's map before its ReLU, where that map is raised to a margin and the student is not below it.
+    """Squared difference of maps before the ReLU, where the teacher's is raised to a margin.
 
     Args:
-        student, teacher: (N, C, *S) floating point with one to three spatial dimensions, or several, one a stage; pairs of one shape.
-        margins: (C,), or one for each stage; :func:`fastkd.ofd_margin` gives them. None may be above 0, which is not looked at on a GPU.
+        student, teacher: (N, C, *S) floating point with one to three spatial dimensions, or several, one a stage;
+            pairs of one shape.
+        margins: (C,), or one for each stage; :func:`fastkd.ofd_margin` gives them. None may be above 0, which is
+            checked on a CPU alone.
         weights: one factor a stage; None: 1 for the last stage, 1/2 for the one before it, and so on.
         weight: multiplies the result.
 
     Returns: a scalar; float32, float64 if any input is float64. With ``target = max(t, margin)`` each stage is
     ``((s - target) ** 2)[(s > target) | (target > 0)].sum() / N``.
     Raises: TypeError, ValueError for what is not such a pair.
-    Source: Heo et al., *A comprehensive overhaul of feature distillation*, ICCV 2019; weights and divisor are those of its code.
+    Source: Heo et al., *A comprehensive overhaul of feature distillation*, ICCV 2019, and its code.
     """
     students, teachers, bounds = checks.ofd_loss(student, teacher, margins, weights, weight)
     count = len(students)

@@ -16,14 +16,39 @@ if not torch.cuda.is_available():  # nothing else reads it: inductor's kernels f
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# a worker of pytest-xdist has its share of the threads: two that wait for each other on one core take longer than one
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite runs in as many processes as there are CPUs, where pytest-xdist is there; ``-n 0`` takes one process.
+
+    What is asked for by name runs in one process, and so do the benchmarks where they measure, and all where there is a GPU.
+    """
+    option = config.option
+    measures = getattr(option, "benchmark_full", False) or getattr(option, "benchmark_only", False)
+    if hasattr(config, "workerinput") or "PYTEST_XDIST_WORKER" in os.environ:
+        return  # one of those processes, or a run that one of their tests starts
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not option.keyword and not option.markexpr
+    if getattr(option, "numprocesses", 0) is None and whole and not (measures or option.usepdb or option.collectonly):
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if cpus > 1 and not torch.cuda.is_available():
+            # a file's tests in one process, since they share what they compile; files in their order, the longest are not the last
+            option.numprocesses, option.dist, option.loadscopereorder = min(cpus, 8), "loadfile", False
+    if getattr(option, "numprocesses", 0):
+        os.environ["FASTKD_TEST_SEED"] = str(SEED)  # for all processes
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     return f"fastkd: inputs drawn from FASTKD_TEST_SEED={SEED}, torch {torch.__version__}"
 
 
 def pytest_collection_finish(session: pytest.Session):
     """A module's ``beforehand()`` starts what its tests will wait for, and returns what ends it."""
-    if session.config.option.collectonly:
-        return
+    if session.config.option.collectonly or hasattr(session.config, "workerinput"):
+        return  # of several processes each has collected all tests, and one will run the module's
     for module in {getattr(item, "module", None) for item in session.items}:
         if hasattr(module, "beforehand"):
             session.config.add_cleanup(module.beforehand())
@@ -92,7 +117,7 @@ def triton(request: pytest.FixtureRequest):
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The Triton kernels that were launched."""
-    from fastkd.kernels.launch import Launch
+    from fastkd.kernels.common.launch import Launch
 
     names: list[str] = []
     run = Launch.__call__

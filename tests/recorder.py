@@ -48,7 +48,7 @@ def _fell_back(*args: object, **kwargs: object) -> Tensor:
 @contextlib.contextmanager
 def launches(recorder: Recorder) -> Iterator[None]:
     """Triton's launchers count as operators, and what the interpreter does with tensors does not."""
-    from fastkd.kernels.launch import Launch
+    from fastkd.kernels.common.launch import Launch
 
     find, run = kernels.launcher, Launch.__call__
 

@@ -26,8 +26,8 @@ if kernels.interpreting():
     interpreter.mend()
 emulated.load()
 
-# the law, as it was before any test patches it
-law = SimpleNamespace(**{name: getattr(reference, name) for name in (*FUNCTIONS, "kd_loss")})
+# the reference, as it was before any test patches it
+ref = SimpleNamespace(**{name: getattr(reference, name) for name in (*FUNCTIONS, "kd_loss")})
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -184,7 +184,8 @@ def eager_error(exact: Tensor, rough: Sequence[Tensor], wide: torch.dtype) -> fl
 def one_by_one(backend: str, tensors: Sequence[Tensor], exact: Tensor) -> float:
     """What sums of equal numbers may be off, which are all rounded the same way where they are added one after the other.
 
-    The interpreter adds channels so; a GPU in a tree. The law itself, in float64, adds the positions of a map so, in each of some lanes.
+    The interpreter adds channels so; a GPU in a tree.
+    The reference itself, in float64, adds the positions of a map so, in each of some lanes.
     """
     most = exact.abs().max().item() if exact.numel() else 0
     if backend == "triton" and any(x.dim() > 2 and x.stride(1) == 0 for x in tensors):
@@ -330,22 +331,22 @@ def apart(student: Sequence[Tensor], teacher: Sequence[Tensor], switches: dict[s
 def gram_terms(student: Sequence[Tensor], teacher: Sequence[Tensor], switches: dict[str, object]) -> float:
     """What the rounding of each product, all in one direction, would make of the FSP loss: 2 |d| |products| for a squared distance."""
     chains, positive = apart(student, teacher, switches)
-    most = paired(law.fsp_loss, len(student), **positive)(*chains).item()
+    most = paired(ref.fsp_loss, len(student), **positive)(*chains).item()
     if switches.get("distance") == "column_l2":
         return most
-    loss = law.fsp_loss([x.double() for x in student], [x.double() for x in teacher], **positive).item()
+    loss = ref.fsp_loss([x.double() for x in student], [x.double() for x in teacher], **positive).item()
     return 2 * math.sqrt(loss * most)
 
 
 def check_loss(
     backend: str, function: str, student: Sequence[Tensor], teacher: Sequence[Tensor], *, needs=None, upstream=None, k=None, **switches
 ) -> Result:
-    fns = [paired(getattr(module, function), len(student), **switches) for module in (fastkd, law)]
+    fns = [paired(getattr(module, function), len(student), **switches) for module in (fastkd, ref)]
     terms, gradients = 0.0, None
     if function == "fsp_loss":
         terms = gram_terms(student, teacher, switches)
         if switches.get("distance") != "column_l2":  # there the gradient does not depend on how large the difference is
             chains, positive = apart(student, teacher, switches)
             sign = None if upstream is None else upstream.abs()
-            gradients = evaluate(paired(law.fsp_loss, len(student), **positive), [x.contiguous() for x in chains], needs, sign)
+            gradients = evaluate(paired(ref.fsp_loss, len(student), **positive), [x.contiguous() for x in chains], needs, sign)
     return check(backend, *fns, [*student, *teacher], needs, upstream, k, output_terms=terms, gradient_terms=gradients)

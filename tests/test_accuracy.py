@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from support import KERNELS, arrange, law, place
+from support import KERNELS, arrange, place, ref
 from torch import Tensor
 
 import fastkd
@@ -69,7 +69,7 @@ def check(
     Both are taken against float64. Backend "cpp" takes each of its code paths. ``call(function, *tensors)`` calls
     fastkd's function of that name, or the reference's.
     """
-    ours, plain = (functools.partial(call, getattr(module, name)) for module in (fastkd, law))
+    ours, plain = (functools.partial(call, getattr(module, name)) for module in (fastkd, ref))
     exact = run(plain, [x.double() for x in tensors], **options)
     rough = rms_errors(run(plain, [x.float() for x in tensors], **options), exact)
     for path in native.cpu_paths() if backend == "cpp" else ("",):
@@ -178,7 +178,8 @@ def test_triton_is_as_exact_as_pytorch(backend, layout):
 def test_triton_is_as_exact_where_a_lane_adds_the_most_rows(backend, layout, channels, size, monkeypatch):
     """As in a large batch, where each program sums all it may: 64 rows a lane."""
     pytest.importorskip("triton")
-    from fastkd.kernels import attention_map, launch
+    from fastkd.kernels.attention import map as attention_map
+    from fastkd.kernels.common import launch
 
     monkeypatch.setattr(launch, "LEAST", launch.MOST)
     monkeypatch.setattr(attention_map, "_plans", launch.Plans())

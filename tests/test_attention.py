@@ -1,4 +1,4 @@
-"""attention_map and attention_transfer_loss: C++ and Triton kernels against the law in float64, over dtypes, layouts, shapes, switches."""
+"""attention_map and attention_transfer_loss: C++ and Triton kernels against the reference in float64, over every switch."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from support import (
     dtypes,
     evaluate,
     fetched,
-    law,
     make,
     name,
     place,
+    ref,
     some_shape,
     values,
 )
@@ -48,9 +48,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def map_check(backend, x, *, upstream=None, **switches):
-    y = law.attention_map(x.detach(), **switches)
+    y = ref.attention_map(x.detach(), **switches)
     upstream = torch.randn_like(y) if upstream is None else upstream
-    return check(backend, lambda x: fastkd.attention_map(x, **switches), lambda x: law.attention_map(x, **switches), [x], upstream=upstream)
+    return check(backend, lambda x: fastkd.attention_map(x, **switches), lambda x: ref.attention_map(x, **switches), [x], upstream=upstream)
 
 
 def kind(p: float, signed: bool) -> str:
@@ -62,7 +62,7 @@ def kind(p: float, signed: bool) -> str:
 
 @pytest.mark.parametrize("p, signed, channel_reduce", list(itertools.product(POWERS, [False, True], ["mean", "sum"])))
 @pytest.mark.parametrize("backend, dtype", KERNEL_SAMPLES)
-def test_map_matches_the_law_for_every_switch(backend, dtype, p, signed, channel_reduce):
+def test_map_matches_the_reference_for_every_switch(backend, dtype, p, signed, channel_reduce):
     dtype = drawn(backend, dtype)
     normalize, eps_mode = random.choice([(True, "clamp"), (True, "add"), (False, "clamp")])
     x = make(some_shape(), dtype, random.choice(LAYOUTS), kind(p, signed))
@@ -73,7 +73,7 @@ def test_map_matches_the_law_for_every_switch(backend, dtype, p, signed, channel
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
 @pytest.mark.parametrize("backend", KERNELS)
-def test_map_matches_the_law_in_every_layout(backend, shape, layout):
+def test_map_matches_the_reference_in_every_layout(backend, shape, layout):
     map_check(backend, make(shape, random.choice(dtypes(backend)), layout))
 
 
@@ -108,7 +108,7 @@ def test_a_norm_beside_eps_takes_eagers_side_of_the_clamp(backend):
     for eps in (2.0000002, 1.9999999):  # at exactly 2 PyTorch's own versions differ
         with fastkd.use_backend(backend):
             got = fetched(evaluate(lambda x: fastkd.attention_map(x, eps=eps), [place(x, backend)], upstream=place(upstream, backend)))
-        want = evaluate(lambda x: law.attention_map(x, eps=eps), [x], upstream=upstream)
+        want = evaluate(lambda x: ref.attention_map(x, eps=eps), [x], upstream=upstream)
         torch.testing.assert_close(got.grads, want.grads, rtol=1e-5, atol=1e-6)
 
 
@@ -119,7 +119,7 @@ def test_a_norm_beside_eps_takes_eagers_side_of_the_clamp(backend):
     "p, signed, channel_reduce, eps_mode", list(itertools.product(POWERS, [False, True], ["mean", "sum"], ["clamp", "add"]))
 )
 @pytest.mark.parametrize("backend, dtype", KERNEL_SAMPLES)
-def test_loss_matches_the_law_for_every_power(backend, dtype, p, signed, channel_reduce, eps_mode):
+def test_loss_matches_the_reference_for_every_power(backend, dtype, p, signed, channel_reduce, eps_mode):
     dtype = drawn(backend, dtype)
     stages, n = random.randint(1, 3), random.choice((1, 2, 3, 5))
     student = [make(some_shape(n), dtype, random.choice(LAYOUTS), kind(p, signed)) for _ in range(stages)]
@@ -133,7 +133,7 @@ def test_loss_matches_the_law_for_every_power(backend, dtype, p, signed, channel
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backend, dtype", KERNEL_DTYPES)
-def test_loss_matches_the_law_for_mixed_dtypes_and_layouts(backend, dtype, layout):
+def test_loss_matches_the_reference_for_mixed_dtypes_and_layouts(backend, dtype, layout):
     for other in dtypes(backend) if backend == "cpp" else (drawn(backend, None),):
         mixed_loss_matches(backend, (dtype, other), layout)
 
@@ -159,11 +159,11 @@ def pooled_sizes(dims: int, larger: str) -> tuple[list[int], list[int]]:
 @pytest.mark.parametrize("larger", ["student", "teacher", "each"])
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("backend", KERNELS)
-def test_loss_matches_the_law_when_sizes_differ(backend, dims, larger, pool, pool_mode, difference):
+def test_loss_matches_the_reference_when_sizes_differ(backend, dims, larger, pool, pool_mode, difference):
     dtype = random.choice(dtypes(backend))
     s_size, t_size = pooled_sizes(dims, larger)
     n, p = random.randint(1, 3), random.choice((1, 2, 3, 2.7))
-    # of equal positions, which is the largest is a matter of pow's last bit, in the float64 law too
+    # of equal positions, which is the largest is a matter of pow's last bit, in the float64 reference too
     layouts = [layout for layout in LAYOUTS if not (pool_mode == "max" and layout == "expanded_space")]
     student = [make((n, 5, *s_size), dtype, random.choice(layouts)), make((n, 3, *t_size), dtype, random.choice(layouts))]
     teacher = [make((n, 4, *t_size), dtype, random.choice(DENSE)), make((n, 2, *t_size), dtype)]
@@ -174,7 +174,7 @@ def test_loss_matches_the_law_when_sizes_differ(backend, dims, larger, pool, poo
 @pytest.mark.parametrize("pool", ["before", "after"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backend", KERNELS)
-def test_pooling_of_signed_powers_matches_the_law(backend, layout, pool, pool_mode):
+def test_pooling_of_signed_powers_matches_the_reference(backend, layout, pool, pool_mode):
     student, teacher = make((2, 6, 9, 7), torch.float32, layout, "positive"), make((2, 3, 4, 7), torch.float32, kind="positive")
     check_loss(
         backend,
@@ -193,7 +193,7 @@ def test_pooling_of_signed_powers_matches_the_law(backend, layout, pool, pool_mo
 @pytest.mark.parametrize("weights, weight", [(None, 1.0), ([0.5, 0.0, 3.0], 1.0), ([1, -2, 0.25], 1000.0), (None, 0.0)], ids=name)
 @pytest.mark.parametrize("difference, stage_reduce", list(itertools.product(["squared", "l2"], ["sum", "mean"])))
 @pytest.mark.parametrize("backend, dtype", [p for p in KERNEL_SAMPLES if p.values[1] != torch.float16])
-def test_weights_and_reductions_match_the_law(backend, dtype, difference, stage_reduce, weights, weight):
+def test_weights_and_reductions_match_the_reference(backend, dtype, difference, stage_reduce, weights, weight):
     dtype = drawn(backend, dtype)
     student = [make((3, c, size, size), dtype) for c, size in ((4, 9), (8, 5), (16, 3))]
     teacher = [make(s.shape, dtype) for s in student]
@@ -204,7 +204,7 @@ def test_weights_and_reductions_match_the_law(backend, dtype, difference, stage_
 @pytest.mark.parametrize("upstream", [1.0, 3.0])  # prepared in the forward pass, or not
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("backend, dtype", KERNEL_DTYPES)
-def test_large_gradients_match_the_law(backend, dtype, layout, upstream):
+def test_large_gradients_match_the_reference(backend, dtype, layout, upstream):
     """In C++ gradients of a mebibyte and more are written past the caches, where their lines allow it; the last stage's do not.
 
     On a GPU several blocks of positions and parts of channels make up a map, and small tensors have them too.
@@ -220,7 +220,7 @@ def test_large_gradients_match_the_law(backend, dtype, layout, upstream):
 @pytest.mark.parametrize("size", [(4, 4), (7, 7), (8, 8), (5, 19), (33, 2), (64, 65)], ids=name)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("backend", KERNELS)
-def test_every_way_through_a_feature_matches_the_law(backend, layout, size, channels):
+def test_every_way_through_a_feature_matches_the_reference(backend, layout, size, channels):
     """Whole vectors, pairs of them (bfloat16), two positions in one, and what is left, of channels and of positions."""
     size = (16, 17) if backend != "cpp" and size == (64, 65) else size
     for dtype in (torch.bfloat16, torch.float32) if backend == "cpp" else (random.choice(dtypes(backend)),):
@@ -232,9 +232,9 @@ def test_every_way_through_a_feature_matches_the_law(backend, layout, size, chan
 @pytest.mark.parametrize("difference", ["squared", "l2"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backend", KERNELS)
-def test_precomputed_teacher_maps_match_the_law(backend, layout, difference, teacher_size, pool):
+def test_precomputed_teacher_maps_match_the_reference(backend, layout, difference, teacher_size, pool):
     student = make((3, 4, 6, 5), random.choice(dtypes(backend)), layout)
-    teacher = law.attention_map(values((3, 9, *teacher_size), torch.float64)).to(random.choice(dtypes(backend))).contiguous()
+    teacher = ref.attention_map(values((3, 9, *teacher_size), torch.float64)).to(random.choice(dtypes(backend))).contiguous()
     if random.random() < 0.5:
         teacher = teacher.transpose(1, 2).contiguous().transpose(1, 2)
     check_loss(backend, "attention_transfer_loss", [student], [teacher], teacher_is_map=True, difference=difference, pool=pool)
@@ -264,7 +264,7 @@ def test_close_maps_keep_their_relative_accuracy(backend):
     s = [x * (1 + 1e-3 * torch.randn_like(x)) for x in t]
     with fastkd.use_backend(backend):
         ours = fastkd.attention_transfer_loss([place(x, backend) for x in s], [place(x, backend) for x in t]).double().cpu()
-    exact = law.attention_transfer_loss([x.double() for x in s], [x.double() for x in t])
+    exact = ref.attention_transfer_loss([x.double() for x in s], [x.double() for x in t])
     assert abs(ours / exact - 1) < 2e-3
 
 

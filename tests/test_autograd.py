@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import DTYPES, check_loss, evaluate, law, make, name, ulp, values
+from support import DTYPES, check_loss, evaluate, make, name, ref, ulp, values
 
 import fastkd
 from fastkd import backends
@@ -95,7 +95,7 @@ def test_gradient_survives_what_stands_downstream(downstream, layout):
         lambda m, x, y: m.attention_map(x, normalize=False),
         lambda m, x, y: m.fsp_matrix(x, y),
     ):
-        got, want = (torch.autograd.grad(after(call(m, x, y)), (x, y), allow_unused=True) for m in (fastkd, law))
+        got, want = (torch.autograd.grad(after(call(m, x, y)), (x, y), allow_unused=True) for m in (fastkd, ref))
         for g, w in zip(got, want):
             assert (g is None) == (w is None)
             if w is not None:
@@ -107,7 +107,7 @@ def test_upstream_scalar_may_have_any_strides_and_factor(scale):
     s, t = chains()
     for function in ("attention_transfer_loss", "fsp_loss"):
         factor = {"expanded": torch.tensor([3.0, 5.0])[1].expand(()), "double": torch.tensor(-0.5), "half": torch.tensor(2.0**-13)}[scale]
-        got, want = (evaluate(lambda *x: TRAINING[function](m, x[:3], x[3:]), [*s, *t], upstream=factor) for m in (fastkd, law))
+        got, want = (evaluate(lambda *x: TRAINING[function](m, x[:3], x[3:]), [*s, *t], upstream=factor) for m in (fastkd, ref))
         agree(got.grads, want.grads)
 
 
@@ -133,7 +133,7 @@ def test_gradients_accumulate_over_micro_batches(function):
     got = [x.grad for x in s]
     s2, t2 = leaves(s), leaves(t)
     sum(
-        TRAINING[function](law, [x[part] for x in s2], [x[part] for x in t2]) for part in (slice(0, 2), slice(2, 4), slice(1, 3))
+        TRAINING[function](ref, [x[part] for x in s2], [x[part] for x in t2]) for part in (slice(0, 2), slice(2, 4), slice(1, 3))
     ).backward()
     agree(got, [x.grad for x in s2])
 
@@ -162,7 +162,7 @@ def test_teacher_may_come_from_inference_mode(function):
     with torch.inference_mode():
         frozen = [x.clone() for x in t]
     assert all(x.is_inference() for x in frozen)
-    got, want = (evaluate(lambda *x: TRAINING[function](m, x, teacher), s) for m, teacher in ((fastkd, frozen), (law, t)))
+    got, want = (evaluate(lambda *x: TRAINING[function](m, x, teacher), s) for m, teacher in ((fastkd, frozen), (ref, t)))
     agree(got.grads, want.grads)
     agree([got.output], [want.output], 1e-6)
 
@@ -170,7 +170,7 @@ def test_teacher_may_come_from_inference_mode(function):
 @pytest.mark.parametrize("function", TRAINING)
 def test_no_graph_is_kept_under_no_grad_and_inference_mode(function):
     s, t = (leaves(x) for x in chains())
-    want = TRAINING[function](law, s, t).detach()
+    want = TRAINING[function](ref, s, t).detach()
     for mode in (torch.no_grad(), torch.inference_mode()):
         with mode:
             got = TRAINING[function](fastkd, s, t)
@@ -182,7 +182,7 @@ def test_no_graph_is_kept_under_no_grad_and_inference_mode(function):
 def test_the_same_tensors_may_be_student_and_teacher(function):
     (s, _) = chains(F64)
     got, want = (leaves(s) for _ in range(2))
-    for module, x in ((fastkd, got), (law, want)):
+    for module, x in ((fastkd, got), (ref, want)):
         (TRAINING[function](module, x, x) + TRAINING[function](module, x, [y.flip(0) for y in x])).backward()
     agree([x.grad for x in got], [x.grad for x in want], 1e-10)
 
@@ -190,7 +190,7 @@ def test_the_same_tensors_may_be_student_and_teacher(function):
 @pytest.mark.parametrize("function", ["attention_transfer_loss", "fsp_loss"])
 def test_one_tensor_may_stand_at_several_places(function):
     a, b = values((2, 4, 5, 5), F64), values((2, 4, 5, 5), F64)
-    got, want = (evaluate(lambda a, b: TRAINING[function](m, [a, b, a], [b, b, a]), [a, b]) for m in (fastkd, law))
+    got, want = (evaluate(lambda a, b: TRAINING[function](m, [a, b, a], [b, b, a]), [a, b]) for m in (fastkd, ref))
     agree(got.grads, want.grads, 1e-10)
 
 
@@ -201,7 +201,7 @@ def test_autocast_casts_nothing(dtype, layout):
     image, teacher = make((4, 3, 10, 10), torch.float32, layout), values((4, 8, 8, 8), torch.float32)
     for function in ("attention_transfer_loss", "fsp_loss"):
         grads = []
-        for module in (fastkd, law):
+        for module in (fastkd, ref):
             with torch.autocast("cpu", dtype=dtype):
                 feature = conv(image)
                 loss = TRAINING[function](module, [feature, feature.relu()], [teacher, teacher.relu()])
@@ -222,7 +222,7 @@ def test_half_gradients_survive_the_published_weight_and_loss_scale(dtype):
     upstream = torch.tensor(65536.0)
     got, eager = (
         evaluate(lambda *x: m.attention_transfer_loss(x, t, weight=1000.0), xs, upstream=upstream)
-        for m, xs in ((fastkd, s), (law, [x.float() for x in s]))
+        for m, xs in ((fastkd, s), (ref, [x.float() for x in s]))
     )
     for g, w in zip(got.grads, eager.grads):
         assert g.isfinite().all() and g.dtype == dtype
@@ -247,7 +247,7 @@ def test_hooks_and_views_downstream_see_ordinary_tensors():
     y.register_hook(lambda g: seen.append(g.shape) or g * 2)
     y.view(-1).sum().backward()
     z = leaves([x])[0]
-    (2 * law.attention_map(z)).sum().backward()
+    (2 * ref.attention_map(z)).sum().backward()
     assert seen == [y.shape]
     agree([x.grad], [z.grad])
 

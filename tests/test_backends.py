@@ -25,11 +25,11 @@ from support import (
     check_loss,
     cpp_missing,
     evaluate,
-    law,
     make,
     missing,
     name,
     place,
+    ref,
     some_shape,
     values,
 )
@@ -245,13 +245,13 @@ def path(request):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_every_code_path_matches_the_law(path, dtype, layout):
+def test_every_code_path_matches_the_reference(path, dtype, layout):
     assert native.cpu_path() == path
     shape = some_shape()
     x, t = make(shape, dtype, layout), make(shape, random.choice(DTYPES))
-    check("cpp", fastkd.attention_map, law.attention_map, [x], upstream=torch.randn(shape[0], *shape[2:]))
-    terms = law.fsp_matrix(x.abs().double(), t.abs().double()).max().item()
-    check("cpp", fastkd.fsp_matrix, law.fsp_matrix, [x, t], upstream=torch.randn(shape[0], shape[1], shape[1]), output_terms=terms)
+    check("cpp", fastkd.attention_map, ref.attention_map, [x], upstream=torch.randn(shape[0], *shape[2:]))
+    terms = ref.fsp_matrix(x.abs().double(), t.abs().double()).max().item()
+    check("cpp", fastkd.fsp_matrix, ref.fsp_matrix, [x, t], upstream=torch.randn(shape[0], shape[1], shape[1]), output_terms=terms)
     stages = [
         [make((2, c, *size), d, layout) for c, size in ((16, (11, 7)), (33, (11, 7)), (64, (4, 4)))] for d in (dtype, random.choice(DTYPES))
     ]
@@ -260,7 +260,7 @@ def test_every_code_path_matches_the_law(path, dtype, layout):
 
 
 @pytest.mark.parametrize("pool, pool_mode", list(itertools.product(["before", "after"], ["avg", "max"])))
-def test_every_code_path_pools_as_the_law(path, pool, pool_mode):
+def test_every_code_path_pools_as_the_reference(path, pool, pool_mode):
     layout = random.choice(LAYOUTS)
     s, t = [make((2, 17, 9, 10), torch.bfloat16, layout), make((2, 9, 5, 5))], [make((2, 17, 4, 10)), make((2, 9, 7, 7))]
     check_loss("cpp", "attention_transfer_loss", s, t, pool=pool, pool_mode=pool_mode)
@@ -367,13 +367,13 @@ def nan_where_eager_has_it(backend, value, where):
         for ours, eager in (
             (
                 lambda x, t: fastkd.attention_transfer_loss(x, t, p, eps_mode=eps_mode),
-                lambda x, t: law.attention_transfer_loss(x, t, p, eps_mode=eps_mode),
+                lambda x, t: ref.attention_transfer_loss(x, t, p, eps_mode=eps_mode),
             ),
             (
                 lambda x, t: fastkd.attention_map(x, p, eps_mode=eps_mode).sum() + 0 * t.sum(),
-                lambda x, t: law.attention_map(x, p, eps_mode=eps_mode).sum() + 0 * t.sum(),
+                lambda x, t: ref.attention_map(x, p, eps_mode=eps_mode).sum() + 0 * t.sum(),
             ),
-            (lambda x, t: fastkd.fsp_loss([x, x], [t, t]), lambda x, t: law.fsp_loss([x, x], [t, t])),
+            (lambda x, t: fastkd.fsp_loss([x, x], [t, t]), lambda x, t: ref.fsp_loss([x, x], [t, t])),
         )[: 3 if backend == "cpp" else 2]:
             with fastkd.use_backend(backend):
                 got = [x.cpu() for x in bits(evaluate(ours, [place(x, backend) for x in tensors]))]

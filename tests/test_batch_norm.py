@@ -63,16 +63,16 @@ def norms(channels):
     return norm, copy.deepcopy(norm).double()
 
 
-def answers(norm, x, residual, relu, grad, law=None):
+def answers(norm, x, residual, relu, grad, ref=None):
     """y, the gradients of x, residual, weight and bias, and both averages."""
     leaves = [t.detach().clone().requires_grad_() for t in (x, residual) if t is not None]
     x, residual = leaves[0], leaves[1] if len(leaves) > 1 else None
-    if law is None:
+    if ref is None:
         y = batch_norm(norm, x, residual, relu=relu)
     else:
         y = norm(x) if residual is None else norm(x) + residual
-        # float64 and the kernel may differ on which side of 0 a number lies: the kernel's side is the law's there, and was compared before
-        y = y * (law > 0) if relu else y
+        # float64 and the kernel may differ on which side of 0 a number lies: the kernel's side is taken, which was compared before
+        y = y * (ref > 0) if relu else y
     gradients = torch.autograd.grad(y, [*leaves, norm.weight, norm.bias], grad)
     return [y, *gradients, norm.running_mean, norm.running_var]
 
@@ -81,7 +81,7 @@ def answers(norm, x, residual, relu, grad, law=None):
 @switches
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_batch_norm_matches_the_law_on_every_code_path(shape, dtype, residual, relu):
+def test_batch_norm_matches_the_reference_on_every_code_path(shape, dtype, residual, relu):
     norm, exact = norms(shape[1])
     x, grad = feature(shape, dtype), feature(shape, dtype)
     added = feature(shape, dtype) if residual else None
@@ -93,16 +93,16 @@ def test_batch_norm_matches_the_law_on_every_code_path(shape, dtype, residual, r
             ours = answers(copy.deepcopy(norm), x, added, relu, grad)
         assert recorder.fused.count("batch_norm") == recorder.fused.count("batch_norm_backward") == 1
         assert not relu or torch.equal((ours[0] > 0) & clear, (plain > 0) & clear)
-        compare(ours, answers(copy.deepcopy(exact), *wide, relu, grad.double(), law=ours[0]), dtype)
+        compare(ours, answers(copy.deepcopy(exact), *wide, relu, grad.double(), ref=ours[0]), dtype)
 
 
-def compare(ours, law, dtype):
-    rows = law[0].numel() // law[0].shape[1]
-    grad_size = max(1.0, law[1].abs().max().item())
-    for i, (found, wanted) in enumerate(zip(ours, law, strict=True)):
+def compare(ours, ref, dtype):
+    rows = ref[0].numel() // ref[0].shape[1]
+    grad_size = max(1.0, ref[1].abs().max().item())
+    for i, (found, wanted) in enumerate(zip(ours, ref, strict=True)):
         own = torch.finfo(dtype).eps if found.dtype == dtype != torch.float32 else 0.0
         size = wanted.abs().max().item()
-        if found.dim() == 1 and i < len(law) - 2:  # sums over the rows, whose terms have both signs, are held to the size of the terms
+        if found.dim() == 1 and i < len(ref) - 2:  # sums over the rows, whose terms have both signs, are held to the size of the terms
             size += grad_size * rows**0.5
         steep = 1 if rows > 4 else 100  # a variance of two numbers that lie near each other makes a slope without bound
         least = 2.0**-25 if dtype == torch.float16 and own else 0.0  # half of a subnormal's last place
@@ -114,8 +114,8 @@ def test_a_mean_far_from_zero_costs_no_digits_and_chunks_are_joined():
     shape = (64, 16, 32, 32)
     x = feature(shape, scale=1.0, shift=3000.0)
     norm, exact = norms(16)
-    y, law = batch_norm(norm, x), exact(x.double())
-    assert (y.double() - law).abs().max() < 3e-3  # 3000 in float32 is known to 1e-4
+    y, ref = batch_norm(norm, x), exact(x.double())
+    assert (y.double() - ref).abs().max() < 3e-3  # 3000 in float32 is known to 1e-4
     torch.testing.assert_close(norm.running_var.double(), exact.running_var, rtol=1e-5, atol=0)
     plain = nn.BatchNorm2d(16, momentum=0.3)
     plain(x)
@@ -165,8 +165,8 @@ def test_it_is_differentiable_twice(residual, relu):
         return torch.autograd.grad(sum(g.square().sum() for g in grads), [leaves[0], norm.weight, *([leaves[1]] if residual else [])])
 
     ours = penalty(norm, lambda norm, x, r: batch_norm(norm, x, r, relu=relu), x, added)
-    law = penalty(exact, lambda n, x, r: reference.batch_norm(x, r, n.weight, n.bias, relu=relu), x.double(), added.double())
-    for found, wanted in zip(ours, law, strict=True):
+    ref = penalty(exact, lambda n, x, r: reference.batch_norm(x, r, n.weight, n.bias, relu=relu), x.double(), added.double())
+    for found, wanted in zip(ours, ref, strict=True):
         torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
 
 
@@ -284,13 +284,13 @@ def test_networks_train_as_with_pytorchs(name, features):
     assert recorder.fused.count("batch_norm") == recorder.fused.count("batch_norm_backward") == count
     wanted, wanted_logits = exact(images.double(), features=features)
     (wanted_logits.sum() + sum(stage.square().mean() for stage in wanted.stages)).backward()
-    for ours, law in [*zip(found.stages, wanted.stages, strict=True), (logits, wanted_logits)]:
-        torch.testing.assert_close(ours.double(), law, rtol=1e-4, atol=1e-4)
-    for (key, ours), law in zip(model.named_parameters(), exact.parameters(), strict=True):
+    for ours, ref in [*zip(found.stages, wanted.stages, strict=True), (logits, wanted_logits)]:
+        torch.testing.assert_close(ours.double(), ref, rtol=1e-4, atol=1e-4)
+    for (key, ours), ref in zip(model.named_parameters(), exact.parameters(), strict=True):
         # a ReLU whose input is all but zero may open in one precision and not in the other
-        assert (ours.grad.double() - law.grad).norm() < 1e-2 * law.grad.norm() + 1e-6, key
-    for ours, law in zip(model.buffers(), exact.buffers(), strict=True):
-        torch.testing.assert_close(ours.double(), law.double(), rtol=1e-4, atol=1e-5)
+        assert (ours.grad.double() - ref.grad).norm() < 1e-2 * ref.grad.norm() + 1e-6, key
+    for ours, ref in zip(model.buffers(), exact.buffers(), strict=True):
+        torch.testing.assert_close(ours.double(), ref.double(), rtol=1e-4, atol=1e-5)
 
 
 @compiled
@@ -325,15 +325,15 @@ def test_it_is_differentiable_twice_where_only_the_residual_has_a_gradient(relu)
         (grad,) = torch.autograd.grad(function(leaf).pow(3).sum(), leaf, create_graph=True)
         return torch.autograd.grad(grad.square().sum(), leaf)[0]
 
-    law = penalty(lambda r: reference.batch_norm(x.double(), r, exact.weight, exact.bias, relu=relu), added.double())
+    ref = penalty(lambda r: reference.batch_norm(x.double(), r, exact.weight, exact.bias, relu=relu), added.double())
     ours = penalty(lambda r: batch_norm(norm, x, r, relu=relu), added)
-    torch.testing.assert_close(ours.double(), law, rtol=1e-3, atol=1e-4 * law.abs().max().item())
+    torch.testing.assert_close(ours.double(), ref, rtol=1e-3, atol=1e-4 * ref.abs().max().item())
     raw = lambda r: torch.ops.fastkd.batch_norm(x, r, norm.weight, norm.bias, relu, norm.eps)[0]  # noqa: E731
     if relu:
         with pytest.raises(RuntimeError, match="use fastkd.reference.batch_norm, which is differentiable twice"):
             penalty(raw, added)
     else:
-        torch.testing.assert_close(penalty(raw, added).double(), law, rtol=1e-3, atol=1e-4 * law.abs().max().item())
+        torch.testing.assert_close(penalty(raw, added).double(), ref, rtol=1e-3, atol=1e-4 * ref.abs().max().item())
 
 
 @compiled

@@ -46,7 +46,7 @@ def result() -> dict[str, Any]:
         record("attention", "resnet20-64", {"streaming floor": 1, "eager": 8, "torch.compile": 2, "cpp": 1}),
         record("attention", "resnet20-128", {"streaming floor": 1, "eager": 16, "torch.compile": 8, "cpp": 2}),
         record("attention", "resnet20-64", {"eager": 7, "cpp": 1.5}, layout="channels_last"),
-        record("gram", "resnet20-64", {"eager": 70, "eager, broadcast": 1000, "cpp": 10}),
+        record("fsp", "resnet20-64", {"eager": 70, "eager, broadcast": 1000, "cpp": 10}),
         record("attention", "resnet20-64", {"eager": 3, "cpp": 100}, threads=1, clock="process"),
         {
             "loop": "AT", "shape": "resnet20 > resnet20", "threads": 2, "clock": "wall",
@@ -85,7 +85,7 @@ def test_only_benchmarks_on_full_shapes() -> None:
     tests = [line for line in done.stdout.splitlines() if "::" in line]
     assert tests and all(line.startswith("benchmarks/") for line in tests)
     assert any("resnet50-8" in line for line in tests) and not any("small" in line for line in tests)
-    assert {line.split("::")[0] for line in tests} == {f"benchmarks/test_{name}.py" for name in ("attention", "gram", "loop", "step")}
+    assert {line.split("::")[0] for line in tests} == {f"benchmarks/test_{name}.py" for name in ("attention", "fsp", "loop", "step")}
 
 
 @pytest.mark.parametrize("options", [("--benchmark-disable",), ("-n", "1")], ids=" ".join)
@@ -160,8 +160,8 @@ def test_peak_memory_is_exact() -> None:
 
 @pytest.mark.parametrize("error", [0.0, 1e-3])
 def test_a_wrong_row_has_no_speed(error: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = cases.Case("gram", "small")
-    monkeypatch.setitem(rows.FUSED, "gram", lambda s, t: (1 + error) * reference.fsp_loss(s, t))
+    case = cases.Case("fsp", "small")
+    monkeypatch.setitem(rows.FUSED, "fsp", lambda s, t: (1 + error) * reference.fsp_loss(s, t))
     built = rows.Rows(case, False, Stock())
     row = built.row(case, "reference")
     built.check(case, row)
@@ -180,7 +180,7 @@ def test_replayed_times() -> None:
 
 
 def test_bytes_and_products() -> None:
-    case = cases.Case("gram", "resnet20-64")
+    case = cases.Case("fsp", "resnet20-64")
     values = 64 * (16 * 1024 + 16 * 1024 + 32 * 256 + 64 * 64)
     assert case.bytes_moved() == 3 * 4 * values
     assert case.flops() == 4 * 2 * 64 * (16 * 16 * 1024 + 16 * 32 * 256 + 32 * 64 * 64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import cpp_missing, law, make, values
+from support import cpp_missing, make, ref, values
 from torch import nn
 
 import fastkd
@@ -74,7 +74,7 @@ def step_agrees(losses, sizes, **how):
     compiled = torch.compile(lambda *args: step(fastkd, losses, *args), fullgraph=True, **how)
     for size in sizes:
         x = images(*size)
-        agree(gradients(compiled, student, teacher, *x), gradients(lambda *args: step(law, losses, *args), student, teacher, *x))
+        agree(gradients(compiled, student, teacher, *x), gradients(lambda *args: step(ref, losses, *args), student, teacher, *x))
 
 
 STATIC = [(4, (10, 10), (5, 4))]
@@ -109,7 +109,7 @@ def test_a_map_with_itself_keeps_its_whole_gradient_when_compiled(backend, dynam
 
     compiled = torch.compile(lambda x, y: fn(fastkd, x, y), fullgraph=True, dynamic=dynamic, backend="aot_eager")
     x, y = (values((2, 3, 4, 4), torch.float64).requires_grad_() for _ in range(2))
-    want = torch.autograd.grad(fn(law, x, y), (x, y))
+    want = torch.autograd.grad(fn(ref, x, y), (x, y))
     with fastkd.use_backend(backend):
         for call in (compiled, lambda x, y: fn(fastkd, x, y)):
             for got, exact in zip(torch.autograd.grad(call(x, y), (x, y)), want):
@@ -125,7 +125,7 @@ def test_a_compiled_step_takes_an_inference_mode_teacher_and_half_precision(back
     with torch.inference_mode():
         t = [values(x.shape, torch.float16) for x in s]
     compiled = torch.compile(lambda s, t: fn(fastkd, s, t), fullgraph=True, backend="aot_eager")
-    want = torch.autograd.grad(fn(law, s, [x.clone() for x in t]), s)
+    want = torch.autograd.grad(fn(ref, s, [x.clone() for x in t]), s)
     with fastkd.use_backend(backend):
         got = torch.autograd.grad(compiled(s, t), s)
     for a, b in zip(got, want):
@@ -144,7 +144,7 @@ def test_another_backend_traces_another_graph(cpp):
     compiled = torch.compile(fastkd.attention_map, fullgraph=True, backend=record)
     for backend in ("cpp", "reference", "cpp"):
         with fastkd.use_backend(backend):
-            torch.testing.assert_close(compiled(x), law.attention_map(x))
+            torch.testing.assert_close(compiled(x), ref.attention_map(x))
     assert [torch.ops.fastkd.attention_map.default in targets for targets in graphs] == [True, False]
 
 
@@ -171,7 +171,7 @@ def test_maps_and_matrices_export(backend, dynamic):
     assert ("fastkd.fsp_matrix.default" in targets) == (backend == "cpp")
     if dynamic:
         a, b = torch.randn(6, 3, 8, 8), torch.randn(6, 5, 4, 4)
-    for got, want in zip(program.module()(a, b), (law.attention_map(a), law.attention_map(b, 3.0, signed=True), law.fsp_matrix(a, b))):
+    for got, want in zip(program.module()(a, b), (ref.attention_map(a), ref.attention_map(b, 3.0, signed=True), ref.fsp_matrix(a, b))):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
@@ -224,9 +224,9 @@ def samples():
         yield ops.fsp_loss.default, (s, t, "avg", "squared", "sum", None, 1.0, None, grad)
         yield ops.fsp_loss.default, (s, [v.detach() for v in t], "max", "column_l2", "mean", [2.0], 3.0, "tf32", grad)
         plain = [v.detach() for v in (*s, *t)]
-        loss, grams, _ = ops.fsp_loss(plain[:2], plain[2:], "avg", "squared", "sum", None, 1.0, None, True)
-        yield ops.fsp_loss_backward.default, (torch.ones_like(loss), plain[:2], grams, "avg", None, [0, 1], False, [])
-        yield ops.fsp_loss_backward.default, (torch.ones_like(loss), plain[2:], grams, "avg", None, [1], True, [])
+        loss, matrices, _ = ops.fsp_loss(plain[:2], plain[2:], "avg", "squared", "sum", None, 1.0, None, True)
+        yield ops.fsp_loss_backward.default, (torch.ones_like(loss), plain[:2], matrices, "avg", None, [0, 1], False, [])
+        yield ops.fsp_loss_backward.default, (torch.ones_like(loss), plain[2:], matrices, "avg", None, [1], True, [])
 
 
 OPERATORS = [

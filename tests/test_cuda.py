@@ -9,7 +9,7 @@ import emulated
 import pytest
 import torch
 from recorder import fused_only
-from support import KERNELS, check_loss, dtypes, gpu, law, make, place, values
+from support import KERNELS, check_loss, dtypes, gpu, make, place, ref, values
 
 import fastkd
 from fastkd import native
@@ -66,7 +66,7 @@ def test_what_is_not_served_is_refused_by_name_and_why(cuda):
 def test_as_many_stages_as_are_served(cuda):
     s = [cuda(make((2, 3 + i % 3, 4, 5), torch.float32, "contiguous")).requires_grad_() for i in range(16)]
     t = [cuda(torch.randn_like(x)) for x in s]
-    want = law.attention_transfer_loss(s, t) + law.fsp_loss(s, t)
+    want = ref.attention_transfer_loss(s, t) + ref.fsp_loss(s, t)
     got = fastkd.attention_transfer_loss(s, t) + fastkd.fsp_loss(s, t)
     torch.testing.assert_close(got, want)
     for a, b in zip(torch.autograd.grad(got, s), torch.autograd.grad(want, s)):
@@ -104,7 +104,7 @@ def test_misuse_is_told_as_by_other_backends(cuda):
 @pytest.mark.parametrize("first, last, channels", [(0, 16, 19), (1, 17, 24), (4, 20, 24), (0, 15, 16)])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("backend", KERNELS[2:])
-def test_channels_of_a_wider_feature_match_the_law(backend, layout, first, last, channels):
+def test_channels_of_a_wider_feature_match_the_reference(backend, layout, first, last, channels):
     """As after a concatenation: what begins, or lies between samples, rows or positions, may be no multiple of 16 bytes."""
     for size in ((5, 5), (4, 4)):
         student, teacher = (make((3, channels, *size), random.choice(dtypes(backend)), layout)[:, first:last] for _ in range(2))
@@ -157,7 +157,7 @@ def test_the_same_tensor_may_stand_at_several_places(cuda):
             + m.fsp_loss([a, a], [b, a])
         )
 
-    got, want = (torch.autograd.grad(call(m), (a, b)) for m in (fastkd, law))
+    got, want = (torch.autograd.grad(call(m), (a, b)) for m in (fastkd, ref))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
@@ -284,7 +284,7 @@ def test_a_device_that_is_not_current_serves(cuda):
     s, t = ([torch.randn(4, c, 9, 9, device="cuda:1", requires_grad=True) for c in (16, 24)] for _ in range(2))
     with torch.cuda.device(0):
         got = torch.autograd.grad(fastkd.attention_transfer_loss(s, t) + fastkd.fsp_loss(s, t), s)
-    want = torch.autograd.grad(law.attention_transfer_loss(s, t) + law.fsp_loss(s, t), s)
+    want = torch.autograd.grad(ref.attention_transfer_loss(s, t) + ref.fsp_loss(s, t), s)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
 
 
@@ -301,5 +301,5 @@ def test_more_than_two_to_the_31_elements(cuda, layout):
     (grad,) = torch.autograd.grad(fastkd.attention_transfer_loss(x, t, weight=1e6), x)
     for i in (0, n - 1):
         part = x[i : i + 1].detach().float().requires_grad_()
-        (want,) = torch.autograd.grad(law.attention_transfer_loss(part, t[i : i + 1], weight=1e6 / n), part)
+        (want,) = torch.autograd.grad(ref.attention_transfer_loss(part, t[i : i + 1], weight=1e6 / n), part)
         torch.testing.assert_close(grad[i : i + 1].float(), want, rtol=1e-2, atol=1e-2 * want.abs().max().item())

@@ -1,4 +1,4 @@
-"""tap and relu_tap: C++ and Triton kernels against the law in float64, over dtypes, layouts, shapes, switches; losses over maps."""
+"""tap and relu_tap: C++ and Triton kernels against the reference in float64, over dtypes, layouts, shapes, switches; losses over maps."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from support import (
     dtypes,
     eager_error,
     evaluate,
-    law,
     make,
     missing,
     name,
     nudged,
     one_by_one,
     place,
+    ref,
     some_shape,
     uncancelled,
     values,
@@ -77,7 +77,7 @@ def strides(x):
 
 
 def check_tap(backend, function, x, residual=None, *, grad="contiguous", map_scale=1.0, **switches):
-    """The function of that name under the backend against the law: feature and map, and the gradient of both together."""
+    """The function of that name under the backend against the reference: feature and map, and the gradient of both together."""
     relu = function == "relu_tap"
     plain = [x.detach(), *([] if residual is None else [residual.detach()])]
     inputs = [place(v, backend).detach().requires_grad_() for v in plain]
@@ -94,7 +94,7 @@ def check_tap(backend, function, x, residual=None, *, grad="contiguous", map_sca
     assert y.dtype == x.dtype and torch.equal(y.detach(), want)
 
     def exact_map(z):
-        return law.attention_map(z, **switches)
+        return ref.attention_map(z, **switches)
 
     def gradient(z, result):
         total = result.grads[0] if grad is None else result.grads[0] + grad.to(result.grads[0].dtype)
@@ -127,7 +127,7 @@ def check_tap(backend, function, x, residual=None, *, grad="contiguous", map_sca
 
 @pytest.mark.parametrize("p, signed, channel_reduce", list(itertools.product(POWERS, [False, True], ["mean", "sum"])))
 @pytest.mark.parametrize("backend, dtype", KERNEL_SAMPLES)
-def test_taps_match_the_law_for_every_switch(backend, dtype, p, signed, channel_reduce):
+def test_taps_match_the_reference_for_every_switch(backend, dtype, p, signed, channel_reduce):
     dtype = drawn(backend, dtype)
     switches = dict(
         p=p, signed=signed, channel_reduce=channel_reduce, eps_mode=random.choice(("clamp", "add")), eps=random.choice((1e-12, 0.5))
@@ -142,7 +142,7 @@ def test_taps_match_the_law_for_every_switch(backend, dtype, p, signed, channel_
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
 @pytest.mark.parametrize("backend", KERNELS)
-def test_taps_match_the_law_in_every_layout(backend, shape, layout):
+def test_taps_match_the_reference_in_every_layout(backend, shape, layout):
     shape = (1, 9, 40, 35) if backend == "triton" and shape == (1, 9, 80, 70) else shape
     for function in ("tap", "relu_tap"):
         check_tap(backend, function, make(shape, random.choice(dtypes(backend)), layout), grad=layout)
@@ -184,7 +184,7 @@ def test_relu_tap_treats_nan_and_infinity_as_relu_does(backend, dtype, layout):
     x[0, 3, 2, 1], x[1, 5, 0, 0], x[1, 2, 1, 1], x[2] = torch.nan, torch.inf, -torch.inf, x[2].abs()
     grad, map_grad = torch.randn_like(x), torch.randn(3, 5, 4)
     results = []
-    for module, on in ((fastkd, backend), (law, "cpp")):
+    for module, on in ((fastkd, backend), (ref, "cpp")):
         leaf = place(x.detach(), on).requires_grad_()
         y, attention = module.relu_tap(leaf)
         (dx,) = torch.autograd.grad((y, attention), leaf, (place(grad, on), place(map_grad, on).to(attention.dtype)))
@@ -282,7 +282,7 @@ def loss_over_maps_matches(backend, pair, difference):
     )
     check_loss(backend, "attention_transfer_loss", student, teacher, **switches)
     check_loss(
-        backend, "attention_transfer_loss", student, [law.attention_map(t).to(t.dtype) for t in teacher], teacher_is_map=True, **switches
+        backend, "attention_transfer_loss", student, [ref.attention_map(t).to(t.dtype) for t in teacher], teacher_is_map=True, **switches
     )
 
 
@@ -302,8 +302,8 @@ def test_a_loss_over_tapped_maps_is_the_loss_over_features():
     def tapped(m, s, t):
         return m.attention_transfer_loss([m.tap(x)[1] for x in s], [m.tap(x)[1] for x in t], student_is_map=True, teacher_is_map=True)
 
-    want = evaluate(lambda *x: law.attention_transfer_loss(x[:2], x[2:]), [*s, *t])
-    for m in (fastkd, law):
+    want = evaluate(lambda *x: ref.attention_transfer_loss(x[:2], x[2:]), [*s, *t])
+    for m in (fastkd, ref):
         got = evaluate(lambda *x: tapped(m, x[:2], x[2:]), [*s, *t])
         torch.testing.assert_close((got.output, got.grads), (want.output, want.grads), rtol=1e-9, atol=1e-12)
     module = fastkd.AttentionTransfer(student_is_map=True, weight=2.0)

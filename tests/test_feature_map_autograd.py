@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 import torch.utils.checkpoint
-from support import evaluate, law, make, values
+from support import evaluate, make, ref, values
 
 import fastkd
 
@@ -41,7 +41,7 @@ def network(m, x, relu):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_a_network_with_a_tap_has_the_gradient_of_one_without(layout, relu):
     x = make((3, 6, 5, 7), F64, layout)
-    got, want = (evaluate(lambda x: network(m, x, relu), [x]) for m in (fastkd, law))
+    got, want = (evaluate(lambda x: network(m, x, relu), [x]) for m in (fastkd, ref))
     torch.testing.assert_close(got.output, want.output, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(got.grads, want.grads, rtol=1e-10, atol=1e-12)
 
@@ -71,7 +71,7 @@ def test_only_what_is_used_gives_a_gradient(function):
     want = torch.full_like(hidden, 3) if function == "tap" else 3 * (hidden > 0).float()
     assert torch.equal(gradient(feature_alone), want)
     torch.testing.assert_close(
-        gradient(lambda y, a: a.square().sum() + a[0, 1].sum()), gradient(lambda y, a: a.square().sum() + a[0, 1].sum(), law)
+        gradient(lambda y, a: a.square().sum() + a[0, 1].sum()), gradient(lambda y, a: a.square().sum() + a[0, 1].sum(), ref)
     )
     y, attention = call(hidden)
     assert not y.requires_grad and not attention.requires_grad
@@ -99,7 +99,7 @@ def test_the_gradients_of_both_addends_are_equal_and_do_not_share_memory():
 
 def test_one_tensor_may_be_both_addends():
     x = values((2, 3, 4, 4), F64)
-    got, want = (evaluate(lambda x: sum((v * v).sum() + (3 * v).sum() for v in m.relu_tap(x, x)), [x]) for m in (fastkd, law))
+    got, want = (evaluate(lambda x: sum((v * v).sum() + (3 * v).sum() for v in m.relu_tap(x, x)), [x]) for m in (fastkd, ref))
     torch.testing.assert_close(got.grads, want.grads)
 
 
@@ -129,7 +129,7 @@ def test_a_feature_changed_before_the_backward_pass_is_caught():
 @pytest.mark.parametrize("function", ["tap", "relu_tap"])
 def test_inference_mode_and_no_grad_keep_no_graph(function):
     x = values((2, 3, 4, 4), torch.float32)
-    want = getattr(law, function)(x)
+    want = getattr(ref, function)(x)
     with torch.inference_mode():
         frozen = x.clone()
         inside = getattr(fastkd, function)(frozen)
@@ -150,8 +150,8 @@ def test_a_second_derivative_is_refused_and_names_the_reference(function):
 
     with pytest.raises(RuntimeError, match=f"fastkd.reference.{function},"):
         first(fastkd).square().sum().backward()
-    torch.testing.assert_close(first(fastkd), first(law))
-    first(law).square().sum().backward()
+    torch.testing.assert_close(first(fastkd), first(ref))
+    first(ref).square().sum().backward()
 
 
 # misuse
@@ -207,7 +207,7 @@ def test_a_network_with_a_tap_compiles_as_one_graph(backend, dynamic, relu):
         x = make(shape, F64, random.choice(("contiguous", "channels_last")))
         with fastkd.use_backend(backend):
             got = evaluate(compiled, [x])
-        want = evaluate(lambda x: network(law, x, relu), [x])
+        want = evaluate(lambda x: network(ref, x, relu), [x])
         torch.testing.assert_close((got.output, got.grads), (want.output, want.grads), rtol=1e-9, atol=1e-11)
 
 

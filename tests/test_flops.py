@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from support import KERNELS, law, place
+from support import KERNELS, place, ref
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastkd
@@ -53,7 +53,7 @@ def count(call, student, teacher, learners):
 def test_a_backend_counts_what_the_reference_counts(backend, function, learners):
     call, *shapes = CALLS[function]
     student, teacher = ([place(x, backend) for x in stages(*of)] for of in shapes)
-    want = count(lambda s, t: call(law, s, t), student, teacher, LEARNERS[learners])
+    want = count(lambda s, t: call(ref, s, t), student, teacher, LEARNERS[learners])
     with fastkd.use_backend(backend):
         assert count(lambda s, t: call(fastkd, s, t), student, teacher, LEARNERS[learners]) == want
     assert (want > 0) == function.startswith("fsp")
@@ -68,7 +68,7 @@ def test_triton_asks_the_dispatcher_while_a_mode_watches(cpp, monkeypatch):
     assert TRITON.run("fsp_matrix", *args) == "fsp_matrix"
     with FlopCounterMode(display=False) as counter:
         got = TRITON.run("fsp_matrix", *args)
-    torch.testing.assert_close(got, law.fsp_matrix(a, b))
+    torch.testing.assert_close(got, ref.fsp_matrix(a, b))
     assert counter.get_total_flops() == 2 * 8 * 16 * 32 * 4 * 4
 
 

@@ -1,4 +1,4 @@
-"""fsp_matrix and fsp_loss: C++ and Triton kernels against the law in float64, over dtypes, layouts, shapes and every switch."""
+"""fsp_matrix and fsp_loss: C++ and Triton kernels against the reference in float64, over dtypes, layouts, shapes and every switch."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from support import (
     dtypes,
     evaluate,
     fetched,
-    law,
     make,
     name,
     place,
+    ref,
     some_shape,
     values,
 )
@@ -56,8 +56,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def matrix_check(backend, a, b, *, upstream=None, needs=None, **switches):
     if upstream is None:
         upstream = torch.randn(a.shape[0], a.shape[1], b.shape[1])
-    ours, exact = (lambda a, b, f=f: f(a, b, **switches) for f in (fastkd.fsp_matrix, law.fsp_matrix))
-    terms = law.fsp_matrix(a.abs().double(), b.abs().double(), **switches).max().item()
+    ours, exact = (lambda a, b, f=f: f(a, b, **switches) for f in (fastkd.fsp_matrix, ref.fsp_matrix))
+    terms = ref.fsp_matrix(a.abs().double(), b.abs().double(), **switches).max().item()
     return check(backend, ours, exact, [a, b], needs, upstream, output_terms=terms)
 
 
@@ -84,7 +84,7 @@ def upstream_guess(monkeypatch):
 
 @pytest.mark.parametrize("a_layout", LAYOUTS)
 @pytest.mark.parametrize("backend", KERNELS)
-def test_matrix_matches_the_law_in_every_pair_of_layouts(backend, a_layout):
+def test_matrix_matches_the_reference_in_every_pair_of_layouts(backend, a_layout):
     for b_layout in LAYOUTS if backend == "cpp" else random.sample(LAYOUTS, 2):
         matrix_matches_in_layouts(backend, (a_layout, b_layout))
 
@@ -97,7 +97,7 @@ def matrix_matches_in_layouts(backend, layouts):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
 @pytest.mark.parametrize("backend, dtype", KERNEL_DTYPES)
-def test_matrix_matches_the_law_for_mixed_dtypes(backend, dtype, shape):
+def test_matrix_matches_the_reference_for_mixed_dtypes(backend, dtype, shape):
     b_shape = (shape[0], random.choice((1, 7, 16, 65)), *shape[2:])
     matrix_check(backend, make(shape, dtype, random.choice(LAYOUTS)), make(b_shape, random.choice(dtypes(backend)), random.choice(LAYOUTS)))
 
@@ -106,7 +106,7 @@ def test_matrix_matches_the_law_for_mixed_dtypes(backend, dtype, shape):
 @pytest.mark.parametrize("larger", ["a", "b", "each"])
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("backend, dtype", KERNEL_SAMPLES)
-def test_matrix_matches_the_law_when_sizes_differ(backend, dtype, dims, larger, pool_mode):
+def test_matrix_matches_the_reference_when_sizes_differ(backend, dtype, dims, larger, pool_mode):
     dtype = drawn(backend, dtype)
     sizes = [size(dims, 4), size(dims, 1, 4)]
     if larger == "each":
@@ -121,7 +121,7 @@ def test_matrix_matches_the_law_when_sizes_differ(backend, dtype, dims, larger, 
 
 @pytest.mark.parametrize("window", [(2, 2), (1, 2), (4, 1), (3, 1), (2, 4), (2, 2, 1)], ids=name)
 @pytest.mark.parametrize("backend, dtype", KERNEL_SAMPLES)
-def test_matrix_matches_the_law_for_windows_that_divide(backend, dtype, window):
+def test_matrix_matches_the_reference_for_windows_that_divide(backend, dtype, window):
     dtype, small = drawn(backend, dtype), size(len(window), 1, 5)
     large = [s * w for s, w in zip(small, window)]
     pair = [make((2, c, *s), dtype, random.choice(LAYOUTS)) for c, s in ((17, large), (5, small))]
@@ -165,7 +165,7 @@ def test_matrix_of_a_map_with_itself_has_the_whole_gradient(backend):
         check(
             backend,
             lambda x: fastkd.fsp_matrix(x, x),
-            lambda x: law.fsp_matrix(x, x),
+            lambda x: ref.fsp_matrix(x, x),
             [x],
             upstream=upstream,
             k=3 if dtype in HALF else None,
@@ -179,7 +179,7 @@ def test_matrix_of_a_map_with_itself_has_the_whole_gradient(backend):
 @pytest.mark.parametrize("distance, pool_mode", list(itertools.product(DISTANCES, ["avg", "max"])))
 @pytest.mark.parametrize("sizes", ["equal", "shrinking", "student larger", "any"])
 @pytest.mark.parametrize("backend, dtype", KERNEL_SAMPLES)
-def test_loss_matches_the_law_for_every_switch(backend, dtype, sizes, distance, pool_mode):
+def test_loss_matches_the_reference_for_every_switch(backend, dtype, sizes, distance, pool_mode):
     for pair_reduce in ("sum", "mean") if backend == "cpp" else random.sample(("sum", "mean"), 1):
         loss_matches(backend, drawn(backend, dtype), sizes, distance, pair_reduce, pool_mode)
 
@@ -207,7 +207,7 @@ def loss_matches(backend, dtype, sizes, distance, pair_reduce, pool_mode):
 
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("backend, dtype", KERNEL_SAMPLES)
-def test_loss_matches_the_law_for_many_channels(backend, dtype, distance):
+def test_loss_matches_the_reference_for_many_channels(backend, dtype, distance):
     """Several blocks of rows and of columns."""
     dtype, shapes = drawn(backend, dtype), [(1, 70, 3, 5), (1, 130, 3, 5), (1, 67, 2, 2)]
     check_loss(backend, "fsp_loss", [make(s, dtype) for s in shapes], [make(s, dtype) for s in shapes], distance=distance)
@@ -237,7 +237,7 @@ WIDE = {
 
 @pytest.mark.parametrize("layouts", list(itertools.product(["contiguous", "channels_last"], repeat=2)), ids=name)
 @pytest.mark.parametrize("shapes", WIDE)
-def test_wide_bfloat16_matches_the_law(amx, shapes, layouts):
+def test_wide_bfloat16_matches_the_reference(amx, shapes, layouts):
     """Whole and broken tiles, averages over 2 x 2 (also of lines shorter than a tile) and others; student and teacher in any layout."""
     student, teacher = ([make((2, *shape), torch.bfloat16, layout, "relu") for shape in WIDE[shapes]] for layout in layouts)
     check_loss("cpp", "fsp_loss", student, teacher, distance=random.choice(DISTANCES), pool_mode=random.choice(("avg", "avg", "max")))
@@ -270,7 +270,7 @@ def test_close_wide_features_keep_their_relative_accuracy(amx, layout):
     t = [arrange(x.to(torch.bfloat16), layout) for x in t]
     with fastkd.use_backend("cpp"):
         ours = evaluate(lambda *x: fastkd.fsp_loss(x[:3], x[3:]), [*s, *t])
-    exact = evaluate(lambda *x: law.fsp_loss(x[:3], x[3:]), [x.double() for x in (*s, *t)])
+    exact = evaluate(lambda *x: ref.fsp_loss(x[:3], x[3:]), [x.double() for x in (*s, *t)])
     assert abs(ours.output.double() / exact.output - 1) < 1e-6
     for got, want in zip(ours.grads, exact.grads):
         assert (got.double() - want).norm() / want.norm() < 2e-3  # the rounding of the result alone is 1.7e-3
@@ -278,7 +278,7 @@ def test_close_wide_features_keep_their_relative_accuracy(amx, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backend, dtype", KERNEL_DTYPES)
-def test_loss_matches_the_law_for_mixed_dtypes_and_layouts(backend, dtype, layout):
+def test_loss_matches_the_reference_for_mixed_dtypes_and_layouts(backend, dtype, layout):
     shapes = [(2, 16, 7, 7), (2, 5, 7, 7), (2, 33, 4, 3)]
     for other in dtypes(backend) if backend == "cpp" else (drawn(backend, None),):
         student, teacher = [make(s, dtype, layout) for s in shapes], [make(s, other, random.choice(LAYOUTS)) for s in shapes]
@@ -336,7 +336,7 @@ def test_gradients_made_in_the_forward_are_those_of_the_backward_to_the_bit(cpp,
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=name)
-def test_large_gradients_match_the_law(cpp, dtype, layout):
+def test_large_gradients_match_the_reference(cpp, dtype, layout):
     """Gradients of a mebibyte and more are written past the caches: of one term, of a pooled and a direct one, of two direct ones."""
     sizes = (16, 32, 32), (16, 32, 32), (17, 32, 32), (32, 16, 16)
     student, teacher = ([make((16, *shape), dtype, layout, "relu") for shape in sizes] for _ in range(2))
@@ -390,14 +390,14 @@ def test_the_same_tensor_twice_has_the_whole_gradient(backend, shape):
     for distance in DISTANCES:
         check(
             backend,
-            *[lambda x, y, f=f: f([x, x], [y, y], distance=distance) for f in (fastkd.fsp_loss, law.fsp_loss)],
+            *[lambda x, y, f=f: f([x, x], [y, y], distance=distance) for f in (fastkd.fsp_loss, ref.fsp_loss)],
             [x, y],
             k=8,
             also=SUMS,
         )
         check(
             backend,
-            *[lambda x, y, f=f: f([x, y, x], [y, x, y], distance=distance) for f in (fastkd.fsp_loss, law.fsp_loss)],
+            *[lambda x, y, f=f: f([x, y, x], [y, x, y], distance=distance) for f in (fastkd.fsp_loss, ref.fsp_loss)],
             [x, y],
             k=8,
             also=SUMS,
@@ -413,7 +413,7 @@ def test_close_features_keep_their_relative_accuracy(backend, dtype, allowed):
     t = [x.to(dtype) for x in t]
     with fastkd.use_backend(backend):
         ours = fetched(evaluate(lambda *x: fastkd.fsp_loss(x[:3], x[3:]), [place(x, backend) for x in (*s, *t)]))
-    exact = evaluate(lambda *x: law.fsp_loss(x[:3], x[3:]), [x.double() for x in (*s, *t)])
+    exact = evaluate(lambda *x: ref.fsp_loss(x[:3], x[3:]), [x.double() for x in (*s, *t)])
     assert abs(ours.output.double() / exact.output - 1) < 1e-5
     for got, want in zip(ours.grads, exact.grads):
         assert (got.double() - want).norm() / want.norm() < allowed

@@ -131,16 +131,16 @@ def test_a_wrong_argument_is_one_line(tmp_path: Path) -> None:
 
 
 def test_the_fastest_tiles_are_printed_and_the_table_is_as_it_was(tmp_path: Path, monkeypatch, capsys) -> None:
-    gram_view = pytest.importorskip("fastkd.kernels.gram_view", exc_type=ImportError)
+    view = pytest.importorskip("fastkd.kernels.fsp.view", exc_type=ImportError)
     from speed import gpu_parts
 
     def seconds(how: str, *features: object) -> float:
-        block, depth, stages = gram_view.TILES[how]
+        block, depth, stages = view.TILES[how]
         if stages == 4:
             raise RuntimeError("out of resource: shared memory")
         return 1.0 if (block, depth, stages) == (64, 32, 3) and how == "tf32" else 2.0
 
-    before = dict(gram_view.TILES)
+    before = dict(view.TILES)
     monkeypatch.setattr(gpu_parts, "_fsp_seconds", seconds)
     monkeypatch.setattr(gpu_parts, "features", lambda case: ([], []))
     monkeypatch.setenv("FASTKD_GPU_OUT", str(tmp_path))
@@ -149,4 +149,4 @@ def test_the_fastest_tiles_are_printed_and_the_table_is_as_it_was(tmp_path: Path
     assert '    "tf32": Tiles(64, 32, 3),  # 1000.000 ms; at present 2000.000' in said
     assert '    "bf16": Tiles(128, 32, 2),  # 2000.000 ms' in said
     assert "bf16 (128, 32, 4): RuntimeError: out of resource" in said
-    assert before == gram_view.TILES and "tf32" in json.loads((tmp_path / "tiles.json").read_text())
+    assert before == view.TILES and "tf32" in json.loads((tmp_path / "tiles.json").read_text())

@@ -8,7 +8,7 @@ import formulas
 import pytest
 import torch
 import torch.nn.functional as F
-from support import DTYPES, check, law, make, name, values
+from support import DTYPES, check, make, name, ref, values
 
 import fastkd
 
@@ -17,25 +17,25 @@ LAYOUTS = ("contiguous", "swapped", "sliced", "stepped", "expanded_batch", "expa
 
 
 def kd_check(s, t, temperature=4.0, upstream=None, **switches):
-    ours, exact = (lambda s, t, f=f: f(s, t, temperature, **switches) for f in (fastkd.kd_loss, law.kd_loss))
+    ours, exact = (lambda s, t, f=f: f(s, t, temperature, **switches) for f in (fastkd.kd_loss, ref.kd_loss))
     check("reference", ours, exact, [s, t], upstream=upstream)  # every backend serves it by the same few lines
 
 
 @pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum", "none"])
 @pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, DTYPES)), ids=lambda pair: "-".join(map(name, pair)))
-def test_kd_matches_the_law_for_mixed_dtypes(dtypes, reduction):
+def test_kd_matches_the_reference_for_mixed_dtypes(dtypes, reduction):
     s, t = (5 * values((7, 13), dtype) for dtype in dtypes)
     kd_check(s, t, reduction=reduction, weight=0.9, upstream=torch.randn(7, 13) if reduction == "none" else torch.tensor(1.7))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("temperature", [0.5, 1, 4.0, 20.0])
-def test_kd_matches_the_law_in_every_layout(temperature, layout):
+def test_kd_matches_the_reference_in_every_layout(temperature, layout):
     kd_check(make((5, 10), layout=layout), make((5, 10), layout=layout), temperature)
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (1, 1000), (128, 2), (3, 5)], ids=name)
-def test_kd_matches_the_law_for_odd_shapes(shape):
+def test_kd_matches_the_reference_for_odd_shapes(shape):
     kd_check(values(shape, torch.float32), values(shape, torch.float32))
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from seed import SEED
-from support import DTYPES, check, check_loss, law, values
+from support import DTYPES, check, check_loss, ref, values
 
 import fastkd
 
@@ -44,20 +44,20 @@ def features(draw, n: int, channels: int, space: list[int], positive: bool = Fal
 @seed(SEED)
 @relaxed
 @given(st.data())
-def test_map_matches_the_law_for_any_input(data):
+def test_map_matches_the_reference_for_any_input(data):
     p, signed = data.draw(st.one_of(switch((1.0, 2.0, 3.0, 4.0)), st.floats(1, 5))), data.draw(st.booleans())
     shape = [data.draw(st.integers(1, 4)), data.draw(st.integers(1, 40)), data.draw(spaces)]
     x = data.draw(features(*shape, positive=signed))
     options = dict(channel_reduce=data.draw(switch(("mean", "sum"))), signed=signed, normalize=data.draw(st.booleans()),
                    eps=data.draw(switch((1e-12, 1e-6, 0.1))), eps_mode=data.draw(switch(("clamp", "add"))))  # fmt: skip
     upstream = torch.randn(shape[0], *shape[2])
-    check("cpp", lambda x: fastkd.attention_map(x, p, **options), lambda x: law.attention_map(x, p, **options), [x], upstream=upstream)
+    check("cpp", lambda x: fastkd.attention_map(x, p, **options), lambda x: ref.attention_map(x, p, **options), [x], upstream=upstream)
 
 
 @seed(SEED)
 @relaxed
 @given(st.data())
-def test_transfer_loss_matches_the_law_for_any_input(data):
+def test_transfer_loss_matches_the_reference_for_any_input(data):
     stages = data.draw(st.integers(1, 3))
     p = data.draw(st.one_of(switch((1.0, 2.0, 3.0)), st.floats(1, 4)))
     signed, difference = data.draw(st.booleans()), data.draw(switch(("squared", "l2")))
@@ -81,7 +81,7 @@ def test_transfer_loss_matches_the_law_for_any_input(data):
 @seed(SEED)
 @relaxed
 @given(st.data())
-def test_fsp_loss_matches_the_law_for_any_input(data):
+def test_fsp_loss_matches_the_reference_for_any_input(data):
     stages, n, dims = data.draw(st.integers(2, 4)), data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
     size = st.lists(st.integers(1, 9), min_size=dims, max_size=dims)
     student, teacher, shared = [], [], data.draw(st.booleans())
@@ -101,14 +101,14 @@ def test_fsp_loss_matches_the_law_for_any_input(data):
 @seed(SEED)
 @relaxed
 @given(st.data())
-def test_fsp_matrix_matches_the_law_for_any_input(data):
+def test_fsp_matrix_matches_the_reference_for_any_input(data):
     n, dims = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
     size = st.lists(st.integers(1, 9), min_size=dims, max_size=dims)
     a, b = (data.draw(features(n, data.draw(st.integers(1, 70)), data.draw(size))) for _ in range(2))
     pool_mode = data.draw(switch(("avg", "max")))
     upstream = torch.randn(n, a.shape[1], b.shape[1])
-    terms = law.fsp_matrix(a.abs().double(), b.abs().double(), pool_mode=pool_mode).max().item()
-    ours, exact = (lambda a, b, f=f: f(a, b, pool_mode=pool_mode) for f in (fastkd.fsp_matrix, law.fsp_matrix))
+    terms = ref.fsp_matrix(a.abs().double(), b.abs().double(), pool_mode=pool_mode).max().item()
+    ours, exact = (lambda a, b, f=f: f(a, b, pool_mode=pool_mode) for f in (fastkd.fsp_matrix, ref.fsp_matrix))
     check("cpp", ours, exact, [a, b], upstream=upstream, output_terms=terms)
 
 

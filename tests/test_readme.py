@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import runpy
 from pathlib import Path
@@ -39,6 +40,20 @@ def test_the_flags_they_name_exist() -> None:
     named = set(re.findall(r"`(--[a-z-]+)", TEXTS["docs/training.md"] + TEXTS["docs/recipes.md"]))
     named |= {flag for text in TEXTS.values() for line in re.findall(r"train\.py (.*)", text) for flag in re.findall(r"--[a-z-]+", line)}
     assert named and named <= known | {"--nproc-per-node"}
+
+
+def test_the_table_of_methods_is_whole() -> None:
+    from fastkd import methods
+
+    rows = dict(re.findall(r"^\| `(\w+)` \|(.*)$", TEXTS["docs/methods.md"], re.MULTILINE))
+    assert tuple(rows) == methods.METHODS
+    for name in methods.METHODS[1:]:
+        kind = methods._KINDS[name]
+        if name not in ("kd", "at", "fsp"):  # whose presets stand in docs/losses.md
+            presets = re.findall(r"`(\w+)`", rows[name].split("|")[1])
+            assert presets == list(kind.presets), name
+        options = {field.name for field in dataclasses.fields(kind.Options)}
+        assert set(re.findall(r"`(\w+)`", rows[name].split("|")[2])) <= options, name
 
 
 @pytest.mark.parametrize("name", TEXTS)

@@ -1,4 +1,4 @@
-"""The law itself: fastkd.reference against formulas written by hand, in float64, and its derivatives against finite differences."""
+"""The reference itself: fastkd.reference against formulas written by hand, in float64, and its derivatives against finite differences."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def close(a: object, b: object) -> None:
 
 @pytest.mark.parametrize("function", ["attention_map", "attention_transfer_loss", "fsp_matrix", "fsp_loss", "kd_loss"])
 def test_reference_has_the_public_signature(function):
-    ours, law = (inspect.signature(getattr(module, function)) for module in (fastkd, reference))
-    assert [(p.name, p.kind, p.default) for p in ours.parameters.values()] == [(p.name, p.kind, p.default) for p in law.parameters.values()]
+    ours, ref = (inspect.signature(getattr(module, function)) for module in (fastkd, reference))
+    assert [(p.name, p.kind, p.default) for p in ours.parameters.values()] == [(p.name, p.kind, p.default) for p in ref.parameters.values()]
 
 
 @pytest.mark.parametrize("eps_mode", ["clamp", "add"])

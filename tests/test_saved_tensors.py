@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from support import KERNELS, law, place, values
+from support import KERNELS, place, ref, values
 from torch.utils.checkpoint import checkpoint
 
 import fastkd
@@ -167,7 +167,7 @@ def test_a_feature_changed_in_place_raises_whether_or_not_the_gradient_was_fores
 
 @pytest.mark.parametrize("function", LOSSES)
 def test_a_teacher_without_gradient_may_be_changed_as_with_the_reference(function):
-    for module in (fastkd, law):
+    for module in (fastkd, ref):
         s, t = [x * 1 for x in student("cpp")], [x.clone() for x in TEACHER]
         loss = getattr(module, function)(s, t)
         t[1].add_(1)

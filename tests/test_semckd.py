@@ -13,6 +13,8 @@ import fastkd
 from fastkd.methods import BuildContext, create_method, define
 from fastkd.methods.semckd import SemCKD, calibration
 from fastkd.models import Features, create_model
+from fastkd.training import Settings
+from fastkd.training.config import Config
 
 
 def worked(shape, a):
@@ -180,6 +182,19 @@ def test_it_comes_with_kd_and_cross_entropy_of_weight_1():
     context = BuildContext.of(create_model("resnet8"), create_model("resnet8"), batch_size=8)
     method = create_method("semckd", context)
     assert method.queries[0][0].weight.shape == (4, 8) and method.queries[0][2].weight.shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("said", "beta"), [([], 40.0), (["beta=400"], 400.0), (["semckd.preset=semckd"], 400.0), (["semckd.soft=2"], 40.0)]
+)
+def test_a_run_repeats_with_the_weight_that_it_had(small_main, tmp_path, said, beta):
+    """On digits the published weight must be asked for, so a command has it where it was."""
+    common = {"dataset": "digits", "teacher": "resnet8", "student": "resnet8", "device": "cpu", "output": tmp_path, "pictures": False}
+    first = Config(Settings("semckd", **common, options=said))
+    again = Config(Settings("semckd", **common, options=first.options()))
+    for found in (first, again):
+        assert found.method.terms[0].options.beta == beta and f"semckd.beta={beta}" in found.options()
+    assert first.identity("student") == again.identity("student")
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import copy
 
 import pytest
 import torch
-from support import KERNELS, law, place, values
+from support import KERNELS, place, ref, values
 from torch import func
 from torch.autograd import forward_ad
 from torch.autograd.functional import jacobian
@@ -77,7 +77,7 @@ def test_a_call_inside_a_transform_is_the_references_or_refused_in_one_sentence(
     s, t = features(), features()
     run = TRANSFORMS[transform]
     shapes = [x[:1, :1] if transform == "jacfwd" and i == 0 else x[:1] if transform == "jacfwd" else x for i, x in enumerate(t)]
-    wanted = run(lambda *s: CALLS[call](law, list(s), shapes), s)
+    wanted = run(lambda *s: CALLS[call](ref, list(s), shapes), s)
     with fastkd.use_backend("auto"):
         agree(run(lambda *s: CALLS[call](fastkd, list(s), shapes), s), wanted)
     if not native.CPU.available:
@@ -93,7 +93,7 @@ def test_a_named_backend_serves_tensors_without_tangents_beside_others(call):
     s, t = features(), features()
     with forward_ad.dual_level(), fastkd.use_backend("cpp"):
         forward_ad.make_dual(s[0].clone(), torch.ones_like(s[0]))
-        agree(CALLS[call](fastkd, s, t), CALLS[call](law, s, t))
+        agree(CALLS[call](fastkd, s, t), CALLS[call](ref, s, t))
 
 
 # gradients of several outputs at once
@@ -124,7 +124,7 @@ def test_batched_gradients_answer_every_one(backend, call):
         s, t = ([place(x.requires_grad_(grad), backend) for x in features(dtype)] for grad in (True, False))
         for way in BATCHED.values():
             found = []
-            for m in (fastkd, law):
+            for m in (fastkd, ref):
                 with fastkd.use_backend(backend if m is fastkd else "auto"):
                     losses = torch.stack([CALLS[call](m, s, t), 3 * CALLS[call](m, s, t)])
                     used = [
@@ -142,7 +142,7 @@ def test_a_batched_loss_scale_is_applied_before_halves_are_rounded(call):
     s, t = ([(x * (1 + 3 * grad)).requires_grad_(grad) for x in features(torch.float16)] for grad in (True, False))
     grads = torch.tensor([2.0**14, 2.0**16])
     found = []
-    for m, backend in ((fastkd, "cpp"), (law, "auto")):
+    for m, backend in ((fastkd, "cpp"), (ref, "auto")):
         with fastkd.use_backend(backend):
             loss = getattr(m, call)(s, t, weight=1e-6)
         found.append(torch.autograd.grad(loss, s, grads, is_grads_batched=True))
@@ -156,7 +156,7 @@ def test_a_batched_loss_scale_is_applied_before_halves_are_rounded(call):
 def test_a_vectorized_jacobian_is_the_references(call, strategy):
     s, t = features(), features()
     with fastkd.use_backend("auto"):
-        found, wanted = (jacobian(lambda x: CALLS[call](m, [x, *s[1:]], t), s[0], vectorize=True, strategy=strategy) for m in (fastkd, law))
+        found, wanted = (jacobian(lambda x: CALLS[call](m, [x, *s[1:]], t), s[0], vectorize=True, strategy=strategy) for m in (fastkd, ref))
     agree(found, wanted)
 
 
@@ -170,7 +170,7 @@ def test_a_second_derivative_of_a_batched_gradient_is_right_or_refused(call):
         (first,) = torch.autograd.grad(losses, s[:1], torch.eye(2, dtype=torch.float64), is_grads_batched=True, create_graph=True)
         return torch.autograd.grad(first.square().sum(), s[0])[0]
 
-    wanted = second(law)
+    wanted = second(ref)
     try:
         with fastkd.use_backend("cpp"):
             agree(second(fastkd), wanted)
@@ -194,7 +194,7 @@ def operators(ops):
     transfer = (2.0, 1e-12, SWITCHES, None, 1.0, True, True, None)
     loss, coefficients, _ = ops.attention_transfer_loss([a, b], [c, d], *transfer)
     chain = ("avg", "squared", "sum", None, 1.0, None, True)
-    fsp, gram_grads, _ = ops.fsp_loss([a, b], [c, d], *chain)
+    fsp, matrix_grads, _ = ops.fsp_loss([a, b], [c, d], *chain)
     made = {
         "attention_map": (lambda x: ops.attention_map(x, *NORMED), a),
         "attention_map_backward": (lambda x: ops.attention_map_backward(map_y, x, m, norm, *NORMED), a),
@@ -203,9 +203,9 @@ def operators(ops):
             lambda x: ops.attention_transfer_loss_backward(loss, [x, b], coefficients[:2], 2.0, SWITCHES), a
         ),
         "fsp_matrix": (lambda x: ops.fsp_matrix(x, b, "avg", None), a),
-        "fsp_matrix_backward": (lambda x: ops.fsp_matrix_backward(gram_grads[0], x, b, "avg", None, True, True), a),
+        "fsp_matrix_backward": (lambda x: ops.fsp_matrix_backward(matrix_grads[0], x, b, "avg", None, True, True), a),
         "fsp_loss": (lambda x: ops.fsp_loss([x, b], [c, d], *chain), a),
-        "fsp_loss_backward": (lambda x: ops.fsp_loss_backward(fsp, [x, b], gram_grads, "avg", None, [0, 1], False), a),
+        "fsp_loss_backward": (lambda x: ops.fsp_loss_backward(fsp, [x, b], matrix_grads, "avg", None, [0, 1], False), a),
         "tap_backward": (lambda x: ops.tap_backward(b, map_y, x, m, norm, *MAP), a),
         "relu_tap": (lambda x: ops.relu_tap(x, b, *MAP), a),
         "relu_tap_backward": (lambda x: ops.relu_tap_backward(b, map_y, x, map_y, norm_y, *MAP), y),

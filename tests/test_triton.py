@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from recorder import fused_only
-from support import dtypes, evaluate, gpu, law, make, missing, values
+from support import dtypes, evaluate, gpu, make, missing, ref, values
 
 import fastkd
 from fastkd import kernels
@@ -102,7 +102,7 @@ def test_results_are_the_same_bits_in_each_run(triton):
 
 def test_nothing_as_large_as_a_feature_is_allocated_but_gradients(triton, monkeypatch):
     """In any layout: maps, coefficients and scratch memory are a small part of a feature of many channels."""
-    from fastkd.kernels.launch import Launch
+    from fastkd.kernels.common.launch import Launch
 
     layouts = ("contiguous", "channels_last", "stepped", "expanded_batch")
     pairs = [[triton(make((2, 300, 5, 6), torch.float32, layout)) for _ in range(2)] for layout in layouts]
@@ -144,7 +144,7 @@ def test_large_whole_powers_keep_their_sign(triton, p, signed):
     x = make((2, 3, 4, 4))
     grad = torch.ones(2, 4, 4)
     got = evaluate(lambda x: fastkd.attention_map(x, p, signed=signed, normalize=False), [triton(x)], upstream=triton(grad))
-    want = evaluate(lambda x: law.attention_map(x, p, signed=signed, normalize=False), [x], upstream=grad)
+    want = evaluate(lambda x: ref.attention_map(x, p, signed=signed, normalize=False), [x], upstream=grad)
     torch.testing.assert_close((got.output.cpu(), got.grads[0].cpu()), (want.output, want.grads[0]), rtol=1e-5, atol=1e-5)
 
 
@@ -155,7 +155,7 @@ def test_the_same_tensor_may_stand_at_several_places(triton):
         return m.attention_transfer_loss([a, b, a], [b, b, a], 3.0) + m.tap(a)[1].square().sum() + m.relu_tap(a, a)[1][0].sum()
 
     got = evaluate(lambda a, b: call(fastkd, a, b), [triton(a), triton(b)])
-    want = evaluate(lambda a, b: call(law, a, b), [a, b])
+    want = evaluate(lambda a, b: call(ref, a, b), [a, b])
     torch.testing.assert_close([g.cpu() for g in got.grads], list(want.grads), rtol=1e-4, atol=1e-5)
 
 
@@ -241,7 +241,7 @@ def test_a_compiled_step_runs_the_operators(mode):
     s, t = ([torch.randn(4, c, n, n, device="cuda") for c, n in ((16, 32), (64, 7))] for _ in range(2))
     s = [x.requires_grad_() for x in s]
     compiled = torch.compile(lambda s, t: fastkd.attention_transfer_loss([fastkd.relu_tap(x)[0] for x in s], t), fullgraph=True, mode=mode)
-    want = torch.autograd.grad(law.attention_transfer_loss([x.relu() for x in s], t), s)
+    want = torch.autograd.grad(ref.attention_transfer_loss([x.relu() for x in s], t), s)
     with fastkd.use_backend("triton"):
         for _ in range(4):
             got = torch.autograd.grad(compiled(s, t), s)
@@ -268,7 +268,7 @@ def test_a_device_that_is_not_current_serves():
     x, y = (torch.randn(4, 16, 9, 9, device="cuda:1", requires_grad=True) for _ in range(2))
     with fastkd.use_backend("triton"), torch.cuda.device(0):
         got = torch.autograd.grad(fastkd.attention_transfer_loss(x, y) + fastkd.relu_tap(x, y)[1].sum(), (x, y))
-    want = torch.autograd.grad(law.attention_transfer_loss(x, y) + law.relu_tap(x, y)[1].sum(), (x, y))
+    want = torch.autograd.grad(ref.attention_transfer_loss(x, y) + ref.relu_tap(x, y)[1].sum(), (x, y))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
 
 
@@ -287,7 +287,7 @@ def test_more_than_two_to_the_31_elements(layout):
         (grad,) = torch.autograd.grad(fastkd.attention_transfer_loss(x, t, weight=1e6), x)
     for i in (0, n - 1):
         part = x[i : i + 1].detach().float().requires_grad_()
-        (want,) = torch.autograd.grad(law.attention_transfer_loss(part, t[i : i + 1], weight=1e6 / n), part)
+        (want,) = torch.autograd.grad(ref.attention_transfer_loss(part, t[i : i + 1], weight=1e6 / n), part)
         torch.testing.assert_close(grad[i : i + 1].float(), want, rtol=1e-2, atol=1e-2 * want.abs().max().item())
 
 
@@ -297,4 +297,4 @@ def test_every_layout_of_both_sides_meets_every_other(triton):
         s, t = make((2, 12, 6, 5), random.choice(dtypes("triton")), a), make((2, 7, 6, 5), random.choice(dtypes("triton")), b)
         with fused_only(backend="triton"):
             loss = fastkd.attention_transfer_loss(triton(s), triton(t))
-        torch.testing.assert_close(loss.cpu(), law.attention_transfer_loss(s, t), rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(loss.cpu(), ref.attention_transfer_loss(s, t), rtol=1e-5, atol=1e-8)

@@ -90,12 +90,14 @@ def beforehand() -> Callable[[], None]:
 
 @pytest.fixture(params=CAPABILITIES, ids=lambda c: f"sm_{c}")
 def cases(request):
+    if not REPORTS:
+        request.config.add_cleanup(beforehand())
     return REPORTS[request.param].result(timeout=900)
 
 
 def test_no_kernel_function_returns_a_bare_constant():
     """Triton 3.7.0 and 3.7.1 do not compile what is done with it; tests/packaging/triton_releases.py asks each release."""
-    for file in Path(kernels.__file__).parent.glob("*.py"):
+    for file in Path(kernels.__file__).parent.rglob("*.py"):
         for function in ast.walk(ast.parse(file.read_text())):
             if isinstance(function, ast.FunctionDef) and any("jit" in ast.unparse(by) for by in function.decorator_list):
                 constants = {arg.arg for arg in function.args.args if arg.annotation and "constexpr" in ast.unparse(arg.annotation)}

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fastkd import kernels
-from fastkd.kernels.gram_kept import wide_stages
+from fastkd.kernels.fsp.saved import wide_stages
 
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that a program may use
 

@@ -40,7 +40,7 @@ SEED = 20261121
 
 @dataclass(frozen=True)
 class Case:
-    """One group: an operation ("attention" or "gram") over a network's stages, student and teacher alike.
+    """One group: an operation ("attention" or "fsp") over a network's stages, student and teacher alike.
 
     ``upstream`` is what multiplies the loss outside of it; the loss's own weight is 1, whose value costs nothing.
     """
@@ -70,7 +70,7 @@ class Case:
     def stages(self) -> list[tuple[int, int]]:
         """(channels, height) of every feature, the stem's first where the operation takes it."""
         shape = SHAPES[self.shape]
-        return [shape.stem, *shape.stages] if self.operation == "gram" and shape.stem else list(shape.stages)
+        return [shape.stem, *shape.stages] if self.operation == "fsp" and shape.stem else list(shape.stages)
 
     @property
     def plain(self) -> bool:
@@ -88,15 +88,15 @@ class Case:
 
     def products(self) -> list[tuple[int, int, int]]:
         """(Ca, Cb, positions) of each of FSP's pairs."""
-        return [(a, b, min(i, j) ** 2) for (a, i), (b, j) in itertools.pairwise(self.stages)] if self.operation == "gram" else []
+        return [(a, b, min(i, j) ** 2) for (a, i), (b, j) in itertools.pairwise(self.stages)] if self.operation == "fsp" else []
 
     def flops(self) -> int:
         """Of FSP's matrix products: two a pair in the forward pass (student's and teacher's), two in the backward pass."""
         return (2 if self.direction == FORWARD else 4) * sum(2 * self.batch * a * b * k for a, b, k in self.products())
 
     def unit_of_memory(self) -> int:
-        """Bytes of one float32 map a stage, or one float32 Gram matrix a pair: what the goals count extra memory in."""
-        if self.operation == "gram":
+        """Bytes of one float32 map a stage, or one float32 FSP matrix a pair: what the goals count extra memory in."""
+        if self.operation == "fsp":
             return 4 * self.batch * sum(a * b for a, b, _ in self.products())
         return 4 * self.batch * sum(s * s for _, s in self.stages)
 

@@ -34,32 +34,32 @@ def _smaller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-def _gram(a: Tensor, b: Tensor) -> Tensor:
+def _matrix(a: Tensor, b: Tensor) -> Tensor:
     a, b = _smaller(a, b)
     return torch.bmm(a.flatten(2), b.flatten(2).transpose(1, 2)) / (a.shape[2] * a.shape[3])
 
 
-def gram(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Any:
+def fsp(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Any:
     """FSP as KD-Zoo and hankyul2 write it, a batched product."""
     return sum(
-        F.mse_loss(_gram(student[i], student[i + 1]), _gram(teacher[i], teacher[i + 1])) for i in range(len(student) - 1)
+        F.mse_loss(_matrix(student[i], student[i + 1]), _matrix(teacher[i], teacher[i + 1])) for i in range(len(student) - 1)
     )  # fmt: skip
 
 
-def _broadcast_gram(a: Tensor, b: Tensor) -> Tensor:
+def _broadcast_matrix(a: Tensor, b: Tensor) -> Tensor:
     a, b = _smaller(a, b)
     return (a.unsqueeze(1).flatten(3) * b.unsqueeze(2).flatten(3)).mean(-1)
 
 
-def gram_broadcast(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Any:
+def fsp_broadcast(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Any:
     """FSP as RepDistiller writes it: every product of two channels is a map in memory before it is summed."""
     return sum(
-        (_broadcast_gram(student[i], student[i + 1]) - _broadcast_gram(teacher[i], teacher[i + 1])).pow(2).mean()
+        (_broadcast_matrix(student[i], student[i + 1]) - _broadcast_matrix(teacher[i], teacher[i + 1])).pow(2).mean()
         for i in range(len(student) - 1)
     )
 
 
-FORMULAS: dict[str, Loss] = {"attention": attention, "gram": gram}
+FORMULAS: dict[str, Loss] = {"attention": attention, "fsp": fsp}
 
 
 def call(loss: Callable[..., Any], case: Case, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Callable[[], Any]:

@@ -76,7 +76,7 @@ def _losses(operation: str, *shapes: str, **other: tuple[Any, ...]) -> dict[str,
 def _goals() -> Iterator[Goal]:
     at, scaled = _losses("attention", *CIFAR), _losses("attention", *CIFAR, upstream=(1000,))
     big = _losses("attention", "resnet50-8")
-    small, wide, r20 = _losses("gram", *CIFAR[:2]), _losses("gram", *CIFAR[2:]), _losses("gram", "resnet20-64")
+    small, wide, r20 = _losses("fsp", *CIFAR[:2]), _losses("fsp", *CIFAR[2:]), _losses("fsp", "resnet20-64")
     for name, where, eager, compiled, floor in (
         ("AT, CIFAR chains", at, 6, 2, 1.35), ("AT, CIFAR chains, upstream 1000", scaled, 4.5, 1.6, None),
         ("AT, ResNet-50 stages", big, 5, 2.2, 1.55), ("FSP, ResNet-20", small, 7, 3.5, None),
@@ -90,16 +90,16 @@ def _goals() -> Iterator[Goal]:
             yield Goal(f"{name}: share of torch.mm's rate", 0.6, True, _fact("of_mm_rate"), where)
     yield Goal(f"FSP: eager broadcast form ÷ {BACKEND}", 80, True, _ratio("eager, broadcast", BACKEND), r20)
     yield Goal(f"FSP: torch.compile of the broadcast form ÷ {BACKEND}", 10, True, _ratio("torch.compile, broadcast", BACKEND), r20)
-    for name, operation in (("AT", "attention"), ("FSP", "gram")):
+    for name, operation in (("AT", "attention"), ("FSP", "fsp")):
         every = _losses(operation, *CIFAR, "resnet50-8")
         yield Goal(f"{name}: channels_last ÷ NCHW", 1.25, False, SAME, {**every, "layout": ("channels_last",)}, {"layout": "nchw"})
     half, single = ("bfloat16",), {"dtype": "float32"}
     every = _losses("attention", *CIFAR, "resnet50-8", dtype=half, layout=("nchw", "channels_last"))
     yield Goal("AT: bfloat16 ÷ float32", 0.6, False, SAME, every, single)
     # but for ResNet-32x4's stem, every map of these has at least 64 channels
-    wide = {**every, "operation": ("gram",), "shape": ("resnet32x4-64", "resnet50-8")}
+    wide = {**every, "operation": ("fsp",), "shape": ("resnet32x4-64", "resnet50-8")}
     yield Goal("FSP from 64 channels: bfloat16 ÷ float32", 1, False, SAME, wide, single)
-    for name, operation, unit in (("AT", "attention", "float32 maps"), ("FSP", "gram", "float32 Gram matrices")):
+    for name, operation, unit in (("AT", "attention", "float32 maps"), ("FSP", "fsp", "float32 FSP matrices")):
         where = {**_losses(operation, *CIFAR, "resnet50-8"), "dtype": ("float32", "bfloat16"), "layout": ("nchw", "channels_last")}
         yield Goal(f"{name}: extra memory", 4, False, _memory, where, unit=unit)
     tiny = _losses("attention", "tiny-2")
@@ -132,13 +132,13 @@ def _gpu_goals(backend: str, at: tuple[float, float], fsp: tuple[float, float]) 
     """``at`` and ``fsp``: how many times eager and torch.compile are to be beaten over the CIFAR chains, as a user's clock shows."""
     eager, compiled = _ratio("eager", backend), _ratio("torch.compile", backend)
     half = {"dtype": ("float32", "bfloat16")}
-    chains = [("AT", _losses("attention", *GPU_CHAINS), at), ("FSP", _losses("gram", *GPU_CHAINS), fsp)]
+    chains = [("AT", _losses("attention", *GPU_CHAINS), at), ("FSP", _losses("fsp", *GPU_CHAINS), fsp)]
     for name, where, bounds in chains:
         for against, value, bound in zip(("eager", "torch.compile"), (eager, compiled), bounds):
             yield Goal(f"GPU, {name}, CIFAR chains: {against} ÷ {backend}", bound, True, value, where, device="cuda")
     large_at = {**_losses("attention", *GPU_LARGE), **half}
-    tf32 = {**_losses("gram", *GPU_LARGE), "matmul": ("tf32",)}
-    large_fsp = {**_losses("gram", *GPU_LARGE), "dtype": ("bfloat16",)}
+    tf32 = {**_losses("fsp", *GPU_LARGE), "matmul": ("tf32",)}
+    large_fsp = {**_losses("fsp", *GPU_LARGE), "dtype": ("bfloat16",)}
     for name, where, slow, fast, share in (
         ("AT, ResNet-50 stages, cold", large_at, 3, 1.2, 0.85), ("FSP, ResNet-50 stages, tf32, cold", tf32, 1.5, 1.2, 0.6),
         ("FSP, ResNet-50 stages, bfloat16, cold", large_fsp, 1.5, 1.2, 0.6),

@@ -47,7 +47,7 @@ class GPUCase(Case):
 
     @property
     def id(self) -> str:
-        matmul = f" {self.matmul}" if self.operation == "gram" and self.dtype == "float32" else ""
+        matmul = f" {self.matmul}" if self.operation == "fsp" and self.dtype == "float32" else ""
         return f"{self.device} {super().id}{matmul} {self.clock}"
 
     def bytes_moved(self) -> int:
@@ -245,7 +245,7 @@ class GPUGroup:
         self.shared = (case.device, *case.inputs)
 
     def names(self, one_thread: bool) -> list[str]:
-        names = [FLOOR, *([MM] if self.case.operation == "gram" else []), TUNED, COMPILED]
+        names = [FLOOR, *([MM] if self.case.operation == "fsp" else []), TUNED, COMPILED]
         return names + available_backends(self.case.operation, self.case.device, self.full)
 
     def build(self, stock: Stock) -> GPURows:

@@ -152,7 +152,7 @@ def small_set() -> None:
 def launches() -> None:
     """Kernels of one call each way, by name, as the device saw them."""
     kind = torch.profiler.ProfilerActivity.CPU if REHEARSAL else torch.profiler.ProfilerActivity.CUDA
-    losses: dict[str, Callable[..., torch.Tensor]] = {"attention": fastkd.attention_transfer_loss, "gram": fastkd.fsp_loss}
+    losses: dict[str, Callable[..., torch.Tensor]] = {"attention": fastkd.attention_transfer_loss, "fsp": fastkd.fsp_loss}
     found: dict[str, Any] = {}
     for backend, (operation, loss), shape in itertools.product(serving(), losses.items(), (CHAINS[0], LARGE)):
         name = f"{backend} {operation} {shape}"
@@ -206,13 +206,13 @@ def tiles(seconds: str = "60") -> None:
 
     Tries as many as there is time for, the present one first. A tile that does not compile or fit is passed over.
     """
-    from fastkd.kernels import gram_view
+    from fastkd.kernels.fsp import view as gram_view
 
     end = time.monotonic() + float(seconds)
     found: dict[str, dict[str, float]] = {}
     candidates = [gram_view.Tiles(block, depth, stages) for stages in (3, 4, 1, 2) for block, depth in ((128, 32), (64, 32), (128, 16))]
     present = {how: gram_view.TILES[how] for how in ("tf32", "bf16")}
-    students, teachers = features(Case("gram", "small" if REHEARSAL else LARGE))
+    students, teachers = features(Case("fsp", "small" if REHEARSAL else LARGE))
     try:
         for number, how in itertools.product(range(1 + len(candidates)), present):
             tried = [present[how], *candidates][number]
@@ -239,9 +239,10 @@ def _tile_line(how: str, tried: tuple[int, ...]) -> str:
 
 
 def _forget_plans() -> None:
-    from fastkd.kernels import gram, gram_gradient
+    from fastkd.kernels.fsp import forward
+    from fastkd.kernels.fsp import gradient as gram_gradient
 
-    gram._plans.clear()
+    forward._plans.clear()
     gram_gradient._plans.clear()
 
 

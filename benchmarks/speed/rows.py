@@ -29,8 +29,8 @@ YARDSTICKS = (FLOOR, MM, BMM, RELU)
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2**-7}
 FORMULA_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}
 
-FUSED: dict[str, Callable[..., Tensor]] = {"attention": fastkd.attention_transfer_loss, "gram": fastkd.fsp_loss}
-EXACT: dict[str, Callable[..., Tensor]] = {"attention": reference.attention_transfer_loss, "gram": reference.fsp_loss}
+FUSED: dict[str, Callable[..., Tensor]] = {"attention": fastkd.attention_transfer_loss, "fsp": fastkd.fsp_loss}
+EXACT: dict[str, Callable[..., Tensor]] = {"attention": reference.attention_transfer_loss, "fsp": reference.fsp_loss}
 
 
 @functools.cache
@@ -52,7 +52,7 @@ def available_backends(operation: str = "attention", device: str = "cpu", full: 
 def row_names(case: Case, full: bool, one_thread: bool) -> list[str]:
     """Every row of the case, in the order of the table. Compiling costs most: it is done where a goal asks for it, and in a few more."""
     names = [FLOOR]
-    if case.operation == "gram":
+    if case.operation == "fsp":
         names += [MM, BMM]
     if case.shape == "tiny-2":
         names = [RELU]
@@ -62,7 +62,7 @@ def row_names(case: Case, full: bool, one_thread: bool) -> list[str]:
     some = case.plain or (full and case.direction == BOTH and case.shape == "resnet20-128")
     if (full or case.upstream == 1) and some and (not one_thread or case.shape in ("resnet20-64", "small")):
         names.append(COMPILED)
-    if case.operation == "gram" and case.plain and case.shape in ("resnet20-64", "small"):
+    if case.operation == "fsp" and case.plain and case.shape in ("resnet20-64", "small"):
         names += [BROADCAST, BROADCAST_COMPILED]
     return names + available_backends(case.operation)
 
@@ -86,7 +86,7 @@ class Rows:
         torch._dynamo.reset()  # the compiled functions of other inputs count against its limit
         # in an ordinary run only the tracing is tried: a C++ compiler would take its seconds
         compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False, backend="inductor" if full else "eager")
-        self.compiled = {False: compiled(FORMULAS[case.operation]), True: compiled(formulas.gram_broadcast)}
+        self.compiled = {False: compiled(FORMULAS[case.operation]), True: compiled(formulas.fsp_broadcast)}
         self.products = self._products(case)
         size = 1024 if full else 16
         self.square = [torch.randn(size, size).to(getattr(torch, case.dtype)) for _ in range(2)]
@@ -101,7 +101,7 @@ class Rows:
         if name == STOCK:
             return Row(name, call(formula, case, self.students, self.teachers), turn=self.stock.turns(case), tolerance=tolerance)
         if name in (TUNED, BROADCAST):
-            loss = formulas.gram_broadcast if name == BROADCAST else formula
+            loss = formulas.fsp_broadcast if name == BROADCAST else formula
         elif name in (COMPILED, BROADCAST_COMPILED):
             loss = self.compiled[name == BROADCAST_COMPILED]
         else:

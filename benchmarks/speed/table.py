@@ -47,7 +47,7 @@ def grid(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             if any(name in record["rows"] for name in BROADCAST.values()):
                 main = {name: record["rows"][name] for name in ours if name in record["rows"]}
                 other = {column: record["rows"].get(name, {}) for column, name in BROADCAST.items()}
-                rows.append(_cells({**record, "operation": "gram_broadcast"}, {**other, **main}, ours))
+                rows.append(_cells({**record, "operation": "fsp_broadcast"}, {**other, **main}, ours))
     used = [i for i in range(len(heads)) if i < 6 or any(row[i] for row in rows)]
     return [heads[i] for i in used], [[row[i] for i in used] for row in rows]
 
@@ -59,7 +59,7 @@ def _cells(record: dict[str, Any], rows: dict[str, dict[str, Any]], ours: list[s
     facts = rows[main] if main else {}
     base = facts.get("milliseconds")
     passes = "fwd" if record["direction"] == "forward" else "fwd+bwd" + ("" if record["upstream"] == 1 else f" ×{record['upstream']}")
-    loss = {"attention": "AT", "gram": "FSP", "gram_broadcast": "FSP broadcast"}.get(record["operation"], record["operation"])
+    loss = {"attention": "AT", "fsp": "FSP", "fsp_broadcast": "FSP broadcast"}.get(record["operation"], record["operation"])
     layout = "cl" if record["layout"] == "channels_last" else record["layout"]
     dtype = DTYPES.get(record["dtype"], record["dtype"]) + (" tf32" if record.get("matmul") == "tf32" else "")
     on_cpu = record.get("device", "cpu") == "cpu"

@@ -19,7 +19,7 @@ namespace fastkd {
 struct KernelTable {
   const char* name;  // "portable", "avx2", "avx512"
   const AttentionKernels& attention;
-  const GramKernels& gram;
+  const FspKernels& fsp;
   const TapKernels& tap;
   const NormKernels& norm;
 };
@@ -28,7 +28,7 @@ struct KernelTable {
 #define FASTKD_CODE_PATH(path)                     \
   namespace path {                                 \
   extern const AttentionKernels attention_kernels; \
-  extern const GramKernels gram_kernels;           \
+  extern const FspKernels fsp_kernels;             \
   extern const TapKernels tap_kernels;             \
   extern const NormKernels norm_kernels;           \
   }

@@ -1,23 +1,24 @@
-"""Triton kernels and their launchers, nothing else; Triton itself is imported when the first of them is wanted.
+"""Triton kernels and their launchers, nothing else; Triton itself is imported when the first of them is
+wanted.
 
-| file               | what lives there                                                                          |
-|--------------------|-------------------------------------------------------------------------------------------|
-| `launch.py`        | how a tensor is walked, how work is divided, how a kernel is launched; shared by all       |
-| `tile.py`          | what kernels have in common: powers, positions, sums over channels, normalization          |
-| `attention.py`     | the attention-transfer loss over a list of stages, and its backward pass: its launchers    |
-| `attention_kernels.py` | and its kernels                                                                        |
-| `attention_map.py` | the attention map and its backward pass, with or without a ReLU before and a gradient after|
-| `tap.py`           | the taps: the same kernels with those                                                      |
-| `gram.py`          | FSP matrices and the FSP loss over a chain, forward: its launchers                         |
-| `gram_gradient.py` | and backward                                                                               |
-| `gram_kernels.py`  | and their kernels                                                                          |
-| `gram_dual.py`     | what those do where the matrix would be larger than the features                           |
-| `gram_kept.py`     | where that is; without Triton                                                              |
-| `gram_tile.py`     | and what these have in common: features averaged over windows, products and differences    |
-| `gram_view.py`     | how FSP sees a feature, and the tiles of its products                                      |
-| `gram_pool.py`     | the gradient of unusual pooling                                                            |
-| `pool.py`          | adaptive pooling of features and energies, and its gradient                                |
-| `windows.py`       | what pooling and its gradients have in common                                              |
+| file                        | what lives there                                                                            |
+|-----------------------------|---------------------------------------------------------------------------------------------|
+| `common/launch.py`          | how a tensor is walked, how work is divided, how a kernel is launched; shared by all        |
+| `common/tile.py`            | what kernels have in common: powers, positions, sums over channels, normalization           |
+| `attention/loss.py`         | the attention-transfer loss over a list of stages, and its backward pass: its launchers     |
+| `attention/loss_kernels.py` | and its kernels                                                                             |
+| `attention/map.py`          | the attention map and its backward pass, with or without a ReLU before and a gradient after |
+| `attention/tap.py`          | the taps: the same kernels with those                                                       |
+| `fsp/forward.py`            | FSP matrices and the FSP loss over a chain, forward: its launchers                          |
+| `fsp/gradient.py`           | and backward                                                                                |
+| `fsp/kernels.py`            | and their kernels                                                                           |
+| `fsp/low_rank.py`           | what those do where the matrix would be larger than the features                            |
+| `fsp/saved.py`              | where that is; without Triton                                                               |
+| `fsp/tile.py`               | and what these have in common: features averaged over windows, products and differences     |
+| `fsp/view.py`               | how FSP sees a feature, and the tiles of its products                                       |
+| `fsp/pool.py`               | the gradient of unusual pooling                                                             |
+| `common/pool.py`            | adaptive pooling of features and energies, and its gradient                                 |
+| `common/windows.py`         | what pooling and its gradients have in common                                               |
 
 A launcher has the name and the arguments of the operator that it implements (``torch.ops.fastkd``).
 """
@@ -35,23 +36,25 @@ from typing import Any
 import torch
 
 LAUNCHERS = {
-    "attention_map": "attention_map",
-    "attention_map_backward": "attention_map",
-    "attention_transfer_loss": "attention",
-    "attention_transfer_loss_backward": "attention",
-    "fsp_matrix": "gram",
-    "fsp_matrix_backward": "gram_gradient",
-    "fsp_loss": "gram",
-    "fsp_loss_backward": "gram_gradient",
-    "tap_backward": "tap",
-    "relu_tap": "tap",
-    "relu_tap_backward": "tap",
+    "attention_map": "attention.map",
+    "attention_map_backward": "attention.map",
+    "attention_transfer_loss": "attention.loss",
+    "attention_transfer_loss_backward": "attention.loss",
+    "fsp_matrix": "fsp.forward",
+    "fsp_matrix_backward": "fsp.gradient",
+    "fsp_loss": "fsp.forward",
+    "fsp_loss_backward": "fsp.gradient",
+    "tap_backward": "attention.tap",
+    "relu_tap": "attention.tap",
+    "relu_tap_backward": "attention.tap",
 }
 """The operators that Triton serves, and the file of each one's launcher."""
 
 
 class NegativeView(Exception):
-    """A kernel was to read a view such as ``z.conj().imag``: its numbers lie in memory with the opposite sign."""
+    """A kernel was to read a view such as ``z.conj().imag``: its numbers lie in memory with the opposite
+    sign.
+    """
 
 
 @functools.cache
@@ -65,8 +68,8 @@ def own_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-# A graph holds what the setting was when it was traced, since it cannot ask: torch.compiler.assume_constant_result does no more than this,
-# and imports the compiler.
+# A graph holds what the setting was when it was traced, since it cannot ask:
+# torch.compiler.assume_constant_result does no more than this, and imports the compiler.
 own_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -76,7 +79,9 @@ _state: tuple[bool, str] | None = None
 
 
 def interpreting() -> bool:
-    """Whether Triton interprets its kernels, on CPU tensors, for tests; asked once, since Triton asks when a kernel is imported."""
+    """Whether Triton interprets its kernels, on CPU tensors, for tests; asked once, since Triton asks when a
+    kernel is imported.
+    """
     global _interpreting
     if _interpreting is None:
         _interpreting = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y") and _version() is not None

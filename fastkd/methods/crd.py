@@ -71,7 +71,8 @@ class CRD(Distiller):
         beta = options.beta
         if beta is None:
             beta = 0.2 if context.num_classes == 10 else 0.8
-        self.settled = {"beta": beta, "k": self.k}
+        found = {"beta": beta, "k": self.k}
+        self.settled = {name: value for name, value in found.items() if getattr(options, name) is None}
         self.embeddings = nn.ModuleList(
             nn.Linear(int(shapes.pooled[0]), options.width) for shapes in (context.student_shapes, context.teacher_shapes)
         )

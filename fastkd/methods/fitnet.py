@@ -18,8 +18,9 @@ from fastkd.models import Features
 class FitNet(Distiller):
     """``beta`` times the mean squared difference of the regressor's map and the teacher's, of one stage.
 
-    A teacher's map to which no regressor fits is averaged to the student's size, as in SimKD's code. All toolkits train the hint
-    beside cross-entropy; in the paper, and with ``phases=2``, it is alone in a first phase of ``--init-epochs``.
+    A teacher's map to which no regressor fits is averaged to the student's size, as in SimKD's code. All toolkits
+    train the hint beside cross-entropy. In the paper, and with ``phases=2``, it is alone in a first phase of
+    ``--init-epochs``.
     """
 
     @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The overhaul of feature distillation (Heo et al., 2019): maps before the ReLU, of which the teacher's negative part is cut off."""
+"""The overhaul of feature distillation (Heo et al., 2019): maps before the ReLU, cut off below a margin."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _TRAIN_MODE = {"teacher_mode": "train"}
 
 
 class OFD(Distiller):
-    """``fastkd.ofd_loss`` between the student's maps before the ReLU, each through a connector, and the teacher's.
+    """``fastkd.ofd_loss`` of the maps before the ReLU; the student's go through connectors first.
 
-    The margins come from the teacher's batch norms when the method is built, or from each batch of one process.
+    The margins come from the teacher's batch norms when the method is built, or from each batch of a process.
     """
 
     @dataclass(frozen=True)

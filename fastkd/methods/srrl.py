@@ -1,4 +1,4 @@
-"""Softmax regression (Yang et al., 2021): the teacher's classifier answers to the student's vector as to the teacher's."""
+"""Softmax regression (Yang et al., 2021): the teacher's classifier is to answer alike to both vectors."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from fastkd.methods.connectors import pointwise
 
 
 class SRRL(Distiller):
-    """``beta`` times the mean squared differences of the pooled vectors and of what the teacher's classifier makes of them.
+    """``beta`` times the mean squared differences of the pooled vectors and of the classifier's answers to them.
 
-    The student's map, or its pooled vector, goes through a connector first. The classifier is a frozen copy; gradients pass through it.
+    The student's map, or its pooled vector, goes through a connector first. The classifier is a frozen copy of
+    the teacher's; gradients pass through it.
     Two methods have this name: the map's is that of KD_SRRL, the vector's is in SimKD's code.
     """
 

@@ -47,7 +47,14 @@ def fsp_loss(
 
 
 def fsp_loss_backward(
-    grad: Shape, features: Sequence[Shape], gram_grads: Any, pool_mode: Any, precision: Any, stages: Collection[int], *rest: Any, **out: Any
+    grad: Shape,
+    features: Sequence[Shape],
+    matrix_grads: Any,
+    pool_mode: Any,
+    precision: Any,
+    stages: Collection[int],
+    *rest: Any,
+    **out: Any,
 ) -> int:
     return _gradients(features, stages)
 

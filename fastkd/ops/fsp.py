@@ -13,7 +13,7 @@ from fastkd import backends, checks, kernels, reference
 from fastkd._implementations import Backend
 from fastkd._private import batched, saved_tensors_hooked
 from fastkd.checks import Features
-from fastkd.kernels.gram_kept import kept_shape, wide_stages
+from fastkd.kernels.fsp.saved import kept_shape, wide_stages
 from fastkd.ops import _batched_grads, _cuda_limits, _grad_prefetch, flops
 from fastkd.ops._register import accumulator, autograd, define, differentiable_once, one_device, wanting_gradients
 
@@ -34,21 +34,21 @@ def _loss_fake(
     one_device(student + teacher)
     dtype, first = accumulator(student + teacher), student[0]
     pairs = zip(student, student[1:], strict=False) if with_grad else ()
-    gram_grads = [first.new_empty((a.shape[0], a.shape[1], b.shape[1]), dtype=dtype) for a, b in pairs]
-    return first.new_empty((), dtype=dtype), gram_grads, [torch.empty_like(student[i]) for i in stages]
+    matrix_grads = [first.new_empty((a.shape[0], a.shape[1], b.shape[1]), dtype=dtype) for a, b in pairs]
+    return first.new_empty((), dtype=dtype), matrix_grads, [torch.empty_like(student[i]) for i in stages]
 
 
 def _loss_fake_by_device(student: list[Tensor], teacher: list[Tensor], pool_mode: Any, distance: Any, *rest: Any) -> tuple:
     """On CUDA tensors Triton's, which may keep less."""
-    loss, gram_grads, gradients = _loss_fake(student, teacher, pool_mode, distance, *rest)
+    loss, matrix_grads, gradients = _loss_fake(student, teacher, pool_mode, distance, *rest)
     if loss.device.type == "cuda":
-        shapes = [kept_shape(student[i : i + 2], teacher[i : i + 2], distance) for i in range(len(gram_grads))]
-        gram_grads = [loss.new_empty(shape) for shape in shapes]
-    return loss, gram_grads, gradients
+        shapes = [kept_shape(student[i : i + 2], teacher[i : i + 2], distance) for i in range(len(matrix_grads))]
+        matrix_grads = [loss.new_empty(shape) for shape in shapes]
+    return loss, matrix_grads, gradients
 
 
 def _loss_backward_fake(
-    grad: Tensor, features: list[Tensor], gram_grads: Any, pool_mode: Any, precision: Any, stages: list[int], *rest: Any
+    grad: Tensor, features: list[Tensor], matrix_grads: Any, pool_mode: Any, precision: Any, stages: list[int], *rest: Any
 ) -> list[Tensor]:
     return [torch.empty_like(features[i]) for i in stages]
 
@@ -60,12 +60,12 @@ define(
 )
 define(
     "fsp_loss(Tensor[] student, Tensor[] teacher, str pool_mode, str distance, str pair_reduce, float[]? weights, float weight, "
-    "str? precision, bool with_grad, float? upstream=None, int[] stages=[]) -> (Tensor loss, Tensor[] gram_grads, Tensor[] gradients)",
+    "str? precision, bool with_grad, float? upstream=None, int[] stages=[]) -> (Tensor loss, Tensor[] matrix_grads, Tensor[] gradients)",
     _loss_fake_by_device,
     _loss_fake,
 )
 define(
-    "fsp_loss_backward(Tensor grad, Tensor[] features, Tensor[] gram_grads, str pool_mode, str? precision, int[] stages, bool negate, "
+    "fsp_loss_backward(Tensor grad, Tensor[] features, Tensor[] matrix_grads, str pool_mode, str? precision, int[] stages, bool negate, "
     "Tensor[]? others=None) -> Tensor[]",
     _loss_backward_fake,
 )
@@ -119,7 +119,7 @@ class FSPLossFunction(torch.autograd.Function):
     ``needed``: the places of those in ``[*student, *teacher]``. The forward saves M = dloss/dG of the student for each pair, for an
     upstream gradient of 1 (the teacher's is -M), so a chain's gradients need only the chain itself: dA = upstream M B / S, dB = upstream
     M^T A / S, and a middle stage adds the terms of its two pairs.
-    Where M would be larger than the features, Triton keeps less and needs both chains' features of that pair (`kernels/gram_kept.py`).
+    Where M would be larger than the features, Triton keeps less and needs both chains' features of that pair (`kernels/fsp/saved.py`).
     On a CPU, for the upstream gradient that is expected (:mod:`fastkd.ops._grad_prefetch`), it makes the student's gradients too, sample by
     sample, while the sample's maps are in the cache; the backward hands those out, once, if it is given just that.
     """

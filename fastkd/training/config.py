@@ -21,7 +21,7 @@ from fastkd.seeds import generator, seeded
 from fastkd.training import distributed, results
 from fastkd.training.choices import Choices
 from fastkd.training.device import can_compile, fast_bfloat16, find_device
-from fastkd.training.recipes import NORMALIZATIONS, Recipe, get_recipe, options_of
+from fastkd.training.recipes import NORMALIZATIONS, Recipe, decided_options, get_recipe, options_of
 from fastkd.training.settings import PRECISIONS, Settings, recipe_of, resolve
 
 PAYS = 500_000
@@ -49,6 +49,8 @@ class Config(Choices):
         brought, self.notes = options_of(self.recipe_name, settings.method, settings.options)
         try:
             self.method = define(settings.method, preset=self.recipe.preset, words=[*brought, *settings.options])
+            decided = decided_options(self.recipe_name, self.method)
+            self.method = dataclasses.replace(self.method, changes={**self.method.changes, **decided})
             if settings.recipe is None:  # an explicit one wins over what a method's authors change in theirs
                 changed = self.method.recipe(dataclasses.asdict(self.recipe), settings.overrides)
                 settings = dataclasses.replace(settings, overrides={**changed, **settings.overrides})

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastkd.data.loader import PAD_MODES
 from fastkd.errors import UserError
+from fastkd.methods import Definition
 
 
 def _field(text: str, default: Any, choices: tuple[str, ...] | None = None) -> Any:
@@ -152,6 +153,13 @@ def options_of(name: str, method: str, said: Sequence[str]) -> tuple[list[str], 
             words.append(f"{term}.{field_name}={value}")
             notes.append(f"the recipe {name} gives {term} a {field_name} of {value}: {why}")
     return words, notes
+
+
+def decided_options(name: str, method: Definition) -> dict[str, Any]:
+    """What the options that the recipe ``name`` may bring are at last: a command says them even where they are the published ones."""
+    terms = {term.name: term for term in method.terms}
+    return {f"{term}.{key}": getattr(terms[term].options, key) for (recipe, term), (key, *_) in OPTIONS.items()
+            if recipe == name and term in terms}  # fmt: skip
 
 
 def drops(recipe: Recipe, step: int, steps: int) -> int:

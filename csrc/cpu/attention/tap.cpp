@@ -1,4 +1,5 @@
-// The tap operators for the CPU: checks, allocation and the parallel region. The passes are in tap.inl, the schemas in fastkd/ops/feature_map.py.
+// The tap operators for the CPU: checks, allocation and the parallel region. The passes are in tap.inl, the schemas in
+// fastkd/ops/feature_map.py.
 #include "cpu/attention/tap.h"
 
 #include <optional>

@@ -131,8 +131,8 @@ static void pack_tile_columns(const Block& x, int64_t channels, const TileRange&
 }
 
 // A pair's positions are taken a range at a time.
-FASTKD_INLINE int64_t tile_width(const GramPair& pair) { return pair.a[0].pool.active ? pair.a[0].pool.out[2] : 0; }
-FASTKD_INLINE int64_t tiles_at_most(const GramPair& pair) {
+FASTKD_INLINE int64_t tile_width(const FspPair& pair) { return pair.a[0].pool.active ? pair.a[0].pool.out[2] : 0; }
+FASTKD_INLINE int64_t tiles_at_most(const FspPair& pair) {
   const int64_t width = tile_width(pair);
   return width ? (pair.depth * width + kTile - 1) / kTile : (pair.depth + kTileDepth - 1) / kTileDepth;
 }
@@ -140,7 +140,7 @@ FASTKD_INLINE int64_t tiles_at_most(const GramPair& pair) {
 struct TileForward {
   Bits *a[kTileSteps], *b[2];
 };
-static TileForward tile_forward_of(const GramPair& pair, Arena& arena) {
+static TileForward tile_forward_of(const FspPair& pair, Arena& arena) {
   TileForward s = {};
   const int64_t tiles = tiles_at_most(pair), lines = tile_width(pair) ? 2 : 1;
   for (int32_t i = 0; i < pair.chains; ++i) {
@@ -152,7 +152,7 @@ static TileForward tile_forward_of(const GramPair& pair, Arena& arena) {
 
 // c = a b^T over all positions of the student, less that of the teacher if there is one, from row i on; where `a` is averaged, four times
 // that.
-static void multiply_forward_tiles(const GramPair& pair, int64_t n, int64_t i, int64_t rows, const TileForward& s, float* c) {
+static void multiply_forward_tiles(const FspPair& pair, int64_t n, int64_t i, int64_t rows, const TileForward& s, float* c) {
   const int64_t cb = pair.b[0].x.channels, width = tile_width(pair), lines = width ? 2 : 1;
   const int64_t total = width ? pair.positions[0] / width : pair.positions[0];
   begin_tiles();

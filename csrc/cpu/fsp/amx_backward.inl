@@ -17,11 +17,11 @@ struct TileBackward {
   Bits *left[2], *right[2];  // high, low
   float* split;
 };
-static TileBackward tile_backward_of(const GramStage& stage, Arena& arena) {
+static TileBackward tile_backward_of(const FspStage& stage, Arena& arena) {
   TileBackward s = {};
   int64_t left = 0, right = 0, split = 0;
   for (int32_t t = 0; t < stage.terms; ++t) {
-    const GramTerm& term = stage.term[t];
+    const FspTerm& term = stage.term[t];
     if (!term.tiles) continue;
     const int64_t co = round_up(term.other.x.channels, kTileDepth), row = co + kTileDepth;
     const int64_t channels = round_up(stage.channels, kTile), depth = round_up(term.depth, kTile);
@@ -82,7 +82,7 @@ static void pack_tile_positions(const Block& x, int64_t c, int64_t rows, int64_t
 }
 
 // As multiply_term(), for a bfloat16 map whose layout, averaged or not, is that of the result.
-static void multiply_term_tiles(const GramTerm& term, bool channels_last, int64_t n, int64_t c, int64_t channels, float* plane,
+static void multiply_term_tiles(const FspTerm& term, bool channels_last, int64_t n, int64_t c, int64_t channels, float* plane,
                                 float* pooled, const TileBackward& s, float* to, int64_t to_row, const float* sum, int64_t sum_row) {
   const int64_t co = term.other.x.channels, tiles = (co + kTileDepth - 1) / kTileDepth, row = (tiles + 1) * kTileDepth;
   const int64_t panel = tiles * kTileSize;

@@ -1,4 +1,4 @@
-// FSP kernels: the gradients by the feature maps, from those by the Gram matrices. Needs fsp/fsp.inl up to where that includes this file.
+// FSP kernels: the gradients by the feature maps, from those by the FSP matrices. Needs fsp/fsp.inl up to where that includes this file.
 
 template <typename A>
 struct BackwardScratch {
@@ -9,12 +9,12 @@ struct BackwardScratch {
 };
 
 template <typename A>
-static BackwardScratch<A> backward_scratch_of(const GramStage& stage, Arena& arena) {
+static BackwardScratch<A> backward_scratch_of(const FspStage& stage, Arena& arena) {
   BackwardScratch<A> s = {};
   const int64_t padded = round_up(stage.channels, kPanelPad);
   int64_t pooled = 0, plane = 0, other = 0, rows = 0, m = 0;
   for (int32_t t = 0; t < stage.terms; ++t) {
-    const GramTerm& term = stage.term[t];
+    const FspTerm& term = stage.term[t];
     const int64_t co = term.other.x.channels, depth = round_up(term.depth, kPanelPad);
     if (term.own.active) {
       pooled = max_of(pooled, padded * term.positions);
@@ -39,7 +39,7 @@ static BackwardScratch<A> backward_scratch_of(const GramStage& stage, Arena& are
 // to = scale * sum over o of m[c][o] other[o][position], plus `sum` if there is one, for `channels` channels from c on; to[c][position], or
 // to[position][c] if channels_last.
 template <typename A>
-static void multiply_term(const GramTerm& term, bool channels_last, int64_t n, int64_t c, int64_t channels, BackwardScratch<A>& s, A* to,
+static void multiply_term(const FspTerm& term, bool channels_last, int64_t n, int64_t c, int64_t channels, BackwardScratch<A>& s, A* to,
                           int64_t to_row, const A* sum, int64_t sum_row, bool stream) {
   if constexpr (sizeof(A) == sizeof(float)) {
     if (term.tiles) {
@@ -98,7 +98,7 @@ FASTKD_INLINE int64_t planes_row(const Feature& out) { return out.layout == Layo
 
 // One sample's gradient by the stage's channels from c on.
 template <typename A>
-static void backward_unit(const GramStage& stage, int64_t n, int64_t c, void* scratch) {
+static void backward_unit(const FspStage& stage, int64_t n, int64_t c, void* scratch) {
   Arena arena = {static_cast<char*>(scratch), 0};
   BackwardScratch<A> s = backward_scratch_of<A>(stage, arena);
   const Feature& out = stage.grad;
@@ -115,7 +115,7 @@ static void backward_unit(const GramStage& stage, int64_t n, int64_t c, void* sc
   const int64_t work_row = once && stage.terms > 1 ? scratch_row : to_row;
   bool add = false;
   for (int32_t t = 0; t < stage.terms; ++t) {
-    const GramTerm& term = stage.term[t];
+    const FspTerm& term = stage.term[t];
     if (!term.own.active) continue;
     const int64_t row = last ? padded : term.positions;
     multiply_term<A>(term, last, n, c, channels, s, s.pooled, row, nullptr, 0, false);
@@ -155,7 +155,7 @@ static void backward_unit(const GramStage& stage, int64_t n, int64_t c, void* sc
 }
 
 template <typename A>
-static size_t backward_scratch(const GramBackward& call) {
+static size_t backward_scratch(const FspBackward& call) {
   size_t most = 0;
   for (int64_t i = 0; i < call.count; ++i) {
     Arena arena = {nullptr, 0};
@@ -166,9 +166,9 @@ static size_t backward_scratch(const GramBackward& call) {
 }
 
 template <typename A>
-static void backward(const GramBackward& call, int64_t begin, int64_t end, void* scratch) {
+static void backward(const FspBackward& call, int64_t begin, int64_t end, void* scratch) {
   for (int64_t unit = begin; unit < end; ++unit) {
-    const GramStage* stage = call.stages;
+    const FspStage* stage = call.stages;
     int64_t block = unit % call.units_per_sample;
     for (; block >= stage->channel_blocks; ++stage) block -= stage->channel_blocks;
     backward_unit<A>(*stage, unit / call.units_per_sample, block * stage->channels, scratch);

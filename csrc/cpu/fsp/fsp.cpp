@@ -1,4 +1,4 @@
-// fsp_matrix and fsp_loss with their backward operators: checks and allocation. The division into units of work is in gram_plan.cpp, the
+// fsp_matrix and fsp_loss with their backward operators: checks and allocation. The division into units of work is in fsp_plan.cpp, the
 // arithmetic in fsp/fsp.inl.
 #include "cpu/fsp/plan.h"
 
@@ -58,7 +58,7 @@ Tensor fsp_matrix(const Tensor& a, const Tensor& b, const Text& pool_mode, std::
   const int64_t sizes[3] = {chain[0].batch, chain[0].channels, chain[1].channels};
   Tensor out = empty(sizes, 3, accumulate);
   Pools pools;
-  std::vector<GramPair> pairs{plan_pair(chain, nullptr, max, GramResult::kMatrix, pools)};
+  std::vector<FspPair> pairs{plan_pair(chain, nullptr, max, FspResult::kMatrix, pools)};
   pairs[0].out = out.data_ptr();
   run_forward(ForwardPlan(pairs, sizes[0]), accumulate);
   return out;
@@ -74,13 +74,13 @@ std::vector<Tensor> fsp_matrix_backward(const Tensor& grad, const Tensor& a, con
   check_matrix_grad(m, fa.batch, fa.channels, fb.channels, "grad");
   const DType accumulate = accumulation(accumulation(fa.dtype, fb.dtype), m.dtype);
   Pools pools;
-  GramOperand as_a, as_b;
+  FspOperand as_a, as_b;
   const int64_t positions = join(fa, fb, max, pools, as_a, as_b);
-  std::vector<GramStage> stages;
+  std::vector<FspStage> stages;
   std::vector<Tensor> out;
   for (int side = 0; side < 2; ++side) {
     if (!(side == 0 ? a_grad : b_grad)) continue;
-    GramStage stage{};
+    FspStage stage{};
     stage.terms = 1;
     stage.term[0] = plan_term(side == 0 ? as_b : as_a, (side == 0 ? as_a : as_b).pool, positions, 1.0, m, side == 0 ? 1 : 2);
     out.push_back(plan_stage(stage, side == 0 ? a : b, accumulate));
@@ -90,28 +90,28 @@ std::vector<Tensor> fsp_matrix_backward(const Tensor& grad, const Tensor& a, con
   return out;
 }
 
-// The gradients of a chain's stages, planned from those of its Gram matrices and allocated.
+// The gradients of a chain's stages, planned from those of its FSP matrices and allocated.
 struct ChainGradients {
-  std::vector<GramStage> plans;
+  std::vector<FspStage> plans;
   std::vector<Tensor> out;
   Pools pools;
 };
 
-void plan_chain(ChainGradients& chain, const std::vector<Tensor>& features, const std::vector<Tensor>& gram_grads,
+void plan_chain(ChainGradients& chain, const std::vector<Tensor>& features, const std::vector<Tensor>& matrix_grads,
                 const std::vector<int64_t>& stages, double upstream, bool max, DType accumulate) {
   const std::vector<Feature> f = features_of(features, "features");
   std::vector<TensorView> m;
-  std::vector<GramOperand> as_a(gram_grads.size()), as_b(gram_grads.size());
+  std::vector<FspOperand> as_a(matrix_grads.size()), as_b(matrix_grads.size());
   std::vector<int64_t> positions;
-  for (size_t p = 0; p < gram_grads.size(); ++p) {
+  for (size_t p = 0; p < matrix_grads.size(); ++p) {
     check_alike(features[0], features[p + 1], "features");
-    m.push_back(view_of(gram_grads[p], "gram_grads"));
-    check_matrix_grad(m[p], f[p].batch, f[p].channels, f[p + 1].channels, "gram_grads");
+    m.push_back(view_of(matrix_grads[p], "matrix_grads"));
+    check_matrix_grad(m[p], f[p].batch, f[p].channels, f[p + 1].channels, "matrix_grads");
     positions.push_back(join(f[p], f[p + 1], max, chain.pools, as_a[p], as_b[p]));
   }
   for (int64_t i : stages) {
     STD_TORCH_CHECK(i >= 0 && i < int64_t(f.size()), "stages must be indices of features, got ", i);
-    GramStage plan{};
+    FspStage plan{};
     if (i > 0) plan.term[plan.terms++] = plan_term(as_a[i - 1], as_b[i - 1].pool, positions[i - 1], upstream, m[i - 1], 2);
     if (i < int64_t(m.size())) plan.term[plan.terms++] = plan_term(as_b[i], as_a[i].pool, positions[i], upstream, m[i], 1);
     chain.out.push_back(plan_stage(plan, features[i], accumulate));
@@ -145,14 +145,14 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fsp_loss(std::vecto
   }
   const DType accumulate = accumulation_of(t, accumulation_of(s, DType::kFloat));
   Pools pools;
-  std::vector<GramPair> pairs;
+  std::vector<FspPair> pairs;
   std::vector<Tensor> grads;
   std::vector<double> factors;
   for (size_t p = 0; p < count; ++p) {
     const int64_t sizes[3] = {s[p].batch, s[p].channels, s[p + 1].channels};
     factors.push_back(weight * (weights ? (*weights)[p] : 1.0) / (pair_mean ? double(count) : 1.0) / double(sizes[0]) /
                       (mean ? double(sizes[1]) * double(sizes[2]) : 1.0));
-    pairs.push_back(plan_pair(&s[p], &t[p], max, columns ? GramResult::kColumnNorms : GramResult::kSquares, pools));
+    pairs.push_back(plan_pair(&s[p], &t[p], max, columns ? FspResult::kColumnNorms : FspResult::kSquares, pools));
     pairs.back().slope = columns ? factors.back() : 2.0 * factors.back();
     if (!with_grad) continue;
     grads.push_back(empty(sizes, 3, accumulate));
@@ -171,18 +171,19 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fsp_loss(std::vecto
   return {out, grads, gradients.out};
 }
 
-std::vector<Tensor> fsp_loss_backward(const Tensor& grad, std::vector<Tensor> features, std::vector<Tensor> gram_grads,
+std::vector<Tensor> fsp_loss_backward(const Tensor& grad, std::vector<Tensor> features, std::vector<Tensor> matrix_grads,
                                       const Text& pool_mode, std::optional<Text> precision, std::vector<int64_t> stages, bool negate,
                                       std::optional<std::vector<Tensor>> others) {
   check_precision(precision);
   const bool max = parse_switch(pool_mode, "pool_mode", "avg", "max");
-  STD_TORCH_CHECK(features.size() >= 2 && gram_grads.size() == features.size() - 1, "gram_grads must hold one matrix a pair of features");
+  STD_TORCH_CHECK(features.size() >= 2 && matrix_grads.size() == features.size() - 1,
+                  "matrix_grads must hold one matrix a pair of features");
   STD_TORCH_CHECK(!others || others->empty(), "others must be empty: with a matrix a pair, a chain's gradients need that chain alone");
   const double upstream = negate ? -scalar_of(grad, "grad") : scalar_of(grad, "grad");
   DType accumulate = accumulation_of(features_of(features, "features"), DType::kFloat);
-  for (const Tensor& m : gram_grads) accumulate = accumulation(accumulate, view_of(m, "gram_grads").dtype);
+  for (const Tensor& m : matrix_grads) accumulate = accumulation(accumulate, view_of(m, "matrix_grads").dtype);
   ChainGradients gradients;
-  plan_chain(gradients, features, gram_grads, stages, upstream, max, accumulate);
+  plan_chain(gradients, features, matrix_grads, stages, upstream, max, accumulate);
   run_backward(BackwardPlan(gradients.plans), accumulate);
   return gradients.out;
 }

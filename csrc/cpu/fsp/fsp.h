@@ -9,22 +9,22 @@ namespace fastkd {
 constexpr int64_t kGemmDepth = 256;
 
 // A feature map as one pair sees it: pooled to the pair's common size where it is larger.
-struct GramOperand {
+struct FspOperand {
   Feature x;
   PoolPlan pool;
 };
 
-enum class GramResult : int32_t { kMatrix, kSquares, kColumnNorms };
+enum class FspResult : int32_t { kMatrix, kSquares, kColumnNorms };
 
 // One pair of stages, forward: G = a b^T / positions of a student and, for a loss, of a teacher. A unit of work is one sample and one block
 // of rows of G.
-struct GramPair {
-  GramOperand a[2], b[2];  // student, teacher
-  int32_t chains;          // 1: G of the student only; 2: the difference of both
-  int32_t fused;           // the difference as (A_s - A_t) B_s^T + A_t (B_s - B_t)^T
-  int32_t planes;          // multiplied along the positions, which lie together (fsp/dot.inl)
-  int32_t tiles;           // multiplied by AMX (fsp/amx.inl)
-  GramResult result;
+struct FspPair {
+  FspOperand a[2], b[2];  // student, teacher
+  int32_t chains;         // 1: G of the student only; 2: the difference of both
+  int32_t fused;          // the difference as (A_s - A_t) B_s^T + A_t (B_s - B_t)^T
+  int32_t planes;         // multiplied along the positions, which lie together (fsp/dot.inl)
+  int32_t tiles;          // multiplied by AMX (fsp/amx.inl)
+  FspResult result;
   int64_t positions[2];
   int64_t rows, row_blocks;  // of G: rows a unit, units a sample
   int64_t depth;             // positions taken at a time; tiles, where maps are averaged: lines of windows
@@ -32,16 +32,16 @@ struct GramPair {
   void* out;                 // (N, Ca, Cb) contiguous: G, or d loss / d G; null if not wanted
 };
 
-struct GramForward {
-  const GramPair* pairs;
+struct FspForward {
+  const FspPair* pairs;
   int64_t count;             // of pairs
   int64_t units_per_sample;  // over all pairs: units are ordered by sample first, since neighbouring pairs share a feature map
   double* partial;           // one a unit: what it adds to its pair's loss, without the factors
 };
 
 // One term of a feature's gradient: scale * sum over channels o of m[n, c, o] * other[n, o, position], un-pooled to the feature's own size.
-struct GramTerm {
-  GramOperand other;
+struct FspTerm {
+  FspOperand other;
   PoolPlan own;
   const void* m;
   DType m_dtype;
@@ -53,38 +53,38 @@ struct GramTerm {
 };
 
 // One feature whose gradient is wanted. A unit of work is one sample and one block of channels.
-struct GramStage {
+struct FspStage {
   Feature x;
   Feature grad;
   int32_t terms;
-  GramTerm term[2];
+  FspTerm term[2];
   int32_t channels_last;  // the layout in which the gradient is computed
   int32_t direct;         // computed in place: the gradient has the accumulation dtype and such a layout
   int32_t stream;         // direct, and written past the caches
   int64_t channels, channel_blocks;
 };
 
-struct GramBackward {
-  const GramStage* stages;
+struct FspBackward {
+  const FspStage* stages;
   int64_t count;
   int64_t units_per_sample;
 };
 
 // Forward and backward of whole samples: the backward reads what the forward left in `out` of the pairs, and both read the same maps, which
 // stay in the cache between the two.
-struct GramTraining {
-  GramForward forward;
-  GramBackward backward;
+struct FspTraining {
+  FspForward forward;
+  FspBackward backward;
 };
 
 // Units [begin, end), of `training` samples [begin, end). Indexed by accumulation dtype: 0 float, 1 double. The scratch sizes are in bytes.
-struct GramKernels {
-  size_t (*forward_scratch[2])(const GramForward&);
-  void (*forward[2])(const GramForward&, int64_t begin, int64_t end, void* scratch);
-  size_t (*backward_scratch[2])(const GramBackward&);
-  void (*backward[2])(const GramBackward&, int64_t begin, int64_t end, void* scratch);
-  size_t (*training_scratch[2])(const GramTraining&);
-  void (*training[2])(const GramTraining&, int64_t begin, int64_t end, void* scratch);
+struct FspKernels {
+  size_t (*forward_scratch[2])(const FspForward&);
+  void (*forward[2])(const FspForward&, int64_t begin, int64_t end, void* scratch);
+  size_t (*backward_scratch[2])(const FspBackward&);
+  void (*backward[2])(const FspBackward&, int64_t begin, int64_t end, void* scratch);
+  size_t (*training_scratch[2])(const FspTraining&);
+  void (*training[2])(const FspTraining&, int64_t begin, int64_t end, void* scratch);
 };
 
 }  // namespace fastkd

@@ -1,4 +1,4 @@
-// FSP kernels: Gram matrices and their loss (here) and the gradients by the feature maps (fsp/backward.inl). What is multiplied is packed
+// FSP kernels: FSP matrices and their loss (here) and the gradients by the feature maps (fsp/backward.inl). What is multiplied is packed
 // block by block into scratch memory (or read in place where it lies well), so layouts, dtypes and pooling end before the arithmetic
 // begins, and no tensor is ever copied as a whole.
 #include "cpu/simd/gemm.inl"
@@ -26,10 +26,10 @@ FASTKD_INLINE int64_t max_of(int64_t a, int64_t b) { return a < b ? b : a; }
 #else  // no plan asks for these
 struct TileForward {};
 struct TileBackward {};
-FASTKD_INLINE TileForward tile_forward_of(const GramPair&, Arena&) { return {}; }
-FASTKD_INLINE TileBackward tile_backward_of(const GramStage&, Arena&) { return {}; }
-FASTKD_INLINE void multiply_forward_tiles(const GramPair&, int64_t, int64_t, int64_t, const TileForward&, float*) {}
-FASTKD_INLINE void multiply_term_tiles(const GramTerm&, bool, int64_t, int64_t, int64_t, float*, float*, const TileBackward&, float*,
+FASTKD_INLINE TileForward tile_forward_of(const FspPair&, Arena&) { return {}; }
+FASTKD_INLINE TileBackward tile_backward_of(const FspStage&, Arena&) { return {}; }
+FASTKD_INLINE void multiply_forward_tiles(const FspPair&, int64_t, int64_t, int64_t, const TileForward&, float*) {}
+FASTKD_INLINE void multiply_term_tiles(const FspTerm&, bool, int64_t, int64_t, int64_t, float*, float*, const TileBackward&, float*,
                                        int64_t, const float*, int64_t) {}
 #endif
 
@@ -44,11 +44,11 @@ struct ForwardScratch {
 };
 
 template <typename A>
-static ForwardScratch<A> forward_scratch_of(const GramPair& pair, Arena& arena) {
+static ForwardScratch<A> forward_scratch_of(const FspPair& pair, Arena& arena) {
   ForwardScratch<A> s = {};
   const int64_t cb = pair.b[0].x.channels;
   int64_t plane = 0;
-  if (pair.result == GramResult::kColumnNorms) s.columns = arena.take<double>(cb);
+  if (pair.result == FspResult::kColumnNorms) s.columns = arena.take<double>(cb);
   if (pair.tiles) {
     if (!pair.out) s.g[0] = arena.take<A>(pair.rows * cb);
     s.tiles = tile_forward_of(pair, arena);
@@ -111,7 +111,7 @@ static const A* columns_of(const Block& x, int64_t begin, int64_t end, int64_t c
 // c = a b^T over all positions of one chain, or the difference of two chains as (A_s - A_t) B_s^T + A_t (B_s - B_t)^T: the difference of
 // matrices that are alike keeps its digits when it is formed from differences of the maps.
 template <typename A>
-static void multiply(const Block* a, const Block* b, bool difference, int64_t positions, const GramPair& pair, int64_t rows,
+static void multiply(const Block* a, const Block* b, bool difference, int64_t positions, const FspPair& pair, int64_t rows,
                      ForwardScratch<A>& s, int chain, A* c) {
   const int64_t cb = pair.b[0].x.channels;
   if (pair.planes) {
@@ -205,7 +205,7 @@ static double column_norms(A* d, int64_t rows, int64_t columns, A slope, bool gr
 
 // One sample's rows [i, i + rows) of G; returns their part of the loss.
 template <typename A>
-static double forward_unit(const GramPair& pair, int64_t n, int64_t i, void* scratch) {
+static double forward_unit(const FspPair& pair, int64_t n, int64_t i, void* scratch) {
   Arena arena = {static_cast<char*>(scratch), 0};
   ForwardScratch<A> s = forward_scratch_of<A>(pair, arena);
   const int64_t ca = pair.a[0].x.channels, cb = pair.b[0].x.channels, rows = min_of(pair.rows, ca - i);
@@ -226,14 +226,14 @@ static double forward_unit(const GramPair& pair, int64_t n, int64_t i, void* scr
   }
   const A positions = static_cast<A>(pair.positions[0] * parts), other_positions = static_cast<A>(pair.positions[1]);
   const A slope = static_cast<A>(pair.slope);
-  if (pair.result == GramResult::kSquares) return squares<A>(c, rows * cb, positions, other, other_positions, slope);
+  if (pair.result == FspResult::kSquares) return squares<A>(c, rows * cb, positions, other, other_positions, slope);
   divide<A>(c, rows * cb, positions, other, other_positions);
-  if (pair.result == GramResult::kMatrix) return 0;
+  if (pair.result == FspResult::kMatrix) return 0;
   return column_norms<A>(c, rows, cb, slope, pair.out != nullptr, s.columns);
 }
 
 template <typename A>
-static size_t forward_scratch(const GramForward& call) {
+static size_t forward_scratch(const FspForward& call) {
   size_t most = 0;
   for (int64_t p = 0; p < call.count; ++p) {
     Arena arena = {nullptr, 0};
@@ -244,9 +244,9 @@ static size_t forward_scratch(const GramForward& call) {
 }
 
 template <typename A>
-static void forward(const GramForward& call, int64_t begin, int64_t end, void* scratch) {
+static void forward(const FspForward& call, int64_t begin, int64_t end, void* scratch) {
   for (int64_t unit = begin; unit < end; ++unit) {
-    const GramPair* pair = call.pairs;
+    const FspPair* pair = call.pairs;
     int64_t block = unit % call.units_per_sample;
     for (; block >= pair->row_blocks; ++pair) block -= pair->row_blocks;
     call.partial[unit] = forward_unit<A>(*pair, unit / call.units_per_sample, block * pair->rows, scratch);
@@ -256,13 +256,13 @@ static void forward(const GramForward& call, int64_t begin, int64_t end, void* s
 #include "cpu/fsp/backward.inl"
 
 template <typename A>
-static size_t training_scratch(const GramTraining& call) {
+static size_t training_scratch(const FspTraining& call) {
   const size_t forward = forward_scratch<A>(call.forward), backward = backward_scratch<A>(call.backward);
   return forward < backward ? backward : forward;
 }
 
 template <typename A>
-static void training(const GramTraining& call, int64_t begin, int64_t end, void* scratch) {
+static void training(const FspTraining& call, int64_t begin, int64_t end, void* scratch) {
   const int64_t units = call.forward.units_per_sample, stages = call.backward.units_per_sample;
   for (int64_t n = begin; n < end; ++n) {
     forward<A>(call.forward, n * units, (n + 1) * units, scratch);
@@ -270,7 +270,7 @@ static void training(const GramTraining& call, int64_t begin, int64_t end, void*
   }
 }
 
-extern const GramKernels gram_kernels = {
+extern const FspKernels fsp_kernels = {
     {forward_scratch<float>, forward_scratch<double>},   {forward<float>, forward<double>},
     {backward_scratch<float>, backward_scratch<double>}, {backward<float>, backward<double>},
     {training_scratch<float>, training_scratch<double>}, {training<float>, training<double>},

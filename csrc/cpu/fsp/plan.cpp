@@ -21,16 +21,14 @@ int64_t block_of(int64_t total, int64_t most, int64_t unit) {
 }
 
 // Whether operand_block() gives planes.
-bool is_planes(const GramOperand& operand) {
-  return operand.x.layout != Layout::kChannelsLast || (operand.pool.active && operand.pool.max);
-}
+bool is_planes(const FspOperand& operand) { return operand.x.layout != Layout::kChannelsLast || (operand.pool.active && operand.pool.max); }
 
 // Fewer positions than these do not pay for adding up the lanes of a vector for every element of G; a G of more elements than those pays
 // for transposing the maps.
 constexpr int64_t kPlanePositions = 64, kPlaneProducts = 2048;
 
 // Whether the gradient is written past the caches: it is too large to stay there, and gemm() can (see Gemm::stream).
-bool streams(const GramStage& stage) {
+bool streams(const FspStage& stage) {
   const Feature& x = stage.grad;
   const int64_t size = x.dtype == DType::kDouble ? 8 : 4, line = 64 / size;
   bool can = reinterpret_cast<uintptr_t>(x.data) % 64 == 0 && x.stride_n % line == 0;
@@ -45,10 +43,10 @@ constexpr int64_t kTileChannels = 16, kTileNumbers = 262144, kTileProducts = 131
 
 // Whether a pair's products are those of AMX (fsp/amx.inl): all maps are bfloat16 in one of the two usual layouts, and only A is averaged,
 // if at all, over windows of 2 x 2.
-bool takes_tiles(const GramPair& pair) {
+bool takes_tiles(const FspPair& pair) {
   if (pair.a[0].x.channels < kTileChannels || pair.b[0].x.channels < kTileChannels || (pair.chains == 2 && !pair.fused)) return false;
   for (int chain = 0; chain < pair.chains; ++chain) {
-    for (const GramOperand* operand : {&pair.a[chain], &pair.b[chain]}) {
+    for (const FspOperand* operand : {&pair.a[chain], &pair.b[chain]}) {
       if (operand->x.dtype != DType::kBFloat16 || operand->x.layout == Layout::kGeneric) return false;
     }
     const PoolPlan& pool = pair.a[chain].pool;
@@ -59,8 +57,8 @@ bool takes_tiles(const GramPair& pair) {
 }
 
 // The same of a term of a gradient: both maps are bfloat16, the other one, averaged or not, in the layout of the gradient.
-bool takes_tiles(const GramStage& stage, const GramTerm& term) {
-  const GramOperand& other = term.other;
+bool takes_tiles(const FspStage& stage, const FspTerm& term) {
+  const FspOperand& other = term.other;
   if (stage.grad.dtype != DType::kBFloat16 || other.x.dtype != DType::kBFloat16 || term.m_dtype != DType::kFloat) return false;
   if (stage.grad.channels < kTileChannels || other.x.channels < kTileChannels || other.x.layout == Layout::kGeneric) return false;
   return stage.channels_last == !is_planes(other) && tiles_available();
@@ -68,7 +66,7 @@ bool takes_tiles(const GramStage& stage, const GramTerm& term) {
 
 }  // namespace
 
-int64_t join(const Feature& a, const Feature& b, bool max, Pools& pools, GramOperand& as_a, GramOperand& as_b) {
+int64_t join(const Feature& a, const Feature& b, bool max, Pools& pools, FspOperand& as_a, FspOperand& as_b) {
   int64_t size[3], positions = 1;
   for (int d = 0; d < 3; ++d) positions *= size[d] = std::min(a.size[d], b.size[d]);
   as_a = {a, pools.make(a, size, max)};
@@ -76,8 +74,8 @@ int64_t join(const Feature& a, const Feature& b, bool max, Pools& pools, GramOpe
   return positions;
 }
 
-GramPair plan_pair(const Feature* student, const Feature* teacher, bool max, GramResult result, Pools& pools) {
-  GramPair pair{};
+FspPair plan_pair(const Feature* student, const Feature* teacher, bool max, FspResult result, Pools& pools) {
+  FspPair pair{};
   pair.chains = teacher ? 2 : 1;
   pair.positions[0] = join(student[0], student[1], max, pools, pair.a[0], pair.b[0]);
   if (teacher) {
@@ -89,7 +87,7 @@ GramPair plan_pair(const Feature* student, const Feature* teacher, bool max, Gra
   // rows.
   const int64_t ca = student[0].channels, cb = student[1].channels;
   pair.tiles = takes_tiles(pair);
-  pair.rows = result == GramResult::kColumnNorms ? ca : block_of(ca, std::max<int64_t>(64, (pair.tiles ? kTileProducts : 65536) / cb), 16);
+  pair.rows = result == FspResult::kColumnNorms ? ca : block_of(ca, std::max<int64_t>(64, (pair.tiles ? kTileProducts : 65536) / cb), 16);
   pair.row_blocks = (ca + pair.rows - 1) / pair.rows;
   if (pair.tiles) {
     const PoolPlan& pool = pair.a[0].pool;
@@ -114,16 +112,15 @@ GramPair plan_pair(const Feature* student, const Feature* teacher, bool max, Gra
 }
 
 void run_forward(const ForwardPlan& plan, DType accumulate) {
-  const GramForward& call = plan.call;
-  const GramKernels& table = kernels().gram;
+  const FspForward& call = plan.call;
+  const FspKernels& table = kernels().fsp;
   const int which = index_of(accumulate);
   parallel_units(int64_t(plan.partial.size()), plan.work / call.units_per_sample / kWorkPerElement + 1, table.forward_scratch[which](call),
                  [&](int64_t begin, int64_t end, void* scratch) { table.forward[which](call, begin, end, scratch); });
 }
 
-GramTerm plan_term(const GramOperand& other, const PoolPlan& own, int64_t positions, double upstream, const TensorView& m,
-                   int channel_dim) {
-  GramTerm term{};
+FspTerm plan_term(const FspOperand& other, const PoolPlan& own, int64_t positions, double upstream, const TensorView& m, int channel_dim) {
+  FspTerm term{};
   term.other = other;
   term.own = own;
   term.m = m.data;
@@ -137,7 +134,7 @@ GramTerm plan_term(const GramOperand& other, const PoolPlan& own, int64_t positi
   return term;
 }
 
-Tensor plan_stage(GramStage& stage, const Tensor& x, DType accumulate) {
+Tensor plan_stage(FspStage& stage, const Tensor& x, DType accumulate) {
   const TensorView view = view_of(x, "feature");
   Tensor grad = empty_like(x, view);
   stage.x = feature_of(view, "feature");
@@ -152,7 +149,7 @@ Tensor plan_stage(GramStage& stage, const Tensor& x, DType accumulate) {
   // Every block pools the other map anew.
   bool pools = false, tiles = false;
   for (int t = 0; t < stage.terms; ++t) {
-    GramTerm& term = stage.term[t];
+    FspTerm& term = stage.term[t];
     pools = pools || term.other.pool.active;
     term.tiles = takes_tiles(stage, term);
     tiles = tiles || term.tiles;
@@ -165,9 +162,9 @@ Tensor plan_stage(GramStage& stage, const Tensor& x, DType accumulate) {
 }
 
 void run_backward(const BackwardPlan& plan, DType accumulate) {
-  const GramBackward& call = plan.call;
+  const FspBackward& call = plan.call;
   if (call.count == 0) return;
-  const GramKernels& table = kernels().gram;
+  const FspKernels& table = kernels().fsp;
   const int which = index_of(accumulate);
   parallel_units(plan.batch * call.units_per_sample, plan.work / call.units_per_sample / kWorkPerElement + 1,
                  table.backward_scratch[which](call),
@@ -181,8 +178,8 @@ void run_training(const ForwardPlan& forward, const BackwardPlan& backward, DTyp
     run_forward(forward, accumulate);
     return run_backward(backward, accumulate);
   }
-  const GramTraining call{forward.call, backward.call};
-  const GramKernels& table = kernels().gram;
+  const FspTraining call{forward.call, backward.call};
+  const FspKernels& table = kernels().fsp;
   const int which = index_of(accumulate);
   parallel_units(forward.batch, (forward.work + backward.work) / kWorkPerElement + 1, table.training_scratch[which](call),
                  [&](int64_t begin, int64_t end, void* scratch) { table.training[which](call, begin, end, scratch); });

@@ -1,4 +1,4 @@
-// How the FSP operators (fsp/fsp.cpp) are divided into units of work, and run: what gram.h's structs hold is decided here.
+// How the FSP operators (fsp/fsp.cpp) are divided into units of work, and run: what fsp.h's structs hold is decided here.
 #pragma once
 
 #include "cpu/dispatch.h"
@@ -15,27 +15,27 @@ struct Pools {
 };
 
 // Both maps of a pair as the pair sees them; returns the number of common positions.
-int64_t join(const Feature& a, const Feature& b, bool max, Pools& pools, GramOperand& as_a, GramOperand& as_b);
+int64_t join(const Feature& a, const Feature& b, bool max, Pools& pools, FspOperand& as_a, FspOperand& as_b);
 
 // student and teacher: the features of both stages; teacher is null for a plain matrix.
-GramPair plan_pair(const Feature* student, const Feature* teacher, bool max, GramResult result, Pools& pools);
+FspPair plan_pair(const Feature* student, const Feature* teacher, bool max, FspResult result, Pools& pools);
 
 // channel_dim: the dimension of m that holds the channels of the feature whose gradient this is; 3 - channel_dim holds the other's.
-GramTerm plan_term(const GramOperand& other, const PoolPlan& own, int64_t positions, double upstream, const TensorView& m, int channel_dim);
+FspTerm plan_term(const FspOperand& other, const PoolPlan& own, int64_t positions, double upstream, const TensorView& m, int channel_dim);
 
 // The gradient of one feature, allocated here, with the terms already in `stage`.
-Tensor plan_stage(GramStage& stage, const Tensor& x, DType accumulate);
+Tensor plan_stage(FspStage& stage, const Tensor& x, DType accumulate);
 
 // A forward pass, planned; the losses of its units.
 struct ForwardPlan {
-  GramForward call{};
+  FspForward call{};
   int64_t batch, work = 0;  // work: multiply-adds a sample
   std::vector<double> partial;
 
-  ForwardPlan(const std::vector<GramPair>& pairs, int64_t samples) : batch(samples) {
+  ForwardPlan(const std::vector<FspPair>& pairs, int64_t samples) : batch(samples) {
     call.pairs = pairs.data();
     call.count = int64_t(pairs.size());
-    for (const GramPair& pair : pairs) {
+    for (const FspPair& pair : pairs) {
       call.units_per_sample += pair.row_blocks;
       work += pair.positions[0] * pair.a[0].x.channels * pair.b[0].x.channels * pair.chains;
     }
@@ -56,13 +56,13 @@ struct ForwardPlan {
 
 // The gradients of all stages, planned.
 struct BackwardPlan {
-  GramBackward call{};
+  FspBackward call{};
   int64_t batch = 0, work = 0;
 
-  explicit BackwardPlan(const std::vector<GramStage>& stages) {
+  explicit BackwardPlan(const std::vector<FspStage>& stages) {
     call.stages = stages.data();
     call.count = int64_t(stages.size());
-    for (const GramStage& stage : stages) {
+    for (const FspStage& stage : stages) {
       batch = stage.x.batch;
       call.units_per_sample += stage.channel_blocks;
       for (int t = 0; t < stage.terms; ++t) work += stage.term[t].positions * stage.x.channels * stage.term[t].other.x.channels;

@@ -242,14 +242,14 @@ FASTKD_INLINE bool tiles_exactly(const PoolPlan& plan) {
 }
 
 // Elements of scratch memory that pooled_block() fills for one operand, and of its line of working memory.
-FASTKD_INLINE int64_t pooled_elements(const GramOperand& x, int64_t channels) {
+FASTKD_INLINE int64_t pooled_elements(const FspOperand& x, int64_t channels) {
   return x.pool.active ? round_up(channels, kPad) * x.pool.out_positions : 0;
 }
-FASTKD_INLINE int64_t plane_elements(const GramOperand& x) { return x.pool.active ? x.pool.in_positions : 0; }
+FASTKD_INLINE int64_t plane_elements(const FspOperand& x) { return x.pool.active ? x.pool.in_positions : 0; }
 
 // The operand's channels from c on as its pair sees them: in place, or pooled into `out` (of type A then; channels-last maps stay so).
 template <typename A>
-static Block operand_block(const GramOperand& operand, int64_t n, int64_t c, int64_t channels, A* plane, A* out) {
+static Block operand_block(const FspOperand& operand, int64_t n, int64_t c, int64_t channels, A* plane, A* out) {
   const Feature& x = operand.x;
   const PoolPlan& plan = operand.pool;
   Block from = sample_block(x, n, c);

@@ -5,11 +5,11 @@ namespace fastkd {
 namespace {
 
 template <typename A, Mode MODE>
-void launch_one(const GramCall& call, const BackwardArguments& arguments, int64_t blocks) {
-  launch("gram_backward", gram_backward<A, MODE>, blocks, kGramThreads, backward_shared<A>(), call.device, arguments);
+void launch_one(const FspCall& call, const BackwardArguments& arguments, int64_t blocks) {
+  launch("fsp_backward", fsp_backward<A, MODE>, blocks, kFspThreads, backward_shared<A>(), call.device, arguments);
 }
 
-void launch_backward(const GramCall& call, const BackwardArguments& arguments, int64_t blocks) {
+void launch_backward(const FspCall& call, const BackwardArguments& arguments, int64_t blocks) {
   if (call.accumulate == DType::kDouble) return launch_one<double, Mode::kIeee>(call, arguments, blocks);
   if (call.mode == Mode::kIeee) return launch_one<float, Mode::kIeee>(call, arguments, blocks);
   if (call.mode == Mode::kTf32) return launch_one<float, Mode::kTf32>(call, arguments, blocks);
@@ -19,7 +19,7 @@ void launch_backward(const GramCall& call, const BackwardArguments& arguments, i
 
 }  // namespace
 
-void run_backward(GramCall& call, const std::vector<GradientArguments>& items, int64_t samples, double factor, const TensorView* upstream) {
+void run_backward(FspCall& call, const std::vector<GradientArguments>& items, int64_t samples, double factor, const TensorView* upstream) {
   BackwardArguments arguments{};
   arguments.factor = factor;
   if (upstream) {
@@ -39,7 +39,7 @@ void run_backward(GramCall& call, const std::vector<GradientArguments>& items, i
     planned.column_tiles = tiles_of(item.out.positions);
     planned.first_block = static_cast<int32_t>(blocks);
     blocks += samples * planned.row_tiles * planned.column_tiles;
-    grid_of("gram_backward", blocks);
+    grid_of("fsp_backward", blocks);
   }
   flush();
 }

@@ -37,7 +37,7 @@ static_assert(sizeof(BackwardArguments) <= 4096, "a kernel's arguments");
 
 template <typename A>
 FASTKD_BOTH constexpr size_t backward_shared() {
-  const int operands = kGramTile * 32 + 32 * (kGramTile + 2) + 64, sums = kGramTile * (kGramTile + 1) + 64;
+  const int operands = kFspTile * 32 + 32 * (kFspTile + 2) + 64, sums = kFspTile * (kFspTile + 1) + 64;
   return (operands > sums ? operands : sums) * sizeof(A);
 }
 
@@ -69,7 +69,7 @@ FASTKD_DEVICE A gathered(const Gather& gather, const GradientArguments& item, co
 }
 
 template <typename A, Mode MODE>
-FASTKD_DEVICE void add_term(GramSum<A, MODE>& sum, const Cut& cut, const Operand& m, const Operand& other, int64_t n, int row, int column,
+FASTKD_DEVICE void add_term(FspSum<A, MODE>& sum, const Cut& cut, const Operand& m, const Operand& other, int64_t n, int row, int column,
                             A* tiles) {
   A* right = tiles + cut.rows * cut.depth;
   FASTKD_ROLLED
@@ -85,18 +85,18 @@ FASTKD_DEVICE void add_term(GramSum<A, MODE>& sum, const Cut& cut, const Operand
 }
 
 template <typename A, Mode MODE>
-FASTKD_KERNEL_OF(kGramThreads, (kGramBlocks<A, MODE>))
-gram_backward(FASTKD_ARGUMENTS(BackwardArguments) call) {
+FASTKD_KERNEL_OF(kFspThreads, (kFspBlocks<A, MODE>))
+fsp_backward(FASTKD_ARGUMENTS(BackwardArguments) call) {
   int p = 0;
   while (p + 1 < call.items && static_cast<int>(blockIdx.x) >= call.item[p + 1].first_block) ++p;
   const GradientArguments& item = call.item[p];
   const int local = static_cast<int>(blockIdx.x) - item.first_block, tile = local % (item.row_tiles * item.column_tiles);
   const int64_t n = local / (item.row_tiles * item.column_tiles);
-  const int row0 = tile % item.row_tiles * kGramTile, column0 = tile / item.row_tiles * kGramTile;
+  const int row0 = tile % item.row_tiles * kFspTile, column0 = tile / item.row_tiles * kFspTile;
   const Cut cut = cut_of(item.out.channels, item.out.positions, threadIdx.x / kWarp);
   A* tiles = reinterpret_cast<A*>(shared_memory());
 
-  GramSum<A, MODE> sum;
+  FspSum<A, MODE> sum;
   sum.clear();
   FASTKD_ROLLED
   for (int i = 0; i < item.terms; ++i) {
@@ -112,7 +112,7 @@ gram_backward(FASTKD_ARGUMENTS(BackwardArguments) call) {
   const int rows = item.out.channels - row0 < cut.rows ? item.out.channels - row0 : cut.rows;
   const int columns = item.out.positions - column0 < cut.columns ? item.out.positions - column0 : cut.columns;
   // neighbouring threads write neighbouring numbers
-  const int across = item.channels_last ? cut.rows : cut.columns, bits = bits_of_size(across), other = kGramThreads >> bits;
+  const int across = item.channels_last ? cut.rows : cut.columns, bits = bits_of_size(across), other = kFspThreads >> bits;
   const int first = threadIdx.x & (across - 1), second = threadIdx.x >> bits;
   const int row_begin = item.channels_last ? first : second, row_step = item.channels_last ? cut.rows : other;
   const int column_begin = item.channels_last ? second : first, column_step = item.channels_last ? other : cut.columns;
@@ -158,7 +158,7 @@ static_assert(sizeof(PoolArguments) <= 4096, "a kernel's arguments");
 
 template <typename A>
 FASTKD_KERNEL(PoolArguments::kThreads)
-gram_pool(FASTKD_ARGUMENTS(PoolArguments) call) {
+fsp_pool(FASTKD_ARGUMENTS(PoolArguments) call) {
   int p = 0;
   while (p + 1 < call.items && static_cast<int>(blockIdx.x) >= call.item[p + 1].first_block) ++p;
   const PoolItem& item = call.item[p];

@@ -6,11 +6,11 @@ namespace fastkd {
 namespace {
 
 template <typename A, Mode MODE>
-void launch_one(const GramCall& call, const ForwardArguments& arguments, int64_t blocks, int chains) {
-  launch("gram_forward", gram_forward<A, MODE>, blocks, kGramThreads, forward_shared<A>(chains), call.device, arguments);
+void launch_one(const FspCall& call, const ForwardArguments& arguments, int64_t blocks, int chains) {
+  launch("fsp_forward", fsp_forward<A, MODE>, blocks, kFspThreads, forward_shared<A>(chains), call.device, arguments);
 }
 
-void launch_forward(const GramCall& call, const ForwardArguments& arguments, int64_t blocks, int chains) {
+void launch_forward(const FspCall& call, const ForwardArguments& arguments, int64_t blocks, int chains) {
   if (call.accumulate == DType::kDouble) return launch_one<double, Mode::kIeee>(call, arguments, blocks, chains);
   if (call.mode == Mode::kIeee) return launch_one<float, Mode::kIeee>(call, arguments, blocks, chains);
   if (call.mode == Mode::kTf32) return launch_one<float, Mode::kTf32>(call, arguments, blocks, chains);
@@ -20,7 +20,7 @@ void launch_forward(const GramCall& call, const ForwardArguments& arguments, int
 
 }  // namespace
 
-void run_forward(GramCall& call, std::vector<PairArguments> pairs, int64_t samples, GramResult result, void* loss) {
+void run_forward(FspCall& call, std::vector<PairArguments> pairs, int64_t samples, FspResult result, void* loss) {
   int64_t groups = 0, scratch = 0;
   for (PairArguments& pair : pairs) {
     const int64_t rows = pair.operand[0].channels, columns = pair.operand[1].channels;
@@ -29,14 +29,14 @@ void run_forward(GramCall& call, std::vector<PairArguments> pairs, int64_t sampl
     pair.first_group = static_cast<int32_t>(groups);
     pair.scratch = scratch;
     groups += samples * pair.column_tiles;
-    grid_of("gram_forward", groups * pair.row_tiles);
-    scratch += samples * pair.column_tiles * pair.row_tiles * (result == GramResult::kColumnNorms ? kGramTile : 1);
+    grid_of("fsp_forward", groups * pair.row_tiles);
+    scratch += samples * pair.column_tiles * pair.row_tiles * (result == FspResult::kColumnNorms ? kFspTile : 1);
   }
   ForwardArguments arguments{};
   arguments.result = result;
   arguments.loss = loss;
   arguments.groups = static_cast<int32_t>(groups);
-  if (result != GramResult::kMatrix) {
+  if (result != FspResult::kMatrix) {
     const int64_t doubles = groups + scratch;
     arguments.terms = static_cast<double*>(call.keep(call.device.empty(&doubles, 1, DType::kDouble)));
     arguments.scratch = arguments.terms + groups;
@@ -47,7 +47,7 @@ void run_forward(GramCall& call, std::vector<PairArguments> pairs, int64_t sampl
   call.pool();
   int64_t blocks = 0;
   const auto flush = [&] {
-    if (arguments.pairs) launch_forward(call, arguments, blocks, result == GramResult::kMatrix ? 1 : 2);
+    if (arguments.pairs) launch_forward(call, arguments, blocks, result == FspResult::kMatrix ? 1 : 2);
     arguments.pairs = 0;
     blocks = 0;
   };
@@ -55,7 +55,7 @@ void run_forward(GramCall& call, std::vector<PairArguments> pairs, int64_t sampl
     if (arguments.pairs == ForwardArguments::kMost) flush();
     pair.first_block = static_cast<int32_t>(blocks);
     blocks += samples * pair.row_tiles * pair.column_tiles;
-    grid_of("gram_forward", blocks);
+    grid_of("fsp_forward", blocks);
     arguments.pair[arguments.pairs++] = pair;
   }
   flush();

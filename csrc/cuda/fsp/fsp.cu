@@ -1,11 +1,11 @@
-// fsp_matrix and fsp_loss with their backward operators, on a GPU: checks and allocation. The division into launches is in gram_plan.cu,
-// the arithmetic in gram_forward.cuh and gram_backward.cuh.
+// fsp_matrix and fsp_loss with their backward operators, on a GPU: checks and allocation. The division into launches is in fsp_plan.cu,
+// the arithmetic in fsp_forward.cuh and fsp_backward.cuh.
 //
 // Forward, one launch: a block makes a tile of a pair's dloss/dG of one sample: of G_s - G_t = (A_s - A_t) B_s^T + A_t (B_s - B_t)^T where
 // student and teacher have equal sizes after pooling, so that what they share is subtracted before it is multiplied and rounded; of both
 // products where they have not. Backward, one launch: dA = upstream M B / S and dB = upstream M^T A / S, both terms of a middle stage at
 // once. Pooling is done where a feature is read, or by a launch before; the gradient of averaging where the other factor is read, or, like
-// that of maxima, by windows from a gradient that a launch before has made (gram_gradient.cu).
+// that of maxima, by windows from a gradient that a launch before has made (fsp_gradient.cu).
 #include "cuda/fsp/gradient.cuh"
 
 #include <optional>
@@ -33,7 +33,7 @@ DType accumulation_of(const std::vector<TensorView>& views) {
   return all;
 }
 
-std::vector<Feature> features_of(const GramCall& call, const std::vector<TensorView>& views, const char* name) {
+std::vector<Feature> features_of(const FspCall& call, const std::vector<TensorView>& views, const char* name) {
   std::vector<Feature> features;
   for (const TensorView& view : views) {
     features.push_back(feature_of(view, name));
@@ -43,7 +43,7 @@ std::vector<Feature> features_of(const GramCall& call, const std::vector<TensorV
 }
 
 // The operands of one chain's pair: side 0 a student's (or the only one's), side 1 a teacher's.
-void plan_chain(GramCall& call, PairArguments& pair, int side, const Feature& a, const Feature& b) {
+void plan_chain(FspCall& call, PairArguments& pair, int side, const Feature& a, const Feature& b) {
   int64_t size[3];
   common_size(a, b, size);
   pair.operand[2 * side] = call.operand(a, size, b.channels);
@@ -59,7 +59,7 @@ Tensor fsp_matrix(const Tensor& a, const Tensor& b, const Text& pool_mode, std::
   const bool max = parse_switch(pool_mode, "pool_mode", "avg", "max");
   const std::vector<TensorView> views = {view_of(a, "a"), view_of(b, "b")};
   const DType accumulate = accumulation_of(views);
-  GramCall call(views[0], accumulate, mode_of(views, accumulate, how), max);
+  FspCall call(views[0], accumulate, mode_of(views, accumulate, how), max);
   const Feature fa = features_of(call, {views[0]}, "a")[0], fb = features_of(call, {views[1]}, "b")[0];
   const int64_t sizes[3] = {fa.batch, fa.channels, fb.channels};
   Tensor out = call.device.empty(sizes, 3, accumulate);
@@ -67,7 +67,7 @@ Tensor fsp_matrix(const Tensor& a, const Tensor& b, const Text& pool_mode, std::
   pair.chains = 1;
   pair.out = out.mutable_data_ptr();
   plan_chain(call, pair, 0, fa, fb);
-  run_forward(call, {pair}, fa.batch, GramResult::kMatrix, nullptr);
+  run_forward(call, {pair}, fa.batch, FspResult::kMatrix, nullptr);
   return out;
 }
 
@@ -78,10 +78,10 @@ std::vector<Tensor> fsp_matrix_backward(const Tensor& grad, const Tensor& a, con
   const std::vector<TensorView> views = {view_of(a, "a"), view_of(b, "b")};
   const TensorView m = view_of(grad, "grad");
   const DType accumulate = accumulation(accumulation_of(views), m.dtype);
-  GramCall call(views[0], accumulate, mode_of(views, accumulate, how), max);
+  FspCall call(views[0], accumulate, mode_of(views, accumulate, how), max);
   const Feature fa = features_of(call, {views[0]}, "a")[0], fb = features_of(call, {views[1]}, "b")[0];
   check_matrix_grad(call, m, fa, fb, "grad");
-  GramGradients gradients(call);
+  FspGradients gradients(call);
   if (a_grad) gradients.add(a, views[0], fa, {{fb, m, 1}});
   if (b_grad) gradients.add(b, views[1], fb, {{fa, m, 2}});
   return gradients.run(1.0, nullptr);
@@ -91,18 +91,18 @@ namespace {
 
 // The gradients of stages of a chain from those of its matrices.
 std::vector<Tensor> chain_gradients(const std::vector<Tensor>& features, const std::vector<TensorView>& views,
-                                    const std::vector<Tensor>& gram_grads, const std::vector<int64_t>& stages, bool max,
+                                    const std::vector<Tensor>& matrix_grads, const std::vector<int64_t>& stages, bool max,
                                     const std::string& how, double factor, const TensorView* upstream) {
   if (stages.empty()) return {};
-  const std::vector<TensorView> m = views_of(gram_grads, "gram_grads");
+  const std::vector<TensorView> m = views_of(matrix_grads, "matrix_grads");
   const DType accumulate = accumulation(accumulation_of(views), accumulation_of(m));
-  GramCall call(views[0], accumulate, mode_of(views, accumulate, how), max);
+  FspCall call(views[0], accumulate, mode_of(views, accumulate, how), max);
   const std::vector<Feature> f = features_of(call, views, "features");
-  for (size_t p = 0; p < m.size(); ++p) check_matrix_grad(call, m[p], f[p], f[p + 1], "gram_grads");
-  GramGradients gradients(call);
+  for (size_t p = 0; p < m.size(); ++p) check_matrix_grad(call, m[p], f[p], f[p + 1], "matrix_grads");
+  FspGradients gradients(call);
   for (const int64_t i : stages) {
     STD_TORCH_CHECK(i >= 0 && i < static_cast<int64_t>(f.size()), "stages must be indices of features, got ", i);
-    std::vector<GramTerm> terms;
+    std::vector<FspTerm> terms;
     if (i > 0) terms.push_back({f[i - 1], m[i - 1], 2});
     if (i < static_cast<int64_t>(m.size())) terms.push_back({f[i + 1], m[i], 1});
     gradients.add(features[i], views[i], f[i], terms);
@@ -134,7 +134,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fsp_loss(std::vecto
   std::vector<TensorView> all = s_views;
   all.insert(all.end(), t_views.begin(), t_views.end());
   const DType accumulate = accumulation_of(all);
-  GramCall call(all[0], accumulate, mode_of(all, accumulate, how), max);
+  FspCall call(all[0], accumulate, mode_of(all, accumulate, how), max);
   const std::vector<Feature> s = features_of(call, s_views, "student"), t = features_of(call, t_views, "teacher");
   for (size_t i = 0; i <= count; ++i) {
     STD_TORCH_CHECK(s[i].channels == t[i].channels, "student and teacher must have equal channels, got ", s[i].channels, " and ",
@@ -158,23 +158,24 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fsp_loss(std::vecto
     pairs.push_back(pair);
   }
   Tensor loss = call.device.empty(nullptr, 0, accumulate);
-  run_forward(call, pairs, s[0].batch, columns ? GramResult::kColumnNorms : GramResult::kSquares, loss.mutable_data_ptr());
+  run_forward(call, pairs, s[0].batch, columns ? FspResult::kColumnNorms : FspResult::kSquares, loss.mutable_data_ptr());
   const std::vector<Tensor> gradients = chain_gradients(student, s_views, grads, stages, max, how, upstream ? *upstream : 0.0, nullptr);
   return {loss, grads, gradients};
 }
 
-std::vector<Tensor> fsp_loss_backward(const Tensor& grad, std::vector<Tensor> features, std::vector<Tensor> gram_grads,
+std::vector<Tensor> fsp_loss_backward(const Tensor& grad, std::vector<Tensor> features, std::vector<Tensor> matrix_grads,
                                       const Text& pool_mode, std::optional<Text> precision, std::vector<int64_t> stages, bool negate,
                                       std::optional<std::vector<Tensor>> others) {
   STD_TORCH_CHECK(!others || others->empty(), "others is for matrices that were not kept, and the CUDA library keeps all");
   const std::string how = precision_of(precision);
   const bool max = parse_switch(pool_mode, "pool_mode", "avg", "max");
-  STD_TORCH_CHECK(features.size() >= 2 && gram_grads.size() == features.size() - 1, "gram_grads must hold one matrix a pair of features");
+  STD_TORCH_CHECK(features.size() >= 2 && matrix_grads.size() == features.size() - 1,
+                  "matrix_grads must hold one matrix a pair of features");
   const std::vector<TensorView> views = views_of(features, "features");
   const TensorView upstream = view_of(grad, "grad");
   check_device(upstream, views[0], "grad");
   for (int d = 0; d < upstream.dim; ++d) STD_TORCH_CHECK(upstream.sizes[d] == 1, "grad must hold one number");
-  return chain_gradients(features, views, gram_grads, stages, max, how, negate ? -1.0 : 1.0, &upstream);
+  return chain_gradients(features, views, matrix_grads, stages, max, how, negate ? -1.0 : 1.0, &upstream);
 }
 
 }  // namespace fastkd

@@ -10,14 +10,14 @@ constexpr int64_t kSpreadProducts = 1 << 28, kSpreadIeee = 1 << 27;
 
 }  // namespace
 
-void check_matrix_grad(const GramCall& call, const TensorView& m, const Feature& a, const Feature& b, const char* name) {
+void check_matrix_grad(const FspCall& call, const TensorView& m, const Feature& a, const Feature& b, const char* name) {
   call.check_device_of(m, name);
   STD_TORCH_CHECK(m.dtype == call.accumulate, name, " must be ", call.accumulate == DType::kDouble ? "float64" : "float32");
   STD_TORCH_CHECK(m.dim == 3 && m.sizes[0] == a.batch && m.sizes[1] == a.channels && m.sizes[2] == b.channels, name, " must have shape (",
                   a.batch, ", ", a.channels, ", ", b.channels, ")");
 }
 
-Gather GramGradients::coarse(const Feature& feature, const GramTerm& term, const int64_t* grid) {
+Gather FspGradients::coarse(const Feature& feature, const FspTerm& term, const int64_t* grid) {
   const bool channels_last = feature.layout == Layout::kChannelsLast;
   const int64_t positions = count_of(grid);
   const int64_t sizes[3] = {feature.batch, channels_last ? positions : feature.channels, channels_last ? feature.channels : positions};
@@ -53,7 +53,7 @@ Gather GramGradients::coarse(const Feature& feature, const GramTerm& term, const
   return gather;
 }
 
-void GramGradients::add(const Tensor& x, const TensorView& view, const Feature& feature, const std::vector<GramTerm>& terms) {
+void FspGradients::add(const Tensor& x, const TensorView& view, const Feature& feature, const std::vector<FspTerm>& terms) {
   samples_ = feature.batch;
   Tensor grad = empty_like(x, view);
   const Feature made = feature_of(view_of(grad, "gradient"), "gradient");
@@ -63,7 +63,7 @@ void GramGradients::add(const Tensor& x, const TensorView& view, const Feature& 
   Feature own = feature;
   own.layout = Layout::kGeneric;  // windows want each axis' stride
   item.own = plain_operand(own);
-  for (const GramTerm& term : terms) {
+  for (const FspTerm& term : terms) {
     int64_t grid[3];
     common_size(feature, term.other, grid);
     const int64_t products = feature.batch * feature.channels * term.other.channels * feature.positions;
@@ -82,7 +82,7 @@ void GramGradients::add(const Tensor& x, const TensorView& view, const Feature& 
   out_.push_back(grad);
 }
 
-std::vector<Tensor> GramGradients::run(double factor, const TensorView* upstream) {
+std::vector<Tensor> FspGradients::run(double factor, const TensorView* upstream) {
   call_.pool();
   run_backward(call_, before_, samples_, 1.0, nullptr);
   run_backward(call_, items_, samples_, factor, upstream);

@@ -48,7 +48,7 @@ Operand plain_operand(const Feature& x) {
   return o;
 }
 
-Operand GramCall::operand(const Feature& x, const int64_t* grid, int64_t channels_of_other) {
+Operand FspCall::operand(const Feature& x, const int64_t* grid, int64_t channels_of_other) {
   if (is_size(x, grid)) return plain_operand(x);
   Feature own = x;
   own.layout = Layout::kGeneric;  // windows want each axis' stride
@@ -58,7 +58,7 @@ Operand GramCall::operand(const Feature& x, const int64_t* grid, int64_t channel
   o.pool = max ? Pool::kMax : Pool::kAvg;
   o.halved = is_halved(o.size, o.grid);
   o.exact = o.exact && max;
-  if (channels_of_other <= kFusedTiles * kGramTile && is_near(x, grid)) return o;
+  if (channels_of_other <= kFusedTiles * kFspTile && is_near(x, grid)) return o;
 
   const bool channels_last = x.stride_c == 1 && x.channels > 1;
   const int64_t pack = 16 / size_of(), unit = channels_last ? x.channels : (o.positions + pack - 1) / pack * pack;
@@ -92,7 +92,7 @@ bool is_near(const Feature& x, const int64_t* grid) {
   return is_near(x.size[0], grid[0]) && is_near(x.size[1], grid[1]) && is_near(x.size[2], grid[2]);
 }
 
-Operand GramCall::spread(const Feature& x, const int64_t* grid) const {
+Operand FspCall::spread(const Feature& x, const int64_t* grid) const {
   Feature own = x;
   own.layout = Layout::kGeneric;
   Operand o = plain_operand(own);
@@ -104,7 +104,7 @@ Operand GramCall::spread(const Feature& x, const int64_t* grid) const {
   return o;
 }
 
-Operand GramCall::matrix(const TensorView& m, int own_dim) const {
+Operand FspCall::matrix(const TensorView& m, int own_dim) const {
   Feature x{};
   x.data = m.data;
   x.dtype = m.dtype;
@@ -120,7 +120,7 @@ Operand GramCall::matrix(const TensorView& m, int own_dim) const {
   return plain_operand(x);
 }
 
-void GramCall::pool() {
+void FspCall::pool() {
   for (size_t begin = 0; begin < pools_.size(); begin += PoolArguments::kMost) {
     PoolArguments arguments{};
     int64_t blocks = 0;
@@ -129,14 +129,14 @@ void GramCall::pool() {
       item = pools_[i];
       item.first_block = static_cast<int32_t>(blocks);
       blocks += (item.count + PoolArguments::kThreads - 1) / PoolArguments::kThreads;
-      grid_of("gram_pool", blocks);
+      grid_of("fsp_pool", blocks);
     }
-    launch("gram_pool", accumulate == DType::kDouble ? gram_pool<double> : gram_pool<float>, blocks, PoolArguments::kThreads, 0, device,
+    launch("fsp_pool", accumulate == DType::kDouble ? fsp_pool<double> : fsp_pool<float>, blocks, PoolArguments::kThreads, 0, device,
            arguments);
   }
 }
 
-void GramCall::check_feature(const TensorView& view, const char* name) const {
+void FspCall::check_feature(const TensorView& view, const char* name) const {
   check_device(view, first_, name);
   STD_TORCH_CHECK(view.dim == first_.dim, name, ": all maps must have the same number of dimensions, got ", view.dim, " and ", first_.dim);
   STD_TORCH_CHECK(view.sizes[0] == first_.sizes[0], name, ": all maps must have the same batch size, got ", view.sizes[0], " and ",

@@ -10,9 +10,9 @@
 namespace fastkd {
 
 // What a call is made with, and what it makes on the way.
-class GramCall {
+class FspCall {
  public:
-  GramCall(const TensorView& first, DType accumulate, Mode mode, bool max)
+  FspCall(const TensorView& first, DType accumulate, Mode mode, bool max)
       : device(first), accumulate(accumulate), mode(mode), max(max), first_(first) {}
 
   // `x` on a grid: as it is, or pooled where it is read. Is it read for more than two tiles, it is pooled before (one pass that reads a
@@ -55,12 +55,12 @@ bool is_halved(const T* fine, const T* coarse) {
   return fine[0] == coarse[0] && fine[1] == 2 * coarse[1] && fine[2] == 2 * coarse[2];
 }
 inline int64_t count_of(const int64_t* size) { return size[0] * size[1] * size[2]; }
-inline int32_t tiles_of(int64_t size) { return static_cast<int32_t>((size + kGramTile - 1) / kGramTile); }
+inline int32_t tiles_of(int64_t size) { return static_cast<int32_t>((size + kFspTile - 1) / kFspTile); }
 // Operand of a tensor of this layout, unpooled, and how it is best read.
 Operand plain_operand(const Feature& x);
 
 // Runs what is planned; tiles and blocks are counted here. `terms` and `loss`: see ForwardArguments.
-void run_forward(GramCall& call, std::vector<PairArguments> pairs, int64_t samples, GramResult result, void* loss);
-void run_backward(GramCall& call, const std::vector<GradientArguments>& items, int64_t samples, double factor, const TensorView* upstream);
+void run_forward(FspCall& call, std::vector<PairArguments> pairs, int64_t samples, FspResult result, void* loss);
+void run_backward(FspCall& call, const std::vector<GradientArguments>& items, int64_t samples, double factor, const TensorView* upstream);
 
 }  // namespace fastkd

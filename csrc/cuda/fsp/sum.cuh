@@ -15,7 +15,7 @@ FASTKD_DEVICE void subtract(A (&from)[N], const A (&what)[N]) {
 // of positions would lose more than the low parts of numbers hold. So modes with low parts begin a new sum for
 // every 16 positions, and add it to `v` in float32, which rounds to nearest.
 template <typename A, Mode MODE>
-struct GramSum {
+struct FspSum {
   // Fragments of b that registers hold at a time: twice the words, where something is left of what is rounded.
   static constexpr int kAtOnce = Quad<MODE>::kRest ? 2 : 4;
   float v[2][4][4];
@@ -100,7 +100,7 @@ struct GramSum {
 
 // Without tensor cores: a thread makes every eighth row and every sixteenth column.
 template <typename A>
-struct GramSum<A, Mode::kIeee> {
+struct FspSum<A, Mode::kIeee> {
   A v[8][4];
 
   FASTKD_MEMBER void times(A factor) {

@@ -16,14 +16,14 @@ struct Cut {
   int m0, n0, k0, k_step;
 };
 
-constexpr int kGramThreads = 128, kGramTile = 64;
+constexpr int kFspThreads = 128, kFspTile = 64;
 
 // Blocks of a multiprocessor that there are to be registers for, as many as need no spilling. They are what hides the wait for memory: a
 // block loads, then multiplies.
 template <typename A, Mode MODE>
-constexpr int kGramBlocks = sizeof(A) == 8                                 ? 2
-                            : MODE == Mode::kIeee || MODE == Mode::kTf32x3 ? 3
-                                                                           : 4;
+constexpr int kFspBlocks = sizeof(A) == 8                                 ? 2
+                           : MODE == Mode::kIeee || MODE == Mode::kTf32x3 ? 3
+                                                                          : 4;
 
 // Of the whole matrix: no tile is larger than it need be.
 FASTKD_BOTH Cut cut_of(int rows, int columns, int warp) {
@@ -36,7 +36,7 @@ FASTKD_BOTH Cut cut_of(int rows, int columns, int warp) {
   cut.n0 = (warp & n_bits) * 32;
   cut.m0 = (warp >> n_bits & m_bits) * 32;
   cut.k0 = (warp >> (n_bits + m_bits)) * 16;
-  cut.k_step = (kGramThreads / kWarp >> (n_bits + m_bits)) * 16;
+  cut.k_step = (kFspThreads / kWarp >> (n_bits + m_bits)) * 16;
   return cut;
 }
 
@@ -79,17 +79,17 @@ FASTKD_DEVICE void stage_positions(const Operand& x, const T* from, A* tile, int
   const bool is_bfloat16 = x.dtype == DType::kBFloat16;
   from += c0 * x.stride_c + s0;
   FASTKD_ROLLED
-  for (int first = threadIdx.x; first < all; first += kInFlight * kGramThreads) {
+  for (int first = threadIdx.x; first < all; first += kInFlight * kFspThreads) {
     Pack pack[kInFlight];
     FASTKD_UNROLL
     for (int i = 0; i < kInFlight; ++i) {
-      const int item = first + i * kGramThreads, c = item >> bits, s = (item & mask) * P;
+      const int item = first + i * kFspThreads, c = item >> bits, s = (item & mask) * P;
       pack[i] = {{0, 0, 0, 0}};
       if (item < all && c0 + c < x.channels && s0 + s < x.positions) pack[i] = load_pack(from + c * x.stride_c + s);
     }
     FASTKD_UNROLL
     for (int i = 0; i < kInFlight; ++i) {
-      const int item = first + i * kGramThreads, c = item >> bits, s = (item & mask) * P;
+      const int item = first + i * kFspThreads, c = item >> bits, s = (item & mask) * P;
       if (item >= all) break;
       A v[P];
       FASTKD_UNROLL
@@ -132,7 +132,7 @@ template <typename A, typename T, bool PANELS, int P, bool POOLED>
 FASTKD_DEVICE void stage_channels(const Operand& x, const T* from, A* tile, int c0, int channels, int s0, int positions) {
   constexpr int kAtOnce = P == 1 ? 2 * kInFlight : kInFlight;
   const int bits = bits_of_size(positions), s = threadIdx.x & (positions - 1), packs = channels / P;
-  const int each = (packs + (kGramThreads >> bits) - 1) / (kGramThreads >> bits), begin = (threadIdx.x >> bits) * each;
+  const int each = (packs + (kFspThreads >> bits) - 1) / (kFspThreads >> bits), begin = (threadIdx.x >> bits) * each;
   const int end = begin + each < packs ? begin + each : packs;
   const bool inside = s0 + s < x.positions;
   const Share share = {begin, end, !inside ? 0 : x.channels - c0 < channels ? (x.channels - c0) / P : packs, s};

@@ -1,8 +1,9 @@
-"""Adaptive pooling, "avg" or "max", of features and energies of one to three spatial dimensions, and its gradient.
+"""Adaptive pooling, "avg" or "max", of features and energies of one to three spatial dimensions, and its
+gradient.
 
-PyTorch's own gradients of adaptive pooling add with floating-point atomics on a GPU; here each number gathers what the windows over it
-send, in a fixed order. What is pooled is the smaller side of what differs in size anyway: a pass over the larger feature, the result in
-float32.
+PyTorch's own gradients of adaptive pooling add with floating-point atomics on a GPU; here each number gathers
+what the windows over it send, in a fixed order. What is pooled is the smaller side of what differs in size
+anyway: a pass over the larger feature, the result in float32.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.kernels.launch import Launch, Plans
-from fastkd.kernels.tile import slope
-from fastkd.kernels.windows import BLOCK, element, empty_pooled, largest_window, offset, sent, spatial, step, volume
+from fastkd.kernels.common.launch import Launch, Plans
+from fastkd.kernels.common.tile import slope
+from fastkd.kernels.common.windows import BLOCK, element, empty_pooled, largest_window, offset, sent, spatial, step, volume
 
 
 @triton.jit
@@ -99,7 +100,9 @@ def unpool(
     coefficients: Tensor, place: Tensor | None, out: Tensor, *, max_pool: bool, like: Tensor, grad: Tensor | None = None,
     power: tuple = (1, False, True, 1.0, 1),
 ) -> None:  # fmt: skip
-    """out (N, C, *S), or (N, *S), = the gradient of what was pooled to ``like`` for the gradient grad * coefficients * h(like)."""
+    """out (N, C, *S), or (N, *S), = the gradient of what was pooled to ``like`` for the gradient grad *
+    coefficients * h(like).
+    """
     target = out.unsqueeze(1) if out.dim() < like.dim() else out
     key = (target.dtype, target.shape, target.stride(), like.shape, like.stride(), max_pool, power, grad is None or grad.dtype)
     launch = _plans.get(key)
@@ -116,6 +119,8 @@ def unpool(
 
 
 def gradient_of_pool(grad: Tensor, x: Tensor, coefficients: Tensor, out: Tensor, power: tuple, *, max_pool: bool) -> None:
-    """out = the gradient of x, pooled to the coefficients' size before the power, for the upstream gradient ``grad``. Pools anew."""
+    """out = the gradient of x, pooled to the coefficients' size before the power, for the upstream gradient
+    ``grad``. Pools anew.
+    """
     pooled, place = pool(x, (*x.shape[:2], *coefficients.shape[1:]), max_pool=max_pool)
     unpool(coefficients, place, out, max_pool=max_pool, like=pooled, grad=grad, power=power)

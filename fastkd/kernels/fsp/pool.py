@@ -1,4 +1,6 @@
-"""The gradient of a feature whose FSP terms were pooled to other sizes: the sum of what their windows send, in a fixed order."""
+"""The gradient of a feature whose FSP terms were pooled to other sizes: the sum of what their windows send,
+in a fixed order.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.kernels.launch import Launch, Plans
-from fastkd.kernels.windows import BLOCK, element, largest_window, offset, sent, spatial, step
+from fastkd.kernels.common.launch import Launch, Plans
+from fastkd.kernels.common.windows import BLOCK, element, largest_window, offset, sent, spatial, step
 
 
 @triton.jit
@@ -41,7 +43,9 @@ _plans = Plans()
 
 
 def spread(terms: Sequence[tuple[Tensor, Tensor | None]], out: Tensor) -> None:
-    """out (N, C, *S) = the sum of the gradients of what was pooled to the sizes of ``terms``, (gradient, where the maxima lay or None)."""
+    """out (N, C, *S) = the sum of the gradients of what was pooled to the sizes of ``terms``, (gradient,
+    where the maxima lay or None).
+    """
     pooled, places = tuple([t for t, _ in terms]), tuple([p for _, p in terms])
     key = (out.dtype, out.shape, out.stride(), *[(t.shape, t.stride(), p is None) for t, p in terms])
     launch = _plans.get(key)

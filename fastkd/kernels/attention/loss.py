@@ -1,16 +1,19 @@
 """The attention-transfer loss over a list of stages, in one launch forward and one backward.
 
-Forward: a program sums the energies of some channels over a block of positions, of one sample, stage and side, into scratch memory, and
-takes a ticket. The last program of a (sample, stage) adds the parts in their order, normalizes both maps, compares them and writes the
-coefficients that the backward pass streams; the last of these adds up the loss. Student, teacher, normalization and comparison are thus
-one pass over the features, with as many programs as the bandwidth needs: for 64x256x56x56 in float32 13 position blocks x 64 samples x 2
-sides of 256 KiB each, for 128x16x32x32 two of 32 KiB a sample and side. A ticket instead of a second launch: that would cost the host
-more than zeroing the tickets, and the device the time in which the first drains. Tickets are integers and choose who adds, never in which
-order. Stages come in the order of their maps' size, the longest to finish first. Scratch memory is a map for each side and chunk.
+Forward: a program sums the energies of some channels over a block of positions, of one sample, stage and
+side, into scratch memory, and takes a ticket. The last program of a (sample, stage) adds the parts in their
+order, normalizes both maps, compares them and writes the coefficients that the backward pass streams; the
+last of these adds up the loss. Student, teacher, normalization and comparison are thus one pass over the
+features, with as many programs as the bandwidth needs: for 64x256x56x56 in float32 13 position blocks x 64
+samples x 2 sides of 256 KiB each, for 128x16x32x32 two of 32 KiB a sample and side. A ticket instead of a
+second launch: that would cost the host more than zeroing the tickets, and the device the time in which the
+first drains. Tickets are integers and choose who adds, never in which order. Stages come in the order of
+their maps' size, the longest to finish first. Scratch memory is a map for each side and chunk.
 
 Backward: dx = upstream k h(x) for every feature that needs it, k a coefficient a position, tile by tile.
 
-Where sizes differ, a side is pooled by a launch of its own before (`pool.py`), and its gradient un-pooled by another.
+Where sizes differ, a side is pooled by a launch of its own before (`common/pool.py`), and its gradient
+un-pooled by another.
 """
 
 from __future__ import annotations
@@ -20,11 +23,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.kernels.attention_kernels import gradient_kernel, loss_kernel
-from fastkd.kernels.attention_map import attention_map
-from fastkd.kernels.launch import IDENTITY, LONGEST, Launch, Plans, config, grid, key_of, power, power_of_two, program_bytes, served, walk
-from fastkd.kernels.pool import gradient_of_pool, pool, unpool
-from fastkd.kernels.windows import pooled_strides
+from fastkd.kernels.attention.loss_kernels import gradient_kernel, loss_kernel
+from fastkd.kernels.attention.map import attention_map
+from fastkd.kernels.common.launch import (
+    IDENTITY,
+    LONGEST,
+    Launch,
+    Plans,
+    config,
+    grid,
+    key_of,
+    power,
+    power_of_two,
+    program_bytes,
+    served,
+    walk,
+)
+from fastkd.kernels.common.pool import gradient_of_pool, pool, unpool
+from fastkd.kernels.common.windows import pooled_strides
 
 # The loss's switches, bits of one integer, as in fastkd/ops/attention.py
 MEAN, SIGNED, ADD_EPS, POOL_BEFORE, POOL_MAX, L2, STAGE_MEAN, TEACHER_IS_MAP, STUDENT_IS_MAP = (1 << i for i in range(9))
@@ -35,7 +51,8 @@ class _Side:
 
     def __init__(self, x: Tensor, is_map: bool, size: Sequence[int], p: float, switches: int) -> None:
         own, channels = x.shape[1 if is_map else 2 :], 1 if is_map else x.shape[1]
-        # an energy or a map is taken as it is, and the gradient of an energy is still that of the power before it
+        # an energy or a map is taken as it is, and the gradient of an energy is still that of the power
+        # before it
         self.pooled = "" if tuple(own) == tuple(size) else "before" if switches & POOL_BEFORE else "after"
         raw = is_map or self.pooled == "after"
         share = channels if switches & MEAN else 1
@@ -92,7 +109,8 @@ class _Forward:
         goal = program_bytes(sum(side.walk.bytes for pair in self.sides for side in pair))
         first, at, stages = 0, 0, []
         configs: list[list[tuple]] = [[], []]
-        # the largest stages first: they take longest to finish. Programs are numbered in that order, stages keep their places
+        # the largest stages first: they take longest to finish. Programs are numbered in that order, stages
+        # keep their places
         numbered: dict[int, tuple[int, ...]] = {}
         for i in sorted(range(len(students)), key=lambda i: -self.sides[i][0].walk.positions):
             numbers = [first, self.sides[i][0].walk.positions]
@@ -175,7 +193,9 @@ def attention_transfer_loss(
 def _pooled(
     plan: _Forward, tensors: Sequence[Tensor], wanted: list[tuple[int, int]], coefficients: list[Tensor], p: float, switches: int
 ) -> tuple[tuple[Tensor, ...], list[Tensor], list[tuple[Tensor, Tensor | None, Tensor, Tensor]]]:
-    """The features, pooled before or after the power; where coefficients are to be written; and which of those are to be un-pooled."""
+    """The features, pooled before or after the power; where coefficients are to be written; and which of
+    those are to be un-pooled.
+    """
     stages = len(plan.sides)
     given, targets = list(tensors), list(coefficients)
     unpooled: list[tuple[Tensor, Tensor | None, Tensor, Tensor]] = []

@@ -1,4 +1,4 @@
-"""FSP pairs whose matrix, larger than the features, Triton makes once in each pass and keeps in neither (`gram_kept.py` says where)."""
+"""FSP pairs whose matrix, larger than the features, Triton makes once in each pass and keeps in neither (`fsp/saved.py` says where)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from support import LAYOUTS, check_loss, dtypes, evaluate, fetched, law, make, missing, values
+from support import LAYOUTS, check_loss, dtypes, evaluate, fetched, make, missing, ref, values
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastkd
@@ -55,7 +55,7 @@ def test_a_matrix_larger_than_the_features_is_not_kept(of, dtype, triton):
 
 
 @pytest.mark.parametrize("of", CHAINS)
-def test_loss_matches_the_law(of, triton):
+def test_loss_matches_the_reference(of, triton):
     """Output and all gradients; dtypes, layouts and switches drawn."""
     s, t = chains(of, random.choices(dtypes("triton"), k=2), LAYOUTS, 1 if "several" in of else 2)
     weights = [random.uniform(0.5, 2) for _ in s[1:]]
@@ -80,7 +80,7 @@ def test_close_features_keep_their_relative_accuracy(triton, precision):
     s = [x * (1 + 1e-2 * torch.randn_like(x)) for x in t]
     given = [triton(x) for x in (*s, *t)]
     ours = fetched(evaluate(lambda *x: fastkd.fsp_loss(x[:2], x[2:], distance="column_l2", precision=precision), given))
-    exact = evaluate(lambda *x: law.fsp_loss(x[:2], x[2:], distance="column_l2"), [x.double() for x in (*s, *t)])
+    exact = evaluate(lambda *x: ref.fsp_loss(x[:2], x[2:], distance="column_l2"), [x.double() for x in (*s, *t)])
     assert abs(ours.output.double() / exact.output - 1) < (2e-3 if precision == "tf32" else 2e-5)
     for got, want in zip(ours.grads, exact.grads):
         assert (got.double() - want).norm() / want.norm() < (4e-3 if precision == "tf32" else 1e-4)
@@ -96,11 +96,11 @@ def test_columns_that_do_not_differ_have_gradient_zero(triton):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("of", ["columns", "smaller teacher"])
-def test_what_is_not_finite_is_as_in_the_law(of, value, triton):
+def test_what_is_not_finite_is_as_in_the_reference(of, value, triton):
     s, t = ([x.abs() for x in side] for side in chains(of))
     s[0][1, 5, 1, 0] = value
     got = fetched(evaluate(lambda *x: fastkd.fsp_loss(x[:2], x[2:], distance=CHAINS[of][0]), [triton(x) for x in (*s, *t)]))
-    want = evaluate(lambda *x: law.fsp_loss(x[:2], x[2:], distance=CHAINS[of][0]), [*s, *t])
+    want = evaluate(lambda *x: ref.fsp_loss(x[:2], x[2:], distance=CHAINS[of][0]), [*s, *t])
     assert torch.equal(got.output.isnan(), want.output.isnan()) and not got.output.isfinite()
     assert all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(got.grads, want.grads))
 
@@ -132,6 +132,6 @@ def test_the_backward_operator_refuses_what_it_cannot_use(triton):
     s, t = ([triton(x) for x in side] for side in chains("smaller teacher"))
     _, kept, _ = kernels.launcher("fsp_loss")(s, t, "avg", "squared", "sum", None, 1.0, None, True)
     backward = kernels.launcher("fsp_loss_backward")
-    for others, given, word in (([], kept, "others"), (t[::-1], kept, "others"), (t, [kept[0][:, :4]], "gram_grads")):
+    for others, given, word in (([], kept, "others"), (t[::-1], kept, "others"), (t, [kept[0][:, :4]], "matrix_grads")):
         with pytest.raises(ValueError, match=word):
             backward(s[0].new_ones(()), s, given, "avg", None, [0], False, others)

@@ -1,16 +1,21 @@
-"""Pairs of few positions and many channels, whose matrix would be larger than the features: products over channels, K x K positions.
+"""Pairs of few positions and many channels, whose matrix would be larger than the features: products over
+channels, K x K positions.
 
-The difference of two FSP matrices has rank 2 K: K (G_s - G_t) = X0 Y0^T + X1 Y1^T with, of features (C, K), X0 = A_s - A_t, X1 = A_t,
-Y0 = B_s, Y1 = B_s - B_t. With Pij = Xi^T Xj and Qij = Yi^T Yj, all of them sums over channels,
+The difference of two FSP matrices has rank 2 K: K (G_s - G_t) = X0 Y0^T + X1 Y1^T with, of features (C, K),
+X0 = A_s - A_t, X1 = A_t, Y0 = B_s, Y1 = B_s - B_t. With Pij = Xi^T Xj and Qij = Yi^T Yj, all of them sums
+over channels,
 
     K^2 |G_s - G_t|^2 = <P00, Q00> + 2 <P01, Q01> + <P11, Q11>
-    K (G_s - G_t) B_s   = X0 Q00 + X1 Q01^T                    K (G_s - G_t)^T A_s = Y0 (P00 + P01) + Y1 (P01^T + P11)
-    K (G_s - G_t) B_t   = X0 (Q00 - Q01) + X1 (Q01^T - Q11)    K (G_s - G_t)^T A_t = Y0 P01 + Y1 P11
+    K (G_s - G_t) B_s   = X0 Q00 + X1 Q01^T                    K (G_s - G_t)^T A_s = Y0 (P00 + P01) + Y1
+    (P01^T + P11) K (G_s - G_t) B_t   = X0 (Q00 - Q01) + X1 (Q01^T - Q11)    K (G_s - G_t)^T A_t = Y0 P01 + Y1
+    P11
 
-since A_s = X0 + X1 and B_t = Y0 - Y1. Every term holds a difference of features as often as the result does, made before anything is
-multiplied: near the teacher the loss is no difference of large numbers. It is |u|^2 + 2 <u, v> + |v|^2 of u = X0 Y0^T and v = X1 Y1^T, so
-what rounding does is small beside |u|^2 + |v|^2. Only where u and v cancel without being small, a student that shrank one feature and
-stretched the next by as much, is that more than beside |u + v|^2.
+since A_s = X0 + X1 and B_t = Y0 - Y1. Every term holds a difference of features as often as the result does,
+made before anything is
+multiplied: near the teacher the loss is no difference of large numbers. It is |u|^2 + 2 <u, v> + |v|^2 of u =
+X0 Y0^T and v = X1 Y1^T, so what rounding does is small beside |u|^2 + |v|^2. Only where u and v cancel
+without being small, a student that shrank one feature and stretched the next by as much, is that more than
+beside |u + v|^2.
 
 Kept are P00, P01, P11, Q00, Q01, Q11, in this order, times 2 factor / K.
 """
@@ -20,8 +25,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastkd.kernels.gram_tile import across, along, extent, part, product, read, sample, zeros
-from fastkd.kernels.tile import last_of
+from fastkd.kernels.common.tile import last_of
+from fastkd.kernels.fsp.tile import across, along, extent, part, product, read, sample, zeros
 
 
 @triton.jit
@@ -31,7 +36,8 @@ def channel_sums(
 ):  # fmt: skip
     """Tiles (k, other) of P00, P01, P11 (LEFT) or Q00, Q01, Q11, summed over channels ``begin`` to ``end``.
 
-    s and t: the feature of student and teacher; V[A], V[A + 2]: what is constant of them. C[J]: gram.py's of the pair.
+    s and t: the feature of student and teacher; V[A], V[A + 2]: what is constant of them. C[J]:
+    fsp/forward.py's of the pair.
     """
     X_EXACT: tl.constexpr = V[A][9] and not LEFT
     Y_EXACT: tl.constexpr = V[A + 2][9] and LEFT
@@ -92,11 +98,12 @@ def dual_program(
     operands, outs, scratch, tickets, factor, views, of, local, V: tl.constexpr, C: tl.constexpr, J: tl.constexpr, MODE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """A tile's sums over a part of the channels of A or of B. The last of a tile's programs adds them, keeps them and writes the tile's
-    share of the loss; whether this was the last.
+    """A tile's sums over a part of the channels of A or of B. The last of a tile's programs adds them, keeps
+    them and writes the tile's share of the loss; whether this was the last.
 
-    of: (first program, programs of a sample, column tiles, where shares are, their number, where sums (by 32) and tickets are,
-    positions, parts of A). C[J]: (row block, column block, depth, 2, channels of a part, whether one square tile is all).
+    of: (first program, programs of a sample, column tiles, where shares are, their number, where sums (by 32)
+    and tickets are, positions, parts of A). C[J]: (row block, column block, depth, 2, channels of a part,
+    whether one square tile is all).
     """
     HIGH: tl.constexpr = C[J][0]
     WIDE: tl.constexpr = C[J][1]
@@ -150,10 +157,12 @@ def dual_term(
     total, s, t, kept, s_view, t_view, view, turned, offsets, n, row, rows, position, inside, j, scale, V: tl.constexpr, A: tl.constexpr,
     K: tl.constexpr, T: tl.constexpr, C: tl.constexpr, J: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """total + scale (X0 M0 + X1 M1^T), summed over positions; X as above of s and t, M0 and M1 a kept square or two neighbours' sum.
+    """total + scale (X0 M0 + X1 M1^T), summed over positions; X as above of s and t, M0 and M1 a kept square
+    or two neighbours' sum.
 
-    V[A] and the next three are what is constant of s, t and a kept square, as it is and transposed; offsets: where M0 begins and from one
-    square to the next. K[T]: (A, whether a term of this kind, LEFT, the sign of the second square or 0).
+    V[A] and the next three are what is constant of s, t and a kept square, as it is and transposed; offsets:
+    where M0 begins and from one square to the next. K[T]: (A, whether a term of this kind, LEFT, the sign of
+    the second square or 0).
     """
     LEFT: tl.constexpr = K[T][2]
     SIGN: tl.constexpr = K[T][3]

@@ -1,12 +1,15 @@
-"""What the FSP loss on a GPU keeps of a pair for its backward pass: shapes alone, for launchers and for fakes, without Triton.
+"""What the FSP loss on a GPU keeps of a pair for its backward pass: shapes alone, for launchers and for
+fakes, without Triton.
 
-Of a pair of features A (Ca, K) and B (Cb, K) that is dloss/dG, (N, Ca, Cb), where it is no larger than the features. Of wide features of
-few positions it is many times larger (1024 by 2048 channels at 7x7: 14 times the products' factors). There it is never in memory, and the
-gradients need the features of both chains. Either six K x K matrices of the channels' sums are kept, (N, 6, K, K), from which the loss and
-the gradients follow (`gram_dual.py`). Or, where those six cannot take its place well, what each column of G_s - G_t is multiplied by,
-(N, Cb), and the backward pass makes G_s - G_t again, tile by tile, for each gradient: for "column_l2", whose gradient divides each column
-by its norm, which needs all the sums over A before those over B are made; and for student and teacher of different sizes, where nothing is
-subtracted before it is multiplied and the loss would be what is left of three large numbers.
+Of a pair of features A (Ca, K) and B (Cb, K) that is dloss/dG, (N, Ca, Cb), where it is no larger than the
+features. Of wide features of few positions it is many times larger (1024 by 2048 channels at 7x7: 14 times
+the products' factors). There it is never in memory, and the gradients need the features of both chains.
+Either six K x K matrices of the channels' sums are kept, (N, 6, K, K), from which the loss and the gradients
+follow (`fsp/low_rank.py`). Or, where those six cannot take its place well, what each column of G_s - G_t is
+multiplied by, (N, Cb), and the backward pass makes G_s - G_t again, tile by tile, for each gradient: for
+"column_l2", whose gradient divides each column by its norm, which needs all the sums over A before those over
+B are made; and for student and teacher of different sizes, where nothing is subtracted before it is
+multiplied and the loss would be what is left of three large numbers.
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ def kept_shape(student: Sequence[Tensor], teacher: Sequence[Tensor], distance: s
     size = common_size(*student)
     if distance != "column_l2" and size == common_size(*teacher):
         positions = math.prod(size)
-        # a feature of the student and its teacher's count as one: in half precision, two of those take the bytes of a matrix's numbers
+        # a feature of the student and its teacher's count as one: in half precision, two of those take the
+        # bytes of a matrix's numbers
         larger = 2 * rows * columns > sum(math.prod(x.shape[1:]) for x in (*student, *teacher))
         if larger and rows * columns > SQUARES * positions * positions:
             return samples, SQUARES, positions, positions

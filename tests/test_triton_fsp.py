@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import evaluate, fetched, gpu, law, make, missing, values
+from support import evaluate, fetched, gpu, make, missing, ref, values
 
 import fastkd
 from fastkd import kernels
@@ -31,7 +31,7 @@ def test_each_precision_is_as_near_as_it_claims(triton, dtype, precision):
     given = [triton(x) for x in (*s, *t)]
     # the weight keeps gradients of float16 from vanishing
     ours = fetched(evaluate(lambda *x: fastkd.fsp_loss(x[:3], x[3:], weight=1e4, precision=precision), given))
-    exact = evaluate(lambda *x: law.fsp_loss(x[:3], x[3:], weight=1e4), [x.double() for x in (*s, *t)])
+    exact = evaluate(lambda *x: ref.fsp_loss(x[:3], x[3:], weight=1e4), [x.double() for x in (*s, *t)])
     rounded = dtype != torch.bfloat16 and precision == "tf32"
     error = abs(ours.output.double() / exact.output - 1)
     assert error < (5e-4 if rounded else 1e-5), error
@@ -42,7 +42,7 @@ def test_each_precision_is_as_near_as_it_claims(triton, dtype, precision):
 
 def test_tf32_rounds_and_the_others_do_not(triton):
     a, b = triton(make((2, 16, 8, 8))), triton(make((2, 8, 8, 8)))
-    exact = law.fsp_matrix(a.double().cpu(), b.double().cpu())
+    exact = ref.fsp_matrix(a.double().cpu(), b.double().cpu())
     errors = [(fastkd.fsp_matrix(a, b, precision=p).double().cpu() - exact).abs().max().item() for p in PRECISIONS]
     assert errors[0] < 1e-6 and 1e-5 < errors[1] < 1e-3 and errors[2] < 2e-6
 
@@ -61,7 +61,7 @@ def test_no_precision_is_that_of_pytorch(triton):
 def test_infinity_stays_and_nan_is_not_lost(triton):
     a, b = make((2, 3, 4, 4), torch.bfloat16, kind="relu"), make((2, 5, 2, 2), torch.bfloat16)
     a[0, 1, 2, 3], a[1, 0, 0, 0] = torch.inf, torch.nan
-    got, want = fastkd.fsp_matrix(triton(a), triton(b)).cpu(), law.fsp_matrix(a, b)
+    got, want = fastkd.fsp_matrix(triton(a), triton(b)).cpu(), ref.fsp_matrix(a, b)
     assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf())
 
 
@@ -103,18 +103,18 @@ def test_unusual_pooling_takes_launches_of_its_own(triton, launched):
 
 def test_offsets_within_a_large_sample_are_as_wide(triton, monkeypatch):
     """The kernel for samples beyond 2^31 elements gives the same bits."""
-    from fastkd.kernels import gram, gram_gradient, gram_view
+    from fastkd.kernels.fsp import forward, gradient, view
 
     tensors = [make((2, *shape), torch.float32, layout) for shape in CIFAR for layout in ("contiguous", "stepped")]
     tensors = [triton(x) for x in tensors]
     results = []
     for far in (2**31, 0):
-        monkeypatch.setattr(gram_view, "FAR", far)
-        for plans in (gram._plans, gram_gradient._plans):
+        monkeypatch.setattr(view, "FAR", far)
+        for plans in (forward._plans, gradient._plans):
             plans.clear()
         result = evaluate(lambda *x: fastkd.fsp_loss(x[::2], x[1::2]), tensors)
         results.append([result.output, *result.grads])
-    for plans in (gram._plans, gram_gradient._plans):
+    for plans in (forward._plans, gradient._plans):
         plans.clear()
     assert all(map(torch.equal, *results))
 
@@ -145,7 +145,7 @@ def on_gpu(requires_grad=False):
 def exact_gradients(s, t):
     """By float64 on the CPU: the reference's pooling has no deterministic backward pass on a GPU, and the tests run in that mode."""
     s, t = [x.detach().cpu().double().requires_grad_() for x in s], [x.detach().cpu().double() for x in t]
-    return tuple(x.float().cuda() for x in torch.autograd.grad(law.fsp_loss(s, t), s))
+    return tuple(x.float().cuda() for x in torch.autograd.grad(ref.fsp_loss(s, t), s))
 
 
 @gpu
@@ -222,7 +222,7 @@ def test_more_than_two_to_the_31_elements(layout):
         (grad,) = torch.autograd.grad(g, x, upstream)
     for i in (0, n - 1):
         part = x[i : i + 1].detach().float().requires_grad_()
-        want = law.fsp_matrix(part, b[i : i + 1], precision="ieee")
+        want = ref.fsp_matrix(part, b[i : i + 1], precision="ieee")
         torch.testing.assert_close(g[i : i + 1], want, rtol=1e-4, atol=1e-4)
         (want,) = torch.autograd.grad(want, part, upstream[i : i + 1])
         torch.testing.assert_close(grad[i : i + 1].float(), want, rtol=1e-2, atol=1e-2 * want.abs().max().item())

@@ -1,4 +1,6 @@
-"""Gradients of FSP matrices and of the FSP loss: all features of a chain in one launch, as `gram.py` says."""
+"""Gradients of FSP matrices and of the FSP loss: all features of a chain in one launch, as `fsp/forward.py`
+says.
+"""
 
 from __future__ import annotations
 
@@ -10,33 +12,39 @@ import torch
 from torch import Tensor
 
 from fastkd.kernels import interpreting
-from fastkd.kernels.gram_kept import SQUARES, common_size, wide_stages
-from fastkd.kernels.gram_kernels import fsp_gradient_kernel
-from fastkd.kernels.gram_pool import spread
-from fastkd.kernels.gram_view import ONES, Sources, added_up, checked, mode, options, owned, tile, view, warps, window
-from fastkd.kernels.launch import Launch, Plans, key_of
-from fastkd.kernels.windows import empty_pooled, pooled_strides
+from fastkd.kernels.common.launch import Launch, Plans, key_of
+from fastkd.kernels.common.windows import empty_pooled, pooled_strides
+from fastkd.kernels.fsp.kernels import fsp_gradient_kernel
+from fastkd.kernels.fsp.pool import spread
+from fastkd.kernels.fsp.saved import SQUARES, common_size, wide_stages
+from fastkd.kernels.fsp.view import ONES, Sources, added_up, checked, mode, options, owned, tile, view, warps, window
 
 _plans = Plans()
 
 
 @dataclass(frozen=True)
 class _Term:
-    """M x for a feature x and a kept matrix M, or one that is made again; or what `gram_dual.py` makes of kept squares and both chains."""
+    """M x for a feature x and a kept matrix M, or one that is recomputed; or what `fsp/low_rank.py` makes of
+    kept squares and both chains.
+    """
 
     common: tuple[int, ...]
-    xs: tuple[int, ...]  # places of features: x; a stage of student and teacher; x and the factors of both matrices
+    # places of features: x; a stage of student and teacher; x and the factors of both matrices
+    xs: tuple[int, ...]
     m: int  # place of what was kept
     numbers: tuple[int, ...]  # see the kernels: of strides of M, of squares, or of factors of columns
     depth: int  # summed over
     strides: tuple[tuple[int, ...], ...] = ()  # of a kept square and of its transpose: sample, row, positions
     left: bool = False
     sign: int = 0
-    factors: tuple[tuple[int, ...], ...] = ()  # of a matrix made again: what the features of student and teacher are pooled to
+    # of a matrix recomputed: what the features of student and teacher are pooled to
+    factors: tuple[tuple[int, ...], ...] = ()
 
     @property
     def kind(self) -> int:
-        """Of a matrix that was kept (0), of squares (1), or of a matrix made again (2): `gram_kernels._any_term`."""
+        """Of a matrix that was kept (0), of squares (1), or of a matrix recomputed (2):
+        `gram_kernels._any_term`.
+        """
         return 1 if self.strides else 2 if self.factors else 0
 
 
@@ -49,8 +57,10 @@ class _Gradients:
         self.sources = Sources(features, max_pool=pool_mode == "max")
         self.ms: list[int] = []
         self.xs: list[int | None] = []
-        self.outs: list[tuple[int, ...]] = []  # of each item: (wanted,) or, for a term by itself, (wanted, its size)
-        self.spread: list[tuple[int, list[int], list[int | None]]] = []  # (wanted, items of its terms, pools of their maxima)
+        # of each item: (wanted,) or, for a term by itself, (wanted, its size)
+        self.outs: list[tuple[int, ...]] = []
+        # (wanted, items of its terms, pools of their maxima)
+        self.spread: list[tuple[int, list[int], list[int | None]]] = []
         views, kinds, numbers, scales, cuts, out_views = [], [], [], [], [], []
         sizes = []  # of each item: its channels, its positions
         samples = features[0].shape[0]
@@ -92,7 +102,7 @@ class _Gradients:
             positions = math.prod(own) // math.prod(grid)
             dear = any(v.dear for v in views[first_view:])
             widest = 64 if (coarse and fine) or out_view.scalar else 128
-            # a matrix made again is a third block in registers
+            # a matrix recomputed is a third block in registers
             highest, kind = 128, max(t.kind for t in terms)
             if how in ("ieee", "tf32x3") and kind:
                 highest, widest = 32 if kind == 2 else 128, 32
@@ -149,7 +159,7 @@ class _Gradients:
 
 
 def fsp_loss_backward(
-    grad: Tensor, features: Sequence[Tensor], gram_grads: Sequence[Tensor], pool_mode: str, precision: str | None, stages: Sequence[int],
+    grad: Tensor, features: Sequence[Tensor], matrix_grads: Sequence[Tensor], pool_mode: str, precision: str | None, stages: Sequence[int],
     negate: bool, others: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """See ``torch.ops.fastkd.fsp_loss_backward``."""
@@ -158,34 +168,36 @@ def fsp_loss_backward(
     others = others or ()
     tensors = (*features, *others)
     how = mode(tensors, precision)
-    key = ("gradients", key_of(tensors), key_of(gram_grads), grad.dtype, pool_mode, precision, how, tuple(stages), negate)
+    key = ("gradients", key_of(tensors), key_of(matrix_grads), grad.dtype, pool_mode, precision, how, tuple(stages), negate)
     plan = _plans.get(key)
     if plan is None:
         names = [f"{of}[{i}]" for of, chain in (("features", features), ("others", others)) for i in range(len(chain))]
         checked(tensors, names, pool_mode, precision)
-        if len(features) < 2 or len(gram_grads) != len(features) - 1:
-            raise ValueError("gram_grads must hold one matrix a pair of features")
-        wide = wide_stages(gram_grads)
+        if len(features) < 2 or len(matrix_grads) != len(features) - 1:
+            raise ValueError("matrix_grads must hold one matrix a pair of features")
+        wide = wide_stages(matrix_grads)
         if len(others) != len(wide) or any(x.shape[1] != features[i].shape[1] for i, x in zip(wide, others)):
             raise ValueError(f"others must hold stages {wide} of the other chain, got {len(others)} features")
-        for i, m in enumerate(gram_grads):
-            _check_kept(m, features[i], features[i + 1], f"gram_grads[{i}]")
+        for i, m in enumerate(matrix_grads):
+            _check_kept(m, features[i], features[i + 1], f"matrix_grads[{i}]")
         # student's and teacher's features of a stage
         places = {i: (i, len(features) + k)[:: -1 if negate else 1] for k, i in enumerate(wide)}
         wanted = []
         for i in stages:
             if not 0 <= i < len(features):
                 raise ValueError(f"stages must be indices of features, got {i}")
-            pairs = [pair for pair in (i - 1, i) if 0 <= pair < len(gram_grads)]
-            wanted.append((i, [_term(tensors, gram_grads, i, pair, places, teacher=negate) for pair in pairs]))
+            pairs = [pair for pair in (i - 1, i) if 0 <= pair < len(matrix_grads)]
+            wanted.append((i, [_term(tensors, matrix_grads, i, pair, places, teacher=negate) for pair in pairs]))
         plan = _plans[key] = _Gradients(tensors, wanted, pool_mode, how, -1.0 if negate else 1.0)
-    return plan.run(grad, tensors, gram_grads)
+    return plan.run(grad, tensors, matrix_grads)
 
 
 def _term(
     tensors: Sequence[Tensor], kept: Sequence[Tensor], i: int, pair: int, places: dict[int, tuple[int, ...]], *, teacher: bool
 ) -> _Term:
-    """The term of a gradient, stage i's, that comes from a pair. tensors: the chain's, then others; places: of stages of both chains."""
+    """The term of a gradient, stage i's, that comes from a pair. tensors: the chain's, then others; places:
+    of stages of both chains.
+    """
     left, m = i == pair, kept[pair]
     other = pair + 1 if left else pair
     common = common_size(tensors[pair], tensors[pair + 1])
@@ -200,7 +212,8 @@ def _term(
     n, square, row, column = m.stride()
     steps = torch.empty(common, device="meta").stride()
     strides = [(n, one, *[step * of for of in steps]) for one, step in ((row, column), (column, row))]
-    # A takes Q, B takes P: of the student Q00 and Q01^T, P00 + P01 and P01^T + P11; of the teacher Q00 - Q01 and Q01^T - Q11, P01 and P11
+    # A takes Q, B takes P: of the student Q00 and Q01^T, P00 + P01 and P01^T + P11; of the teacher Q00 - Q01
+    # and Q01^T - Q11, P01 and P11
     first = (3 if left else 0) + (teacher and not left)
     sign = 0 if teacher != left else -1 if teacher else 1
     return _Term(common, places[i], pair, (first * square, square), math.prod(common), tuple(strides), left, sign)

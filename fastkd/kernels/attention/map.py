@@ -1,8 +1,10 @@
-"""The attention map and its backward pass; with a ReLU before and a gradient added, those of the taps (`tap.py`). One launch each.
+"""The attention map and its backward pass; with a ReLU before and a gradient added, those of the taps
+(`attention/tap.py`). One launch each.
 
-Forward: as in `attention.py`, programs sum energies of some channels over a block of positions, and the last program of a sample
-normalizes its map; without tickets where a sample is one program's. Backward: dx = g + k h(x), tile by tile; each program finds the
-<g, y> of its sample anew, from 25 KiB of the second-level cache for 56x56 positions where it streams two or three times 256 KiB.
+Forward: as in `attention/loss.py`, programs sum energies of some channels over a block of positions, and the
+last program of a sample normalizes its map; without tickets where a sample is one program's. Backward: dx = g
++ k h(x), tile by tile; each program finds the <g, y> of its sample anew, from 25 KiB of the second-level
+cache for 56x56 positions where it streams two or three times 256 KiB.
 """
 
 from __future__ import annotations
@@ -14,10 +16,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.kernels.launch import LONGEST, Launch, Plans, config, grid, key_of, power, power_of_two, program_bytes, served, walk
-from fastkd.kernels.tile import along_gradient, collapse, last_of, normalization, normalized, places, row_step, rows_of, slope, sum_energies
+from fastkd.kernels.common.launch import LONGEST, Launch, Plans, config, grid, key_of, power, power_of_two, program_bytes, served, walk
+from fastkd.kernels.common.tile import (
+    along_gradient,
+    collapse,
+    last_of,
+    normalization,
+    normalized,
+    places,
+    row_step,
+    rows_of,
+    slope,
+    sum_energies,
+)
 
-_COUNTS = ["positions", "programs", "blocks", "steps", "parts"]  # not specialized: a new size need not be a new kernel
+# not specialized: a new size need not be a new kernel
+_COUNTS = ["positions", "programs", "blocks", "steps", "parts"]
 
 
 @triton.jit(do_not_specialize=_COUNTS)

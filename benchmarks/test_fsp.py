@@ -15,12 +15,12 @@ from speed.session import REPLAY, Group, Session
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     session = session_of(metafunc.config)
-    cases = grid("gram", session.full)
+    cases = grid("fsp", session.full)
     groups: list[Group] = [LossGroup(case, session.full) for case in cases]
-    groups += [GPUGroup(case, session.full) for case in gpu_cases("gram", session.full)]
+    groups += [GPUGroup(case, session.full) for case in gpu_cases("fsp", session.full)]
     metafunc.parametrize("row", session.add(groups))
 
 
 @pytest.mark.benchmark(timer=REPLAY)
-def test_gram(benchmark: Any, speed: Session, row: str) -> None:
+def test_fsp(benchmark: Any, speed: Session, row: str) -> None:
     speed.bench(benchmark, row)

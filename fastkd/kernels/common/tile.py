@@ -1,12 +1,15 @@
-"""What the kernels over attention maps have in common. Functions of Triton; `launch.py` explains walks, folds and grids.
+"""What the kernels over attention maps have in common. Functions of Triton; `common/launch.py` explains
+walks, folds and grids.
 
-Sums over channels run in float32 within a program: each lane adds at most 64 rows one after the other, up to 4096 channels,
-and the lanes are added as a tree. The programs' sums are added in float64, so that rounding errors do not grow with their
-number. Sums over positions run in float64, as on a CPU: a map whose squares leave float32's range still has its norm.
-Every order is fixed, whatever program is the last to finish a sample.
+Sums over channels run in float32 within a program: each lane adds at most 64 rows one after the other, up to
+4096 channels, and the lanes are added as a tree. The programs' sums are added in float64, so that rounding
+errors do not grow with their number. Sums over positions run in float64, as on a CPU: a map whose squares
+leave float32's range still has its norm. Every order is fixed, whatever program is the last to finish a
+sample.
 
-CONFIG[ITEM] is what of a tensor is constant in a kernel, `launch.config`. It is handed down whole and its numbers get names before
-they are used as shapes: Triton 3.6 takes numbers out of a constant tuple of tuples, and neither goes deeper nor passes a part of one on.
+CONFIG[ITEM] is what of a tensor is constant in a kernel, `launch.config`. It is handed down whole and its
+numbers get names before they are used as shapes: Triton 3.6 takes numbers out of a constant tuple of tuples,
+and neither goes deeper nor passes a part of one on.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ import triton.language as tl
 
 @triton.jit
 def raised(x, WHOLE: tl.constexpr, HALF: tl.constexpr):
-    """x^(WHOLE + HALF / 2), WHOLE at least 1, by multiplications: as near as pow's own rounding, and in every arithmetic."""
+    """x^(WHOLE + HALF / 2), WHOLE at least 1, by multiplications: as near as pow's own rounding, and in every
+    arithmetic.
+    """
     y = x
     for _ in tl.static_range(WHOLE - 1):
         y *= x
@@ -87,7 +92,9 @@ def rows_of(walk, CONFIG: tl.constexpr, ITEM: tl.constexpr):
 
 @triton.jit
 def places(walk, CONFIG: tl.constexpr, ITEM: tl.constexpr, n, row, rows, position):
-    """Offsets of a tile: sample n, rows ``row + rows``, positions ``position``. In int64: strides may be as large as the tensor."""
+    """Offsets of a tile: sample n, rows ``row + rows``, positions ``position``. In int64: strides may be as
+    large as the tensor.
+    """
     if CONFIG[ITEM][0]:
         if CONFIG[ITEM][1]:
             sample = n.to(tl.int64) * walk[4] * CONFIG[ITEM][2]
@@ -108,7 +115,9 @@ def places(walk, CONFIG: tl.constexpr, ITEM: tl.constexpr, n, row, rows, positio
 
 @triton.jit
 def row_step(walk, CONFIG: tl.constexpr, ITEM: tl.constexpr):
-    """How far the next tile of rows is. A tensor always: Triton 3.7 does not compile a constant that a function returns."""
+    """How far the next tile of rows is. A tensor always: Triton 3.7 does not compile a constant that a
+    function returns.
+    """
     if CONFIG[ITEM][1]:
         return tl.cast(CONFIG[ITEM][3], tl.int64)
     elif CONFIG[ITEM][0]:
@@ -124,8 +133,9 @@ def sum_energies(
 ):  # fmt: skip
     """Writes a program's sums of energies, a number for each position of its block.
 
-    ``out`` holds, for each chunk, a row of sums; a folded row is as many rows of positions as channels were folded into one.
-    With y, the energies are those of y = relu(x + residual), written on the way and rounded to its dtype.
+    ``out`` holds, for each chunk, a row of sums; a folded row is as many rows of positions as channels were
+    folded into one. With y, the energies are those of y = relu(x + residual), written on the way and rounded
+    to its dtype.
     """
     ROWS: tl.constexpr = CONFIG[ITEM][3]
     BLOCK: tl.constexpr = CONFIG[ITEM][4]
@@ -161,8 +171,8 @@ def sum_energies(
 def last_of(ticket, count):
     """Whether this program is the last of ``count`` to come here; it then sees what all of them have written.
 
-    The barrier orders the other threads' writes before the ticket (Triton 3.9 puts one there by itself), the ticket's release and acquire
-    order the programs.
+    The barrier orders the other threads' writes before the ticket (Triton 3.9 puts one there by itself), the
+    ticket's release and acquire order the programs.
     """
     tl.debug_barrier()
     return tl.atomic_add(ticket, 1, sem="acq_rel") == count - 1
@@ -170,7 +180,8 @@ def last_of(ticket, count):
 
 @triton.jit
 def collapse(partial, parts, positions, BLOCK: tl.constexpr):
-    """Adds ``parts`` rows of partial sums into the first, in order, and returns the sum of squares of the totals.
+    """Adds ``parts`` rows of partial sums into the first, in order, and returns the sum of squares of the
+    totals.
 
     They are added in float64: a folded feature of many channels has hundreds.
     """
@@ -183,7 +194,8 @@ def collapse(partial, parts, positions, BLOCK: tl.constexpr):
         for part in range(0, parts):
             total += tl.load(partial + part * positions + s, mask=mask, other=0, cache_modifier=".cg").to(tl.float64)
         q = total.to(tl.float32)
-        # a block of fewer positions than threads is held several times over: none may read what another has written already
+        # a block of fewer positions than threads is held several times over: none may read what another has
+        # written already
         tl.debug_barrier()
         tl.store(partial + s, q, mask=mask)
         wide = q.to(tl.float64)
@@ -205,7 +217,9 @@ def added_up(at, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def normalization(norm, EPS: tl.constexpr, ADD_EPS: tl.constexpr):
-    """Of a map of that norm: the divisor, and what dq = (g - y <g, y> along) scale takes, without the second term unless has_along."""
+    """Of a map of that norm: the divisor, and what dq = (g - y <g, y> along) scale takes, without the second
+    term unless has_along.
+    """
     if ADD_EPS:
         divisor = norm + EPS
         # times a NaN it is NaN, as in PyTorch

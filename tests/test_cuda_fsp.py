@@ -9,7 +9,7 @@ import random
 import emulated
 import pytest
 import torch
-from support import KERNELS, LAYOUTS, check_loss, evaluate, fetched, law, make, place, values
+from support import KERNELS, LAYOUTS, check_loss, evaluate, fetched, make, place, ref, values
 
 import fastkd
 from fastkd import native
@@ -46,7 +46,7 @@ def test_each_precision_is_as_near_as_it_claims(cuda, dtype, precision):
     # the weight keeps gradients of float16 from vanishing
     given = [cuda(x) for x in (*s, *t)]
     ours = fetched(evaluate(lambda *x: fastkd.fsp_loss(x[:3], x[3:], weight=1e4, precision=precision), given))
-    exact = evaluate(lambda *x: law.fsp_loss(x[:3], x[3:], weight=1e4), [x.double() for x in (*s, *t)])
+    exact = evaluate(lambda *x: ref.fsp_loss(x[:3], x[3:], weight=1e4), [x.double() for x in (*s, *t)])
     rounded = dtype != torch.bfloat16 and precision == "tf32"
     error = abs(ours.output.double() / exact.output - 1)
     assert error < (5e-4 if rounded else 1e-5), error
@@ -60,7 +60,7 @@ def test_each_precision_is_as_near_as_it_claims(cuda, dtype, precision):
 def test_tf32_rounds_to_nearest_and_the_others_do_not(cuda, size, channels):
     """Positive numbers, whose errors would add up were they cut off, as tensor cores do with sums."""
     a, b = (make((1, c, size, size), kind="relu") for c in channels)
-    exact = law.fsp_matrix(a.double(), b.double())
+    exact = ref.fsp_matrix(a.double(), b.double())
     errors = [(fastkd.fsp_matrix(cuda(a), cuda(b), precision=p).double().cpu() / exact - 1).abs().max().item() for p in PRECISIONS]
     assert errors[0] < 3e-6 and 5e-6 < errors[1] < 1.5e-4 and errors[2] < 3e-6, errors
 
@@ -76,7 +76,7 @@ def test_tf32_rounds_ties_to_even(cuda):
 
 def test_sums_of_bfloat16_are_as_near_as_those_of_float32(cuda):
     a, b = (make((1, c, 64, 64), torch.bfloat16, kind="relu") for c in (16, 64))
-    exact = law.fsp_matrix(a.double(), b.double())
+    exact = ref.fsp_matrix(a.double(), b.double())
     error = (fastkd.fsp_matrix(cuda(a), cuda(b)).double().cpu() / exact - 1).abs().max().item()
     assert error < 3e-6, error
 
@@ -88,7 +88,7 @@ def test_infinity_stays_and_nan_is_not_lost(cuda, dtype, precision, pool_mode):
     """Three products may make NaN of an infinity, whose products with the two parts of a number have two signs."""
     a, b = make((2, 3, 4, 4), dtype, kind="relu"), make((2, 5, 2, 2), dtype)
     a[0, 1, 2, 3], a[1, 0, 0, 0], a[1, 2, 1, 1] = torch.inf, torch.nan, torch.nan
-    want = law.fsp_matrix(a, b, pool_mode=pool_mode)
+    want = ref.fsp_matrix(a, b, pool_mode=pool_mode)
     got = fastkd.fsp_matrix(cuda(a), cuda(b), pool_mode=pool_mode, precision=precision).cpu()
     assert torch.equal(got.isfinite(), want.isfinite()) and got[want.isnan()].isnan().all()
     parts = {"ieee": [torch.float16], "tf32": [], "tf32x3": [torch.float16, torch.float32]}[precision]
@@ -172,7 +172,7 @@ def test_features_of_halved_sizes(launched, size, dtype, pool_mode, layout):
         args = dict(pool_mode=pool_mode)
         ours = fetched(evaluate(lambda *x: fastkd.fsp_matrix(*x, **args), [x, y]))
         assert launched().count("gram_pool") == (2 if channels == 130 else 0)
-        exact = evaluate(lambda *x: law.fsp_matrix(*x, **args), [x.double(), y.double()])
+        exact = evaluate(lambda *x: ref.fsp_matrix(*x, **args), [x.double(), y.double()])
         near = {torch.float64: 1e-13, torch.float32: 1e-5}
         for got, want, allowed in zip((ours.output, *ours.grads), (exact.output, *exact.grads), (1e-5, 1e-2, 1e-2)):
             error = (got.double() - want).abs().max() / want.abs().max()
@@ -199,7 +199,7 @@ def test_gradients_of_averages_that_are_made_before(launched, size, grid, precis
     (got,) = torch.autograd.grad(fastkd.fsp_matrix(a, b, precision=precision), a, upstream)
     assert launched()[-2:] == ["gram_backward", "gram_backward"]
     x = a.detach().double().requires_grad_()
-    (want,) = torch.autograd.grad(law.fsp_matrix(x, b.double()), x, upstream.double())
+    (want,) = torch.autograd.grad(ref.fsp_matrix(x, b.double()), x, upstream.double())
     assert (got.double() - want).abs().max() < (1e-2 if dtype == torch.bfloat16 else 1e-5) * want.abs().max()
 
 

@@ -1,16 +1,19 @@
-"""The kernels of FSP matrices and the FSP loss; `gram.py` says how they work together, and launches them."""
+"""The kernels of FSP matrices and the FSP loss; `fsp/forward.py` says how they work together, and launches
+them.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from fastkd.kernels.gram_dual import dual_program, dual_term
-from fastkd.kernels.gram_tile import across, along, difference, extent, part, product, products, read, sample, zeros
-from fastkd.kernels.tile import added_up, last_of
+from fastkd.kernels.common.tile import added_up, last_of
+from fastkd.kernels.fsp.low_rank import dual_program, dual_term
+from fastkd.kernels.fsp.tile import across, along, difference, extent, part, product, products, read, sample, zeros
 
 
-# counts and places are not specialized, where Triton heeds that (not within tuples): a new batch size need not be a new kernel
+# counts and places are not specialized, where Triton heeds that (not within tuples): a new batch size need
+# not be a new kernel
 @triton.jit(do_not_specialize=["tiles", "columns", "positions"])
 def fsp_matrix_kernel(
     a, b, out, a_view, b_view, tiles, columns, positions, V: tl.constexpr, C: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr
@@ -34,10 +37,12 @@ def _matrix_program(
     operands, outs, scratch, tickets, factor, views, of, local, V: tl.constexpr, C: tl.constexpr, J: tl.constexpr, COLUMNS: tl.constexpr,
     MODE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """A tile of G_s - G_t and its share of the loss; whether that is complete. Kept is the tile as it is differentiated, or its factors.
+    """A tile of G_s - G_t and its share of the loss; whether that is complete. Kept is the tile as it is
+    differentiated, or its factors.
 
-    of: (first program, tiles of a sample, column tiles, where shares are, their number, where squares and tickets of columns are,
-    positions). C[J]: (row block, column block, depth, whether features are subtracted, 0, whether factors of columns alone are kept).
+    of: (first program, tiles of a sample, column tiles, where shares are, their number, where squares and
+    tickets of columns are, positions). C[J]: (row block, column block, depth, whether features are
+    subtracted, 0, whether factors of columns alone are kept).
     """
     FACTORS: tl.constexpr = C[J][5]
     n = (local // of[1]).to(tl.int64)
@@ -102,7 +107,9 @@ def fsp_loss_kernel(
     V: tl.constexpr, C: tl.constexpr, PAIRS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """operands and views: of each pair the student's first and second feature and the teacher's. A share is one number of the loss."""
+    """operands and views: of each pair the student's first and second feature and the teacher's. A share is
+    one number of the loss.
+    """
     pid = tl.program_id(0)
     done = pid < 0
     for i in tl.static_range(PAIRS):
@@ -127,7 +134,9 @@ def _term(
     total, m, x, m_strides, view, n, row, rows, position, inside, j, scale, V: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
     J: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """total + scale m x, summed over the channels of x. m_strides: sample, channel of the gradient, channel of x."""
+    """total + scale m x, summed over the channels of x. m_strides: sample, channel of the gradient, channel
+    of x.
+    """
     EXACT: tl.constexpr = V[T][9]
     count, _ = extent(view, V, T)
     k = tl.arange(0, C[J][2])
@@ -145,15 +154,17 @@ def _term(
 
 
 @triton.jit
-def _again_term(
+def _recomputed_term(
     total, kept, x, a, b, a_less, b_less, numbers, x_view, a_view, b_view, a_less_view, b_less_view, n, row, rows, position, inside, j,
     scale, V: tl.constexpr, A: tl.constexpr, K: tl.constexpr, T: tl.constexpr, C: tl.constexpr, J: tl.constexpr, MODE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """total + scale M x, of an M that was not kept: a b^T - a_less b_less^T, made again, times the columns' factors ``kept``.
+    """total + scale M x, of an M that was not kept: a b^T - a_less b_less^T, recomputed, times the columns'
+    factors ``kept``.
 
-    a: the student's feature whose gradient this is, or the teacher's is, and b the pair's other. numbers: strides of ``kept``, positions of
-    student and teacher. V[A] is what is constant of x, the next of a, b, a_less, b_less. K[T]: (A, 2, LEFT, whether sizes are the same).
+    a: the student's feature whose gradient this is, or the teacher's is, and b the pair's other. numbers:
+    strides of ``kept``, positions of student and teacher. V[A] is what is constant of x, the next of a, b,
+    a_less, b_less. K[T]: (A, 2, LEFT, whether sizes are the same).
     """
     LEFT: tl.constexpr = K[T][2]
     EXACT: tl.constexpr = V[A][9]
@@ -186,7 +197,7 @@ def _any_term(
     total, ms, xs, m_numbers, views, n, row, rows, position, inside, j, scale, V: tl.constexpr, K: tl.constexpr, T: tl.constexpr,
     C: tl.constexpr, J: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """K[T]: (place of its first tensor and view, 0) or that of ``dual_term`` or ``_again_term``."""
+    """K[T]: (place of its first tensor and view, 0) or that of ``dual_term`` or ``_recomputed_term``."""
     A: tl.constexpr = K[T][0]
     if K[T][1] == 0:
         return _term(total, ms[T], xs[A], m_numbers[T], views[A], n, row, rows, position, inside, j, scale, V, A, C, J, MODE, UPCAST)
@@ -196,7 +207,7 @@ def _any_term(
             inside, j, scale, V, A, K, T, C, J, MODE, UPCAST,
         )  # fmt: skip
     else:
-        return _again_term(
+        return _recomputed_term(
             total, ms[T], xs[A], xs[A + 1], xs[A + 2], xs[A + 3], xs[A + 4], m_numbers[T], views[A], views[A + 1], views[A + 2],
             views[A + 3], views[A + 4], n, row, rows, position, inside, j, scale, V, A, K, T, C, J, MODE, UPCAST,
         )  # fmt: skip
@@ -207,7 +218,9 @@ def fsp_gradient_kernel(
     grad, ms, xs, outs, m_numbers, views, out_views, items, scales, samples,
     V: tl.constexpr, W: tl.constexpr, K: tl.constexpr, C: tl.constexpr, ITEMS: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Each item a feature's gradient. C[i]: (blocks..., first term, terms on the grid that is walked, terms on the feature's own)."""
+    """Each item a feature's gradient. C[i]: (blocks..., first term, terms on the grid that is walked, terms
+    on the feature's own).
+    """
     pid = tl.program_id(0)
     upstream = tl.full((), 1.0, tl.float32)
     if grad is not None:

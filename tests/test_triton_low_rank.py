@@ -7,12 +7,12 @@ import random
 
 import pytest
 import torch
-from support import LAYOUTS, arrange, check_loss, dtypes, evaluate, fetched, law, make, missing, values
+from support import LAYOUTS, arrange, check_loss, dtypes, evaluate, fetched, make, missing, ref, values
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastkd
 from fastkd import kernels
-from fastkd.kernels.gram_kept import kept_shape
+from fastkd.kernels.fsp.saved import kept_shape
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.skipif(bool(missing("triton")), reason=missing("triton"))]
 PAIR = [(24, 3, 3), (40, 3, 3)]
@@ -68,7 +68,7 @@ def test_what_is_kept_follows_from_sizes():
 
 
 @pytest.mark.parametrize("of", CHAINS)
-def test_loss_matches_the_law(of, triton):
+def test_loss_matches_the_reference(of, triton):
     """Output and all gradients; dtypes, layouts and switches drawn."""
     # there is more than one tile only without bfloat16
     n, choice = (1, (torch.float32, torch.float16)) if "several" in of else (2, dtypes("triton"))
@@ -79,11 +79,11 @@ def test_loss_matches_the_law(of, triton):
 
 
 @pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
-def test_tiles_wider_than_high_match_the_law(triton, precision):
+def test_tiles_wider_than_high_match_the_reference(triton, precision):
     """On tensor cores; of 35 positions two, one above the other."""
     tensors = [make((1, *shape), torch.float32) for shape in CHAINS["several tiles"] * 2]
     ours = fetched(evaluate(lambda *x: fastkd.fsp_loss(x[:2], x[2:], precision=precision), [triton(x) for x in tensors]))
-    exact = evaluate(lambda *x: law.fsp_loss(x[:2], x[2:]), [x.double() for x in tensors])
+    exact = evaluate(lambda *x: ref.fsp_loss(x[:2], x[2:]), [x.double() for x in tensors])
     allowed = {"tf32": 2e-3, "tf32x3": 1e-5}[precision]
     assert abs(ours.output.double() / exact.output - 1) < allowed
     for got, want in zip(ours.grads, exact.grads):
@@ -115,7 +115,7 @@ def test_close_features_keep_their_relative_accuracy(triton, precision, distance
         pytest.skip("the two are equal in bfloat16")
     given = [triton(x) for x in (*s, *t)]
     ours = fetched(evaluate(lambda *x: fastkd.fsp_loss(x[:2], x[2:], precision=None if dtype == torch.bfloat16 else precision), given))
-    exact = evaluate(lambda *x: law.fsp_loss(x[:2], x[2:]), [x.double() for x in (*s, *t)])
+    exact = evaluate(lambda *x: ref.fsp_loss(x[:2], x[2:]), [x.double() for x in (*s, *t)])
     assert abs(ours.output.double() / exact.output - 1) < (2e-3 if precision == "tf32" else 2e-5)
     allowed = {"tf32": 4e-3, "bfloat16": 1e-2}.get(precision, 1e-4)
     for got, want in zip(ours.grads, exact.grads):
@@ -132,7 +132,7 @@ def test_a_nan_is_not_lost(triton):
     s, t = chain("pair"), chain("pair")
     s[0][1, 5, 2, 0] = torch.nan
     got = fetched(evaluate(lambda *x: fastkd.fsp_loss(x[:2], x[2:]), [triton(x) for x in (*s, *t)]))
-    want = evaluate(lambda *x: law.fsp_loss(x[:2], x[2:]), [*s, *t])
+    want = evaluate(lambda *x: ref.fsp_loss(x[:2], x[2:]), [*s, *t])
     assert got.output.isnan() and all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(got.grads, want.grads))
 
 
@@ -145,17 +145,17 @@ def test_results_are_the_same_bits_in_each_run_and_one_launch_each_way(triton, l
 
 @pytest.mark.parametrize("layout", ["contiguous", "stepped"])
 def test_offsets_within_a_large_sample_are_as_wide(triton, layout, monkeypatch):
-    from fastkd.kernels import gram, gram_gradient, gram_view
+    from fastkd.kernels.fsp import forward, gradient, view
 
     tensors = [triton(arrange(x, layout)) for x in (*chain("fused windows"), *chain("fused windows"))]
     results = []
     for far in (2**31, 0):
-        monkeypatch.setattr(gram_view, "FAR", far)
-        for plans in (gram._plans, gram_gradient._plans):
+        monkeypatch.setattr(view, "FAR", far)
+        for plans in (forward._plans, gradient._plans):
             plans.clear()
         result = evaluate(lambda *x: fastkd.fsp_loss(x[:3], x[3:]), tensors)
         results.append([result.output, *result.grads])
-    for plans in (gram._plans, gram_gradient._plans):
+    for plans in (forward._plans, gradient._plans):
         plans.clear()
     assert all(map(torch.equal, *results))
 
@@ -194,6 +194,6 @@ def test_the_backward_operator_refuses_what_it_cannot_use(triton):
     s, t = ([triton(x) for x in chain("pair")] for _ in range(2))
     _, kept, _ = kernels.launcher("fsp_loss")(s, t, "avg", "squared", "sum", None, 1.0, None, True)
     backward = kernels.launcher("fsp_loss_backward")
-    for others, given, word in (([], kept, "others"), (t[::-1], kept, "others"), (t, [kept[0][..., :4]], "gram_grads")):
+    for others, given, word in (([], kept, "others"), (t[::-1], kept, "others"), (t, [kept[0][..., :4]], "matrix_grads")):
         with pytest.raises(ValueError, match=word):
             backward(s[0].new_ones(()), s, given, "avg", None, [0], False, others)

@@ -1,7 +1,9 @@
-"""What the FSP kernels have in common: blocks of features, averaged over pooling windows; products in each precision; their difference.
+"""What the FSP kernels have in common: blocks of features, averaged over pooling windows; products in each
+precision; their difference.
 
-V[J] is what of a view is constant, `gram_view.View.config`, ``view`` its numbers. Constants are handed down whole: Triton 3.6 takes
-numbers out of tuples in a tuple, and nothing deeper, and passes no part of one on as a constant.
+V[J] is what of a view is constant, `gram_view.View.config`, ``view`` its numbers. Constants are handed down
+whole: Triton 3.6 takes numbers out of tuples in a tuple, and nothing deeper, and passes no part of one on as
+a constant.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ def extent(view, V: tl.constexpr, J: tl.constexpr):
 
 @triton.jit
 def sample(view, V: tl.constexpr, J: tl.constexpr, n):
-    """Offset of sample n, in int64 as n is; offsets within a sample are so where it is that large: addresses take registers."""
+    """Offset of sample n, in int64 as n is; offsets within a sample are so where it is that large: addresses
+    take registers.
+    """
     if V[J][0]:
         return n * view[4] * V[J][2]
     else:
@@ -121,7 +125,8 @@ def _ten_bits(x):
 def product(a, b, total, MODE: tl.constexpr, UPCAST: tl.constexpr, A_EXACT: tl.constexpr, B_EXACT: tl.constexpr):
     """total + a b, of float32 blocks, in float32.
 
-    MODE: see gram.py. "bf16": by bfloat16 products, of the high and the low part of what is not exact; that of the low parts is left out.
+    MODE: see fsp/forward.py. "bf16": by bfloat16 products, of the high and the low part of what is not exact;
+    that of the low parts is left out.
     """
     if MODE == "bf16":
         a_high = a.to(tl.bfloat16)
@@ -143,9 +148,11 @@ def products(
     total, a, b, a_less, b_less, a_view, b_view, a_less_view, b_less_view, n, row, column, V: tl.constexpr, A: tl.constexpr,
     C: tl.constexpr, J: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a b^T over all positions; given a_less and b_less, of a b^T - a_less b_less^T, by way of the features' differences.
+    """A tile of a b^T over all positions; given a_less and b_less, of a b^T - a_less b_less^T, by way of the
+    features' differences.
 
-    V[A], V[A + 1] are constants of a and b, the next two of a_less and b_less. C[J]: (row block, column block, depth, ...).
+    V[A], V[A + 1] are constants of a and b, the next two of a_less and b_less. C[J]: (row block, column
+    block, depth, ...).
     """
     # a part of a constant is a constant only once it is named one
     A_EXACT: tl.constexpr = V[A][9]

@@ -1,7 +1,8 @@
-"""How the FSP kernels see a feature: pooled, part by part, in one of the precisions; and what their tiles are.
+"""How the FSP kernels see a feature: pooled, part by part, in one of the precisions; and what their tiles
+are.
 
-Common pooling windows are read where the feature is: averages over windows that do not overlap, of at most four numbers. Anything else
-(maxima, other windows) is pooled by a launch of its own before.
+Common pooling windows are read where the feature is: averages over windows that do not overlap, of at most
+four numbers. Anything else (maxima, other windows) is pooled by a launch of its own before.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import triton
 from torch import Tensor
 
 from fastkd.kernels import interpreting, own_precision
-from fastkd.kernels.launch import power_of_two, served, walk
-from fastkd.kernels.pool import pool
-from fastkd.kernels.windows import pooled_strides
+from fastkd.kernels.common.launch import power_of_two, served, walk
+from fastkd.kernels.common.pool import pool
+from fastkd.kernels.common.windows import pooled_strides
 
 ONES = (1, 1, 1)
 LARGEST_WINDOW = 4
@@ -29,7 +30,9 @@ Size = tuple[int, ...]
 
 @dataclass(frozen=True)
 class View:
-    """What a kernel gets of a feature (``numbers``), and what of that is constant (``config``, flat: see tile.py)."""
+    """What a kernel gets of a feature (``numbers``), and what of that is constant (``config``, flat: see
+    common/tile.py).
+    """
 
     numbers: Size
     config: tuple[bool | int, ...]
@@ -51,7 +54,9 @@ def three(size: Sequence[int]) -> Size:
 
 
 def window(own: Sequence[int], common: Sequence[int], *, max_pool: bool) -> Size | None:
-    """(d, h, w) that a feature of size ``own`` is averaged over where it is read; None if it is to be pooled before."""
+    """(d, h, w) that a feature of size ``own`` is averaged over where it is read; None if it is to be pooled
+    before.
+    """
     if tuple(own) == tuple(common):
         return ONES
     found = tuple(a // b for a, b in zip(three(own), three(common)))
@@ -60,7 +65,9 @@ def window(own: Sequence[int], common: Sequence[int], *, max_pool: bool) -> Size
 
 
 def view(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, of: Size = ONES, parts: Size = ONES) -> View:
-    """Of a feature pooled over windows ``of``, on a grid at each position of which ``parts`` pooled numbers lie."""
+    """Of a feature pooled over windows ``of``, on a grid at each position of which ``parts`` pooled numbers
+    lie.
+    """
     exact = dtype == torch.bfloat16 and of == ONES
     far = sum((size + 128) * stride for size, stride in zip(shape[1:], strides[1:])) >= FAR
     if of == parts == ONES:
@@ -75,7 +82,7 @@ def view(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, of: S
 
 
 def mode(tensors: Sequence[Tensor], precision: str | None) -> str:
-    """How products are made; `gram.py` says how near that is."""
+    """How products are made; `fsp/forward.py` says how near that is."""
     if all(x.dtype == torch.bfloat16 for x in tensors):
         return "bf16"
     precision = precision or own_precision()
@@ -98,14 +105,17 @@ TILES = {
     "tf32x3": Tiles(64, 16, 1),
     "bf16": Tiles(128, 32, 2),
 }
-"""By mode; `python -m speed.gpu_parts tiles` in benchmarks/ tries others on a GPU and prints the lines to put here."""
+"""By mode; `python -m speed.gpu_parts tiles` in benchmarks/ tries others on a GPU and prints the lines to put
+here.
+"""
 
 
 def tile(rows: int, columns: int, depth: int, how: str, *, dear: bool = False, widest: int = 128) -> Size:
-    """(row block, column block, depth) of a program's tile of the product of (rows, depth) and (depth, columns).
+    """(row block, column block, depth) of a program's tile of the product of (rows, depth) and (depth,
+    columns).
 
-    dear: addresses of what is multiplied take many registers; widest: of the column block, where there are more of those, or two sums at a
-    time. The bounds below are where ptxas no longer spills.
+    dear: addresses of what is multiplied take many registers; widest: of the column block, where there are
+    more of those, or two sums at a time. The bounds below are where ptxas no longer spills.
     """
     most, deepest, _ = TILES[how]
     if how == "ieee":  # without tensor cores a thread holds its rows and columns of both blocks
@@ -119,7 +129,7 @@ def tile(rows: int, columns: int, depth: int, how: str, *, dear: bool = False, w
 
 
 def dual_tile(positions: int, how: str, *, dear: bool = False) -> Size:
-    """The same of the products over channels, three at a time (`gram_dual.py`)."""
+    """The same of the products over channels, three at a time (`fsp/low_rank.py`)."""
     if how == "ieee":
         block = min(max(power_of_two(positions), 16), 32)
         return block, block, 16
@@ -133,7 +143,9 @@ def dual_tile(positions: int, how: str, *, dear: bool = False) -> Size:
 
 @functools.cache
 def _joins_warps() -> bool:
-    """Whether the device multiplies tiles of 64 rows by groups of four warps, as sm_90 and later do, rather than by single ones."""
+    """Whether the device multiplies tiles of 64 rows by groups of four warps, as sm_90 and later do, rather
+    than by single ones.
+    """
     if interpreting():
         return False
     arch = triton.runtime.driver.active.get_current_target().arch
@@ -143,8 +155,8 @@ def _joins_warps() -> bool:
 def most_warps(t: Size) -> int:
     """How many warps can have a part of tile t of their own.
 
-    Triton divides a tile to which several products are added along its longer side alone, and a warp's part is 16 rows or
-    8 columns at least. More warps compute the same numbers again.
+    Triton divides a tile to which several products are added along its longer side alone, and a warp's part
+    is 16 rows or 8 columns at least. More warps compute the same numbers again.
     """
     return t[0] // 16 if t[0] >= t[1] else t[1] // 8
 
@@ -156,7 +168,8 @@ def warps(tiles: Sequence[Size], how: str, dual: Sequence[Size] = ()) -> int:
 
 
 def options(how: str, count: int, *, backward: bool = False) -> dict[str, int]:
-    """Of a launch of ``count`` warps a program. Those of four share a multiprocessor, and have no registers to spare.
+    """Of a launch of ``count`` warps a program. Those of four share a multiprocessor, and have no registers
+    to spare.
 
     Nor have gradients of bfloat16 on sm_100, where two stages spilled.
     """
@@ -165,12 +178,16 @@ def options(how: str, count: int, *, backward: bool = False) -> dict[str, int]:
 
 
 def added_up(how: str, several: bool) -> bool:
-    """Whether several products are added to a tile at each step: of the parts of a number, or of ``several`` factors."""
+    """Whether several products are added to a tile at each step: of the parts of a number, or of ``several``
+    factors.
+    """
     return how in ("bf16", "tf32x3") or (how == "tf32" and several)
 
 
 def owned(t: Size, count: int, columns: int) -> Size:
-    """Tile t, or one near it of which each of ``count`` warps can have a part of its own; columns: of the matrix."""
+    """Tile t, or one near it of which each of ``count`` warps can have a part of its own; columns: of the
+    matrix.
+    """
     if t[0] >= 64 and _joins_warps():
         return t
     high, wide = t[:2]

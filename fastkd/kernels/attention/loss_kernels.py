@@ -1,11 +1,13 @@
-"""The kernels of the attention-transfer loss; `attention.py` says how they work together, and launches them."""
+"""The kernels of the attention-transfer loss; `attention/loss.py` says how they work together, and launches
+them.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from fastkd.kernels.tile import (
+from fastkd.kernels.common.tile import (
     added_up,
     along_gradient,
     collapse,
@@ -26,7 +28,8 @@ def _write_coefficients(out, n, s, positions, mask, d, y, dot, has_along, along,
     tl.store(out + n * positions + s, k.to(tl.float32), mask=mask)
 
 
-# counts and places are not specialized, where Triton heeds that (not within tuples): a new batch size need not be a new kernel
+# counts and places are not specialized, where Triton heeds that (not within tuples): a new batch size need
+# not be a new kernel
 @triton.jit(do_not_specialize=["stages", "samples", "distances_at"])
 def loss_kernel(
     students, teachers, s_out, t_out, loss, scratch, tickets, factors,
@@ -53,7 +56,8 @@ def loss_kernel(
     if t_out is not None:
         t_coefficients = t_out[0]
     for i in tl.static_range(STAGES):
-        # (first program, positions; of each side: programs of a sample, blocks, steps, parts, where its sums are)
+        # (first program, positions; of each side: programs of a sample, blocks, steps, parts, where its sums
+        # are)
         of = stages[i]
         local = pid - of[0]
         each = of[2] + of[7]

@@ -1,33 +1,43 @@
-"""FSP matrices and the FSP loss over a chain, in one launch; their gradients, in another for each chain, are in `gram_gradient.py`.
+"""FSP matrices and the FSP loss over a chain, in one launch; their gradients, in another for each chain, are
+in `fsp/gradient.py`.
 
-Forward: a program makes a tile of a pair's dloss/dG of one sample: of G_s - G_t = (A_s - A_t) B_s^T + A_t (B_s - B_t)^T where student and
-teacher have equal sizes after pooling, so that what they share is subtracted before it is multiplied and rounded; of both products where
-they have not. It writes that tile for the backward pass, and a number for the loss, which the last program adds up in a fixed order
-(a ticket tells it; see `attention.py`). For "column_l2" the last program of a column block makes its norms and divides by them.
+Forward: a program makes a tile of a pair's dloss/dG of one sample: of G_s - G_t = (A_s - A_t) B_s^T + A_t
+(B_s - B_t)^T where student and teacher have equal sizes after pooling, so that what they share is subtracted
+before it is multiplied and rounded; of both products where they have not. It writes that tile for the
+backward pass, and a number for the loss, which the last program adds up in a fixed order (a ticket tells it;
+see `attention/loss.py`). For "column_l2" the last program of a column block makes its norms and divides by
+them.
 
-Backward: dA = upstream M B / S and dB = upstream M^T A / S, a tile of a feature's gradient a program, both terms of a middle stage at
-once. Where a feature was averaged over windows, what lies in one shares a term; a middle stage of two grids walks the coarser.
+Backward: dA = upstream M B / S and dB = upstream M^T A / S, a tile of a feature's gradient a program, both
+terms of a middle stage at once. Where a feature was averaged over windows, what lies in one shares a term; a
+middle stage of two grids walks the coarser.
 
-Products, and what is claimed for them. All sums are float32's. Blocks of features are read as they are, subtracted and averaged in float32,
-and then multiplied:
+Products, and what is claimed for them. All sums are float32's. Blocks of features are read as they are,
+subtracted and averaged in float32, and then multiplied:
 
-- float32, "ieee": in float32, without tensor cores. As near as eager code, or better: the budget of the tests.
-- float32, "tf32": rounded to nearest, to 10 bits, before. In the difference form, for maps 1e-2 apart, the loss is 0.03 % off, where the
+- float32, "ieee": in float32, without tensor cores. As near as eager code, or better: the budget of the
+tests.
+- float32, "tf32": rounded to nearest, to 10 bits, before. In the difference form, for maps 1e-2 apart, the
+loss is 0.03 % off, where the
   difference of two matrices would be 2 %.
 - float32, "tf32x3": three such products of high and low parts; the tests' budget.
-- bfloat16, whatever ``precision``: bfloat16 products. Features are exact there; differences, averages and dloss/dG are split in a high and
-  a low part of 8 bits each, 2^-17 off at most (the difference of two bfloat16 numbers within a factor of 256 of each other not at all).
-- float16, alone or with bfloat16: as float32, but "ieee" is "tf32x3". Numbers of either are exact in tf32, what is made of them is not.
+- bfloat16, whatever ``precision``: bfloat16 products. Features are exact there; differences, averages and
+dloss/dG are split in a high and
+  a low part of 8 bits each, 2^-17 off at most (the difference of two bfloat16 numbers within a factor of 256
+  of each other not at all).
+- float16, alone or with bfloat16: as float32, but "ieee" is "tf32x3". Numbers of either are exact in tf32,
+what is made of them is not.
 
 ``precision=None`` follows torch.backends.cuda.matmul.
 
-Common pooling windows are fused (`gram_view.py`). For others each pooled tensor takes one more launch forward and one backward, and each
-such gradient one more.
+Common pooling windows are fused (`fsp/view.py`). For others each pooled tensor takes one more launch forward
+and one backward, and each such gradient one more.
 
-Where a matrix would be larger than the features, as at 7x7 that of 1024 by 2048 channels, it is never in memory (`gram_kept.py` says when).
-Either neither pass makes it (`gram_dual.py`): a program sums products over a part of the channels, and the last of a sample adds the parts.
-Or each tile's program forgets it, and the backward pass makes it again for each gradient: twice the products in all, and more where
-positions take several blocks or a neighbour is averaged over windows.
+Where a matrix would be larger than the features, as at 7x7 that of 1024 by 2048 channels, it is never in
+memory (`fsp/saved.py` says when). Either neither pass makes it (`fsp/low_rank.py`): a program sums products
+over a part of the channels, and the last of a sample adds the parts. Or each tile's program forgets it, and
+the backward pass makes it again for each gradient: twice the products in all, and more where positions take
+several blocks or a neighbour is averaged over windows.
 """
 
 from __future__ import annotations
@@ -39,11 +49,11 @@ import torch
 from torch import Tensor
 
 from fastkd.kernels import interpreting
-from fastkd.kernels.gram_gradient import fsp_loss_backward
-from fastkd.kernels.gram_kept import common_size, kept_shape, wide_stages
-from fastkd.kernels.gram_kernels import fsp_loss_kernel, fsp_matrix_kernel
-from fastkd.kernels.gram_view import Sources, added_up, checked, dual_tile, mode, options, owned, tile, warps
-from fastkd.kernels.launch import Launch, Plans, key_of, power_of_two
+from fastkd.kernels.common.launch import Launch, Plans, key_of, power_of_two
+from fastkd.kernels.fsp.gradient import fsp_loss_backward
+from fastkd.kernels.fsp.kernels import fsp_loss_kernel, fsp_matrix_kernel
+from fastkd.kernels.fsp.saved import common_size, kept_shape, wide_stages
+from fastkd.kernels.fsp.view import Sources, added_up, checked, dual_tile, mode, options, owned, tile, warps
 
 BLOCK = 256  # of the loss's last sum
 
@@ -182,15 +192,15 @@ def fsp_loss(
 
     given = [x for x, _ in plan.sources.made(tensors)] if plan.sources.pools else tensors
     operands = tuple([given[i] for i in plan.operands])
-    gram_grads = [first.new_empty(shape, dtype=torch.float32) for shape in plan.shapes] if with_grad else []
+    matrix_grads = [first.new_empty(shape, dtype=torch.float32) for shape in plan.shapes] if with_grad else []
     loss = first.new_empty((), dtype=torch.float32)
     plan.launch(
-        operands, operands, tuple(gram_grads) if with_grad else None, loss, first.new_empty(plan.scratch, dtype=torch.float32),
+        operands, operands, tuple(matrix_grads) if with_grad else None, loss, first.new_empty(plan.scratch, dtype=torch.float32),
         first.new_zeros(plan.tickets, dtype=torch.int32), factors,
     )  # fmt: skip
     gradients = []
     if stages:
         given_upstream = first.new_full((), float(upstream or 0), dtype=torch.float32)
         others = [teacher[i] for i in plan.wide]
-        gradients = fsp_loss_backward(given_upstream, student, gram_grads, pool_mode, precision, stages, False, others)
-    return loss, gram_grads, gradients
+        gradients = fsp_loss_backward(given_upstream, student, matrix_grads, pool_mode, precision, stages, False, others)
+    return loss, matrix_grads, gradients

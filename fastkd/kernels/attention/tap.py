@@ -1,10 +1,12 @@
-"""The taps: the attention map's kernels with a ReLU before them, or with the gradient that comes from the network added on the way."""
+"""The taps: the attention map's kernels with a ReLU before them, or with the gradient that comes from the
+network added on the way.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from fastkd.kernels.attention_map import energies, gradient
+from fastkd.kernels.attention.map import energies, gradient
 
 
 def relu_tap(

@@ -1,22 +1,25 @@
 """How a kernel walks a tensor, how its work is divided, and how it is launched with little host time.
 
-**Walking.** Every tensor is rows by positions, (N, C, S): `Walk` collapses its spatial dimensions to one where its strides allow it, and
-to three else. A tile of a kernel is (row block, position block); which of the two the threads run along follows from the strides (a stride
-of 1 is a constant to the compiler), so NCHW and channels_last share their code. 16-byte accesses need lengths and strides that are known to
-be multiples of a vector: sizes are passed divided by `unit`, a constant power of two, which the kernel multiplies back.
+**Walking.** Every tensor is rows by positions, (N, C, S): `Walk` collapses its spatial dimensions to one
+where its strides allow it, and to three else. A tile of a kernel is (row block, position block); which of the
+two the threads run along follows from the strides (a stride of 1 is a constant to the compiler), so NCHW and
+channels_last share their code. 16-byte accesses need lengths and strides that are known to be multiples of a
+vector: sizes are passed divided by `unit`, a constant power of two, which the kernel multiplies back.
 
-A contiguous map of few or odd positions is folded: (C, S) is read as (C / f, f S), where f S is a multiple of a vector and fills a block
-better; each of the f parts is summed for itself, as a block of channels of its own. 7x7 thus loads 16 bytes at a time in periods of 4 or 8
-channels, and a lane keeps its position.
+A contiguous map of few or odd positions is folded: (C, S) is read as (C / f, f S), where f S is a multiple of
+a vector and fills a block better; each of the f parts is summed for itself, as a block of channels of its
+own. 7x7 thus loads 16 bytes at a time in periods of 4 or 8 channels, and a lane keeps its position.
 
-**Dividing.** `Grid` cuts a sample into position blocks and channel chunks. A program's tile has 4096 elements for 128 threads: 32 numbers
-a thread, 8 loads of 16 bytes under way in float32 and 4 in half precision, hence 16 or 8 KiB a program. At 64 to 106 registers a thread 4
-to 8 programs share a multiprocessor: some 64 KiB under way, where bandwidth times latency (an H200's 4.8 TB/s, 0.8 us, 132
-multiprocessors) asks for 29 KiB. A chunk is as large as leaves four programs for each multiprocessor, between 32 and 512 KiB. These are
+**Dividing.** `Grid` cuts a sample into position blocks and channel chunks. A program's tile has 4096 elements
+for 128 threads: 32 numbers a thread, 8 loads of 16 bytes under way in float32 and 4 in half precision, hence
+16 or 8 KiB a program. At 64 to 106 registers a thread 4 to 8 programs share a multiprocessor: some 64 KiB
+under way, where bandwidth times latency (an H200's 4.8 TB/s, 0.8 us, 132 multiprocessors) asks for 29 KiB. A
+chunk is as large as leaves four programs for each multiprocessor, between 32 and 512 KiB. These are
 constants, not properties of the device: results are the same bits on each. This was reckoned, not measured.
 
-**Launching.** What depends on shapes, strides and dtypes alone is made once and kept under that key (`Plans`). The compiled kernel is kept
-with it, for each device and alignment of pointers, and launched without going through Triton's binder again.
+**Launching.** What depends on shapes, strides and dtypes alone is made once and kept under that key
+(`Plans`). The compiled kernel is kept with it, for each device and alignment of pointers, and launched
+without going through Triton's binder again.
 """
 
 from __future__ import annotations
@@ -85,7 +88,9 @@ class Walk:
         return self.samples * self.channels * self.positions * self.itemsize
 
     def numbers(self, i: int = 0) -> tuple[int, ...]:
-        """What the kernel gets of tensor i: sizes and strides, those divided by ``unit`` that it multiplies by it."""
+        """What the kernel gets of tensor i: sizes and strides, those divided by ``unit`` that it multiplies
+        by it.
+        """
         n, r, d, h, w = self.strides[i]
         rows, length, unit = self.rows, self.length, self.unit
         if not self.flat:
@@ -96,7 +101,9 @@ class Walk:
 
 
 def _spatial(shape: Sequence[int], all_strides: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
-    """Spatial sizes and strides with dimensions of size 1 dropped and neighbours joined where all the tensors allow it."""
+    """Spatial sizes and strides with dimensions of size 1 dropped and neighbours joined where all the tensors
+    allow it.
+    """
     sizes: list[int] = []
     strides: list[list[int]] = [[] for _ in all_strides]
     for d, size in enumerate(shape):
@@ -114,7 +121,9 @@ def _spatial(shape: Sequence[int], all_strides: Sequence[Sequence[int]]) -> tupl
 
 
 def _fold(channels: int, positions: int, itemsize: int) -> int:
-    """How many channels to read as one row: the fewest that make rows of whole vectors and leave few lanes idle, else the best there is."""
+    """How many channels to read as one row: the fewest that make rows of whole vectors and leave few lanes
+    idle, else the best there is.
+    """
 
     def cost(f: int) -> tuple[int, float]:
         length = f * positions
@@ -125,7 +134,9 @@ def _fold(channels: int, positions: int, itemsize: int) -> int:
 
 
 def walk(shape: Sequence[int], strides: Sequence[Sequence[int]], itemsize: int, *, is_map: bool = False, folded: bool = True) -> Walk:
-    """The walk over tensors (N, C, *S), or (N, *S) if ``is_map``, of that shape and those strides; ``folded`` where that helps."""
+    """The walk over tensors (N, C, *S), or (N, *S) if ``is_map``, of that shape and those strides; ``folded``
+    where that helps.
+    """
     if is_map:
         shape, strides = (shape[0], 1, *shape[1:]), [(s[0], 0, *s[1:]) for s in strides]
     samples, channels = shape[0], shape[1]
@@ -153,7 +164,9 @@ def walk(shape: Sequence[int], strides: Sequence[Sequence[int]], itemsize: int, 
 
 @dataclass(frozen=True)
 class Grid:
-    """How a sample's (rows, length) are divided: tiles (row_block, block), ``chunks`` runs of ``steps`` tiles for each position block."""
+    """How a sample's (rows, length) are divided: tiles (row_block, block), ``chunks`` runs of ``steps`` tiles
+    for each position block.
+    """
 
     row_block: int
     block: int
@@ -189,8 +202,8 @@ def grid(w: Walk, goal: int) -> Grid:
 def power(p: float, signed: bool) -> tuple[int, bool, bool, float, int]:
     """|x|^p (x^p if signed) for the kernels: (whole, half, signed, p, parity).
 
-    p = whole + half / 2 is done by multiplications and a square root where it is small; else whole is 0, and parity tells the sign of a
-    negative number's power: 1 negative, 2 positive, 0 none (NaN).
+    p = whole + half / 2 is done by multiplications and a square root where it is small; else whole is 0, and
+    parity tells the sign of a negative number's power: 1 negative, 2 positive, 0 none (NaN).
     """
     if not 1 <= p <= 16:
         raise ValueError(f"p must be from 1 to 16, got {p}")
@@ -205,7 +218,9 @@ IDENTITY = (1, False, True, 1.0, 1)
 
 
 def config(w: Walk, cut: Grid, p: tuple[int, bool, bool, float, int]) -> tuple:
-    """What of a tensor is constant in a kernel: how it is walked, its tile, and the power. Flat, for Triton 3.6: see tile.py."""
+    """What of a tensor is constant in a kernel: how it is walked, its tile, and the power. Flat, for Triton
+    3.6: see common/tile.py.
+    """
     return w.flat, w.rows_inner, w.unit, cut.row_block, cut.block, *p
 
 
@@ -233,7 +248,9 @@ class Plans(dict):
 
 
 class Launch:
-    """One kernel, with everything but its pointers and numbers that change from call to call: ``constants`` stand after those."""
+    """One kernel, with everything but its pointers and numbers that change from call to call: ``constants``
+    stand after those.
+    """
 
     def __init__(self, kernel: Any, programs: int, *constants: Any, **options: int) -> None:
         self.kernel, self.grid, self.constants, self.options = kernel, (programs, 1, 1), constants, OPTIONS | options

@@ -1,7 +1,7 @@
 """Windows of adaptive pooling, for kernels that pool and for those that send gradients back.
 
-Windows are PyTorch's: output o of O over an axis of I covers [floor(o I / O), ceil((o + 1) I / O)). The outputs whose windows hold an
-input are the window of pooling the other way.
+Windows are PyTorch's: output o of O over an axis of I covers [floor(o I / O), ceil((o + 1) I / O)). The
+outputs whose windows hold an input are the window of pooling the other way.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ BLOCK = 256  # elements a program
 
 @triton.jit
 def element(flat, channels, size, POSITION_FIRST: tl.constexpr):
-    """(sample, channel, d, h, w) of an element, counted with channels innermost if POSITION_FIRST. size: (D, H, W)."""
+    """(sample, channel, d, h, w) of an element, counted with channels innermost if POSITION_FIRST. size: (D,
+    H, W).
+    """
     positions = tl.cast(size[0], tl.int64) * size[1] * size[2]
     n = flat // (channels * positions)
     rest = flat % (channels * positions)
@@ -38,7 +40,9 @@ def offset(n, c, d, h, w, strides):
 
 @triton.jit
 def step(d, h, w, i, size, of, extent, mask):
-    """Position i of the windows, over a grid of ``size``, of the outputs (d, h, w) of ``of``, and whether it lies within each."""
+    """Position i of the windows, over a grid of ``size``, of the outputs (d, h, w) of ``of``, and whether it
+    lies within each.
+    """
     dd = d * size[0] // of[0] + i // (extent[1] * extent[2])
     hh = h * size[1] // of[1] + i // extent[2] % extent[1]
     ww = w * size[2] // of[2] + i % extent[2]
@@ -59,7 +63,9 @@ def volume(d, h, w, size, of):
 
 @triton.jit
 def sent(v, place, at, inside, d, h, w, dd, hh, ww, size, of):
-    """What window (dd, hh, ww) sends of v to (d, h, w): its share, or all where ``place`` says the maximum was."""
+    """What window (dd, hh, ww) sends of v to (d, h, w): its share, or all where ``place`` says the maximum
+    was.
+    """
     if place is not None:
         here = ((d * size[1] + h) * size[2] + w).to(tl.int32)
         inside = inside & (tl.load(place + at, mask=inside, other=-1) == here)

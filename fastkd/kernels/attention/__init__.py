@@ -1,0 +1,1 @@
+"""Attention maps, the attention-transfer loss and the taps."""

@@ -1,0 +1,1 @@
+"""FSP matrices and the FSP loss."""
