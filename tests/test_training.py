@@ -115,7 +115,8 @@ def loop_of(name, student=None, teacher=None, autocast=FP32, batches=None, **ove
     batches = batches or small_batches(dtype=torch.bfloat16 if autocast is BF16 else torch.float32)
     recipe = get_recipe("hankyul2", {"epochs": 2, "batch_size": batches.batch_size, **overrides})
     networks = student or create_model("resnet8"), teacher
-    made = Distillation(*networks, name, preset="hankyul2", teacher_mode=recipe.teacher_mode, autocast=autocast)
+    seen = {"train_labels": batches.labels, "batch_size": batches.batch_size}
+    made = Distillation(*networks, name, preset="hankyul2", teacher_mode=recipe.teacher_mode, autocast=autocast, **seen)
     return Trainer(made, batches, batches, recipe, autocast)
 
 
