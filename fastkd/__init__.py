@@ -1,17 +1,19 @@
 """Fused kernels for knowledge distillation: attention transfer and FSP, in float16 to float64, forward and backward.
 
 Functions :func:`attention_map`, :func:`attention_transfer_loss`, :func:`fsp_matrix`, :func:`fsp_loss`, :func:`kd_loss`,
-:func:`rkd_loss`, :func:`ofd_margin`, :func:`ofd_loss`, :func:`hcl_loss`, :func:`sakd_map`, :func:`sakd_loss`; :func:`tap` and
-:func:`relu_tap`, which take an attention map on the feature's way through the network; modules :class:`AttentionTransfer`,
-:class:`FSP`, :class:`KD`, :class:`RKD`, :class:`OFD`, :class:`HCL`, :class:`SAKD` with the published variants as presets;
+:func:`rkd_loss`, :func:`crd_loss`, :func:`ofd_margin`, :func:`ofd_loss`, :func:`hcl_loss`, :func:`sakd_map`, :func:`sakd_loss`;
+:func:`tap` and :func:`relu_tap`, which take an attention map on the feature's way through the network; modules
+:class:`AttentionTransfer`, :class:`FSP`, :class:`KD`, :class:`RKD`, :class:`CRD`, :class:`OFD`, :class:`HCL`, :class:`SAKD` with the
+published variants as presets;
 :class:`Distillation`, which joins student, teacher and method; :mod:`fastkd.reference`, the same in plain PyTorch.
 """
 
 from fastkd import backends, models, native, ops, reference
 from fastkd.backends import BackendError, use_backend
 from fastkd.distillation import Distillation, Losses
-from fastkd.losses import FSP, HCL, KD, OFD, RKD, SAKD, AttentionTransfer
+from fastkd.losses import CRD, FSP, HCL, KD, OFD, RKD, SAKD, AttentionTransfer
 from fastkd.ops.attention import attention_map, attention_transfer_loss
+from fastkd.ops.crd import crd_loss
 from fastkd.ops.feature_map import relu_tap, tap
 from fastkd.ops.fsp import fsp_loss, fsp_matrix
 from fastkd.ops.rkd import rkd_loss
@@ -21,6 +23,7 @@ from fastkd.reference import hcl_loss, kd_loss, ofd_loss, ofd_margin
 __version__ = "0.1.0"
 
 __all__ = [
+    "CRD",
     "FSP",
     "HCL",
     "KD",
@@ -34,6 +37,7 @@ __all__ = [
     "attention_map",
     "attention_transfer_loss",
     "backends",
+    "crd_loss",
     "fsp_loss",
     "fsp_matrix",
     "hcl_loss",

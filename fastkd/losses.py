@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from fastkd import checks
 from fastkd.checks import Features
 from fastkd.ops.attention import attention_transfer_loss
+from fastkd.ops.crd import crd_loss
 from fastkd.ops.fsp import fsp_loss
 from fastkd.ops.rkd import rkd_loss
 from fastkd.ops.sakd import sakd_loss
@@ -208,6 +210,55 @@ class RKD(_Loss):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return super().forward(student, teacher)
+
+
+class CRD(_Loss):
+    """:func:`fastkd.crd_loss` with its banks and normalizers as buffers, copies of what is given here, and its arguments as attributes.
+
+    ``forward(student, teacher, rows=None)``: (N, D) twice and (N, K + 1) -> (scalar, times ``weight``, normalizers (2,)). It changes
+    nothing: :meth:`update` does, after the optimizer's step. ``rows`` of the constructor stand in where ``forward`` gets none.
+
+    Presets, ``CRD.preset("kdzoo", student_bank=..., teacher_bank=...)``: ``repdistiller``, ``mdistiller``: temperature 0.07, weight 0.8;
+    ``kdzoo``: 0.1 and 0.8, its weight for CIFAR-100 (0.2 for CIFAR-10).
+    """
+
+    student_bank: Tensor
+    teacher_bank: Tensor
+    normalizers: Tensor
+    rows: Tensor | None
+
+    def __init__(self, student_bank: Tensor, teacher_bank: Tensor, rows: Tensor | None = None, *, temperature: float = 0.07,
+                 normalizers: Tensor | Sequence[float] | None = None, eps: float = 1e-7, weight: float = 1.0) -> None:  # fmt: skip
+        super().__init__(temperature=temperature, eps=eps, weight=weight)
+        checks.crd_banks(student_bank, teacher_bank, normalizers)
+        self.register_buffer("student_bank", student_bank.detach().clone())
+        self.register_buffer("teacher_bank", teacher_bank.detach().clone())
+        given = torch.as_tensor((0.0, 0.0) if normalizers is None else normalizers, dtype=student_bank.dtype, device=student_bank.device)
+        self.register_buffer("normalizers", given.detach().clone())
+        self.register_buffer("rows", rows, persistent=False)
+
+    function = staticmethod(crd_loss)  # type: ignore[assignment]
+    presets = {
+        "repdistiller": {"temperature": 0.07, "weight": 0.8},
+        "mdistiller": {"temperature": 0.07, "weight": 0.8},
+        "kdzoo": {"temperature": 0.1, "weight": 0.8},
+    }
+
+    def forward(self, student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        options = {name: getattr(self, name) for name in self._options}
+        rows = self.rows if rows is None else rows
+        return crd_loss(student, teacher, self.student_bank, self.teacher_bank, rows, normalizers=self.normalizers, **options)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def update(self, index: Tensor, student: Tensor, teacher: Tensor, normalizers: Tensor, momentum: float = 0.5) -> None:
+        """Moves the rows ``index`` (N,) of the banks to ``momentum * row + (1 - momentum) * embedding``, brought to length 1.
+
+        ``normalizers`` (2,) are taken where there are none yet.
+        """
+        for bank, found in ((self.student_bank, student), (self.teacher_bank, teacher)):
+            row = momentum * bank[index] + (1 - momentum) * found
+            bank[index] = (row / row.norm(dim=1, keepdim=True)).to(bank.dtype)
+        self.normalizers.copy_(torch.where(self.normalizers > 0, self.normalizers, normalizers))
 
 
 class OFD(_Loss):

@@ -310,6 +310,37 @@ def rkd_loss(student: Tensor, teacher: Tensor, *, distance_weight: float = 25.0,
         return loss
 
 
+def _crd_inputs(student: Tensor, teacher: Tensor, student_bank: Tensor, teacher_bank: Tensor,
+                normalizers: Tensor | Sequence[float] | None) -> list[Tensor]:  # fmt: skip
+    """The five tensors of :func:`fastkd.crd_loss` in one dtype; banks and normalizers as constants."""
+    if normalizers is None:
+        normalizers = (0.0, 0.0)
+    if not isinstance(normalizers, Tensor):
+        normalizers = torch.tensor([float(value) for value in normalizers], dtype=torch.float32, device=student.device)
+    return _widen(student, teacher, student_bank.detach(), teacher_bank.detach(), normalizers.detach())
+
+
+def crd_loss(student: Tensor, teacher: Tensor, student_bank: Tensor, teacher_bank: Tensor, rows: Tensor, *, temperature: float = 0.07,
+             normalizers: Tensor | Sequence[float] | None = None, eps: float = 1e-7,
+             weight: float = 1.0) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Reference of :func:`fastkd.crd_loss`, which see, with the (N, K + 1, D) drawn rows of each bank."""
+    checks.crd_loss(student, teacher, student_bank, teacher_bank, rows, temperature, normalizers, eps, weight)
+    checks.crd_rows(rows, len(student_bank))
+    temperature, eps = float(temperature), float(eps)
+    with _no_autocast(student):
+        s, t, s_bank, t_bank, given = _crd_inputs(student, teacher, student_bank, teacher_bank, normalizers)
+        size, noise = len(s_bank), (rows.shape[1] - 1) / len(s_bank)
+        loss, found = s.new_zeros(()), []
+        for x, bank, z in ((s, t_bank, given[0]), (t, s_bank, given[1])):
+            scores = (bank[rows] * x[:, None]).sum(2) / temperature
+            z = torch.where(z > 0, z, scores.detach().exp().mean() * size)
+            positive = scores[:, 0] - z.log()  # log P; the others as log1p, since in float32 P + K / M would be rounded
+            loss = loss + F.softplus(math.log(noise + eps) - positive, threshold=1000).sum()
+            loss = loss + ((scores[:, 1:].exp() / z + eps) / noise).log1p().sum()
+            found.append(z)
+        return loss * (float(weight) / len(s)), torch.stack(found)
+
+
 def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
     """The margins of :func:`ofd_loss`: for each channel of a batch norm the mean of what it sends below 0.
 

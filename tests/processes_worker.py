@@ -94,7 +94,8 @@ def banks(path: str) -> None:
         rows = torch.arange(5).tensor_split(2)[rank]
         joined = distributed.joined_rows((rows, (rows[:, None] * 2.0,)), 5)
         made = loop(toy_methods.define("bank"))
-        torch.save({"joined": joined, "bank": made.distillation.methods["bank"].bank}, f"{path}-{rank}.pt")
+        crd = loop("crd").distillation.methods["crd"].function.state_dict()
+        torch.save({"joined": joined, "bank": made.distillation.methods["bank"].bank, "crd": crd}, f"{path}-{rank}.pt")
 
 
 def answers(path: str) -> None:

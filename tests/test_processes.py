@@ -92,6 +92,11 @@ def test_rows_of_all_processes_reach_a_method_that_keeps_them(start, tmp_path, o
     two = [torch.load(tmp_path / f"two-{rank}.pt") for rank in (0, 1)]
     assert torch.equal(two[0]["bank"], two[1]["bank"]) and one.any(1).all()
     torch.testing.assert_close(two[0]["bank"], one, rtol=1e-4, atol=1e-6)
+    one = distributed_worker.loop("crd").distillation.methods["crd"].function.state_dict()
+    for name, value in one.items():  # after the first step, in which each process has its own normalizers
+        assert torch.equal(two[0]["crd"][name], two[1]["crd"][name])
+        torch.testing.assert_close(two[0]["crd"][name], value, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(two[0]["crd"]["normalizers"], one["normalizers"], rtol=1e-5, atol=0)
     for found in two:
         index, (record,) = found["joined"]
         assert index.tolist() == [0, 1, 2, 3, 4] and record.tolist() == [[0.0], [2.0], [4.0], [6.0], [8.0]]

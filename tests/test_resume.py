@@ -151,13 +151,13 @@ def test_every_file_may_be_half_written(nursery, whole, tmp_path, method, die_at
 
 @pytest.mark.parametrize(
     "name",
-    ["at+kd", "fitnet+ofd+srrl", "scheduled+bank+toy", "wrapping", pytest.param("reviewkd+semckd+afd", marks=pytest.mark.slow)],
+    ["at+kd", "fitnet+ofd+srrl", "crd", "scheduled+bank+toy", "wrapping", pytest.param("reviewkd+semckd+afd", marks=pytest.mark.slow)],
 )
 def test_a_loop_taken_up_goes_on_as_if_nothing_had_been(one_thread, name):
     """Teacher in train mode, momenta, learning rates, best weights, what a method learns and keeps: through a file and into new objects."""
     words = ["kd.weight=1", "semckd.beta=4"] if "semckd" in name else ["ce.weight=1"]
     ours = {"preset": "sakd"} if name in ("at+kd", "fitnet+ofd+srrl") else {"words": words}
-    method = (define if {"at", "fitnet", "afd"} & {*name.split("+")} else toy_methods.define)(name, **ours)
+    method = (define if {"at", "fitnet", "crd", "afd"} & {*name.split("+")} else toy_methods.define)(name, **ours)
 
     def loop():
         torch.manual_seed(0)

@@ -215,6 +215,9 @@ def operators(ops):
         made["batch_norm"] = lambda x: ops.batch_norm(x, b, w, w, True, 1e-5), a
         made["batch_norm_backward"] = lambda x: ops.batch_norm_backward(b, x, None, w, w, mean, invstd, True, False), a
         made["rkd_loss"] = lambda x: ops.rkd_loss(x.flatten(1), b.flatten(1), 25.0, 50.0, True, False), a
+        unit, rows = b.flatten(1) / b.flatten(1).norm(dim=1, keepdim=True), torch.tensor([[0, 2, 1], [1, 0, 3]])
+        banks = torch.randn(4, 60), torch.randn(4, 60), rows, torch.tensor([5.0, 7.0]), 50.0, 1e-7, 1.0, True, False
+        made["crd_loss"] = lambda x: ops.crd_loss(x.flatten(1), unit, *banks), a
         made["add_relu_"] = lambda x: ops.add_relu_(x * 1, b), a
     return made
 

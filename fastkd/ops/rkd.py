@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastkd import checks, reference
 from fastkd._private import transforming
+from fastkd.ops._gradients import Scaled
 from fastkd.ops._register import autograd, define, implement
 
 NUMBERS = 2**16
@@ -116,18 +117,6 @@ def _vertices(rows: slice, sides: tuple[Tensor, Tensor], angle: float, pulls: li
     return loss
 
 
-class _Scaled(torch.autograd.Function):
-    """``grad * upstream``, a function of ``x`` too, whose derivative is refused."""
-
-    @staticmethod
-    def forward(ctx: Any, upstream: Tensor, grad: Tensor, x: Tensor) -> Tensor:
-        return grad * upstream
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError("rkd_loss has no second derivative: use fastkd.reference.rkd_loss, which is differentiable twice")
-
-
 def _context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.save_for_backward(*output[1:], *inputs[:2])
     ctx.set_materialize_grads(False)
@@ -137,7 +126,8 @@ def _context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> 
 def _gradients(ctx: Any, upstream: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
     grads, sides = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
     found = [
-        _Scaled.apply(upstream, grad, x) if upstream is not None and grad.numel() else None for grad, x in zip(grads, sides, strict=True)
+        Scaled.apply("rkd_loss", upstream, grad, x) if upstream is not None and grad.numel() else None
+        for grad, x in zip(grads, sides, strict=True)
     ]
     return *found, None, None, None, None
 

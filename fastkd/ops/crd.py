@@ -1,0 +1,137 @@
+"""Contrastive representation distillation: scores of the drawn rows of two banks, without a tensor (B, K + 1, D)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd import checks, reference
+from fastkd._private import transforming
+from fastkd.ops._gradients import Scaled
+from fastkd.ops._register import autograd, define, implement
+
+NUMBERS = 2**22
+"""Of what a chunk of samples makes: scores against a whole bank, or drawn rows of it."""
+CHEAPER = 64
+"""How many rows of a bank a product of matrices takes in the time of one that is gathered."""
+
+
+def crd_loss(student: Tensor, teacher: Tensor, student_bank: Tensor, teacher_bank: Tensor, rows: Tensor, *, temperature: float = 0.07,
+             normalizers: Tensor | Sequence[float] | None = None, eps: float = 1e-7,
+             weight: float = 1.0) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Noise-contrastive loss that tells the other network's embedding of an image from those of drawn images, in both directions.
+
+    Args:
+        student, teacher: (N, D) floating point, embeddings of length 1.
+        student_bank, teacher_bank: (M, D) floating point, an embedding of each image of the training set. They are constants.
+        rows: (N, K + 1) int64, rows of the banks, K >= 1: column 0 is the positive, the others are the negatives.
+        temperature: T, above 0, and large enough that M exp(1 / T) is finite.
+        normalizers: two numbers, Z of the student's scores against ``teacher_bank`` and of the teacher's against ``student_bank``;
+            one that is not above 0 is found in this call, as both are for None: ``M * P.mean()`` of P before its division.
+        eps: at least 0.
+        weight: multiplies the loss.
+
+    Returns: (the scalar, the two normalizers (2,) that were used, without gradient); float32, float64 if any input is float64.
+    Each direction, with ``P = exp(embedding @ bank[row] / T) / Z`` and ``c = K / M``, is ``-1 / N`` times the sum of
+    ``log(P / (P + c + eps))`` over the positives and of ``log(c / (P + c + eps))`` over the negatives; the loss is the sum of both.
+    Scores come from one product with the whole bank where enough of it is drawn, else a chunk of samples at a time, and the
+    gradients are found with them: memory is O(N M) at most, never (N, K + 1, D).
+    Raises: TypeError, ValueError for what does not fit. A second derivative raises RuntimeError; ``fastkd.reference`` has one.
+    Source: Tian, Krishnan, Isola, *Contrastive representation distillation*, ICLR 2020.
+    """
+    checks.crd_loss(student, teacher, student_bank, teacher_bank, rows, temperature, normalizers, eps, weight)
+    if transforming():
+        options: dict[str, Any] = {"temperature": temperature, "normalizers": normalizers, "eps": eps, "weight": weight}
+        return reference.crd_loss(student, teacher, student_bank, teacher_bank, rows, **options)
+    s, t, s_bank, t_bank, given = reference._crd_inputs(student, teacher, student_bank, teacher_bank, normalizers)
+    followed = torch.is_grad_enabled()
+    needs = followed and s.requires_grad, followed and t.requires_grad
+    numbers = float(temperature), float(eps), float(weight)
+    loss, found, _, _ = torch.ops.fastkd.crd_loss.default(s, t, s_bank, t_bank, rows, given, *numbers, *needs)
+    return loss, found
+
+
+def _loss(s: Tensor, t: Tensor, s_bank: Tensor, t_bank: Tensor, rows: Tensor, given: Tensor, temperature: float, eps: float,
+          weight: float, need_s: bool, need_t: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss, normalizers, the loss's gradient for s, for t); a gradient that nobody needs has no elements."""
+    checks.crd_rows(rows, len(s_bank))
+    with reference._no_autocast(s):
+        sides = [_direction(x, bank, rows, z, temperature, eps, weight, need)
+                 for x, bank, z, need in ((s, t_bank, given[0], need_s), (t, s_bank, given[1], need_t))]  # fmt: skip
+    losses, found, grads = zip(*sides, strict=True)
+    return losses[0] + losses[1], torch.stack(found), *grads
+
+
+def _fake(s: Tensor, t: Tensor, s_bank: Tensor, t_bank: Tensor, rows: Tensor, given: Tensor, temperature: float, eps: float,
+          weight: float, need_s: bool, need_t: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grads = [torch.empty_like(x) if need else x.new_empty(0) for x, need in ((s, need_s), (t, need_t))]
+    return s.new_empty(()), s.new_empty(2), grads[0], grads[1]
+
+
+def _direction(x: Tensor, bank: Tensor, rows: Tensor, given: Tensor, temperature: float, eps: float, weight: float,
+               need: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss, normalizer, gradient) of the embeddings ``x`` against a bank."""
+    size, noise = len(bank), (rows.shape[1] - 1) / len(bank)
+    chunks, whole = _chunks(bank, rows)
+    scaled = x / temperature
+    scores = x.new_empty(rows.shape)
+    for part in chunks:
+        scores[part] = (scaled[part] @ bank.T).gather(1, rows[part]) if whole else (bank[rows[part]] @ scaled[part, :, None])[..., 0]
+    positive, odds = scores[:, 0].clone(), scores.exp_()
+    normalizer = torch.where(given > 0, given, odds.mean() * size)
+    # log(P / (P + c + eps)) by the logarithm of P, and log(c / (P + c + eps)) = -log1p((P + eps) / c): in float32, c + P would be rounded
+    against = math.log(noise + eps) + normalizer.log() - positive
+    odds.mul_(1 / (normalizer * noise))
+    shifted = odds[:, 1:] + eps / noise
+    factor = weight / len(x)
+    loss = factor * (torch.logaddexp(against, torch.zeros_like(against)).sum() + shifted.log1p().sum())
+    if not need:
+        return loss, normalizer, x.new_empty(0)
+    slopes = odds  # of the loss by each score
+    slopes[:, 1:] /= shifted.add_(1)
+    slopes[:, 0] = -against.sigmoid()
+    slopes *= factor / temperature
+    grad = torch.empty_like(x)
+    for part in chunks:
+        if whole:
+            grad[part] = slopes.new_zeros(len(x[part]), size).scatter_add_(1, rows[part], slopes[part]) @ bank
+        else:
+            grad[part] = (slopes[part, None] @ bank[rows[part]])[:, 0]
+    return loss, normalizer, grad
+
+
+def _chunks(bank: Tensor, rows: Tensor) -> tuple[list[slice], bool]:
+    """Samples that are looked at together, and whether with the whole bank."""
+    (size, width), (count, drawn) = bank.shape, rows.shape
+    whole = drawn * CHEAPER >= size and count * drawn >= size
+    step = max(64, NUMBERS // size) if whole else max(1, NUMBERS // (drawn * width))
+    return [slice(begin, min(begin + step, count)) for begin in range(0, count, step)], whole
+
+
+def _context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[2:], *inputs[:2])
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _gradients(ctx: Any, upstream: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
+    grads, sides = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
+    found = [
+        Scaled.apply("crd_loss", upstream, grad, x) if upstream is not None and grad.numel() else None
+        for grad, x in zip(grads, sides, strict=True)
+    ]
+    return (*found, *[None] * 9)
+
+
+define(
+    "crd_loss(Tensor s, Tensor t, Tensor s_bank, Tensor t_bank, Tensor rows, Tensor given, float temperature, float eps, float weight, "
+    "bool need_s, bool need_t) -> (Tensor loss, Tensor normalizers, Tensor s_grad, Tensor t_grad)",
+    _fake,
+    only_cpu=True,
+)
+implement("crd_loss", _loss)
+autograd("crd_loss", _gradients, _context, only_cpu=True)
