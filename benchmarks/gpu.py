@@ -227,6 +227,8 @@ def end(process: subprocess.Popen[bytes], grace: float) -> None:
 
 
 def execute(run: Run, parts: list[Part], background: Part | None) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of nohup or a shell's &, which the parts would inherit
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     behind: tuple[Part, float, subprocess.Popen[bytes], Path] | None = None
 
     def finish(grace: float) -> None:

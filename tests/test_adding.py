@@ -26,8 +26,8 @@ def test_a_method_is_added_by_the_files_that_the_page_shows(tmp_path):
     text = (ROOT / "docs" / "adding.md").read_text(encoding="utf-8")
     files = dict(re.findall(r"```python\n# (\S+\.py)\n(.*?)```", text, re.DOTALL))
     assert list(files) == ["fastkd/methods/vector.py", "tests/test_vector.py"]
-    for folder in ("fastkd", "tests"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for folder in ("fastkd", "tests", "benchmarks"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so", "results"))
     for path in ("train.py", "pyproject.toml"):
         shutil.copy(ROOT / path, tmp_path)
     for library in (ROOT / "fastkd").glob("_C*.so"):

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 def run_pytest(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
     environment.pop("TRITON_INTERPRET", None)  # of these tests, not of who runs the command
+    environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_XDIST")}  # a run of its own
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, text=True, capture_output=True, timeout=300)
 

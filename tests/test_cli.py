@@ -109,7 +109,7 @@ def test_ctrl_c_leaves_everything_whole_and_says_how_far_it_came(tmp_path):
 
 @pytest.mark.parametrize(
     "flags",
-    [["--method", "crd"], ["--method", "fsp", "--epochs", "many"], ["--method", "at", "--student", "resnet21"], ["--methods", "at"], []],
+    [["--method", "unknown"], ["--method", "fsp", "--epochs", "many"], ["--method", "at", "--student", "resnet21"], ["--methods", "at"], []],
     ids=" ".join,
 )
 def test_a_wrong_flag_is_one_line_and_status_2(main, capsys, flags):
@@ -121,7 +121,7 @@ def test_a_wrong_flag_is_one_line_and_status_2(main, capsys, flags):
 
 def test_the_status_reaches_the_shell(tmp_path):
     (tmp_path / "file").touch()
-    for flags in (["--method", "crd"], ["--method", "fsp", "--dataset", "digits", "--output", tmp_path / "file" / "runs"]):
+    for flags in (["--method", "unknown"], ["--method", "fsp", "--dataset", "digits", "--output", tmp_path / "file" / "runs"]):
         result = start(*flags)
         assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
 

@@ -246,8 +246,8 @@ def test_a_group_is_what_differs_in_the_seed_alone_and_a_seed_counts_once():
 def test_a_title_says_what_a_run_was():
     row = {"method": "at+kd", "dataset": "cifar10", "student": "resnet20", "teacher": "resnet110", "nepoch": 10}
     assert described(row) == "AT+KD on CIFAR-10, resnet20 ← resnet110, 10 epochs"
-    alone = {"method": "crd", "dataset": "svhn", "student": "resnet8", "teacher": "", "nepoch": "1"}
-    assert described(alone) == "crd on svhn, resnet8, 1 epoch"
+    alone = {"method": "other", "dataset": "svhn", "student": "resnet8", "teacher": "", "nepoch": "1"}
+    assert described(alone) == "other on svhn, resnet8, 1 epoch"
 
 
 def test_repeats_are_rows_with_a_mean_and_one_teacher(small_main, tmp_path, capsys):
