@@ -49,6 +49,11 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"fastkd: inputs drawn from FASTKD_TEST_SEED={SEED}, torch {torch.__version__}"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]):
+    if hasattr(config, "workerinput"):  # the longest file first, lest one process end with it alone
+        items.sort(key=lambda item: item.path.name != "test_triton_compile.py")
+
+
 def pytest_collection_finish(session: pytest.Session):
     """A module's ``beforehand()`` starts what its tests will wait for, and returns what ends it."""
     if session.config.option.collectonly or hasattr(session.config, "workerinput"):

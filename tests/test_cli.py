@@ -109,7 +109,13 @@ def test_ctrl_c_leaves_everything_whole_and_says_how_far_it_came(tmp_path):
 
 @pytest.mark.parametrize(
     "flags",
-    [["--method", "unknown"], ["--method", "fsp", "--epochs", "many"], ["--method", "at", "--student", "resnet21"], ["--methods", "at"], []],
+    [
+        ["--method", "unknown"],
+        ["--method", "fsp", "--epochs", "many"],
+        ["--method", "at", "--student", "resnet21"],
+        ["--methods", "at"],
+        [],
+    ],
     ids=" ".join,
 )
 def test_a_wrong_flag_is_one_line_and_status_2(main, capsys, flags):
