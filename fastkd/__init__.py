@@ -8,9 +8,11 @@ published variants as presets;
 :class:`Distillation`, which joins student, teacher and method; :mod:`fastkd.reference`, the same in plain PyTorch.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from fastkd import backends, models, native, ops, reference
 from fastkd.backends import BackendError, use_backend
-from fastkd.distillation import Distillation, Losses
 from fastkd.losses import CRD, FSP, HCL, KD, OFD, RKD, SAKD, AttentionTransfer
 from fastkd.ops.attention import attention_map, attention_transfer_loss
 from fastkd.ops.crd import crd_loss
@@ -20,7 +22,22 @@ from fastkd.ops.rkd import rkd_loss
 from fastkd.ops.sakd import sakd_loss, sakd_map
 from fastkd.reference import hcl_loss, kd_loss, ofd_loss, ofd_margin
 
+if TYPE_CHECKING:
+    from fastkd import distillation as distillation
+    from fastkd import methods as methods
+    from fastkd.distillation import Distillation, Losses
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # imported when first asked for: the methods would take a third of the time of importing fastkd
+    if name in ("methods", "distillation"):
+        return importlib.import_module(f"fastkd.{name}")
+    if name in ("Distillation", "Losses"):
+        return getattr(importlib.import_module("fastkd.distillation"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "CRD",

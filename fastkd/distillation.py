@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd import backends
+from fastkd import backends, reference
 from fastkd.methods import Batch, BuildContext, Definition, Distiller, Output, Points, define, overrides, undisturbed
 from fastkd.models.extract import Observed, shows_features
 from fastkd.models.folding import fold_for_inference
@@ -253,7 +253,7 @@ class Distillation(nn.Module):
 
     def _seen(self, z: Tensor) -> Tensor:
         """Logits as every loss of the sum sees them: in float32 at least, and as a method may change them."""
-        z = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+        (z,) = reference._widen(z)
         for name in self._changes_logits:
             z = self._distiller(name).logits(z)
         return z

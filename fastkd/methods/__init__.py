@@ -23,7 +23,6 @@ from fastkd.methods.base import (
     undisturbed,
 )
 from fastkd.methods.definition import Definition, Term
-from fastkd.models import students
 
 # the order of the published table, and of the terms of a sum (but KD is last there); what is not in it comes after, by name
 _TABLE = ("kd", "fitnet", "at", "fsp", "ofd", "rkd", "crd", "reviewkd", "srrl", "afd", "semckd", "simkd", "norm", "sakd")
@@ -74,13 +73,10 @@ def create_method(name: str, context: BuildContext, *, preset: str | None = None
     return distillers[name] if name in distillers else nn.ModuleDict(distillers)
 
 
-def _wrap(student: nn.Module, teacher: nn.Module, run: Mapping[str, Any]) -> nn.Module:
-    """For ``fastkd.models.load_student``: ``run`` is a run's config.json."""
+def wrapped(student: nn.Module, teacher: nn.Module, run: Mapping[str, Any]) -> nn.Module:
+    """The student as the method of a run changes it; ``run`` is the run's config.json."""
     found = define(run["method"], preset=run["fields"]["preset"], words=run["options"])
     return found.wrap(BuildContext.of(student, teacher)) if found.wraps else student
-
-
-students.HOOKS["wrap"] = _wrap
 
 
 def title_of(name: str) -> str:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastkd import reference
 from fastkd.methods.base import Batch, Beside, BuildContext, Distiller, Output, Preset, option
 
 
@@ -76,9 +76,6 @@ class SimKD(Distiller):
         return student.to(next(student.parameters()))
 
     def loss(self, batch: Batch, student: Output, teacher: Output, connected: Any) -> Tensor:
-        found, wanted = student.features.final, teacher.features.final
-        return self.beta * F.mse_loss(_wide(found), _wide(to_smaller(wanted, found.shape[2:])))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        found = student.features.final
+        found, wanted = reference._widen(found, to_smaller(teacher.features.final, found.shape[2:]))
+        return self.beta * F.mse_loss(found, wanted)
