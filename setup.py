@@ -3,8 +3,8 @@
     fastkd/_C.abi3.so        csrc/cpu, always
     fastkd/_C_cuda.abi3.so   csrc/cuda, where a GPU is seen, FASTKD_CUDA=1 or TORCH_CUDA_ARCH_LIST asks for it
 
-Both use PyTorch's stable ABI: one file serves every CPython >= 3.10 and every PyTorch >= 2.11. ninja calls the
-compilers directly, since PyTorch's own builder insists on the CUDA toolkit that PyTorch was built with.
+Both use PyTorch's stable ABI: one file serves every CPython >= 3.10 and every PyTorch >= 2.11. ninja calls
+the compilers directly, since PyTorch's own builder insists on the CUDA toolkit that PyTorch was built with.
 
 Environment: FASTKD_BUILD, FASTKD_CUDA, MAX_JOBS, TORCH_CUDA_ARCH_LIST, CXX, CXXFLAGS, LDFLAGS, CUDA_HOME.
 """

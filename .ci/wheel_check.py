@@ -1,10 +1,13 @@
-"""One wheel for every PyTorch: builds it beside one version, looks at its tag and symbols, and runs the operations beside others.
+"""One wheel for every PyTorch: builds it beside one version, looks at its tag and symbols, and runs the
+operations beside others.
 
-    python .ci/wheel_check.py                                            beside this interpreter's PyTorch and 2.13.0
-    python .ci/wheel_check.py --run 2.11.0 2.13.0 newest current         the oldest, a small CPU-only one, the newest, this one
-    python .ci/wheel_check.py --build 2.11.0                             built beside the oldest instead
+    python .ci/wheel_check.py                                            beside this interpreter's PyTorch and
+    2.13.0 python .ci/wheel_check.py --run 2.11.0 2.13.0 newest current         the oldest, a small CPU-only
+    one, the newest, this one python .ci/wheel_check.py --build 2.11.0                             built
+    beside the oldest instead
 
-``current`` is the PyTorch of the interpreter that runs this file; every other version gets a fresh virtual environment of its own.
+``current`` is the PyTorch of the interpreter that runs this file; every other version gets a fresh virtual
+environment of its own.
 """
 
 from __future__ import annotations
@@ -22,9 +25,12 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SHIM = re.compile(r"(aoti_)?torch_[a-z0-9_]+$")  # PyTorch's C functions, the only part of it with a stable ABI
+# PyTorch's C functions, the only part of it with a stable ABI
+SHIM = re.compile(r"(aoti_)?torch_[a-z0-9_]+$")
 SYSTEM = re.compile(r"@+(GLIBC|GLIBCXX|CXXABI|GCC)_")
-NEEDED = re.compile(r"(libtorch_cpu|libtorch_cuda|libstdc\+\+|libgcc_s|libc|libm|libdl|librt|libpthread|ld-linux-[\w-]+)\.so[.\d]*$")
+NEEDED = re.compile(
+    r"(libtorch_cpu|libtorch_cuda|libstdc\+\+|libgcc_s|libc|libm|libdl|librt|libpthread|ld-linux-[\w-]+)\.so[.\d]*$"
+)
 
 
 def call(*command: str | Path, path: str = "", cwd: Path | None = None) -> str:
@@ -32,7 +38,8 @@ def call(*command: str | Path, path: str = "", cwd: Path | None = None) -> str:
     print("$", *command, flush=True)
     # every symbol is looked up when the library is loaded, not when it is first called
     environment = {**os.environ, "PYTHONPATH": path, "LD_BIND_NOW": "1"}
-    environment["PATH"] = os.pathsep.join((f"{path}/bin", os.environ["PATH"]))  # commands of packages in that folder
+    # commands of packages in that folder
+    environment["PATH"] = os.pathsep.join((f"{path}/bin", os.environ["PATH"]))
     done = subprocess.run([*map(str, command)], env=environment, cwd=cwd, text=True, capture_output=True)
     if done.returncode:
         raise SystemExit(f"{done.stdout}{done.stderr}\nwheel check: {' '.join(map(str, command))} failed")
@@ -48,7 +55,9 @@ class Beside:
             folder = work / f"torch-{version}"
             venv.create(folder, with_pip=True)
             self.python = folder / "bin" / "python"
-            self.call("-m", "pip", "install", "--quiet", "torch" if version == "newest" else f"torch=={version}")
+            self.call(
+                "-m", "pip", "install", "--quiet", "torch" if version == "newest" else f"torch=={version}"
+            )
 
     def call(self, *arguments: str | Path, cwd: Path | None = None) -> str:
         return call(self.python, *arguments, path=str(self.extra), cwd=cwd)
@@ -62,24 +71,42 @@ def build(beside: Beside, work: Path) -> Path:
     beside.add("setuptools>=77", "ninja")
     beside.call("-c", f"import setuptools.build_meta as b; b.build_sdist({str(work)!r})", cwd=ROOT)
     (sdist,) = work.glob("fastkd-*.tar.gz")
-    beside.call("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", work / "wheel", sdist)
+    beside.call(
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        work / "wheel",
+        sdist,
+    )
     (wheel,) = (work / "wheel").glob("*.whl")
     return wheel
 
 
 def check_symbols(library: Path) -> None:
-    undefined = [line.split()[-1] for line in call("nm", "-D", "--undefined-only", library).splitlines() if line.split()[-2] == "U"]
+    undefined = [
+        line.split()[-1]
+        for line in call("nm", "-D", "--undefined-only", library).splitlines()
+        if line.split()[-2] == "U"
+    ]
     strange = [name for name in undefined if not SHIM.match(name) and not SYSTEM.search(name)]
     if strange or not any(map(SHIM.match, undefined)):
         raise SystemExit(
-            f"wheel check: {library.name} depends on what is no stable ABI: {', '.join(strange) or 'nothing of PyTorch at all'}"
+            f"wheel check: {library.name} depends on what is no stable ABI:"
+            f" {', '.join(strange) or 'nothing of PyTorch at all'}"
         )
     dynamic = call("readelf", "-d", "-W", library)
     needed = re.findall(r"NEEDED.*\[(.+)\]", dynamic)
     foreign = [name for name in needed if not NEEDED.match(name)] + re.findall(r"R(?:UN)?PATH.*", dynamic)
     if foreign:
         raise SystemExit(f"wheel check: {library.name} asks for {', '.join(foreign)}")
-    print(f"{library.name}: {sum(map(bool, map(SHIM.match, undefined)))} functions of PyTorch's C shim; needs {', '.join(needed)}")
+    print(
+        f"{library.name}: {sum(map(bool, map(SHIM.match, undefined)))} functions of PyTorch's C shim; needs"
+        f" {', '.join(needed)}"
+    )
 
 
 def check_wheel(wheel: Path, work: Path) -> None:
@@ -96,17 +123,25 @@ def check_wheel(wheel: Path, work: Path) -> None:
 
 
 def operations() -> None:
-    """Runs beside each PyTorch: every operation, forward and backward, by the reference and by the compiled kernels, in a graph too."""
+    """Runs beside each PyTorch: every operation, forward and backward, by the reference and by the compiled
+    kernels, in a graph too.
+    """
     import torch
 
     import fastkd
     from fastkd import native, reference
 
-    assert not Path(fastkd.__file__).is_relative_to(ROOT), f"{fastkd.__file__} is the source tree, not the wheel"
+    assert not Path(fastkd.__file__).is_relative_to(ROOT), (
+        f"{fastkd.__file__} is the source tree, not the wheel"
+    )
     assert native.CPU.available, native.CPU.reason
     assert native.CUDA.available or torch.version.cuda is None or native.CUDA.path is None, native.CUDA.reason
     calls = {
-        "attention_map": lambda m, s, t: m.attention_map(s[0]).pow(3).sum() + m.attention_map(s[1], p=3.0, normalize=False).sum(),
+        "attention_map": (
+            lambda m, s, t: (
+                m.attention_map(s[0]).pow(3).sum() + m.attention_map(s[1], p=3.0, normalize=False).sum()
+            )
+        ),
         "attention_transfer_loss": lambda m, s, t: m.attention_transfer_loss(s, t, weight=1000.0),
         "fsp_matrix": lambda m, s, t: m.fsp_matrix(s[0], s[1]).square().sum(),
         "fsp_loss": lambda m, s, t: m.fsp_loss(s, t),
@@ -130,13 +165,23 @@ def operations() -> None:
                 results.append((value, [x.grad for x in leaves]))
             (value_wanted, grads_wanted), *found = results
             for value, grads in found:
-                torch.testing.assert_close(value, value_wanted.to(value.dtype), rtol=tolerance, atol=tolerance)
+                torch.testing.assert_close(
+                    value, value_wanted.to(value.dtype), rtol=tolerance, atol=tolerance
+                )
                 for x, grad, wanted in zip(student, grads, grads_wanted, strict=True):
                     assert (grad is None) == (wanted is None), name
                     if grad is not None and wanted is not None:
                         assert grad.dtype == x.dtype
-                        torch.testing.assert_close(grad, wanted, rtol=tolerance, atol=tolerance * max(1e-6, wanted.abs().max().item()))
-    print(f"operations right beside torch {torch.__version__}, Python {sys.version.split()[0]}, CPU path {native.cpu_path()}")
+                        torch.testing.assert_close(
+                            grad,
+                            wanted,
+                            rtol=tolerance,
+                            atol=tolerance * max(1e-6, wanted.abs().max().item()),
+                        )
+    print(
+        f"operations right beside torch {torch.__version__}, Python {sys.version.split()[0]}, CPU path"
+        f" {native.cpu_path()}"
+    )
 
 
 def check_beside(beside: Beside, wheel: Path, work: Path) -> None:
@@ -148,10 +193,18 @@ def check_beside(beside: Beside, wheel: Path, work: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--build", default="current", metavar="VERSION", help="the PyTorch to build beside (default: current)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--run", nargs="+", default=["current", "2.13.0"], metavar="VERSION", help="those to run beside (default: current 2.13.0)"
+        "--build", default="current", metavar="VERSION", help="the PyTorch to build beside (default: current)"
+    )
+    parser.add_argument(
+        "--run",
+        nargs="+",
+        default=["current", "2.13.0"],
+        metavar="VERSION",
+        help="those to run beside (default: current 2.13.0)",
     )
     parser.add_argument("--operations", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,14 +1,18 @@
-"""The most that can be proven and measured on a machine with a GPU in a few minutes, in one command, without a network.
+"""The most that can be proven and measured on a machine with a GPU in a few minutes, in one command, without
+a network.
 
     python benchmarks/gpu.py --minutes 8 --data DIR     results into benchmarks/results/<device>/
-    python benchmarks/gpu.py --rehearse                 the same plan and limits without a GPU; nothing is measured
+    python benchmarks/gpu.py --rehearse                 the same plan and limits without a GPU; nothing is
+    measured
 
-Nothing needs to be installed but PyTorch, Triton and pytest (pytest-xdist runs tests side by side, pytest-benchmark measures): in a clone
-with both compiled libraries in fastkd/, PYTHONPATH is set for every part. docs/gpu.md says what to carry and how to read what comes back.
+Nothing needs to be installed but PyTorch, Triton and pytest (pytest-xdist runs tests side by side,
+pytest-benchmark measures): in a clone with both compiled libraries in fastkd/, PYTHONPATH is set for every
+part. docs/gpu.md says what to carry and how to read what comes back.
 
-Parts run one after the other, the most telling first, each in a process group of its own and within a limit of its own; a training run goes
-on in the background until measuring begins. Whatever stops the command, what was found until then lies in four files: gpu.log (this
-command's lines), gpu-outputs.txt (what the parts printed), gpu-summary.json and gpu-results.tar.gz (what they wrote).
+Parts run one after the other, the most telling first, each in a process group of its own and within a limit
+of its own; a training run goes on in the background until measuring begins. Whatever stops the command, what
+was found until then lies in four files: gpu.log (this command's lines), gpu-outputs.txt (what the parts
+printed), gpu-summary.json and gpu-results.tar.gz (what they wrote).
 """
 
 from __future__ import annotations
@@ -45,7 +49,8 @@ SPEED = (
     ("fsp wide chains", "fsp", "wrn40_2-128 or resnet32x4-128"),
     ("resnet50 step", "step", "resnet50"),
 )
-# of Triton's tests, those whose answer an interpreter cannot give: graphs, streams, waiting, repeated bits, races
+# of Triton's tests, those whose answer an interpreter cannot give: graphs, streams, waiting, repeated bits,
+# races
 ON_DEVICE = "captured or compiled_step or waits or streams or same_bits or not_current or large_gradients"
 
 
@@ -66,7 +71,9 @@ def own(name: str, seconds: float, *, measures: bool = False) -> Part:
     return Part(name, command, seconds, measures=measures)
 
 
-def pytest_part(name: str, seconds: float, *arguments: str, processes: int = 0, measures: bool = False) -> Part:
+def pytest_part(
+    name: str, seconds: float, *arguments: str, processes: int = 0, measures: bool = False
+) -> Part:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     if processes and find_spec("xdist"):
         command += ["-n", str(processes)]
@@ -77,14 +84,27 @@ def sanitizer(kind: str) -> Part | None:
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
         return None
-    command = (tool, "--tool", kind, "--target-processes", "all", "--error-exitcode", "9", *own("small-set", 0).command)
+    command = (
+        tool,
+        "--tool",
+        kind,
+        "--target-processes",
+        "all",
+        "--error-exitcode",
+        "9",
+        *own("small-set", 0).command,
+    )
     # each tensor an allocation of its own, so that one byte beyond it is seen
     return Part(kind, command, 45, (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))
 
 
 def plan(rehearse: bool) -> list[Part]:
-    """The parts, by worth: is it right, on every dtype and layout; do its own tests hold; is memory touched rightly; how fast is it."""
-    place = ("-m", "not large", "-x", "tests/test_cuda.py") if rehearse else ("-m", "gpu and not large", "tests")
+    """The parts, by worth: is it right, on every dtype and layout; do its own tests hold; is memory touched
+    rightly; how fast is it.
+    """
+    place = (
+        ("-m", "not large", "-x", "tests/test_cuda.py") if rehearse else ("-m", "gpu and not large", "tests")
+    )
     cuda = ("-k", "captured or waits") if rehearse else ("-k", "cuda and not triton")
     triton = ("-k", "same_bits") if rehearse else ("-k", f"triton and ({ON_DEVICE})")
     parts: list[Part | None] = [
@@ -92,7 +112,13 @@ def plan(rehearse: bool) -> list[Part]:
         own("smoke cuda", 25),
         own("smoke triton", 40),
         pytest_part("tests of cuda", 80, *place, *cuda, processes=5),
-        pytest_part("tests of triton", 60, *(("-x", "tests/test_triton.py") if rehearse else place), *triton, processes=10),
+        pytest_part(
+            "tests of triton",
+            60,
+            *(("-x", "tests/test_triton.py") if rehearse else place),
+            *triton,
+            processes=10,
+        ),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
         own("launches", 20, measures=True),
@@ -101,22 +127,53 @@ def plan(rehearse: bool) -> list[Part]:
     for name, file, shape in SPEED:
         chosen = f"({shape}) and {'cpu' if rehearse else 'cuda'}"
         # without a GPU the bodies are walked through once, on small shapes
-        mode = ("--collect-only",) if rehearse else ("--benchmark", "--benchmark-results", f"speed/{name.replace(' ', '-')}")
-        parts.append(pytest_part(f"speed: {name}", 45, *mode, "-k", chosen, f"benchmarks/test_{file}.py", measures=True))
+        mode = (
+            ("--collect-only",)
+            if rehearse
+            else ("--benchmark", "--benchmark-results", f"speed/{name.replace(' ', '-')}")
+        )
+        parts.append(
+            pytest_part(
+                f"speed: {name}", 45, *mode, "-k", chosen, f"benchmarks/test_{file}.py", measures=True
+            )
+        )
     parts.append(own("tiles", 75, measures=True))
     parts.append(pytest_part("large tensors", 60, "-m", "gpu and large", "tests", measures=True))
     return [part for part in parts if part is not None]
 
 
 def training(data: Path | None, rehearse: bool) -> Part | None:
-    """200 epochs of attention transfer, ResNet-20 from ResNet-20, in a CUDA graph; None where there are no images."""
+    """200 epochs of attention transfer, ResNet-20 from ResNet-20, in a CUDA graph; None where there are no
+    images.
+    """
     there = {"cifar10": ("cifar-10-batches-py", "cifar-10-batches-bin"), "fashion-mnist": ("FashionMNIST",)}
-    name = next((name for name, folders in there.items() if data and any((data / folder).is_dir() for folder in folders)), None)
+    name = next(
+        (
+            name
+            for name, folders in there.items()
+            if data and any((data / folder).is_dir() for folder in folders)
+        ),
+        None,
+    )
     if name is None and not (rehearse and find_spec("sklearn")):
         return None
-    command = [sys.executable, str(ROOT / "train.py"), "--method", "at", "--output", "runs", "--no-pictures", "--dataset", name or "digits"]
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "--method",
+        "at",
+        "--output",
+        "runs",
+        "--no-pictures",
+        "--dataset",
+        name or "digits",
+    ]
     command += ["--data", str(data)] if name else []
-    command += ["--epochs", "1"] if rehearse else ["--epochs", "200", "--device", "cuda", "--precision", "bf16", "--cuda-graph"]
+    command += (
+        ["--epochs", "1"]
+        if rehearse
+        else ["--epochs", "200", "--device", "cuda", "--precision", "bf16", "--cuda-graph"]
+    )
     return Part("training in the background", tuple(command), 0)
 
 
@@ -148,13 +205,21 @@ class Run:
 
     def start(self, part: Part) -> tuple[subprocess.Popen[bytes], Path]:
         output = self.staging / f"{re.sub('[^a-z0-9]+', '-', part.name.lower())}.txt"
-        variables = {**os.environ, **dict(part.variables), "FASTKD_GPU_OUT": str(self.staging), "PYTHONUNBUFFERED": "1"}
+        variables = {
+            **os.environ,
+            **dict(part.variables),
+            "FASTKD_GPU_OUT": str(self.staging),
+            "PYTHONUNBUFFERED": "1",
+        }
         variables["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")))
         if self.rehearse:
             variables["FASTKD_GPU_REHEARSAL"] = variables["TRITON_INTERPRET"] = "1"
         # tests and benchmarks are found from the clone, and what a part writes lies in the staging folder
         where = self.staging if part.command[1:2] == (str(ROOT / "train.py"),) else ROOT
-        command = [word.replace("speed/", f"{self.staging}/speed/", 1) if word.startswith("speed/") else word for word in part.command]
+        command = [
+            word.replace("speed/", f"{self.staging}/speed/", 1) if word.startswith("speed/") else word
+            for word in part.command
+        ]
         with output.open("wb") as file:
             process = subprocess.Popen(command, cwd=where, env=variables, stdout=file, stderr=subprocess.STDOUT,
                                        stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
@@ -180,10 +245,15 @@ class Run:
         text = output.read_text(encoding="utf-8", errors="replace")
         lines = [line for line in text.splitlines() if line.strip()]
         told = lines[-1][:160] if lines else "nothing printed"
-        self.summary["parts"].append({"name": part.name, "status": status, "seconds": round(seconds, 1), "last": told})
+        self.summary["parts"].append(
+            {"name": part.name, "status": status, "seconds": round(seconds, 1), "last": told}
+        )
         with (self.out / "gpu-outputs.txt").open("a", encoding="utf-8") as file:
             file.write(f"\n===== {part.name}: status {status}, {seconds:.0f} s =====\n{text}")
-        self.say(f"{part.name}: {'ok' if status == 0 else f'status {status}'}, {seconds:.0f} of {limit:.0f} s: {told}")
+        self.say(
+            f"{part.name}: {'ok' if status == 0 else f'status {status}'}, {seconds:.0f} of {limit:.0f} s:"
+            f" {told}"
+        )
         self.pack()
 
     def pack(self) -> None:
@@ -195,7 +265,11 @@ class Run:
         write(self.out / "gpu-summary.json", (json.dumps(self.summary, indent=1) + "\n").encode())
         packed = io.BytesIO()
         with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-            archive.add(self.staging, "gpu-results", filter=lambda info: None if info.name.endswith((".pt", ".tmp")) else info)
+            archive.add(
+                self.staging,
+                "gpu-results",
+                filter=lambda info: None if info.name.endswith((".pt", ".tmp")) else info,
+            )
         write(self.out / "gpu-results.tar.gz", packed.getvalue())
 
 
@@ -204,9 +278,20 @@ def speedups(staging: Path) -> Iterator[tuple[str, Any]]:
     for file in sorted(staging.glob("speed/*/speed.json")):
         with contextlib.suppress(ValueError, OSError, KeyError, TypeError):
             for record in json.loads(file.read_text(encoding="utf-8"))["records"]:
-                name = " ".join(str(record.get(key, "")) for key in ("operation", "shape", "dtype", "layout", "matmul", "clock"))
+                name = " ".join(
+                    str(record.get(key, ""))
+                    for key in ("operation", "shape", "dtype", "layout", "matmul", "clock")
+                )
                 rows = record["rows"].items()
-                yield name, {row: {k: v for k, v in facts.items() if k == "milliseconds" or k.startswith("speedup")} for row, facts in rows}
+                yield (
+                    name,
+                    {
+                        row: {
+                            k: v for k, v in facts.items() if k == "milliseconds" or k.startswith("speedup")
+                        }
+                        for row, facts in rows
+                    },
+                )
 
 
 def write(target: Path, content: bytes) -> None:
@@ -227,7 +312,8 @@ def end(process: subprocess.Popen[bytes], grace: float) -> None:
 
 
 def execute(run: Run, parts: list[Part], background: Part | None) -> None:
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of nohup or a shell's &, which the parts would inherit
+    # of nohup or a shell's &, which the parts would inherit
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     behind: tuple[Part, float, subprocess.Popen[bytes], Path] | None = None
 
@@ -259,13 +345,21 @@ def execute(run: Run, parts: list[Part], background: Part | None) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     path: Callable[[str], Path] = lambda text: Path(os.path.expanduser(text)).resolve()  # noqa: E731
     parser.add_argument("--minutes", type=float, default=8.0, help="time for all of it (8)")
-    parser.add_argument("--data", type=path, metavar="DIR", help="CIFAR-10 or Fashion-MNIST for the training run")
-    parser.add_argument("--out", type=path, metavar="DIR", help="where the four files go (benchmarks/results/<device>)")
+    parser.add_argument(
+        "--data", type=path, metavar="DIR", help="CIFAR-10 or Fashion-MNIST for the training run"
+    )
+    parser.add_argument(
+        "--out", type=path, metavar="DIR", help="where the four files go (benchmarks/results/<device>)"
+    )
     parser.add_argument("--only", metavar="WORD", help="parts whose names contain it")
-    parser.add_argument("--rehearse", action="store_true", help="without a GPU: Triton interpreted, the CUDA kernels emulated")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="without a GPU: Triton interpreted, the CUDA kernels emulated"
+    )
     flags = parser.parse_args()
     if not 0 < flags.minutes < float("inf"):
         parser.error(f"--minutes is {flags.minutes:g}, wanted a number above 0")
@@ -278,7 +372,10 @@ def main() -> int:
         device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     parts = [part for part in plan(flags.rehearse) if not flags.only or flags.only in part.name]
     if not parts:
-        parser.error(f"--only is {flags.only!r}, wanted a word of one of: {', '.join(part.name for part in plan(flags.rehearse))}")
+        parser.error(
+            f"--only is {flags.only!r}, wanted a word of one of:"
+            f" {', '.join(part.name for part in plan(flags.rehearse))}"
+        )
     if flags.rehearse:  # not counted: a machine with a GPU compiles nothing for a CPU
         sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
         import emulated

@@ -1,15 +1,22 @@
-"""What the host pays for a loss on a GPU, as far as a machine without one can tell: python benchmarks/host.py [--against DIR]
+"""What the host pays for a loss on a GPU, as far as a machine without one can tell: python benchmarks/host.py
+[--against DIR]
 
-With ``--against DIR``, another clone, instead: what the host pays for a tiny loss on a CPU in both (speed/against.py).
+With ``--against DIR``, another clone, instead: what the host pays for a tiny loss on a CPU in both
+(speed/against.py).
 
-Three stages of tiny tensors, one thread, microseconds of processor time a call: the least of several interleaved rounds.
+Three stages of tiny tensors, one thread, microseconds of processor time a call: the least of several
+interleaved rounds.
 
-- ``eager``: the formula users write, on a CPU: its operators' own work, of a few hundred numbers each, is in it;
-- ``triton``: the launchers, against a stand-in for Triton's driver that swallows launches (tests/triton_compile.py);
-- ``cuda``: the operators of the CUDA library, compiled for the CPU and with the kernels left out (tests/emulated.py).
+- ``eager``: the formula users write, on a CPU: its operators' own work, of a few hundred numbers each, is in
+  it;
+- ``triton``: the launchers, against a stand-in for Triton's driver that swallows launches
+  (tests/triton_compile.py);
+- ``cuda``: the operators of the CUDA library, compiled for the CPU and with the kernels left out
+  (tests/emulated.py).
 
-Not in any of them: what the driver takes to launch a kernel, a few microseconds each. Eager launches dozens; `cuda` one each way, `triton`
-one more forward. Autograd is in the first alone: it costs the other two the same.
+Not in any of them: what the driver takes to launch a kernel, a few microseconds each. Eager launches dozens;
+`cuda` one each way, `triton` one more forward. Autograd is in the first alone: it costs the other two the
+same.
 """
 
 from __future__ import annotations
@@ -43,7 +50,9 @@ def eager(operation: str) -> tuple[Call, Call]:
     students, teachers = ([torch.rand(2, c, n, n) for c, n in SIZES] for _ in range(2))
     students = [x.requires_grad_() for x in students]
     formula = FORMULAS[operation]
-    return lambda: formula(students, teachers), lambda: torch.autograd.grad(formula(students, teachers), students)
+    return lambda: formula(students, teachers), lambda: torch.autograd.grad(
+        formula(students, teachers), students
+    )
 
 
 def fused(operation: str, find: Callable[[str], Callable[..., Any]]) -> tuple[Call, Call]:
@@ -83,7 +92,9 @@ def rows(operation: str) -> dict[str, tuple[Call, Call]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--against", type=Path, metavar="DIR", help="another clone of fastkd with its libraries built")
+    parser.add_argument(
+        "--against", type=Path, metavar="DIR", help="another clone of fastkd with its libraries built"
+    )
     given = parser.parse_args()
     if given.against:
         compare(given.against, HERE.parent)
@@ -91,7 +102,11 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}; µs a call, three stages: forward, forward and backward")
     for operation, name in (("attention", "AT"), ("fsp", "FSP")):
-        calls = [(row, direction, call) for row, pair in rows(operation).items() for direction, call in zip(("forward", "both"), pair)]
+        calls = [
+            (row, direction, call)
+            for row, pair in rows(operation).items()
+            for direction, call in zip(("forward", "both"), pair)
+        ]
         least: dict[tuple[str, str], float] = {}
         with emulated.idle():
             for number in range(ROUNDS + 1):

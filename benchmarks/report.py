@@ -1,7 +1,8 @@
 """A Markdown table and a plot from the results of ``pytest --benchmark``.
 
-    python benchmarks/report.py                        of the newest results: speed.md and speed.svg beside speed.json
-    python benchmarks/report.py FILE --readme          of FILE; the short table and the plot go into README, between its markers too
+    python benchmarks/report.py                        of the newest results: speed.md and speed.svg beside
+    speed.json python benchmarks/report.py FILE --readme          of FILE; the short table and the plot go
+    into README, between its markers too
 
 The plot needs matplotlib (the extra `dev`).
 """
@@ -34,7 +35,10 @@ COLOURS = ("#2a6fbb", "#76b900", "#8e44ad")
 
 
 def newest() -> Path:
-    found = sorted(ROOT.glob("benchmarks/results/*/speed.json"), key=lambda path: json.loads(path.read_text(encoding="utf-8"))["date"])
+    found = sorted(
+        ROOT.glob("benchmarks/results/*/speed.json"),
+        key=lambda path: json.loads(path.read_text(encoding="utf-8"))["date"],
+    )
     if not found:
         raise SystemExit("no benchmarks/results/*/speed.json: run pytest --benchmark first, or name a file")
     return found[-1]
@@ -48,18 +52,34 @@ def markdown(heads: list[str], rows: list[list[str]], left: int) -> list[str]:
 def origin(result: dict[str, Any]) -> str:
     """One sentence on what was measured where."""
     versions, machine = result["versions"], result["machine"]
-    flags = ", ".join(flag.replace("_", "-") for flag in machine["flags"] if flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16"))
+    flags = ", ".join(
+        flag.replace("_", "-")
+        for flag in machine["flags"]
+        if flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    )
     return (
-        f"{result['device']}, {machine['cores']} cores ({flags or 'no vector flags known'}), {machine['memory_gib']} GiB; "
-        f"PyTorch {versions['torch']}, fastkd {versions['fastkd']}; `{' '.join(result['command'])}`, {result['date'][:10]}."
+        f"{result['device']}, {machine['cores']} cores ({flags or 'no vector flags known'}),"
+        f" {machine['memory_gib']} GiB; PyTorch {versions['torch']}, fastkd {versions['fastkd']};"
+        f" `{' '.join(result['command'])}`, {result['date'][:10]}."
     )
 
 
 def shown(result: dict[str, Any]) -> list[dict[str, Any]]:
     """The records of the short table and the plot: float32, NCHW, forward and backward, all threads."""
     most = max((record["threads"] for record in result["groups"]), default=0)
-    wanted = {"dtype": "float32", "layout": "nchw", "direction": "forward+backward", "upstream": 1, "threads": most, "clock": "wall"}
-    records = [r for r in result["groups"] if all(r.get(key) == value for key, value in wanted.items()) and r["shape"] != "tiny-2"]
+    wanted = {
+        "dtype": "float32",
+        "layout": "nchw",
+        "direction": "forward+backward",
+        "upstream": 1,
+        "threads": most,
+        "clock": "wall",
+    }
+    records = [
+        r
+        for r in result["groups"]
+        if all(r.get(key) == value for key, value in wanted.items()) and r["shape"] != "tiny-2"
+    ]
     return [r for r in records if r.get("device", "cpu") == "cpu"]
 
 
@@ -71,9 +91,20 @@ def short(result: dict[str, Any]) -> list[str]:
         times = {name: row.get("milliseconds") for name, row in record["rows"].items()}
         base = next((times[name] for name in ours if times.get(name)), None)
         cells = [NAMES.get(record["operation"], record["operation"]), record["shape"]]
-        cells += [table.figure(times.get(row)) or "–" for row, _, _ in BARS] + [table.figure(times.get(name)) or "–" for name in ours]
-        rows.append(cells + [table.figure(times[row] / base, 2) if base and times.get(row) else "–" for row, _, _ in BARS])
-    heads = ["loss", "network-batch", *(label for _, label, _ in BARS), *ours, *(f"÷ {label}" for _, label, _ in BARS)]
+        cells += [table.figure(times.get(row)) or "–" for row, _, _ in BARS] + [
+            table.figure(times.get(name)) or "–" for name in ours
+        ]
+        rows.append(
+            cells
+            + [table.figure(times[row] / base, 2) if base and times.get(row) else "–" for row, _, _ in BARS]
+        )
+    heads = [
+        "loss",
+        "network-batch",
+        *(label for _, label, _ in BARS),
+        *ours,
+        *(f"÷ {label}" for _, label, _ in BARS),
+    ]
     return markdown(heads, rows, 2)
 
 
@@ -103,7 +134,9 @@ def full(result: dict[str, Any]) -> str:
             spread = f"{min(v.values.values()):.2f} … {max(v.values.values()):.2f}"
             bound = f"{'≥' if v.goal.at_least else '≤'} {v.goal.bound:g} {v.goal.unit}".rstrip()
             falls = ", ".join(f"{name} {value:.2f}" for name, value in v.shortfalls.items())
-            cells.append([v.goal.title, f"{v.mean:.2f}", spread, bound, "yes" if v.reached else "**no**", falls])
+            cells.append(
+                [v.goal.title, f"{v.mean:.2f}", spread, bound, "yes" if v.reached else "**no**", falls]
+            )
         lines += ["Goals: geometric means, all threads, wall time.", ""]
         lines += [*markdown(["goal", "mean", "from … to", "bound", "reached", "short of it"], cells, 1), ""]
     return "\n".join(lines)
@@ -140,7 +173,13 @@ def plot(result: dict[str, Any], target: Path) -> None:
         axis.set_ylabel("time ÷ fastkd's")
         axis.spines[["top", "right"]].set_visible(False)
     if operations:
-        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=len(bars), fontsize=8, frameon=False)
+        figure.legend(
+            *axes[0][0].get_legend_handles_labels(),
+            loc="lower center",
+            ncols=len(bars),
+            fontsize=8,
+            frameon=False,
+        )
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(target, format="svg", metadata={"Date": None})
     pyplot.close(figure)
@@ -168,22 +207,47 @@ def into_readme(readme: Path, lines: list[str]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="A Markdown table and a plot from the results of pytest --benchmark.")
-    parser.add_argument("file", nargs="?", type=written, help="a speed.json; the newest under benchmarks/results by default")
-    parser.add_argument("--readme", nargs="?", const=ROOT / "README.md", type=written, help="write the short table into README.md")
+    parser = argparse.ArgumentParser(
+        description="A Markdown table and a plot from the results of pytest --benchmark."
+    )
+    parser.add_argument(
+        "file", nargs="?", type=written, help="a speed.json; the newest under benchmarks/results by default"
+    )
+    parser.add_argument(
+        "--readme",
+        nargs="?",
+        const=ROOT / "README.md",
+        type=written,
+        help="write the short table into README.md",
+    )
     parser.add_argument("--no-plot", action="store_true", help="tables only")
     options = parser.parse_args(arguments)
     source = (options.file or newest()).resolve()
     result = json.loads(source.read_text(encoding="utf-8"))
     write(source.with_suffix(".md"), full(result))
-    lines = [origin(result), "Float32, NCHW, forward and backward, all threads, medians in milliseconds:", "", *short(result), ""]
+    lines = [
+        origin(result),
+        "Float32, NCHW, forward and backward, all threads, medians in milliseconds:",
+        "",
+        *short(result),
+        "",
+    ]
     if not options.no_plot:
         plot(result, source.with_suffix(".svg"))
     if options.readme:
         readme = options.readme.resolve()
         if source.with_suffix(".svg").exists():
-            lines += [f"![Times of the losses]({Path(os.path.relpath(source.with_suffix('.svg'), readme.parent)).as_posix()})", ""]
-        lines += [f"All of it: [{source.stem}.md]({Path(os.path.relpath(source.with_suffix('.md'), readme.parent)).as_posix()})."]
+            lines += [
+                (
+                    "![Times of the"
+                    f" losses]({Path(os.path.relpath(source.with_suffix('.svg'), readme.parent)).as_posix()})"
+                ),
+                "",
+            ]
+        lines += [
+            "All of it:"
+            f" [{source.stem}.md]({Path(os.path.relpath(source.with_suffix('.md'), readme.parent)).as_posix()})."
+        ]
         into_readme(readme, lines)
 
 

@@ -1,4 +1,6 @@
-"""The training loop of fastkd beside a toolkit's: AT, FSP and KD, ResNet-20 from ResNet-20 and from ResNet-110, batch 128."""
+"""The training loop of fastkd beside a toolkit's: AT, FSP and KD, ResNet-20 from ResNet-20 and from
+ResNet-110, batch 128.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from speed.session import REPLAY, Group, Session
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     session = session_of(metafunc.config)
     teachers = ("resnet20", "resnet110") if session.full else ("resnet20",)
-    groups: list[Group] = [LoopGroup(method, teacher, session.full) for teacher in teachers for method in TITLES]
+    groups: list[Group] = [
+        LoopGroup(method, teacher, session.full) for teacher in teachers for method in TITLES
+    ]
     metafunc.parametrize("row", session.add(groups))
 
 

@@ -1,4 +1,6 @@
-"""``python -m fastkd``: what is installed, what works here, and why the rest does not. ``--json`` says the same for programs."""
+"""``python -m fastkd``: what is installed, what works here, and why the rest does not. ``--json`` says the
+same for programs.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,14 @@ def _triton() -> str | None:
 
 
 def report() -> dict[str, Any]:
-    """The report as plain data: ``fastkd``, ``python``, ``torch``, ``triton``, ``cuda``, ``native``, ``backends``."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    """The report as plain data: ``fastkd``, ``python``, ``torch``, ``triton``, ``cuda``, ``native``,
+    ``backends``.
+    """
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if torch.cuda.is_available()
+        else []
+    )
     return {
         "fastkd": fastkd.__version__,
         "python": platform.python_version(),
@@ -35,23 +43,38 @@ def report() -> dict[str, Any]:
         "triton": _triton(),
         "cuda": {"torch": torch.version.cuda, "devices": gpus},
         "native": native.report(),
-        "backends": {name: {"available": ok, "reason": why} for name, (ok, why) in backends.availability().items()},
+        "backends": {
+            name: {"available": ok, "reason": why} for name, (ok, why) in backends.availability().items()
+        },
     }
 
 
 def _lines(facts: dict[str, Any]) -> list[str]:
     cuda = facts["cuda"]
     lines = [
-        f"fastkd {facts['fastkd']}, Python {facts['python']}, torch {facts['torch']}, triton {facts['triton'] or 'not installed'}",
+        (
+            f"fastkd {facts['fastkd']}, Python {facts['python']}, torch {facts['torch']}, triton"
+            f" {facts['triton'] or 'not installed'}"
+        ),
         f"CUDA in torch: {cuda['torch'] or 'none'}; devices: {', '.join(cuda['devices']) or 'none'}",
     ]
     lines += ["", "compiled libraries"]
     for name, library in facts["native"].items():
         lines.append(f"  {name:<10} {'yes' if library['available'] else 'no ':<4} {library['reason']}")
-        details = {key.replace("_", " "): value for key, value in library.items() if key not in ("available", "reason", "path")}
-        lines += [f"  {'':<15} {key}: {', '.join(value) if isinstance(value, list) else value}" for key, value in details.items()]
+        details = {
+            key.replace("_", " "): value
+            for key, value in library.items()
+            if key not in ("available", "reason", "path")
+        }
+        lines += [
+            f"  {'':<15} {key}: {', '.join(value) if isinstance(value, list) else value}"
+            for key, value in details.items()
+        ]
     lines += ["", "backends"]
-    lines += [f"  {name:<10} {'yes' if entry['available'] else 'no ':<4} {entry['reason']}" for name, entry in facts["backends"].items()]
+    lines += [
+        f"  {name:<10} {'yes' if entry['available'] else 'no ':<4} {entry['reason']}"
+        for name, entry in facts["backends"].items()
+    ]
     return lines
 
 

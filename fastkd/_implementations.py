@@ -14,7 +14,9 @@ from fastkd._private import BelowAutograd, dispatch_watched
 
 def refuse_second_derivative(operator: str) -> NoReturn:
     public = operator.removesuffix("_backward")
-    raise RuntimeError(f"{public} has no second derivative: use fastkd.reference.{public}, which is differentiable twice")
+    raise RuntimeError(
+        f"{public} has no second derivative: use fastkd.reference.{public}, which is differentiable twice"
+    )
 
 
 class _Operators(dict[str, Callable[..., Any]]):
@@ -25,7 +27,8 @@ class _Operators(dict[str, Callable[..., Any]]):
 
     def __missing__(self, name: str) -> Callable[..., Any]:
         operator = getattr(getattr(torch.ops, self.namespace), name).default
-        self[name] = getattr(operator, "_op", operator)  # what OpOverload's __call__ calls, without a Python frame of its own
+        # what OpOverload's __call__ calls, without a Python frame of its own
+        self[name] = getattr(operator, "_op", operator)
         return self[name]
 
 
@@ -33,7 +36,9 @@ class Backend:
     """What serves a call: a name, and a way to run its operators, by default through PyTorch's dispatcher."""
 
     prefetches = False
-    """Whether the forward pass of a loss may make the gradients that the backward pass is expected to ask for."""
+    """Whether the forward pass of a loss may make the gradients that the backward pass is expected to ask
+    for.
+    """
 
     keeps_matrices = True
     """Whether the FSP loss keeps dloss/dG of every pair, however large."""
@@ -56,7 +61,9 @@ class Backend:
             return self._operators[operator](*args)
 
     def run_backward(self, operator: str, *args: Any) -> Any:
-        """Run a backward operator. Where a graph of the backward pass is made, it refuses to be differentiated."""
+        """Run a backward operator. Where a graph of the backward pass is made, it refuses to be
+        differentiated.
+        """
         if torch.is_grad_enabled():
             return self._operators[operator](*args)
         with BelowAutograd():
@@ -103,7 +110,9 @@ def flat(args: Sequence[Any]) -> list[Any]:
 
 
 def _run_launcher(operator: str, args: tuple) -> Any:
-    """Run an operator by its Triton launcher; resolve negative views, as the dispatcher does for the other backends."""
+    """Run an operator by its Triton launcher; resolve negative views, as the dispatcher does for the other
+    backends.
+    """
     try:
         return kernels.launcher(operator)(*args)
     except kernels.NegativeView:
@@ -117,7 +126,8 @@ def _without_negative_views(arg: Any) -> Any:
 
 
 class _DifferentiableOnce(torch.autograd.Function):
-    """``apply(operator, args, *tensors)``: a backward operator run by its launcher, in a graph that cannot be differentiated.
+    """``apply(operator, args, *tensors)``: a backward operator run by its launcher, in a graph that cannot be
+    differentiated.
 
     ``tensors`` are those among the arguments: autograd looks for them no deeper.
     """

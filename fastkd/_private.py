@@ -1,6 +1,7 @@
 """Every private name of PyTorch that fastkd needs, where there is no public one. Triton's are public.
 
-Floor 0. A PyTorch that lacks one is refused when fastkd is imported, in one sentence: without it a derivative could be wrong in silence.
+Floor 0. A PyTorch that lacks one is refused when fastkd is imported, in one sentence: without it a derivative
+could be wrong in silence.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def find(owner: Any, path: str) -> Any:
     return value
 
 
-# A context below which the dispatcher passes by autograd's rules, which would be entered only to find nothing to record.
+# A context below which the dispatcher passes by autograd's rules, which would be entered only to find nothing
+# to record.
 BelowAutograd = find(torch, "_C._AutoDispatchBelowAutograd")
 # Whether a transform of torch.func (grad, vmap, jvp, functionalize, ...) is at work.
 in_torch_func: Callable[[], bool] = find(torch, "_C._are_functorch_transforms_active")
@@ -37,7 +39,9 @@ _in_older_vmap: Callable[[Tensor], bool] = find(torch, "_C._functorch.is_legacy_
 _top_hooks: Callable[[bool], Any] = find(torch, "_C._autograd._top_saved_tensors_default_hooks")
 _dispatch_modes: Callable[[], int] = find(torch, "_C._len_torch_dispatch_stack")
 # Hooks of all modules, registered by torch.nn.modules.module.register_module_forward_hook and so on.
-_GLOBAL_HOOKS = [find(_modules, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")]
+_GLOBAL_HOOKS = [
+    find(_modules, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")
+]
 _get_proxy_mode: Callable[[], Any] = find(proxy_tensor, "get_proxy_mode")
 find(forward_ad, "_current_level")  # read anew by each call
 
@@ -45,7 +49,8 @@ find(forward_ad, "_current_level")  # read anew by each call
 def transforming() -> bool:
     """Whether torch.func or forward mode AD is at work: neither can look into a compiled operator.
 
-    False while a graph is traced: asking would leave a node in it, and PyTorch caches no graph with such a node.
+    False while a graph is traced: asking would leave a node in it, and PyTorch caches no graph with such a
+    node.
     """
     return not torch.compiler.is_compiling() and eagerly_transforming()
 
@@ -71,7 +76,9 @@ def batched(*grads: Tensor | None) -> bool:
 
 
 def saved_tensors_hooked() -> bool:
-    """Whether what is saved now goes through hooks: checkpointing, which repeats this forward pass, or offloading."""
+    """Whether what is saved now goes through hooks: checkpointing, which repeats this forward pass, or
+    offloading.
+    """
     return _top_hooks(False) is not None
 
 
@@ -88,8 +95,9 @@ def exporting() -> bool:
 
 
 def recorded_elsewhere() -> bool:
-    """Whether this call is recorded for a program that must run without fastkd or be rewritten: torch.jit.trace, ONNX, TensorBoard,
-    make_fx, functionalize, torch.export. (torch.compile is not among them: its graphs hold the operators.)
+    """Whether this call is recorded for a program that must run without fastkd or be rewritten:
+    torch.jit.trace, ONNX, TensorBoard, make_fx, functionalize, torch.export. (torch.compile is not among
+    them: its graphs hold the operators.)
     """
     if torch.compiler.is_compiling():
         return exporting()
@@ -98,5 +106,10 @@ def recorded_elsewhere() -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether hooks of this module, or of all modules, see what goes in or comes out."""
-    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    own = (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
     return bool(own) or any(_GLOBAL_HOOKS)

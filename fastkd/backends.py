@@ -1,6 +1,7 @@
 """Which implementation serves a call, and why.
 
-``auto`` chooses; a backend asked for by name either serves the call or raises :class:`BackendError`. What there is:
+``auto`` chooses; a backend asked for by name either serves the call or raises :class:`BackendError`. What
+there is:
 
 | name      | serves                     | what it is                                  |
 |-----------|----------------------------|---------------------------------------------|
@@ -30,7 +31,8 @@ NAMES = ("auto", "reference", "cpp", "triton", "cuda")
 
 _DEFAULT = os.environ.get("FASTKD_BACKEND") or "auto"
 _chosen: ContextVar[str] = ContextVar("fastkd_backend", default=_DEFAULT)
-# A compiled graph cannot guard on a context variable, but it can on a global: this one follows the use_backend entered or left last.
+# A compiled graph cannot guard on a context variable, but it can on a global: this one follows the
+# use_backend entered or left last.
 _traced: str = _DEFAULT
 if _DEFAULT == "triton":
     kernels.state()
@@ -55,10 +57,12 @@ def use_backend(name: str) -> Iterator[None]:
     """Serve the calls inside ``with use_backend(name):`` by that backend, in this thread and async task only.
 
     Args:
-        name: "auto", "reference", "cpp", "triton" or "cuda". Outside, the environment's ``FASTKD_BACKEND`` holds, else "auto".
+        name: "auto", "reference", "cpp", "triton" or "cuda". Outside, the environment's ``FASTKD_BACKEND``
+        holds, else "auto".
 
     Raises: BackendError for an unknown name at once, and at the call for a backend that cannot serve it.
-    Under ``torch.compile`` the choice is taken when a graph is traced, and another choice traces another graph.
+    Under ``torch.compile`` the choice is taken when a graph is traced, and another choice traces another
+    graph.
     """
     global _traced
     token = _chosen.set(_known(name, "use_backend's name"))
@@ -112,19 +116,25 @@ def _not_in_triton(arguments: tuple[object, ...]) -> str:
 
 
 def is_wrapper(x: object) -> bool:
-    """Whether a tensor holds others, as a DTensor does, for which PyTorch has rules for its own operators alone."""
+    """Whether a tensor holds others, as a DTensor does, for which PyTorch has rules for its own operators
+    alone.
+    """
     return type(x) is not Tensor and hasattr(type(x), "__tensor_flatten__")
 
 
-# The rule of `auto` between the two backends of a GPU, where both serve a call. Nothing of it is measured on one yet.
+# The rule of `auto` between the two backends of a GPU, where both serve a call. Nothing of it is measured on
+# one yet.
 #
-# - Attention maps, losses and taps, by calculation: they move the same bytes in both. What the host does before the driver takes about as
-#   long in both (measured on a CPU, benchmarks/host.py), but a forward pass is two launches in Triton and one in C++. So C++.
-# - FSP, by calculation: likewise while the host is what a call waits for. Products of many channels are for tensor cores, where Triton
-#   emits Hopper's own instructions and takes larger tiles, and keeps no matrix larger than the features; 64 x 64 tiles of the C++ kernels
-#   read the ResNet-50 stages six times over. So Triton from LARGE_PRODUCTS multiply-adds on, about 20 us of an H200 in tf32.
-# - FSP of stages that differ in size, which are pooled: Triton until it is measured, since the C++ kernels load most windows number by
-#   number, each after the other. Sizes that halve from stage to stage they load at once.
+# - Attention maps, losses and taps, by calculation: they move the same bytes in both. What the host does
+#   before the driver takes about as long in both (measured on a CPU, benchmarks/host.py), but a forward pass
+#   is two launches in Triton and one in C++. So C++.
+# - FSP, by calculation: likewise while the host is what a call waits for. Products of many channels are for
+#   tensor cores, where Triton emits Hopper's own instructions and takes larger tiles, and keeps no matrix
+#   larger than the features; 64 x 64 tiles of the C++ kernels read the ResNet-50 stages six times over. So
+#   Triton from LARGE_PRODUCTS multiply-adds on, about 20 us of an H200 in tf32.
+# - FSP of stages that differ in size, which are pooled: Triton until it is measured, since the C++ kernels
+#   load most windows number by number, each after the other. Sizes that halve from stage to stage they load
+#   at once.
 # - float64: C++, since Triton has none.
 LARGE_PRODUCTS = 1 << 32
 
@@ -133,7 +143,9 @@ def _faster(operation: str, arguments: tuple[object, ...]) -> Backend:
     if not operation.startswith("fsp"):
         return CUDA
     chains = [chain for chain in arguments if isinstance(chain, (list, tuple))] or [arguments]
-    pairs = [[(a, b) for a, b in zip(c, c[1:]) if isinstance(a, Tensor) and isinstance(b, Tensor)] for c in chains]
+    pairs = [
+        [(a, b) for a, b in zip(c, c[1:]) if isinstance(a, Tensor) and isinstance(b, Tensor)] for c in chains
+    ]
     if any(a.shape[2:] != b.shape[2:] for chain in pairs for a, b in chain):
         return TRITON
     work = sum(_products(a, b) for a, b in pairs[0])
@@ -148,7 +160,9 @@ def _products(a: Tensor, b: Tensor) -> int:
 
 _recorded: list[Call] | None = None
 Limits = Callable[[tuple, tuple], str]
-"""Why the CUDA library's kernels do not serve a call over ``arguments`` with ``options``, or "" where they do."""
+"""Why the CUDA library's kernels do not serve a call over ``arguments`` with ``options``, or "" where they
+do.
+"""
 
 
 class Call(NamedTuple):
@@ -160,10 +174,17 @@ class Call(NamedTuple):
     options: tuple[object, ...]
 
     def backend(self, batch: int, compiled: bool) -> str:
-        """The backend that would serve the call if its tensors had ``batch`` samples, in a compiled graph or not."""
+        """The backend that would serve the call if its tensors had ``batch`` samples, in a compiled graph or
+        not.
+        """
         if compiled and current() == "auto":
             return "reference"
-        return select(self.operation, tuple(_resized(argument, batch) for argument in self.arguments), self.cuda_limits, self.options).name
+        return select(
+            self.operation,
+            tuple(_resized(argument, batch) for argument in self.arguments),
+            self.cuda_limits,
+            self.options,
+        ).name
 
 
 def _resized(argument: object, batch: int) -> object:
@@ -183,8 +204,11 @@ def record_calls() -> Iterator[list[Call]]:
         _recorded = before
 
 
-def select(operation: str, arguments: tuple[object, ...], cuda_limits: Limits, options: tuple[object, ...] = ()) -> Backend:
-    """The backend that serves a call over ``arguments``, tensors and sequences of them. The first tensor's device decides.
+def select(
+    operation: str, arguments: tuple[object, ...], cuda_limits: Limits, options: tuple[object, ...] = ()
+) -> Backend:
+    """The backend that serves a call over ``arguments``, tensors and sequences of them. The first tensor's
+    device decides.
 
     Raises: BackendError where a backend was asked for by name and cannot serve the call.
     """
@@ -206,7 +230,9 @@ def select(operation: str, arguments: tuple[object, ...], cuda_limits: Limits, o
             return REFERENCE
         return _select_on_gpu(operation, arguments, device.index, cuda_limits(arguments, options))
     if _known(name, "FASTKD_BACKEND") != "reference":
-        _must_serve(name, operation, first, arguments, cuda_limits(arguments, options) if name == "cuda" else "")
+        _must_serve(
+            name, operation, first, arguments, cuda_limits(arguments, options) if name == "cuda" else ""
+        )
     return BACKENDS[name]
 
 
@@ -233,7 +259,10 @@ def _select_on_gpu(operation: str, arguments: tuple[object, ...], index: int, no
         return CUDA
     available, reason = kernels.state()
     if available and capability < OLDEST_FOR_TRITON:
-        available, reason = False, f"the device is sm_{capability[0]}{capability[1]}, older than the Triton kernels' sm_80"
+        available, reason = (
+            False,
+            f"the device is sm_{capability[0]}{capability[1]}, older than the Triton kernels' sm_80",
+        )
         reason += f"; {no_code}" if no_code else ""
     if available and not _not_in_triton(arguments):
         return TRITON
@@ -244,7 +273,9 @@ def _select_on_gpu(operation: str, arguments: tuple[object, ...], index: int, no
     return REFERENCE
 
 
-def _must_serve(name: str, operation: str, first: object, arguments: tuple[object, ...], not_in_cuda: str) -> None:
+def _must_serve(
+    name: str, operation: str, first: object, arguments: tuple[object, ...], not_in_cuda: str
+) -> None:
     """Raises BackendError where a backend that was asked for by name cannot serve the call."""
 
     def refuse(why: str) -> NoReturn:
@@ -252,7 +283,8 @@ def _must_serve(name: str, operation: str, first: object, arguments: tuple[objec
 
     if is_wrapper(first):
         refuse(f"serves plain tensors only, the first is a {type(first).__name__}")
-    # not availability(), which would look at every backend, and for the CUDA library ask the driver; a CUDA tensor says that there is a GPU
+    # not availability(), which would look at every backend, and for the CUDA library ask the driver; a CUDA
+    # tensor says that there is a GPU
     if name == "triton":
         available, reason = kernels.state()
     else:
@@ -263,14 +295,25 @@ def _must_serve(name: str, operation: str, first: object, arguments: tuple[objec
     device = first.device.type if isinstance(first, Tensor) else "cpu"
     wanted = "cpu" if name == "cpp" else "cuda"
     # interpreted kernels have no operator in a graph
-    if (name == "triton" and kernels.interpreting() and not torch.compiler.is_compiling()) or (name == "cuda" and native.EMULATED):
+    if (name == "triton" and kernels.interpreting() and not torch.compiler.is_compiling()) or (
+        name == "cuda" and native.EMULATED
+    ):
         wanted = "cpu"
     if device != wanted:
         refuse(f"serves {wanted.upper()} tensors only here, the first is on {device}")
     why = _not_in_triton(arguments) if name == "triton" else not_in_cuda
-    if name == "cuda" and not why and isinstance(first, Tensor) and device == "cuda" and not torch.compiler.is_compiling():
+    if (
+        name == "cuda"
+        and not why
+        and isinstance(first, Tensor)
+        and device == "cuda"
+        and not torch.compiler.is_compiling()
+    ):
         why = native.why_no_code(native.cuda_architectures(), _capability(first.device.index))
     if why:
         refuse(f"cannot serve the call: {why}")
     if transforming() and (in_torch_func() or has_tangent(_tensors(arguments))):
-        refuse(f"cannot serve the call: it has no rules for torch.func and forward mode AD; use fastkd.reference.{operation}")
+        refuse(
+            "cannot serve the call: it has no rules for torch.func and forward mode AD; use"
+            f" fastkd.reference.{operation}"
+        )

@@ -1,6 +1,8 @@
-"""Argument checks: every misuse gets one sentence that names the argument, what was given and what was wanted.
+"""Argument checks: every misuse gets one sentence that names the argument, what was given and what was
+wanted.
 
-Floor 0: used by the reference before it computes, and by the operations to explain a refusal of the compiled code.
+Floor 0: used by the reference before it computes, and by the operations to explain a refusal of the compiled
+code.
 """
 
 from __future__ import annotations
@@ -30,9 +32,11 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def explain(check: Callable[..., object], *args: object) -> None:
-    """Raise what ``check`` finds wrong with a call's arguments, in place of the error that is handled now; nothing if they are right.
+    """Raise what ``check`` finds wrong with a call's arguments, in place of the error that is handled now;
+    nothing if they are right.
 
-    The error is in no local variable: one that holds its own frame would keep the features alive until a garbage collection.
+    The error is in no local variable: one that holds its own frame would keep the features alive until a
+    garbage collection.
     """
     try:
         check(*args)
@@ -52,7 +56,8 @@ def switch(name: str, value: object, known: Sequence[object]) -> None:
 def number(name: str, value: object, *, at_least: float | None = None) -> float:
     """A finite number, of Python's or NumPy's, as a float.
 
-    A tensor is none: what takes a number has no gradient for it, and a Parameter would lose its own without a word.
+    A tensor is none: what takes a number has no gradient for it, and a Parameter would lose its own without a
+    word.
     """
     if isinstance(value, Tensor):
         kind = type(value).__name__
@@ -83,7 +88,9 @@ def _from_numpy(value: object) -> bool:
 
 
 def known_to_graph(value: object) -> bool:
-    """Whether it is an input of the graph that is compiled, known only when the graph runs: NumPy's numbers are."""
+    """Whether it is an input of the graph that is compiled, known only when the graph runs: NumPy's numbers
+    are.
+    """
     return torch.compiler.is_compiling() and _from_numpy(value)
 
 
@@ -91,14 +98,21 @@ _LEAST = {"p": 1.0, "eps": 0.0}
 
 
 def constant(name: str, value: object) -> float:
-    """As :func:`number`, for an operator's argument: in a compiled graph it is a constant, and NumPy's are inputs."""
+    """As :func:`number`, for an operator's argument: in a compiled graph it is a constant, and NumPy's are
+    inputs.
+    """
     if known_to_graph(value):
-        raise TypeError(f"{name} is a NumPy number, which the graph of a backend asked for by name cannot hold: wanted float({name})")
+        raise TypeError(
+            f"{name} is a NumPy number, which the graph of a backend asked for by name cannot hold: wanted"
+            f" float({name})"
+        )
     return number(name, value, at_least=_LEAST.get(name))
 
 
 def are_floats(a: object, b: object = 0.0, c: object = 0.0) -> bool:
-    """Whether they are finite and of type float: then none needs a look of its own. A sum that overflows says no."""
+    """Whether they are finite and of type float: then none needs a look of its own. A sum that overflows says
+    no.
+    """
     return type(a) is type(b) is type(c) is float and 0.0 * (a + b + c) == 0.0
 
 
@@ -112,7 +126,8 @@ def above_zero(name: str, value: object) -> float:
 def option(name: str, value: Any) -> Any:
     """What a module holds of the argument ``name``: numbers as floats, anything else as it was given.
 
-    A float attribute that changes becomes an input of a compiled graph; for an integer it is compiled anew each time.
+    A float attribute that changes becomes an input of a compiled graph; for an integer it is compiled anew
+    each time.
     """
     if name == "weights":
         return stage_weights(value)
@@ -124,23 +139,34 @@ def option(name: str, value: Any) -> Any:
 
 
 def power(p: object) -> float:
-    """The power of an attention map. Published ones are 1 to 4; |x|^p of float32 features overflows soon after 16."""
+    """The power of an attention map. Published ones are 1 to 4; |x|^p of float32 features overflows soon
+    after 16.
+    """
     result = number("p", p, at_least=1)
     if not known_to_graph(p) and result > 16:
-        raise ValueError(f"p is {p!r}, wanted a power from 1 to 16; if it is the loss's factor, write weight={p!r}")
+        raise ValueError(
+            f"p is {p!r}, wanted a power from 1 to 16; if it is the loss's factor, write weight={p!r}"
+        )
     return result
 
 
 def feature(name: str, x: object, *, spatial: bool = True) -> None:
-    """A floating-point (N, C, *S) tensor with one to three spatial dimensions and no empty one; (N, *S) if not ``spatial``."""
+    """A floating-point (N, C, *S) tensor with one to three spatial dimensions and no empty one; (N, *S) if
+    not ``spatial``.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is {type(x).__name__}, wanted a tensor")
     if x.dtype not in _FLOATS:
         raise TypeError(f"{name} is {describe(x)}, wanted float16, bfloat16, float32 or float64")
     lowest, form = (3, "(N, C, *S)") if spatial else (2, "a map (N, *S)")
     if not lowest <= x.dim() <= lowest + 2:
-        raise ValueError(f"{name} is {describe(x)}, wanted {form} with one to three spatial dimensions, {lowest} to {lowest + 2} in all")
-    for size, what in zip(x.shape, ("an empty batch", "zero channels") if spatial else ("an empty batch",), strict=False):
+        raise ValueError(
+            f"{name} is {describe(x)}, wanted {form} with one to three spatial dimensions, {lowest} to"
+            f" {lowest + 2} in all"
+        )
+    for size, what in zip(
+        x.shape, ("an empty batch", "zero channels") if spatial else ("an empty batch",), strict=False
+    ):
         if size == 0:
             raise ValueError(f"{name} is {describe(x)}: {what}, wanted at least one")
     if 0 in x.shape:
@@ -148,7 +174,9 @@ def feature(name: str, x: object, *, spatial: bool = True) -> None:
 
 
 def listed(value: Any) -> Any:
-    """``value``, or a list of what it holds: the values of a dict of features, the items of a generator, each in its order."""
+    """``value``, or a list of what it holds: the values of a dict of features, the items of a generator, each
+    in its order.
+    """
     # in the order of their cost: these three are what nearly every call brings
     if type(value) is list or type(value) is tuple or isinstance(value, Tensor):
         return value
@@ -173,19 +201,32 @@ def stages(name: str, value: object) -> list[Tensor]:
 
 def same_batch(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     if x.shape[0] != other.shape[0]:
-        raise ValueError(f"{name} is {describe(x)}, {other_name} is {describe(other)}: batch sizes differ, wanted the same")
+        raise ValueError(
+            f"{name} is {describe(x)}, {other_name} is {describe(other)}: batch sizes differ, wanted the same"
+        )
     if x.device != other.device:
-        raise ValueError(f"{name} is {describe(x)}, {other_name} is {describe(other)}: devices differ, wanted the same")
+        raise ValueError(
+            f"{name} is {describe(x)}, {other_name} is {describe(other)}: devices differ, wanted the same"
+        )
 
 
 def same_rank(name: str, x: Tensor, other_name: str, other: Tensor, given: int, wanted: int) -> None:
     if given != wanted:
         raise ValueError(
-            f"{name} is {describe(x)}, {other_name} is {describe(other)}: {given} and {wanted} spatial dimensions, wanted the same number"
+            f"{name} is {describe(x)}, {other_name} is {describe(other)}: {given} and {wanted} spatial"
+            " dimensions, wanted the same number"
         )
 
 
-def fits(name: str, i: int, x: Tensor, size: Sequence[int], other_name: str, other: Tensor, other_size: Sequence[int]) -> None:
+def fits(
+    name: str,
+    i: int,
+    x: Tensor,
+    size: Sequence[int],
+    other_name: str,
+    other: Tensor,
+    other_size: Sequence[int],
+) -> None:
     if any(have > want for have, want in zip(size, other_size, strict=True)):
         raise ValueError(
             f"{name}[{i}] is a map {describe(x)}, {other_name}[{i}] is {describe(other)}: "
@@ -194,7 +235,10 @@ def fits(name: str, i: int, x: Tensor, size: Sequence[int], other_name: str, oth
 
 
 def stage_weights(
-    weights: object, count: int | None = None, what: str = "stage", convert: Callable[[str, object], float] = number
+    weights: object,
+    count: int | None = None,
+    what: str = "stage",
+    convert: Callable[[str, object], float] = number,
 ) -> list[float] | None:
     """One number a stage or pair, as floats; None stays."""
     if weights is None:
@@ -212,11 +256,18 @@ def _named(name: str, tensors: list[Tensor], value: object) -> list[str]:
 
 
 def _pairs_up(
-    student: object, teacher: object, *, least: int, spatial_student: bool = True, spatial_teacher: bool = True
+    student: object,
+    teacher: object,
+    *,
+    least: int,
+    spatial_student: bool = True,
+    spatial_teacher: bool = True,
 ) -> tuple[list[Tensor], list[Tensor]]:
     students, teachers = stages("student", student), stages("teacher", teacher)
     if len(students) != len(teachers):
-        raise ValueError(f"student has {len(students)} stages, teacher has {len(teachers)}: wanted the same number")
+        raise ValueError(
+            f"student has {len(students)} stages, teacher has {len(teachers)}: wanted the same number"
+        )
     if len(students) < least:
         raise ValueError(f"student has {len(students)} stages, wanted at least {least}")
     s_names, t_names = _named("student", students, student), _named("teacher", teachers, teacher)
@@ -236,7 +287,9 @@ def attention_map(x: object, p: object, channel_reduce: object, eps: object, eps
     switch("eps_mode", eps_mode, EPS_MODE)
 
 
-def relu_tap(x: object, residual: object, p: object, channel_reduce: object, eps: object, eps_mode: object) -> None:
+def relu_tap(
+    x: object, residual: object, p: object, channel_reduce: object, eps: object, eps_mode: object
+) -> None:
     attention_map(x, p, channel_reduce, eps, eps_mode)
     assert isinstance(x, Tensor)
     if residual is None:
@@ -244,9 +297,13 @@ def relu_tap(x: object, residual: object, p: object, channel_reduce: object, eps
     if not isinstance(residual, Tensor):
         raise TypeError(f"residual is {type(residual).__name__}, wanted a tensor or None")
     if residual.dtype != x.dtype:
-        raise TypeError(f"residual is {describe(residual)}, x is {describe(x)}: dtypes differ, wanted the same")
+        raise TypeError(
+            f"residual is {describe(residual)}, x is {describe(x)}: dtypes differ, wanted the same"
+        )
     if residual.shape != x.shape or residual.device != x.device:
-        raise ValueError(f"residual is {describe(residual)}, x is {describe(x)}: wanted the same shape and device")
+        raise ValueError(
+            f"residual is {describe(residual)}, x is {describe(x)}: wanted the same shape and device"
+        )
 
 
 def attention_options(
@@ -289,7 +346,9 @@ def attention_transfer(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The lists of student and teacher tensors, or the error that says what is wrong with the call."""
     attention_options(p, channel_reduce, eps, eps_mode, pool, pool_mode, difference, stage_reduce, weight)
-    students, teachers = _pairs_up(student, teacher, least=1, spatial_student=not student_is_map, spatial_teacher=not teacher_is_map)
+    students, teachers = _pairs_up(
+        student, teacher, least=1, spatial_student=not student_is_map, spatial_teacher=not teacher_is_map
+    )
     stage_weights(weights, len(students), "stage")
     for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
         s_size, t_size = s.shape[1 if student_is_map else 2 :], t.shape[1 if teacher_is_map else 2 :]
@@ -301,14 +360,17 @@ def attention_transfer(
     return students, teachers
 
 
-def one_position(students: Sequence[Tensor], teachers: Sequence[Tensor], teacher_is_map: bool, student_is_map: bool) -> None:
+def one_position(
+    students: Sequence[Tensor], teachers: Sequence[Tensor], teacher_is_map: bool, student_is_map: bool
+) -> None:
     """Warns of stages whose maps have one position after pooling: they are constant, whatever the features."""
     for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
         s_size, t_size = s.shape[1 if student_is_map else 2 :], t.shape[1 if teacher_is_map else 2 :]
         if all(min(a, b) == 1 for a, b in zip(s_size, t_size, strict=True)):
             errors.warn_once(
-                f"attention_transfer_loss: student[{i}] is {describe(s)}, teacher[{i}] is {describe(t)}: a normalized map of "
-                "one position is constant, so this stage's loss teaches nothing; wanted a stage before the pooling"
+                f"attention_transfer_loss: student[{i}] is {describe(s)}, teacher[{i}] is {describe(t)}: a"
+                " normalized map of one position is constant, so this stage's loss teaches nothing; wanted a"
+                " stage before the pooling"
             )
 
 
@@ -319,7 +381,9 @@ def sakd_map(x: object, name: str = "x") -> None:
         raise ValueError(f"{name} is {describe(x)}, wanted a square map (N, C, H, H)")
 
 
-def sakd_loss(student: object, teacher: object, weights: object, weight: object) -> tuple[list[Tensor], list[Tensor]]:
+def sakd_loss(
+    student: object, teacher: object, weights: object, weight: object
+) -> tuple[list[Tensor], list[Tensor]]:
     """The lists of student and teacher tensors, or the error that says what is wrong with the call."""
     number("weight", weight)
     students, teachers = _pairs_up(student, teacher, least=1)
@@ -328,7 +392,10 @@ def sakd_loss(student: object, teacher: object, weights: object, weight: object)
         sakd_map(s, f"student[{i}]")
         sakd_map(t, f"teacher[{i}]")
         if s.shape[2] != t.shape[2]:
-            raise ValueError(f"student[{i}] is {describe(s)}, teacher[{i}] is {describe(t)}: sizes differ, SAKD wanted the same H")
+            raise ValueError(
+                f"student[{i}] is {describe(s)}, teacher[{i}] is {describe(t)}: sizes differ, SAKD wanted the"
+                " same H"
+            )
     return students, teachers
 
 
@@ -362,14 +429,26 @@ def fsp_loss(
     stage_weights(weights, len(students) - 1, "pair")
     for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
         if s.shape[1] != t.shape[1]:
-            raise ValueError(f"student[{i}] is {describe(s)}, teacher[{i}] is {describe(t)}: channels differ, FSP wanted the same number")
+            raise ValueError(
+                f"student[{i}] is {describe(s)}, teacher[{i}] is {describe(t)}: channels differ, FSP wanted"
+                " the same number"
+            )
     for name, chain in (("student", students), ("teacher", teachers)):
         for i in range(1, len(chain)):
-            same_rank(f"{name}[{i - 1}]", chain[i - 1], f"{name}[{i}]", chain[i], chain[i - 1].dim() - 2, chain[i].dim() - 2)
+            same_rank(
+                f"{name}[{i - 1}]",
+                chain[i - 1],
+                f"{name}[{i}]",
+                chain[i],
+                chain[i - 1].dim() - 2,
+                chain[i].dim() - 2,
+            )
     return students, teachers
 
 
-def kd_loss(student_logits: object, teacher_logits: object, temperature: object, reduction: object, weight: object) -> None:
+def kd_loss(
+    student_logits: object, teacher_logits: object, temperature: object, reduction: object, weight: object
+) -> None:
     switch("reduction", reduction, KD_REDUCTION)
     number("weight", weight)
     above_zero("temperature", temperature)
@@ -394,8 +473,14 @@ def kd_loss(student_logits: object, teacher_logits: object, temperature: object,
         )
 
 
-def rkd_loss(student: object, teacher: object, distance_weight: object, angle_weight: object, weight: object) -> None:
-    for name, value in (("distance_weight", distance_weight), ("angle_weight", angle_weight), ("weight", weight)):
+def rkd_loss(
+    student: object, teacher: object, distance_weight: object, angle_weight: object, weight: object
+) -> None:
+    for name, value in (
+        ("distance_weight", distance_weight),
+        ("angle_weight", angle_weight),
+        ("weight", weight),
+    ):
         number(name, value)
     for name, x in (("student", student), ("teacher", teacher)):
         if not isinstance(x, Tensor):
@@ -416,35 +501,55 @@ def crd_loss(student: object, teacher: object, student_bank: object, teacher_ban
     number("weight", weight)
     number("eps", eps, at_least=0)
     coldness = above_zero("temperature", temperature)
-    pairs = {"student": student, "teacher": teacher}, {"student_bank": student_bank, "teacher_bank": teacher_bank}
+    pairs = (
+        {"student": student, "teacher": teacher},
+        {"student_bank": student_bank, "teacher_bank": teacher_bank},
+    )
     for pair, form in zip(pairs, ("(N, D)", "(M, D)"), strict=True):
         _matrices(pair, form)
     assert isinstance(student, Tensor) and isinstance(student_bank, Tensor)
     if student.shape[1] != student_bank.shape[1] or student.device != student_bank.device:
-        raise ValueError(f"student is {describe(student)}, student_bank is {describe(student_bank)}: wanted the same width and device")
+        raise ValueError(
+            f"student is {describe(student)}, student_bank is {describe(student_bank)}: wanted the same width"
+            " and device"
+        )
     if not isinstance(rows, Tensor):
         raise TypeError(f"rows is {type(rows).__name__}, wanted a tensor")
     if rows.dtype != torch.int64:
         raise TypeError(f"rows is {describe(rows)}, wanted int64")
-    if rows.dim() != 2 or rows.shape[0] != student.shape[0] or rows.shape[1] < 2 or rows.device != student.device:
+    if (
+        rows.dim() != 2
+        or rows.shape[0] != student.shape[0]
+        or rows.shape[1] < 2
+        or rows.device != student.device
+    ):
         raise ValueError(
-            f"rows is {describe(rows)}, wanted ({student.shape[0]}, K + 1) on {student.device} with a positive and a negative at least"
+            f"rows is {describe(rows)}, wanted ({student.shape[0]}, K + 1) on {student.device} with a"
+            " positive and a negative at least"
         )
     _normalizers(normalizers, student.device)
-    double = any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in (student, teacher, student_bank, teacher_bank, normalizers))
+    double = any(
+        isinstance(x, Tensor) and x.dtype == torch.float64
+        for x in (student, teacher, student_bank, teacher_bank, normalizers)
+    )
     least = 1 / math.log(torch.finfo(torch.float64 if double else torch.float32).max / student_bank.shape[0])
     if not known_to_graph(temperature) and coldness < least:
         raise ValueError(
-            f"temperature is {temperature!r}, wanted at least {least:.4f}: exp(1 / temperature) times the bank's rows overflows"
+            f"temperature is {temperature!r}, wanted at least {least:.4f}: exp(1 / temperature) times the"
+            " bank's rows overflows"
         )
 
 
 def crd_rows(rows: Tensor, size: int, name: str = "rows") -> None:
-    """That ``rows`` are rows of a bank of so many. On a GPU, where a look would wait, PyTorch's own assertion fails instead."""
+    """That ``rows`` are rows of a bank of so many. On a GPU, where a look would wait, PyTorch's own assertion
+    fails instead.
+    """
     if rows.device.type == "cpu" and rows.numel():
         least, most = (int(x) for x in rows.aminmax())
         if least < 0 or most >= size:
-            raise ValueError(f"{name} has {least if least < 0 else most}, wanted rows 0 to {size - 1} of the bank")
+            raise ValueError(
+                f"{name} has {least if least < 0 else most}, wanted rows 0 to {size - 1} of the bank"
+            )
 
 
 def crd_banks(student_bank: object, teacher_bank: object, normalizers: object) -> None:
@@ -461,11 +566,15 @@ def _matrices(pair: Mapping[str, object], form: str) -> None:
         if x.dtype not in _FLOATS:
             raise TypeError(f"{name} is {describe(x)}, wanted float16, bfloat16, float32 or float64")
         if x.dim() != 2 or 0 in x.shape:
-            raise ValueError(f"{name} is {describe(x)}, wanted {form} with at least one row and one number in it")
+            raise ValueError(
+                f"{name} is {describe(x)}, wanted {form} with at least one row and one number in it"
+            )
     (name, x), (other_name, other) = pair.items()
     assert isinstance(x, Tensor) and isinstance(other, Tensor)
     if x.shape != other.shape or x.device != other.device:
-        raise ValueError(f"{name} is {describe(x)}, {other_name} is {describe(other)}: wanted the same shape and device")
+        raise ValueError(
+            f"{name} is {describe(x)}, {other_name} is {describe(other)}: wanted the same shape and device"
+        )
 
 
 def _normalizers(value: object, device: torch.device) -> None:
@@ -473,7 +582,9 @@ def _normalizers(value: object, device: torch.device) -> None:
         return
     if not isinstance(value, Tensor):
         if not isinstance(value, Sequence) or isinstance(value, str):
-            raise TypeError(f"normalizers is {type(value).__name__}, wanted a tensor (2,), two numbers or None")
+            raise TypeError(
+                f"normalizers is {type(value).__name__}, wanted a tensor (2,), two numbers or None"
+            )
         if len(value) != 2:
             raise ValueError(f"normalizers has {len(value)} numbers, wanted two")
         for i, each in enumerate(value):
@@ -490,7 +601,9 @@ def ofd_margin(weight: object, bias: object) -> None:
         _channels(name, x)
     assert isinstance(weight, Tensor) and isinstance(bias, Tensor)
     if weight.shape != bias.shape or weight.device != bias.device:
-        raise ValueError(f"weight is {describe(weight)}, bias is {describe(bias)}: wanted the same channels and device")
+        raise ValueError(
+            f"weight is {describe(weight)}, bias is {describe(bias)}: wanted the same channels and device"
+        )
 
 
 def ofd_margins(margins: object, *, values: bool) -> list[Tensor]:
@@ -505,7 +618,9 @@ def ofd_margins(margins: object, *, values: bool) -> list[Tensor]:
 
 def ofd_loss(student: object, teacher: object, margins: object, weights: object,
              weight: object) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
-    """The lists of student and teacher tensors and of margins, or the error that says what is wrong with the call."""
+    """The lists of student and teacher tensors and of margins, or the error that says what is wrong with the
+    call.
+    """
     number("weight", weight)
     students, teachers = _pairs_up(student, teacher, least=1)
     stage_weights(weights, len(students), "stage")
@@ -515,10 +630,14 @@ def ofd_loss(student: object, teacher: object, margins: object, weights: object,
         raise ValueError(f"margins has {len(found)}, wanted {len(students)}, one a stage")
     for i, (s, t, margin) in enumerate(zip(students, teachers, found, strict=True)):
         if s.shape != t.shape:
-            raise ValueError(f"student[{i}] is {describe(s)}, teacher[{i}] is {describe(t)}: shapes differ, wanted the same")
+            raise ValueError(
+                f"student[{i}] is {describe(s)}, teacher[{i}] is {describe(t)}: shapes differ, wanted the"
+                " same"
+            )
         if margin.shape[0] != t.shape[1] or margin.device != t.device:
             raise ValueError(
-                f"margins[{i}] is {describe(margin)}, teacher[{i}] is {describe(t)}: wanted one number a channel, on its device"
+                f"margins[{i}] is {describe(margin)}, teacher[{i}] is {describe(t)}: wanted one number a"
+                " channel, on its device"
             )
     return students, teachers, found
 
@@ -532,7 +651,9 @@ def _channels(name: str, x: object) -> None:
         raise ValueError(f"{name} is {describe(x)}, wanted (C,), one number a channel")
 
 
-def hcl_loss(student: object, teacher: object, weights: object, weight: object) -> tuple[list[Tensor], list[Tensor]]:
+def hcl_loss(
+    student: object, teacher: object, weights: object, weight: object
+) -> tuple[list[Tensor], list[Tensor]]:
     """The lists of student and teacher tensors, or the error that says what is wrong with the call."""
     number("weight", weight)
     students, teachers = _pairs_up(student, teacher, least=1)
@@ -541,5 +662,7 @@ def hcl_loss(student: object, teacher: object, weights: object, weight: object) 
         if s.dim() != 4:
             raise ValueError(f"student[{i}] is {describe(s)}, wanted (N, C, H, W)")
         if s.shape != t.shape:
-            raise ValueError(f"student[{i}] is {describe(s)}, teacher[{i}] is {describe(t)}: wanted the same shape")
+            raise ValueError(
+                f"student[{i}] is {describe(s)}, teacher[{i}] is {describe(t)}: wanted the same shape"
+            )
     return students, teachers

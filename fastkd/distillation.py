@@ -1,4 +1,6 @@
-"""Student, teacher and method as one module: from a batch to its loss. The training script drives the same one that users build."""
+"""Student, teacher and method as one module: from a batch to its loss. The training script drives the same
+one that users build.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +13,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd import backends, reference
-from fastkd.methods import Batch, BuildContext, Definition, Distiller, Output, Points, define, overrides, undisturbed
+from fastkd.methods import (
+    Batch,
+    BuildContext,
+    Definition,
+    Distiller,
+    Output,
+    Points,
+    define,
+    overrides,
+    undisturbed,
+)
 from fastkd.models.extract import Observed, shows_features
 from fastkd.models.folding import fold_for_inference
 
 
 class Losses(NamedTuple):
-    """What a batch gives. ``total`` is the sum of ``terms``, scalars by name: "ce" where there are labels, then one a method.
+    """What a batch gives. ``total`` is the sum of ``terms``, scalars by name: "ce" where there are labels,
+    then one a method.
 
-    ``student_logits`` and ``teacher_logits`` are as the losses see them, in float32 at least. ``records`` are what
-    :meth:`Distillation.update` wants after the optimizer's step, by name; most methods have none.
+    ``student_logits`` and ``teacher_logits`` are as the losses see them, in float32 at least. ``records`` are
+    what :meth:`Distillation.update` wants after the optimizer's step, by name; most methods have none.
     """
 
     total: Tensor
@@ -44,31 +57,40 @@ class Distillation(nn.Module):
                 losses.total.backward()
                 optimizer.step()
 
-    Its parameters are the student's, then those of the methods; ``student`` is what is tested and saved. The teacher is frozen and moves
-    with ``.to()``, but is not in ``modules()``, ``parameters()`` or ``state_dict()``. In eval mode a copy of it answers, whose batch
-    norms are folded into its convolutions: load its weights before, or call :meth:`fold` after.
+    Its parameters are the student's, then those of the methods; ``student`` is what is tested and saved. The
+    teacher is frozen and moves with ``.to()``, but is not in ``modules()``, ``parameters()`` or
+    ``state_dict()``. In eval mode a copy of it answers, whose batch norms are folded into its convolutions:
+    load its weights before, or call :meth:`fold` after.
 
     Args:
-        student, teacher: networks of ``fastkd.models``, or any others; the teacher may be None where the method is "baseline".
-        method: a name of ``fastkd.methods.METHODS``, or several with "+" between them, or what ``fastkd.methods.define`` returns.
+        student, teacher: networks of ``fastkd.models``, or any others; the teacher may be None where the
+        method is "baseline".
+        method: a name of ``fastkd.methods.METHODS``, or several with "+" between them, or what
+        ``fastkd.methods.define`` returns.
         options, preset: see ``fastkd.methods.define``.
-        student_points, teacher_points: names of submodules (of ``named_modules()``), in the order of the forward pass, whose outputs are
-            the ``stages`` of a network that is none of ours. ``pooled`` is then the input of its last ``nn.Linear``, ``final`` the map
-            whose mean that is, and FSP's pairs are consecutive stages. Such a teacher is not folded.
-        classifier: the name of another module than the last ``nn.Linear``, in both networks where they are not ours.
-        train_labels: (M,) labels of the training set, for methods that keep something of each image; the ``index`` of ``forward``
+        student_points, teacher_points: names of submodules (of ``named_modules()``), in the order of the
+        forward pass, whose outputs are
+            the ``stages`` of a network that is none of ours. ``pooled`` is then the input of its last
+            ``nn.Linear``, ``final`` the map whose mean that is, and FSP's pairs are consecutive stages. Such
+            a teacher is not folded.
+        classifier: the name of another module than the last ``nn.Linear``, in both networks where they are
+        not ours.
+        train_labels: (M,) labels of the training set, for methods that keep something of each image; the
+        ``index`` of ``forward``
             counts in it.
         num_classes: that of the teacher's logits unless given.
         batch_size, epochs: of the training, for methods whose layers or schedules depend on them.
-        autocast: what the networks and the methods' convolutions run under; None: whatever is on where ``forward`` is called. The losses
+        autocast: what the networks and the methods' convolutions run under; None: whatever is on where
+        ``forward`` is called. The losses
             themselves never run under autocast.
         teacher_mode: "eval", or "train": its batch norms take each batch's own statistics.
         seed: the methods' first weights depend on it and on the method's name.
         fold: whether a teacher in eval mode is folded.
         image_shape: (C, H, W) of the images.
 
-    ``forward`` takes images (N, C, H, W), labels (N,) int64 or None (no cross-entropy then) and, for methods that need it, ``index``
-    (N,) int64. It is one graph under ``torch.compile(fullgraph=True)``. Raises ValueError for what a method does not know or fit.
+    ``forward`` takes images (N, C, H, W), labels (N,) int64 or None (no cross-entropy then) and, for methods
+    that need it, ``index`` (N,) int64. It is one graph under ``torch.compile(fullgraph=True)``. Raises
+    ValueError for what a method does not know or fit.
     """
 
     weights: Tensor
@@ -95,11 +117,18 @@ class Distillation(nn.Module):
         image_shape: tuple[int, ...] = (3, 32, 32),
     ):
         super().__init__()
-        self.definition = define(method, preset=preset, options=options) if isinstance(method, str) else method
+        self.definition = (
+            define(method, preset=preset, options=options) if isinstance(method, str) else method
+        )
         if teacher_mode not in ("eval", "train"):
             raise ValueError(f"teacher_mode is {teacher_mode!r}, wanted 'eval' or 'train'")
         self._observed: tuple[Observed | None, Observed | None] = (None, None)
-        self.autocast, self.teacher_mode, self.image_shape, self.batch_size = autocast, teacher_mode, image_shape, batch_size
+        self.autocast, self.teacher_mode, self.image_shape, self.batch_size = (
+            autocast,
+            teacher_mode,
+            image_shape,
+            batch_size,
+        )
         distillers: dict[str, Distiller] = {}
         if self.definition.needs_teacher:
             if teacher is None:
@@ -110,7 +139,12 @@ class Distillation(nn.Module):
                     self._view(student, student_points, "student", classifier),
                     self._view(teacher, teacher_points, "teacher", classifier),
                 )
-            rest = {"train_labels": train_labels, "num_classes": num_classes, "batch_size": batch_size, "epochs": epochs}
+            rest = {
+                "train_labels": train_labels,
+                "num_classes": num_classes,
+                "batch_size": batch_size,
+                "epochs": epochs,
+            }
             with undisturbed(student, teacher):
                 context = BuildContext.of(student, teacher, image_shape, self._observed, **rest)
                 distillers, student = self.definition.build(context, seed)
@@ -118,7 +152,10 @@ class Distillation(nn.Module):
         first = next(student.parameters()).detach()
         self.methods = nn.ModuleDict(distillers).to(first.device)
         self.names = self.definition.names
-        self.points = [_union(getattr(distiller, f"{role}_points") for distiller in distillers.values()) for role in ("student", "teacher")]
+        self.points = [
+            _union(getattr(distiller, f"{role}_points") for distiller in distillers.values())
+            for role in ("student", "teacher")
+        ]
         kinds = {name: type(distiller) for name, distiller in distillers.items()}
         self._scheduled = {name: i for i, name in enumerate(kinds) if overrides(kinds[name], "weight_at")}
         self._changes_logits = [name for name in kinds if overrides(kinds[name], "logits")]
@@ -127,7 +164,10 @@ class Distillation(nn.Module):
         self._outside: tuple[nn.Module, ...] = (teacher,) if teacher is not None and distillers else ()
         for points, view, role in zip(self.points, self._observed, ("student", "teacher"), strict=True):
             if points and view is not None and not view.points:
-                raise ValueError(f"{role}_points is None, but method {self.definition.name!r} reads maps of the {role}: name submodules")
+                raise ValueError(
+                    f"{role}_points is None, but method {self.definition.name!r} reads maps of the {role}:"
+                    " name submodules"
+                )
         self._folds = fold
         self.fold()
         self.train(self.training)
@@ -161,10 +201,15 @@ class Distillation(nn.Module):
 
     def settled(self) -> dict[str, Any]:
         """Options left open whose values the networks decided, by name: {"reviewkd.beta": 1.0}."""
-        return {f"{name}.{key}": value for name in self.methods for key, value in self._distiller(name).settled.items()}
+        return {
+            f"{name}.{key}": value
+            for name in self.methods
+            for key, value in self._distiller(name).settled.items()
+        }
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
-        """Tells the methods that ``epoch`` (from 0) of ``epochs`` begins, and sets the factors of those that have a schedule.
+        """Tells the methods that ``epoch`` (from 0) of ``epochs`` begins, and sets the factors of those that
+        have a schedule.
 
         Until then the factors are 1.
         """
@@ -180,19 +225,23 @@ class Distillation(nn.Module):
         with self._autocast():
             student = self._students(images)
         if labels is not None and self.definition.ce:
-            # on a cast of its own: half-precision gradients are rounded before they are added, as in published code
+            # on a cast of its own: half-precision gradients are rounded before they are added, as in
+            # published code
             losses["ce"] = F.cross_entropy(self._seen(student.logits).float(), labels) * self.definition.ce
         student, teacher = self._as_seen(student), self._as_seen(teacher)
         found, records = self._terms(batch, student, teacher, self.methods)
         losses.update(found)
         if not losses:
-            raise ValueError(f"labels are None, and method {self.definition.name!r} has no loss but cross-entropy")
+            raise ValueError(
+                f"labels are None, and method {self.definition.name!r} has no loss but cross-entropy"
+            )
         total = torch.stack(list(losses.values())).sum()
         return Losses(total, losses, student.logits, None if teacher is None else teacher.logits, records)
 
     @torch.no_grad()
     def update(self, index: Tensor, records: Mapping[str, Any]) -> None:
-        """After the optimizer's step: hands ``records`` of :class:`Losses` back to their methods, with the ``index`` of their images.
+        """After the optimizer's step: hands ``records`` of :class:`Losses` back to their methods, with the
+        ``index`` of their images.
 
         With several processes the rows of all are to be joined first, in the order of the processes.
         """
@@ -214,7 +263,9 @@ class Distillation(nn.Module):
                     self._terms(batch, self._as_seen(student), self._as_seen(teacher), [name])
         return calls
 
-    def _view(self, network: nn.Module, points: Sequence[str] | None, role: str, classifier: str | None) -> Observed | None:
+    def _view(
+        self, network: nn.Module, points: Sequence[str] | None, role: str, classifier: str | None
+    ) -> Observed | None:
         """What shows the features of a network that is none of ours, or where the user names other points."""
         if points is None and shows_features(network):
             return None
@@ -245,7 +296,9 @@ class Distillation(nn.Module):
                 found = self._distiller(name).loss(batch, student, teacher, links)
                 if isinstance(found, tuple):
                     found, records[name] = found
-                losses[name] = found * self.weights[self._scheduled[name]] if name in self._scheduled else found
+                losses[name] = (
+                    found * self.weights[self._scheduled[name]] if name in self._scheduled else found
+                )
         return losses, records
 
     def _as_seen(self, output: Output | None) -> Any:
@@ -273,4 +326,8 @@ def _union(points: Any) -> Points:
 
 
 def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    return torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext()
+    return (
+        torch.autocast(x.device.type, enabled=False)
+        if torch.is_autocast_enabled(x.device.type)
+        else nullcontext()
+    )

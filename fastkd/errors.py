@@ -7,7 +7,8 @@ import sys
 import warnings
 from pathlib import Path
 
-# Frames of these packages lie between a user's line and ours: modules, autograd Functions, wrappers of parallel training.
+# Frames of these packages lie between a user's line and ours: modules, autograd Functions, wrappers of
+# parallel training.
 _PASSED = tuple(f"{Path(sys.modules[name].__file__ or '').parent}{os.sep}" for name in ("torch", "fastkd"))
 
 _said: set[str] = set()
@@ -18,7 +19,9 @@ class UserError(Exception):
 
 
 def warn_once(message: str) -> None:
-    """Warns with ``message`` once in this process, at the innermost line that is neither fastkd's nor PyTorch's."""
+    """Warns with ``message`` once in this process, at the innermost line that is neither fastkd's nor
+    PyTorch's.
+    """
     if message in _said:
         return
     _said.add(message)

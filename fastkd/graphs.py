@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastkd._private import exporting
 
-# It does nothing, and no compiler knows that: it will not compute again what lies before it to have what comes after.
-# It claims to write to x, so that it needs no copy.
+# It does nothing, and no compiler knows that: it will not compute again what lies before it to have what
+# comes after. It claims to write to x, so that it needs no copy.
 _LIBRARY = torch.library.Library("fastkd", "FRAGMENT")
 if not hasattr(torch.ops.fastkd, "recompute_barrier_"):  # a notebook may import fastkd anew
     # PyTorch keeps this function, and so the library, which takes back what it registered when it is deleted
@@ -22,11 +22,12 @@ if not hasattr(torch.ops.fastkd, "recompute_barrier_"):  # a notebook may import
 
 
 def save_constants(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Two tensors that a loss compares, unchanged; a compiled graph saves the one without a gradient as it is.
+    """Two tensors that a loss compares, unchanged; a compiled graph saves the one without a gradient as it
+    is.
 
-    Left alone, a compiler may save an input of the graph in its place and compute it again in the backward pass.
-    Autograd refuses to save an input that was made under ``torch.inference_mode``, as a teacher's may be, and a graph
-    cannot ask whether one was.
+    Left alone, a compiler may save an input of the graph in its place and compute it again in the backward
+    pass. Autograd refuses to save an input that was made under ``torch.inference_mode``, as a teacher's may
+    be, and a graph cannot ask whether one was.
     """
     if not torch.compiler.is_compiling() or exporting() or not torch.is_grad_enabled():
         return a, b

@@ -1,8 +1,9 @@
 """The losses as modules, and every published variant of them as a preset.
 
-A preset's ``weight`` is the coefficient its implementation multiplies the loss by. Sources: szagoruyko/attention-transfer,
-HobbitLong/RepDistiller, megvii-research/mdistiller, AberHu/Knowledge-Distillation-Zoo, hankyul2/KnowledgeDistillation,
-yoshitomo-matsubara/torchdistill, and the papers.
+A preset's ``weight`` is the coefficient its implementation multiplies the loss by. Sources:
+szagoruyko/attention-transfer, HobbitLong/RepDistiller, megvii-research/mdistiller,
+AberHu/Knowledge-Distillation-Zoo, hankyul2/KnowledgeDistillation, yoshitomo-matsubara/torchdistill, and the
+papers.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class _Loss(NumbersAsFloats):
 
     @classmethod
     def preset(cls: type[_Self], name: str, **overrides: Any) -> _Self:
-        """The published variant ``name``, its coefficient as ``weight``; keyword arguments replace single fields of it."""
+        """The published variant ``name``, its coefficient as ``weight``; keyword arguments replace single
+        fields of it.
+        """
         if name not in cls.presets:
             raise ValueError(f"{cls.__name__} has no preset {name!r}, wanted one of {', '.join(cls.presets)}")
         return cls(**{**cls.presets[name], **overrides})
@@ -65,9 +68,10 @@ class AttentionTransfer(_Loss):
 
     ``forward(student, teacher)``: a tensor each, or several, one a stage, -> scalar, times ``weight``.
 
-    Presets: ``zagoruyko``, ``repdistiller``, ``mdistiller``, ``hankyul2``, ``torchdistill`` (its "code" mode): mean of squares, summed over
-    the stages, 1000; ``kdzoo``: channel sum, norm + 1e-6, mean over the stages, 1000; ``paper``: equation 2, the unsquared l2 distance
-    with beta / 2 for the paper's beta of about 0.1.
+    Presets: ``zagoruyko``, ``repdistiller``, ``mdistiller``, ``hankyul2``, ``torchdistill`` (its "code"
+    mode): mean of squares, summed over the stages, 1000; ``kdzoo``: channel sum, norm + 1e-6, mean over the
+    stages, 1000; ``paper``: equation 2, the unsquared l2 distance with beta / 2 for the paper's beta of about
+    0.1.
     """
 
     def __init__(
@@ -98,7 +102,13 @@ class AttentionTransfer(_Loss):
         "zagoruyko": _SQUARED_MAPS,
         "repdistiller": _SQUARED_MAPS,
         "mdistiller": _SQUARED_MAPS,
-        "kdzoo": {"channel_reduce": "sum", "eps": 1e-6, "eps_mode": "add", "stage_reduce": "mean", "weight": 1000.0},
+        "kdzoo": {
+            "channel_reduce": "sum",
+            "eps": 1e-6,
+            "eps_mode": "add",
+            "stage_reduce": "mean",
+            "weight": 1000.0,
+        },
         "hankyul2": _SQUARED_MAPS,
         "torchdistill": _SQUARED_MAPS,
         "paper": {"channel_reduce": "sum", "difference": "l2", "weight": 0.05},
@@ -113,8 +123,9 @@ class FSP(_Loss):
 
     ``forward(student, teacher)``: L >= 2 stage features each -> scalar, times ``weight``.
 
-    Presets: ``repdistiller``: sum over pairs, 1; ``kdzoo``: mean over pairs, 1; ``hankyul2``: mean over pairs, 1/3; ``torchdistill``: max
-    pooling, l2 norms of the columns, 1; ``paper``: max pooling, squared Frobenius norm, 1.
+    Presets: ``repdistiller``: sum over pairs, 1; ``kdzoo``: mean over pairs, 1; ``hankyul2``: mean over
+    pairs, 1/3; ``torchdistill``: max pooling, l2 norms of the columns, 1; ``paper``: max pooling, squared
+    Frobenius norm, 1.
     """
 
     def __init__(
@@ -128,7 +139,12 @@ class FSP(_Loss):
         precision: str | None = None,
     ) -> None:
         super().__init__(
-            pool_mode=pool_mode, distance=distance, pair_reduce=pair_reduce, weights=weights, weight=weight, precision=precision
+            pool_mode=pool_mode,
+            distance=distance,
+            pair_reduce=pair_reduce,
+            weights=weights,
+            weight=weight,
+            precision=precision,
         )
 
     function = staticmethod(fsp_loss)
@@ -150,11 +166,14 @@ class KD(_Loss):
     It is the soft-target term alone, to which a recipe adds its share of cross-entropy.
     ``forward(student_logits, teacher_logits)``: (N, K) twice -> scalar, times ``weight``.
 
-    Presets, all with T = 4 and the share of cross-entropy that goes with each: ``zagoruyko``, ``repdistiller``, ``mdistiller`` 0.9 (with
-    0.1); ``kdzoo`` 0.1 (with 1); ``hankyul2`` 1 (with 1); ``torchdistill`` 0.1 (with 0.9, its CIFAR configurations).
+    Presets, all with T = 4 and the share of cross-entropy that goes with each: ``zagoruyko``,
+    ``repdistiller``, ``mdistiller`` 0.9 (with 0.1); ``kdzoo`` 0.1 (with 1); ``hankyul2`` 1 (with 1);
+    ``torchdistill`` 0.1 (with 0.9, its CIFAR configurations).
     """
 
-    def __init__(self, temperature: float = 4.0, *, reduction: str = "batchmean", weight: float = 1.0) -> None:
+    def __init__(
+        self, temperature: float = 4.0, *, reduction: str = "batchmean", weight: float = 1.0
+    ) -> None:
         super().__init__(temperature=temperature, reduction=reduction, weight=weight)
 
     function = staticmethod(kd_loss)
@@ -194,10 +213,13 @@ class RKD(_Loss):
 
     ``forward(student, teacher)``: (N, ...) twice -> scalar, times ``weight``.
 
-    Presets: ``repdistiller``, ``mdistiller``: distances 25, angles 50; ``lenscloth``, ``torchdistill``: 1 and 2.
+    Presets: ``repdistiller``, ``mdistiller``: distances 25, angles 50; ``lenscloth``, ``torchdistill``: 1 and
+    2.
     """
 
-    def __init__(self, *, distance_weight: float = 25.0, angle_weight: float = 50.0, weight: float = 1.0) -> None:
+    def __init__(
+        self, *, distance_weight: float = 25.0, angle_weight: float = 50.0, weight: float = 1.0
+    ) -> None:
         super().__init__(distance_weight=distance_weight, angle_weight=angle_weight, weight=weight)
 
     function = staticmethod(rkd_loss)
@@ -213,13 +235,16 @@ class RKD(_Loss):
 
 
 class CRD(_Loss):
-    """:func:`fastkd.crd_loss` with its banks and normalizers as buffers, copies of what is given here, and its arguments as attributes.
+    """:func:`fastkd.crd_loss` with its banks and normalizers as buffers, copies of what is given here, and
+    its arguments as attributes.
 
-    ``forward(student, teacher, rows=None)``: (N, D) twice and (N, K + 1) -> (scalar, times ``weight``, normalizers (2,)). It changes
-    nothing: :meth:`update` does, after the optimizer's step. ``rows`` of the constructor stand in where ``forward`` gets none.
+    ``forward(student, teacher, rows=None)``: (N, D) twice and (N, K + 1) -> (scalar, times ``weight``,
+    normalizers (2,)). It changes
+    nothing: :meth:`update` does, after the optimizer's step. ``rows`` of the constructor stand in where
+    ``forward`` gets none.
 
-    Presets, ``CRD.preset("kdzoo", student_bank=..., teacher_bank=...)``: ``repdistiller``, ``mdistiller``: temperature 0.07, weight 0.8;
-    ``kdzoo``: 0.1 and 0.8, its weight for CIFAR-100 (0.2 for CIFAR-10).
+    Presets, ``CRD.preset("kdzoo", student_bank=..., teacher_bank=...)``: ``repdistiller``, ``mdistiller``:
+    temperature 0.07, weight 0.8; ``kdzoo``: 0.1 and 0.8, its weight for CIFAR-100 (0.2 for CIFAR-10).
     """
 
     student_bank: Tensor
@@ -233,7 +258,11 @@ class CRD(_Loss):
         checks.crd_banks(student_bank, teacher_bank, normalizers)
         self.register_buffer("student_bank", student_bank.detach().clone())
         self.register_buffer("teacher_bank", teacher_bank.detach().clone())
-        given = torch.as_tensor((0.0, 0.0) if normalizers is None else normalizers, dtype=student_bank.dtype, device=student_bank.device)
+        given = torch.as_tensor(
+            (0.0, 0.0) if normalizers is None else normalizers,
+            dtype=student_bank.dtype,
+            device=student_bank.device,
+        )
         self.register_buffer("normalizers", given.detach().clone())
         self.register_buffer("rows", rows, persistent=False)
 
@@ -247,11 +276,22 @@ class CRD(_Loss):
     def forward(self, student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         options = {name: getattr(self, name) for name in self._options}
         rows = self.rows if rows is None else rows
-        return crd_loss(student, teacher, self.student_bank, self.teacher_bank, rows, normalizers=self.normalizers, **options)  # type: ignore[arg-type]
+        return crd_loss(
+            student,
+            teacher,
+            self.student_bank,
+            self.teacher_bank,
+            rows,  # type: ignore[arg-type]
+            normalizers=self.normalizers,
+            **options,
+        )
 
     @torch.no_grad()
-    def update(self, index: Tensor, student: Tensor, teacher: Tensor, normalizers: Tensor, momentum: float = 0.5) -> None:
-        """Moves the rows ``index`` (N,) of the banks to ``momentum * row + (1 - momentum) * embedding``, brought to length 1.
+    def update(
+        self, index: Tensor, student: Tensor, teacher: Tensor, normalizers: Tensor, momentum: float = 0.5
+    ) -> None:
+        """Moves the rows ``index`` (N,) of the banks to ``momentum * row + (1 - momentum) * embedding``,
+        brought to length 1.
 
         ``normalizers`` (2,) are taken where there are none yet.
         """
@@ -262,14 +302,17 @@ class CRD(_Loss):
 
 
 class OFD(_Loss):
-    """:func:`fastkd.ofd_loss` with its margins and further arguments fixed; the margins are buffers, checked here.
+    """:func:`fastkd.ofd_loss` with its margins and further arguments fixed; the margins are buffers, checked
+    here.
 
     ``forward(student, teacher)``: (N, C, *S) a stage, before the ReLU, -> scalar, times ``weight``.
 
     Presets, ``OFD.preset("ofd", margins=...)``: ``ofd``, ``mdistiller``: 0.001.
     """
 
-    def __init__(self, margins: Features, *, weights: Sequence[float] | None = None, weight: float = 1e-3) -> None:
+    def __init__(
+        self, margins: Features, *, weights: Sequence[float] | None = None, weight: float = 1e-3
+    ) -> None:
         super().__init__(weights=weights, weight=weight)
         found = checks.ofd_margins(margins, values=True)
         self._margins = tuple(f"margin_{i}" for i in range(len(found)))
@@ -287,9 +330,11 @@ class OFD(_Loss):
 class HCL(_Loss):
     """:func:`fastkd.hcl_loss` with its further arguments fixed; each is an attribute.
 
-    ``forward(student, teacher)``: a tensor (N, C, H, W) each, or several, one a level -> scalar, times ``weight``.
+    ``forward(student, teacher)``: a tensor (N, C, H, W) each, or several, one a level -> scalar, times
+    ``weight``.
 
-    Presets: ``reviewkd``, ``mdistiller``: weight 1; what a pair of networks takes is in ``fastkd.methods.reviewkd``.
+    Presets: ``reviewkd``, ``mdistiller``: weight 1; what a pair of networks takes is in
+    ``fastkd.methods.reviewkd``.
     """
 
     def __init__(self, *, weights: Sequence[float] | None = None, weight: float = 1.0) -> None:

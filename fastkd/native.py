@@ -1,7 +1,8 @@
 """The compiled libraries: found and loaded here, or the reason why not. Nothing is ever compiled at import.
 
-``fastkd/_C.abi3.so`` holds the CPU kernels, ``fastkd/_C_cuda.abi3.so`` the CUDA ones: loaded only into a CUDA build of PyTorch, since it
-cannot load into another, GPU or no GPU. Both implement operators ``torch.ops.fastkd.*`` through PyTorch's stable ABI.
+``fastkd/_C.abi3.so`` holds the CPU kernels, ``fastkd/_C_cuda.abi3.so`` the CUDA ones: loaded only into a CUDA
+build of PyTorch, since it cannot load into another, GPU or no GPU. Both implement operators
+``torch.ops.fastkd.*`` through PyTorch's stable ABI.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from typing import Any
 import torch
 
 CPU_PATHS = ("portable", "avx2", "avx512")
-"""The code paths of the CPU library, slowest first. Off x86-64, and of clang older than 16, it has the first only."""
+"""The code paths of the CPU library, slowest first. Off x86-64, and of clang older than 16, it has the first
+only.
+"""
 
 _MARKER = b"fastkd-build-info:"
 # by the numbers of fastkd_find_cpu_path
@@ -38,7 +41,9 @@ class Library:
 
 
 def _build_info(path: str | None) -> dict[str, Any]:
-    """What a library says it was built with, read from the file so that one that does not load can still tell. Empty if it says nothing."""
+    """What a library says it was built with, read from the file so that one that does not load can still
+    tell. Empty if it says nothing.
+    """
     if path is None:
         return {}
     found = re.search(re.escape(_MARKER) + rb"(\{[^\0]*\})\0", Path(path).read_bytes())
@@ -51,7 +56,10 @@ def _why_missing(file: Path) -> str:
     for entry in sys.path:
         installed = Path(entry).resolve() / here.name
         if (installed / file.name).is_file():
-            return f"{here} has no compiled library and hides the installed package in {installed}: `pip install -e .` builds it here"
+            return (
+                f"{here} has no compiled library and hides the installed package in {installed}: `pip install"
+                " -e .` builds it here"
+            )
     install = "pip install -e ." if (here.parent / "setup.py").is_file() else "pip install ."
     return f"{file} is not there: built with FASTKD_BUILD=0, or not yet (`{install}` builds it)"
 
@@ -65,9 +73,16 @@ def _load(name: str) -> Library:
         torch.ops.load_library(str(file))
     except OSError as error:
         built = _build_info(str(file))
-        wanted = f"built for torch>={built.get('torch_target', '?')} with {built.get('compiler', 'an unknown compiler')}"
+        wanted = (
+            f"built for torch>={built.get('torch_target', '?')} with"
+            f" {built.get('compiler', 'an unknown compiler')}"
+        )
         return Library(
-            name, False, f"{file} does not load into torch {torch.__version__}; it was {wanted}: {error.__cause__ or error}", str(file)
+            name,
+            False,
+            f"{file} does not load into torch {torch.__version__}; it was {wanted}:"
+            f" {error.__cause__ or error}",
+            str(file),
         )
     return Library(name, True, f"loaded {file}", str(file))
 
@@ -89,10 +104,11 @@ def cuda_architectures() -> tuple[str, ...]:
 
 
 def has_code(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
-    """Whether a library with code for ``architectures`` ("sm_80", "compute_90", "sm_90a", ...) runs on a device.
+    """Whether a library with code for ``architectures`` ("sm_80", "compute_90", "sm_90a", ...) runs on a
+    device.
 
-    Machine code serves later devices of its generation, PTX every later device; with an "a" either serves its own device alone, with an "f"
-    the later ones of its generation.
+    Machine code serves later devices of its generation, PTX every later device; with an "a" either serves its
+    own device alone, with an "f" the later ones of its generation.
     """
     for name in architectures:
         kind, _, number = name.partition("_")
@@ -114,11 +130,15 @@ def why_no_code(architectures: tuple[str, ...], capability: tuple[int, int]) -> 
     """Why the CUDA library does not run on such a device, or ""."""
     if has_code(architectures, capability):
         return ""
-    return f"the CUDA library has code for {', '.join(architectures) or 'nothing'}, the device is sm_{capability[0]}{capability[1]}"
+    return (
+        f"the CUDA library has code for {', '.join(architectures) or 'nothing'}, the device is"
+        f" sm_{capability[0]}{capability[1]}"
+    )
 
 
 def emulate(path: str) -> None:
-    """Put the CUDA library's kernels, compiled for the CPU, in its place: they run there thread by thread, for tests, slowly.
+    """Put the CUDA library's kernels, compiled for the CPU, in its place: they run there thread by thread,
+    for tests, slowly.
 
     ``path``: a library built from csrc/cuda with FASTKD_EMULATE. Raises OSError if it does not load.
     """
@@ -140,7 +160,9 @@ def _functions() -> ctypes.CDLL:
 
 
 def cpu_path() -> str:
-    """The code path that the CPU kernels take now, one of ``CPU_PATHS``. Raises RuntimeError if the library is not available."""
+    """The code path that the CPU kernels take now, one of ``CPU_PATHS``. Raises RuntimeError if the library
+    is not available.
+    """
     # a null pointer where FASTKD_CPU names one that cannot be had; "" chooses the best again
     return (_functions().fastkd_cpu_path() or b"").decode()
 
@@ -173,7 +195,8 @@ def _missing_cpu_paths() -> list[str]:
 
 
 def amx() -> bool:
-    """Whether bfloat16 FSP goes through AMX: on the path "avx512", where processor and kernel let it, unless switched off.
+    """Whether bfloat16 FSP goes through AMX: on the path "avx512", where processor and kernel let it, unless
+    switched off.
 
     Raises: RuntimeError if the library is not available.
     """
@@ -181,12 +204,16 @@ def amx() -> bool:
 
 
 def set_amx(wanted: bool) -> None:
-    """Take AMX where it can be had (so at first), or not, in the whole process. RuntimeError if the library is not available."""
+    """Take AMX where it can be had (so at first), or not, in the whole process. RuntimeError if the library
+    is not available.
+    """
     _functions().fastkd_set_amx(wanted)
 
 
 def report() -> dict[str, dict[str, Any]]:
-    """For ``cpu`` and ``cuda``: available, reason, path, and what the library was built with; for ``cpu`` the code paths too."""
+    """For ``cpu`` and ``cuda``: available, reason, path, and what the library was built with; for ``cpu`` the
+    code paths too.
+    """
     parts: dict[str, dict[str, Any]] = {}
     for key, library in (("cpu", CPU), ("cuda", CUDA)):
         # "cuda" is in the other library's reason
@@ -200,7 +227,9 @@ def report() -> dict[str, dict[str, Any]]:
 
 
 def _force_cpu_path(name: str) -> None:
-    """FASTKD_CPU. A name that cannot be obeyed stops the import: whoever set it must not get another path's results."""
+    """FASTKD_CPU. A name that cannot be obeyed stops the import: whoever set it must not get another path's
+    results.
+    """
     if name not in CPU_PATHS:
         raise ValueError(f"FASTKD_CPU is {name!r}, wanted one of {', '.join(map(repr, CPU_PATHS))}")
     if CPU.available:

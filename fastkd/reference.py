@@ -1,8 +1,8 @@
 """The reference: every operation of fastkd in plain PyTorch, differentiable twice, on any device.
 
-Same names and signatures as the public functions. Inputs may be float16, bfloat16, float32 or float64 and differ in dtype; everything is
-computed and returned in float32, or in float64 if any input is float64, whatever autocast says. The kernels are tested against this file in
-float64.
+Same names and signatures as the public functions. Inputs may be float16, bfloat16, float32 or float64 and
+differ in dtype; everything is computed and returned in float32, or in float64 if any input is float64,
+whatever autocast says. The kernels are tested against this file in float64.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def _pool(x: Tensor, size: list[int], mode: str) -> Tensor:
 def _energy(x: Tensor, p: float, channel_reduce: str, signed: bool) -> Tensor:
     # a number that only a graph knows is a tensor here: as a float, PyTorch 2.11 asks whether it is 2
     p = torch.as_tensor(p, dtype=x.dtype) if checks.known_to_graph(p) else float(p)  # type: ignore[assignment]
-    if torch.compiler.is_compiling():  # a graph has no second derivative, and would be compiled for even powers and for others apart
+    # a graph has no second derivative, and would be compiled for even powers and for others apart
+    if torch.compiler.is_compiling():
         power = (x if signed else x.abs()).pow(p)
         return power.mean(1) if channel_reduce == "mean" else power.sum(1)
     # an even power needs no absolute value, and without it the second derivative at 0 is right
@@ -59,7 +60,9 @@ def _energy(x: Tensor, p: float, channel_reduce: str, signed: bool) -> Tensor:
 
 
 def _norm(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """``torch.linalg.vector_norm``, ``dim`` kept, but a constant where it is 0: there its second derivative is NaN."""
+    """``torch.linalg.vector_norm``, ``dim`` kept, but a constant where it is 0: there its second derivative
+    is NaN.
+    """
     if torch.compiler.is_compiling():  # a graph has no second derivative
         return torch.linalg.vector_norm(x, dim=dim, keepdim=True)
     zero = torch.linalg.vector_norm(x.detach(), dim=dim, keepdim=True) == 0
@@ -125,8 +128,12 @@ def relu_tap(
     return y, attention_map(y, p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode)
 
 
-def batch_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, *, relu: bool = False, eps: float = 1e-5) -> Tensor:
-    """The y of :func:`fastkd.ops.batch_norm.batch_norm`, by x's own mean and variance; of x's dtype, rounded once."""
+def batch_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, *, relu: bool = False, eps: float = 1e-5
+) -> Tensor:
+    """The y of :func:`fastkd.ops.batch_norm.batch_norm`, by x's own mean and variance; of x's dtype, rounded
+    once.
+    """
     with _no_autocast(x):
         wide, w, b = _widen(x, weight, bias)
         y = F.batch_norm(wide, None, None, w, b, training=True, eps=eps)
@@ -159,7 +166,11 @@ def attention_transfer_loss(
         student_is_map,
     )  # fmt: skip
 
-    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and any(x.requires_grad for x in students + teachers):
+    if (
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and any(x.requires_grad for x in students + teachers)
+    ):
         checks.one_position(students, teachers, teacher_is_map, student_is_map)
 
     def normalized(x: Tensor, is_map: bool, size: list[int]) -> Tensor:
@@ -175,7 +186,9 @@ def attention_transfer_loss(
         terms = []
         for s, t in zip(wide[: len(students)], wide[len(students) :], strict=True):
             size = _smaller(s.shape[1 if student_is_map else 2 :], t.shape[1 if teacher_is_map else 2 :])
-            s, t = graphs.save_constants(normalized(s, student_is_map, size), normalized(t, teacher_is_map, size))
+            s, t = graphs.save_constants(
+                normalized(s, student_is_map, size), normalized(t, teacher_is_map, size)
+            )
             d = (s - t).flatten(1)
             terms.append(d.square().mean() if difference == "squared" else _norm(d, 1).mean())
         return _combine(terms, weights, stage_reduce, weight)
@@ -203,7 +216,9 @@ def sakd_map(x: Tensor) -> Tensor:
         return _self_attended(_widen(x)[0].square().mean(1))
 
 
-def sakd_loss(student: Features, teacher: Features, *, weights: Sequence[float] | None = None, weight: float = 200.0) -> Tensor:
+def sakd_loss(
+    student: Features, teacher: Features, *, weights: Sequence[float] | None = None, weight: float = 200.0
+) -> Tensor:
     """See :func:`fastkd.sakd_loss`."""
     students, teachers = checks.sakd_loss(student, teacher, weights, weight)
     with _no_autocast(students[0]):
@@ -240,7 +255,9 @@ def fsp_loss(
     precision: str | None = None,
 ) -> Tensor:
     """See :func:`fastkd.fsp_loss`."""
-    students, teachers = checks.fsp_loss(student, teacher, pool_mode, distance, pair_reduce, weights, weight, precision)
+    students, teachers = checks.fsp_loss(
+        student, teacher, pool_mode, distance, pair_reduce, weights, weight, precision
+    )
     with _no_autocast(students[0]):
         wide = _widen(*students, *teachers)
         s, t = wide[: len(students)], wide[len(students) :]
@@ -259,12 +276,19 @@ def fsp_loss(
 
 
 def kd_loss(
-    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0, *, reduction: str = "batchmean", weight: float = 1.0
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 4.0,
+    *,
+    reduction: str = "batchmean",
+    weight: float = 1.0,
 ) -> Tensor:
-    """Softened Kullback-Leibler divergence of knowledge distillation, ``T^2 KL(softmax(t / T) || softmax(s / T))``.
+    """Softened Kullback-Leibler divergence of knowledge distillation, ``T^2 KL(softmax(t / T) || softmax(s /
+    T))``.
 
     Args:
-        student_logits, teacher_logits: (N, K) floating point, of any dtypes, K >= 2. A class of logit -inf in the teacher adds nothing;
+        student_logits, teacher_logits: (N, K) floating point, of any dtypes, K >= 2. A class of logit -inf in
+        the teacher adds nothing;
             one of logit -inf in the student alone makes the loss +inf.
         temperature: T, above 0.
         reduction: "batchmean" (sum over classes, mean over N), "mean" (over N and K), "sum" or "none".
@@ -278,10 +302,13 @@ def kd_loss(
     checks.kd_loss(student_logits, teacher_logits, temperature, reduction, weight)
     temperature, weight = float(temperature), float(weight)
     with _no_autocast(student_logits):
-        s, t = graphs.save_constants(*(F.log_softmax(x / temperature, 1) for x in _widen(student_logits, teacher_logits)))
-        # A class that the teacher excludes (a logit of -inf) has no part in the sum, whatever the student's logit. In the others a
-        # probability that underflows stays above zero, so that a student's -inf makes the loss infinite, not NaN. The teacher's
-        # logarithms, not its probabilities, so that a vanishing one has a gradient.
+        s, t = graphs.save_constants(
+            *(F.log_softmax(x / temperature, 1) for x in _widen(student_logits, teacher_logits))
+        )
+        # A class that the teacher excludes (a logit of -inf) has no part in the sum, whatever the student's
+        # logit. In the others a probability that underflows stays above zero, so that a student's -inf makes
+        # the loss infinite, not NaN. The teacher's logarithms, not its probabilities, so that a vanishing one
+        # has a gradient.
         excluded = t == -math.inf
         p = t.exp().clamp_min(torch.finfo(t.dtype).tiny)
         kl = p * (t.masked_fill(excluded, 0) - s.masked_fill(excluded, 0))
@@ -290,23 +317,39 @@ def kd_loss(
         return kl * (weight * temperature**2 / (s.shape[0] if reduction == "batchmean" else 1))
 
 
-def rkd_loss(student: Tensor, teacher: Tensor, *, distance_weight: float = 25.0, angle_weight: float = 50.0, weight: float = 1.0) -> Tensor:
-    """Reference of :func:`fastkd.rkd_loss`, which see, by the formula: (N, N, D) differences and (N, N, N) cosines."""
+def rkd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    distance_weight: float = 25.0,
+    angle_weight: float = 50.0,
+    weight: float = 1.0,
+) -> Tensor:
+    """Reference of :func:`fastkd.rkd_loss`, which see, by the formula: (N, N, D) differences and (N, N, N)
+    cosines.
+    """
     checks.rkd_loss(student, teacher, distance_weight, angle_weight, weight)
     with _no_autocast(student):
         sides = [x.flatten(1) for x in _widen(student, teacher)]
         away = [x[None] - x[:, None] for x in sides]  # [i, j] is e_j - e_i
         squares = [x.square().sum(2) for x in away]
         zero = [square == 0 for square in squares]
-        lengths = [square.masked_fill(mask, 1).sqrt().masked_fill(mask, 0) for square, mask in zip(squares, zero, strict=True)]
+        lengths = [
+            square.masked_fill(mask, 1).sqrt().masked_fill(mask, 0)
+            for square, mask in zip(squares, zero, strict=True)
+        ]
         loss = sides[0].new_zeros(())
         if distance_weight:
             means = [x.sum() / (~mask).sum().clamp_min(1) for x, mask in zip(lengths, zero, strict=True)]
             scaled = [x / torch.where(mean > 0, mean, 1) for x, mean in zip(lengths, means, strict=True)]
             loss = loss + weight * distance_weight * F.smooth_l1_loss(scaled[0], scaled[1])
         if angle_weight:
-            units = [x / y.masked_fill(mask, 1)[..., None] for x, y, mask in zip(away, lengths, zero, strict=True)]
-            loss = loss + weight * angle_weight * F.smooth_l1_loss(units[0] @ units[0].mT, units[1] @ units[1].mT)
+            units = [
+                x / y.masked_fill(mask, 1)[..., None] for x, y, mask in zip(away, lengths, zero, strict=True)
+            ]
+            loss = loss + weight * angle_weight * F.smooth_l1_loss(
+                units[0] @ units[0].mT, units[1] @ units[1].mT
+            )
         return loss
 
 
@@ -316,7 +359,9 @@ def _crd_inputs(student: Tensor, teacher: Tensor, student_bank: Tensor, teacher_
     if normalizers is None:
         normalizers = (0.0, 0.0)
     if not isinstance(normalizers, Tensor):
-        normalizers = torch.tensor([float(value) for value in normalizers], dtype=torch.float32, device=student.device)
+        normalizers = torch.tensor(
+            [float(value) for value in normalizers], dtype=torch.float32, device=student.device
+        )
     return _widen(student, teacher, student_bank.detach(), teacher_bank.detach(), normalizers.detach())
 
 
@@ -334,7 +379,8 @@ def crd_loss(student: Tensor, teacher: Tensor, student_bank: Tensor, teacher_ban
         for x, bank, z in ((s, t_bank, given[0]), (t, s_bank, given[1])):
             scores = (bank[rows] * x[:, None]).sum(2) / temperature
             z = torch.where(z > 0, z, scores.detach().exp().mean() * size)
-            positive = scores[:, 0] - z.log()  # log P; the others as log1p, since in float32 P + K / M would be rounded
+            # log P; the others as log1p, since in float32 P + K / M would be rounded
+            positive = scores[:, 0] - z.log()
             loss = loss + F.softplus(math.log(noise + eps) - positive, threshold=1000).sum()
             loss = loss + ((scores[:, 1:].exp() / z + eps) / noise).log1p().sum()
             found.append(z)
@@ -345,12 +391,13 @@ def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
     """The margins of :func:`ofd_loss`: for each channel of a batch norm the mean of what it sends below 0.
 
     Args:
-        weight, bias: (C,), of the batch norm before the ReLU: its numbers are normal, of deviation s = abs(weight)
+        weight, bias: (C,), of the batch norm before the ReLU: its numbers are normal, of deviation s =
+        abs(weight)
             and mean bias.
 
-    Returns: (C,), at most 0; float32, float64 if any input is float64. With the standard density phi and its integral Phi
-    ``bias - s * phi(bias / s) / Phi(-bias / s)``; -3 s where Phi(-bias / s) is at most 0.001; the smaller of bias
-    and 0 where s is 0.
+    Returns: (C,), at most 0; float32, float64 if any input is float64. With the standard density phi and its
+    integral Phi ``bias - s * phi(bias / s) / Phi(-bias / s)``; -3 s where Phi(-bias / s) is at most 0.001;
+    the smaller of bias and 0 where s is 0.
     Raises: TypeError, ValueError for what is not such a pair.
     Source: Heo et al., *A comprehensive overhaul of feature distillation*, ICCV 2019.
     """
@@ -372,15 +419,17 @@ def ofd_loss(student: Features, teacher: Features, margins: Features, *, weights
     """Squared difference of maps before the ReLU, where the teacher's is raised to a margin.
 
     Args:
-        student, teacher: (N, C, *S) floating point with one to three spatial dimensions, or several, one a stage;
+        student, teacher: (N, C, *S) floating point with one to three spatial dimensions, or several, one a
+        stage;
             pairs of one shape.
-        margins: (C,), or one for each stage; :func:`fastkd.ofd_margin` gives them. None may be above 0, which is
+        margins: (C,), or one for each stage; :func:`fastkd.ofd_margin` gives them. None may be above 0, which
+        is
             checked on a CPU alone.
         weights: one factor a stage; None: 1 for the last stage, 1/2 for the one before it, and so on.
         weight: multiplies the result.
 
-    Returns: a scalar; float32, float64 if any input is float64. With ``target = max(t, margin)`` each stage is
-    ``((s - target) ** 2)[(s > target) | (target > 0)].sum() / N``.
+    Returns: a scalar; float32, float64 if any input is float64. With ``target = max(t, margin)`` each stage
+    is ``((s - target) ** 2)[(s > target) | (target > 0)].sum() / N``.
     Raises: TypeError, ValueError for what is not such a pair.
     Source: Heo et al., *A comprehensive overhaul of feature distillation*, ICCV 2019, and its code.
     """
@@ -392,21 +441,30 @@ def ofd_loss(student: Features, teacher: Features, margins: Features, *, weights
             s, target = graphs.save_constants(s, torch.maximum(t, margin.view(-1, *[1] * (t.dim() - 2))))
             reached = (s <= target) & (target <= 0)  # in this form a NaN stays one
             terms.append((s - target).masked_fill(reached, 0).square().sum() / s.shape[0])
-        return _combine(terms, [0.5 ** (count - 1 - i) for i in range(count)] if weights is None else weights, "sum", weight)
+        return _combine(
+            terms,
+            [0.5 ** (count - 1 - i) for i in range(count)] if weights is None else weights,
+            "sum",
+            weight,
+        )
 
 
-def hcl_loss(student: Features, teacher: Features, *, weights: Sequence[float] | None = None, weight: float = 1.0) -> Tensor:
-    """The hierarchical context loss of ReviewKD: mean squared differences at full size and of averages over coarser grids.
+def hcl_loss(
+    student: Features, teacher: Features, *, weights: Sequence[float] | None = None, weight: float = 1.0
+) -> Tensor:
+    """The hierarchical context loss of ReviewKD: mean squared differences at full size and of averages over
+    coarser grids.
 
     Args:
-        student, teacher: a tensor (N, C, H, W) or several, one a level; the shapes of a pair are the same. Any floating dtype.
+        student, teacher: a tensor (N, C, H, W) or several, one a level; the shapes of a pair are the same.
+        Any floating dtype.
         weights: one factor a level, 1 by default.
         weight: multiplies the result.
 
     Returns: a scalar; float32, float64 if any input is float64. The levels are summed.
-    Of one level: ``mean((s - t)^2)`` with factor 1, then the same of both averaged to 4x4, 2x2 and 1x1. A grid is used where its
-    side is smaller than H; the first that is used has the factor 1/2, each next one half of that. The sum is divided by that of
-    the factors.
+    Of one level: ``mean((s - t)^2)`` with factor 1, then the same of both averaged to 4x4, 2x2 and 1x1. A
+    grid is used where its side is smaller than H; the first that is used has the factor 1/2, each next one
+    half of that. The sum is divided by that of the factors.
     Raises: TypeError, ValueError for what are not such pairs.
     Source: Chen, Liu, Zhao, Jia, *Distilling knowledge via knowledge review*, CVPR 2021.
     """

@@ -10,7 +10,9 @@ import torch
 
 
 def generator(seed: int, *purpose: object) -> torch.Generator:
-    """A CPU generator for (seed, purpose...), so that every epoch's random numbers can be drawn again from its number alone."""
+    """A CPU generator for (seed, purpose...), so that every epoch's random numbers can be drawn again from
+    its number alone.
+    """
     digest = hashlib.blake2b(repr((seed, *purpose)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 

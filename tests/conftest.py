@@ -12,7 +12,8 @@ import torch
 from seed import SEED
 
 if not torch.cuda.is_available():  # nothing else reads it: inductor's kernels for a CPU are C++
-    # Triton asks for this when a kernel is imported: without a GPU its kernels run on CPU tensors, interpreted
+    # Triton asks for this when a kernel is imported: without a GPU its kernels run on CPU tensors,
+    # interpreted
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
@@ -20,26 +21,38 @@ def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
     pluginmanager.import_plugin("speed.plugin")  # --benchmark, for pytest without a path too
 
 
-# a worker of pytest-xdist has its share of the threads: two that wait for each other on one core take longer than one
+# a worker of pytest-xdist has its share of the threads: two that wait for each other on one core take longer
+# than one
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """The whole suite runs in as many processes as there are CPUs, where pytest-xdist is there; ``-n 0`` takes one process.
+    """The whole suite runs in as many processes as there are CPUs, where pytest-xdist is there; ``-n 0``
+    takes one process.
 
-    What is asked for by name runs in one process, and so do the benchmarks where they measure, and all where there is a GPU.
+    What is asked for by name runs in one process, and so do the benchmarks where they measure, and all where
+    there is a GPU.
     """
     option = config.option
     measures = getattr(option, "benchmark_full", False) or getattr(option, "benchmark_only", False)
     if hasattr(config, "workerinput") or "PYTEST_XDIST_WORKER" in os.environ:
         return  # one of those processes, or a run that one of their tests starts
-    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not option.keyword and not option.markexpr
-    if getattr(option, "numprocesses", 0) is None and whole and not (measures or option.usepdb or option.collectonly):
+    whole = (
+        config.args_source is pytest.Config.ArgsSource.TESTPATHS
+        and not option.keyword
+        and not option.markexpr
+    )
+    if (
+        getattr(option, "numprocesses", 0) is None
+        and whole
+        and not (measures or option.usepdb or option.collectonly)
+    ):
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         if cpus > 1 and not torch.cuda.is_available():
-            # a file's tests in one process, since they share what they compile; files in their order, the longest are not the last
+            # a file's tests in one process, since they share what they compile; files in their order, the
+            # longest are not the last
             option.numprocesses, option.dist, option.loadscopereorder = min(cpus, 8), "loadfile", False
     if getattr(option, "numprocesses", 0):
         os.environ["FASTKD_TEST_SEED"] = str(SEED)  # for all processes
@@ -67,19 +80,30 @@ def pytest_collection_finish(session: pytest.Session):
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     report = yield
     if report.failed:
-        report.sections.append(("fastkd seed", f"repeat with FASTKD_TEST_SEED={SEED} and this test alone: each test has inputs of its own"))
+        report.sections.append(
+            (
+                "fastkd seed",
+                f"repeat with FASTKD_TEST_SEED={SEED} and this test alone: each test has inputs of its own",
+            )
+        )
     return report
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item):
-    """The CUDA library serves fewer switches than the grids have: what it refuses is skipped (tests/test_cuda.py holds what it serves)."""
+    """The CUDA library serves fewer switches than the grids have: what it refuses is skipped
+    (tests/test_cuda.py holds what it serves).
+    """
     from fastkd import BackendError
 
     try:
         return (yield)
     except BackendError as error:
-        if getattr(item, "callspec", None) and item.callspec.params.get("backend") == "cuda" and "cannot serve the call" in str(error):
+        if (
+            getattr(item, "callspec", None)
+            and item.callspec.params.get("backend") == "cuda"
+            and "cannot serve the call" in str(error)
+        ):
             pytest.skip(str(error))
         raise
 
@@ -94,7 +118,9 @@ def fresh_seed(request: pytest.FixtureRequest):
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(request: pytest.FixtureRequest):
-    """In deterministic mode PyTorch fills what `empty` returns with NaN, for Python and for the C++ kernels alike."""
+    """In deterministic mode PyTorch fills what `empty` returns with NaN, for Python and for the C++ kernels
+    alike.
+    """
     if request.node.get_closest_marker("unpoisoned"):
         yield
         return
@@ -130,7 +156,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     names: list[str] = []
     run = Launch.__call__
-    monkeypatch.setattr(Launch, "__call__", lambda self, *args: (names.append(self.kernel.__name__), run(self, *args))[1])
+    monkeypatch.setattr(
+        Launch, "__call__", lambda self, *args: (names.append(self.kernel.__name__), run(self, *args))[1]
+    )
     return names
 
 

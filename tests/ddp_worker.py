@@ -1,4 +1,6 @@
-"""One of two gloo processes of test_autograd.py: a step under DistributedDataParallel against the reference in one process."""
+"""One of two gloo processes of test_autograd.py: a step under DistributedDataParallel against the reference
+in one process.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,11 @@ from fastkd import reference
 class Student(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3, stride=2), nn.Linear(8, 10)
+        self.first, self.second, self.head = (
+            nn.Conv2d(3, 6, 3),
+            nn.Conv2d(6, 8, 3, stride=2),
+            nn.Linear(8, 10),
+        )
 
     def forward(self, x):
         a = self.first(x).relu()
@@ -46,7 +52,9 @@ def main() -> None:
         loss(fastkd, parallel, teacher, images[4 * rank : 4 * rank + 4]).backward()
         (sum(loss(reference, alone, teacher, half) for half in images.split(4)) / 2).backward()
     for ours, exact in zip(shared.parameters(), alone.parameters()):
-        torch.testing.assert_close(ours.grad, exact.grad, rtol=1e-4, atol=1e-5 * exact.grad.abs().max().item())
+        torch.testing.assert_close(
+            ours.grad, exact.grad, rtol=1e-4, atol=1e-5 * exact.grad.abs().max().item()
+        )
     print(f"rank {rank} agrees")
     dist.destroy_process_group()
 

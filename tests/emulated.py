@@ -1,4 +1,6 @@
-"""The CUDA library's kernels on a machine without a GPU: run on the CPU, thread by thread (csrc/cuda/testing/emulate.h)."""
+"""The CUDA library's kernels on a machine without a GPU: run on the CPU, thread by thread
+(csrc/cuda/testing/emulate.h).
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,21 @@ FLAGS = [
 
 
 def build() -> Path | None:
-    """The emulated library, compiled where its sources or PyTorch are new; None where there are no sources or no compiler."""
-    compiler = shlex.split(os.environ.get("CXX", "")) or [name for name in ("c++", "g++", "clang++") if shutil.which(name)][:1]
+    """The emulated library, compiled where its sources or PyTorch are new; None where there are no sources or
+    no compiler.
+    """
+    compiler = (
+        shlex.split(os.environ.get("CXX", ""))
+        or [name for name in ("c++", "g++", "clang++") if shutil.which(name)][:1]
+    )
     folder = ROOT / "csrc" / "cuda"
     if not compiler or not folder.is_dir():
         return None
-    sources = [*sorted(folder.rglob("*.cu")), *sorted(folder.rglob("*.cpp")), ROOT / "csrc" / "common" / "tensor.cpp"]
+    sources = [
+        *sorted(folder.rglob("*.cu")),
+        *sorted(folder.rglob("*.cpp")),
+        ROOT / "csrc" / "common" / "tensor.cpp",
+    ]
     digest = hashlib.blake2b(f"{torch.__version__} {compiler} {FLAGS}".encode(), digest_size=8)
     for path in sorted([*ROOT.glob("csrc/common/*.*"), *folder.rglob("*.*")]):
         digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
@@ -49,13 +60,25 @@ def build() -> Path | None:
     objects.mkdir(parents=True, exist_ok=True)
 
     def run(arguments: list[str]) -> None:
-        done = subprocess.run([*compiler, *arguments], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            [*compiler, *arguments], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         if done.returncode:
             raise RuntimeError(f"the CUDA kernels do not compile for the CPU:\n{done.stdout}")
 
     made = [str(objects / f"{source.parent.name}-{source.name}.o") for source in sources]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as pool:
-        list(pool.map(run, ([*FLAGS, *search, "-x", "c++", "-c", str(source), "-o", to] for source, to in zip(sources, made))))
+    with ThreadPoolExecutor(
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    ) as pool:
+        list(
+            pool.map(
+                run,
+                (
+                    [*FLAGS, *search, "-x", "c++", "-c", str(source), "-o", to]
+                    for source, to in zip(sources, made)
+                ),
+            )
+        )
     run(["-shared", *made, f"-L{top / 'lib'}", "-ltorch_cpu", "-o", str(objects / library.name)])
     os.replace(objects / library.name, library)
     shutil.rmtree(objects)
@@ -96,7 +119,9 @@ def tickets() -> int:
 
 
 def products() -> int:
-    """How often warps multiplied on tensor cores since this was last asked: 16 x 8 x 8, of bfloat16 16 x 8 x 16."""
+    """How often warps multiplied on tensor cores since this was last asked: 16 x 8 x 8, of bfloat16 16 x 8 x
+    16.
+    """
     assert native.EMULATED and native.EMULATED.path
     library = ctypes.CDLL(native.EMULATED.path)
     library.fastkd_emulate_products.restype = ctypes.c_int64

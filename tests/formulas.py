@@ -1,6 +1,8 @@
-"""Every formula once more, written by hand: first from the definitions, then as each published implementation computes it.
+"""Every formula once more, written by hand: first from the definitions, then as each published implementation
+computes it.
 
-Nothing here calls fastkd. Loops and einsum stand where the package uses PyTorch's fused functions, so that a shared mistake is unlikely.
+Nothing here calls fastkd. Loops and einsum stand where the package uses PyTorch's fused functions, so that a
+shared mistake is unlikely.
 """
 
 from __future__ import annotations
@@ -17,11 +19,21 @@ from torch import Tensor
 
 
 def pool(x: Tensor, size: Sequence[int], mode: str) -> Tensor:
-    """Adaptive pooling of the trailing dimensions, window by window: window i of n spans floor(i*in/n) to ceil((i+1)*in/n)."""
+    """Adaptive pooling of the trailing dimensions, window by window: window i of n spans floor(i*in/n) to
+    ceil((i+1)*in/n).
+    """
     lead = x.dim() - len(size)
     out = x.new_zeros(*x.shape[:lead], *size)
     for index in itertools.product(*map(range, size)):
-        window = x[(..., *(slice(i * full // n, -(-(i + 1) * full // n)) for i, n, full in zip(index, size, x.shape[lead:])))]
+        window = x[
+            (
+                ...,
+                *(
+                    slice(i * full // n, -(-(i + 1) * full // n))
+                    for i, n, full in zip(index, size, x.shape[lead:])
+                ),
+            )
+        ]
         flat = window.flatten(lead)
         out[(..., *index)] = flat.sum(-1) / flat.shape[-1] if mode == "avg" else flat.sort(-1).values[..., -1]
     return out
@@ -73,7 +85,9 @@ def attention_transfer_loss(
         d = maps[0] - (t if teacher_is_map else maps[1])
         squares = [sum(v * v for v in sample.flatten().tolist()) for sample in d]
         n = len(squares)
-        terms.append(sum(squares) / d.numel() if difference == "squared" else sum(map(math.sqrt, squares)) / n)
+        terms.append(
+            sum(squares) / d.numel() if difference == "squared" else sum(map(math.sqrt, squares)) / n
+        )
     return total(terms, stage_reduce, weights, weight)
 
 
@@ -83,10 +97,14 @@ def fsp_matrix(a: Tensor, b: Tensor, pool_mode: str = "avg") -> Tensor:
     return torch.einsum("nis,njs->nij", a, b) / math.prod(size)
 
 
-def fsp_loss(student, teacher, pool_mode="avg", distance="squared", pair_reduce="sum", weights=None, weight=1.0) -> float:
+def fsp_loss(
+    student, teacher, pool_mode="avg", distance="squared", pair_reduce="sum", weights=None, weight=1.0
+) -> float:
     terms = []
     for i in range(len(student) - 1):
-        d = fsp_matrix(student[i], student[i + 1], pool_mode) - fsp_matrix(teacher[i], teacher[i + 1], pool_mode)
+        d = fsp_matrix(student[i], student[i + 1], pool_mode) - fsp_matrix(
+            teacher[i], teacher[i + 1], pool_mode
+        )
         squares = (d * d).sum(1)  # (N, Cb): squared norms of the columns
         n = len(d)
         terms.append({
@@ -101,7 +119,9 @@ def kd_loss(s: Tensor, t: Tensor, temperature: float, reduction: str, weight: fl
         a, b = a / a.sum(), b / b.sum()
         rows.append(b * (b / a).log())
     each = temperature**2 * weight * torch.stack(rows)
-    return {"none": each, "sum": each.sum(), "mean": each.mean(), "batchmean": each.sum() / len(each)}[reduction]
+    return {"none": each, "sum": each.sum(), "mean": each.mean(), "batchmean": each.sum() / len(each)}[
+        reduction
+    ]
 
 
 # as published
@@ -131,7 +151,9 @@ def kdzoo_at(s: Tensor, t: Tensor, p: float = 2) -> Tensor:
 
 
 def paper_at(s: Tensor, t: Tensor) -> Tensor:
-    """Eq. 2 of the paper (torchdistill's mode "paper", without the half): the norm of the difference, not squared, mean over the batch."""
+    """Eq. 2 of the paper (torchdistill's mode "paper", without the half): the norm of the difference, not
+    squared, mean over the batch.
+    """
     s, t = (F.normalize(x.pow(2).sum(1).flatten(1)) for x in (s, t))
     return torch.norm(s - t, dim=1).sum() / s.shape[0]
 
@@ -172,4 +194,8 @@ def column_norms(s: Sequence[Tensor], t: Sequence[Tensor]) -> Tensor:
 
 
 def hinton(s: Tensor, t: Tensor, temperature: float = 4.0) -> Tensor:
-    return F.kl_div(F.log_softmax(s / temperature, 1), F.softmax(t / temperature, 1), reduction="sum") * temperature**2 / s.shape[0]
+    return (
+        F.kl_div(F.log_softmax(s / temperature, 1), F.softmax(t / temperature, 1), reduction="sum")
+        * temperature**2
+        / s.shape[0]
+    )

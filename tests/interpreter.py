@@ -1,8 +1,9 @@
 """What Triton's interpreter gets wrong, mended for the tests.
 
-It cuts float32 off where it writes bfloat16; a GPU rounds to nearest. It adds the rows of a tile one after the other, a
-GPU's lanes add as a tree: errors would grow with the size of a tile. That of 3.6 makes numbers of arrays of one element, which numpy 2.4
-refuses. And it replaces the functions of triton.language anew at every call of a device function, a third of its time: here once a launch.
+It cuts float32 off where it writes bfloat16; a GPU rounds to nearest. It adds the rows of a tile one after
+the other, a GPU's lanes add as a tree: errors would grow with the size of a tile. That of 3.6 makes numbers
+of arrays of one element, which numpy 2.4 refuses. And it replaces the functions of triton.language anew at
+every call of a device function, a third of its time: here once a launch.
 """
 
 from __future__ import annotations
@@ -24,7 +25,14 @@ def mend() -> None:
             return convert(value, from_dtype, to_dtype, mode)
         # as bits or as numbers, the interpreter hands over both
         numbers = np.ascontiguousarray(value).view(np.float32)
-        return torch.from_numpy(numbers.copy()).bfloat16().view(torch.int16).numpy().view(np.uint16).reshape(numbers.shape)
+        return (
+            torch.from_numpy(numbers.copy())
+            .bfloat16()
+            .view(torch.int16)
+            .numpy()
+            .view(np.uint16)
+            .reshape(numbers.shape)
+        )
 
     interpreter._convert_float = rounding
 
@@ -37,7 +45,11 @@ def mend() -> None:
             rows = rows[: len(rows) // 2] + rows[len(rows) // 2 :]
         total = rows[0]
         if self.keep_dims:
-            total = np.expand_dims(total, self.axis) if self.axis is not None else total.reshape((1,) * numbers.ndim)
+            total = (
+                np.expand_dims(total, self.axis)
+                if self.axis is not None
+                else total.reshape((1,) * numbers.ndim)
+            )
         return self.to_tensor(total, given.dtype)
 
     add_in_order, interpreter.ReduceOps.sum = interpreter.ReduceOps.sum, sum_as_tree
@@ -58,7 +70,9 @@ def mend() -> None:
     def once(fn):
         names = fn.__globals__
         if id(names) not in seen:
-            seen[id(names)] = tuple(any(value is module for value in names.values()) for module in (tl, tl.core))
+            seen[id(names)] = tuple(
+                any(value is module for value in names.values()) for module in (tl, tl.core)
+            )
         modules = seen[id(names)]
         if modules in replaced:
             return interpreter._LangPatchScope()

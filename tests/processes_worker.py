@@ -2,10 +2,10 @@
 
 They are forked from a process that has imported everything, which takes a fraction of the time of new ones.
 A job is a line of JSON: ``flags`` of train.py, or ``call``, a function of this file with its ``arguments``;
-``environment``, one dict of variables a process; ``logs``, a file a process; ``fault``: {"rank", "place", "call",
-"error"} raises that error in one process (rank null: in all), or sends it that signal, at the so-manieth call of a
-function. The answer has the exit ``statuses`` (-9: killed after ``limit`` seconds) and ``seconds``: from the fault,
-else from the start, to the last one's end.
+``environment``, one dict of variables a process; ``logs``, a file a process; ``fault``: {"rank", "place",
+"call", "error"} raises that error in one process (rank null: in all), or sends it that signal, at the
+so-manieth call of a function. The answer has the exit ``statuses`` (-9: killed after ``limit`` seconds) and
+``seconds``: from the fault, else from the start, to the last one's end.
 """
 
 from __future__ import annotations
@@ -72,7 +72,10 @@ def initialization(path: str) -> None:
     """FSP's first phase, whose loss does not reach the classifier, with a weight decay that would show."""
     with distributed.group("cpu"):
         made = loop("fsp", alone=True, epochs=3, weight_decay=0.5)
-        torch.save({"model": made.student.state_dict(), "momenta": len(made.optimizer.state)}, f"{path}-{distributed.share()[0]}.pt")
+        torch.save(
+            {"model": made.student.state_dict(), "momenta": len(made.optimizer.state)},
+            f"{path}-{distributed.share()[0]}.pt",
+        )
 
 
 def gradients(path: str) -> None:
@@ -88,14 +91,19 @@ def gradients(path: str) -> None:
 
 
 def banks(path: str) -> None:
-    """A method that keeps a row for each image of all processes, and what one process makes of rows that are not divided evenly."""
+    """A method that keeps a row for each image of all processes, and what one process makes of rows that are
+    not divided evenly.
+    """
     with distributed.group("cpu"):
         rank = distributed.share()[0]
         rows = torch.arange(5).tensor_split(2)[rank]
         joined = distributed.joined_rows((rows, (rows[:, None] * 2.0,)), 5)
         made = loop(toy_methods.define("bank"))
         crd = loop("crd").distillation.methods["crd"].function.state_dict()
-        torch.save({"joined": joined, "bank": made.distillation.methods["bank"].bank, "crd": crd}, f"{path}-{rank}.pt")
+        torch.save(
+            {"joined": joined, "bank": made.distillation.methods["bank"].bank, "crd": crd},
+            f"{path}-{rank}.pt",
+        )
 
 
 def answers(path: str) -> None:
@@ -160,7 +168,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.1)  # which imports most of what takes seconds; tensorboard is the rest
+    # which imports most of what takes seconds; tensorboard is the rest
+    torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.1)
     for name in ("torch.distributed.nn", "torch.utils.tensorboard"):
         with suppress(ImportError):
             importlib.import_module(name)

@@ -19,12 +19,27 @@ class Recorder(TorchDispatchMode):
 
     # bookkeeping of autograd and of the tests, none of which computes a feature
     harmless = {
-        *("aten::detach", "aten::alias", "aten::view", "aten::ones_like", "aten::_to_copy", "aten::empty_like", "aten::fill_.Scalar"),
+        *(
+            "aten::detach",
+            "aten::alias",
+            "aten::view",
+            "aten::ones_like",
+            "aten::_to_copy",
+            "aten::empty_like",
+            "aten::fill_.Scalar",
+        ),
         "aten::_local_scalar_dense",  # the upstream gradient, read on the CPU
     }
     # what Triton's launchers allocate and, of maps alone, straighten
     launching = {
-        *("aten::empty.memory_format", "aten::new_empty", "aten::new_zeros", "aten::new_full", "aten::clone", "aten::unsqueeze"),
+        *(
+            "aten::empty.memory_format",
+            "aten::new_empty",
+            "aten::new_zeros",
+            "aten::new_full",
+            "aten::clone",
+            "aten::unsqueeze",
+        ),
         *("aten::squeeze.dim", "aten::transpose.int", "aten::permute"),
     }
 

@@ -1,4 +1,6 @@
-"""The seed of this session's inputs. In a module of its own: pytest imports conftest.py under one name, and a test would under another."""
+"""The seed of this session's inputs. In a module of its own: pytest imports conftest.py under one name, and a
+test would under another.
+"""
 
 from __future__ import annotations
 

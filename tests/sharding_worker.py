@@ -29,14 +29,24 @@ def check_sharded_network(name: str, rank: int, mesh: object) -> None:
         features, logits = network(images, features=True)
         teacher = [x.detach().flip(0) for x in features.stages]
         at = functions.attention_transfer_loss(features.stages, teacher, weight=100.0)
-        return at + functions.fsp_loss(features.stages, teacher) + functions.kd_loss(logits, logits.detach().flip(0))
+        return (
+            at
+            + functions.fsp_loss(features.stages, teacher)
+            + functions.kd_loss(logits, logits.detach().flip(0))
+        )
 
     loss(fastkd, sharded, mine).backward()
     (sum(loss(reference, alone, part) for part in images.chunk(2)) / 2).backward()
     for (key, ours), exact in zip(sharded.named_parameters(), alone.parameters(), strict=True):
         assert isinstance(ours.grad, DTensor), key
         atol = 1e-4 * max(1e-3, exact.grad.abs().max().item())
-        torch.testing.assert_close(ours.grad.full_tensor(), exact.grad, rtol=1e-3, atol=atol, msg=lambda text: f"{name} {key}: {text}")
+        torch.testing.assert_close(
+            ours.grad.full_tensor(),
+            exact.grad,
+            rtol=1e-3,
+            atol=atol,
+            msg=lambda text: f"{name} {key}: {text}",
+        )
 
 
 def check_distributed_tensors(mesh: object) -> None:

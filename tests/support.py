@@ -34,12 +34,14 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DENSE = ("contiguous", "channels_last", "swapped", "reversed")
 LAYOUTS = (*DENSE, "sliced", "stepped", "expanded_batch", "expanded_channels", "expanded_space")
 
-# k of the error budget: how many ulp of its own dtype, at the largest reference value, a result may be off beyond twice the eager error.
-# Half precision results are rounded once, from float32: one ulp.
+# k of the error budget: how many ulp of its own dtype, at the largest reference value, a result may be off
+# beyond twice the eager error. Half precision results are rounded once, from float32: one ulp.
 ULPS = {torch.float64: 16, torch.float32: 4, torch.float16: 1, torch.bfloat16: 1}
-# A float32 scalar has no larger neighbour to be measured by, and equal features (expanded ones) round all the same way.
+# A float32 scalar has no larger neighbour to be measured by, and equal features (expanded ones) round all the
+# same way.
 SCALAR_ULPS = 8
-# Where large terms cancel, what is left is no better than the terms: so many roundings of the largest, in the dtype of accumulation.
+# Where large terms cancel, what is left is no better than the terms: so many roundings of the largest, in the
+# dtype of accumulation.
 TERM_ULPS = 4
 # Triton's bfloat16 products: two factors in a high and a low part, 2^-17 each
 SPLIT = 2.0**-16
@@ -54,7 +56,9 @@ def name(value: object) -> str:
 
 
 def values(shape: Sequence[int], dtype: torch.dtype, kind: str = "normal") -> Tensor:
-    """Feature-like numbers. "positive" keeps away from zero (fractional powers of signed maps); "relu" is half zeros."""
+    """Feature-like numbers. "positive" keeps away from zero (fractional powers of signed maps); "relu" is
+    half zeros.
+    """
     x = torch.randn(tuple(shape), dtype=torch.float64)
     if kind == "positive":
         x = x.abs() + 0.1
@@ -82,19 +86,25 @@ def arrange(x: Tensor, layout: str) -> Tensor:
         view = big[tuple(slice(1, size + 1) for size in x.shape)]
         return view.copy_(x)
     if layout == "stepped":
-        big = torch.full([size if d == 0 else 2 * size for d, size in enumerate(x.shape)], math.nan, dtype=x.dtype)
+        big = torch.full(
+            [size if d == 0 else 2 * size for d, size in enumerate(x.shape)], math.nan, dtype=x.dtype
+        )
         view = big[(slice(None), *(slice(None, None, 2) for _ in x.shape[1:]))]
         return view.copy_(x)
     dim = {"expanded_batch": 0, "expanded_channels": 1, "expanded_space": last}[layout]
     return x.narrow(dim, 0, 1).clone().expand(x.shape)
 
 
-def make(shape: Sequence[int], dtype: torch.dtype = torch.float32, layout: str = "contiguous", kind: str = "normal") -> Tensor:
+def make(
+    shape: Sequence[int], dtype: torch.dtype = torch.float32, layout: str = "contiguous", kind: str = "normal"
+) -> Tensor:
     return arrange(values(shape, dtype, kind), layout)
 
 
 def some_shape(n: int | None = None) -> tuple[int, ...]:
-    """A small shape with odd and prime sizes, one to three of them spatial; of few positions little but rounding is left of a gradient."""
+    """A small shape with odd and prime sizes, one to three of them spatial; of few positions little but
+    rounding is left of a gradient.
+    """
     space: list[int] = []
     while math.prod(space) < 6:
         dims = random.choice((1, 2, 2, 3))
@@ -108,7 +118,9 @@ def is_dense(x: Tensor) -> bool:
 
 
 def place(x: Tensor, backend: str) -> Tensor:
-    """x where the backend's kernels run: those of a GPU there if there is one, in the same layout, else interpreted or emulated here."""
+    """x where the backend's kernels run: those of a GPU there if there is one, in the same layout, else
+    interpreted or emulated here.
+    """
     if backend not in ("triton", "cuda") or not torch.cuda.is_available():
         return x
     there = torch.empty(0, dtype=x.dtype, device="cuda")
@@ -125,7 +137,10 @@ class Result:
 
 
 def evaluate(
-    fn: Callable[..., Tensor], tensors: Sequence[Tensor], needs: Sequence[bool] | None = None, upstream: Tensor | None = None
+    fn: Callable[..., Tensor],
+    tensors: Sequence[Tensor],
+    needs: Sequence[bool] | None = None,
+    upstream: Tensor | None = None,
 ) -> Result:
     """fn(*tensors) and the gradients of those that need one (all by default)."""
     needs = needs or [True] * len(tensors)
@@ -152,8 +167,12 @@ def ulp(dtype: torch.dtype, magnitude: float) -> float:
     return 2.0**exponent * info.eps
 
 
-def within_budget(what: str, out: Tensor, exact: Tensor, rough: float, k: float | None = None, terms: float = 0) -> None:
-    """max|out - exact| <= 2 rough + k ulp + terms, one ulp of out's dtype at max|exact|; and no NaN or infinity where exact has none."""
+def within_budget(
+    what: str, out: Tensor, exact: Tensor, rough: float, k: float | None = None, terms: float = 0
+) -> None:
+    """max|out - exact| <= 2 rough + k ulp + terms, one ulp of out's dtype at max|exact|; and no NaN or
+    infinity where exact has none.
+    """
     assert out.shape == exact.shape, f"{what}: shape {tuple(out.shape)}, wanted {tuple(exact.shape)}"
     if not exact.numel():
         return
@@ -164,16 +183,19 @@ def within_budget(what: str, out: Tensor, exact: Tensor, rough: float, k: float 
     allowed = 2 * rough + k * ulp(out.dtype, largest) + terms
     error = (out.double() - exact).abs()
     worst = int(error.nan_to_num(nan=math.inf).argmax())
-    place = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), exact.shape)) if exact.dim() else ()
+    place = (
+        tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), exact.shape)) if exact.dim() else ()
+    )
     assert error.max().item() <= allowed, (
-        f"{what}: off by {error.flatten()[worst].item():.3e} at {place} "
-        f"({out.flatten()[worst].item():.9g}, exact {exact.flatten()[worst].item():.9g}), "
-        f"allowed {allowed:.3e}; largest {largest:.3e}, {int((error > allowed).sum() + error.isnan().sum())} of {error.numel()} wrong"
+        f"{what}: off by {error.flatten()[worst].item():.3e} at {place} ({out.flatten()[worst].item():.9g},"
+        f" exact {exact.flatten()[worst].item():.9g}), allowed {allowed:.3e}; largest {largest:.3e},"
+        f" {int((error > allowed).sum() + error.isnan().sum())} of {error.numel()} wrong"
     )
 
 
 def eager_error(exact: Tensor, rough: Sequence[Tensor], wide: torch.dtype) -> float:
-    """The largest error of float32 eager code, or of a change of the inputs by float32's rounding: eager code is sometimes exact by luck.
+    """The largest error of float32 eager code, or of a change of the inputs by float32's rounding: eager code
+    is sometimes exact by luck.
 
     Where the answer is float64, its size there: what the problem's conditioning makes of float64's rounding.
     """
@@ -182,7 +204,8 @@ def eager_error(exact: Tensor, rough: Sequence[Tensor], wide: torch.dtype) -> fl
 
 
 def one_by_one(backend: str, tensors: Sequence[Tensor], exact: Tensor) -> float:
-    """What sums of equal numbers may be off, which are all rounded the same way where they are added one after the other.
+    """What sums of equal numbers may be off, which are all rounded the same way where they are added one
+    after the other.
 
     The interpreter adds channels so; a GPU in a tree.
     The reference itself, in float64, adds the positions of a map so, in each of some lanes.
@@ -196,13 +219,20 @@ def one_by_one(backend: str, tensors: Sequence[Tensor], exact: Tensor) -> float:
 
 
 def nudged(x: Tensor) -> Tensor:
-    return x.double().contiguous() * (1 + torch.finfo(torch.float32).eps * (2 * torch.rand(x.shape, dtype=torch.float64) - 1))
+    return x.double().contiguous() * (
+        1 + torch.finfo(torch.float32).eps * (2 * torch.rand(x.shape, dtype=torch.float64) - 1)
+    )
 
 
 def uncancelled(
-    exact_fn: Callable[..., Tensor], tensors: Sequence[Tensor], needs: Sequence[bool] | None, upstream: Tensor | None
+    exact_fn: Callable[..., Tensor],
+    tensors: Sequence[Tensor],
+    needs: Sequence[bool] | None,
+    upstream: Tensor | None,
 ) -> Result:
-    """Gradients before their part along the map is subtracted, (g - y<g, y>)/n without the second term: the norm held constant."""
+    """Gradients before their part along the map is subtracted, (g - y<g, y>)/n without the second term: the
+    norm held constant.
+    """
 
     def held(q: Tensor, eps: float, eps_mode: str) -> Tensor:
         norm = torch.linalg.vector_norm(q.detach(), dim=tuple(range(1, q.dim())), keepdim=True)
@@ -224,11 +254,16 @@ def check(
     output_terms: float = 0,
     gradient_terms: Result | None = None,
 ) -> Result:
-    """fn under the backend against exact_fn in float64, output and gradients, with the promised dtypes and strides; nothing falls back.
+    """fn under the backend against exact_fn in float64, output and gradients, with the promised dtypes and
+    strides; nothing falls back.
 
-    output_terms: the size of the terms whose sum the output is, where they may cancel; gradient_terms: the same of the gradients.
+    output_terms: the size of the terms whose sum the output is, where they may cancel; gradient_terms: the
+    same of the gradients.
     """
-    placed, given = [place(x, backend) for x in tensors], None if upstream is None else place(upstream, backend)
+    placed, given = (
+        [place(x, backend) for x in tensors],
+        (None if upstream is None else place(upstream, backend)),
+    )
     guard = fused_only(also, backend) if backend != "reference" else contextlib.nullcontext()
     with fastkd.use_backend(backend), guard:
         got = fetched(evaluate(fn, placed, needs, given))
@@ -249,16 +284,22 @@ def check(
         k,
         term * output_terms + one_by_one(backend, tensors, exact.output),
     )
-    for i, (x, grad, want, terms, *rough) in enumerate(zip(tensors, got.grads, exact.grads, whole.grads, eager.grads, moved.grads)):
+    for i, (x, grad, want, terms, *rough) in enumerate(
+        zip(tensors, got.grads, exact.grads, whole.grads, eager.grads, moved.grads)
+    ):
         if want is None:
             assert grad is None
             continue
         assert grad.dtype == x.dtype, f"gradient {i} is {grad.dtype}, its input {x.dtype}"
         if backend != "reference" and is_dense(x):
-            assert grad.stride() == torch.empty_like(x).stride(), f"gradient {i} has strides {grad.stride()}, its input {x.stride()}"
+            assert grad.stride() == torch.empty_like(x).stride(), (
+                f"gradient {i} has strides {grad.stride()}, its input {x.stride()}"
+            )
         what = f"gradient {i} of shape {tuple(x.shape)}, strides {x.stride()}, {x.dtype}"
         more = one_by_one(backend, tensors, want)
-        within_budget(what, grad, want, eager_error(want, rough, wide), k, term * terms.abs().max().item() + more)
+        within_budget(
+            what, grad, want, eager_error(want, rough, wide), k, term * terms.abs().max().item() + more
+        )
     return got
 
 
@@ -266,7 +307,8 @@ def check(
 def missing(backend: str) -> str:
     """Why the kernels of a backend cannot run, or "".
 
-    "" too where the first of them fails: its tests are for that to say, and those of the other backends still run.
+    "" too where the first of them fails: its tests are for that to say, and those of the other backends still
+    run.
     """
     try:
         with fastkd.use_backend(backend):
@@ -274,7 +316,10 @@ def missing(backend: str) -> str:
     except fastkd.BackendError as error:
         return str(error)
     except Exception as error:
-        print(f"fastkd: the first kernel of backend {backend!r} fails: {type(error).__name__}: {error}", file=sys.stderr)
+        print(
+            f"fastkd: the first kernel of backend {backend!r} fails: {type(error).__name__}: {error}",
+            file=sys.stderr,
+        )
     return ""
 
 
@@ -289,14 +334,20 @@ def cpp_missing() -> str:
 
 def _param(backend: str, *rest: object) -> object:
     why = missing(backend)
-    marks = [pytest.mark.skipif(bool(why), reason=why), *([pytest.mark.gpu] if backend != "cpp" and torch.cuda.is_available() else [])]
+    marks = [
+        pytest.mark.skipif(bool(why), reason=why),
+        *([pytest.mark.gpu] if backend != "cpp" and torch.cuda.is_available() else []),
+    ]
     return pytest.param(backend, *rest, id="-".join(map(name, (backend, *rest))), marks=marks)
 
 
 KERNELS = [_param(backend) for backend in ("cpp", "triton", "cuda")]
 """The backends with kernels of the operations, for ``parametrize("backend", ...)``."""
 KERNEL_DTYPES = [
-    _param(backend, dtype) for backend in ("cpp", "triton", "cuda") for dtype in DTYPES if (backend, dtype) != ("triton", torch.float64)
+    _param(backend, dtype)
+    for backend in ("cpp", "triton", "cuda")
+    for dtype in DTYPES
+    if (backend, dtype) != ("triton", torch.float64)
 ]
 """For ``parametrize("backend, dtype", ...)``: what each serves."""
 
@@ -320,16 +371,26 @@ def paired(loss: Callable[..., Tensor], stages: int, **switches: object) -> Call
     return lambda *tensors: loss(list(tensors[:stages]), list(tensors[stages:]), **switches)
 
 
-def apart(student: Sequence[Tensor], teacher: Sequence[Tensor], switches: dict[str, object]) -> tuple[list[Tensor], dict[str, object]]:
-    """The same chains with positive student and negative teacher matrices, whose difference adds, and positive weights."""
+def apart(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], switches: dict[str, object]
+) -> tuple[list[Tensor], dict[str, object]]:
+    """The same chains with positive student and negative teacher matrices, whose difference adds, and
+    positive weights.
+    """
     chains = [[x.double().abs() for x in side] for side in (student, teacher)]
     chains[1] = [-x if i % 2 else x for i, x in enumerate(chains[1])]
     weights = [abs(w) for w in switches.get("weights") or []] or None
-    return [*chains[0], *chains[1]], {**switches, "weight": abs(switches.get("weight", 1.0)), "weights": weights}
+    return [*chains[0], *chains[1]], {
+        **switches,
+        "weight": abs(switches.get("weight", 1.0)),
+        "weights": weights,
+    }
 
 
 def fsp_terms(student: Sequence[Tensor], teacher: Sequence[Tensor], switches: dict[str, object]) -> float:
-    """What the rounding of each product, all in one direction, would make of the FSP loss: 2 |d| |products| for a squared distance."""
+    """What the rounding of each product, all in one direction, would make of the FSP loss: 2 |d| |products|
+    for a squared distance.
+    """
     chains, positive = apart(student, teacher, switches)
     most = paired(ref.fsp_loss, len(student), **positive)(*chains).item()
     if switches.get("distance") == "column_l2":
@@ -339,14 +400,27 @@ def fsp_terms(student: Sequence[Tensor], teacher: Sequence[Tensor], switches: di
 
 
 def check_loss(
-    backend: str, function: str, student: Sequence[Tensor], teacher: Sequence[Tensor], *, needs=None, upstream=None, k=None, **switches
+    backend: str,
+    function: str,
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    *,
+    needs=None,
+    upstream=None,
+    k=None,
+    **switches,
 ) -> Result:
     fns = [paired(getattr(module, function), len(student), **switches) for module in (fastkd, ref)]
     terms, gradients = 0.0, None
     if function == "fsp_loss":
         terms = fsp_terms(student, teacher, switches)
-        if switches.get("distance") != "column_l2":  # there the gradient does not depend on how large the difference is
+        # there the gradient does not depend on how large the difference is
+        if switches.get("distance") != "column_l2":
             chains, positive = apart(student, teacher, switches)
             sign = None if upstream is None else upstream.abs()
-            gradients = evaluate(paired(ref.fsp_loss, len(student), **positive), [x.contiguous() for x in chains], needs, sign)
-    return check(backend, *fns, [*student, *teacher], needs, upstream, k, output_terms=terms, gradient_terms=gradients)
+            gradients = evaluate(
+                paired(ref.fsp_loss, len(student), **positive), [x.contiguous() for x in chains], needs, sign
+            )
+    return check(
+        backend, *fns, [*student, *teacher], needs, upstream, k, output_terms=terms, gradient_terms=gradients
+    )

@@ -53,7 +53,9 @@ def by_seed(fn: Function, tensors: Sequence[Tensor], gradients: bool = True) -> 
 
 
 def rms_errors(got: Sequence[Tensor], exact: Sequence[Tensor]) -> Tensor:
-    """Of each result: the root mean square, over the seeds, of the largest error as a part of the largest number."""
+    """Of each result: the root mean square, over the seeds, of the largest error as a part of the largest
+    number.
+    """
     errors = []
     for a, b in zip(got, exact, strict=True):
         wrong, largest = (x.flatten().view(len(b), -1).abs().amax(1) for x in (a.double().cpu() - b, b))
@@ -66,8 +68,8 @@ def check(
 ):  # fmt: skip
     """Our errors against those of plain PyTorch in float32, for the same numbers in the same layout.
 
-    Both are taken against float64. Backend "cpp" takes each of its code paths. ``call(function, *tensors)`` calls
-    fastkd's function of that name, or the reference's.
+    Both are taken against float64. Backend "cpp" takes each of its code paths. ``call(function, *tensors)``
+    calls fastkd's function of that name, or the reference's.
     """
     ours, plain = (functools.partial(call, getattr(module, name)) for module in (fastkd, ref))
     exact = run(plain, [x.double() for x in tensors], **options)
@@ -92,7 +94,9 @@ def check_loss(tensors: Sequence[Tensor], p: float, backend: str = "cpp", **opti
 
 
 # 49 positions are vectors and a rest, 9 may be fewer than a vector has lanes
-@pytest.mark.parametrize("layout, size", [("contiguous", 7), ("channels_last", 7), ("stepped", 7), ("contiguous", 3)])
+@pytest.mark.parametrize(
+    "layout, size", [("contiguous", 7), ("channels_last", 7), ("stepped", 7), ("contiguous", 3)]
+)
 # of 128 and 512 on, the blocks of channels are larger
 @pytest.mark.parametrize("channels", [16, 64, 128, 512, 4096])
 def test_cpp_is_as_exact_as_pytorch(cpu_path, channels, layout, size):
@@ -173,7 +177,9 @@ def test_triton_is_as_exact_as_pytorch(backend, layout):
 
 
 # tiles of 4, 8 and 64 rows
-@pytest.mark.parametrize("layout, channels, size", [("contiguous", 256, 32), ("contiguous", 4096, 7), ("stepped", 4096, 7)])
+@pytest.mark.parametrize(
+    "layout, channels, size", [("contiguous", 256, 32), ("contiguous", 4096, 7), ("stepped", 4096, 7)]
+)
 @pytest.mark.parametrize("backend", TRITON)
 def test_triton_is_as_exact_where_a_lane_adds_the_most_rows(backend, layout, channels, size, monkeypatch):
     """As in a large batch, where each program sums all it may: 64 rows a lane."""

@@ -27,7 +27,9 @@ def test_a_method_is_added_by_the_files_that_the_page_shows(tmp_path):
     files = dict(re.findall(r"```python\n# (\S+\.py)\n(.*?)```", text, re.DOTALL))
     assert list(files) == ["fastkd/methods/vector.py", "tests/test_vector.py"]
     for folder in ("fastkd", "tests", "benchmarks"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so", "results"))
+        shutil.copytree(
+            ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so", "results")
+        )
     for path in ("train.py", "pyproject.toml"):
         shutil.copy(ROOT / path, tmp_path)
     for library in (ROOT / "fastkd").glob("_C*.so"):
@@ -37,15 +39,40 @@ def test_a_method_is_added_by_the_files_that_the_page_shows(tmp_path):
     paths = os.pathsep.join([str(tmp_path), str(tmp_path / "tests")])
 
     def run(*command):
-        environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        environment = {
+            **os.environ,
+            "PYTHONPATH": paths,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
     assert "1 passed" in run("-m", "pytest", "-q", "tests/test_vector.py")
     networks = ["--teacher", "resnet8", "--student", "resnet8"]
-    flags = ["--method", "kd+vector", "--dataset", "digits", "--option", "beta=5", "--epochs", "1", "--no-pictures", *networks]
+    flags = [
+        "--method",
+        "kd+vector",
+        "--dataset",
+        "digits",
+        "--option",
+        "beta=5",
+        "--epochs",
+        "1",
+        "--no-pictures",
+        *networks,
+    ]
     shown = run("-c", RUN, *flags)
     assert "method   vector+kd: 1 epoch of ce + vector + kd" in shown and "vector.beta=5.0" in shown
     rows = (tmp_path / "runs" / "results.csv").read_text().splitlines()
-    assert ",vector+kd,digits," not in rows[1] and "vector+kd,digits" in rows[2] and "vector.beta=5.0" in rows[2]
+    assert (
+        ",vector+kd,digits," not in rows[1] and "vector+kd,digits" in rows[2] and "vector.beta=5.0" in rows[2]
+    )

@@ -11,7 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 ENTRIES = ("fastkd/__init__.py", "fastkd/__main__.py")  # which may import all
 FLOORS = {
     place.rstrip("/"): int(number)
-    for number, places in re.findall(r"^\| (\d+) \| ([^|]+) \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    for number, places in re.findall(
+        r"^\| (\d+) \| ([^|]+) \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE
+    )
     for place in re.findall(r"`([^`]+)`", places)
 }
 

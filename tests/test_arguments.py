@@ -1,4 +1,6 @@
-"""How losses and their modules are called: collections of features, signatures, and warnings that point at the user's line."""
+"""How losses and their modules are called: collections of features, signatures, and warnings that point at
+the user's line.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,12 @@ from fastkd import errors, reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 F32 = torch.float32
-BACKENDS = ["reference", pytest.param("cpp", marks=pytest.mark.skipif(bool(cpp_missing()), reason=f"backend cpp: {cpp_missing()}"))]
+BACKENDS = [
+    "reference",
+    pytest.param(
+        "cpp", marks=pytest.mark.skipif(bool(cpp_missing()), reason=f"backend cpp: {cpp_missing()}")
+    ),
+]
 MODULES = [
     (fastkd.AttentionTransfer, fastkd.attention_transfer_loss),
     (fastkd.FSP, fastkd.fsp_loss),
@@ -43,15 +50,20 @@ def test_features_are_taken_in_the_order_of_their_collection(name, backend, coll
         loss = getattr(module, name)
         with fastkd.use_backend(backend):
             assert torch.equal(loss(make(s), make(t), weights=weights), loss(s, t, weights=weights))
-            with pytest.raises((TypeError, ValueError), match=r"student\[1\]"):  # a generator is explained too
+            # a generator is explained too
+            with pytest.raises((TypeError, ValueError), match=r"student\[1\]"):
                 loss(make([s[0], s[1][:1], s[2]]), make(t))
 
 
 def test_a_compiled_loss_takes_a_dict():
     s, t = ([values((2, c, 4, 4), F32) for c in (3, 5)] for _ in range(2))
-    compiled = torch.compile(lambda s, t: fastkd.attention_transfer_loss(s, t), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda s, t: fastkd.attention_transfer_loss(s, t), fullgraph=True, backend="aot_eager"
+    )
     keys = ("layer1", "layer2")
-    torch.testing.assert_close(compiled(dict(zip(keys, s)), dict(zip(keys, t))), fastkd.attention_transfer_loss(s, t))
+    torch.testing.assert_close(
+        compiled(dict(zip(keys, s)), dict(zip(keys, t))), fastkd.attention_transfer_loss(s, t)
+    )
 
 
 @pytest.mark.parametrize("module, function", MODULES)
@@ -86,10 +98,18 @@ def warned(call) -> list[warnings.WarningMessage]:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "options, sizes",
-    [({}, [(4, 1), (4, 4)]), ({}, [(1, 4), (4, 4)]), ({"pool": "after"}, [(4, 1), (4, 4)]), ({"teacher_is_map": True}, [(1, 1), (4, 4)])],
+    [
+        ({}, [(4, 1), (4, 4)]),
+        ({}, [(1, 4), (4, 4)]),
+        ({"pool": "after"}, [(4, 1), (4, 4)]),
+        ({"teacher_is_map": True}, [(1, 1), (4, 4)]),
+    ],
 )
 def test_a_stage_of_one_position_is_named_once(backend, options, sizes):
-    student = [values((2, 3, 4, 4), F32).requires_grad_(), values((2, 3, sizes[0][0], sizes[0][0]), F32).requires_grad_()]
+    student = [
+        values((2, 3, 4, 4), F32).requires_grad_(),
+        values((2, 3, sizes[0][0], sizes[0][0]), F32).requires_grad_(),
+    ]
     teacher = [values((2, 5, 4, 4), F32), values((2, 5, sizes[0][1], sizes[0][1]), F32)]
     if options.get("teacher_is_map"):
         teacher = [fastkd.attention_map(x) for x in teacher]
@@ -97,16 +117,27 @@ def test_a_stage_of_one_position_is_named_once(backend, options, sizes):
         caught = warned(lambda: fastkd.attention_transfer_loss(student, teacher, **options))
     assert len(caught) == 1 and caught[0].filename == __file__
     message = str(caught[0].message)
-    assert "student[1]" in message and "one position" in message and "student[0]" not in message and "\n" not in message
+    assert (
+        "student[1]" in message
+        and "one position" in message
+        and "student[0]" not in message
+        and "\n" not in message
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("pool", ["before", "after"])
 def test_stages_of_several_positions_are_not_warned_of(backend, pool):
-    student, teacher = ([values((2, 3, *size), F32).requires_grad_() for size in ((1, 2), (2, 1))] for _ in range(2))
+    student, teacher = (
+        [values((2, 3, *size), F32).requires_grad_() for size in ((1, 2), (2, 1))] for _ in range(2)
+    )
     with fastkd.use_backend(backend):
         assert not warned(lambda: fastkd.attention_transfer_loss(student, teacher, pool=pool))
-        assert not warned(lambda: fastkd.attention_transfer_loss(student[0][:, :, :, :1].detach(), teacher[0].detach(), pool=pool))
+        assert not warned(
+            lambda: fastkd.attention_transfer_loss(
+                student[0][:, :, :, :1].detach(), teacher[0].detach(), pool=pool
+            )
+        )
 
 
 def test_warnings_point_at_the_users_line_through_modules():

@@ -1,4 +1,6 @@
-"""The options of the attention-transfer loss are the same bits in Python and in C++, and are validated with their types."""
+"""The options of the attention-transfer loss are the same bits in Python and in C++, and are validated with
+their types.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,22 @@ import fastkd
 from fastkd.ops._options import BIT, SWITCHES, AttentionOptions, validated_once
 
 HEADER = Path(fastkd.__file__).parent.parent / "csrc" / "common" / "attention_options.h"
-DEFAULTS = {name: p.default for name, p in list(inspect.signature(fastkd.attention_transfer_loss).parameters.items())[2:]}
+DEFAULTS = {
+    name: p.default
+    for name, p in list(inspect.signature(fastkd.attention_transfer_loss).parameters.items())[2:]
+}
 
 
 @pytest.mark.skipif(not HEADER.is_file(), reason="no C++ sources here")
 def test_each_bit_is_the_same_in_cpp():
-    """A line of the header reads `kPoolMax = 16,  // pool_mode: "max", else "avg"`, or, for True and False, `kSigned = 2,  // signed`."""
+    """A line of the header reads `kPoolMax = 16,  // pool_mode: "max", else "avg"`, or, for True and False,
+    `kSigned = 2,  // signed`.
+    """
     line = re.compile(r'^\s*k\w+ = (\d+),\s*// (\w+)(?:: "(\w+)", else "(\w+)")?$', re.M)
-    found = {name: (int(bit), (clear or False, value or True)) for bit, name, value, clear in line.findall(HEADER.read_text())}
+    found = {
+        name: (int(bit), (clear or False, value or True))
+        for bit, name, value, clear in line.findall(HEADER.read_text())
+    }
     assert found == {name: (BIT[name], SWITCHES[name]) for name in SWITCHES}
     assert f"kSwitchesEnd = {1 << len(SWITCHES)}," in HEADER.read_text()
 

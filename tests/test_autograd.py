@@ -1,4 +1,6 @@
-"""How the operations live in a training loop: gradients of every kind, autocast, accumulation, inference mode, several processes."""
+"""How the operations live in a training loop: gradients of every kind, autocast, accumulation, inference
+mode, several processes.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 F64 = torch.float64
 STAGES = 3
 TRAINING = {  # name -> (module with the functions, student, teacher) -> scalar
-    "attention_map": lambda m, s, t: sum((m.attention_map(a) * m.attention_map(b)).sum() for a, b in zip(s, t)),
+    "attention_map": lambda m, s, t: sum(
+        (m.attention_map(a) * m.attention_map(b)).sum() for a, b in zip(s, t)
+    ),
     "attention_transfer_loss": lambda m, s, t: m.attention_transfer_loss(s, t, weight=100.0),
-    "fsp_matrix": lambda m, s, t: sum((m.fsp_matrix(s[i], s[i + 1]) - m.fsp_matrix(t[i], t[i + 1])).square().sum() for i in range(2)),
+    "fsp_matrix": lambda m, s, t: sum(
+        (m.fsp_matrix(s[i], s[i + 1]) - m.fsp_matrix(t[i], t[i + 1])).square().sum() for i in range(2)
+    ),
     "fsp_loss": lambda m, s, t: m.fsp_loss(s, t),
 }
 
@@ -46,7 +52,12 @@ def agree(got, want, rtol=2e-5):
 
 @pytest.mark.parametrize(
     "p, signed, difference, pool",
-    [(2, False, "squared", "before"), (3, True, "l2", "after"), (2.7, False, "l2", "before"), (1, False, "squared", "after")],
+    [
+        (2, False, "squared", "before"),
+        (3, True, "l2", "after"),
+        (2.7, False, "l2", "before"),
+        (1, False, "squared", "after"),
+    ],
 )
 @pytest.mark.parametrize("eps_mode", ["clamp", "add"])
 def test_transfer_loss_passes_gradcheck(eps_mode, p, signed, difference, pool):
@@ -79,7 +90,9 @@ DOWNSTREAM = {
     "cat": lambda y: torch.cat([y, y * 2], 1).square().sum(),
     "sum": lambda y: y.sum(),
     "permute": lambda y: (y.movedim(1, -1) * torch.linspace(0, 1, y.shape[1], dtype=y.dtype)).sum(),
-    "expand": lambda y: (y.unsqueeze(-1).expand(*y.shape, 3) * torch.tensor([1.0, 2.0, -4.0], dtype=y.dtype)).sum(),
+    "expand": (
+        lambda y: (y.unsqueeze(-1).expand(*y.shape, 3) * torch.tensor([1.0, 2.0, -4.0], dtype=y.dtype)).sum()
+    ),
     "select": lambda y: y[:, ::2].exp().sum() + y[0, 0].sum(),
     "mean of one row": lambda y: y[-1].mean(),
 }
@@ -95,7 +108,9 @@ def test_gradient_survives_what_stands_downstream(downstream, layout):
         lambda m, x, y: m.attention_map(x, normalize=False),
         lambda m, x, y: m.fsp_matrix(x, y),
     ):
-        got, want = (torch.autograd.grad(after(call(m, x, y)), (x, y), allow_unused=True) for m in (fastkd, ref))
+        got, want = (
+            torch.autograd.grad(after(call(m, x, y)), (x, y), allow_unused=True) for m in (fastkd, ref)
+        )
         for g, w in zip(got, want):
             assert (g is None) == (w is None)
             if w is not None:
@@ -106,8 +121,15 @@ def test_gradient_survives_what_stands_downstream(downstream, layout):
 def test_upstream_scalar_may_have_any_strides_and_factor(scale):
     s, t = chains()
     for function in ("attention_transfer_loss", "fsp_loss"):
-        factor = {"expanded": torch.tensor([3.0, 5.0])[1].expand(()), "double": torch.tensor(-0.5), "half": torch.tensor(2.0**-13)}[scale]
-        got, want = (evaluate(lambda *x: TRAINING[function](m, x[:3], x[3:]), [*s, *t], upstream=factor) for m in (fastkd, ref))
+        factor = {
+            "expanded": torch.tensor([3.0, 5.0])[1].expand(()),
+            "double": torch.tensor(-0.5),
+            "half": torch.tensor(2.0**-13),
+        }[scale]
+        got, want = (
+            evaluate(lambda *x: TRAINING[function](m, x[:3], x[3:]), [*s, *t], upstream=factor)
+            for m in (fastkd, ref)
+        )
         agree(got.grads, want.grads)
 
 
@@ -133,7 +155,8 @@ def test_gradients_accumulate_over_micro_batches(function):
     got = [x.grad for x in s]
     s2, t2 = leaves(s), leaves(t)
     sum(
-        TRAINING[function](ref, [x[part] for x in s2], [x[part] for x in t2]) for part in (slice(0, 2), slice(2, 4), slice(1, 3))
+        TRAINING[function](ref, [x[part] for x in s2], [x[part] for x in t2])
+        for part in (slice(0, 2), slice(2, 4), slice(1, 3))
     ).backward()
     agree(got, [x.grad for x in s2])
 
@@ -162,7 +185,10 @@ def test_teacher_may_come_from_inference_mode(function):
     with torch.inference_mode():
         frozen = [x.clone() for x in t]
     assert all(x.is_inference() for x in frozen)
-    got, want = (evaluate(lambda *x: TRAINING[function](m, x, teacher), s) for m, teacher in ((fastkd, frozen), (ref, t)))
+    got, want = (
+        evaluate(lambda *x: TRAINING[function](m, x, teacher), s)
+        for m, teacher in ((fastkd, frozen), (ref, t))
+    )
     agree(got.grads, want.grads)
     agree([got.output], [want.output], 1e-6)
 
@@ -180,7 +206,7 @@ def test_no_graph_is_kept_under_no_grad_and_inference_mode(function):
 
 @pytest.mark.parametrize("function", ["attention_transfer_loss", "fsp_loss"])
 def test_the_same_tensors_may_be_student_and_teacher(function):
-    (s, _) = chains(F64)
+    s, _ = chains(F64)
     got, want = (leaves(s) for _ in range(2))
     for module, x in ((fastkd, got), (ref, want)):
         (TRAINING[function](module, x, x) + TRAINING[function](module, x, [y.flip(0) for y in x])).backward()
@@ -190,14 +216,18 @@ def test_the_same_tensors_may_be_student_and_teacher(function):
 @pytest.mark.parametrize("function", ["attention_transfer_loss", "fsp_loss"])
 def test_one_tensor_may_stand_at_several_places(function):
     a, b = values((2, 4, 5, 5), F64), values((2, 4, 5, 5), F64)
-    got, want = (evaluate(lambda a, b: TRAINING[function](m, [a, b, a], [b, b, a]), [a, b]) for m in (fastkd, ref))
+    got, want = (
+        evaluate(lambda a, b: TRAINING[function](m, [a, b, a], [b, b, a]), [a, b]) for m in (fastkd, ref)
+    )
     agree(got.grads, want.grads, 1e-10)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name)
 def test_autocast_casts_nothing(dtype, layout):
-    conv = torch.nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format)
+    conv = torch.nn.Conv2d(3, 8, 3).to(
+        memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    )
     image, teacher = make((4, 3, 10, 10), torch.float32, layout), values((4, 8, 8, 8), torch.float32)
     for function in ("attention_transfer_loss", "fsp_loss"):
         grads = []
@@ -216,7 +246,9 @@ def test_autocast_casts_nothing(dtype, layout):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name)
 def test_half_gradients_survive_the_published_weight_and_loss_scale(dtype):
-    """ResNet-20's stages at batch 128, weight 1000 and a GradScaler's 65536: finite, within one ulp, hardly any flushed to zero."""
+    """ResNet-20's stages at batch 128, weight 1000 and a GradScaler's 65536: finite, within one ulp, hardly
+    any flushed to zero.
+    """
     s = [values((128, c, n, n), dtype, "normal") for c, n in ((16, 32), (32, 16), (64, 8))]
     t = [values(x.shape, dtype) for x in s]
     upstream = torch.tensor(65536.0)
@@ -269,7 +301,13 @@ def test_two_processes_under_ddp_agree_with_one():
         "SEED": str(random.randrange(2**31)),
     }
     ranks = [
-        subprocess.Popen([sys.executable, script], env={**env, "RANK": str(r)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            [sys.executable, script],
+            env={**env, "RANK": str(r)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         for r in range(2)
     ]
     for process in ranks:

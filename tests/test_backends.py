@@ -1,4 +1,6 @@
-"""Choosing a backend, and what every choice must keep: no fallback, the same bits in each run and thread count, NaN where eager has NaN."""
+"""Choosing a backend, and what every choice must keep: no fallback, the same bits in each run and thread
+count, NaN where eager has NaN.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +96,15 @@ class OnCuda(torch.Tensor):
     device, is_cpu, is_cuda = torch.device("cuda", 0), False, True
 
 
-def chosen(monkeypatch, *arguments, operation="attention_map", triton=True, cuda=True, why_not_cuda="", capability=(9, 0)):
+def chosen(
+    monkeypatch,
+    *arguments,
+    operation="attention_map",
+    triton=True,
+    cuda=True,
+    why_not_cuda="",
+    capability=(9, 0),
+):
     """What ``auto`` chooses for tensors on a CUDA device, and the warnings."""
     monkeypatch.setattr(kernels, "state", lambda: (triton, "the remedy"))
     monkeypatch.setattr(native, "CUDA", dataclasses.replace(native.CUDA, available=cuda))
@@ -113,12 +123,22 @@ def on_cuda(*shape, dtype=torch.float16):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-@pytest.mark.parametrize("with_triton, with_cuda, why_not", list(itertools.product((False, True), (False, True), ("", "p is 3"))))
+@pytest.mark.parametrize(
+    "with_triton, with_cuda, why_not", list(itertools.product((False, True), (False, True), ("", "p is 3")))
+)
 def test_auto_takes_what_serves_a_cuda_tensor_and_warns_once_where_only_triton_is_missing(
     monkeypatch, with_triton, with_cuda, why_not, dtype
 ):
     x = on_cuda(2, 3, 4, dtype=dtype)
-    backend, messages = chosen(monkeypatch, [x, x], [x, x], operation="fsp_loss", triton=with_triton, cuda=with_cuda, why_not_cuda=why_not)
+    backend, messages = chosen(
+        monkeypatch,
+        [x, x],
+        [x, x],
+        operation="fsp_loss",
+        triton=with_triton,
+        cuda=with_cuda,
+        why_not_cuda=why_not,
+    )
     served = with_triton and dtype != torch.float64
     assert backend == ("cuda" if with_cuda and not why_not else "triton" if served else "reference")
     assert len(messages) == (backend == "reference" and not with_triton)
@@ -149,7 +169,9 @@ def test_auto_takes_the_reference_on_a_device_that_no_kernel_is_for_and_says_so_
         ([], (9, 0), False),
     ],
 )
-def test_the_cuda_library_serves_the_devices_that_it_has_code_for(monkeypatch, architectures, capability, served):
+def test_the_cuda_library_serves_the_devices_that_it_has_code_for(
+    monkeypatch, architectures, capability, served
+):
     assert native.has_code(architectures, capability) == served
     monkeypatch.setattr(backends, "_capability", lambda index: capability)
     monkeypatch.setattr(native, "CUDA", dataclasses.replace(native.CUDA, available=True))
@@ -209,7 +231,12 @@ def test_environment_sets_the_default_backend():
 def test_reference_backend_calls_no_operator_of_ours():
     x, y = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     with fastkd.use_backend("reference"), Recorder() as calls:
-        fastkd.attention_map(x), fastkd.attention_transfer_loss(x, y), fastkd.fsp_matrix(x, y), fastkd.fsp_loss([x, x], [y, y])
+        (
+            fastkd.attention_map(x),
+            fastkd.attention_transfer_loss(x, y),
+            fastkd.fsp_matrix(x, y),
+            fastkd.fsp_loss([x, x], [y, y]),
+        )
     assert not calls.fused
 
 
@@ -224,7 +251,9 @@ def test_operators_on_the_cpu_are_the_compiled_ones(cpp):
     for function in ("attention_map", "attention_transfer_loss", "fsp_matrix", "fsp_loss"):
         for operator in (function, f"{function}_backward"):
             kernels = [
-                line for line in torch._C._dispatch_dump(f"fastkd::{operator}").splitlines() if line.startswith(("CPU:", "Composite"))
+                line
+                for line in torch._C._dispatch_dump(f"fastkd::{operator}").splitlines()
+                if line.startswith(("CPU:", "Composite"))
             ]
             assert len(kernels) == 1 and kernels[0].startswith("CPU:") and ".py" not in kernels[0], kernels
 
@@ -232,7 +261,9 @@ def test_operators_on_the_cpu_are_the_compiled_ones(cpp):
 # code paths of the CPU library
 
 
-@pytest.fixture(params=WAYS or [pytest.param("none", marks=pytest.mark.skip(reason=f"backend cpp: {cpp_missing()}"))])
+@pytest.fixture(
+    params=WAYS or [pytest.param("none", marks=pytest.mark.skip(reason=f"backend cpp: {cpp_missing()}"))]
+)
 def path(request):
     before, amx = native.cpu_path(), native.amx()
     path = request.param.split()[0]
@@ -251,9 +282,17 @@ def test_every_code_path_matches_the_reference(path, dtype, layout):
     x, t = make(shape, dtype, layout), make(shape, random.choice(DTYPES))
     check("cpp", fastkd.attention_map, ref.attention_map, [x], upstream=torch.randn(shape[0], *shape[2:]))
     terms = ref.fsp_matrix(x.abs().double(), t.abs().double()).max().item()
-    check("cpp", fastkd.fsp_matrix, ref.fsp_matrix, [x, t], upstream=torch.randn(shape[0], shape[1], shape[1]), output_terms=terms)
+    check(
+        "cpp",
+        fastkd.fsp_matrix,
+        ref.fsp_matrix,
+        [x, t],
+        upstream=torch.randn(shape[0], shape[1], shape[1]),
+        output_terms=terms,
+    )
     stages = [
-        [make((2, c, *size), d, layout) for c, size in ((16, (11, 7)), (33, (11, 7)), (64, (4, 4)))] for d in (dtype, random.choice(DTYPES))
+        [make((2, c, *size), d, layout) for c, size in ((16, (11, 7)), (33, (11, 7)), (64, (4, 4)))]
+        for d in (dtype, random.choice(DTYPES))
     ]
     check_loss("cpp", "attention_transfer_loss", *stages, p=random.choice((2, 3, 1.5)))
     check_loss("cpp", "fsp_loss", *stages, distance=random.choice(("squared", "frobenius", "column_l2")))
@@ -262,7 +301,10 @@ def test_every_code_path_matches_the_reference(path, dtype, layout):
 @pytest.mark.parametrize("pool, pool_mode", list(itertools.product(["before", "after"], ["avg", "max"])))
 def test_every_code_path_pools_as_the_reference(path, pool, pool_mode):
     layout = random.choice(LAYOUTS)
-    s, t = [make((2, 17, 9, 10), torch.bfloat16, layout), make((2, 9, 5, 5))], [make((2, 17, 4, 10)), make((2, 9, 7, 7))]
+    s, t = (
+        [make((2, 17, 9, 10), torch.bfloat16, layout), make((2, 9, 5, 5))],
+        [make((2, 17, 4, 10)), make((2, 9, 7, 7))],
+    )
     check_loss("cpp", "attention_transfer_loss", s, t, pool=pool, pool_mode=pool_mode)
     check_loss("cpp", "fsp_loss", s, t, pool_mode=pool_mode)
 
@@ -277,14 +319,21 @@ def test_every_code_path_converts_every_half_number_exactly(path, dtype):
 
 
 def test_environment_forces_a_code_path(cpp):
-    for path in PATHS[:1]:  # a process of its own each: the slowest path is never the one chosen unasked, where there is another
-        assert python("from fastkd import native; print(native.cpu_path())", FASTKD_CPU=path).stdout.strip() == path
+    # a process of its own each: the slowest path is never the one chosen unasked, where there is another
+    for path in PATHS[:1]:
+        assert (
+            python("from fastkd import native; print(native.cpu_path())", FASTKD_CPU=path).stdout.strip()
+            == path
+        )
     wrong = python("import fastkd", FASTKD_CPU="sse9")
     assert wrong.returncode != 0 and all(word in wrong.stderr for word in ("sse9", *native.CPU_PATHS))
 
 
 def test_amx_is_a_part_of_one_code_path_and_can_be_switched_off(cpp):
-    code = "import sys; from fastkd import native; print(native.cpu_path(), native.amx(), native.report()['cpu']['amx'])"
+    code = (
+        "import sys; from fastkd import native; print(native.cpu_path(), native.amx(),"
+        " native.report()['cpu']['amx'])"
+    )
     assert python(code, FASTKD_AMX="0").stdout.split()[1:] == ["False", "False"]
     if native.amx():
         for path in PATHS:
@@ -308,7 +357,11 @@ def workload():
         for c, n, dtype in ((16, 31, torch.float32), (33, 16, torch.bfloat16), (64, 7, torch.float16))
     ]
     t = [torch.randn_like(x) for x in s]
-    half = [make((5, c, n, n), torch.bfloat16, layout) for layout in random.sample(("contiguous", "channels_last"), 2) for c, n in HALF]
+    half = [
+        make((5, c, n, n), torch.bfloat16, layout)
+        for layout in random.sample(("contiguous", "channels_last"), 2)
+        for c, n in HALF
+    ]
     return [
         lambda: evaluate(lambda *x: fastkd.attention_transfer_loss(x[:3], x[3:], 3.0), [*s, *t]),
         lambda: evaluate(lambda *x: fastkd.fsp_loss(x[:3], x[3:]), [*s, *t]),
@@ -360,7 +413,10 @@ def test_triton_has_nan_and_infinity_where_eager_has_them(backend, value, where)
 
 def nan_where_eager_has_it(backend, value, where):
     for eps_mode, p in itertools.product(("clamp", "add"), (2, 1, 3)):
-        dtype, layout = random.choice((torch.float32, torch.bfloat16)), random.choice(("contiguous", "channels_last", "stepped"))
+        dtype, layout = (
+            random.choice((torch.float32, torch.bfloat16)),
+            random.choice(("contiguous", "channels_last", "stepped")),
+        )
         x, t = values((3, 17, 5, 7), dtype), values((3, 17, 5, 7), dtype)
         x[{"one element": (1, 2, 3, 4), "one sample": (1,), "everywhere": ()}[where]] = SPECIAL[value]
         tensors = [arrange(x, layout), t]
@@ -380,7 +436,9 @@ def nan_where_eager_has_it(backend, value, where):
             want = bits(evaluate(eager, [y.float() for y in tensors]))
             for a, b in zip(got, want):
                 missed = b.isnan() & ~a.isnan()
-                assert not missed.any(), f"eager has NaN at {missed.nonzero()[0].tolist()}, ours {a[missed][0].item()}"
+                assert not missed.any(), (
+                    f"eager has NaN at {missed.nonzero()[0].tolist()}, ours {a[missed][0].item()}"
+                )
                 assert not (a.isnan() & b.isfinite()).any(), "NaN where eager is finite"
 
 

@@ -1,4 +1,6 @@
-"""The batch norm of the networks against PyTorch's in float64, with its gradients, its averages and what it leaves to PyTorch."""
+"""The batch norm of the networks against PyTorch's in float64, with its gradients, its averages and what it
+leaves to PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +31,16 @@ SHAPES = [
     (2, 9000, 2, 1),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-switches = pytest.mark.parametrize(("residual", "relu"), [(False, False), (False, True), (True, False), (True, True)])
+switches = pytest.mark.parametrize(
+    ("residual", "relu"), [(False, False), (False, True), (True, False), (True, True)]
+)
 
 
 @pytest.fixture(autouse=True)
 def by_the_kernels():
-    """Whatever FASTKD_BACKEND says: what is tested here is when they serve, and what they answer. The code path is left as it was."""
+    """Whatever FASTKD_BACKEND says: what is tested here is when they serve, and what they answer. The code
+    path is left as it was.
+    """
     if not native.CPU.available:
         yield
         return
@@ -71,7 +77,8 @@ def answers(norm, x, residual, relu, grad, ref=None):
         y = batch_norm(norm, x, residual, relu=relu)
     else:
         y = norm(x) if residual is None else norm(x) + residual
-        # float64 and the kernel may differ on which side of 0 a number lies: the kernel's side is taken, which was compared before
+        # float64 and the kernel may differ on which side of 0 a number lies: the kernel's side is taken,
+        # which was compared before
         y = y * (ref > 0) if relu else y
     gradients = torch.autograd.grad(y, [*leaves, norm.weight, norm.bias], grad)
     return [y, *gradients, norm.running_mean, norm.running_var]
@@ -102,11 +109,15 @@ def compare(ours, ref, dtype):
     for i, (found, wanted) in enumerate(zip(ours, ref, strict=True)):
         own = torch.finfo(dtype).eps if found.dtype == dtype != torch.float32 else 0.0
         size = wanted.abs().max().item()
-        if found.dim() == 1 and i < len(ref) - 2:  # sums over the rows, whose terms have both signs, are held to the size of the terms
+        # sums over the rows, whose terms have both signs, are held to the size of the terms
+        if found.dim() == 1 and i < len(ref) - 2:
             size += grad_size * rows**0.5
-        steep = 1 if rows > 4 else 100  # a variance of two numbers that lie near each other makes a slope without bound
+        # a variance of two numbers that lie near each other makes a slope without bound
+        steep = 1 if rows > 4 else 100
         least = 2.0**-25 if dtype == torch.float16 and own else 0.0  # half of a subnormal's last place
-        torch.testing.assert_close(found.double(), wanted, rtol=own, atol=4e-6 * steep * size + least, msg=lambda m, i=i: f"{i}: {m}")
+        torch.testing.assert_close(
+            found.double(), wanted, rtol=own, atol=4e-6 * steep * size + least, msg=lambda m, i=i: f"{i}: {m}"
+        )
 
 
 @compiled
@@ -128,7 +139,11 @@ def test_a_mean_far_from_zero_costs_no_digits_and_chunks_are_joined():
 @compiled
 @switches
 def test_results_do_not_depend_on_threads(residual, relu):
-    x, grad, added = feature((32, 24, 20, 20)), feature((32, 24, 20, 20)), feature((32, 24, 20, 20)) if residual else None
+    x, grad, added = (
+        feature((32, 24, 20, 20)),
+        feature((32, 24, 20, 20)),
+        feature((32, 24, 20, 20)) if residual else None,
+    )
     norm, _ = norms(24)
     results, before = [], torch.get_num_threads()
     try:
@@ -162,10 +177,17 @@ def test_it_is_differentiable_twice(residual, relu):
         leaves = [x.detach().clone().requires_grad_(), added.detach().clone().requires_grad_()]
         y = function(norm, leaves[0], leaves[1] if residual else None)
         grads = torch.autograd.grad(y.square().sum(), [leaves[0], norm.weight], create_graph=True)
-        return torch.autograd.grad(sum(g.square().sum() for g in grads), [leaves[0], norm.weight, *([leaves[1]] if residual else [])])
+        return torch.autograd.grad(
+            sum(g.square().sum() for g in grads), [leaves[0], norm.weight, *([leaves[1]] if residual else [])]
+        )
 
     ours = penalty(norm, lambda norm, x, r: batch_norm(norm, x, r, relu=relu), x, added)
-    ref = penalty(exact, lambda n, x, r: reference.batch_norm(x, r, n.weight, n.bias, relu=relu), x.double(), added.double())
+    ref = penalty(
+        exact,
+        lambda n, x, r: reference.batch_norm(x, r, n.weight, n.bias, relu=relu),
+        x.double(),
+        added.double(),
+    )
     for found, wanted in zip(ours, ref, strict=True):
         torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
 
@@ -185,7 +207,8 @@ def test_addition_and_relu_of_a_folded_network_are_one_pass(shape, dtype):
             torch.testing.assert_close(y, exact, rtol=0, atol=0, equal_nan=True)
     kept = x.clone()
     with Recorder() as recorder:
-        batch_norm(nn.Identity(), kept.requires_grad_() * 1, relu=True, owned=True)  # what has a gradient is autograd's
+        # what has a gradient is autograd's
+        batch_norm(nn.Identity(), kept.requires_grad_() * 1, relu=True, owned=True)
     assert not recorder.fused
 
 
@@ -233,7 +256,9 @@ def test_a_backend_by_name_takes_no_other():
 @compiled
 def test_operators_keep_what_their_schemas_say():
     x, added, grad = (feature((4, 16, 5, 5)) for _ in range(3))
-    torch.library.opcheck(torch.ops.fastkd.add_relu_.default, (x.clone(), added), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.fastkd.add_relu_.default, (x.clone(), added), test_utils=("test_schema", "test_faketensor")
+    )
     weight, bias = torch.rand(16).requires_grad_(), torch.rand(16).requires_grad_()
     ops = torch.ops.fastkd
     for residual, relu in ((None, True), (added.requires_grad_(), True), (added, False)):
@@ -305,7 +330,9 @@ def test_a_compiled_network_holds_the_operator():
 
     torch.compile(model, backend=backend, fullgraph=True)(images).sum().backward()
     other(images).sum().backward()
-    assert seen["fastkd.batch_norm.default"] == sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert seen["fastkd.batch_norm.default"] == sum(
+        isinstance(module, nn.BatchNorm2d) for module in model.modules()
+    )
     for ours, exact in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, exact.grad, rtol=1e-4, atol=1e-5)
     for ours, exact in zip(model.buffers(), other.buffers(), strict=True):
@@ -315,7 +342,9 @@ def test_a_compiled_network_holds_the_operator():
 @compiled
 @pytest.mark.parametrize("relu", [False, True])
 def test_it_is_differentiable_twice_where_only_the_residual_has_a_gradient(relu):
-    """A frozen norm over what carries no gradient: the operation is right, the operator by itself refuses or is right."""
+    """A frozen norm over what carries no gradient: the operation is right, the operator by itself refuses or
+    is right.
+    """
     x, added = feature((4, 8, 3, 3)), feature((4, 8, 3, 3))
     norm, exact = norms(8)
     norm.requires_grad_(False)
@@ -325,22 +354,30 @@ def test_it_is_differentiable_twice_where_only_the_residual_has_a_gradient(relu)
         (grad,) = torch.autograd.grad(function(leaf).pow(3).sum(), leaf, create_graph=True)
         return torch.autograd.grad(grad.square().sum(), leaf)[0]
 
-    ref = penalty(lambda r: reference.batch_norm(x.double(), r, exact.weight, exact.bias, relu=relu), added.double())
+    ref = penalty(
+        lambda r: reference.batch_norm(x.double(), r, exact.weight, exact.bias, relu=relu), added.double()
+    )
     ours = penalty(lambda r: batch_norm(norm, x, r, relu=relu), added)
     torch.testing.assert_close(ours.double(), ref, rtol=1e-3, atol=1e-4 * ref.abs().max().item())
     raw = lambda r: torch.ops.fastkd.batch_norm(x, r, norm.weight, norm.bias, relu, norm.eps)[0]  # noqa: E731
     if relu:
-        with pytest.raises(RuntimeError, match="use fastkd.reference.batch_norm, which is differentiable twice"):
+        with pytest.raises(
+            RuntimeError, match="use fastkd.reference.batch_norm, which is differentiable twice"
+        ):
             penalty(raw, added)
     else:
-        torch.testing.assert_close(penalty(raw, added).double(), ref, rtol=1e-3, atol=1e-4 * ref.abs().max().item())
+        torch.testing.assert_close(
+            penalty(raw, added).double(), ref, rtol=1e-3, atol=1e-4 * ref.abs().max().item()
+        )
 
 
 @compiled
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_parameters_do_not_round_the_batchs_mean(dtype, layout):
-    """PyTorch's own norm is off by 0.24 deviations here in bfloat16; what remains is the rounding of the result."""
+    """PyTorch's own norm is off by 0.24 deviations here in bfloat16; what remains is the rounding of the
+    result.
+    """
     x = (torch.randn(16, 8, 9, 9) + 100.25).to(dtype).to(memory_format=layout).requires_grad_()
     norm = norms(8)[0].to(dtype)
     wide = copy.deepcopy(norm).double()
@@ -354,7 +391,10 @@ def test_half_precision_parameters_do_not_round_the_batchs_mean(dtype, layout):
         assert (y.double() - exact).mean().abs() <= 0.001 * norm.weight.abs().max()
         for name in ("running_mean", "running_var"):
             average, want = getattr(norm, name), getattr(wide, name)
-            assert average.dtype == dtype and (average.double() - want).abs().max() <= 2 * torch.finfo(dtype).eps * want.abs().max()
+            assert (
+                average.dtype == dtype
+                and (average.double() - want).abs().max() <= 2 * torch.finfo(dtype).eps * want.abs().max()
+            )
         assert norm.num_batches_tracked == wide.num_batches_tracked
 
 

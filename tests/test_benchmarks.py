@@ -24,15 +24,26 @@ ROOT = Path(__file__).parent.parent
 
 
 def run_pytest(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+    }
     environment.pop("TRITON_INTERPRET", None)  # of these tests, not of who runs the command
-    environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_XDIST")}  # a run of its own
+    # a run of its own
+    environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_XDIST")}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, text=True, capture_output=True, timeout=300)
 
 
 def record(operation: str, shape: str, times: dict[str, float], **other: Any) -> dict[str, Any]:
-    fields = {"operation": operation, "shape": shape, "dtype": "float32", "layout": "nchw", "direction": "forward+backward", "upstream": 1}
+    fields = {
+        "operation": operation,
+        "shape": shape,
+        "dtype": "float32",
+        "layout": "nchw",
+        "direction": "forward+backward",
+        "upstream": 1,
+    }
     fields |= {"threads": 2, "clock": "wall", "memory_unit": 100, "bytes": 1000}
     rows: dict[str, dict[str, Any]] = {name: {"milliseconds": value} for name, value in times.items()}
     if "cpp" in rows:
@@ -86,7 +97,9 @@ def test_only_benchmarks_on_full_shapes() -> None:
     tests = [line for line in done.stdout.splitlines() if "::" in line]
     assert tests and all(line.startswith("benchmarks/") for line in tests)
     assert any("resnet50-8" in line for line in tests) and not any("small" in line for line in tests)
-    assert {line.split("::")[0] for line in tests} == {f"benchmarks/test_{name}.py" for name in ("attention", "fsp", "loop", "step")}
+    assert {line.split("::")[0] for line in tests} == {
+        f"benchmarks/test_{name}.py" for name in ("attention", "fsp", "loop", "step")
+    }
 
 
 @pytest.mark.parametrize("options", [("--benchmark-disable",), ("-n", "1")], ids=" ".join)
@@ -110,7 +123,15 @@ def test_ordinary_run_is_small() -> None:
 def test_a_run_is_recorded(tmp_path: Path) -> None:
     """One tiny group, measured, in pytest-benchmark's JSON and in ours."""
     ids = "tiny and forward-1-thread"
-    done = run_pytest("--benchmark", "-q", "-k", ids, "--benchmark-json", str(tmp_path / "theirs.json"), f"--benchmark-results={tmp_path}")
+    done = run_pytest(
+        "--benchmark",
+        "-q",
+        "-k",
+        ids,
+        "--benchmark-json",
+        str(tmp_path / "theirs.json"),
+        f"--benchmark-results={tmp_path}",
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     ours = json.loads((tmp_path / "speed.json").read_text())
     theirs = json.loads((tmp_path / "theirs.json").read_text())["benchmarks"]
@@ -202,7 +223,11 @@ def test_geometric_mean() -> None:
 def test_goals(result: dict[str, Any]) -> None:
     found = {v.goal.title: v for v in goals.verdicts(result)}
     eager = found["AT, CIFAR chains: eager ÷ cpp"]
-    assert eager.values == {"resnet20-64": 8, "resnet20-128": 8} and eager.mean == pytest.approx(8) and eager.reached
+    assert (
+        eager.values == {"resnet20-64": 8, "resnet20-128": 8}
+        and eager.mean == pytest.approx(8)
+        and eager.reached
+    )
     compiled = found["AT, CIFAR chains: torch.compile ÷ cpp"]
     assert compiled.mean == pytest.approx(8**0.5) and compiled.reached and not compiled.shortfalls
     floor = found["AT, CIFAR chains: cpp ÷ streaming floor"]
@@ -223,7 +248,11 @@ def test_table(result: dict[str, Any]) -> None:
     heads, lines = table.grid(wrong)
     assert len(lines) == 6 and all(len(line) == len(heads) for line in lines)
     assert lines[0][heads.index("compile")] == "WRONG" and lines[0][heads.index("÷compile")] == ""
-    assert lines[0][heads.index("÷eager")] == "8.00" and lines[4][0] == "FSP broadcast" and lines[4][heads.index("÷eager")] == "100"
+    assert (
+        lines[0][heads.index("÷eager")] == "8.00"
+        and lines[4][0] == "FSP broadcast"
+        and lines[4][heads.index("÷eager")] == "100"
+    )
     assert any("1280" in line for line in table.lines(result))
     (row,) = (row for row in table.loops(result)[1] if row[2] == "loop, float32")
     assert row == ["AT", "resnet20 > resnet20", "loop, float32", "512", "1.60", "4.0%"]
@@ -246,7 +275,11 @@ def test_report(result: dict[str, Any], tmp_path: Path) -> None:
     readme.write_text("before\n<!-- speed:begin -->\nold\n<!-- speed:end -->\nafter\n")
     report.main([str(folder / "speed.json"), "--readme", str(readme), "--no-plot"])
     text = readme.read_text()
-    assert text.startswith("before\n<!-- speed:begin -->") and text.endswith("<!-- speed:end -->\nafter\n") and "old" not in text
+    assert (
+        text.startswith("before\n<!-- speed:begin -->")
+        and text.endswith("<!-- speed:end -->\nafter\n")
+        and "old" not in text
+    )
     assert "Some CPU" in text and "| AT |" in text.replace("attention", "AT")
     assert (folder / "speed.md").read_text().count("|") > 20
     report.main([str(folder / "speed.json"), "--readme", str(readme), "--no-plot"])

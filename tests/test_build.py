@@ -1,4 +1,6 @@
-"""What the build promises: libraries that ask for little, a quick import that compiles nothing, a package that works with parts missing."""
+"""What the build promises: libraries that ask for little, a quick import that compiles nothing, a package
+that works with parts missing.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from fastkd import native
 PACKAGE = Path(fastkd.__file__).parent
 ROOT = PACKAGE.parent
 LIBRARIES = sorted(PACKAGE.glob("_C*.so"))
-OPERATION = "fastkd.attention_transfer_loss(torch.ones(1, 2, 3, requires_grad=True), torch.rand(1, 2, 3)).backward()"
+OPERATION = (
+    "fastkd.attention_transfer_loss(torch.ones(1, 2, 3, requires_grad=True), torch.rand(1, 2, 3)).backward()"
+)
 needs_cpu_library = pytest.mark.skipif(not native.CPU.available, reason=native.CPU.reason)
 
 
@@ -28,7 +32,9 @@ def python(code: str, package: Path = PACKAGE, **environment: str) -> subprocess
     variables = {name: value for name, value in os.environ.items() if not name.startswith("FASTKD_")}
     variables |= {"PYTHONPATH": str(package.parent), **environment}
     command = [sys.executable, "-W", "ignore", "-c", code]
-    return subprocess.run(command, env=variables, cwd=package.parent, text=True, capture_output=True, timeout=300)
+    return subprocess.run(
+        command, env=variables, cwd=package.parent, text=True, capture_output=True, timeout=300
+    )
 
 
 def output(code: str, package: Path = PACKAGE, **environment: str) -> str:
@@ -40,17 +46,27 @@ def output(code: str, package: Path = PACKAGE, **environment: str) -> str:
 @pytest.fixture
 def bare(tmp_path: Path) -> Path:
     """A copy of the package as FASTKD_BUILD=0 installs it."""
-    return Path(shutil.copytree(PACKAGE, tmp_path / "fastkd", ignore=shutil.ignore_patterns("*.so", "__pycache__")))
+    return Path(
+        shutil.copytree(PACKAGE, tmp_path / "fastkd", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    )
 
 
-@pytest.mark.skipif(not LIBRARIES or not shutil.which("nm"), reason="no compiled library, or no nm to look into it")
+@pytest.mark.skipif(
+    not LIBRARIES or not shutil.which("nm"), reason="no compiled library, or no nm to look into it"
+)
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.name)
 def test_library_uses_only_the_stable_abi(library: Path) -> None:
-    lines = subprocess.run(["nm", "-D", "--undefined-only", library], check=True, text=True, capture_output=True).stdout.splitlines()
+    lines = subprocess.run(
+        ["nm", "-D", "--undefined-only", library], check=True, text=True, capture_output=True
+    ).stdout.splitlines()
     undefined = [line.split()[-1] for line in lines if line.split()[-2] == "U"]
     shim = [name for name in undefined if re.match(r"(aoti_)?torch_[a-z0-9_]+$", name)]
     assert shim
-    assert [name for name in undefined if name not in shim and not re.search(r"@+(GLIBC|GLIBCXX|CXXABI|GCC)_", name)] == []
+    assert [
+        name
+        for name in undefined
+        if name not in shim and not re.search(r"@+(GLIBC|GLIBCXX|CXXABI|GCC)_", name)
+    ] == []
 
 
 @pytest.mark.skipif(not LIBRARIES, reason="no compiled library")
@@ -65,8 +81,13 @@ def test_library_tells_what_it_was_built_with_even_unloaded(library: Path) -> No
 def cuobjdump() -> str | None:
     """NVIDIA's tool that looks into a CUDA library: the toolkit's, or the one that comes with Triton."""
     spec = importlib.util.find_spec("triton")
-    beside = [Path(folder) / "backends" / "nvidia" / "bin" for folder in (spec.submodule_search_locations or [] if spec else [])]
-    return shutil.which("cuobjdump") or next((found for folder in beside if (found := shutil.which("cuobjdump", path=folder))), None)
+    beside = [
+        Path(folder) / "backends" / "nvidia" / "bin"
+        for folder in (spec.submodule_search_locations or [] if spec else [])
+    ]
+    return shutil.which("cuobjdump") or next(
+        (found for folder in beside if (found := shutil.which("cuobjdump", path=folder))), None
+    )
 
 
 @pytest.mark.skipif(not (PACKAGE / "_C_cuda.abi3.so").exists(), reason=native.CUDA.reason)
@@ -81,12 +102,22 @@ def test_cuda_kernels_need_no_more_than_a_gpu_has() -> None:
         kernels += [(name, part.split()[0], *map(int, numbers)) for name, *numbers in found]
     built = native._build_info(str(PACKAGE / "_C_cuda.abi3.so"))["architectures"]
     codes = {code for code in built if code.startswith("sm_")}
-    for operation in ("loss_kernel", "gradient_kernel", "map_kernel", "fsp_forward", "fsp_backward", "fsp_pool"):
+    for operation in (
+        "loss_kernel",
+        "gradient_kernel",
+        "map_kernel",
+        "fsp_forward",
+        "fsp_backward",
+        "fsp_pool",
+    ):
         assert {code for name, code, *_ in kernels if operation in name} == codes
     for name, code, registers, stack, shared, local in kernels:
         assert (stack, local) == (0, 0), f"{name} on {code}: {stack} bytes of stack, {local} of local memory"
-        most = 255 if "fsp_forward" in name or "fsp_backward" in name else 128  # blocks of 128 threads, not 256
-        assert 0 < registers <= most and shared <= 48 << 10, f"{name} on {code}: {registers} registers, {shared} bytes of shared memory"
+        # blocks of 128 threads, not 256
+        most = 255 if "fsp_forward" in name or "fsp_backward" in name else 128
+        assert 0 < registers <= most and shared <= 48 << 10, (
+            f"{name} on {code}: {registers} registers, {shared} bytes of shared memory"
+        )
 
 
 def test_import_is_quick_and_starts_no_process() -> None:
@@ -138,7 +169,10 @@ except fastkd.BackendError as error:
 def test_a_library_that_does_not_load_says_for_what_it_was_built(bare: Path) -> None:
     facts = json.dumps({"torch_target": "9.87", "compiler": "some compiler 1.0"}).encode()
     (bare / "_C.abi3.so").write_bytes(b"not a library\0fastkd-build-info:" + facts + b"\0")
-    reason = output(f"import torch, fastkd; {OPERATION}; print(fastkd.native.CPU.available, fastkd.native.CPU.reason)", bare)
+    reason = output(
+        f"import torch, fastkd; {OPERATION}; print(fastkd.native.CPU.available, fastkd.native.CPU.reason)",
+        bare,
+    )
     assert reason.startswith("False")
     for part in ("_C.abi3.so", "does not load", "9.87", "some compiler 1.0", fastkd.native.torch.__version__):
         assert part in reason
@@ -165,13 +199,19 @@ def test_cpu_path_can_be_forced() -> None:
 
 @needs_cpu_library
 def test_fastkd_cpu_forces_the_path_from_the_start() -> None:
-    assert output("from fastkd import native; print(native.cpu_path())", FASTKD_CPU="portable").strip() == "portable"
+    assert (
+        output("from fastkd import native; print(native.cpu_path())", FASTKD_CPU="portable").strip()
+        == "portable"
+    )
 
 
 def test_fastkd_cpu_with_an_unknown_name_stops_the_import() -> None:
     done = python("import fastkd", FASTKD_CPU="mmx")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "ValueError: FASTKD_CPU is 'mmx', wanted one of 'portable', 'avx2', 'avx512'"
+    assert (
+        done.stderr.splitlines()[-1]
+        == "ValueError: FASTKD_CPU is 'mmx', wanted one of 'portable', 'avx2', 'avx512'"
+    )
 
 
 @pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="not a source tree")
@@ -187,8 +227,18 @@ def test_fastkd_cpu_with_an_unknown_name_stops_the_import() -> None:
 )
 def test_build_misuse_is_one_sentence(switch: str, value: str, wanted: str, tmp_path: Path) -> None:
     pytest.importorskip("setuptools", minversion="77")
-    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, switch: value}, text=True, capture_output=True, timeout=300)
+    command = [
+        sys.executable,
+        "setup.py",
+        "build_ext",
+        "--build-lib",
+        str(tmp_path),
+        "--build-temp",
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, switch: value}, text=True, capture_output=True, timeout=300
+    )
     assert done.returncode == 1
     (sentence,) = done.stderr.strip().splitlines()
     assert sentence.startswith("fastkd: ")
@@ -197,7 +247,11 @@ def test_build_misuse_is_one_sentence(switch: str, value: str, wanted: str, tmp_
 
 def warnings_of(code: str, package: Path, **environment: str) -> list[str]:
     """The first line of each warning that the code's calls of losses cause."""
-    done = python(f"import warnings; warnings.simplefilter('always'); import torch, fastkd; {code}", package, **environment)
+    done = python(
+        f"import warnings; warnings.simplefilter('always'); import torch, fastkd; {code}",
+        package,
+        **environment,
+    )
     assert done.returncode == 0, done.stderr
     return re.findall(r"UserWarning: (.*)", done.stderr)
 
@@ -207,8 +261,9 @@ TWICE = f"{OPERATION}; fastkd.fsp_matrix(torch.ones(1, 2, 3), torch.ones(1, 2, 3
 
 def test_a_missing_library_is_warned_of_once(bare: Path) -> None:
     (warning,) = warnings_of(TWICE, bare)
-    assert warning == (
-        f"fastkd serves CPU tensors by its plain PyTorch reference: {bare / '_C.abi3.so'} is not there: "
+    assert (
+        warning
+        == f"fastkd serves CPU tensors by its plain PyTorch reference: {bare / '_C.abi3.so'} is not there: "
         "built with FASTKD_BUILD=0, or not yet (`pip install .` builds it)"
     )
 
@@ -227,7 +282,10 @@ def test_a_source_folder_that_hides_the_installed_package_is_named(bare: Path, t
     (bare.parent / "setup.py").touch()
     path = os.pathsep.join((str(bare.parent), str(installed.parent)))
     (warning,) = warnings_of(TWICE, bare, PYTHONPATH=path)
-    hides = f"{bare} has no compiled library and hides the installed package in {installed}: `pip install -e .` builds it here"
+    hides = (
+        f"{bare} has no compiled library and hides the installed package in {installed}: `pip install -e .`"
+        " builds it here"
+    )
     assert warning == f"fastkd serves CPU tensors by its plain PyTorch reference: {hides}"
     report = "import runpy, sys; sys.argv[1:] = ['--json']; runpy.run_module('fastkd', run_name='__main__')"
     assert json.loads(output(report, bare, PYTHONPATH=path))["native"]["cpu"]["reason"] == hides
@@ -261,7 +319,9 @@ def test_the_report_does_not_touch_the_code_path(monkeypatch: pytest.MonkeyPatch
 
 
 @needs_cpu_library
-def test_a_code_path_that_was_not_built_is_told_from_one_that_the_processor_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_code_path_that_was_not_built_is_told_from_one_that_the_processor_lacks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Library:
         """Of clang 15, on a processor without AVX-512."""
 
@@ -277,6 +337,8 @@ def test_a_code_path_that_was_not_built_is_told_from_one_that_the_processor_lack
     built = "it was not built, which takes GCC or clang 16 on x86-64"
     with pytest.raises(ValueError, match=rf"'avx2' cannot run here: {built}; these can: 'portable'"):
         native.set_cpu_path("avx2")
-    with pytest.raises(ValueError, match="'avx512' cannot run here: this processor lacks it; these can: 'portable'"):
+    with pytest.raises(
+        ValueError, match="'avx512' cannot run here: this processor lacks it; these can: 'portable'"
+    ):
         native.set_cpu_path("avx512")
     assert native._missing_cpu_paths() == [f"avx2 ({built})", "avx512 (this processor lacks it)"]

@@ -1,4 +1,6 @@
-"""Checkpoints as people have them: what lies beside the weights, where the weights are, and under which names."""
+"""Checkpoints as people have them: what lies beside the weights, where the weights are, and under which
+names.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,10 @@ def source():
 
 
 def same(model, source):
-    return all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), source.state_dict().values(), strict=True))
+    return all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), source.state_dict().values(), strict=True)
+    )
 
 
 class Colour(enum.Enum):
@@ -101,26 +106,47 @@ def test_weights_load_beside_whatever_scripts_keep_there(tmp_path, source, zippe
     """All at once in RepDistiller's layout, and each alone."""
     content, allowed = beside(), set(torch.serialization.get_safe_globals())
     if not zipped:
-        del content["criterion"]  # of a module the old format kept the source code, which PyTorch refuses to look at
-    every = {"epoch": 240, "model": source.state_dict(), **content, "best_acc": content["NumPy scalars"]["acc"]}
+        # of a module the old format kept the source code, which PyTorch refuses to look at
+        del content["criterion"]
+    every = {
+        "epoch": 240,
+        "model": source.state_dict(),
+        **content,
+        "best_acc": content["NumPy scalars"]["acc"],
+    }
     for held in (every, *({"model": source.state_dict(), key: value} for key, value in content.items())):
         target = create_model("resnet8", 10)
         loaded = load_weights(target, save(held, tmp_path / "w.pth", zipped))
         assert same(target, source) and set(loaded) == set(held)
     loaded = read_checkpoint(save(every, tmp_path / "w.pth", zipped))
-    assert isinstance(loaded["Namespace"], Unread) and str(loaded["Namespace"]) == "<argparse.Namespace, not read>"
-    assert loaded["epoch"] == 240 and loaded["defaultdict"] == {"loss": [1.0]} and loaded["deque"] == [1.0, 2.0]
-    assert loaded["a dict's heir"]["lr"] == 0.1 and torch.equal(loaded["a dict's heir"]["nested"]["a"], torch.ones(2))
+    assert (
+        isinstance(loaded["Namespace"], Unread)
+        and str(loaded["Namespace"]) == "<argparse.Namespace, not read>"
+    )
+    assert (
+        loaded["epoch"] == 240 and loaded["defaultdict"] == {"loss": [1.0]} and loaded["deque"] == [1.0, 2.0]
+    )
+    assert loaded["a dict's heir"]["lr"] == 0.1 and torch.equal(
+        loaded["a dict's heir"]["nested"]["a"], torch.ones(2)
+    )
     assert loaded["a list's heir"] == [1, 2] and loaded["OrderedDict"] == {"a": 1, "b": [2]}
-    assert not isinstance(loaded["a dict's heir"], Config) and allowed == set(torch.serialization.get_safe_globals())
+    assert not isinstance(loaded["a dict's heir"], Config) and allowed == set(
+        torch.serialization.get_safe_globals()
+    )
 
 
 @formats
 def test_repdistillers_last_checkpoint_loads(tmp_path, source, zipped):
-    """train_student.py: {'opt': opt, 'model': ...}; train_teacher.py: {'epoch', 'model', 'best_acc', 'optimizer'}."""
-    options = argparse.Namespace(model_s="resnet8", trial="1", learning_rate=0.05, lr_decay_epochs=[150, 180, 210])
+    """train_student.py: {'opt': opt, 'model': ...}; train_teacher.py: {'epoch', 'model', 'best_acc',
+    'optimizer'}.
+    """
+    options = argparse.Namespace(
+        model_s="resnet8", trial="1", learning_rate=0.05, lr_decay_epochs=[150, 180, 210]
+    )
     target = create_model("resnet8", 10)
-    load_weights(target, save({"opt": options, "model": source.state_dict()}, tmp_path / "resnet8_last.pth", zipped))
+    load_weights(
+        target, save({"opt": options, "model": source.state_dict()}, tmp_path / "resnet8_last.pth", zipped)
+    )
     assert same(target, source)
 
 
@@ -170,10 +196,19 @@ def test_nothing_in_a_file_runs(tmp_path, source, zipped, how):
 def test_what_cannot_be_read_is_named_by_its_class(tmp_path, source, zipped):
     target = create_model("resnet8", 10)
     for content, words in [
-        (source, r"holds (an object of class )?fastkd\.models\.resnet\.ResNet, w(anted a state dict|hich cannot be read)"),
+        (
+            source,
+            (
+                r"holds (an object of class )?fastkd\.models\.resnet\.ResNet, w(anted a state dict|hich"
+                r" cannot be read)"
+            ),
+        ),
         (
             {"model": source, "epoch": 3},
-            r"'model' is an object of class fastkd\.models\.resnet\.ResNet|it holds fastkd\.models\.resnet\.ResNet, which",
+            (
+                r"'model' is an object of class fastkd\.models\.resnet\.ResNet|it holds"
+                r" fastkd\.models\.resnet\.ResNet, which"
+            ),
         ),
         ([1, 2], "holds a list, wanted a state dict or a dict with one under 'model'"),
     ]:
@@ -199,10 +234,15 @@ def test_of_several_weights_the_first_is_taken_and_said(tmp_path, source):
     assert same(target, source)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."]
+)
 def test_prefixes_of_wrappers_are_dropped(tmp_path, source, prefix):
     target = create_model("resnet8", 10)
-    load_weights(target, save({prefix + name: value for name, value in source.state_dict().items()}, tmp_path / "w.pth"))
+    load_weights(
+        target,
+        save({prefix + name: value for name, value in source.state_dict().items()}, tmp_path / "w.pth"),
+    )
     assert same(target, source)
 
 
@@ -220,7 +260,10 @@ def test_a_models_own_module_keeps_its_name(tmp_path):
     source, target = (nn.ModuleDict({"module": nn.Linear(2, 3)}) for _ in range(2))
     load_weights(target, save(source.state_dict(), tmp_path / "w.pth"))
     assert same(target, source)
-    load_weights(target, save({f"module.{name}": value for name, value in source.state_dict().items()}, tmp_path / "w.pth"))
+    load_weights(
+        target,
+        save({f"module.{name}": value for name, value in source.state_dict().items()}, tmp_path / "w.pth"),
+    )
     assert same(target, source)
 
 
@@ -250,16 +293,23 @@ def test_a_classifier_may_have_no_bias(tmp_path, source):
 
 
 def test_the_nearest_name_is_told(tmp_path, source):
-    state = {name.replace("layer2.0.bn1", "layer2.0.norm1").replace("fc.", "linear."): v for name, v in source.state_dict().items()}
+    state = {
+        name.replace("layer2.0.bn1", "layer2.0.norm1").replace("fc.", "linear."): v
+        for name, v in source.state_dict().items()
+    }
     with pytest.raises(WeightsError) as caught:
         load_weights(create_model("resnet8", 10), save(state, tmp_path / "w.pth"))
     assert str(caught.value).endswith(
-        "w.pth: another layout than the model's: it lacks 6 names (layer2.0.bn1.weight, nearest on the other side layer2.0.norm1.weight)"
-        " and has 7 names (layer2.0.norm1.weight, nearest on the other side layer2.0.bn1.weight) that the model has not"
+        "w.pth: another layout than the model's: it lacks 6 names (layer2.0.bn1.weight, nearest on the other"
+        " side layer2.0.norm1.weight) and has 7 names (layer2.0.norm1.weight, nearest on the other side"
+        " layer2.0.bn1.weight) that the model has not"
     )
 
 
 def test_a_weight_that_is_there_twice_is_told(tmp_path, source):
     state = source.state_dict()
     with pytest.raises(WeightsError, match=r"holds fc\.bias twice, the second time as module\.fc\.bias"):
-        load_weights(create_model("resnet8", 10), save({**state, "module.fc.bias": state["fc.bias"]}, tmp_path / "w.pth"))
+        load_weights(
+            create_model("resnet8", 10),
+            save({**state, "module.fc.bias": state["fc.bias"]}, tmp_path / "w.pth"),
+        )

@@ -31,7 +31,9 @@ def command(*arguments):
 
 
 def start(*arguments, **extra):
-    return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment(**extra), timeout=300)
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, env=environment(**extra), timeout=300
+    )
 
 
 @pytest.fixture
@@ -58,17 +60,33 @@ def test_a_whole_run_leaves_teacher_student_tables_and_checkpoints(tmp_path):
     flags = ["--method", "at+kd", *QUICK, "--epochs", 1, "--output", output, "--data", tmp_path, "--seed", 3]
     first = start(*flags, PYTHONPATH=paths)
     assert (first.returncode, first.stderr) == (0, "")
-    assert "training it first" in first.stdout and "78,042 parameters" in first.stdout and "at+kd epoch 1/1" in first.stdout
-    second = start(*flags, "--lr", 0.01, "--precision", "bf16", "--teacher-checkpoint", *output.glob("teachers/*.pt"))
+    assert (
+        "training it first" in first.stdout
+        and "78,042 parameters" in first.stdout
+        and "at+kd epoch 1/1" in first.stdout
+    )
+    second = start(
+        *flags, "--lr", 0.01, "--precision", "bf16", "--teacher-checkpoint", *output.glob("teachers/*.pt")
+    )
     assert (second.returncode, second.stderr) == (0, "")
     assert "training it first" not in second.stdout
 
     rows = rows_of(output)
     assert [row["method"] for row in rows] == ["teacher", "at+kd", "at+kd"]
     for row in rows:
-        assert (row["dataset"], row["student"], row["nepoch"], row["seed"], row["recipe"]) == ("digits", "resnet8", "1", "3", "digits")
+        assert (row["dataset"], row["student"], row["nepoch"], row["seed"], row["recipe"]) == (
+            "digits",
+            "resnet8",
+            "1",
+            "3",
+            "digits",
+        )
         assert float(row["acc"]) >= float(row["last_acc"]) >= 0 and float(row["images_per_second"]) > 0
-    assert rows[0]["teacher"] == "" and rows[1]["teacher"] == "resnet8" and rows[1]["teacher_acc"] == rows[0]["acc"]
+    assert (
+        rows[0]["teacher"] == ""
+        and rows[1]["teacher"] == "resnet8"
+        and rows[1]["teacher_acc"] == rows[0]["acc"]
+    )
     assert (rows[2]["lr"], rows[2]["precision"], rows[2]["overrides"]) == ("0.01", "bf16", "epochs=1 lr=0.01")
 
     folder = output / rows[1]["folder"]
@@ -90,7 +108,8 @@ def test_ctrl_c_leaves_everything_whole_and_says_how_far_it_came(tmp_path):
     flags = ["--method", "baseline", *QUICK, "--epochs", 300, "--output", tmp_path]
     process = subprocess.Popen(
         command(*flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job, these tests' too, ignores it
+        # a shell's background job, these tests' too, ignores it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     for line in process.stdout:
         if "epoch 2/300" in line:
@@ -122,12 +141,20 @@ def test_a_wrong_flag_is_one_line_and_status_2(main, capsys, flags):
     with pytest.raises(SystemExit) as caught:
         main(flags)
     out, err = capsys.readouterr()
-    assert caught.value.code == 2 and out == "" and len(err.splitlines()) == 1 and err.startswith("train.py: error: ")
+    assert (
+        caught.value.code == 2
+        and out == ""
+        and len(err.splitlines()) == 1
+        and err.startswith("train.py: error: ")
+    )
 
 
 def test_the_status_reaches_the_shell(tmp_path):
     (tmp_path / "file").touch()
-    for flags in (["--method", "unknown"], ["--method", "fsp", "--dataset", "digits", "--output", tmp_path / "file" / "runs"]):
+    for flags in (
+        ["--method", "unknown"],
+        ["--method", "fsp", "--dataset", "digits", "--output", tmp_path / "file" / "runs"],
+    ):
         result = start(*flags)
         assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
 
@@ -145,7 +172,10 @@ def test_the_status_reaches_the_shell(tmp_path):
         ([*QUICK, "--teacher", "wrn_16_2"], "does not fit wrn_16_2"),
         ([*QUICK, "--teacher-checkpoint", "{tmp}/none.pth"], "none.pth: No such file"),
         ([*QUICK, "--teacher-checkpoint", "{tmp}/other.pth"], "other.pth: another layout"),
-        ([*QUICK, "--teacher-checkpoint", "{tmp}/classes.pth"], "classes.pth: trained for 100 classes, wanted 10"),
+        (
+            [*QUICK, "--teacher-checkpoint", "{tmp}/classes.pth"],
+            "classes.pth: trained for 100 classes, wanted 10",
+        ),
         ([*QUICK, "--teacher-checkpoint", "{tmp}/text.pth"], "text.pth: not a checkpoint"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else None,
@@ -160,7 +190,9 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(main, capsys, monkeypat
     assert main(["--method", "fsp", "--data", str(tmp_path), "--output", str(tmp_path / "runs"), *flags]) == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and err.startswith("train.py: error: ") and words in err
-    assert not (tmp_path / "runs" / "results.csv").exists() and not list((tmp_path / "runs").glob("*/best.pt"))
+    assert not (tmp_path / "runs" / "results.csv").exists() and not list(
+        (tmp_path / "runs").glob("*/best.pt")
+    )
 
 
 @pytest.mark.parametrize("name", ["cuda", "nonsense"])
@@ -175,12 +207,27 @@ def test_a_backend_that_cannot_serve_is_one_line_and_status_2(main, capsys, monk
 def test_a_foreign_table_stops_the_run_before_it_begins(main, capsys, tmp_path):
     (tmp_path / "results.csv").write_text("time,price\n")
     assert main(["--method", "baseline", *QUICK, "--output", str(tmp_path)]) == 2
-    assert "results.csv" in capsys.readouterr().err and (tmp_path / "results.csv").read_text() == "time,price\n"
+    assert (
+        "results.csv" in capsys.readouterr().err and (tmp_path / "results.csv").read_text() == "time,price\n"
+    )
 
 
 def test_every_field_of_a_recipe_has_its_flag(main, tmp_path, capsys):
-    flags = "--no-nesterov --momentum 0.5 --pad-mode reflect --teacher-mode train --drop-last-test --gamma 0.2 --weight-decay 0 --epochs 1"
-    assert main(["--method", "kd", *QUICK, "--output", str(tmp_path), "--batch-size", "100", *flags.split()]) == 0
+    flags = (
+        "--no-nesterov --momentum 0.5 --pad-mode reflect --teacher-mode train --drop-last-test --gamma 0.2"
+        " --weight-decay 0 --epochs 1"
+    )
+    assert (
+        main(["--method", "kd", *QUICK, "--output", str(tmp_path), "--batch-size", "100", *flags.split()])
+        == 0
+    )
     config = json.loads(next(tmp_path.glob("*/config.json")).read_text())
-    wanted = {"nesterov": False, "momentum": 0.5, "pad_mode": "reflect", "teacher_mode": "train", "drop_last_test": True, "gamma": 0.2}
+    wanted = {
+        "nesterov": False,
+        "momentum": 0.5,
+        "pad_mode": "reflect",
+        "teacher_mode": "train",
+        "drop_last_test": True,
+        "gamma": 0.2,
+    }
     assert {key: config["fields"][key] for key in wanted} == wanted and config["fields"]["weight_decay"] == 0

@@ -12,11 +12,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_installed_command_is_the_main_of_train_py(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_installed_command_is_the_main_of_train_py(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from fastkd.training import cli
 
     assert runpy.run_path(str(ROOT / "train.py"))["main"] is cli.main
-    assert 'fastkd-train = "fastkd.training.cli:main"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'fastkd-train = "fastkd.training.cli:main"' in (ROOT / "pyproject.toml").read_text(
+        encoding="utf-8"
+    )
     for called, name in (("/somewhere/bin/fastkd-train", "fastkd-train"), ("train.py", "train.py")):
         monkeypatch.setattr(sys, "argv", [called, "--method", "none"])
         with pytest.raises(SystemExit):
@@ -27,7 +31,18 @@ def test_the_installed_command_is_the_main_of_train_py(monkeypatch: pytest.Monke
 def test_a_run_of_the_installed_command_is_repeated_by_it(
     small_main: Callable[[list[str]], int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    flags = ["--method", "baseline", "--student", "resnet8", "--dataset", "digits", "--epochs", "1", "--no-pictures", "--output"]
+    flags = [
+        "--method",
+        "baseline",
+        "--student",
+        "resnet8",
+        "--dataset",
+        "digits",
+        "--epochs",
+        "1",
+        "--no-pictures",
+        "--output",
+    ]
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/fastkd-train", *flags, str(tmp_path)])
     assert small_main([*flags, str(tmp_path)]) == 0
     (command,) = tmp_path.glob("*/command.sh")

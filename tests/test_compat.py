@@ -77,7 +77,11 @@ def test_repdistiller_fsp_gives_one_loss_a_pair_and_refuses_unequal_channels():
 @pytest.mark.parametrize("module", [repdistiller.DistillKL, kdzoo.SoftTarget])
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_soft_targets_are_hintons(module, temperature):
-    same(module(temperature), lambda s, t: formulas.hinton(s, t, temperature), [values((5, 10), F64), values((5, 10), F64)])
+    same(
+        module(temperature),
+        lambda s, t: formulas.hinton(s, t, temperature),
+        [values((5, 10), F64), values((5, 10), F64)],
+    )
 
 
 @pytest.mark.parametrize("p", [1, 2.0, 2.7, 3])
@@ -130,7 +134,9 @@ def test_repdistiller_fsp_has_the_originals_helpers():
 
 def test_repdistiller_soft_targets_of_maps_are_divided_by_the_batch_alone():
     def published(y_s, y_t, T=4.0):
-        return F.kl_div(F.log_softmax(y_s / T, 1), F.softmax(y_t / T, 1), reduction="sum") * T**2 / y_s.shape[0]
+        return (
+            F.kl_div(F.log_softmax(y_s / T, 1), F.softmax(y_t / T, 1), reduction="sum") * T**2 / y_s.shape[0]
+        )
 
     same(repdistiller.DistillKL(4.0), published, [values((3, 5, 2, 7), F64), values((3, 5, 2, 7), F64)])
     with pytest.raises(ValueError, match="student_logits"):

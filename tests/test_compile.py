@@ -10,7 +10,9 @@ from torch import nn
 import fastkd
 
 pytestmark = [pytest.mark.unpoisoned, pytest.mark.usefixtures("one_thread")]
-CPP = pytest.param("cpp", marks=pytest.mark.skipif(bool(cpp_missing()), reason=f"backend cpp: {cpp_missing()}"))
+CPP = pytest.param(
+    "cpp", marks=pytest.mark.skipif(bool(cpp_missing()), reason=f"backend cpp: {cpp_missing()}")
+)
 BACKENDS = ["auto", CPP]
 
 
@@ -22,11 +24,17 @@ def fresh_compiler():
 
 
 class Net(nn.Module):
-    """Two stages, each with an input of its own, so that their sizes are independent symbols in a dynamic graph."""
+    """Two stages, each with an input of its own, so that their sizes are independent symbols in a dynamic
+    graph.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6, 5)
+        self.first, self.second, self.head = (
+            nn.Conv2d(3, 4, 3, padding=1),
+            nn.Conv2d(3, 6, 3, padding=1),
+            nn.Linear(6, 5),
+        )
 
     def forward(self, x, y):
         a, b = self.first(x).relu(), self.second(y).relu()
@@ -74,7 +82,10 @@ def step_agrees(losses, sizes, **how):
     compiled = torch.compile(lambda *args: step(fastkd, losses, *args), fullgraph=True, **how)
     for size in sizes:
         x = images(*size)
-        agree(gradients(compiled, student, teacher, *x), gradients(lambda *args: step(ref, losses, *args), student, teacher, *x))
+        agree(
+            gradients(compiled, student, teacher, *x),
+            gradients(lambda *args: step(ref, losses, *args), student, teacher, *x),
+        )
 
 
 STATIC = [(4, (10, 10), (5, 4))]
@@ -83,7 +94,12 @@ DYNAMIC = [*STATIC, (3, (11, 9), (6, 5)), (5, (8, 14), (7, 3))]
 
 @pytest.mark.parametrize("losses", [[loss] for loss in LOSSES], ids="".join)
 @pytest.mark.parametrize(
-    "backend, dynamic", [("auto", False), pytest.param("cpp", False, marks=CPP.marks), pytest.param("cpp", True, marks=CPP.marks)]
+    "backend, dynamic",
+    [
+        ("auto", False),
+        pytest.param("cpp", False, marks=CPP.marks),
+        pytest.param("cpp", True, marks=CPP.marks),
+    ],
 )
 def test_a_training_step_compiles_as_one_graph(backend, dynamic, losses):
     with fastkd.use_backend(backend):
@@ -105,9 +121,15 @@ def test_a_training_step_compiles_through_inductor(backend):
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_map_with_itself_keeps_its_whole_gradient_when_compiled(backend, dynamic):
     def fn(m, x, y):
-        return m.fsp_loss([x, x], [y, y]) + m.fsp_matrix(x, x).square().sum() + m.attention_transfer_loss([x, x], [y, x])
+        return (
+            m.fsp_loss([x, x], [y, y])
+            + m.fsp_matrix(x, x).square().sum()
+            + m.attention_transfer_loss([x, x], [y, x])
+        )
 
-    compiled = torch.compile(lambda x, y: fn(fastkd, x, y), fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x, y: fn(fastkd, x, y), fullgraph=True, dynamic=dynamic, backend="aot_eager"
+    )
     x, y = (values((2, 3, 4, 4), torch.float64).requires_grad_() for _ in range(2))
     want = torch.autograd.grad(fn(ref, x, y), (x, y))
     with fastkd.use_backend(backend):
@@ -121,7 +143,10 @@ def test_a_compiled_step_takes_an_inference_mode_teacher_and_half_precision(back
     def fn(m, s, t):
         return m.attention_transfer_loss(s, t, weight=1000.0) + m.fsp_loss(s, t)
 
-    s = [values((2, c, n, n), torch.bfloat16).contiguous(memory_format=torch.channels_last).requires_grad_() for c, n in ((3, 6), (4, 3))]
+    s = [
+        values((2, c, n, n), torch.bfloat16).contiguous(memory_format=torch.channels_last).requires_grad_()
+        for c, n in ((3, 6), (4, 3))
+    ]
     with torch.inference_mode():
         t = [values(x.shape, torch.float16) for x in s]
     compiled = torch.compile(lambda s, t: fn(fastkd, s, t), fullgraph=True, backend="aot_eager")
@@ -152,7 +177,9 @@ def test_misuse_inside_a_compiled_function_is_told_too(cpp):
     for backend in ("auto", "cpp"):
         torch.compiler.reset()
         with fastkd.use_backend(backend), pytest.raises(Exception, match="batch sizes differ"):
-            torch.compile(fastkd.attention_transfer_loss, fullgraph=True, backend="eager")(torch.ones(2, 3, 4), torch.ones(3, 3, 4))
+            torch.compile(fastkd.attention_transfer_loss, fullgraph=True, backend="eager")(
+                torch.ones(2, 3, 4), torch.ones(3, 3, 4)
+            )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -171,7 +198,10 @@ def test_maps_and_matrices_export(backend, dynamic):
     assert ("fastkd.fsp_matrix.default" in targets) == (backend == "cpp")
     if dynamic:
         a, b = torch.randn(6, 3, 8, 8), torch.randn(6, 5, 4, 4)
-    for got, want in zip(program.module()(a, b), (ref.attention_map(a), ref.attention_map(b, 3.0, signed=True), ref.fsp_matrix(a, b))):
+    for got, want in zip(
+        program.module()(a, b),
+        (ref.attention_map(a), ref.attention_map(b, 3.0, signed=True), ref.fsp_matrix(a, b)),
+    ):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
@@ -212,21 +242,41 @@ def samples():
             (s, [v.detach() for v in t], *at_options(MEAN | L2, [1.0, 2.0]), grad, False, None),
         )
         plain = [v.detach() for v in (*s, *t)]
-        yield ops.attention_transfer_loss.default, (plain[:2], plain[2:], *at_options(MEAN), True, False, -2.5)
-        loss, coefficients, _ = ops.attention_transfer_loss(plain[:2], plain[2:], *at_options(), True, True, None)
-        yield ops.attention_transfer_loss_backward.default, (torch.ones_like(loss), plain, coefficients, 2.0, MEAN | POOL_BEFORE)
+        yield (
+            ops.attention_transfer_loss.default,
+            (plain[:2], plain[2:], *at_options(MEAN), True, False, -2.5),
+        )
+        loss, coefficients, _ = ops.attention_transfer_loss(
+            plain[:2], plain[2:], *at_options(), True, True, None
+        )
+        yield (
+            ops.attention_transfer_loss_backward.default,
+            (torch.ones_like(loss), plain, coefficients, 2.0, MEAN | POOL_BEFORE),
+        )
         for b in (y, leaf(2, 4, 5, 4)):
             yield ops.fsp_matrix.default, (x, b, "avg", None)
             g = ops.fsp_matrix(x.detach(), b.detach(), "avg", None)
             for flags in ((True, True), (False, True)):
-                yield ops.fsp_matrix_backward.default, (torch.randn_like(g), x.detach(), b.detach(), "avg", None, *flags)
+                yield (
+                    ops.fsp_matrix_backward.default,
+                    (torch.randn_like(g), x.detach(), b.detach(), "avg", None, *flags),
+                )
         t = [leaf(2, 3, 5, 4), leaf(2, 6, 2, 8)]
         yield ops.fsp_loss.default, (s, t, "avg", "squared", "sum", None, 1.0, None, grad)
-        yield ops.fsp_loss.default, (s, [v.detach() for v in t], "max", "column_l2", "mean", [2.0], 3.0, "tf32", grad)
+        yield (
+            ops.fsp_loss.default,
+            (s, [v.detach() for v in t], "max", "column_l2", "mean", [2.0], 3.0, "tf32", grad),
+        )
         plain = [v.detach() for v in (*s, *t)]
         loss, matrices, _ = ops.fsp_loss(plain[:2], plain[2:], "avg", "squared", "sum", None, 1.0, None, True)
-        yield ops.fsp_loss_backward.default, (torch.ones_like(loss), plain[:2], matrices, "avg", None, [0, 1], False, [])
-        yield ops.fsp_loss_backward.default, (torch.ones_like(loss), plain[2:], matrices, "avg", None, [1], True, [])
+        yield (
+            ops.fsp_loss_backward.default,
+            (torch.ones_like(loss), plain[:2], matrices, "avg", None, [0, 1], False, []),
+        )
+        yield (
+            ops.fsp_loss_backward.default,
+            (torch.ones_like(loss), plain[2:], matrices, "avg", None, [1], True, []),
+        )
 
 
 OPERATORS = [
@@ -253,5 +303,9 @@ def test_fakes_give_the_real_shapes_dtypes_and_strides(cpp):
         with torch.no_grad():
             real = torch.utils._pytree.tree_leaves(op(*args))
             with FakeTensorMode() as mode:
-                fake = torch.utils._pytree.tree_leaves(op(*torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, args)))
-        assert [(x.shape, x.dtype, x.stride(), x.device) for x in real] == [(x.shape, x.dtype, x.stride(), x.device) for x in fake], op
+                fake = torch.utils._pytree.tree_leaves(
+                    op(*torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, args))
+                )
+        assert [(x.shape, x.dtype, x.stride(), x.device) for x in real] == [
+            (x.shape, x.dtype, x.stride(), x.device) for x in fake
+        ], op

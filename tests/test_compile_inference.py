@@ -1,4 +1,6 @@
-"""Losses compiled by inductor, whose graphs may save their inputs, of a teacher run under ``torch.inference_mode``."""
+"""Losses compiled by inductor, whose graphs may save their inputs, of a teacher run under
+``torch.inference_mode``.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +11,24 @@ from support import cpp_missing, ref
 import fastkd
 
 pytestmark = [pytest.mark.unpoisoned, pytest.mark.usefixtures("one_thread")]
-CPP = pytest.param("cpp", marks=pytest.mark.skipif(bool(cpp_missing()), reason=f"backend cpp: {cpp_missing()}"))
+CPP = pytest.param(
+    "cpp", marks=pytest.mark.skipif(bool(cpp_missing()), reason=f"backend cpp: {cpp_missing()}")
+)
 MAPS = [(4, 6, 8, 8), (4, 3, 6, 6)]
 LOSSES = {
     "kd of 2 classes": ([(8, 2)], [(8, 2)], lambda m, s, t: m.kd_loss(s[0], t[0])),
-    "kd of 100 classes": ([(8, 100)], [(8, 100)], lambda m, s, t: m.kd_loss(s[0], t[0], 1.0, reduction="mean")),
+    "kd of 100 classes": (
+        [(8, 100)],
+        [(8, 100)],
+        lambda m, s, t: m.kd_loss(s[0], t[0], 1.0, reduction="mean"),
+    ),
     "kd of 1000 classes": ([(8, 1000)], [(8, 1000)], lambda m, s, t: m.kd_loss(s[0], 0.5 * t[0])),
     "at": (
         MAPS,
         [(4, 1, 8, 8), (4, 2, 5, 7)],
-        lambda m, s, t: m.attention_transfer_loss(s, t, 3, pool="after", difference="l2", weights=[1.0, 2.0], weight=10.0),
+        lambda m, s, t: m.attention_transfer_loss(
+            s, t, 3, pool="after", difference="l2", weights=[1.0, 2.0], weight=10.0
+        ),
     ),
     "at of the teacher's maps": (
         MAPS,
@@ -36,7 +46,10 @@ LOSSES = {
 @pytest.mark.parametrize(
     "loss, backend",
     [(name, "auto") for name in LOSSES]
-    + [pytest.param(name, "cpp", marks=CPP.marks) for name in ("at of the teacher's maps", "fsp of one position")],
+    + [
+        pytest.param(name, "cpp", marks=CPP.marks)
+        for name in ("at of the teacher's maps", "fsp of one position")
+    ],
 )
 def test_a_teacher_of_inference_mode_fits_every_compiled_loss(loss, backend):
     torch.compiler.reset()
@@ -79,4 +92,6 @@ def test_compiled_losses_can_be_mapped_over_a_batch():
     student, teacher = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
     each = torch.func.vmap(torch.func.grad(fastkd.kd_loss))
     torch.compiler.reset()
-    torch.testing.assert_close(torch.compile(each, backend="aot_eager", fullgraph=True)(student, teacher), each(student, teacher))
+    torch.testing.assert_close(
+        torch.compile(each, backend="aot_eager", fullgraph=True)(student, teacher), each(student, teacher)
+    )

@@ -28,11 +28,16 @@ def unit(x):
 
 
 def by_hand(student, teacher, student_bank, teacher_bank, rows, temperature=0.07, normalizers=None, eps=1e-7):
-    """Score by score in Python, with the logarithms as they are published; gradients by autograd. (loss, normalizers)."""
+    """Score by score in Python, with the logarithms as they are published; gradients by autograd. (loss,
+    normalizers).
+    """
     n, k, size = len(rows), rows.shape[1] - 1, len(student_bank)
     total, found = 0, []
     for i, (x, bank) in enumerate(((student, teacher_bank), (teacher, student_bank))):
-        odds = [[torch.exp(torch.dot(x[b], bank[row]) / temperature) for row in rows[b].tolist()] for b in range(n)]
+        odds = [
+            [torch.exp(torch.dot(x[b], bank[row]) / temperature) for row in rows[b].tolist()]
+            for b in range(n)
+        ]
         z = 0 if normalizers is None else float(normalizers[i])
         if not z > 0:
             z = sum(odd.item() for row in odds for odd in row) / (n * (k + 1)) * size
@@ -47,7 +52,10 @@ def by_hand(student, teacher, student_bank, teacher_bank, rows, temperature=0.07
 def case(n=4, k=5, size=9, width=3, dtype=torch.float64, seed=0):
     """(student, teacher, both banks, rows)."""
     made = torch.Generator().manual_seed(seed)
-    vectors = [unit(torch.randn(count, width, generator=made, dtype=torch.float64)).to(dtype) for count in (n, n, size, size)]
+    vectors = [
+        unit(torch.randn(count, width, generator=made, dtype=torch.float64)).to(dtype)
+        for count in (n, n, size, size)
+    ]
     return (*vectors, torch.randint(size, (n, k + 1), generator=made))
 
 
@@ -59,18 +67,26 @@ def gradients(loss, student, teacher, *rest, **options):
 
 @forms
 def test_the_worked_figures(crd_loss):
-    banks, index, rows = [worked((4, 2), 3), worked((4, 2), 8)], torch.tensor([0, 3]), torch.tensor([[0, 1, 2], [3, 0, 1]])
+    banks, index, rows = (
+        [worked((4, 2), 3), worked((4, 2), 8)],
+        torch.tensor([0, 3]),
+        torch.tensor([[0, 1, 2], [3, 0, 1]]),
+    )
     student = unit(worked((2, 3), 3) @ worked((2, 3), 7).T + worked((2,), 4))
     teacher = unit(worked((2, 2), 5) @ worked((2, 2), 2).T + worked((2,), 9))
     loss, normalizers = crd_loss(student, teacher, *banks, rows)
     assert loss.dtype == torch.float64 and abs(loss.item() - 11.0771321625) <= 5e-11
-    torch.testing.assert_close(normalizers, torch.tensor([1351.8552743, 182.8373859], dtype=torch.float64), rtol=1e-9, atol=5e-8)
+    torch.testing.assert_close(
+        normalizers, torch.tensor([1351.8552743, 182.8373859], dtype=torch.float64), rtol=1e-9, atol=5e-8
+    )
     module = fastkd.CRD(*banks)
     assert module(student, teacher, rows)[0] == fastkd.crd_loss(student, teacher, *banks, rows)[0]
     module.update(index, student, teacher, normalizers)
     wanted = torch.tensor([-0.7889788977, 0.6144202950], dtype=torch.float64)
     torch.testing.assert_close(module.student_bank[3], wanted, rtol=0, atol=5e-11)
-    second = crd_loss(student, teacher, module.student_bank, module.teacher_bank, rows, normalizers=normalizers)
+    second = crd_loss(
+        student, teacher, module.student_bank, module.teacher_bank, rows, normalizers=normalizers
+    )
     assert abs(second[0].item() - 11.5884558945) <= 5e-11 and torch.equal(second[1], normalizers)
     assert abs(module(student, teacher, rows)[0].item() - 11.5884558945) <= 5e-11
 
@@ -83,7 +99,9 @@ def test_values_and_gradients_by_hand(monkeypatch, crd_loss, seed):
     monkeypatch.setattr("fastkd.ops.crd.CHEAPER", 10**6 if seed % 3 == 0 else 0)
     monkeypatch.setattr("fastkd.ops.crd.NUMBERS", 1 if seed % 3 == 2 else 10**6)
     n, k = chosen.choice((1, 2, 3, 7)), chosen.choice((1, 2, 5, 11))
-    tensors = case(n, k, size=chosen.choice((2, 3, 9, 11)) if n > 1 else 2, width=chosen.choice((1, 2, 5, 17)), seed=seed)
+    tensors = case(
+        n, k, size=chosen.choice((2, 3, 9, 11)) if n > 1 else 2, width=chosen.choice((1, 2, 5, 17)), seed=seed
+    )
     options = {
         "temperature": chosen.choice((0.07, 0.1, 1.0)), "eps": chosen.choice((1e-7, 0.0, 0.1)),
         "normalizers": chosen.choice((None, torch.tensor([40.0, 3.0]).double(), torch.tensor([0.0, 17.0]).double())),
@@ -109,7 +127,9 @@ def test_every_dtype_is_computed_in_float32(dtype):
     assert [x.dtype for x in found] == [torch.float32, torch.float32, dtype, dtype]
     torch.testing.assert_close(found[0].double(), exact[0], rtol=2e-6, atol=0)
     for got, want in zip(found[2:], exact[2:], strict=True):
-        torch.testing.assert_close(got.double(), want, rtol=1e-4 if dtype == torch.float32 else 1e-2, atol=1e-5)
+        torch.testing.assert_close(
+            got.double(), want, rtol=1e-4 if dtype == torch.float32 else 1e-2, atol=1e-5
+        )
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(fastkd.crd_loss(*tensors)[0], found[0])
 
@@ -142,7 +162,9 @@ def test_only_wanted_gradients_are_computed_and_one_only():
 
     assert torch.autograd.gradcheck(fixed, (student, teacher.requires_grad_()))
     single = [x.detach().float() for x in (student, teacher, *rest[:2])]
-    torch.library.opcheck(torch.ops.fastkd.crd_loss, (*single, rest[2], given.float(), 0.07, 1e-7, 1.0, True, True))
+    torch.library.opcheck(
+        torch.ops.fastkd.crd_loss, (*single, rest[2], given.float(), 0.07, 1e-7, 1.0, True, True)
+    )
 
 
 def test_it_is_one_graph():
@@ -157,10 +179,14 @@ def test_it_is_one_graph():
 
 @pytest.mark.parametrize(("size", "k"), [(8192, 2000), (60_000, 700)], ids=["whole", "gathered"])
 def test_memory_is_that_of_scores(size, k):
-    """The drawn rows of a bank would take 64 and 22 MB here; all scores are 2 MB in the first, a chunk of rows 16 MB in the second."""
+    """The drawn rows of a bank would take 64 and 22 MB here; all scores are 2 MB in the first, a chunk of
+    rows 16 MB in the second.
+    """
     student, teacher, *rest = case(64, k, size, 128, torch.float32)
     student.requires_grad_()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as found:
         fastkd.crd_loss(student, teacher, *rest)[0].backward()
     held = peak = 0
     for event in sorted(found.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
@@ -178,8 +204,16 @@ def test_memory_is_that_of_scores(size, k):
         ({"teacher": torch.ones(4, 2)}, ValueError, "teacher .* wanted the same shape"),
         ({"student": torch.ones(4, 3).long()}, TypeError, "student .*wanted float16"),
         ({"teacher": [1.0]}, TypeError, "teacher is list, wanted a tensor"),
-        ({"student_bank": torch.ones(8, 3)}, ValueError, r"student_bank is \(8, 3\).*teacher_bank is \(9, 3\)"),
-        ({"student_bank": torch.ones(9, 2), "teacher_bank": torch.ones(9, 2)}, ValueError, "wanted the same width"),
+        (
+            {"student_bank": torch.ones(8, 3)},
+            ValueError,
+            r"student_bank is \(8, 3\).*teacher_bank is \(9, 3\)",
+        ),
+        (
+            {"student_bank": torch.ones(9, 2), "teacher_bank": torch.ones(9, 2)},
+            ValueError,
+            "wanted the same width",
+        ),
         ({"rows": torch.full((4, 6), 9)}, ValueError, "rows has 9, wanted rows 0 to 8 of the bank"),
         ({"rows": torch.full((4, 6), -1)}, ValueError, "rows has -1, wanted rows 0 to 8"),
         ({"rows": torch.zeros(4, 1).long()}, ValueError, r"rows .* wanted \(4, K \+ 1\)"),
@@ -226,7 +260,9 @@ def test_negatives_are_of_other_classes_and_differ_while_there_are_enough(k):
         seen.append(rows[:, 1:])
     assert not torch.equal(seen[0], seen[1])
     method.set_epoch(0, 40)
-    assert torch.equal(method.draw(everyone)[:, 1:], seen[0]) and not torch.equal(method_of(k=k, seed=1).draw(everyone)[:, 1:], seen[0])
+    assert torch.equal(method.draw(everyone)[:, 1:], seen[0]) and not torch.equal(
+        method_of(k=k, seed=1).draw(everyone)[:, 1:], seen[0]
+    )
     drawn = torch.stack([torch.bincount(torch.stack(seen)[:, i].flatten(), minlength=12) for i in range(12)])
     others = LABELS[:, None] != LABELS
     expected = 40 * k / others.sum(1, keepdim=True)
@@ -249,23 +285,32 @@ def test_the_positive_may_be_another_of_the_class():
 def test_a_step_of_the_method_its_banks_and_its_normalizers():
     torch.manual_seed(1)
     networks = create_model("resnet8", 7), create_model("resnet8x4", 7)
-    distillation = fastkd.Distillation(*networks, "crd", options={"crd": {"k": 4}}, train_labels=LABELS, fold=False).eval()
+    distillation = fastkd.Distillation(
+        *networks, "crd", options={"crd": {"k": 4}}, train_labels=LABELS, fold=False
+    ).eval()
     method, images, index = distillation.methods["crd"], torch.randn(3, 3, 32, 32), torch.tensor([8, 0, 3])
     assert method.settled == {} and list(method.function.student_bank.shape) == [12, 128]
     banks = [bank.clone() for bank in (method.function.student_bank, method.function.teacher_bank)]
     bound = math.sqrt(3 / 128)
     assert all(0.9 * bound < bank.abs().max() <= bound and bank.mean().abs() < 0.2 * bound for bank in banks)
     losses = distillation(images, LABELS[index], index)
-    units = [unit(layer(network(images, features=True)[0].pooled)) for layer, network in zip(method.embeddings, networks, strict=True)]
+    units = [
+        unit(layer(network(images, features=True)[0].pooled))
+        for layer, network in zip(method.embeddings, networks, strict=True)
+    ]
     wanted, normalizers = by_hand(*units, *banks, method.draw(index))
     torch.testing.assert_close(losses.terms["crd"].double(), 0.8 * wanted.double(), rtol=1e-5, atol=0)
     losses.total.backward()
     assert all(layer.weight.grad.any() for layer in method.embeddings) and networks[0].conv1.weight.grad.any()
     record = losses.records["crd"]
-    assert [x.shape for x in record] == [(3, 128), (3, 128), (3, 2)] and not any(x.requires_grad for x in record)
+    assert [x.shape for x in record] == [(3, 128), (3, 128), (3, 2)] and not any(
+        x.requires_grad for x in record
+    )
     distillation.update(index, losses.records)
     torch.testing.assert_close(method.function.normalizers.double(), normalizers, rtol=1e-5, atol=0)
-    for bank, before, found in zip((method.function.student_bank, method.function.teacher_bank), banks, units, strict=True):
+    for bank, before, found in zip(
+        (method.function.student_bank, method.function.teacher_bank), banks, units, strict=True
+    ):
         torch.testing.assert_close(bank[index], unit(0.5 * before[index] + 0.5 * found.detach()))
         untouched = [i for i in range(12) if i not in index]
         assert torch.equal(bank[untouched], before[untouched])
@@ -276,7 +321,10 @@ def test_a_step_of_the_method_its_banks_and_its_normalizers():
 
 def test_what_the_state_holds_goes_on_bit_for_bit():
     networks = [create_model("resnet8", 7) for _ in range(2)]
-    both = [fastkd.Distillation(*networks, "crd", train_labels=LABELS, fold=False, seed=seed).eval() for seed in (0, 0)]
+    both = [
+        fastkd.Distillation(*networks, "crd", train_labels=LABELS, fold=False, seed=seed).eval()
+        for seed in (0, 0)
+    ]
     images, index = torch.randn(4, 3, 32, 32), torch.tensor([1, 5, 2, 9])
     both[0].set_epoch(0, 2)
     both[0].update(index, both[0](images, None, index).records)
@@ -313,29 +361,50 @@ def test_under_autocast_and_there_as_one_graph(graph):
 
 
 def test_what_it_cannot_do_is_one_line():
-    for labels, words in ((None, "train_labels is None"), (torch.zeros(5).long(), "train_labels has 1 class, wanted at least two")):
+    for labels, words in (
+        (None, "train_labels is None"),
+        (torch.zeros(5).long(), "train_labels has 1 class, wanted at least two"),
+    ):
         with pytest.raises(ValueError, match=words) as caught:
             method_of(labels)
         assert "\n" not in str(caught.value)
-    distillation = fastkd.Distillation(*(create_model("resnet8", 7) for _ in range(2)), "crd", train_labels=LABELS, fold=False)
-    for index, words in ((None, "index is None, wanted where"), (torch.tensor([0, 12]), "index has 12, wanted rows 0 to 11 of the bank")):
+    distillation = fastkd.Distillation(
+        *(create_model("resnet8", 7) for _ in range(2)), "crd", train_labels=LABELS, fold=False
+    )
+    for index, words in (
+        (None, "index is None, wanted where"),
+        (torch.tensor([0, 12]), "index has 12, wanted rows 0 to 11 of the bank"),
+    ):
         with pytest.raises(ValueError, match=words):
             distillation(torch.randn(2, 3, 32, 32), None, index)
-    for options, words in (({"k": 0}, "k is 0"), ({"temperature": 0.0}, "temperature is 0.0"), ({"momentum": 1.0}, "momentum is 1.0")):
+    for options, words in (
+        ({"k": 0}, "k is 0"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"momentum": 1.0}, "momentum is 1.0"),
+    ):
         with pytest.raises(ValueError, match=f"option crd: {words}, wanted"):
             define("crd", options={"crd": options})
 
 
 def test_presets_and_what_they_leave_open():
-    temperatures = {name: define("crd", preset=name).terms[0].options.temperature for name in ("repdistiller", "mdistiller", "kdzoo")}
+    temperatures = {
+        name: define("crd", preset=name).terms[0].options.temperature
+        for name in ("repdistiller", "mdistiller", "kdzoo")
+    }
     assert temperatures == {"repdistiller": 0.07, "mdistiller": 0.07, "kdzoo": 0.1}
     assert define("kd+crd+at", preset="repdistiller").names == ("ce", "at", "crd", "kd")
     both = define("crd+kd", preset="repdistiller")
     assert both.ce == 1 and [term.options for term in both.terms][1].weight == 1
     for classes, beta in ((10, 0.2), (7, 0.8)):
-        context = BuildContext.of(*(create_model("resnet8", classes) for _ in range(2)), train_labels=torch.arange(600) % classes)
+        context = BuildContext.of(
+            *(create_model("resnet8", classes) for _ in range(2)), train_labels=torch.arange(600) % classes
+        )
         method = create_method("crd", context, preset="kdzoo")
-        assert method.settled == {"beta": beta, "k": 200} and method.function.weight == beta and method.function.temperature == 0.1
+        assert (
+            method.settled == {"beta": beta, "k": 200}
+            and method.function.weight == beta
+            and method.function.temperature == 0.1
+        )
     banks = case()[2:4]
     module = fastkd.CRD.preset("kdzoo", student_bank=banks[0], teacher_bank=banks[1])
     assert module.temperature == 0.1 and module.weight == 0.8 and "temperature=0.1" in module.extra_repr()

@@ -1,5 +1,6 @@
-"""The CUDA library: what it serves, by whom it is chosen, what every call keeps. Its values are in the grids of the operations' own tests,
-which run it on a GPU, or on a CPU thread by thread."""
+"""The CUDA library: what it serves, by whom it is chosen, what every call keeps. Its values are in the grids
+of the operations' own tests, which run it on a GPU, or on a CPU thread by thread.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +25,10 @@ def cuda(request):
 
 
 def chains(place, dtype=torch.float32, layout="contiguous"):
-    return [[place(make((3, c, n, n), dtype, layout)).requires_grad_(not i) for c, n in ((4, 9), (8, 7), (16, 4))] for i in (0, 1)]
+    return [
+        [place(make((3, c, n, n), dtype, layout)).requires_grad_(not i) for c, n in ((4, 9), (8, 7), (16, 4))]
+        for i in (0, 1)
+    ]
 
 
 def step(s, t, **switches):
@@ -105,9 +109,14 @@ def test_misuse_is_told_as_by_other_backends(cuda):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("backend", KERNELS[2:])
 def test_channels_of_a_wider_feature_match_the_reference(backend, layout, first, last, channels):
-    """As after a concatenation: what begins, or lies between samples, rows or positions, may be no multiple of 16 bytes."""
+    """As after a concatenation: what begins, or lies between samples, rows or positions, may be no multiple
+    of 16 bytes.
+    """
     for size in ((5, 5), (4, 4)):
-        student, teacher = (make((3, channels, *size), random.choice(dtypes(backend)), layout)[:, first:last] for _ in range(2))
+        student, teacher = (
+            make((3, channels, *size), random.choice(dtypes(backend)), layout)[:, first:last]
+            for _ in range(2)
+        )
         check_loss(backend, "attention_transfer_loss", [student], [teacher])
 
 
@@ -121,7 +130,9 @@ def test_results_are_the_same_bits_in_each_run_and_order_of_threads(cuda, layout
             emulated.backwards(turned)
         try:
             assert all(torch.equal(a, b) for a, b in zip(first, step(s, t), strict=True))
-            assert all(torch.equal(a, b) for a, b in zip(wide, step(large[:1] * 2, large[1:] * 2), strict=True))
+            assert all(
+                torch.equal(a, b) for a, b in zip(wide, step(large[:1] * 2, large[1:] * 2), strict=True)
+            )
         finally:
             if native.EMULATED:
                 emulated.backwards(False)
@@ -234,7 +245,9 @@ def test_a_step_is_captured_in_a_cuda_graph(cuda, function):
 
     def run():
         if function == "relu_tap":
-            return torch.autograd.grad(sum((v * v).sum() for x, y in zip(s, t) for v in fastkd.relu_tap(x, y)), s)
+            return torch.autograd.grad(
+                sum((v * v).sum() for x, y in zip(s, t) for v in fastkd.relu_tap(x, y)), s
+            )
         return torch.autograd.grad(getattr(fastkd, function)(s, t, weight=1000.0), s)
 
     side = torch.cuda.Stream()
@@ -281,7 +294,9 @@ def test_two_streams_do_not_share_their_tickets(cuda):
 @gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
 def test_a_device_that_is_not_current_serves(cuda):
-    s, t = ([torch.randn(4, c, 9, 9, device="cuda:1", requires_grad=True) for c in (16, 24)] for _ in range(2))
+    s, t = (
+        [torch.randn(4, c, 9, 9, device="cuda:1", requires_grad=True) for c in (16, 24)] for _ in range(2)
+    )
     with torch.cuda.device(0):
         got = torch.autograd.grad(fastkd.attention_transfer_loss(s, t) + fastkd.fsp_loss(s, t), s)
     want = torch.autograd.grad(ref.attention_transfer_loss(s, t) + ref.fsp_loss(s, t), s)
@@ -302,4 +317,6 @@ def test_more_than_two_to_the_31_elements(cuda, layout):
     for i in (0, n - 1):
         part = x[i : i + 1].detach().float().requires_grad_()
         (want,) = torch.autograd.grad(ref.attention_transfer_loss(part, t[i : i + 1], weight=1e6 / n), part)
-        torch.testing.assert_close(grad[i : i + 1].float(), want, rtol=1e-2, atol=1e-2 * want.abs().max().item())
+        torch.testing.assert_close(
+            grad[i : i + 1].float(), want, rtol=1e-2, atol=1e-2 * want.abs().max().item()
+        )

@@ -23,7 +23,9 @@ def tool() -> str | None:
     spec = importlib.util.find_spec("triton")
     places = spec.submodule_search_locations or [] if spec else []
     folders = [Path(place) / "backends" / "nvidia" / "bin" for place in places]
-    found = [shutil.which("cuobjdump", path=folder) for folder in folders if shutil.which("nvdisasm", path=folder)]
+    found = [
+        shutil.which("cuobjdump", path=folder) for folder in folders if shutil.which("nvdisasm", path=folder)
+    ]
     return next(filter(None, found), None)
 
 
@@ -91,9 +93,10 @@ def test_features_are_written_sixteen_bytes_at_a_time_in_both_layouts(architectu
     assert found["STG.E.128"] >= 2 * types * packs, found
 
 
-# The products of 32 x 32 numbers and 16 terms stand in the code once for G and twice for the difference of two.
-# Each has 2 x 4 fragments of two instructions (bfloat16: one), and three times as many with low parts. Operands
-# have 4 fragments of 4 words. With low parts each word is rounded twice, and those of `a` are made twice.
+# The products of 32 x 32 numbers and 16 terms stand in the code once for G and twice for the difference of
+# two. Each has 2 x 4 fragments of two instructions (bfloat16: one), and three times as many with low parts.
+# Operands have 4 fragments of 4 words. With low parts each word is rounded twice, and those of `a` are made
+# twice.
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("mode, products, roundings", [(1, 48, 96), (2, 144, 288), (3, 72, 0)])
 def test_products_and_roundings_of_fsp_are_as_few_as_can_be(architecture, mode, products, roundings):
@@ -105,7 +108,9 @@ def test_products_and_roundings_of_fsp_are_as_few_as_can_be(architecture, mode, 
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("kernel", [f"fsp_{way}LNS_4ModeE{mode}" for way in ("forwardIf", "backwardIf") for mode in (1, 2)])
+@pytest.mark.parametrize(
+    "kernel", [f"fsp_{way}LNS_4ModeE{mode}" for way in ("forwardIf", "backwardIf") for mode in (1, 2)]
+)
 def test_features_of_halved_sizes_are_loaded_before_they_are_pooled(architecture, kernel):
     """Windows of float32 and of 16 bits, in both layouts, pooled or spread: four begin 4 loads each, four 8."""
     found = collections.Counter(loads_at_once(kernel, architecture))

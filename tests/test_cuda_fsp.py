@@ -1,4 +1,6 @@
-"""What is FSP's own in the CUDA library: precisions, pooling where it is read and before, launches, windows, the order of threads."""
+"""What is FSP's own in the CUDA library: precisions, pooling where it is read and before, launches, windows,
+the order of threads.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def launched(cuda):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_each_precision_is_as_near_as_it_claims(cuda, dtype, precision):
-    """For maps 1e-2 apart, which the difference form keeps apart; tensor cores cut off what is not rounded before."""
+    """For maps 1e-2 apart, which the difference form keeps apart; tensor cores cut off what is not rounded
+    before.
+    """
     t = [values((2, *shape), torch.float32).relu() for shape in CIFAR]
     s = [(x + 1e-2 * torch.randn_like(x)).to(dtype) for x in t]
     t = [x.to(dtype) for x in t]
@@ -61,7 +65,10 @@ def test_tf32_rounds_to_nearest_and_the_others_do_not(cuda, size, channels):
     """Positive numbers, whose errors would add up were they cut off, as tensor cores do with sums."""
     a, b = (make((1, c, size, size), kind="relu") for c in channels)
     exact = ref.fsp_matrix(a.double(), b.double())
-    errors = [(fastkd.fsp_matrix(cuda(a), cuda(b), precision=p).double().cpu() / exact - 1).abs().max().item() for p in PRECISIONS]
+    errors = [
+        (fastkd.fsp_matrix(cuda(a), cuda(b), precision=p).double().cpu() / exact - 1).abs().max().item()
+        for p in PRECISIONS
+    ]
     assert errors[0] < 3e-6 and 5e-6 < errors[1] < 1.5e-4 and errors[2] < 3e-6, errors
 
 
@@ -85,7 +92,9 @@ def test_sums_of_bfloat16_are_as_near_as_those_of_float32(cuda):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("pool_mode", ["avg", "max"])
 def test_infinity_stays_and_nan_is_not_lost(cuda, dtype, precision, pool_mode):
-    """Three products may make NaN of an infinity, whose products with the two parts of a number have two signs."""
+    """Three products may make NaN of an infinity, whose products with the two parts of a number have two
+    signs.
+    """
     a, b = make((2, 3, 4, 4), dtype, kind="relu"), make((2, 5, 2, 2), dtype)
     a[0, 1, 2, 3], a[1, 0, 0, 0], a[1, 2, 1, 1] = torch.inf, torch.nan, torch.nan
     want = ref.fsp_matrix(a, b, pool_mode=pool_mode)
@@ -153,7 +162,9 @@ def test_no_product_is_made_twice(launched, precision, each, a, b):
 @pytest.mark.parametrize("pool_mode", ["avg", "max"])
 def test_windows_are_those_of_pytorch(cuda, pool_mode):
     """Every size up to 20 pooled to every smaller one, read by way of the identity."""
-    pool = {"avg": torch.nn.functional.adaptive_avg_pool1d, "max": torch.nn.functional.adaptive_max_pool1d}[pool_mode]
+    pool = {"avg": torch.nn.functional.adaptive_avg_pool1d, "max": torch.nn.functional.adaptive_max_pool1d}[
+        pool_mode
+    ]
     for size, grid in itertools.combinations(range(1, 21), 2):
         feature, identity = make((1, 2, grid), torch.float64), torch.eye(size, dtype=torch.float64)[None]
         got = fastkd.fsp_matrix(cuda(feature), cuda(identity), pool_mode=pool_mode).cpu() * size
@@ -165,7 +176,9 @@ def test_windows_are_those_of_pytorch(cuda, pool_mode):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [(3, 5), (2, 3, 2)])
 def test_features_of_halved_sizes(launched, size, dtype, pool_mode, layout):
-    """What networks have from stage to stage: windows of 2 x 2, read as a tile is made, or beforehand for many channels."""
+    """What networks have from stage to stage: windows of 2 x 2, read as a tile is made, or beforehand for
+    many channels.
+    """
     fine = (*size[:-2], *(2 * n for n in size[-2:]))
     for channels in (9, 130):
         x, y = make((2, 16, *fine), dtype, layout), make((2, channels, *size), dtype, layout)
@@ -174,7 +187,9 @@ def test_features_of_halved_sizes(launched, size, dtype, pool_mode, layout):
         assert launched().count("fsp_pool") == (2 if channels == 130 else 0)
         exact = evaluate(lambda *x: ref.fsp_matrix(*x, **args), [x.double(), y.double()])
         near = {torch.float64: 1e-13, torch.float32: 1e-5}
-        for got, want, allowed in zip((ours.output, *ours.grads), (exact.output, *exact.grads), (1e-5, 1e-2, 1e-2)):
+        for got, want, allowed in zip(
+            (ours.output, *ours.grads), (exact.output, *exact.grads), (1e-5, 1e-2, 1e-2)
+        ):
             error = (got.double() - want).abs().max() / want.abs().max()
             assert error < near.get(dtype, allowed), error
 
@@ -183,7 +198,10 @@ def test_features_of_halved_sizes(launched, size, dtype, pool_mode, layout):
 @pytest.mark.parametrize("pool_mode", ["avg", "max"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_features_that_are_pooled_before(launched, dtype, pool_mode, layout):
-    s, t = ([make((2, c, *size), dtype, layout) for c, size in ((8, (7, 6)), (130, (3, 5)), (12, (6, 5)))] for _ in range(2))
+    s, t = (
+        [make((2, c, *size), dtype, layout) for c, size in ((8, (7, 6)), (130, (3, 5)), (12, (6, 5)))]
+        for _ in range(2)
+    )
     check_loss("cuda", "fsp_loss", s, t, pool_mode=pool_mode, needs=[True] * 3 + [False] * 3)
     names = launched()
     assert names[:2] == ["fsp_pool", "fsp_forward"] and "fsp_pool" in names[2:]
@@ -191,10 +209,17 @@ def test_features_that_are_pooled_before(launched, dtype, pool_mode, layout):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "reversed"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("size, grid, precision", [((36, 35), (5, 7), "tf32x3"), ((24, 24), (12, 12), "ieee")])
+@pytest.mark.parametrize(
+    "size, grid, precision", [((36, 35), (5, 7), "tf32x3"), ((24, 24), (12, 12), "ieee")]
+)
 def test_gradients_of_averages_that_are_made_before(launched, size, grid, precision, dtype, layout):
-    """Too many products to make at each position: coarse gradients that windows, which may overlap, are gathered from."""
-    a, b = make((1, 512, *size), dtype, layout).requires_grad_(), make((1, 512, *grid), torch.float32 if precision == "ieee" else dtype)
+    """Too many products to make at each position: coarse gradients that windows, which may overlap, are
+    gathered from.
+    """
+    a, b = (
+        make((1, 512, *size), dtype, layout).requires_grad_(),
+        make((1, 512, *grid), torch.float32 if precision == "ieee" else dtype),
+    )
     upstream = torch.randn(1, 512, 512)
     (got,) = torch.autograd.grad(fastkd.fsp_matrix(a, b, precision=precision), a, upstream)
     assert launched()[-2:] == ["fsp_backward", "fsp_backward"]
@@ -210,16 +235,28 @@ def test_gradients_of_averages_that_are_made_before(launched, size, grid, precis
 @pytest.mark.parametrize("distance", ["squared", "column_l2"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_bits_do_not_depend_on_the_order_of_threads(cuda, dtype, distance):
-    """Several tiles of rows and columns, warps that share a tile, pooling of every kind, student and teacher of other sizes."""
+    """Several tiles of rows and columns, warps that share a tile, pooling of every kind, student and teacher
+    of other sizes.
+    """
     shapes = [(70, 9, 9), (66, 5, 4), (17, 4, 4), (5, 8, 8), (131, 4, 4)]
     layouts = random.choices(LAYOUTS, k=10)
     s = [make((2, *shape), dtype, layout).requires_grad_() for shape, layout in zip(shapes, layouts)]
-    t = [make((2, shape[0], *(size + i % 2 for i, size in enumerate(shape[1:]))), dtype, y) for shape, y in zip(shapes, layouts[5:])]
-    switches = dict(distance=distance, pool_mode=random.choice(("avg", "max")), precision=random.choice(PRECISIONS))
+    t = [
+        make((2, shape[0], *(size + i % 2 for i, size in enumerate(shape[1:]))), dtype, y)
+        for shape, y in zip(shapes, layouts[5:])
+    ]
+    switches = dict(
+        distance=distance, pool_mode=random.choice(("avg", "max")), precision=random.choice(PRECISIONS)
+    )
 
     def bits():
         loss, matrix = fastkd.fsp_loss(s, t, **switches), fastkd.fsp_matrix(s[0], s[1], precision="tf32")
-        return [loss, *torch.autograd.grad(loss, s), matrix, *torch.autograd.grad(matrix.square().sum(), s[:2])]
+        return [
+            loss,
+            *torch.autograd.grad(loss, s),
+            matrix,
+            *torch.autograd.grad(matrix.square().sum(), s[:2]),
+        ]
 
     first = bits()
     try:

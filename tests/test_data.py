@@ -22,7 +22,9 @@ TRAIN_FILES = [f"data_batch_{i}" for i in range(1, 6)]
 
 
 def write_binary(path, records, label_bytes, first_label):
-    """A file of the official size, empty but for its first record: label ``first_label`` and pixels 0, 1, 2, ... modulo 251."""
+    """A file of the official size, empty but for its first record: label ``first_label`` and pixels 0, 1, 2,
+    ... modulo 251.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
         file.truncate(records * (label_bytes + 3072))
@@ -34,12 +36,18 @@ def write_pickle(path, records, key, first_label, protocol=4, keys_as_bytes=Fals
     data, labels = np.zeros((records, 3072), np.uint8), [0] * records
     data[0], labels[0] = np.arange(3072) % 251, first_label
     content = {"data": data, key: labels, "filenames": ["x.png"], **changes}
-    path.write_bytes(pickle.dumps({k.encode(): v for k, v in content.items()} if keys_as_bytes else content, protocol))
+    path.write_bytes(
+        pickle.dumps({k.encode(): v for k, v in content.items()} if keys_as_bytes else content, protocol)
+    )
 
 
 def write_idx(path, values, pack=True):
     path.parent.mkdir(parents=True, exist_ok=True)
-    raw = bytes([0, 0, 8, values.ndim]) + b"".join(n.to_bytes(4, "big") for n in values.shape) + values.tobytes()
+    raw = (
+        bytes([0, 0, 8, values.ndim])
+        + b"".join(n.to_bytes(4, "big") for n in values.shape)
+        + values.tobytes()
+    )
     path.write_bytes(gzip.compress(raw, 1) if pack else raw)
 
 
@@ -55,7 +63,10 @@ def binary_root(tmp_path_factory):
 
 
 def check_first_images(data, train_starts, labels):
-    assert data.train_images.dtype == data.test_images.dtype == torch.uint8 and data.train_labels.dtype == torch.int64
+    assert (
+        data.train_images.dtype == data.test_images.dtype == torch.uint8
+        and data.train_labels.dtype == torch.int64
+    )
     assert data.train_images.shape == (50_000, 3, 32, 32) and data.test_images.shape == (10_000, 3, 32, 32)
     picture = (torch.arange(3072) % 251).to(torch.uint8).view(3, 32, 32)
     for start in train_starts:
@@ -65,15 +76,28 @@ def check_first_images(data, train_starts, labels):
 
 
 def test_binary_cifar_is_read_in_order(binary_root):
-    check_first_images(load_dataset("cifar10", binary_root), [0, 10_000, 20_000, 30_000, 40_000], [1, 2, 3, 4, 5, 6])
+    check_first_images(
+        load_dataset("cifar10", binary_root), [0, 10_000, 20_000, 30_000, 40_000], [1, 2, 3, 4, 5, 6]
+    )
     check_first_images(load_dataset("cifar100", binary_root), [0], [98, 99])
 
 
 def test_pickled_cifar_is_read_in_order(tmp_path):
     for i, name in enumerate([*TRAIN_FILES, "test_batch"], 1):
-        write_pickle(tmp_path / "cifar-10-batches-py" / name, 10_000, "labels", i, protocol=i % 3 + 2, keys_as_bytes=i == 4)
-    check_first_images(load_dataset("cifar10", tmp_path), [0, 10_000, 20_000, 30_000, 40_000], [1, 2, 3, 4, 5, 6])
-    write_pickle(tmp_path / "cifar-100-python" / "train", 50_000, "fine_labels", 98, coarse_labels=[1] * 50_000)
+        write_pickle(
+            tmp_path / "cifar-10-batches-py" / name,
+            10_000,
+            "labels",
+            i,
+            protocol=i % 3 + 2,
+            keys_as_bytes=i == 4,
+        )
+    check_first_images(
+        load_dataset("cifar10", tmp_path), [0, 10_000, 20_000, 30_000, 40_000], [1, 2, 3, 4, 5, 6]
+    )
+    write_pickle(
+        tmp_path / "cifar-100-python" / "train", 50_000, "fine_labels", 98, coarse_labels=[1] * 50_000
+    )
     write_pickle(tmp_path / "cifar-100-python" / "test", 10_000, "fine_labels", 99)
     check_first_images(load_dataset("cifar100", tmp_path), [0], [98, 99])
 
@@ -84,7 +108,9 @@ def test_pickles_of_python_2_are_read():
     array += b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x06AB\xffDEFtb"
     import io
 
-    found = cifar._ArraysOnly(io.BytesIO(b"\x80\x02}(U\x04data" + array + b"U\x06labels](K\x01K\x02eu."), encoding="latin1").load()
+    found = cifar._ArraysOnly(
+        io.BytesIO(b"\x80\x02}(U\x04data" + array + b"U\x06labels](K\x01K\x02eu."), encoding="latin1"
+    ).load()
     assert found["labels"] == [1, 2]
     assert found["data"].tolist() == [[65, 66, 255], [68, 69, 70]]
 
@@ -109,7 +135,9 @@ def damaged_pickle(kind, path):
     path.write_bytes(raw[:-1000] if kind == "truncated" else raw)
 
 
-@pytest.mark.parametrize("kind", ["code", "not a dict", "no labels", "too few", "floats", "range", "truncated"])
+@pytest.mark.parametrize(
+    "kind", ["code", "not a dict", "no labels", "too few", "floats", "range", "truncated"]
+)
 def test_a_damaged_pickle_is_told_in_one_line_and_runs_no_code(tmp_path, monkeypatch, kind):
     monkeypatch.setenv("FASTKD_TEST_EVIL", str(tmp_path / "evil"))
     folder = tmp_path / "cifar-10-batches-py"
@@ -123,7 +151,8 @@ def test_a_damaged_pickle_is_told_in_one_line_and_runs_no_code(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"), [("short", "is damaged: 30,729,999 bytes, wanted 30,730,000"), ("range", "labels from 0 to 11")]
+    ("kind", "words"),
+    [("short", "is damaged: 30,729,999 bytes, wanted 30,730,000"), ("range", "labels from 0 to 11")],
 )
 def test_a_damaged_binary_file_is_told_in_one_line(binary_root, tmp_path, kind, words):
     folder = tmp_path / "cifar-10-batches-bin"
@@ -146,7 +175,9 @@ def fashion(root, pack=True):
         images = np.zeros((count, 28, 28), np.uint8)
         images[0] = np.arange(784).reshape(28, 28) % 251
         write_idx(raw / f"{part}-images-idx3-ubyte{'.gz' * pack}", images, pack)
-        write_idx(raw / f"{part}-labels-idx1-ubyte{'.gz' * pack}", (np.arange(count) % 10).astype(np.uint8), pack)
+        write_idx(
+            raw / f"{part}-labels-idx1-ubyte{'.gz' * pack}", (np.arange(count) % 10).astype(np.uint8), pack
+        )
     return raw
 
 
@@ -180,10 +211,19 @@ def test_digits_are_the_documented_split():
     from sklearn.datasets import load_digits
 
     data, source = load_dataset("digits", None), load_digits()
-    assert data.train_images.shape == (1437, 3, 32, 32) and data.test_images.shape == (360, 3, 32, 32) and not data.flip
+    assert (
+        data.train_images.shape == (1437, 3, 32, 32)
+        and data.test_images.shape == (360, 3, 32, 32)
+        and not data.flip
+    )
     assert data.test_labels.tolist() == source.target[-360:].tolist()
     shrunk = F.avg_pool2d(data.test_images.float(), 4)[:, 1] * (16 / 255)  # a coarse look at the same picture
-    assert torch.corrcoef(torch.stack([shrunk.flatten(), torch.from_numpy(source.images[-360:]).float().flatten()]))[0, 1] > 0.97
+    assert (
+        torch.corrcoef(
+            torch.stack([shrunk.flatten(), torch.from_numpy(source.images[-360:]).float().flatten()])
+        )[0, 1]
+        > 0.97
+    )
     assert data.train_images.max() == 255
 
 
@@ -202,14 +242,24 @@ def test_a_missing_set_without_torchvision_is_told_in_one_line(monkeypatch, tmp_
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(UserError, match=rf"{name}: neither .*|{name}: .* takes torchvision") as caught:
         load_dataset(name, tmp_path)
-    assert "torchvision" in str(caught.value) and "--data" in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        "torchvision" in str(caught.value) and "--data" in str(caught.value) and "\n" not in str(caught.value)
+    )
 
 
 def stand_in(monkeypatch, make):
-    """torchvision.datasets with ``make(name, root)`` behind each class; only its name and call are torchvision's."""
+    """torchvision.datasets with ``make(name, root)`` behind each class; only its name and call are
+    torchvision's.
+    """
     module = types.ModuleType("torchvision.datasets")
     for name in ("CIFAR10", "CIFAR100", "FashionMNIST"):
-        setattr(module, name, lambda root, download, name=name: make(name, root) if download else pytest.fail("download=True is missing"))
+        setattr(
+            module,
+            name,
+            lambda root, download, name=name: (
+                make(name, root) if download else pytest.fail("download=True is missing")
+            ),
+        )
     monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
     monkeypatch.setitem(sys.modules, "torchvision.datasets", module)
     assert importlib.import_module("torchvision.datasets") is module
@@ -227,7 +277,12 @@ def test_a_missing_set_is_downloaded_through_torchvision(monkeypatch, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    "error", [URLError("no route\nto host"), RuntimeError("File not found or corrupted."), PermissionError(13, "Permission denied")]
+    "error",
+    [
+        URLError("no route\nto host"),
+        RuntimeError("File not found or corrupted."),
+        PermissionError(13, "Permission denied"),
+    ],
 )
 def test_a_failed_download_is_told_in_one_line(monkeypatch, tmp_path, error):
     def make(name, root):
@@ -264,14 +319,22 @@ def test_each_image_is_a_crop_of_its_own_padded_original(pad_mode, flip):
             assert batch.is_contiguous(memory_format=torch.channels_last)
             for image, label in zip(batch, which.tolist(), strict=True):
                 order.append(label)
-                padded = F.pad(images[label : label + 1].float(), (4,) * 4, mode="reflect" if pad_mode == "reflect" else "constant")[0]
+                padded = F.pad(
+                    images[label : label + 1].float(),
+                    (4,) * 4,
+                    mode="reflect" if pad_mode == "reflect" else "constant",
+                )[0]
                 crops = padded.unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4).reshape(81, 3, 32, 32)
                 crops = torch.cat([crops, crops.flip(-1)])
-                found = [i for i, crop in enumerate(crops) if torch.allclose(normalized(crop), image, atol=1e-5)]
+                found = [
+                    i for i, crop in enumerate(crops) if torch.allclose(normalized(crop), image, atol=1e-5)
+                ]
                 assert len(found) == 1
                 places.add(found[0] % 81)
                 mirrored.add(found[0] >= 81)
-    assert all(sorted(order[i : i + 24]) == list(range(24)) for i in (0, 24, 48)) and order[:24] != order[24:48]
+    assert (
+        all(sorted(order[i : i + 24]) == list(range(24)) for i in (0, 24, 48)) and order[:24] != order[24:48]
+    )
     assert mirrored == ({True, False} if flip else {False})
     assert len(places) > 25  # 72 draws of 81 places
 
@@ -295,7 +358,12 @@ def test_an_epoch_depends_on_seed_stream_and_number_alone():
 def test_the_last_batch_is_dropped_only_when_asked(drop_last, sizes):
     images, labels = small_set()
     batches = Batches(images, labels, MEAN, STD, batch_size=10, drop_last=drop_last, dtype=torch.bfloat16)
-    assert [len(y) for _, y in batches.train(1)] == [len(y) for _, y in batches.test()] == sizes == [len(x) for x, _ in batches.test()]
+    assert (
+        [len(y) for _, y in batches.train(1)]
+        == [len(y) for _, y in batches.test()]
+        == sizes
+        == [len(x) for x, _ in batches.test()]
+    )
     x, y = next(batches.test())
     assert x.dtype == torch.bfloat16 and y.tolist() == list(range(10))
     expected = torch.stack([normalized(image) for image in images[:10]])

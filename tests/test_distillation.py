@@ -48,7 +48,10 @@ def test_a_loop_of_ones_own_learns():
         torch.testing.assert_close(losses.total, sum(losses.terms.values()))
     assert totals[-1] < 0.8 * totals[0]
     without = distillation(images)
-    assert list(without.terms) == ["at", "kd"] and without.student_logits.shape == without.teacher_logits.shape == (6, 7)
+    assert list(without.terms) == [
+        "at",
+        "kd",
+    ] and without.student_logits.shape == without.teacher_logits.shape == (6, 7)
 
 
 @pytest.mark.parametrize("name", ["toy", "wrapping"])
@@ -58,10 +61,14 @@ def test_the_teacher_is_outside_and_moves_along(name, mode):
     distillation = distillation_of(name, (student, teacher), teacher_mode=mode)
     inside = {id(p) for p in distillation.parameters()} | {id(b) for b in distillation.buffers()}
     assert not inside & {id(tensor) for tensor in (*teacher.parameters(), *teacher.buffers())}
-    assert teacher not in set(distillation.modules()) and not any("teacher" in key for key in distillation.state_dict())
+    assert teacher not in set(distillation.modules()) and not any(
+        "teacher" in key for key in distillation.state_dict()
+    )
     assert not any(p.requires_grad for p in teacher.parameters()) and distillation.teacher is teacher
     names = [key for key, _ in distillation.named_parameters()]
-    assert names[: len(list(student.parameters()))] == [f"student.{key}" for key, _ in student.named_parameters()]
+    assert names[: len(list(student.parameters()))] == [
+        f"student.{key}" for key, _ in student.named_parameters()
+    ]
     images, labels, index = batch()
     before = distillation(images, labels, index).teacher_logits
     moved = distillation.double()(images.double(), labels, index).teacher_logits
@@ -79,7 +86,9 @@ def test_what_is_built_changes_neither_modes_nor_statistics_nor_random_numbers()
     state = torch.get_rng_state()
     first = [p.clone() for p in student.parameters()]
     distillation_of("toy", (student, teacher)).check()
-    assert all(map(torch.equal, buffers, [*student.buffers(), *teacher.buffers()])) and torch.equal(state, torch.get_rng_state())
+    assert all(map(torch.equal, buffers, [*student.buffers(), *teacher.buffers()])) and torch.equal(
+        state, torch.get_rng_state()
+    )
     assert all(map(torch.equal, first, student.parameters()))
 
 
@@ -97,9 +106,14 @@ def test_modes_follow_the_module():
 def test_a_folded_teacher_answers_as_the_teacher_and_is_folded_anew():
     student, teacher = networks()
     images = batch()[0]
-    distillation, plain = distillation_of("at", (student, teacher)), distillation_of("at", (student, teacher), fold=False)
+    distillation, plain = (
+        distillation_of("at", (student, teacher)),
+        distillation_of("at", (student, teacher), fold=False),
+    )
     for _ in range(2):
-        torch.testing.assert_close(distillation(images).teacher_logits, teacher.eval()(images), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            distillation(images).teacher_logits, teacher.eval()(images), rtol=1e-4, atol=1e-4
+        )
         with torch.no_grad():
             teacher.fc.bias += 1
         distillation.fold()
@@ -121,7 +135,9 @@ def test_a_step_is_one_graph(name):
                 losses = forward(images, labels, index)
             losses.total.backward()
             module.update(index, losses.records)
-            results.append([losses, [p.grad for p in module.parameters() if p.grad is not None], list(module.buffers())])
+            results.append(
+                [losses, [p.grad for p in module.parameters() if p.grad is not None], list(module.buffers())]
+            )
         torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
 
 
@@ -129,9 +145,14 @@ def test_a_wrapped_student_is_trained_and_seen_by_the_others():
     student, teacher = networks("resnet8", "wrn_16_2")
     bare, classifier = list(student.state_dict()), teacher.fc.weight.clone()
     distillation = distillation_of("wrapping+toy", (student, teacher))
-    assert distillation.student is student and not student.fc.weight.requires_grad and torch.equal(student.fc.weight, classifier)
+    assert (
+        distillation.student is student
+        and not student.fc.weight.requires_grad
+        and torch.equal(student.fc.weight, classifier)
+    )
     assert set(student.state_dict()) - set(bare) == {"neck.conv.weight", "neck.conv.bias"}
-    assert distillation.methods["toy"].layers[0].in_features == 128  # the projected width, not the student's own 64
+    # the projected width, not the student's own 64
+    assert distillation.methods["toy"].layers[0].in_features == 128
     assert list(distillation.names) == ["ce", "toy", "wrapping", "kd"]
     losses = distillation(*batch())
     losses.total.backward()
@@ -168,9 +189,15 @@ def test_records_come_back_after_the_step():
     bank = distillation.methods["bank"].bank
     assert not bank.any()
     distillation.set_epoch(2, 5)
-    torch.testing.assert_close(distillation(images, labels, index).terms["bank"], (record - 2).square().mean())
+    torch.testing.assert_close(
+        distillation(images, labels, index).terms["bank"], (record - 2).square().mean()
+    )
     distillation.update(index, losses.records)
-    assert torch.equal(bank[index], record) and not bank[[2, 4, 6, 7]].any() and "methods.bank.bank" in distillation.state_dict()
+    assert (
+        torch.equal(bank[index], record)
+        and not bank[[2, 4, 6, 7]].any()
+        and "methods.bank.bank" in distillation.state_dict()
+    )
     with pytest.raises(ValueError, match="train_labels is None"):
         distillation_of("bank", train_labels=None)
 
@@ -182,7 +209,10 @@ def test_convolutions_run_under_autocast_and_losses_do_not(how):
     images, labels, _ = batch()
     if how == "given":
         losses = distillation(images, labels)
-        assert distillation._outside[1].conv1.weight.dtype == torch.bfloat16 and distillation.teacher.conv1.weight.dtype == torch.float32
+        assert (
+            distillation._outside[1].conv1.weight.dtype == torch.bfloat16
+            and distillation.teacher.conv1.weight.dtype == torch.float32
+        )
     else:
         with bf16:
             losses = distillation(images, labels)
@@ -194,7 +224,11 @@ def test_points_are_the_union_and_each_is_where_it_is_looked_for():
     images, model = batch()[0], networks()[0].eval()
     for points in (Points.NONE, Points.MAPS, Points.PREACT, Points.MAPS | Points.PREACT):
         features = points.observe(model, images).features
-        assert bool(features.stages) == bool(features.blocks) == (Points.MAPS in points and points != Points.NONE)
+        assert (
+            bool(features.stages)
+            == bool(features.blocks)
+            == (Points.MAPS in points and points != Points.NONE)
+        )
         assert (features.preact is not None) == (Points.PREACT in points and points != Points.NONE)
         assert features.pooled.shape == (4, 64) and features.final.shape == (4, 64, 8, 8)
     assert distillation_of("at+scheduled").points == [Points.MAPS, Points.MAPS | Points.PREACT]
@@ -203,8 +237,13 @@ def test_points_are_the_union_and_each_is_where_it_is_looked_for():
 def test_what_does_not_fit_is_told():
     with pytest.raises(ValueError, match="teacher is None, but method 'at' learns from one"):
         fastkd.Distillation(networks()[0], None, "at")
-    with pytest.raises(ValueError, match="labels are None, and method 'baseline' has no loss but cross-entropy"):
+    with pytest.raises(
+        ValueError, match="labels are None, and method 'baseline' has no loss but cross-entropy"
+    ):
         fastkd.Distillation(networks()[0], None, "baseline")(batch()[0])
     with pytest.raises(ValueError, match="channels"):
         distillation_of("fsp", networks("resnet8", "resnet8x4")).check()
-    assert {name: len(calls) for name, calls in distillation_of("at+kd").check().items()} == {"at": 1, "kd": 0}
+    assert {name: len(calls) for name, calls in distillation_of("at+kd").check().items()} == {
+        "at": 1,
+        "kd": 0,
+    }

@@ -19,10 +19,25 @@ from fastkd.training import Batches, UserError
 from fastkd.training.config import Config, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = ["--method", "at", "--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--batch-size", "16", "--device", "cpu"]
+FLAGS = [
+    "--method",
+    "at",
+    "--dataset",
+    "digits",
+    "--teacher",
+    "resnet8",
+    "--student",
+    "resnet8",
+    "--batch-size",
+    "16",
+    "--device",
+    "cpu",
+]
 FLAGS += ["--epochs", "2", "--recipe", "hankyul2"]
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed"
+)
 
 
 def start(processes, *arguments, **extra):
@@ -32,19 +47,28 @@ def start(processes, *arguments, **extra):
     return subprocess.run(
         [sys.executable, *launch, *worker], capture_output=True, text=True, timeout=300,
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **extra},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+        # a shell's background job ignores it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
 def test_each_process_has_its_part_of_every_batch():
     images, labels = torch.randint(0, 256, (23, 3, 32, 32), dtype=torch.uint8), torch.arange(23)
     one = Batches(images, labels, (0.5,) * 3, (0.25,) * 3, batch_size=6)
-    parts = [Batches(images, labels, (0.5,) * 3, (0.25,) * 3, batch_size=2, share=(rank, 3)) for rank in range(3)]
+    parts = [
+        Batches(images, labels, (0.5,) * 3, (0.25,) * 3, batch_size=2, share=(rank, 3)) for rank in range(3)
+    ]
     assert len(one) == 4 and one.sizes() == [6, 6, 6, 5]
-    assert [len(part) for part in parts] == [3] * 3 and parts[0].sizes() == [6, 6, 6]  # the third would have one image of the last 5
+    # the third would have one image of the last 5
+    assert [len(part) for part in parts] == [3] * 3 and parts[0].sizes() == [6, 6, 6]
     for (whole, which), *mine in zip(one.train(2), *(part.train(2) for part in parts), strict=False):
-        assert torch.equal(torch.cat([x for x, _ in mine]), whole) and torch.equal(torch.cat([y for _, y in mine]), which)
-    last = [Batches(images, labels, (0.5,) * 3, (0.25,) * 3, batch_size=2, share=(rank, 3), drop_last=True) for rank in range(3)]
+        assert torch.equal(torch.cat([x for x, _ in mine]), whole) and torch.equal(
+            torch.cat([y for _, y in mine]), which
+        )
+    last = [
+        Batches(images, labels, (0.5,) * 3, (0.25,) * 3, batch_size=2, share=(rank, 3), drop_last=True)
+        for rank in range(3)
+    ]
     assert [len(part) for part in last] == [3] * 3
     assert [len(y) for _, y in parts[1].test()] == [2] * 11 + [1]  # the test set is shared elsewhere
 
@@ -52,7 +76,8 @@ def test_each_process_has_its_part_of_every_batch():
 def test_two_processes_learn_what_one_learns_from_the_joined_batches(tmp_path):
     done = start(2, "loop", tmp_path / "two")
     assert done.returncode == 0, done.stderr
-    assert "threads: " in done.stdout and "gloo" not in done.stdout  # what outlives the group can abort the interpreter's end
+    # what outlives the group can abort the interpreter's end
+    assert "threads: " in done.stdout and "gloo" not in done.stdout
     for method in ("at+kd", "fsp"):
         one = distributed_worker.loop(method)
         two = [torch.load(tmp_path / f"two-{method}-{rank}.pt") for rank in (0, 1)]
@@ -74,7 +99,10 @@ def left(output):
 def test_one_process_writes_and_a_run_is_taken_up_to_the_same_bits(tmp_path):
     done = start(2, "command", *FLAGS, "--output", tmp_path / "whole")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("method   at") == 1 and "2 processes of 16 images a step each, 32 together" in done.stdout
+    assert (
+        done.stdout.count("method   at") == 1
+        and "2 processes of 16 images a step each, 32 together" in done.stdout
+    )
     assert done.stdout.count("at epoch 2/2") == 1 and "Traceback" not in done.stderr
     rows, states = left(tmp_path / "whole")
     assert [row["method"] for row in rows] == ["teacher", "at"]
@@ -88,9 +116,16 @@ def test_one_process_writes_and_a_run_is_taken_up_to_the_same_bits(tmp_path):
         assert all(torch.equal(found["model"][name], value) for name, value in exact["model"].items())
         figures = [[(epoch["loss"], epoch["test_acc"]) for epoch in run["history"]] for run in (found, exact)]
         assert figures[0] == figures[1]
-        momenta = [[state["momentum_buffer"] for state in run["optimizer"]["state"].values()] for run in (found, exact)]
+        momenta = [
+            [state["momentum_buffer"] for state in run["optimizer"]["state"].values()]
+            for run in (found, exact)
+        ]
         assert all(map(torch.equal, *momenta))
-        assert found["teacher"].keys() == exact["teacher"].keys() if "teacher" in exact else "teacher" not in found
+        assert (
+            found["teacher"].keys() == exact["teacher"].keys()
+            if "teacher" in exact
+            else "teacher" not in found
+        )
         for name, value in exact.get("teacher", {}).items():
             assert torch.equal(found["teacher"][name], value)
 
@@ -99,7 +134,14 @@ def test_one_process_writes_and_a_run_is_taken_up_to_the_same_bits(tmp_path):
     ("flags", "extra", "words"),
     [
         (["--lr", "1e30"], {}, "train.py: error: the loss is no longer finite"),
-        (["--batch-size", "40"], {}, "train.py: error: --batch-size is 40, but digits has parts of only 32 images for each of 2 processes"),
+        (
+            ["--batch-size", "40"],
+            {},
+            (
+                "train.py: error: --batch-size is 40, but digits has parts of only 32 images for each of 2"
+                " processes"
+            ),
+        ),
         ([], {"DIE_AFTER": "1", "DIE_BY": "SIGINT"}, "train.py: at stopped in epoch"),
     ],
     ids=["in training", "before", "Ctrl-C"],
@@ -116,7 +158,23 @@ def test_a_step_of_all_processes_must_fit_the_set(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "_LOADERS", dict(datasets._LOADERS))
     small_digits()
     monkeypatch.setattr("fastkd.training.distributed.share", lambda: (0, 4))
-    settings = Settings("at", "digits", student="resnet8", teacher="resnet8", output=tmp_path, overrides={"batch_size": 16})
-    assert "processes=4" in Config(settings).teacher_path().name and Config(settings).identity("student")["processes"] == 4
-    with pytest.raises(UserError, match="--batch-size is 17, but digits has parts of only 16 images for each of 4 processes"):
-        Config(Settings("at", "digits", student="resnet8", teacher="resnet8", output=tmp_path, overrides={"batch_size": 17}))
+    settings = Settings(
+        "at", "digits", student="resnet8", teacher="resnet8", output=tmp_path, overrides={"batch_size": 16}
+    )
+    assert (
+        "processes=4" in Config(settings).teacher_path().name
+        and Config(settings).identity("student")["processes"] == 4
+    )
+    with pytest.raises(
+        UserError, match="--batch-size is 17, but digits has parts of only 16 images for each of 4 processes"
+    ):
+        Config(
+            Settings(
+                "at",
+                "digits",
+                student="resnet8",
+                teacher="resnet8",
+                output=tmp_path,
+                overrides={"batch_size": 17},
+            )
+        )

@@ -1,4 +1,6 @@
-"""Networks and losses through torch.export to a file and back, and on the meta device, which has shapes alone."""
+"""Networks and losses through torch.export to a file and back, and on the meta device, which has shapes
+alone.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from torch import nn
 import fastkd
 
 pytestmark = [pytest.mark.unpoisoned, pytest.mark.usefixtures("one_thread")]
-CPP = pytest.param("cpp", marks=pytest.mark.skipif(bool(cpp_missing()), reason=f"backend cpp: {cpp_missing()}"))
+CPP = pytest.param(
+    "cpp", marks=pytest.mark.skipif(bool(cpp_missing()), reason=f"backend cpp: {cpp_missing()}")
+)
 
 
 def saved_and_loaded(program):
@@ -37,7 +41,11 @@ def test_a_network_with_features_is_exported_to_a_file(name, features):
     got, logits = saved_and_loaded(torch.export.export(model, (images,)))(images)
     want, _ = model(images)
     assert type(got) is fastkd.models.Features
-    for a, b in zip([*got.stages, *got.blocks, got.stem, got.pooled], [*want.stages, *want.blocks, want.stem, want.pooled], strict=True):
+    for a, b in zip(
+        [*got.stages, *got.blocks, got.stem, got.pooled],
+        [*want.stages, *want.blocks, want.stem, want.pooled],
+        strict=True,
+    ):
         torch.testing.assert_close(a, b)
     torch.testing.assert_close(logits, model.net(images))
 
@@ -63,9 +71,13 @@ def test_a_student_with_its_losses_is_exported_to_a_file(backend, strict):
     inputs = torch.randn(2, 3, 32, 32), torch.randn(2, 10), stages
     with fastkd.use_backend(backend):
         program = torch.export.export(model, inputs, strict=strict)
-    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
+    graphs = [
+        module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)
+    ]
     ours = {str(node.target) for graph in graphs for node in graph.nodes if "fastkd" in str(node.target)}
-    assert ours == (set() if backend == "auto" else {"fastkd.attention_transfer_loss.default", "fastkd.fsp_loss.default"})
+    assert ours == (
+        set() if backend == "auto" else {"fastkd.attention_transfer_loss.default", "fastkd.fsp_loss.default"}
+    )
     torch.testing.assert_close(saved_and_loaded(program)(*inputs), model(*inputs), rtol=1e-4, atol=1e-6)
 
 

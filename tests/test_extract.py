@@ -14,12 +14,16 @@ from fastkd.models import create_model
 
 
 class Plain(nn.Module):
-    """A network as anybody writes it: an activation that works in place, a pooling by hand, a second linear layer before the last."""
+    """A network as anybody writes it: an activation that works in place, a pooling by hand, a second linear
+    layer before the last.
+    """
 
     def __init__(self, width, classes=7, by_hand=True):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
-        self.body = nn.ModuleDict({"one": nn.Conv2d(width, width, 3, 2, 1), "two": nn.Conv2d(width, 2 * width, 3, 2, 1)})
+        self.body = nn.ModuleDict(
+            {"one": nn.Conv2d(width, width, 3, 2, 1), "two": nn.Conv2d(width, 2 * width, 3, 2, 1)}
+        )
         self.act, self.pool = nn.ReLU(), None if by_hand else nn.AdaptiveAvgPool2d(1)
         self.gate = nn.Linear(2 * width, 2 * width)
         self.head = nn.Linear(2 * width, classes)
@@ -54,14 +58,21 @@ def by_hand(network, x):
 def test_named_submodules_are_the_stages():
     student, teacher = pair()
     state, images = list(student.state_dict()), batch()
-    distillation = fastkd.Distillation(student, teacher, "at+rkd", preset="repdistiller", student_points=POINTS, teacher_points=POINTS)
+    distillation = fastkd.Distillation(
+        student, teacher, "at+rkd", preset="repdistiller", student_points=POINTS, teacher_points=POINTS
+    )
     distillation.eval()
     losses = distillation(*images)
     (stages, final), (theirs, last) = by_hand(student, images[0]), by_hand(teacher, images[0])
-    torch.testing.assert_close(losses.terms["at"], fastkd.attention_transfer_loss(stages, theirs, weight=1000.0))
+    torch.testing.assert_close(
+        losses.terms["at"], fastkd.attention_transfer_loss(stages, theirs, weight=1000.0)
+    )
     torch.testing.assert_close(losses.terms["rkd"], fastkd.rkd_loss(final.mean((2, 3)), last.mean((2, 3))))
     torch.testing.assert_close(losses.terms["ce"], F.cross_entropy(student(images[0]), images[1]))
-    assert list(student.state_dict()) == state and [key.removeprefix("student.") for key in distillation.state_dict()] == state
+    assert (
+        list(student.state_dict()) == state
+        and [key.removeprefix("student.") for key in distillation.state_dict()] == state
+    )
     losses.total.backward()
     assert student.stem[0].weight.grad.any() and distillation.student is student
     shown = distillation._observed[0](images[0], features="both")[0]
@@ -76,7 +87,9 @@ def test_fsp_takes_consecutive_stages_without_a_stem():
     torch.manual_seed(2)
     student, teacher = Plain(5), Plain(5)
     images = batch()
-    distillation = fastkd.Distillation(student, teacher, "fsp", student_points=POINTS, teacher_points=POINTS).eval()
+    distillation = fastkd.Distillation(
+        student, teacher, "fsp", student_points=POINTS, teacher_points=POINTS
+    ).eval()
     stages = [by_hand(network, images[0])[0] for network in (student, teacher)]
     torch.testing.assert_close(distillation(*images).terms["fsp"], fastkd.fsp_loss(*stages))
 
@@ -88,7 +101,9 @@ def test_logits_and_vectors_need_no_names():
         distillation = fastkd.Distillation(student, teacher, method).eval()
         torch.testing.assert_close(
             distillation(*images).terms["kd"],
-            fastkd.kd_loss(student(images[0]), teacher(images[0]), weight=distillation.methods["kd"].function.weight),
+            fastkd.kd_loss(
+                student(images[0]), teacher(images[0]), weight=distillation.methods["kd"].function.weight
+            ),
         )
     ours = fastkd.Distillation(create_model("resnet8", 7), teacher, "rkd")
     assert ours(*images).terms["rkd"].isfinite()
@@ -101,15 +116,22 @@ def test_our_networks_may_be_named_too():
     images = batch()
     plain = fastkd.Distillation(student, teacher, "at", fold=False).eval()(*images)
     names = ["layer1", "layer2", "layer3"]
-    named = fastkd.Distillation(student, teacher, "at", student_points=names, teacher_points=names).eval()(*images)
+    named = fastkd.Distillation(student, teacher, "at", student_points=names, teacher_points=names).eval()(
+        *images
+    )
     torch.testing.assert_close(named.total, plain.total)
 
 
 def test_it_is_one_graph_and_copies_belong_to_themselves():
-    distillation = fastkd.Distillation(*pair(), "at+rkd", preset="repdistiller", student_points=POINTS, teacher_points=POINTS)
+    distillation = fastkd.Distillation(
+        *pair(), "at+rkd", preset="repdistiller", student_points=POINTS, teacher_points=POINTS
+    )
     images, results = batch(), []
     clone = copy.deepcopy(distillation)
-    for module, forward in ((distillation, distillation), (clone, torch.compile(clone, fullgraph=True, backend="aot_eager"))):
+    for module, forward in (
+        (distillation, distillation),
+        (clone, torch.compile(clone, fullgraph=True, backend="aot_eager")),
+    ):
         for _ in range(2):
             module.zero_grad()
             losses = forward(*images)
@@ -124,7 +146,10 @@ def test_it_is_one_graph_and_copies_belong_to_themselves():
     [
         ({}, "student_points is None, but method 'at' reads maps of the student: name submodules"),
         ({"student_points": POINTS}, "teacher_points is None, but method 'at' reads maps of the teacher"),
-        ({"student_points": ["stem", "body.tow"]}, "student_points: student has no submodule 'body.tow', wanted one such as body.two"),
+        (
+            {"student_points": ["stem", "body.tow"]},
+            "student_points: student has no submodule 'body.tow', wanted one such as body.two",
+        ),
         ({"classifier": "fc"}, "classifier: student has no submodule 'fc', wanted one such as "),
     ],
 )

@@ -1,4 +1,6 @@
-"""tap and relu_tap: C++ and Triton kernels against the reference in float64, over dtypes, layouts, shapes, switches; losses over maps."""
+"""tap and relu_tap: C++ and Triton kernels against the reference in float64, over dtypes, layouts, shapes,
+switches; losses over maps.
+"""
 
 from __future__ import annotations
 
@@ -59,8 +61,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(autouse=True)
 def kernels(request):
-    """Whatever FASTKD_BACKEND says, these tests are about the kernels: the C++ ones, unless a test asks for others."""
-    backend = request.node.callspec.params.get("backend", "cpp") if hasattr(request.node, "callspec") else "cpp"
+    """Whatever FASTKD_BACKEND says, these tests are about the kernels: the C++ ones, unless a test asks for
+    others.
+    """
+    backend = (
+        request.node.callspec.params.get("backend", "cpp") if hasattr(request.node, "callspec") else "cpp"
+    )
     if missing(backend):
         pytest.skip(f"backend {backend}: {missing(backend)}")
     with fastkd.use_backend(backend):
@@ -77,7 +83,9 @@ def strides(x):
 
 
 def check_tap(backend, function, x, residual=None, *, grad="contiguous", map_scale=1.0, **switches):
-    """The function of that name under the backend against the reference: feature and map, and the gradient of both together."""
+    """The function of that name under the backend against the reference: feature and map, and the gradient of
+    both together.
+    """
     relu = function == "relu_tap"
     plain = [x.detach(), *([] if residual is None else [residual.detach()])]
     inputs = [place(v, backend).detach().requires_grad_() for v in plain]
@@ -86,7 +94,9 @@ def check_tap(backend, function, x, residual=None, *, grad="contiguous", map_sca
     with fastkd.use_backend(backend), fused_only(backend=backend):
         y, attention = getattr(fastkd, function)(*inputs, **switches)
         sent = place(map_grad, backend).to(attention.dtype)
-        outputs, grads = ((attention,), (sent,)) if grad is None else ((y, attention), (place(grad, backend), sent))
+        outputs, grads = (
+            ((attention,), (sent,)) if grad is None else ((y, attention), (place(grad, backend), sent))
+        )
         got = [g.cpu() for g in torch.autograd.grad(outputs, inputs, grads)]
     y, attention = y.cpu(), attention.cpu()
 
@@ -102,10 +112,14 @@ def check_tap(backend, function, x, residual=None, *, grad="contiguous", map_sca
 
     z = want.contiguous()
     wide = F64 if x.dtype == F64 else torch.float32
-    exact, eager, moved = (evaluate(exact_map, [v], upstream=map_grad) for v in (z.double(), z.float(), nudged(z)))
+    exact, eager, moved = (
+        evaluate(exact_map, [v], upstream=map_grad) for v in (z.double(), z.float(), nudged(z))
+    )
     assert attention.dtype == wide
     error = eager_error(exact.output, (eager.output, moved.output), wide)
-    within_budget("map", attention.detach(), exact.output, error, terms=one_by_one(backend, plain, exact.output))
+    within_budget(
+        "map", attention.detach(), exact.output, error, terms=one_by_one(backend, plain, exact.output)
+    )
     dx = gradient(z, exact)
     rough = [gradient(z, r) for r in (eager, moved)]
     terms = gradient(z, uncancelled(exact_map, [z], None, map_grad)).abs().max().item()
@@ -125,18 +139,37 @@ def check_tap(backend, function, x, residual=None, *, grad="contiguous", map_sca
 # values and gradients
 
 
-@pytest.mark.parametrize("p, signed, channel_reduce", list(itertools.product(POWERS, [False, True], ["mean", "sum"])))
+@pytest.mark.parametrize(
+    "p, signed, channel_reduce", list(itertools.product(POWERS, [False, True], ["mean", "sum"]))
+)
 @pytest.mark.parametrize("backend, dtype", KERNEL_SAMPLES)
 def test_taps_match_the_reference_for_every_switch(backend, dtype, p, signed, channel_reduce):
     dtype = drawn(backend, dtype)
     switches = dict(
-        p=p, signed=signed, channel_reduce=channel_reduce, eps_mode=random.choice(("clamp", "add")), eps=random.choice((1e-12, 0.5))
+        p=p,
+        signed=signed,
+        channel_reduce=channel_reduce,
+        eps_mode=random.choice(("clamp", "add")),
+        eps=random.choice((1e-12, 0.5)),
     )
     shape = some_shape()
     kind = "positive" if signed and p != int(p) else "normal"
-    check_tap(backend, "tap", make(shape, dtype, random.choice(LAYOUTS), kind), grad=random.choice((*LAYOUTS, None)), **switches)
+    check_tap(
+        backend,
+        "tap",
+        make(shape, dtype, random.choice(LAYOUTS), kind),
+        grad=random.choice((*LAYOUTS, None)),
+        **switches,
+    )
     residual = make(shape, dtype, random.choice(LAYOUTS)) if random.random() < 0.7 else None
-    check_tap(backend, "relu_tap", make(shape, dtype, random.choice(LAYOUTS)), residual, grad=random.choice((*LAYOUTS, None)), **switches)
+    check_tap(
+        backend,
+        "relu_tap",
+        make(shape, dtype, random.choice(LAYOUTS)),
+        residual,
+        grad=random.choice((*LAYOUTS, None)),
+        **switches,
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -159,7 +192,9 @@ def test_incoming_gradients_may_have_any_strides_or_be_missing(backend, function
         check_tap(backend, function, make((2, 19, 6, 7), dtype, layout), grad=grad, map_scale=100.0)
 
 
-@pytest.mark.parametrize("layouts", list(itertools.permutations(["contiguous", "channels_last", "stepped"], 2)), ids="-".join)
+@pytest.mark.parametrize(
+    "layouts", list(itertools.permutations(["contiguous", "channels_last", "stepped"], 2)), ids="-".join
+)
 @pytest.mark.parametrize("backend", KERNELS)
 def test_a_residual_may_lie_otherwise_than_the_feature(backend, layouts):
     for dtype in dtypes(backend):
@@ -173,7 +208,9 @@ def test_energies_are_those_of_the_rounded_sum(backend):
     x = torch.full((1, 1, 40), 256.0, dtype=torch.bfloat16)
     residual = torch.linspace(0, 0.9, 40).bfloat16().view(1, 1, 40)
     for layout in ("contiguous", "stepped"):
-        y, attention = fastkd.relu_tap(place(arrange(x, layout), backend), place(arrange(residual, layout), backend))
+        y, attention = fastkd.relu_tap(
+            place(arrange(x, layout), backend), place(arrange(residual, layout), backend)
+        )
         assert (y == 256).all() and (attention == attention[0, 0]).all()
 
 
@@ -187,11 +224,15 @@ def test_relu_tap_treats_nan_and_infinity_as_relu_does(backend, dtype, layout):
     for module, on in ((fastkd, backend), (ref, "cpp")):
         leaf = place(x.detach(), on).requires_grad_()
         y, attention = module.relu_tap(leaf)
-        (dx,) = torch.autograd.grad((y, attention), leaf, (place(grad, on), place(map_grad, on).to(attention.dtype)))
+        (dx,) = torch.autograd.grad(
+            (y, attention), leaf, (place(grad, on), place(map_grad, on).to(attention.dtype))
+        )
         results.append([v.detach().cpu() for v in (y, attention, dx)])
     for got, want in zip(*results):
         assert torch.equal(got.isnan(), want.isnan())
-        torch.testing.assert_close(got, want, equal_nan=True, rtol=2e-2 if dtype in DTYPES[:2] else 1e-4, atol=1e-2)
+        torch.testing.assert_close(
+            got, want, equal_nan=True, rtol=2e-2 if dtype in DTYPES[:2] else 1e-4, atol=1e-2
+        )
 
 
 @pytest.mark.parametrize("function", ["tap", "relu_tap"])
@@ -223,14 +264,18 @@ def test_results_agree_to_the_bit_between_runs_and_thread_counts():
         for function, inputs in (("tap", (x,)), ("relu_tap", (x, r))):
             leaves = [v.detach().requires_grad_() for v in inputs]
             outputs = getattr(fastkd, function)(*leaves)
-            seen.append([v.detach() for v in (*outputs, *torch.autograd.grad(outputs, leaves, (grad, map_grad)))])
+            seen.append(
+                [v.detach() for v in (*outputs, *torch.autograd.grad(outputs, leaves, (grad, map_grad)))]
+            )
     for other in seen[2:4], seen[4:]:
         assert all(torch.equal(a, b) for first, second in zip(seen[:2], other) for a, b in zip(first, second))
 
 
 def test_relu_tap_makes_the_map_of_its_result_to_the_bit():
     """In place, both sum the same numbers in the same order, whatever the pieces."""
-    for shape, layout in itertools.product([(2, 33, 13, 13), (1, 300, 7, 9), (2, 5, 70, 70)], ["contiguous", "channels_last"]):
+    for shape, layout in itertools.product(
+        [(2, 33, 13, 13), (1, 300, 7, 9), (2, 5, 70, 70)], ["contiguous", "channels_last"]
+    ):
         y, attention = fastkd.relu_tap(make(shape, torch.float32, layout))
         assert torch.equal(attention, fastkd.attention_map(y))
 
@@ -259,7 +304,13 @@ for dtype, tolerance in ((torch.float16, 1e-2), (torch.bfloat16, 5e-2), (torch.f
                     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * max(1, want.abs().max().item()))
 """
     env = {**os.environ, "FASTKD_CPU": path, "OMP_NUM_THREADS": "1", "FASTKD_BACKEND": "cpp"}
-    done = subprocess.run([sys.executable, "-c", code, str(random.randrange(2**31))], env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(random.randrange(2**31))],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -275,14 +326,29 @@ def test_loss_takes_maps_of_the_student(backend, dtype, difference):
 
 def loss_over_maps_matches(backend, pair, difference):
     n = random.choice((1, 3))
-    student = [make((n, *some_shape()[2:]), pair[0], random.choice(("contiguous", "reversed", "stepped"))) for _ in range(2)]
-    teacher = [make((n, random.choice((1, 5, 19)), *s.shape[1:]), pair[1], random.choice((*DENSE, "stepped"))) for s in student]
+    student = [
+        make((n, *some_shape()[2:]), pair[0], random.choice(("contiguous", "reversed", "stepped")))
+        for _ in range(2)
+    ]
+    teacher = [
+        make((n, random.choice((1, 5, 19)), *s.shape[1:]), pair[1], random.choice((*DENSE, "stepped")))
+        for s in student
+    ]
     switches = dict(
-        difference=difference, student_is_map=True, weights=[2.0, 0.5], weight=10.0, channel_reduce=random.choice(("mean", "sum"))
+        difference=difference,
+        student_is_map=True,
+        weights=[2.0, 0.5],
+        weight=10.0,
+        channel_reduce=random.choice(("mean", "sum")),
     )
     check_loss(backend, "attention_transfer_loss", student, teacher, **switches)
     check_loss(
-        backend, "attention_transfer_loss", student, [ref.attention_map(t).to(t.dtype) for t in teacher], teacher_is_map=True, **switches
+        backend,
+        "attention_transfer_loss",
+        student,
+        [ref.attention_map(t).to(t.dtype) for t in teacher],
+        teacher_is_map=True,
+        **switches,
     )
 
 
@@ -293,14 +359,24 @@ def test_a_students_map_may_be_smaller_than_the_teacher(backend, pool, pool_mode
         make((3, 4, 5), random.choice(dtypes(backend))),
         make((3, 7, 9, 5), random.choice(dtypes(backend)), random.choice(LAYOUTS[:6])),
     )
-    check_loss(backend, "attention_transfer_loss", [student], [teacher], student_is_map=True, pool=pool, pool_mode=pool_mode)
+    check_loss(
+        backend,
+        "attention_transfer_loss",
+        [student],
+        [teacher],
+        student_is_map=True,
+        pool=pool,
+        pool_mode=pool_mode,
+    )
 
 
 def test_a_loss_over_tapped_maps_is_the_loss_over_features():
     s, t = ([make((4, c, n, n), F64) for c, n in ((3, 8), (5, 4))] for _ in range(2))
 
     def tapped(m, s, t):
-        return m.attention_transfer_loss([m.tap(x)[1] for x in s], [m.tap(x)[1] for x in t], student_is_map=True, teacher_is_map=True)
+        return m.attention_transfer_loss(
+            [m.tap(x)[1] for x in s], [m.tap(x)[1] for x in t], student_is_map=True, teacher_is_map=True
+        )
 
     want = evaluate(lambda *x: ref.attention_transfer_loss(x[:2], x[2:]), [*s, *t])
     for m in (fastkd, ref):

@@ -21,7 +21,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(autouse=True)
 def kernels(cpp):
-    """Whatever FASTKD_BACKEND says, these tests are about the kernels, unless a test asks for another backend itself."""
+    """Whatever FASTKD_BACKEND says, these tests are about the kernels, unless a test asks for another backend
+    itself.
+    """
     with fastkd.use_backend(cpp):
         yield
 
@@ -71,7 +73,8 @@ def test_only_what_is_used_gives_a_gradient(function):
     want = torch.full_like(hidden, 3) if function == "tap" else 3 * (hidden > 0).float()
     assert torch.equal(gradient(feature_alone), want)
     torch.testing.assert_close(
-        gradient(lambda y, a: a.square().sum() + a[0, 1].sum()), gradient(lambda y, a: a.square().sum() + a[0, 1].sum(), ref)
+        gradient(lambda y, a: a.square().sum() + a[0, 1].sum()),
+        gradient(lambda y, a: a.square().sum() + a[0, 1].sum(), ref),
     )
     y, attention = call(hidden)
     assert not y.requires_grad and not attention.requires_grad
@@ -99,7 +102,10 @@ def test_the_gradients_of_both_addends_are_equal_and_do_not_share_memory():
 
 def test_one_tensor_may_be_both_addends():
     x = values((2, 3, 4, 4), F64)
-    got, want = (evaluate(lambda x: sum((v * v).sum() + (3 * v).sum() for v in m.relu_tap(x, x)), [x]) for m in (fastkd, ref))
+    got, want = (
+        evaluate(lambda x: sum((v * v).sum() + (3 * v).sum() for v in m.relu_tap(x, x)), [x])
+        for m in (fastkd, ref)
+    )
     torch.testing.assert_close(got.grads, want.grads)
 
 
@@ -202,7 +208,9 @@ def test_misuse_is_told_in_one_sentence(misuse, backend):
 @pytest.mark.parametrize("backend, dynamic", [("auto", False), ("cpp", False), ("cpp", True)])
 def test_a_network_with_a_tap_compiles_as_one_graph(backend, dynamic, relu):
     torch.compiler.reset()
-    compiled = torch.compile(lambda x: network(fastkd, x, relu), fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x: network(fastkd, x, relu), fullgraph=True, dynamic=dynamic, backend="aot_eager"
+    )
     for shape in [(3, 6, 5, 7), (4, 5, 6, 3)][: 1 + dynamic]:
         x = make(shape, F64, random.choice(("contiguous", "channels_last")))
         with fastkd.use_backend(backend):
@@ -213,12 +221,19 @@ def test_a_network_with_a_tap_compiles_as_one_graph(backend, dynamic, relu):
 
 def samples():
     options = (2.0, "mean", False, 1e-12, "clamp")
-    for dtype, layout in ((torch.float32, "contiguous"), (F64, "channels_last"), (torch.bfloat16, "sliced"), (torch.float32, "swapped")):
+    for dtype, layout in (
+        (torch.float32, "contiguous"),
+        (F64, "channels_last"),
+        (torch.bfloat16, "sliced"),
+        (torch.float32, "swapped"),
+    ):
         x, r = (make((2, 3, 5, 4), dtype, layout).requires_grad_(dtype != torch.bfloat16) for _ in range(2))
         yield "relu_tap", (x, r, *options)
         yield "relu_tap", (x, None, 3.0, "sum", True, 0.1, "add")
         y, attention, norm = (v.detach() for v in torch.ops.fastkd.relu_tap(x.detach(), r.detach(), *options))
-        for operator, grad in itertools.product(("tap_backward", "relu_tap_backward"), (None, torch.randn_like(y))):
+        for operator, grad in itertools.product(
+            ("tap_backward", "relu_tap_backward"), (None, torch.randn_like(y))
+        ):
             yield operator, (grad, torch.randn_like(attention), y, attention, norm, *options)
 
 
@@ -236,11 +251,17 @@ def test_a_tap_before_an_inplace_relu_names_relu_tap(kept, used):
     def step(x):
         y, attention = fastkd.tap(x * 1)
         y = torch.relu_(y)
-        return (y.sin().sum() if used != "map" else 0) + (attention.square().sum() if used != "feature" else 0)
+        return (y.sin().sum() if used != "map" else 0) + (
+            attention.square().sum() if used != "feature" else 0
+        )
 
     x = values((2, 3, 4, 4), torch.float32).requires_grad_()
     with torch.autograd.graph.save_on_cpu() if kept == "save_on_cpu" else contextlib.nullcontext():
-        loss = torch.utils.checkpoint.checkpoint(step, x, use_reentrant=False) if kept == "checkpoint" else step(x)
+        loss = (
+            torch.utils.checkpoint.checkpoint(step, x, use_reentrant=False)
+            if kept == "checkpoint"
+            else step(x)
+        )
         with pytest.raises(RuntimeError, match="relu_tap") as caught:
             loss.backward()
     assert "\n" not in str(caught.value)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# what Jupyter sets, known only where matplotlib-inline is installed; a name of nothing; one that needs a screen
+# what Jupyter sets, known only where matplotlib-inline is installed; a name of nothing; one that needs a
+# screen
 BACKENDS = ("module://matplotlib_inline.backend_inline", "no-such-backend", "tkagg")
 # everything but matplotlib is imported once, then a process for each picture and backend
 WORKER = """
@@ -61,4 +62,6 @@ def test_no_picture_depends_on_the_screen_that_mplbackend_names(tmp_path):
         capture_output=True, text=True, env=environment, timeout=300,
     )  # fmt: skip
     assert not any(json.loads(done.stdout.splitlines()[-1]).values()), done.stdout + done.stderr
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG") and b"<svg" in (tmp_path / "speed.svg").read_bytes()
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG") and b"<svg" in (
+        tmp_path / "speed.svg"
+    ).read_bytes()

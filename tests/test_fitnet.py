@@ -32,7 +32,8 @@ def normed(x):
 def convolved(x, weight, bias, size):
     """The convolution of each case of sizes, position by position as products of unfolded windows."""
     n, _, *have = x.shape
-    if all(2 * a == b for a, b in zip(have, size, strict=True)):  # transposed: each number is spread over a window
+    # transposed: each number is spread over a window
+    if all(2 * a == b for a, b in zip(have, size, strict=True)):
         columns = torch.einsum("ncp,cq->nqp", x.flatten(2), weight.flatten(1))
         return F.fold(columns, size, 4, padding=1, stride=2) + bias.view(-1, 1, 1)
     fits = all(a >= b for a, b in zip(have, size, strict=True)) and weight.shape[2:] != (3, 3)
@@ -55,7 +56,9 @@ def output(x):
 def loss_and_regressor(fs, ft, weight, bias, **options):
     shapes = [Features((), (x.shape[1:],), None, ()) for x in (fs, ft)]
     network = torch.nn.Linear(1, 1)
-    made = create_method("fitnet", BuildContext(network, network, *shapes, 2), options={"fitnet": {"hint": 1, **options}}).double()
+    made = create_method(
+        "fitnet", BuildContext(network, network, *shapes, 2), options={"fitnet": {"hint": 1, **options}}
+    ).double()
     convolution = made.regressor.convolution
     assert convolution.weight.shape == weight.shape and convolution.bias.shape == bias.shape
     convolution.weight, convolution.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
@@ -83,7 +86,12 @@ def test_values_and_gradients_by_hand(seed):
     n, widths = chosen.choice((2, 3, 5)), [chosen.choice((1, 2, 5)) for _ in range(2)]
     target = [chosen.choice((2, 3, 5)) for _ in range(2)]
     case = seed % 4
-    size = [[2 * t for t in target], list(target), [t + chosen.choice((0, 1, 3)) for t in target], [t - 1 for t in target]][case]
+    size = [
+        [2 * t for t in target],
+        list(target),
+        [t + chosen.choice((0, 1, 3)) for t in target],
+        [t - 1 for t in target],
+    ][case]
     if case == 1:
         target = [2 * t for t in target]
     double = case == 2 and all(s == 2 * t for s, t in zip(size, target, strict=True))
@@ -91,14 +99,18 @@ def test_values_and_gradients_by_hand(seed):
     kernel = [1 + s - t for s, t in zip(size, target, strict=True)] if case == 2 and not double else [3, 3]
     shape = (widths[0], widths[1], 4, 4) if half else (widths[1], widths[0], *kernel)
     fs, ft, weight, bias = (
-        torch.randn(s, dtype=torch.float64) for s in ((n, widths[0], *size), (n, widths[1], *target), shape, (widths[1],))
+        torch.randn(s, dtype=torch.float64)
+        for s in ((n, widths[0], *size), (n, widths[1], *target), shape, (widths[1],))
     )
     fs.requires_grad_()
     loss, convolution = loss_and_regressor(fs, ft, weight, bias)
     leaf = weight.clone().requires_grad_()
     wanted = by_hand(fs, ft, leaf, bias)
     torch.testing.assert_close(loss, wanted, rtol=1e-9, atol=1e-9)
-    found, exact = torch.autograd.grad(loss, (fs, convolution.weight)), torch.autograd.grad(wanted, (fs, leaf))
+    found, exact = (
+        torch.autograd.grad(loss, (fs, convolution.weight)),
+        torch.autograd.grad(wanted, (fs, leaf)),
+    )
     torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)
 
 
@@ -106,7 +118,9 @@ def test_the_method_reads_the_second_stage_or_another():
     student, teacher = create_model("resnet8"), create_model("wrn_16_1")
     images, labels = torch.randn(3, 3, 32, 32), torch.arange(3)
     for hint, stem in ((2, False), (0, True)):
-        distillation = fastkd.Distillation(student, teacher, "fitnet", options={"fitnet": {"hint": hint}}, fold=False)
+        distillation = fastkd.Distillation(
+            student, teacher, "fitnet", options={"fitnet": {"hint": hint}}, fold=False
+        )
         losses = distillation(images, labels)
         losses.total.backward()
         maps = [(network(images, features=True)[0]) for network in (student, teacher.eval())]
@@ -114,27 +128,44 @@ def test_the_method_reads_the_second_stage_or_another():
         convolution = distillation.methods["fitnet"].regressor.convolution
         wanted = by_hand(fs, ft, convolution.weight, convolution.bias)
         torch.testing.assert_close(losses.terms["fitnet"], wanted, rtol=1e-4, atol=1e-5)
-        assert list(losses.terms) == ["ce", "fitnet"] and convolution.weight.grad.any() and student.conv1.weight.grad.any()
+        assert (
+            list(losses.terms) == ["ce", "fitnet"]
+            and convolution.weight.grad.any()
+            and student.conv1.weight.grad.any()
+        )
 
 
 def test_the_presets():
     define = fastkd.methods.define
-    assert define("fitnet", preset="repdistiller").names == ("ce", "fitnet") and not define("fitnet").initializes
+    assert (
+        define("fitnet", preset="repdistiller").names == ("ce", "fitnet") and not define("fitnet").initializes
+    )
     found = define("fitnet", words=["fitnet.preset=simkd"])
-    assert found.names == ("ce", "fitnet", "kd") and found.terms[0].options.hint == 1 and found.terms[1].options.weight == 1
+    assert (
+        found.names == ("ce", "fitnet", "kd")
+        and found.terms[0].options.hint == 1
+        and found.terms[1].options.weight == 1
+    )
     equal, wide = create_model("resnet8"), create_model("resnet8x4")
     options = {"fitnet": {"preset": "kdzoo"}}
-    distillation = fastkd.Distillation(equal, create_model("resnet8"), "fitnet", options=options, fold=False).eval()
+    distillation = fastkd.Distillation(
+        equal, create_model("resnet8"), "fitnet", options=options, fold=False
+    ).eval()
     images = torch.randn(2, 3, 32, 32)
     maps = [network.eval()(images, features=True)[0].stages[2] for network in (equal, distillation.teacher)]
     torch.testing.assert_close(distillation(images).total, 0.1 * ((maps[0] - maps[1]) ** 2).mean())
-    with pytest.raises(ValueError, match="fitnet.regressor is none, student's map is .64, 8, 8., teacher's is .256, 8, 8.: wanted equal"):
+    with pytest.raises(
+        ValueError,
+        match="fitnet.regressor is none, student's map is .64, 8, 8., teacher's is .256, 8, 8.: wanted equal",
+    ):
         fastkd.Distillation(equal, wide, "fitnet", options=options)
 
 
 def test_under_autocast_and_as_one_graph():
     networks = create_model("resnet8"), create_model("resnet8")
-    distillation = fastkd.Distillation(*networks, "fitnet", autocast=torch.autocast("cpu", torch.bfloat16), fold=False).eval()
+    distillation = fastkd.Distillation(
+        *networks, "fitnet", autocast=torch.autocast("cpu", torch.bfloat16), fold=False
+    ).eval()
     images = torch.randn(2, 3, 32, 32)
     wanted = distillation(images).terms["fitnet"]
     assert wanted.dtype == torch.float32 and wanted.isfinite()
@@ -152,16 +183,24 @@ def test_what_does_not_fit_is_one_line():
         fastkd.methods.define("fitnet", words=["phases=3"])
     flat = Features((), (torch.Size([4, 9]),), None, ())
     network = torch.nn.Linear(1, 1)
-    with pytest.raises(ValueError, match=r"student's map is \(4, 9\), teacher's is \(4, 9\): fitnet wanted maps \(C, H, W\)"):
-        create_method("fitnet", BuildContext(network, network, flat, flat, 2), options={"fitnet": {"hint": 1}})
+    with pytest.raises(
+        ValueError, match=r"student's map is \(4, 9\), teacher's is \(4, 9\): fitnet wanted maps \(C, H, W\)"
+    ):
+        create_method(
+            "fitnet", BuildContext(network, network, flat, flat, 2), options={"fitnet": {"hint": 1}}
+        )
     assert ConvReg((2, 4, 4), (3, 4, 4)).convolution.kernel_size == (1, 1)
 
 
 def test_two_phases_are_asked_for():
     """Recipes have a first phase for FSP; FitNet's is the paper's, and no toolkit's."""
-    with pytest.raises(UserError, match="--init-epochs does nothing here: --method fitnet has no first phase"):
+    with pytest.raises(
+        UserError, match="--init-epochs does nothing here: --method fitnet has no first phase"
+    ):
         refuse_idle(Settings("fitnet", "digits", overrides={"init_epochs": 2}))
-    refuse_idle(Settings("fitnet", "digits", options=["phases=2"], overrides={"init_epochs": 2, "init_lr": 0.1}))
+    refuse_idle(
+        Settings("fitnet", "digits", options=["phases=2"], overrides={"init_epochs": 2, "init_lr": 0.1})
+    )
     pytest.importorskip("sklearn")
     with pytest.raises(UserError, match="--init-epochs is 0, but fitnet.phases is 2: wanted at least 1"):
         Config(Settings("fitnet", "digits", options=["phases=2"]))
@@ -169,9 +208,22 @@ def test_two_phases_are_asked_for():
     assert two.initialization().names == ("fitnet",) and two.after_initialization().names == ("ce", "at")
 
 
-@pytest.mark.parametrize("extra", [(), ("--option", "phases=2", "--init-epochs", "1")], ids=["joint", "two phases"])
+@pytest.mark.parametrize(
+    "extra", [(), ("--option", "phases=2", "--init-epochs", "1")], ids=["joint", "two phases"]
+)
 def test_a_run(small_main, tmp_path, capsys, extra):
-    flags = ["--method", "fitnet", "--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--epochs", "2"]
+    flags = [
+        "--method",
+        "fitnet",
+        "--dataset",
+        "digits",
+        "--teacher",
+        "resnet8",
+        "--student",
+        "resnet8",
+        "--epochs",
+        "2",
+    ]
     assert small_main([*flags, "--device", "cpu", "--output", str(tmp_path), "--no-pictures", *extra]) == 0
     capsys.readouterr()
     with open(tmp_path / "results.csv", newline="") as file:

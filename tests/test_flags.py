@@ -1,4 +1,6 @@
-"""A flag does what it says or is refused with one line: nothing idle, nothing out of range, nothing guessed from its first letters."""
+"""A flag does what it says or is refused with one line: nothing idle, nothing out of range, nothing guessed
+from its first letters.
+"""
 
 from __future__ import annotations
 
@@ -59,9 +61,15 @@ def test_a_flag_that_does_nothing_is_refused(small_main, capsys, tmp_path, flags
         Settings("baseline", "digits", teacher="resnet110"),  # the pair whose baseline it is
         Settings("baseline", "cifar100", recipe="sakd", overrides={"normalization": "repdistiller"}),
         Settings("baseline", setting="a"),
-        Settings("at", "digits", teacher_seed=3, overrides={"preset": "kdzoo", "teacher_mode": "train", "gamma": 0.5}),
+        Settings(
+            "at",
+            "digits",
+            teacher_seed=3,
+            overrides={"preset": "kdzoo", "teacher_mode": "train", "gamma": 0.5},
+        ),
         Settings("at", "digits", overrides={"momentum": 0.0, "nesterov": False, "normalization": "own"}),
-        Settings("fsp", "digits", recipe="kdzoo", overrides={"init_lr": 0.1, "milestones": (), "gamma": 0.3}),  # the first phase's
+        # the first phase's
+        Settings("fsp", "digits", recipe="kdzoo", overrides={"init_lr": 0.1, "milestones": (), "gamma": 0.3}),
         Settings("fsp", "digits", overrides={"init_epochs": 2, "init_milestones": (0.5,), "init_lr": 0.1}),
     ],
     ids=lambda settings: f"{settings.method} {settings.overrides}",
@@ -88,12 +96,22 @@ def test_a_number_out_of_range_is_refused(small_main, capsys, tmp_path, flag, va
 
 
 def test_numbers_at_the_ends_of_their_ranges_are_taken():
-    ends = {"momentum": 0.0, "nesterov": False, "gamma": 1.0, "weight_decay": 0.0, "milestones": (), "epochs": 1, "batch_size": 2}
+    ends = {
+        "momentum": 0.0,
+        "nesterov": False,
+        "gamma": 1.0,
+        "weight_decay": 0.0,
+        "milestones": (),
+        "epochs": 1,
+        "batch_size": 2,
+    }
     recipe = get_recipe("digits", ends)
     assert {name: getattr(recipe, name) for name in ends} == ends
 
 
-@pytest.mark.parametrize("flags", [["--l", "0.1"], ["--epoch", "3"], ["--teacher-check", "x.pt"], ["--no-pic"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "flags", [["--l", "0.1"], ["--epoch", "3"], ["--teacher-check", "x.pt"], ["--no-pic"]], ids=" ".join
+)
 def test_an_abbreviated_flag_is_refused(small_main, capsys, flags):
     with pytest.raises(SystemExit) as caught:
         small_main(["--method", "at", *QUICK, *flags])
@@ -114,14 +132,20 @@ def test_no_other_command_takes_abbreviations_either(capsys, monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize("folder", ["cifar-10-batches-bin", "cifar-10-batches-py"])
-def test_auto_never_downloads_whatever_part_of_cifar10_is_there(small_main, monkeypatch, tmp_path, capsys, folder):
+def test_auto_never_downloads_whatever_part_of_cifar10_is_there(
+    small_main, monkeypatch, tmp_path, capsys, folder
+):
     monkeypatch.setattr(cifar, "download", lambda *arguments: pytest.fail("downloads"))
     (tmp_path / "data" / folder).mkdir(parents=True)
     names = {"cifar-10-batches-bin": "data_batch_1.bin", "cifar-10-batches-py": "test_batch"}
     assert choose_dataset("auto", tmp_path / "data")[0] == "digits"  # the folder alone
     (tmp_path / "data" / folder / names[folder]).touch()
     name, why = choose_dataset("auto", tmp_path / "data")
-    assert name == "digits" and why.startswith(f"auto: no CIFAR-10 under {tmp_path / 'data'}: ") and f"{folder} lacks " in why
+    assert (
+        name == "digits"
+        and why.startswith(f"auto: no CIFAR-10 under {tmp_path / 'data'}: ")
+        and f"{folder} lacks " in why
+    )
     plan = Config(Settings("baseline", data=tmp_path / "data", student="resnet8", output=tmp_path / "runs"))
     assert plan.data.name == "digits" and why in describe(plan)
     shutil.rmtree(tmp_path / "data")

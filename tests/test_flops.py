@@ -27,14 +27,29 @@ SIGNALS = [(2, 3, 9), (2, 4, 6)]
 # the functions, student's and teacher's shapes
 CALLS = {
     "fsp_loss": (lambda m, s, t: m.fsp_loss(s, t), THREE, THREE),
-    "fsp_loss of other sizes": (lambda m, s, t: m.fsp_loss(s, t, pool_mode="max", distance="column_l2"), THREE, OTHER),
+    "fsp_loss of other sizes": (
+        lambda m, s, t: m.fsp_loss(s, t, pool_mode="max", distance="column_l2"),
+        THREE,
+        OTHER,
+    ),
     "fsp_loss of signals": (lambda m, s, t: m.fsp_loss(s, t, weight=3.0), SIGNALS, SIGNALS),
-    "fsp_matrix": (lambda m, s, t: m.fsp_matrix(*s).square().sum() + m.fsp_matrix(*t).sum(), THREE[:2], OTHER[1:]),
+    "fsp_matrix": (
+        lambda m, s, t: m.fsp_matrix(*s).square().sum() + m.fsp_matrix(*t).sum(),
+        THREE[:2],
+        OTHER[1:],
+    ),
     "attention_transfer_loss": (lambda m, s, t: m.attention_transfer_loss(s, t), THREE, THREE),
     "taps": (lambda m, s, t: m.relu_tap(s[0])[1].sum() + m.tap(t[0])[1].sum(), THREE[:1], THREE[:1]),
 }
 # which of (student, teacher) have gradients, stage by stage
-LEARNERS = {"nobody": (0, 0), "student": (-1, 0), "teacher": (0, -1), "both": (-1, -1), "the first stage": (1, 0), "the last stage": (4, 1)}
+LEARNERS = {
+    "nobody": (0, 0),
+    "student": (-1, 0),
+    "teacher": (0, -1),
+    "both": (-1, -1),
+    "the first stage": (1, 0),
+    "the last stage": (4, 1),
+}
 
 
 def count(call, student, teacher, learners):

@@ -1,4 +1,6 @@
-"""fsp_matrix and fsp_loss: C++ and Triton kernels against the reference in float64, over dtypes, layouts, shapes and every switch."""
+"""fsp_matrix and fsp_loss: C++ and Triton kernels against the reference in float64, over dtypes, layouts,
+shapes and every switch.
+"""
 
 from __future__ import annotations
 
@@ -92,14 +94,20 @@ def test_matrix_matches_the_reference_in_every_pair_of_layouts(backend, a_layout
 def matrix_matches_in_layouts(backend, layouts):
     shape = some_shape()
     b_shape = (shape[0], random.choice((1, 4, 9, 40)), *shape[2:])
-    matrix_check(backend, *(make(s, drawn(backend, None), layout) for s, layout in zip((shape, b_shape), layouts)))
+    matrix_check(
+        backend, *(make(s, drawn(backend, None), layout) for s, layout in zip((shape, b_shape), layouts))
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
 @pytest.mark.parametrize("backend, dtype", KERNEL_DTYPES)
 def test_matrix_matches_the_reference_for_mixed_dtypes(backend, dtype, shape):
     b_shape = (shape[0], random.choice((1, 7, 16, 65)), *shape[2:])
-    matrix_check(backend, make(shape, dtype, random.choice(LAYOUTS)), make(b_shape, random.choice(dtypes(backend)), random.choice(LAYOUTS)))
+    matrix_check(
+        backend,
+        make(shape, dtype, random.choice(LAYOUTS)),
+        make(b_shape, random.choice(dtypes(backend)), random.choice(LAYOUTS)),
+    )
 
 
 @pytest.mark.parametrize("pool_mode", ["avg", "max"])
@@ -115,7 +123,10 @@ def test_matrix_matches_the_reference_when_sizes_differ(backend, dtype, dims, la
         sizes.reverse()
     n = random.randint(1, 3)
     other = drawn(backend, None)
-    a, b = make((n, 5, *sizes[0]), dtype, random.choice(LAYOUTS)), make((n, 3, *sizes[1]), other, random.choice(LAYOUTS))
+    a, b = (
+        make((n, 5, *sizes[0]), dtype, random.choice(LAYOUTS)),
+        make((n, 3, *sizes[1]), other, random.choice(LAYOUTS)),
+    )
     matrix_check(backend, a, b, pool_mode=pool_mode)
 
 
@@ -154,7 +165,10 @@ def test_precision_changes_nothing_on_a_cpu(cpp, precision):
     a, b = make((2, 16, 8, 8)), make((2, 32, 8, 8))
     with fastkd.use_backend("cpp"):
         assert torch.equal(fastkd.fsp_matrix(a, b, precision=precision), fastkd.fsp_matrix(a, b))
-        assert torch.equal(fastkd.fsp_loss([a, b], [b[:, :16], b], precision=precision), fastkd.fsp_loss([a, b], [b[:, :16], b]))
+        assert torch.equal(
+            fastkd.fsp_loss([a, b], [b[:, :16], b], precision=precision),
+            fastkd.fsp_loss([a, b], [b[:, :16], b]),
+        )
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -189,20 +203,31 @@ def loss_matches(backend, dtype, sizes, distance, pair_reduce, pool_mode):
     channels = [random.choice((1, 3, 8, 17)) for _ in range(stages)]
     high = 11 if dims < 3 else 5
     first = size(dims, 2, high)
-    student_sizes = [first if sizes == "equal" else [max(1, -(-s // 2**i)) for s in first] for i in range(stages)]
+    student_sizes = [
+        first if sizes == "equal" else [max(1, -(-s // 2**i)) for s in first] for i in range(stages)
+    ]
     if sizes == "any":
         student_sizes = [size(dims, 1, high) for _ in range(stages)]
-    teacher_sizes = student_sizes if sizes in ("equal", "shrinking") else [size(dims, 1, high) for _ in range(stages)]
+    teacher_sizes = (
+        student_sizes if sizes in ("equal", "shrinking") else [size(dims, 1, high) for _ in range(stages)]
+    )
     if sizes == "student larger":
         student_sizes = [[s + random.randint(0, 3) for s in t] for t in teacher_sizes]
     student, teacher = (
-        [make((n, c, *s), dtype, random.choice(LAYOUTS)) for c, s in zip(channels, side)] for side in (student_sizes, teacher_sizes)
+        [make((n, c, *s), dtype, random.choice(LAYOUTS)) for c, s in zip(channels, side)]
+        for side in (student_sizes, teacher_sizes)
     )
     weights = random.choice((None, [random.uniform(-2, 2) for _ in range(stages - 1)]))
     switches = dict(
-        pool_mode=pool_mode, distance=distance, pair_reduce=pair_reduce, weights=weights, weight=random.choice((1.0, 0.25, 100.0))
+        pool_mode=pool_mode,
+        distance=distance,
+        pair_reduce=pair_reduce,
+        weights=weights,
+        weight=random.choice((1.0, 0.25, 100.0)),
     )
-    check_loss(backend, "fsp_loss", student, teacher, upstream=torch.tensor(random.uniform(-3, 3)), **switches)
+    check_loss(
+        backend, "fsp_loss", student, teacher, upstream=torch.tensor(random.uniform(-3, 3)), **switches
+    )
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
@@ -210,7 +235,13 @@ def loss_matches(backend, dtype, sizes, distance, pair_reduce, pool_mode):
 def test_loss_matches_the_reference_for_many_channels(backend, dtype, distance):
     """Several blocks of rows and of columns."""
     dtype, shapes = drawn(backend, dtype), [(1, 70, 3, 5), (1, 130, 3, 5), (1, 67, 2, 2)]
-    check_loss(backend, "fsp_loss", [make(s, dtype) for s in shapes], [make(s, dtype) for s in shapes], distance=distance)
+    check_loss(
+        backend,
+        "fsp_loss",
+        [make(s, dtype) for s in shapes],
+        [make(s, dtype) for s in shapes],
+        distance=distance,
+    )
 
 
 @pytest.fixture(params=[True, False], ids=["amx", "without amx"])
@@ -235,12 +266,25 @@ WIDE = {
 }
 
 
-@pytest.mark.parametrize("layouts", list(itertools.product(["contiguous", "channels_last"], repeat=2)), ids=name)
+@pytest.mark.parametrize(
+    "layouts", list(itertools.product(["contiguous", "channels_last"], repeat=2)), ids=name
+)
 @pytest.mark.parametrize("shapes", WIDE)
 def test_wide_bfloat16_matches_the_reference(amx, shapes, layouts):
-    """Whole and broken tiles, averages over 2 x 2 (also of lines shorter than a tile) and others; student and teacher in any layout."""
-    student, teacher = ([make((2, *shape), torch.bfloat16, layout, "relu") for shape in WIDE[shapes]] for layout in layouts)
-    check_loss("cpp", "fsp_loss", student, teacher, distance=random.choice(DISTANCES), pool_mode=random.choice(("avg", "avg", "max")))
+    """Whole and broken tiles, averages over 2 x 2 (also of lines shorter than a tile) and others; student and
+    teacher in any layout.
+    """
+    student, teacher = (
+        [make((2, *shape), torch.bfloat16, layout, "relu") for shape in WIDE[shapes]] for layout in layouts
+    )
+    check_loss(
+        "cpp",
+        "fsp_loss",
+        student,
+        teacher,
+        distance=random.choice(DISTANCES),
+        pool_mode=random.choice(("avg", "avg", "max")),
+    )
     if shapes != "several blocks":
         matrix_check("cpp", student[0], teacher[1])
     pairs = [[x, x.clone()] for x in student]
@@ -264,7 +308,9 @@ def test_an_infinite_gradient_of_wide_bfloat16_stays_infinite(amx, layout):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_close_wide_features_keep_their_relative_accuracy(amx, layout):
-    """As below, of maps wide enough for AMX: neither the split gradient nor the sums of both chains in one may cost digits."""
+    """As below, of maps wide enough for AMX: neither the split gradient nor the sums of both chains in one
+    may cost digits.
+    """
     t = [values((2, c, s, s), torch.float32, "relu") for c, s in ((32, 32), (64, 16), (128, 8))]
     s = [arrange((x + 1e-2 * torch.randn_like(x)).to(torch.bfloat16), layout) for x in t]
     t = [arrange(x.to(torch.bfloat16), layout) for x in t]
@@ -281,12 +327,17 @@ def test_close_wide_features_keep_their_relative_accuracy(amx, layout):
 def test_loss_matches_the_reference_for_mixed_dtypes_and_layouts(backend, dtype, layout):
     shapes = [(2, 16, 7, 7), (2, 5, 7, 7), (2, 33, 4, 3)]
     for other in dtypes(backend) if backend == "cpp" else (drawn(backend, None),):
-        student, teacher = [make(s, dtype, layout) for s in shapes], [make(s, other, random.choice(LAYOUTS)) for s in shapes]
+        student, teacher = (
+            [make(s, dtype, layout) for s in shapes],
+            [make(s, other, random.choice(LAYOUTS)) for s in shapes],
+        )
         check_loss(backend, "fsp_loss", student, teacher, distance=random.choice(DISTANCES))
 
 
 @pytest.mark.parametrize(
-    "student_needs", list(itertools.product([False, True], repeat=3)), ids=lambda needs: "".join("01"[n] for n in needs)
+    "student_needs",
+    list(itertools.product([False, True], repeat=3)),
+    ids=lambda needs: "".join("01"[n] for n in needs),
 )
 @pytest.mark.parametrize("backend", KERNELS)
 def test_each_gradient_can_be_asked_for_alone(backend, student_needs):
@@ -295,35 +346,57 @@ def test_each_gradient_can_be_asked_for_alone(backend, student_needs):
         teacher_size = random.choice(((6, 6), (5, 4)))
         channels, student_sizes = (3, 5, 4), ((6, 6), (6, 6), (3, 3))
         student = [make((2, c, *s)) for c, s in zip(channels, student_sizes)]
-        teacher = [make((2, c, *(s if teacher_size == (6, 6) else teacher_size))) for c, s in zip(channels, student_sizes)]
+        teacher = [
+            make((2, c, *(s if teacher_size == (6, 6) else teacher_size)))
+            for c, s in zip(channels, student_sizes)
+        ]
         check_loss(backend, "fsp_loss", student, teacher, needs=student_needs + teacher_needs)
 
 
-def chain(n: int = 3, dtype: torch.dtype = torch.float32, layout: str = "contiguous", count: int = 4) -> list[torch.Tensor]:
+def chain(
+    n: int = 3, dtype: torch.dtype = torch.float32, layout: str = "contiguous", count: int = 4
+) -> list[torch.Tensor]:
     sizes = (6, 9, 9), (7, 9, 9), (5, 4, 4), (6, 4, 4)
     return [make((n, *shape), dtype, layout) for shape in sizes[:count]]
 
 
 def test_all_pairs_go_through_one_call_in_each_direction(cpp, upstream_guess):
     student, teacher = chain(), chain()
-    for value, calls in ((torch.tensor(1.0), ["fsp_loss"]), (torch.tensor(2.0), ["fsp_loss", "fsp_loss_backward"])):
+    for value, calls in (
+        (torch.tensor(1.0), ["fsp_loss"]),
+        (torch.tensor(2.0), ["fsp_loss", "fsp_loss_backward"]),
+    ):
         with fastkd.use_backend("cpp"), fused_only() as seen:
-            evaluate(lambda *x: fastkd.fsp_loss(x[:4], x[4:]), [*student, *teacher], [True] * 4 + [False] * 4, value)
+            evaluate(
+                lambda *x: fastkd.fsp_loss(x[:4], x[4:]),
+                [*student, *teacher],
+                [True] * 4 + [False] * 4,
+                value,
+            )
         assert seen.fused == calls
 
 
-@pytest.mark.parametrize("needs", [(True,) * 8, (True,) * 4 + (False,) * 4, (False, True, False, True) + (False,) * 4], ids=name)
+@pytest.mark.parametrize(
+    "needs", [(True,) * 8, (True,) * 4 + (False,) * 4, (False, True, False, True) + (False,) * 4], ids=name
+)
 @pytest.mark.parametrize("n", [3, 64], ids=name)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_gradients_made_in_the_forward_are_those_of_the_backward_to_the_bit(cpp, dtype, layout, n, needs, upstream_guess):
+def test_gradients_made_in_the_forward_are_those_of_the_backward_to_the_bit(
+    cpp, dtype, layout, n, needs, upstream_guess
+):
     tensors, value = [*chain(n, dtype, layout), *chain(n, dtype)], torch.tensor(0.75)
     pool_mode = random.choice(("avg", "max"))
 
     def gradients(expected: float | None) -> tuple[list, list]:
         upstream_guess(expected)
         with fastkd.use_backend("cpp"), fused_only() as seen:
-            result = evaluate(lambda *x: fastkd.fsp_loss(x[:4], x[4:], pool_mode=pool_mode, weight=3.0), tensors, needs, value)
+            result = evaluate(
+                lambda *x: fastkd.fsp_loss(x[:4], x[4:], pool_mode=pool_mode, weight=3.0),
+                tensors,
+                needs,
+                value,
+            )
         return [result.output, *(g for g in result.grads if g is not None)], seen.fused
 
     made, calls = gradients(0.75)
@@ -337,7 +410,9 @@ def test_gradients_made_in_the_forward_are_those_of_the_backward_to_the_bit(cpp,
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=name)
 def test_large_gradients_match_the_reference(cpp, dtype, layout):
-    """Gradients of a mebibyte and more are written past the caches: of one term, of a pooled and a direct one, of two direct ones."""
+    """Gradients of a mebibyte and more are written past the caches: of one term, of a pooled and a direct
+    one, of two direct ones.
+    """
     sizes = (16, 32, 32), (16, 32, 32), (17, 32, 32), (32, 16, 16)
     student, teacher = ([make((16, *shape), dtype, layout, "relu") for shape in sizes] for _ in range(2))
     check_loss("cpp", "fsp_loss", student, teacher, needs=[True] * 4 + [False] * 4)
@@ -345,7 +420,9 @@ def test_large_gradients_match_the_reference(cpp, dtype, layout):
 
 @pytest.mark.parametrize("n", [3, 4, 17], ids=name)
 def test_samples_and_passes_give_the_same_bits(cpp, n):
-    """Three samples on two threads are done pass by pass, three on one thread or four on two sample by sample."""
+    """Three samples on two threads are done pass by pass, three on one thread or four on two sample by
+    sample.
+    """
     tensors = [*chain(n), *chain(n)]
     results = []
     for threads in (1, 2, 1):
@@ -390,14 +467,20 @@ def test_the_same_tensor_twice_has_the_whole_gradient(backend, shape):
     for distance in DISTANCES:
         check(
             backend,
-            *[lambda x, y, f=f: f([x, x], [y, y], distance=distance) for f in (fastkd.fsp_loss, ref.fsp_loss)],
+            *[
+                lambda x, y, f=f: f([x, x], [y, y], distance=distance)
+                for f in (fastkd.fsp_loss, ref.fsp_loss)
+            ],
             [x, y],
             k=8,
             also=SUMS,
         )
         check(
             backend,
-            *[lambda x, y, f=f: f([x, y, x], [y, x, y], distance=distance) for f in (fastkd.fsp_loss, ref.fsp_loss)],
+            *[
+                lambda x, y, f=f: f([x, y, x], [y, x, y], distance=distance)
+                for f in (fastkd.fsp_loss, ref.fsp_loss)
+            ],
             [x, y],
             k=8,
             also=SUMS,
@@ -412,7 +495,9 @@ def test_close_features_keep_their_relative_accuracy(backend, dtype, allowed):
     s = [(x + 1e-2 * torch.randn_like(x)).to(dtype) for x in t]
     t = [x.to(dtype) for x in t]
     with fastkd.use_backend(backend):
-        ours = fetched(evaluate(lambda *x: fastkd.fsp_loss(x[:3], x[3:]), [place(x, backend) for x in (*s, *t)]))
+        ours = fetched(
+            evaluate(lambda *x: fastkd.fsp_loss(x[:3], x[3:]), [place(x, backend) for x in (*s, *t)])
+        )
     exact = evaluate(lambda *x: ref.fsp_loss(x[:3], x[3:]), [x.double() for x in (*s, *t)])
     assert abs(ours.output.double() / exact.output - 1) < 1e-5
     for got, want in zip(ours.grads, exact.grads):
@@ -424,7 +509,10 @@ def test_student_equal_to_teacher_has_loss_and_gradient_zero(backend):
     layouts = [random.choice(LAYOUTS) for _ in range(3)]
     x = [make((3, c, 7, 7), drawn(backend, None), layout) for c, layout in zip((8, 4, 16), layouts)]
     # in the same layouts: a sum in another order may round otherwise
-    x, same = ([place(y, backend) for y in side] for side in (x, [arrange(y, layout) for y, layout in zip(x, layouts)]))
+    x, same = (
+        [place(y, backend) for y in side]
+        for side in (x, [arrange(y, layout) for y, layout in zip(x, layouts)])
+    )
     for distance in DISTANCES:
         with fastkd.use_backend(backend), fused_only(backend=backend):
             got = evaluate(lambda *x: fastkd.fsp_loss(x[:3], x[3:], distance=distance), [*x, *same])

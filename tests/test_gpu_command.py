@@ -1,4 +1,6 @@
-"""benchmarks/gpu.py: limits hold, results lie there whatever stops it, and nothing else runs while it measures."""
+"""benchmarks/gpu.py: limits hold, results lie there whatever stops it, and nothing else runs while it
+measures.
+"""
 
 from __future__ import annotations
 
@@ -45,27 +47,49 @@ def summary(out: Path) -> dict:
 
 
 def test_each_part_is_packed_and_a_failure_stops_nothing(tmp_path: Path) -> None:
-    wrote = "import os, pathlib; pathlib.Path(os.environ['FASTKD_GPU_OUT'], 'rates.json').write_text('{\"copy\": 1}'); print('copied')"
+    wrote = (
+        "import os, pathlib; pathlib.Path(os.environ['FASTKD_GPU_OUT'], 'rates.json').write_text('{\"copy\":"
+        " 1}'); print('copied')"
+    )
     run = Run(tmp_path, 1, rehearse=True)
     execute(run, [python("fails", "print('seen'); raise SystemExit(3)"), python("writes", wrote)], None)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu-outputs.txt", "gpu-results.tar.gz", "gpu-summary.json", "gpu.log"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "gpu-outputs.txt",
+        "gpu-results.tar.gz",
+        "gpu-summary.json",
+        "gpu.log",
+    ]
     found = summary(tmp_path)
-    assert [(part["name"], part["status"], part["last"]) for part in found["parts"]] == [("fails", 3, "seen"), ("writes", 0, "copied")]
+    assert [(part["name"], part["status"], part["last"]) for part in found["parts"]] == [
+        ("fails", 3, "seen"),
+        ("writes", 0, "copied"),
+    ]
     assert found["rates"] == {"copy": 1}
-    assert "seen" in (tmp_path / "gpu-outputs.txt").read_text() and "status 3" in (tmp_path / "gpu.log").read_text()
+    assert (
+        "seen" in (tmp_path / "gpu-outputs.txt").read_text()
+        and "status 3" in (tmp_path / "gpu.log").read_text()
+    )
     with tarfile.open(tmp_path / "gpu-results.tar.gz") as archive:
         assert "gpu-results/rates.json" in archive.getnames()
 
 
 def test_a_part_at_its_limit_may_still_say_what_it_found(tmp_path: Path) -> None:
     code = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('two failed')"
-    execute(Run(tmp_path, 1, rehearse=True), [python("slow", code, seconds=3), python("next", "print('after')")], None)
-    assert [(part["status"], part["last"]) for part in summary(tmp_path)["parts"]] == [("stopped at its limit", "two failed"), (0, "after")]
+    execute(
+        Run(tmp_path, 1, rehearse=True),
+        [python("slow", code, seconds=3), python("next", "print('after')")],
+        None,
+    )
+    assert [(part["status"], part["last"]) for part in summary(tmp_path)["parts"]] == [
+        ("stopped at its limit", "two failed"),
+        (0, "after"),
+    ]
 
 
 def test_what_ignores_the_interrupt_and_its_children_are_killed(tmp_path: Path, short: None) -> None:
     code = (
-        "import os, signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print(os.fork() or os.getpid(), flush=True); time.sleep(60)"
+        "import os, signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print(os.fork() or"
+        " os.getpid(), flush=True); time.sleep(60)"
     )
     execute(Run(tmp_path, 1, rehearse=True), [python("deaf", code, seconds=3)], None)
     pids = [int(line) for line in (tmp_path / "gpu-outputs.txt").read_text().splitlines() if line.isdigit()]
@@ -82,8 +106,14 @@ def test_the_whole_keeps_to_its_time_and_names_what_is_left_out(tmp_path: Path, 
 
 def test_training_goes_on_until_something_is_measured(tmp_path: Path, short: None) -> None:
     wait = "import pathlib, time\nwhile not pathlib.Path({!r}).exists(): time.sleep(0.01)"
-    training = python("training", f"import pathlib, time; pathlib.Path({str(tmp_path / 'began')!r}).touch(); time.sleep(60)")
-    parts = [python("facts", ""), python("test", wait.format(str(tmp_path / "began"))), python("rates", "", measures=True)]
+    training = python(
+        "training", f"import pathlib, time; pathlib.Path({str(tmp_path / 'began')!r}).touch(); time.sleep(60)"
+    )
+    parts = [
+        python("facts", ""),
+        python("test", wait.format(str(tmp_path / "began"))),
+        python("rates", "", measures=True),
+    ]
     execute(Run(tmp_path, 1, rehearse=True), parts, training)
     found = [(part["name"], part["status"]) for part in summary(tmp_path)["parts"]]
     assert found == [("facts", 0), ("test", 0), ("training", "stopped before measuring"), ("rates", 0)]
@@ -118,9 +148,15 @@ def test_eight_minutes_reach_the_first_measurements() -> None:
     parts = gpu.plan(rehearse=False)
     names = [part.name for part in parts]
     # compute-sanitizer is not on every machine
-    before = sum(part.seconds for part in parts[: names.index("speed: fsp chains")]) + (0 if "memcheck" in names else 90)
-    assert before <= 8 * 60 and names.index("smoke cuda") < names.index("smoke triton") < names.index("tests of cuda")
-    assert not any(part.measures for part in parts[: names.index("launches")]) and all(p.measures for p in parts[names.index("launches") :])
+    before = sum(part.seconds for part in parts[: names.index("speed: fsp chains")]) + (
+        0 if "memcheck" in names else 90
+    )
+    assert before <= 8 * 60 and names.index("smoke cuda") < names.index("smoke triton") < names.index(
+        "tests of cuda"
+    )
+    assert not any(part.measures for part in parts[: names.index("launches")]) and all(
+        p.measures for p in parts[names.index("launches") :]
+    )
 
 
 def test_a_wrong_argument_is_one_line(tmp_path: Path) -> None:
@@ -130,7 +166,9 @@ def test_a_wrong_argument_is_one_line(tmp_path: Path) -> None:
         assert done.returncode == 2 and word in done.stderr.splitlines()[-1]
 
 
-def test_the_fastest_tiles_are_printed_and_the_table_is_as_it_was(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_the_fastest_tiles_are_printed_and_the_table_is_as_it_was(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
     view = pytest.importorskip("fastkd.kernels.fsp.view", exc_type=ImportError)
     from speed import gpu_parts
 

@@ -1,4 +1,6 @@
-"""Gradients that the forward pass prepares: the same bits whether the upstream gradient was foreseen or not, and never given away twice."""
+"""Gradients that the forward pass prepares: the same bits whether the upstream gradient was foreseen or not,
+and never given away twice.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,11 @@ def gradients(function, student, teacher, upstream, **switches):
     """The gradients, and the operators that the backward pass ran."""
     loss = getattr(fastkd, function)(student, teacher, **switches)
     with Recorder() as recorder:
-        found = torch.autograd.grad(loss, [x for x in (*student, *teacher) if x.requires_grad], torch.tensor(upstream, dtype=loss.dtype))
+        found = torch.autograd.grad(
+            loss,
+            [x for x in (*student, *teacher) if x.requires_grad],
+            torch.tensor(upstream, dtype=loss.dtype),
+        )
     return found, recorder.fused
 
 
@@ -60,10 +66,15 @@ def test_a_guess_changes_no_bit(function, foresee, dtype, layout, upstream):
 def test_every_switch_prepares_what_the_backward_computes(function, foresee):
     grid = {
         "attention_transfer_loss": [
-            {"pool": p, "pool_mode": m, "p": q} for p in ("before", "after") for m in ("avg", "max") for q in (1.0, 2.0, 2.7)
+            {"pool": p, "pool_mode": m, "p": q}
+            for p in ("before", "after")
+            for m in ("avg", "max")
+            for q in (1.0, 2.0, 2.7)
         ]
     }
-    for switches in grid.get(function, [{"pool_mode": "avg"}, {"pool_mode": "max"}, {"distance": "column_l2"}]):
+    for switches in grid.get(
+        function, [{"pool_mode": "avg"}, {"pool_mode": "max"}, {"distance": "column_l2"}]
+    ):
         student = chain(grad=True)
         teacher = [make((3, x.shape[1], 5, 6)) for x in student]
         foresee(3.0)
@@ -116,7 +127,7 @@ def test_a_second_derivative_is_refused_all_the_same(function, foresee):
     student, teacher = chain(grad=True), chain()
     foresee(1.0)
     loss = getattr(fastkd, function)(student, teacher)
-    (grad, *_) = torch.autograd.grad(loss, student, create_graph=True)
+    grad, *_ = torch.autograd.grad(loss, student, create_graph=True)
     with pytest.raises(RuntimeError, match=f"reference.{function}"):
         grad.sum().backward()
 
@@ -149,7 +160,9 @@ STEPS = {  # the factors of a step's losses, and how its backward passes go
 
 @pytest.mark.parametrize("step", STEPS)
 def test_every_loss_of_a_step_keeps_its_prepared_gradient(function, cpp, step, monkeypatch):
-    """Losses of equal shapes, several in a step: from the third step on, all that get a gradient have it from the forward pass."""
+    """Losses of equal shapes, several in a step: from the third step on, all that get a gradient have it from
+    the forward pass.
+    """
     monkeypatch.setattr(LOSSES[function], "_prefetch", GradPrefetch())
     factors, way = STEPS[step]
     student, teacher = chain(grad=True), chain()
@@ -162,7 +175,13 @@ def test_every_loss_of_a_step_keeps_its_prepared_gradient(function, cpp, step, m
                     losses.append(factor * getattr(fastkd, function)(student, teacher))
                     if way == "each":
                         losses[-1].backward()
-                for loss in {"sum": [sum(losses)], "end": losses, "first": losses[:1], "last": losses[-1:], "each": []}[way]:
+                for loss in {
+                    "sum": [sum(losses)],
+                    "end": losses,
+                    "first": losses[:1],
+                    "last": losses[-1:],
+                    "each": [],
+                }[way]:
                     loss.backward()
             ran.append(recorder.fused.count(f"{function}_backward"))
     assert sum(ran[2:]) == 0, ran

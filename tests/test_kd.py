@@ -18,14 +18,23 @@ LAYOUTS = ("contiguous", "swapped", "sliced", "stepped", "expanded_batch", "expa
 
 def kd_check(s, t, temperature=4.0, upstream=None, **switches):
     ours, exact = (lambda s, t, f=f: f(s, t, temperature, **switches) for f in (fastkd.kd_loss, ref.kd_loss))
-    check("reference", ours, exact, [s, t], upstream=upstream)  # every backend serves it by the same few lines
+    # every backend serves it by the same few lines
+    check("reference", ours, exact, [s, t], upstream=upstream)
 
 
 @pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum", "none"])
-@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, DTYPES)), ids=lambda pair: "-".join(map(name, pair)))
+@pytest.mark.parametrize(
+    "dtypes", list(itertools.product(DTYPES, DTYPES)), ids=lambda pair: "-".join(map(name, pair))
+)
 def test_kd_matches_the_reference_for_mixed_dtypes(dtypes, reduction):
     s, t = (5 * values((7, 13), dtype) for dtype in dtypes)
-    kd_check(s, t, reduction=reduction, weight=0.9, upstream=torch.randn(7, 13) if reduction == "none" else torch.tensor(1.7))
+    kd_check(
+        s,
+        t,
+        reduction=reduction,
+        weight=0.9,
+        upstream=torch.randn(7, 13) if reduction == "none" else torch.tensor(1.7),
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -41,14 +50,19 @@ def test_kd_matches_the_reference_for_odd_shapes(shape):
 
 def test_kd_is_the_written_formula_at_the_defaults():
     s, t = values((6, 10), torch.float64), values((6, 10), torch.float64)
-    torch.testing.assert_close(fastkd.kd_loss(s, t), formulas.kd_loss(s, t, 4.0, "batchmean"), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        fastkd.kd_loss(s, t), formulas.kd_loss(s, t, 4.0, "batchmean"), rtol=1e-12, atol=0
+    )
     torch.testing.assert_close(fastkd.kd_loss(s, t), formulas.hinton(s, t), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum", "none"])
 @pytest.mark.filterwarnings("ignore:reduction. 'mean'")
 def test_kd_is_finite_for_extreme_logits_where_the_textbook_form_is(reduction):
-    s, t = torch.tensor([[1e4, -1e4, 0.0], [0.0, 0.0, 0.0]]), torch.tensor([[1e4, -1e4, 0.0], [3e4, 0.0, -3e4]])
+    s, t = (
+        torch.tensor([[1e4, -1e4, 0.0], [0.0, 0.0, 0.0]]),
+        torch.tensor([[1e4, -1e4, 0.0], [3e4, 0.0, -3e4]]),
+    )
     textbook = 16 * F.kl_div(F.log_softmax(s / 4, 1), F.softmax(t / 4, 1), reduction=reduction)
     assert textbook.isfinite().all()
     torch.testing.assert_close(fastkd.kd_loss(s, t, reduction=reduction), textbook)
@@ -82,23 +96,33 @@ def test_a_class_excluded_by_both_adds_nothing(temperature, right):
     loss = fastkd.kd_loss(s, t, temperature)
     assert loss.item() == pytest.approx(right, abs=5e-5)
     two = [x.detach()[:, :2].requires_grad_() for x in (s, t)]
-    for grad, want in zip(torch.autograd.grad(loss, (s, t)), torch.autograd.grad(fastkd.kd_loss(*two, temperature), two)):
+    for grad, want in zip(
+        torch.autograd.grad(loss, (s, t)), torch.autograd.grad(fastkd.kd_loss(*two, temperature), two)
+    ):
         torch.testing.assert_close(grad, F.pad(want, (0, 1)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_class_excluded_by_the_teacher_alone_adds_nothing(dtype):
-    s, t = torch.tensor([[1, 0.5, 0.3]], dtype=dtype, requires_grad=True), torch.tensor([[1, 2, -INF]], dtype=dtype)
+    s, t = (
+        torch.tensor([[1, 0.5, 0.3]], dtype=dtype, requires_grad=True),
+        torch.tensor([[1, 2, -INF]], dtype=dtype),
+    )
     loss = fastkd.kd_loss(s, t)
     want = 16 * F.kl_div(F.log_softmax(s / 4, 1), F.softmax(t / 4, 1), reduction="batchmean")
     torch.testing.assert_close(loss, want)
     torch.testing.assert_close(*(torch.autograd.grad(value, s)[0] for value in (loss, want)))
 
 
-@pytest.mark.parametrize("teacher", [[1.0, 2, 3], [1.0, 2, -3000]], ids=["likely", "below the smallest number"])
+@pytest.mark.parametrize(
+    "teacher", [[1.0, 2, 3], [1.0, 2, -3000]], ids=["likely", "below the smallest number"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_class_excluded_by_the_student_alone_makes_the_loss_infinite(dtype, teacher):
-    s, t = torch.tensor([[1, 0.5, -INF]], dtype=dtype, requires_grad=True), torch.tensor([teacher], dtype=dtype)
+    s, t = (
+        torch.tensor([[1, 0.5, -INF]], dtype=dtype, requires_grad=True),
+        torch.tensor([teacher], dtype=dtype),
+    )
     loss = fastkd.kd_loss(s, t, 1.0)
     assert loss == INF
     (grad,) = torch.autograd.grad(loss, s)

@@ -53,7 +53,11 @@ def test_maps_and_taps_of_negative_views(backend, p, signed):
     checked(backend, lambda x: fastkd.attention_map(x, **options), [x])
     checked(backend, lambda x: fastkd.tap(x, **options), [x])
     checked(backend, lambda x, r: fastkd.relu_tap(x, r, **options), [x, negative(backend, 2, 6, 5, 4)])
-    checked(backend, lambda x, r: fastkd.relu_tap(x, r, **options), [x.resolve_neg(), negative(backend, 2, 6, 5, 4)])
+    checked(
+        backend,
+        lambda x, r: fastkd.relu_tap(x, r, **options),
+        [x.resolve_neg(), negative(backend, 2, 6, 5, 4)],
+    )
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -62,7 +66,9 @@ def test_maps_and_taps_of_negative_views(backend, p, signed):
 def test_attention_transfer_of_negative_views(backend, teacher_size, pool, p, signed):
     student, teacher = negative(backend, 2, 6, 5, 5), negative(backend, 2, 4, teacher_size, teacher_size)
     for tensors in ([student, teacher], [student.resolve_neg(), teacher], [student, teacher.resolve_neg()]):
-        checked(backend, lambda s, t: fastkd.attention_transfer_loss(s, t, p, signed=signed, pool=pool), tensors)
+        checked(
+            backend, lambda s, t: fastkd.attention_transfer_loss(s, t, p, signed=signed, pool=pool), tensors
+        )
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -83,7 +89,9 @@ def test_fsp_of_negative_views(backend, distance):
     checked(backend, fastkd.fsp_matrix, [student[0].resolve_neg(), student[2]])
     for lazy in ("student", "teacher", "both"):
         chains = [
-            x if lazy in (name, "both") else x.resolve_neg() for name, side in zip(("student", "teacher"), (student, teacher)) for x in side
+            x if lazy in (name, "both") else x.resolve_neg()
+            for name, side in zip(("student", "teacher"), (student, teacher))
+            for x in side
         ]
         checked(backend, lambda *x: fastkd.fsp_loss(x[:3], x[3:], distance=distance), chains)
     # matrices larger than the features: Triton keeps less
@@ -122,6 +130,9 @@ def test_complex_features_are_refused(backend):
 def test_a_view_of_the_same_strides_is_not_taken_for_a_negative_one(triton):
     """The plans that are kept for shapes and strides serve both."""
     z = triton(torch.randn(2, 6, 5, 4, dtype=torch.complex64))
-    maps = [fastkd.attention_map(x, **MAP) for x in random.sample([z.imag, z.conj().imag, z.imag, z.conj().imag], 4)]
+    maps = [
+        fastkd.attention_map(x, **MAP)
+        for x in random.sample([z.imag, z.conj().imag, z.imag, z.conj().imag], 4)
+    ]
     ordinary = fastkd.attention_map(z.imag.clone(), **MAP)
     assert {torch.allclose(m, ordinary, rtol=1e-5, atol=1e-6) for m in maps} == {True, False}

@@ -1,4 +1,6 @@
-"""An error keeps no feature alive: after an out-of-memory error whoever tries again with less needs the memory back at once."""
+"""An error keeps no feature alive: after an out-of-memory error whoever tries again with less needs the
+memory back at once.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ CALLS = {
     "fsp_loss": lambda s, t: fastkd.fsp_loss(s, t),
     "tap": lambda s, t: fastkd.tap(s[0]),
     "relu_tap": lambda s, t: fastkd.relu_tap(s[0], s[1]),
-    "batch_norm": lambda s, t: batch_norm(torch.nn.BatchNorm2d(3), s[0].contiguous(memory_format=torch.channels_last)),
+    "batch_norm": lambda s, t: batch_norm(
+        torch.nn.BatchNorm2d(3), s[0].contiguous(memory_format=torch.channels_last)
+    ),
 }
 
 

@@ -1,4 +1,6 @@
-"""What a run says of a fault: the cause that can be mended, what is known, and one of something in the singular."""
+"""What a run says of a fault: the cause that can be mended, what is known, and one of something in the
+singular.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,53 @@ from fastkd.training.experiment import find_teacher
 from fastkd.training.progress import Progress
 from fastkd.training.run_summary import describe
 
-QUICK = ["--dataset", "digits", "--student", "resnet8", "--batch-size", "32", "--device", "cpu", "--no-pictures"]
+QUICK = [
+    "--dataset",
+    "digits",
+    "--student",
+    "resnet8",
+    "--batch-size",
+    "32",
+    "--device",
+    "cpu",
+    "--no-pictures",
+]
 
 
 def settings_of(output, method="kd", **changes):
     overrides = {"epochs": 1, "batch_size": 32, **changes.pop("overrides", {})}
-    return Settings(method, "digits", teacher="resnet8", student="resnet8", device="cpu", output=output, overrides=overrides, **changes)
+    return Settings(
+        method,
+        "digits",
+        teacher="resnet8",
+        student="resnet8",
+        device="cpu",
+        output=output,
+        overrides=overrides,
+        **changes,
+    )
 
 
-@pytest.mark.parametrize(("precision", "wanted"), [("fp32", "try a smaller --lr\n"), ("bf16", "try a smaller --lr or --precision fp32\n")])
-def test_a_loss_that_is_not_finite_blames_what_can_be_changed(small_main, capsys, tmp_path, precision, wanted):
-    flags = ["--method", "baseline", *QUICK, "--epochs", "1", "--lr", "1e30", "--precision", precision, "--output", str(tmp_path)]
+@pytest.mark.parametrize(
+    ("precision", "wanted"),
+    [("fp32", "try a smaller --lr\n"), ("bf16", "try a smaller --lr or --precision fp32\n")],
+)
+def test_a_loss_that_is_not_finite_blames_what_can_be_changed(
+    small_main, capsys, tmp_path, precision, wanted
+):
+    flags = [
+        "--method",
+        "baseline",
+        *QUICK,
+        "--epochs",
+        "1",
+        "--lr",
+        "1e30",
+        "--precision",
+        precision,
+        "--output",
+        str(tmp_path),
+    ]
     assert small_main(flags) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.endswith(f"in epoch 1, step 2: {wanted}")
@@ -61,16 +99,26 @@ def test_a_teacher_at_chance_gets_one_warning(small_main, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("error", "cache"),
     [
-        (type("BackendCompilerFailed", (RuntimeError,), {"__module__": "torch._dynamo.exc"})("backend raised"), True),
+        (
+            type("BackendCompilerFailed", (RuntimeError,), {"__module__": "torch._dynamo.exc"})(
+                "backend raised"
+            ),
+            True,
+        ),
         (ImportError("/somewhere/cache/vf/cvf.main.so: file too short"), True),
         (SyntaxError("invalid syntax", ("/somewhere/cache/bh/cbh.py", 1, 1, "x")), True),
         (AttributeError("module 'torch._inductor.runtime.compile_tasks.cbh' has no attribute 'call'"), True),
-        (type("InvalidCxxCompiler", (RuntimeError,), {"__module__": "torch._inductor.exc"})("no compiler"), False),
+        (
+            type("InvalidCxxCompiler", (RuntimeError,), {"__module__": "torch._inductor.exc"})("no compiler"),
+            False,
+        ),
     ],
     ids=lambda value: type(value).__name__,
 )
 def test_a_damaged_compiler_cache_is_named_with_the_way_to_clear_it(monkeypatch, error, cache):
-    """What torch 2.14 raises, in the forward and the backward pass, for files that were cut off; and no compiler at all."""
+    """What torch 2.14 raises, in the forward and the backward pass, for files that were cut off; and no
+    compiler at all.
+    """
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/somewhere/cache")
     loop = loop_of("baseline", compiled=True)
 
@@ -80,11 +128,13 @@ def test_a_damaged_compiler_cache_is_named_with_the_way_to_clear_it(monkeypatch,
         raise error
 
     monkeypatch.setattr(loop.train_step, "forward", broken)
-    with pytest.raises(UserError, match="the step cannot be compiled .*: --no-compile does without") as caught:
+    with pytest.raises(
+        UserError, match="the step cannot be compiled .*: --no-compile does without"
+    ) as caught:
         loop.train_epoch(1, Progress("", loop.steps))
-    assert str(caught.value).endswith("; a damaged cache is cleared by deleting /somewhere/cache") == cache and "\n" not in str(
-        caught.value
-    )
+    assert str(caught.value).endswith(
+        "; a damaged cache is cleared by deleting /somewhere/cache"
+    ) == cache and "\n" not in str(caught.value)
 
 
 def test_an_error_of_another_kind_is_not_the_compilers(monkeypatch):
@@ -96,7 +146,10 @@ def test_an_error_of_another_kind_is_not_the_compilers(monkeypatch):
 
 @pytest.fixture
 def table(tmp_path):
-    lines = ["no,method,dataset,student,teacher,start_time,acc,epoch,nepoch,lr,batch_size", "1,at,digits,resnet8,resnet8,x,90,1,1,0.1,32"]
+    lines = [
+        "no,method,dataset,student,teacher,start_time,acc,epoch,nepoch,lr,batch_size",
+        "1,at,digits,resnet8,resnet8,x,90,1,1,0.1,32",
+    ]
     (tmp_path / "results.csv").write_text("\n".join([*lines, "2,kd,cifar10,resnet8,,x,90,1,1,0.1,32"]) + "\n")
     return tmp_path
 
@@ -104,7 +157,10 @@ def table(tmp_path):
 @pytest.mark.parametrize(
     ("only", "words"),
     [
-        (["metod=at"], "--only metod: no such column; known: no, method, dataset, student, teacher, start_time, acc, "),
+        (
+            ["metod=at"],
+            "--only metod: no such column; known: no, method, dataset, student, teacher, start_time, acc, ",
+        ),
         (["method"], "--only method=: no run has that; known: at, kd"),
         (["method=fsp"], "--only method=fsp: no run has that; known: at, kd"),
         (["teacher=resnet20"], "--only teacher=resnet20: no run has that; known: resnet8, nothing"),

@@ -1,4 +1,6 @@
-"""Several commands in one folder: locks where the file system has none, one teacher for all, and no folders left behind."""
+"""Several commands in one folder: locks where the file system has none, one teacher for all, and no folders
+left behind.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,25 @@ from fastkd.training.config import Config
 from fastkd.training.experiment import find_teacher
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = ["--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--batch-size", "32", "--device", "cpu", "--no-pictures"]
+QUICK = [
+    "--dataset",
+    "digits",
+    "--teacher",
+    "resnet8",
+    "--student",
+    "resnet8",
+    "--batch-size",
+    "32",
+    "--device",
+    "cpu",
+    "--no-pictures",
+]
 
 
-@pytest.fixture(params=[errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, None], ids=lambda code: errno.errorcode.get(code, "no fcntl"))
+@pytest.fixture(
+    params=[errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, None],
+    ids=lambda code: errno.errorcode.get(code, "no fcntl"),
+)
 def no_locks(request, monkeypatch):
     """A file system without flock, or a system."""
     if request.param is None:
@@ -54,7 +71,10 @@ def test_a_run_needs_no_file_locks(small_main, no_locks, tmp_path, capsys):
         assert lines == []
     else:
         (line,) = lines
-        assert f"has no file locks ({os.strerror(no_locks)}); a file .lock.held stands for .lock while it is held" in line
+        assert (
+            f"has no file locks ({os.strerror(no_locks)}); a file .lock.held stands for .lock while it is"
+            " held" in line
+        )
 
 
 def test_without_file_locks_one_holds_and_no_row_is_lost(no_locks, tmp_path):
@@ -67,7 +87,9 @@ def test_without_file_locks_one_holds_and_no_row_is_lost(no_locks, tmp_path):
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(lambda i: results.append(tmp_path, {"seed": i, "folder": f"run{i}"}), range(12)))
     rows = results.read_rows(tmp_path)[1]
-    assert [row["no"] for row in rows] == [str(i) for i in range(1, 13)] and {row["seed"] for row in rows} == {str(i) for i in range(12)}
+    assert [row["no"] for row in rows] == [str(i) for i in range(1, 13)] and {
+        row["seed"] for row in rows
+    } == {str(i) for i in range(12)}
 
 
 # who holds it, how many seconds without a sign of life, whether it is left behind
@@ -111,7 +133,11 @@ def test_who_holds_a_mark_renews_it(monkeypatch, tmp_path):
 
 
 def test_who_comes_second_waits_for_the_teacher(tmp_path, capsys):
-    plan = Config(Settings("kd", "digits", student="resnet8", teacher="resnet8", output=tmp_path, device="cpu", resume=""))
+    plan = Config(
+        Settings(
+            "kd", "digits", student="resnet8", teacher="resnet8", output=tmp_path, device="cpu", resume=""
+        )
+    )
     path, found = plan.teacher_path(), []
     with locked(tmp_path / f".{path.name}.lock"):
         thread = threading.Thread(target=lambda: found.append(find_teacher(plan)))
@@ -121,9 +147,15 @@ def test_who_comes_second_waits_for_the_teacher(tmp_path, capsys):
             time.sleep(0.05)
             out += capsys.readouterr().out
         time.sleep(0.3)
-        assert not found and out + capsys.readouterr().out == f"teacher: another process trains {path}; waiting for it\n"
+        assert (
+            not found
+            and out + capsys.readouterr().out == f"teacher: another process trains {path}; waiting for it\n"
+        )
         path.parent.mkdir()
-        torch.save({"model": create_model("resnet8").state_dict(), "config": {"identity": plan.identity("teacher")}}, path)
+        torch.save(
+            {"model": create_model("resnet8").state_dict(), "config": {"identity": plan.identity("teacher")}},
+            path,
+        )
     thread.join(60)
     assert found and "training it first" not in capsys.readouterr().out
 
@@ -147,9 +179,14 @@ sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in chi
 
 
 def test_two_commands_on_one_output_train_one_teacher(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+    }
     flags = ["--method", "at", *QUICK, "--epochs", "2", "--output", str(tmp_path)]
-    done = subprocess.run([sys.executable, "-c", PAIR, *flags], capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", PAIR, *flags], capture_output=True, text=True, env=environment, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(row["method"] for row in results.read_rows(tmp_path)[1]) == ["at", "at", "teacher"]
     assert done.stdout.count("training it first") == 1
@@ -184,9 +221,13 @@ def test_a_failed_download_leaves_what_came(monkeypatch, tmp_path):
     assert [path.name for path in (tmp_path / "data").rglob("*")] == ["FashionMNIST", "raw", "half"]
 
 
-@pytest.mark.parametrize("flags", [["--dataset", "cifar10"], [*QUICK, "--batch-size", "100"]], ids=["download", "batch"])
+@pytest.mark.parametrize(
+    "flags", [["--dataset", "cifar10"], [*QUICK, "--batch-size", "100"]], ids=["download", "batch"]
+)
 def test_a_command_that_cannot_begin_leaves_no_folders(small_main, monkeypatch, tmp_path, flags):
-    stand_in(monkeypatch, lambda name, root: root.mkdir() or (_ for _ in ()).throw(URLError("no route to host")))
+    stand_in(
+        monkeypatch, lambda name, root: root.mkdir() or (_ for _ in ()).throw(URLError("no route to host"))
+    )
     monkeypatch.chdir(tmp_path)
     assert small_main(["--method", "baseline", "--drop-last", *flags]) == 2
     assert not list(tmp_path.iterdir())

@@ -45,12 +45,19 @@ def test_sums_that_cannot_be_are_refused(name, words):
 
 
 def test_kd_has_the_weight_that_its_authors_give_it_beside_another_loss():
-    for preset, alone, beside in (("repdistiller", (0.1, 0.9), (1, 1)), ("hankyul2", (1, 1), (1, 0.9)), ("sakd", (1, 0.9), (1, 0.9))):
+    for preset, alone, beside in (
+        ("repdistiller", (0.1, 0.9), (1, 1)),
+        ("hankyul2", (1, 1), (1, 0.9)),
+        ("sakd", (1, 0.9), (1, 0.9)),
+    ):
         for name, (ce, weight) in (("kd", alone), ("fsp+kd", beside), ("at+fsp+kd", beside)):
             found = methods.define(name, preset=preset)
             assert (found.ce, options(found, "kd").weight) == (ce, weight), (preset, name)
     # only the sum that was published has cross-entropy at 0.1
-    assert methods.define("at+kd", preset="zagoruyko").ce == 0.1 and methods.define("fsp+kd", preset="zagoruyko").ce == 1
+    assert (
+        methods.define("at+kd", preset="zagoruyko").ce == 0.1
+        and methods.define("fsp+kd", preset="zagoruyko").ce == 1
+    )
 
 
 def test_what_the_authors_always_add_comes_with_a_method_once():
@@ -84,20 +91,36 @@ def test_a_term_takes_the_best_known_values_where_the_recipe_has_none():
     assert found.others_presets() == {"fsp": "repdistiller"} and found.changes == {}
     found = methods.define("at+fsp", preset="mdistiller", words=["fsp.preset=kdzoo"])
     assert options(found, "fsp").pair_reduce == "mean" and found.changes == {"fsp.preset": "kdzoo"}
-    with pytest.raises(ValueError, match=r"option fsp.preset is 'mdistiller', wanted one of repdistiller, .*paper"):
+    with pytest.raises(
+        ValueError, match=r"option fsp.preset is 'mdistiller', wanted one of repdistiller, .*paper"
+    ):
         methods.define("fsp", words=["fsp.preset=mdistiller"])
 
 
 def test_options_come_from_words_and_from_values():
-    found = methods.define("at+kd", preset="hankyul2", words=["at.beta=500", "temperature=2", "stage_reduce=mean", "weights=0.5:1:2"])
+    found = methods.define(
+        "at+kd",
+        preset="hankyul2",
+        words=["at.beta=500", "temperature=2", "stage_reduce=mean", "weights=0.5:1:2"],
+    )
     assert (options(found, "at").beta, options(found, "kd").temperature) == (500.0, 2.0)
-    assert found.changes == {"at.beta": 500.0, "at.stage_reduce": "mean", "at.weights": (0.5, 1.0, 2.0), "kd.temperature": 2.0}
-    again = methods.define("at+kd", preset="hankyul2", words=[f"{key}={written(value)}" for key, value in found.changes.items()])
+    assert found.changes == {
+        "at.beta": 500.0,
+        "at.stage_reduce": "mean",
+        "at.weights": (0.5, 1.0, 2.0),
+        "kd.temperature": 2.0,
+    }
+    again = methods.define(
+        "at+kd", preset="hankyul2", words=[f"{key}={written(value)}" for key, value in found.changes.items()]
+    )
     assert again == found
     given = {"at": {"beta": 500, "stage_reduce": "mean", "weights": [0.5, 1, 2]}, "kd": {"temperature": 2}}
     assert methods.define("at+kd", preset="hankyul2", options=given) == found
     # what repeats the preset is no change
-    assert methods.define("at", preset="hankyul2", words=["beta=1000", "signed=true", "weights=none"]).changes == {}
+    assert (
+        methods.define("at", preset="hankyul2", words=["beta=1000", "signed=true", "weights=none"]).changes
+        == {}
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,7 +150,10 @@ def test_words_that_are_no_options_are_refused(name, word, words):
         define("at", words=["at.beta=1", "beta=2"])
 
 
-@pytest.mark.parametrize(("value", "wanted"), [("x", "a number"), (True, "a number"), (None, "a number"), (float("inf"), "a number")])
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [("x", "a number"), (True, "a number"), (None, "a number"), (float("inf"), "a number")],
+)
 def test_values_that_are_no_options_are_refused(value, wanted):
     with pytest.raises(ValueError, match=re.escape(f"option at.beta is {value!r}, wanted {wanted}")):
         methods.define("at", options={"at": {"beta": value}})
@@ -147,7 +173,9 @@ def test_every_option_has_a_help_and_presets_are_made_of_options():
 
 @pytest.fixture(scope="module")
 def context():
-    return BuildContext.of(create_model("resnet8", 7), create_model("resnet8x4", 7), train_labels=torch.arange(20) % 7)
+    return BuildContext.of(
+        create_model("resnet8", 7), create_model("resnet8x4", 7), train_labels=torch.arange(20) % 7
+    )
 
 
 def test_a_context_knows_the_shapes_and_disturbs_nothing():
@@ -156,10 +184,19 @@ def test_a_context_knows_the_shapes_and_disturbs_nothing():
     modes, buffers = [m.training for m in student.modules()], [b.clone() for b in student.buffers()]
     state = torch.get_rng_state()
     found = BuildContext.of(student, teacher)
-    assert modes == [m.training for m in student.modules()] and all(map(torch.equal, buffers, student.buffers()))
+    assert modes == [m.training for m in student.modules()] and all(
+        map(torch.equal, buffers, student.buffers())
+    )
     assert torch.equal(state, torch.get_rng_state())
-    assert found.num_classes == 7 and found.student_shapes.pooled == (64,) and found.teacher_shapes.final == (128, 8, 8)
-    assert found.teacher_shapes.preact.stages == ((32, 32, 32), (64, 16, 16), (128, 8, 8)) and len(found.student_shapes.blocks) == 3
+    assert (
+        found.num_classes == 7
+        and found.student_shapes.pooled == (64,)
+        and found.teacher_shapes.final == (128, 8, 8)
+    )
+    assert (
+        found.teacher_shapes.preact.stages == ((32, 32, 32), (64, 16, 16), (128, 8, 8))
+        and len(found.student_shapes.blocks) == 3
+    )
 
 
 def test_first_weights_depend_on_the_seed_and_the_method_alone(context):
@@ -168,7 +205,9 @@ def test_first_weights_depend_on_the_seed_and_the_method_alone(context):
     def weights(name, seed=0):
         return define(name, words=["ce.weight=1"]).build(context, seed)[0]["toy"].layers[0].weight
 
-    assert torch.equal(weights("toy"), weights("scheduled+toy+bank")) and not torch.equal(weights("toy"), weights("toy", 1))
+    assert torch.equal(weights("toy"), weights("scheduled+toy+bank")) and not torch.equal(
+        weights("toy"), weights("toy", 1)
+    )
     assert torch.equal(state, torch.get_rng_state())
     seeds = {define("bank").build(context, seed)[0]["bank"].seed for seed in (0, 0, 1)}
     both = define("toy+bank", words=["ce.weight=1"]).build(context)[0]
@@ -176,12 +215,18 @@ def test_first_weights_depend_on_the_seed_and_the_method_alone(context):
 
 
 def test_a_method_that_holds_a_network_is_refused(context):
-    with pytest.raises(TypeError, match="method thief holds a part of a network of its context, wanted a copy"):
+    with pytest.raises(
+        TypeError, match="method thief holds a part of a network of its context, wanted a copy"
+    ):
         define("thief").build(context)
 
 
 def test_a_method_is_made_for_a_context(context):
     found = create_method("at", context, preset="kdzoo", options={"at": {"beta": 3}})
-    assert isinstance(found, methods.Distiller) and found.function.weight == 3 and found.function.stage_reduce == "mean"
+    assert (
+        isinstance(found, methods.Distiller)
+        and found.function.weight == 3
+        and found.function.stage_reduce == "mean"
+    )
     assert list(create_method("kd+at", context)) == ["at", "kd"]
     assert toy_methods.KINDS["at"] is type(found)

@@ -1,4 +1,6 @@
-"""The networks as other libraries use them: hooks, replaced modules, forwards of an instance's own, parametrizations and tracers."""
+"""The networks as other libraries use them: hooks, replaced modules, forwards of an instance's own,
+parametrizations and tracers.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def images(n=2):
 
 
 def network(name, train=True):
-    """In channels_last, so that the fused batch norm would serve it, with norms that change what passes through them."""
+    """In channels_last, so that the fused batch norm would serve it, with norms that change what passes
+    through them.
+    """
     model = create_model(name).to(memory_format=torch.channels_last)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -49,7 +53,9 @@ def network(name, train=True):
 def ask(model, x, features):
     """The tensors that a call returns; ``features`` may be "tap"."""
     if features == "tap":
-        found, logits = model(x, features=True, tap=fastkd.relu_tap if hasattr(model, "layer1") else fastkd.tap)
+        found, logits = model(
+            x, features=True, tap=fastkd.relu_tap if hasattr(model, "layer1") else fastkd.tap
+        )
     elif features:
         found, logits = model(x, features=features)
     else:
@@ -99,7 +105,9 @@ def test_what_a_hook_returns_goes_on(name):
 
 
 @networks
-@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
+@pytest.mark.parametrize(
+    "kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
+)
 def test_hooks_of_all_modules_are_called(name, kind):
     model, seen = network(name), []
     handle = getattr(modules, f"register_module_{kind}")(lambda module, *rest: seen.append(module))
@@ -107,7 +115,9 @@ def test_hooks_of_all_modules_are_called(name, kind):
         model(images()).sum().backward()
     finally:
         handle.remove()
-    assert {id(module) for module in seen} >= {id(module) for module in model.modules() if module is not model}
+    assert {id(module) for module in seen} >= {
+        id(module) for module in model.modules() if module is not model
+    }
     with Recorder() as recorder:  # and once they are gone the fused operator is back
         model(images())
     assert ("batch_norm" in recorder.fused) == native.CPU.available
@@ -153,7 +163,9 @@ def test_a_compiled_block_calls_a_forward_of_the_instances_own():
     block.bn2.forward = lambda x: own(x) * 2 + 1
     wanted = copy.deepcopy(block)(x)
     assert not torch.allclose(other(x), wanted, atol=1e-2)
-    torch.testing.assert_close(torch.compile(block, fullgraph=True, backend="aot_eager")(x), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        torch.compile(block, fullgraph=True, backend="aot_eager")(x), wanted, rtol=1e-4, atol=1e-4
+    )
 
 
 class Halved(nn.Module):
@@ -181,7 +193,9 @@ def test_parametrizations_and_subclasses_are_called(name, train):
             by_hand.get_submodule(key).weight.div_(2)
         torch.testing.assert_close(halve(model, key)(x), by_hand(x), rtol=1e-4, atol=1e-4)
         calls, kind = [], type(by_hand.get_submodule(key))
-        forward = {"forward": lambda self, x, kind=kind, calls=calls: (calls.append(1), kind.forward(self, x))[1]}
+        forward = {
+            "forward": lambda self, x, kind=kind, calls=calls: (calls.append(1), kind.forward(self, x))[1]
+        }
         by_hand.get_submodule(key).__class__ = type("Heir", (kind,), forward)
         by_hand(x)
         assert len(calls) == 1, key
@@ -259,7 +273,9 @@ def test_a_folded_teacher_calls_what_was_put_on_its_modules(name, what, how):
     elif how == "parametrization":
         halve(teacher, key)
     else:
-        module.__class__ = type("Heir", (type(module),), {"forward": lambda self, x: super(type(self), self).forward(x) * 2 + 1})
+        module.__class__ = type(
+            "Heir", (type(module),), {"forward": lambda self, x: super(type(self), self).forward(x) * 2 + 1}
+        )
     with torch.no_grad():
         torch.testing.assert_close(fold_for_inference(teacher, False)(x), teacher(x), rtol=1e-4, atol=1e-4)
 
@@ -272,7 +288,9 @@ TRACERS = {
     "jit.trace": lambda model, x: torch.jit.trace(model, x, check_trace=False),
     "make_fx": lambda model, x: make_fx(model)(x),
     "make_fx, fake": lambda model, x: make_fx(model, tracing_mode="fake", _allow_non_fake_inputs=True)(x),
-    "make_fx, symbolic": lambda model, x: make_fx(model, tracing_mode="symbolic", _allow_non_fake_inputs=True)(x),
+    "make_fx, symbolic": lambda model, x: make_fx(
+        model, tracing_mode="symbolic", _allow_non_fake_inputs=True
+    )(x),
     "make_fx, pre_dispatch": lambda model, x: make_fx(model, pre_dispatch=True)(x),
     "functionalize": lambda model, x: make_fx(torch.func.functionalize(model))(x),
     "functionalize alone": lambda model, x: torch.func.functionalize(model),
@@ -282,7 +300,9 @@ TRACERS = {
 }
 
 
-@pytest.mark.parametrize(("name", "kind"), [("resnet8", "train"), ("resnet8", "folded"), ("wrn_16_1", "eval")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("resnet8", "train"), ("resnet8", "folded"), ("wrn_16_1", "eval")]
+)
 @pytest.mark.parametrize("tracer", TRACERS)
 def test_under_a_tracer_networks_are_plain_pytorch(name, kind, tracer):
     model, x = network(name, train=kind == "train"), images()
@@ -325,7 +345,9 @@ def test_torchvisions_feature_extractor_traces_the_networks(name, train):
     extractor = extraction.create_feature_extractor(model, nodes)
     kept, wanted = {}, copy.deepcopy(model)
     for node in nodes:
-        wanted.get_submodule(node).register_forward_hook(lambda module, args, output, node=node: kept.__setitem__(node, output.clone()))
+        wanted.get_submodule(node).register_forward_hook(
+            lambda module, args, output, node=node: kept.__setitem__(node, output.clone())
+        )
     wanted(x)
     for node, output in extractor(x).items():
         torch.testing.assert_close(output, kept[node], rtol=1e-4, atol=1e-5)

@@ -37,7 +37,9 @@ def test_every_model_has_the_published_number_of_parameters():
     assert set(MODELS) == set(SIZES)
     for name in MODELS:
         with torch.device("meta"):
-            found = tuple(sum(p.numel() for p in create_model(name, classes).parameters()) for classes in (10, 100))
+            found = tuple(
+                sum(p.numel() for p in create_model(name, classes).parameters()) for classes in (10, 100)
+            )
         assert found == SIZES[name], name
 
 
@@ -47,7 +49,10 @@ def test_an_unknown_model_is_told_with_the_known_ones():
 
 
 def norm_names(prefix: str) -> set[str]:
-    return {f"{prefix}.{part}" for part in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
+    return {
+        f"{prefix}.{part}"
+        for part in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    }
 
 
 def published_names(name: str) -> set[str]:
@@ -57,14 +62,22 @@ def published_names(name: str) -> set[str]:
         for group in (1, 2, 3):
             for i in range(3):
                 block = f"layer{group}.{i}"
-                names |= {f"{block}.conv1.weight", f"{block}.conv2.weight"} | norm_names(f"{block}.bn1") | norm_names(f"{block}.bn2")
+                names |= (
+                    {f"{block}.conv1.weight", f"{block}.conv2.weight"}
+                    | norm_names(f"{block}.bn1")
+                    | norm_names(f"{block}.bn2")
+                )
             if group > 1:
                 names |= {f"layer{group}.0.downsample.0.weight"} | norm_names(f"layer{group}.0.downsample.1")
     else:
         for group in (1, 2, 3):
             for i in range(2):
                 block = f"block{group}.layer.{i}"
-                names |= {f"{block}.conv1.weight", f"{block}.conv2.weight"} | norm_names(f"{block}.bn1") | norm_names(f"{block}.bn2")
+                names |= (
+                    {f"{block}.conv1.weight", f"{block}.conv2.weight"}
+                    | norm_names(f"{block}.bn1")
+                    | norm_names(f"{block}.bn2")
+                )
             names.add(f"block{group}.layer.0.convShortcut.weight")
     return names
 
@@ -75,7 +88,10 @@ def test_state_dict_names_are_the_published_ones(name):
 
 
 def normed(state: dict[str, Tensor], prefix: str, x: Tensor) -> Tensor:
-    part = [state[f"{prefix}.{key}"].view(1, -1, 1, 1) for key in ("running_mean", "running_var", "weight", "bias")]
+    part = [
+        state[f"{prefix}.{key}"].view(1, -1, 1, 1)
+        for key in ("running_mean", "running_var", "weight", "bias")
+    ]
     return (x - part[0]) / (part[1] + 1e-5).sqrt() * part[2] + part[3]
 
 
@@ -86,10 +102,16 @@ def resnet_by_hand(state, x, blocks, stem_padding=1):
     for group in (1, 2, 3):
         for i in range(blocks):
             block, stride = f"layer{group}.{i}", 2 if group > 1 and i == 0 else 1
-            out = normed(state, f"{block}.bn1", F.conv2d(x, state[f"{block}.conv1.weight"], stride=stride, padding=1)).relu()
+            out = normed(
+                state, f"{block}.bn1", F.conv2d(x, state[f"{block}.conv1.weight"], stride=stride, padding=1)
+            ).relu()
             out = normed(state, f"{block}.bn2", F.conv2d(out, state[f"{block}.conv2.weight"], padding=1))
             if f"{block}.downsample.0.weight" in state:
-                x = normed(state, f"{block}.downsample.1", F.conv2d(x, state[f"{block}.downsample.0.weight"], stride=stride))
+                x = normed(
+                    state,
+                    f"{block}.downsample.1",
+                    F.conv2d(x, state[f"{block}.downsample.0.weight"], stride=stride),
+                )
             sums.append(out + x)
             x = sums[-1].relu()
     pooled = x.mean((2, 3))
@@ -105,7 +127,11 @@ def wrn_by_hand(state, x, blocks):
             block, stride = f"block{group}.layer.{i}", 2 if group > 1 and i == 0 else 1
             norms.append(normed(state, f"{block}.bn1", x))
             active = norms[-1].relu()
-            out = normed(state, f"{block}.bn2", F.conv2d(active, state[f"{block}.conv1.weight"], stride=stride, padding=1)).relu()
+            out = normed(
+                state,
+                f"{block}.bn2",
+                F.conv2d(active, state[f"{block}.conv1.weight"], stride=stride, padding=1),
+            ).relu()
             out = F.conv2d(out, state[f"{block}.conv2.weight"], padding=1)
             shortcut = state.get(f"{block}.convShortcut.weight")
             x = out + (x if shortcut is None else F.conv2d(active, shortcut, stride=stride))
@@ -132,7 +158,9 @@ def assert_same(found, wanted):
     assert one == other and all(x is y or torch.equal(x, y) for x, y in zip(left, right, strict=True))
 
 
-@pytest.mark.parametrize(("name", "blocks"), [("resnet8", 1), ("resnet20", 3), ("resnet8x4", 1), ("resnet_32_20", 3)])
+@pytest.mark.parametrize(
+    ("name", "blocks"), [("resnet8", 1), ("resnet20", 3), ("resnet8x4", 1), ("resnet_32_20", 3)]
+)
 def test_resnet_features_equal_a_forward_written_by_hand(name, blocks):
     model, x = worn_in(name, num_classes=7), torch.randn(2, 3, 32, 32, dtype=torch.float64)
     stem, sums, pooled, logits = resnet_by_hand(model.state_dict(), x, blocks)
@@ -186,7 +214,9 @@ def test_asking_for_features_changes_neither_gradients_nor_batch_norms(name):
     torch.testing.assert_close([m.detach() for m in maps.blocks], before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("name", "tap"), [("resnet8", "relu_tap"), ("resnet20", "relu_tap"), ("wrn_16_1", "tap")])
+@pytest.mark.parametrize(
+    ("name", "tap"), [("resnet8", "relu_tap"), ("resnet20", "relu_tap"), ("wrn_16_1", "tap")]
+)
 def test_a_tap_gives_the_maps_of_the_stages_and_changes_nothing_else(name, tap):
     """The student's gradient under attention transfer too: taken on the way or from the features, it is one."""
     model, x = create_model(name).double(), torch.randn(3, 3, 32, 32, dtype=torch.float64)
@@ -198,9 +228,21 @@ def test_a_tap_gives_the_maps_of_the_stages_and_changes_nothing_else(name, tap):
         found, logits = model(x, features=True, tap=taken)
         maps = found.maps if taken else [fastkd.attention_map(f) for f in found.stages]
         (
-            fastkd.attention_transfer_loss(maps, teacher, weight=1000.0, student_is_map=True, teacher_is_map=True) + logits.square().sum()
+            fastkd.attention_transfer_loss(
+                maps, teacher, weight=1000.0, student_is_map=True, teacher_is_map=True
+            )
+            + logits.square().sum()
         ).backward()
-        results.append([*found.stages, *found.blocks, *maps, logits, *(p.grad for p in model.parameters()), *model.buffers()])
+        results.append(
+            [
+                *found.stages,
+                *found.blocks,
+                *maps,
+                logits,
+                *(p.grad for p in model.parameters()),
+                *model.buffers(),
+            ]
+        )
         results[-1] = [v.detach().clone() for v in results[-1]]
     assert len(found.maps) == 3 and create_model(name)(x.float(), features=True)[0].maps == ()
     for other in results[1:]:
@@ -220,7 +262,9 @@ def test_models_compile_as_one_graph_and_keep_channels_last(name):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for wanted in (True, "preact", "both", "pooled"):
         expected, got = model(x, features=wanted), compiled(x, features=wanted)
-        torch.testing.assert_close([*got[0].stages, got[1]], [*expected[0].stages, expected[1]], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            [*got[0].stages, got[1]], [*expected[0].stages, expected[1]], rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("name", ["resnet8", "wrn_16_1"])
@@ -252,12 +296,16 @@ def test_the_neck_and_the_classifier_may_be_exchanged(name):
 
 @pytest.mark.parametrize("name", ["resnet8", "wrn_16_2"])
 def test_the_norms_before_the_relu_are_those_of_the_maps(name):
-    """Of a ResNet the sums before the ReLU hold a shortcut too, so it is taken away: of the norm alone the map is an affine one."""
+    """Of a ResNet the sums before the ReLU hold a shortcut too, so it is taken away: of the norm alone the
+    map is an affine one.
+    """
     model, x = worn_in(name), torch.randn(2, 3, 32, 32, dtype=torch.float64)
     outputs, handles = [], []
     norms = model.norms_before_relu()
     for norm in norms:
-        handles.append(norm.register_forward_hook(lambda module, args, output: outputs.append(output.clone())))
+        handles.append(
+            norm.register_forward_hook(lambda module, args, output: outputs.append(output.clone()))
+        )
     stages = model(x, features="preact")[0].stages
     assert [norm.num_features for norm in norms] == [stage.shape[1] for stage in stages]
     if name.startswith("wrn"):
@@ -269,7 +317,9 @@ def test_the_norms_before_the_relu_are_those_of_the_maps(name):
 
 @pytest.mark.parametrize("name", ["resnet8", "wrn_16_1"])
 def test_an_unknown_choice_of_features_is_refused(name):
-    with pytest.raises(ValueError, match="features is 'all', wanted one of False, True, 'preact', 'both', 'pooled'"):
+    with pytest.raises(
+        ValueError, match="features is 'all', wanted one of False, True, 'preact', 'both', 'pooled'"
+    ):
         create_model(name)(torch.zeros(2, 3, 32, 32), features="all")
 
 
@@ -347,7 +397,10 @@ def test_a_file_that_does_not_fit_is_told_in_one_line_and_runs_no_code(tmp_path,
 @pytest.mark.slow
 @pytest.mark.skipif(
     not (os.environ.get("FASTKD_RESNET56_CIFAR100") and os.environ.get("FASTKD_DATA")),
-    reason="set FASTKD_RESNET56_CIFAR100 to the published teacher of settings a and b, and FASTKD_DATA to a folder with CIFAR-100",
+    reason=(
+        "set FASTKD_RESNET56_CIFAR100 to the published teacher of settings a and b, and FASTKD_DATA to a"
+        " folder with CIFAR-100"
+    ),
 )
 def test_the_published_resnet56_has_its_published_accuracy():
     """CRGuan/SAKD's teacher, published with 73.03 %; loader, model, data set and normalization together."""
@@ -359,5 +412,7 @@ def test_the_published_resnet56_has_its_published_accuracy():
     load_weights(model, os.environ["FASTKD_RESNET56_CIFAR100"])
     mean, std = NORMALIZATIONS["ofd"]
     test = Batches(data.test_images, data.test_labels, mean, std, batch_size=500)
-    accuracy = evaluate(model.to(memory_format=torch.channels_last), test, torch.autocast("cpu", enabled=False))
+    accuracy = evaluate(
+        model.to(memory_format=torch.channels_last), test, torch.autocast("cpu", enabled=False)
+    )
     assert accuracy == pytest.approx(73.04, abs=0.011)

@@ -1,4 +1,6 @@
-"""Numbers among the arguments: what is taken for one, what is refused, how often one that changes is compiled."""
+"""Numbers among the arguments: what is taken for one, what is refused, how often one that changes is
+compiled.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ import fastkd
 from fastkd.compat import kdzoo, repdistiller
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CPP = pytest.param("cpp", marks=pytest.mark.skipif(bool(cpp_missing()), reason=f"backend cpp: {cpp_missing()}"))
+CPP = pytest.param(
+    "cpp", marks=pytest.mark.skipif(bool(cpp_missing()), reason=f"backend cpp: {cpp_missing()}")
+)
 BACKENDS = ["auto", CPP, "reference"]
 STUDENT, TEACHER = ([torch.randn(2, 3, 4, 4), torch.randn(2, 4, 4, 4)] for _ in range(2))
 LOGITS = torch.randn(2, 5), torch.randn(2, 5)
@@ -49,8 +53,21 @@ NOT_NUMBERS = {
     "string": "2",
     "complex number": 2j,
 }
-NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf, "NumPy's nan": np.float32("nan"), "NumPy's inf": np.float64("inf")}
-GOOD = {"int": 3, "float16": np.float16(3), "float32": np.float32(3), "float64": np.float64(3), "int64": np.int64(3), "uint8": np.uint8(3)}
+NOT_FINITE = {
+    "nan": math.nan,
+    "inf": math.inf,
+    "-inf": -math.inf,
+    "NumPy's nan": np.float32("nan"),
+    "NumPy's inf": np.float64("inf"),
+}
+GOOD = {
+    "int": 3,
+    "float16": np.float16(3),
+    "float32": np.float32(3),
+    "float64": np.float64(3),
+    "int64": np.int64(3),
+    "uint8": np.uint8(3),
+}
 
 
 def argument(function, name, value):
@@ -64,7 +81,9 @@ def refused(call, kind, name):
     with pytest.raises(kind) as caught:
         call()
     message = str(caught.value)
-    assert type(caught.value) is kind and message.startswith(name) and "\n" not in message and len(message) < 200, message
+    assert (
+        type(caught.value) is kind and message.startswith(name) and "\n" not in message and len(message) < 200
+    ), message
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -153,17 +172,23 @@ def test_compiled_functions_take_numpy_numbers(kind):
     compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
     with fastkd.use_backend("auto"):
         for number in (3, 2):
-            for got, want in zip(compiled(np.dtype(kind).type(number)), everything(float(number)), strict=True):
+            for got, want in zip(
+                compiled(np.dtype(kind).type(number)), everything(float(number)), strict=True
+            ):
                 torch.testing.assert_close(got, want)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("function, name", ARGUMENTS)
 def test_graphs_of_a_backend_take_numpy_numbers_as_weight_and_refuse_others(cpp, function, name):
-    compiled = torch.compile(lambda value: CALLS[function](**argument(function, name, value)), fullgraph=True, backend="eager")
+    compiled = torch.compile(
+        lambda value: CALLS[function](**argument(function, name, value)), fullgraph=True, backend="eager"
+    )
     with fastkd.use_backend(cpp):
         if name == "weight" or function == "kd_loss":
-            torch.testing.assert_close(compiled(np.float32(3)), CALLS[function](**argument(function, name, 3.0)))
+            torch.testing.assert_close(
+                compiled(np.float32(3)), CALLS[function](**argument(function, name, 3.0))
+            )
             return
         with pytest.raises(Exception, match=name) as caught:
             compiled(np.float32(3))
@@ -209,7 +234,8 @@ def test_another_projects_number_that_changes_compiles_two_graphs(module):
     with fastkd.use_backend("auto"):
         for value in SERIES:
             setattr(instance, name, value)
-            torch.testing.assert_close(compiled(*inputs), instance(*inputs), equal_nan=True)  # negative features under a signed power
+            # negative features under a signed power
+            torch.testing.assert_close(compiled(*inputs), instance(*inputs), equal_nan=True)
     assert len(graphs) <= 2
 
 
@@ -225,7 +251,9 @@ def test_the_weight_in_a_graph_is_applied_before_a_gradient_is_rounded(cpp, func
 
     with fastkd.use_backend(cpp):
         want = torch.autograd.grad(loss(student, teacher), student)
-        got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(student, teacher), student)
+        got = torch.autograd.grad(
+            torch.compile(loss, fullgraph=True, backend="aot_eager")(student, teacher), student
+        )
     for a, b in zip(got, want):
         torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).tiny)
         assert (a != 0).float().mean() > 0.9

@@ -66,13 +66,18 @@ def test_the_worked_figures():
 def test_values_and_gradients_by_hand(seed):
     chosen = random.Random(seed)
     count, n = chosen.choice((1, 2, 3)), chosen.choice((1, 2, 5))
-    shapes = [(n, chosen.choice((1, 3, 7)), *(chosen.choice((1, 3, 5)) for _ in range(chosen.choice((1, 2, 3))))) for _ in range(count)]
+    shapes = [
+        (n, chosen.choice((1, 3, 7)), *(chosen.choice((1, 3, 5)) for _ in range(chosen.choice((1, 2, 3)))))
+        for _ in range(count)
+    ]
     students, teachers = ([torch.randn(shape, dtype=torch.float64) for shape in shapes] for _ in range(2))
     margins = [-torch.rand(shape[1], dtype=torch.float64) for shape in shapes]
     weights = chosen.choice((None, [0.5 + i for i in range(count)]))
     used = [2.0 ** (i + 1 - count) for i in range(count)] if weights is None else weights
     pair = [*students, *teachers]
-    found = gradients(lambda *x: fastkd.ofd_loss(x[:count], x[count:], margins, weights=weights, weight=0.25), *pair)
+    found = gradients(
+        lambda *x: fastkd.ofd_loss(x[:count], x[count:], margins, weights=weights, weight=0.25), *pair
+    )
     wanted = gradients(lambda *x: 0.25 * by_hand(x[:count], x[count:], margins, used), *pair)
     torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-12)
 
@@ -88,7 +93,12 @@ def test_margins_by_hand():
     ]
     weight, bias = torch.tensor(pairs, dtype=torch.float64).unbind(1)
     found = fastkd.ofd_margin(weight, bias)
-    torch.testing.assert_close(found, torch.tensor([margin_by_hand(*pair) for pair in pairs], dtype=torch.float64), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        found,
+        torch.tensor([margin_by_hand(*pair) for pair in pairs], dtype=torch.float64),
+        rtol=1e-9,
+        atol=1e-12,
+    )
     assert found.max() <= 0 and not math.copysign(1, found[2]) > 0
     half = fastkd.ofd_margin(weight.half(), bias.half())
     assert half.dtype == torch.float32
@@ -100,11 +110,15 @@ def test_every_dtype_is_computed_in_float32(dtype):
     pair = [(100 * torch.randn(3, 5, 7, 6)).to(dtype) for _ in range(2)]
     margins = -torch.rand(5)
     found = gradients(lambda s, t: fastkd.ofd_loss(s, t, margins), *pair)
-    wanted = gradients(lambda s, t: by_hand([s], [t], [margins.double()], [1e-3]), *(x.double() for x in pair))
+    wanted = gradients(
+        lambda s, t: by_hand([s], [t], [margins.double()], [1e-3]), *(x.double() for x in pair)
+    )
     assert found[0].dtype == torch.float32 and [x.dtype for x in found[1:]] == [dtype] * 2
     torch.testing.assert_close(found[0].double(), wanted[0], rtol=1e-5, atol=0)
     for got, want in zip(found[1:], wanted[1:], strict=True):
-        torch.testing.assert_close(got.double(), want, rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            got.double(), want, rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-6
+        )
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(fastkd.ofd_loss(*pair, margins), found[0])
 
@@ -128,15 +142,35 @@ def test_the_module_is_one_graph_and_moves_its_margins():
     ("change", "error", "words"),
     [
         ({"margins": [-torch.ones(3)]}, ValueError, "margins has 1, wanted 2, one a stage"),
-        ({"margins": [-torch.ones(3), torch.tensor([-1.0, 0.5, 0.0])]}, ValueError, r"margins\[1\] has 0.5, wanted numbers of at most 0"),
-        ({"margins": [-torch.ones(3), -torch.ones(2)]}, ValueError, r"margins\[1\] is \(2,\) .* one number a channel"),
-        ({"margins": [-torch.ones(3), -torch.ones(3, 1)]}, ValueError, r"margins\[1\] is \(3, 1\) .* wanted \(C,\)"),
+        (
+            {"margins": [-torch.ones(3), torch.tensor([-1.0, 0.5, 0.0])]},
+            ValueError,
+            r"margins\[1\] has 0.5, wanted numbers of at most 0",
+        ),
+        (
+            {"margins": [-torch.ones(3), -torch.ones(2)]},
+            ValueError,
+            r"margins\[1\] is \(2,\) .* one number a channel",
+        ),
+        (
+            {"margins": [-torch.ones(3), -torch.ones(3, 1)]},
+            ValueError,
+            r"margins\[1\] is \(3, 1\) .* wanted \(C,\)",
+        ),
         ({"margins": [-torch.ones(3), [-1.0]]}, TypeError, r"margins\[1\] is list, wanted a tensor"),
-        ({"student": [torch.ones(2, 3, 4), torch.ones(2, 3, 5)]}, ValueError, r"student\[1\] .* teacher\[1\] .* shapes differ"),
+        (
+            {"student": [torch.ones(2, 3, 4), torch.ones(2, 3, 5)]},
+            ValueError,
+            r"student\[1\] .* teacher\[1\] .* shapes differ",
+        ),
         ({"teacher": [torch.ones(2, 3, 4)]}, ValueError, "student has 2 stages, teacher has 1"),
         ({"weights": [1.0]}, ValueError, "weights has 1 numbers, wanted 2"),
         ({"weight": "x"}, TypeError, "weight is"),
-        ({"student": torch.ones(2, 3, 4).long(), "teacher": torch.ones(2, 3, 4)}, TypeError, "student is .* wanted float16"),
+        (
+            {"student": torch.ones(2, 3, 4).long(), "teacher": torch.ones(2, 3, 4)},
+            TypeError,
+            "student is .* wanted float16",
+        ),
     ],
 )
 def test_bad_input_is_one_line(change, error, words):
@@ -154,7 +188,10 @@ def test_bad_margins_are_one_line():
         fastkd.ofd_margin(torch.ones(3), 1.0)
     with pytest.raises(ValueError, match=r"margins\[0\] has 2, wanted numbers of at most 0"):
         fastkd.OFD(2 * torch.ones(3))
-    with pytest.raises(ValueError, match="student's stage 1 is .*28, 28.*, teacher's is .*32, 32.*: ofd wanted maps of one size"):
+    with pytest.raises(
+        ValueError,
+        match="student's stage 1 is .*28, 28.*, teacher's is .*32, 32.*: ofd wanted maps of one size",
+    ):
         fastkd.Distillation(create_model("resnet_32_20"), create_model("resnet8"), "ofd")
 
 
@@ -167,7 +204,9 @@ def test_the_method_reads_the_maps_before_the_relu(preset, student, teacher):
     for norm in teacher.norms_before_relu():
         torch.nn.init.normal_(norm.weight)
         torch.nn.init.normal_(norm.bias)
-    distillation = fastkd.Distillation(student, teacher, "ofd", options={"ofd": {"preset": preset}}, teacher_mode="train").double()
+    distillation = fastkd.Distillation(
+        student, teacher, "ofd", options={"ofd": {"preset": preset}}, teacher_mode="train"
+    ).double()
     images, labels = torch.randn(3, 3, 32, 32, dtype=torch.float64), torch.arange(3)
     losses = distillation(images, labels)
     assert list(losses.terms) == ["ce", "ofd"]
@@ -183,19 +222,30 @@ def test_the_method_reads_the_maps_before_the_relu(preset, student, teacher):
                    for n in teacher.norms_before_relu()]  # fmt: skip
         weights = [0.25e-3, 0.5e-3, 1e-3]
     else:
-        margins = [torch.stack([t[:, i][t[:, i] < 0].mean().nan_to_num() for i in range(t.shape[1])]) for t in teachers]
+        margins = [
+            torch.stack([t[:, i][t[:, i] < 0].mean().nan_to_num() for i in range(t.shape[1])])
+            for t in teachers
+        ]
         weights = [0.5 / 3 / t[0].numel() for t in teachers]
-    torch.testing.assert_close(losses.terms["ofd"].double(), by_hand(connected, teachers, margins, weights), rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(losses.terms["ce"].double(), F.cross_entropy(losses.student_logits, labels), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        losses.terms["ofd"].double(), by_hand(connected, teachers, margins, weights), rtol=1e-6, atol=1e-9
+    )
+    torch.testing.assert_close(
+        losses.terms["ce"].double(), F.cross_entropy(losses.student_logits, labels), rtol=1e-5, atol=1e-6
+    )
     losses.total.backward()
-    assert student.conv1.weight.grad.any() and all(c[0].weight.grad.any() for c in distillation.methods["ofd"].connectors)
+    assert student.conv1.weight.grad.any() and all(
+        c[0].weight.grad.any() for c in distillation.methods["ofd"].connectors
+    )
 
 
 def test_a_teacher_without_norms_needs_another_margin():
     teacher = create_model("resnet8")
     context = BuildContext.of(create_model("resnet8"), teacher)
     teacher.norms_before_relu = tuple
-    with pytest.raises(ValueError, match=r"teacher is ResNet with 0 norms_before_relu\(\) for 3 stages: .* ofd.margin=batch") as caught:
+    with pytest.raises(
+        ValueError, match=r"teacher is ResNet with 0 norms_before_relu\(\) for 3 stages: .* ofd.margin=batch"
+    ) as caught:
         create_method("ofd", context)
     assert "\n" not in str(caught.value)
     assert create_method("ofd", context, options={"ofd": {"margin": "batch"}}).function is None
@@ -204,7 +254,9 @@ def test_a_teacher_without_norms_needs_another_margin():
 
 def test_convolutions_under_autocast_and_one_graph():
     student, teacher = create_model("resnet8"), create_model("resnet8")
-    distillation = fastkd.Distillation(student, teacher, "ofd", autocast=torch.autocast("cpu", torch.bfloat16), fold=False).eval()
+    distillation = fastkd.Distillation(
+        student, teacher, "ofd", autocast=torch.autocast("cpu", torch.bfloat16), fold=False
+    ).eval()
     images, labels = torch.randn(2, 3, 32, 32), torch.arange(2)
     wanted = distillation(images, labels).terms["ofd"]
     assert wanted.dtype == torch.float32 and wanted.isfinite()
@@ -214,7 +266,18 @@ def test_convolutions_under_autocast_and_one_graph():
 
 
 def test_a_run_has_the_teacher_in_train_mode(small_main, tmp_path, capsys):
-    flags = ["--method", "ofd", "--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--epochs", "2"]
+    flags = [
+        "--method",
+        "ofd",
+        "--dataset",
+        "digits",
+        "--teacher",
+        "resnet8",
+        "--student",
+        "resnet8",
+        "--epochs",
+        "2",
+    ]
     assert small_main([*flags, "--device", "cpu", "--output", str(tmp_path), "--no-pictures"]) == 0
     capsys.readouterr()
     with open(tmp_path / "results.csv", newline="") as file:

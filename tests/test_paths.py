@@ -15,7 +15,20 @@ from fastkd.report import maps as redraw
 from fastkd.report import tables as report
 from fastkd.training import Settings, UserError, choose_dataset, load_dataset
 
-QUICK = ["--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--batch-size", "32", "--device", "cpu", "--epochs", "1"]
+QUICK = [
+    "--dataset",
+    "digits",
+    "--teacher",
+    "resnet8",
+    "--student",
+    "resnet8",
+    "--batch-size",
+    "32",
+    "--device",
+    "cpu",
+    "--epochs",
+    "1",
+]
 
 
 @pytest.fixture
@@ -31,8 +44,16 @@ def test_a_string_is_a_path(small_main, home):
     from fastkd.training import repeat
 
     torch.save(create_model("resnet8").state_dict(), home / "teacher.pt")
-    common = {"teacher": "resnet8", "student": "resnet8", "device": "cpu", "overrides": {"epochs": 1}, "pictures": False}
-    repeat(Settings("kd", "digits", output="runs", data="data", teacher_checkpoint="~/teacher.pt", **common), 1)
+    common = {
+        "teacher": "resnet8",
+        "student": "resnet8",
+        "device": "cpu",
+        "overrides": {"epochs": 1},
+        "pictures": False,
+    }
+    repeat(
+        Settings("kd", "digits", output="runs", data="data", teacher_checkpoint="~/teacher.pt", **common), 1
+    )
     assert len(list(Path("runs").glob("kd-*/best.pt"))) == 1
 
 
@@ -89,7 +110,14 @@ def test_a_path_need_not_be_unicode(small_main, home, capsys):
     except (OSError, UnicodeError):
         pytest.skip("names are UTF-8 on this file system")
     torch.save(create_model("resnet8").state_dict(), folder / "teacher.pt")
-    flags = [*QUICK, "--no-pictures", "--output", str(folder / "runs"), "--teacher-checkpoint", str(folder / "teacher.pt")]
+    flags = [
+        *QUICK,
+        "--no-pictures",
+        "--output",
+        str(folder / "runs"),
+        "--teacher-checkpoint",
+        str(folder / "teacher.pt"),
+    ]
     assert small_main(["--method", "kd", *flags]) == 0
     assert small_main(["--method", "kd", *flags]) == 0  # its table can be read
     script = next((folder / "runs").glob("kd-*/command.sh")).read_bytes()

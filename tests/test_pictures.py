@@ -15,7 +15,20 @@ from fastkd.report import maps as redraw
 from fastkd.training import attention_maps
 from fastkd.training.attention_maps import CELL, GAP, GROUP, VARIANTS, examples, sheet, stages
 
-QUICK = ["--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--batch-size", "32", "--device", "cpu", "--epochs", "1"]
+QUICK = [
+    "--dataset",
+    "digits",
+    "--teacher",
+    "resnet8",
+    "--student",
+    "resnet8",
+    "--batch-size",
+    "32",
+    "--device",
+    "cpu",
+    "--epochs",
+    "1",
+]
 NAMES = {f"{stem}.png" for stem in VARIANTS}
 
 
@@ -36,10 +49,14 @@ def drawn(maps, images=None):
     left, above = 34, 106
     models = len(maps)
     places = [0] + [
-        CELL + GROUP + i * (CELL + GAP) + stage * (models * (CELL + GAP) - GAP + GROUP) for stage in range(2) for i in range(models)
+        CELL + GROUP + i * (CELL + GAP) + stage * (models * (CELL + GAP) - GAP + GROUP)
+        for stage in range(2)
+        for i in range(models)
     ]
     rows = [above + row * (CELL + GAP) for row in range(2)]
-    return torch.stack([torch.stack([pixels[y : y + CELL, left + x : left + x + CELL] for x in places]) for y in rows])
+    return torch.stack(
+        [torch.stack([pixels[y : y + CELL, left + x : left + x + CELL] for x in places]) for y in rows]
+    )
 
 
 @pytest.fixture
@@ -62,16 +79,19 @@ def test_each_map_is_in_its_cell_brightest_where_it_is_largest(one_hot):
     cells = drawn(maps)
     for (row, column), (y, x) in places.items():
         light = cells[row, column].sum(-1)
-        assert light.argmax() >= 0 and (light >= 0.95 * light.max()).nonzero().float().mean(0).tolist() == pytest.approx(
-            [y * CELL, x * CELL], abs=2.5
-        )
+        assert light.argmax() >= 0 and (light >= 0.95 * light.max()).nonzero().float().mean(
+            0
+        ).tolist() == pytest.approx([y * CELL, x * CELL], abs=2.5)
         assert light[-1, -1] < 0.1 * light.max()  # 0 is dark
     assert cells[:, 0].max() < 0.02  # the images are black
 
 
 def test_a_map_has_a_scale_of_its_own(one_hot):
     maps, _ = one_hot
-    louder = {"teacher": maps["teacher"], "student": [torch.tensor([7.0, 0.5])[:, None, None] * found for found in maps["student"]]}
+    louder = {
+        "teacher": maps["teacher"],
+        "student": [torch.tensor([7.0, 0.5])[:, None, None] * found for found in maps["student"]],
+    }
     assert torch.equal(drawn(louder), drawn(maps))
 
 
@@ -100,7 +120,11 @@ def test_images_are_shown_as_they_are(one_hot):
 def test_the_three_maps_are_what_they_are_called():
     x = torch.randn(2, 5, 3, 3)
     found = [reduce(x) for _, reduce, _ in VARIANTS.values()]
-    expected = [torch.einsum("nchw,nchw->nhw", x, x) / 5, torch.einsum("nchw,nchw->nhw", x, x), torch.einsum("nchw->nhw", x)]
+    expected = [
+        torch.einsum("nchw,nchw->nhw", x, x) / 5,
+        torch.einsum("nchw,nchw->nhw", x, x),
+        torch.einsum("nchw->nhw", x),
+    ]
     torch.testing.assert_close(found, expected)
 
 
@@ -108,9 +132,22 @@ def test_the_first_test_image_of_each_class_is_shown():
     labels = torch.tensor([9, 0, 1, 5, 5, 3, 0, 8, 7])
     images = torch.arange(9, dtype=torch.uint8)[:, None, None, None].expand(9, 3, 32, 32)
     shown, names = examples("cifar10", 10, images, labels)
-    assert shown[:, 0, 0, 0].tolist() == [1, 2, 5, 3, 8, 7] and names == ["airplane", "automobile", "cat", "dog", "horse", "ship"]
+    assert shown[:, 0, 0, 0].tolist() == [1, 2, 5, 3, 8, 7] and names == [
+        "airplane",
+        "automobile",
+        "cat",
+        "dog",
+        "horse",
+        "ship",
+    ]
     shown, names = examples("another", 10, images, labels)
-    assert shown[:, 0, 0, 0].tolist() == [1, 2, 5, 3, 7] and names == ["class 0", "class 1", "class 3", "class 5", "class 8"]
+    assert shown[:, 0, 0, 0].tolist() == [1, 2, 5, 3, 7] and names == [
+        "class 0",
+        "class 1",
+        "class 3",
+        "class 5",
+        "class 8",
+    ]
 
 
 def test_features_are_those_of_eval_mode_and_leave_the_model_alone():
@@ -124,17 +161,23 @@ def test_features_are_those_of_eval_mode_and_leave_the_model_alone():
 
 
 @pytest.mark.parametrize(("method", "width"), [("at", 947), ("baseline", 572)])
-def test_a_run_leaves_its_sheets_and_they_can_be_drawn_again(small_main, tmp_path, monkeypatch, capsys, method, width):
+def test_a_run_leaves_its_sheets_and_they_can_be_drawn_again(
+    small_main, tmp_path, monkeypatch, capsys, method, width
+):
     pytest.importorskip("matplotlib")
     assert small_main(["--method", method, *QUICK, "--output", str(tmp_path)]) == 0
     folder = tmp_path / rows_of(tmp_path)[-1]["folder"]
     first = {path.name: path.read_bytes() for path in folder.glob("*.png")}
     assert set(first) == NAMES and {path.parent for path in tmp_path.rglob("*.png")} == {folder}
     assert read(first["maps-plain-sum.png"]).shape[1] == pytest.approx(width, abs=2)
-    assert read(first["maps-plain-sum.png"]).std() > 0.1 and first["maps-plain-sum.png"] != first["maps-mean-of-squares.png"]
+    assert (
+        read(first["maps-plain-sum.png"]).std() > 0.1
+        and first["maps-plain-sum.png"] != first["maps-mean-of-squares.png"]
+    )
     for path in folder.glob("*.png"):
         path.unlink()
-    torch.save({"model": create_model("resnet8").state_dict()}, folder / "last.pt")  # the recipe reports the best epoch
+    # the recipe reports the best epoch
+    torch.save({"model": create_model("resnet8").state_dict()}, folder / "last.pt")
     capsys.readouterr()
     assert redraw.main([str(folder)]) == 0
     assert {path.name: path.read_bytes() for path in folder.glob("*.png")} == first
@@ -149,7 +192,9 @@ def test_a_run_leaves_its_sheets_and_they_can_be_drawn_again(small_main, tmp_pat
     assert len(err.splitlines()) == 1 and "holds no run" in err
 
 
-def test_without_matplotlib_the_screen_says_so_and_the_run_is_whole(small_main, monkeypatch, tmp_path, capsys):
+def test_without_matplotlib_the_screen_says_so_and_the_run_is_whole(
+    small_main, monkeypatch, tmp_path, capsys
+):
     monkeypatch.setattr(attention_maps, "available", lambda: False)
     assert small_main(["--method", "baseline", *QUICK, "--output", str(tmp_path)]) == 0
     assert "no pictures (matplotlib is not installed)" in capsys.readouterr().out

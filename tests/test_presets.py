@@ -59,7 +59,9 @@ def test_attention_preset_pools_the_larger_feature_before_the_power(name, teache
     agree(fastkd.AttentionTransfer.preset(name), AT[name], features(), features(teacher_sizes, (4, 2, 9)))
 
 
-@pytest.mark.parametrize("name, published", [("repdistiller", formulas.repdistiller_at), ("kdzoo", formulas.kdzoo_at)])
+@pytest.mark.parametrize(
+    "name, published", [("repdistiller", formulas.repdistiller_at), ("kdzoo", formulas.kdzoo_at)]
+)
 @pytest.mark.parametrize("p", [1, 3, 4])
 def test_attention_preset_keeps_to_its_original_for_other_powers(name, published, p):
     """x.pow(p) keeps the sign of odd powers, abs(x)**p does not."""
@@ -80,7 +82,9 @@ FSP = {
     "kdzoo": pairwise(formulas.bmm_fsp, mse, 1 / 2),
     "hankyul2": pairwise(formulas.bmm_fsp, mse, 1 / 2 / 3),
     "torchdistill": formulas.column_norms,
-    "paper": pairwise(lambda x: formulas.bmm_fsp(x, "max"), lambda a, b: (a - b).pow(2).sum((1, 2)).mean(), 1),
+    "paper": pairwise(
+        lambda x: formulas.bmm_fsp(x, "max"), lambda a, b: (a - b).pow(2).sum((1, 2)).mean(), 1
+    ),
 }
 
 
@@ -90,7 +94,14 @@ def test_fsp_preset_is_its_published_formula(name, teacher_sizes):
     agree(fastkd.FSP.preset(name), FSP[name], features(), features(teacher_sizes))
 
 
-KD = {"zagoruyko": 0.9, "repdistiller": 0.9, "mdistiller": 0.9, "kdzoo": 0.1, "hankyul2": 1.0, "torchdistill": 0.1}
+KD = {
+    "zagoruyko": 0.9,
+    "repdistiller": 0.9,
+    "mdistiller": 0.9,
+    "kdzoo": 0.1,
+    "hankyul2": 1.0,
+    "torchdistill": 0.1,
+}
 
 
 @pytest.mark.parametrize("name", KD)

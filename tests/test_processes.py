@@ -22,10 +22,25 @@ from fastkd.training.config import Config, Settings
 from fastkd.training.device import find_device
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = ["--method", "at", "--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--batch-size", "16", "--device", "cpu"]
+FLAGS = [
+    "--method",
+    "at",
+    "--dataset",
+    "digits",
+    "--teacher",
+    "resnet8",
+    "--student",
+    "resnet8",
+    "--batch-size",
+    "16",
+    "--device",
+    "cpu",
+]
 FLAGS += ["--epochs", "2", "--recipe", "hankyul2", "--no-pictures"]
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed"
+)
 
 
 def of_two(count=2, **variables):
@@ -41,7 +56,9 @@ def worker():
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "FASTKD_BACKEND"):
         environment.pop(name, None)
     command = [sys.executable, str(ROOT / "tests" / "processes_worker.py")]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
     yield process
     process.stdin.close()
     assert process.wait(timeout=60) == 0
@@ -63,7 +80,12 @@ def start(worker, tmp_path):
 
 
 def ours(logs):
-    return [line for log in logs for line in log.splitlines() if line.startswith("train.py: ") or "Traceback" in line]
+    return [
+        line
+        for log in logs
+        for line in log.splitlines()
+        if line.startswith("train.py: ") or "Traceback" in line
+    ]
 
 
 def test_parameters_without_a_gradient_in_any_process_have_none(start, tmp_path):
@@ -81,7 +103,9 @@ def test_a_classifier_that_the_loss_never_reaches_is_not_decayed(start, tmp_path
     one = distributed_worker.loop("fsp", alone=True, epochs=3, weight_decay=0.5)
     for rank in (0, 1):
         two = torch.load(tmp_path / f"two-{rank}.pt")
-        assert torch.equal(two["model"]["fc.weight"], one.student.fc.weight) and two["momenta"] == len(one.optimizer.state)
+        assert torch.equal(two["model"]["fc.weight"], one.student.fc.weight) and two["momenta"] == len(
+            one.optimizer.state
+        )
         torch.testing.assert_close(two["model"], one.student.state_dict(), rtol=1e-5, atol=1e-7)
 
 
@@ -124,18 +148,27 @@ def test_a_failure_of_one_process_ends_all_at_once_with_one_line(start, tmp_path
     if what in PLACES:
         job = fails(*PLACES[what])
     else:
-        flags, job, words = [*flags, "--lr", "1e30"], {"terminal": True}, "the loss is no longer finite in epoch 1"
+        flags, job, words = (
+            [*flags, "--lr", "1e30"],
+            {"terminal": True},
+            "the loss is no longer finite in epoch 1",
+        )
     answer, logs = start(of_two(), flags=list(map(str, flags)), **job)
     assert answer["statuses"] in ([2, 0], [2, 1]), (answer, logs)
     assert len(ours(logs)) == 1 and ours(logs)[0].startswith(f"train.py: error: {words}"), logs
     if what in PLACES:
-        assert answer["seconds"] < 10  # well below one where nothing else runs; the group's timeout is half an hour
+        # well below one where nothing else runs; the group's timeout is half an hour
+        assert answer["seconds"] < 10
 
 
 def test_a_failure_of_the_last_of_three_is_told_by_the_first(start, tmp_path):
     flags = [*FLAGS, "--method", "baseline", "--output", str(tmp_path / "runs")]
     answer, logs = start(of_two(3), flags=flags, **fails(2, "fastkd.training.distributed:_sum", 1))
-    assert answer["statuses"] == [2, 1, 1] and ours(logs) == ["train.py: error: planted"] and logs[1:] == ["", ""], (answer, logs)
+    assert (
+        answer["statuses"] == [2, 1, 1]
+        and ours(logs) == ["train.py: error: planted"]
+        and logs[1:] == ["", ""]
+    ), (answer, logs)
     assert answer["seconds"] < 10
 
 
@@ -155,7 +188,9 @@ def test_the_others_wait_as_long_as_the_first_says_that_it_is_busy(start, tmp_pa
 )
 def test_any_exception_of_one_process_ends_all(start, tmp_path, rank, error, statuses, words):
     flags = [*FLAGS, "--method", "baseline", "--output", str(tmp_path / "runs")]
-    answer, logs = start(of_two(), flags=flags, **fails(rank, "fastkd.distillation:Distillation.forward", 2, error))
+    answer, logs = start(
+        of_two(), flags=flags, **fails(rank, "fastkd.distillation:Distillation.forward", 2, error)
+    )
     assert answer["statuses"] == statuses, (answer, logs)
     assert words in ours(logs) and len(ours(logs)) == 1 + (rank == 1), logs
     assert answer["seconds"] < 10
@@ -167,7 +202,9 @@ def test_any_exception_of_one_process_ends_all(start, tmp_path, rank, error, sta
 def test_a_signal_to_all_processes_while_they_start_is_one_line(start, tmp_path, place, name, status):
     flags = [*FLAGS, "--method", "baseline", "--output", str(tmp_path / "runs")]
     answer, logs = start(of_two(), flags=flags, **fails(None, place, 1, name))
-    assert ours(logs) == ["train.py: stopped while nothing was being trained; what was finished is kept"], logs
+    assert ours(logs) == ["train.py: stopped while nothing was being trained; what was finished is kept"], (
+        logs
+    )
     assert answer["statuses"] == [status] * 2 and answer["seconds"] < 10
 
 
@@ -177,7 +214,9 @@ def test_a_wrong_flag_of_all_processes_is_one_line(start, tmp_path):
 
 
 def test_ctrl_c_before_anything_began_is_one_line(monkeypatch, capsys):
-    """While PyTorch is imported, which takes the longest; each launcher has its own name for a process's number."""
+    """While PyTorch is imported, which takes the longest; each launcher has its own name for a process's
+    number.
+    """
 
     class Stop(types.ModuleType):
         def __getattr__(self, name):
@@ -194,7 +233,9 @@ def test_ctrl_c_before_anything_began_is_one_line(monkeypatch, capsys):
 
 
 def test_a_run_of_two_processes_says_so_in_its_records_and_its_command(start, tmp_path):
-    answer, logs = start(of_two(), flags=[*FLAGS, "--method", "baseline", "--epochs", "1", "--output", str(tmp_path / "runs")])
+    answer, logs = start(
+        of_two(), flags=[*FLAGS, "--method", "baseline", "--epochs", "1", "--output", str(tmp_path / "runs")]
+    )
     assert answer["statuses"] == [0, 0] and logs[1] == "", logs
     with open(tmp_path / "runs" / "results.csv", newline="") as file:
         (row,) = csv.DictReader(file)
@@ -207,7 +248,14 @@ def test_a_run_of_two_processes_says_so_in_its_records_and_its_command(start, tm
 
 
 def started(monkeypatch, **variables):
-    for name in (*launch.RANK, *launch.WORLD, *launch.LOCAL, "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "GROUP_WORLD_SIZE"):
+    for name in (
+        *launch.RANK,
+        *launch.WORLD,
+        *launch.LOCAL,
+        "MASTER_ADDR",
+        "TORCHELASTIC_RUN_ID",
+        "GROUP_WORLD_SIZE",
+    ):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -258,12 +306,18 @@ def test_a_process_that_is_alone_trains_alone(monkeypatch, variables):
             {**STARTED["srun"], "SLURM_PROCID": "0"},
             r"4 processes were started \(SLURM_STEP_NUM_TASKS\), but MASTER_ADDR is not set: .*torchrun",
         ),
-        ({**STARTED["Open MPI"], "OMPI_COMM_WORLD_RANK": "0"}, r"4 processes were started \(OMPI_COMM_WORLD_SIZE\)"),
+        (
+            {**STARTED["Open MPI"], "OMPI_COMM_WORLD_RANK": "0"},
+            r"4 processes were started \(OMPI_COMM_WORLD_SIZE\)",
+        ),
         ({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, "WORLD_SIZE is 2, but RANK is not set: .*torchrun"),
         ({"RANK": "1", "MASTER_ADDR": "127.0.0.1"}, "RANK is 1, but WORLD_SIZE is not set: .*torchrun"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2, wanted 0 to 1, since WORLD_SIZE is 2"),
         ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK is 'one', wanted a number"),
-        ({**STARTED["env"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "no"}, "4 processes cannot meet at 127.0.0.1:no "),
+        (
+            {**STARTED["env"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "no"},
+            "4 processes cannot meet at 127.0.0.1:no ",
+        ),
     ],
 )
 def test_processes_that_cannot_meet_are_one_line(monkeypatch, variables, words):
@@ -283,7 +337,9 @@ def test_of_processes_without_an_address_the_first_alone_speaks(start, tmp_path)
 def test_a_process_that_meets_nobody_speaks_for_itself(start):
     (alone,) = of_two(MASTER_PORT="no")[1:]
     answer, logs = start([alone], flags=FLAGS)
-    assert answer["statuses"] == [2] and ours(logs)[0].startswith("train.py: error: 2 processes cannot meet at 127.0.0.1:no "), logs
+    assert answer["statuses"] == [2] and ours(logs)[0].startswith(
+        "train.py: error: 2 processes cannot meet at 127.0.0.1:no "
+    ), logs
 
 
 def test_a_group_by_srun_and_an_address_joins(start, tmp_path):
@@ -291,20 +347,32 @@ def test_a_group_by_srun_and_an_address_joins(start, tmp_path):
     for variables in both:
         del variables["RANK"], variables["WORLD_SIZE"]
     answer, logs = start(both, call="gradients", arguments=[tmp_path / "grads"])
-    assert answer["statuses"] == [0, 0] and torch.load(tmp_path / "grads-1.pt")[0].tolist() == [5.5, 5.5], logs
+    assert answer["statuses"] == [0, 0] and torch.load(tmp_path / "grads-1.pt")[0].tolist() == [5.5, 5.5], (
+        logs
+    )
 
 
 @pytest.mark.parametrize(
     ("there", "by", "index"),
-    [(4, "env", 1), (1, "srun", 0), (1, "torchrun within srun", None), (0, "srun", None), (4, "torchrun within srun", 1)],
+    [
+        (4, "env", 1),
+        (1, "srun", 0),
+        (1, "torchrun within srun", None),
+        (0, "srun", None),
+        (4, "torchrun within srun", 1),
+    ],
 )
 def test_each_process_has_its_own_gpu(monkeypatch, there, by, index):
     started(monkeypatch, **STARTED[by])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
     if index is not None:
-        assert distributed.gpu_index() == index and (there == 0 or find_device("cuda") == torch.device("cuda", index))
+        assert distributed.gpu_index() == index and (
+            there == 0 or find_device("cuda") == torch.device("cuda", index)
+        )
     else:
-        with pytest.raises(UserError, match=f"process 1 of this machine, counted from 0, has no GPU: PyTorch sees {there}"):
+        with pytest.raises(
+            UserError, match=f"process 1 of this machine, counted from 0, has no GPU: PyTorch sees {there}"
+        ):
             distributed.gpu_index()
 
 

@@ -24,7 +24,9 @@ spaces = st.lists(st.integers(1, 9), min_size=1, max_size=3).filter(lambda space
 
 @st.composite
 def features(draw, n: int, channels: int, space: list[int], positive: bool = False) -> torch.Tensor:
-    """A tensor of the wanted shape whose strides are any permutation, step, offset or repetition of a dense one."""
+    """A tensor of the wanted shape whose strides are any permutation, step, offset or repetition of a dense
+    one.
+    """
     shape = [n, channels, *space]
     order = draw(st.permutations(range(len(shape))))
     steps = [draw(switch((1, 1, 1, 2, 3))) for _ in shape]
@@ -37,7 +39,9 @@ def features(draw, n: int, channels: int, space: list[int], positive: bool = Fal
     full = [size * step + offset for size, step, offset in zip(held, steps, offsets)]
     storage = values([full[d] for d in order], draw(dtypes), "positive" if positive else "normal")
     x = storage.permute([order.index(d) for d in range(len(shape))])
-    x = x[tuple(slice(offset, offset + size * step, step) for size, step, offset in zip(held, steps, offsets))]
+    x = x[
+        tuple(slice(offset, offset + size * step, step) for size, step, offset in zip(held, steps, offsets))
+    ]
     return x.expand(shape)
 
 
@@ -51,7 +55,13 @@ def test_map_matches_the_reference_for_any_input(data):
     options = dict(channel_reduce=data.draw(switch(("mean", "sum"))), signed=signed, normalize=data.draw(st.booleans()),
                    eps=data.draw(switch((1e-12, 1e-6, 0.1))), eps_mode=data.draw(switch(("clamp", "add"))))  # fmt: skip
     upstream = torch.randn(shape[0], *shape[2])
-    check("cpp", lambda x: fastkd.attention_map(x, p, **options), lambda x: ref.attention_map(x, p, **options), [x], upstream=upstream)
+    check(
+        "cpp",
+        lambda x: fastkd.attention_map(x, p, **options),
+        lambda x: ref.attention_map(x, p, **options),
+        [x],
+        upstream=upstream,
+    )
 
 
 @seed(SEED)
@@ -108,7 +118,9 @@ def test_fsp_matrix_matches_the_reference_for_any_input(data):
     pool_mode = data.draw(switch(("avg", "max")))
     upstream = torch.randn(n, a.shape[1], b.shape[1])
     terms = ref.fsp_matrix(a.abs().double(), b.abs().double(), pool_mode=pool_mode).max().item()
-    ours, exact = (lambda a, b, f=f: f(a, b, pool_mode=pool_mode) for f in (fastkd.fsp_matrix, ref.fsp_matrix))
+    ours, exact = (
+        lambda a, b, f=f: f(a, b, pool_mode=pool_mode) for f in (fastkd.fsp_matrix, ref.fsp_matrix)
+    )
     check("cpp", ours, exact, [a, b], upstream=upstream, output_terms=terms)
 
 
@@ -123,6 +135,10 @@ def test_loss_of_a_permuted_batch_or_channels_is_the_same(data):
     batch, channels = torch.randperm(n), torch.randperm(c)
     random.seed(0)
     with fastkd.use_backend("cpp"):
-        for other_s, other_t in ((s[batch], t[batch]), (s[:, channels], t[:, channels]), (s.flip(-1), t.flip(-1))):
+        for other_s, other_t in (
+            (s[batch], t[batch]),
+            (s[:, channels], t[:, channels]),
+            (s.flip(-1), t.flip(-1)),
+        ):
             for loss in (fastkd.attention_transfer_loss, lambda s, t: fastkd.fsp_loss([s, s], [t, t])):
                 torch.testing.assert_close(loss(other_s, other_t), loss(s, t), rtol=1e-11, atol=1e-15)

@@ -31,12 +31,22 @@ def lines(rows, which=0):
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.source[:10])
 def test_a_published_table_names_what_there_is(table):
-    assert table.recipe in RECIPES and set(table.dataset) <= set(DATASETS) and len(table.dataset) == len(table.columns)
+    assert (
+        table.recipe in RECIPES
+        and set(table.dataset) <= set(DATASETS)
+        and len(table.dataset) == len(table.columns)
+    )
     for _, entries in table.rows:
         assert len(entries) == len(table.columns)
         for entry in entries:
-            assert entry.method in ("", "teacher", "at+kd", *METHODS) and entry.student in MODELS and entry.teacher in ("", *MODELS)
-            assert bool(entry.teacher) == (entry.method not in ("", "teacher", "baseline")) or not entry.method
+            assert (
+                entry.method in ("", "teacher", "at+kd", *METHODS)
+                and entry.student in MODELS
+                and entry.teacher in ("", *MODELS)
+            )
+            assert (
+                bool(entry.teacher) == (entry.method not in ("", "teacher", "baseline")) or not entry.method
+            )
             if entry.runs:
                 assert entry.value == pytest.approx(statistics.mean(entry.runs), abs=0.06)
     for _, ours in table.variants:
@@ -61,7 +71,10 @@ def test_what_was_not_run_is_a_dash():
 
 
 def test_whole_runs_are_a_mean_a_spread_and_a_difference():
-    rows = [{**RUN, "seed": str(seed), "reported_acc": acc} for seed, acc in enumerate(("92.00", "92.10", "92.20"))]
+    rows = [
+        {**RUN, "seed": str(seed), "reported_acc": acc}
+        for seed, acc in enumerate(("92.00", "92.10", "92.20"))
+    ]
     assert lines(rows)["AT"]["ours"] == ["92.10 ± 0.10 [3] (+0.20)", "–", "–", "–"]
     assert lines(rows[:1])["AT"]["ours"][0] == "92.00 (+0.10)"
     assert set(lines(rows)["FSP"]["ours"]) == {"–"}
@@ -90,13 +103,21 @@ def test_shortened_runs_other_stems_and_precisions_have_lines_of_their_own():
     stem = {**RUN, "student": "resnet20", "teacher": "resnet20", "precision": "bf16"}
     found = lines([short, stem])["AT"]
     assert list(found) == ["published", "ours, 3×3 stem, bf16", "ours, 10 of 200 epochs"]
-    assert found["ours, 10 of 200 epochs"][0] == "87.00" and found["ours, 3×3 stem, bf16"][0] == "92.00 (+0.10)"
+    assert (
+        found["ours, 10 of 200 epochs"][0] == "87.00" and found["ours, 3×3 stem, bf16"][0] == "92.00 (+0.10)"
+    )
     assert list(lines([short])["AT"]) == ["published", "ours", "ours, 10 of 200 epochs"]
     assert set(lines([short])["AT"]["ours"]) == {"–"}
 
 
 def test_losses_and_training_accuracies_have_their_figures():
-    row = {**RUN, "method": "at+kd", "student": "wrn_16_2", "teacher": "wrn_40_2", "losses": "ce=0.1 at=1.25 kd=0.5"}
+    row = {
+        **RUN,
+        "method": "at+kd",
+        "student": "wrn_16_2",
+        "teacher": "wrn_40_2",
+        "losses": "ce=0.1 at=1.25 kd=0.5",
+    }
     found = lines([row], 1)
     assert [found[name]["ours"][2] for name in ("train loss", "train accuracy", "AT loss", "validation accuracy")] == [
         "1.85 (+0.10)", "99.00 (+8.85)", "1.25 (+0.08)", "92.00 (+3.81)"
@@ -111,7 +132,15 @@ def committed(tmp_path):
     for row in rows:
         (folder / row["folder"]).mkdir(parents=True)
         epochs = [
-            {"epoch": e, "loss": 2 / e, "ce": 1 / e, row["method"]: 1 / e, "train_acc": 50 + e, "test_acc": 40 + e} for e in (1, 2, 3)
+            {
+                "epoch": e,
+                "loss": 2 / e,
+                "ce": 1 / e,
+                row["method"]: 1 / e,
+                "train_acc": 50 + e,
+                "test_acc": 40 + e,
+            }
+            for e in (1, 2, 3)
         ]
         (folder / row["folder"] / "epochs.csv").write_text(table(list(epochs[0]), epochs))
     (folder / "results.csv").write_text(table(COLUMNS, rows))
@@ -133,7 +162,11 @@ def test_the_tables_go_between_the_markers(committed, tmp_path, capsys):
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     assert report.main([str(committed), "--into", str(readme)]) == 0
     first = readme.read_text()
-    assert first.startswith(f"before\n{report.BEGIN}\n") and first.endswith(f"\n{report.END}\nafter\n") and "old" not in first
+    assert (
+        first.startswith(f"before\n{report.BEGIN}\n")
+        and first.endswith(f"\n{report.END}\nafter\n")
+        and "old" not in first
+    )
     block = next(part for part in first.split("\n\n") if part.startswith("|")).splitlines()
     assert len({line.count("|") for line in block}) == 1 and len(block) == 2 + 2 * len(SELF.rows)
     assert report.main([str(committed), "--into", str(readme)]) == 0 and readme.read_text() == first
@@ -148,8 +181,9 @@ def test_curves_of_finished_and_unfinished_runs(committed, tmp_path, monkeypatch
     unfinished.mkdir()
     (unfinished / "epochs.csv").write_text((committed / "at" / "epochs.csv").read_text())
     (unfinished / "config.json").write_text(
-        '{"trained": "fsp", "dataset": "cifar10", "recipe": "hankyul2", "seed": 0, "precision": "fp32", "model": "resnet20", '
-        '"identity": {"teacher": "resnet110"}, "fields": {"epochs": 200}, "overrides": {}}'
+        '{"trained": "fsp", "dataset": "cifar10", "recipe": "hankyul2", "seed": 0, "precision": "fp32",'
+        ' "model": "resnet20", "identity": {"teacher": "resnet110"}, "fields": {"epochs": 200},'
+        ' "overrides": {}}'
     )
     (committed / "foreign").mkdir()
     (committed / "foreign" / "epochs.csv").write_text("a,b\n")
@@ -157,16 +191,24 @@ def test_curves_of_finished_and_unfinished_runs(committed, tmp_path, monkeypatch
     assert [curve.label for curve in found] == [
         "AT, resnet_32_20 ← resnet_32_20", "FSP, resnet20 ← resnet110, unfinished", "KD, resnet_32_20 ← resnet_32_20"
     ]  # fmt: skip
-    assert [epoch["test_acc"] for epoch in found[0].epochs] == [41, 42, 43] and len({curve.place for curve in found}) == 1
+    assert [epoch["test_acc"] for epoch in found[0].epochs] == [41, 42, 43] and len(
+        {curve.place for curve in found}
+    ) == 1
 
     drawn = []
     from matplotlib.axes import Axes
 
     plotted = Axes.plot
-    monkeypatch.setattr(Axes, "plot", lambda self, x, y, **style: (drawn.append((list(x), list(y))), plotted(self, x, y, **style))[1])
+    monkeypatch.setattr(
+        Axes,
+        "plot",
+        lambda self, x, y, **style: (drawn.append((list(x), list(y))), plotted(self, x, y, **style))[1],
+    )
     for name in ("curves.png", "curves.svg"):
         assert report.main([str(committed), "--plot", str(tmp_path / name)]) == 0
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG") and b"<svg" in (tmp_path / "curves.svg").read_bytes()
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG") and b"<svg" in (
+        tmp_path / "curves.svg"
+    ).read_bytes()
     # test and training accuracy and the loss of three runs, AT of two files, KD of one
     assert len(drawn) == 2 * (3 * 3 + 2 + 1) and drawn.count(([1, 2, 3], [41, 42, 43])) == 2 * 3
     capsys.readouterr()

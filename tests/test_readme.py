@@ -38,7 +38,12 @@ def test_readme_is_short() -> None:
 def test_the_flags_they_name_exist() -> None:
     known = set(runpy.run_path(str(ROOT / "train.py"))["build_parser"]()._option_string_actions)
     named = set(re.findall(r"`(--[a-z-]+)", TEXTS["docs/training.md"] + TEXTS["docs/recipes.md"]))
-    named |= {flag for text in TEXTS.values() for line in re.findall(r"train\.py (.*)", text) for flag in re.findall(r"--[a-z-]+", line)}
+    named |= {
+        flag
+        for text in TEXTS.values()
+        for line in re.findall(r"train\.py (.*)", text)
+        for flag in re.findall(r"--[a-z-]+", line)
+    }
     assert named and named <= known | {"--nproc-per-node"}
 
 
@@ -66,7 +71,9 @@ def test_links_lead_to_files_and_headings(name: str) -> None:
         assert file.exists(), f"{name} names {target}"
         if heading:
             titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
-            assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, f"{name} names {target}"
+            assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, (
+                f"{name} names {target}"
+            )
 
 
 @pytest.mark.parametrize("name", TEXTS)

@@ -65,7 +65,13 @@ def test_losses_have_their_published_shares(preset, alone, beside):
     images = torch.randn(6, 3, 32, 32)
     plain = {}
     with torch.no_grad():
-        for method, shares in (("baseline", (1, 0)), ("kd", alone), ("at+kd", beside), ("at", (1, 0)), ("fsp", (1, 0))):
+        for method, shares in (
+            ("baseline", (1, 0)),
+            ("kd", alone),
+            ("at+kd", beside),
+            ("at", (1, 0)),
+            ("fsp", (1, 0)),
+        ):
             found = Distillation(student, teacher, method, preset=preset).eval()(images, labels).terms
             plain.setdefault("ce", found["ce"])
             torch.testing.assert_close(found["ce"], plain["ce"] * shares[0])
@@ -80,7 +86,9 @@ def test_a_new_optimizer_at_a_drop_forgets_its_momenta():
     ends = []
     for new in (False, True):
         student = copy.deepcopy(first)
-        recipe = get_recipe("sakd", {"epochs": 2, "batch_size": 32, "milestones": (0.5,), "new_optimizer": new})
+        recipe = get_recipe(
+            "sakd", {"epochs": 2, "batch_size": 32, "milestones": (0.5,), "new_optimizer": new}
+        )
         loop = Trainer(Distillation(student, None, "baseline"), data, data, recipe, FP32)
         loop.train_epoch(1, Progress("", 4))
         middle = copy.deepcopy(student)
@@ -96,10 +104,25 @@ def test_a_new_optimizer_at_a_drop_forgets_its_momenta():
 @pytest.mark.parametrize("model", ["resnet8", "wrn_16_1"])
 def test_the_first_phase_of_fsp_moves_the_features_only(digits, tmp_path, model):
     plan = Config(
-        Settings("fsp", "digits", teacher=model, student=model, recipe="kdzoo", overrides={"epochs": 4, "batch_size": 32}, output=tmp_path)
+        Settings(
+            "fsp",
+            "digits",
+            teacher=model,
+            student=model,
+            recipe="kdzoo",
+            overrides={"epochs": 4, "batch_size": 32},
+            output=tmp_path,
+        )
     )
     (name, recipe, method), (second, whole, after) = plan.phases(plan.method)
-    assert (name, recipe.epochs, recipe.lr, second, whole.epochs, after.names) == ("init", 1, 0.01, "main", 4, ("ce",))
+    assert (name, recipe.epochs, recipe.lr, second, whole.epochs, after.names) == (
+        "init",
+        1,
+        0.01,
+        "main",
+        4,
+        ("ce",),
+    )
     assert method.names == ("fsp",) and not after.needs_teacher
     student = plan.new_model("student")
     before = copy.deepcopy(student.state_dict())
@@ -107,18 +130,28 @@ def test_the_first_phase_of_fsp_moves_the_features_only(digits, tmp_path, model)
     loop = Trainer(distillation, plan.batches("student")[0], None, recipe, FP32)
     loop.train_epoch(1, Progress("", 2))
     still = {key for key, value in student.named_parameters() if torch.equal(value, before[key])}
-    assert still == {"fc.weight", "fc.bias"} | ({"bn1.weight", "bn1.bias"} if model.startswith("wrn") else set())
+    assert still == {"fc.weight", "fc.bias"} | (
+        {"bn1.weight", "bn1.bias"} if model.startswith("wrn") else set()
+    )
     assert "test_acc" not in loop.history[0] and loop.best_weights == {}
 
 
 def test_a_test_set_is_shuffled_alike_before_its_last_batch_is_left_out(digits, tmp_path):
     def test_labels(seed, drop):
         overrides = {"batch_size": 24, "drop_last_test": drop}
-        plan = Config(Settings("at", "digits", recipe="hankyul2", overrides=overrides, seed=seed, output=tmp_path))
+        plan = Config(
+            Settings("at", "digits", recipe="hankyul2", overrides=overrides, seed=seed, output=tmp_path)
+        )
         return torch.cat([labels for _, labels in plan.batches("student")[1].test()]), plan.data.test_labels
 
-    (one, labels), (other, _), (all_of_them, _) = test_labels(0, True), test_labels(5, True), test_labels(0, False)
-    assert len(labels) == 64 and len(one) == 48 and torch.equal(one, other) and torch.equal(all_of_them, labels)
+    (one, labels), (other, _), (all_of_them, _) = (
+        test_labels(0, True),
+        test_labels(5, True),
+        test_labels(0, False),
+    )
+    assert (
+        len(labels) == 64 and len(one) == 48 and torch.equal(one, other) and torch.equal(all_of_them, labels)
+    )
     assert not torch.equal(one, labels[:48])
 
 
@@ -129,21 +162,39 @@ def test_constants_belong_to_their_sets(digits, tmp_path):
         test = plan.batches("student")[1]
         return [1 / (255 * test.scale[0, 0, 0].item()), -(test.shift / (255 * test.scale))[0, 0, 0].item()]
 
-    assert constants("ofd", "cifar10") == constants("ofd", "cifar100") == pytest.approx([63.0 / 255, 125.3 / 255])
+    assert (
+        constants("ofd", "cifar10")
+        == constants("ofd", "cifar100")
+        == pytest.approx([63.0 / 255, 125.3 / 255])
+    )
     assert constants("repdistiller", "cifar100") == pytest.approx([0.2675, 0.5071])
-    assert constants("repdistiller", "cifar10") == constants("ofd", "digits") == pytest.approx([0.3228, 0.3053])
+    assert (
+        constants("repdistiller", "cifar10") == constants("ofd", "digits") == pytest.approx([0.3228, 0.3053])
+    )
 
 
 @pytest.mark.parametrize("report", ["best", "last"])
 def test_the_reported_epoch_is_the_teachers_too(digits, tmp_path, report):
     overrides = {"epochs": 4, "batch_size": 32, "report": report, "lr": 0.3}
-    row = run(Settings("kd", "digits", teacher="resnet8", student="resnet8", overrides=overrides, output=tmp_path, device="cpu"))
+    row = run(
+        Settings(
+            "kd",
+            "digits",
+            teacher="resnet8",
+            student="resnet8",
+            overrides=overrides,
+            output=tmp_path,
+            device="cpu",
+        )
+    )
     assert row["reported_acc"] == (row["acc"] if report == "best" else row["last_acc"])
     (teacher,), (last,) = tmp_path.glob("teachers/*.pt"), tmp_path.glob("teacher-*/last.pt")
     kept, last = torch.load(teacher, weights_only=True), torch.load(last, weights_only=True)
     wanted = last["model"] if report == "last" else last["best"]
     assert all(torch.equal(kept["model"][key], value) for key, value in wanted.items())
-    assert kept["epoch"] == (4 if report == "last" else max(last["history"], key=lambda epoch: epoch["test_acc"])["epoch"])
+    assert kept["epoch"] == (
+        4 if report == "last" else max(last["history"], key=lambda epoch: epoch["test_acc"])["epoch"]
+    )
     assert "report=" + report in row["overrides"]
 
 
@@ -168,12 +219,13 @@ def test_a_setting_stands_in_for_what_is_not_said():
 
     assert resolve(Settings("at")) == Models("resnet20", "resnet20", "auto")
     assert resolve(Settings("at", setting="f")) == Models("wrn_40_2", "wrn_16_2", "cifar100")
-    assert resolve(Settings("at", "cifar10", setting="c", student="resnet8")) == Models("resnet110", "resnet8", "cifar10")
-    assert [recipe_of(Settings("at", setting=s), d) for s, d in ((None, "cifar10"), ("a", "cifar100"), ("a", "digits"))] == [
-        "hankyul2",
-        "sakd",
-        "digits",
-    ]
+    assert resolve(Settings("at", "cifar10", setting="c", student="resnet8")) == Models(
+        "resnet110", "resnet8", "cifar10"
+    )
+    assert [
+        recipe_of(Settings("at", setting=s), d)
+        for s, d in ((None, "cifar10"), ("a", "cifar100"), ("a", "digits"))
+    ] == ["hankyul2", "sakd", "digits"]
     assert recipe_of(Settings("at", setting="a", recipe="kdzoo"), "cifar100") == "kdzoo"
     with pytest.raises(UserError, match="setting 'k' is not known"):
         resolve(Settings("at", setting="k"))

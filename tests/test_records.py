@@ -1,4 +1,6 @@
-"""What a run leaves beside its weights: log, curves, command, means over seeds; and that none of them can lose its row."""
+"""What a run leaves beside its weights: log, curves, command, means over seeds; and that none of them can
+lose its row.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,19 @@ from fastkd.training.config import Config, Settings
 from fastkd.training.groups import described, groups, mean_and_spread
 from fastkd.training.tensorboard import Curves
 
-QUICK = ["--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--batch-size", "32", "--device", "cpu", "--no-pictures"]
+QUICK = [
+    "--dataset",
+    "digits",
+    "--teacher",
+    "resnet8",
+    "--student",
+    "resnet8",
+    "--batch-size",
+    "32",
+    "--device",
+    "cpu",
+    "--no-pictures",
+]
 TWO_PHASES = ["--method", "fsp", "--recipe", "sakd", *QUICK, "--epochs", "3", "--init-epochs", "2"]
 
 
@@ -69,7 +83,13 @@ def test_screen_and_log_say_what_happens(small_main, tmp_path, capsys):
     row = rows_of(tmp_path)[1]
     folder = tmp_path / row["folder"]
     start, end = out.split("at+kd: begins in")
-    for words in ("at+kd: 2 epochs of ce + at + kd", "78,042 parameters", "digits (as asked), 64 training", "fp32, seed 0", "first epoch"):
+    for words in (
+        "at+kd: 2 epochs of ce + at + kd",
+        "78,042 parameters",
+        "digits (as asked), 64 training",
+        "fp32, seed 0",
+        "first epoch",
+    ):
         assert words in start
     assert "losses   ce by plain PyTorch, at by " in start and "kd by plain PyTorch" in start
     assert "left" in end and f"row 2 of {tmp_path / 'results.csv'}" in end
@@ -77,7 +97,9 @@ def test_screen_and_log_say_what_happens(small_main, tmp_path, capsys):
     assert [word.strip() for word in heads if word] == list(results.COLUMNS[:11])
     assert [word.strip() for word in values if word] == [row[name] for name in results.COLUMNS[:11]]
     files, again = end.splitlines()[-2:]
-    assert set(files.removeprefix("files").replace(",", " ").split()) == {path.name for path in folder.glob("[!.]*")}
+    assert set(files.removeprefix("files").replace(",", " ").split()) == {
+        path.name for path in folder.glob("[!.]*")
+    }
     assert again.split(None, 1)[1] == json.loads((folder / "config.json").read_text())["command"]
     # the log is the screen, begun by the command; the teacher's has its own part
     log = (folder / "log.txt").read_text().splitlines()
@@ -95,12 +117,21 @@ def test_a_log_is_continued_and_keeps_what_a_run_ended_with(small_main, monkeypa
     text = next(tmp_path.glob("baseline-*/log.txt")).read_text()
     lines = [line for line in text.splitlines() if line.startswith("baseline epoch ")]
     assert [line.split("epoch ")[1].split("/")[0] for line in lines] == ["1", "2", "3"]
-    assert text.count("# 20") == 3 and "ended: baseline stopped in epoch 3 of 3" in text and "goes on after epoch 2" in text
+    assert (
+        text.count("# 20") == 3
+        and "ended: baseline stopped in epoch 3 of 3" in text
+        and "goes on after epoch 2" in text
+    )
 
 
 def test_a_run_that_ends_before_its_first_checkpoint_leaves_no_folder(small_main, tmp_path, capsys):
     for method in ("baseline", "kd"):
-        assert small_main(["--method", method, *QUICK, "--epochs", "1", "--output", str(tmp_path), "--lr", "1e30"]) == 2
+        assert (
+            small_main(
+                ["--method", method, *QUICK, "--epochs", "1", "--output", str(tmp_path), "--lr", "1e30"]
+            )
+            == 2
+        )
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
@@ -110,7 +141,11 @@ def test_a_log_that_cannot_be_written_is_told_once_and_left(tmp_path, capsys):
         say("one")
         say("two")
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and "log.txt cannot be written: Is a directory" in lines[0] and lines[1:] == ["one", "two"]
+    assert (
+        len(lines) == 3
+        and "log.txt cannot be written: Is a directory" in lines[0]
+        and lines[1:] == ["one", "two"]
+    )
     assert console._logs == []
 
 
@@ -118,9 +153,44 @@ def test_a_log_that_cannot_be_written_is_told_once_and_left(tmp_path, capsys):
     "flags",
     [
         ["--method", "baseline", *QUICK],
-        ["--method", "at", *QUICK, "--milestones", "0.25,0.5", "--no-nesterov", "--drop-last-test", "--lr", "0.02", "--epochs", "2"],
-        ["--method", "kd", *QUICK, "--recipe", "kdzoo", "--milestones", "", "--seed", "3", "--teacher-seed", "1", "--deterministic"],
-        ["--method", "fsp", *QUICK, "--precision", "bf16", "--teacher-checkpoint", "a file's name.pt", "--pad-mode", "reflect"],
+        [
+            "--method",
+            "at",
+            *QUICK,
+            "--milestones",
+            "0.25,0.5",
+            "--no-nesterov",
+            "--drop-last-test",
+            "--lr",
+            "0.02",
+            "--epochs",
+            "2",
+        ],
+        [
+            "--method",
+            "kd",
+            *QUICK,
+            "--recipe",
+            "kdzoo",
+            "--milestones",
+            "",
+            "--seed",
+            "3",
+            "--teacher-seed",
+            "1",
+            "--deterministic",
+        ],
+        [
+            "--method",
+            "fsp",
+            *QUICK,
+            "--precision",
+            "bf16",
+            "--teacher-checkpoint",
+            "a file's name.pt",
+            "--pad-mode",
+            "reflect",
+        ],
     ],
     ids=lambda flags: flags[1],
 )
@@ -135,11 +205,16 @@ def test_the_command_says_all_that_was_asked_for(small_main, monkeypatch, tmp_pa
         given = vars(train.build_parser().parse_args(arguments))
         fields = {field.name: given.pop(field.name) for field in dataclasses.fields(Recipe)}
         assert given.pop("repeats") == 1
-        return Config(Settings(**given, overrides={name: value for name, value in fields.items() if value is not None}))
+        return Config(
+            Settings(**given, overrides={name: value for name, value in fields.items() if value is not None})
+        )
 
     plan = plan_of([*flags, "--output", str(tmp_path / "a folder; and $more"), "--data", "it's here"])
     words = subprocess.run(
-        ["sh", "-c", f'python() {{ printf "%s\\0" "$@"; }}\n{command.command(plan)}'], capture_output=True, text=True, check=True
+        ["sh", "-c", f'python() {{ printf "%s\\0" "$@"; }}\n{command.command(plan)}'],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.split("\0")[:-1]
     assert words[0].endswith("train.py")
     again = plan_of(words[1:])
@@ -151,7 +226,24 @@ def test_the_command_says_all_that_was_asked_for(small_main, monkeypatch, tmp_pa
 
 def test_the_command_repeats_the_run(small_main, tmp_path):
     output = tmp_path / "one run's"
-    assert small_main(["--method", "kd", *QUICK, "--epochs", "2", "--output", str(output), "--lr", "0.02", "--seed", "5"]) == 0
+    assert (
+        small_main(
+            [
+                "--method",
+                "kd",
+                *QUICK,
+                "--epochs",
+                "2",
+                "--output",
+                str(output),
+                "--lr",
+                "0.02",
+                "--seed",
+                "5",
+            ]
+        )
+        == 0
+    )
     row = rows_of(output)[1]
     script = (output / row["folder"] / "command.sh").read_text()
     assert f"cd {shlex.quote(str(Path.cwd()))} || exit\n" in script
@@ -159,14 +251,20 @@ def test_the_command_repeats_the_run(small_main, tmp_path):
     assert words.pop() == "$@"  # for --resume
     assert small_main(words[words.index("train.py") + 1 :]) == 0
     again = rows_of(output)[2]
-    weights = [torch.load(output / name / "best.pt", weights_only=True)["model"] for name in (row["folder"], again["folder"])]
-    assert row["folder"] != again["folder"] and all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    weights = [
+        torch.load(output / name / "best.pt", weights_only=True)["model"]
+        for name in (row["folder"], again["folder"])
+    ]
+    assert row["folder"] != again["folder"] and all(
+        torch.equal(weights[0][name], weights[1][name]) for name in weights[0]
+    )
 
 
 def test_curves_are_the_history_and_a_resumed_run_has_no_step_twice(small_main, monkeypatch, tmp_path):
     """Stopped in each phase, and taken up by an object that knows of no phase before."""
     flags = [*TWO_PHASES, "--output", str(tmp_path)]
-    for after in (3 + 2, 2 + 1, 2):  # in the second epoch of the first phase, at the second's beginning, in its second epoch
+    # in the second epoch of the first phase, at the second's beginning, in its second epoch
+    for after in (3 + 2, 2 + 1, 2):
         mended = interrupt(monkeypatch, after)
         assert small_main([*flags, *["--resume"] * (after != 5)]) == 130
         mended()
@@ -183,17 +281,27 @@ def test_curves_are_the_history_and_a_resumed_run_has_no_step_twice(small_main, 
                 "accuracy/train": "train_acc",
                 "images_per_second": "images_per_second",
             }.items():
-                expected.setdefault(prefix + tag, []).append((int(epoch["epoch"]), pytest.approx(epoch[key], rel=1e-6)))
+                expected.setdefault(prefix + tag, []).append(
+                    (int(epoch["epoch"]), pytest.approx(epoch[key], rel=1e-6))
+                )
             for term in ("ce", "fsp"):
                 if term in epoch:
-                    expected.setdefault(f"{prefix}loss/{term}", []).append((int(epoch["epoch"]), pytest.approx(epoch[term], rel=1e-6)))
+                    expected.setdefault(f"{prefix}loss/{term}", []).append(
+                        (int(epoch["epoch"]), pytest.approx(epoch[term], rel=1e-6))
+                    )
             if "test_acc" in epoch:
-                expected.setdefault("accuracy/test", []).append((int(epoch["epoch"]), pytest.approx(epoch["test_acc"], rel=1e-6)))
-    assert [step for step, _ in found["lr"]] == [1, 2, 3] and [step for step, _ in found["init/loss/fsp"]] == [1, 2]
+                expected.setdefault("accuracy/test", []).append(
+                    (int(epoch["epoch"]), pytest.approx(epoch["test_acc"], rel=1e-6))
+                )
+    assert [step for step, _ in found["lr"]] == [1, 2, 3] and [
+        step for step, _ in found["init/loss/fsp"]
+    ] == [1, 2]
     assert found == expected
 
 
-def test_without_tensorboard_the_screen_says_so_and_the_run_is_whole(small_main, monkeypatch, tmp_path, capsys):
+def test_without_tensorboard_the_screen_says_so_and_the_run_is_whole(
+    small_main, monkeypatch, tmp_path, capsys
+):
     monkeypatch.setattr(tensorboard, "available", lambda: False)
     assert small_main(["--method", "baseline", *QUICK, "--epochs", "1", "--output", str(tmp_path)]) == 0
     assert "no TensorBoard curves (the package tensorboard is not installed)" in capsys.readouterr().out
@@ -221,7 +329,9 @@ def test_curves_on_a_full_disk_are_one_line(tmp_path, capfd, monkeypatch):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         for epoch in range(1, 30):
-            history.append({"epoch": epoch, "lr": 0.1, "loss": 1.0, "ce": 1.0, "train_acc": 50.0, "test_acc": 50.0})
+            history.append(
+                {"epoch": epoch, "lr": 0.1, "loss": 1.0, "ce": 1.0, "train_acc": 50.0, "test_acc": 50.0}
+            )
             made.add("main", history)
         made.close()
     finally:
@@ -232,26 +342,60 @@ def test_curves_on_a_full_disk_are_one_line(tmp_path, capfd, monkeypatch):
 
 
 def test_mean_and_sample_deviation():
-    assert [mean_and_spread([]), mean_and_spread([91.8]), mean_and_spread([91.80, 92.16, 91.79])] == ["–", "91.80", "91.92 ± 0.21"]
+    assert [mean_and_spread([]), mean_and_spread([91.8]), mean_and_spread([91.80, 92.16, 91.79])] == [
+        "–",
+        "91.80",
+        "91.92 ± 0.21",
+    ]
 
 
 def test_a_group_is_what_differs_in_the_seed_alone_and_a_seed_counts_once():
-    common = {"method": "at", "dataset": "cifar10", "student": "resnet20", "teacher": "resnet20", "recipe": "hankyul2", "nepoch": "200"}
+    common = {
+        "method": "at",
+        "dataset": "cifar10",
+        "student": "resnet20",
+        "teacher": "resnet20",
+        "recipe": "hankyul2",
+        "nepoch": "200",
+    }
     rows = [{**common, "seed": seed, "acc": acc} for seed, acc in (("0", "90"), ("1", "91"), ("0", "92"))]
-    rows += [{**common, name: "other", "seed": "2", "acc": "0"} for name in ("overrides", "precision", "teacher_checkpoint", "teacher")]
+    rows += [
+        {**common, name: "other", "seed": "2", "acc": "0"}
+        for name in ("overrides", "precision", "teacher_checkpoint", "teacher")
+    ]
     found = groups(rows)
-    assert [group.seeds for group in found] == [["0", "1"], ["2"], ["2"], ["2"], ["2"]] and found[0].values("acc") == [92, 91]
+    assert [group.seeds for group in found] == [["0", "1"], ["2"], ["2"], ["2"], ["2"]] and found[0].values(
+        "acc"
+    ) == [92, 91]
 
 
 def test_a_title_says_what_a_run_was():
-    row = {"method": "at+kd", "dataset": "cifar10", "student": "resnet20", "teacher": "resnet110", "nepoch": 10}
+    row = {
+        "method": "at+kd",
+        "dataset": "cifar10",
+        "student": "resnet20",
+        "teacher": "resnet110",
+        "nepoch": 10,
+    }
     assert described(row) == "AT+KD on CIFAR-10, resnet20 ← resnet110, 10 epochs"
     alone = {"method": "other", "dataset": "svhn", "student": "resnet8", "teacher": "", "nepoch": "1"}
     assert described(alone) == "other on svhn, resnet8, 1 epoch"
 
 
 def test_repeats_are_rows_with_a_mean_and_one_teacher(small_main, tmp_path, capsys):
-    flags = ["--method", "kd", *QUICK, "--epochs", "1", "--output", str(tmp_path), "--seed", "4", "--repeats", "3"]
+    flags = [
+        "--method",
+        "kd",
+        *QUICK,
+        "--epochs",
+        "1",
+        "--output",
+        str(tmp_path),
+        "--seed",
+        "4",
+        "--repeats",
+        "3",
+    ]
     assert small_main(flags) == 0
     rows = rows_of(tmp_path)
     assert [(row["method"], row["seed"], row["teacher_seed"]) for row in rows] == [
@@ -259,7 +403,11 @@ def test_repeats_are_rows_with_a_mean_and_one_teacher(small_main, tmp_path, caps
     ]  # fmt: skip
     assert len(list(tmp_path.glob("teachers/*.pt"))) == 1
     mean = mean_and_spread([float(row["acc"]) for row in rows[1:]])
-    assert "±" in mean and f"3 runs, seeds 4 5 6: acc {mean} %, reported_acc {mean} %" in capsys.readouterr().out.splitlines()[-1]
+    assert (
+        "±" in mean
+        and f"3 runs, seeds 4 5 6: acc {mean} %, reported_acc {mean} %"
+        in capsys.readouterr().out.splitlines()[-1]
+    )
     section = (tmp_path / "results.md").read_text().split("## Means over seeds")[1]
     assert "| 4 5 6 |" in section and mean in section
     # one of them alone, by its command, is the same run
@@ -280,19 +428,35 @@ def test_repeats_that_were_stopped_go_on(small_main, monkeypatch, tmp_path, caps
     capsys.readouterr()
     assert small_main([*flags, "--resume"]) == 0
     out = capsys.readouterr().out
-    assert "seed 0, run 1 of 3: finished, row 2" in out and "goes on after epoch 1 of 2" in out and "3 runs, seeds 0 1 2" in out
-    assert [(row["method"], row["seed"]) for row in rows_of(tmp_path)] == [("teacher", "0"), ("kd", "0"), ("kd", "1"), ("kd", "2")]
+    assert (
+        "seed 0, run 1 of 3: finished, row 2" in out
+        and "goes on after epoch 1 of 2" in out
+        and "3 runs, seeds 0 1 2" in out
+    )
+    assert [(row["method"], row["seed"]) for row in rows_of(tmp_path)] == [
+        ("teacher", "0"),
+        ("kd", "0"),
+        ("kd", "1"),
+        ("kd", "2"),
+    ]
     assert small_main([*flags, "--resume"]) == 0  # all are there: only the means
     assert len(rows_of(tmp_path)) == 4 and "3 runs, seeds 0 1 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("times", "resume", "words"),
-    [(0, None, "--repeats is 0"), (2, "folder", "leave the folder out"), (2, "", "without --resume it begins")],
+    [
+        (0, None, "--repeats is 0"),
+        (2, "folder", "leave the folder out"),
+        (2, "", "without --resume it begins"),
+    ],
 )
 def test_repeats_that_cannot_be(small_main, tmp_path, times, resume, words):
     with pytest.raises(UserError, match=words):
-        repeat(Settings("kd", "digits", teacher="resnet8", student="resnet8", output=tmp_path, resume=resume), times)
+        repeat(
+            Settings("kd", "digits", teacher="resnet8", student="resnet8", output=tmp_path, resume=resume),
+            times,
+        )
 
 
 def test_a_shared_teacher_makes_another_run_of_a_seed(small_main, tmp_path):
@@ -308,7 +472,10 @@ def test_a_shared_teacher_makes_another_run_of_a_seed(small_main, tmp_path):
 
 
 def history(epochs, **terms):
-    return [{"epoch": i, "lr": 0.1, "loss": 1.0, **terms, "train_acc": 50.0, "test_acc": 50.0 + i} for i in range(1, epochs + 1)]
+    return [
+        {"epoch": i, "lr": 0.1, "loss": 1.0, **terms, "train_acc": 50.0, "test_acc": 50.0 + i}
+        for i in range(1, epochs + 1)
+    ]
 
 
 def writers():
@@ -326,12 +493,16 @@ def test_a_csv_of_the_users_own_is_not_read_and_curves_go_on(small_main, monkeyp
     assert small_main([*flags, "--resume"]) == 0
     assert "curves" not in capsys.readouterr().out.split("goes on after")[1]
     found = points(folder)
-    assert [step for step, _ in found["lr"]] == [1, 2, 3] and [step for step, _ in found["init/loss/fsp"]] == [1, 2]
+    assert [step for step, _ in found["lr"]] == [1, 2, 3] and [
+        step for step, _ in found["init/loss/fsp"]
+    ] == [1, 2]
     assert not [tag for tag in found if "notes" in tag]
 
 
 @pytest.mark.parametrize("what", ["flush", "__init__", "add_scalar", "init.csv"])
-def test_curves_are_deleted_only_once_others_are_written_and_leave_no_thread(monkeypatch, tmp_path, capsys, what):
+def test_curves_are_deleted_only_once_others_are_written_and_leave_no_thread(
+    monkeypatch, tmp_path, capsys, what
+):
     writer = pytest.importorskip("torch.utils.tensorboard")
     before = writers()
     first = Curves(tmp_path)
@@ -359,4 +530,8 @@ def test_curves_are_deleted_only_once_others_are_written_and_leave_no_thread(mon
     third = Curves(tmp_path)
     third.add("main", history(4))
     third.close()
-    assert not old.exists() and points(tmp_path)["accuracy/test"] == [(i, 50.0 + i) for i in range(1, 5)] and writers() == before
+    assert (
+        not old.exists()
+        and points(tmp_path)["accuracy/test"] == [(i, 50.0 + i) for i in range(1, 5)]
+        and writers() == before
+    )

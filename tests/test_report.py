@@ -21,7 +21,13 @@ RUN = "import runpy, sys; sys.argv = ['fastkd', '--json']; runpy.run_module('fas
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(Path(fastkd.__file__).parent.parent)}
-    return subprocess.run([sys.executable, "-W", "ignore", *arguments], env=environment, text=True, capture_output=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", *arguments],
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +59,11 @@ def test_triton(report: dict) -> None:
 def test_native(report: dict) -> None:
     for key, library in (("cpu", native.CPU), ("cuda", native.CUDA)):
         entry = report["native"][key]
-        assert (entry["available"], entry["reason"], entry["path"]) == (library.available, library.reason, library.path)
+        assert (entry["available"], entry["reason"], entry["path"]) == (
+            library.available,
+            library.reason,
+            library.path,
+        )
     if native.CPU.available:
         assert report["native"]["cpu"]["torch_target"] == "2.11"
         assert report["native"]["cpu"]["code_paths"] == native.cpu_paths()
@@ -63,7 +73,10 @@ def test_native(report: dict) -> None:
 
 def test_backends(report: dict) -> None:
     with mock.patch.object(native, "EMULATED", None):  # by this process's tests alone
-        wanted = {name: {"available": available, "reason": reason} for name, (available, reason) in backends.availability().items()}
+        wanted = {
+            name: {"available": available, "reason": reason}
+            for name, (available, reason) in backends.availability().items()
+        }
     assert report["backends"] == wanted
     assert {"reference", "cpp", "triton", "cuda"} <= wanted.keys()
     assert all(entry["reason"] for entry in wanted.values())
@@ -71,7 +84,9 @@ def test_backends(report: dict) -> None:
 
 
 def test_a_pytorch_without_cuda() -> None:
-    done = run("-c", "import torch; torch.version.cuda = None; torch.cuda.is_available = lambda: False; " + RUN)
+    done = run(
+        "-c", "import torch; torch.version.cuda = None; torch.cuda.is_available = lambda: False; " + RUN
+    )
     report = json.loads(done.stdout)
     assert report["cuda"] == {"torch": None, "devices": []}
     assert not report["native"]["cuda"]["available"]
@@ -84,7 +99,11 @@ def test_text_says_the_same(report: dict) -> None:
     assert done.returncode == 0, done.stderr
     assert f"fastkd {report['fastkd']}, Python {report['python']}, torch {report['torch']}" in done.stdout
     for name, entry in [*report["native"].items(), *report["backends"].items()]:
-        (line,) = [line for line in done.stdout.splitlines() if line.split()[:1] == [name] and line.endswith(entry["reason"])]
+        (line,) = [
+            line
+            for line in done.stdout.splitlines()
+            if line.split()[:1] == [name] and line.endswith(entry["reason"])
+        ]
         assert line.split()[1] == ("yes" if entry["available"] else "no")
 
 

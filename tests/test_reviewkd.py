@@ -1,4 +1,6 @@
-"""ReviewKD: its loss and its modules against independent forms and the worked figures, its weight by pair, its warm-up."""
+"""ReviewKD: its loss and its modules against independent forms and the worked figures, its weight by pair,
+its warm-up.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,17 @@ def worked(shape, a):
 
 
 def averaged(x, side):
-    """(N, C, side, side): the mean of rows floor(i H / side) to ceil((i + 1) H / side), and of columns alike, part by part."""
+    """(N, C, side, side): the mean of rows floor(i H / side) to ceil((i + 1) H / side), and of columns alike,
+    part by part.
+    """
 
     def part(i, size):
         return slice(i * size // side, -(-(i + 1) * size // side))
 
-    rows = [[x[:, :, part(i, x.shape[2]), part(j, x.shape[3])].mean((2, 3)) for j in range(side)] for i in range(side)]
+    rows = [
+        [x[:, :, part(i, x.shape[2]), part(j, x.shape[3])].mean((2, 3)) for j in range(side)]
+        for i in range(side)
+    ]
     return torch.stack([torch.stack(row, 2) for row in rows], 2)
 
 
@@ -34,7 +41,10 @@ def hcl_by_hand(students, teachers):
     total = 0
     for s, t in zip(students, teachers, strict=True):
         grids = [side for side in (4, 2, 1) if side < s.shape[2]]
-        terms = [((s - t) ** 2).mean(), *(((averaged(s, side) - averaged(t, side)) ** 2).mean() for side in grids)]
+        terms = [
+            ((s - t) ** 2).mean(),
+            *(((averaged(s, side) - averaged(t, side)) ** 2).mean() for side in grids),
+        ]
         factors = [0.5**i for i in range(len(terms))]
         total = total + sum(factor * term for factor, term in zip(factors, terms, strict=True)) / sum(factors)
     return total
@@ -64,7 +74,9 @@ def nearest(x, size):
 
 
 def by_hand(students, teachers, weights):
-    """``weights``: of each level, the shallowest first, (1x1, 3x3) and, but for the deepest, the attention's weight and bias."""
+    """``weights``: of each level, the shallowest first, (1x1, 3x3) and, but for the deepest, the attention's
+    weight and bias.
+    """
     found, passed = [], None
     for x, t, (w1, w2, *attention) in reversed(list(zip(students, teachers, weights, strict=True))):
         x = normed(convolved(x, w1))
@@ -96,7 +108,10 @@ def reviewed(students, teachers, levels):
 def test_the_worked_figures():
     for shape, wanted in (((2, 1, 8, 8), 0.1132009277), ((2, 2, 2, 2), 0.1414062500)):
         assert abs(fastkd.hcl_loss(worked(shape, 3), worked(shape, 5)).item() - wanted) <= 5e-11
-    students, teachers = [worked((2, 2, 4, 4), 3), worked((2, 2, 1, 1), 4)], [worked((2, 2, 4, 4), 5), worked((2, 2, 1, 1), 8)]
+    students, teachers = (
+        [worked((2, 2, 4, 4), 3), worked((2, 2, 1, 1), 4)],
+        [worked((2, 2, 4, 4), 5), worked((2, 2, 1, 1), 8)],
+    )
     bias = torch.tensor([0.1, -0.2], dtype=torch.float64)
     shallow = (worked((2, 2, 1, 1), 6), worked((2, 2, 3, 3), 9), worked((2, 4, 1, 1), 4), bias)
     weights = [shallow, (worked((2, 2, 1, 1), 2), worked((2, 2, 3, 3), 7))]
@@ -108,12 +123,19 @@ def test_the_worked_figures():
 def test_the_loss_by_hand(seed):
     chosen = random.Random(seed)
     n = chosen.choice((1, 2, 5))
-    shapes = [(n, chosen.choice((1, 2, 5)), *chosen.choices((1, 2, 3, 4, 5, 8, 11, 16), k=2)) for _ in range(chosen.choice((1, 2, 4)))]
-    sides = [[torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes] for _ in range(2)]
+    shapes = [
+        (n, chosen.choice((1, 2, 5)), *chosen.choices((1, 2, 3, 4, 5, 8, 11, 16), k=2))
+        for _ in range(chosen.choice((1, 2, 4)))
+    ]
+    sides = [
+        [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes] for _ in range(2)
+    ]
     found, wanted = fastkd.hcl_loss(*sides, weight=0.5), 0.5 * hcl_by_hand(*sides)
     torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-13)
     leaves = [*sides[0], *sides[1]]
-    torch.testing.assert_close(torch.autograd.grad(found, leaves), torch.autograd.grad(wanted, leaves), rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, leaves), torch.autograd.grad(wanted, leaves), rtol=1e-10, atol=1e-13
+    )
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -124,18 +146,27 @@ def test_the_review_by_hand(seed):
     sizes[1] = [chosen.choice((size, (4, 6), (9, 3))) for size in sizes[1][:-1]] + [(1, 1)]
     widths = [chosen.choices((1, 2, 3, 5), k=count) for _ in range(2)]
     students, teachers = (
-        [torch.randn(n, width, *size, dtype=torch.float64, requires_grad=True) for width, size in zip(*side, strict=True)]
+        [
+            torch.randn(n, width, *size, dtype=torch.float64, requires_grad=True)
+            for width, size in zip(*side, strict=True)
+        ]
         for side in zip(widths, sizes, strict=True)
     )
     weights = []
     for i, (width_in, width) in enumerate(zip(*widths, strict=True)):
-        shapes = [(middle, width_in, 1, 1), (width, middle, 3, 3), (2, 2 * middle, 1, 1), (2,)][: 4 if i < count - 1 else 2]
+        shapes = [(middle, width_in, 1, 1), (width, middle, 3, 3), (2, 2 * middle, 1, 1), (2,)][
+            : 4 if i < count - 1 else 2
+        ]
         weights.append([torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes])
     levels = modules([[weight.detach() for weight in level] for level in weights])
     found, wanted = reviewed(students, teachers, levels), by_hand(students, teachers, weights)
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-10)
     ours = [
-        [level.conv1[0].weight, level.conv2[0].weight, *(() if level.attention is None else level.attention.parameters())]
+        [
+            level.conv1[0].weight,
+            level.conv2[0].weight,
+            *(() if level.attention is None else level.attention.parameters()),
+        ]
         for level in levels
     ]
     grads = torch.autograd.grad(found, [*students, *teachers, *itertools.chain(*ours)])
@@ -145,7 +176,10 @@ def test_the_review_by_hand(seed):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_the_loss_is_computed_in_float32(dtype):
-    sides = [[(300 * torch.randn(3, 2, side, side)).to(dtype).requires_grad_() for side in (8, 1)] for _ in range(2)]
+    sides = [
+        [(300 * torch.randn(3, 2, side, side)).to(dtype).requires_grad_() for side in (8, 1)]
+        for _ in range(2)
+    ]
     exact = hcl_by_hand(*([x.detach().double() for x in side] for side in sides))
     with torch.autocast("cpu", torch.bfloat16):
         found = fastkd.hcl_loss(*sides, weights=[1, 1])
@@ -158,9 +192,17 @@ def test_the_loss_is_computed_in_float32(dtype):
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"teacher": torch.ones(2, 3, 4, 5)}, ValueError, r"student\[0\] .*teacher\[0\] .*wanted the same shape"),
+        (
+            {"teacher": torch.ones(2, 3, 4, 5)},
+            ValueError,
+            r"student\[0\] .*teacher\[0\] .*wanted the same shape",
+        ),
         ({"teacher": [torch.ones(2, 3, 4, 4)] * 2}, ValueError, "student has 1 stages, teacher has 2"),
-        ({"student": torch.ones(2, 3, 4), "teacher": torch.ones(2, 3, 4)}, ValueError, r"wanted \(N, C, H, W\)"),
+        (
+            {"student": torch.ones(2, 3, 4), "teacher": torch.ones(2, 3, 4)},
+            ValueError,
+            r"wanted \(N, C, H, W\)",
+        ),
         ({"student": torch.ones(2, 3, 4, 4).int()}, TypeError, "student .*wanted float16"),
         ({"weights": [1.0, 2.0]}, ValueError, "weights has 2 numbers, wanted 1"),
         ({"weight": "x"}, TypeError, "weight"),
@@ -175,7 +217,10 @@ def test_bad_input_is_one_line(change, error, words):
 
 @pytest.mark.parametrize(
     ("option", "words"),
-    [({"warmup": 2.0}, "warmup is 2.0, wanted a fraction of the run"), ({"first": 5}, "first is 5, wanted 0 or 1")],
+    [
+        ({"warmup": 2.0}, "warmup is 2.0, wanted a fraction of the run"),
+        ({"first": 5}, "first is 5, wanted 0 or 1"),
+    ],
 )
 def test_options_that_cannot_be_are_refused(option, words):
     with pytest.raises(ValueError, match=f"option reviewkd: {words}"):
@@ -217,14 +262,21 @@ def test_every_pair_of_networks_has_its_weight_and_the_right_maps(student, teach
 
 
 def test_the_teachers_maps_after_the_relu_are_an_option():
-    distillation = built("resnet8", "resnet8", options={"reviewkd": {"before_relu": False, "beta": 2.0}}).eval()
+    distillation = built(
+        "resnet8", "resnet8", options={"reviewkd": {"before_relu": False, "beta": 2.0}}
+    ).eval()
     images = torch.randn(2, 3, 32, 32)
     levels = [
         [*x.stages, x.pooled[:, :, None, None]]
-        for x in (distillation.student(images, features=True)[0], distillation.teacher(images, features=True)[0])
+        for x in (
+            distillation.student(images, features=True)[0],
+            distillation.teacher(images, features=True)[0],
+        )
     ]
     method = distillation.methods["reviewkd"]
-    torch.testing.assert_close(distillation(images).total, 2 * reviewed(*levels, method.levels), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        distillation(images).total, 2 * reviewed(*levels, method.levels), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_weight_grows_over_a_twelfth_of_the_run():
@@ -233,7 +285,12 @@ def test_the_weight_grows_over_a_twelfth_of_the_run():
     assert [method.weight_at(epoch, 2) for epoch in (0, 1)] == [0, 1]
     other = built("resnet8", "resnet8", preset="mdistiller").methods["reviewkd"]
     assert isinstance(other, ReviewKD) and [other.weight_at(epoch, 240) for epoch in (0, 19)] == [0.05, 1]
-    assert built("resnet8", "resnet8", options={"reviewkd": {"warmup": 0.0}}).methods["reviewkd"].weight_at(0, 240) == 1
+    assert (
+        built("resnet8", "resnet8", options={"reviewkd": {"warmup": 0.0}})
+        .methods["reviewkd"]
+        .weight_at(0, 240)
+        == 1
+    )
 
 
 def test_it_is_one_graph_and_runs_under_autocast():
@@ -244,12 +301,15 @@ def test_it_is_one_graph_and_runs_under_autocast():
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, distillation(images, labels).terms["reviewkd"], rtol=1e-2, atol=1e-3)
     found.backward()
-    assert all(x.grad.isfinite().all() and x.grad.any() for x in distillation.methods.parameters() if x.dim() > 1)
+    assert all(
+        x.grad.isfinite().all() and x.grad.any() for x in distillation.methods.parameters() if x.dim() > 1
+    )
 
 
 def test_the_first_weights_are_the_published_ones():
     level = ABF(30, 20, 40, fuses=True)
-    for layer in (level.conv1[0], level.conv2[0]):  # kaiming_uniform with a = 1: within sqrt(3 / fan_in), and nearly to it
+    # kaiming_uniform with a = 1: within sqrt(3 / fan_in), and nearly to it
+    for layer in (level.conv1[0], level.conv2[0]):
         bound = (3 / layer.weight[0].numel()) ** 0.5
         assert layer.bias is None and 0.95 * bound < layer.weight.abs().max() <= bound
     assert level.attention.bias.any()
@@ -257,7 +317,18 @@ def test_the_first_weights_are_the_published_ones():
 
 @pytest.mark.slow
 def test_two_epochs_end_with_its_state_and_its_weight_in_the_row(small_main, tmp_path, capsys):
-    flags = ["--method", "reviewkd", "--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--epochs", "2"]
+    flags = [
+        "--method",
+        "reviewkd",
+        "--dataset",
+        "digits",
+        "--teacher",
+        "resnet8",
+        "--student",
+        "resnet8",
+        "--epochs",
+        "2",
+    ]
     assert small_main([*flags, "--device", "cpu", "--output", str(tmp_path), "--no-pictures"]) == 0
     assert "reviewkd.beta=1.0" in capsys.readouterr().out
     with open(tmp_path / "results.csv", newline="") as file:
@@ -265,7 +336,10 @@ def test_two_epochs_end_with_its_state_and_its_weight_in_the_row(small_main, tmp
     assert "reviewkd.beta=1.0" in ",".join(row.values())
     folder = tmp_path / row["folder"]
     with open(folder / "epochs.csv", newline="") as file:
-        losses = [{name: float(value) for name, value in line.items() if "reviewkd" in name} for line in csv.DictReader(file)]
+        losses = [
+            {name: float(value) for name, value in line.items() if "reviewkd" in name}
+            for line in csv.DictReader(file)
+        ]
     assert not any(losses[0].values()) and all(losses[1].values())
     best = torch.load(folder / "best.pt", weights_only=True)["model"]
     assert set(best) == set(create_model("resnet8").state_dict())  # the bare student

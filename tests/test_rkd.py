@@ -1,4 +1,6 @@
-"""RKD against an independent form, its worked figures, and what it may not do: build triples, or blow up on equal samples."""
+"""RKD against an independent form, its worked figures, and what it may not do: build triples, or blow up on
+equal samples.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,10 @@ def by_hand(student, teacher, distance_weight=25.0, angle_weight=50.0):
             for i in range(n) for j in range(n) for k in range(n)
         ]  # fmt: skip
         found.append((torch.stack(pairs), torch.stack(triples)))
-    distance, angle = (torch.where((s - t).abs() < 1, 0.5 * (s - t) ** 2, (s - t).abs() - 0.5).mean() for s, t in zip(*found, strict=True))
+    distance, angle = (
+        torch.where((s - t).abs() < 1, 0.5 * (s - t) ** 2, (s - t).abs() - 0.5).mean()
+        for s, t in zip(*found, strict=True)
+    )
     return distance_weight * distance + angle_weight * angle
 
 
@@ -49,7 +54,11 @@ def gradients(loss, *tensors):
 @forms
 def test_the_worked_figures(rkd_loss):
     student, teacher = worked((3, 2), 3), worked((3, 4), 5)
-    for weights, wanted in (((25.0, 50.0), 8.6642730953), ((1.0, 0.0), 0.1815458583), ((0.0, 1.0), 0.0825125328)):
+    for weights, wanted in (
+        ((25.0, 50.0), 8.6642730953),
+        ((1.0, 0.0), 0.1815458583),
+        ((0.0, 1.0), 0.0825125328),
+    ):
         found = rkd_loss(student, teacher, distance_weight=weights[0], angle_weight=weights[1])
         assert found.dtype == torch.float64 and abs(found.item() - wanted) <= 5e-11
     assert rkd_loss(worked((2, 2), 3), worked((2, 4), 5)).item() == pytest.approx(0, abs=1e-15)
@@ -62,10 +71,13 @@ def test_values_and_gradients_by_hand(rkd_loss, seed):
     n, sizes = chosen.choice((2, 3, 4, 5, 7)), [chosen.choice((1, 2, 3, 5, 17)) for _ in range(2)]
     shapes = [(n, size) if chosen.random() < 0.7 else (n, size, 2, 3) for size in sizes]
     tensors = [
-        torch.randn(shape, dtype=torch.float64) * scale for shape, scale in zip(shapes, (1, chosen.choice((0.1, 1, 30))), strict=True)
+        torch.randn(shape, dtype=torch.float64) * scale
+        for shape, scale in zip(shapes, (1, chosen.choice((0.1, 1, 30))), strict=True)
     ]
     weights = chosen.choice(((25.0, 50.0), (3.0, 0.0), (0.0, 2.0)))
-    found = gradients(lambda s, t: rkd_loss(s, t, distance_weight=weights[0], angle_weight=weights[1], weight=0.5), *tensors)
+    found = gradients(
+        lambda s, t: rkd_loss(s, t, distance_weight=weights[0], angle_weight=weights[1], weight=0.5), *tensors
+    )
     wanted = gradients(lambda s, t: 0.5 * by_hand(s, t, *weights), *tensors)
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-10)
 
@@ -78,7 +90,9 @@ def test_every_dtype_is_computed_in_float32(dtype):
     assert found[0].dtype == torch.float32 and [x.dtype for x in found[1:]] == [dtype] * 2
     torch.testing.assert_close(found[0].double(), exact[0], rtol=1e-5, atol=1e-6)
     for got, want in zip(found[1:], exact[1:], strict=True):
-        torch.testing.assert_close(got.double(), want, rtol=1e-4 if dtype == torch.float32 else 1e-2, atol=1e-5)
+        torch.testing.assert_close(
+            got.double(), want, rtol=1e-4 if dtype == torch.float32 else 1e-2, atol=1e-5
+        )
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(fastkd.rkd_loss(*tensors), found[0])
 
@@ -113,20 +127,28 @@ def test_near_duplicates_far_from_the_origin_keep_their_gradient():
     student = torch.randn(6, 8, dtype=torch.float64)
     student[1] = student[0] + 1e-3 * torch.randn(8, dtype=torch.float64)
     student, teacher = (student + 100).float(), torch.randn(6, 8)
-    found, exact = gradients(fastkd.rkd_loss, student, teacher), gradients(reference.rkd_loss, student.double(), teacher.double())
+    found, exact = (
+        gradients(fastkd.rkd_loss, student, teacher),
+        gradients(reference.rkd_loss, student.double(), teacher.double()),
+    )
     for got, want in zip(found, exact, strict=True):
         assert (got - want).norm() < 1e-3 * want.norm()
 
 
 def test_only_wanted_gradients_are_computed_and_one_only():
-    student, teacher = torch.randn(4, 3, dtype=torch.float64, requires_grad=True), torch.randn(4, 2, dtype=torch.float64)
+    student, teacher = (
+        torch.randn(4, 3, dtype=torch.float64, requires_grad=True),
+        torch.randn(4, 2, dtype=torch.float64),
+    )
     _, ours, theirs = torch.ops.fastkd.rkd_loss(student.detach(), teacher, 25.0, 50.0, True, False)
     assert ours.shape == (4, 3) and theirs.numel() == 0
     (grad,) = torch.autograd.grad(fastkd.rkd_loss(student, teacher), student, create_graph=True)
     with pytest.raises(RuntimeError, match=r"fastkd\.reference\.rkd_loss"):
         grad.sum().backward()
     assert torch.autograd.gradcheck(fastkd.rkd_loss, (student, teacher.requires_grad_()))
-    torch.library.opcheck(torch.ops.fastkd.rkd_loss, (torch.randn(4, 3), torch.randn(4, 2), 25.0, 50.0, True, True))
+    torch.library.opcheck(
+        torch.ops.fastkd.rkd_loss, (torch.randn(4, 3), torch.randn(4, 2), 25.0, 50.0, True, True)
+    )
     upstream = torch.tensor(-3.0, dtype=torch.float64)
     (scaled,) = torch.autograd.grad(fastkd.rkd_loss(student, teacher), student, upstream)
     torch.testing.assert_close(scaled, -3 * grad.detach())
@@ -143,9 +165,13 @@ def test_it_is_one_graph():
 
 
 def test_memory_is_that_of_pairs():
-    """(B, B, D) would take 64 MB here and (B, B, B) 134 MB; a matrix of pairs is 1 MB, and so are the vectors of the batch."""
+    """(B, B, D) would take 64 MB here and (B, B, B) 134 MB; a matrix of pairs is 1 MB, and so are the vectors
+    of the batch.
+    """
     student, teacher = torch.randn(512, 512, requires_grad=True), torch.randn(512, 512)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as found:
         fastkd.rkd_loss(student, teacher).backward()
     held = peak = 0
     for event in sorted(found.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
@@ -159,7 +185,11 @@ def test_memory_is_that_of_pairs():
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"student": torch.ones(1, 3), "teacher": torch.ones(1, 3)}, ValueError, "one sample has no relations, wanted at least two"),
+        (
+            {"student": torch.ones(1, 3), "teacher": torch.ones(1, 3)},
+            ValueError,
+            "one sample has no relations, wanted at least two",
+        ),
         ({"teacher": torch.ones(5, 3)}, ValueError, "teacher"),
         ({"student": torch.ones(4)}, ValueError, r"student .* wanted \(N, \.\.\.\)"),
         ({"student": torch.ones(4, 0)}, ValueError, "student"),
@@ -179,7 +209,9 @@ def test_bad_input_is_one_line(rkd_loss, change, error, words):
 def test_the_method_reads_the_pooled_vectors():
     torch.manual_seed(1)
     student, teacher = fastkd.models.create_model("resnet8"), fastkd.models.create_model("resnet8x4")
-    distillation = fastkd.Distillation(student, teacher, "rkd", options={"rkd": {"beta": 0.5}}, fold=False).eval()
+    distillation = fastkd.Distillation(
+        student, teacher, "rkd", options={"rkd": {"beta": 0.5}}, fold=False
+    ).eval()
     images = torch.randn(5, 3, 32, 32)
     losses = distillation(images, torch.arange(5))
     pooled = [network(images, features=True)[0].pooled for network in (student, teacher)]

@@ -72,40 +72,62 @@ def test_values_and_gradients_by_hand(form, seed):
     chosen = random.Random(seed)
     n, count = chosen.choice((2, 3, 5)), chosen.choice((1, 2, 3))
     sizes = [chosen.choice((2, 3, 5)) for _ in range(count)]
-    sides = [[torch.randn(n, chosen.choice((1, 2, 3, 7)), size, size, dtype=torch.float64) for size in sizes] for _ in range(2)]
+    sides = [
+        [torch.randn(n, chosen.choice((1, 2, 3, 7)), size, size, dtype=torch.float64) for size in sizes]
+        for _ in range(2)
+    ]
     weights = chosen.choice((None, [chosen.uniform(-1, 2) for _ in sizes]))
     factors = weights or [1 / 2 ** (count - i) for i in range(1, count + 1)]
-    found = gradients(lambda *x: form.sakd_loss(x[:count], x[count:], weights=weights, weight=3.0), *sides[0], *sides[1])
+    found = gradients(
+        lambda *x: form.sakd_loss(x[:count], x[count:], weights=weights, weight=3.0), *sides[0], *sides[1]
+    )
     wanted = gradients(lambda *x: 3.0 * loss_by_hand(x[:count], x[count:], factors), *sides[0], *sides[1])
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
     upstream = torch.randn(n, sizes[0], sizes[0], dtype=torch.float64)
-    found, wanted = (gradients(lambda x, map=map: (map(x) * upstream).sum(), sides[0][0]) for map in (form.sakd_map, map_by_hand))
+    found, wanted = (
+        gradients(lambda x, map=map: (map(x) * upstream).sum(), sides[0][0])
+        for map in (form.sakd_map, map_by_hand)
+    )
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_every_dtype_is_computed_in_float32(dtype):
     """Squares of 400 and more are infinite in float16, and so are their products."""
-    student, teacher = ([scale * torch.randn(3, c, size, size) for c, size in ((2, 5), (4, 3))] for c, scale in ((1, 400), (2, 1)))
+    student, teacher = (
+        [scale * torch.randn(3, c, size, size) for c, size in ((2, 5), (4, 3))]
+        for c, scale in ((1, 400), (2, 1))
+    )
     student, teacher = [x.to(dtype) for x in student], [x.to(dtype) for x in teacher]
     found = gradients(lambda a, b: fastkd.sakd_loss([a, b], teacher), *student)
-    exact = gradients(lambda a, b: reference.sakd_loss([a, b], [x.double() for x in teacher]), *(x.double() for x in student))
+    exact = gradients(
+        lambda a, b: reference.sakd_loss([a, b], [x.double() for x in teacher]),
+        *(x.double() for x in student),
+    )
     assert found[0].dtype == torch.float32 and [x.dtype for x in found[1:]] == [dtype] * 2
     torch.testing.assert_close(found[0].double(), exact[0], rtol=1e-5, atol=1e-6)
     for got, want in zip(found[1:], exact[1:], strict=True):
         atol = 6e-8 if dtype == torch.float16 else 1e-9  # its smallest number
-        torch.testing.assert_close(got.double(), want, rtol=1e-3 if dtype == torch.float32 else 1e-2, atol=atol)
+        torch.testing.assert_close(
+            got.double(), want, rtol=1e-3 if dtype == torch.float32 else 1e-2, atol=atol
+        )
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(fastkd.sakd_loss(student, teacher), found[0]) and fastkd.sakd_map(student[0]).dtype == torch.float32
+        assert (
+            torch.equal(fastkd.sakd_loss(student, teacher), found[0])
+            and fastkd.sakd_map(student[0]).dtype == torch.float32
+        )
     mixed, exact = (
-        loss(x, teacher[0].double()) for loss, x in ((fastkd.sakd_loss, student[0]), (reference.sakd_loss, student[0].double()))
+        loss(x, teacher[0].double())
+        for loss, x in ((fastkd.sakd_loss, student[0]), (reference.sakd_loss, student[0].double()))
     )
     torch.testing.assert_close(mixed, exact, rtol=1e-12, atol=0)  # all in float64
 
 
 def test_first_and_second_derivatives():
     student, teacher = (torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(fastkd.sakd_map, (student,)) and torch.autograd.gradcheck(fastkd.sakd_loss, (student, teacher))
+    assert torch.autograd.gradcheck(fastkd.sakd_map, (student,)) and torch.autograd.gradcheck(
+        fastkd.sakd_loss, (student, teacher)
+    )
     assert torch.autograd.gradgradcheck(reference.sakd_loss, (student, teacher))
     dead = torch.zeros(2, 3, 4, 4, requires_grad=True)
     assert not torch.autograd.grad(fastkd.sakd_loss(dead, torch.rand(2, 3, 4, 4)), dead)[0].any()
@@ -118,16 +140,26 @@ def test_it_is_one_graph():
         return fastkd.sakd_loss([student * 2], [teacher], weight=0.5)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(gradients(lambda s: compiled(s, teacher), student), gradients(lambda s: step(s, teacher), student))
+    torch.testing.assert_close(
+        gradients(lambda s: compiled(s, teacher), student), gradients(lambda s: step(s, teacher), student)
+    )
 
 
 @forms
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"student": torch.ones(2, 3, 4, 5)}, ValueError, r"student\[0\] is \(2, 3, 4, 5\) .*wanted a square map \(N, C, H, H\)"),
+        (
+            {"student": torch.ones(2, 3, 4, 5)},
+            ValueError,
+            r"student\[0\] is \(2, 3, 4, 5\) .*wanted a square map \(N, C, H, H\)",
+        ),
         ({"teacher": torch.ones(2, 3, 4)}, ValueError, r"teacher\[0\] is \(2, 3, 4\) .*wanted a square map"),
-        ({"teacher": torch.ones(2, 3, 5, 5)}, ValueError, r"student\[0\] is .*teacher\[0\] is .*sizes differ, SAKD wanted the same H"),
+        (
+            {"teacher": torch.ones(2, 3, 5, 5)},
+            ValueError,
+            r"student\[0\] is .*teacher\[0\] is .*sizes differ, SAKD wanted the same H",
+        ),
         ({"teacher": torch.ones(3, 3, 4, 4)}, ValueError, "batch sizes differ"),
         ({"teacher": [torch.ones(2, 3, 4, 4)] * 2}, ValueError, "student has 1 stages, teacher has 2"),
         ({"student": torch.ones(2, 3, 4, 4).long()}, TypeError, "student is .*wanted float16"),
@@ -144,15 +176,20 @@ def test_bad_input_is_one_line(form, change, error, words):
         form.sakd_map(torch.ones(2, 3, 4, 5))
 
 
-@pytest.mark.parametrize(("student", "teacher"), [("resnet8", "wrn_16_2"), ("wrn_16_1", "resnet8x4"), ("resnet8", "resnet8")])
+@pytest.mark.parametrize(
+    ("student", "teacher"), [("resnet8", "wrn_16_2"), ("wrn_16_1", "resnet8x4"), ("resnet8", "resnet8")]
+)
 def test_the_method_connects_the_students_stages(student, teacher):
     torch.manual_seed(2)
     networks = create_model(student, 7), create_model(teacher, 7)
     images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
-    distillation = fastkd.Distillation(*networks, "sakd", teacher_mode="train", options={"sakd": {"beta": 20.0}})
+    distillation = fastkd.Distillation(
+        *networks, "sakd", teacher_mode="train", options={"sakd": {"beta": 20.0}}
+    )
     losses = distillation(images, labels)
     assert list(losses.terms) == ["ce", "sakd", "kd"]
-    s, t = ([x.detach() for x in network(images, features=True)[0].stages] for network in networks)  # train mode, both
+    # train mode, both
+    s, t = ([x.detach() for x in network(images, features=True)[0].stages] for network in networks)
     connected = []
     for x, target, connector in zip(s, t, distillation.methods["sakd"].connectors, strict=True):
         weight = connector[0].weight
@@ -161,9 +198,14 @@ def test_the_method_connects_the_students_stages(student, teacher):
         connected.append(F.batch_norm(y, None, None, training=True))
     wanted = 20 * reference.sakd_loss(connected, t, weight=1.0)
     torch.testing.assert_close(losses.terms["sakd"], wanted, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(losses.terms["kd"], fastkd.kd_loss(losses.student_logits, losses.teacher_logits, 4.0, weight=0.9))
+    torch.testing.assert_close(
+        losses.terms["kd"], fastkd.kd_loss(losses.student_logits, losses.teacher_logits, 4.0, weight=0.9)
+    )
     losses.total.backward()
-    assert all(p.grad is not None and p.grad.any() for p in (networks[0].conv1.weight, *distillation.methods.parameters()))
+    assert all(
+        p.grad is not None and p.grad.any()
+        for p in (networks[0].conv1.weight, *distillation.methods.parameters())
+    )
     with torch.autocast("cpu", torch.bfloat16):
         rounded = distillation(images, labels).terms["sakd"]
     assert rounded.dtype == torch.float32
@@ -193,7 +235,11 @@ def test_a_run_is_taken_up_and_an_explicit_recipe_wins(small_main, monkeypatch, 
     flags = ["--method", "sakd", "--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--epochs", "2",
              "--device", "cpu", "--no-pictures"]  # fmt: skip
     assert small_main([*flags, "--output", str(tmp_path / "whole")]) == 0
-    assert "momentum 0.8" in (out := capsys.readouterr().out) and "new_optimizer True" in out and "teacher_mode train" in out
+    assert (
+        "momentum 0.8" in (out := capsys.readouterr().out)
+        and "new_optimizer True" in out
+        and "teacher_mode train" in out
+    )
     whole = Trainer.train_epoch
 
     def stopped(self, number, progress):
@@ -212,11 +258,18 @@ def test_a_run_is_taken_up_and_an_explicit_recipe_wins(small_main, monkeypatch, 
         states.append(torch.load(folder / "last.pt", weights_only=True))
     for key in ("model", "method", "teacher", "best"):
         torch.testing.assert_close(states[1][key], states[0][key], rtol=0, atol=0)
-    assert "sakd.connectors.2.1.running_mean" in states[0]["method"] and states[0]["method"]["sakd.connectors.2.1.running_mean"].any()
+    assert (
+        "sakd.connectors.2.1.running_mean" in states[0]["method"]
+        and states[0]["method"]["sakd.connectors.2.1.running_mean"].any()
+    )
     capsys.readouterr()
     assert small_main([*flags, "--recipe", "digits", "--output", str(tmp_path / "recipe")]) == 0
     (config,) = (tmp_path / "recipe").glob("sakd-*/config.json")
     assert json.loads(config.read_text())["fields"]["momentum"] == 0.9
     assert small_main([*flags, "--student", "resnet_32_20", "--output", str(tmp_path / "misfit")]) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "student[0] is (2, 16, 28, 28)" in err and "teacher[0] is (2, 16, 32, 32)" in err
+    assert (
+        err.count("\n") == 1
+        and "student[0] is (2, 16, 28, 28)" in err
+        and "teacher[0] is (2, 16, 32, 32)" in err
+    )

@@ -23,18 +23,25 @@ TEACHER = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i,
 OPERATIONS = {
     "attention_map": lambda m, s, t: sum((m.attention_map(x) * x.mean(1).detach()).sum() for x in s),
     "attention_transfer_loss": lambda m, s, t: m.attention_transfer_loss(s, t, weight=100.0),
-    "attention_transfer_loss, three times": lambda m, s, t: 3 * m.attention_transfer_loss(s, t, p=1, pool="after"),
+    "attention_transfer_loss, three times": (
+        lambda m, s, t: 3 * m.attention_transfer_loss(s, t, p=1, pool="after")
+    ),
     "attention_transfer_loss over maps": lambda m, s, t: m.attention_transfer_loss(
         m.attention_map(s[0]), t[0], student_is_map=True, difference="l2"
     ),
     "fsp_matrix": lambda m, s, t: m.fsp_matrix(s[0], s[1]).square().sum() + m.fsp_matrix(s[1], s[2]).sum(),
     "fsp_loss": lambda m, s, t: m.fsp_loss(s, t),
     "fsp_loss, three times": lambda m, s, t: 3 * m.fsp_loss(s[:2], t[:2], distance="column_l2"),
-    "tap": lambda m, s, t: sum((y.sin().sum() + 5 * a.square().sum(1).max()) for y, a in (m.tap(x * 1) for x in s)),
-    "relu_tap": lambda m, s, t: sum((y.square().sum() + a[0].sum()) for y, a in (m.relu_tap(x, x.flip(0)) for x in s)),
+    "tap": lambda m, s, t: sum(
+        (y.sin().sum() + 5 * a.square().sum(1).max()) for y, a in (m.tap(x * 1) for x in s)
+    ),
+    "relu_tap": lambda m, s, t: sum(
+        (y.square().sum() + a[0].sum()) for y, a in (m.relu_tap(x, x.flip(0)) for x in s)
+    ),
     "kd_loss": lambda m, s, t: m.kd_loss(s[0].mean((2, 3)), t[0].mean((2, 3))),
 }
-ON_GPUS = ("attention_map", "attention_transfer_loss", "fsp_matrix", "fsp_loss", "tap", "relu_tap")  # interpreted or emulated: slow
+# interpreted or emulated: slow
+ON_GPUS = ("attention_map", "attention_transfer_loss", "fsp_matrix", "fsp_loss", "tap", "relu_tap")
 CASES = [
     pytest.param(backend.values[0], operation, marks=backend.marks, id=f"{backend.id}-{operation}")
     for backend, operations in zip(KERNELS, (OPERATIONS, ON_GPUS, ON_GPUS), strict=True)
@@ -76,7 +83,9 @@ def offloaded(function, *s):
 WAYS = {
     "checkpoint": lambda function, *s: checkpoint(function, *s, use_reentrant=False),
     "reentrant checkpoint": lambda function, *s: checkpoint(lambda *s: function(*s), *s, use_reentrant=True),
-    "nested checkpoint": lambda function, *s: checkpoint(lambda *s: checkpoint(function, *s, use_reentrant=False), *s, use_reentrant=False),
+    "nested checkpoint": lambda function, *s: checkpoint(
+        lambda *s: checkpoint(function, *s, use_reentrant=False), *s, use_reentrant=False
+    ),
     "save_on_cpu": offloaded,
 }
 
@@ -111,7 +120,9 @@ def test_what_is_saved_is_unpacked_once(backend, operation):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_a_checkpointed_network_trains_as_without(use_reentrant):
-    """The fused batch norms and the loss, in one region that is run twice; statistics are counted twice, as PyTorch's are."""
+    """The fused batch norms and the loss, in one region that is run twice; statistics are counted twice, as
+    PyTorch's are.
+    """
     images = torch.randn(4, 3, 16, 16).to(memory_format=torch.channels_last).requires_grad_()
     model = create_model("resnet8").to(memory_format=torch.channels_last)
     teacher = [x.detach() * 2 for x in copy.deepcopy(model)(images, features=True)[0].stages]
@@ -127,7 +138,11 @@ def test_a_checkpointed_network_trains_as_without(use_reentrant):
     found = []
     for again in (False, True):
         twin = copy.deepcopy(model)
-        total = checkpoint(lambda x, twin=twin: loss(twin, x), images, use_reentrant=use_reentrant) if again else loss(twin, images)
+        total = (
+            checkpoint(lambda x, twin=twin: loss(twin, x), images, use_reentrant=use_reentrant)
+            if again
+            else loss(twin, images)
+        )
         total.backward()
         found.append([x.grad for x in twin.parameters()])
     assert all(map(torch.equal, *found))
@@ -141,7 +156,10 @@ LOSSES = {"attention_transfer_loss": attention, "fsp_loss": fsp}
 @pytest.mark.parametrize("function", LOSSES)
 def test_no_gradient_is_held_for_who_checkpoints(function, way):
     """Between forward and backward pass nothing of a feature's size is kept, the features themselves apart."""
-    s, t = [[x.detach().requires_grad_(need) for x in (values((2, 64, 9, 9), torch.float32),) * 3] for need in (True, False)]
+    s, t = [
+        [x.detach().requires_grad_(need) for x in (values((2, 64, 9, 9), torch.float32),) * 3]
+        for need in (True, False)
+    ]
     with fastkd.use_backend("cpp"):
         loss = WAYS[way](lambda *s: getattr(fastkd, function)(list(s), t), *s)
         node = loss.grad_fn
@@ -154,7 +172,9 @@ def test_no_gradient_is_held_for_who_checkpoints(function, way):
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("foreseen", [True, False])
 @pytest.mark.parametrize("function", LOSSES)
-def test_a_feature_changed_in_place_raises_whether_or_not_the_gradient_was_foreseen(function, foreseen, stage, with_teacher, monkeypatch):
+def test_a_feature_changed_in_place_raises_whether_or_not_the_gradient_was_foreseen(
+    function, foreseen, stage, with_teacher, monkeypatch
+):
     monkeypatch.setattr(LOSSES[function], "_prefetch", GradPrefetch())
     s = [x * 1 for x in student("cpp")]
     t = [x.clone().requires_grad_(with_teacher) for x in TEACHER]

@@ -1,4 +1,6 @@
-"""What a command prints to decides nothing: a screen that fails is given up, and what it cannot print is replaced."""
+"""What a command prints to decides nothing: a screen that fails is given up, and what it cannot print is
+replaced.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,19 @@ from fastkd.report import tables as report
 from fastkd.training.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = ["--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--batch-size", "32", "--device", "cpu", "--no-pictures"]
+QUICK = [
+    "--dataset",
+    "digits",
+    "--teacher",
+    "resnet8",
+    "--student",
+    "resnet8",
+    "--batch-size",
+    "32",
+    "--device",
+    "cpu",
+    "--no-pictures",
+]
 
 
 def broken(kind):
@@ -36,19 +50,31 @@ def broken(kind):
 
 @pytest.mark.parametrize("kind", ["no reader", "terminal gone", "full disk", "closed"])
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_a_screen_that_fails_is_given_up_with_one_line_and_training_goes_on(small_main, monkeypatch, tmp_path, capsys, kind, stream):
+def test_a_screen_that_fails_is_given_up_with_one_line_and_training_goes_on(
+    small_main, monkeypatch, tmp_path, capsys, kind, stream
+):
     screen = broken(kind)
     monkeypatch.setattr(sys, stream, screen)
     if stream == "stderr":  # which a run writes to only on a terminal, without tqdm once in ten seconds
-        monkeypatch.setattr(Progress, "advance", lambda self, describe: print("a line", file=sys.stderr, flush=True))
+        monkeypatch.setattr(
+            Progress, "advance", lambda self, describe: print("a line", file=sys.stderr, flush=True)
+        )
     status = small_main(["--method", "baseline", *QUICK, "--epochs", "2", "--output", str(tmp_path)])
     monkeypatch.undo()
     with suppress(OSError):  # what its buffer still holds
         screen.close()
     assert status == 0
     log = next(tmp_path.glob("baseline-*/log.txt")).read_text()
-    assert log.count("cannot be written") == 1 and f"{stream} cannot be written: " in log and "; going on without it\n" in log
-    assert "baseline epoch 2/2" in log and "again    python" in log and len((tmp_path / "results.csv").read_text().splitlines()) == 2
+    assert (
+        log.count("cannot be written") == 1
+        and f"{stream} cannot be written: " in log
+        and "; going on without it\n" in log
+    )
+    assert (
+        "baseline epoch 2/2" in log
+        and "again    python" in log
+        and len((tmp_path / "results.csv").read_text().splitlines()) == 2
+    )
 
 
 def test_a_run_needs_no_screen_at_all(small_main, monkeypatch, tmp_path):
@@ -62,8 +88,22 @@ def test_a_run_needs_no_screen_at_all(small_main, monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_a_command_ends_well_though_its_reader_left(tmp_path):
     """As in ``train.py ... 2>&- | head -3``: nothing is left in a buffer, to fail when the interpreter ends."""
-    command = [sys.executable, str(ROOT / "train.py"), "--method", "baseline", *QUICK, "--epochs", "1", "--output", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "--method",
+        "baseline",
+        *QUICK,
+        "--epochs",
+        "1",
+        "--output",
+        str(tmp_path),
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
     environment.pop("PYTHONUNBUFFERED", None)
     with open(tmp_path / "err", "wb") as err:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, env=environment)
@@ -90,7 +130,12 @@ def test_no_file_takes_the_place_of_a_closed_screen(tmp_path):
 def test_what_a_screen_cannot_print_is_replaced(small_main, monkeypatch, tmp_path):
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
-    assert small_main(["--method", "baseline", *QUICK, "--epochs", "1", "--output", str(tmp_path), "--repeats", "2"]) == 0
+    assert (
+        small_main(
+            ["--method", "baseline", *QUICK, "--epochs", "1", "--output", str(tmp_path), "--repeats", "2"]
+        )
+        == 0
+    )
     last = written.getvalue().decode("ascii").splitlines()[-1]
     assert "(mean ? sample standard deviation)" in last and "2 runs, seeds 0 1" in last
     written = io.BytesIO()

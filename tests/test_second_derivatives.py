@@ -1,4 +1,6 @@
-"""Second derivatives of fastkd.reference where a norm is zero: finite wherever the first one is, and right where they exist."""
+"""Second derivatives of fastkd.reference where a norm is zero: finite wherever the first one is, and right
+where they exist.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,15 @@ F64 = torch.float64
 
 
 def twice(loss, *tensors):
-    """The gradients of loss, and the second derivative along a random direction: the gradients of <gradients, direction>."""
+    """The gradients of loss, and the second derivative along a random direction: the gradients of <gradients,
+    direction>.
+    """
     tensors = [x.detach().requires_grad_() for x in tensors]
     first = torch.autograd.grad(loss(*tensors), tensors, create_graph=True)
     along = sum((g * torch.randn_like(g)).sum() for g in first)
-    second = torch.autograd.grad(along, tensors, allow_unused=True) if along.requires_grad else [None] * len(first)
+    second = (
+        torch.autograd.grad(along, tensors, allow_unused=True) if along.requires_grad else [None] * len(first)
+    )
     return first, [torch.zeros_like(x) if g is None else g for g, x in zip(second, tensors)]
 
 
@@ -67,7 +73,9 @@ def test_the_second_derivative_of_a_zero_map_is_the_one_of_differences(eps):
 
     def gradient(at):
         at = at.requires_grad_()
-        return torch.autograd.grad(reference.attention_transfer_loss(at, t, eps=eps), at, create_graph=True)[0]
+        return torch.autograd.grad(reference.attention_transfer_loss(at, t, eps=eps), at, create_graph=True)[
+            0
+        ]
 
     x.requires_grad_()
     (second,) = torch.autograd.grad((gradient(x) * direction).sum(), x)
@@ -103,7 +111,9 @@ def test_fsp_with_a_dead_channel(dead, distance):
 
 
 def test_fsp_with_a_channel_that_all_but_died():
-    """Weight decay leaves such numbers; second derivatives of a norm are as large as it is small, and right in float32."""
+    """Weight decay leaves such numbers; second derivatives of a norm are as large as it is small, and right
+    in float32.
+    """
     s, t = ([values((2, 3, 4, 3), F64), values((2, 4, 4, 3), F64)] for _ in range(2))
     for side in (s, t):
         side[1][:, 1] *= 1e-20
@@ -113,15 +123,22 @@ def test_fsp_with_a_channel_that_all_but_died():
         x, y = (z.to(dtype).requires_grad_() for z in s)
         loss = reference.fsp_loss([x, y], [z.to(dtype) for z in t], distance="column_l2")
         (first,) = torch.autograd.grad(loss, y, create_graph=True)
-        found.append(torch.autograd.grad((first * torch.randn(first.shape, dtype=F64).to(dtype)).sum(), y)[0].double())
+        found.append(
+            torch.autograd.grad((first * torch.randn(first.shape, dtype=F64).to(dtype)).sum(), y)[0].double()
+        )
     assert found[1][:, 1].abs().max() > 1e17
     torch.testing.assert_close(found[0][:, 1] * 1e-20, found[1][:, 1] * 1e-20, rtol=1e-3, atol=1e-3)
 
 
 def test_taps_and_batch_norm():
     x, t = sample("zero"), values((2, 3, 4, 3), F64)
-    finite(lambda x: sum((y * t.view(y.shape) if y.dim() == 4 else y * t[:, 0]).sum() for y in reference.tap(x)), x)
-    finite(lambda x: sum((y * t if y.dim() == 4 else y * t[:, 0]).sum() for y in reference.relu_tap(x - 1, x)), x)
+    finite(
+        lambda x: sum((y * t.view(y.shape) if y.dim() == 4 else y * t[:, 0]).sum() for y in reference.tap(x)),
+        x,
+    )
+    finite(
+        lambda x: sum((y * t if y.dim() == 4 else y * t[:, 0]).sum() for y in reference.relu_tap(x - 1, x)), x
+    )
     w = torch.rand(3, dtype=F64)
     flat = torch.ones(2, 3, 4, 3, dtype=F64)
     finite(lambda x, w, b: (reference.batch_norm(x, None, w, b, relu=True) * t).sum(), flat, w, w)
@@ -132,7 +149,9 @@ def test_first_derivatives_and_values_at_zero_are_as_before():
     x = sample("zero").requires_grad_()
     y = reference.attention_map(x)
     assert not y[0].any()
-    torch.testing.assert_close(y[1], torch.nn.functional.normalize(x[1].square().mean(0).flatten(), dim=0).view(4, 3))
+    torch.testing.assert_close(
+        y[1], torch.nn.functional.normalize(x[1].square().mean(0).flatten(), dim=0).view(4, 3)
+    )
     (grad,) = torch.autograd.grad(y.sum(), x)
     assert not grad[0].any() and grad[1].any()
     s = values((2, 3, 4, 3), F64).requires_grad_()

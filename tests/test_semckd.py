@@ -34,7 +34,9 @@ def normed(x):
 
 
 def by_hand(students, teachers, queries, keys, regressors, soft):
-    """Image by image and pair by pair. ``queries``, ``keys``: four tensors each; ``regressors[i][j]``: three convolutions."""
+    """Image by image and pair by pair. ``queries``, ``keys``: four tensors each; ``regressors[i][j]``: three
+    convolutions.
+    """
 
     def embedded(x, layers):
         x = x.flatten(1)
@@ -67,7 +69,9 @@ def method_with(students, teachers, queries, keys, regressors, batch_size, **opt
     """The method in float64 with these weights."""
     method = SemCKD(context_of(students, teachers, batch_size), SemCKD.Options(**options)).double()
     pairs = [*zip([*method.queries, *method.keys], [*queries, *keys], strict=True)]
-    pairs += [pair for rows in zip(method.regressors, regressors, strict=True) for pair in zip(*rows, strict=True)]
+    pairs += [
+        pair for rows in zip(method.regressors, regressors, strict=True) for pair in zip(*rows, strict=True)
+    ]
     with torch.no_grad():
         for module, weights in pairs:
             found = [x for x in module.parameters() if len(weights) == 4 or x.dim() == 4]
@@ -78,7 +82,9 @@ def method_with(students, teachers, queries, keys, regressors, batch_size, **opt
 
 
 def loss_of(method, students, teachers):
-    outputs = [fastkd.methods.Output(None, Features((), tuple(side), None, ())) for side in (students, teachers)]
+    outputs = [
+        fastkd.methods.Output(None, Features((), tuple(side), None, ())) for side in (students, teachers)
+    ]
     return method.loss(None, *outputs, method.connect(None, *outputs))
 
 
@@ -108,11 +114,17 @@ def test_values_and_gradients_by_hand(seed):
 
     def some():
         sizes = chosen.choices(((4, 4), (2, 2), (4, 2), (8, 4), (1, 1)), k=chosen.choice((1, 2, 3)))
-        return [torch.randn(n, chosen.choice((1, 2, 3)), *size, dtype=torch.float64, requires_grad=True) for size in sizes]
+        return [
+            torch.randn(n, chosen.choice((1, 2, 3)), *size, dtype=torch.float64, requires_grad=True)
+            for size in sizes
+        ]
 
     students, teachers, width = some(), some(), n // factor
     layers = [
-        [torch.randn(shape, dtype=torch.float64) / 4 + 0.05 for shape in ((2 * width, n), (2 * width,), (width, 2 * width), (width,))]
+        [
+            torch.randn(shape, dtype=torch.float64) / 4 + 0.05
+            for shape in ((2 * width, n), (2 * width,), (width, 2 * width), (width,))
+        ]
         for _ in [*students, *teachers]
     ]
     queries, keys = layers[: len(students)], layers[len(students) :]
@@ -125,9 +137,18 @@ def test_values_and_gradients_by_hand(seed):
     for weights in [*layers, *(weights for row in regressors for weights in row)]:
         for weight in weights:
             weight.requires_grad_()
-    found, wanted = loss_of(method, students, teachers), 0.5 * by_hand(students, teachers, queries, keys, regressors, soft)
+    found, wanted = (
+        loss_of(method, students, teachers),
+        0.5 * by_hand(students, teachers, queries, keys, regressors, soft),
+    )
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
-    ours = [*students, *teachers, method.queries[0][0].weight, method.keys[-1][2].weight, method.regressors[0][-1][3].weight]
+    ours = [
+        *students,
+        *teachers,
+        method.queries[0][0].weight,
+        method.keys[-1][2].weight,
+        method.regressors[0][-1][3].weight,
+    ]
     theirs = [*students, *teachers, queries[0][0], keys[-1][2], regressors[0][-1][1]]
     grads, exact = (torch.autograd.grad(loss, leaves) for loss, leaves in ((found, ours), (wanted, theirs)))
     torch.testing.assert_close(grads, exact, rtol=1e-6, atol=1e-8)
@@ -138,26 +159,37 @@ def test_similarities_of_half_precision_do_not_overflow():
     method = SemCKD(context_of(*maps, 4), SemCKD.Options())
     found = method.attention(*(tuple(side) for side in maps))
     assert found.dtype == torch.float32 and found.isfinite().all()
-    loss = calibration([[torch.full((4, 2, 4, 4), 300.0).half()]], (torch.zeros(4, 2, 4, 4).half(),), torch.ones(4, 1, 1))
+    loss = calibration(
+        [[torch.full((4, 2, 4, 4), 300.0).half()]], (torch.zeros(4, 2, 4, 4).half(),), torch.ones(4, 1, 1)
+    )
     assert loss.dtype == torch.float32 and loss == 90_000
 
 
 def test_the_batch_must_be_known_and_have_four_images():
     networks = create_model("resnet8"), create_model("resnet8")
     for size in (None, 1, 3):
-        with pytest.raises(ValueError, match=f"batch_size is {size}, wanted at least 4 images a process") as caught:
+        with pytest.raises(
+            ValueError, match=f"batch_size is {size}, wanted at least 4 images a process"
+        ) as caught:
             fastkd.Distillation(*networks, "semckd", batch_size=size)
         assert "\n" not in str(caught.value)
     distillation = fastkd.Distillation(*networks, "semckd", batch_size=5, fold=False)
-    with pytest.raises(ValueError, match="images has 4 of them, wanted 5: semckd is built for that batch_size"):
+    with pytest.raises(
+        ValueError, match="images has 4 of them, wanted 5: semckd is built for that batch_size"
+    ):
         distillation(torch.randn(4, 3, 32, 32))
     assert distillation(torch.randn(5, 3, 32, 32)).total.isfinite()
-    for options, words in (({"soft": 0.0}, "soft is 0.0, wanted a number above 0"), ({"factor": 0}, "factor is 0, wanted at least 1")):
+    for options, words in (
+        ({"soft": 0.0}, "soft is 0.0, wanted a number above 0"),
+        ({"factor": 0}, "factor is 0, wanted at least 1"),
+    ):
         with pytest.raises(ValueError, match=f"option semckd: {words}"):
             define("semckd", options={"semckd": options})
 
 
-@pytest.mark.parametrize(("student", "teacher"), [("resnet8", "resnet8x4"), ("wrn_16_1", "resnet8"), ("resnet8", "wrn_16_1")])
+@pytest.mark.parametrize(
+    ("student", "teacher"), [("resnet8", "resnet8x4"), ("wrn_16_1", "resnet8"), ("resnet8", "wrn_16_1")]
+)
 def test_every_pair_runs_under_autocast_and_the_last_as_one_graph(student, teacher):
     torch.manual_seed(2)
     networks = create_model(student), create_model(teacher)
@@ -177,19 +209,36 @@ def test_every_pair_runs_under_autocast_and_the_last_as_one_graph(student, teach
 def test_it_comes_with_kd_and_cross_entropy_of_weight_1():
     for name in ("semckd", "semckd+kd"):
         found = define(name)
-        assert found.names == ("ce", "semckd", "kd") and found.ce == 1 and found.terms[1].options.weight == 1 and found.whole_batches
-    assert define("semckd").terms[0].options.beta == 400 == define("semckd", preset="simkd").terms[0].options.beta
+        assert (
+            found.names == ("ce", "semckd", "kd")
+            and found.ce == 1
+            and found.terms[1].options.weight == 1
+            and found.whole_batches
+        )
+    assert (
+        define("semckd").terms[0].options.beta
+        == 400
+        == define("semckd", preset="simkd").terms[0].options.beta
+    )
     context = BuildContext.of(create_model("resnet8"), create_model("resnet8"), batch_size=8)
     method = create_method("semckd", context)
     assert method.queries[0][0].weight.shape == (4, 8) and method.queries[0][2].weight.shape == (2, 4)
 
 
 @pytest.mark.parametrize(
-    ("said", "beta"), [([], 40.0), (["beta=400"], 400.0), (["semckd.preset=semckd"], 400.0), (["semckd.soft=2"], 40.0)]
+    ("said", "beta"),
+    [([], 40.0), (["beta=400"], 400.0), (["semckd.preset=semckd"], 400.0), (["semckd.soft=2"], 40.0)],
 )
 def test_a_run_repeats_with_the_weight_that_it_had(small_main, tmp_path, said, beta):
     """On digits the published weight must be asked for, so a command has it where it was."""
-    common = {"dataset": "digits", "teacher": "resnet8", "student": "resnet8", "device": "cpu", "output": tmp_path, "pictures": False}
+    common = {
+        "dataset": "digits",
+        "teacher": "resnet8",
+        "student": "resnet8",
+        "device": "cpu",
+        "output": tmp_path,
+        "pictures": False,
+    }
     first = Config(Settings("semckd", **common, options=said))
     again = Config(Settings("semckd", **common, options=first.options()))
     for found in (first, again):
@@ -200,11 +249,23 @@ def test_a_run_repeats_with_the_weight_that_it_had(small_main, tmp_path, said, b
 @pytest.mark.slow
 @pytest.mark.parametrize(("said", "beta"), [([], 40.0), (["--option", "beta=50"], 50.0)])
 def test_two_epochs_of_whole_batches_and_the_weight_of_digits(small_main, tmp_path, capsys, said, beta):
-    flags = ["--method", "semckd", "--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--no-pictures"]
+    flags = [
+        "--method",
+        "semckd",
+        "--dataset",
+        "digits",
+        "--teacher",
+        "resnet8",
+        "--student",
+        "resnet8",
+        "--no-pictures",
+    ]
     length = ["--epochs", "2" if not said else "1", "--batch-size", "24"]
     assert small_main([*flags, *length, "--device", "cpu", "--output", str(tmp_path), *said]) == 0
     out = capsys.readouterr().out
-    assert f"semckd.beta={beta}" in out and ("the published 400 is infinite there after a few steps" in out) == (not said)
+    assert f"semckd.beta={beta}" in out and (
+        "the published 400 is infinite there after a few steps" in out
+    ) == (not said)
     with open(tmp_path / "results.csv", newline="") as file:
         row = [*csv.DictReader(file)][-1]
     assert f"semckd.beta={beta}" in ",".join(row.values()) and float(row["acc"]) > 0

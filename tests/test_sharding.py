@@ -13,7 +13,10 @@ def test_networks_and_losses_agree_when_sharded(tmp_path):
     script, seed = str(Path(__file__).with_name("sharding_worker.py")), str(torch.randint(2**31, ()).item())
     command = [sys.executable, script, str(tmp_path / "store")]
     ranks = [
-        subprocess.Popen([*command, str(rank), seed], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in range(2)
+        subprocess.Popen(
+            [*command, str(rank), seed], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for rank in range(2)
     ]
     try:
         for process in ranks:

@@ -1,4 +1,6 @@
-"""Ctrl-C and SIGTERM: what was saved is what is said, the same line and a status for each, of several processes too."""
+"""Ctrl-C and SIGTERM: what was saved is what is said, the same line and a status for each, of several
+processes too.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,19 @@ import torch
 from fastkd.training import results
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = ["--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--batch-size", "32", "--device", "cpu", "--no-pictures"]
+QUICK = [
+    "--dataset",
+    "digits",
+    "--teacher",
+    "resnet8",
+    "--student",
+    "resnet8",
+    "--batch-size",
+    "32",
+    "--device",
+    "cpu",
+    "--no-pictures",
+]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
                "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}  # fmt: skip
 
@@ -22,31 +36,23 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
 @pytest.mark.parametrize(
     ("name", "epoch", "when", "words"),
     [
-        ("last.pt", 1, "before", "in epoch 1 of 3, while it was saved; no epoch was saved; no row was added; --resume goes on"),
         (
             "last.pt",
-            2,
+            1,
             "before",
-            "in epoch 2 of 3, while it was saved; the weights of epoch 1 {are}; no row",
+            "in epoch 1 of 3, while it was saved; no epoch was saved; no row was added; --resume goes on",
         ),
+        ("last.pt", 2, "before", "in epoch 2 of 3, while it was saved; the weights of epoch 1 {are}; no row"),
         ("last.pt", 2, "after", "in epoch 3 of 3, step 0 of 2; the weights of epoch 2 {are}; no row"),
         ("epochs.csv", 2, "before", "in epoch 3 of 3, step 0 of 2; the weights of epoch 2 {are}; no row"),
         ("last.pt", 3, "after", "after its last epoch; the weights of epoch 3 {are}; no row was added"),
-        (
-            "results.csv",
-            3,
-            "before",
-            "after its last epoch; the weights of epoch 3 {are}; no row was added",
-        ),
-        (
-            "results.csv",
-            3,
-            "after",
-            "after its last epoch; the weights of epoch 3 {are}; its row was added",
-        ),
+        ("results.csv", 3, "before", "after its last epoch; the weights of epoch 3 {are}; no row was added"),
+        ("results.csv", 3, "after", "after its last epoch; the weights of epoch 3 {are}; its row was added"),
     ],
 )
-def test_ctrl_c_within_a_save_names_the_epoch_that_was_saved(small_main, monkeypatch, tmp_path, capsys, name, epoch, when, words):
+def test_ctrl_c_within_a_save_names_the_epoch_that_was_saved(
+    small_main, monkeypatch, tmp_path, capsys, name, epoch, when, words
+):
     write, left = results.write, {"last.pt": epoch, "epochs.csv": epoch, "results.csv": 1}[name]
 
     def interrupted(path, content):
@@ -70,7 +76,9 @@ def test_ctrl_c_within_a_save_names_the_epoch_that_was_saved(small_main, monkeyp
     are = f"and the best ({best} %) are in {folder}"
     assert line.startswith("train.py: baseline stopped " + words.format(are=are))
     saved = epoch - (name == "last.pt" and when == "before")
-    assert (folder / "last.pt").exists() == (saved > 0) and (not saved or torch.load(folder / "last.pt")["epoch"] == saved)
+    assert (folder / "last.pt").exists() == (saved > 0) and (
+        not saved or torch.load(folder / "last.pt")["epoch"] == saved
+    )
     assert len(results.read_rows(tmp_path)[1]) == ("its row was added" in line)
 
 
@@ -95,7 +103,10 @@ def test_sigterm_ends_a_run_like_ctrl_c(tmp_path):
     folder = next(tmp_path.glob("baseline-*"))
     epoch = torch.load(folder / "last.pt")["epoch"]
     (line,) = err.splitlines()
-    assert line.startswith("train.py: baseline stopped in epoch") and f"the weights of epoch {epoch} and the best" in line
+    assert (
+        line.startswith("train.py: baseline stopped in epoch")
+        and f"the weights of epoch {epoch} and the best" in line
+    )
     assert line.endswith("no row was added; --resume goes on") and "Traceback" not in out
     assert f" ended: {line.removeprefix('train.py: ')}" in (folder / "log.txt").read_text()
 
@@ -104,8 +115,27 @@ def test_sigterm_ends_a_run_like_ctrl_c(tmp_path):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
 def test_sigterm_ends_several_processes_with_one_line(tmp_path):
     """Sent to torchrun, which sends it to all of them at once."""
-    flags = ["--method", "baseline", *QUICK[:6], "--batch-size", "16", "--device", "cpu", "--epochs", "3000", "--output", str(tmp_path)]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "tests" / "distributed_worker.py")]
+    flags = [
+        "--method",
+        "baseline",
+        *QUICK[:6],
+        "--batch-size",
+        "16",
+        "--device",
+        "cpu",
+        "--epochs",
+        "3000",
+        "--output",
+        str(tmp_path),
+    ]
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(ROOT / "tests" / "distributed_worker.py"),
+    ]
     process = subprocess.Popen(
         [sys.executable, *launch, "command", *flags],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
@@ -115,5 +145,8 @@ def test_sigterm_ends_several_processes_with_one_line(tmp_path):
     _, err = process.communicate(timeout=60)
     (line,) = [line for line in err.splitlines() if "train.py: " in line]
     epoch = torch.load(next(tmp_path.glob("baseline-*/last.pt")))["epoch"]
-    assert line.startswith("train.py: baseline stopped in epoch") and f"the weights of epoch {epoch} and the best" in line
+    assert (
+        line.startswith("train.py: baseline stopped in epoch")
+        and f"the weights of epoch {epoch} and the best" in line
+    )
     assert "fastkd/training" not in err  # no traceback of ours; torchrun adds its own report

@@ -1,4 +1,6 @@
-"""SimKD: its worked figures, an independent form, and a student that is tested and saved with what it was given."""
+"""SimKD: its worked figures, an independent form, and a student that is tested and saved with what it was
+given.
+"""
 
 from __future__ import annotations
 
@@ -60,9 +62,15 @@ def test_the_worked_figures():
 @pytest.mark.parametrize("seed", range(30))
 def test_values_and_gradients_by_hand(seed):
     chosen = random.Random(seed)
-    n, widths, factor = chosen.choice((2, 3, 5)), [chosen.choice((1, 3, 6)), chosen.choice((2, 3, 8))], chosen.choice((1, 2))
+    n, widths, factor = (
+        chosen.choice((2, 3, 5)),
+        [chosen.choice((1, 3, 6)), chosen.choice((2, 3, 8))],
+        chosen.choice((1, 2)),
+    )
     sizes = [chosen.choice(((4, 4), (2, 2), (4, 2), (8, 8))) for _ in range(2)]
-    fs, ft = (torch.randn(n, width, *size, dtype=torch.float64) for width, size in zip(widths, sizes, strict=True))
+    fs, ft = (
+        torch.randn(n, width, *size, dtype=torch.float64) for width, size in zip(widths, sizes, strict=True)
+    )
     middle = widths[1] // factor
     shapes = [(middle, widths[0], 1, 1), (middle, middle, 3, 3), (widths[1], middle, 1, 1)]
     convolutions = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
@@ -75,7 +83,13 @@ def test_values_and_gradients_by_hand(seed):
 
 
 @pytest.mark.parametrize(
-    ("student", "teacher"), [("resnet8", "resnet8x4"), ("wrn_16_1", "wrn_16_2"), ("resnet8", "wrn_16_2"), ("resnet_32_20", "resnet8")]
+    ("student", "teacher"),
+    [
+        ("resnet8", "resnet8x4"),
+        ("wrn_16_1", "wrn_16_2"),
+        ("resnet8", "wrn_16_2"),
+        ("resnet_32_20", "resnet8"),
+    ],
 )
 def test_the_student_predicts_by_projector_and_the_teachers_classifier(student, teacher):
     torch.manual_seed(4)
@@ -85,20 +99,30 @@ def test_the_student_predicts_by_projector_and_the_teachers_classifier(student, 
     losses = distillation(images, labels)
     assert list(losses.terms) == ["simkd"]
     losses.total.backward()
-    assert networks[0].conv1.weight.grad.any() and networks[0].neck.layers[0].weight.grad.any() and networks[0].fc.weight.grad is None
+    assert (
+        networks[0].conv1.weight.grad.any()
+        and networks[0].neck.layers[0].weight.grad.any()
+        and networks[0].fc.weight.grad is None
+    )
     assert networks[0].fc is not networks[1].fc and torch.equal(networks[0].fc.weight, networks[1].fc.weight)
     distillation.eval()
     features, logits = distillation.student(images, features=True)
     torch.testing.assert_close(logits, networks[1].fc(features.final.mean((2, 3))))
     wanted = networks[1](images, features=True)[0].final
-    torch.testing.assert_close(distillation(images).total, ((features.final - to_smaller(wanted, features.final.shape[2:])) ** 2).mean())
+    torch.testing.assert_close(
+        distillation(images).total,
+        ((features.final - to_smaller(wanted, features.final.shape[2:])) ** 2).mean(),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_difference_is_taken_in_float32(dtype):
     context = BuildContext.of(create_model("resnet8"), create_model("resnet8"))
     method = create_method("simkd", context, options={"simkd": {"beta": 0.5}})
-    assert not method.wrap_student(context.student).fc.weight.requires_grad and context.teacher.fc.weight.requires_grad
+    assert (
+        not method.wrap_student(context.student).fc.weight.requires_grad
+        and context.teacher.fc.weight.requires_grad
+    )
     maps = [100 * torch.randn(2, 64, 8, 8).to(dtype) for _ in range(2)]
     outputs = [fastkd.methods.Output(None, Features((), (), None, (), final=x)) for x in maps]
     loss = method.loss(None, *outputs, None)
@@ -108,19 +132,39 @@ def test_the_difference_is_taken_in_float32(dtype):
 
 def test_what_does_not_fit_is_one_line():
     plain = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10))
-    with pytest.raises(ValueError, match="teacher is ResNet and student Sequential: simkd exchanges neck and fc") as caught:
+    with pytest.raises(
+        ValueError, match="teacher is ResNet and student Sequential: simkd exchanges neck and fc"
+    ) as caught:
         fastkd.Distillation(plain, create_model("resnet8"), "simkd")
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="option simkd: factor is 0, wanted at least 1"):
         fastkd.methods.define("simkd", options={"simkd": {"factor": 0}})
     with pytest.raises(ValueError, match="simkd.factor is 65, wanted at most the 64 channels"):
-        fastkd.Distillation(create_model("resnet8"), create_model("resnet8"), "simkd", options={"simkd": {"factor": 65}})
+        fastkd.Distillation(
+            create_model("resnet8"), create_model("resnet8"), "simkd", options={"simkd": {"factor": 65}}
+        )
     assert fastkd.methods.define("simkd+kd").names == ("simkd", "kd")
 
 
 def test_a_run_tests_saves_and_draws_the_changed_student(small_main, tmp_path, capsys):
-    flags = ["--method", "simkd", "--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--epochs", "2"]
-    assert small_main([*flags, "--device", "cpu", "--output", str(tmp_path), "--option", "factor=4", "--no-pictures"]) == 0
+    flags = [
+        "--method",
+        "simkd",
+        "--dataset",
+        "digits",
+        "--teacher",
+        "resnet8",
+        "--student",
+        "resnet8",
+        "--epochs",
+        "2",
+    ]
+    assert (
+        small_main(
+            [*flags, "--device", "cpu", "--output", str(tmp_path), "--option", "factor=4", "--no-pictures"]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     count = 78_042 + 64 * 16 + 16 * 16 * 9 + 16 * 64 + 2 * (16 + 16 + 64)
     assert f"student  resnet8, 78,042 parameters; {count:,} as simkd trains, tests and saves it" in out
@@ -129,8 +173,12 @@ def test_a_run_tests_saves_and_draws_the_changed_student(small_main, tmp_path, c
     best = torch.load(tmp_path / row["folder"] / "best.pt", weights_only=True)
     (teacher,) = tmp_path.glob("teachers/*.pt")
     taught = torch.load(teacher, weights_only=True)["model"]
-    assert torch.equal(best["model"]["fc.weight"], taught["fc.weight"]) and best["model"]["neck.layers.3.weight"].shape == (16, 16, 3, 3)
-    assert json.loads((tmp_path / row["folder"] / "config.json").read_text())["identity"]["options"] == {"simkd.factor": "4"}
+    assert torch.equal(best["model"]["fc.weight"], taught["fc.weight"]) and best["model"][
+        "neck.layers.3.weight"
+    ].shape == (16, 16, 3, 3)
+    assert json.loads((tmp_path / row["folder"] / "config.json").read_text())["identity"]["options"] == {
+        "simkd.factor": "4"
+    }
     pytest.importorskip("matplotlib")
     from fastkd.report.maps import redraw
 

@@ -1,4 +1,6 @@
-"""What a run checks and says before it trains: on the device that it will train on, of the implementations that will be called."""
+"""What a run checks and says before it trains: on the device that it will train on, of the implementations
+that will be called.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +34,18 @@ def loaded_once():
 
 
 class OnCuda(torch.Tensor):
-    """A tensor that says that it lies on a GPU, which need not be there; so do those that are computed from it."""
+    """A tensor that says that it lies on a GPU, which need not be there; so do those that are computed from
+    it.
+    """
 
     device, is_cpu, is_cuda = torch.device("cuda", 0), False, True
 
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """A device "cuda" without a GPU. Returns (backend, device) of the operators that are called on it; they compute nothing."""
+    """A device "cuda" without a GPU. Returns (backend, device) of the operators that are called on it; they
+    compute nothing.
+    """
     move, calls = nn.Module.to, []
 
     def to(self, *args, **options):
@@ -82,14 +88,19 @@ def losses_line(tmp_path, method, device, backend=None, model="resnet8", compile
 def test_the_fit_is_tried_on_the_device_of_the_run(stand_in, tmp_path, backend, method):
     line = losses_line(tmp_path, method, "cuda", backend)
     assert stand_in and set(stand_in) == {(backend, "cuda")} and f"{method} by {backend}" in line
-    with pytest.raises(UserError, match="'cpp' was asked for but serves CPU tensors only here, the first is on cuda") as caught:
+    with pytest.raises(
+        UserError, match="'cpp' was asked for but serves CPU tensors only here, the first is on cuda"
+    ) as caught:
         losses_line(tmp_path, method, "cuda", "cpp")
     assert "\n" not in str(caught.value)
 
 
 def test_a_backend_of_a_gpu_is_refused_on_a_cpu(stand_in, tmp_path):
     for backend in ("cuda", "triton"):
-        with pytest.raises(UserError, match=f"'{backend}' was asked for but serves CUDA tensors only here, the first is on cpu"):
+        with pytest.raises(
+            UserError,
+            match=f"'{backend}' was asked for but serves CUDA tensors only here, the first is on cpu",
+        ):
             losses_line(tmp_path, "at", "cpu", backend)
 
 
@@ -102,22 +113,33 @@ def test_a_backend_of_a_gpu_is_refused_on_a_cpu(stand_in, tmp_path):
         ("fsp", "resnet8x4", 800, "ce by plain PyTorch, fsp by triton"),
     ],
 )
-def test_the_implementation_named_is_that_of_the_runs_batches(stand_in, tmp_path, method, model, batch, words):
-    assert losses_line(tmp_path, method, "cuda", "auto", model, batch_size=batch).endswith(f"losses   {words}")
+def test_the_implementation_named_is_that_of_the_runs_batches(
+    stand_in, tmp_path, method, model, batch, words
+):
+    assert losses_line(tmp_path, method, "cuda", "auto", model, batch_size=batch).endswith(
+        f"losses   {words}"
+    )
 
 
 @pytest.mark.parametrize(
     ("backend", "fields", "words"),
     [
         ("auto", {"batch_size": 64}, "at by reference in the compiled step"),
-        ("auto", {"batch_size": 64, "drop_last": False}, "at by reference in the compiled step (cpp in an epoch's last, smaller batch)"),
-        ("auto", {"batch_size": 479, "drop_last": False}, "at by reference in the compiled step"),  # three of them
+        (
+            "auto",
+            {"batch_size": 64, "drop_last": False},
+            "at by reference in the compiled step (cpp in an epoch's last, smaller batch)",
+        ),
+        # three of them
+        ("auto", {"batch_size": 479, "drop_last": False}, "at by reference in the compiled step"),
         ("cpp", {"batch_size": 64, "drop_last": False}, "at by cpp in the compiled step"),
         ("reference", {"batch_size": 64, "drop_last": False}, "at by reference in the compiled step"),
     ],
 )
 def test_a_compiled_run_names_what_its_graph_holds(cpp, tmp_path, backend, fields, words):
-    assert losses_line(tmp_path, "at", "cpu", backend, compile=True, **fields).endswith(f"ce by plain PyTorch, {words}")
+    assert losses_line(tmp_path, "at", "cpu", backend, compile=True, **fields).endswith(
+        f"ce by plain PyTorch, {words}"
+    )
     eager = losses_line(tmp_path, "at", "cpu", backend, **fields)
     assert eager.endswith("at by " + ("reference" if backend == "reference" else "cpp"))
 
@@ -145,15 +167,29 @@ def test_auto_is_bf16_where_the_processor_has_instructions_for_it(monkeypatch, t
     monkeypatch.setattr(Path, "read_text", cpuinfo)
 
     def plan_of(precision):
-        return Config(Settings("baseline", "digits", student="resnet8", output=tmp_path, device="cpu", precision=precision))
+        return Config(
+            Settings(
+                "baseline", "digits", student="resnet8", output=tmp_path, device="cpu", precision=precision
+            )
+        )
 
     chosen, auto = "bf16" if fast else "fp32", plan_of("auto")
-    assert auto.settings.precision == auto.config()["precision"] == auto.identity("student")["precision"] == chosen
+    assert (
+        auto.settings.precision
+        == auto.config()["precision"]
+        == auto.identity("student")["precision"]
+        == chosen
+    )
     assert f"--precision {chosen} " in command(auto) and f"1 thread, {chosen}, seed" in describe(auto)
-    assert [line for line in describe(auto).splitlines() if "note" in line] == [f"note     --precision auto takes {chosen} on this device"]
+    assert [line for line in describe(auto).splitlines() if "note" in line] == [
+        f"note     --precision auto takes {chosen} on this device"
+    ]
     assert plan_of("fp32").settings.precision == "fp32" == Settings("baseline").precision
     assert next(auto.batches("student")[0].train(1))[0].dtype == (torch.bfloat16 if fast else torch.float32)
-    slow = "note     bf16 is emulated on this processor, which has neither AMX nor AVX512-BF16, and 2 to 2.7 times slower than fp32"
+    slow = (
+        "note     bf16 is emulated on this processor, which has neither AMX nor AVX512-BF16, and 2 to 2.7"
+        " times slower than fp32"
+    )
     assert (slow in describe(plan_of("bf16"))) == (fast is False) and "note" not in describe(plan_of("fp32"))
     with pytest.raises(UserError, match="precision 'fp16' is not known; known: auto, fp32, bf16"):
         plan_of("fp16")
@@ -161,13 +197,23 @@ def test_auto_is_bf16_where_the_processor_has_instructions_for_it(monkeypatch, t
 
 def test_a_gpu_is_asked_for_bf16(stand_in, monkeypatch, tmp_path):
     for fast, chosen in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, fast=fast: fast and not including_emulation)
-        plan = Config(Settings("baseline", "digits", student="resnet8", output=tmp_path, device="cuda", precision="auto"))
+        monkeypatch.setattr(
+            torch.cuda,
+            "is_bf16_supported",
+            lambda including_emulation, fast=fast: fast and not including_emulation,
+        )
+        plan = Config(
+            Settings(
+                "baseline", "digits", student="resnet8", output=tmp_path, device="cuda", precision="auto"
+            )
+        )
         assert plan.settings.precision == chosen
 
 
 def test_only_the_first_process_looks_into_the_output_folder(monkeypatch, tmp_path):
-    settings = Settings("baseline", "digits", student="resnet8", output=tmp_path / "file" / "runs", device="cpu")
+    settings = Settings(
+        "baseline", "digits", student="resnet8", output=tmp_path / "file" / "runs", device="cpu"
+    )
     (tmp_path / "file").touch()
     monkeypatch.setattr("fastkd.training.distributed.share", lambda: (1, 2))
     Config(settings)

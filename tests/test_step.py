@@ -1,4 +1,6 @@
-"""The step in its forms: a folded teacher, compiled, replayed as a graph. None of them changes what is learned."""
+"""The step in its forms: a folded teacher, compiled, replayed as a graph. None of them changes what is
+learned.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,20 @@ def lively(name):
     model = create_model(name).eval()
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            for tensor, low in ((module.running_mean, -1), (module.running_var, 0.5), (module.weight, 0.5), (module.bias, -1)):
+            for tensor, low in (
+                (module.running_mean, -1),
+                (module.running_var, 0.5),
+                (module.weight, 0.5),
+                (module.bias, -1),
+            ):
                 tensor.data.uniform_(low, 1.5)
     return model
 
 
 @pytest.mark.parametrize("features", [False, True, "preact", "both", "pooled"])
-@pytest.mark.parametrize(("name", "folded"), [("resnet8", 9), ("resnet_32_20", 21), ("wrn_16_2", 6), ("wrn_16_1", 6)])
+@pytest.mark.parametrize(
+    ("name", "folded"), [("resnet8", 9), ("resnet_32_20", 21), ("wrn_16_2", 6), ("wrn_16_1", 6)]
+)
 def test_a_folded_teacher_answers_as_before(name, folded, features):
     model, x = lively(name), torch.randn(3, 3, 32, 32)
     before = copy.deepcopy(model.state_dict())
@@ -57,7 +66,11 @@ def test_weights_cast_once_are_those_that_autocast_casts():
         folded = fold_for_inference(model, True)
         assert torch.equal(light(x), folded(x))
     assert light.conv1.weight.dtype == torch.bfloat16
-    assert {light.get_submodule(name).weight.dtype for name in norms if hasattr(light.get_submodule(name), "weight")} == {torch.float32}
+    assert {
+        light.get_submodule(name).weight.dtype
+        for name in norms
+        if hasattr(light.get_submodule(name), "weight")
+    } == {torch.float32}
 
 
 def test_what_cannot_be_followed_keeps_its_batch_norms():
@@ -70,7 +83,16 @@ def test_what_cannot_be_followed_keeps_its_batch_norms():
             return self.net(x if x.sum() > 0 else -x, features=features)
 
     assert foldable(Moody(), True) == []
-    assert len([module for module in fold_for_inference(Moody(), True).modules() if isinstance(module, torch.nn.BatchNorm2d)]) == 9
+    assert (
+        len(
+            [
+                module
+                for module in fold_for_inference(Moody(), True).modules()
+                if isinstance(module, torch.nn.BatchNorm2d)
+            ]
+        )
+        == 9
+    )
 
 
 def loop_of(method, dtype=torch.float32, count=70, **options):
@@ -79,7 +101,14 @@ def loop_of(method, dtype=torch.float32, count=70, **options):
     images, labels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8), torch.arange(count) % 10
     batches = Batches(images, labels, (0.5,) * 3, (0.25,) * 3, batch_size=8, dtype=dtype, drop_last=whole)
     # rates that float32 holds exactly, as a graph's rate is one
-    fields = {"epochs": 2, "batch_size": 8, "lr": 0.0625, "gamma": 0.5, "new_optimizer": True, "milestones": (0.3, 0.6)}
+    fields = {
+        "epochs": 2,
+        "batch_size": 8,
+        "lr": 0.0625,
+        "gamma": 0.5,
+        "new_optimizer": True,
+        "milestones": (0.3, 0.6),
+    }
     recipe = get_recipe("repdistiller", fields)
     student, teacher = create_model("resnet8"), lively("resnet8")
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
@@ -125,7 +154,9 @@ def no_gpu(monkeypatch):
 
 @pytest.mark.parametrize("method", [*METHODS, "at+kd"])
 def test_a_replayed_step_trains_the_same_bits(no_gpu, method):
-    """Numbers through one tensor, the rate in another, momenta reset in place, and the last, smaller batch without the graph."""
+    """Numbers through one tensor, the rate in another, momenta reset in place, and the last, smaller batch
+    without the graph.
+    """
     graphed = trained(loop_of(method, captured=True))
     assert graphed.train_step.graph.graph.replays == 16 - Replayed.FIRST  # eight whole batches an epoch
     assert bits(graphed) == bits(trained(loop_of(method)))
@@ -189,7 +220,17 @@ def test_only_a_long_run_is_compiled_unless_asked(tmp_path, monkeypatch):
     monkeypatch.setattr("fastkd.training.config.can_compile", lambda device: True)
 
     def plan(epochs, **more):
-        return Config(Settings("at", "digits", teacher="resnet8", student="resnet8", output=tmp_path, overrides={"epochs": epochs}, **more))
+        return Config(
+            Settings(
+                "at",
+                "digits",
+                teacher="resnet8",
+                student="resnet8",
+                output=tmp_path,
+                overrides={"epochs": epochs},
+                **more,
+            )
+        )
 
     long = PAYS // 1437 + 1
     assert [plan(epochs).compiled for epochs in (8, long)] == [False, True]

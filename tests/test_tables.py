@@ -1,4 +1,6 @@
-"""results.csv after a spreadsheet or an editor had it: read, or told in one line at the start; and no row of a finished run is lost."""
+"""results.csv after a spreadsheet or an editor had it: read, or told in one line at the start; and no row of
+a finished run is lost.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,19 @@ from fastkd.report import curves
 from fastkd.training import UserError, results
 from fastkd.training.results import COLUMNS, append, read_rows, table
 
-QUICK = ["--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--batch-size", "32", "--device", "cpu", "--no-pictures"]
+QUICK = [
+    "--dataset",
+    "digits",
+    "--teacher",
+    "resnet8",
+    "--student",
+    "resnet8",
+    "--batch-size",
+    "32",
+    "--device",
+    "cpu",
+    "--no-pictures",
+]
 ROW = {
     "method": "at", "dataset": "digits", "student": "resnet8", "teacher": "resnet8", "start_time": "2026-01-01 00:00:00", "acc": "91.50",
     "epoch": 2, "nepoch": 3, "lr": 0.05, "batch_size": 32, "last_acc": "90.00", "seed": 0, "recipe": "digits", "device": "cpu, 2 threads",
@@ -67,12 +81,16 @@ def test_a_table_that_another_program_wrote_is_read_and_continued(path, change):
     path.write_text(change(path), encoding="utf-8", newline="")
     assert read_rows(path.parent) == exact and [row["folder"] for row in exact[1]] == ["at-0", "at-1", "at-2"]
     assert append(path.parent, {**ROW, "seed": 3, "folder": "at-3"})["no"] == 4
-    assert path.read_text().startswith(",".join(COLUMNS) + "\n1,at,digits,") and len(read_rows(path.parent)[1]) == 4
+    assert (
+        path.read_text().startswith(",".join(COLUMNS) + "\n1,at,digits,")
+        and len(read_rows(path.parent)[1]) == 4
+    )
 
 
 def test_columns_of_the_users_own_stay_filled_or_not(path):
     lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0] + ",notes", lines[1] + ",good", *lines[2:]]) + "\n")  # Excel leaves empty ends out
+    # Excel leaves empty ends out
+    path.write_text("\n".join([lines[0] + ",notes", lines[1] + ",good", *lines[2:]]) + "\n")
     append(path.parent, {**ROW, "folder": "at-3"})
     columns, rows = read_rows(path.parent)
     assert columns == [*COLUMNS, "notes"] and [row["notes"] for row in rows] == ["good", "", "", ""]
@@ -82,7 +100,9 @@ DAMAGES = {
     "line 3, is damaged": lambda text: text.replace("2,at,", "2,,at,"),
     "line 4, is damaged": lambda text: text.replace("3,at,", "3;at,"),
     "is damaged": lambda text: text.replace('2 threads"', "2 threads", 1),
-    "row 2: acc is '91,50', wanted a number": lambda text: text.replace("91.50", '"91,50"').replace('"91,50"', "91.50", 1),
+    "row 2: acc is '91,50', wanted a number": (
+        lambda text: text.replace("91.50", '"91,50"').replace('"91,50"', "91.50", 1)
+    ),
     "other columns than this command's: no,method,dataset": lambda text: text.replace(",acc,", ",accuracy,"),
     "has a column twice: acc": lambda text: text.replace(",last_acc,", ",acc,"),
 }
@@ -98,7 +118,9 @@ def test_a_damaged_table_is_one_line_before_anything_begins(small_main, path, ca
     assert path.read_bytes() == before and not [folder for folder in path.parent.iterdir() if folder.is_dir()]
 
 
-def test_a_row_that_finds_its_table_damaged_is_kept_beside_it_and_added_later(small_main, monkeypatch, tmp_path, capsys):
+def test_a_row_that_finds_its_table_damaged_is_kept_beside_it_and_added_later(
+    small_main, monkeypatch, tmp_path, capsys
+):
     """Damaged while the teacher was trained: the student is trained all the same, and both rows are kept."""
     flags = ["--method", "kd", *QUICK, "--epochs", "1", "--output", str(tmp_path)]
     whole, table_path, untouched = results.append, tmp_path / "results.csv", [True]
@@ -117,12 +139,16 @@ def test_a_row_that_finds_its_table_damaged_is_kept_beside_it_and_added_later(sm
     assert err.count("\n") == 1 and "line 2, is damaged" in err and f"is kept in {asides[0]}" in err
     assert f"is kept in {asides[1]}" in out and "kd epoch 1/1" in out and "Traceback" not in out
     rows = [next(csv.DictReader(io.StringIO(path.read_text()))) for path in asides]
-    assert [row["method"] for row in rows] == ["kd", "teacher"] and all(float(row["acc"]) >= 0 for row in rows)
+    assert [row["method"] for row in rows] == ["kd", "teacher"] and all(
+        float(row["acc"]) >= 0 for row in rows
+    )
 
     table_path.unlink()
     assert small_main([*flags, "--resume"]) == 0
     added = read_rows(tmp_path)[1]
-    assert [row["folder"] for row in added] == [rows[1]["folder"], rows[0]["folder"]] and added[1]["acc"] == rows[0]["acc"]
+    assert [row["folder"] for row in added] == [rows[1]["folder"], rows[0]["folder"]] and added[1][
+        "acc"
+    ] == rows[0]["acc"]
     assert not list(tmp_path.glob("results-*.csv"))
 
 

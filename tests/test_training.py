@@ -55,7 +55,9 @@ def by_formula(name, student, teacher, labels):
         total["at"] = 1000 * sum((attention(s) - attention(t)).pow(2).mean() for s, t in pairs)
     if "kd" in name:
         weight = 0.9 if name == "at+kd" else 1.0
-        kl = F.kl_div(F.log_softmax(student.logits / 4, 1), F.softmax(teacher.logits / 4, 1), reduction="batchmean")
+        kl = F.kl_div(
+            F.log_softmax(student.logits / 4, 1), F.softmax(teacher.logits / 4, 1), reduction="batchmean"
+        )
         total["kd"] = weight * 16 * kl
     if name == "fsp":
         s, t = ([o.features.stem, *o.features.stages] for o in (student, teacher))
@@ -116,11 +118,15 @@ def loop_of(name, student=None, teacher=None, autocast=FP32, batches=None, **ove
     recipe = get_recipe("hankyul2", {"epochs": 2, "batch_size": batches.batch_size, **overrides})
     networks = student or create_model("resnet8"), teacher
     rest = {"train_labels": batches.labels, "batch_size": batches.batch_size, "epochs": recipe.epochs}
-    made = Distillation(*networks, name, preset="hankyul2", teacher_mode=recipe.teacher_mode, autocast=autocast, **rest)
+    made = Distillation(
+        *networks, name, preset="hankyul2", teacher_mode=recipe.teacher_mode, autocast=autocast, **rest
+    )
     return Trainer(made, batches, batches, recipe, autocast)
 
 
-@pytest.mark.parametrize(("name", "features"), [("baseline", None), ("kd", "pooled"), ("at", True), ("at+kd", True)])
+@pytest.mark.parametrize(
+    ("name", "features"), [("baseline", None), ("kd", "pooled"), ("at", True), ("at+kd", True)]
+)
 def test_only_what_a_method_needs_is_computed(name, features):
     method = define(name)
     assert method.needs_teacher == (features is not None)
@@ -150,8 +156,12 @@ class Adapter(Distiller):
 
 def test_the_parameters_of_a_method_are_trained_and_kept():
     batches, recipe = small_batches(), get_recipe("hankyul2", {"epochs": 1})
-    method = Definition("adapter", (Term("adapter", Adapter, "hankyul2", Adapter.Options(), {}),), 0.0, "hankyul2", {})
-    loop = Trainer(Distillation(create_model("resnet8"), create_model("resnet8"), method), batches, batches, recipe, FP32)
+    method = Definition(
+        "adapter", (Term("adapter", Adapter, "hankyul2", Adapter.Options(), {}),), 0.0, "hankyul2", {}
+    )
+    loop = Trainer(
+        Distillation(create_model("resnet8"), create_model("resnet8"), method), batches, batches, recipe, FP32
+    )
     layer = loop.distillation.methods["adapter"].layer
     before = layer.weight.detach().clone()
     loop.train_epoch(1, Progress("", 2))
@@ -170,7 +180,9 @@ def test_every_term_goes_down_on_a_fixed_batch(name, autocast):
         before = step.sums.clone()
         step(drawn, len(drawn), Progress("", 25))
         readings.append(((step.sums - before)[:-1] / len(drawn)).tolist())
-    first, last = (dict(zip(loop.distillation.names, values, strict=True)) for values in (readings[0], readings[-1]))
+    first, last = (
+        dict(zip(loop.distillation.names, values, strict=True)) for values in (readings[0], readings[-1])
+    )
     assert sum(last.values()) < 0.8 * sum(first.values())
     for term in loop.distillation.names[1:]:
         assert last[term] < first[term], (term, first, last)
@@ -178,7 +190,9 @@ def test_every_term_goes_down_on_a_fixed_batch(name, autocast):
 
 def test_a_short_digits_run_learns():
     data = load_dataset("digits", Path())
-    train = Batches(data.train_images, data.train_labels, data.mean, data.std, batch_size=32, flip=False, drop_last=True)
+    train = Batches(
+        data.train_images, data.train_labels, data.mean, data.std, batch_size=32, flip=False, drop_last=True
+    )
     test = Batches(data.test_images, data.test_labels, data.mean, data.std, batch_size=360)
     recipe = get_recipe("digits", {"epochs": 3})
     loop = Trainer(Distillation(create_model("resnet8"), None, "baseline"), train, test, recipe, FP32)
@@ -232,7 +246,9 @@ def test_values_that_cannot_be_are_refused(overrides, words):
 def test_a_teacher_and_a_student_of_one_architecture_begin_apart(tmp_path):
     plan = Config(Settings("fsp", "digits", student="resnet8", teacher="resnet8", output=tmp_path))
     state = torch.get_rng_state()
-    student, again, teacher = (plan.new_model(role).conv1.weight for role in ("student", "student", "teacher"))
+    student, again, teacher = (
+        plan.new_model(role).conv1.weight for role in ("student", "student", "teacher")
+    )
     assert torch.equal(student, again) and not torch.equal(student, teacher)
     assert torch.equal(torch.get_rng_state(), state)
     first, other = (next(plan.batches(role)[0].train(1))[1] for role in ("student", "teacher"))
@@ -240,7 +256,9 @@ def test_a_teacher_and_a_student_of_one_architecture_begin_apart(tmp_path):
 
 
 def test_models_that_do_not_fit_the_method_are_told_before_any_training(tmp_path):
-    with pytest.raises(UserError, match="method fsp does not fit resnet8x4 as teacher and resnet8 as student") as caught:
+    with pytest.raises(
+        UserError, match="method fsp does not fit resnet8x4 as teacher and resnet8 as student"
+    ) as caught:
         Config(Settings("fsp", "digits", student="resnet8", teacher="resnet8x4", output=tmp_path))
     assert "\n" not in str(caught.value)
     Config(Settings("at", "digits", student="resnet8", teacher="resnet8x4", output=tmp_path))
@@ -275,17 +293,28 @@ def test_a_folder_that_cannot_be_is_told(tmp_path):
 
 def test_rows_are_numbered_appended_and_kept_whole(tmp_path):
     for i in range(3):
-        assert append(tmp_path, {"method": "at", "acc": "91.80", "seed": 0, "lr": 0.1, "device": "a|b"})["no"] == i + 1
+        assert (
+            append(tmp_path, {"method": "at", "acc": "91.80", "seed": 0, "lr": 0.1, "device": "a|b"})["no"]
+            == i + 1
+        )
     with open(tmp_path / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["no"] for row in rows] == ["1", "2", "3"] and rows[2]["acc"] == "91.80" and rows[2]["seed"] == "0"
+    assert (
+        [row["no"] for row in rows] == ["1", "2", "3"]
+        and rows[2]["acc"] == "91.80"
+        and rows[2]["seed"] == "0"
+    )
     header = (tmp_path / "results.csv").read_text().splitlines()[0]
     assert header.startswith(
         "no,method,dataset,student,teacher,start_time,acc,epoch,nepoch,lr,batch_size,"
         "last_acc,seed,recipe,precision,device,seconds,images_per_second,fastkd,"
     )
     lines = (tmp_path / "results.md").read_text().splitlines()
-    assert len(lines) == 5 and len({line.replace("\\|", "").count("|") for line in lines}) == 1 and "a\\|b" in lines[-1]
+    assert (
+        len(lines) == 5
+        and len({line.replace("\\|", "").count("|") for line in lines}) == 1
+        and "a\\|b" in lines[-1]
+    )
 
 
 def test_columns_of_another_version_are_kept(tmp_path):
@@ -312,7 +341,9 @@ def test_two_writers_lose_no_row(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: append(tmp_path, {"seed": i}), range(24)))
     rows = read_rows(tmp_path)[1]
-    assert [row["no"] for row in rows] == [str(i) for i in range(1, 25)] and {row["seed"] for row in rows} == {str(i) for i in range(24)}
+    assert [row["no"] for row in rows] == [str(i) for i in range(1, 25)] and {
+        row["seed"] for row in rows
+    } == {str(i) for i in range(24)}
 
 
 @pytest.mark.parametrize("bar", [True, False])

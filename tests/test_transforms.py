@@ -1,7 +1,8 @@
-"""torch.func, forward mode AD and batched gradients: the right derivative, or one sentence that names the reference; never a wrong number.
+"""torch.func, forward mode AD and batched gradients: the right derivative, or one sentence that names the
+reference; never a wrong number.
 
-``auto`` takes plain PyTorch there, a backend by name refuses, and so do the operators themselves. A backward pass that was recorded outside
-and is given several gradients at once answers them all.
+``auto`` takes plain PyTorch there, a backend by name refuses, and so do the operators themselves. A backward
+pass that was recorded outside and is given several gradients at once answers them all.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ CALLS = {
     "fsp_matrix": lambda m, s, t: m.fsp_matrix(s[0], s[1]).square().sum() + m.fsp_matrix(s[1], t[2]).sum(),
     "fsp_loss": lambda m, s, t: m.fsp_loss(s, t),
     "tap": lambda m, s, t: sum(((y * z).sum() + a[0].sum()) for (y, a), z in zip(map(m.tap, s), t)),
-    "relu_tap": lambda m, s, t: sum(((y * z).sum() + a[0].sum()) for (y, a), z in ((m.relu_tap(x, z), z) for x, z in zip(s, t))),
+    "relu_tap": lambda m, s, t: sum(
+        ((y * z).sum() + a[0].sum()) for (y, a), z in ((m.relu_tap(x, z), z) for x, z in zip(s, t))
+    ),
 }
 
 
@@ -51,9 +54,9 @@ TRANSFORMS = {  # name -> (scalar function of the stages, stages) -> what comes 
     "grad": lambda f, s: func.grad(f, argnums=(0, 1))(*s),
     "vjp": lambda f, s: func.vjp(f, *s)[1](torch.tensor(2.0)),
     "vmap": lambda f, s: func.vmap(f)(*[torch.stack([x, 2 * x]) for x in s]),
-    "nested vmap": lambda f, s: func.vmap(lambda x: func.vmap(lambda y: f(x, y, *s[2:]))(torch.stack([s[1], -s[1]])))(
-        torch.stack([s[0]] * 2)
-    ),
+    "nested vmap": lambda f, s: func.vmap(
+        lambda x: func.vmap(lambda y: f(x, y, *s[2:]))(torch.stack([s[1], -s[1]]))
+    )(torch.stack([s[0]] * 2)),
     "vmap of grad": lambda f, s: func.vmap(func.grad(f))(*[torch.stack([x, 2 * x]) for x in s]),
     "jacrev": lambda f, s: func.jacrev(f)(*s),
     "jacfwd": lambda f, s: func.jacfwd(f)(s[0][:1, :1], *[x[:1] for x in s[1:]]),
@@ -76,7 +79,10 @@ def agree(found, wanted, rtol=1e-4):
 def test_a_call_inside_a_transform_is_the_references_or_refused_in_one_sentence(call, transform):
     s, t = features(), features()
     run = TRANSFORMS[transform]
-    shapes = [x[:1, :1] if transform == "jacfwd" and i == 0 else x[:1] if transform == "jacfwd" else x for i, x in enumerate(t)]
+    shapes = [
+        x[:1, :1] if transform == "jacfwd" and i == 0 else x[:1] if transform == "jacfwd" else x
+        for i, x in enumerate(t)
+    ]
     wanted = run(lambda *s: CALLS[call](ref, list(s), shapes), s)
     with fastkd.use_backend("auto"):
         agree(run(lambda *s: CALLS[call](fastkd, list(s), shapes), s), wanted)
@@ -101,7 +107,9 @@ def test_a_named_backend_serves_tensors_without_tangents_beside_others(call):
 
 def torchjd(losses, inputs):
     """What TorchJD does: a vmap over backward passes."""
-    return func.vmap(lambda g: torch.autograd.grad(losses, inputs, g, retain_graph=True, allow_unused=True))(torch.eye(len(losses)))
+    return func.vmap(lambda g: torch.autograd.grad(losses, inputs, g, retain_graph=True, allow_unused=True))(
+        torch.eye(len(losses))
+    )
 
 
 BATCHED = {
@@ -128,7 +136,11 @@ def test_batched_gradients_answer_every_one(backend, call):
                 with fastkd.use_backend(backend if m is fastkd else "auto"):
                     losses = torch.stack([CALLS[call](m, s, t), 3 * CALLS[call](m, s, t)])
                     used = [
-                        x for x, g in zip(s, torch.autograd.grad(losses.sum(), s, retain_graph=True, allow_unused=True)) if g is not None
+                        x
+                        for x, g in zip(
+                            s, torch.autograd.grad(losses.sum(), s, retain_graph=True, allow_unused=True)
+                        )
+                        if g is not None
                     ]
                     found.append(way(losses, used))
             assert all(x.dtype == dtype for x in found[0])
@@ -139,7 +151,9 @@ def test_batched_gradients_answer_every_one(backend, call):
 @pytest.mark.parametrize("call", ["attention_transfer_loss", "fsp_loss"])
 def test_a_batched_loss_scale_is_applied_before_halves_are_rounded(call):
     """With a factor of 1 most of these gradients are no numbers of float16."""
-    s, t = ([(x * (1 + 3 * grad)).requires_grad_(grad) for x in features(torch.float16)] for grad in (True, False))
+    s, t = (
+        [(x * (1 + 3 * grad)).requires_grad_(grad) for x in features(torch.float16)] for grad in (True, False)
+    )
     grads = torch.tensor([2.0**14, 2.0**16])
     found = []
     for m, backend in ((fastkd, "cpp"), (ref, "auto")):
@@ -156,7 +170,10 @@ def test_a_batched_loss_scale_is_applied_before_halves_are_rounded(call):
 def test_a_vectorized_jacobian_is_the_references(call, strategy):
     s, t = features(), features()
     with fastkd.use_backend("auto"):
-        found, wanted = (jacobian(lambda x: CALLS[call](m, [x, *s[1:]], t), s[0], vectorize=True, strategy=strategy) for m in (fastkd, ref))
+        found, wanted = (
+            jacobian(lambda x: CALLS[call](m, [x, *s[1:]], t), s[0], vectorize=True, strategy=strategy)
+            for m in (fastkd, ref)
+        )
     agree(found, wanted)
 
 
@@ -167,7 +184,9 @@ def test_a_second_derivative_of_a_batched_gradient_is_right_or_refused(call):
 
     def second(m):
         losses = torch.stack([CALLS[call](m, s, t), 3 * CALLS[call](m, s, t)])
-        (first,) = torch.autograd.grad(losses, s[:1], torch.eye(2, dtype=torch.float64), is_grads_batched=True, create_graph=True)
+        (first,) = torch.autograd.grad(
+            losses, s[:1], torch.eye(2, dtype=torch.float64), is_grads_batched=True, create_graph=True
+        )
         return torch.autograd.grad(first.square().sum(), s[0])[0]
 
     wanted = second(ref)
@@ -213,10 +232,26 @@ def operators(ops):
     if ops is torch.ops.fastkd:
         _, mean, _, invstd = ops.batch_norm(a, b, w, w, True, 1e-5)
         made["batch_norm"] = lambda x: ops.batch_norm(x, b, w, w, True, 1e-5), a
-        made["batch_norm_backward"] = lambda x: ops.batch_norm_backward(b, x, None, w, w, mean, invstd, True, False), a
+        made["batch_norm_backward"] = (
+            lambda x: ops.batch_norm_backward(b, x, None, w, w, mean, invstd, True, False),
+            a,
+        )
         made["rkd_loss"] = lambda x: ops.rkd_loss(x.flatten(1), b.flatten(1), 25.0, 50.0, True, False), a
-        unit, rows = b.flatten(1) / b.flatten(1).norm(dim=1, keepdim=True), torch.tensor([[0, 2, 1], [1, 0, 3]])
-        banks = torch.randn(4, 60), torch.randn(4, 60), rows, torch.tensor([5.0, 7.0]), 50.0, 1e-7, 1.0, True, False
+        unit, rows = (
+            b.flatten(1) / b.flatten(1).norm(dim=1, keepdim=True),
+            torch.tensor([[0, 2, 1], [1, 0, 3]]),
+        )
+        banks = (
+            torch.randn(4, 60),
+            torch.randn(4, 60),
+            rows,
+            torch.tensor([5.0, 7.0]),
+            50.0,
+            1e-7,
+            1.0,
+            True,
+            False,
+        )
         made["crd_loss"] = lambda x: ops.crd_loss(x.flatten(1), unit, *banks), a
         made["add_relu_"] = lambda x: ops.add_relu_(x * 1, b), a
     return made
@@ -225,11 +260,15 @@ def operators(ops):
 BARRIER = "fastkd::recompute_barrier_"  # it computes and returns nothing
 NAMES = {
     namespace: sorted(
-        name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{namespace}::") and name != BARRIER
+        name.partition("::")[2]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith(f"{namespace}::") and name != BARRIER
     )
     for namespace in ("fastkd", "fastkd_cuda")
 }
-every_operator = pytest.mark.parametrize("namespace, operator", [(space, name) for space, names in NAMES.items() for name in names])
+every_operator = pytest.mark.parametrize(
+    "namespace, operator", [(space, name) for space, names in NAMES.items() for name in names]
+)
 DIFFERENTIABLE = {  # of several outputs, those that have a derivative
     "attention_map": [0], "attention_transfer_loss": [0], "fsp_loss": [0], "relu_tap": [0, 1], "batch_norm": [0],
 }  # fmt: skip
@@ -247,7 +286,11 @@ def test_no_operator_drops_a_derivative(namespace, operator):
         run = (lambda f, s: func.grad(f)(*s)) if way == "grad" else TRANSFORMS[way]
         with pytest.raises(RuntimeError) as caught:
             run(lambda x: first(f(x)).sum(), [x])
-        instead = "torch.relu" if operator == "add_relu_" else f"fastkd.reference.{operator.removesuffix('_backward')}"
+        instead = (
+            "torch.relu"
+            if operator == "add_relu_"
+            else f"fastkd.reference.{operator.removesuffix('_backward')}"
+        )
         assert f"{namespace}::{operator}" in str(caught.value) and instead in str(caught.value), caught.value
         assert "\n" not in str(caught.value)
 
@@ -285,11 +328,16 @@ def test_an_operator_under_vmap_runs_once_a_sample(namespace, operator):
     twice = func.vmap(lambda factor: func.vmap(lambda x: f((x * factor).contiguous()) if "norm" not in operator else f(x))(
         torch.stack(samples)
     ))(torch.ones(2))  # fmt: skip
-    assert all(torch.allclose(a[1], b, rtol=1e-4, atol=1e-6) for a, b in zip(flat(twice), wanted, strict=True))
+    assert all(
+        torch.allclose(a[1], b, rtol=1e-4, atol=1e-6) for a, b in zip(flat(twice), wanted, strict=True)
+    )
 
 
 @compiled
-@pytest.mark.parametrize("operator", ["attention_map", "attention_transfer_loss", "fsp_matrix", "fsp_loss", "relu_tap", "batch_norm"])
+@pytest.mark.parametrize(
+    "operator",
+    ["attention_map", "attention_transfer_loss", "fsp_matrix", "fsp_loss", "relu_tap", "batch_norm"],
+)
 def test_an_operators_gradients_may_be_batched(operator):
     f, x = operators(torch.ops.fastkd)[operator]
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
@@ -319,12 +367,20 @@ def test_the_addition_in_place_counts_as_a_change():
 
 def network(name, train=False, layout=torch.channels_last):
     torch.manual_seed(11)
-    return create_model(name).train(train).to(memory_format=layout), torch.randn(3, 3, 16, 16).to(memory_format=layout)
+    return create_model(name).train(train).to(memory_format=layout), torch.randn(3, 3, 16, 16).to(
+        memory_format=layout
+    )
 
 
 def total(model, images, teacher, state):
-    features, logits = func.functional_call(model, {n: x.clone() for n, x in state.items()}, (images,), {"features": True})
-    return logits.square().mean() + fastkd.attention_transfer_loss(features.stages, teacher) + fastkd.fsp_loss(features.stages, teacher)
+    features, logits = func.functional_call(
+        model, {n: x.clone() for n, x in state.items()}, (images,), {"features": True}
+    )
+    return (
+        logits.square().mean()
+        + fastkd.attention_transfer_loss(features.stages, teacher)
+        + fastkd.fsp_loss(features.stages, teacher)
+    )
 
 
 NETWORKS = pytest.mark.parametrize("name", ["resnet8", "wrn_16_1"])
@@ -332,7 +388,9 @@ NETWORKS = pytest.mark.parametrize("name", ["resnet8", "wrn_16_1"])
 
 @NETWORKS
 @pytest.mark.parametrize("backend", ["auto", pytest.param("cpp", marks=compiled)])
-@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "planes"])
+@pytest.mark.parametrize(
+    "layout", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "planes"]
+)
 def test_forward_mode_goes_through_a_network_without_gradients(name, layout, backend):
     model, images = network(name, layout=layout)
     direction = torch.randn_like(images)
@@ -351,7 +409,9 @@ def test_forward_mode_goes_through_a_network_without_gradients(name, layout, bac
 @NETWORKS
 @pytest.mark.parametrize("train", [False, True])
 def test_transforms_go_through_networks_and_losses(name, train):
-    """grad, vjp, jvp over the parameters of a network with its losses, against the fused operations and autograd."""
+    """grad, vjp, jvp over the parameters of a network with its losses, against the fused operations and
+    autograd.
+    """
     model, images = network(name, train)
     params = {n: x.detach() for n, x in model.named_parameters()}
     buffers = {n: x.detach().clone() for n, x in model.named_buffers()}
@@ -363,7 +423,12 @@ def test_transforms_go_through_networks_and_losses(name, train):
 
         leaves = {n: x.clone().requires_grad_() for n, x in params.items()}
         wanted = dict(
-            zip(leaves, torch.autograd.grad(total(copy.deepcopy(model), images, teacher, {**leaves, **buffers}), leaves.values()))
+            zip(
+                leaves,
+                torch.autograd.grad(
+                    total(copy.deepcopy(model), images, teacher, {**leaves, **buffers}), leaves.values()
+                ),
+            )
         )
         found = func.grad(loss)(params)
         pulled = func.vjp(loss, params)[1](torch.tensor(2.0))[0]
@@ -412,7 +477,9 @@ def test_one_batched_parameter_is_enough(name):
     stack = torch.stack([state[key], 2 * state[key]])
     found = func.vmap(lambda w: func.functional_call(model, {**state, key: w}, (images,)))(stack)
     for out, w in zip(found, stack):
-        torch.testing.assert_close(out, func.functional_call(model, {**state, key: w}, (images,)).detach(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            out, func.functional_call(model, {**state, key: w}, (images,)).detach(), rtol=1e-4, atol=1e-4
+        )
 
 
 @NETWORKS
@@ -440,7 +507,9 @@ def test_batched_gradients_of_a_networks_losses(name, train):
 
 @compiled
 def test_a_batched_gradient_for_the_residual_alone():
-    x, residual, frozen = (values((4, 5, 3, 3), torch.float32).to(memory_format=torch.channels_last) for _ in range(3))
+    x, residual, frozen = (
+        values((4, 5, 3, 3), torch.float32).to(memory_format=torch.channels_last) for _ in range(3)
+    )
     norm = torch.nn.BatchNorm2d(5).requires_grad_(False)
     residual.requires_grad_()
     with fastkd.use_backend("cpp"):

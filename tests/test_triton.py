@@ -1,4 +1,6 @@
-"""Triton's side of the operations: choosing it, what it refuses, the same bits in each run; on a GPU, graphs and large tensors."""
+"""Triton's side of the operations: choosing it, what it refuses, the same bits in each run; on a GPU, graphs
+and large tensors.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,21 @@ from support import dtypes, evaluate, gpu, make, missing, ref, values
 import fastkd
 from fastkd import kernels
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.skipif(bool(missing("triton")), reason=missing("triton"))]
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(bool(missing("triton")), reason=missing("triton")),
+]
 OPTIONS = (2.0, "mean", False, 1e-12, "clamp")
 
 
 def chains(place, grad=True, dtype=torch.float32, layout="contiguous"):
-    return [[place(make((3, c, n, n), dtype, layout)).requires_grad_(grad and not i) for c, n in ((4, 9), (8, 7), (16, 4))] for i in (0, 1)]
+    return [
+        [
+            place(make((3, c, n, n), dtype, layout)).requires_grad_(grad and not i)
+            for c, n in ((4, 9), (8, 7), (16, 4))
+        ]
+        for i in (0, 1)
+    ]
 
 
 # choosing
@@ -72,7 +83,10 @@ def test_misuse_is_told_as_by_other_backends(triton):
 
 
 def test_importing_fastkd_does_not_import_triton():
-    code = "import sys, torch; before = 'triton' in sys.modules; import fastkd; assert before or 'triton' not in sys.modules"
+    code = (
+        "import sys, torch; before = 'triton' in sys.modules; import fastkd; assert before or 'triton' not in"
+        " sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -94,7 +108,13 @@ def test_results_are_the_same_bits_in_each_run(triton):
     def bits():
         loss = fastkd.attention_transfer_loss(s, t, 3.0)
         y, attention = fastkd.relu_tap(x, r)
-        return [loss, *torch.autograd.grad(loss, s), y, attention, *torch.autograd.grad(attention[:, 3].sum() + y.sum(), (x, r))]
+        return [
+            loss,
+            *torch.autograd.grad(loss, s),
+            y,
+            attention,
+            *torch.autograd.grad(attention[:, 3].sum() + y.sum(), (x, r)),
+        ]
 
     first = bits()
     assert all(torch.equal(a, b) for a, b in zip(first, bits()))
@@ -109,7 +129,9 @@ def test_nothing_as_large_as_a_feature_is_allocated_but_gradients(triton, monkey
     made = []
     for name in ("new_empty", "new_zeros", "contiguous"):
         original = getattr(torch.Tensor, name)
-        monkeypatch.setattr(torch.Tensor, name, lambda *a, o=original, **k: made.append(o(*a, **k)) or made[-1])
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda *a, o=original, **k: made.append(o(*a, **k)) or made[-1]
+        )
     run = Launch.__call__
 
     def launched(*args):
@@ -123,7 +145,9 @@ def test_nothing_as_large_as_a_feature_is_allocated_but_gradients(triton, monkey
         torch.autograd.grad(loss, s)
         y, attention = fastkd.relu_tap(s)
         torch.autograd.grad(
-            (y, attention), s, (torch.ones_like(y), torch.ones_like(attention).transpose(1, 2).contiguous().transpose(1, 2))
+            (y, attention),
+            s,
+            (torch.ones_like(y), torch.ones_like(attention).transpose(1, 2).contiguous().transpose(1, 2)),
         )
     assert made and max(x.numel() for x in made) * 4 <= s.numel()
 
@@ -143,16 +167,26 @@ def test_gradients_come_again_under_retain_graph_and_other_upstreams(triton, fun
 def test_large_whole_powers_keep_their_sign(triton, p, signed):
     x = make((2, 3, 4, 4))
     grad = torch.ones(2, 4, 4)
-    got = evaluate(lambda x: fastkd.attention_map(x, p, signed=signed, normalize=False), [triton(x)], upstream=triton(grad))
+    got = evaluate(
+        lambda x: fastkd.attention_map(x, p, signed=signed, normalize=False),
+        [triton(x)],
+        upstream=triton(grad),
+    )
     want = evaluate(lambda x: ref.attention_map(x, p, signed=signed, normalize=False), [x], upstream=grad)
-    torch.testing.assert_close((got.output.cpu(), got.grads[0].cpu()), (want.output, want.grads[0]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        (got.output.cpu(), got.grads[0].cpu()), (want.output, want.grads[0]), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_the_same_tensor_may_stand_at_several_places(triton):
     a, b = (values((2, 4, 5, 5), torch.float32) for _ in range(2))
 
     def call(m, a, b):
-        return m.attention_transfer_loss([a, b, a], [b, b, a], 3.0) + m.tap(a)[1].square().sum() + m.relu_tap(a, a)[1][0].sum()
+        return (
+            m.attention_transfer_loss([a, b, a], [b, b, a], 3.0)
+            + m.tap(a)[1].square().sum()
+            + m.relu_tap(a, a)[1][0].sum()
+        )
 
     got = evaluate(lambda a, b: call(fastkd, a, b), [triton(a), triton(b)])
     want = evaluate(lambda a, b: call(ref, a, b), [a, b])
@@ -189,18 +223,33 @@ def test_a_second_derivative_is_refused_and_names_the_reference(triton, function
 
 @pytest.mark.parametrize("pool", ["before", "after"])
 def test_the_operator_gives_what_its_schema_says(triton, pool):
-    """The launchers as operators: for graphs, and for whoever calls them directly; with gradients for an upstream that is foreseen."""
+    """The launchers as operators: for graphs, and for whoever calls them directly; with gradients for an
+    upstream that is foreseen.
+    """
     from fastkd.ops._options import BIT
     from fastkd.ops.attention import _loss_fake
 
     s, t = chains(triton, grad=False)
     t[0] = t[0][..., :5, :6]
-    args = (s, t, 2.0, 1e-12, BIT["channel_reduce"] | BIT["pool"] * (pool == "before"), None, 3.0, True, True, -2.5)
+    args = (
+        s,
+        t,
+        2.0,
+        1e-12,
+        BIT["channel_reduce"] | BIT["pool"] * (pool == "before"),
+        None,
+        3.0,
+        True,
+        True,
+        -2.5,
+    )
     got, fake = kernels.launcher("attention_transfer_loss")(*args), _loss_fake(*args)
     for a, b in zip(torch.utils._pytree.tree_leaves(got), torch.utils._pytree.tree_leaves(fake), strict=True):
         assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
     leaves = [x.clone().requires_grad_() for x in s]
-    want = torch.autograd.grad(fastkd.attention_transfer_loss(leaves, t, weight=3.0, pool=pool) * -2.5, leaves)
+    want = torch.autograd.grad(
+        fastkd.attention_transfer_loss(leaves, t, weight=3.0, pool=pool) * -2.5, leaves
+    )
     assert all(torch.equal(a, b) for a, b in zip(got[2], want))
 
 
@@ -215,7 +264,9 @@ def test_a_step_is_captured_in_a_cuda_graph(function):
 
     def step():
         if function == "relu_tap":
-            return torch.autograd.grad(sum((v * v).sum() for x, y in zip(s, t) for v in fastkd.relu_tap(x, y)), s)
+            return torch.autograd.grad(
+                sum((v * v).sum() for x, y in zip(s, t) for v in fastkd.relu_tap(x, y)), s
+            )
         return torch.autograd.grad(fastkd.attention_transfer_loss(s, t, weight=1000.0), s)
 
     with fastkd.use_backend("triton"):
@@ -240,7 +291,11 @@ def test_a_compiled_step_runs_the_operators(mode):
     torch.compiler.reset()
     s, t = ([torch.randn(4, c, n, n, device="cuda") for c, n in ((16, 32), (64, 7))] for _ in range(2))
     s = [x.requires_grad_() for x in s]
-    compiled = torch.compile(lambda s, t: fastkd.attention_transfer_loss([fastkd.relu_tap(x)[0] for x in s], t), fullgraph=True, mode=mode)
+    compiled = torch.compile(
+        lambda s, t: fastkd.attention_transfer_loss([fastkd.relu_tap(x)[0] for x in s], t),
+        fullgraph=True,
+        mode=mode,
+    )
     want = torch.autograd.grad(ref.attention_transfer_loss([x.relu() for x in s], t), s)
     with fastkd.use_backend("triton"):
         for _ in range(4):
@@ -267,7 +322,9 @@ def test_no_call_waits_for_the_device():
 def test_a_device_that_is_not_current_serves():
     x, y = (torch.randn(4, 16, 9, 9, device="cuda:1", requires_grad=True) for _ in range(2))
     with fastkd.use_backend("triton"), torch.cuda.device(0):
-        got = torch.autograd.grad(fastkd.attention_transfer_loss(x, y) + fastkd.relu_tap(x, y)[1].sum(), (x, y))
+        got = torch.autograd.grad(
+            fastkd.attention_transfer_loss(x, y) + fastkd.relu_tap(x, y)[1].sum(), (x, y)
+        )
     want = torch.autograd.grad(ref.attention_transfer_loss(x, y) + ref.relu_tap(x, y)[1].sum(), (x, y))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
 
@@ -277,7 +334,14 @@ def test_a_device_that_is_not_current_serves():
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "swapped"])
 def test_more_than_two_to_the_31_elements(layout):
     n, c, size = 172, 4096, 56
-    x = torch.randn(c if layout == "swapped" else n, n if layout == "swapped" else c, size, size, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(
+        c if layout == "swapped" else n,
+        n if layout == "swapped" else c,
+        size,
+        size,
+        device="cuda",
+        dtype=torch.bfloat16,
+    )
     x = x.transpose(0, 1) if layout == "swapped" else x
     x = x.to(memory_format=torch.channels_last) if layout == "channels_last" else x
     assert x.numel() > 2**31
@@ -288,13 +352,18 @@ def test_more_than_two_to_the_31_elements(layout):
     for i in (0, n - 1):
         part = x[i : i + 1].detach().float().requires_grad_()
         (want,) = torch.autograd.grad(ref.attention_transfer_loss(part, t[i : i + 1], weight=1e6 / n), part)
-        torch.testing.assert_close(grad[i : i + 1].float(), want, rtol=1e-2, atol=1e-2 * want.abs().max().item())
+        torch.testing.assert_close(
+            grad[i : i + 1].float(), want, rtol=1e-2, atol=1e-2 * want.abs().max().item()
+        )
 
 
 def test_every_layout_of_both_sides_meets_every_other(triton):
     """The two sides are walked and divided each in its own way."""
     for a, b in itertools.product(("contiguous", "channels_last", "stepped"), repeat=2):
-        s, t = make((2, 12, 6, 5), random.choice(dtypes("triton")), a), make((2, 7, 6, 5), random.choice(dtypes("triton")), b)
+        s, t = (
+            make((2, 12, 6, 5), random.choice(dtypes("triton")), a),
+            make((2, 7, 6, 5), random.choice(dtypes("triton")), b),
+        )
         with fused_only(backend="triton"):
             loss = fastkd.attention_transfer_loss(triton(s), triton(t))
         torch.testing.assert_close(loss.cpu(), ref.attention_transfer_loss(s, t), rtol=1e-5, atol=1e-8)

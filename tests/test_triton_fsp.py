@@ -1,4 +1,6 @@
-"""What is FSP's own in Triton: precisions, pooling fused and before, launches, offsets; on a GPU, graphs and large tensors."""
+"""What is FSP's own in Triton: precisions, pooling fused and before, launches, offsets; on a GPU, graphs and
+large tensors.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,10 @@ from support import evaluate, fetched, gpu, make, missing, ref, values
 import fastkd
 from fastkd import kernels
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.skipif(bool(missing("triton")), reason=missing("triton"))]
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(bool(missing("triton")), reason=missing("triton")),
+]
 CIFAR = ((16, 16, 16), (32, 8, 8), (9, 4, 4))
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 
@@ -43,7 +48,9 @@ def test_each_precision_is_as_near_as_it_claims(triton, dtype, precision):
 def test_tf32_rounds_and_the_others_do_not(triton):
     a, b = triton(make((2, 16, 8, 8))), triton(make((2, 8, 8, 8)))
     exact = ref.fsp_matrix(a.double().cpu(), b.double().cpu())
-    errors = [(fastkd.fsp_matrix(a, b, precision=p).double().cpu() - exact).abs().max().item() for p in PRECISIONS]
+    errors = [
+        (fastkd.fsp_matrix(a, b, precision=p).double().cpu() - exact).abs().max().item() for p in PRECISIONS
+    ]
     assert errors[0] < 1e-6 and 1e-5 < errors[1] < 1e-3 and errors[2] < 2e-6
 
 
@@ -70,7 +77,10 @@ def test_infinity_stays_and_nan_is_not_lost(triton):
 
 @pytest.mark.parametrize("distance", ["squared", "column_l2"])
 def test_results_are_the_same_bits_in_each_run(triton, distance):
-    s, t = ([triton(make((3, c, n, n), kind="relu")).requires_grad_() for c, n in ((5, 9), (70, 6), (17, 6))] for _ in range(2))
+    s, t = (
+        [triton(make((3, c, n, n), kind="relu")).requires_grad_() for c, n in ((5, 9), (70, 6), (17, 6))]
+        for _ in range(2)
+    )
 
     def bits():
         loss, g = fastkd.fsp_loss(s, t, distance=distance), fastkd.fsp_matrix(s[1], s[2])
@@ -105,7 +115,9 @@ def test_offsets_within_a_large_sample_are_as_wide(triton, monkeypatch):
     """The kernel for samples beyond 2^31 elements gives the same bits."""
     from fastkd.kernels.fsp import forward, gradient, view
 
-    tensors = [make((2, *shape), torch.float32, layout) for shape in CIFAR for layout in ("contiguous", "stepped")]
+    tensors = [
+        make((2, *shape), torch.float32, layout) for shape in CIFAR for layout in ("contiguous", "stepped")
+    ]
     tensors = [triton(x) for x in tensors]
     results = []
     for far in (2**31, 0):
@@ -121,7 +133,9 @@ def test_offsets_within_a_large_sample_are_as_wide(triton, monkeypatch):
 
 @pytest.mark.parametrize("pool_mode", ["avg", "max"])
 def test_the_operator_gives_what_its_schema_says(triton, pool_mode):
-    """The launchers as operators: for graphs, and for whoever calls them directly; with gradients for an upstream that is foreseen."""
+    """The launchers as operators: for graphs, and for whoever calls them directly; with gradients for an
+    upstream that is foreseen.
+    """
     from fastkd.ops.fsp import _loss_fake
 
     s, t = ([triton(make((2, *shape))) for shape in CIFAR] for _ in range(2))
@@ -130,7 +144,15 @@ def test_the_operator_gives_what_its_schema_says(triton, pool_mode):
     for a, b in zip(torch.utils._pytree.tree_leaves(got), torch.utils._pytree.tree_leaves(fake), strict=True):
         assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
     leaves = [x.clone().requires_grad_() for x in s]
-    loss = fastkd.fsp_loss(leaves, t, pool_mode=pool_mode, distance="frobenius", pair_reduce="mean", weights=[1.0, -2.0], weight=3.0)
+    loss = fastkd.fsp_loss(
+        leaves,
+        t,
+        pool_mode=pool_mode,
+        distance="frobenius",
+        pair_reduce="mean",
+        weights=[1.0, -2.0],
+        weight=3.0,
+    )
     want = torch.autograd.grad(loss * -2.5, leaves)
     assert all(torch.equal(a, b) for a, b in zip(got[2], want[::2]))
 
@@ -139,11 +161,16 @@ def test_the_operator_gives_what_its_schema_says(triton, pool_mode):
 
 
 def on_gpu(requires_grad=False):
-    return [torch.randn(4, c, n, n, device="cuda", requires_grad=requires_grad) for c, n in ((16, 32), (64, 16), (130, 7), (200, 7))]
+    return [
+        torch.randn(4, c, n, n, device="cuda", requires_grad=requires_grad)
+        for c, n in ((16, 32), (64, 16), (130, 7), (200, 7))
+    ]
 
 
 def exact_gradients(s, t):
-    """By float64 on the CPU: the reference's pooling has no deterministic backward pass on a GPU, and the tests run in that mode."""
+    """By float64 on the CPU: the reference's pooling has no deterministic backward pass on a GPU, and the
+    tests run in that mode.
+    """
     s, t = [x.detach().cpu().double().requires_grad_() for x in s], [x.detach().cpu().double() for x in t]
     return tuple(x.float().cuda() for x in torch.autograd.grad(ref.fsp_loss(s, t), s))
 
@@ -203,7 +230,9 @@ def test_a_device_that_is_not_current_serves():
     s, t = ([x.to("cuda:1").detach().requires_grad_() for x in on_gpu()] for _ in range(2))
     with fastkd.use_backend("triton"), torch.cuda.device(0):
         got = torch.autograd.grad(fastkd.fsp_loss(s, t, precision="ieee"), s)
-    torch.testing.assert_close([x.to("cuda:0") for x in got], list(exact_gradients(s, t)), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        [x.to("cuda:0") for x in got], list(exact_gradients(s, t)), rtol=1e-4, atol=1e-7
+    )
 
 
 @gpu
@@ -225,4 +254,6 @@ def test_more_than_two_to_the_31_elements(layout):
         want = ref.fsp_matrix(part, b[i : i + 1], precision="ieee")
         torch.testing.assert_close(g[i : i + 1], want, rtol=1e-4, atol=1e-4)
         (want,) = torch.autograd.grad(want, part, upstream[i : i + 1])
-        torch.testing.assert_close(grad[i : i + 1].float(), want, rtol=1e-2, atol=1e-2 * want.abs().max().item())
+        torch.testing.assert_close(
+            grad[i : i + 1].float(), want, rtol=1e-2, atol=1e-2 * want.abs().max().item()
+        )

@@ -1,4 +1,6 @@
-"""FSP pairs of few positions and many channels in Triton: products over channels in place of a matrix larger than the features."""
+"""FSP pairs of few positions and many channels in Triton: products over channels in place of a matrix larger
+than the features.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,17 @@ import fastkd
 from fastkd import kernels
 from fastkd.kernels.fsp.saved import kept_shape
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.skipif(bool(missing("triton")), reason=missing("triton"))]
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(bool(missing("triton")), reason=missing("triton")),
+]
 PAIR = [(24, 3, 3), (40, 3, 3)]
 CHAINS = {
     "pair": PAIR,
     "after a matrix": [(6, 5, 4), *PAIR],  # no window divides 5 by 3
     "before a matrix": [*PAIR, (3, 3, 3)],
-    "fused windows": [(3, 6, 6), (24, 6, 2), (80, 3, 2)],  # a middle stage with a term on each grid, this kind on the coarser
+    # a middle stage with a term on each grid, this kind on the coarser
+    "fused windows": [(3, 6, 6), (24, 6, 2), (80, 3, 2)],
     "fine grid": [(24, 2, 4), (40, 2, 4), (6, 1, 4)],  # or on the finer
     "two": [(40, 2, 3), (30, 2, 3), (24, 2, 2)],
     "one position": [(3, 1, 1), (5, 1, 1)],
@@ -28,7 +34,8 @@ CHAINS = {
     "several parts": [(300, 2), (17, 2), (260, 2)],
     "in three dimensions": [(30, 2, 2, 3), (40, 2, 2, 1)],
 }
-WIDE = {"after a matrix": [1], "before a matrix": [0], "fine grid": [0], "fused windows": [1]}  # else all of them
+# else all of them
+WIDE = {"after a matrix": [1], "before a matrix": [0], "fine grid": [0], "fused windows": [1]}
 
 
 def chain(of, dtype=torch.float32, layout="contiguous", n=2):
@@ -47,7 +54,9 @@ def test_a_matrix_larger_than_the_features_is_not_kept(triton, of):
 
 def test_what_is_kept_follows_from_sizes():
     def kept(a, b, *teacher, distance="squared"):
-        chains = [[torch.empty(1, *shape, device="meta") for shape in pair] for pair in ((a, b), teacher or (a, b))]
+        chains = [
+            [torch.empty(1, *shape, device="meta") for shape in pair] for pair in ((a, b), teacher or (a, b))
+        ]
         return kept_shape(*chains, distance)[1:]
 
     assert kept((1024, 14, 14), (2048, 7, 7)) == (6, 49, 49)  # ResNet-50
@@ -72,17 +81,28 @@ def test_loss_matches_the_reference(of, triton):
     """Output and all gradients; dtypes, layouts and switches drawn."""
     # there is more than one tile only without bfloat16
     n, choice = (1, (torch.float32, torch.float16)) if "several" in of else (2, dtypes("triton"))
-    s, t = ([make((n, *shape), dtype, random.choice(LAYOUTS)) for shape in CHAINS[of]] for dtype in random.choices(choice, k=2))
+    s, t = (
+        [make((n, *shape), dtype, random.choice(LAYOUTS)) for shape in CHAINS[of]]
+        for dtype in random.choices(choice, k=2)
+    )
     weights = [random.uniform(0.5, 2) for _ in s[1:]]
-    switches = dict(distance=random.choice(("squared", "frobenius")), pair_reduce=random.choice(("sum", "mean")), weights=weights)
-    check_loss("triton", "fsp_loss", s, t, upstream=torch.tensor(random.uniform(-3, 3)), weight=7.0, **switches)
+    switches = dict(
+        distance=random.choice(("squared", "frobenius")),
+        pair_reduce=random.choice(("sum", "mean")),
+        weights=weights,
+    )
+    check_loss(
+        "triton", "fsp_loss", s, t, upstream=torch.tensor(random.uniform(-3, 3)), weight=7.0, **switches
+    )
 
 
 @pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
 def test_tiles_wider_than_high_match_the_reference(triton, precision):
     """On tensor cores; of 35 positions two, one above the other."""
     tensors = [make((1, *shape), torch.float32) for shape in CHAINS["several tiles"] * 2]
-    ours = fetched(evaluate(lambda *x: fastkd.fsp_loss(x[:2], x[2:], precision=precision), [triton(x) for x in tensors]))
+    ours = fetched(
+        evaluate(lambda *x: fastkd.fsp_loss(x[:2], x[2:], precision=precision), [triton(x) for x in tensors])
+    )
     exact = evaluate(lambda *x: ref.fsp_loss(x[:2], x[2:]), [x.double() for x in tensors])
     allowed = {"tf32": 2e-3, "tf32x3": 1e-5}[precision]
     assert abs(ours.output.double() / exact.output - 1) < allowed
@@ -97,7 +117,9 @@ def test_maxima_are_pooled_before(of, layout, triton):
     check_loss("triton", "fsp_loss", s, t, pool_mode="max")
 
 
-@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4))[1:], ids=lambda x: "".join("01"[n] for n in x))
+@pytest.mark.parametrize(
+    "needs", list(itertools.product([False, True], repeat=4))[1:], ids=lambda x: "".join("01"[n] for n in x)
+)
 def test_each_gradient_can_be_asked_for_alone(needs, triton):
     s, t = chain("after a matrix"), chain("after a matrix")
     check_loss("triton", "fsp_loss", s, t, needs=[needs[0], False, needs[1], False, needs[2], needs[3]])
@@ -114,7 +136,14 @@ def test_close_features_keep_their_relative_accuracy(triton, precision, distance
     if not any((a != b).any() for a, b in zip(s, t)):
         pytest.skip("the two are equal in bfloat16")
     given = [triton(x) for x in (*s, *t)]
-    ours = fetched(evaluate(lambda *x: fastkd.fsp_loss(x[:2], x[2:], precision=None if dtype == torch.bfloat16 else precision), given))
+    ours = fetched(
+        evaluate(
+            lambda *x: fastkd.fsp_loss(
+                x[:2], x[2:], precision=None if dtype == torch.bfloat16 else precision
+            ),
+            given,
+        )
+    )
     exact = evaluate(lambda *x: ref.fsp_loss(x[:2], x[2:]), [x.double() for x in (*s, *t)])
     assert abs(ours.output.double() / exact.output - 1) < (2e-3 if precision == "tf32" else 2e-5)
     allowed = {"tf32": 4e-3, "bfloat16": 1e-2}.get(precision, 1e-4)
@@ -124,7 +153,9 @@ def test_close_features_keep_their_relative_accuracy(triton, precision, distance
 
 def test_student_equal_to_teacher_has_loss_and_gradient_zero(triton):
     x = chain("after a matrix")
-    got = evaluate(lambda *x: fastkd.fsp_loss(x[:3], x[3:]), [triton(y) for y in (*x, *(y.clone() for y in x))])
+    got = evaluate(
+        lambda *x: fastkd.fsp_loss(x[:3], x[3:]), [triton(y) for y in (*x, *(y.clone() for y in x))]
+    )
     assert got.output == 0 and all((g == 0).all() for g in got.grads)
 
 
@@ -133,12 +164,19 @@ def test_a_nan_is_not_lost(triton):
     s[0][1, 5, 2, 0] = torch.nan
     got = fetched(evaluate(lambda *x: fastkd.fsp_loss(x[:2], x[2:]), [triton(x) for x in (*s, *t)]))
     want = evaluate(lambda *x: ref.fsp_loss(x[:2], x[2:]), [*s, *t])
-    assert got.output.isnan() and all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(got.grads, want.grads))
+    assert got.output.isnan() and all(
+        torch.equal(a.isnan(), b.isnan()) for a, b in zip(got.grads, want.grads)
+    )
 
 
 def test_results_are_the_same_bits_in_each_run_and_one_launch_each_way(triton, launched):
-    s, t = ([triton(make((2, *shape))).requires_grad_(not i) for shape in ((6, 4, 2), (260, 4, 1), (20, 2, 1))] for i in (0, 1))
-    first, again = ([loss, *torch.autograd.grad(loss, s)] for loss in (fastkd.fsp_loss(s, t), fastkd.fsp_loss(s, t)))
+    s, t = (
+        [triton(make((2, *shape))).requires_grad_(not i) for shape in ((6, 4, 2), (260, 4, 1), (20, 2, 1))]
+        for i in (0, 1)
+    )
+    first, again = (
+        [loss, *torch.autograd.grad(loss, s)] for loss in (fastkd.fsp_loss(s, t), fastkd.fsp_loss(s, t))
+    )
     assert all(map(torch.equal, first, again))
     assert launched == ["fsp_loss_kernel", "fsp_loss_kernel", "fsp_gradient_kernel", "fsp_gradient_kernel"]
 
@@ -165,7 +203,13 @@ def test_a_teacher_may_come_from_inference_mode_but_not_change(triton):
     with torch.inference_mode():
         frozen = [x.clone() for x in t]
     loss = fastkd.fsp_loss(s, t)
-    assert all(map(torch.equal, torch.autograd.grad(loss, s, retain_graph=True), torch.autograd.grad(fastkd.fsp_loss(s, frozen), s)))
+    assert all(
+        map(
+            torch.equal,
+            torch.autograd.grad(loss, s, retain_graph=True),
+            torch.autograd.grad(fastkd.fsp_loss(s, frozen), s),
+        )
+    )
     t[0].zero_()  # of a pair with a matrix
     torch.autograd.grad(loss, s, retain_graph=True)
     t[2].zero_()
@@ -180,13 +224,18 @@ def test_the_operator_gives_what_its_schema_says(triton, of):
     got = kernels.launcher("fsp_loss")(s, t, *args)
     with FakeTensorMode() as mode:
         # a graph on a GPU, where there need be none
-        chains = [[torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda") for x in side] for side in (s, t)]
+        chains = [
+            [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda") for x in side]
+            for side in (s, t)
+        ]
         assert all(x.fake_mode is mode for x in chains[0])
         fake = torch.ops.fastkd.fsp_loss(*chains, *args)
     for a, b in zip(torch.utils._pytree.tree_leaves(got), torch.utils._pytree.tree_leaves(fake), strict=True):
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
     leaves = [x.clone().requires_grad_() for x in s]
-    loss = fastkd.fsp_loss(leaves, t, distance="frobenius", pair_reduce="mean", weights=[1.0, -2.0], weight=3.0)
+    loss = fastkd.fsp_loss(
+        leaves, t, distance="frobenius", pair_reduce="mean", weights=[1.0, -2.0], weight=3.0
+    )
     assert all(torch.equal(a, b) for a, b in zip(got[2], torch.autograd.grad(loss * -2.5, leaves)[::2]))
 
 
@@ -194,6 +243,10 @@ def test_the_backward_operator_refuses_what_it_cannot_use(triton):
     s, t = ([triton(x) for x in chain("pair")] for _ in range(2))
     _, kept, _ = kernels.launcher("fsp_loss")(s, t, "avg", "squared", "sum", None, 1.0, None, True)
     backward = kernels.launcher("fsp_loss_backward")
-    for others, given, word in (([], kept, "others"), (t[::-1], kept, "others"), (t, [kept[0][..., :4]], "matrix_grads")):
+    for others, given, word in (
+        ([], kept, "others"),
+        (t[::-1], kept, "others"),
+        (t, [kept[0][..., :4]], "matrix_grads"),
+    ):
         with pytest.raises(ValueError, match=word):
             backward(s[0].new_ones(()), s, given, "avg", None, [0], False, others)

@@ -1,4 +1,6 @@
-"""FSP pairs whose matrix, larger than the features, Triton makes once in each pass and keeps in neither (`fsp/saved.py` says where)."""
+"""FSP pairs whose matrix, larger than the features, Triton makes once in each pass and keeps in neither
+(`fsp/saved.py` says where).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fastkd
 from fastkd import kernels
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.skipif(bool(missing("triton")), reason=missing("triton"))]
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(bool(missing("triton")), reason=missing("triton")),
+]
 PAIR = [(40, 3, 3), (50, 3, 3)]
 SMALLER = [(40, 2, 2), (50, 2, 2)]
 # the distance; the student's stages; the teacher's, where they have other sizes
@@ -20,7 +25,11 @@ CHAINS = {
     "columns": ("column_l2", PAIR, PAIR),
     "columns after a matrix": ("column_l2", [(6, 5, 4), *PAIR], [(6, 5, 4), *PAIR]),
     "columns, smaller teacher": ("column_l2", PAIR, SMALLER),
-    "columns, fused windows": ("column_l2", [(3, 6, 6), (24, 6, 2), (80, 3, 2)], [(3, 6, 6), (24, 6, 2), (80, 3, 2)]),
+    "columns, fused windows": (
+        "column_l2",
+        [(3, 6, 6), (24, 6, 2), (80, 3, 2)],
+        [(3, 6, 6), (24, 6, 2), (80, 3, 2)],
+    ),
     "smaller teacher": ("squared", PAIR, SMALLER),
     "larger teacher before a matrix": ("frobenius", [*SMALLER, (3, 2, 2)], [*PAIR, (3, 3, 3)]),
     "fine grid": ("squared", [(24, 2, 4), (60, 2, 4), (6, 1, 4)], [(24, 2, 2), (60, 2, 2), (6, 2, 2)]),
@@ -39,13 +48,18 @@ KEPT = {
 
 
 def chains(of, dtypes=(torch.float32, torch.float32), layouts=("contiguous",), n=2):
-    return [[make((n, *shape), dtype, random.choice(layouts)) for shape in side] for side, dtype in zip(CHAINS[of][1:], dtypes)]
+    return [
+        [make((n, *shape), dtype, random.choice(layouts)) for shape in side]
+        for side, dtype in zip(CHAINS[of][1:], dtypes)
+    ]
 
 
 @pytest.mark.parametrize("of", [of for of in CHAINS if "several" not in of])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_matrix_larger_than_the_features_is_not_kept(of, dtype, triton):
-    s, t = ([triton(x).requires_grad_(not i) for x in side] for i, side in enumerate(chains(of, (dtype, dtype))))
+    s, t = (
+        [triton(x).requires_grad_(not i) for x in side] for i, side in enumerate(chains(of, (dtype, dtype)))
+    )
     loss = fastkd.fsp_loss(s, t, distance=CHAINS[of][0])
     kept = loss.grad_fn.saved_tensors[: len(s) - 1]
     if dtype == torch.float32:
@@ -60,7 +74,9 @@ def test_loss_matches_the_reference(of, triton):
     s, t = chains(of, random.choices(dtypes("triton"), k=2), LAYOUTS, 1 if "several" in of else 2)
     weights = [random.uniform(0.5, 2) for _ in s[1:]]
     switches = dict(distance=CHAINS[of][0], pair_reduce=random.choice(("sum", "mean")), weights=weights)
-    check_loss("triton", "fsp_loss", s, t, upstream=torch.tensor(random.uniform(-3, 3)), weight=7.0, **switches)
+    check_loss(
+        "triton", "fsp_loss", s, t, upstream=torch.tensor(random.uniform(-3, 3)), weight=7.0, **switches
+    )
 
 
 @pytest.mark.parametrize("of", ["columns, fused windows", "two"])
@@ -79,8 +95,12 @@ def test_close_features_keep_their_relative_accuracy(triton, precision):
     t = [values((2, *shape), torch.float32).relu() for shape in PAIR]
     s = [x * (1 + 1e-2 * torch.randn_like(x)) for x in t]
     given = [triton(x) for x in (*s, *t)]
-    ours = fetched(evaluate(lambda *x: fastkd.fsp_loss(x[:2], x[2:], distance="column_l2", precision=precision), given))
-    exact = evaluate(lambda *x: ref.fsp_loss(x[:2], x[2:], distance="column_l2"), [x.double() for x in (*s, *t)])
+    ours = fetched(
+        evaluate(lambda *x: fastkd.fsp_loss(x[:2], x[2:], distance="column_l2", precision=precision), given)
+    )
+    exact = evaluate(
+        lambda *x: ref.fsp_loss(x[:2], x[2:], distance="column_l2"), [x.double() for x in (*s, *t)]
+    )
     assert abs(ours.output.double() / exact.output - 1) < (2e-3 if precision == "tf32" else 2e-5)
     for got, want in zip(ours.grads, exact.grads):
         assert (got.double() - want).norm() / want.norm() < (4e-3 if precision == "tf32" else 1e-4)
@@ -99,15 +119,24 @@ def test_columns_that_do_not_differ_have_gradient_zero(triton):
 def test_what_is_not_finite_is_as_in_the_reference(of, value, triton):
     s, t = ([x.abs() for x in side] for side in chains(of))
     s[0][1, 5, 1, 0] = value
-    got = fetched(evaluate(lambda *x: fastkd.fsp_loss(x[:2], x[2:], distance=CHAINS[of][0]), [triton(x) for x in (*s, *t)]))
+    got = fetched(
+        evaluate(
+            lambda *x: fastkd.fsp_loss(x[:2], x[2:], distance=CHAINS[of][0]), [triton(x) for x in (*s, *t)]
+        )
+    )
     want = evaluate(lambda *x: ref.fsp_loss(x[:2], x[2:], distance=CHAINS[of][0]), [*s, *t])
     assert torch.equal(got.output.isnan(), want.output.isnan()) and not got.output.isfinite()
     assert all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(got.grads, want.grads))
 
 
 def test_results_are_the_same_bits_in_each_run_and_one_launch_each_way(triton, launched):
-    s, t = ([triton(x).requires_grad_(not i) for x in side] for i, side in enumerate(chains("columns, smaller teacher")))
-    first, again = ([loss, *torch.autograd.grad(loss, s)] for loss in (fastkd.fsp_loss(s, t), fastkd.fsp_loss(s, t)))
+    s, t = (
+        [triton(x).requires_grad_(not i) for x in side]
+        for i, side in enumerate(chains("columns, smaller teacher"))
+    )
+    first, again = (
+        [loss, *torch.autograd.grad(loss, s)] for loss in (fastkd.fsp_loss(s, t), fastkd.fsp_loss(s, t))
+    )
     assert all(map(torch.equal, first, again))
     assert launched == ["fsp_loss_kernel", "fsp_loss_kernel", "fsp_gradient_kernel", "fsp_gradient_kernel"]
 
@@ -119,12 +148,17 @@ def test_the_operator_gives_what_its_schema_says(triton, of):
     got = kernels.launcher("fsp_loss")(s, t, *args)
     with FakeTensorMode():
         # a graph on a GPU, where there need be none
-        fakes = [[torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda") for x in side] for side in (s, t)]
+        fakes = [
+            [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda") for x in side]
+            for side in (s, t)
+        ]
         fake = torch.ops.fastkd.fsp_loss(*fakes, *args)
     for a, b in zip(torch.utils._pytree.tree_leaves(got), torch.utils._pytree.tree_leaves(fake), strict=True):
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
     leaves = [x.clone().requires_grad_() for x in s]
-    loss = fastkd.fsp_loss(leaves, t, distance=CHAINS[of][0], pair_reduce="mean", weights=[1.0, -2.0], weight=3.0)
+    loss = fastkd.fsp_loss(
+        leaves, t, distance=CHAINS[of][0], pair_reduce="mean", weights=[1.0, -2.0], weight=3.0
+    )
     assert all(torch.equal(a, b) for a, b in zip(got[2], torch.autograd.grad(loss * -2.5, leaves)[::2]))
 
 
@@ -132,6 +166,10 @@ def test_the_backward_operator_refuses_what_it_cannot_use(triton):
     s, t = ([triton(x) for x in side] for side in chains("smaller teacher"))
     _, kept, _ = kernels.launcher("fsp_loss")(s, t, "avg", "squared", "sum", None, 1.0, None, True)
     backward = kernels.launcher("fsp_loss_backward")
-    for others, given, word in (([], kept, "others"), (t[::-1], kept, "others"), (t, [kept[0][:, :4]], "matrix_grads")):
+    for others, given, word in (
+        ([], kept, "others"),
+        (t[::-1], kept, "others"),
+        (t, [kept[0][:, :4]], "matrix_grads"),
+    ):
         with pytest.raises(ValueError, match=word):
             backward(s[0].new_ones(()), s, given, "avg", None, [0], False, others)

@@ -33,12 +33,17 @@ class Toy(Distiller):
         self.layers = nn.ModuleList(nn.Linear(size, options.width) for size in sizes)
 
     def loss(self, batch, student, teacher, connected):
-        s, t = (layer(output.features.pooled) for layer, output in zip(self.layers, (student, teacher), strict=True))
+        s, t = (
+            layer(output.features.pooled)
+            for layer, output in zip(self.layers, (student, teacher), strict=True)
+        )
         return self.beta * (s - t).square().mean()
 
 
 class Scheduled(Distiller):
-    """Reads the maps before the ReLU of the teacher, after a convolution of the student's; its weight grows over the run."""
+    """Reads the maps before the ReLU of the teacher, after a convolution of the student's; its weight grows
+    over the run.
+    """
 
     title, canonical = "Scheduled", "repdistiller"
     presets = {"repdistiller": Preset()}
@@ -46,7 +51,9 @@ class Scheduled(Distiller):
 
     def __init__(self, context, options):
         super().__init__(context, options)
-        self.conv = nn.Conv2d(context.student_shapes.stages[2][0], context.teacher_shapes.preact.stages[2][0], 1)
+        self.conv = nn.Conv2d(
+            context.student_shapes.stages[2][0], context.teacher_shapes.preact.stages[2][0], 1
+        )
 
     def connect(self, batch, student, teacher):
         return self.conv(student.features.stages[2])
@@ -97,7 +104,9 @@ class Projected(Neck):
 
 
 class Wrapping(Distiller):
-    """A neck in the student, and a copy of the teacher's classifier in place of its own; no cross-entropy, as SimKD has it."""
+    """A neck in the student, and a copy of the teacher's classifier in place of its own; no cross-entropy, as
+    SimKD has it.
+    """
 
     title, canonical = "Wrapping", "repdistiller"
     presets = {"repdistiller": Preset(beside=Beside(0.0, 0.0))}

@@ -1,7 +1,9 @@
-"""Run by test_triton_compile.py in a process of its own: the launchers, as a user calls them, on a GPU that is not there.
+"""Run by test_triton_compile.py in a process of its own: the launchers, as a user calls them, on a GPU that
+is not there.
 
-A stand-in for Triton's driver says which GPU there is and swallows launches. So every kernel is compiled for it with the very signature,
-constants, alignments and options that a launcher would use there; what ptxas and cuobjdump say of the result goes to stdout as JSON.
+A stand-in for Triton's driver says which GPU there is and swallows launches. So every kernel is compiled for
+it with the very signature, constants, alignments and options that a launcher would use there; what ptxas and
+cuobjdump say of the result goes to stdout as JSON.
 """
 
 from __future__ import annotations
@@ -69,12 +71,16 @@ def resources(kernel: Any) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
 
 
 def copies(kernel: Any) -> int:
-    """How many instructions of a kernel's machine code copy to shared memory while others go on: pipelined loads."""
+    """How many instructions of a kernel's machine code copy to shared memory while others go on: pipelined
+    loads.
+    """
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -103,12 +109,16 @@ def products(ptx: str) -> dict[str, int]:
 
 
 def work(kernel: Any) -> list[int]:
-    """How many multiplications a kernel's products need, and how many its warps make by tensor cores: more, if some make the same ones.
+    """How many multiplications a kernel's products need, and how many its warps make by tensor cores: more,
+    if some make the same ones.
 
-    Of each product once, wherever a loop repeats it. Those of tcgen05 (sm_100) do not say their sizes and are not counted.
+    Of each product once, wherever a loop repeats it. Those of tcgen05 (sm_100) do not say their sizes and are
+    not counted.
     """
     operand = r"(?:tensor|!ttg\.memdesc)<(\d+)x(\d+)x"
-    dots = re.findall(rf"(?:tt\.dot|ttng\.warp_group_dot) .*?: {operand}.*? \* {operand}", kernel.asm["ttgir"])
+    dots = re.findall(
+        rf"(?:tt\.dot|ttng\.warp_group_dot) .*?: {operand}.*? \* {operand}", kernel.asm["ttgir"]
+    )
     ptx, warps = kernel.asm["ptx"], kernel.metadata.num_warps
     single = re.findall(r"\bmma\.sync[\w.]*?\.m(\d+)n(\d+)k(\d+)", ptx)
     joined = re.findall(r"\bwgmma\.mma_async[\w.]*?\.m(\d+)n(\d+)k(\d+)", ptx)
@@ -130,7 +140,8 @@ def tickets(ptx: str) -> list[str]:
 
 
 def unguarded(ptx: str) -> int:
-    """How many writes to global memory come after a read past the nearest cache, of what other programs wrote, with no barrier between.
+    """How many writes to global memory come after a read past the nearest cache, of what other programs
+    wrote, with no barrier between.
 
     What is added up by shuffles before it is written is something else than what was read, in another place.
     """
@@ -147,21 +158,36 @@ def feature(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = Fa
 
 
 OPTIONS = (2.0, "mean", False, 1e-12, "clamp")
-AT = dict(p=2.0, eps=1e-12, switches=1 | 8, weights=None, weight=1.0, student_grad=True, teacher_grad=False, upstream=None)
+AT = dict(
+    p=2.0,
+    eps=1e-12,
+    switches=1 | 8,
+    weights=None,
+    weight=1.0,
+    student_grad=True,
+    teacher_grad=False,
+    upstream=None,
+)
 
 
-def loss(sizes: list[tuple[int, int]], dtype: torch.dtype, batch: int, channels_last: bool = False, **options: Any) -> None:
+def loss(
+    sizes: list[tuple[int, int]], dtype: torch.dtype, batch: int, channels_last: bool = False, **options: Any
+) -> None:
     options = AT | options
     student, teacher = ([feature((batch, c, s, s), dtype, channels_last) for c, s in sizes] for _ in range(2))
     _, ks, _ = kernels.launcher("attention_transfer_loss")(student, teacher, *options.values())
     wanted = student * options["student_grad"] + teacher * options["teacher_grad"]
-    kernels.launcher("attention_transfer_loss_backward")(torch.empty(()), wanted, ks, options["p"], options["switches"])
+    kernels.launcher("attention_transfer_loss_backward")(
+        torch.empty(()), wanted, ks, options["p"], options["switches"]
+    )
 
 
 def pooled() -> None:
     student, teacher = feature((4, 8, 12, 12), torch.bfloat16), feature((4, 6, 7, 7), torch.float32, True)
     for switches in (1 | 8, 1 | 16):  # before, by averages; after, by maxima
-        _, ks, _ = kernels.launcher("attention_transfer_loss")([student], [teacher], *(AT | {"switches": switches}).values())
+        _, ks, _ = kernels.launcher("attention_transfer_loss")(
+            [student], [teacher], *(AT | {"switches": switches}).values()
+        )
         kernels.launcher("attention_transfer_loss_backward")(torch.empty(()), [student], ks, 2.0, switches)
 
 
@@ -176,7 +202,9 @@ def unaligned() -> None:
 def maps(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> None:
     x, grad = feature(shape, dtype, channels_last), feature(shape, dtype, channels_last)
     y, norm = kernels.launcher("attention_map")(x, 2.0, "mean", False, True, 1e-12, "clamp")
-    kernels.launcher("attention_map_backward")(torch.empty_like(y), x, y, norm, 2.0, "mean", False, True, 1e-12, "clamp")
+    kernels.launcher("attention_map_backward")(
+        torch.empty_like(y), x, y, norm, 2.0, "mean", False, True, 1e-12, "clamp"
+    )
     out, y, norm = kernels.launcher("relu_tap")(x, grad, *OPTIONS)
     kernels.launcher("tap_backward")(grad, torch.empty_like(y), x, y, norm, *OPTIONS)
     kernels.launcher("relu_tap_backward")(grad, torch.empty_like(y), out, y, norm, *OPTIONS)
@@ -186,10 +214,15 @@ def fsp(
     student: list[tuple[int, int]], dtype: torch.dtype, batch: int, precision: str | None, channels_last: bool = False,
     teacher: list[tuple[int, int]] | None = None, pool_mode: str = "avg", distance: str = "squared",
 ) -> None:  # fmt: skip
-    chains = [[feature((batch, c, s, s), dtype, channels_last) for c, s in sizes] for sizes in (student, teacher or student)]
+    chains = [
+        [feature((batch, c, s, s), dtype, channels_last) for c, s in sizes]
+        for sizes in (student, teacher or student)
+    ]
     _, ms, _ = kernels.launcher("fsp_loss")(*chains, pool_mode, distance, "sum", None, 1.0, precision, True)
     stages, others = list(range(len(student))), [chains[1][i] for i in wide_stages(ms)]
-    kernels.launcher("fsp_loss_backward")(torch.empty(()), chains[0], ms, pool_mode, precision, stages, False, others)
+    kernels.launcher("fsp_loss_backward")(
+        torch.empty(()), chains[0], ms, pool_mode, precision, stages, False, others
+    )
 
 
 def fsp_unaligned() -> None:
@@ -200,7 +233,9 @@ def fsp_unaligned() -> None:
 
 
 def without_gradients() -> None:
-    """Of the same tensors, first a loss alone, and then one whose gradients are wanted: what a kernel writes is part of it."""
+    """Of the same tensors, first a loss alone, and then one whose gradients are wanted: what a kernel writes
+    is part of it.
+    """
     x = [torch.empty(4, 16, 8, 8), torch.empty(4, 16, 8, 8)]
     for student_grad in (False, True):
         kernels.launcher("fsp_loss")(x, x, "avg", "squared", "sum", None, 1.0, "tf32", student_grad)
@@ -229,7 +264,9 @@ CASES = {
     "resnet50 channels_last fp16": lambda: loss(RESNET50, torch.float16, 8, True),
     "7x7": lambda: loss([(2048, 7)], torch.float32, 8),
     "7x7 bf16": lambda: loss([(2048, 7)], torch.bfloat16, 8),
-    "all switches": lambda: loss([(6, 5), (3, 4)], torch.float32, 2, p=2.7, switches=511 - 128 - 256, teacher_grad=True),
+    "all switches": lambda: loss(
+        [(6, 5), (3, 4)], torch.float32, 2, p=2.7, switches=511 - 128 - 256, teacher_grad=True
+    ),
     "p 3, odd": lambda: loss([(7, 5)], torch.bfloat16, 3, p=3.0, teacher_grad=True),
     "p 1.5": lambda: loss([(7, 5)], torch.float16, 3, p=1.5),
     "pooled": pooled,
@@ -296,7 +333,9 @@ def main() -> None:
         count = len(compiled)
         CASES[name]()
         second = stand_in.launches[len(first) :]
-        same = [a[0] is b[0] and len(a[1]) == len(b[1]) and a[1][:3] == b[1][:3] for a, b in zip(first, second)]
+        same = [
+            a[0] is b[0] and len(a[1]) == len(b[1]) and a[1][:3] == b[1][:3] for a, b in zip(first, second)
+        ]
         report.append(
             {
                 "case": name,
@@ -311,7 +350,11 @@ def main() -> None:
                         "unguarded": unguarded(k.asm["ptx"]),
                         "products": products(k.asm["ptx"]),
                         "work": work(k),
-                        "copies": copies(k) if ("resnet50" in name and k.name.startswith("fsp")) or name == "matrix tf32" else 0,
+                        "copies": (
+                            copies(k)
+                            if ("resnet50" in name and k.name.startswith("fsp")) or name == "matrix tf32"
+                            else 0
+                        ),
                         "shared": k.metadata.shared,
                         "shared_limit": SHARED[capability],
                         "fp_fusion": k.metadata.enable_fp_fusion,

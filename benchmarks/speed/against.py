@@ -1,8 +1,8 @@
 """Two trees of fastkd side by side: the host's time of a tiny loss in each, call by call in turn.
 
-``python benchmarks/host.py --against DIR``: DIR is another clone with its libraries built. Each tree runs in a process of its own, one
-thread; the two take turns case by case, so that other work on the machine meets both. Microseconds of processor time, the least of the
-rounds, through the public functions on CPU tensors.
+``python benchmarks/host.py --against DIR``: DIR is another clone with its libraries built. Each tree runs in
+a process of its own, one thread; the two take turns case by case, so that other work on the machine meets
+both. Microseconds of processor time, the least of the rounds, through the public functions on CPU tensors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 
 # short turns, of which many are not interrupted; the first calls of each fill the caches again
 ROUNDS, CALLS, UNTIMED = 200, 50, 10
-# three stages (channels, height and width) of two samples: small enough that the kernels' own arithmetic hardly counts
+# three stages (channels, height and width) of two samples: small enough that the kernels' own arithmetic
+# hardly counts
 TINY = ((4, 4), (8, 2), (8, 2))
 WAYS = ("no gradient", "forward", "both")
 CASES = [(loss, way) for loss in ("attention_transfer_loss", "fsp_loss") for way in WAYS]
@@ -55,8 +56,13 @@ class Tree:
     """A process that imports fastkd from one folder."""
 
     def __init__(self, top: Path) -> None:
-        code = f"import sys; sys.path[:0] = [{str(top)!r}, {str(Path(__file__).parent)!r}]; import against; against.work()"
-        process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        code = (
+            f"import sys; sys.path[:0] = [{str(top)!r}, {str(Path(__file__).parent)!r}]; import against;"
+            " against.work()"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         assert process.stdin and process.stdout
         self.process, self.to, self.back = process, process.stdin, process.stdout
         loaded = Path(self.back.readline().strip())

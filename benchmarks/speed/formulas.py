@@ -1,4 +1,5 @@
-"""The losses as users of plain PyTorch write them, in the dtype of the features: what the kernels are compared with.
+"""The losses as users of plain PyTorch write them, in the dtype of the features: what the kernels are
+compared with.
 
 They follow the published code, apart from `flatten` in place of `view`, which refuses channels_last.
 """
@@ -54,7 +55,9 @@ def _broadcast_matrix(a: Tensor, b: Tensor) -> Tensor:
 def fsp_broadcast(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Any:
     """FSP as RepDistiller writes it: every product of two channels is a map in memory before it is summed."""
     return sum(
-        (_broadcast_matrix(student[i], student[i + 1]) - _broadcast_matrix(teacher[i], teacher[i + 1])).pow(2).mean()
+        (_broadcast_matrix(student[i], student[i + 1]) - _broadcast_matrix(teacher[i], teacher[i + 1]))
+        .pow(2)
+        .mean()
         for i in range(len(student) - 1)
     )
 
@@ -62,7 +65,9 @@ def fsp_broadcast(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Any:
 FORMULAS: dict[str, Loss] = {"attention": attention, "fsp": fsp}
 
 
-def call(loss: Callable[..., Any], case: Case, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Callable[[], Any]:
+def call(
+    loss: Callable[..., Any], case: Case, students: Sequence[Tensor], teachers: Sequence[Tensor]
+) -> Callable[[], Any]:
     """One pass of the case's direction."""
     if case.direction == FORWARD:
         detached = [x.detach() for x in students]

@@ -1,4 +1,6 @@
-"""The goals for the kernels, and how far a run is from them. On a CPU, unless said otherwise: float32, all threads, wall time."""
+"""The goals for the kernels, and how far a run is from them. On a CPU, unless said otherwise: float32, all
+threads, wall time.
+"""
 
 from __future__ import annotations
 
@@ -51,21 +53,33 @@ def _above_relu(record: Record) -> float | None:
 
 @dataclass(frozen=True)
 class Goal:
-    """A bound on the geometric mean, over some records, of a value of each; ``at_least`` or else at most. ``against`` pairs records."""
+    """A bound on the geometric mean, over some records, of a value of each; ``at_least`` or else at most.
+    ``against`` pairs records.
+    """
 
     title: str
     bound: float
     at_least: bool
     value: Callable[[Record], float | None]
     where: dict[str, tuple[Any, ...]]
-    against: dict[str, Any] | None = None  # the other record of a pair differs in these; the value is the ratio of the backend's times
+    # the other record of a pair differs in these; the value is the ratio of the backend's times
+    against: dict[str, Any] | None = None
     unit: str = ""
     clock: str = "wall"  # "process": the cost of a call on one thread; on a GPU "cold" too (gpu.py)
     device: str = "cpu"
 
 
-PLAIN: dict[str, tuple[Any, ...]] = {"dtype": ("float32",), "layout": ("nchw",), "direction": ("forward+backward",), "upstream": (1,)}
-EAGER, COMPILED, FLOOR = _ratio("eager", BACKEND), _ratio("torch.compile", BACKEND), _ratio(BACKEND, "streaming floor")
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "dtype": ("float32",),
+    "layout": ("nchw",),
+    "direction": ("forward+backward",),
+    "upstream": (1,),
+}
+EAGER, COMPILED, FLOOR = (
+    _ratio("eager", BACKEND),
+    _ratio("torch.compile", BACKEND),
+    _ratio(BACKEND, "streaming floor"),
+)
 SAME = _ratio(BACKEND, BACKEND)
 
 
@@ -89,30 +103,69 @@ def _goals() -> Iterator[Goal]:
         if "FSP" in name:
             yield Goal(f"{name}: share of torch.mm's rate", 0.6, True, _fact("of_mm_rate"), where)
     yield Goal(f"FSP: eager broadcast form ÷ {BACKEND}", 80, True, _ratio("eager, broadcast", BACKEND), r20)
-    yield Goal(f"FSP: torch.compile of the broadcast form ÷ {BACKEND}", 10, True, _ratio("torch.compile, broadcast", BACKEND), r20)
+    yield Goal(
+        f"FSP: torch.compile of the broadcast form ÷ {BACKEND}",
+        10,
+        True,
+        _ratio("torch.compile, broadcast", BACKEND),
+        r20,
+    )
     for name, operation in (("AT", "attention"), ("FSP", "fsp")):
         every = _losses(operation, *CIFAR, "resnet50-8")
-        yield Goal(f"{name}: channels_last ÷ NCHW", 1.25, False, SAME, {**every, "layout": ("channels_last",)}, {"layout": "nchw"})
+        yield Goal(
+            f"{name}: channels_last ÷ NCHW",
+            1.25,
+            False,
+            SAME,
+            {**every, "layout": ("channels_last",)},
+            {"layout": "nchw"},
+        )
     half, single = ("bfloat16",), {"dtype": "float32"}
     every = _losses("attention", *CIFAR, "resnet50-8", dtype=half, layout=("nchw", "channels_last"))
     yield Goal("AT: bfloat16 ÷ float32", 0.6, False, SAME, every, single)
     # but for ResNet-32x4's stem, every map of these has at least 64 channels
     wide = {**every, "operation": ("fsp",), "shape": ("resnet32x4-64", "resnet50-8")}
     yield Goal("FSP from 64 channels: bfloat16 ÷ float32", 1, False, SAME, wide, single)
-    for name, operation, unit in (("AT", "attention", "float32 maps"), ("FSP", "fsp", "float32 FSP matrices")):
-        where = {**_losses(operation, *CIFAR, "resnet50-8"), "dtype": ("float32", "bfloat16"), "layout": ("nchw", "channels_last")}
+    for name, operation, unit in (
+        ("AT", "attention", "float32 maps"),
+        ("FSP", "fsp", "float32 FSP matrices"),
+    ):
+        where = {
+            **_losses(operation, *CIFAR, "resnet50-8"),
+            "dtype": ("float32", "bfloat16"),
+            "layout": ("nchw", "channels_last"),
+        }
         yield Goal(f"{name}: extra memory", 4, False, _memory, where, unit=unit)
     tiny = _losses("attention", "tiny-2")
     forward = {**tiny, "direction": ("forward",)}
-    yield Goal("AT, tiny, forward, 1 thread: above torch.relu", 15, False, _above_relu, forward, unit="µs", clock="process")
-    yield Goal("AT, tiny, forward and backward, 1 thread: above torch.relu", 45, False, _above_relu, tiny, unit="µs", clock="process")
+    yield Goal(
+        "AT, tiny, forward, 1 thread: above torch.relu",
+        15,
+        False,
+        _above_relu,
+        forward,
+        unit="µs",
+        clock="process",
+    )
+    yield Goal(
+        "AT, tiny, forward and backward, 1 thread: above torch.relu",
+        45,
+        False,
+        _above_relu,
+        tiny,
+        unit="µs",
+        clock="process",
+    )
 
 
 def _loop(*ours: str) -> Callable[[Record], float | None]:
     """The toolkit's time over the best of ours."""
 
     def value(record: Record) -> float | None:
-        theirs, mine = _time(record, "toolkit, float32"), [time for row in ours if (time := _time(record, f"loop, {row}"))]
+        theirs, mine = (
+            _time(record, "toolkit, float32"),
+            [time for row in ours if (time := _time(record, f"loop, {row}"))],
+        )
         return theirs / min(mine) if theirs and mine else None
 
     return value
@@ -120,22 +173,34 @@ def _loop(*ours: str) -> Callable[[Record], float | None]:
 
 def _loop_goals() -> Iterator[Goal]:
     for loss, single, half in (("AT", 1.5, 3.3), ("FSP", 2.5, 6)):
-        yield Goal(f"{loss} training: toolkit's loop ÷ ours, float32", single, True, _loop("float32"), {"loop": (loss,)})
+        yield Goal(
+            f"{loss} training: toolkit's loop ÷ ours, float32",
+            single,
+            True,
+            _loop("float32"),
+            {"loop": (loss,)},
+        )
         half_rows = _loop("bfloat16", "bfloat16, compiled")
-        yield Goal(f"{loss} training: toolkit's loop ÷ ours in bfloat16", half, True, half_rows, {"loop": (loss,)})
+        yield Goal(
+            f"{loss} training: toolkit's loop ÷ ours in bfloat16", half, True, half_rows, {"loop": (loss,)}
+        )
     for dtype in ("float32", "bfloat16"):
         share = _ratio(f"distillation loss in loop, {dtype}", f"loop, {dtype}")
         yield Goal(f"AT training: the loss's share of a step, {dtype}", 0.02, False, share, {"loop": ("AT",)})
 
 
 def _gpu_goals(backend: str, at: tuple[float, float], fsp: tuple[float, float]) -> Iterator[Goal]:
-    """``at`` and ``fsp``: how many times eager and torch.compile are to be beaten over the CIFAR chains, as a user's clock shows."""
+    """``at`` and ``fsp``: how many times eager and torch.compile are to be beaten over the CIFAR chains, as a
+    user's clock shows.
+    """
     eager, compiled = _ratio("eager", backend), _ratio("torch.compile", backend)
     half = {"dtype": ("float32", "bfloat16")}
     chains = [("AT", _losses("attention", *GPU_CHAINS), at), ("FSP", _losses("fsp", *GPU_CHAINS), fsp)]
     for name, where, bounds in chains:
         for against, value, bound in zip(("eager", "torch.compile"), (eager, compiled), bounds):
-            yield Goal(f"GPU, {name}, CIFAR chains: {against} ÷ {backend}", bound, True, value, where, device="cuda")
+            yield Goal(
+                f"GPU, {name}, CIFAR chains: {against} ÷ {backend}", bound, True, value, where, device="cuda"
+            )
     large_at = {**_losses("attention", *GPU_LARGE), **half}
     tf32 = {**_losses("fsp", *GPU_LARGE), "matmul": ("tf32",)}
     large_fsp = {**_losses("fsp", *GPU_LARGE), "dtype": ("bfloat16",)}
@@ -144,19 +209,55 @@ def _gpu_goals(backend: str, at: tuple[float, float], fsp: tuple[float, float]) 
         ("FSP, ResNet-50 stages, bfloat16, cold", large_fsp, 1.5, 1.2, 0.6),
     ):  # fmt: skip
         yield Goal(f"GPU, {name}: eager ÷ {backend}", slow, True, eager, where, clock="cold", device="cuda")
-        yield Goal(f"GPU, {name}: torch.compile ÷ {backend}", fast, True, compiled, where, clock="cold", device="cuda")
+        yield Goal(
+            f"GPU, {name}: torch.compile ÷ {backend}",
+            fast,
+            True,
+            compiled,
+            where,
+            clock="cold",
+            device="cuda",
+        )
         bandwidth = _fact("of_streaming_bandwidth", backend)
-        yield Goal(f"GPU, {name}: {backend}'s share of the streaming bandwidth", share, True, bandwidth, where, clock="cold", device="cuda")
+        yield Goal(
+            f"GPU, {name}: {backend}'s share of the streaming bandwidth",
+            share,
+            True,
+            bandwidth,
+            where,
+            clock="cold",
+            device="cuda",
+        )
     step = {"step": ("AT, resnet50, batch 64, channels_last",)}
     over = _fact("over without AT", f"relu_tap, {backend}")
-    yield Goal(f"GPU, ResNet-50 step by the ReLU tap of {backend} ÷ without AT", 1.03, False, over, step, device="cuda")
+    yield Goal(
+        f"GPU, ResNet-50 step by the ReLU tap of {backend} ÷ without AT",
+        1.03,
+        False,
+        over,
+        step,
+        device="cuda",
+    )
     if backend == "cuda":  # the loss's share of a whole step that a CUDA graph replays
         step = {"step": ("AT, resnet20, batch 128, channels_last",)}
         over = _fact("over without AT", f"loss, {backend}")
-        yield Goal("GPU, ResNet-20 step in a CUDA graph, AT ÷ without", 1 / 0.98, False, over, step, clock="graph", device="cuda")
+        yield Goal(
+            "GPU, ResNet-20 step in a CUDA graph, AT ÷ without",
+            1 / 0.98,
+            False,
+            over,
+            step,
+            clock="graph",
+            device="cuda",
+        )
 
 
-GOALS = (*_goals(), *_loop_goals(), *_gpu_goals("triton", (5, 1.7), (5, 2)), *_gpu_goals("cuda", (8, 2.5), (7, 2.5)))
+GOALS = (
+    *_goals(),
+    *_loop_goals(),
+    *_gpu_goals("triton", (5, 1.7), (5, 2)),
+    *_gpu_goals("cuda", (8, 2.5), (7, 2.5)),
+)
 
 
 @dataclass
@@ -202,7 +303,9 @@ def verdicts(result: dict[str, Any]) -> list[Verdict]:
                 value = mine / theirs if mine and theirs else None
             if value is not None:
                 varied = [key for key in ("dtype", "layout") if len(goal.where.get(key, ())) > 1]
-                name = " ".join([record["shape" if "shape" in record else "step"], *(record[key] for key in varied)])
+                name = " ".join(
+                    [record["shape" if "shape" in record else "step"], *(record[key] for key in varied)]
+                )
                 values[name] = value
         if values:
             out.append(Verdict(goal, values))

@@ -2,9 +2,12 @@
 
 Each is measured by one clock, called so in the results:
 
-- ``wall``: calls one after the other, and the device waited for at the end: what a user feels, the host's work included;
-- ``graph``: calls captured in a CUDA graph and replayed: the device's time alone, with inputs in its cache if they fit;
-- ``cold``: the same, each call on a copy of the inputs of its own, so many that together they exceed the cache four times.
+- ``wall``: calls one after the other, and the device waited for at the end: what a user feels, the host's
+  work included;
+- ``graph``: calls captured in a CUDA graph and replayed: the device's time alone, with inputs in its cache if
+  they fit;
+- ``cold``: the same, each call on a copy of the inputs of its own, so many that together they exceed the
+  cache four times.
 
 Without a GPU an ordinary run takes the bodies through on a CPU by the wall clock, so that they do not rot.
 """
@@ -27,7 +30,17 @@ import fastkd
 from speed.cases import BOTH, NCHW, NHWC, Case, features
 from speed.formulas import FORMULAS
 from speed.measure import Row
-from speed.rows import COMPILED, EXACT, FLOOR, FORMULA_TOLERANCE, FUSED, TOLERANCE, TUNED, available_backends, traffic
+from speed.rows import (
+    COMPILED,
+    EXACT,
+    FLOOR,
+    FORMULA_TOLERANCE,
+    FUSED,
+    TOLERANCE,
+    TUNED,
+    available_backends,
+    traffic,
+)
 from speed.stock import Stock
 
 WALL, GRAPH, COLD = "wall", "graph", "cold"
@@ -39,7 +52,9 @@ MM = "torch.mm 4096"
 
 @dataclass(frozen=True)
 class GPUCase(Case):
-    """A case on a device, by one clock. ``matmul``: the precision of float32 products, for the formula and for fastkd alike."""
+    """A case on a device, by one clock. ``matmul``: the precision of float32 products, for the formula and
+    for fastkd alike.
+    """
 
     device: str = "cuda"
     clock: str = WALL
@@ -51,7 +66,9 @@ class GPUCase(Case):
         return f"{self.device} {super().id}{matmul} {self.clock}"
 
     def bytes_moved(self) -> int:
-        """Inputs read, and for the gradient the student's read again and its gradient written: a GPU has no cache to keep a sample in."""
+        """Inputs read, and for the gradient the student's read again and its gradient written: a GPU has no
+        cache to keep a sample in.
+        """
         passes = 4 if self.direction == BOTH else 2
         return passes * self.values() * getattr(torch, self.dtype).itemsize
 
@@ -71,7 +88,9 @@ def cases(operation: str, full: bool) -> list[GPUCase]:
         made += [GPUCase(operation, LARGE, dtype, layout, clock=COLD) for dtype, layout in large]
         return [*made, GPUCase(operation, "tiny-2")]
     large_products = (("float32", "ieee"), ("float32", "tf32"), ("bfloat16", "ieee"))
-    return made + [GPUCase(operation, LARGE, dtype, clock=COLD, matmul=matmul) for dtype, matmul in large_products]
+    return made + [
+        GPUCase(operation, LARGE, dtype, clock=COLD, matmul=matmul) for dtype, matmul in large_products
+    ]
 
 
 @contextmanager
@@ -141,14 +160,23 @@ class GPURows:
         self.full = full
         self.device = torch.device(case.device)
         students, teachers = features(case)
-        self.inputs = [([x.detach().to(self.device).requires_grad_() for x in students], [x.to(self.device) for x in teachers])]
+        self.inputs = [
+            (
+                [x.detach().to(self.device).requires_grad_() for x in students],
+                [x.to(self.device) for x in teachers],
+            )
+        ]
         torch._dynamo.reset()
-        self.compiled = torch.compile(FORMULAS[case.operation], fullgraph=True, dynamic=False, backend="inductor" if full else "eager")
+        self.compiled = torch.compile(
+            FORMULAS[case.operation], fullgraph=True, dynamic=False, backend="inductor" if full else "eager"
+        )
         wide = [x.detach().double().requires_grad_() for x in self.inputs[0][0]]
         loss = EXACT[case.operation](wide, [x.double() for x in self.inputs[0][1]])
         self.exact = loss.item(), [x.cpu() for x in torch.autograd.grad(loss, wide)]
         size = 4096 if full else 16
-        self.square = [torch.randn(size, size, device=self.device).to(getattr(torch, case.dtype)) for _ in range(2)]
+        self.square = [
+            torch.randn(size, size, device=self.device).to(getattr(torch, case.dtype)) for _ in range(2)
+        ]
 
     def copies(self, case: GPUCase) -> list[tuple[list[Tensor], list[Tensor]]]:
         """The inputs, as often as the clock wants them."""
@@ -158,7 +186,9 @@ class GPURows:
         once = 2 * case.values() * getattr(torch, case.dtype).itemsize
         while len(self.inputs) < math.ceil(4 * cache / once):
             students, teachers = self.inputs[0]
-            self.inputs.append(([x.detach().clone().requires_grad_() for x in students], [x.clone() for x in teachers]))
+            self.inputs.append(
+                ([x.detach().clone().requires_grad_() for x in students], [x.clone() for x in teachers])
+            )
         return self.inputs[: math.ceil(4 * cache / once)]
 
     def row(self, case: GPUCase, name: str) -> Row:
@@ -177,7 +207,13 @@ class GPURows:
         elif name == FLOOR:
             runs = [self._floor(*pair) for pair in self.copies(case)]
         else:
-            loss = FUSED[case.operation] if backend else self.compiled if name == COMPILED else FORMULAS[case.operation]
+            loss = (
+                FUSED[case.operation]
+                if backend
+                else self.compiled
+                if name == COMPILED
+                else FORMULAS[case.operation]
+            )
             runs = [self._both(loss, *pair) for pair in self.copies(case)]
         tolerance = None if name in (FLOOR, MM) else (TOLERANCE if backend else FORMULA_TOLERANCE)[case.dtype]
         if tolerance and case.matmul == "tf32":
@@ -192,7 +228,9 @@ class GPURows:
         return Row(name, runs[0], context, tolerance, Captured(runs, context).turn)
 
     @staticmethod
-    def _both(loss: Callable[..., Tensor], students: list[Tensor], teachers: list[Tensor]) -> Callable[[], Tensor]:
+    def _both(
+        loss: Callable[..., Tensor], students: list[Tensor], teachers: list[Tensor]
+    ) -> Callable[[], Tensor]:
         def both() -> Tensor:
             for x in students:
                 x.grad = None
@@ -227,7 +265,11 @@ class GPURows:
         loss, gradients = self.exact
         errors = {"loss": abs(float(value.detach()) - loss) / abs(loss), "gradient": 0.0}
         for x, exact in zip(students, gradients, strict=True):
-            off = float((x.grad.double().cpu() - exact).abs().max() / exact.abs().max()) if x.grad is not None else math.inf
+            off = (
+                float((x.grad.double().cpu() - exact).abs().max() / exact.abs().max())
+                if x.grad is not None
+                else math.inf
+            )
             errors["gradient"] = max(errors["gradient"], off)
         row.facts["error"] = errors
         wrong = {what: error for what, error in errors.items() if not error <= row.tolerance}
@@ -280,6 +322,11 @@ class GPUGroup:
             "operation": case.operation,
             "shape": case.shape,
         }
-        facts |= {"dtype": case.dtype, "layout": case.layout, "direction": case.direction, "upstream": case.upstream}
+        facts |= {
+            "dtype": case.dtype,
+            "layout": case.layout,
+            "direction": case.direction,
+            "upstream": case.upstream,
+        }
         facts |= {"bytes": case.bytes_moved(), "memory_unit": case.unit_of_memory()}
         return {**facts, "flops": case.flops()} if case.flops() else facts

@@ -2,8 +2,9 @@
 
     python -m speed.gpu_parts facts|smoke BACKEND|small-set|launches|rates|tiles
 
-Each prints its findings line by line, so that a part that is stopped has said what it found, and writes JSON into FASTKD_GPU_OUT.
-FASTKD_GPU_REHEARSAL=1 goes through the same on a CPU, with Triton interpreted and the CUDA kernels emulated.
+Each prints its findings line by line, so that a part that is stopped has said what it found, and writes JSON
+into FASTKD_GPU_OUT. FASTKD_GPU_REHEARSAL=1 goes through the same on a CPU, with Triton interpreted and the
+CUDA kernels emulated.
 """
 
 from __future__ import annotations
@@ -71,10 +72,15 @@ def facts() -> None:
             "count": torch.cuda.device_count(),
         }
     if shutil.which("nvidia-smi"):
-        done = subprocess.run(["nvidia-smi", "-q", "-d", "CLOCK,PERFORMANCE,POWER"], capture_output=True, text=True)
+        done = subprocess.run(
+            ["nvidia-smi", "-q", "-d", "CLOCK,PERFORMANCE,POWER"], capture_output=True, text=True
+        )
         found["nvidia_smi"] = done.stdout.splitlines()
     save("facts", found)
-    print(f"{found.get('gpu', {}).get('name', 'no GPU')}, torch {torch.__version__}, triton {found['triton']}, {found['backends']}")
+    print(
+        f"{found.get('gpu', {}).get('name', 'no GPU')}, torch {torch.__version__}, triton {found['triton']},"
+        f" {found['backends']}"
+    )
 
 
 def operations(module: Any) -> dict[str, Callable[[Features, Features], torch.Tensor]]:
@@ -84,14 +90,18 @@ def operations(module: Any) -> dict[str, Callable[[Features, Features], torch.Te
         def scalar(s: Features, t: Features) -> torch.Tensor:
             pairs = [function(x) for x in s]
             maps = [m for _, m in pairs]
-            passed = sum(y.float().square().mean() if y.dtype != torch.float64 else y.square().mean() for y, _ in pairs)
+            passed = sum(
+                y.float().square().mean() if y.dtype != torch.float64 else y.square().mean() for y, _ in pairs
+            )
             return module.attention_transfer_loss(maps, t, student_is_map=True, weight=1000.0) + passed
 
         return scalar
 
     return {
         "attention_transfer_loss": lambda s, t: module.attention_transfer_loss(s, t, weight=1000.0),
-        "attention_map": lambda s, t: sum(module.attention_map(x).square().flatten(1)[:, ::2].sum() for x in s),
+        "attention_map": lambda s, t: sum(
+            module.attention_map(x).square().flatten(1)[:, ::2].sum() for x in s
+        ),
         "fsp_loss": lambda s, t: module.fsp_loss(s, t, weight=100.0, precision="ieee"),
         "fsp_loss column_l2": lambda s, t: module.fsp_loss(s, t, distance="column_l2", precision="ieee"),
         "fsp_loss max": lambda s, t: module.fsp_loss(s, t, pool_mode="max", weight=100.0, precision="ieee"),
@@ -109,7 +119,8 @@ def smoke(backend: str) -> int:
     for dtype, layout in itertools.product(DTYPES, LAYOUTS):
         torch.manual_seed(0)
         students, teachers = (
-            [torch.randn(4, c, n, n).to(DTYPES[dtype]).to(memory_format=LAYOUTS[layout]) for c, n in SIZES] for _ in range(2)
+            [torch.randn(4, c, n, n).to(DTYPES[dtype]).to(memory_format=LAYOUTS[layout]) for c, n in SIZES]
+            for _ in range(2)
         )
         for name, form in forms.items():
             wide = [x.double().requires_grad_() for x in students]
@@ -123,7 +134,11 @@ def smoke(backend: str) -> int:
                     ours = form(given, [x.to(DEVICE) for x in teachers])
                     grads = torch.autograd.grad(ours, given, allow_unused=True)
                 errors = [abs(ours.item() / value.item() - 1)]
-                errors += [((g.double().cpu() - e).abs().max() / e.abs().max()).item() for g, e in zip(grads, exact) if e is not None]
+                errors += [
+                    ((g.double().cpu() - e).abs().max() / e.abs().max()).item()
+                    for g, e in zip(grads, exact)
+                    if e is not None
+                ]
                 good = all(error <= ALLOWED[dtype] for error in errors)  # not so for NaN
                 told = f"{'ok' if good else 'WRONG'}: loss {errors[0]:.1e}, gradient {max(errors[1:]):.1e}"
             except Exception as error:  # the next may still work, and each is worth its line
@@ -137,10 +152,15 @@ def smoke(backend: str) -> int:
 
 
 def small_set() -> None:
-    """What compute-sanitizer watches: each operation of the CUDA library and its backward pass on small shapes."""
+    """What compute-sanitizer watches: each operation of the CUDA library and its backward pass on small
+    shapes.
+    """
     calls = 0
     for dtype, layout in itertools.product(("float32", "bfloat16"), LAYOUTS):
-        made = [torch.randn(3, c, n, n, device=DEVICE).to(DTYPES[dtype]).to(memory_format=LAYOUTS[layout]) for c, n in SIZES * 2]
+        made = [
+            torch.randn(3, c, n, n, device=DEVICE).to(DTYPES[dtype]).to(memory_format=LAYOUTS[layout])
+            for c, n in SIZES * 2
+        ]
         students, teachers = [x.requires_grad_() for x in made[:3]], made[3:]
         with fastkd.use_backend("cuda"):
             for form in operations(fastkd).values():
@@ -153,19 +173,28 @@ def small_set() -> None:
 def launches() -> None:
     """Kernels of one call each way, by name, as the device saw them."""
     kind = torch.profiler.ProfilerActivity.CPU if REHEARSAL else torch.profiler.ProfilerActivity.CUDA
-    losses: dict[str, Callable[..., torch.Tensor]] = {"attention": fastkd.attention_transfer_loss, "fsp": fastkd.fsp_loss}
+    losses: dict[str, Callable[..., torch.Tensor]] = {
+        "attention": fastkd.attention_transfer_loss,
+        "fsp": fastkd.fsp_loss,
+    }
     found: dict[str, Any] = {}
     for backend, (operation, loss), shape in itertools.product(serving(), losses.items(), (CHAINS[0], LARGE)):
         name = f"{backend} {operation} {shape}"
         try:
             found[name] = _launches(backend, loss, operation, "small" if REHEARSAL else shape, kind)
-            print(f"{name}: " + ", ".join(f"{way} {sum(events.values())}" for way, events in found[name].items()), flush=True)
+            print(
+                f"{name}: "
+                + ", ".join(f"{way} {sum(events.values())}" for way, events in found[name].items()),
+                flush=True,
+            )
         except Exception as error:
             print(f"{name}: FAILED: {type(error).__name__}: {' '.join(str(error).split())[:200]}", flush=True)
         save("launches", found)
 
 
-def _launches(backend: str, loss: Callable[..., torch.Tensor], operation: str, shape: str, kind: Any) -> dict[str, dict[str, int]]:
+def _launches(
+    backend: str, loss: Callable[..., torch.Tensor], operation: str, shape: str, kind: Any
+) -> dict[str, dict[str, int]]:
     students, teachers = features(Case(operation, shape))
     s, t = [x.detach().to(DEVICE).requires_grad_() for x in students], [x.to(DEVICE) for x in teachers]
     counts: dict[str, dict[str, int]] = {}
@@ -182,7 +211,11 @@ def _launches(backend: str, loss: Callable[..., torch.Tensor], operation: str, s
             with torch.profiler.profile(activities=[kind], acc_events=True) as profile:
                 call()
                 wait()
-            seen = [event for event in profile.key_averages() if str(event.device_type).endswith("CPU" if REHEARSAL else "CUDA")]
+            seen = [
+                event
+                for event in profile.key_averages()
+                if str(event.device_type).endswith("CPU" if REHEARSAL else "CUDA")
+            ]
             counts[way] = {event.key: event.count for event in seen}
     return counts
 
@@ -193,7 +226,11 @@ def rates() -> None:
     found: dict[str, float] = {}
     a, b = (torch.empty(size, device=DEVICE).uniform_() for _ in range(2))
     found["copy GB/s"] = 2 * a.nbytes / _seconds(lambda: b.copy_(a)) / 1e9
-    products = (("float32 ieee", torch.float32, False), ("float32 tf32", torch.float32, True), ("bfloat16", torch.bfloat16, False))
+    products = (
+        ("float32 ieee", torch.float32, False),
+        ("float32 tf32", torch.float32, True),
+        ("bfloat16", torch.bfloat16, False),
+    )
     for name, dtype, tf32 in products:
         torch.backends.cuda.matmul.allow_tf32 = tf32
         x, y = (torch.randn(side, side, device=DEVICE).to(dtype) for _ in range(2))
@@ -203,15 +240,21 @@ def rates() -> None:
 
 
 def tiles(seconds: str = "60") -> None:
-    """FSP by Triton at the ResNet-50 stages, forward and backward, with other tiles: prints the lines for ``gram_view.TILES``.
+    """FSP by Triton at the ResNet-50 stages, forward and backward, with other tiles: prints the lines for
+    ``gram_view.TILES``.
 
-    Tries as many as there is time for, the present one first. A tile that does not compile or fit is passed over.
+    Tries as many as there is time for, the present one first. A tile that does not compile or fit is passed
+    over.
     """
     from fastkd.kernels.fsp import view as gram_view
 
     end = time.monotonic() + float(seconds)
     found: dict[str, dict[str, float]] = {}
-    candidates = [gram_view.Tiles(block, depth, stages) for stages in (3, 4, 1, 2) for block, depth in ((128, 32), (64, 32), (128, 16))]
+    candidates = [
+        gram_view.Tiles(block, depth, stages)
+        for stages in (3, 4, 1, 2)
+        for block, depth in ((128, 32), (64, 32), (128, 16))
+    ]
     present = {how: gram_view.TILES[how] for how in ("tf32", "bf16")}
     students, teachers = features(Case("fsp", "small" if REHEARSAL else LARGE))
     try:
@@ -221,9 +264,14 @@ def tiles(seconds: str = "60") -> None:
                 continue
             gram_view.TILES[how] = tried
             try:
-                found.setdefault(how, {})[_tile_line(how, tried)] = _fsp_seconds(how, students, teachers) * 1e3
+                found.setdefault(how, {})[_tile_line(how, tried)] = (
+                    _fsp_seconds(how, students, teachers) * 1e3
+                )
             except Exception as error:
-                print(f"{how} {tuple(tried)}: {type(error).__name__}: {' '.join(str(error).split())[:120]}", flush=True)
+                print(
+                    f"{how} {tuple(tried)}: {type(error).__name__}: {' '.join(str(error).split())[:120]}",
+                    flush=True,
+                )
                 continue
             print(f"{how} {tuple(tried)}: {found[how][_tile_line(how, tried)]:.3f} ms", flush=True)
             save("tiles", found)
@@ -281,11 +329,14 @@ def main() -> int:
 
         emulated.load()
         if "triton" in serving():
-            importlib.import_module("interpreter").mend()  # of the tests: bfloat16 would be cut off, not rounded
+            # of the tests: bfloat16 would be cut off, not rounded
+            importlib.import_module("interpreter").mend()
     name, *rest = sys.argv[1:]
     if name == "smoke":
         return min(smoke(*rest), 1)
-    {"facts": facts, "small-set": small_set, "launches": launches, "rates": rates, "tiles": tiles}[name](*rest)
+    {"facts": facts, "small-set": small_set, "launches": launches, "rates": rates, "tiles": tiles}[name](
+        *rest
+    )
     return 0
 
 

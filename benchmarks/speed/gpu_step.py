@@ -1,7 +1,8 @@
 """A training step on a GPU with attention transfer: what AT adds to it, as a loss and by the ReLU tap.
 
-ResNet-50 with AT at its four stages by the wall clock, and ResNet-20 with AT at its three, captured in a CUDA graph: there the host costs
-nothing. The teacher's features are given: its forward pass is the same with every form, and is not counted.
+ResNet-50 with AT at its four stages by the wall clock, and ResNet-20 with AT at its three, captured in a CUDA
+graph: there the host costs nothing. The teacher's features are given: its forward pass is the same with every
+form, and is not counted.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))  # (width, blocks)
 
 
 def _conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False), nn.BatchNorm2d(outputs))
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False), nn.BatchNorm2d(outputs)
+    )
 
 
 class Bottleneck(nn.Module):
@@ -38,8 +41,14 @@ class Bottleneck(nn.Module):
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
-        self.a, self.b, self.c = _conv(inputs, width, 1), _conv(width, width, 3, stride), _conv(width, 4 * width, 1)
-        self.shortcut = _conv(inputs, 4 * width, 1, stride) if stride != 1 or inputs != 4 * width else nn.Identity()
+        self.a, self.b, self.c = (
+            _conv(inputs, width, 1),
+            _conv(width, width, 3, stride),
+            _conv(width, 4 * width, 1),
+        )
+        self.shortcut = (
+            _conv(inputs, 4 * width, 1, stride) if stride != 1 or inputs != 4 * width else nn.Identity()
+        )
 
     def forward(self, x: Tensor, tap: bool = False) -> tuple[Tensor, Tensor | None]:
         y = self.c(F.relu(self.b(F.relu(self.a(x), inplace=True)), inplace=True))
@@ -109,7 +118,9 @@ class Step:
                 logits, kept = self.forward(form == TAP)
             loss = F.cross_entropy(logits.float(), self.labels)
             if form != NONE:
-                loss = loss + fastkd.attention_transfer_loss(kept, self.teacher, weight=WEIGHT, student_is_map=form == TAP)
+                loss = loss + fastkd.attention_transfer_loss(
+                    kept, self.teacher, weight=WEIGHT, student_is_map=form == TAP
+                )
             loss.backward()
             self.optimizer.step()
             return loss

@@ -1,4 +1,6 @@
-"""Whole training loops: ``fastkd.training.Trainer`` beside a toolkit's, data and all, in the process of the stock allocator."""
+"""Whole training loops: ``fastkd.training.Trainer`` beside a toolkit's, data and all, in the process of the
+stock allocator.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,16 @@ from speed import toolkit
 from speed.measure import Row
 from speed.stock import Stock
 
-TOOLKIT, FP32, BF16, COMPILED = "toolkit, float32", "loop, float32", "loop, bfloat16", "loop, bfloat16, compiled"
+TOOLKIT, FP32, BF16, COMPILED = (
+    "toolkit, float32",
+    "loop, float32",
+    "loop, bfloat16",
+    "loop, bfloat16, compiled",
+)
 LOSSES = {f"distillation loss in {name}": name for name in (FP32, BF16)}
 TITLES = {"at": "AT", "fsp": "FSP", "kd": "KD"}
-TOLERANCE = {FP32: 1e-3, BF16: 5e-2}  # of the whole loss on one batch, against the toolkit's formulas in float32
+# of the whole loss on one batch, against the toolkit's formulas in float32
+TOLERANCE = {FP32: 1e-3, BF16: 5e-2}
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,9 @@ def _toolkit(what: Steps) -> Iterator[float]:
 
 
 def _ours(what: Steps, name: str) -> tuple[Iterator[None], list[float]]:
-    """Steps without end, and what the distillation loss and its gradient took in those since the list was cleared."""
+    """Steps without end, and what the distillation loss and its gradient took in those since the list was
+    cleared.
+    """
     loop, spent = what.loop(name), []
     if name != COMPILED:
         distiller: Any = next(iter(loop.distillation.methods.values()))
@@ -113,7 +123,9 @@ class LoopGroup:
         self.rounds = (5, 5) if teacher == "resnet20" else (3, 3)
 
     def names(self, one_thread: bool) -> list[str]:
-        """The rows. Without torchvision there is no toolkit; compiling takes its time, and is done where a goal asks for it."""
+        """The rows. Without torchvision there is no toolkit; compiling takes its time, and is done where a
+        goal asks for it.
+        """
         if importlib.util.find_spec("torchvision") is None:
             return []
         small = self.steps.teacher != "resnet110"
@@ -149,4 +161,8 @@ class LoopGroup:
         return facts if name in LOSSES else {**facts, "images_per_second": self.steps.batch / seconds}
 
     def describe(self) -> dict[str, Any]:
-        return {"loop": TITLES[self.steps.method], "shape": f"{self.steps.teacher} > {self.steps.student}", "workers": toolkit.WORKERS}
+        return {
+            "loop": TITLES[self.steps.method],
+            "shape": f"{self.steps.teacher} > {self.steps.student}",
+            "workers": toolkit.WORKERS,
+        }

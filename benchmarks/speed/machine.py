@@ -17,7 +17,18 @@ import fastkd
 from fastkd import native
 
 ROOT = Path(__file__).resolve().parents[2]
-FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
+FLAGS = (
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_bf16",
+    "asimd",
+    "sve",
+    "bf16",
+)
 
 
 def _cpuinfo() -> dict[str, str]:
@@ -39,7 +50,9 @@ def version(package: str) -> str | None:
 
 def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -89,5 +102,7 @@ def facts(command: list[str]) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": ["python -m pytest" if command[:1] == ["__main__.py"] else command[0], *command[1:]],
-        "commit": commit and commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else ""),
+        "commit": (
+            commit and commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
+        ),
     }

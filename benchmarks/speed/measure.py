@@ -65,9 +65,11 @@ def threads(count: int) -> Any:
 
 
 def interleave(rows: list[Row], clock: str, budget: float, bounds: tuple[int, int] = ROUNDS) -> None:
-    """Fill ``seconds`` of every row: round after round, each row takes its turn, the first one moving on by one from round to round.
+    """Fill ``seconds`` of every row: round after round, each row takes its turn, the first one moving on by
+    one from round to round.
 
-    ``budget`` in seconds decides the number of rounds, within ``bounds``. A row that raises is left out with the reason in ``failed``.
+    ``budget`` in seconds decides the number of rounds, within ``bounds``. A row that raises is left out with
+    the reason in ``failed``.
     """
     plan: dict[str, tuple[int, bool]] = {}
     cost = 0.0
@@ -100,7 +102,9 @@ def peak_memory(run: Callable[[], Any]) -> int:
 
     Memory that a kernel takes elsewhere is not seen: the C++ backend has one scratch buffer a thread.
     """
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
         run()
     results = profile.profiler.kineto_results
     changes = [(event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"]

@@ -1,8 +1,10 @@
-"""``pytest --benchmark``. The conftest.py of tests/ and of benchmarks/ load it, so the option is known whatever is asked for.
+"""``pytest --benchmark``. The conftest.py of tests/ and of benchmarks/ load it, so the option is known
+whatever is asked for.
 
-An ordinary run calls each benchmark once, on small shapes. ``--benchmark`` (or pytest-benchmark's ``--benchmark-only``) runs nothing else
-than the benchmarks, on the full ones. All options of pytest-benchmark keep their meaning; its own table, hundreds of lines, is printed when
-one of the options that shape it is given.
+An ordinary run calls each benchmark once, on small shapes. ``--benchmark`` (or pytest-benchmark's
+``--benchmark-only``) runs nothing else than the benchmarks, on the full ones. All options of pytest-benchmark
+keep their meaning; its own table, hundreds of lines, is printed when one of the options that shape it is
+given.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
     from speed.session import Session
 
 SESSION = pytest.StashKey["Session"]()
-SAVING = ("json", "save", "autosave", "storage", "only", "results", "disable-gc")  # of --benchmark-...: these ask for no table
+# of --benchmark-...: these ask for no table
+SAVING = ("json", "save", "autosave", "storage", "only", "results", "disable-gc")
 
 
 def _full(config: pytest.Config) -> bool:
@@ -27,7 +30,12 @@ def _full(config: pytest.Config) -> bool:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("benchmark")
-    group.addoption("--benchmark", dest="benchmark_full", action="store_true", help="Run the speed comparisons of benchmarks/ only.")
+    group.addoption(
+        "--benchmark",
+        dest="benchmark_full",
+        action="store_true",
+        help="Run the speed comparisons of benchmarks/ only.",
+    )
     group.addoption(
         "--benchmark-results",
         metavar="DIR",
@@ -43,15 +51,24 @@ def pytest_configure(config: pytest.Config) -> None:
         if hasattr(options, "benchmark_disable"):
             options.benchmark_disable = True  # each body once; --benchmark-enable has the last word
         return
-    if not config.pluginmanager.hasplugin("benchmark") and not config.pluginmanager.hasplugin("pytest_benchmark"):
+    if not config.pluginmanager.hasplugin("benchmark") and not config.pluginmanager.hasplugin(
+        "pytest_benchmark"
+    ):
         raise pytest.UsageError("--benchmark needs pytest-benchmark: pip install -e '.[test]'")
     if getattr(options, "benchmark_disable", False):
-        raise pytest.UsageError("--benchmark measures and --benchmark-disable does not: leave out one of them")
-    if getattr(options, "numprocesses", None) or hasattr(config, "workerinput"):  # the latter: a worker of pytest-xdist
+        raise pytest.UsageError(
+            "--benchmark measures and --benchmark-disable does not: leave out one of them"
+        )
+    # the latter: a worker of pytest-xdist
+    if getattr(options, "numprocesses", None) or hasattr(config, "workerinput"):
         raise pytest.UsageError("--benchmark measures one thing at a time, in one process: leave out -n")
     if config.args_source is pytest.Config.ArgsSource.TESTPATHS:
         config.args = ["benchmarks"]
-    given = [argument.removeprefix("--benchmark-") for argument in config.invocation_params.args if argument.startswith("--benchmark-")]
+    given = [
+        argument.removeprefix("--benchmark-")
+        for argument in config.invocation_params.args
+        if argument.startswith("--benchmark-")
+    ]
     if not any(option.partition("=")[0] not in SAVING for option in given):
         options.benchmark_quiet = True
 
@@ -65,7 +82,8 @@ def session_of(config: pytest.Config) -> Session:
             capture: Any = config.pluginmanager.get_plugin("capturemanager")
             if reporter and capture:
                 with capture.global_and_fixture_disabled():
-                    writer = config.get_terminal_writer()  # the reporter would write the file's name again after each line
+                    # the reporter would write the file's name again after each line
+                    writer = config.get_terminal_writer()
                     if writer.width_of_current_line:
                         writer.line()
                     writer.line(line, flush=True)

@@ -24,18 +24,27 @@ BROADCAST, BROADCAST_COMPILED = "eager, broadcast", "torch.compile, broadcast"
 MM, BMM, RELU = "torch.mm 1024", "torch.bmm of the products", "torch.relu"
 YARDSTICKS = (FLOOR, MM, BMM, RELU)
 
-# The error, relative to the loss or to a gradient's largest element, beyond which a row is wrong and gets no speed. What computes in
-# float32 may round once to the gradient's dtype. A formula in bfloat16 is as bad as it is, and its error stands beside its speed.
+# The error, relative to the loss or to a gradient's largest element, beyond which a row is wrong and gets no
+# speed. What computes in float32 may round once to the gradient's dtype. A formula in bfloat16 is as bad as
+# it is, and its error stands beside its speed.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2**-7}
 FORMULA_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}
 
-FUSED: dict[str, Callable[..., Tensor]] = {"attention": fastkd.attention_transfer_loss, "fsp": fastkd.fsp_loss}
-EXACT: dict[str, Callable[..., Tensor]] = {"attention": reference.attention_transfer_loss, "fsp": reference.fsp_loss}
+FUSED: dict[str, Callable[..., Tensor]] = {
+    "attention": fastkd.attention_transfer_loss,
+    "fsp": fastkd.fsp_loss,
+}
+EXACT: dict[str, Callable[..., Tensor]] = {
+    "attention": reference.attention_transfer_loss,
+    "fsp": reference.fsp_loss,
+}
 
 
 @functools.cache
 def available_backends(operation: str = "attention", device: str = "cpu", full: bool = True) -> list[str]:
-    """The compiled backends that serve an operation on the device; ``full``: such as are worth measuring, which an interpreter is not."""
+    """The compiled backends that serve an operation on the device; ``full``: such as are worth measuring,
+    which an interpreter is not.
+    """
     names = []
     x = [torch.ones(1, 1, 2, 2, device=device)] * 2
     for name, (available, reason) in backends.availability().items():
@@ -50,7 +59,9 @@ def available_backends(operation: str = "attention", device: str = "cpu", full: 
 
 
 def row_names(case: Case, full: bool, one_thread: bool) -> list[str]:
-    """Every row of the case, in the order of the table. Compiling costs most: it is done where a goal asks for it, and in a few more."""
+    """Every row of the case, in the order of the table. Compiling costs most: it is done where a goal asks
+    for it, and in a few more.
+    """
     names = [FLOOR]
     if case.operation == "fsp":
         names += [MM, BMM]
@@ -69,7 +80,9 @@ def row_names(case: Case, full: bool, one_thread: bool) -> list[str]:
 
 @functools.lru_cache(maxsize=1)
 def exact(operation: str, shape: str, dtype: str) -> tuple[float, list[Tensor]]:
-    """Loss and the student's gradients by the reference in float64: one for all layouts, since it is the slowest of all."""
+    """Loss and the student's gradients by the reference in float64: one for all layouts, since it is the
+    slowest of all.
+    """
     students, teachers = features(Case(operation, shape, dtype))
     wide = [x.detach().double().requires_grad_() for x in students]
     loss = EXACT[operation](wide, [x.double() for x in teachers])
@@ -85,7 +98,9 @@ class Rows:
         self.out = [torch.empty_like(x) for x in self.teachers]
         torch._dynamo.reset()  # the compiled functions of other inputs count against its limit
         # in an ordinary run only the tracing is tried: a C++ compiler would take its seconds
-        compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False, backend="inductor" if full else "eager")
+        compiled = functools.partial(
+            torch.compile, fullgraph=True, dynamic=False, backend="inductor" if full else "eager"
+        )
         self.compiled = {False: compiled(FORMULAS[case.operation]), True: compiled(formulas.fsp_broadcast)}
         self.products = self._products(case)
         size = 1024 if full else 16
@@ -95,11 +110,18 @@ class Rows:
     def row(self, case: Case, name: str) -> Row:
         """The row of this name, ready to run."""
         if name in YARDSTICKS:
-            return Row(name, getattr(self, {FLOOR: "_floor", MM: "_mm", BMM: "_bmm", RELU: "_relu"}[name])(case))
+            return Row(
+                name, getattr(self, {FLOOR: "_floor", MM: "_mm", BMM: "_bmm", RELU: "_relu"}[name])(case)
+            )
         formula = FORMULAS[case.operation]
         tolerance = FORMULA_TOLERANCE[case.dtype]
         if name == STOCK:
-            return Row(name, call(formula, case, self.students, self.teachers), turn=self.stock.turns(case), tolerance=tolerance)
+            return Row(
+                name,
+                call(formula, case, self.students, self.teachers),
+                turn=self.stock.turns(case),
+                tolerance=tolerance,
+            )
         if name in (TUNED, BROADCAST):
             loss = formulas.fsp_broadcast if name == BROADCAST else formula
         elif name in (COMPILED, BROADCAST_COMPILED):
@@ -126,7 +148,10 @@ class Rows:
         loss, gradients = self.exact
         errors = {"loss": abs(float(value.detach()) - case.upstream * loss) / abs(case.upstream * loss)}
         if case.direction == BOTH:
-            errors["gradient"] = max(self._off(x.grad, case.upstream, exact) for x, exact in zip(self.students, gradients, strict=True))
+            errors["gradient"] = max(
+                self._off(x.grad, case.upstream, exact)
+                for x, exact in zip(self.students, gradients, strict=True)
+            )
         row.facts["error"] = errors
         if peak is not None:
             gradient_bytes = sum(x.grad.nbytes for x in self.students if x.grad is not None)
@@ -150,7 +175,9 @@ class Rows:
         return made
 
     def _floor(self, case: Case) -> Callable[[], Any]:
-        """A plain pass over exactly the bytes of a loss and its gradient: reads student and teacher, and writes as much as one of them."""
+        """A plain pass over exactly the bytes of a loss and its gradient: reads student and teacher, and
+        writes as much as one of them.
+        """
         triples = list(zip([x.detach() for x in self.students], self.teachers, self.out, strict=True))
         return lambda: [torch.add(s, t, out=out) for s, t, out in triples]
 
@@ -175,7 +202,9 @@ class Rows:
         return forward if case.direction == FORWARD else both
 
     def _relu(self, case: Case) -> Callable[[], Any]:
-        """Of the student's features, and its backward pass: what any operation of PyTorch costs, to be taken off a call of ours."""
+        """Of the student's features, and its backward pass: what any operation of PyTorch costs, to be taken
+        off a call of ours.
+        """
         if case.direction == FORWARD:
             students = [x.detach() for x in self.students]
             return lambda: [torch.relu(x) for x in students]
@@ -249,6 +278,16 @@ class LossGroup:
 
     def describe(self) -> dict[str, Any]:
         case = self.case
-        facts: dict[str, Any] = {"operation": case.operation, "shape": case.shape, "dtype": case.dtype, "layout": case.layout}
-        facts |= {"direction": case.direction, "upstream": case.upstream, "bytes": case.bytes_moved(), "memory_unit": case.unit_of_memory()}
+        facts: dict[str, Any] = {
+            "operation": case.operation,
+            "shape": case.shape,
+            "dtype": case.dtype,
+            "layout": case.layout,
+        }
+        facts |= {
+            "direction": case.direction,
+            "upstream": case.upstream,
+            "bytes": case.bytes_moved(),
+            "memory_unit": case.unit_of_memory(),
+        }
         return {**facts, "flops": case.flops()} if case.flops() else facts

@@ -1,4 +1,6 @@
-"""One run: groups are measured when their first row is asked for, and each row is handed to pytest-benchmark as it would have timed it."""
+"""One run: groups are measured when their first row is asked for, and each row is handed to pytest-benchmark
+as it would have timed it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from speed import goals, machine, table
 from speed.measure import ROUNDS, Row, interleave, threads
 from speed.stock import Stock, raise_malloc_thresholds
 
-SECONDS = 0.8  # of rounds a group and thread count; slow rows take their fewest rounds, however long those are
+# of rounds a group and thread count; slow rows take their fewest rounds, however long those are
+SECONDS = 0.8
 ALL, ONE, DEVICE = "all threads", "1 thread", "device"
 CLOCK = {ALL: "wall", ONE: "process", DEVICE: "wall"}
 FORMAT = 1
@@ -29,7 +32,9 @@ class Group(Protocol):
 
     id: str
     shared: Any  # groups of equal `shared` in a row are built once
-    labels: tuple[str, ...]  # how often it is measured: by ALL and ONE on a CPU, once for a GPU, whose groups have their own clock each
+    # how often it is measured: by ALL and ONE on a CPU, once for a GPU, whose groups have their own clock
+    # each
+    labels: tuple[str, ...]
 
     def names(self, one_thread: bool) -> list[str]: ...
     def build(self, stock: Stock) -> Any: ...
@@ -49,11 +54,15 @@ class Entry:
 
     @property
     def id(self) -> str:
-        return "-".join(part.replace(" ", "-").replace(",", "") for part in (self.group.id, self.threads, self.row))
+        return "-".join(
+            part.replace(" ", "-").replace(",", "") for part in (self.group.id, self.threads, self.row)
+        )
 
 
 class Replay:
-    """The clock of every benchmark: pytest-benchmark reads it before and after a call, and it shows the time measured earlier."""
+    """The clock of every benchmark: pytest-benchmark reads it before and after a call, and it shows the time
+    measured earlier.
+    """
 
     def __init__(self) -> None:
         self._readings: list[float] = []
@@ -112,7 +121,9 @@ class Session:
             benchmark.pedantic(lambda: None)
             pytest.fail(row.failed)
         REPLAY.load(row.seconds)
-        benchmark.extra_info.update({"threads": record["threads"], "clock": record["clock"], **record["rows"][entry.row]})
+        benchmark.extra_info.update(
+            {"threads": record["threads"], "clock": record["clock"], **record["rows"][entry.row]}
+        )
         benchmark.pedantic(lambda: None, rounds=len(row.seconds))
 
     def _build(self, group: Group) -> Any:
@@ -135,10 +146,17 @@ class Session:
             for row in rows.values():
                 self._check(entry.group, built, row)
             prepared = time.perf_counter()
-            interleave([row for row in rows.values() if not row.failed], clock, SECONDS, getattr(entry.group, "rounds", ROUNDS))
+            interleave(
+                [row for row in rows.values() if not row.failed],
+                clock,
+                SECONDS,
+                getattr(entry.group, "rounds", ROUNDS),
+            )
         record = {"device": "cpu", "threads": count, "clock": clock, **entry.group.describe(), "rows": {}}
         for name, row in rows.items():
-            record["rows"][name] = {"failed": row.failed} if row.failed else self._summary(entry.group, rows, row)
+            record["rows"][name] = (
+                {"failed": row.failed} if row.failed else self._summary(entry.group, rows, row)
+            )
         self.records.append(record)
         self._measured = (key, rows, record)
         now = time.perf_counter()
@@ -154,12 +172,24 @@ class Session:
 
     def _summary(self, group: Group, rows: dict[str, Row], row: Row) -> dict[str, Any]:
         q1, _, q3 = quantiles(row.seconds, n=4, method="inclusive")
-        malloc = "stock" if (row.turn and group.labels[0] != DEVICE) or not self.tuned else "thresholds raised"
-        return {**group.figures(rows, row.name), "quartiles": [1e3 * q1, 1e3 * q3], "rounds": len(row.seconds), "malloc": malloc}
+        malloc = (
+            "stock" if (row.turn and group.labels[0] != DEVICE) or not self.tuned else "thresholds raised"
+        )
+        return {
+            **group.figures(rows, row.name),
+            "quartiles": [1e3 * q1, 1e3 * q3],
+            "rounds": len(row.seconds),
+            "malloc": malloc,
+        }
 
     def result(self, command: list[str]) -> dict[str, Any]:
         """The whole run as plain data."""
-        return {"format": FORMAT, **machine.facts(command), "seconds": round(time.perf_counter() - self.begun), "groups": self.records}
+        return {
+            "format": FORMAT,
+            **machine.facts(command),
+            "seconds": round(time.perf_counter() - self.begun),
+            "groups": self.records,
+        }
 
     def close(self) -> None:
         self.stock.close()

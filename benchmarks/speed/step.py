@@ -1,8 +1,8 @@
 """A whole training step of ResNet-20 with attention transfer: what the losses are worth where they are used.
 
-Rows are eager and compiled steps, each with the reference's formula and with every compiled backend; what else is in a step is as `auto`
-has it. The compiled ones decide what `auto` takes inside `torch.compile`: the operator, or the formula that the compiler fuses with its
-surroundings.
+Rows are eager and compiled steps, each with the reference's formula and with every compiled backend; what
+else is in a step is as `auto` has it. The compiled ones decide what `auto` takes inside `torch.compile`: the
+operator, or the formula that the compiler fuses with its surroundings.
 """
 
 from __future__ import annotations
@@ -26,8 +26,12 @@ from speed.rows import available_backends
 from speed.stock import Stock
 
 WEIGHT = 1000.0  # of the loss, as published
-# Of the loss against float64, and of the gradient of all parameters in l2 norm: twenty layers of bfloat16 are what they are.
-TOLERANCE = {"float32": {"loss": 1e-4, "gradient": 2e-2}, "bfloat16 autocast": {"loss": 5e-2, "gradient": 0.5}}
+# Of the loss against float64, and of the gradient of all parameters in l2 norm: twenty layers of bfloat16 are
+# what they are.
+TOLERANCE = {
+    "float32": {"loss": 1e-4, "gradient": 2e-2},
+    "bfloat16 autocast": {"loss": 5e-2, "gradient": 0.5},
+}
 
 
 def _then_tap(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,13 +39,23 @@ def _then_tap(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
 
 
 NONE, LOSS = "without AT", "loss"  # the teacher runs in every form: without AT, what is left to be saved
-TAPS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {"tap": _then_tap, "relu_tap": fastkd.relu_tap}
+TAPS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "tap": _then_tap,
+    "relu_tap": fastkd.relu_tap,
+}
 
 
 def forward(
-    student: nn.Module, teacher: nn.Module, images: Tensor, labels: Tensor, autocast: torch.autocast, form: str = LOSS, plain: bool = False
+    student: nn.Module,
+    teacher: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    autocast: torch.autocast,
+    form: str = LOSS,
+    plain: bool = False,
 ) -> Tensor:
-    """Cross-entropy and attention transfer on the three stage outputs, whose maps a tap may take on the features' way, up to the loss.
+    """Cross-entropy and attention transfer on the three stage outputs, whose maps a tap may take on the
+    features' way, up to the loss.
 
     ``plain``: by the reference's formula.
     """
@@ -54,7 +68,9 @@ def forward(
         transfer = fastkd.reference.attention_transfer_loss if plain else fastkd.attention_transfer_loss
         return loss + transfer(features.stages, wanted.stages, weight=WEIGHT)
     if form in TAPS:
-        return loss + fastkd.attention_transfer_loss(features.maps, wanted.stages, weight=WEIGHT, student_is_map=True)
+        return loss + fastkd.attention_transfer_loss(
+            features.maps, wanted.stages, weight=WEIGHT, student_is_map=True
+        )
     return loss
 
 
@@ -74,20 +90,31 @@ def variants() -> list[Variant]:
         for backend in ("reference", *available_backends()):
             made.append(Variant(f"{kind}, {backend}", backend, compiled))
     made.append(Variant(f"eager, {NONE}", "reference", False, NONE))
-    made += [Variant(f"eager, {backend}, {tap}", backend, False, tap) for backend in available_backends() for tap in TAPS]
+    made += [
+        Variant(f"eager, {backend}, {tap}", backend, False, tap)
+        for backend in available_backends()
+        for tap in TAPS
+    ]
     return made
 
 
 class Step:
-    """Networks, one batch, and the gradients in float64. The learning rate is 0, so that every step is the same step."""
+    """Networks, one batch, and the gradients in float64. The learning rate is 0, so that every step is the
+    same step.
+    """
 
     def __init__(self, precision: str, full: bool):
         generator = torch.Generator().manual_seed(SEED)
         self.batch = 128 if full else 2
         torch.manual_seed(SEED)
-        networks = [create_model("resnet20" if full else "resnet8").to(memory_format=torch.channels_last) for _ in range(2)]
+        networks = [
+            create_model("resnet20" if full else "resnet8").to(memory_format=torch.channels_last)
+            for _ in range(2)
+        ]
         self.student, self.teacher = networks[0].train(), networks[1].eval().requires_grad_(False)
-        self.images = torch.randn(self.batch, 3, 32, 32, generator=generator).to(memory_format=torch.channels_last)
+        self.images = torch.randn(self.batch, 3, 32, 32, generator=generator).to(
+            memory_format=torch.channels_last
+        )
         self.labels = torch.randint(10, (self.batch,), generator=generator)
         self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision != "float32")
         self.optimizer = torch.optim.SGD(self.student.parameters(), 0.0, momentum=0.9, fused=True)
@@ -96,7 +123,9 @@ class Step:
 
     def run(self, variant: Variant) -> Callable[[], Tensor]:
         """The whole step: both networks, the losses, backward, optimizer."""
-        run: Callable[..., Tensor] = functools.partial(forward, form=variant.form, plain=variant.backend == "reference")
+        run: Callable[..., Tensor] = functools.partial(
+            forward, form=variant.form, plain=variant.backend == "reference"
+        )
         if variant.compiled:
             run = torch.compile(run, fullgraph=True, dynamic=False)
 
@@ -115,7 +144,9 @@ class Step:
     def _exact(self) -> tuple[float, Tensor]:
         student, teacher = copy.deepcopy(self.student).double(), copy.deepcopy(self.teacher).double()
         with fastkd.use_backend("reference"):
-            loss = forward(student, teacher, self.images.double(), self.labels, torch.autocast("cpu", enabled=False))
+            loss = forward(
+                student, teacher, self.images.double(), self.labels, torch.autocast("cpu", enabled=False)
+            )
         loss.backward()
         return loss.item(), self.gradient(student)
 
@@ -132,8 +163,14 @@ class StepGroup:
         self.shared = self.id
 
     def names(self, one_thread: bool) -> list[str]:
-        """The rows. Compiling takes half a minute and more: it is done for all threads only, since graphs are made for a thread count."""
-        return [name for name, variant in self.variants.items() if not variant.compiled or (self.full and not one_thread)]
+        """The rows. Compiling takes half a minute and more: it is done for all threads only, since graphs are
+        made for a thread count.
+        """
+        return [
+            name
+            for name, variant in self.variants.items()
+            if not variant.compiled or (self.full and not one_thread)
+        ]
 
     def build(self, stock: Stock) -> Step:
         return Step(self.precision, self.full)

@@ -1,7 +1,8 @@
 """Eager as a user's process runs it, with malloc as it comes.
 
-glibc's malloc gives large blocks back to the system and takes them anew in every step, and the page faults may double eager's time. The
-thresholds that stop it are a process's own, so one process has them raised, and another, here, has not.
+glibc's malloc gives large blocks back to the system and takes them anew in every step, and the page faults
+may double eager's time. The thresholds that stop it are a process's own, so one process has them raised, and
+another, here, has not.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class Stock:
         self._process: subprocess.Popen[bytes] | None = None
 
     def turns(self, work: Any) -> Callable[[int, bool, str], float]:
-        """A row's ``turn``: the eager loss of a ``Case``, or a ``Steps``, in the other process, by as many threads as PyTorch has here."""
+        """A row's ``turn``: the eager loss of a ``Case``, or a ``Steps``, in the other process, by as many
+        threads as PyTorch has here.
+        """
         import torch
 
         def turn(calls: int, warm: bool, clock: str) -> float:
@@ -49,7 +52,10 @@ class Stock:
             here = str(Path(__file__).parent.parent)
             path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "speed.stock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}
+                [sys.executable, "-m", "speed.stock"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, "PYTHONPATH": path},
             )
         assert self._process.stdin and self._process.stdout
         try:
@@ -57,7 +63,9 @@ class Stock:
             self._process.stdin.flush()
             answer = pickle.load(self._process.stdout)
         except (EOFError, BrokenPipeError):
-            raise RuntimeError(f"the process of the stock allocator ended with status {self._process.wait()}") from None
+            raise RuntimeError(
+                f"the process of the stock allocator ended with status {self._process.wait()}"
+            ) from None
         if isinstance(answer, str):
             raise RuntimeError(answer)
         return answer

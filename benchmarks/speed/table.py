@@ -1,4 +1,6 @@
-"""A run as one table: a line a group and thread count, the milliseconds of each row, and what they are to the first compiled backend's."""
+"""A run as one table: a line a group and thread count, the milliseconds of each row, and what they are to the
+first compiled backend's.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 def backends(result: dict[str, Any]) -> list[str]:
     """The rows that are backends of fastkd, in the order they come."""
     known = {*(name for name, _ in TIMES), *BROADCAST.values(), *YARDSTICKS}
-    names = dict.fromkeys(name for record in result["groups"] if "operation" in record for name in record["rows"])
+    names = dict.fromkeys(
+        name for record in result["groups"] if "operation" in record for name in record["rows"]
+    )
     return [name for name in names if name not in known]
 
 
@@ -58,12 +62,25 @@ def _cells(record: dict[str, Any], rows: dict[str, dict[str, Any]], ours: list[s
     main = next((name for name in ours if times.get(name)), None)
     facts = rows[main] if main else {}
     base = facts.get("milliseconds")
-    passes = "fwd" if record["direction"] == "forward" else "fwd+bwd" + ("" if record["upstream"] == 1 else f" ×{record['upstream']}")
-    loss = {"attention": "AT", "fsp": "FSP", "fsp_broadcast": "FSP broadcast"}.get(record["operation"], record["operation"])
+    passes = (
+        "fwd"
+        if record["direction"] == "forward"
+        else "fwd+bwd" + ("" if record["upstream"] == 1 else f" ×{record['upstream']}")
+    )
+    loss = {"attention": "AT", "fsp": "FSP", "fsp_broadcast": "FSP broadcast"}.get(
+        record["operation"], record["operation"]
+    )
     layout = "cl" if record["layout"] == "channels_last" else record["layout"]
     dtype = DTYPES.get(record["dtype"], record["dtype"]) + (" tf32" if record.get("matmul") == "tf32" else "")
     on_cpu = record.get("device", "cpu") == "cpu"
-    cells = [loss, record["shape"], dtype, layout, passes, str(record["threads"]) if on_cpu else f"GPU, {record['clock']}"]
+    cells = [
+        loss,
+        record["shape"],
+        dtype,
+        layout,
+        passes,
+        str(record["threads"]) if on_cpu else f"GPU, {record['clock']}",
+    ]
     names = [name for name, _ in TIMES] + ours
     cells += ["WRONG" if rows.get(name, {}).get("failed") else figure(times.get(name)) for name in names]
     for name, _ in TIMES[1:]:
@@ -83,20 +100,42 @@ def steps(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for record in records:
         speeds = [record["rows"].get(name, {}).get("images_per_second") for name in names]
-        rows.append([record["step"], record["precision"], str(record["threads"]), *(f"{v:.0f}" if v else "-" for v in speeds)])
+        rows.append(
+            [
+                record["step"],
+                record["precision"],
+                str(record["threads"]),
+                *(f"{v:.0f}" if v else "-" for v in speeds),
+            ]
+        )
     return ["step, images/s", "precision", "thr", *names], rows
 
 
 def loops(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of the table of whole training loops: images a second, and the multiples of the toolkit's."""
+    """Headings and rows of the table of whole training loops: images a second, and the multiples of the
+    toolkit's.
+    """
     rows = []
     for record in (record for record in result["groups"] if "loop" in record):
-        speeds = {name: row["images_per_second"] for name, row in record["rows"].items() if row.get("images_per_second")}
+        speeds = {
+            name: row["images_per_second"]
+            for name, row in record["rows"].items()
+            if row.get("images_per_second")
+        }
         base = next((speeds[name] for name in speeds if name.startswith("toolkit")), None)
         for name, speed in speeds.items():
             share = record["rows"].get(f"distillation loss in {name}", {}).get("milliseconds")
             share = f"{share / record['rows'][name]['milliseconds']:.1%}" if share else ""
-            rows.append([record["loop"], record["shape"], name, f"{speed:.0f}", figure(speed / base, 2) if base else "", share])
+            rows.append(
+                [
+                    record["loop"],
+                    record["shape"],
+                    name,
+                    f"{speed:.0f}",
+                    figure(speed / base, 2) if base else "",
+                    share,
+                ]
+            )
     return ["loop", "teacher > student", "row", "images/s", "÷ toolkit", "loss"], rows
 
 
@@ -104,7 +143,10 @@ def text(heads: Sequence[str], rows: list[list[str]], left: int) -> list[str]:
     """Columns aligned for a terminal, the first ``left`` of them to the left."""
     widths = [max(len(row[i]) for row in [list(heads), *rows]) for i in range(len(heads))]
     return [
-        "  ".join(cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))).rstrip()
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths))
+        ).rstrip()
         for row in [list(heads), *rows]
     ]
 
@@ -113,9 +155,14 @@ def lines(result: dict[str, Any]) -> list[str]:
     """The tables, with what ran them above."""
     versions, machine = result["versions"], result["machine"]
     out = [
-        f"{result['device']}, {machine['cores']} cores, torch {versions['torch']}, "
-        f"fastkd {versions['fastkd']} ({result['cpu_path']}), {result['date']}",
-        "medians of interleaved rounds in milliseconds; 1 thread: process time, more: wall time; ÷: multiples of the first backend's time",
+        (
+            f"{result['device']}, {machine['cores']} cores, torch {versions['torch']}, "
+            f"fastkd {versions['fastkd']} ({result['cpu_path']}), {result['date']}"
+        ),
+        (
+            "medians of interleaved rounds in milliseconds; 1 thread: process time, more: wall time; ÷:"
+            " multiples of the first backend's time"
+        ),
         "",
     ]
     heads, rows = grid(result)

@@ -1,7 +1,7 @@
 """A distillation loop as RepDistiller and its like write it: what a user leaves behind.
 
-Float32, NCHW, images as arrays turned into PIL images and back, a DataLoader, losses in plain PyTorch (FSP by broadcasting), the teacher in
-eval mode without gradients, figures read from tensors in every step.
+Float32, NCHW, images as arrays turned into PIL images and back, a DataLoader, losses in plain PyTorch (FSP by
+broadcasting), the teacher in eval mode without gradients, figures read from tensors in every step.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from fastkd.models import create_model
 from speed.formulas import fsp_broadcast
 
 WORKERS = 0
-"""Of the DataLoader. On 2 cores none is fastest: 410 images/s of AT, 397, 384 and 390 with one, two and four, which take cores from the
-networks."""
+"""Of the DataLoader. On 2 cores none is fastest: 410 images/s of AT, 397, 384 and 390 with one, two and four,
+which take cores from the networks.
+"""
 TEMPERATURE = 4.0
 
 
@@ -29,7 +30,9 @@ def distance(method: str, student: Any, teacher: Any) -> Tensor:
         p, q = F.log_softmax(student[1] / TEMPERATURE, 1), F.softmax(teacher[1] / TEMPERATURE, 1)
         return 0.9 * F.kl_div(p, q, reduction="sum") * TEMPERATURE**2 / len(p)
     if method == "at":
-        maps = [[F.normalize(f.pow(2).mean(1).flatten(1)) for f in net[0].stages] for net in (student, teacher)]
+        maps = [
+            [F.normalize(f.pow(2).mean(1).flatten(1)) for f in net[0].stages] for net in (student, teacher)
+        ]
         return 1000.0 * torch.stack([(s - t).pow(2).mean() for s, t in zip(*maps)]).sum()
     chains = [[net[0].stem, *net[0].stages] for net in (student, teacher)]
     return fsp_broadcast(*chains)
@@ -47,10 +50,16 @@ class Images(Dataset):
         from torchvision import transforms
 
         generator = torch.Generator().manual_seed(0)
-        self.images = torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=generator).numpy()
+        self.images = torch.randint(
+            0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=generator
+        ).numpy()
         self.labels = torch.randint(10, (count,), generator=generator).tolist()
         mean, std = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
-        steps = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+        steps = [
+            transforms.RandomCrop(32, padding=4),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+        ]
         self.transform = transforms.Compose([*steps, transforms.Normalize(mean, std)])
 
     def __len__(self) -> int:

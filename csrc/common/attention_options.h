@@ -7,7 +7,8 @@
 
 namespace fastkd {
 
-// The loss's switches, bits of one integer; fastkd/ops/attention.py has the same table with the values' names.
+// The loss's switches, bits of one integer; fastkd/ops/attention.py has the same table with the values'
+// names.
 enum AttentionSwitch : int64_t {
   kMean = 1,            // channel_reduce: "mean", else "sum"
   kSigned = 2,          // signed
@@ -36,13 +37,15 @@ static inline AttentionOptions options_of(double p, bool is_signed, bool mean, d
   return {p, eps, is_signed, mean, add_eps};
 }
 
-static inline AttentionOptions options_of(double p, const Text& channel_reduce, bool is_signed, double eps, const Text& eps_mode) {
+static inline AttentionOptions options_of(double p, const Text& channel_reduce, bool is_signed, double eps,
+                                          const Text& eps_mode) {
   return options_of(p, is_signed, parse_switch(channel_reduce, "channel_reduce", "sum", "mean"), eps,
                     parse_switch(eps_mode, "eps_mode", "clamp", "add"));
 }
 
 static inline void check_switches(int64_t switches) {
-  STD_TORCH_CHECK(switches >= 0 && switches < kSwitchesEnd, "switches must be bits below ", int64_t{kSwitchesEnd}, ", got ", switches);
+  STD_TORCH_CHECK(switches >= 0 && switches < kSwitchesEnd, "switches must be bits below ",
+                  int64_t{kSwitchesEnd}, ", got ", switches);
 }
 
 }  // namespace fastkd

@@ -5,4 +5,6 @@ constexpr char kMarker[] = "fastkd-build-info:";
 __attribute__((used)) const char kInfo[] = "fastkd-build-info:" FASTKD_BUILD_INFO;
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) const char* fastkd_build_info() { return kInfo + sizeof(kMarker) - 1; }
+extern "C" __attribute__((visibility("default"))) const char* fastkd_build_info() {
+  return kInfo + sizeof(kMarker) - 1;
+}

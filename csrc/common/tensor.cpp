@@ -40,13 +40,16 @@ int32_t code_of(DType dtype) {
   }
 }
 
-Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, DType dtype, int32_t device_index) {
+Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, DType dtype,
+                     int32_t device_index) {
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, code_of(dtype), codes().device, device_index, &handle));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, sizes, strides, code_of(dtype), codes().device, device_index, &handle));
   return Tensor(handle);
 }
 
-// PyTorch's notion: some order of the dimensions makes the tensor contiguous; strides of dimensions of size 1 do not matter.
+// PyTorch's notion: some order of the dimensions makes the tensor contiguous; strides of dimensions of size 1
+// do not matter.
 bool is_dense(const TensorView& view) {
   int32_t order[kMaxDims];
   int32_t count = 0;
@@ -82,8 +85,8 @@ bool collapse(const Feature& x, int64_t* stride) {
 
 Feature make_feature(const TensorView& view, bool has_channels, const char* name) {
   const int32_t first = has_channels ? 2 : 1;
-  STD_TORCH_CHECK(view.dim > first && view.dim <= first + 3, name, " must have ", first + 1, " to ", first + 3, " dimensions, got ",
-                  view.dim);
+  STD_TORCH_CHECK(view.dim > first && view.dim <= first + 3, name, " must have ", first + 1, " to ",
+                  first + 3, " dimensions, got ", view.dim);
   Feature x;
   x.data = view.data;
   x.dtype = view.dtype;
@@ -160,12 +163,14 @@ void map_sizes(const TensorView& x, int64_t* sizes) {
 }
 
 void check_same(const Feature& a, const Feature& b, const char* what) {
-  STD_TORCH_CHECK(a.batch == b.batch && a.size[0] == b.size[0] && a.size[1] == b.size[1] && a.size[2] == b.size[2], what,
-                  " differ in batch or spatial size");
+  STD_TORCH_CHECK(
+      a.batch == b.batch && a.size[0] == b.size[0] && a.size[1] == b.size[1] && a.size[2] == b.size[2], what,
+      " differ in batch or spatial size");
 }
 
 void check_accumulation(const TensorView& view, DType accumulation, const char* name) {
-  STD_TORCH_CHECK(view.dtype == accumulation, name, " must be ", accumulation == DType::kDouble ? "float64" : "float32");
+  STD_TORCH_CHECK(view.dtype == accumulation, name, " must be ",
+                  accumulation == DType::kDouble ? "float64" : "float32");
 }
 
 void check_like(const TensorView& view, const TensorView& x, const char* name) {
@@ -191,7 +196,8 @@ Tensor empty_like(const Tensor& tensor, const TensorView& view) {
 
 bool parse_switch(const Text& given, const char* name, const char* when_false, const char* when_true) {
   if (given.value == when_true) return true;
-  STD_TORCH_CHECK(given.value == when_false, name, " must be \"", when_false, "\" or \"", when_true, "\", got \"", given.value, "\"");
+  STD_TORCH_CHECK(given.value == when_false, name, " must be \"", when_false, "\" or \"", when_true,
+                  "\", got \"", given.value, "\"");
   return false;
 }
 

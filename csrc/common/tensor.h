@@ -1,9 +1,10 @@
-// What the operators of both libraries share on the host side: views of tensors as plain structs, checks, allocation. csrc/tensor.cpp is
-// compiled into each library, for its own kind of device.
+// What the operators of both libraries share on the host side: views of tensors as plain structs, checks,
+// allocation. csrc/tensor.cpp is compiled into each library, for its own kind of device.
 //
-// Kernels of the CPU (*.inl) are compiled once per instruction set. An inline function or a template of this header that such a file used
-// would be emitted there as a weak symbol holding, say, AVX-512 code, and the linker may keep that copy for every caller. So the structs
-// below are plain data without member functions, and kernels use nothing else of this header but functions declared static.
+// Kernels of the CPU (*.inl) are compiled once per instruction set. An inline function or a template of this
+// header that such a file used would be emitted there as a weak symbol holding, say, AVX-512 code, and the
+// linker may keep that copy for every caller. So the structs below are plain data without member functions,
+// and kernels use nothing else of this header but functions declared static.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -32,12 +33,14 @@ struct TensorView {
   int64_t strides[kMaxDims];  // in elements
 };
 
-// kPlanes: the positions of a channel are one run of stride 1. kChannelsLast: the channels of a position have stride 1, and the positions
-// one common stride (stride_s). kGeneric: anything else (sliced, expanded, permuted); walk size[] and stride[].
+// kPlanes: the positions of a channel are one run of stride 1. kChannelsLast: the channels of a position have
+// stride 1, and the positions one common stride (stride_s). kGeneric: anything else (sliced, expanded,
+// permuted); walk size[] and stride[].
 enum class Layout : int32_t { kPlanes, kChannelsLast, kGeneric };
 
 // A tensor (N, C, *S), or a map (N, *S) with channels = 1. Element (n, c, d, h, w) lies at
-// n * stride_n + c * stride_c + d * stride[0] + h * stride[1] + w * stride[2]; absent spatial dimensions are leading ones of size 1.
+// n * stride_n + c * stride_c + d * stride[0] + h * stride[1] + w * stride[2]; absent spatial dimensions are
+// leading ones of size 1.
 struct Feature {
   void* data;
   DType dtype;
@@ -48,7 +51,8 @@ struct Feature {
   int64_t size[3], stride[3];
 };
 
-// A view of a tensor of a floating dtype on the library's kind of device; `name` is the argument, for the error.
+// A view of a tensor of a floating dtype on the library's kind of device; `name` is the argument, for the
+// error.
 TensorView view_of(const Tensor& tensor, const char* name);
 // (N, C, *S), 3 to 5 dimensions, nothing empty.
 Feature feature_of(const TensorView& view, const char* name);
@@ -56,11 +60,14 @@ Feature feature_of(const TensorView& view, const char* name);
 Feature map_of(const TensorView& view, const char* name);
 
 // float64 if any input is, else float32.
-inline DType accumulation(DType a, DType b) { return a == DType::kDouble || b == DType::kDouble ? DType::kDouble : DType::kFloat; }
+inline DType accumulation(DType a, DType b) {
+  return a == DType::kDouble || b == DType::kDouble ? DType::kDouble : DType::kFloat;
+}
 
 // The sizes of a map of x: (N, *S).
 void map_sizes(const TensorView& x, int64_t* sizes);
-// Each raises unless it holds: equal batch and spatial sizes ("grad and x" differ ...); the dtype of accumulation; x's shape and dtype.
+// Each raises unless it holds: equal batch and spatial sizes ("grad and x" differ ...); the dtype of
+// accumulation; x's shape and dtype.
 void check_same(const Feature& a, const Feature& b, const char* what);
 void check_accumulation(const TensorView& view, DType accumulation, const char* name);
 void check_like(const TensorView& view, const TensorView& x, const char* name);
@@ -69,7 +76,8 @@ void check_like(const TensorView& view, const TensorView& x, const char* name);
 Tensor empty(const int64_t* sizes, int64_t dim, DType dtype, int32_t device_index = 0);
 // As aten::empty_like with preserve_format, without a trip through the dispatcher for dense tensors.
 Tensor empty_like(const Tensor& tensor, const TensorView& view);
-// A string argument of an operator. PyTorch's own conversion, to std::string, leaks every one in the headers of 2.13 and older.
+// A string argument of an operator. PyTorch's own conversion, to std::string, leaks every one in the headers
+// of 2.13 and older.
 struct Text {
   std::string value;
 };

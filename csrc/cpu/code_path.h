@@ -1,9 +1,11 @@
-// The head of the files in kernels/. setup.py compiles each of them once per code path, with FASTKD_PATH (portable, avx2 or avx512) and
-// FASTKD_VECTOR_BYTES. Headers stand before the target, so that nothing of theirs is compiled for this instruction set. A file's kernels
-// stand in the namespace FASTKD_PATH, and FASTKD_PATH_END behind them.
+// The head of the files in kernels/. setup.py compiles each of them once per code path, with FASTKD_PATH
+// (portable, avx2 or avx512) and FASTKD_VECTOR_BYTES. Headers stand before the target, so that nothing of
+// theirs is compiled for this instruction set. A file's kernels stand in the namespace FASTKD_PATH, and
+// FASTKD_PATH_END behind them.
 //
-// Rules for the .inl files there: use only what is defined in this namespace, raw pointers, the plain structs of host.h, compiler
-// builtins, intrinsics and functions of libm. No std:: templates, no inline functions of headers (see common.h).
+// Rules for the .inl files there: use only what is defined in this namespace, raw pointers, the plain structs
+// of host.h, compiler builtins, intrinsics and functions of libm. No std:: templates, no inline functions of
+// headers (see common.h).
 #pragma once
 
 #include "cpu/dispatch.h"
@@ -14,14 +16,16 @@
 
 #include <cmath>
 
-#if FASTKD_VECTOR_BYTES == 16  // every compiler with vector extensions maps these to what the machine has (SSE2, NEON), or to scalars
+#if FASTKD_VECTOR_BYTES == 16  // every compiler with vector extensions maps these to what the machine has
+                               // (SSE2, NEON), or to scalars
 #define FASTKD_PATH_BUILT 1
 #define FASTKD_PATH_END
 #elif defined(FASTKD_X86) && defined(__clang__)
 #define FASTKD_PATH_BUILT 1
 #define FASTKD_PATH_END _Pragma("clang attribute pop")
 #if FASTKD_VECTOR_BYTES == 64
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
 #else
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #endif

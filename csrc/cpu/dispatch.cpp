@@ -17,7 +17,8 @@ namespace {
 
 enum Status { kOk = 0, kUnknown = 1, kUnsupported = 2, kNotBuilt = 3 };
 
-#define FASTKD_TABLE(path) {#path, path::attention_kernels, path::fsp_kernels, path::tap_kernels, path::norm_kernels}
+#define FASTKD_TABLE(path) \
+  {#path, path::attention_kernels, path::fsp_kernels, path::tap_kernels, path::norm_kernels}
 constexpr KernelTable kPortable = FASTKD_TABLE(portable);
 #ifdef FASTKD_X86
 constexpr KernelTable kAvx2 = FASTKD_TABLE(avx2);
@@ -32,16 +33,16 @@ Registers cpuid(unsigned leaf) {
   return r;
 }
 
-// The compiler's own test asks the operating system for the vectors' registers too, but does not know every name: GCC 10 lacks f16c,
-// clang those of AMX. cpuid is asked for these.
+// The compiler's own test asks the operating system for the vectors' registers too, but does not know every
+// name: GCC 10 lacks f16c, clang those of AMX. cpuid is asked for these.
 bool cpu_has_avx2() {
   constexpr unsigned kF16c = 1u << 29;
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && (cpuid(1).c & kF16c) != 0;
 }
 
 bool cpu_has_avx512() {
-  return cpu_has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl");
+  return cpu_has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 #endif
 
@@ -50,8 +51,8 @@ bool cpu_has_avx512() {
 bool cpu_has_amx() {
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
-  static const bool has =
-      cpu_has_avx512() && (~cpuid(7).d & (kAmxBf16 | kAmxTile)) == 0 && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  static const bool has = cpu_has_avx512() && (~cpuid(7).d & (kAmxBf16 | kAmxTile)) == 0 &&
+                          syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
   return has;
 }
 #endif
@@ -78,8 +79,8 @@ const KernelTable* best() {
   return table;
 }
 
-// The table FASTKD_CPU asks for; nullptr if it asks for none that can be had. Read once: the environment is not to be read while other
-// threads run.
+// The table FASTKD_CPU asks for; nullptr if it asks for none that can be had. Read once: the environment is
+// not to be read while other threads run.
 const KernelTable* initial() {
   const char* name = std::getenv("FASTKD_CPU");
   if (name == nullptr || *name == '\0') return best();
@@ -109,14 +110,16 @@ bool tiles_available() {
 
 const KernelTable& kernels() {
   const KernelTable* table = current().load(std::memory_order_relaxed);
-  STD_TORCH_CHECK(table != nullptr, "FASTKD_CPU must be portable, avx2 or avx512, and a code path that this CPU can run, got ",
+  STD_TORCH_CHECK(table != nullptr,
+                  "FASTKD_CPU must be portable, avx2 or avx512, and a code path that this CPU can run, got ",
                   std::getenv("FASTKD_CPU"));
   return *table;
 }
 
 }  // namespace fastkd
 
-// For ctypes. The name of the code path in use; a null pointer if FASTKD_CPU names none that can be had (each operator call then raises).
+// For ctypes. The name of the code path in use; a null pointer if FASTKD_CPU names none that can be had (each
+// operator call then raises).
 extern "C" __attribute__((visibility("default"))) const char* fastkd_cpu_path() {
   const fastkd::KernelTable* table = fastkd::current().load(std::memory_order_relaxed);
   return table == nullptr ? nullptr : table->name;
@@ -128,7 +131,8 @@ extern "C" __attribute__((visibility("default"))) int fastkd_find_cpu_path(const
   return fastkd::find(name, &table);
 }
 
-// Chooses the code path for all threads; returns what fastkd_find_cpu_path() does. An empty name chooses the best one.
+// Chooses the code path for all threads; returns what fastkd_find_cpu_path() does. An empty name chooses the
+// best one.
 extern "C" __attribute__((visibility("default"))) int fastkd_set_cpu_path(const char* name) {
   const fastkd::KernelTable* table = nullptr;
   if (name == nullptr || *name == '\0') {
@@ -141,8 +145,11 @@ extern "C" __attribute__((visibility("default"))) int fastkd_set_cpu_path(const 
   return fastkd::kOk;
 }
 
-// Whether the path "avx512" takes AMX where the CPU has it, as it does unless told otherwise; returns whether it is taken now.
-extern "C" __attribute__((visibility("default"))) int fastkd_amx() { return fastkd::tiles_available() ? 1 : 0; }
+// Whether the path "avx512" takes AMX where the CPU has it, as it does unless told otherwise; returns whether
+// it is taken now.
+extern "C" __attribute__((visibility("default"))) int fastkd_amx() {
+  return fastkd::tiles_available() ? 1 : 0;
+}
 extern "C" __attribute__((visibility("default"))) void fastkd_set_amx(int wanted) {
   fastkd::amx_wanted().store(wanted != 0, std::memory_order_relaxed);
 }

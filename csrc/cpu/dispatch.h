@@ -36,11 +36,12 @@ FASTKD_CODE_PATH(portable)
 FASTKD_CODE_PATH(avx2)
 FASTKD_CODE_PATH(avx512)
 
-// The path in use: FASTKD_CPU, or what fastkd_set_cpu_path() chose, or else the best one that this CPU runs. Throws if FASTKD_CPU names no
-// usable path.
+// The path in use: FASTKD_CPU, or what fastkd_set_cpu_path() chose, or else the best one that this CPU runs.
+// Throws if FASTKD_CPU names no usable path.
 const KernelTable& kernels();
 
-// Whether the path in use may take AMX: "avx512", on a CPU that has it and a kernel that lends its registers, and not switched off.
+// Whether the path in use may take AMX: "avx512", on a CPU that has it and a kernel that lends its registers,
+// and not switched off.
 bool tiles_available();
 
 }  // namespace fastkd

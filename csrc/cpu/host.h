@@ -1,5 +1,5 @@
-// What the CPU operators share on the host side beyond tensor.h, whose rule for kernels holds here too: pooling, threads and their scratch
-// memory.
+// What the CPU operators share on the host side beyond tensor.h, whose rule for kernels holds here too:
+// pooling, threads and their scratch memory.
 #pragma once
 
 #include "common/formulas.h"
@@ -15,8 +15,8 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// Windows of an adaptive pooling from in[] to out[]: output i of dimension d covers [begin[d][i], end[d][i]). active is 0 when in and out
-// are equal.
+// Windows of an adaptive pooling from in[] to out[]: output i of dimension d covers [begin[d][i], end[d][i]).
+// active is 0 when in and out are equal.
 struct PoolPlan {
   int32_t active;
   int32_t max;  // max instead of average
@@ -33,18 +33,22 @@ struct PoolTables {
 };
 PoolTables make_pool(const int64_t* in, const int64_t* out, bool max);
 
-// A gradient this large is written past the caches: it would not stay there until anyone reads it, and a line that is written in the cache
-// is first read from memory.
+// A gradient this large is written past the caches: it would not stay there until anyone reads it, and a line
+// that is written in the cache is first read from memory.
 constexpr int64_t kStreamingBytes = 1 << 20;
 int64_t bytes_of(const Feature& x);
 
 // The value of a 0-dim (or one-element) tensor.
 double scalar_of(const Tensor& tensor, const char* name);
 
-// Bytes of one piece of scratch memory for `count` numbers: whole cache lines, and one vector to spare. (Static: kernels may use it.)
-static inline size_t scratch_piece(int64_t count, size_t size) { return (static_cast<size_t>(count) * size + 127) / 64 * 64; }
+// Bytes of one piece of scratch memory for `count` numbers: whole cache lines, and one vector to spare.
+// (Static: kernels may use it.)
+static inline size_t scratch_piece(int64_t count, size_t size) {
+  return (static_cast<size_t>(count) * size + 127) / 64 * 64;
+}
 
-// 64-byte aligned memory of the calling thread, kept for the next call unless large. One at a time per thread.
+// 64-byte aligned memory of the calling thread, kept for the next call unless large. One at a time per
+// thread.
 class Scratch {
  public:
   explicit Scratch(size_t bytes);
@@ -58,12 +62,15 @@ class Scratch {
   bool owned_;
 };
 
-// f(begin, end, scratch) over parts of [0, units). A thread gets at least as many units as hold kGrainElements elements, since starting one
-// costs about as much as processing those. What f computes for a unit must not depend on how units are divided.
+// f(begin, end, scratch) over parts of [0, units). A thread gets at least as many units as hold
+// kGrainElements elements, since starting one costs about as much as processing those. What f computes for a
+// unit must not depend on how units are divided.
 constexpr int64_t kGrainElements = 32768;
 template <class F>
 void parallel_units(int64_t units, int64_t elements_per_unit, size_t scratch_bytes, const F& f) {
-  const int64_t grain = elements_per_unit >= kGrainElements ? 1 : kGrainElements / (elements_per_unit > 0 ? elements_per_unit : 1);
+  const int64_t grain = elements_per_unit >= kGrainElements
+                            ? 1
+                            : kGrainElements / (elements_per_unit > 0 ? elements_per_unit : 1);
   torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
     Scratch scratch(scratch_bytes);
     f(begin, end, scratch.data());

@@ -1,17 +1,20 @@
-// What CUDA kernels are written with. Under nvcc these are thin names for what the GPU has; under a C++ compiler (FASTKD_EMULATE, for the
-// tests alone) emulate.h runs the same kernels on the CPU, so a kernel uses nothing that is not here:
+// What CUDA kernels are written with. Under nvcc these are thin names for what the GPU has; under a C++
+// compiler (FASTKD_EMULATE, for the tests alone) emulate.h runs the same kernels on the CPU, so a kernel uses
+// nothing that is not here:
 //
-//   FASTKD_KERNEL(threads) name(args)         a __global__ function for blocks of that many threads (a multiple of 32)
-//   FASTKD_KERNEL_OF(threads, blocks) ...     the same, with as few registers as so many blocks on a multiprocessor may have
-//   FASTKD_DEVICE                             a function called by kernels; FASTKD_BOTH: by the host too, and so by tests;
+//   FASTKD_KERNEL(threads) name(args)         a __global__ function for blocks of that many threads (a
+//   multiple of 32) FASTKD_KERNEL_OF(threads, blocks) ...     the same, with as few registers as so many
+//   blocks on a multiprocessor may have FASTKD_DEVICE                             a function called by
+//   kernels; FASTKD_BOTH: by the host too, and so by tests;
 //                                             FASTKD_MEMBER: one of a struct
 //   FASTKD_ARGUMENTS(type) name               a kernel's struct of arguments, read where it is
 //   threadIdx.x, blockIdx.x, gridDim.x        as ever; blocks and grids have one dimension
-//   shared_memory()                           the block's dynamic shared memory, 16-byte aligned; there is no static one
-//   sync_block()                              all threads of the block must come
+//   shared_memory()                           the block's dynamic shared memory, 16-byte aligned; there is no
+//   static one sync_block()                              all threads of the block must come
 //   shuffle_xor(value, mask)                  all 32 lanes must come
-//   is_last(ticket, count)                    the block's last thread to come to a ticket of `count` comers; see below
-//   load_fresh(pointer)                       a number that another block wrote before is_last() said so
+//   is_last(ticket, count)                    the block's last thread to come to a ticket of `count` comers;
+//   see below load_fresh(pointer)                       a number that another block wrote before is_last()
+//   said so
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -38,7 +41,9 @@
 namespace fastkd {
 
 extern __shared__ uint4 fastkd_shared_memory[];
-FASTKD_DEVICE unsigned char* shared_memory() { return reinterpret_cast<unsigned char*>(fastkd_shared_memory); }
+FASTKD_DEVICE unsigned char* shared_memory() {
+  return reinterpret_cast<unsigned char*>(fastkd_shared_memory);
+}
 FASTKD_DEVICE void sync_block() { __syncthreads(); }
 template <typename T>
 FASTKD_DEVICE T shuffle_xor(T value, int mask) {
@@ -49,8 +54,9 @@ FASTKD_DEVICE T load_fresh(const T* pointer) {
   return __ldcg(pointer);
 }
 
-// Called by all threads of a block after they have written what other blocks are to read: true, for all of them, in the block that comes
-// last of `count`. The ticket is 0 before the first and after the last. An integer counts, so that no sum depends on the order.
+// Called by all threads of a block after they have written what other blocks are to read: true, for all of
+// them, in the block that comes last of `count`. The ticket is 0 before the first and after the last. An
+// integer counts, so that no sum depends on the order.
 FASTKD_DEVICE bool is_last(unsigned* ticket, unsigned count) {
   __threadfence();
   sync_block();
@@ -115,15 +121,15 @@ FASTKD_DEVICE void store_shared_pack(T* pointer, const Pack& pack) {
 #endif
 }
 
-// To global memory, in one instruction. nvcc splits a store that is written in C++ into four where it computes the
-// words one by one.
+// To global memory, in one instruction. nvcc splits a store that is written in C++ into four where it
+// computes the words one by one.
 template <typename T>
 FASTKD_DEVICE void store_pack(T* pointer, const Pack& pack) {
 #ifdef FASTKD_EMULATE
   store_shared_pack(pointer, pack);
 #else
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(pack.word[0]), "r"(pack.word[1]), "r"(pack.word[2]),
-               "r"(pack.word[3])
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(pack.word[0]),
+               "r"(pack.word[1]), "r"(pack.word[2]), "r"(pack.word[3])
                : "memory");
 #endif
 }
@@ -161,8 +167,8 @@ FASTKD_DEVICE void set(Pack& pack, int i, T value) {
   }
 }
 
-// The sum of `value` over the threads of a block (a multiple of 32, at most 1024), for all of them and in one order. `scratch` holds 32
-// numbers of shared memory, and may be used again after a sync_block().
+// The sum of `value` over the threads of a block (a multiple of 32, at most 1024), for all of them and in one
+// order. `scratch` holds 32 numbers of shared memory, and may be used again after a sync_block().
 template <typename A>
 FASTKD_DEVICE A block_sum(A value, A* scratch, int threads) {
   FASTKD_UNROLL

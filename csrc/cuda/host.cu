@@ -8,8 +8,9 @@ namespace fastkd {
 
 namespace {
 
-// Counters for is_last(), in slices: one for each stream that makes calls. They are no memory of PyTorch's allocator.
-// A tensor kept from one call to the next could lie in the private pool of a CUDA graph, or in a user's MemPool.
+// Counters for is_last(), in slices: one for each stream that makes calls. They are no memory of PyTorch's
+// allocator. A tensor kept from one call to the next could lie in the private pool of a CUDA graph, or in a
+// user's MemPool.
 constexpr int kSlices = 64;
 constexpr int64_t kSlice = 1 << 14;
 
@@ -26,7 +27,9 @@ void clear(void* counters, size_t bytes, Stream) { std::memset(counters, 0, byte
 
 __device__ unsigned ticket_counters[kSlices * kSlice];  // each device has its own, zeros at first
 
-void check(cudaError_t status, const char* name) { STD_TORCH_CHECK(status == cudaSuccess, name, ": ", cudaGetErrorString(status)); }
+void check(cudaError_t status, const char* name) {
+  STD_TORCH_CHECK(status == cudaSuccess, name, ": ", cudaGetErrorString(status));
+}
 
 // Of the current device. Null for the stream that is another one in each thread: one slice would not do.
 unsigned* first_counter(Stream stream) {
@@ -48,7 +51,9 @@ bool is_capturing(Stream stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
-void clear(void* counters, size_t bytes, Stream stream) { check(cudaMemsetAsync(counters, 0, bytes, stream), "tickets"); }
+void clear(void* counters, size_t bytes, Stream stream) {
+  check(cudaMemsetAsync(counters, 0, bytes, stream), "tickets");
+}
 
 #endif
 
@@ -74,7 +79,8 @@ unsigned* slice_of(int32_t index, Stream stream) {
 
 #ifdef FASTKD_EMULATE
 
-OnDevice::OnDevice(const TensorView& view) : index_(view.device_index), stream_(current_stream(view.device_index)) {}
+OnDevice::OnDevice(const TensorView& view)
+    : index_(view.device_index), stream_(current_stream(view.device_index)) {}
 
 #else
 
@@ -84,7 +90,8 @@ OnDevice::OnDevice(const TensorView& view)
 void check_launch(const char* name, cudaError_t status) { check(status, name); }
 
 void allow_shared(const char* name, const void* kernel, size_t bytes) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), name);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+        name);
 }
 
 #endif
@@ -99,19 +106,21 @@ Tickets OnDevice::tickets(int64_t count) const {
   }
 #ifdef FASTKD_EMULATE
   emulate::note_tickets(tickets.memory ? -1 : static_cast<int>((tickets.first - ticket_counters) / kSlice));
-  for (int64_t i = 0; i < count; ++i) STD_TORCH_CHECK(tickets.first[i] == 0, "a kernel left a ticket that is not 0");
+  for (int64_t i = 0; i < count; ++i)
+    STD_TORCH_CHECK(tickets.first[i] == 0, "a kernel left a ticket that is not 0");
 #endif
   return tickets;
 }
 
 unsigned grid_of(const char* name, int64_t blocks) {
-  STD_TORCH_CHECK(blocks > 0 && blocks < int64_t{1} << 31, name, ": a grid of ", blocks, " blocks is more than a GPU takes");
+  STD_TORCH_CHECK(blocks > 0 && blocks < int64_t{1} << 31, name, ": a grid of ", blocks,
+                  " blocks is more than a GPU takes");
   return static_cast<unsigned>(blocks);
 }
 
 void check_device(const TensorView& view, const TensorView& first, const char* name) {
-  STD_TORCH_CHECK(view.device_index == first.device_index, name, " lies on device ", view.device_index, ", the first tensor on ",
-                  first.device_index);
+  STD_TORCH_CHECK(view.device_index == first.device_index, name, " lies on device ", view.device_index,
+                  ", the first tensor on ", first.device_index);
 }
 
 }  // namespace fastkd

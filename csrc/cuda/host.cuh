@@ -1,4 +1,5 @@
-// The host side of the CUDA operators: the device of a call, its stream, its tickets, and the launch of a kernel.
+// The host side of the CUDA operators: the device of a call, its stream, its tickets, and the launch of a
+// kernel.
 #pragma once
 
 #include <optional>
@@ -20,14 +21,15 @@ using Stream = void*;
 using Stream = cudaStream_t;
 #endif
 
-// Counters for is_last(), all 0: the first of them, and the memory of their own, if they have any. It must live until
-// the kernel is launched.
+// Counters for is_last(), all 0: the first of them, and the memory of their own, if they have any. It must
+// live until the kernel is launched.
 struct Tickets {
   unsigned* first;
   std::optional<Tensor> memory;
 };
 
-// Makes the device of `view` the current one while it lives. All work of a call goes to that device's current stream.
+// Makes the device of `view` the current one while it lives. All work of a call goes to that device's current
+// stream.
 class OnDevice {
  public:
   explicit OnDevice(const TensorView& view);
@@ -35,9 +37,11 @@ class OnDevice {
   OnDevice& operator=(const OnDevice&) = delete;
 
   Stream stream() const { return stream_; }
-  Tensor empty(const int64_t* sizes, int64_t dim, DType dtype) const { return fastkd::empty(sizes, dim, dtype, index_); }
-  // They belong to the stream, whose next call finds them 0 again. A CUDA graph may be replayed on any stream, beside
-  // others: it has counters of its own, and clears them at each replay.
+  Tensor empty(const int64_t* sizes, int64_t dim, DType dtype) const {
+    return fastkd::empty(sizes, dim, dtype, index_);
+  }
+  // They belong to the stream, whose next call finds them 0 again. A CUDA graph may be replayed on any
+  // stream, beside others: it has counters of its own, and clears them at each replay.
   Tickets tickets(int64_t count) const;
 
  private:
@@ -56,10 +60,11 @@ void check_launch(const char* name, cudaError_t status);
 // Lets a kernel have more shared memory than the 48 KiB that all have.
 void allow_shared(const char* name, const void* kernel, size_t bytes);
 
-// Runs `kernel`, whose arguments go by value, on the device's stream; an error of the launch raises and names it.
+// Runs `kernel`, whose arguments go by value, on the device's stream; an error of the launch raises and names
+// it.
 template <typename... Parameters, typename... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, unsigned threads, size_t shared_bytes, const OnDevice& device,
-            const Arguments&... arguments) {
+void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, unsigned threads,
+            size_t shared_bytes, const OnDevice& device, const Arguments&... arguments) {
   const unsigned grid = grid_of(name, blocks);
 #ifdef FASTKD_EMULATE
   (void)device;

@@ -1,6 +1,7 @@
 """Drop-in for ``kd_losses``' ``AT``, ``FSP`` and ``SoftTarget`` of AberHu/Knowledge-Distillation-Zoo.
 
-``from fastkd.compat.kdzoo import AT, FSP, SoftTarget``. As there, each call serves one stage or pair and no coefficient is applied.
+``from fastkd.compat.kdzoo import AT, FSP, SoftTarget``. As there, each call serves one stage or pair and no
+coefficient is applied.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from fastkd.reference import kd_loss
 
 
 class AT(NumbersAsFloats):
-    """``AT(p)(fm_s, fm_t)`` -> mean squared difference of the maps, sums over channels of abs(x)^p divided by (norm + 1e-6)."""
+    """``AT(p)(fm_s, fm_t)`` -> mean squared difference of the maps, sums over channels of abs(x)^p divided by
+    (norm + 1e-6).
+    """
 
     def __init__(self, p: float) -> None:
         super().__init__()

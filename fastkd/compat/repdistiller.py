@@ -1,8 +1,9 @@
 """Drop-in for ``distiller_zoo``'s ``Attention``, ``FSP`` and ``DistillKL`` of HobbitLong/RepDistiller.
 
-``from fastkd.compat.repdistiller import Attention, FSP, DistillKL``. As there, the first two return a list, one scalar a stage or pair,
-and no coefficient is applied: the training script multiplies by its ``-b``. Where student and teacher bring lists of different length,
-the shorter decides, as there. Besides lists, any iterable of features is taken.
+``from fastkd.compat.repdistiller import Attention, FSP, DistillKL``. As there, the first two return a list,
+one scalar a stage or pair, and no coefficient is applied: the training script multiplies by its ``-b``. Where
+student and teacher bring lists of different length, the shorter decides, as there. Besides lists, any
+iterable of features is taken.
 """
 
 from __future__ import annotations
@@ -38,15 +39,22 @@ class Attention(NumbersAsFloats):
 
 
 class FSP(nn.Module):
-    """``FSP(s_shapes, t_shapes)(g_s, g_t)`` -> one FSP loss a pair of consecutive stages; ValueError where channels differ."""
+    """``FSP(s_shapes, t_shapes)(g_s, g_t)`` -> one FSP loss a pair of consecutive stages; ValueError where
+    channels differ.
+    """
 
     def __init__(self, s_shapes: Sequence[Sequence[int]], t_shapes: Sequence[Sequence[int]]) -> None:
         super().__init__()
         if len(s_shapes) != len(t_shapes):
-            raise ValueError(f"s_shapes has {len(s_shapes)} stages, t_shapes has {len(t_shapes)}: wanted the same number")
+            raise ValueError(
+                f"s_shapes has {len(s_shapes)} stages, t_shapes has {len(t_shapes)}: wanted the same number"
+            )
         for i, (s, t) in enumerate(zip(s_shapes, t_shapes, strict=True)):
             if s[1] != t[1]:
-                raise ValueError(f"s_shapes[{i}] is {tuple(s)}, t_shapes[{i}] is {tuple(t)}: channels differ, FSP wanted the same number")
+                raise ValueError(
+                    f"s_shapes[{i}] is {tuple(s)}, t_shapes[{i}] is {tuple(t)}: channels differ, FSP wanted"
+                    " the same number"
+                )
 
     def forward(self, g_s: Features, g_t: Features) -> list[Tensor]:
         s, t = stages("g_s", g_s), stages("g_t", g_t)
@@ -65,7 +73,8 @@ class FSP(nn.Module):
 class DistillKL(NumbersAsFloats):
     """``DistillKL(T)(y_s, y_t)`` -> T^2 KL, summed over classes, mean over the batch.
 
-    Logits (N, K), or (N, K, *S) as those of a segmentation: then summed over positions too and, as there, divided by N alone.
+    Logits (N, K), or (N, K, *S) as those of a segmentation: then summed over positions too and, as there,
+    divided by N alone.
     """
 
     def __init__(self, T: float) -> None:

@@ -21,7 +21,9 @@ DATASETS = tuple(_LOADERS)
 
 
 def choose_dataset(name: str, root: str | os.PathLike[str]) -> tuple[str, str]:
-    """(name, why). ``auto`` becomes cifar10 if all of it lies under ``root``, else digits: nothing is downloaded. Raises UserError."""
+    """(name, why). ``auto`` becomes cifar10 if all of it lies under ``root``, else digits: nothing is
+    downloaded. Raises UserError.
+    """
     if name == "auto":
         try:
             cifar.found(as_path(root), "cifar10")
@@ -34,7 +36,9 @@ def choose_dataset(name: str, root: str | os.PathLike[str]) -> tuple[str, str]:
 
 
 def load_dataset(name: str, root: str | os.PathLike[str]) -> Dataset:
-    """The whole set, one of ``DATASETS``; files are looked for under ``root`` and downloaded when missing. Raises UserError."""
+    """The whole set, one of ``DATASETS``; files are looked for under ``root`` and downloaded when missing.
+    Raises UserError.
+    """
     return _LOADERS[name](root)
 
 

@@ -18,7 +18,9 @@ from fastkd.io.console import say
 
 @dataclass(frozen=True)
 class Dataset:
-    """A whole set in memory: images uint8 (N, 3, 32, 32), labels int64 (N,); ``mean`` and ``std`` per channel, on the scale 0 to 1."""
+    """A whole set in memory: images uint8 (N, 3, 32, 32), labels int64 (N,); ``mean`` and ``std`` per
+    channel, on the scale 0 to 1.
+    """
 
     name: str
     classes: int
@@ -52,7 +54,9 @@ def read_bytes(path: Path, size: int) -> bytearray:
     try:
         found = path.stat().st_size
         if found != size:
-            raise UserError(f"{path} is damaged: {found:,} bytes, wanted {size:,}; delete it and fetch the set again")
+            raise UserError(
+                f"{path} is damaged: {found:,} bytes, wanted {size:,}; delete it and fetch the set again"
+            )
         return bytearray(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
@@ -63,12 +67,17 @@ def check_labels(labels: Tensor, classes: int, path: Path) -> Tensor:
     labels = labels.to(torch.int64)
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
-        raise UserError(f"{path} is damaged: labels from {low} to {high}, wanted 0 to {classes - 1}; delete it and fetch the set again")
+        raise UserError(
+            f"{path} is damaged: labels from {low} to {high}, wanted 0 to {classes - 1}; delete it and fetch"
+            " the set again"
+        )
     return labels
 
 
 def download(torchvision: str, name: str, root: Path, why: MissingFiles) -> None:
-    """Lets torchvision's class of that name download the set. Raises UserError that says why the set is still missing."""
+    """Lets torchvision's class of that name download the set. Raises UserError that says why the set is still
+    missing.
+    """
     timeout = socket.getdefaulttimeout()
     folders = (root / torchvision / "raw", root / torchvision, root, *root.parents)
     new = [folder for folder in folders if not folder.exists()]
@@ -77,10 +86,18 @@ def download(torchvision: str, name: str, root: Path, why: MissingFiles) -> None
         socket.setdefaulttimeout(30)  # urllib waits for ever on a silent firewall
         getattr(importlib.import_module("torchvision.datasets"), torchvision)(root, download=True)
     except ImportError:
-        raise UserError(f"{name}: {why}, and to download it takes torchvision; install that or name the folder with --data") from None
-    except (OSError, RuntimeError) as error:  # URLError is an OSError; torchvision raises RuntimeError for a wrong checksum
+        raise UserError(
+            f"{name}: {why}, and to download it takes torchvision; install that or name the folder with"
+            " --data"
+        ) from None
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # URLError is an OSError; torchvision raises RuntimeError for a wrong checksum
         reason = " ".join(str(getattr(error, "reason", error)).split())
-        raise UserError(f"{name}: {why}, and the download failed ({reason}); name its folder with --data") from None
+        raise UserError(
+            f"{name}: {why}, and the download failed ({reason}); name its folder with --data"
+        ) from None
     finally:
         socket.setdefaulttimeout(timeout)
         for folder in new:

@@ -21,7 +21,9 @@ PIXELS = 3 * 32 * 32
 
 @dataclass(frozen=True)
 class Source:
-    """Where one of the two sets keeps its files: (file, records) of the training and of the test part, per layout."""
+    """Where one of the two sets keeps its files: (file, records) of the training and of the test part, per
+    layout.
+    """
 
     name: str
     torchvision: str
@@ -55,13 +57,18 @@ SOURCES = {
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Unpickles dicts, lists, numbers, strings and NumPy arrays; any other class in the file is refused, so a file never runs code."""
+    """Unpickles dicts, lists, numbers, strings and NumPy arrays; any other class in the file is refused, so a
+    file never runs code.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("_codecs", "encode"):  # how protocol 2 spells bytes
             return lambda text, encoding: text.encode("latin1")
         for package in ("numpy.core", "numpy._core"):  # NumPy 2 renamed it; files of both kinds exist
-            if (module, name) in ((f"{package}.multiarray", "_reconstruct"), (f"{package}.numeric", "_frombuffer")):
+            if (module, name) in (
+                (f"{package}.multiarray", "_reconstruct"),
+                (f"{package}.numeric", "_frombuffer"),
+            ):
                 found = "numpy._core" if importlib.util.find_spec("numpy._core") else "numpy.core"
                 return getattr(importlib.import_module(module.replace(package, found)), name)
         if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
@@ -73,13 +80,23 @@ def _read_pickle(path: Path, source: Source, records: int) -> tuple[Tensor, Tens
     try:
         import numpy
     except ImportError:
-        raise UserError(f"{path}: reading the python version of {source.name} needs numpy (pip install numpy)") from None
+        raise UserError(
+            f"{path}: reading the python version of {source.name} needs numpy (pip install numpy)"
+        ) from None
     try:
         content = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="latin1").load()
         content = {key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()}
         images, labels = content["data"], numpy.asarray(content[source.label_key])
-        if images.dtype != numpy.uint8 or images.shape != (records, PIXELS) or labels.shape != (records,) or labels.dtype.kind not in "iu":
-            raise ValueError(f"data {images.dtype} {images.shape}, labels {labels.shape}, wanted uint8 {(records, PIXELS)}, {(records,)}")
+        if (
+            images.dtype != numpy.uint8
+            or images.shape != (records, PIXELS)
+            or labels.shape != (records,)
+            or labels.dtype.kind not in "iu"
+        ):
+            raise ValueError(
+                f"data {images.dtype} {images.shape}, labels {labels.shape}, wanted uint8"
+                f" {(records, PIXELS)}, {(records,)}"
+            )
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # a damaged pickle can raise anything
@@ -92,7 +109,9 @@ def _read_pickle(path: Path, source: Source, records: int) -> tuple[Tensor, Tens
 def _read_binary(path: Path, source: Source, records: int) -> tuple[Tensor, Tensor]:
     size = source.label_bytes + PIXELS
     table = torch.frombuffer(read_bytes(path, records * size), dtype=torch.uint8).view(records, size)
-    return table[:, source.label_bytes :].reshape(records, 3, 32, 32), check_labels(table[:, source.label_bytes - 1], source.classes, path)
+    return table[:, source.label_bytes :].reshape(records, 3, 32, 32), check_labels(
+        table[:, source.label_bytes - 1], source.classes, path
+    )
 
 
 def found(root: Path, name: str) -> str:
@@ -101,7 +120,9 @@ def found(root: Path, name: str) -> str:
 
 
 def load(root: Path, name: str) -> Dataset:
-    """Reads the set from ``root``; downloads it through torchvision when no layout of it is complete there. Raises UserError."""
+    """Reads the set from ``root``; downloads it through torchvision when no layout of it is complete there.
+    Raises UserError.
+    """
     source = SOURCES[name]
     try:
         folder = found(root, name)
@@ -110,6 +131,18 @@ def load(root: Path, name: str) -> Dataset:
         folder = source.folders[0]
     read = _read_pickle if folder == source.folders[0] else _read_binary
     files = source.layouts()[folder]
-    train_images, train_labels = joined(read(root / folder / file, source, source.train_records) for file in files[:-1])
+    train_images, train_labels = joined(
+        read(root / folder / file, source, source.train_records) for file in files[:-1]
+    )
     test_images, test_labels = read(root / folder / files[-1], source, 10_000)
-    return Dataset(name, source.classes, source.mean, source.std, True, train_images, train_labels, test_images, test_labels)
+    return Dataset(
+        name,
+        source.classes,
+        source.mean,
+        source.std,
+        True,
+        train_images,
+        train_labels,
+        test_images,
+        test_labels,
+    )

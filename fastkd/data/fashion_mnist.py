@@ -1,4 +1,6 @@
-"""Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017) in torchvision's layout, gzipped or not; padded to 32x32, three channels."""
+"""Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017) in torchvision's layout, gzipped or not; padded to 32x32,
+three channels.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,12 @@ from fastkd.data.base import Dataset, MissingFiles, check_labels, download, firs
 from fastkd.errors import UserError
 
 FOLDER = Path("FashionMNIST") / "raw"
-FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
 
 
 def _found(root: Path) -> list[Path]:
@@ -31,17 +38,23 @@ def _read_idx(path: Path, shape: tuple[int, ...]) -> Tensor:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:  # a damaged .gz raises any of the three
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UserError(f"{path} cannot be read: {' '.join(text.split())}; delete it and fetch the set again") from None
+        raise UserError(
+            f"{path} cannot be read: {' '.join(text.split())}; delete it and fetch the set again"
+        ) from None
     head = bytes([0, 0, 8, len(shape)]) + b"".join(size.to_bytes(4, "big") for size in shape)
     count = torch.Size(shape).numel()
     if not raw.startswith(head) or len(raw) != len(head) + count:
         sizes = " x ".join(map(str, shape))
-        raise UserError(f"{path} is damaged: not {sizes} unsigned bytes in idx layout; delete it and fetch the set again")
+        raise UserError(
+            f"{path} is damaged: not {sizes} unsigned bytes in idx layout; delete it and fetch the set again"
+        )
     return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=len(head)).view(shape)
 
 
 def load(root: Path) -> Dataset:
-    """Reads the set from ``root``; downloads it through torchvision when it is not complete there. Raises UserError."""
+    """Reads the set from ``root``; downloads it through torchvision when it is not complete there. Raises
+    UserError.
+    """
     try:
         paths = _found(root)
     except MissingFiles as missing:
@@ -49,6 +62,8 @@ def load(root: Path) -> Dataset:
         paths = _found(root)
     parts = []
     for images_path, labels_path, count in ((paths[0], paths[1], 60_000), (paths[2], paths[3], 10_000)):
-        images = F.pad(_read_idx(images_path, (count, 28, 28)), (2, 2, 2, 2)).unsqueeze(1).expand(count, 3, 32, 32)
+        images = (
+            F.pad(_read_idx(images_path, (count, 28, 28)), (2, 2, 2, 2)).unsqueeze(1).expand(count, 3, 32, 32)
+        )
         parts += [images, check_labels(_read_idx(labels_path, (count,)), 10, labels_path)]
     return Dataset("fashion-mnist", 10, (0.2860,) * 3, (0.3530,) * 3, True, *parts)

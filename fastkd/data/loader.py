@@ -14,11 +14,13 @@ PAD_MODES = ("reflect", "zero")
 
 
 class Batches:
-    """Normalized batches, channels_last and of the step's dtype, from uint8 images (N, 3, 32, 32) that stay on the device.
+    """Normalized batches, channels_last and of the step's dtype, from uint8 images (N, 3, 32, 32) that stay
+    on the device.
 
-    ``train(epoch)`` shuffles, pads by 4 (``reflect``, or black for ``zero``), crops 32x32 at a place of each image's own and flips
-    every second image on average; ``test()`` goes through the images in order and changes nothing. Of several processes (``share``: which,
-    of how many) each takes its part of every batch, which holds ``batch_size`` images for each of them.
+    ``train(epoch)`` shuffles, pads by 4 (``reflect``, or black for ``zero``), crops 32x32 at a place of each
+    image's own and flips every second image on average; ``test()`` goes through the images in order and
+    changes nothing. Of several processes (``share``: which, of how many) each takes its part of every batch,
+    which holds ``batch_size`` images for each of them.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, mean: tuple[float, ...], std: tuple[float, ...], *, batch_size: int, seed: int = 0,
@@ -26,10 +28,16 @@ class Batches:
                  share: tuple[int, int] = (0, 1), device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):  # fmt: skip
         if pad_mode not in PAD_MODES:
             raise ValueError(f"pad_mode is {pad_mode!r}, wanted one of {', '.join(PAD_MODES)}")
-        self.count, self.batch_size, self.drop_last, self.share = images.shape[0], batch_size, drop_last, share
+        self.count, self.batch_size, self.drop_last, self.share = (
+            images.shape[0],
+            batch_size,
+            drop_last,
+            share,
+        )
         self.joined = batch_size * share[1]  # images of all processes in a step
         self.seed, self.stream, self.flip, self.pad_mode, self.dtype = seed, stream, flip, pad_mode, dtype
-        # one row of three bytes a pixel: a crop with flip is then a single gather of rows, whose result is channels_last already
+        # one row of three bytes a pixel: a crop with flip is then a single gather of rows, whose result is
+        # channels_last already
         self.pixels = images.permute(0, 2, 3, 1).contiguous().view(-1, 3).to(device)
         self.labels = labels.to(device)
         # whole maps and not three numbers, so that the arithmetic runs over long rows
@@ -38,16 +46,19 @@ class Batches:
 
     def __len__(self) -> int:
         whole, rest = divmod(self.count, self.joined)
-        return whole + (not self.drop_last and rest >= 2 * self.share[1])  # a batch norm needs two images in each process
+        # a batch norm needs two images in each process
+        return whole + (not self.drop_last and rest >= 2 * self.share[1])
 
     def sizes(self) -> list[int]:
         """Images of all processes together in each step of an epoch."""
         return [min(self.joined, self.count - i * self.joined) for i in range(len(self))]
 
     def draw(self, epoch: int) -> Iterator[Tensor]:
-        """The batches of ``epoch`` as :meth:`take` wants them, on the device: from (seed, stream, epoch) alone, whatever ran before.
+        """The batches of ``epoch`` as :meth:`take` wants them, on the device: from (seed, stream, epoch)
+        alone, whatever ran before.
 
-        One (B, 4) int64 tensor a step, a row an image: which, top and left of its crop in the padded image, 1 if it is flipped.
+        One (B, 4) int64 tensor a step, a row an image: which, top and left of its crop in the padded image, 1
+        if it is flipped.
         """
         random, (rank, world) = generator(self.seed, self.stream, epoch), self.share
         order = torch.randperm(self.count, generator=random)
@@ -58,7 +69,9 @@ class Batches:
             yield params[i * self.joined : (i + 1) * self.joined].tensor_split(world)[rank]
 
     def take(self, params: Tensor) -> tuple[Tensor, Tensor]:
-        """(images, labels) of one batch of :meth:`draw`. Nothing waits for the device, and no shape depends on what was drawn."""
+        """(images, labels) of one batch of :meth:`draw`. Nothing waits for the device, and no shape depends
+        on what was drawn.
+        """
         which, top, left, flipped = params.unbind(1)
         line = torch.arange(SIDE, device=params.device)
         rows = line + (top - PAD)[:, None]
@@ -77,7 +90,9 @@ class Batches:
             yield self._normalized(raw), self.labels[part]
 
     def _gather(self, which: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Images ``which`` (B,) at coordinates ``rows`` and ``columns`` (B, 32), which reach 4 beyond the border."""
+        """Images ``which`` (B,) at coordinates ``rows`` and ``columns`` (B, 32), which reach 4 beyond the
+        border.
+        """
         top, left = _reflected(rows), _reflected(columns)
         places = (which[:, None] * SIDE**2 + top * SIDE)[:, :, None] + left[:, None, :]
         raw = self.pixels.index_select(0, places.view(-1))

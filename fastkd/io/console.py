@@ -51,7 +51,9 @@ def silenced(silent: bool) -> Iterator[None]:
 
 
 def _note(path: Path, text: str) -> None:
-    """Adds a line to an open log. One that cannot be written is told and left, since no training should end with it."""
+    """Adds a line to an open log. One that cannot be written is told and left, since no training should end
+    with it.
+    """
     try:
         with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text + "\n")
@@ -62,7 +64,9 @@ def _note(path: Path, text: str) -> None:
 
 @contextmanager
 def logged(folder: Path) -> Iterator[None]:
-    """Keeps in ``folder``/log.txt what is said until the end, and what the run ended with. A log that is there is continued."""
+    """Keeps in ``folder``/log.txt what is said until the end, and what the run ended with. A log that is
+    there is continued.
+    """
     path = folder / LOG
     _logs.append(path)
     try:
@@ -72,7 +76,11 @@ def logged(folder: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         if path in _logs:
-            _note(path, f"# {time.strftime('%Y-%m-%d %H:%M:%S')} ended: {' '.join(str(error).split()) or type(error).__name__}")
+            _note(
+                path,
+                f"# {time.strftime('%Y-%m-%d %H:%M:%S')} ended:"
+                f" {' '.join(str(error).split()) or type(error).__name__}",
+            )
         raise
     finally:
         if path in _logs:
@@ -82,8 +90,8 @@ def logged(folder: Path) -> Iterator[None]:
 class Screen:
     """stdout or stderr, to which writing never fails.
 
-    "?" stands for what it cannot print. Where nobody reads, or no room is left, the stream is given up with one line
-    in the log; what is written from then on is lost here, and ``error`` says why.
+    "?" stands for what it cannot print. Where nobody reads, or no room is left, the stream is given up with
+    one line in the log; what is written from then on is lost here, and ``error`` says why.
     """
 
     def __init__(self, stream: Any, name: str):
@@ -147,7 +155,9 @@ def delivered() -> None:
 
 @contextmanager
 def screens() -> Iterator[Screen]:
-    """stdout, which it gives, and stderr are each a :class:`Screen` inside: for argparse, tqdm and torchvision too."""
+    """stdout, which it gives, and stderr are each a :class:`Screen` inside: for argparse, tqdm and
+    torchvision too.
+    """
     if isinstance(sys.stdout, Screen):
         yield sys.stdout
         return

@@ -11,9 +11,9 @@ from typing import Any
 def figure_class() -> Any:
     """matplotlib's ``Figure``. Raises ImportError where matplotlib is not installed.
 
-    ``MPLBACKEND`` says how pyplot shows figures, a notebook's in the notebook. matplotlib reads it while it is
-    imported, and a name that it does not know there ends the import. It is therefore set afterwards, and left out
-    where it is unknown.
+    ``MPLBACKEND`` says how pyplot shows figures, a notebook's in the notebook. matplotlib reads it while it
+    is imported, and a name that it does not know there ends the import. It is therefore set afterwards, and
+    left out where it is unknown.
     """
     backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
     try:

@@ -20,16 +20,17 @@ GONE = 120.0
 
 _told = False
 _held: set[str] = set()  # the marks of this process
-_changing = threading.Lock()  # held while a mark and its name in _held are made or removed: each tells of the other
+# held while a mark and its name in _held are made or removed: each tells of the other
+_changing = threading.Lock()
 
 
 @contextmanager
 def marked(path: Path, reason: str = "") -> Iterator[bool]:
     """Holds ``path``.held, a file beside the lock file ``path``, if nobody does, and says whether.
 
-    Nobody removes the file of a process that was killed. It therefore names its process and machine, its time is
-    renewed while it is held, and the next one removes it once that process is gone or the time is two minutes old.
-    ``reason``: why there is no better lock, said once. Raises UserError.
+    Nobody removes the file of a process that was killed. It therefore names its process and machine, its time
+    is renewed while it is held, and the next one removes it once that process is gone or the time is two
+    minutes old. ``reason``: why there is no better lock, said once. Raises UserError.
     """
     global _told
     if reason and not _told:

@@ -84,7 +84,10 @@ def interpreting() -> bool:
     """
     global _interpreting
     if _interpreting is None:
-        _interpreting = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y") and _version() is not None
+        _interpreting = (
+            os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+            and _version() is not None
+        )
     return _interpreting
 
 
@@ -108,12 +111,21 @@ def _version() -> str | None:
 def _find_out() -> tuple[bool, str]:
     version = _version()
     if version is None:
-        return False, "triton is not installed: PyTorch's CUDA wheels for Linux bring it, `pip install triton` does too"
+        return (
+            False,
+            (
+                "triton is not installed: PyTorch's CUDA wheels for Linux bring it, `pip install triton`"
+                " does too"
+            ),
+        )
     if interpreting():
         return True, f"triton {version}, interpreted on CPU tensors (TRITON_INTERPRET): for tests, slow"
     if not torch.cuda.is_available():
         return (
             False,
-            f"triton {version} is installed, but PyTorch sees no CUDA device (TRITON_INTERPRET=1 runs it on CPUs, slowly)",
+            (
+                f"triton {version} is installed, but PyTorch sees no CUDA device (TRITON_INTERPRET=1 runs it"
+                " on CPUs, slowly)"
+            ),
         )
     return True, f"triton {version}, {torch.cuda.get_device_name()}"

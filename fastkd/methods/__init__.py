@@ -24,8 +24,24 @@ from fastkd.methods.base import (
 )
 from fastkd.methods.definition import Definition, Term
 
-# the order of the published table, and of the terms of a sum (but KD is last there); what is not in it comes after, by name
-_TABLE = ("kd", "fitnet", "at", "fsp", "ofd", "rkd", "crd", "reviewkd", "srrl", "afd", "semckd", "simkd", "norm", "sakd")
+# the order of the published table, and of the terms of a sum (but KD is last there); what is not in it comes
+# after, by name
+_TABLE = (
+    "kd",
+    "fitnet",
+    "at",
+    "fsp",
+    "ofd",
+    "rkd",
+    "crd",
+    "reviewkd",
+    "srrl",
+    "afd",
+    "semckd",
+    "simkd",
+    "norm",
+    "sakd",
+)
 
 
 def _kinds() -> dict[str, type[Distiller]]:
@@ -34,9 +50,16 @@ def _kinds() -> dict[str, type[Distiller]]:
     for name in sorted(module.name for module in pkgutil.iter_modules(__path__)):
         module = importlib.import_module(f"{__name__}.{name}")
         for value in vars(module).values():
-            if isinstance(value, type) and issubclass(value, Distiller) and value.__module__ == module.__name__ != Distiller.__module__:
+            if (
+                isinstance(value, type)
+                and issubclass(value, Distiller)
+                and value.__module__ == module.__name__ != Distiller.__module__
+            ):
                 found[name] = value
-    return {name: found[name] for name in sorted(found, key=lambda name: _TABLE.index(name) if name in _TABLE else len(_TABLE))}
+    return {
+        name: found[name]
+        for name in sorted(found, key=lambda name: _TABLE.index(name) if name in _TABLE else len(_TABLE))
+    }
 
 
 _KINDS = _kinds()
@@ -49,11 +72,11 @@ def define(name: str, *, preset: str | None = None, options: Mapping[str, Mappin
            words: Iterable[str] = ()) -> Definition:  # fmt: skip
     """What the method ``name`` is: a name of ``METHODS``, or several with "+" between them.
 
-    ``preset``: whose published values the terms take, such as "repdistiller"; None: those of the first term's best known code.
-    ``options``: ``{"at": {"beta": 500}}``; ``words``: the same as the command line has it, ``["at.beta=500"]``. A term's own preset is
-    the option ``preset``, and ``ce.weight`` the weight of cross-entropy.
-    Raises ValueError for a name, a preset or an option that is not known, and where terms of a sum are published with different values
-    of what they share.
+    ``preset``: whose published values the terms take, such as "repdistiller"; None: those of the first term's
+    best known code. ``options``: ``{"at": {"beta": 500}}``; ``words``: the same as the command line has it,
+    ``["at.beta=500"]``. A term's own preset is the option ``preset``, and ``ce.weight`` the weight of
+    cross-entropy. Raises ValueError for a name, a preset or an option that is not known, and where terms of a
+    sum are published with different values of what they share.
     """
     return definition.define(_KINDS, name, preset, options, words)
 
@@ -65,9 +88,11 @@ def full_name(name: str) -> str:
 
 def create_method(name: str, context: BuildContext, *, preset: str | None = None, options: Mapping[str, Mapping[str, Any]] | None = None,
                   seed: int = 0) -> Distiller | nn.ModuleDict:  # fmt: skip
-    """The :class:`Distiller` ``name`` built for the networks of ``context``; of a sum a ModuleDict of its distillers by name.
+    """The :class:`Distiller` ``name`` built for the networks of ``context``; of a sum a ModuleDict of its
+    distillers by name.
 
-    Arguments as for :func:`define`. Raises ValueError, and what a method raises for networks that do not fit it.
+    Arguments as for :func:`define`. Raises ValueError, and what a method raises for networks that do not fit
+    it.
     """
     distillers, _ = define(name, preset=preset, options=options).build(context, seed)
     return distillers[name] if name in distillers else nn.ModuleDict(distillers)

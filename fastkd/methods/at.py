@@ -11,8 +11,8 @@ from torch import Tensor
 from fastkd.losses import AttentionTransfer
 from fastkd.methods.base import Batch, Beside, BuildContext, Distiller, Output, Points, Preset, option
 
-# Cross-entropy and KD beside AT: hankyul2's at_st, szagoruyko's flags together, RepDistiller's script with -a 1, and as in their KD
-# where the authors never combine them.
+# Cross-entropy and KD beside AT: hankyul2's at_st, szagoruyko's flags together, RepDistiller's script with -a
+# 1, and as in their KD where the authors never combine them.
 _WITH_KD = {
     "hankyul2": Beside(1.0, 0.9),
     "zagoruyko": Beside(0.1, 0.9),
@@ -39,7 +39,9 @@ class AT(Distiller):
         signed: bool = option(False, "x^p in place of |x|^p")
         eps: float = option(1e-12, "keeps the norm of a map from zero")
         eps_mode: str = option("clamp", "how", ("clamp", "add"))
-        pool: str = option("before", "maps of other sizes are pooled before or after the power", ("before", "after"))
+        pool: str = option(
+            "before", "maps of other sizes are pooled before or after the power", ("before", "after")
+        )
         pool_mode: str = option("avg", "how", ("avg", "max"))
         difference: str = option("squared", "of two maps: mean of squares, or l2 norm", ("squared", "l2"))
         stage_reduce: str = option("sum", "over stages", ("sum", "mean"))

@@ -1,4 +1,6 @@
-"""What a distillation method is: a :class:`Distiller`, which sees both networks once and then one batch after the other."""
+"""What a distillation method is: a :class:`Distiller`, which sees both networks once and then one batch after
+the other.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ class Points(enum.Flag):
 class Batch(NamedTuple):
     """Images (N, 3, H, W) as the networks get them, labels (N,) or None, and ``index`` (N,) or None.
 
-    ``index`` says where each image stands in the training set in use: 0 to len(train_labels) - 1, in a subset too.
+    ``index`` says where each image stands in the training set in use: 0 to len(train_labels) - 1, in a subset
+    too.
     """
 
     images: Tensor
@@ -59,11 +62,13 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class BuildContext:
-    """What a method may look at once, before the first step. It copies what it needs, and never stores a network.
+    """What a method may look at once, before the first step. It copies what it needs, and never stores a
+    network.
 
-    ``student`` and ``teacher`` are as built: not folded, not wrapped for several GPUs; the teacher is frozen and holds its weights.
-    ``student_shapes`` and ``teacher_shapes`` are Features of torch.Size (C, H, W), ``preact`` included. ``train_labels`` are those of
-    the training set in use, or None; their number is the size of a bank. ``batch_size`` counts the images of ONE process in a step.
+    ``student`` and ``teacher`` are as built: not folded, not wrapped for several GPUs; the teacher is frozen
+    and holds its weights. ``student_shapes`` and ``teacher_shapes`` are Features of torch.Size (C, H, W),
+    ``preact`` included. ``train_labels`` are those of the training set in use, or None; their number is the
+    size of a bank. ``batch_size`` counts the images of ONE process in a step.
     """
 
     student: nn.Module
@@ -83,7 +88,10 @@ class BuildContext:
 
         ``observed``: what shows the features of a network that does not do so itself.
         """
-        found = [shapes(network, image_shape, view) for network, view in zip((student, teacher), observed, strict=True)]
+        found = [
+            shapes(network, image_shape, view)
+            for network, view in zip((student, teacher), observed, strict=True)
+        ]
         if rest.get("num_classes") is None:
             rest["num_classes"] = found[1][1]
         return cls(student, teacher, found[0][0], found[1][0], image_shape=image_shape, **rest)
@@ -94,7 +102,9 @@ class BuildContext:
 
 @contextmanager
 def undisturbed(*networks: nn.Module) -> Iterator[None]:
-    """The networks are in eval mode and have no gradients inside; afterwards each module is in the mode that it was in."""
+    """The networks are in eval mode and have no gradients inside; afterwards each module is in the mode that
+    it was in.
+    """
     modes = [(module, module.training) for network in networks for module in network.modules()]
     try:
         for network in networks:
@@ -106,12 +116,17 @@ def undisturbed(*networks: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def shapes(network: nn.Module, image_shape: tuple[int, ...], observed: Network | None = None) -> tuple[Features, int]:
+def shapes(
+    network: nn.Module, image_shape: tuple[int, ...], observed: Network | None = None
+) -> tuple[Features, int]:
     """(Features of each map's size without the batch, number of logits), from two blank images."""
     with undisturbed(network):
         images = next(network.parameters()).new_zeros(2, *image_shape)
         features, logits = (observed or network)(images, features="both")
-    return torch.utils._pytree.tree_map(lambda x: x.shape[1:] if isinstance(x, Tensor) else x, features), logits.shape[1]
+    return (
+        torch.utils._pytree.tree_map(lambda x: x.shape[1:] if isinstance(x, Tensor) else x, features),
+        logits.shape[1],
+    )
 
 
 class Beside(NamedTuple):
@@ -123,7 +138,8 @@ class Beside(NamedTuple):
 
 @dataclass(frozen=True)
 class Preset:
-    """A published variant: values of the method's options, what is trained beside its loss, and fields of the recipe that it changes.
+    """A published variant: values of the method's options, what is trained beside its loss, and fields of the
+    recipe that it changes.
 
     ``with_kd``: what stands beside the loss in the sum with KD, where its authors published that too.
     """
@@ -140,10 +156,12 @@ def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> A
 
 
 class Distiller(nn.Module):
-    """One distillation loss with all that it learns and keeps. Parameters are trained with the student's, buffers are in the checkpoint.
+    """One distillation loss with all that it learns and keeps. Parameters are trained with the student's,
+    buffers are in the checkpoint.
 
-    A method is one file in ``fastkd/methods/`` with one subclass; the file's name is the method's. It is built with PyTorch's generator
-    set for (seed, the method's name), so its first weights do not depend on its neighbours in a sum.
+    A method is one file in ``fastkd/methods/`` with one subclass; the file's name is the method's. It is
+    built with PyTorch's generator set for (seed, the method's name), so its first weights do not depend on
+    its neighbours in a sum.
     """
 
     @dataclass(frozen=True)
@@ -157,7 +175,8 @@ class Distiller(nn.Module):
     student_points: Points = Points.NONE
     teacher_points: Points = Points.NONE
     whole_batches: ClassVar[bool] = False  # a short last batch is dropped
-    settled: Mapping[str, Any] = {}  # options left open whose value the networks decide: a run writes them into its row
+    # options left open whose value the networks decide: a run writes them into its row
+    settled: Mapping[str, Any] = {}
     initializes: ClassVar[bool] = False  # what :meth:`begins` says
 
     def __init__(self, context: BuildContext, options: Any):
@@ -177,7 +196,9 @@ class Distiller(nn.Module):
         return cls.initializes
 
     def wrap_student(self, student: nn.Module) -> nn.Module:
-        """The network that is trained, tested, counted and saved: ``student``, changed or not. One method of a sum may change it."""
+        """The network that is trained, tested, counted and saved: ``student``, changed or not. One method of
+        a sum may change it.
+        """
         return student
 
     def logits(self, z: Tensor) -> Tensor:
@@ -188,25 +209,34 @@ class Distiller(nn.Module):
         """What convolutions make of the features, inside autocast. The result is handed to :meth:`loss`."""
         return None
 
-    def loss(self, batch: Batch, student: Output, teacher: Output, connected: Any) -> Tensor | tuple[Tensor, Any]:
+    def loss(
+        self, batch: Batch, student: Output, teacher: Output, connected: Any
+    ) -> Tensor | tuple[Tensor, Any]:
         """The scalar, its published weight included, or (scalar, record). Outside autocast.
 
-        A record is a tensor or a tuple of tensors, one row an image, without gradients; :meth:`update` gets it after the step.
+        A record is a tensor or a tuple of tensors, one row an image, without gradients; :meth:`update` gets
+        it after the step.
         """
         raise NotImplementedError
 
     def weight_at(self, epoch: int, epochs: int) -> float:
-        """A factor on the loss in ``epoch`` (from 0) of ``epochs``. Schedules are fractions of the run, as milestones are."""
+        """A factor on the loss in ``epoch`` (from 0) of ``epochs``. Schedules are fractions of the run, as
+        milestones are.
+        """
         return 1.0
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
-        """Before the first step of ``epoch`` (from 0), for numbers that are drawn from the seed and the epoch.
+        """Before the first step of ``epoch`` (from 0), for numbers that are drawn from the seed and the
+        epoch.
 
-        The seed is ``torch.initial_seed()`` in ``__init__``. What a graph reads must be a buffer that is changed in place.
+        The seed is ``torch.initial_seed()`` in ``__init__``. What a graph reads must be a buffer that is
+        changed in place.
         """
 
     def update(self, index: Tensor, record: Any) -> None:
-        """After the optimizer's step, without gradients. ``index`` and ``record`` have the rows of all processes together."""
+        """After the optimizer's step, without gradients. ``index`` and ``record`` have the rows of all
+        processes together.
+        """
 
 
 def overrides(cls: type[Distiller], name: str) -> bool:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 
 def pointwise(width_in: int, width: int, relu: bool = False) -> nn.Sequential:
-    """(N, ``width_in``, H, W) -> (N, ``width``, H, W): a 1x1 convolution without bias, batch norm, ReLU if asked.
+    """(N, ``width_in``, H, W) -> (N, ``width``, H, W): a 1x1 convolution without bias, batch norm, ReLU if
+    asked.
 
     The convolution's first weights are normal with variance 2 / ``width``.
     """
@@ -21,9 +22,9 @@ def pointwise(width_in: int, width: int, relu: bool = False) -> nn.Sequential:
 class ConvReg(nn.Module):
     """FitNet's regressor: a convolution with bias to the teacher's channels and size, batch norm, ReLU.
 
-    ``student``, ``teacher``: (C, H, W). Where the student's size is twice the teacher's, 3x3 of stride 2; where it is
-    half of it, a transposed 4x4 of stride 2; where it is larger or equal, a convolution without padding of the
-    kernel that fits. Else 3x3, and the result has the student's size.
+    ``student``, ``teacher``: (C, H, W). Where the student's size is twice the teacher's, 3x3 of stride 2;
+    where it is half of it, a transposed 4x4 of stride 2; where it is larger or equal, a convolution without
+    padding of the kernel that fits. Else 3x3, and the result has the student's size.
     """
 
     def __init__(self, student: Sequence[int], teacher: Sequence[int], relu: bool = True):

@@ -1,4 +1,6 @@
-"""Contrastive representation distillation (Tian et al., 2020) on the pooled vectors, with a bank of embeddings for each network."""
+"""Contrastive representation distillation (Tian et al., 2020) on the pooled vectors, with a bank of
+embeddings for each network.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +20,23 @@ MOST = 16384
 
 
 class CRD(Distiller):
-    """``fastkd.CRD`` of two learned embeddings of ``pooled``, each scored against the other's bank, which has a row for each image.
+    """``fastkd.CRD`` of two learned embeddings of ``pooled``, each scored against the other's bank, which has
+    a row for each image.
 
-    The banks begin as random numbers. After a step the rows of its images move towards their embeddings. The negatives of an image
-    are ``k`` images of other classes, drawn anew in each epoch; they depend on the seed, the epoch and the image alone. They differ
-    from each other, unless ``k`` is more than the images of other classes. ``beta`` left open is KD-Zoo's: 0.2 where there are ten
-    classes, else 0.8. Of several processes each divides the first batch's scores by the mean of its own images' scores; from then on
-    all have the mean of all images, and the same banks.
+    The banks begin as random numbers. After a step the rows of its images move towards their embeddings. The
+    negatives of an image are ``k`` images of other classes, drawn anew in each epoch; they depend on the
+    seed, the epoch and the image alone. They differ from each other, unless ``k`` is more than the images of
+    other classes. ``beta`` left open is KD-Zoo's: 0.2 where there are ten classes, else 0.8. Of several
+    processes each divides the first batch's scores by the mean of its own images' scores; from then on all
+    have the mean of all images, and the same banks.
     """
 
     @dataclass(frozen=True)
     class Options:
         beta: float | None = option(0.8, "factor of the loss; none: 0.2 for ten classes, 0.8 for others")
-        k: int | None = option(None, f"negatives of an image; none: a third of the training images, at most {MOST}")
+        k: int | None = option(
+            None, f"negatives of an image; none: a third of the training images, at most {MOST}"
+        )
         temperature: float = option(0.07, "divides the scores")
         momentum: float = option(0.5, "share of the old embedding in a new row of a bank")
         width: int = option(128, "of the embeddings")
@@ -64,7 +70,10 @@ class CRD(Distiller):
     def __init__(self, context: BuildContext, options: Any):
         super().__init__(context, options)
         if context.train_labels is None:
-            raise ValueError("train_labels is None, wanted the labels of the training set: crd keeps two embeddings of each image")
+            raise ValueError(
+                "train_labels is None, wanted the labels of the training set: crd keeps two embeddings of"
+                " each image"
+            )
         labels, self.seed = context.train_labels.cpu(), torch.initial_seed()
         self.positive, self.momentum, size = options.positive, options.momentum, len(labels)
         self.k = max(1, min(MOST, size // 3)) if options.k is None else options.k
@@ -74,7 +83,8 @@ class CRD(Distiller):
         found = {"beta": beta, "k": self.k}
         self.settled = {name: value for name, value in found.items() if getattr(options, name) is None}
         self.embeddings = nn.ModuleList(
-            nn.Linear(int(shapes.pooled[0]), options.width) for shapes in (context.student_shapes, context.teacher_shapes)
+            nn.Linear(int(shapes.pooled[0]), options.width)
+            for shapes in (context.student_shapes, context.teacher_shapes)
         )
         bound = math.sqrt(3 / options.width)
         banks = [torch.empty(size, options.width).uniform_(-bound, bound) for _ in range(2)]
@@ -83,13 +93,19 @@ class CRD(Distiller):
         self.set_epoch(0, 1)
 
     def _classes(self, labels: Tensor) -> None:
-        """Buffers of what the labels say: the images in the order of their classes, and for each image where its class lies there."""
+        """Buffers of what the labels say: the images in the order of their classes, and for each image where
+        its class lies there.
+        """
         names, inverse, counts = labels.unique(return_inverse=True, return_counts=True)
         if len(names) < 2:
-            raise ValueError(f"train_labels has {len(names)} class, wanted at least two: the negatives of an image are of other classes")
+            raise ValueError(
+                f"train_labels has {len(names)} class, wanted at least two: the negatives of an image are of"
+                " other classes"
+            )
         size, most = len(labels), int(counts.max())
         self.repeats = self.k > size - most
-        self.window = min(size, self.k + most)  # as many images as hold k of other classes, wherever it begins
+        # as many images as hold k of other classes, wherever it begins
+        self.window = min(size, self.k + most)
         buffers = {
             "labels": inverse,
             "counts": counts[inverse],
@@ -113,7 +129,10 @@ class CRD(Distiller):
     def loss(self, batch: Batch, student: Output, teacher: Output, connected: Any) -> tuple[Tensor, Any]:
         index, count = batch.index, len(student.features.pooled)
         if index is None:
-            raise ValueError("index is None, wanted where each image stands in train_labels: crd keeps two embeddings of each image")
+            raise ValueError(
+                "index is None, wanted where each image stands in train_labels: crd keeps two embeddings of"
+                " each image"
+            )
         if not torch.compiler.is_compiling():
             checks.crd_rows(index, len(self.labels), "index")
         sides = zip(self.embeddings, (student, teacher), strict=True)
@@ -138,7 +157,8 @@ class CRD(Distiller):
         """The first k images of other classes from the image's own beginning in the epoch's random order."""
         images = self.order.unfold(0, self.window, 1)[self.starts[index]]
         other = self.labels[images] != self.labels[index][:, None]
-        slots = torch.where(other, other.cumsum(1) - 1, self.k).clamp_max_(self.k)  # all that is not wanted goes to the last
+        # all that is not wanted goes to the last
+        slots = torch.where(other, other.cumsum(1) - 1, self.k).clamp_max_(self.k)
         return images.new_empty(len(index), self.k + 1).scatter_(1, slots, images)[:, : self.k]
 
     def _with_repeats(self, index: Tensor) -> Tensor:

@@ -40,7 +40,9 @@ class Term:
 
 @dataclass(frozen=True)
 class Definition:
-    """What a method is made of. ``changes``: options by name ("at.beta") whose values are not the preset's, in the order of the terms."""
+    """What a method is made of. ``changes``: options by name ("at.beta") whose values are not the preset's,
+    in the order of the terms.
+    """
 
     name: str
     terms: tuple[Term, ...]
@@ -82,9 +84,13 @@ class Definition:
         return {term.name: term.preset for term in self.terms if term.preset != self.preset}
 
     def recipe(self, base: Mapping[str, Any], said: Collection[str]) -> dict[str, Any]:
-        """The fields of the recipe that the terms change, but for those in ``said``. Raises ValueError where two terms disagree."""
+        """The fields of the recipe that the terms change, but for those in ``said``. Raises ValueError where
+        two terms disagree.
+        """
         wanted: dict[str, dict[str, Any]] = {}
-        wishes = {term.name: term.kind.presets[term.preset].recipe for term in self.terms if term.name != "kd"}
+        wishes = {
+            term.name: term.kind.presets[term.preset].recipe for term in self.terms if term.name != "kd"
+        }
         for key in dict.fromkeys(key for wish in wishes.values() for key in wish if key not in said):
             wanted[key] = {name: wish.get(key, base[key]) for name, wish in wishes.items()}
         return {key: _agreed(values, f"--{key.replace('_', '-')}") for key, values in wanted.items()}
@@ -100,13 +106,18 @@ class Definition:
     def build(self, context: BuildContext, seed: int = 0) -> tuple[dict[str, Distiller], nn.Module]:
         """The distillers by name, in the order of the sum, and the student, perhaps wrapped.
 
-        A method that wraps the student is built first, so that the others see the network that will be trained.
+        A method that wraps the student is built first, so that the others see the network that will be
+        trained.
         """
         built: dict[str, Distiller] = {}
         for term in sorted(self.terms, key=lambda term: not overrides(term.kind, "wrap_student")):
             with seeded(seed, "method", term.name):
                 made = built[term.name] = term.kind(context, term.options)
-            stored = {id(parameter) for network in (context.student, context.teacher) for parameter in network.parameters()}
+            stored = {
+                id(parameter)
+                for network in (context.student, context.teacher)
+                for parameter in network.parameters()
+            }
             if any(id(parameter) in stored for parameter in made.parameters()):
                 raise TypeError(f"method {term.name} holds a part of a network of its context, wanted a copy")
             if overrides(term.kind, "wrap_student"):
@@ -128,7 +139,8 @@ def define(kinds: Mapping[str, type[Distiller]], name: str, preset: str | None, 
     terms = [make(name) for name in names if name != "kd"]
     published = len(terms) == 1 and "kd" in names and terms[0].preset == preset
     beside = {term.name: _beside(term, "kd" in names, published) for term in terms}
-    added = {name: wish.kd for name, wish in beside.items() if wish.kd}  # by the methods' authors, whether the user asks or not
+    # by the methods' authors, whether the user asks or not
+    added = {name: wish.kd for name, wish in beside.items() if wish.kd}
     if not terms and names:
         terms = [make("kd")]
         beside = {"kd": kinds["kd"].presets[terms[0].preset].beside}
@@ -140,7 +152,10 @@ def define(kinds: Mapping[str, type[Distiller]], name: str, preset: str | None, 
         terms.append(make("kd", {"weight": weight}))
     unread = [section for section in given if section not in ("ce", *(term.name for term in terms))]
     if unread:
-        raise ValueError(f"method {name} has no term {unread[0]!r}, so no option {unread[0]}.{next(iter(given[unread[0]]), '')}")
+        raise ValueError(
+            f"method {name} has no term {unread[0]!r}, so no option"
+            f" {unread[0]}.{next(iter(given[unread[0]]), '')}"
+        )
     ce, changes = _cross_entropy({name: wish.ce for name, wish in beside.items()}, given.get("ce", {}))
     for term in terms:
         changes.update(term.changes)
@@ -152,7 +167,10 @@ def names_of(kinds: Mapping[str, Any], name: str) -> list[str]:
     asked = [] if name == "baseline" else name.split("+")
     for part in asked:
         if part not in kinds:
-            raise ValueError(f"method {name!r} is not known; known: {', '.join(['baseline', *kinds])}, and sums such as at+kd")
+            raise ValueError(
+                f"method {name!r} is not known; known: {', '.join(['baseline', *kinds])}, and sums such as"
+                " at+kd"
+            )
         if asked.count(part) > 1:
             raise ValueError(f"method {name!r} has {part} twice")
     wrapping = [part for part in asked if overrides(kinds[part], "wrap_student")]
@@ -161,11 +179,15 @@ def names_of(kinds: Mapping[str, Any], name: str) -> list[str]:
     return sorted(asked, key=lambda part: (part == "kd", list(kinds).index(part)))
 
 
-def _given(sections: Mapping[str, type], options: Mapping[str, Mapping[str, Any]], words: Iterable[str]) -> Nested:
+def _given(
+    sections: Mapping[str, type], options: Mapping[str, Mapping[str, Any]], words: Iterable[str]
+) -> Nested:
     """Options as Python values and as words of the command line, by section."""
     for section, values in options.items():
         if not isinstance(values, Mapping):
-            raise ValueError(f'options[{section!r}] is {values!r}, wanted them by term: {{"at": {{"beta": 500}}}}')
+            raise ValueError(
+                f'options[{section!r}] is {values!r}, wanted them by term: {{"at": {{"beta": 500}}}}'
+            )
     given: Nested = {section: dict(values) for section, values in options.items()}
     for section, values in from_words(words, {**sections, "ce": CrossEntropy}).items():
         given[section] = {**given.get(section, {}), **values}
@@ -182,22 +204,33 @@ def _preset_of(kind: type[Distiller], name: str, preset: str, given: Nested) -> 
     return str(chosen)
 
 
-def _term(kinds: Mapping[str, type[Distiller]], preset: str, given: Nested, name: str, base: Mapping[str, Any] = {}) -> Term:
+def _term(
+    kinds: Mapping[str, type[Distiller]], preset: str, given: Nested, name: str, base: Mapping[str, Any] = {}
+) -> Term:
     kind, said = kinds[name], given.get(name, {})
     chosen, usual = _preset_of(kind, name, preset, given), _preset_of(kind, name, preset, {})
     start = {**kind.presets[chosen].options, **base}
     plain = filled(name, kind.Options, start, {})
-    options = filled(name, kind.Options, start, {key: value for key, value in said.items() if key != "preset"})
+    options = filled(
+        name, kind.Options, start, {key: value for key, value in said.items() if key != "preset"}
+    )
     changes = {f"{name}.preset": chosen} if chosen != usual else {}
-    pairs = {field.name: (getattr(plain, field.name), getattr(options, field.name)) for field in dataclasses.fields(kind.Options)}
+    pairs = {
+        field.name: (getattr(plain, field.name), getattr(options, field.name))
+        for field in dataclasses.fields(kind.Options)
+    }
     changes |= {f"{name}.{key}": found for key, (before, found) in pairs.items() if found != before}
     return Term(name, kind, chosen, options, changes)
 
 
 def _beside(term: Term, with_kd: bool, published: bool) -> Beside:
-    """What is trained beside the term; what its authors published for the sum with KD stands for that sum alone."""
+    """What is trained beside the term; what its authors published for the sum with KD stands for that sum
+    alone.
+    """
     preset = term.kind.presets[term.preset]
-    return term.kind.beside(term.options, preset if published else dataclasses.replace(preset, with_kd=None), with_kd)
+    return term.kind.beside(
+        term.options, preset if published else dataclasses.replace(preset, with_kd=None), with_kd
+    )
 
 
 def _cross_entropy(wanted: Mapping[str, float], said: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
@@ -213,5 +246,8 @@ def _agreed(wanted: Mapping[str, Any], decides: str) -> Any:
     values = list(wanted.values())
     if any(value != values[0] for value in values):
         told = ", ".join(f"{value} by {name}" for name, value in wanted.items())
-        raise ValueError(f"{decides} is left open: the methods of the sum are trained with different values ({told}); give it")
+        raise ValueError(
+            f"{decides} is left open: the methods of the sum are trained with different values ({told});"
+            " give it"
+        )
     return values[0]

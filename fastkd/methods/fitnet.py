@@ -18,9 +18,9 @@ from fastkd.models import Features
 class FitNet(Distiller):
     """``beta`` times the mean squared difference of the regressor's map and the teacher's, of one stage.
 
-    A teacher's map to which no regressor fits is averaged to the student's size, as in SimKD's code. All toolkits
-    train the hint beside cross-entropy. In the paper, and with ``phases=2``, it is alone in a first phase of
-    ``--init-epochs``.
+    A teacher's map to which no regressor fits is averaged to the student's size, as in SimKD's code. All
+    toolkits train the hint beside cross-entropy. In the paper, and with ``phases=2``, it is alone in a first
+    phase of ``--init-epochs``.
     """
 
     @dataclass(frozen=True)
@@ -28,7 +28,9 @@ class FitNet(Distiller):
         beta: float = option(100.0, "factor of the loss")
         hint: int = option(2, "the stage whose maps are compared, from 1; 0 is the stem")
         relu: bool = option(True, "whether the regressor ends in a ReLU")
-        regressor: str = option("conv", "by the sizes of both maps, or none: they are compared as they are", ("conv", "none"))
+        regressor: str = option(
+            "conv", "by the sizes of both maps, or none: they are compared as they are", ("conv", "none")
+        )
         phases: int = option(1, "2: the hint alone, then the rest without it; 1: all together")
 
         def __post_init__(self) -> None:
@@ -51,12 +53,17 @@ class FitNet(Distiller):
         self.beta, self.hint = options.beta, options.hint
         s, t = (_hint(features, self.hint) for features in (context.student_shapes, context.teacher_shapes))
         if len(s) != 3 or len(t) != 3:
-            raise ValueError(f"student's map is {tuple(s)}, teacher's is {tuple(t)}: fitnet wanted maps (C, H, W)")
+            raise ValueError(
+                f"student's map is {tuple(s)}, teacher's is {tuple(t)}: fitnet wanted maps (C, H, W)"
+            )
         self.regressor: nn.Module = nn.Identity()
         if options.regressor == "conv":
             self.regressor = ConvReg(s, t, options.relu)
         elif s != t:
-            raise ValueError(f"fitnet.regressor is none, student's map is {tuple(s)}, teacher's is {tuple(t)}: wanted equal shapes")
+            raise ValueError(
+                f"fitnet.regressor is none, student's map is {tuple(s)}, teacher's is {tuple(t)}: wanted"
+                " equal shapes"
+            )
 
     @classmethod
     def begins(cls, options: Any) -> bool:

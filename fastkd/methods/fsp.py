@@ -1,4 +1,6 @@
-"""The flow of the solution procedure (Yim et al., 2017), jointly with the cross-entropy or, as a recipe may say, before it."""
+"""The flow of the solution procedure (Yim et al., 2017), jointly with the cross-entropy or, as a recipe may
+say, before it.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,15 @@ from fastkd.models import Features
 
 
 def _preset(fields: Mapping[str, Any]) -> Preset:
-    return Preset({**{key: value for key, value in fields.items() if key != "weight"}, "beta": fields["weight"]})
+    return Preset(
+        {**{key: value for key, value in fields.items() if key != "weight"}, "beta": fields["weight"]}
+    )
 
 
 class FSP(Distiller):
-    """``fastkd.FSP`` over the pairs (stem, stage 1), (stage 1, stage 2), (stage 2, stage 3); channels must be equal."""
+    """``fastkd.FSP`` over the pairs (stem, stage 1), (stage 1, stage 2), (stage 2, stage 3); channels must be
+    equal.
+    """
 
     @dataclass(frozen=True)
     class Options:

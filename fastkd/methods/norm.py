@@ -18,7 +18,8 @@ _FACTORS = ((10, 0.1), (20, 0.5), (180, 1.0), (210, 0.5), (math.inf, 0.1))
 
 
 class Pair(Neck):
-    """(N, C, H, W) -> the same: x + BN(conv(u)) with u = BN(conv(x)) of ``wide`` channels, which is ``Features.neck``.
+    """(N, C, H, W) -> the same: x + BN(conv(u)) with u = BN(conv(x)) of ``wide`` channels, which is
+    ``Features.neck``.
 
     Both convolutions are 1x1 without bias, begin as a ResNet's do, and nothing between them is nonlinear.
     """
@@ -38,9 +39,11 @@ class Pair(Neck):
 
 
 def norm_loss(u: Tensor, target: Tensor, copies: int) -> Tensor:
-    """``copies`` times the mean squared difference of u (N, copies * C, H, W) and ``copies`` repeats of ``target``, one after the other.
+    """``copies`` times the mean squared difference of u (N, copies * C, H, W) and ``copies`` repeats of
+    ``target``, one after the other.
 
-    A larger target (N, C, H', W') is max-pooled to H x W. The repeats are never made. float32, float64 if either is float64.
+    A larger target (N, C, H', W') is max-pooled to H x W. The repeats are never made. float32, float64 if
+    either is float64.
     """
     if target.shape[2:] != u.shape[2:]:
         target = F.adaptive_max_pool2d(target, u.shape[2:])
@@ -52,9 +55,10 @@ def norm_loss(u: Tensor, target: Tensor, copies: int) -> Tensor:
 class NORM(Distiller):
     """``beta`` times :func:`norm_loss` of the student's neck, a :class:`Pair`, and the teacher's last stage.
 
-    Cross-entropy has the weight ``gamma``; in a sum with KD the KL divergence has 1 - ``gamma``, alone there is none. The published
-    result is the best of gamma 1/16, 1/8, 1/4 and 1/2; the weight of KL in "NORM+KD" is published nowhere. While training, cross-entropy
-    and KL see layer-normed logits of both networks, times ``scale``. The student is tested and saved with the pair.
+    Cross-entropy has the weight ``gamma``; in a sum with KD the KL divergence has 1 - ``gamma``, alone there
+    is none. The published result is the best of gamma 1/16, 1/8, 1/4 and 1/2; the weight of KL in "NORM+KD"
+    is published nowhere. While training, cross-entropy and KL see layer-normed logits of both networks, times
+    ``scale``. The student is tested and saved with the pair.
     """
 
     @dataclass(frozen=True)
@@ -80,12 +84,15 @@ class NORM(Distiller):
     def __init__(self, context: BuildContext, options: Any):
         super().__init__(context, options)
         if not hasattr(context.student, "neck"):
-            raise ValueError(f"student is {type(context.student).__name__}: norm exchanges its neck, wanted a network of fastkd.models")
+            raise ValueError(
+                f"student is {type(context.student).__name__}: norm exchanges its neck, wanted a network of"
+                " fastkd.models"
+            )
         mine, theirs = context.student_shapes.final, context.teacher_shapes.stages[-1]
         if any(own > other for own, other in zip(mine[1:], theirs[1:], strict=True)):
             raise ValueError(
-                f"the student's last map is {tuple(mine)}, the teacher's {tuple(theirs)}: norm pools the teacher's only, "
-                "wanted a student's no larger"
+                f"the student's last map is {tuple(mine)}, the teacher's {tuple(theirs)}: norm pools the"
+                " teacher's only, wanted a student's no larger"
             )
         self.widths = int(mine[0]), options.copies * int(theirs[0])
         self.beta, self.copies, self.scale = options.beta, options.copies, options.scale
@@ -102,7 +109,8 @@ class NORM(Distiller):
         return F.layer_norm(z, z.shape[1:], eps=1e-7) * self.scale if self.training else z
 
     def weight_at(self, epoch: int, epochs: int) -> float:
-        done = epoch * 241 / epochs + 1e-6  # as milestones: a fraction times a whole number may come out a rounding below
+        # as milestones: a fraction times a whole number may come out a rounding below
+        done = epoch * 241 / epochs + 1e-6
         return next(factor for end, factor in _FACTORS if done < end)
 
     def loss(self, batch: Batch, student: Output, teacher: Output, connected: Any) -> Tensor:

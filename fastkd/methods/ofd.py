@@ -30,7 +30,9 @@ class OFD(Distiller):
         margin: str = option("batch_norm", "below which the teacher's map is cut off: mean of the negative part of what its norms say, "
                              "or of the batch", ("batch_norm", "batch"))  # fmt: skip
         reduce: str = option("sum", "over channels and positions", ("sum", "mean"))
-        weights: tuple[float, ...] | None = option(None, "one factor a stage; none: 1 for the last, half for the one before it, ...")
+        weights: tuple[float, ...] | None = option(
+            None, "one factor a stage; none: 1 for the last, half for the one before it, ..."
+        )
 
     title, colour = "OFD", "#8c564b"
     canonical = "ofd"
@@ -45,10 +47,16 @@ class OFD(Distiller):
         super().__init__(context, options)
         shapes = [features.preact.stages for features in (context.student_shapes, context.teacher_shapes)]
         if len(shapes[0]) != len(shapes[1]):
-            raise ValueError(f"student has {len(shapes[0])} stages, teacher has {len(shapes[1])}: ofd wanted the same number")
+            raise ValueError(
+                f"student has {len(shapes[0])} stages, teacher has {len(shapes[1])}: ofd wanted the same"
+                " number"
+            )
         for i, (s, t) in enumerate(zip(*shapes, strict=True)):
             if s[1:] != t[1:]:
-                raise ValueError(f"student's stage {i + 1} is {tuple(s)}, teacher's is {tuple(t)}: ofd wanted maps of one size")
+                raise ValueError(
+                    f"student's stage {i + 1} is {tuple(s)}, teacher's is {tuple(t)}: ofd wanted maps of one"
+                    " size"
+                )
         self.connectors = nn.ModuleList(pointwise(s[0], t[0]) for s, t in zip(*shapes, strict=True))
         count = len(shapes[0])
         weights = checks.stage_weights(options.weights, count)
@@ -62,22 +70,26 @@ class OFD(Distiller):
             self.function = OFDLoss(_margins(context.teacher, count), weights=weights, weight=options.beta)
 
     def connect(self, batch: Batch, student: Output, teacher: Output) -> list[Tensor]:
-        return [connector(x) for connector, x in zip(self.connectors, student.features.preact.stages, strict=True)]
+        return [
+            connector(x) for connector, x in zip(self.connectors, student.features.preact.stages, strict=True)
+        ]
 
     def loss(self, batch: Batch, student: Output, teacher: Output, connected: Any) -> Tensor:
         targets = teacher.features.preact.stages
         if self.function is not None:
             found: Tensor = self.function(connected, targets)
             return found
-        return ofd_loss(connected, targets, [batch_margin(t) for t in targets], weights=self.weights, weight=self.beta)
+        return ofd_loss(
+            connected, targets, [batch_margin(t) for t in targets], weights=self.weights, weight=self.beta
+        )
 
 
 def _margins(teacher: nn.Module, count: int) -> Sequence[Tensor]:
     norms: Sequence[Any] = getattr(teacher, "norms_before_relu", tuple)()
     if len(norms) != count:
         raise ValueError(
-            f"teacher is {type(teacher).__name__} with {len(norms)} norms_before_relu() for {count} stages: ofd wanted one a stage, "
-            "or the option ofd.margin=batch"
+            f"teacher is {type(teacher).__name__} with {len(norms)} norms_before_relu() for {count} stages:"
+            " ofd wanted one a stage, or the option ofd.margin=batch"
         )
     return [ofd_margin(norm.weight.detach(), norm.bias.detach()) for norm in norms]
 

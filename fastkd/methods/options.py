@@ -1,4 +1,6 @@
-"""The options of methods: from words on a command line, or from Python values, to the fields of a method's ``Options``."""
+"""The options of methods: from words on a command line, or from Python values, to the fields of a method's
+``Options``.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,11 @@ Nested = dict[str, dict[str, Any]]
 
 
 def from_words(words: Iterable[str], sections: Mapping[str, type]) -> Nested:
-    """``["at.beta=500"]`` as ``{"at": {"beta": "500"}}``. ``sections``: the dataclass behind each name before the point.
+    """``["at.beta=500"]`` as ``{"at": {"beta": "500"}}``. ``sections``: the dataclass behind each name before
+    the point.
 
-    A bare ``beta=500`` goes where one section alone has the field. Raises ValueError for a word that is no option, or one given twice.
+    A bare ``beta=500`` goes where one section alone has the field. Raises ValueError for a word that is no
+    option, or one given twice.
     """
     found: Nested = {}
     for word in words:
@@ -49,7 +53,9 @@ def _all(sections: Mapping[str, type]) -> list[str]:
 
 
 def filled(section: str, kind: Any, base: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
-    """A ``kind`` of the values in ``base``, those in ``given`` in their place. Raises ValueError for a field or a value that cannot be."""
+    """A ``kind`` of the values in ``base``, those in ``given`` in their place. Raises ValueError for a field
+    or a value that cannot be.
+    """
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     values = dict(base)
@@ -65,8 +71,14 @@ def filled(section: str, kind: Any, base: Mapping[str, Any], given: Mapping[str,
 
 
 def convert(name: str, hint: Any, value: Any, choices: tuple[str, ...] | None = None) -> Any:
-    """``value``, or what a string on the command line means, as the type ``hint``: 0.5:0.75 is a tuple, "none" is None where it may be."""
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
+    """``value``, or what a string on the command line means, as the type ``hint``: 0.5:0.75 is a tuple,
+    "none" is None where it may be.
+    """
+    kinds = (
+        typing.get_args(hint)
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+        else (hint,)
+    )
     if type(None) in kinds and (value is None or value == "none"):
         return None
     kind = next(kind for kind in kinds if kind is not type(None))

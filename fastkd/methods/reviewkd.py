@@ -1,4 +1,6 @@
-"""Knowledge review (Chen et al., 2021): deeper maps of the student join shallower ones, and each follows the teacher's."""
+"""Knowledge review (Chen et al., 2021): deeper maps of the student join shallower ones, and each follows the
+teacher's.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,20 @@ from fastkd.models import Features, ResNet, WideResNet
 
 
 class ABF(nn.Module):
-    """Attention-based fusion of one level: (map, what the deeper level passed on or None, size) -> (map like the teacher's, to pass on).
+    """Attention-based fusion of one level: (map, what the deeper level passed on or None, size) -> (map like
+    the teacher's, to pass on).
 
-    The map is brought to ``middle`` channels. With ``fuses`` it is added to the deeper level's, each times an attention map
-    of the two. The sum, resized to ``size``, is passed on, and a 3x3 convolution makes the teacher's channels of it.
+    The map is brought to ``middle`` channels. With ``fuses`` it is added to the deeper level's, each times an
+    attention map of the two. The sum, resized to ``size``, is passed on, and a 3x3 convolution makes the
+    teacher's channels of it.
     """
 
     def __init__(self, width_in: int, middle: int, width: int, fuses: bool):
         super().__init__()
-        reduced, out = nn.Conv2d(width_in, middle, 1, bias=False), nn.Conv2d(middle, width, 3, padding=1, bias=False)
+        reduced, out = (
+            nn.Conv2d(width_in, middle, 1, bias=False),
+            nn.Conv2d(middle, width, 3, padding=1, bias=False),
+        )
         for layer in (reduced, out):
             nn.init.kaiming_uniform_(layer.weight, a=1)
         self.conv1 = nn.Sequential(reduced, nn.BatchNorm2d(middle))
@@ -46,7 +53,9 @@ def _resized(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def review(levels: nn.ModuleList, maps: Sequence[Tensor], sizes: Sequence[Sequence[int]]) -> list[Tensor]:
-    """What the levels make of the student's maps, all from the shallowest to the deepest; ``sizes`` are the teacher's."""
+    """What the levels make of the student's maps, all from the shallowest to the deepest; ``sizes`` are the
+    teacher's.
+    """
     found, passed = [], None
     for level, x, size in reversed(list(zip(levels, maps, sizes, strict=True))):
         out, passed = level(x, passed, size)
@@ -55,11 +64,13 @@ def review(levels: nn.ModuleList, maps: Sequence[Tensor], sizes: Sequence[Sequen
 
 
 class ReviewKD(Distiller):
-    """``beta`` times ``fastkd.HCL`` of the reviewed maps: the stages and, as a map of one position, the pooled vector.
+    """``beta`` times ``fastkd.HCL`` of the reviewed maps: the stages and, as a map of one position, the
+    pooled vector.
 
-    The student's maps are those after the ReLU, the teacher's those before it. The loss grows from 0 in the first epoch to its
-    weight after a twelfth of the run. ``beta`` left open is what the authors published for the pair: 0.6 for ResNet-56 and
-    ResNet-20, 5 for wide networks and those with four times the width, 1 for other ResNets.
+    The student's maps are those after the ReLU, the teacher's those before it. The loss grows from 0 in the
+    first epoch to its weight after a twelfth of the run. ``beta`` left open is what the authors published for
+    the pair: 0.6 for ResNet-56 and ResNet-20, 5 for wide networks and those with four times the width, 1 for
+    other ResNets.
     """
 
     @dataclass(frozen=True)
@@ -86,12 +97,20 @@ class ReviewKD(Distiller):
         beta = published_weight(context) if options.beta is None else options.beta
         self.settled = {"beta": beta}
         teacher = context.teacher_shapes.preact if options.before_relu else context.teacher_shapes
-        widths: list[list[Any]] = [[*(shape[0] for shape in side.stages), side.pooled[0]] for side in (context.student_shapes, teacher)]
+        widths: list[list[Any]] = [
+            [*(shape[0] for shape in side.stages), side.pooled[0]]
+            for side in (context.student_shapes, teacher)
+        ]
         if len(widths[0]) != len(widths[1]):
-            raise ValueError(f"student has {len(widths[0]) - 1} stages, teacher has {len(widths[1]) - 1}: reviewkd wanted the same number")
+            raise ValueError(
+                f"student has {len(widths[0]) - 1} stages, teacher has {len(widths[1]) - 1}: reviewkd wanted"
+                " the same number"
+            )
         middle, deepest = min(512, widths[0][-1]), len(widths[0]) - 1
         pairs = enumerate(zip(*widths, strict=True))
-        self.levels = nn.ModuleList(ABF(width_in, middle, width, fuses=i < deepest) for i, (width_in, width) in pairs)
+        self.levels = nn.ModuleList(
+            ABF(width_in, middle, width, fuses=i < deepest) for i, (width_in, width) in pairs
+        )
         self.function = HCL(weight=beta)
 
     def connect(self, batch: Batch, student: Output, teacher: Output) -> list[Tensor]:
@@ -113,7 +132,9 @@ def _levels(features: Features) -> list[Tensor]:
 
 
 def published_weight(context: BuildContext) -> float:
-    """The authors' weight for the pair. They give none for other ResNets than these, nor for a wide one with a ResNet."""
+    """The authors' weight for the pair. They give none for other ResNets than these, nor for a wide one with
+    a ResNet.
+    """
     networks, shapes = (context.student, context.teacher), (context.student_shapes, context.teacher_shapes)
     if any(isinstance(network, WideResNet) for network in networks):
         return 5.0

@@ -14,8 +14,8 @@ from fastkd.methods.base import Batch, BuildContext, Distiller, Output, Preset, 
 class RKD(Distiller):
     """``fastkd.RKD`` on ``pooled``. Of several processes each looks at the pairs of its own images.
 
-    The authors' code for CIFAR was never released: 25 and 50 are RepDistiller's. Their metric learning, and torchdistill's sample, have
-    1 and 2.
+    The authors' code for CIFAR was never released: 25 and 50 are RepDistiller's. Their metric learning, and
+    torchdistill's sample, have 1 and 2.
     """
 
     @dataclass(frozen=True)

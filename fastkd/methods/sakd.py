@@ -13,7 +13,9 @@ from fastkd.methods.base import Batch, Beside, BuildContext, Distiller, Output, 
 
 
 class Connector(nn.Sequential):
-    """(N, ``width_in``, H, W) -> (N, ``width``, H, W): a 1x1 convolution without bias, N(0, sqrt(2 / ``width``)), and a batch norm."""
+    """(N, ``width_in``, H, W) -> (N, ``width``, H, W): a 1x1 convolution without bias, N(0, sqrt(2 /
+    ``width``)), and a batch norm.
+    """
 
     def __init__(self, width_in: int, width: int):
         super().__init__(nn.Conv2d(width_in, width, 1, bias=False), nn.BatchNorm2d(width))
@@ -21,10 +23,12 @@ class Connector(nn.Sequential):
 
 
 class SAKD(Distiller):
-    """``fastkd.SAKD`` over ``stages``, each of the student's through a :class:`Connector`, at equal width too; KD 0.9 comes with it.
+    """``fastkd.SAKD`` over ``stages``, each of the student's through a :class:`Connector`, at equal width
+    too; KD 0.9 comes with it.
 
-    Its authors train with momentum 0.8, build a new optimizer at each drop and leave the teacher in train mode. The recipe takes all
-    three from the preset; in a loop of your own ``Distillation(..., teacher_mode="train")`` does the last.
+    Its authors train with momentum 0.8, build a new optimizer at each drop and leave the teacher in train
+    mode. The recipe takes all three from the preset; in a loop of your own ``Distillation(...,
+    teacher_mode="train")`` does the last.
     """
 
     @dataclass(frozen=True)
@@ -40,7 +44,13 @@ class SAKD(Distiller):
 
     title, colour = "SAKD", "#d55e00"
     canonical = "sakd"
-    presets = {"sakd": Preset({"beta": 200.0}, Beside(1.0, 0.9), recipe={"momentum": 0.8, "new_optimizer": True, "teacher_mode": "train"})}
+    presets = {
+        "sakd": Preset(
+            {"beta": 200.0},
+            Beside(1.0, 0.9),
+            recipe={"momentum": 0.8, "new_optimizer": True, "teacher_mode": "train"},
+        )
+    }
     student_points = teacher_points = Points.MAPS
 
     def __init__(self, context: BuildContext, options: Any):

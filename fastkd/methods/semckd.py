@@ -1,4 +1,6 @@
-"""Semantic calibration (Chen et al., 2021): each stage of the student follows a learned mixture of the teacher's stages."""
+"""Semantic calibration (Chen et al., 2021): each stage of the student follows a learned mixture of the
+teacher's stages.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from fastkd.methods.simkd import to_smaller
 
 
 class Regressor(nn.Sequential):
-    """(N, ``width_in``, H, W) -> (N, ``width``, H, W): 1x1 to twice ``width``, 3x3, 1x1, batch norm and ReLU between; no bias."""
+    """(N, ``width_in``, H, W) -> (N, ``width``, H, W): 1x1 to twice ``width``, 3x3, 1x1, batch norm and ReLU
+    between; no bias.
+    """
 
     def __init__(self, width_in: int, width: int):
         middle = 2 * width
@@ -46,12 +50,14 @@ def wide(x: Tensor) -> Tensor:
 
 
 class SemCKD(Distiller):
-    """``beta`` times the squared differences of all pairs of a student's and a teacher's stage, each image's pairs weighted by attention.
+    """``beta`` times the squared differences of all pairs of a student's and a teacher's stage, each image's
+    pairs weighted by attention.
 
-    A regressor brings a student's map to the channels of a teacher's; the larger of the two maps is averaged to the size of the
-    smaller. An image's weights are a softmax over the teacher's stages, of the inner products of the query of a student's stage
-    and the key of a teacher's. Both are made from the image's similarities to the batch, so the layers have the width of the batch,
-    and the similarities of the student have a gradient. Of several processes each looks at its own images. With KD of weight 1.
+    A regressor brings a student's map to the channels of a teacher's; the larger of the two maps is averaged
+    to the size of the smaller. An image's weights are a softmax over the teacher's stages, of the inner
+    products of the query of a student's stage and the key of a teacher's. Both are made from the image's
+    similarities to the batch, so the layers have the width of the batch, and the similarities of the student
+    have a gradient. Of several processes each looks at its own images. With KD of weight 1.
     """
 
     @dataclass(frozen=True)
@@ -89,19 +95,27 @@ class SemCKD(Distiller):
 
     def connect(self, batch: Batch, student: Output, teacher: Output) -> list[list[Tensor]]:
         return [
-            [regress(to_smaller(s, t.shape[2:])) for regress, t in zip(row, teacher.features.stages, strict=True)]  # type: ignore[call-overload]
+            [
+                regress(to_smaller(s, t.shape[2:]))
+                for regress, t in zip(row, teacher.features.stages, strict=True)  # type: ignore[call-overload]
+            ]
             for row, s in zip(self.regressors, student.features.stages, strict=True)
         ]
 
     def loss(self, batch: Batch, student: Output, teacher: Output, connected: list[list[Tensor]]) -> Tensor:
         students, teachers = student.features.stages, teacher.features.stages
         if len(students[0]) != self.batch_size:
-            raise ValueError(f"images has {len(students[0])} of them, wanted {self.batch_size}: semckd is built for that batch_size")
+            raise ValueError(
+                f"images has {len(students[0])} of them, wanted {self.batch_size}: semckd is built for that"
+                " batch_size"
+            )
         return self.beta * calibration(connected, teachers, self.attention(students, teachers))
 
     def attention(self, students: tuple[Tensor, ...], teachers: tuple[Tensor, ...]) -> Tensor:
         """(N, S, T), the weights of the teacher's stages for each of the student's; they add up to 1."""
-        queries = torch.stack([embed(similarities(x)) for embed, x in zip(self.queries, students, strict=True)], 1)
+        queries = torch.stack(
+            [embed(similarities(x)) for embed, x in zip(self.queries, students, strict=True)], 1
+        )
         keys = torch.stack([embed(similarities(x)) for embed, x in zip(self.keys, teachers, strict=True)], 1)
         return (queries @ keys.mT / self.soft).softmax(2)
 
@@ -110,7 +124,11 @@ def calibration(regressed: list[list[Tensor]], teachers: tuple[Tensor, ...], att
     """Mean over images and the student's stages of the attended sum of mean squared differences."""
     differences = [
         torch.stack(
-            [(wide(x) - to_smaller(wide(t), x.shape[2:])).square().flatten(1).mean(1) for x, t in zip(row, teachers, strict=True)], 1
+            [
+                (wide(x) - to_smaller(wide(t), x.shape[2:])).square().flatten(1).mean(1)
+                for x, t in zip(row, teachers, strict=True)
+            ],
+            1,
         )
         for row in regressed
     ]

@@ -15,7 +15,8 @@ from fastkd.methods.base import Batch, Beside, BuildContext, Distiller, Output, 
 
 
 class Projector(nn.Module):
-    """(N, C, H, W) -> (N, ``width``, H', W'), where no side is longer than ``size``: a larger map is pooled first.
+    """(N, C, H, W) -> (N, ``width``, H', W'), where no side is longer than ``size``: a larger map is pooled
+    first.
 
     1x1 to ``width // factor``, 3x3, 1x1 to ``width``, each without bias, with batch norm and ReLU.
     """
@@ -24,7 +25,10 @@ class Projector(nn.Module):
         super().__init__()
         middle, self.size = width // factor, tuple(size)
         sizes = ((width_in, middle, 1), (middle, middle, 3), (middle, width, 1))
-        layers = [(nn.Conv2d(a, b, k, padding=k // 2, bias=False), nn.BatchNorm2d(b), nn.ReLU(inplace=True)) for a, b, k in sizes]
+        layers = [
+            (nn.Conv2d(a, b, k, padding=k // 2, bias=False), nn.BatchNorm2d(b), nn.ReLU(inplace=True))
+            for a, b, k in sizes
+        ]
         self.layers = nn.Sequential(*(layer for three in layers for layer in three))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,9 +42,11 @@ def to_smaller(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 class SimKD(Distiller):
-    """``beta`` times the mean squared difference of the projected map and the map that the teacher pools; no cross-entropy, no KD.
+    """``beta`` times the mean squared difference of the projected map and the map that the teacher pools; no
+    cross-entropy, no KD.
 
-    The student is tested and saved with the projector and a frozen copy of the teacher's classifier. Its own classifier is dropped.
+    The student is tested and saved with the projector and a frozen copy of the teacher's classifier. Its own
+    classifier is dropped.
     """
 
     @dataclass(frozen=True)
@@ -62,14 +68,17 @@ class SimKD(Distiller):
         classifier = getattr(context.teacher, "fc", None)
         if not isinstance(classifier, nn.Linear) or not hasattr(context.student, "neck"):
             raise ValueError(
-                f"teacher is {type(context.teacher).__name__} and student {type(context.student).__name__}: simkd exchanges neck and fc, "
-                "wanted networks of fastkd.models"
+                f"teacher is {type(context.teacher).__name__} and student {type(context.student).__name__}:"
+                " simkd exchanges neck and fc, wanted networks of fastkd.models"
             )
         (width_in, *_), (width, *size) = context.student_shapes.final, context.teacher_shapes.final
         if width < options.factor:
-            raise ValueError(f"simkd.factor is {options.factor}, wanted at most the {width} channels of the teacher's map")
+            raise ValueError(
+                f"simkd.factor is {options.factor}, wanted at most the {width} channels of the teacher's map"
+            )
         self.widths, self.size, self.factor = (width_in, width), size, options.factor
-        self._classifier = (copy.deepcopy(classifier).requires_grad_(False),)  # the student's, so no module of this one
+        # the student's, so no module of this one
+        self._classifier = (copy.deepcopy(classifier).requires_grad_(False),)
 
     def wrap_student(self, student: nn.Module) -> nn.Module:
         student.neck, student.fc = Projector(*self.widths, self.size, self.factor), self._classifier[0]

@@ -14,18 +14,21 @@ from fastkd.methods.connectors import pointwise
 
 
 class SRRL(Distiller):
-    """``beta`` times the mean squared differences of the pooled vectors and of the classifier's answers to them.
+    """``beta`` times the mean squared differences of the pooled vectors and of the classifier's answers to
+    them.
 
-    The student's map, or its pooled vector, goes through a connector first. The classifier is a frozen copy of
-    the teacher's; gradients pass through it.
-    Two methods have this name: the map's is that of KD_SRRL, the vector's is in SimKD's code.
+    The student's map, or its pooled vector, goes through a connector first. The classifier is a frozen copy
+    of the teacher's; gradients pass through it. Two methods have this name: the map's is that of KD_SRRL, the
+    vector's is in SimKD's code.
     """
 
     @dataclass(frozen=True)
     class Options:
         beta: float = option(1.0, "factor of the loss")
         regression: float = option(1.0, "factor of the classifier's part in it")
-        on: str = option("map", "what goes through the connector: the last map, or the pooled vector", ("map", "vector"))
+        on: str = option(
+            "map", "what goes through the connector: the last map, or the pooled vector", ("map", "vector")
+        )
 
     title, colour = "SRRL", "#17becf"
     canonical = "srrl"
@@ -36,26 +39,43 @@ class SRRL(Distiller):
     def __init__(self, context: BuildContext, options: Any):
         super().__init__(context, options)
         self.beta, self.regression, self.on = options.beta, options.regression, options.on
-        shape, width = getattr(context.student_shapes, "final" if self.on == "map" else "pooled"), context.teacher_shapes.pooled[0]
+        shape, width = (
+            getattr(context.student_shapes, "final" if self.on == "map" else "pooled"),
+            context.teacher_shapes.pooled[0],
+        )
         if self.on == "map" and (shape is None or len(shape) != 3):
-            raise ValueError(f"student's last map is {shape and tuple(shape)}: srrl wanted (C, H, W), or the option srrl.on=vector")
-        linear = [module for module in context.teacher.modules() if isinstance(module, nn.Linear) and module.in_features == width]
+            raise ValueError(
+                f"student's last map is {shape and tuple(shape)}: srrl wanted (C, H, W), or the option"
+                " srrl.on=vector"
+            )
+        linear = [
+            module
+            for module in context.teacher.modules()
+            if isinstance(module, nn.Linear) and module.in_features == width
+        ]
         if not linear:
             raise ValueError(
-                f"teacher is {type(context.teacher).__name__} without a Linear for its {width} numbers: srrl wanted a classifier"
+                f"teacher is {type(context.teacher).__name__} without a Linear for its {width} numbers: srrl"
+                " wanted a classifier"
             )
         self.connector = pointwise(int(shape[0]), int(width), relu=True)
         self.register_buffer("weight", linear[-1].weight.detach().clone())
         bias = linear[-1].bias
-        self.register_buffer("bias", self.weight.new_zeros(len(self.weight)) if bias is None else bias.detach().clone())
+        self.register_buffer(
+            "bias", self.weight.new_zeros(len(self.weight)) if bias is None else bias.detach().clone()
+        )
 
     def connect(self, batch: Batch, student: Output, teacher: Output) -> Tensor | None:
         return self.connector(student.features.final) if self.on == "map" else None
 
     def loss(self, batch: Batch, student: Output, teacher: Output, connected: Any) -> Tensor:
         found, wanted, weight, bias = reference._widen(
-            student.features.pooled if connected is None else connected, teacher.features.pooled, self.weight, self.bias
+            student.features.pooled if connected is None else connected,
+            teacher.features.pooled,
+            self.weight,
+            self.bias,
         )
         found = (self.connector(found[:, :, None, None]) if connected is None else found).mean((2, 3))
-        ours, theirs = (F.linear(x, weight, bias) for x in (found, wanted))  # not the logits, which another method may change
+        # not the logits, which another method may change
+        ours, theirs = (F.linear(x, weight, bias) for x in (found, wanted))
         return self.beta * (F.mse_loss(found, wanted) + self.regression * F.mse_loss(ours, theirs))

@@ -1,4 +1,6 @@
-"""CIFAR ResNets and wide ResNets whose ``forward`` returns features. A new model is one file (or none) and one line in ``_BUILDERS``."""
+"""CIFAR ResNets and wide ResNets whose ``forward`` returns features. A new model is one file (or none) and
+one line in ``_BUILDERS``.
+"""
 
 from __future__ import annotations
 
@@ -36,10 +38,12 @@ MODELS = tuple(_BUILDERS)
 
 
 def create_model(name: str, num_classes: int = 10) -> nn.Module:
-    """A freshly initialized model by its name (one of ``MODELS``), for (N, 3, 32, 32) images. Raises ValueError for an unknown name.
+    """A freshly initialized model by its name (one of ``MODELS``), for (N, 3, 32, 32) images. Raises
+    ValueError for an unknown name.
 
-    ``model(x)`` gives logits; with ``features`` True, "preact", "both" or "pooled" it gives ``(Features, logits)``.
-    ``model.neck`` and ``model.fc`` may be exchanged; ``model.norms_before_relu()`` are the batch norms of ``preact.stages``.
+    ``model(x)`` gives logits; with ``features`` True, "preact", "both" or "pooled" it gives ``(Features,
+    logits)``. ``model.neck`` and ``model.fc`` may be exchanged; ``model.norms_before_relu()`` are the batch
+    norms of ``preact.stages``.
     """
     if name not in _BUILDERS:
         raise ValueError(f"model {name!r} is not known; known: {', '.join(MODELS)}")
@@ -49,10 +53,12 @@ def create_model(name: str, num_classes: int = 10) -> nn.Module:
 
 
 def load_student(folder: str | Path, *, file: str = "best.pt") -> nn.Module:
-    """The trained network of a run from its folder (``runs/simkd-cifar100-...``), in eval mode on the CPU: ready to predict, or to teach.
+    """The trained network of a run from its folder (``runs/simkd-cifar100-...``), in eval mode on the CPU:
+    ready to predict, or to teach.
 
-    It has what the run tested: SimKD's projector and classifier, NORM's pair. ``file``: "best.pt", the best epoch's weights, or
-    "last.pt". Images must be normalized as in the run. Nothing but the file is read. Raises WeightsError, one line.
+    It has what the run tested: SimKD's projector and classifier, NORM's pair. ``file``: "best.pt", the best
+    epoch's weights, or "last.pt". Images must be normalized as in the run. Nothing but the file is read.
+    Raises WeightsError, one line.
     """
     return students.load_student(folder, create_model, file=file)
 

@@ -40,27 +40,44 @@ class _Hook:
 class Observed:
     """``observed(images, features) -> (Features, logits)`` of a network that knows no ``features``.
 
-    ``stages`` and ``blocks`` are the outputs of the submodules ``points``, in the order of the forward pass, and so are those of
-    ``preact``: whoever wants maps before a ReLU names the modules before it. ``pooled`` is the input of ``classifier``, by default of
-    the last ``nn.Linear``; ``final`` the last map whose mean over space that is, or None; there is no ``stem``.
-    Nothing of a forward pass is kept, and the network's state dict has its own names. ``role`` stands in errors.
+    ``stages`` and ``blocks`` are the outputs of the submodules ``points``, in the order of the forward pass,
+    and so are those of ``preact``: whoever wants maps before a ReLU names the modules before it. ``pooled``
+    is the input of ``classifier``, by default of the last ``nn.Linear``; ``final`` the last map whose mean
+    over space that is, or None; there is no ``stem``. Nothing of a forward pass is kept, and the network's
+    state dict has its own names. ``role`` stands in errors.
     """
 
-    def __init__(self, network: nn.Module, points: Sequence[str] | None, classifier: str | None, image_shape: Sequence[int], role: str):
+    def __init__(
+        self,
+        network: nn.Module,
+        points: Sequence[str] | None,
+        classifier: str | None,
+        image_shape: Sequence[int],
+        role: str,
+    ):
         self.network, self.points, self.kept = network, list(points or ()), _Kept()
         modules = dict(network.named_modules())
         if classifier is None:
-            classifier = next((name for name, module in reversed(modules.items()) if isinstance(module, nn.Linear)), "")
-        for name, argument in [*((point, f"{role}_points") for point in self.points), (classifier, "classifier")]:
+            classifier = next(
+                (name for name, module in reversed(modules.items()) if isinstance(module, nn.Linear)), ""
+            )
+        for name, argument in [
+            *((point, f"{role}_points") for point in self.points),
+            (classifier, "classifier"),
+        ]:
             if not name or name not in modules:
                 near = difflib.get_close_matches(name, modules, 3) or [key for key in modules if key][:3]
-                raise ValueError(f"{argument}: {role} has no submodule {name!r}, wanted one such as {', '.join(near)}")
+                raise ValueError(
+                    f"{argument}: {role} has no submodule {name!r}, wanted one such as {', '.join(near)}"
+                )
         for i, point in enumerate(self.points):
             modules[point].register_forward_hook(_Hook(self.kept, f"stage {i}", "output"))
         modules[classifier].register_forward_pre_hook(_Hook(self.kept, "pooled", "input"))
         final = self._find_final(image_shape)
         if final is not None:
-            register = final[0].register_forward_pre_hook if final[1] == "input" else final[0].register_forward_hook
+            register = (
+                final[0].register_forward_pre_hook if final[1] == "input" else final[0].register_forward_hook
+            )
             register(_Hook(self.kept, "final", final[1]))
 
     def __call__(self, images: Tensor, features: bool | str = True) -> tuple[Features, Tensor]:
@@ -78,15 +95,26 @@ class Observed:
         return logits, found
 
     def _find_final(self, image_shape: Sequence[int]) -> tuple[nn.Module, str] | None:
-        """(module, whether its input or output) of the last map whose mean is ``pooled``, found on two random images."""
+        """(module, whether its input or output) of the last map whose mean is ``pooled``, found on two random
+        images.
+        """
         seen: list[tuple[nn.Module, str, Tensor]] = []
 
         def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             for place, x in (("input", args[0] if args else None), ("output", output)):
-                if isinstance(x, Tensor) and x.dim() >= 3 and x.is_floating_point() and x.shape[2:].numel() > 1:
+                if (
+                    isinstance(x, Tensor)
+                    and x.dim() >= 3
+                    and x.is_floating_point()
+                    and x.shape[2:].numel() > 1
+                ):
                     seen.append((module, place, x))
 
-        handles = [module.register_forward_hook(note) for module in self.network.modules() if not [*module.children()]]
+        handles = [
+            module.register_forward_hook(note)
+            for module in self.network.modules()
+            if not [*module.children()]
+        ]
         try:
             draw = torch.Generator().manual_seed(0)
             images = torch.randn(2, *image_shape, generator=draw).to(next(self.network.parameters()))

@@ -24,10 +24,11 @@ class Features(NamedTuple):
     ``neck``   what a :class:`Neck` shows of itself, or None the same
     ========== ============================================= ===========================================
 
-    With ``features="preact"`` ``stages`` and ``blocks`` hold the maps before the ReLU instead: a ResNet's residual sums, a wide
-    ResNet's sums after the batch norm that comes next. The other fields stay as they are. With ``features="both"`` ``stages`` and
-    ``blocks`` are those of ``features=True``, and the field ``preact`` is what ``features="preact"`` gives; otherwise it is None.
-    With ``features="pooled"`` only ``pooled``, ``final`` and ``neck`` are there; no other map is kept alive.
+    With ``features="preact"`` ``stages`` and ``blocks`` hold the maps before the ReLU instead: a ResNet's
+    residual sums, a wide ResNet's sums after the batch norm that comes next. The other fields stay as they
+    are. With ``features="both"`` ``stages`` and ``blocks`` are those of ``features=True``, and the field
+    ``preact`` is what ``features="preact"`` gives; otherwise it is None. With ``features="pooled"`` only
+    ``pooled``, ``final`` and ``neck`` are there; no other map is kept alive.
     """
 
     stem: Tensor
@@ -47,7 +48,8 @@ FEATURES = (False, True, "preact", "both", "pooled")
 class Record:
     """What the blocks of one forward pass leave for :class:`Features` beside the tensor that each returns.
 
-    Groups and blocks are called as modules and hand on plain tensors, so that hooks see what they would see in any network.
+    Groups and blocks are called as modules and hand on plain tensors, so that hooks see what they would see
+    in any network.
     """
 
     def __init__(self, features: bool | str, tap: Callable[..., tuple[Tensor, Tensor]] | None):
@@ -55,7 +57,9 @@ class Record:
             raise ValueError(f"features is {features!r}, wanted one of {', '.join(map(repr, FEATURES))}")
         self.preact, self.tap = features in ("preact", "both"), tap
         if tap is not None and features not in (False, True):
-            raise ValueError(f"tap and features={features!r} exclude each other: a tap goes with features False or True")
+            raise ValueError(
+                f"tap and features={features!r} exclude each other: a tap goes with features False or True"
+            )
         self.last = False  # whether the block that is called now ends its group
         self.blocks: list[Tensor] = []
         self.before: list[Tensor] = []  # the maps before the ReLU, if ``preact``
@@ -64,10 +68,11 @@ class Record:
 
 
 class Neck(nn.Module):
-    """A module that may take the place of a network's ``neck``, between the last map and the pooling, and show what it computes.
+    """A module that may take the place of a network's ``neck``, between the last map and the pooling, and
+    show what it computes.
 
-    ``forward(x, record=None)``: (N, C, H, W) -> (N, C', H', W'). With a record it sets ``record.neck``, which becomes
-    ``Features.neck``. A neck that shows nothing may be any module with ``forward(x)``.
+    ``forward(x, record=None)``: (N, C, H, W) -> (N, C', H', W'). With a record it sets ``record.neck``, which
+    becomes ``Features.neck``. A neck that shows nothing may be any module with ``forward(x)``.
     """
 
     def forward(self, x: Tensor, record: Record | None = None) -> Tensor:
@@ -97,7 +102,9 @@ def shown(features: bool | str, record: Record, stem: Tensor, stages: list[Tenso
     rest: dict[str, Any] = {"maps": tuple(record.maps), "final": final, "neck": record.neck}
     if features == "pooled":
         return Features((), (), pooled, (), **rest)  # type: ignore[arg-type]
-    preact = Features(stem, tuple(stages_before), pooled, tuple(blocks_before), **rest) if record.preact else None
+    preact = (
+        Features(stem, tuple(stages_before), pooled, tuple(blocks_before), **rest) if record.preact else None
+    )
     if features == "preact" and preact is not None:
         return preact
     return Features(stem, tuple(stages), pooled, tuple(record.blocks), **rest, preact=preact)
@@ -106,16 +113,20 @@ def shown(features: bool | str, record: Record, stem: Tensor, stages: list[Tenso
 def fixed(name: str, value: Any, default: Any) -> Any:
     """``value``, or ``default`` where torch.fx traces a network without a value for the argument ``name``.
 
-    The traced network asserts that it is called with that default; ``concrete_args={name: value}`` traces another.
+    The traced network asserts that it is called with that default; ``concrete_args={name: value}`` traces
+    another.
     """
     if not isinstance(value, fx.Proxy):
         return value
-    torch._assert(value == default, f"the network was traced with {name}={default}: trace it again with concrete_args to have another")
+    torch._assert(
+        value == default,
+        f"the network was traced with {name}={default}: trace it again with concrete_args to have another",
+    )
     return default
 
 
-# The name under which torch.export.save writes it; torch.export.load needs fastkd imported. PyTorch has no public
-# function for this.
+# The name under which torch.export.save writes it; torch.export.load needs fastkd imported. PyTorch has no
+# public function for this.
 _register = getattr(torch.utils._pytree, "_register_namedtuple", None)
 if _register is not None:
     _register(Features, serialized_type_name="fastkd.models.Features")

@@ -1,4 +1,6 @@
-"""A teacher in eval mode, made cheap: batch norms folded into convolutions, weights in the step's dtype once and for all."""
+"""A teacher in eval mode, made cheap: batch norms folded into convolutions, weights in the step's dtype once
+and for all.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,16 @@ from torch.nn.utils import fuse_conv_bn_eval
 from fastkd.ops.batch_norm import untouched
 
 
-def fold_for_inference(teacher: nn.Module, features: bool | str, dtype: torch.dtype | None = None) -> nn.Module:
-    """A copy of ``teacher`` in eval mode with fewer operations; the features that ``features`` asks for, and the logits, are the same but
-    for rounding.
+def fold_for_inference(
+    teacher: nn.Module, features: bool | str, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """A copy of ``teacher`` in eval mode with fewer operations; the features that ``features`` asks for, and
+    the logits, are the same but for rounding.
 
-    A batch norm is folded where nothing but it reads its convolution's output: all of a CIFAR ResNet's, a wide ResNet's within its blocks.
-    Where a user put hooks, a parametrization or a forward of its own on either, both stay.
-    ``dtype``: what autocast would cast the weights of convolutions and linear layers to in every step; None leaves them.
-    A model that ``torch.fx`` cannot follow keeps its batch norms.
+    A batch norm is folded where nothing but it reads its convolution's output: all of a CIFAR ResNet's, a
+    wide ResNet's within its blocks. Where a user put hooks, a parametrization or a forward of its own on
+    either, both stay. ``dtype``: what autocast would cast the weights of convolutions and linear layers to in
+    every step; None leaves them. A model that ``torch.fx`` cannot follow keeps its batch norms.
     """
     model = copy.deepcopy(teacher).eval().requires_grad_(False)
     for conv, norm in foldable(model, features):
@@ -48,7 +52,11 @@ def foldable(model: nn.Module, features: bool | str) -> list[tuple[str, str]]:
         source = nodes[0].args[0] if untouched(layers[name], nn.BatchNorm2d) and len(nodes) == 1 else None
         if isinstance(source, fx.Node) and source.op == "call_module" and len(source.users) == 1:
             conv = str(source.target)
-            if untouched(layers[conv], nn.Conv2d) and len(readers[conv]) == 1 and layers[name].track_running_stats:
+            if (
+                untouched(layers[conv], nn.Conv2d)
+                and len(readers[conv]) == 1
+                and layers[name].track_running_stats
+            ):
                 found.append((conv.removeprefix("model."), name.removeprefix("model.")))
     return found
 

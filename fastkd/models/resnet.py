@@ -1,4 +1,6 @@
-"""CIFAR ResNets (He et al., 2016, section 4.2, with 1x1 convolutions as shortcuts), under RepDistiller's state-dict names."""
+"""CIFAR ResNets (He et al., 2016, section 4.2, with 1x1 convolutions as shortcuts), under RepDistiller's
+state-dict names.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.downsample = None
         if stride != 1 or width_in != width:
-            self.downsample = Shortcut(nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+            self.downsample = Shortcut(
+                nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width)
+            )
 
     def forward(self, x: Tensor, record: Record | None = None) -> Tensor:
         out = conv_norm(self.conv1, self.bn1, x, relu=True)
@@ -46,15 +50,23 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """(N, 3, 32, 32) -> logits (N, num_classes); with ``features`` one of True, "preact", "both", "pooled" -> (Features, logits).
+    """(N, 3, 32, 32) -> logits (N, num_classes); with ``features`` one of True, "preact", "both", "pooled" ->
+    (Features, logits).
 
-    ``depth`` is 6n + 2, ``widths`` the channels of the stem and of the three groups. ``stem_kernel=7`` is the variant of hankyul2's tables:
-    7x7, stride 1, padding 1, so the maps are 28, 14 and 7 wide, and a Xavier-initialized classifier.
-    ``tap``: a function (x, shortcut) -> (relu(x + shortcut), map), :func:`fastkd.relu_tap`, for the end of each group; the maps are then in
-    ``Features.maps``. ``neck``, an Identity, stands between the last map and the pooling: it and ``fc`` may be exchanged.
+    ``depth`` is 6n + 2, ``widths`` the channels of the stem and of the three groups. ``stem_kernel=7`` is the
+    variant of hankyul2's tables: 7x7, stride 1, padding 1, so the maps are 28, 14 and 7 wide, and a
+    Xavier-initialized classifier. ``tap``: a function (x, shortcut) -> (relu(x + shortcut), map),
+    :func:`fastkd.relu_tap`, for the end of each group; the maps are then in ``Features.maps``. ``neck``, an
+    Identity, stands between the last map and the pooling: it and ``fc`` may be exchanged.
     """
 
-    def __init__(self, depth: int, widths: tuple[int, int, int, int] = (16, 16, 32, 64), num_classes: int = 10, stem_kernel: int = 3):
+    def __init__(
+        self,
+        depth: int,
+        widths: tuple[int, int, int, int] = (16, 16, 32, 64),
+        num_classes: int = 10,
+        stem_kernel: int = 3,
+    ):
         super().__init__()
         if (depth - 2) % 6:
             raise ValueError(f"depth is {depth}, a CIFAR ResNet has 6n + 2")
@@ -78,7 +90,10 @@ class ResNet(nn.Module):
         return Group(first, *(BasicBlock(width, width, 1) for _ in range(count - 1)))
 
     def forward(
-        self, x: Tensor, features: bool | str = False, tap: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+        self,
+        x: Tensor,
+        features: bool | str = False,
+        tap: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor | tuple[Features, Tensor]:
         features, tap = fixed("features", features, False), fixed("tap", tap, None)
         record = Record(features, tap) if features or tap is not None else None
@@ -96,5 +111,7 @@ class ResNet(nn.Module):
         return shown(features, record, stem, stages, before, record.before, pooled, final), logits
 
     def norms_before_relu(self) -> tuple[nn.Module, ...]:
-        """The batch norm that ends in each of ``stages`` with ``features="preact"``, before the shortcut is added."""
+        """The batch norm that ends in each of ``stages`` with ``features="preact"``, before the shortcut is
+        added.
+        """
         return tuple(group[-1].get_submodule("bn2") for group in (self.layer1, self.layer2, self.layer3))

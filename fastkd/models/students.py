@@ -12,7 +12,9 @@ from fastkd.models.weights import WeightsError, load_weights, read_checkpoint
 from fastkd.seeds import seeded
 
 
-def load_student(folder: str | Path, create: Callable[[str, int], nn.Module], *, file: str = "best.pt") -> nn.Module:
+def load_student(
+    folder: str | Path, create: Callable[[str, int], nn.Module], *, file: str = "best.pt"
+) -> nn.Module:
     """See :func:`fastkd.models.load_student`; ``create(name, classes)`` makes a network."""
     path = Path(folder).expanduser() / file
     checkpoint = read_checkpoint(path)

@@ -1,4 +1,6 @@
-"""Reading published weights: a bare state dict, or one under a key such as "model", whatever else lies beside it."""
+"""Reading published weights: a bare state dict, or one under a key such as "model", whatever else lies beside
+it.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class WeightsError(ValueError):
 
 
 class Unread:
-    """Stands for an object in a file whose class is not loaded. Nothing of the class runs, and nothing that the file gives it is kept."""
+    """Stands for an object in a file whose class is not loaded. Nothing of the class runs, and nothing that
+    the file gives it is kept.
+    """
 
     stands_as: type | None = None  # OrderedDict or list where the file puts items into it
 
@@ -58,8 +62,9 @@ def _name(kind: type) -> str:
 def read_checkpoint(path: str | Path) -> dict:
     """The dict in ``path``, on the CPU. Raises WeightsError.
 
-    Loaded with ``weights_only=True``: a file never runs code. Objects of classes that PyTorch does not load so, such as the options that
-    RepDistiller saves, are :class:`Unread`; dicts and lists of such classes come as plain ones.
+    Loaded with ``weights_only=True``: a file never runs code. Objects of classes that PyTorch does not load
+    so, such as the options that RepDistiller saves, are :class:`Unread`; dicts and lists of such classes come
+    as plain ones.
     """
     try:
         file = open(os.path.expanduser(path), "rb")  # noqa: SIM115 - apart from the reading, whose OSErrors mean a damaged file
@@ -76,12 +81,19 @@ def read_checkpoint(path: str | Path) -> dict:
                 loaded = _load(file, classes)
     except Exception as error:  # torch.load raises half a dozen kinds, with messages of many lines
         refused = _refused(classes, str(error))
-        why = f"it holds {' and '.join(refused)}, which cannot be read" if refused else f"or truncated ({type(error).__name__})"
+        why = (
+            f"it holds {' and '.join(refused)}, which cannot be read"
+            if refused
+            else f"or truncated ({type(error).__name__})"
+        )
         raise WeightsError(f"{path}: not a checkpoint of plain tensors, {why}") from None
     if not isinstance(loaded, dict):
         kind = type(loaded)
         what = f"an object of class {_name(kind)}" if isinstance(loaded, Unread) else f"a {kind.__name__}"
-        raise WeightsError(f"{path}: holds {what}, wanted a state dict or a dict with one under {' or '.join(map(repr, KEYS))}")
+        raise WeightsError(
+            f"{path}: holds {what}, wanted a state dict or a dict with one under"
+            f" {' or '.join(map(repr, KEYS))}"
+        )
     return loaded
 
 
@@ -94,17 +106,23 @@ def _load(file: IO[bytes], classes: list[type[Unread]]) -> Any:
                 return torch.load(file, map_location="cpu", weights_only=True)
         except UnpicklingError as error:
             # items may be put into nothing but a dict or a list, so let what was named here be one
-            kind = next((kind for kind in classes if kind.stands_as is None and str(kind) in str(error)), None)
+            kind = next(
+                (kind for kind in classes if kind.stands_as is None and str(kind) in str(error)), None
+            )
             if kind is None:
                 raise
             kind.stands_as = list if "append" in str(error) else OrderedDict
 
 
 def _refused(classes: list[type[Unread]], error: str) -> list[str]:
-    """The names of the classes at which loading failed: those in PyTorch's message, or else the first that is not PyTorch's or Python's."""
+    """The names of the classes at which loading failed: those in PyTorch's message, or else the first that is
+    not PyTorch's or Python's.
+    """
     names = list(map(_name, classes))
     own = ("torch", "collections", "builtins", "__builtin__", "_codecs")
-    return [name for name in names if name in error] or [name for name in names if name.partition(".")[0] not in own][:1]
+    return [name for name in names if name in error] or [
+        name for name in names if name.partition(".")[0] not in own
+    ][:1]
 
 
 def _classes(file: IO[bytes]) -> list[type[Unread]]:
@@ -113,7 +131,8 @@ def _classes(file: IO[bytes]) -> list[type[Unread]]:
     for entry in _globals(file):
         module, _, name = entry.partition(" ")
         names[module, name] = True
-        # Python 2's names, which pickle's protocol 2 writes, are looked up under those of Python 3; PyTorch knows some of them
+        # Python 2's names, which pickle's protocol 2 writes, are looked up under those of Python 3; PyTorch
+        # knows some of them
         names[NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))] = True
     return [type(name, (Unread,), {"__module__": module, "__qualname__": name}) for module, name in names]
 
@@ -123,16 +142,22 @@ def _globals(file: IO[bytes]) -> Iterable[str]:
     file.seek(0)
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
-            pickles: list[IO[bytes]] = [archive.open(name) for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
+            pickles: list[IO[bytes]] = [
+                archive.open(name) for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"
+            ]
             found = [operation for stream in pickles for operation in pickletools.genops(stream)]
-    else:  # before PyTorch 1.6: a magic number, a version, facts of the system and then the object, each a pickle
+    # before PyTorch 1.6: a magic number, a version, facts of the system and then the object, each a pickle
+    else:
         file.seek(0)
         found = [operation for _ in range(4) for operation in pickletools.genops(file)]
     return [str(argument) for operation, argument, _ in found if operation.name == "GLOBAL"]
 
 
-def state_dict_of(checkpoint: dict, path: str | Path, say: Callable[[str], object] = warnings.warn) -> dict[str, Tensor]:
-    """The state dict in a checkpoint: itself, or what is under the first of ``KEYS`` that has one. Raises WeightsError.
+def state_dict_of(
+    checkpoint: dict, path: str | Path, say: Callable[[str], object] = warnings.warn
+) -> dict[str, Tensor]:
+    """The state dict in a checkpoint: itself, or what is under the first of ``KEYS`` that has one. Raises
+    WeightsError.
 
     ``say`` gets a line if there are several, or if the weights are averages over the training ("ema").
     """
@@ -140,9 +165,15 @@ def state_dict_of(checkpoint: dict, path: str | Path, say: Callable[[str], objec
         return checkpoint
     found = [key for key in KEYS if _is_state_dict(checkpoint.get(key))]
     if not found:
-        objects = [f"{key!r} is an object of class {_name(type(value))}" for key, value in checkpoint.items() if isinstance(value, Unread)]
+        objects = [
+            f"{key!r} is an object of class {_name(type(value))}"
+            for key, value in checkpoint.items()
+            if isinstance(value, Unread)
+        ]
         held = f" ({', '.join(objects)})" if objects else ""
-        raise WeightsError(f"{path}: no state dict in it, neither bare nor under {' or '.join(map(repr, KEYS))}{held}")
+        raise WeightsError(
+            f"{path}: no state dict in it, neither bare nor under {' or '.join(map(repr, KEYS))}{held}"
+        )
     if len(found) > 1 or found[0] == "ema":
         others = f"; it has others under {' and '.join(map(repr, found[1:]))}" if found[1:] else ""
         say(f"{path}: took the weights under {found[0]!r}{others}")
@@ -177,12 +208,15 @@ def _list(names: list[str], others: list[str]) -> str:
 
 
 def load_weights(model: nn.Module, path: str | Path, *, say: Callable[[str], object] = warnings.warn) -> dict:
-    """Loads the weights in ``path`` into ``model``, every name and shape checked first, and returns the whole loaded dict.
+    """Loads the weights in ``path`` into ``model``, every name and shape checked first, and returns the whole
+    loaded dict.
 
-    They may be bare or under one of ``KEYS``, as saved by DataParallel, DDP or ``torch.compile``, beside anything else: what is not plain
-    comes as :class:`Unread`. ``say`` gets a line where one of several sets of weights was taken.
+    They may be bare or under one of ``KEYS``, as saved by DataParallel, DDP or ``torch.compile``, beside
+    anything else: what is not plain comes as :class:`Unread`. ``say`` gets a line where one of several sets
+    of weights was taken.
 
-    Raises WeightsError with one line that says what does not fit: another layout, number of classes or size, numbers not finite.
+    Raises WeightsError with one line that says what does not fit: another layout, number of classes or size,
+    numbers not finite.
     """
     checkpoint, wanted = read_checkpoint(path), model.state_dict()
     state = _fitted(state_dict_of(checkpoint, path, say), wanted, path)
@@ -210,5 +244,8 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, value in model.state_dict().items():
         value = value.detach().cpu().contiguous()
-        digest.update(name.encode() + ctypes.string_at(value.data_ptr(), value.numel() * value.element_size()))  # needs no numpy
+        # needs no numpy
+        digest.update(
+            name.encode() + ctypes.string_at(value.data_ptr(), value.numel() * value.element_size())
+        )
     return digest.hexdigest()

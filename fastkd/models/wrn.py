@@ -15,7 +15,8 @@ from fastkd.ops.batch_norm import add, batch_norm, conv_norm, untouched
 class PreactBlock(nn.Module):
     """BN-ReLU-conv twice, added to the input or to a bare 1x1 convolution of the first activation.
 
-    With ``record.preact`` bn1's output, the previous block's map before its ReLU, goes into ``record.before``.
+    With ``record.preact`` bn1's output, the previous block's map before its ReLU, goes into
+    ``record.before``.
     """
 
     def __init__(self, width_in: int, width: int, stride: int):
@@ -50,12 +51,14 @@ class LayerGroup(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """(N, 3, 32, 32) -> logits (N, num_classes); with ``features`` one of True, "preact", "both", "pooled" -> (Features, logits).
+    """(N, 3, 32, 32) -> logits (N, num_classes); with ``features`` one of True, "preact", "both", "pooled" ->
+    (Features, logits).
 
     ``depth`` is 6n + 4.
 
-    ``tap``: a function x -> (x, map), :func:`fastkd.tap`, for the raw sum that ends each group; the maps are then in ``Features.maps``.
-    ``neck``, an Identity, stands between ReLU(bn1(last sum)) and the pooling: it and ``fc`` may be exchanged.
+    ``tap``: a function x -> (x, map), :func:`fastkd.tap`, for the raw sum that ends each group; the maps are
+    then in ``Features.maps``. ``neck``, an Identity, stands between ReLU(bn1(last sum)) and the pooling: it
+    and ``fc`` may be exchanged.
     """
 
     def __init__(self, depth: int, factor: int, num_classes: int = 10):
@@ -82,7 +85,10 @@ class WideResNet(nn.Module):
         return LayerGroup(first, *(PreactBlock(width, width, 1) for _ in range(count - 1)))
 
     def forward(
-        self, x: Tensor, features: bool | str = False, tap: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+        self,
+        x: Tensor,
+        features: bool | str = False,
+        tap: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor | tuple[Features, Tensor]:
         features, tap = fixed("features", features, False), fixed("tap", tap, None)
         record = Record(features, tap) if features or tap is not None else None
@@ -106,8 +112,22 @@ class WideResNet(nn.Module):
             return logits
         # of a block: what the next batch norm made of its sum
         before = [*record.before[1:], norm] if preact else []
-        return shown(features, record, stem, stages, [before[end - 1] for end in ends if preact], before, pooled, final), logits
+        return (
+            shown(
+                features,
+                record,
+                stem,
+                stages,
+                [before[end - 1] for end in ends if preact],
+                before,
+                pooled,
+                final,
+            ),
+            logits,
+        )
 
     def norms_before_relu(self) -> tuple[nn.Module, ...]:
-        """The batch norm that gives each of ``stages`` with ``features="preact"``: the first of the next group, or the last of all."""
+        """The batch norm that gives each of ``stages`` with ``features="preact"``: the first of the next
+        group, or the last of all.
+        """
         return *(group.get_submodule("layer.0.bn1") for group in (self.block2, self.block3)), self.bn1

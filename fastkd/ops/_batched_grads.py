@@ -1,4 +1,6 @@
-"""Gradients for an upstream gradient that stands for several (``is_grads_batched=True``): PyTorch knows of that, kernels do not."""
+"""Gradients for an upstream gradient that stands for several (``is_grads_batched=True``): PyTorch knows of
+that, kernels do not.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,12 @@ from fastkd._implementations import Backend
 from fastkd.ops._register import accumulator
 
 
-def by_reference(formula: Callable[..., Tensor], inputs: Sequence[Tensor], needs: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
-    """The gradients of ``formula(*inputs)``, plain PyTorch, in its result's dtype; None where ``needs`` says so."""
+def by_reference(
+    formula: Callable[..., Tensor], inputs: Sequence[Tensor], needs: Sequence[bool], grad: Tensor
+) -> list[Tensor | None]:
+    """The gradients of ``formula(*inputs)``, plain PyTorch, in its result's dtype; None where ``needs`` says
+    so.
+    """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         wide = [x.to(accumulator(inputs)) for x in inputs]
@@ -21,8 +27,12 @@ def by_reference(formula: Callable[..., Tensor], inputs: Sequence[Tensor], needs
     return [next(found) if need else None for need in needs]
 
 
-def scaled(impl: Backend, operator: str, grad: Tensor, features: Sequence[Tensor], *rest: object) -> list[Tensor]:
-    """As ``impl.run_backward`` for the backward operator of a loss: run for a gradient of 1, since the results are linear in it."""
+def scaled(
+    impl: Backend, operator: str, grad: Tensor, features: Sequence[Tensor], *rest: object
+) -> list[Tensor]:
+    """As ``impl.run_backward`` for the backward operator of a loss: run for a gradient of 1, since the
+    results are linear in it.
+    """
     one = torch.ones((), dtype=grad.dtype, device=grad.device)
     found = impl.run_backward(operator, one, [x.to(accumulator([x])) for x in features], *rest)
     return [dx * grad for dx in found]

@@ -1,4 +1,5 @@
-"""What the CUDA library does not serve, and "" where it does. Its kernels check the rest, so that misuse is explained as everywhere.
+"""What the CUDA library does not serve, and "" where it does. Its kernels check the rest, so that misuse is
+explained as everywhere.
 
 Each function takes a call's arguments and options, as :func:`fastkd.backends.select` is given them.
 """

@@ -1,8 +1,10 @@
-"""Which gradient a loss will be given in the backward pass, guessed in the forward pass, where the features are still in the cache.
+"""Which gradient a loss will be given in the backward pass, guessed in the forward pass, where the features
+are still in the cache.
 
-A loss that ends a training step is called with the same upstream gradient step after step: 1, or the loss scale. On a CPU the forward pass
-of a loss therefore computes the features' gradients for the gradient it expects, while it holds each sample; the backward pass hands them
-out if that is what came, and computes them from what was saved if not. The bits are the same either way: what differs is the time.
+A loss that ends a training step is called with the same upstream gradient step after step: 1, or the loss
+scale. On a CPU the forward pass of a loss therefore computes the features' gradients for the gradient it
+expects, while it holds each sample; the backward pass hands them out if that is what came, and computes them
+from what was saved if not. The bits are the same either way: what differs is the time.
 """
 
 from __future__ import annotations
@@ -19,12 +21,13 @@ _MOST = 256  # situations remembered; upstream gradients that never come back wo
 
 
 class GradPrefetch:
-    """The upstream gradients that one operation has seen, shared by all calls of a process. A race costs time only.
+    """The upstream gradients that one operation has seen, shared by all calls of a process. A race costs time
+    only.
 
-    A guess is what came the last time in the same situation: the turn of the call, counted from the last backward
-    pass, which tells the losses of one sum apart, and the upstream gradient seen last, which tells losses apart that
-    have backward passes of their own. It is made where a situation had one outcome, or the same twice in a row.
-    Before the first backward pass it is 1.
+    A guess is what came the last time in the same situation: the turn of the call, counted from the last
+    backward pass, which tells the losses of one sum apart, and the upstream gradient seen last, which tells
+    losses apart that have backward passes of their own. It is made where a situation had one outcome, or the
+    same twice in a row. Before the first backward pass it is 1.
     """
 
     def __init__(self) -> None:
@@ -59,7 +62,8 @@ class GradPrefetch:
 
 
 def take(ctx: Any, grad: Tensor, seen: GradPrefetch) -> Sequence[Tensor]:
-    """The gradients ``ctx.prepared``, made by the forward for the upstream gradient that it expected, if ``grad`` is that; else nothing.
+    """The gradients ``ctx.prepared``, made by the forward for the upstream gradient that it expected, if
+    ``grad`` is that; else nothing.
 
     They are given away once: autograd may accumulate into them, so a second backward pass computes its own.
     """

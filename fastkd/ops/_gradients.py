@@ -11,7 +11,9 @@ from fastkd._implementations import refuse_second_derivative
 
 
 class Scaled(torch.autograd.Function):
-    """``apply(operator, upstream, grad, x)`` -> ``grad * upstream``, a function of ``x`` too, whose derivative is refused."""
+    """``apply(operator, upstream, grad, x)`` -> ``grad * upstream``, a function of ``x`` too, whose
+    derivative is refused.
+    """
 
     @staticmethod
     def forward(ctx: Any, operator: str, upstream: Tensor, grad: Tensor, x: Tensor) -> Tensor:

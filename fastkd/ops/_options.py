@@ -1,4 +1,6 @@
-"""The options of the attention-transfer loss: spelled out once, validated once, and as the bits that its operator takes."""
+"""The options of the attention-transfer loss: spelled out once, validated once, and as the bits that its
+operator takes.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ class AttentionOptions(NamedTuple):
         return bits
 
 
-# For each switch its value when the bit is clear and when it is set; csrc/common/attention_options.h has the same numbers.
+# For each switch its value when the bit is clear and when it is set; csrc/common/attention_options.h has the
+# same numbers.
 SWITCHES = {
     "channel_reduce": ("sum", "mean"),
     "signed": (False, True),
@@ -61,7 +64,11 @@ def validated(given: AttentionOptions) -> OperatorOptions:
     """What the operator takes. Raises TypeError or ValueError that names the option."""
     checks.attention_options(*given[:2], *given[3:9], given.weight)
     weights = checks.stage_weights(given.weights, convert=checks.constant)
-    p, eps, weight = checks.constant("p", given.p), checks.constant("eps", given.eps), checks.number("weight", given.weight)
+    p, eps, weight = (
+        checks.constant("p", given.p),
+        checks.constant("eps", given.eps),
+        checks.number("weight", given.weight),
+    )
     return p, eps, given.bits(), weights, weight
 
 
@@ -72,7 +79,9 @@ def _validated_before(*given: Any) -> OperatorOptions:
 
 
 def validated_once(given: tuple[Any, ...]) -> OperatorOptions:
-    """As :func:`validated`, for the fields of AttentionOptions; remembers what it found right. Not inside ``torch.compile``."""
+    """As :func:`validated`, for the fields of AttentionOptions; remembers what it found right. Not inside
+    ``torch.compile``.
+    """
     try:
         return _validated_before(*given)
     except TypeError:  # refused, or a list among them, which cannot be remembered

@@ -1,7 +1,8 @@
 """How an operator of fastkd is declared: its schema, its fake, its autograd rule for traced graphs.
 
-The schemas live in Python, so they exist without a compiled library; the compiled libraries only implement them. In eager mode the
-operations call a thin ``autograd.Function`` instead of the rule registered here, at a fraction of the host cost.
+The schemas live in Python, so they exist without a compiled library; the compiled libraries only implement
+them. In eager mode the operations call a thin ``autograd.Function`` instead of the rule registered here, at a
+fraction of the host cost.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def _refuse_other_derivatives(name: str, args: Sequence[Any]) -> None:
     followed = in_torch_func() and torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if followed or has_tangent(tensors):
         public = name.partition("::")[2].removesuffix("_backward")
-        raise RuntimeError(f"{name} has no derivative in torch.func and forward mode AD; use fastkd.reference.{public}")
+        raise RuntimeError(
+            f"{name} has no derivative in torch.func and forward mode AD; use fastkd.reference.{public}"
+        )
 
 
 def _one_by_one(run: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
@@ -63,23 +66,30 @@ def _one_by_one(run: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
     return rule
 
 
-# One operator name serves one implementation a device: of two registered for a dispatch key the later would silently win. So Triton's
-# kernels have the names of `fastkd` on CUDA tensors, and those of the CUDA library the same names in a namespace of their own.
+# One operator name serves one implementation a device: of two registered for a dispatch key the later would
+# silently win. So Triton's kernels have the names of `fastkd` on CUDA tensors, and those of the CUDA library
+# the same names in a namespace of their own.
 #
-# A process that imports fastkd a second time (a notebook that has dropped its modules) goes on with the operators of the first time:
-# PyTorch allows a namespace one definition, and graphs may hold its operators.
+# A process that imports fastkd a second time (a notebook that has dropped its modules) goes on with the
+# operators of the first time: PyTorch allows a namespace one definition, and graphs may hold its operators.
 _DEFINED_BEFORE = hasattr(torch.ops.fastkd, "attention_map")
 _LIBRARIES = {} if _DEFINED_BEFORE else {name: _Library(name, "DEF") for name in IN_GRAPH}
 
 
 def _libraries(only_cpu: bool) -> Iterator[tuple[str, _Library]]:
-    return ((namespace, library) for namespace, library in _LIBRARIES.items() if namespace == "fastkd" or not only_cpu)
+    return (
+        (namespace, library)
+        for namespace, library in _LIBRARIES.items()
+        if namespace == "fastkd" or not only_cpu
+    )
 
 
-def define(schema: str, fake: Callable[..., Any], cuda_fake: Callable[..., Any] | None = None, only_cpu: bool = False) -> None:
-    """Declare ``fastkd::<schema>`` and ``fastkd_cuda::<schema>``, each with the function that gives its outputs' shapes, dtypes,
-    devices and strides. On CUDA tensors the first is Triton's, the second the CUDA library's. ``only_cpu``: there is only the first.
-    Under vmap an operator runs once a sample.
+def define(
+    schema: str, fake: Callable[..., Any], cuda_fake: Callable[..., Any] | None = None, only_cpu: bool = False
+) -> None:
+    """Declare ``fastkd::<schema>`` and ``fastkd_cuda::<schema>``, each with the function that gives its
+    outputs' shapes, dtypes, devices and strides. On CUDA tensors the first is Triton's, the second the CUDA
+    library's. ``only_cpu``: there is only the first. Under vmap an operator runs once a sample.
     """
     name = schema.partition("(")[0]
     for namespace, library in _libraries(only_cpu):
@@ -99,8 +109,12 @@ def implement(name: str, kernel: Callable[..., Any]) -> None:
         _LIBRARIES["fastkd"].impl(name, kernel, "CompositeExplicitAutograd")
 
 
-def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None], only_cpu: bool = False) -> None:
-    """The autograd rule of an operator in traced graphs, in both namespaces; ``ctx.impl`` runs operators where the forward ran."""
+def autograd(
+    name: str, backward: Callable[..., Any], setup_context: Callable[..., None], only_cpu: bool = False
+) -> None:
+    """The autograd rule of an operator in traced graphs, in both namespaces; ``ctx.impl`` runs operators
+    where the forward ran.
+    """
     for namespace, library in _libraries(only_cpu):
 
         def setup(ctx: Any, inputs: tuple, output: Any, namespace: str = namespace) -> None:
@@ -111,8 +125,12 @@ def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..
 
 
 def differentiable_once(name: str, only_cpu: bool = False) -> None:
-    """Make a second derivative through the backward operator ``name`` an error; PyTorch's own default is a silent zero."""
-    autograd(name, lambda ctx, *grads: refuse_second_derivative(name), lambda ctx, inputs, output: None, only_cpu)
+    """Make a second derivative through the backward operator ``name`` an error; PyTorch's own default is a
+    silent zero.
+    """
+    autograd(
+        name, lambda ctx, *grads: refuse_second_derivative(name), lambda ctx, inputs, output: None, only_cpu
+    )
 
 
 def not_differentiable(name: str, instead: str) -> None:
@@ -141,7 +159,9 @@ def not_differentiable(name: str, instead: str) -> None:
     torch.library.register_vmap(f"fastkd::{name}", no_vmap, lib=_LIBRARIES["fastkd"])
 
 
-def wanting_gradients(students: Sequence[Any], teachers: Sequence[Any]) -> tuple[Sequence[int], Sequence[Tensor]]:
+def wanting_gradients(
+    students: Sequence[Any], teachers: Sequence[Any]
+) -> tuple[Sequence[int], Sequence[Tensor]]:
     """The places in ``[*students, *teachers]`` of the tensors that autograd records, and those tensors."""
     if not torch.is_grad_enabled():
         return (), ()
@@ -167,6 +187,8 @@ def smaller(a: Sequence[int], b: Sequence[int]) -> list[int | torch.SymInt]:
 
 
 def one_device(tensors: Sequence[Tensor]) -> None:
-    """Refuse, in a fake, what the kernels refuse: a mix with ``meta`` tensors would otherwise pass for a traced call."""
+    """Refuse, in a fake, what the kernels refuse: a mix with ``meta`` tensors would otherwise pass for a
+    traced call.
+    """
     if len({x.device for x in tensors}) > 1:
         raise RuntimeError("tensors of one call lie on different devices")

@@ -17,9 +17,13 @@ from fastkd.ops._register import accumulator, autograd, define, differentiable_o
 _MAP = "float p, str channel_reduce, bool signed, bool normalize, float eps, str eps_mode"
 
 
-def _map_fake(x: Tensor, p: Any, channel_reduce: Any, signed: Any, normalize: bool, eps: Any, eps_mode: Any) -> tuple[Tensor, Tensor]:
+def _map_fake(
+    x: Tensor, p: Any, channel_reduce: Any, signed: Any, normalize: bool, eps: Any, eps_mode: Any
+) -> tuple[Tensor, Tensor]:
     dtype = accumulator([x])
-    return x.new_empty((x.shape[0], *x.shape[2:]), dtype=dtype), x.new_empty((x.shape[0] if normalize else 0,), dtype=dtype)
+    return x.new_empty((x.shape[0], *x.shape[2:]), dtype=dtype), x.new_empty(
+        (x.shape[0] if normalize else 0,), dtype=dtype
+    )
 
 
 def _map_backward_fake(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
@@ -27,7 +31,10 @@ def _map_backward_fake(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
 
 
 define(f"attention_map(Tensor x, {_MAP}) -> (Tensor map, Tensor norm)", _map_fake)
-define(f"attention_map_backward(Tensor grad, Tensor x, Tensor map, Tensor norm, {_MAP}) -> Tensor", _map_backward_fake)
+define(
+    f"attention_map_backward(Tensor grad, Tensor x, Tensor map, Tensor norm, {_MAP}) -> Tensor",
+    _map_backward_fake,
+)
 differentiable_once("attention_map_backward")
 
 
@@ -35,7 +42,8 @@ class AttentionMapFunction(torch.autograd.Function):
     """``apply(impl, x, p, channel_reduce, signed, normalize, eps, eps_mode)`` -> map.
 
     With q = reduce_c |x|^p, n = ||q||, y = q / max(n, eps) and g the incoming gradient:
-    dq = (g - y <g, y>) / n where n > eps, g / eps elsewhere;  dx = p sign(x) |x|^(p-1) dq, divided by C for "mean".
+    dq = (g - y <g, y>) / n where n > eps, g / eps elsewhere;  dx = p sign(x) |x|^(p-1) dq, divided by C for
+    "mean".
     """
 
     @staticmethod
@@ -97,7 +105,15 @@ def attention_map(
     """
     impl = backends.select("attention_map", (x,), _cuda_limits.attention_map, (p,))
     if impl.name == "reference":
-        return reference.attention_map(x, p, channel_reduce=channel_reduce, signed=signed, normalize=normalize, eps=eps, eps_mode=eps_mode)
+        return reference.attention_map(
+            x,
+            p,
+            channel_reduce=channel_reduce,
+            signed=signed,
+            normalize=normalize,
+            eps=eps,
+            eps_mode=eps_mode,
+        )
     if not checks.are_floats(p, eps):
         p, eps = checks.constant("p", p), checks.constant("eps", eps)
     options = (p, channel_reduce, signed, normalize, eps, eps_mode)

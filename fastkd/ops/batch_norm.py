@@ -1,4 +1,6 @@
-"""A batch norm in training, the addition and the ReLU that follow it, as one operation: what a step's time goes to after convolutions."""
+"""A batch norm in training, the addition and the ReLU that follow it, as one operation: what a step's time
+goes to after convolutions.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,15 @@ def _fake(x: Tensor, residual: Tensor | None, weight: Tensor, *rest: Any) -> tup
 
 
 def _backward_fake(
-    grad: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, relu: bool, residual: bool
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    relu: bool,
+    residual: bool,
 ) -> tuple[Tensor, ...]:
     dresidual = torch.empty_like(x) if relu and residual else x.new_empty(0)
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias), dresidual
@@ -33,8 +43,8 @@ define(
 )
 # dresidual is empty unless there are both a residual and a ReLU
 define(
-    "batch_norm_backward(Tensor grad, Tensor x, Tensor? y, Tensor weight, Tensor bias, Tensor mean, Tensor invstd, bool relu,"
-    " bool residual) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
+    "batch_norm_backward(Tensor grad, Tensor x, Tensor? y, Tensor weight, Tensor bias, Tensor mean, Tensor"
+    " invstd, bool relu, bool residual) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
     _backward_fake,
     only_cpu=True,
 )
@@ -60,7 +70,9 @@ def _gradients(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> tuple[T
     if batched(grad):
         return _gradients_in_pytorch(ctx, grad)
     grad = grad.contiguous(memory_format=torch.channels_last)
-    dx, dweight, dbias, dresidual = ctx.impl.run_backward("batch_norm_backward", grad, *ctx.saved_tensors, ctx.relu, ctx.residual)
+    dx, dweight, dbias, dresidual = ctx.impl.run_backward(
+        "batch_norm_backward", grad, *ctx.saved_tensors, ctx.relu, ctx.residual
+    )
     return dx, (dresidual if ctx.relu else grad) if ctx.residual else None, dweight, dbias, None, None
 
 
@@ -68,7 +80,8 @@ autograd("batch_norm", _gradients, _context, only_cpu=True)
 
 
 class BatchNormFunction(torch.autograd.Function):
-    """``apply(x, residual, weight, bias, relu, eps)`` -> y, mean, unbiased variance, 1 / sqrt(variance + eps); only y has a gradient.
+    """``apply(x, residual, weight, bias, relu, eps)`` -> y, mean, unbiased variance, 1 / sqrt(variance +
+    eps); only y has a gradient.
 
     With g the gradient of y where y > 0 (all of it without a ReLU), d = x - mean and k = weight * invstd:
     dx = k (g - sum(g) / M - d invstd^2 sum(g d) / M) for sums over the M values of a channel, dresidual = g.
@@ -109,26 +122,31 @@ def add(y: Tensor, residual: Tensor, *, owned: bool) -> Tensor:
     return y.add_(residual) if owned and isinstance(y, Tensor) and not transforming() else y + residual
 
 
-def batch_norm(norm: Any, x: Tensor, residual: Tensor | None = None, *, relu: bool = False, owned: bool = False) -> Tensor:
-    """``norm(x)``, to which ``residual`` is added, and the ReLU of that: each where asked for. Running averages are updated as ever.
+def batch_norm(
+    norm: Any, x: Tensor, residual: Tensor | None = None, *, relu: bool = False, owned: bool = False
+) -> Tensor:
+    """``norm(x)``, to which ``residual`` is added, and the ReLU of that: each where asked for. Running
+    averages are updated as ever.
 
-    A :class:`torch.nn.BatchNorm2d` in training, with parameters of float32 or of x's dtype, over dense channels_last
-    x and residual of float16, bfloat16 or float32 on a CPU,
-    is one operator that reads x twice and writes once; its backward pass reads x and what arrives twice, or, where a residual and a ReLU
-    followed, the result and what arrives once, and then the gradient that it wrote for the residual. It sums in float32 within a few
-    thousand numbers and in float64 from there on, and rounds once. Everything else (another device, layout or dtype, eval mode, a norm
-    with hooks or a forward of its own or without averages, any other module in its place, a transform of torch.func, any tracer but
-    ``torch.compile``) is plain PyTorch. There addition and ReLU overwrite a tensor that nobody else can hold, the output of a batch norm
-    that is :func:`untouched`, and where no gradient is wanted they are one pass over it. Backends asked for by name other than "cpp" are
-    plain PyTorch. Half-precision parameters and averages are widened to float32 there too: PyTorch by itself rounds the batch's mean to
-    their dtype on a CPU.
+    A :class:`torch.nn.BatchNorm2d` in training, with parameters of float32 or of x's dtype, over dense
+    channels_last x and residual of float16, bfloat16 or float32 on a CPU, is one operator that reads x twice
+    and writes once; its backward pass reads x and what arrives twice, or, where a residual and a ReLU
+    followed, the result and what arrives once, and then the gradient that it wrote for the residual. It sums
+    in float32 within a few thousand numbers and in float64 from there on, and rounds once. Everything else
+    (another device, layout or dtype, eval mode, a norm with hooks or a forward of its own or without
+    averages, any other module in its place, a transform of torch.func, any tracer but ``torch.compile``) is
+    plain PyTorch. There addition and ReLU overwrite a tensor that nobody else can hold, the output of a batch
+    norm that is :func:`untouched`, and where no gradient is wanted they are one pass over it. Backends asked
+    for by name other than "cpp" are plain PyTorch. Half-precision parameters and averages are widened to
+    float32 there too: PyTorch by itself rounds the batch's mean to their dtype on a CPU.
 
     Args:
         norm: the module whose weight, bias and averages they are, at its place in the network.
         x: (N, C, H, W).
         residual: None, or a tensor like x.
         relu: whether a ReLU ends it.
-        owned: whether x was made for this call alone, so that it may be overwritten where ``norm`` is an Identity.
+        owned: whether x was made for this call alone, so that it may be overwritten where ``norm`` is an
+        Identity.
 
     Returns: like x. Equals ``torch.relu(norm(x) + residual)``; differentiable, twice too.
     Source: Ioffe, Szegedy, *Batch normalization*, ICML 2015.
@@ -137,7 +155,9 @@ def batch_norm(norm: Any, x: Tensor, residual: Tensor | None = None, *, relu: bo
         half = _in_half_precision(norm, x) and not recorded_elsewhere() and not transforming()
         y = _normed_in_float32(norm, x) if half else norm(x)
         # what another module, a hook or a tracer handed back may be x, or be held by it
-        fresh = isinstance(y, Tensor) and (untouched(norm, nn.BatchNorm2d) or (owned and untouched(norm, nn.Identity)))
+        fresh = isinstance(y, Tensor) and (
+            untouched(norm, nn.BatchNorm2d) or (owned and untouched(norm, nn.Identity))
+        )
         if relu and fresh and _joined(y, residual):
             return CPP.run("add_relu_", y, residual)
         if residual is not None:
@@ -167,16 +187,21 @@ def _normed_in_float32(norm: Any, x: Tensor) -> Tensor:
     return y
 
 
-def conv_norm(conv: Any, norm: Any, x: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
-    """``batch_norm(norm, conv(x), residual, relu=relu)``, which may overwrite the convolution's output where the norm was folded into it
-    and is an Identity now.
+def conv_norm(
+    conv: Any, norm: Any, x: Tensor, residual: Tensor | None = None, *, relu: bool = False
+) -> Tensor:
+    """``batch_norm(norm, conv(x), residual, relu=relu)``, which may overwrite the convolution's output where
+    the norm was folded into it and is an Identity now.
     """
-    return batch_norm(norm, conv(x), residual, relu=relu, owned=type(norm) is nn.Identity and untouched(conv, nn.Conv2d))
+    return batch_norm(
+        norm, conv(x), residual, relu=relu, owned=type(norm) is nn.Identity and untouched(conv, nn.Conv2d)
+    )
 
 
 def untouched(module: Any, kind: type[nn.Module]) -> bool:
-    """Whether ``module(x)`` is PyTorch's own ``kind.forward`` and no code of a user sees what goes in or comes out: no subclass (nor a
-    parametrization, which makes one), no forward of the instance's own, no hooks of this module or of all modules.
+    """Whether ``module(x)`` is PyTorch's own ``kind.forward`` and no code of a user sees what goes in or
+    comes out: no subclass (nor a parametrization, which makes one), no forward of the instance's own, no
+    hooks of this module or of all modules.
     """
     if type(module) is not kind or "forward" in module.__dict__:
         return False
@@ -199,14 +224,18 @@ def _replaceable(norm: Any) -> bool:
 
 
 def _in_half_precision(norm: Any, x: Tensor) -> bool:
-    """Whether PyTorch itself would round the batch's mean to the parameters' dtype: 0.24 deviations for bfloat16 and a mean of 100."""
+    """Whether PyTorch itself would round the batch's mean to the parameters' dtype: 0.24 deviations for
+    bfloat16 and a mean of 100.
+    """
     if not (isinstance(x, Tensor) and x.is_cpu and x.dtype in (torch.bfloat16, torch.float16)):
         return False
     return _replaceable(norm) and norm.weight.dtype == x.dtype
 
 
 def _joined(y: Tensor, residual: Tensor | None) -> bool:
-    """Whether addition and ReLU are the operator's: eager and without gradients. A compiler fuses the formula with what is before it."""
+    """Whether addition and ReLU are the operator's: eager and without gradients. A compiler fuses the formula
+    with what is before it.
+    """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     return _in_kernels(y, residual)
@@ -215,7 +244,11 @@ def _joined(y: Tensor, residual: Tensor | None) -> bool:
 def _in_kernels(x: Tensor, residual: Tensor | None) -> bool:
     if type(x) not in (Tensor, nn.Parameter):
         return False  # a DTensor, a fake tensor; torch.fx gives no tensors at all
-    if not (x.is_cpu and native.CPU.available and backends.current() in ("auto", "cpp")) or recorded_elsewhere() or transforming():
+    if (
+        not (x.is_cpu and native.CPU.available and backends.current() in ("auto", "cpp"))
+        or recorded_elsewhere()
+        or transforming()
+    ):
         return False
     alike = residual is None or (residual.dtype == x.dtype and residual.shape == x.shape and _dense(residual))
     return alike and x.dtype in _DTYPES and x.dim() == 4 and _dense(x)

@@ -1,4 +1,6 @@
-"""Contrastive representation distillation: scores of the drawn rows of two banks, without a tensor (B, K + 1, D)."""
+"""Contrastive representation distillation: scores of the drawn rows of two banks, without a tensor (B, K + 1,
+D).
+"""
 
 from __future__ import annotations
 
@@ -23,31 +25,45 @@ CHEAPER = 64
 def crd_loss(student: Tensor, teacher: Tensor, student_bank: Tensor, teacher_bank: Tensor, rows: Tensor, *, temperature: float = 0.07,
              normalizers: Tensor | Sequence[float] | None = None, eps: float = 1e-7,
              weight: float = 1.0) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Noise-contrastive loss that tells the other network's embedding of an image from those of drawn images, in both directions.
+    """Noise-contrastive loss that tells the other network's embedding of an image from those of drawn images,
+    in both directions.
 
     Args:
         student, teacher: (N, D) floating point, embeddings of length 1.
-        student_bank, teacher_bank: (M, D) floating point, an embedding of each image of the training set. They are constants.
-        rows: (N, K + 1) int64, rows of the banks, K >= 1: column 0 is the positive, the others are the negatives.
+        student_bank, teacher_bank: (M, D) floating point, an embedding of each image of the training set.
+        They are constants.
+        rows: (N, K + 1) int64, rows of the banks, K >= 1: column 0 is the positive, the others are the
+        negatives.
         temperature: T, above 0, and large enough that M exp(1 / T) is finite.
-        normalizers: two numbers, Z of the student's scores against ``teacher_bank`` and of the teacher's against ``student_bank``;
-            one that is not above 0 is found in this call, as both are for None: ``M * P.mean()`` of P before its division.
+        normalizers: two numbers, Z of the student's scores against ``teacher_bank`` and of the teacher's
+        against ``student_bank``;
+            one that is not above 0 is found in this call, as both are for None: ``M * P.mean()`` of P before
+            its division.
         eps: at least 0.
         weight: multiplies the loss.
 
-    Returns: (the scalar, the two normalizers (2,) that were used, without gradient); float32, float64 if any input is float64.
-    Each direction, with ``P = exp(embedding @ bank[row] / T) / Z`` and ``c = K / M``, is ``-1 / N`` times the sum of
-    ``log(P / (P + c + eps))`` over the positives and of ``log(c / (P + c + eps))`` over the negatives; the loss is the sum of both.
-    Scores come from one product with the whole bank where enough of it is drawn, else a chunk of samples at a time, and the
-    gradients are found with them: memory is O(N M) at most, never (N, K + 1, D).
-    Raises: TypeError, ValueError for what does not fit. A second derivative raises RuntimeError; ``fastkd.reference`` has one.
+    Returns: (the scalar, the two normalizers (2,) that were used, without gradient); float32, float64 if any
+    input is float64. Each direction, with ``P = exp(embedding @ bank[row] / T) / Z`` and ``c = K / M``, is
+    ``-1 / N`` times the sum of ``log(P / (P + c + eps))`` over the positives and of ``log(c / (P + c +
+    eps))`` over the negatives; the loss is the sum of both. Scores come from one product with the whole bank
+    where enough of it is drawn, else a chunk of samples at a time, and the gradients are found with them:
+    memory is O(N M) at most, never (N, K + 1, D).
+    Raises: TypeError, ValueError for what does not fit. A second derivative raises RuntimeError;
+    ``fastkd.reference`` has one.
     Source: Tian, Krishnan, Isola, *Contrastive representation distillation*, ICLR 2020.
     """
     checks.crd_loss(student, teacher, student_bank, teacher_bank, rows, temperature, normalizers, eps, weight)
     if transforming():
-        options: dict[str, Any] = {"temperature": temperature, "normalizers": normalizers, "eps": eps, "weight": weight}
+        options: dict[str, Any] = {
+            "temperature": temperature,
+            "normalizers": normalizers,
+            "eps": eps,
+            "weight": weight,
+        }
         return reference.crd_loss(student, teacher, student_bank, teacher_bank, rows, **options)
-    s, t, s_bank, t_bank, given = reference._crd_inputs(student, teacher, student_bank, teacher_bank, normalizers)
+    s, t, s_bank, t_bank, given = reference._crd_inputs(
+        student, teacher, student_bank, teacher_bank, normalizers
+    )
     followed = torch.is_grad_enabled()
     needs = followed and s.requires_grad, followed and t.requires_grad
     numbers = float(temperature), float(eps), float(weight)
@@ -80,10 +96,15 @@ def _direction(x: Tensor, bank: Tensor, rows: Tensor, given: Tensor, temperature
     scaled = x / temperature
     scores = x.new_empty(rows.shape)
     for part in chunks:
-        scores[part] = (scaled[part] @ bank.T).gather(1, rows[part]) if whole else (bank[rows[part]] @ scaled[part, :, None])[..., 0]
+        scores[part] = (
+            (scaled[part] @ bank.T).gather(1, rows[part])
+            if whole
+            else (bank[rows[part]] @ scaled[part, :, None])[..., 0]
+        )
     positive, odds = scores[:, 0].clone(), scores.exp_()
     normalizer = torch.where(given > 0, given, odds.mean() * size)
-    # log(P / (P + c + eps)) by the logarithm of P, and log(c / (P + c + eps)) = -log1p((P + eps) / c): in float32, c + P would be rounded
+    # log(P / (P + c + eps)) by the logarithm of P, and log(c / (P + c + eps)) = -log1p((P + eps) / c): in
+    # float32, c + P would be rounded
     against = math.log(noise + eps) + normalizer.log() - positive
     odds.mul_(1 / (normalizer * noise))
     shifted = odds[:, 1:] + eps / noise
@@ -128,8 +149,9 @@ def _gradients(ctx: Any, upstream: Tensor | None, *unused: Any) -> tuple[Tensor 
 
 
 define(
-    "crd_loss(Tensor s, Tensor t, Tensor s_bank, Tensor t_bank, Tensor rows, Tensor given, float temperature, float eps, float weight, "
-    "bool need_s, bool need_t) -> (Tensor loss, Tensor normalizers, Tensor s_grad, Tensor t_grad)",
+    "crd_loss(Tensor s, Tensor t, Tensor s_bank, Tensor t_bank, Tensor rows, Tensor given, float temperature,"
+    " float eps, float weight, bool need_s, bool need_t) -> (Tensor loss, Tensor normalizers, Tensor s_grad,"
+    " Tensor t_grad)",
     _fake,
     only_cpu=True,
 )

@@ -1,5 +1,6 @@
-"""The taps: a feature's attention map taken on its way through the network, so that the backward pass adds the map's gradient to the
-incoming one in a pass that is made anyway."""
+"""The taps: a feature's attention map taken on its way through the network, so that the backward pass adds
+the map's gradient to the incoming one in a pass that is made anyway.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +26,24 @@ def _backward_fake(grad: Tensor | None, map_grad: Tensor, x: Tensor, *rest: Any)
 def _relu_fake(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     one_device([x] if residual is None else [x, residual])
     dtype = accumulator([x])
-    return torch.empty_like(x), x.new_empty((x.shape[0], *x.shape[2:]), dtype=dtype), x.new_empty((x.shape[0],), dtype=dtype)
+    return (
+        torch.empty_like(x),
+        x.new_empty((x.shape[0], *x.shape[2:]), dtype=dtype),
+        x.new_empty((x.shape[0],), dtype=dtype),
+    )
 
 
 # the forward of tap is fastkd::attention_map: an operator may not hand its own input back
-define(f"tap_backward(Tensor? grad, Tensor map_grad, Tensor x, Tensor map, Tensor norm, {_OPTIONS}) -> Tensor", _backward_fake)
+define(
+    f"tap_backward(Tensor? grad, Tensor map_grad, Tensor x, Tensor map, Tensor norm, {_OPTIONS}) -> Tensor",
+    _backward_fake,
+)
 define(f"relu_tap(Tensor x, Tensor? residual, {_OPTIONS}) -> (Tensor y, Tensor map, Tensor norm)", _relu_fake)
-define(f"relu_tap_backward(Tensor? grad, Tensor map_grad, Tensor y, Tensor map, Tensor norm, {_OPTIONS}) -> Tensor", _backward_fake)
+define(
+    f"relu_tap_backward(Tensor? grad, Tensor map_grad, Tensor y, Tensor map, Tensor norm, {_OPTIONS}) ->"
+    " Tensor",
+    _backward_fake,
+)
 differentiable_once("tap_backward")
 differentiable_once("relu_tap_backward")
 
@@ -39,7 +51,9 @@ _EMPTY = torch.empty(0)
 
 
 def _watch(ctx: Any, x: Tensor) -> None:
-    """Note how often x was changed in place so far. What watches it shares x's counter of changes, but none of its memory."""
+    """Note how often x was changed in place so far. What watches it shares x's counter of changes, but none
+    of its memory.
+    """
     ctx.watched, ctx.version = None, 0
     if any(ctx.needs_input_grad):
         ctx.watched = x.detach()
@@ -48,7 +62,8 @@ def _watch(ctx: Any, x: Tensor) -> None:
 
 
 def _unchanged(ctx: Any, sentence: str) -> None:
-    # PyTorch's own check says neither whose feature it was nor what to do, and does not see it where hooks keep the saved tensors
+    # PyTorch's own check says neither whose feature it was nor what to do, and does not see it where hooks
+    # keep the saved tensors
     if ctx.watched is not None and ctx.watched._version != ctx.version:
         raise RuntimeError(f"{sentence} before the backward pass, which needs it as it was")
 
@@ -56,24 +71,37 @@ def _unchanged(ctx: Any, sentence: str) -> None:
 class TapFunction(torch.autograd.Function):
     """``apply(impl, x, p, channel_reduce, signed, eps, eps_mode)`` -> x, map.
 
-    dx = g + k sign(x) |x|^(p-1) for the incoming gradient g of x and the coefficient k = p dq (/ C for "mean") of each position, with dq
-    as in :class:`fastkd.ops.attention_map.AttentionMapFunction`; the sum is formed in float32 and rounded once.
+    dx = g + k sign(x) |x|^(p-1) for the incoming gradient g of x and the coefficient k = p dq (/ C for
+    "mean") of each position, with dq as in :class:`fastkd.ops.attention_map.AttentionMapFunction`; the sum is
+    formed in float32 and rounded once.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, impl: Backend, x: Tensor, p: float, channel_reduce: str, signed: bool, eps: float, eps_mode: str
+        ctx: Any,
+        impl: Backend,
+        x: Tensor,
+        p: float,
+        channel_reduce: str,
+        signed: bool,
+        eps: float,
+        eps_mode: str,
     ) -> tuple[Tensor, Tensor]:
         y, norm = impl.run("attention_map", x, p, channel_reduce, signed, True, eps, eps_mode)
         ctx.save_for_backward(x, y, norm)
         ctx.set_materialize_grads(False)
         ctx.impl, ctx.options = impl, (p, channel_reduce, signed, eps, eps_mode)
         _watch(ctx, x)
-        return x.detach(), y  # x itself would be handed back as a view, whose change autograd refuses without saying what to do
+        # x itself would be handed back as a view, whose change autograd refuses without saying what to do
+        return x.detach(), y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, map_grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        _unchanged(ctx, "tap's feature was modified inplace, by a ReLU for which relu_tap stands or by another operation,")
+        _unchanged(
+            ctx,
+            "tap's feature was modified inplace, by a ReLU for which relu_tap stands or by another"
+            " operation,",
+        )
         if map_grad is not None:
             x, attention, norm = ctx.saved_tensors
             if batched(grad, map_grad):
@@ -87,18 +115,23 @@ def _sum_in_pytorch(ctx: Any, grad: Tensor | None, map_grad: Tensor, x: Tensor) 
     """``grad`` and the gradient that ``map_grad`` gives x, where these stand for several each."""
     p, channel_reduce, signed, eps, eps_mode = ctx.options
     options = dict(p=p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode)
-    dx: Any = _batched_grads.by_reference(functools.partial(reference.attention_map, **options), [x], [True], map_grad)[0]
+    dx: Any = _batched_grads.by_reference(
+        functools.partial(reference.attention_map, **options), [x], [True], map_grad
+    )[0]
     return dx if grad is None else grad + dx
 
 
 class ReluTapFunction(torch.autograd.Function):
-    """``apply(impl, x, residual, p, channel_reduce, signed, eps, eps_mode)`` -> y = relu(x + residual), map of y.
+    """``apply(impl, x, residual, p, channel_reduce, signed, eps, eps_mode)`` -> y = relu(x + residual), map
+    of y.
 
     dx = (g + k y^(p-1)) where y > 0, else 0, for x and residual alike; g and k as in :class:`TapFunction`.
     """
 
     @staticmethod
-    def forward(ctx: Any, impl: Backend, x: Tensor, residual: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, impl: Backend, x: Tensor, residual: Tensor | None, *options: Any
+    ) -> tuple[Tensor, Tensor]:
         y, attention, norm = impl.run("relu_tap", x, residual, *options)
         ctx.save_for_backward(y, attention, norm)
         ctx.set_materialize_grads(False)
@@ -109,7 +142,11 @@ class ReluTapFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, map_grad: Tensor | None) -> tuple[Tensor | None, ...]:
         dx = _relu_gradient(ctx, grad, map_grad)
-        return None, *(dx if need else None for need in ctx.needs_input_grad[1:3]), *(None for _ in ctx.options)
+        return (
+            None,
+            *(dx if need else None for need in ctx.needs_input_grad[1:3]),
+            *(None for _ in ctx.options),
+        )
 
 
 def _relu_gradient(ctx: Any, grad: Tensor | None, map_grad: Tensor | None) -> Tensor | None:
@@ -130,7 +167,9 @@ def _graph_relu_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, T
     ctx.options = inputs[2:]
 
 
-def _graph_relu_backward(ctx: Any, grad: Tensor | None, map_grad: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+def _graph_relu_backward(
+    ctx: Any, grad: Tensor | None, map_grad: Tensor | None, *unused: Tensor | None
+) -> tuple[Tensor | None, ...]:
     dx = _relu_gradient(ctx, grad, map_grad)
     return *(dx if need else None for need in ctx.needs_input_grad[:2]), *(None for _ in ctx.options)
 
@@ -147,13 +186,15 @@ def tap(
     eps: float = 1e-12,
     eps_mode: str = "clamp",
 ) -> tuple[Tensor, Tensor]:
-    """A feature and its attention map, as one differentiable operation: the network goes on with the first, a loss takes the second.
+    """A feature and its attention map, as one differentiable operation: the network goes on with the first, a
+    loss takes the second.
 
-    The backward pass adds the map's gradient to the one that arrives from the network in a single pass over the feature, so that no
-    gradient of the loss is written, read again and added. Give the map to :func:`attention_transfer_loss` with ``student_is_map=True``.
-    Use what is returned in place of x: where x itself goes on, autograd adds as ever. The feature returned shares x's memory and may not
-    be changed in place, which the backward pass refuses: before a ReLU take :func:`relu_tap`. Inside ``torch.compile`` it is
-    ``x, attention_map(x)``.
+    The backward pass adds the map's gradient to the one that arrives from the network in a single pass over
+    the feature, so that no gradient of the loss is written, read again and added. Give the map to
+    :func:`attention_transfer_loss` with ``student_is_map=True``. Use what is returned in place of x: where x
+    itself goes on, autograd adds as ever. The feature returned shares x's memory and may not be changed in
+    place, which the backward pass refuses: before a ReLU take :func:`relu_tap`. Inside ``torch.compile`` it
+    is ``x, attention_map(x)``.
 
     Args:
         x: (N, C, *S), one to three spatial dimensions, float16, bfloat16, float32 or float64, any strides.
@@ -189,25 +230,30 @@ def relu_tap(
     eps: float = 1e-12,
     eps_mode: str = "clamp",
 ) -> tuple[Tensor, Tensor]:
-    """The ReLU that ends a stage, the addition before it and the attention map of the result, as one differentiable operation.
+    """The ReLU that ends a stage, the addition before it and the attention map of the result, as one
+    differentiable operation.
 
-    The forward pass takes the map's energies while it writes y, the backward pass adds the map's gradient while it applies the ReLU's:
-    attention transfer then costs no pass over the feature of its own. y is kept for the backward pass and may not be changed in place.
+    The forward pass takes the map's energies while it writes y, the backward pass adds the map's gradient
+    while it applies the ReLU's: attention transfer then costs no pass over the feature of its own. y is kept
+    for the backward pass and may not be changed in place.
 
     Args:
         x: (N, C, *S), one to three spatial dimensions, float16, bfloat16, float32 or float64, any strides.
         residual: None, or a tensor of x's shape and dtype that is added first.
         p, channel_reduce, signed, eps, eps_mode: of the map, as in :func:`attention_map`.
 
-    Returns: y = relu(x + residual), of x's dtype and strides, and the normalized map (N, *S) of y as rounded, float32 (float64 for a
-    float64 x). x and residual get the same gradient; it is summed in float32 and rounded once.
+    Returns: y = relu(x + residual), of x's dtype and strides, and the normalized map (N, *S) of y as rounded,
+    float32 (float64 for a float64 x). x and residual get the same gradient; it is summed in float32 and
+    rounded once.
     Equals ``y = torch.relu(x + residual); (y, attention_map(y))``.
     Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
     Source: Zagoruyko, Komodakis, *Paying more attention to attention*, ICLR 2017.
     """
     impl = backends.select("relu_tap", (x, residual), _cuda_limits.attention_map, (p,))
     if impl.name == "reference":
-        return reference.relu_tap(x, residual, p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode)
+        return reference.relu_tap(
+            x, residual, p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode
+        )
     if not checks.are_floats(p, eps):
         p, eps = checks.constant("p", p), checks.constant("eps", eps)
     options = (p, channel_reduce, signed, eps, eps_mode)

@@ -1,6 +1,7 @@
 """What PyTorch's ``FlopCounterMode`` counts for the operators: the matrix products that the reference makes.
 
-Attention maps, their losses, the taps and batch norms have none, and PyTorch counts no elementwise operations or sums.
+Attention maps, their losses, the taps and batch norms have none, and PyTorch counts no elementwise operations
+or sums.
 """
 
 from __future__ import annotations
@@ -27,14 +28,19 @@ def _product(a: Shape, b: Shape) -> int:
 
 def _gradients(chain: Sequence[Shape], stages: Collection[int]) -> int:
     """One product a pair that a stage is in."""
-    return sum(_product(*pair) * ((i in stages) + (i + 1 in stages)) for i, pair in enumerate(itertools.pairwise(chain)))
+    return sum(
+        _product(*pair) * ((i in stages) + (i + 1 in stages))
+        for i, pair in enumerate(itertools.pairwise(chain))
+    )
 
 
 def fsp_matrix(a: Shape, b: Shape, *rest: Any, **out: Any) -> int:
     return _product(a, b)
 
 
-def fsp_matrix_backward(grad: Shape, a: Shape, b: Shape, pool_mode: Any, precision: Any, a_grad: bool, b_grad: bool, **out: Any) -> int:
+def fsp_matrix_backward(
+    grad: Shape, a: Shape, b: Shape, pool_mode: Any, precision: Any, a_grad: bool, b_grad: bool, **out: Any
+) -> int:
     return _product(a, b) * (a_grad + b_grad)
 
 
@@ -75,7 +81,9 @@ class _WhenImported(MetaPathFinder):
     def __init__(self, name: str, then: Callable[[], None]) -> None:
         self.name, self.then = name, then
 
-    def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Any = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if fullname != self.name:
             return None
         sys.meta_path.remove(self)

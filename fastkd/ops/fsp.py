@@ -15,7 +15,14 @@ from fastkd._private import batched, saved_tensors_hooked
 from fastkd.checks import Features
 from fastkd.kernels.fsp.saved import kept_shape, wide_stages
 from fastkd.ops import _batched_grads, _cuda_limits, _grad_prefetch, flops
-from fastkd.ops._register import accumulator, autograd, define, differentiable_once, one_device, wanting_gradients
+from fastkd.ops._register import (
+    accumulator,
+    autograd,
+    define,
+    differentiable_once,
+    one_device,
+    wanting_gradients,
+)
 
 
 def _matrix_fake(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
@@ -23,7 +30,9 @@ def _matrix_fake(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
     return a.new_empty((a.shape[0], a.shape[1], b.shape[1]), dtype=accumulator([a, b]))
 
 
-def _matrix_backward_fake(grad: Tensor, a: Tensor, b: Tensor, pool_mode: Any, precision: Any, a_grad: bool, b_grad: bool) -> list[Tensor]:
+def _matrix_backward_fake(
+    grad: Tensor, a: Tensor, b: Tensor, pool_mode: Any, precision: Any, a_grad: bool, b_grad: bool
+) -> list[Tensor]:
     return [torch.empty_like(x) for x, need in ((a, a_grad), (b, b_grad)) if need]
 
 
@@ -38,35 +47,47 @@ def _loss_fake(
     return first.new_empty((), dtype=dtype), matrix_grads, [torch.empty_like(student[i]) for i in stages]
 
 
-def _loss_fake_by_device(student: list[Tensor], teacher: list[Tensor], pool_mode: Any, distance: Any, *rest: Any) -> tuple:
+def _loss_fake_by_device(
+    student: list[Tensor], teacher: list[Tensor], pool_mode: Any, distance: Any, *rest: Any
+) -> tuple:
     """On CUDA tensors Triton's, which may keep less."""
     loss, matrix_grads, gradients = _loss_fake(student, teacher, pool_mode, distance, *rest)
     if loss.device.type == "cuda":
-        shapes = [kept_shape(student[i : i + 2], teacher[i : i + 2], distance) for i in range(len(matrix_grads))]
+        shapes = [
+            kept_shape(student[i : i + 2], teacher[i : i + 2], distance) for i in range(len(matrix_grads))
+        ]
         matrix_grads = [loss.new_empty(shape) for shape in shapes]
     return loss, matrix_grads, gradients
 
 
 def _loss_backward_fake(
-    grad: Tensor, features: list[Tensor], matrix_grads: Any, pool_mode: Any, precision: Any, stages: list[int], *rest: Any
+    grad: Tensor,
+    features: list[Tensor],
+    matrix_grads: Any,
+    pool_mode: Any,
+    precision: Any,
+    stages: list[int],
+    *rest: Any,
 ) -> list[Tensor]:
     return [torch.empty_like(features[i]) for i in stages]
 
 
 define("fsp_matrix(Tensor a, Tensor b, str pool_mode, str? precision) -> Tensor", _matrix_fake)
 define(
-    "fsp_matrix_backward(Tensor grad, Tensor a, Tensor b, str pool_mode, str? precision, bool a_grad, bool b_grad) -> Tensor[]",
+    "fsp_matrix_backward(Tensor grad, Tensor a, Tensor b, str pool_mode, str? precision, bool a_grad, bool"
+    " b_grad) -> Tensor[]",
     _matrix_backward_fake,
 )
 define(
-    "fsp_loss(Tensor[] student, Tensor[] teacher, str pool_mode, str distance, str pair_reduce, float[]? weights, float weight, "
-    "str? precision, bool with_grad, float? upstream=None, int[] stages=[]) -> (Tensor loss, Tensor[] matrix_grads, Tensor[] gradients)",
+    "fsp_loss(Tensor[] student, Tensor[] teacher, str pool_mode, str distance, str pair_reduce, float[]?"
+    " weights, float weight, str? precision, bool with_grad, float? upstream=None, int[] stages=[]) ->"
+    " (Tensor loss, Tensor[] matrix_grads, Tensor[] gradients)",
     _loss_fake_by_device,
     _loss_fake,
 )
 define(
-    "fsp_loss_backward(Tensor grad, Tensor[] features, Tensor[] matrix_grads, str pool_mode, str? precision, int[] stages, bool negate, "
-    "Tensor[]? others=None) -> Tensor[]",
+    "fsp_loss_backward(Tensor grad, Tensor[] features, Tensor[] matrix_grads, str pool_mode, str? precision,"
+    " int[] stages, bool negate, Tensor[]? others=None) -> Tensor[]",
     _loss_backward_fake,
 )
 differentiable_once("fsp_matrix_backward")
@@ -77,11 +98,14 @@ _prefetch = _grad_prefetch.GradPrefetch()
 
 
 class FSPMatrixFunction(torch.autograd.Function):
-    """``apply(impl, a, b, pool_mode, precision)`` -> G = A B^T / S; dA = M B / S and dB = M^T A / S for an incoming M."""
+    """``apply(impl, a, b, pool_mode, precision)`` -> G = A B^T / S; dA = M B / S and dB = M^T A / S for an
+    incoming M.
+    """
 
     @staticmethod
     def forward(ctx: Any, impl: Backend, a: Tensor, b: Tensor, *options: Any) -> Tensor:
-        # each factor is saved for the other's gradient, and may be an inference tensor only if that is not wanted
+        # each factor is saved for the other's gradient, and may be an inference tensor only if that is not
+        # wanted
         ctx.save_for_backward(*((a, b) if any(ctx.needs_input_grad) else ()))
         ctx.impl, ctx.options = impl, options
         return impl.run("fsp_matrix", a, b, *options)
@@ -114,26 +138,36 @@ autograd("fsp_matrix", _graph_matrix_backward, _graph_matrix_context)
 
 
 class FSPLossFunction(torch.autograd.Function):
-    """``apply(impl, options, student, teacher, needed, *tensors)`` -> loss, for lists of features of which ``tensors`` need a gradient.
+    """``apply(impl, options, student, teacher, needed, *tensors)`` -> loss, for lists of features of which
+    ``tensors`` need a gradient.
 
-    ``needed``: the places of those in ``[*student, *teacher]``. The forward saves M = dloss/dG of the student for each pair, for an
-    upstream gradient of 1 (the teacher's is -M), so a chain's gradients need only the chain itself: dA = upstream M B / S, dB = upstream
-    M^T A / S, and a middle stage adds the terms of its two pairs.
-    Where M would be larger than the features, Triton keeps less and needs both chains' features of that pair (`kernels/fsp/saved.py`).
-    On a CPU, for the upstream gradient that is expected (:mod:`fastkd.ops._grad_prefetch`), it makes the student's gradients too, sample by
-    sample, while the sample's maps are in the cache; the backward hands those out, once, if it is given just that.
+    ``needed``: the places of those in ``[*student, *teacher]``. The forward saves M = dloss/dG of the student
+    for each pair, for an upstream gradient of 1 (the teacher's is -M), so a chain's gradients need only the
+    chain itself: dA = upstream M B / S, dB = upstream M^T A / S, and a middle stage adds the terms of its two
+    pairs. Where M would be larger than the features, Triton keeps less and needs both chains' features of
+    that pair (`kernels/fsp/saved.py`). On a CPU, for the upstream gradient that is expected
+    (:mod:`fastkd.ops._grad_prefetch`), it makes the student's gradients too, sample by sample, while the
+    sample's maps are in the cache; the backward hands those out, once, if it is given just that.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, impl: Backend, options: tuple, student: Sequence, teacher: Sequence, needed: Sequence, *tensors: Tensor
+        ctx: Any,
+        impl: Backend,
+        options: tuple,
+        student: Sequence,
+        teacher: Sequence,
+        needed: Sequence,
+        *tensors: Tensor,
     ) -> Tensor:
         stages = len(student)
         foreseeing = needed[0] < stages and impl.prefetches and not saved_tensors_hooked()
         ctx.expected = expected = _prefetch.expect() if foreseeing else None
         upstream = expected[1] if expected else None
         made = [] if upstream is None else [i for i in needed if i < stages]
-        loss, matrix_grads, ctx.prepared = impl.run("fsp_loss", student, teacher, *options, True, upstream, made)
+        loss, matrix_grads, ctx.prepared = impl.run(
+            "fsp_loss", student, teacher, *options, True, upstream, made
+        )
         ctx.impl, ctx.options, ctx.stages, ctx.needed = impl, options, stages, needed
         if impl.keeps_matrices and needed == range(stages):  # the common case
             ctx.saved_places, ctx.frozen = needed, {}
@@ -150,10 +184,19 @@ class FSPLossFunction(torch.autograd.Function):
         if len(prepared) == len(ctx.needed):
             return None, None, None, None, None, *prepared
         made = dict(zip(ctx.needed, prepared))
-        return None, None, None, None, None, *_chain_gradients(ctx, saved, grad, ctx.needs_input_grad[5:], made)
+        return (
+            None,
+            None,
+            None,
+            None,
+            None,
+            *_chain_gradients(ctx, saved, grad, ctx.needs_input_grad[5:], made),
+        )
 
 
-def _save_chains(ctx: Any, student: Sequence[Tensor], teacher: Sequence[Tensor], matrix_grads: Sequence[Tensor]) -> None:
+def _save_chains(
+    ctx: Any, student: Sequence[Tensor], teacher: Sequence[Tensor], matrix_grads: Sequence[Tensor]
+) -> None:
     """Save the features of the chains that need a gradient, and those of both where M is not kept."""
     stages, wide, every = len(student), wide_stages(matrix_grads), (*student, *teacher)
     places = []
@@ -168,18 +211,30 @@ def _save_chains(ctx: Any, student: Sequence[Tensor], teacher: Sequence[Tensor],
 def _chain_gradients(
     ctx: Any, saved: Sequence[Tensor], grad: Tensor, needs: Sequence[bool], made: dict[int, Tensor]
 ) -> list[Tensor | None]:
-    """The gradients of the features at ``ctx.needed``, None where ``needs`` says so; ``made`` holds those that exist, by their place."""
+    """The gradients of the features at ``ctx.needed``, None where ``needs`` says so; ``made`` holds those
+    that exist, by their place.
+    """
     stages, (pool_mode, *_, precision) = ctx.stages, ctx.options
-    matrix_grads, by_place = list(saved[: stages - 1]), dict(zip(ctx.saved_places, saved[stages - 1 :])) | ctx.frozen
+    matrix_grads, by_place = (
+        list(saved[: stages - 1]),
+        dict(zip(ctx.saved_places, saved[stages - 1 :])) | ctx.frozen,
+    )
     features = [by_place.get(i) for i in range(2 * stages)]
     wide = wide_stages(matrix_grads)
     run = functools.partial(_batched_grads.scaled, ctx.impl) if batched(grad) else ctx.impl.run_backward
     found = {place: made.get(place) for place, need in zip(ctx.needed, needs) if need}
     for first in (0, stages):
-        left = [place - first for place, dx in found.items() if dx is None and first <= place < first + stages]
+        left = [
+            place - first for place, dx in found.items() if dx is None and first <= place < first + stages
+        ]
         if left:
-            chain, others = features[first : first + stages], [features[stages - first + i] for i in wide] or None
-            computed = run("fsp_loss_backward", grad, chain, matrix_grads, pool_mode, precision, left, first > 0, others)
+            chain, others = (
+                features[first : first + stages],
+                [features[stages - first + i] for i in wide] or None,
+            )
+            computed = run(
+                "fsp_loss_backward", grad, chain, matrix_grads, pool_mode, precision, left, first > 0, others
+            )
             found.update(zip([first + i for i in left], computed, strict=True))
     return [found.get(place) for place in ctx.needed]
 
@@ -194,7 +249,9 @@ def _graph_loss_context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tens
 
 def _graph_loss_backward(ctx: Any, grad: Tensor, *rest: Any) -> tuple:
     if not ctx.with_grad:
-        raise RuntimeError("fastkd::fsp_loss was called with with_grad=False for a tensor that needs a gradient")
+        raise RuntimeError(
+            "fastkd::fsp_loss was called with with_grad=False for a tensor that needs a gradient"
+        )
     student_needs, teacher_needs = ctx.needs_input_grad[:2]
     out = _chain_gradients(ctx, ctx.saved_tensors, grad, [*student_needs, *teacher_needs], {})
     # PyTorch 2.11 drops arguments that have their default values, and wants no gradient of those
@@ -208,9 +265,12 @@ def fsp_matrix(a: Tensor, b: Tensor, *, pool_mode: str = "avg", precision: str |
     """FSP matrix: the Gram matrix between the channels of two features, averaged over positions.
 
     Args:
-        a: (N, Ca, *Sa), b: (N, Cb, *Sb), one to three spatial dimensions, float16, bfloat16, float32 or float64, any dtypes and strides.
-        pool_mode: where spatial sizes differ, both are pooled (adaptively, "avg" or "max") to the smaller size in each dimension.
-        precision: of the products on a GPU: "ieee", "tf32", "tf32x3", or None for PyTorch's own setting; ignored on a CPU.
+        a: (N, Ca, *Sa), b: (N, Cb, *Sb), one to three spatial dimensions, float16, bfloat16, float32 or
+        float64, any dtypes and strides.
+        pool_mode: where spatial sizes differ, both are pooled (adaptively, "avg" or "max") to the smaller
+        size in each dimension.
+        precision: of the products on a GPU: "ieee", "tf32", "tf32x3", or None for PyTorch's own setting;
+        ignored on a CPU.
 
     Returns: (N, Ca, Cb), float32 (float64 if any input is float64); differentiable in both.
     Equals ``torch.bmm(a.flatten(2), b.flatten(2).transpose(1, 2)) / S`` at equal sizes.
@@ -246,19 +306,22 @@ def fsp_loss(
     """FSP loss: the distance of student and teacher FSP matrices over consecutive stages, in one call.
 
     Args:
-        student, teacher: L >= 2 features (N, C, *S), equal channels stage by stage; the L - 1 consecutive ones are pairs. A list, a
+        student, teacher: L >= 2 features (N, C, *S), equal channels stage by stage; the L - 1 consecutive
+        ones are pairs. A list, a
             tuple, a dict (its values) or a generator, in its order.
         pool_mode, precision: as in :func:`fsp_matrix`; student and teacher pool each for itself.
-        distance: "squared", the mean over N, Ca and Cb of the squared difference; "frobenius", the mean over N of the squared Frobenius
+        distance: "squared", the mean over N, Ca and Cb of the squared difference; "frobenius", the mean over
+        N of the squared Frobenius
             norm; "column_l2", the mean over N of the summed l2 norms of the columns (index Cb).
         pair_reduce, weights: "sum" or "mean" of the pairs' terms, each multiplied by its weight.
         weight: multiplies the loss, in float32, before a half-precision gradient is rounded.
 
     Returns: a scalar, float32 (float64 if any input is float64); differentiable in student and teacher.
-    Equals ``weight * sum((fsp_matrix(*s) - fsp_matrix(*t)).square().mean() for s, t in zip(pairwise(student), pairwise(teacher)))`` at
-    the defaults, with :func:`itertools.pairwise`.
+    Equals ``weight * sum((fsp_matrix(*s) - fsp_matrix(*t)).square().mean() for s, t in zip(pairwise(student),
+    pairwise(teacher)))`` at the defaults, with :func:`itertools.pairwise`.
     Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
-    Source: Yim et al., *A gift from knowledge distillation*, CVPR 2017, and its published implementations (see the presets).
+    Source: Yim et al., *A gift from knowledge distillation*, CVPR 2017, and its published implementations
+    (see the presets).
     """
     student, teacher = checks.listed(student), checks.listed(teacher)
     impl = backends.select("fsp_loss", (student, teacher), _cuda_limits.fsp_loss)

@@ -14,22 +14,36 @@ from fastkd.ops._gradients import Scaled
 from fastkd.ops._register import autograd, define, implement
 
 NUMBERS = 2**16
-"""Of a chunk's differences and cosines. Some vertices are taken at once where the batch is small; one makes (B, B) and (B, D)."""
+"""Of a chunk's differences and cosines. Some vertices are taken at once where the batch is small; one makes
+(B, B) and (B, D).
+"""
 
 
-def rkd_loss(student: Tensor, teacher: Tensor, *, distance_weight: float = 25.0, angle_weight: float = 50.0, weight: float = 1.0) -> Tensor:
+def rkd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    distance_weight: float = 25.0,
+    angle_weight: float = 50.0,
+    weight: float = 1.0,
+) -> Tensor:
     """Differences of pairwise distances, and of the angles of all triples, between student and teacher.
 
     Args:
         student, teacher: (N, ...) floating point, flattened to (N, D); N >= 2 the same, the rest may differ.
-        distance_weight: of the smooth-l1 mean (beta 1) over (N, N) of the distances, each side's divided by the mean of its positive ones.
-        angle_weight: of the smooth-l1 mean over (N, N, N) of the cosines between e_j - e_i and e_k - e_i. At 0 no triple is looked at.
+        distance_weight: of the smooth-l1 mean (beta 1) over (N, N) of the distances, each side's divided by
+        the mean of its positive ones.
+        angle_weight: of the smooth-l1 mean over (N, N, N) of the cosines between e_j - e_i and e_k - e_i. At
+        0 no triple is looked at.
         weight: multiplies the result.
 
-    Returns: a scalar; float32, float64 if any input is float64. Equal samples have distance and cosine 0, with gradient 0.
-    The sums run over a few vertices at a time, and the gradients are found with them: memory is O(N^2 + N D), never (N, N, D).
-    Raises: TypeError, ValueError for what is not such a pair. A second derivative raises RuntimeError; ``fastkd.reference`` has one.
-    Source: Park, Kim, Lu, Cho, *Relational knowledge distillation*, CVPR 2019; the weights are RepDistiller's.
+    Returns: a scalar; float32, float64 if any input is float64. Equal samples have distance and cosine 0,
+    with gradient 0. The sums run over a few vertices at a time, and the gradients are found with them: memory
+    is O(N^2 + N D), never (N, N, D).
+    Raises: TypeError, ValueError for what is not such a pair. A second derivative raises RuntimeError;
+    ``fastkd.reference`` has one.
+    Source: Park, Kim, Lu, Cho, *Relational knowledge distillation*, CVPR 2019; the weights are
+    RepDistiller's.
     """
     checks.rkd_loss(student, teacher, distance_weight, angle_weight, weight)
     if transforming():
@@ -43,7 +57,9 @@ def rkd_loss(student: Tensor, teacher: Tensor, *, distance_weight: float = 25.0,
     return loss
 
 
-def _loss(s: Tensor, t: Tensor, distance: float, angle: float, need_s: bool, need_t: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _loss(
+    s: Tensor, t: Tensor, distance: float, angle: float, need_s: bool, need_t: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, its gradient for s, for t); a gradient that nobody needs has no elements."""
     with reference._no_autocast(s):
         grads = [torch.zeros_like(x) if need else x.new_empty(0) for x, need in ((s, need_s), (t, need_t))]
@@ -57,7 +73,9 @@ def _loss(s: Tensor, t: Tensor, distance: float, angle: float, need_s: bool, nee
     return loss, grads[0], grads[1]
 
 
-def _fake(s: Tensor, t: Tensor, distance: float, angle: float, need_s: bool, need_t: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(
+    s: Tensor, t: Tensor, distance: float, angle: float, need_s: bool, need_t: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     grads = [torch.empty_like(x) if need else x.new_empty(0) for x, need in ((s, need_s), (t, need_t))]
     return s.new_empty(()), grads[0], grads[1]
 
@@ -68,7 +86,9 @@ def _chunks(s: Tensor, t: Tensor) -> list[slice]:
     return [slice(begin, min(begin + step, count)) for begin in range(0, count, step)]
 
 
-def _distances(s: Tensor, t: Tensor, factor: float, needs: tuple[bool, bool]) -> tuple[Tensor, list[Tensor | None]]:
+def _distances(
+    s: Tensor, t: Tensor, factor: float, needs: tuple[bool, bool]
+) -> tuple[Tensor, list[Tensor | None]]:
     """(the loss of the distances, dloss/d(distance) / distance of each side that needs it)."""
     found = []
     for x in (s, t):
@@ -92,7 +112,9 @@ def _distances(s: Tensor, t: Tensor, factor: float, needs: tuple[bool, bool]) ->
 
 def _vertices(rows: slice, sides: tuple[Tensor, Tensor], angle: float, pulls: list[Tensor | None], needs: tuple[bool, bool],
               grads: list[Tensor]) -> Tensor:  # fmt: skip
-    """The angles at the samples ``rows``; adds to ``grads`` what they and the distances from these samples give."""
+    """The angles at the samples ``rows``; adds to ``grads`` what they and the distances from these samples
+    give.
+    """
     away = [x - x[rows, None] for x in sides]  # (rows, N, D): e_j - e_i
     lengths = [torch.linalg.vector_norm(x, dim=2, keepdim=True) for x in away]
     inverse = [torch.where(length > 0, 1 / length, 0) for length in lengths]
@@ -133,7 +155,8 @@ def _gradients(ctx: Any, upstream: Tensor | None, *unused: Any) -> tuple[Tensor 
 
 
 define(
-    "rkd_loss(Tensor s, Tensor t, float distance, float angle, bool need_s, bool need_t) -> (Tensor loss, Tensor s_grad, Tensor t_grad)",
+    "rkd_loss(Tensor s, Tensor t, float distance, float angle, bool need_s, bool need_t) -> (Tensor loss,"
+    " Tensor s_grad, Tensor t_grad)",
     _fake,
     only_cpu=True,
 )

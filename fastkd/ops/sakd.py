@@ -1,4 +1,6 @@
-"""Self-attention distillation: the energy maps by the attention kernels, the rest on (N, H, H) in plain PyTorch."""
+"""Self-attention distillation: the energy maps by the attention kernels, the rest on (N, H, H) in plain
+PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -20,26 +22,34 @@ def sakd_map(x: Tensor) -> Tensor:
 
     Returns: (N, H, H); float32, float64 for float64: with ``g = x.square().mean(1)`` and ``a = g @ g.mT``
     ``g + (a.softmax(1) * g + a.softmax(2) * g) / math.sqrt(H)``.
-    Raises: TypeError, ValueError for what is no such feature. A second derivative raises RuntimeError; ``fastkd.reference`` has one.
-    Source: github.com/CRGuan/SAKD, whose products are elementwise, not of matrices, and whose softmax is not scaled.
+    Raises: TypeError, ValueError for what is no such feature. A second derivative raises RuntimeError;
+    ``fastkd.reference`` has one.
+    Source: github.com/CRGuan/SAKD, whose products are elementwise, not of matrices, and whose softmax is not
+    scaled.
     """
     checks.sakd_map(x)
     with reference._no_autocast(x):
         return reference._self_attended(attention_map(x, normalize=False))
 
 
-def sakd_loss(student: Features, teacher: Features, *, weights: Sequence[float] | None = None, weight: float = 200.0) -> Tensor:
-    """The mean squared difference of the l2-normalized :func:`sakd_map` of student and teacher, summed over the stages.
+def sakd_loss(
+    student: Features, teacher: Features, *, weights: Sequence[float] | None = None, weight: float = 200.0
+) -> Tensor:
+    """The mean squared difference of the l2-normalized :func:`sakd_map` of student and teacher, summed over
+    the stages.
 
     Args:
-        student, teacher: a tensor each, or a sequence of n, one a stage: (N, C, H, H) floating point, N and H the same in both.
+        student, teacher: a tensor each, or a sequence of n, one a stage: (N, C, H, H) floating point, N and H
+        the same in both.
         weights: one factor a stage; None: 1/2^(n-1-i) for stage i from 0, so 1/4, 1/2, 1 for three.
         weight: multiplies the result.
 
-    Returns: a scalar; float32, float64 if any input is float64. With y the maps divided by max(norm, 1e-12), sample by sample,
-    ``weight * sum(w * (y_s - y_t).square().mean() for each stage)``.
-    Raises: TypeError, ValueError for what does not fit. A second derivative raises RuntimeError; ``fastkd.reference`` has one.
-    Source: github.com/CRGuan/SAKD, where a connector gives the student the teacher's channels first: ``fastkd.methods.sakd``.
+    Returns: a scalar; float32, float64 if any input is float64. With y the maps divided by max(norm, 1e-12),
+    sample by sample, ``weight * sum(w * (y_s - y_t).square().mean() for each stage)``.
+    Raises: TypeError, ValueError for what does not fit. A second derivative raises RuntimeError;
+    ``fastkd.reference`` has one.
+    Source: github.com/CRGuan/SAKD, where a connector gives the student the teacher's channels first:
+    ``fastkd.methods.sakd``.
     """
     students, teachers = checks.sakd_loss(student, teacher, weights, weight)
     tensors = students + teachers

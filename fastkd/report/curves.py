@@ -16,8 +16,17 @@ from fastkd.methods import METHODS, colour_of, title_of
 from fastkd.training import results
 from fastkd.training.groups import DATASET_NAMES, changes, written
 
-COLOURS = {"teacher": "#555555", "baseline": "#999999", **{name: colour_of(name) for name in METHODS[1:]}, "at+kd": "#cc79a7"}
-PANELS = (("test_acc", "test accuracy, %"), ("train_acc", "training accuracy, %"), ("loss", "training loss, all terms"))
+COLOURS = {
+    "teacher": "#555555",
+    "baseline": "#999999",
+    **{name: colour_of(name) for name in METHODS[1:]},
+    "at+kd": "#cc79a7",
+}
+PANELS = (
+    ("test_acc", "test accuracy, %"),
+    ("train_acc", "training accuracy, %"),
+    ("loss", "training loss, all terms"),
+)
 TERMS = tuple((name, f"{title_of(name)} loss") for name in sorted(METHODS[1:], key=lambda name: name == "kd"))
 
 
@@ -37,12 +46,19 @@ class Curve:
     def label(self) -> str:
         about = self.about
         models = " ← ".join(filter(None, [about["student"], about["teacher"]]))
-        parts = [title_of(about["method"]), models, *changes(about), "" if about["finished"] else "unfinished"]
+        parts = [
+            title_of(about["method"]),
+            models,
+            *changes(about),
+            "" if about["finished"] else "unfinished",
+        ]
         return ", ".join(filter(None, parts))
 
 
 def read(folders: Sequence[Path], wanted: Mapping[str, str]) -> Iterator[Curve]:
-    """The runs that have a log, finished or not, whose row (or else configuration) has the ``wanted`` values. Raises UserError."""
+    """The runs that have a log, finished or not, whose row (or else configuration) has the ``wanted`` values.
+    Raises UserError.
+    """
     for output in folders:
         rows = {row.get("folder"): row for row in results.read_rows(output)[1]}
         for path in sorted(output.glob("*/epochs.csv")):
@@ -80,7 +96,9 @@ def read_epochs(path: Path) -> list[dict[str, float]]:
 
 
 def plot(folders: Sequence[Path], wanted: Mapping[str, str], path: Path) -> None:
-    """A row of panels for each data set, recipe and length; a colour a method, a line a seed. Raises UserError."""
+    """A row of panels for each data set, recipe and length; a colour a method, a line a seed. Raises
+    UserError.
+    """
     try:
         figure_class = figures.figure_class()
     except ImportError:
@@ -105,15 +123,26 @@ def plot(folders: Sequence[Path], wanted: Mapping[str, str], path: Path) -> None
     write(path, file.getvalue())
 
 
-def draw(figure: Any, curves: list[Curve], panels: Sequence[tuple[str, str]], height: int, columns: int) -> None:
+def draw(
+    figure: Any, curves: list[Curve], panels: Sequence[tuple[str, str]], height: int, columns: int
+) -> None:
     from matplotlib.ticker import MaxNLocator
 
     dataset, recipe, epochs, precision = curves[0].place
     length = f"{epochs} epoch{'s' * (epochs != '1')}"
-    figure.suptitle(f"{DATASET_NAMES.get(dataset, dataset)}, recipe {recipe}, {length}, {precision}", fontsize=10, weight="bold")
+    figure.suptitle(
+        f"{DATASET_NAMES.get(dataset, dataset)}, recipe {recipe}, {length}, {precision}",
+        fontsize=10,
+        weight="bold",
+    )
     axes = figure.subplots(height, columns, squeeze=False).flatten()
     names = list(COLOURS)
-    curves = sorted(curves, key=lambda curve: names.index(curve.about["method"]) if curve.about["method"] in names else len(names))
+    curves = sorted(
+        curves,
+        key=lambda curve: (
+            names.index(curve.about["method"]) if curve.about["method"] in names else len(names)
+        ),
+    )
     # runs of one method that are more than seeds of each other differ in the dashes
     labels: dict[str, list[str]] = {}
     for curve in curves:
@@ -127,7 +156,13 @@ def draw(figure: Any, curves: list[Curve], panels: Sequence[tuple[str, str]], he
                 method = curve.about["method"]
                 dashes = ("-", "--", "-.", ":")[labels[method].index(curve.label) % 4]
                 marker = "." if len(points) < 20 else ""
-                style = {"color": COLOURS.get(method, "black"), "linestyle": dashes, "linewidth": 1.3, "marker": marker, "markersize": 4}
+                style = {
+                    "color": COLOURS.get(method, "black"),
+                    "linestyle": dashes,
+                    "linewidth": 1.3,
+                    "marker": marker,
+                    "markersize": 4,
+                }
                 (lines[curve.label],) = axis.plot(*zip(*points, strict=True), **style)
         axis.set_title(text, fontsize=9)
         axis.tick_params(labelsize=8)
@@ -137,4 +172,6 @@ def draw(figure: Any, curves: list[Curve], panels: Sequence[tuple[str, str]], he
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.legend(
+        list(lines.values()), list(lines), loc="outside lower center", ncols=3, fontsize=8, frameon=False
+    )

@@ -21,11 +21,15 @@ from fastkd.training.settings import from_config
 
 
 def redraw(folder: Path, data: Path | None) -> list[Path]:
-    """The pictures of the run in ``folder`` from its files; none and one line where they cannot be drawn. Raises UserError."""
+    """The pictures of the run in ``folder`` from its files; none and one line where they cannot be drawn.
+    Raises UserError.
+    """
     try:
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no run: config.json: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(
+            f"{folder} holds no run: config.json: {getattr(error, 'strerror', None) or error}"
+        ) from None
     settings = from_config(about, folder.parent)
     config = Config(settings if data is None else dataclasses.replace(settings, data=data))
     paths = {"student": folder / ("best.pt" if config.recipe.report == "best" else "last.pt")}
@@ -34,7 +38,9 @@ def redraw(folder: Path, data: Path | None) -> list[Path]:
         paths["teacher"] = settings.teacher_checkpoint or kept.with_name(about.get("teacher_file", kept.name))
     models = {role: config.new_model(role).to(config.device) for role in paths}
     if config.method.wraps:
-        models["student"] = config.distillation("student", models["student"], models["teacher"], config.method, fold=False).student
+        models["student"] = config.distillation(
+            "student", models["student"], models["teacher"], config.method, fold=False
+        ).student
     try:
         for role, path in paths.items():
             load_weights(models[role], path)
@@ -46,9 +52,15 @@ def redraw(folder: Path, data: Path | None) -> list[Path]:
 @screens()
 def main(arguments: list[str] | None = None) -> int:
     text = "Attention maps of finished runs."
-    parser = argparse.ArgumentParser(prog="python -m fastkd.report.maps", description=text, allow_abbrev=False)
-    parser.add_argument("folders", nargs="+", type=as_path, metavar="FOLDER", help="of a run: runs/at-cifar10-...")
-    parser.add_argument("--data", type=as_path, metavar="DIR", help="where the set lies now, if not where the run found it")
+    parser = argparse.ArgumentParser(
+        prog="python -m fastkd.report.maps", description=text, allow_abbrev=False
+    )
+    parser.add_argument(
+        "folders", nargs="+", type=as_path, metavar="FOLDER", help="of a run: runs/at-cifar10-..."
+    )
+    parser.add_argument(
+        "--data", type=as_path, metavar="DIR", help="where the set lies now, if not where the run found it"
+    )
     flags = parser.parse_args(arguments)
     try:
         if not attention_maps.available():

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Entry:
-    """A published figure and the run that stands for it: ``None`` where the source has none, ``method`` "" where fastkd has none.
+    """A published figure and the run that stands for it: ``None`` where the source has none, ``method`` ""
+    where fastkd has none.
 
-    ``figure``: the column of the table of results, or "loss" (all terms) or the name of a term, of the last epoch.
+    ``figure``: the column of the table of results, or "loss" (all terms) or the name of a term, of the last
+    epoch.
     """
 
     value: float | None
@@ -31,7 +33,8 @@ class Entry:
 class Published:
     """A table: ``columns`` are its heads, ``rows`` pairs of a label and an Entry a column.
 
-    ``variants``: models of ours that may stand for those named in the entries, with what a reader must know of them.
+    ``variants``: models of ours that may stand for those named in the entries, with what a reader must know
+    of them.
     """
 
     title: str

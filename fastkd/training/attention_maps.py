@@ -1,6 +1,7 @@
 """Sheets of attention maps: some test images, and what teacher and student look at in each stage.
 
-Drawn as one array of pixels with matplotlib's lettering around it, which takes a fraction of the time of an axis a map.
+Drawn as one array of pixels with matplotlib's lettering around it, which takes a fraction of the time of an
+axis a map.
 """
 
 from __future__ import annotations
@@ -53,17 +54,30 @@ def available() -> bool:
 
 
 def draw(config: Config, folder: Path, student: nn.Module, teacher: nn.Module | None) -> list[Path]:
-    """The sheets of a run in its folder, one a variant; on failure none, and one line that says why. Models are left in eval mode."""
+    """The sheets of a run in its folder, one a variant; on failure none, and one line that says why. Models
+    are left in eval mode.
+    """
     if not available():
         return []
     try:
-        images, labels = examples(config.data.name, config.data.classes, config.data.test_images, config.data.test_labels)
+        images, labels = examples(
+            config.data.name, config.data.classes, config.data.test_images, config.data.test_labels
+        )
         mean, std = config.normalization()
-        batch = next(Batches(images, torch.arange(len(images)), mean, std, batch_size=len(images), device=config.device).test())[0]
+        batch = next(
+            Batches(
+                images, torch.arange(len(images)), mean, std, batch_size=len(images), device=config.device
+            ).test()
+        )[0]
         models = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
         features = {name: stages(model, batch) for name, model in models.items()}
         teaching = config.models.teacher if teacher is not None else ""
-        what = {"method": config.settings.method, "dataset": config.data.name, "student": config.models.student, "teacher": teaching}
+        what = {
+            "method": config.settings.method,
+            "dataset": config.data.name,
+            "student": config.models.student,
+            "teacher": teaching,
+        }
         title, paths = described({**what, "nepoch": config.recipe.epochs}), []
         for stem, (formula, reduce, remark) in VARIANTS.items():
             maps = {name: [reduce(x) for x in found] for name, found in features.items()}
@@ -84,17 +98,26 @@ def examples(name: str, classes: int, images: Tensor, labels: Tensor) -> tuple[T
 
 
 def stages(model: nn.Module, batch: Tensor) -> list[Tensor]:
-    """The stages' outputs (N, C, H, W) on the CPU, in float32 and eval mode: batch norms by their running averages."""
+    """The stages' outputs (N, C, H, W) on the CPU, in float32 and eval mode: batch norms by their running
+    averages.
+    """
     with torch.no_grad():
         features, _ = model.eval()(batch, features=True)
     return [x.float().cpu() for x in features.stages]
 
 
-def sheet(images: Tensor, labels: Sequence[str], maps: dict[str, list[Tensor]], formula: str, title: str, remark: str) -> bytes:
+def sheet(
+    images: Tensor,
+    labels: Sequence[str],
+    maps: dict[str, list[Tensor]],
+    formula: str,
+    title: str,
+    remark: str,
+) -> bytes:
     """A PNG. ``images`` (N, 3, H, W) uint8; ``maps`` by model: one (N, h, w) a stage.
 
-    Columns: the image, then each stage with its models side by side. A map goes from 0, or from minus where any has negative values,
-    to its own largest magnitude.
+    Columns: the image, then each stage with its models side by side. A map goes from 0, or from minus where
+    any has negative values, to its own largest magnitude.
     """
     figure_class = figures.figure_class()
     from matplotlib import colormaps
@@ -128,7 +151,9 @@ def sheet(images: Tensor, labels: Sequence[str], maps: dict[str, list[Tensor]], 
     axes.set_xlim(-left, width + 4)
     axes.set_ylim(height + below, -above)
     axes.set_axis_off()
-    axes.imshow(canvas.clamp(0, 1).numpy(), extent=(0, width, height, 0), interpolation="nearest", aspect="auto")
+    axes.imshow(
+        canvas.clamp(0, 1).numpy(), extent=(0, width, height, 0), interpolation="nearest", aspect="auto"
+    )
     text: dict[str, Any] = {"ha": "center", "va": "center"}
     axes.text(0, -above + 14, formula, ha="left", va="center", fontsize=8.5, weight="bold")
     axes.text(0, -above + 36, title, ha="left", va="center", fontsize=7.5)

@@ -22,7 +22,14 @@ from fastkd.training.settings import Models, Settings, environment
 ALONE = ("epochs", "teacher_mode", "preset", "init_epochs", "init_lr", "init_milestones")
 """Fields that a teacher's own training has no use for, or whose value stands in its file's name already."""
 
-USUAL = {"precision": "fp32", "device": "cpu", "deterministic": False, "compiled": False, "cuda_graph": False, "processes": 1}
+USUAL = {
+    "precision": "fp32",
+    "device": "cpu",
+    "deterministic": False,
+    "compiled": False,
+    "cuda_graph": False,
+    "processes": 1,
+}
 """What a teacher's file does not say in its name."""
 
 
@@ -56,17 +63,29 @@ class Choices:
     def teacher_path(self) -> Path:
         """Where the teacher is kept: a name of its own for all that its identity may hold."""
         recipe, identity = RECIPES[self.recipe_name], self.identity("teacher")
-        changed = {key: value for key, value in dataclasses.asdict(self.recipe).items() if value != getattr(recipe, key)}
+        changed = {
+            key: value
+            for key, value in dataclasses.asdict(self.recipe).items()
+            if value != getattr(recipe, key)
+        }
         changed = {key: value for key, value in changed.items() if key not in ALONE}
         changed |= {key: identity[key] for key, usual in USUAL.items() if identity[key] != usual}
-        name = [self.data.name, self.models.teacher, self.recipe_name, f"{self.recipe.epochs}epochs", f"seed{self.seed_of('teacher')}"]
+        name = [
+            self.data.name,
+            self.models.teacher,
+            self.recipe_name,
+            f"{self.recipe.epochs}epochs",
+            f"seed{self.seed_of('teacher')}",
+        ]
         extra = "-".join(f"{key}={value}" for key, value in sorted(changed.items()))
         if len(extra) > 100:  # a file's name ends at 255 bytes
             extra = hashlib.blake2b(extra.encode(), digest_size=8).hexdigest()
         return self.settings.output / "teachers" / f"{'-'.join(filter(None, [*name, extra]))}.pt"
 
     def identity(self, role: str) -> dict[str, Any]:
-        """All that the student's or the teacher's weights depend on, in plain values. Only a run of the same identity is resumed."""
+        """All that the student's or the teacher's weights depend on, in plain values. Only a run of the same
+        identity is resumed.
+        """
         settings, fields = self.settings, {**dataclasses.asdict(self.recipe)}
         if role == "teacher":
             fields = {key: value for key, value in fields.items() if key == "epochs" or key not in ALONE}
@@ -94,7 +113,9 @@ class Choices:
 
     @cached_property
     def teacher_weights(self) -> str | None:
-        """The fingerprint of what ``--teacher-checkpoint`` holds, wherever it lies; None without one. Raises UserError."""
+        """The fingerprint of what ``--teacher-checkpoint`` holds, wherever it lies; None without one. Raises
+        UserError.
+        """
         if self.settings.teacher_checkpoint is None:
             return None
         teacher = create_model(self.models.teacher, self.data.classes)
@@ -106,8 +127,16 @@ class Choices:
 
     def config(self) -> dict[str, Any]:
         """All of it in plain values, for the records."""
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(self.settings).items()}
-        resolved = {**dataclasses.asdict(self.models), "dataset": self.data.name, "recipe": self.recipe_name, "device": str(self.device)}
+        settings = {
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in dataclasses.asdict(self.settings).items()
+        }
+        resolved = {
+            **dataclasses.asdict(self.models),
+            "dataset": self.data.name,
+            "recipe": self.recipe_name,
+            "device": str(self.device),
+        }
         return {
             **settings,
             **resolved,

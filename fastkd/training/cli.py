@@ -1,6 +1,7 @@
 """The command line of ``python train.py`` in a clone and of ``fastkd-train`` where fastkd is installed.
 
-Exit status 0; 2 for anything that the caller can mend, with one line on stderr; 130 after Ctrl-C, 143 after SIGTERM.
+Exit status 0; 2 for anything that the caller can mend, with one line on stderr; 130 after Ctrl-C, 143 after
+SIGTERM.
 """
 
 from __future__ import annotations
@@ -30,32 +31,93 @@ def build_parser() -> argparse.ArgumentParser:
 
     text = "Train a teacher, distil a student from it, record the result."
     parser = OneLineParser(prog=program(), description=text, allow_abbrev=False)
-    parser.add_argument("--method", required=True, type=method_name, metavar="NAME", help=f"{', '.join(METHODS)}, or a sum such as at+kd")
-    parser.add_argument("--dataset", choices=("auto", *DATASETS), help="auto (default): CIFAR-10 if under --data, else digits")
-    parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="where the sets lie, or are downloaded to (data)")
+    parser.add_argument(
+        "--method",
+        required=True,
+        type=method_name,
+        metavar="NAME",
+        help=f"{', '.join(METHODS)}, or a sum such as at+kd",
+    )
+    parser.add_argument(
+        "--dataset", choices=("auto", *DATASETS), help="auto (default): CIFAR-10 if under --data, else digits"
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path("data"),
+        metavar="DIR",
+        help="where the sets lie, or are downloaded to (data)",
+    )
     letters = ", ".join(f"{letter} {teacher} > {student}" for letter, (teacher, student) in SETTINGS.items())
-    parser.add_argument("--setting", choices=tuple(SETTINGS), help=f"teacher > student on cifar100 by recipe sakd: {letters}")
-    parser.add_argument("--teacher", choices=MODELS, metavar="NAME", help=f"resnet20; known: {', '.join(MODELS)}")
+    parser.add_argument(
+        "--setting", choices=tuple(SETTINGS), help=f"teacher > student on cifar100 by recipe sakd: {letters}"
+    )
+    parser.add_argument(
+        "--teacher", choices=MODELS, metavar="NAME", help=f"resnet20; known: {', '.join(MODELS)}"
+    )
     parser.add_argument("--student", choices=MODELS, metavar="NAME", help="resnet20; the same names")
-    parser.add_argument("--teacher-checkpoint", type=Path, metavar="FILE", help="the teacher's weights, RepDistiller's layout")
-    parser.add_argument("--recipe", choices=tuple(RECIPES), help="hankyul2 (digits on digits); the flags below override its fields")
+    parser.add_argument(
+        "--teacher-checkpoint", type=Path, metavar="FILE", help="the teacher's weights, RepDistiller's layout"
+    )
+    parser.add_argument(
+        "--recipe",
+        choices=tuple(RECIPES),
+        help="hankyul2 (digits on digits); the flags below override its fields",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--teacher-seed", type=int, metavar="N", help="that of the run")
-    parser.add_argument("--repeats", type=int, default=1, metavar="R", help="seeds N, N+1, ..., one teacher: mean and standard deviation")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=1,
+        metavar="R",
+        help="seeds N, N+1, ..., one teacher: mean and standard deviation",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is one")
-    faster = "fp32 (default); auto: bf16 where the device has instructions for it (a CPU: AMX or AVX512-BF16), else fp32"
+    faster = (
+        "fp32 (default); auto: bf16 where the device has instructions for it (a CPU: AMX or AVX512-BF16),"
+        " else fp32"
+    )
     parser.add_argument("--precision", default="fp32", choices=("auto", *PRECISIONS), help=faster)
-    parser.add_argument("--deterministic", action="store_true", help="PyTorch's deterministic algorithms: on a GPU runs repeat bit by bit")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="the step by torch.compile: in long runs")
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="PyTorch's deterministic algorithms: on a GPU runs repeat bit by bit",
+    )
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="the step by torch.compile: in long runs",
+    )
     graph = "the step as a CUDA graph: on a GPU, in one process"
     parser.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction, default=None, help=graph)
-    parser.add_argument("--output", type=Path, default=Path("runs"), metavar="DIR", help="where tables, runs and teachers go (runs)")
-    resume = "go on with the unfinished run of these very flags; auto: begin it where there is none, end where it is finished"
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs"),
+        metavar="DIR",
+        help="where tables, runs and teachers go (runs)",
+    )
+    resume = (
+        "go on with the unfinished run of these very flags; auto: begin it where there is none, end where it"
+        " is finished"
+    )
     parser.add_argument("--resume", nargs="?", const="", metavar="FOLDER|auto", help=resume)
     pictures = argparse.BooleanOptionalAction
-    parser.add_argument("--pictures", action=pictures, default=True, help="sheets of attention maps at the end (where matplotlib is there)")
-    option = "of the method, as often as needed: at.beta=500, or beta=500 where one term alone has it; 0.5:0.75 is a tuple"
-    parser.add_argument("--option", action="append", default=[], dest="options", metavar="NAME=VALUE", help=option)
+    parser.add_argument(
+        "--pictures",
+        action=pictures,
+        default=True,
+        help="sheets of attention maps at the end (where matplotlib is there)",
+    )
+    option = (
+        "of the method, as often as needed: at.beta=500, or beta=500 where one term alone has it; 0.5:0.75 is"
+        " a tuple"
+    )
+    parser.add_argument(
+        "--option", action="append", default=[], dest="options", metavar="NAME=VALUE", help=option
+    )
     group = parser.add_argument_group("fields of the recipe")
     for field in dataclasses.fields(Recipe):
         add_field(group, field)
@@ -108,7 +170,12 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             times = flags.pop("repeats")
             flags["options"] = tuple(flags["options"])
-            repeat(Settings(**flags, overrides={name: value for name, value in fields.items() if value is not None}), times)
+            repeat(
+                Settings(
+                    **flags, overrides={name: value for name, value in fields.items() if value is not None}
+                ),
+                times,
+            )
         except UserError as error:
             tell(f"error: {error}", is_first() or isinstance(error, MeetingError))
             return 2

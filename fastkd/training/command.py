@@ -27,7 +27,8 @@ def program() -> str:
 
 
 def command(config: Config) -> str:
-    """The command of this run, quoted for a shell, with what was chosen for it by name: ``auto`` may choose otherwise tomorrow.
+    """The command of this run, quoted for a shell, with what was chosen for it by name: ``auto`` may choose
+    otherwise tomorrow.
 
     Every choice that changes bits is in it, be it a flag or a variable of the environment.
     """
@@ -53,11 +54,19 @@ def command(config: Config) -> str:
         "pictures": None if settings.pictures else False,
     }
     script = sys.argv[0] if Path(sys.argv[0]).name == "train.py" else "train.py"
-    return shlex.join([*environment(), *_start(config, script), *(word for name, value in flags.items() for word in _words(name, value))])
+    return shlex.join(
+        [
+            *environment(),
+            *_start(config, script),
+            *(word for name, value in flags.items() for word in _words(name, value)),
+        ]
+    )
 
 
 def _start(config: Config, script: str) -> list[str]:
-    """What starts the script, or the installed command: torchrun with as many processes, also where srun or mpirun started them."""
+    """What starts the script, or the installed command: torchrun with as many processes, also where srun or
+    mpirun started them.
+    """
     installed = program() == INSTALLED
     if config.processes == 1:
         return [INSTALLED] if installed else ["python", script]
@@ -85,8 +94,13 @@ def _words(name: str, value: Any) -> list[str]:
 
 
 def command_file(config: Config, role: str) -> str:
-    """A shell script of :func:`command`, with what the weights depend on and no flag says. It takes more flags, such as --resume."""
-    versions = f"fastkd {fastkd.__version__}, torch {torch.__version__}, {counted(torch.get_num_threads(), 'thread')}"
+    """A shell script of :func:`command`, with what the weights depend on and no flag says. It takes more
+    flags, such as --resume.
+    """
+    versions = (
+        f"fastkd {fastkd.__version__}, torch {torch.__version__},"
+        f" {counted(torch.get_num_threads(), 'thread')}"
+    )
     of = (
         "trains this teacher where it is not there, then its student"
         if role == "teacher"

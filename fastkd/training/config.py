@@ -25,7 +25,9 @@ from fastkd.training.recipes import NORMALIZATIONS, Recipe, decided_options, get
 from fastkd.training.settings import PRECISIONS, Settings, recipe_of, resolve
 
 PAYS = 500_000
-"""Images of a process's run from which on compiling its step pays: on 2 cores it did after some 150,000, whatever the network's depth."""
+"""Images of a process's run from which on compiling its step pays: on 2 cores it did after some 150,000,
+whatever the network's depth.
+"""
 
 
 class Config(Choices):
@@ -41,14 +43,18 @@ class Config(Choices):
         self.recipe: Recipe = get_recipe(self.recipe_name, settings.overrides)
         self.device, self.processes = find_device(settings.device), distributed.share()[1]
         if settings.precision not in ("auto", *PRECISIONS):
-            raise UserError(f"precision {settings.precision!r} is not known; known: auto, {', '.join(PRECISIONS)}")
+            raise UserError(
+                f"precision {settings.precision!r} is not known; known: auto, {', '.join(PRECISIONS)}"
+            )
         self.asked_precision = settings.precision
         if settings.precision == "auto":  # by what the device has, never by a clock: the result depends on it
             chosen = "bf16" if fast_bfloat16(self.device) else "fp32"
             self.settings = settings = dataclasses.replace(settings, precision=chosen)
         brought, self.notes = options_of(self.recipe_name, settings.method, settings.options)
         try:
-            self.method = define(settings.method, preset=self.recipe.preset, words=[*brought, *settings.options])
+            self.method = define(
+                settings.method, preset=self.recipe.preset, words=[*brought, *settings.options]
+            )
             decided = decided_options(self.recipe_name, self.method)
             self.method = dataclasses.replace(self.method, changes={**self.method.changes, **decided})
             if settings.recipe is None:  # an explicit one wins over what a method's authors change in theirs
@@ -61,7 +67,9 @@ class Config(Choices):
             raise UserError(f"{error} (--recipe {self.recipe_name}, --preset {self.recipe.preset})") from None
         for term in self.method.terms:
             if getattr(term.options, "phases", 1) > 1 and not self.recipe.init_epochs:
-                raise UserError(f"--init-epochs is 0, but {term.name}.phases is {term.options.phases}: wanted at least 1")
+                raise UserError(
+                    f"--init-epochs is 0, but {term.name}.phases is {term.options.phases}: wanted at least 1"
+                )
         self.settings = settings = dataclasses.replace(settings, method=self.method.name)
         self.calls: dict[str, list[Call]] = {}
         self.student_parameters = 0  # of the student that a method has changed
@@ -75,21 +83,31 @@ class Config(Choices):
         smallest = min([*parts, *[len(self.data.test_labels)] * self.recipe.drop_last_test], default=2**62)
         if self.recipe.batch_size > smallest:
             each = f" for each of {self.processes} processes" * (self.processes > 1)
-            raise UserError(f"--batch-size is {self.recipe.batch_size}, but {name} has parts of only {smallest} images{each}")
+            raise UserError(
+                f"--batch-size is {self.recipe.batch_size}, but {name} has parts of only {smallest}"
+                f" images{each}"
+            )
         if distributed.leads():
             make_folder(settings.output)  # last: a command that cannot run leaves none
 
     def _how(self) -> tuple[bool, bool]:
-        """Whether steps are compiled, and replayed as a CUDA graph. Bits depend on it, so no clock decides. Raises UserError."""
+        """Whether steps are compiled, and replayed as a CUDA graph. Bits depend on it, so no clock decides.
+        Raises UserError.
+        """
         settings, cuda = self.settings, self.device.type == "cuda"
         images = self.recipe.epochs * len(self.data.train_labels) / self.processes
-        compiled = images >= PAYS and can_compile(self.device) if settings.compile is None else settings.compile
+        compiled = (
+            images >= PAYS and can_compile(self.device) if settings.compile is None else settings.compile
+        )
         if settings.cuda_graph and (not cuda or self.processes > 1):
             raise UserError("--cuda-graph is for one process on a GPU")
         return compiled, cuda and self.processes == 1 if settings.cuda_graph is None else settings.cuda_graph
 
     def _check_fit(self) -> None:
-        student, teacher = (create_model(self.model_name(role), self.data.classes).to(self.device) for role in ("student", "teacher"))
+        student, teacher = (
+            create_model(self.model_name(role), self.data.classes).to(self.device)
+            for role in ("student", "teacher")
+        )
         try:
             trial = self.distillation("student", student, teacher, self.method, fold=False)
             self.calls = trial.check(self.recipe.batch_size if self.method.whole_batches else 2)
@@ -99,9 +117,13 @@ class Config(Choices):
             raise UserError(" ".join(str(error).split())) from None
         except (ValueError, TypeError) as error:
             pair = f"{self.models.teacher} as teacher and {self.models.student} as student"
-            raise UserError(f"method {self.settings.method} does not fit {pair}: {' '.join(str(error).split())}") from None
+            raise UserError(
+                f"method {self.settings.method} does not fit {pair}: {' '.join(str(error).split())}"
+            ) from None
 
-    def distillation(self, role: str, student: nn.Module, teacher: nn.Module | None, method: Definition, fold: bool = True) -> Distillation:
+    def distillation(
+        self, role: str, student: nn.Module, teacher: nn.Module | None, method: Definition, fold: bool = True
+    ) -> Distillation:
         """What trains ``student`` by ``method``; both networks are on the device."""
         return Distillation(
             student, teacher if method.needs_teacher else None, method, train_labels=self.data.train_labels,
@@ -110,30 +132,48 @@ class Config(Choices):
         )  # fmt: skip
 
     def new_model(self, role: str) -> nn.Module:
-        """The untrained "student" or "teacher", its weights drawn from (seed, role): two of one architecture begin apart."""
+        """The untrained "student" or "teacher", its weights drawn from (seed, role): two of one architecture
+        begin apart.
+        """
         with seeded(self.seed_of(role), role, "weights"):
             return create_model(self.model_name(role), self.data.classes)
 
     def phases(self, method: Definition) -> list[tuple[str, Recipe, Definition]]:
-        """(name, recipe, method) of what a training with ``method`` does one after the other: "main", perhaps after "init"."""
+        """(name, recipe, method) of what a training with ``method`` does one after the other: "main", perhaps
+        after "init".
+        """
         recipe = self.recipe
         if not method.initializes or not recipe.init_epochs:
             return [("main", recipe, method)]
-        first = dataclasses.replace(recipe, epochs=recipe.init_epochs, lr=recipe.init_lr, milestones=recipe.init_milestones)
+        first = dataclasses.replace(
+            recipe, epochs=recipe.init_epochs, lr=recipe.init_lr, milestones=recipe.init_milestones
+        )
         return [("init", first, method.initialization()), ("main", recipe, method.after_initialization())]
 
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """(mean, std) a channel."""
-        return NORMALIZATIONS.get((self.recipe.normalization, self.data.name), (self.data.mean, self.data.std))
+        return NORMALIZATIONS.get(
+            (self.recipe.normalization, self.data.name), (self.data.mean, self.data.std)
+        )
 
     def batches(self, role: str) -> tuple[Batches, Batches]:
         """The training and test batches of the student's or the teacher's training."""
         data, recipe, (mean, std) = self.data, self.recipe, self.normalization()
         dtype = torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
         common: dict[str, Any] = {"mean": mean, "std": std, "device": self.device, "dtype": dtype}
-        random: dict[str, Any] = {"seed": self.seed_of(role), "stream": role, "flip": data.flip, "pad_mode": recipe.pad_mode}
-        random |= {"share": distributed.share(), "drop_last": recipe.drop_last or (role == "student" and self.method.whole_batches)}
-        train = Batches(data.train_images, data.train_labels, batch_size=recipe.batch_size, **random, **common)
+        random: dict[str, Any] = {
+            "seed": self.seed_of(role),
+            "stream": role,
+            "flip": data.flip,
+            "pad_mode": recipe.pad_mode,
+        }
+        random |= {
+            "share": distributed.share(),
+            "drop_last": recipe.drop_last or (role == "student" and self.method.whole_batches),
+        }
+        train = Batches(
+            data.train_images, data.train_labels, batch_size=recipe.batch_size, **random, **common
+        )
         # an accuracy over all images does not depend on the batch; one over whole batches does
         size, images, labels = 500, data.test_images, data.test_labels
         if recipe.drop_last_test:  # a set may be sorted, and what is left out must not be of one class
@@ -143,4 +183,6 @@ class Config(Choices):
 
     def autocast(self) -> torch.autocast:
         """What the models' forward passes run under; the losses do not."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.precision == "bf16")
+        return torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.settings.precision == "bf16"
+        )

@@ -41,11 +41,14 @@ def can_compile(device: torch.device) -> bool:
 
 
 BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")
-"""A processor's features, as Linux calls them, with which bfloat16 networks train faster than float32 ones."""
+"""A processor's features, as Linux calls them, with which bfloat16 networks train faster than float32 ones.
+"""
 
 
 def fast_bfloat16(device: torch.device) -> bool | None:
-    """Whether ``device`` has instructions for bfloat16: without them it is emulated, slower than float32. None: not known."""
+    """Whether ``device`` has instructions for bfloat16: without them it is emulated, slower than float32.
+    None: not known.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     features = processor_features()
@@ -63,7 +66,11 @@ def processor_features() -> set[str]:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {counted(torch.get_num_threads(), 'thread')}"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type}, {counted(torch.get_num_threads(), 'thread')}"
+    )
 
 
 @contextmanager
@@ -74,7 +81,11 @@ def determinism(wanted: bool) -> Iterator[None]:
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA begins
     memory: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark, memory.fill_uninitialized_memory
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.benchmark,
+        memory.fill_uninitialized_memory,
+    )
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark, memory.fill_uninitialized_memory = False, False
     try:

@@ -1,9 +1,9 @@
 """Several processes that train one student, started by torchrun, srun or mpirun. Each runs the same program.
 
-The first alone looks into the command's folders, writes files and prints. They meet in every step, where gradients
-are summed, at an epoch's end, and where the first one has found something that all need (:func:`from_first`).
-A process that fails writes why into the group's store and closes its connections. Whoever waits for it, wherever
-that is, then raises the same words as a :class:`PeerError`.
+The first alone looks into the command's folders, writes files and prints. They meet in every step, where
+gradients are summed, at an epoch's end, and where the first one has found something that all need
+(:func:`from_first`). A process that fails writes why into the group's store and closes its connections.
+Whoever waits for it, wherever that is, then raises the same words as a :class:`PeerError`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class MeetingError(UserError):
 
 def share() -> tuple[int, int]:
     """(which process this is, of how many)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    return (
+        (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    )
 
 
 def leads() -> bool:
@@ -65,8 +67,8 @@ def gpu_index() -> int:
 def group(device: str | None) -> Iterator[None]:
     """The processes that were started together know each other inside, where none but the first prints.
 
-    A process that was started alone goes on alone. If one fails, all end: those but the first in silence where the
-    user can mend it, since the first one then says what it is. Raises MeetingError.
+    A process that was started alone goes on alone. If one fails, all end: those but the first in silence
+    where the user can mend it, since the first one then says what it is. Raises MeetingError.
     """
     launch = launched()
     if launch is None:
@@ -97,14 +99,15 @@ def _join(launch: Launch, cuda: bool) -> None:
         if launch.rank:
             sys.exit(2)  # the first one says it
         raise UserError(
-            f"{launch.world} processes were started ({variable(WORLD)[0]}), but MASTER_ADDR is not set: start them with torchrun, "
-            "or set MASTER_ADDR and MASTER_PORT so that they train together"
+            f"{launch.world} processes were started ({variable(WORLD)[0]}), but MASTER_ADDR is not set: start"
+            " them with torchrun, or set MASTER_ADDR and MASTER_PORT so that they train together"
         )
     os.environ.setdefault("MASTER_PORT", "29500")  # torchrun's
     if cuda:
         torch.cuda.set_device(gpu_index())
-    # Imported once a group is there, its default arguments would hold the group: destroying it would then not end Gloo's threads, and one
-    # that frees a tensor while the interpreter ends aborts the process (pytorch/pytorch#190489). Optimizers import it, by torch._dynamo.
+    # Imported once a group is there, its default arguments would hold the group: destroying it would then not
+    # end Gloo's threads, and one that frees a tensor while the interpreter ends aborts the process
+    # (pytorch/pytorch#190489). Optimizers import it, by torch._dynamo.
     importlib.import_module("torch.distributed.nn")
     from torch.distributed.rendezvous import rendezvous
 
@@ -114,7 +117,9 @@ def _join(launch: Launch, cuda: bool) -> None:
         dist.init_process_group(backend, store=_store, rank=launch.rank, world_size=launch.world)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
-        raise MeetingError(f"{launch.world} processes cannot meet at {where}: {' '.join(str(error).split())[:200]}") from None
+        raise MeetingError(
+            f"{launch.world} processes cannot meet at {where}: {' '.join(str(error).split())[:200]}"
+        ) from None
 
 
 def _leave(error: BaseException, cuda: bool) -> None:
@@ -125,7 +130,8 @@ def _leave(error: BaseException, cuda: bool) -> None:
             text = f"process {rank} of {world} failed with {type(error).__name__}: {text}"
         with suppress(RuntimeError):  # the process that holds the store may be gone
             _store.set(FAILURE, text)
-    if not cuda:  # NCCL would first wait for sums in which the others take no part; the end of the process closes all
+    # NCCL would first wait for sums in which the others take no part; the end of the process closes all
+    if not cuda:
         with suppress(RuntimeError):
             dist.destroy_process_group()
 
@@ -140,7 +146,8 @@ def _meeting() -> Iterator[None]:
             raise
         text = "another process of this run has ended; what was finished is kept"
         with suppress(RuntimeError):
-            if leads() and _store.check([FAILURE]):  # the others end in silence, and may have lost the store with the first
+            # the others end in silence, and may have lost the store with the first
+            if leads() and _store.check([FAILURE]):
                 text = _store.get(FAILURE).decode()
         raise PeerError(text) from None
 
@@ -150,7 +157,9 @@ class _Busy:
 
 
 def busy() -> None:
-    """Tells those who wait in :func:`from_first` to go on waiting: after half an hour they take the first process for lost."""
+    """Tells those who wait in :func:`from_first` to go on waiting: after half an hour they take the first
+    process for lost.
+    """
     from_first(_Busy)
 
 
@@ -167,7 +176,9 @@ def from_first(work: Callable[[], T]) -> T:
 
 
 def any_of(flags: Sequence[bool] = ()) -> list[bool]:
-    """For each flag whether it is set in any process: all give the same number of flags. Nothing here waits for a GPU."""
+    """For each flag whether it is set in any process: all give the same number of flags. Nothing here waits
+    for a GPU.
+    """
     if share()[1] == 1:
         return list(flags)
     sent = torch.tensor([True, *flags], dtype=torch.int32)
@@ -182,10 +193,11 @@ def meet() -> None:
 
 
 def add_gradients(parameters: Sequence[nn.Parameter], weight: float) -> None:
-    """Gradients become the sums over all processes of ``weight`` times their own: with its share of the images, the mean's gradients.
+    """Gradients become the sums over all processes of ``weight`` times their own: with its share of the
+    images, the mean's gradients.
 
-    Where no process has a gradient there is none afterwards, since the optimizer decays a parameter whose gradient
-    is zero, and leaves one without a gradient alone.
+    Where no process has a gradient there is none afterwards, since the optimizer decays a parameter whose
+    gradient is zero, and leaves one without a gradient alone.
     """
     if share()[1] == 1:
         return
@@ -217,7 +229,9 @@ def _sum(values: Tensor) -> Tensor:
 
 
 def joined_rows(tree: T, rows: int) -> T:
-    """Each tensor of ``tree``, whose rows belong to this process's images, with the rows of all processes, ``rows`` in all."""
+    """Each tensor of ``tree``, whose rows belong to this process's images, with the rows of all processes,
+    ``rows`` in all.
+    """
     rank, world = share()
     if world == 1:
         return tree
@@ -234,7 +248,9 @@ def joined_rows(tree: T, rows: int) -> T:
 
 
 def same_buffers(*modules: nn.Module | None) -> None:
-    """Everybody's buffers become those of the first process: running averages are of each one's own images until here."""
+    """Everybody's buffers become those of the first process: running averages are of each one's own images
+    until here.
+    """
     if share()[1] > 1:
         meet()
         with _meeting():

@@ -1,4 +1,6 @@
-"""One run from settings to a row of the table: teacher, student, records. Every process of it runs this same program."""
+"""One run from settings to a row of the table: teacher, student, records. Every process of it runs this same
+program.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ from fastkd.training.trainer import Trainer, evaluate, placed
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """Trains or loads the teacher if the method needs one, trains the student, adds its row to the table and returns it.
+    """Trains or loads the teacher if the method needs one, trains the student, adds its row to the table and
+    returns it.
 
     Raises UserError for whatever the user can mend, Interrupted after Ctrl-C.
     """
@@ -42,7 +45,8 @@ def run(settings: Settings) -> dict[str, Any]:
         done = f"row {row['no']} of {settings.output / 'results.csv'}, {row['reported_acc']} %"
         say(f"{config.settings.method}: {row['folder']} is finished, {done}")
         return dict(row)
-    # the student's folder is there before the teacher's training begins, so that --resume finds the run whenever it was killed
+    # the student's folder is there before the teacher's training begins, so that --resume finds the run
+    # whenever it was killed
     with screens(), determinism(settings.deterministic), run_dir.opened(config, "student", folder) as student:
         say(describe(config))
         if config.device.type == "cpu" and not native.CPU.available:
@@ -52,7 +56,9 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def shared_config(settings: Settings) -> Config:
-    """The first process decides, for instance what ``--precision auto`` is, and fetches the data; the others take its settings."""
+    """The first process decides, for instance what ``--precision auto`` is, and fetches the data; the others
+    take its settings.
+    """
     config = Config(settings) if distributed.leads() else None
     decided = distributed.from_first(lambda: settings if config is None else config.settings)
     config = config or Config(decided)
@@ -61,13 +67,19 @@ def shared_config(settings: Settings) -> Config:
 
 
 def find_teacher(config: Config) -> tuple[nn.Module, float]:
-    """The trained teacher and its test accuracy: from --teacher-checkpoint, from an earlier run, or trained now."""
+    """The trained teacher and its test accuracy: from --teacher-checkpoint, from an earlier run, or trained
+    now.
+    """
     settings = config.settings
     path = settings.teacher_checkpoint or config.teacher_path()
     with teacher_lock(config, path):
         needed, folder = distributed.from_first(lambda: resume.choose_teacher(config, path))
         if needed:
-            what = f"{path} is not there yet; training it first" if folder is None else f"going on with its training in {folder}"
+            what = (
+                f"{path} is not there yet; training it first"
+                if folder is None
+                else f"going on with its training in {folder}"
+            )
             say(f"teacher: {what}")
             with run_dir.opened(config, "teacher", folder) as opened:
                 train(config, "teacher", opened, define("baseline"), None, None)
@@ -98,7 +110,9 @@ def teacher_lock(config: Config, path: Path) -> Iterator[None]:
 
 
 def load_teacher(config: Config, teacher: nn.Module, path: Path) -> tuple[dict[str, Any], float]:
-    """Loads ``path`` into ``teacher`` and says what it is. Returns its weights and its test accuracy. Raises UserError."""
+    """Loads ``path`` into ``teacher`` and says what it is. Returns its weights and its test accuracy. Raises
+    UserError.
+    """
     try:
         about = load_weights(teacher, path, say=say).get("config")
     except WeightsError as error:
@@ -106,26 +120,42 @@ def load_teacher(config: Config, teacher: nn.Module, path: Path) -> tuple[dict[s
     found = about["identity"] if isinstance(about, dict) and isinstance(about.get("identity"), dict) else {}
     other = resume.differences(found, config.identity("teacher"))
     if other and config.settings.teacher_checkpoint is None:
-        raise UserError(f"{path} is another teacher: {resume.in_words(other)}; move it away, or name it by --teacher-checkpoint")
+        raise UserError(
+            f"{path} is another teacher: {resume.in_words(other)}; move it away, or name it by"
+            " --teacher-checkpoint"
+        )
     batches = config.batches("teacher")[1]
     accuracy = evaluate(placed(teacher, config.device), batches, config.autocast())
     images = len(batches) * batches.batch_size if batches.drop_last else batches.count
     whole = "the test set" if images == batches.count else f"{images:,} images of the test set"
     how = ""
     if found:
-        where = f"{found.get('dataset')} by {found.get('recipe')}, {counted(found.get('epochs', 0), 'epoch')}, seed {found.get('seed')}"
+        where = (
+            f"{found.get('dataset')} by {found.get('recipe')}, {counted(found.get('epochs', 0), 'epoch')},"
+            f" seed {found.get('seed')}"
+        )
         how = f" (trained on {where}, {found.get('precision')}, {found.get('device')})"
     say(f"teacher: {config.models.teacher} from {path}{how}, {accuracy:.2f} % on {whole}")
     chance = 1 / config.data.classes
-    if accuracy / 100 <= chance + 2 * (chance * (1 - chance) / images) ** 0.5:  # what guessing reaches, and its spread
-        say(f"teacher: warning: that is chance for {config.data.classes} classes: there is nothing to learn from it")
+    # what guessing reaches, and its spread
+    if accuracy / 100 <= chance + 2 * (chance * (1 - chance) / images) ** 0.5:
+        say(
+            f"teacher: warning: that is chance for {config.data.classes} classes: there is nothing to learn"
+            " from it"
+        )
     return {name: value.cpu() for name, value in teacher.state_dict().items()}, accuracy
 
 
 def train(
-    config: Config, role: str, run: RunDir, method: Definition, teacher: nn.Module | None, teacher_acc: float | None
+    config: Config,
+    role: str,
+    run: RunDir,
+    method: Definition,
+    teacher: nn.Module | None,
+    teacher_acc: float | None,
 ) -> dict[str, Any]:
-    """Trains the "student" or the "teacher" (``role``) in the folder of ``run``, from its state if it has one, and records it.
+    """Trains the "student" or the "teacher" (``role``) in the folder of ``run``, from its state if it has
+    one, and records it.
 
     The checkpoint, the best weights and the log are on disk after every epoch. Raises UserError, Interrupted.
     """
@@ -145,7 +175,10 @@ def train(
         try:
             for epoch in trainer.fit(progress):
                 run.save_epoch(name, trainer)
-                progress.line(f"{label} epoch {epoch}/{recipe.epochs}  {trainer.summary()}  {clock(progress.left())} left")
+                progress.line(
+                    f"{label} epoch {epoch}/{recipe.epochs}  {trainer.summary()}  {clock(progress.left())}"
+                    " left"
+                )
             if main:
                 row = distributed.from_first(partial(record, config, role, run, trainer, teacher_acc))
         except KeyboardInterrupt as stop:
@@ -154,7 +187,8 @@ def train(
         finally:
             progress.close()
     if run.writes and "no" in row:
-        if role == "student" and config.settings.pictures:  # after the row: nothing that fails here can lose it
+        # after the row: nothing that fails here can lose it
+        if role == "student" and config.settings.pictures:
             trainer.student.load_state_dict(trainer.weights()[0])
             attention_maps.draw(config, run.folder, trainer.student, teacher)
         say(ending(config, role, row, results.COLUMNS[:11], run.folder))
@@ -172,8 +206,12 @@ def phase_trainer(config: Config, role: str, phase: tuple[str, Recipe, Definitio
     return Trainer(distillation, train, test, recipe, config.autocast(), config.compiled, config.captured)
 
 
-def record(config: Config, role: str, run: RunDir, trainer: Trainer, teacher_acc: float | None) -> dict[str, Any]:
-    """Adds the run to the table and returns its row, which has no number where that failed. Raises UserError for a student's."""
+def record(
+    config: Config, role: str, run: RunDir, trainer: Trainer, teacher_acc: float | None
+) -> dict[str, Any]:
+    """Adds the run to the table and returns its row, which has no number where that failed. Raises UserError
+    for a student's.
+    """
     if role == "teacher":
         run.write_weights(config.teacher_path(), *trainer.weights())
     row = row_of(config, role, run, trainer, teacher_acc)
@@ -182,5 +220,6 @@ def record(config: Config, role: str, run: RunDir, trainer: Trainer, teacher_acc
     except UserError as error:
         if role == "student":
             raise
-        say(f"{run.config['trained']}: {error}")  # its weights are there: no reason to keep its student waiting
+        # its weights are there: no reason to keep its student waiting
+        say(f"{run.config['trained']}: {error}")
         return row

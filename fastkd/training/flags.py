@@ -12,7 +12,8 @@ from fastkd.training.settings import Settings, recipe_of, resolve
 def refuse_idle(settings: Settings) -> None:
     """Raises UserError for a flag that is given and that such a run does not read.
 
-    ``--teacher`` is no such flag: a baseline is that of a pair, and ``--data`` is where to look, whatever is found.
+    ``--teacher`` is no such flag: a baseline is that of a pair, and ``--data`` is where to look, whatever is
+    found.
     """
     dataset = choose_dataset(resolve(settings).dataset, settings.data)[0]
     recipe = get_recipe(recipe_of(settings, dataset), settings.overrides)
@@ -29,7 +30,10 @@ def refuse_idle(settings: Settings) -> None:
             not definition.needs_teacher,
             ("teacher_checkpoint", "teacher_seed", "teacher_mode", "preset"),
         ),
-        "--teacher-checkpoint needs no training": (settings.teacher_checkpoint is not None, ("teacher_seed",)),
+        "--teacher-checkpoint needs no training": (
+            settings.teacher_checkpoint is not None,
+            ("teacher_seed",),
+        ),
         f"{method} has no first phase": (not phases, ("init_epochs", "init_lr", "init_milestones")),
         "--init-epochs is 0": (not recipe.init_epochs, ("init_lr", "init_milestones")),
         "the learning rate has no milestones": (not rates, ("gamma", "new_optimizer")),

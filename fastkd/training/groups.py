@@ -10,10 +10,26 @@ from typing import Any
 from fastkd.methods import title_of
 from fastkd.training.recipes import RECIPES
 
-KEYS = ("method", "dataset", "student", "teacher", "recipe", "nepoch", "precision", "overrides", "teacher_checkpoint", "processes")
+KEYS = (
+    "method",
+    "dataset",
+    "student",
+    "teacher",
+    "recipe",
+    "nepoch",
+    "precision",
+    "overrides",
+    "teacher_checkpoint",
+    "processes",
+)
 OLD = {"processes": "1"}
 """What a row means that was written before there was such a column."""
-DATASET_NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "fashion-mnist": "Fashion-MNIST", "digits": "digits"}
+DATASET_NAMES = {
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "fashion-mnist": "Fashion-MNIST",
+    "digits": "digits",
+}
 SHOWN = (*KEYS[:8], "seeds", "acc", "reported_acc")
 
 
@@ -36,7 +52,9 @@ class Group:
 
     @property
     def cells(self) -> list[str]:
-        """Values of ``KEYS``, up to ``overrides``, for a line of a table; more processes than one stand with the overrides."""
+        """Values of ``KEYS``, up to ``overrides``, for a line of a table; more processes than one stand with
+        the overrides.
+        """
         *first, overrides = (self.key[name] for name in KEYS[:8])
         more = f"processes={self.key['processes']}" if self.key["processes"] != "1" else ""
         return [*first, " ".join(filter(None, [overrides, more]))]
@@ -46,12 +64,15 @@ def groups(rows: Iterable[Mapping[str, Any]]) -> list[Group]:
     """The configurations in ``rows``, in the order of their first rows."""
     found: dict[tuple[str, ...], dict[str, Mapping[str, Any]]] = {}
     for row in rows:
-        found.setdefault(tuple(str(row.get(name) or OLD.get(name, "")) for name in KEYS), {})[str(row.get("seed", ""))] = row
+        found.setdefault(tuple(str(row.get(name) or OLD.get(name, "")) for name in KEYS), {})[
+            str(row.get("seed", ""))
+        ] = row
     return [Group(dict(zip(KEYS, key, strict=True)), list(seeds.values())) for key, seeds in found.items()]
 
 
 def changes(row: Mapping[str, Any]) -> list[str]:
-    """What a run has changed in its recipe, but for the epochs: ["lr=0.2"]. A flag that repeats the recipe's value is no change.
+    """What a run has changed in its recipe, but for the epochs: ["lr=0.2"]. A flag that repeats the recipe's
+    value is no change.
 
     The batch is that of all processes together: 2 processes of 32 images take the steps of a recipe with 64.
     """
@@ -66,7 +87,9 @@ def changes(row: Mapping[str, Any]) -> list[str]:
         return [f"{key}={value}" for key, value in given.items()]
     processes = int(number(row.get("processes")) or 1)
     batch = given.pop("batch_size", None) or recipe.batch_size
-    changed = [f"{key}={value}" for key, value in given.items() if value != written(getattr(recipe, key, None))]
+    changed = [
+        f"{key}={value}" for key, value in given.items() if value != written(getattr(recipe, key, None))
+    ]
     if int(number(batch) or 0) * processes != recipe.batch_size:
         changed.append(f"batch_size={batch}" + f"×{processes}" * (processes > 1))
     return changed

@@ -1,4 +1,6 @@
-"""How this process was started: alone, or as one of several by torchrun, srun or mpirun, which say so in the environment."""
+"""How this process was started: alone, or as one of several by torchrun, srun or mpirun, which say so in the
+environment.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,9 @@ from typing import NamedTuple
 
 from fastkd.errors import UserError
 
-# Where launchers write a process's number, the number of all, and its number on this machine. The first of each
-# is torchrun's, and of everybody who prepares PyTorch's "env://". SLURM_NTASKS is no sign of several processes:
-# a batch script has it too, whose command was started once and by no srun.
+# Where launchers write a process's number, the number of all, and its number on this machine. The first of
+# each is torchrun's, and of everybody who prepares PyTorch's "env://". SLURM_NTASKS is no sign of several
+# processes: a batch script has it too, whose command was started once and by no srun.
 RANK = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 WORLD = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 LOCAL = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
@@ -19,7 +21,8 @@ LOCAL = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCAL
 class Launch(NamedTuple):
     """What the environment says of processes that were started together.
 
-    ``rank`` and ``local``: the number of this process among all ``world``, and on its machine; ``nodes``: machines.
+    ``rank`` and ``local``: the number of this process among all ``world``, and on its machine; ``nodes``:
+    machines.
     """
 
     rank: int
@@ -38,7 +41,9 @@ def launched() -> Launch | None:
     if world is None or (world == 1 and not torchrun):
         return None
     if rank is None:
-        raise UserError(f"{world_name} is {world}, but {RANK[0]} is not set: start the processes with torchrun")
+        raise UserError(
+            f"{world_name} is {world}, but {RANK[0]} is not set: start the processes with torchrun"
+        )
     if not 0 <= rank < world:
         raise UserError(f"{rank_name} is {rank}, wanted 0 to {world - 1}, since {world_name} is {world}")
     local = variable(LOCAL)[1]

@@ -18,7 +18,8 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """Lines go to stdout; on a terminal stderr shows a bar over the whole run: tqdm's, or without tqdm a line every ten seconds.
+    """Lines go to stdout; on a terminal stderr shows a bar over the whole run: tqdm's, or without tqdm a line
+    every ten seconds.
 
     When stderr is no terminal it stays empty, so that what is in it are errors.
     """
@@ -42,7 +43,11 @@ class Progress:
             self.bar.set_postfix_str(describe(), refresh=False)
             self.bar.update(self.done - self.bar.n)
         else:
-            print(f"{self.title}: step {self.done} of {self.steps}, {describe()}, {clock(self.left())} left", file=sys.stderr, flush=True)
+            print(
+                f"{self.title}: step {self.done} of {self.steps}, {describe()}, {clock(self.left())} left",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def wait(self, seconds: float) -> None:
         """So long nothing was trained, which says nothing of the pace."""

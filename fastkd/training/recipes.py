@@ -25,14 +25,17 @@ def _at(epochs: int, *drops: int) -> tuple[float, ...]:
 class Recipe:
     """SGD with a learning rate that drops at milestones.
 
-    ``milestones`` are fractions of the run, so they keep their place when ``epochs`` is overridden: 5 epochs of the published [100, 150]
-    of 200 drop after 2.5 and 3.75 epochs. ``init_epochs`` shrinks with ``epochs`` for the same reason.
+    ``milestones`` are fractions of the run, so they keep their place when ``epochs`` is overridden: 5 epochs
+    of the published [100, 150] of 200 drop after 2.5 and 3.75 epochs. ``init_epochs`` shrinks with ``epochs``
+    for the same reason.
     """
 
     epochs: int = _field("passes over the training set", 200)
     batch_size: int = _field("images a step", 128)
     lr: float = _field("learning rate at the start", 0.1)
-    milestones: tuple[float, ...] = _field("where it drops, as fractions of the run: 0.5,0.75", _at(200, 100, 150))
+    milestones: tuple[float, ...] = _field(
+        "where it drops, as fractions of the run: 0.5,0.75", _at(200, 100, 150)
+    )
     gamma: float = _field("factor of the learning rate at each milestone", 0.1)
     momentum: float = _field("of SGD", 0.9)
     nesterov: bool = _field("Nesterov's momentum", False)
@@ -40,24 +43,31 @@ class Recipe:
     weight_decay: float = _field("of SGD, on every parameter", 1e-4)
     pad_mode: str = _field("what the images are padded with before the crop", "reflect", PAD_MODES)
     drop_last: bool = _field("leave out the last, smaller training batch", False)
-    drop_last_test: bool = _field("shuffle the test set once, the same way in every run, and leave out the last, smaller batch", False)
-    teacher_mode: str = _field("batch norm of the teacher: its running averages, or each batch's own", "eval", ("eval", "train"))
+    drop_last_test: bool = _field(
+        "shuffle the test set once, the same way in every run, and leave out the last, smaller batch", False
+    )
+    teacher_mode: str = _field(
+        "batch norm of the teacher: its running averages, or each batch's own", "eval", ("eval", "train")
+    )
     normalization: str = _field("constants: the set's own (KD-Zoo's), OFD's for both CIFAR sets, RepDistiller's for CIFAR-100", "own",
                                 ("own", "ofd", "repdistiller"))  # fmt: skip
     preset: str = _field("whose coefficients the method's losses take", "hankyul2")
     report: str = _field("which epoch is the result", "best", ("best", "last"))
     init_epochs: int = _field(
-        "of a first phase with the loss of FSP, or of FitNet with phases=2, alone, then cross-entropy alone; 0: both together", 0
+        "of a first phase with the loss of FSP, or of FitNet with phases=2, alone, then cross-entropy alone;"
+        " 0: both together",
+        0,
     )
     init_lr: float = _field("learning rate at the start of that phase", 0.05)
     init_milestones: tuple[float, ...] = _field("where it drops, as fractions of that phase", ())
 
 
-# How the published descriptions are read: "at epoch n" and "after n" are both after n whole epochs (szagoruyko's code drops one earlier);
-# where they are silent no batch is dropped, the teacher is in eval mode, the best epoch is the result. An initialization phase has the
-# recipe's gamma, momentum and weight decay, moves what its loss reaches (not the classifier, nor a wide ResNet's last batch norm), and
-# leaves the second phase no momentum (KD-Zoo's does). Where there is no FSP (szagoruyko, mdistiller, SAKD) it is RepDistiller's, phases
-# included.
+# How the published descriptions are read: "at epoch n" and "after n" are both after n whole epochs
+# (szagoruyko's code drops one earlier); where they are silent no batch is dropped, the teacher is in eval
+# mode, the best epoch is the result. An initialization phase has the recipe's gamma, momentum and weight
+# decay, moves what its loss reaches (not the classifier, nor a wide ResNet's last batch norm), and leaves the
+# second phase no momentum (KD-Zoo's does). Where there is no FSP (szagoruyko, mdistiller, SAKD) it is
+# RepDistiller's, phases included.
 RECIPES: dict[str, Recipe] = {
     # hankyul2/KnowledgeDistillation: its teacher is left in train mode, its accuracies are over 9,984 images
     "hankyul2": Recipe(drop_last=True, drop_last_test=True, teacher_mode="train"),
@@ -87,12 +97,14 @@ RECIPES: dict[str, Recipe] = {
     "digits": Recipe(8, 32, 0.05, (0.5, 0.8), nesterov=True, weight_decay=5e-4, pad_mode="zero", drop_last=True),
 }  # fmt: skip
 
-# options of a method that a recipe brings, and why, by (recipe, method); what the user says of the same option wins
+# options of a method that a recipe brings, and why, by (recipe, method); what the user says of the same
+# option wins
 OPTIONS: dict[tuple[str, str], tuple[str, str, str]] = {
-    ("digits", "semckd"): ("beta", "40", "the published 400 is infinite there after a few steps"),
+    ("digits", "semckd"): ("beta", "40", "the published 400 is infinite there after a few steps")
 }
 
-# teacher and student on CIFAR-100, by SAKD's letters (those of its README; its code's own flag swaps f, g and h)
+# teacher and student on CIFAR-100, by SAKD's letters (those of its README; its code's own flag swaps f, g and
+# h)
 SETTINGS: dict[str, tuple[str, str]] = {
     "a": ("resnet56", "resnet20"),
     "b": ("resnet56", "resnet32"),
@@ -106,7 +118,10 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "j": ("wrn_40_2", "resnet56"),
 }
 
-_OFD = (tuple(value / 255 for value in (125.3, 123.0, 113.9)), tuple(value / 255 for value in (63.0, 62.1, 66.7)))
+_OFD = (
+    tuple(value / 255 for value in (125.3, 123.0, 113.9)),
+    tuple(value / 255 for value in (63.0, 62.1, 66.7)),
+)
 # by name and data set; a set that is not here keeps its own
 NORMALIZATIONS = {
     ("ofd", "cifar10"): _OFD,
@@ -116,18 +131,22 @@ NORMALIZATIONS = {
 
 
 def get_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
-    """The recipe ``name`` with the fields in ``overrides`` replaced. Raises UserError for a name or a value that cannot be."""
+    """The recipe ``name`` with the fields in ``overrides`` replaced. Raises UserError for a name or a value
+    that cannot be.
+    """
     if name not in RECIPES:
         raise UserError(f"recipe {name!r} is not known; known: {', '.join(RECIPES)}")
     recipe = dataclasses.replace(RECIPES[name], **overrides)
-    for key, low in (("epochs", 1), ("batch_size", 2), ("init_epochs", 0)):  # batch norm has no variance in a batch of one
+    # batch norm has no variance in a batch of one
+    for key, low in (("epochs", 1), ("batch_size", 2), ("init_epochs", 0)):
         if getattr(recipe, key) < low:
             raise UserError(f"--{key.replace('_', '-')} is {getattr(recipe, key)}, wanted at least {low}")
     for key, fits, wanted in (
         ("lr", 0 < recipe.lr < math.inf, "a positive number"),
         ("init_lr", 0 < recipe.init_lr < math.inf, "a positive number"),
         ("weight_decay", 0 <= recipe.weight_decay < math.inf, "a non-negative number"),
-        ("momentum", 0 <= recipe.momentum < 1, "at least 0 and less than 1"),  # from 1 on nothing of a gradient fades
+        # from 1 on nothing of a gradient fades
+        ("momentum", 0 <= recipe.momentum < 1, "at least 0 and less than 1"),
         ("gamma", 0 < recipe.gamma <= 1, "more than 0 and at most 1"),
     ):
         if not fits:
@@ -135,7 +154,9 @@ def get_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
     for key in ("milestones", "init_milestones"):
         value = getattr(recipe, key)
         if not all(0 < fraction < 1 for fraction in value) or list(value) != sorted(value):
-            raise UserError(f"--{key.replace('_', '-')} is {value}, wanted growing fractions of the run between 0 and 1")
+            raise UserError(
+                f"--{key.replace('_', '-')} is {value}, wanted growing fractions of the run between 0 and 1"
+            )
     if recipe.nesterov and recipe.momentum == 0:
         raise UserError("--nesterov needs a --momentum above 0")
     if "init_epochs" not in overrides and recipe.init_epochs:
@@ -145,18 +166,26 @@ def get_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
 
 
 def options_of(name: str, method: str, said: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(options that the recipe ``name`` brings to ``method``, as words of the command line; notes that say so)."""
+    """(options that the recipe ``name`` brings to ``method``, as words of the command line; notes that say
+    so).
+    """
     words, notes = [], []
     for (recipe, term), (field_name, value, why) in OPTIONS.items():
         names = {field_name, f"{term}.{field_name}", f"{term}.preset"}
-        if recipe == name and term in method.split("+") and not names & {word.partition("=")[0] for word in said}:
+        if (
+            recipe == name
+            and term in method.split("+")
+            and not names & {word.partition("=")[0] for word in said}
+        ):
             words.append(f"{term}.{field_name}={value}")
             notes.append(f"the recipe {name} gives {term} a {field_name} of {value}: {why}")
     return words, notes
 
 
 def decided_options(name: str, method: Definition) -> dict[str, Any]:
-    """What the options that the recipe ``name`` may bring are at last: a command says them even where they are the published ones."""
+    """What the options that the recipe ``name`` may bring are at last: a command says them even where they
+    are the published ones.
+    """
     terms = {term.name: term for term in method.terms}
     return {f"{term}.{key}": getattr(terms[term].options, key) for (recipe, term), (key, *_) in OPTIONS.items()
             if recipe == name and term in terms}  # fmt: skip

@@ -16,7 +16,8 @@ from fastkd.training.settings import AUTO, Settings
 
 
 def repeat(settings: Settings, times: int) -> list[dict[str, Any]]:
-    """``run`` with seed, seed + 1, ... and one teacher, as the published tables have it: that of the first seed. Returns the rows.
+    """``run`` with seed, seed + 1, ... and one teacher, as the published tables have it: that of the first
+    seed. Returns the rows.
 
     With ``resume`` finished seeds are not run again. Raises UserError, Interrupted.
     """
@@ -33,7 +34,9 @@ def _repeat(settings: Settings, times: int) -> list[dict[str, Any]]:
     if settings.resume and settings.resume != AUTO:
         raise UserError("--resume FOLDER is one run; with --repeats leave the folder out")
     teacher_seed = settings.seed if settings.teacher_seed is None else settings.teacher_seed
-    each = [dataclasses.replace(settings, seed=settings.seed + i, teacher_seed=teacher_seed) for i in range(times)]
+    each = [
+        dataclasses.replace(settings, seed=settings.seed + i, teacher_seed=teacher_seed) for i in range(times)
+    ]
     done: dict[int, dict[str, Any]] = {}
     if settings.resume is not None:
         each, done = distributed.from_first(lambda: resumed(each))
@@ -46,14 +49,21 @@ def _repeat(settings: Settings, times: int) -> list[dict[str, Any]]:
             done[one.seed] = run(one)
             say("")
     rows = [done[one.seed] for one in each]
-    figures = (f"{name} {mean_and_spread([float(row[name]) for row in rows])} %" for name in ("acc", "reported_acc"))
+    figures = (
+        f"{name} {mean_and_spread([float(row[name]) for row in rows])} %" for name in ("acc", "reported_acc")
+    )
     seeds = " ".join(str(one.seed) for one in each)
-    say(f"{times} runs, seeds {seeds}: {', '.join(figures)} (mean ± sample standard deviation); kept in {settings.output / 'results.md'}")
+    say(
+        f"{times} runs, seeds {seeds}: {', '.join(figures)} (mean ± sample standard deviation); kept in"
+        f" {settings.output / 'results.md'}"
+    )
     return rows
 
 
 def resumed(each: list[Settings]) -> tuple[list[Settings], dict[int, dict[str, Any]]]:
-    """(settings, rows of finished seeds): each seed goes on, begins or is finished. Raises UserError where nothing had begun at all."""
+    """(settings, rows of finished seeds): each seed goes on, begins or is finished. Raises UserError where
+    nothing had begun at all.
+    """
     rows = {row.get("folder"): row for row in results.read_rows(each[0].output)[1]}
     done: dict[int, dict[str, Any]] = {}
     settings, begun = [], False

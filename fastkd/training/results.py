@@ -27,9 +27,11 @@ NUMBERS = ("acc", "epoch", "nepoch", "lr", "batch_size", "last_acc", "seed", "re
 
 
 def read_rows(output: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """(columns, rows) of ``output``/results.csv; a file that is not there has no rows. Raises UserError for one that is something else.
+    """(columns, rows) of ``output``/results.csv; a file that is not there has no rows. Raises UserError for
+    one that is something else.
 
-    Whatever a spreadsheet makes of it is read too: see :func:`read_table`. Our columns come first and in our order.
+    Whatever a spreadsheet makes of it is read too: see :func:`read_table`. Our columns come first and in our
+    order.
     """
     path = output / "results.csv"
     columns, rows = read_table(path, COLUMNS[:11], COLUMNS)
@@ -40,19 +42,26 @@ def read_rows(output: Path) -> tuple[list[str], list[dict[str, str]]]:
     return [*COLUMNS, *(name for name in columns if name not in COLUMNS)], rows
 
 
-def read_table(path: Path, wanted: Sequence[str], whole: Sequence[str] = ()) -> tuple[list[str], list[dict[str, str]]]:
-    """(columns, rows) of a CSV file that has the columns ``wanted``, anywhere. One that is empty or not there has none.
+def read_table(
+    path: Path, wanted: Sequence[str], whole: Sequence[str] = ()
+) -> tuple[list[str], list[dict[str, str]]]:
+    """(columns, rows) of a CSV file that has the columns ``wanted``, anywhere. One that is empty or not there
+    has none.
 
-    Commas, semicolons or tabs, either kind of quotation marks, any line ends, a byte order mark, empty lines and empty columns are read
-    alike. Raises UserError for other columns, and for a line with more values than columns or without one of ``whole``: a comma too
-    many or too few shifts the others.
+    Commas, semicolons or tabs, either kind of quotation marks, any line ends, a byte order mark, empty lines
+    and empty columns are read alike. Raises UserError for other columns, and for a line with more values than
+    columns or without one of ``whole``: a comma too many or too few shifts the others.
     """
     text, lines = "", list[tuple[int, list[str]]]()
     try:
         text = path.read_text(encoding="utf-8-sig")
         for delimiter, quote in itertools.product(",;\t", "\"'"):
             reader = csv.reader(io.StringIO(text), delimiter=delimiter, quotechar=quote)
-            read = [(reader.line_num, [value.strip() for value in line]) for line in reader if any(map(str.strip, line))]
+            read = [
+                (reader.line_num, [value.strip() for value in line])
+                for line in reader
+                if any(map(str.strip, line))
+            ]
             if not read or set(wanted) <= set(read[0][1]):
                 lines = lines or read
                 if len({len(line) for _, line in read}) <= 1:  # a heading may have nothing to quote
@@ -63,11 +72,15 @@ def read_table(path: Path, wanted: Sequence[str], whole: Sequence[str] = ()) -> 
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not lines and text.strip():
-        raise UserError(f"{path} has other columns than this command's: {text.strip().splitlines()[0][:40]} ...")
+        raise UserError(
+            f"{path} has other columns than this command's: {text.strip().splitlines()[0][:40]} ..."
+        )
     heads, rows = lines[0][1] if lines else [], []
     columns = [name for name in heads if name]
     if len(set(columns)) < len(columns):
-        raise UserError(f"{path} has a column twice: {next(name for name in columns if columns.count(name) > 1)}")
+        raise UserError(
+            f"{path} has a column twice: {next(name for name in columns if columns.count(name) > 1)}"
+        )
     for where, line in lines[1:]:
         row = dict(itertools.zip_longest(heads, line[: len(heads)], fillvalue=""))
         if any(line[len(heads) :]) or row.pop("", "") or not set(heads[len(line) :]).isdisjoint(whole):
@@ -79,7 +92,8 @@ def read_table(path: Path, wanted: Sequence[str], whole: Sequence[str] = ()) -> 
 def append(output: Path, row: dict[str, Any]) -> dict[str, Any]:
     """Adds ``row`` under the next number, which it returns it with; both tables stay whole whenever killed.
 
-    Raises UserError when the tables cannot be read or written; the row is then in a file of its own beside them, until it is added.
+    Raises UserError when the tables cannot be read or written; the row is then in a file of its own beside
+    them, until it is added.
     """
     aside = output / f"results-{row.get('folder', 'run')}.csv"
     try:
@@ -89,22 +103,31 @@ def append(output: Path, row: dict[str, Any]) -> dict[str, Any]:
             columns, rows = read_rows(output)
             row = {"no": len(rows) + 1, **row}
             write(output / "results.md", markdown(columns, [*rows, row]) + means([*rows, row]))
-            write(output / "results.csv", table(columns, [*rows, row]))  # last: a run with a row here is finished
+            # last: a run with a row here is finished
+            write(output / "results.csv", table(columns, [*rows, row]))
     except UserError as error:
         try:
             write(aside, table(COLUMNS, [row]))
         except UserError:  # a full disk, a folder that is gone: the row can be made again from the checkpoint
             raise error from None
-        raise UserError(f"{error}; the row of this run is kept in {aside}, and --resume adds it to the mended table") from None
+        raise UserError(
+            f"{error}; the row of this run is kept in {aside}, and --resume adds it to the mended table"
+        ) from None
     with suppress(OSError):
         aside.unlink()
     return row
 
 
 def means(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What several seeds of one configuration give together, as a section in Markdown; nothing where each has one."""
+    """What several seeds of one configuration give together, as a section in Markdown; nothing where each has
+    one.
+    """
     lines = [dict(zip(SHOWN, cells(group), strict=True)) for group in groups(rows) if len(group.rows) > 1]
-    return f"\n## Means over seeds\n\nMean ± sample standard deviation.\n\n{markdown(SHOWN, lines)}" if lines else ""
+    return (
+        f"\n## Means over seeds\n\nMean ± sample standard deviation.\n\n{markdown(SHOWN, lines)}"
+        if lines
+        else ""
+    )
 
 
 def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
@@ -119,5 +142,8 @@ def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
 def markdown(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
     """``rows`` as a Markdown table."""
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(str(row.get(name, "")).replace("|", "\\|") for name in columns) + " |" for row in rows]
+    lines += [
+        "| " + " | ".join(str(row.get(name, "")).replace("|", "\\|") for name in columns) + " |"
+        for row in rows
+    ]
     return "\n".join(lines) + "\n"

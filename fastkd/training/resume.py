@@ -31,7 +31,9 @@ def in_words(other: Differences) -> str:
 
 
 def differences_of(folder: Path, config: dict[str, Any], identity: dict[str, Any]) -> Differences:
-    """How the run in ``folder`` differs from ``identity``. A teacher that was moved is the same one by its weights."""
+    """How the run in ``folder`` differs from ``identity``. A teacher that was moved is the same one by its
+    weights.
+    """
     other = differences(config["identity"], identity)
     if identity.get("teacher_weights") and other.keys() <= TEACHER and other:
         with suppress(WeightsError):
@@ -41,7 +43,9 @@ def differences_of(folder: Path, config: dict[str, Any], identity: dict[str, Any
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """The config of a run that can be resumed; None for anything else, and for versions that wrote no identities."""
+    """The config of a run that can be resumed; None for anything else, and for versions that wrote no
+    identities.
+    """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -50,7 +54,9 @@ def read_config(folder: Path) -> dict[str, Any] | None:
 
 
 def runs_of(output: Path, identity: dict[str, Any]) -> tuple[list[Path], list[Path]]:
-    """Runs of that identity under ``output``: (unfinished, finished), those without and with a row in its table. Raises UserError."""
+    """Runs of that identity under ``output``: (unfinished, finished), those without and with a row in its
+    table. Raises UserError.
+    """
     done = {row.get("folder") for row in results.read_rows(output)[1]}
     found = [path for path, config in all_runs(output) if not differences_of(path, config, identity)]
     return [path for path in found if path.name not in done], [path for path in found if path.name in done]
@@ -63,7 +69,9 @@ def all_runs(output: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def choose(config: Config) -> tuple[dict[str, str] | None, Path | None]:
-    """(the row of a finished run with which ``--resume auto`` ends, the folder of the run to go on with). Raises UserError."""
+    """(the row of a finished run with which ``--resume auto`` ends, the folder of the run to go on with).
+    Raises UserError.
+    """
     if config.settings.resume is None:
         return None, None
     folder = find_run(config)
@@ -85,7 +93,11 @@ def nothing_to_resume(config: Config) -> UserError:
         rest = f"{row['folder']} is finished"
     else:
         done = {row.get("folder") for row in results.read_rows(output)[1]}
-        left = [(path, about) for path, about in all_runs(output) if path.name not in done and about.get("trained") != "teacher"]
+        left = [
+            (path, about)
+            for path, about in all_runs(output)
+            if path.name not in done and about.get("trained") != "teacher"
+        ]
         found = [(differences_of(path, about, identity), path.name) for path, about in left]
         if found:
             other, name = min(found, key=lambda pair: len(pair[0]))
@@ -94,9 +106,11 @@ def nothing_to_resume(config: Config) -> UserError:
 
 
 def find_run(config: Config) -> Path | None:
-    """The folder that ``--resume`` means; None where only the teacher's training had begun. Raises UserError: none, several.
+    """The folder that ``--resume`` means; None where only the teacher's training had begun. Raises UserError:
+    none, several.
 
-    ``auto`` takes the one that came furthest, since all of one identity end alike, and None where there is none.
+    ``auto`` takes the one that came furthest, since all of one identity end alike, and None where there is
+    none.
     """
     output, wanted = config.settings.output, config.settings.resume
     if wanted and wanted != AUTO:
@@ -104,29 +118,41 @@ def find_run(config: Config) -> Path | None:
         if folder is None:
             raise UserError(f"--resume {wanted}: no such folder, neither here nor under {output}")
         if folder.name in {row.get("folder") for row in results.read_rows(output)[1]}:
-            raise UserError(f"--resume {wanted}: that run is finished; its row is in {output / 'results.csv'}")
+            raise UserError(
+                f"--resume {wanted}: that run is finished; its row is in {output / 'results.csv'}"
+            )
         return folder
     found, _ = runs_of(output, config.identity("student"))
     if wanted == AUTO:
         return max(found, key=epochs_of, default=None)
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
-        raise UserError(f"--resume: {len(found)} unfinished runs of this configuration under {output}: {names}; name one: --resume FOLDER")
+        raise UserError(
+            f"--resume: {len(found)} unfinished runs of this configuration under {output}: {names}; name one:"
+            " --resume FOLDER"
+        )
     if not found and not unfinished_teachers(config):
         raise nothing_to_resume(config)
     return found[0] if found else None
 
 
 def unfinished_teachers(config: Config) -> list[Path]:
-    """Unfinished trainings of the teacher that this plan waits for; where the teacher is there, those that lack only their row."""
+    """Unfinished trainings of the teacher that this plan waits for; where the teacher is there, those that
+    lack only their row.
+    """
     if not config.method.needs_teacher or config.settings.teacher_checkpoint is not None:
         return []
-    found, there = runs_of(config.settings.output, config.identity("teacher"))[0], config.teacher_path().exists()
+    found, there = (
+        runs_of(config.settings.output, config.identity("teacher"))[0],
+        config.teacher_path().exists(),
+    )
     return [folder for folder in found if not there or epochs_of(folder) == config.recipe.epochs]
 
 
 def choose_teacher(config: Config, path: Path) -> tuple[bool, Path | None]:
-    """(whether the teacher of ``path`` is still to be trained, the unfinished training to go on with, if there is one)."""
+    """(whether the teacher of ``path`` is still to be trained, the unfinished training to go on with, if
+    there is one).
+    """
     begun = unfinished_teachers(config) if config.settings.resume is not None else []
     needed = config.settings.teacher_checkpoint is None and not path.exists()
     # all of one identity end alike, so the one that came furthest serves

@@ -28,23 +28,36 @@ if TYPE_CHECKING:
 
 
 class RunDir:
-    """The folder of one training: its config.json, the state in its checkpoint (None before the first epoch's end), its files.
+    """The folder of one training: its config.json, the state in its checkpoint (None before the first epoch's
+    end), its files.
 
-    Of several processes the first writes; in the others, whose ``writes`` is False, every method that writes does nothing.
+    Of several processes the first writes; in the others, whose ``writes`` is False, every method that writes
+    does nothing.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], state: dict[str, Any] | None = None, writes: bool = True):
+    def __init__(
+        self, folder: Path, config: dict[str, Any], state: dict[str, Any] | None = None, writes: bool = True
+    ):
         self.folder, self.config, self.state, self.writes = folder, config, state, writes
         self.curves = Curves(folder)
 
     def begin(self, phases: Sequence[str], taught_by: str | None) -> None:
-        """Goes on after the phases that the checkpoint leaves behind. Raises UserError if it is of another kind of run or teacher."""
+        """Goes on after the phases that the checkpoint leaves behind. Raises UserError if it is of another
+        kind of run or teacher.
+        """
         state = self.state or {}
         if state and (state.get("phase") not in phases or state.get("taught_by") != taught_by):
-            why = "its teacher was another" if state.get("phase") in phases else "not the checkpoint of such a run"
+            why = (
+                "its teacher was another"
+                if state.get("phase") in phases
+                else "not the checkpoint of such a run"
+            )
             raise UserError(f"{self.folder / CHECKPOINT}: {why}")
         self.taught_by, self.begun = taught_by, time.perf_counter()
-        self.started, self.before = state.get("started", time.strftime("%Y-%m-%d %H:%M:%S")), state.get("elapsed", 0.0)
+        self.started, self.before = (
+            state.get("started", time.strftime("%Y-%m-%d %H:%M:%S")),
+            state.get("elapsed", 0.0),
+        )
         self.finished_phases = phases.index(state["phase"]) if state else 0
         self.curves.earlier = phases[: self.finished_phases]
 
@@ -54,20 +67,27 @@ class RunDir:
         return float(self.before + time.perf_counter() - self.begun)
 
     def restore(self, trainer: Trainer) -> None:
-        """Gives ``trainer`` the state. The files that follow from it are written again: the run may have been killed before them."""
+        """Gives ``trainer`` the state. The files that follow from it are written again: the run may have been
+        killed before them.
+        """
         assert self.state is not None
         try:
             trainer.load(self.state)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             text = " ".join(str(error).split())[:200]
-            raise UserError(f"{self.folder / CHECKPOINT}: damaged, or of another version ({type(error).__name__}: {text})") from None
+            raise UserError(
+                f"{self.folder / CHECKPOINT}: damaged, or of another version ({type(error).__name__}: {text})"
+            ) from None
         self.write_epoch_files(self.state["phase"], trainer, rewrite=True)
 
     def save_epoch(self, phase: str, trainer: Trainer) -> None:
         """Writes the checkpoint after an epoch, then the files that follow from it."""
         if self.writes:
             about = {"config": self.config, "started": self.started, "taught_by": self.taught_by}
-            save(self.folder / CHECKPOINT, {**about, **trainer.state(), "phase": phase, "elapsed": self.seconds})
+            save(
+                self.folder / CHECKPOINT,
+                {**about, **trainer.state(), "phase": phase, "elapsed": self.seconds},
+            )
             self.write_epoch_files(phase, trainer)
 
     def write_epoch_files(self, phase: str, trainer: Trainer, rewrite: bool = False) -> None:
@@ -76,7 +96,10 @@ class RunDir:
         if not history or not self.writes:
             return
         self.curves.add(phase, history)
-        write(self.folder / ("epochs.csv" if phase == "main" else f"{phase}.csv"), results.table(list(history[-1]), history))
+        write(
+            self.folder / ("epochs.csv" if phase == "main" else f"{phase}.csv"),
+            results.table(list(history[-1]), history),
+        )
         if phase == "main" and (rewrite or trainer.best() is history[-1]):
             self.write_weights(self.folder / "best.pt", trainer.best_weights, trainer.best())
 
@@ -85,12 +108,17 @@ class RunDir:
         if self.writes:
             if path.parent != self.folder:
                 make_folder(path.parent)
-            save(path, {"model": weights, "epoch": epoch["epoch"], "acc": epoch["test_acc"], "config": self.config})
+            save(
+                path,
+                {"model": weights, "epoch": epoch["epoch"], "acc": epoch["test_acc"], "config": self.config},
+            )
 
 
 @contextmanager
 def opened(config: Config, role: str, folder: Path | None) -> Iterator[RunDir]:
-    """The run in ``folder``, an unfinished one, or a new one. The first process locks it until the end. Raises UserError."""
+    """The run in ``folder``, an unfinished one, or a new one. The first process locks it until the end.
+    Raises UserError.
+    """
     with ExitStack() as stack:
         whole = distributed.from_first(lambda: stack.enter_context(_locked(config, role, folder)))
         if not distributed.leads():
@@ -100,7 +128,9 @@ def opened(config: Config, role: str, folder: Path | None) -> Iterator[RunDir]:
 
 @contextmanager
 def _locked(config: Config, role: str, folder: Path | None) -> Iterator[RunDir]:
-    """A new run that ends in a UserError before its first checkpoint leaves no folder: nothing of it could be resumed."""
+    """A new run that ends in a UserError before its first checkpoint leaves no folder: nothing of it could be
+    resumed.
+    """
     run = new_run(config, role) if folder is None else load_run(folder, config.identity(role))
     early = {"config.json", COMMAND, LOG, ".lock", ".lock.held"}
     with owned(run.folder / ".lock") as mine:
@@ -150,7 +180,10 @@ def load_run(folder: Path, identity: dict[str, Any]) -> RunDir:
     if not isinstance(state.get("config"), dict) or state["config"].get("identity") != config["identity"]:
         raise UserError(f"{path}: not the checkpoint of this run")
     if config["torch"] != str(torch.__version__):
-        say(f"resume: begun with torch {config['torch']}, continued with {torch.__version__}: the last bits may differ")
+        say(
+            f"resume: begun with torch {config['torch']}, continued with {torch.__version__}: the last bits"
+            " may differ"
+        )
     if config.get("environment", environment()) != environment():
         words = [" ".join(one) or "none of its variables" for one in (config["environment"], environment())]
         say(f"resume: begun with {words[0]}, continued with {words[1]}: the last bits may differ")

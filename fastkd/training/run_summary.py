@@ -34,26 +34,50 @@ def describe(config: Config) -> str:
     student = sum(parameter.numel() for parameter in create_model(models.student, data.classes).parameters())
     teacher = sum(parameter.numel() for parameter in create_model(models.teacher, data.classes).parameters())
     fields = [f"{key} {_plain(value)}" for key, value in dataclasses.asdict(config.recipe).items()]
-    phases = [f"{counted(recipe.epochs, 'epoch')} of {' + '.join(method.names)}" for _, recipe, method in config.phases(config.method)]
+    phases = [
+        f"{counted(recipe.epochs, 'epoch')} of {' + '.join(method.names)}"
+        for _, recipe, method in config.phases(config.method)
+    ]
     for term, preset in config.method.others_presets().items():
-        why = "by option" if f"{term}.preset" in config.method.changes else f"since {config.recipe.preset} has none"
+        why = (
+            "by option"
+            if f"{term}.preset" in config.method.changes
+            else f"since {config.recipe.preset} has none"
+        )
         phases.append(f"{title_of(term)} is {preset}'s, {why}")
     phases += config.options()
-    added = f"; {config.student_parameters:,} as {settings.method} trains, tests and saves it" * config.method.wraps
+    added = (
+        f"; {config.student_parameters:,} as {settings.method} trains, tests and saves it"
+        * config.method.wraps
+    )
     seeds = f"seed {settings.seed}"
     if config.teacher_seed is not None:
         seeds += f", of the teacher {config.teacher_seed}"
-    device = [device_name(config.device), settings.precision, seeds, *["deterministic"] * settings.deterministic]
+    device = [
+        device_name(config.device),
+        settings.precision,
+        seeds,
+        *["deterministic"] * settings.deterministic,
+    ]
     device += [*["compiled"] * config.compiled, *["CUDA graph"] * config.captured]
     if config.processes > 1:
         batch = config.recipe.batch_size
-        device.append(f"{config.processes} processes of {batch} images a step each, {batch * config.processes} together")
+        device.append(
+            f"{config.processes} processes of {batch} images a step each, {batch * config.processes} together"
+        )
     lines = [
         f"fastkd   {fastkd.__version__}, torch {torch.__version__}",
         f"method   {settings.method}: {'; '.join(phases)}",
         f"student  {models.student}, {student:,} parameters{added}",
-        f"teacher  {models.teacher}, {teacher:,} parameters" if config.method.needs_teacher else "teacher  none",
-        f"data     {data.name} ({config.why}), {len(data.train_labels):,} training and {len(data.test_labels):,} test images",
+        (
+            f"teacher  {models.teacher}, {teacher:,} parameters"
+            if config.method.needs_teacher
+            else "teacher  none"
+        ),
+        (
+            f"data     {data.name} ({config.why}), {len(data.train_labels):,} training and"
+            f" {len(data.test_labels):,} test images"
+        ),
         f"recipe   {config.recipe_name}: {', '.join(fields[:9])},",
         f"         {', '.join(fields[9:16])},",
         f"         {', '.join(fields[16:])}",
@@ -70,10 +94,15 @@ def _notes(config: Config) -> list[str]:
     """What somebody who chose these settings may not have meant."""
     recipe, known, notes = config.recipe, RECIPES[config.recipe_name], [*config.notes]
     if config.method.whole_batches and _smaller_batch(config, recipe.drop_last):
-        notes.append(f"{config.method.name} is built for whole batches: an epoch's last, smaller one is left out")
+        notes.append(
+            f"{config.method.name} is built for whole batches: an epoch's last, smaller one is left out"
+        )
     together = recipe.batch_size * config.processes
     if together != known.batch_size:
-        text = f"a step has {together} images; {config.recipe_name}'s learning rate of {known.lr} is for {known.batch_size}"
+        text = (
+            f"a step has {together} images; {config.recipe_name}'s learning rate of {known.lr} is for"
+            f" {known.batch_size}"
+        )
         each, rest = divmod(known.batch_size, config.processes)
         if config.processes > 1 and each >= 2 and not rest:  # what get_recipe takes
             text += f": --batch-size {each} in each of {config.processes} processes"
@@ -83,7 +112,10 @@ def _notes(config: Config) -> list[str]:
     if config.settings.precision == "bf16" and fast_bfloat16(config.device) is False:
         what, slow = "this GPU", "slower than fp32"
         if config.device.type == "cpu":
-            what, slow = "this processor, which has neither AMX nor AVX512-BF16", "2 to 2.7 times slower than fp32"
+            what, slow = (
+                "this processor, which has neither AMX nor AVX512-BF16",
+                "2 to 2.7 times slower than fp32",
+            )
         notes.append(f"bf16 is emulated on {what}, and {slow}; --precision auto takes what is faster")
     return notes
 
@@ -116,9 +148,15 @@ def _smaller_batch(config: Config, dropped: bool) -> bool:
 def _records(config: Config) -> str:
     """What will lie in the folder beside the weights, and what for want of a package will not."""
     parts = ["log", "epochs"]
-    parts.append("TensorBoard curves" if tensorboard.available() else "no TensorBoard curves (the package tensorboard is not installed)")
+    parts.append(
+        "TensorBoard curves"
+        if tensorboard.available()
+        else "no TensorBoard curves (the package tensorboard is not installed)"
+    )
     if config.settings.pictures:
-        parts.append("pictures" if attention_maps.available() else "no pictures (matplotlib is not installed)")
+        parts.append(
+            "pictures" if attention_maps.available() else "no pictures (matplotlib is not installed)"
+        )
     return ", ".join(parts)
 
 
@@ -126,7 +164,9 @@ def _plain(value: Any) -> Any:
     return " ".join(f"{part:.4g}" for part in value) or "none" if isinstance(value, tuple) else value
 
 
-def row_of(config: Config, role: str, run: RunDir, trainer: Trainer, teacher_acc: float | None) -> dict[str, Any]:
+def row_of(
+    config: Config, role: str, run: RunDir, trainer: Trainer, teacher_acc: float | None
+) -> dict[str, Any]:
     """The run as a row of the table, without its number."""
     settings, best, last = config.settings, trainer.best(), trainer.history[-1]
     taught, file = teacher_acc is not None, settings.teacher_checkpoint
@@ -155,7 +195,9 @@ def row_of(config: Config, role: str, run: RunDir, trainer: Trainer, teacher_acc
         "teacher_acc": "" if teacher_acc is None else f"{teacher_acc:.2f}",
         "train_acc": f"{last['train_acc']:.2f}",
         "losses": " ".join(f"{term}={last[term]:.4g}" for term in trainer.distillation.names),
-        "overrides": " ".join([*(f"{key}={written(value)}" for key, value in settings.overrides.items()), *changed]),
+        "overrides": " ".join(
+            [*(f"{key}={written(value)}" for key, value in settings.overrides.items()), *changed]
+        ),
         "teacher_seed": config.seed_of("teacher") if taught and file is None else "",
         "deterministic": "yes" if settings.deterministic else "no",
         "compiled": "yes" if config.compiled else "no",
@@ -170,7 +212,10 @@ def ending(config: Config, role: str, row: Mapping[str, Any], columns: Iterable[
     """The row, the files, and for a student the command that repeats it."""
     title = row["method"]
     figures = f"best {row['acc']} % (epoch {row['epoch']}), last {row['last_acc']} %, {clock(row['seconds'])}"
-    lines = [f"{title}: {figures}; {config.recipe_name} reports the {config.recipe.report}: {row['reported_acc']} %"]
+    lines = [
+        f"{title}: {figures}; {config.recipe_name} reports the {config.recipe.report}:"
+        f" {row['reported_acc']} %"
+    ]
     lines.append(f"{title}: row {row['no']} of {config.settings.output / 'results.csv'}, weights in {folder}")
     if role == "teacher":
         return "\n".join(lines)
@@ -186,7 +231,9 @@ def ending(config: Config, role: str, row: Mapping[str, Any], columns: Iterable[
 
 
 def how_far(label: str, phase: str, trainer: Trainer, folder: Path, output: Path) -> str:
-    """One line for somebody who stopped the run, by what its files hold: the signal may have come while one was written."""
+    """One line for somebody who stopped the run, by what its files hold: the signal may have come while one
+    was written.
+    """
     trained, epochs, saved, best, added = len(trainer.history), trainer.recipe.epochs, 0, "", False
     with suppress(WeightsError):
         state = read_checkpoint(folder / CHECKPOINT)

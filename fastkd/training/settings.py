@@ -24,12 +24,13 @@ class Settings:
     """What the command line says.
 
     ``precision`` "auto": bf16 where the device has instructions for it, else fp32.
-    ``setting``: a letter of ``SETTINGS``, whose teacher, student, data set and recipe stand in where those are None. Without one they are
-    ``resnet20`` twice, ``auto`` and ``digits`` on digits, else ``hankyul2``. ``device`` None: a GPU if there is one; ``overrides``: fields
-    of the recipe; ``options``: of the method, ("at.beta=500",); ``compile``, ``cuda_graph`` None: where it pays; ``resume``: "" looks for
-    the unfinished run, "auto" begins it where there is none, anything else is its folder. ``teacher_seed`` None: that of the run;
-    ``pictures``: the sheets of attention maps at the end, where matplotlib is there.
-    Paths may be strings, and begin with ``~``. The constructor raises UserError for what is no path.
+    ``setting``: a letter of ``SETTINGS``, whose teacher, student, data set and recipe stand in where those
+    are None. Without one they are ``resnet20`` twice, ``auto`` and ``digits`` on digits, else ``hankyul2``.
+    ``device`` None: a GPU if there is one; ``overrides``: fields of the recipe; ``options``: of the method,
+    ("at.beta=500",); ``compile``, ``cuda_graph`` None: where it pays; ``resume``: "" looks for the unfinished
+    run, "auto" begins it where there is none, anything else is its folder. ``teacher_seed`` None: that of the
+    run; ``pictures``: the sheets of attention maps at the end, where matplotlib is there. Paths may be
+    strings, and begin with ``~``. The constructor raises UserError for what is no path.
     """
 
     method: str
@@ -71,14 +72,26 @@ def environment() -> list[str]:
 
 
 def from_config(config: dict[str, Any], output: Path) -> Settings:
-    """The settings of a run from its config.json, on whatever device there is. Raises UserError for a config of another version."""
+    """The settings of a run from its config.json, on whatever device there is. Raises UserError for a config
+    of another version.
+    """
     try:
-        given = {name: config[name] for name in ("method", "dataset", "teacher", "student", "recipe", "seed", "precision")}
-        overrides = {key: tuple(value) if isinstance(value, list) else value for key, value in config["overrides"].items()}
+        given = {
+            name: config[name]
+            for name in ("method", "dataset", "teacher", "student", "recipe", "seed", "precision")
+        }
+        overrides = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in config["overrides"].items()
+        }
         file, teacher_seed = config["teacher_checkpoint"], config.get("teacher_seed")
         checkpoint = None if file is None else Path(file)
         options = tuple(config.get("options") or ())  # runs of older versions have none
-        common: dict[str, Any] = {"teacher_checkpoint": checkpoint, "teacher_seed": teacher_seed, "overrides": overrides}
+        common: dict[str, Any] = {
+            "teacher_checkpoint": checkpoint,
+            "teacher_seed": teacher_seed,
+            "overrides": overrides,
+        }
         return Settings(**given, **common, options=options, data=Path(config["data"]), output=output)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"the config.json is not of this version ({type(error).__name__}: {error})") from None

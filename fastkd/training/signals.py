@@ -33,7 +33,8 @@ class Interrupted(Exception):
 def terminable() -> Iterator[None]:
     """SIGTERM raises :class:`Terminated` inside, the first one only: a queue and torchrun may both send it."""
     ours = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if not ours or threading.current_thread() is not threading.main_thread():  # only that one may ask for signals
+    # only that one may ask for signals
+    if not ours or threading.current_thread() is not threading.main_thread():
         yield
         return
 
@@ -51,9 +52,9 @@ def terminable() -> Iterator[None]:
 def end_late(seconds: float = 5) -> Callable[[], int]:
     """From now on SIGTERM ends this process so many seconds after it came, and Ctrl-C does not end it at all.
 
-    For those of several processes that are not the first: a terminal and torchrun send a signal to all at once, and
-    the first one stops in good order only if the others still take part in the step that it is in. A thread waits
-    for the signal, since the main thread may be in a collective operation that does not end.
+    For those of several processes that are not the first: a terminal and torchrun send a signal to all at
+    once, and the first one stops in good order only if the others still take part in the step that it is in.
+    A thread waits for the signal, since the main thread may be in a collective operation that does not end.
     Returns a function that gives the status to end with: that of the signal, if one came, else 1.
     """
     received: list[int] = []

@@ -1,4 +1,6 @@
-"""One training step, as one function of the numbers drawn for its batch: eager, compiled, or replayed as a CUDA graph."""
+"""One training step, as one function of the numbers drawn for its batch: eager, compiled, or replayed as a
+CUDA graph.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +21,33 @@ from fastkd.training.progress import Progress
 
 
 class TrainStep:
-    """Images, both networks, losses, gradients, optimizer. ``sums`` over the images of the epoch: each term, and the right answers.
+    """Images, both networks, losses, gradients, optimizer. ``sums`` over the images of the epoch: each term,
+    and the right answers.
 
-    ``compiled``: networks and losses as one compiled function, for whole batches; what is left of an epoch runs eagerly rather than being
-    compiled too. ``captured``: all of it as a CUDA graph. Nothing here waits for the device.
+    ``compiled``: networks and losses as one compiled function, for whole batches; what is left of an epoch
+    runs eagerly rather than being compiled too. ``captured``: all of it as a CUDA graph. Nothing here waits
+    for the device.
     """
 
-    def __init__(self, distillation: Distillation, optimizer: torch.optim.SGD, batches: Batches, compiled: bool, captured: bool):
-        self.distillation, self.optimizer, self.batches, self.compiled = distillation, optimizer, batches, compiled
+    def __init__(
+        self,
+        distillation: Distillation,
+        optimizer: torch.optim.SGD,
+        batches: Batches,
+        compiled: bool,
+        captured: bool,
+    ):
+        self.distillation, self.optimizer, self.batches, self.compiled = (
+            distillation,
+            optimizer,
+            batches,
+            compiled,
+        )
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         # on the device, and read about once a second
-        self.sums = torch.zeros(len(distillation.names) + 1, device=batches.pixels.device, dtype=torch.float64)
+        self.sums = torch.zeros(
+            len(distillation.names) + 1, device=batches.pixels.device, dtype=torch.float64
+        )
         self.forward: Callable[..., Losses] = distillation
         if compiled:
             self.forward = torch.compile(distillation, dynamic=False, fullgraph=True)
@@ -83,30 +101,42 @@ class TrainStep:
 
     def _compile(self, augment_params: Tensor, images: int, progress: Progress) -> None:
         """The first whole batch, whose step waits for the compiler."""
-        progress.line("compiling the step: about half a minute, or some for a deep network; --no-compile does without")
+        progress.line(
+            "compiling the step: about half a minute, or some for a deep network; --no-compile does without"
+        )
         begun = time.perf_counter()
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a CUDA build without a GPU warns of that
+        # a CUDA build without a GPU warns of that
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         try:
             self._run(augment_params, images, self.forward)
         except Exception as error:
             cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or "that of torch.compile"  # which sets it
             foreign = not type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
-            if foreign and not any(name in f"{error} {getattr(error, 'filename', '')}" for name in (cache, "torch._inductor")):
+            if foreign and not any(
+                name in f"{error} {getattr(error, 'filename', '')}" for name in (cache, "torch._inductor")
+            ):
                 raise
             cause = getattr(error, "inner_exception", error)
             text = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
-            # what the compiler itself refuses is an error of its own; any other comes from a file that it wrote before
-            damaged = f"; a damaged cache is cleared by deleting {cache}" * (not type(cause).__module__.startswith("torch."))
-            raise UserError(f"the step cannot be compiled ({text}): --no-compile does without{damaged}") from None
+            # what the compiler itself refuses is an error of its own; any other comes from a file that it
+            # wrote before
+            damaged = f"; a damaged cache is cleared by deleting {cache}" * (
+                not type(cause).__module__.startswith("torch.")
+            )
+            raise UserError(
+                f"the step cannot be compiled ({text}): --no-compile does without{damaged}"
+            ) from None
         self.compiling = time.perf_counter() - begun
         progress.wait(self.compiling)
         progress.line(f"compiled in {self.compiling:.0f} s")
 
 
 class Replayed:
-    """``run(augment_params)`` as a CUDA graph: the first calls run it as it is, on a stream of their own, then it is captured once.
+    """``run(augment_params)`` as a CUDA graph: the first calls run it as it is, on a stream of their own,
+    then it is captured once.
 
-    They are no trials but steps like the others: libraries, compilers and the optimizer make then what they keep.
+    They are no trials but steps like the others: libraries, compilers and the optimizer make then what they
+    keep.
     """
 
     FIRST = 3

@@ -30,19 +30,22 @@ def available() -> bool:
 class Curves:
     """Event files in the run's folder, one step an epoch; nothing without the package ``tensorboard``.
 
-    The first :meth:`add` writes all epochs, so that a resumed run has each step once. Whatever fails here is said once and
-    ends the curves, not the run.
+    The first :meth:`add` writes all epochs, so that a resumed run has each step once. Whatever fails here is
+    said once and ends the curves, not the run.
     """
 
     def __init__(self, folder: Path):
         self.folder, self.done, self.broken = folder, dict[str, int](), not available()
         self.writer: Any = None
         self.earlier: Sequence[str] = ()  # phases that an earlier process finished
-        self.replaced: list[Path] = []  # event files of earlier processes, deleted once a new one holds all of it
+        # event files of earlier processes, deleted once a new one holds all of it
+        self.replaced: list[Path] = []
         self.threads: list[Any] = []  # the writer's
 
     def add(self, phase: str, history: Sequence[dict[str, float]]) -> None:
-        """The epochs of ``phase`` that were not there yet; "main" has the plain tags, another phase its name before them."""
+        """The epochs of ``phase`` that were not there yet; "main" has the plain tags, another phase its name
+        before them.
+        """
         if self.broken or not history:
             return
         try:
@@ -70,7 +73,10 @@ class Curves:
         for thread in self.threads:
             with suppress(Exception):
                 thread.stop()  # SummaryWriter.close would flush before, and fail once more
-        say(f"TensorBoard curves in {self.folder} end here ({' '.join(str(error).split()) or type(error).__name__}); the run goes on")
+        say(
+            f"TensorBoard curves in {self.folder} end here"
+            f" ({' '.join(str(error).split()) or type(error).__name__}); the run goes on"
+        )
 
     def _begin(self) -> Any:
         from torch.utils.tensorboard import SummaryWriter
@@ -82,7 +88,11 @@ class Curves:
             self.threads = [thread for thread in {*threading.enumerate()} - others if _of_writer(thread)]
         for name in self.earlier:
             with open(self.folder / f"{name}.csv", newline="", encoding="utf-8") as file:
-                self._write(writer, name, [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)])
+                self._write(
+                    writer,
+                    name,
+                    [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)],
+                )
         return writer
 
     def _write(self, writer: Any, phase: str, history: Sequence[dict[str, float]]) -> None:
@@ -93,7 +103,9 @@ class Curves:
 
 @contextmanager
 def _quiet_writer() -> Iterator[None]:
-    """TensorBoard writes in a thread of its own, whose end would print a traceback beside the error that ``flush`` raises anyway."""
+    """TensorBoard writes in a thread of its own, whose end would print a traceback beside the error that
+    ``flush`` raises anyway.
+    """
     before = threading.excepthook
 
     def hook(arguments: threading.ExceptHookArgs) -> None:

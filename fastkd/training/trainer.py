@@ -24,24 +24,35 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Trainer:
-    """Trains the student of ``distillation`` in place. ``train`` gives the training batches of an epoch by its number, ``test`` the test
-    batches, if any.
+    """Trains the student of ``distillation`` in place. ``train`` gives the training batches of an epoch by
+    its number, ``test`` the test batches, if any.
 
-    ``history`` has one dict an epoch: epoch (from 1), lr (at its end), loss, one mean per loss term, train_acc and test_acc in percent,
-    seconds and images_per_second of its training. :meth:`state` holds all that changes and :meth:`load` takes it up after any epoch:
-    what is random is drawn per epoch, from its number. ``compiled`` and ``captured``: see :class:`TrainStep`. Of several processes
-    each has its part of every batch; loss, accuracies and gradients are those of all, and batch norms see their own process's images.
+    ``history`` has one dict an epoch: epoch (from 1), lr (at its end), loss, one mean per loss term,
+    train_acc and test_acc in percent, seconds and images_per_second of its training. :meth:`state` holds all
+    that changes and :meth:`load` takes it up after any epoch: what is random is drawn per epoch, from its
+    number. ``compiled`` and ``captured``: see :class:`TrainStep`. Of several processes each has its part of
+    every batch; loss, accuracies and gradients are those of all, and batch norms see their own process's
+    images.
     """
 
     def __init__(self, distillation: Distillation, train: Batches, test: Batches | None, recipe: Recipe, autocast: torch.autocast,
                  compiled: bool = False, captured: bool = False):  # fmt: skip
         self.device = train.pixels.device
         self.distillation = placed(distillation, self.device)
-        self.student, self.method, self.teacher = distillation.student, distillation.methods, distillation.teacher
+        self.student, self.method, self.teacher = (
+            distillation.student,
+            distillation.methods,
+            distillation.teacher,
+        )
         self.batches, self.test_batches, self.recipe, self.autocast = train, test, recipe, autocast
         self.parameters = [parameter for parameter in distillation.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.SGD(
-            self.parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.nesterov, fused=True
+            self.parameters,
+            recipe.lr,
+            recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            nesterov=recipe.nesterov,
+            fused=True,
         )
         self.train_step = TrainStep(distillation, self.optimizer, train, compiled, captured)
         self.history: list[dict[str, float]] = []
@@ -53,13 +64,17 @@ class Trainer:
         return self.recipe.epochs * len(self.batches)
 
     def fit(self, progress: Progress) -> Iterator[int]:
-        """Trains the epochs that are left, and yields the number of each after it: :meth:`state` is then to be saved."""
+        """Trains the epochs that are left, and yields the number of each after it: :meth:`state` is then to
+        be saved.
+        """
         for epoch in range(len(self.history) + 1, self.recipe.epochs + 1):
             self.train_epoch(epoch, progress)
             yield epoch
 
     def train_epoch(self, epoch: int, progress: Progress) -> None:
-        """One epoch (from 1) and the test after it, appended to ``history``. Raises UserError when the loss is no longer a number."""
+        """One epoch (from 1) and the test after it, appended to ``history``. Raises UserError when the loss
+        is no longer a number.
+        """
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             # for a method that draws numbers: those of an epoch do not depend on the epochs before it
             purpose = ("steps", epoch, *self.batches.share) if self.batches.share[1] > 1 else ("steps", epoch)
@@ -72,7 +87,9 @@ class Trainer:
         self.distillation.set_epoch(epoch - 1, self.recipe.epochs)
         self.train_step.sums.zero_()
         self.seen, begun = 0, time.perf_counter()
-        for step, (augment_params, images) in enumerate(zip(self.batches.draw(epoch), self.batches.sizes(), strict=True), 1):
+        for step, (augment_params, images) in enumerate(
+            zip(self.batches.draw(epoch), self.batches.sizes(), strict=True), 1
+        ):
             self.step = step
             self._set_rate((epoch - 1) * len(self.batches) + step - 1)
             self.train_step(augment_params, images, progress)
@@ -95,11 +112,15 @@ class Trainer:
         rate = learning_rate(self.recipe, epoch * len(self.batches) - 1, self.steps)
         self.history.append({"epoch": epoch, "lr": rate, **means, **pace})
         if self.test_batches is not None and self.best() is self.history[-1]:
-            self.best_weights = {name: value.detach().clone() for name, value in self.student.state_dict().items()}
+            self.best_weights = {
+                name: value.detach().clone() for name, value in self.student.state_dict().items()
+            }
         self.step = 0
 
     def _set_rate(self, step: int) -> None:
-        if self.recipe.new_optimizer and drops(self.recipe, step, self.steps) != drops(self.recipe, max(step - 1, 0), self.steps):
+        if self.recipe.new_optimizer and drops(self.recipe, step, self.steps) != drops(
+            self.recipe, max(step - 1, 0), self.steps
+        ):
             self.train_step.reset_momentum()
         self.train_step.set_rate(learning_rate(self.recipe, step, self.steps))
 
@@ -108,8 +129,15 @@ class Trainer:
         total = sum(values[:-1])
         if not math.isfinite(total):
             rounded = " or --precision fp32" * (self.batches.dtype != torch.float32)
-            raise UserError(f"the loss is no longer finite in epoch {epoch}, step {self.step}: try a smaller --lr{rounded}")
-        return {"loss": total, **dict(zip(self.distillation.names, values[:-1], strict=True)), "train_acc": 100 * values[-1]}
+            raise UserError(
+                f"the loss is no longer finite in epoch {epoch}, step {self.step}: try a smaller"
+                f" --lr{rounded}"
+            )
+        return {
+            "loss": total,
+            **dict(zip(self.distillation.names, values[:-1], strict=True)),
+            "train_acc": 100 * values[-1],
+        }
 
     def _describe(self, epoch: int, seconds: float) -> str:
         means = self._means(epoch)
@@ -121,7 +149,9 @@ class Trainer:
         """The last epoch in one line."""
         last = self.history[-1]
         losses = " ".join(f"{name} {last[name]:.4f}" for name in self.distillation.names)
-        accuracy = f"train {last['train_acc']:.2f} %  test {last['test_acc']:.2f} %  " if "test_acc" in last else ""
+        accuracy = (
+            f"train {last['train_acc']:.2f} %  test {last['test_acc']:.2f} %  " if "test_acc" in last else ""
+        )
         return f"loss {last['loss']:.4f} ({losses})  {accuracy}{last['images_per_second']:.0f} images/s"
 
     def best(self) -> dict[str, float]:
@@ -140,8 +170,14 @@ class Trainer:
         return self.student.state_dict(), self.history[-1]
 
     def state(self) -> dict[str, Any]:
-        """Weights, optimizer, history, best weights; the teacher too if it is in train mode, since its batch norms then change."""
-        state = {"model": self.student.state_dict(), "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict()}
+        """Weights, optimizer, history, best weights; the teacher too if it is in train mode, since its batch
+        norms then change.
+        """
+        state = {
+            "model": self.student.state_dict(),
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
         if self.teacher is not None and self.distillation.teacher_mode == "train":
             state["teacher"] = self.teacher.state_dict()
         return {**state, "epoch": len(self.history), "history": self.history, "best": self.best_weights}
@@ -163,8 +199,11 @@ def placed(model: M, device: torch.device) -> M:
     return model.to(device).to(memory_format=torch.channels_last)
 
 
-def evaluate(model: nn.Module, batches: Batches, autocast: torch.autocast, share: tuple[int, int] = (0, 1)) -> float:
-    """Accuracy in percent over ``batches.test()``, done together by processes of which ``share`` says (which, how many).
+def evaluate(
+    model: nn.Module, batches: Batches, autocast: torch.autocast, share: tuple[int, int] = (0, 1)
+) -> float:
+    """Accuracy in percent over ``batches.test()``, done together by processes of which ``share`` says (which,
+    how many).
 
     The model is left in eval mode.
     """

@@ -1,8 +1,10 @@
-"""Compilers and installers that the tests cannot ask of every machine: each is tried where it is there, else a line says that it is not.
+"""Compilers and installers that the tests cannot ask of every machine: each is tried where it is there, else
+a line says that it is not.
 
     python tests/packaging/check.py                     all of it
-    python tests/packaging/check.py clang++-16 g++-11   these compilers: every code path, no warning, the kernels' tests
-    python tests/packaging/check.py installers          pip and uv, with the tools of this interpreter
+    python tests/packaging/check.py clang++-16 g++-11   these compilers: every code path, no warning, the
+    kernels' tests python tests/packaging/check.py installers          pip and uv, with the tools of this
+    interpreter
 
 Needs PyTorch, setuptools, ninja and pytest. Works in copies of the tree; a compiler takes minutes.
 """
@@ -21,7 +23,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMPILERS = ("g++-10", "g++-11", "clang++-16", "clang++-19", "aarch64-linux-gnu-g++")
-KERNEL_TESTS = [f"tests/test_{name}.py" for name in ("attention", "fsp", "feature_map", "batch_norm", "grad_prefetch", "backends")]
+KERNEL_TESTS = [
+    f"tests/test_{name}.py"
+    for name in ("attention", "fsp", "feature_map", "batch_norm", "grad_prefetch", "backends")
+]
 FASTKD = re.compile(r"^ *fastkd: .*", re.MULTILINE)
 
 
@@ -32,9 +37,13 @@ class Missing(Exception):
 def run(*command: str | Path, cwd: Path, wanted: int | None = 0, **variables: str) -> str:
     """What a command wrote. `wanted`: its status, None for any but 0."""
     print("  $", *(f"{name}={value}" for name, value in variables.items()), *command, flush=True)
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "CXX")} | variables
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "CXX")
+    } | variables
     pipe = subprocess.PIPE
-    done = subprocess.run([*map(str, command)], cwd=cwd, env=environment, text=True, stdout=pipe, stderr=subprocess.STDOUT)
+    done = subprocess.run(
+        [*map(str, command)], cwd=cwd, env=environment, text=True, stdout=pipe, stderr=subprocess.STDOUT
+    )
     if done.returncode != wanted and not (wanted is None and done.returncode):
         raise AssertionError(f"status {done.returncode}\n{done.stdout}")
     return done.stdout
@@ -42,7 +51,9 @@ def run(*command: str | Path, cwd: Path, wanted: int | None = 0, **variables: st
 
 def tree(folder: Path) -> Path:
     """A copy of the sources, without what was built."""
-    leave = shutil.ignore_patterns(".git", "build", "runs", "data", "*.so", "__pycache__", "*.egg-info", ".*_cache")
+    leave = shutil.ignore_patterns(
+        ".git", "build", "runs", "data", "*.so", "__pycache__", "*.egg-info", ".*_cache"
+    )
     return Path(shutil.copytree(ROOT, folder / "tree", ignore=leave))
 
 
@@ -51,7 +62,14 @@ def small(folder: Path) -> Path:
     top = folder / "small"
     for part in ("csrc/cpu", "csrc/common", "fastkd"):
         (top / part).mkdir(parents=True)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc/toolchain.py", "csrc/common/build_info.cpp"):
+    for name in (
+        "setup.py",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "csrc/toolchain.py",
+        "csrc/common/build_info.cpp",
+    ):
         shutil.copy(ROOT / name, top / name)
     (top / "fastkd" / "__init__.py").write_text("__version__ = '0.0.1'\n")
     (top / "csrc" / "cpu" / "one.cpp").write_text("int one() { return 1; }\n")
@@ -72,7 +90,17 @@ def check_compiler(name: str, folder: Path) -> str:
     show = "from fastkd import native; print(*native.cpu_paths(), *native._missing_cpu_paths())"
     paths = run(sys.executable, "-c", show, cwd=top, PYTHONPATH=str(top)).strip()
     assert here != "x86_64" or "not built" not in paths, paths
-    tests = run(sys.executable, "-m", "pytest", "-q", *KERNEL_TESTS, "-k", "cpp or code_path", cwd=top, PYTHONPATH=str(top))
+    tests = run(
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        *KERNEL_TESTS,
+        "-k",
+        "cpp or code_path",
+        cwd=top,
+        PYTHONPATH=str(top),
+    )
     return f"{paths}; {tests.strip().splitlines()[-1]}"
 
 
@@ -80,12 +108,25 @@ def check_foreign(name: str, top: Path) -> str:
     """A compiler for another processor: its warnings. PyTorch's headers are the same for all."""
     import torch
 
-    flags = ["-std=c++17", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Wall", "-Wno-unknown-pragmas", "-fsyntax-only"]
+    flags = [
+        "-std=c++17",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        "-Wall",
+        "-Wno-unknown-pragmas",
+        "-fsyntax-only",
+    ]
     flags += ["-isystem", str(Path(torch.__file__).parent / "include"), "-Icsrc", '-DFASTKD_BUILD_INFO=""']
     files = [*top.glob("csrc/common/*.cpp"), *top.glob("csrc/cpu/**/*.cpp")]
     for size, path in ((16, "portable"), (32, "avx2"), (64, "avx512")):
         for file in files:
-            said = run(*shlex.split(name), *flags, f"-DFASTKD_PATH={path}", f"-DFASTKD_VECTOR_BYTES={size}", file, cwd=top)
+            said = run(
+                *shlex.split(name),
+                *flags,
+                f"-DFASTKD_PATH={path}",
+                f"-DFASTKD_VECTOR_BYTES={size}",
+                file,
+                cwd=top,
+            )
             assert not said, said
     return "no warning (compiled for another processor, not run)"
 
@@ -94,15 +135,30 @@ def check_hidden_installation(folder: Path) -> str:
     """`pip install .` in a clone, then train.py there: the reason is named, and the way out works."""
     top, site = tree(folder), folder / "site"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    train = ["train.py", "--method", "at", "--dataset", "digits", "--epochs", "1", "--teacher", "resnet8", "--student", "resnet8"]
+    train = [
+        "train.py",
+        "--method",
+        "at",
+        "--dataset",
+        "digits",
+        "--epochs",
+        "1",
+        "--teacher",
+        "resnet8",
+        "--student",
+        "resnet8",
+    ]
     run(*pip, "--target", site, ".", cwd=top)
     assert "loaded" in run(sys.executable, "-m", "fastkd", cwd=folder, PYTHONPATH=str(site))
     hidden = run(sys.executable, "-m", "fastkd", cwd=top, PYTHONPATH=str(site))
     reason = (
-        f"{top / 'fastkd'} has no compiled library and hides the installed package in {site / 'fastkd'}: `pip install -e .` builds it here"
+        f"{top / 'fastkd'} has no compiled library and hides the installed package in {site / 'fastkd'}: `pip"
+        " install -e .` builds it here"
     )
     assert reason in hidden, hidden
-    said = run(sys.executable, *train, "--no-pictures", "--output", folder / "runs", cwd=top, PYTHONPATH=str(site))
+    said = run(
+        sys.executable, *train, "--no-pictures", "--output", folder / "runs", cwd=top, PYTHONPATH=str(site)
+    )
     assert f"no compiled kernels, plain PyTorch instead: {reason}" in said, said
     run(
         sys.executable,
@@ -122,13 +178,17 @@ def check_old_setuptools(folder: Path) -> str:
     top, old = small(folder), folder / "old"
     run(sys.executable, "-m", "pip", "install", "--quiet", "--target", old, "setuptools==65.5.0", cwd=folder)
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", folder, "."]
-    return one_sentence(run(*pip, cwd=top, wanted=None, PYTHONPATH=str(old)), "building needs setuptools>=77, found 65.5.0")
+    return one_sentence(
+        run(*pip, cwd=top, wanted=None, PYTHONPATH=str(old)), "building needs setuptools>=77, found 65.5.0"
+    )
 
 
 def check_broken_compiler(folder: Path) -> str:
     top = small(folder)
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", folder, "."]
-    return one_sentence(run(*pip, cwd=top, wanted=None, CXX="false"), "'false' does not work as a C++ compiler")
+    return one_sentence(
+        run(*pip, cwd=top, wanted=None, CXX="false"), "'false' does not work as a C++ compiler"
+    )
 
 
 def one_sentence(said: str, wanted: str) -> str:
@@ -152,14 +212,32 @@ def check_uv(folder: Path) -> str:
         raise Missing("uv is not installed")
     top, project = small(folder), folder / "project"
     text = (top / "pyproject.toml").read_text(encoding="utf-8")
-    (top / "pyproject.toml").write_text(text.replace('dependencies = ["torch>=2.11"]', "dependencies = []"), encoding="utf-8")
+    (top / "pyproject.toml").write_text(
+        text.replace('dependencies = ["torch>=2.11"]', "dependencies = []"), encoding="utf-8"
+    )
     project.mkdir()
-    needs = f'name = "project"\nversion = "1"\nrequires-python = ">=3.10"\ndependencies = ["fastkd @ {top.as_uri()}"]\n'
+    needs = (
+        'name = "project"\nversion = "1"\nrequires-python = ">=3.10"\ndependencies = ["fastkd @'
+        f' {top.as_uri()}"]\n'
+    )
     (project / "pyproject.toml").write_text(f"[project]\n{needs}")
 
     def built(**variables: str) -> bool:
-        uv = ["uv", "pip", "install", "--no-build-isolation", "--python", sys.executable, "--target", folder / "uv", "-r", "pyproject.toml"]
-        return "Built fastkd" in run(*uv, cwd=project, FASTKD_CUDA="0", UV_CACHE_DIR=str(folder / "cache"), **variables)
+        uv = [
+            "uv",
+            "pip",
+            "install",
+            "--no-build-isolation",
+            "--python",
+            sys.executable,
+            "--target",
+            folder / "uv",
+            "-r",
+            "pyproject.toml",
+        ]
+        return "Built fastkd" in run(
+            *uv, cwd=project, FASTKD_CUDA="0", UV_CACHE_DIR=str(folder / "cache"), **variables
+        )
 
     assert built(FASTKD_BUILD="0") and not built(FASTKD_BUILD="0")
     assert built() and not built()
@@ -184,7 +262,9 @@ def main() -> int:
     checks: list[tuple[str, Callable[[Path], str]]] = []
     for name in wanted:
         if name == "installers":
-            checks += [(check.__name__.removeprefix("check_").replace("_", " "), check) for check in INSTALLERS]
+            checks += [
+                (check.__name__.removeprefix("check_").replace("_", " "), check) for check in INSTALLERS
+            ]
         else:
             checks.append((name, lambda folder, name=name: check_compiler(name, folder)))  # type: ignore[misc]
     failed = 0

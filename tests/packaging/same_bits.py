@@ -4,8 +4,8 @@
     python tests/packaging/same_bits.py COMMIT            all recipes on digits, one thread
     python tests/packaging/same_bits.py COMMIT --only fsp the runs whose name holds that word
 
-COMMIT may also be a folder with a built tree. A commit is checked out into a temporary folder and gets this tree's compiled
-libraries, so both compute with the same kernels. Exit status 1 where a run differs.
+COMMIT may also be a folder with a built tree. A commit is checked out into a temporary folder and gets this
+tree's compiled libraries, so both compute with the same kernels. Exit status 1 where a run differs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECIPES = ("hankyul2", "zagoruyko", "repdistiller", "mdistiller", "kdzoo", "sakd", "digits")
-SMALL = ["--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--device", "cpu", "--no-pictures", "--batch-size", "64"]
+SMALL = [
+    "--dataset",
+    "digits",
+    "--teacher",
+    "resnet8",
+    "--student",
+    "resnet8",
+    "--device",
+    "cpu",
+    "--no-pictures",
+    "--batch-size",
+    "64",
+]
 CLOCKED = ("seconds", "images_per_second")
 
 
@@ -37,7 +49,16 @@ def jobs() -> dict[str, list[str]]:
             found[f"{recipe} {method}"] = ["--recipe", recipe, "--method", method, "--epochs", "1"]
     for method in ("baseline", "kd", "at"):
         found[f"digits {method}"] = ["--recipe", "digits", "--method", method, "--epochs", "2"]
-    found["digits at+kd bf16"] = ["--recipe", "digits", "--method", "at+kd", "--epochs", "1", "--precision", "bf16"]
+    found["digits at+kd bf16"] = [
+        "--recipe",
+        "digits",
+        "--method",
+        "at+kd",
+        "--epochs",
+        "1",
+        "--precision",
+        "bf16",
+    ]
     return found
 
 
@@ -46,15 +67,27 @@ def digest(output: Path) -> str:
     import torch
 
     found = hashlib.blake2b(digest_size=16)
-    for path in sorted(output.glob("**/*.pt"), key=lambda path: (path.name, path.parent.name.partition("-")[0])):
+    for path in sorted(
+        output.glob("**/*.pt"), key=lambda path: (path.name, path.parent.name.partition("-")[0])
+    ):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        parts = [state["model"], state.get("optimizer", {}).get("state", {}), state.get("teacher", {}), state.get("best", {})]
+        parts = [
+            state["model"],
+            state.get("optimizer", {}).get("state", {}),
+            state.get("teacher", {}),
+            state.get("best", {}),
+        ]
         for tensor in torch.utils._pytree.tree_leaves(parts):
             if isinstance(tensor, torch.Tensor):
                 found.update(tensor.double().numpy().tobytes())  # exact, whatever the dtype
-    for path in sorted(output.glob("*/*.csv"), key=lambda path: (path.name, path.parent.name.partition("-")[0])):
+    for path in sorted(
+        output.glob("*/*.csv"), key=lambda path: (path.name, path.parent.name.partition("-")[0])
+    ):
         with open(path, newline="") as file:
-            rows = [{key: value for key, value in row.items() if key not in CLOCKED} for row in csv.DictReader(file)]
+            rows = [
+                {key: value for key, value in row.items() if key not in CLOCKED}
+                for row in csv.DictReader(file)
+            ]
         found.update(json.dumps(rows).encode())
     return found.hexdigest()
 
@@ -72,7 +105,10 @@ def work(tree: Path, names: list[str]) -> None:
                 status = main([*jobs()[name], *SMALL, "--no-compile", "--output", output])
             finally:
                 sys.stdout = screen
-            print(json.dumps([name, digest(Path(output)) if status == 0 else f"exit status {status}"]), flush=True)
+            print(
+                json.dumps([name, digest(Path(output)) if status == 0 else f"exit status {status}"]),
+                flush=True,
+            )
 
 
 def start(tree: Path, names: list[str]) -> subprocess.Popen[str]:
@@ -94,7 +130,9 @@ def checked_out(commit: str, folder: Path) -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("old", metavar="COMMIT")
     parser.add_argument("--only", default="", metavar="WORD")
     parser.add_argument("--work", nargs="*", help=argparse.SUPPRESS)

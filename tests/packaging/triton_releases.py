@@ -3,8 +3,9 @@
     python tests/packaging/triton_releases.py            every release on the index from 3.6.0 on
     python tests/packaging/triton_releases.py 3.7.1      this one
 
-Prints a line a release and fails if one fails. Needs PyTorch and pip; a release takes 200 MB and some minutes.
-What is compiled is in tests/triton_compile.py: all its cases for sm_90, enough of them for every kernel elsewhere.
+Prints a line a release and fails if one fails. Needs PyTorch and pip; a release takes 200 MB and some
+minutes. What is compiled is in tests/triton_compile.py: all its cases for sm_90, enough of them for every
+kernel elsewhere.
 """
 
 from __future__ import annotations
@@ -35,9 +36,15 @@ def releases() -> list[str]:
 
 def compiled(site: Path, capability: int) -> tuple[list[dict], str]:
     """What triton_compile.py says of each kernel, by the Triton in ``site``; or the last line of its error."""
-    env = os.environ | {"PYTHONPATH": f"{site}{os.pathsep}{ROOT}", "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    env = os.environ | {
+        "PYTHONPATH": f"{site}{os.pathsep}{ROOT}",
+        "TRITON_INTERPRET": "0",
+        "OMP_NUM_THREADS": "1",
+    }
     cases = [] if capability == 90 else ["few"]
-    done = subprocess.run([sys.executable, COMPILE, str(capability), *cases], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, COMPILE, str(capability), *cases], env=env, capture_output=True, text=True
+    )
     if done.returncode:
         error = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", done.stderr, re.MULTILINE)
         return [], f"sm_{capability}: {error[-1] if error else done.stderr[-200:]}"
@@ -47,7 +54,17 @@ def compiled(site: Path, capability: int) -> tuple[list[dict], str]:
 def check(version: str) -> str:
     """An error, or nothing; prints the release's line."""
     with tempfile.TemporaryDirectory(prefix="triton-") as folder:
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, f"triton=={version}"]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            folder,
+            f"triton=={version}",
+        ]
         done = subprocess.run(pip, capture_output=True, text=True)
         parts, error = [], "" if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
         for capability in CAPABILITIES if not error else ():

@@ -1,5 +1,5 @@
-// The attention operators for the CPU: checks, allocation and the parallel region. The formulas are in attention.inl, the schemas in
-// fastkd/ops/attention.py.
+// The attention operators for the CPU: checks, allocation and the parallel region. The formulas are in
+// attention.inl, the schemas in fastkd/ops/attention.py.
 #include "cpu/attention/attention.h"
 
 #include <optional>
@@ -11,13 +11,15 @@ namespace fastkd {
 
 using Tensors = std::vector<Tensor>;
 
-// Numbers of a feature that are brought to scratch memory at a time, where it cannot be read as it lies: 64 KiB of
-// float. Channels come in groups of as many as kernels sum at once, unless their planes are larger than that.
+// Numbers of a feature that are brought to scratch memory at a time, where it cannot be read as it lies: 64
+// KiB of float. Channels come in groups of as many as kernels sum at once, unless their planes are larger
+// than that.
 constexpr int64_t kChunkElements = 16384, kChunkGroup = 8, kLargestGrouped = 65536;
 
 AttentionSide side_of(const Feature& x, const PoolPlan& pool) {
   int64_t chunk = kChunkElements / x.positions;
-  if (x.positions <= kLargestGrouped) chunk = chunk < kChunkGroup ? kChunkGroup : chunk / kChunkGroup * kChunkGroup;
+  if (x.positions <= kLargestGrouped)
+    chunk = chunk < kChunkGroup ? kChunkGroup : chunk / kChunkGroup * kChunkGroup;
   return {x, pool, chunk < 1 ? 1 : chunk < x.channels ? chunk : x.channels, nullptr};
 }
 
@@ -31,8 +33,9 @@ size_t scratch_of(const AttentionSide& side, int64_t maps, bool in_place, size_t
 
 size_t size_of(DType accumulation) { return accumulation == DType::kDouble ? sizeof(double) : sizeof(float); }
 
-AttentionMapBackwardArgs map_backward_args(const Tensor& grad, const TensorView& x, const Tensor& map, const Tensor& norm,
-                                           const AttentionOptions& options, bool normalize, const Tensor& out) {
+AttentionMapBackwardArgs map_backward_args(const Tensor& grad, const TensorView& x, const Tensor& map,
+                                           const Tensor& norm, const AttentionOptions& options,
+                                           bool normalize, const Tensor& out) {
   const Feature feature = feature_of(x, "x");
   AttentionMapBackwardArgs args;
   args.side = side_of(feature, make_pool(feature.size, feature.size, false).plan);
@@ -51,7 +54,8 @@ AttentionMapBackwardArgs map_backward_args(const Tensor& grad, const TensorView&
     check_accumulation(norm_view, args.accumulation, "norm");
     args.map = map_of(map_view, "map");
     check_same(args.map, feature, "map and x");
-    STD_TORCH_CHECK(norm_view.dim == 1 && norm_view.sizes[0] == feature.batch, "norm must hold one number a sample");
+    STD_TORCH_CHECK(norm_view.dim == 1 && norm_view.sizes[0] == feature.batch,
+                    "norm must hold one number a sample");
     args.norm.data = norm_view.data;
     args.norm.stride_n = norm_view.strides[0];
   }
@@ -62,8 +66,8 @@ AttentionMapBackwardArgs map_backward_args(const Tensor& grad, const TensorView&
 
 namespace {
 
-std::tuple<Tensor, Tensor> attention_map(const Tensor& x, double p, const Text& channel_reduce, bool is_signed, bool normalize, double eps,
-                                         const Text& eps_mode) {
+std::tuple<Tensor, Tensor> attention_map(const Tensor& x, double p, const Text& channel_reduce,
+                                         bool is_signed, bool normalize, double eps, const Text& eps_mode) {
   const TensorView view = view_of(x, "x");
   const Feature feature = feature_of(view, "x");
   const PoolTables none = make_pool(feature.size, feature.size, false);
@@ -87,8 +91,9 @@ std::tuple<Tensor, Tensor> attention_map(const Tensor& x, double p, const Text& 
   return {std::move(map), std::move(norm)};
 }
 
-Tensor attention_map_backward(const Tensor& grad, const Tensor& x, const Tensor& map, const Tensor& norm, double p,
-                              const Text& channel_reduce, bool is_signed, bool normalize, double eps, const Text& eps_mode) {
+Tensor attention_map_backward(const Tensor& grad, const Tensor& x, const Tensor& map, const Tensor& norm,
+                              double p, const Text& channel_reduce, bool is_signed, bool normalize,
+                              double eps, const Text& eps_mode) {
   const TensorView view = view_of(x, "x");
   Tensor out = empty_like(x, view);
   const AttentionOptions options = options_of(p, channel_reduce, is_signed, eps, eps_mode);
@@ -96,13 +101,15 @@ Tensor attention_map_backward(const Tensor& grad, const Tensor& x, const Tensor&
   const Feature& feature = args.side.x;
   const bool in_place = feature.layout == args.dx.layout && feature.layout != Layout::kGeneric;
   const auto run = kernels().attention.map_backward;
-  parallel_units(feature.batch, feature.channels * feature.positions, scratch_of(args.side, 2, in_place, size_of(args.accumulation)),
+  parallel_units(feature.batch, feature.channels * feature.positions,
+                 scratch_of(args.side, 2, in_place, size_of(args.accumulation)),
                  [&](int64_t begin, int64_t end, void* scratch) { run(args, begin, end, scratch); });
   return out;
 }
 
 // A map of coefficients for a side, at x's own size or, if x is pooled before the power, at the pooled size.
-Tensor make_coefficients(AttentionSide& side, const TensorView& view, bool is_map, bool pool_before, DType dtype) {
+Tensor make_coefficients(AttentionSide& side, const TensorView& view, bool is_map, bool pool_before,
+                         DType dtype) {
   int64_t sizes[kMaxDims];
   const int32_t dim = is_map ? view.dim : view.dim - 1;
   if (is_map) {
@@ -118,13 +125,14 @@ Tensor make_coefficients(AttentionSide& side, const TensorView& view, bool is_ma
   return out;
 }
 
-std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& student, const Tensors& teacher, double p, double eps,
-                                                             int64_t switches, const std::optional<std::vector<double>>& weights,
-                                                             double weight, bool student_grad, bool teacher_grad,
-                                                             std::optional<double> upstream) {
+std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(
+    const Tensors& student, const Tensors& teacher, double p, double eps, int64_t switches,
+    const std::optional<std::vector<double>>& weights, double weight, bool student_grad, bool teacher_grad,
+    std::optional<double> upstream) {
   const size_t count = student.size();
-  STD_TORCH_CHECK(count > 0 && teacher.size() == count, "student and teacher must be lists of the same length, at least 1, got ", count,
-                  " and ", teacher.size());
+  STD_TORCH_CHECK(count > 0 && teacher.size() == count,
+                  "student and teacher must be lists of the same length, at least 1, got ", count, " and ",
+                  teacher.size());
   STD_TORCH_CHECK(!weights || weights->size() == count, "weights must hold one number a stage");
   check_switches(switches);
   const bool student_is_map = switches & kStudentIsMap;
@@ -154,15 +162,20 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& stud
   size_t scratch_bytes = 0;
   for (size_t i = 0; i < count; ++i) {
     const Feature s = student_is_map ? map_of(views[i], "student") : feature_of(views[i], "student");
-    const Feature t = teacher_is_map ? map_of(views[count + i], "teacher") : feature_of(views[count + i], "teacher");
-    STD_TORCH_CHECK(views[i].dim + (student_is_map ? 1 : 0) == views[count + i].dim + (teacher_is_map ? 1 : 0),
-                    "student and teacher differ in the number of spatial dimensions");
-    STD_TORCH_CHECK(s.batch == t.batch, "student and teacher differ in batch size, got ", s.batch, " and ", t.batch);
+    const Feature t =
+        teacher_is_map ? map_of(views[count + i], "teacher") : feature_of(views[count + i], "teacher");
+    STD_TORCH_CHECK(
+        views[i].dim + (student_is_map ? 1 : 0) == views[count + i].dim + (teacher_is_map ? 1 : 0),
+        "student and teacher differ in the number of spatial dimensions");
+    STD_TORCH_CHECK(s.batch == t.batch, "student and teacher differ in batch size, got ", s.batch, " and ",
+                    t.batch);
     STD_TORCH_CHECK(i == 0 || s.batch == stages[0].student.x.batch, "stages differ in batch size");
     int64_t out[3];
     for (int d = 0; d < 3; ++d) {
-      STD_TORCH_CHECK(!teacher_is_map || t.size[d] <= s.size[d], "a teacher's map must not be larger than the student");
-      STD_TORCH_CHECK(!student_is_map || s.size[d] <= t.size[d], "a student's map must not be larger than the teacher");
+      STD_TORCH_CHECK(!teacher_is_map || t.size[d] <= s.size[d],
+                      "a teacher's map must not be larger than the student");
+      STD_TORCH_CHECK(!student_is_map || s.size[d] <= t.size[d],
+                      "a student's map must not be larger than the teacher");
       out[d] = s.size[d] < t.size[d] ? s.size[d] : t.size[d];
     }
     pools[2 * i] = make_pool(s.size, out, max);
@@ -170,7 +183,8 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& stud
     AttentionStage& stage = stages[i];
     stage.student = side_of(s, pools[2 * i].plan);
     stage.teacher = side_of(t, pools[2 * i + 1].plan);
-    const double terms = static_cast<double>(s.batch) * (args.l2 ? 1.0 : static_cast<double>(stage.student.pool.out_positions));
+    const double terms = static_cast<double>(s.batch) *
+                         (args.l2 ? 1.0 : static_cast<double>(stage.student.pool.out_positions));
     stage.factor = share * (weights ? (*weights)[i] : 1.0) / terms;
     elements += s.channels * s.positions + t.channels * t.positions;
     stage.gradient.data = nullptr;
@@ -182,7 +196,8 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& stud
     size_t bytes = 3 * scratch_piece(stage.student.pool.out_positions, sizeof(double));
     for (const AttentionSide* side : {&stage.student, &stage.teacher}) {
       const bool in_place = side->x.layout != Layout::kGeneric && !side->pool.active &&
-                            (side == &stage.teacher || stage.gradient.data == nullptr || stage.gradient.layout == side->x.layout);
+                            (side == &stage.teacher || stage.gradient.data == nullptr ||
+                             stage.gradient.layout == side->x.layout);
       bytes += scratch_of(*side, 4, in_place, size);
     }
     scratch_bytes = bytes > scratch_bytes ? bytes : scratch_bytes;
@@ -191,10 +206,12 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& stud
   Tensors coefficients;
   coefficients.reserve((student_grad ? count : 0) + (teacher_grad ? count : 0));
   for (size_t i = 0; student_grad && i < count; ++i) {
-    coefficients.push_back(make_coefficients(stages[i].student, views[i], student_is_map, args.pool_before, args.accumulation));
+    coefficients.push_back(
+        make_coefficients(stages[i].student, views[i], student_is_map, args.pool_before, args.accumulation));
   }
   for (size_t i = 0; teacher_grad && i < count; ++i) {
-    coefficients.push_back(make_coefficients(stages[i].teacher, views[count + i], teacher_is_map, args.pool_before, args.accumulation));
+    coefficients.push_back(make_coefficients(stages[i].teacher, views[count + i], teacher_is_map,
+                                             args.pool_before, args.accumulation));
   }
 
   const int64_t batch = stages[0].student.x.batch;
@@ -210,7 +227,8 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& stud
   double total = 0;
   for (size_t i = 0; i < count; ++i) {
     double stage_total = 0;
-    for (int64_t n = 0; n < batch; ++n) stage_total += partial[i * static_cast<size_t>(batch) + static_cast<size_t>(n)];
+    for (int64_t n = 0; n < batch; ++n)
+      stage_total += partial[i * static_cast<size_t>(batch) + static_cast<size_t>(n)];
     total += stages[i].factor * stage_total;
   }
   Tensor loss = empty(nullptr, 0, args.accumulation);
@@ -222,8 +240,8 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& stud
   return {std::move(loss), std::move(coefficients), std::move(gradients)};
 }
 
-Tensors attention_transfer_loss_backward(const Tensor& grad, const Tensors& features, const Tensors& coefficients, double p,
-                                         int64_t switches) {
+Tensors attention_transfer_loss_backward(const Tensor& grad, const Tensors& features,
+                                         const Tensors& coefficients, double p, int64_t switches) {
   const size_t count = features.size();
   STD_TORCH_CHECK(coefficients.size() == count, "features and coefficients must be lists of the same length");
   if (count == 0) return {};
@@ -244,24 +262,30 @@ Tensors attention_transfer_loss_backward(const Tensor& grad, const Tensors& feat
     const TensorView view = view_of(features[i], "features");
     const TensorView coefficient_view = view_of(coefficients[i], "coefficients");
     if (i == 0) args.accumulation = coefficient_view.dtype;
-    STD_TORCH_CHECK(coefficient_view.dtype == args.accumulation && (args.accumulation == DType::kDouble || view.dtype != DType::kDouble),
+    STD_TORCH_CHECK(coefficient_view.dtype == args.accumulation &&
+                        (args.accumulation == DType::kDouble || view.dtype != DType::kDouble),
                     "coefficients must all be float32, or float64");
-    STD_TORCH_CHECK(args.accumulation == DType::kDouble || args.accumulation == DType::kFloat, "coefficients must be float32 or float64");
+    STD_TORCH_CHECK(args.accumulation == DType::kDouble || args.accumulation == DType::kFloat,
+                    "coefficients must be float32 or float64");
     item.is_map = view.dim == coefficient_view.dim;
-    STD_TORCH_CHECK(item.is_map || view.dim == coefficient_view.dim + 1, "features and coefficients differ in the number of dimensions");
+    STD_TORCH_CHECK(item.is_map || view.dim == coefficient_view.dim + 1,
+                    "features and coefficients differ in the number of dimensions");
     const Feature x = item.is_map ? map_of(view, "features") : feature_of(view, "features");
     item.coefficients = map_of(coefficient_view, "coefficients");
-    STD_TORCH_CHECK(x.batch == item.coefficients.batch && (i == 0 || x.batch == items[0].side.x.batch), "features differ in batch size");
+    STD_TORCH_CHECK(x.batch == item.coefficients.batch && (i == 0 || x.batch == items[0].side.x.batch),
+                    "features differ in batch size");
     for (int d = 0; d < 3; ++d) {
-      STD_TORCH_CHECK(item.is_map ? item.coefficients.size[d] == x.size[d] : item.coefficients.size[d] <= x.size[d],
-                      "coefficients do not fit the features' spatial size");
+      STD_TORCH_CHECK(
+          item.is_map ? item.coefficients.size[d] == x.size[d] : item.coefficients.size[d] <= x.size[d],
+          "coefficients do not fit the features' spatial size");
     }
     pools[i] = make_pool(x.size, item.coefficients.size, max);
     item.side = side_of(x, pools[i].plan);
     out.push_back(empty_like(features[i], view));
     const TensorView out_view = view_of(out.back(), "gradient");
     item.dx = item.is_map ? map_of(out_view, "gradient") : feature_of(out_view, "gradient");
-    const bool in_place = !item.side.pool.active && x.layout == item.dx.layout && x.layout != Layout::kGeneric;
+    const bool in_place =
+        !item.side.pool.active && x.layout == item.dx.layout && x.layout != Layout::kGeneric;
     const size_t bytes = scratch_of(item.side, 2, in_place, size_of(args.accumulation));
     scratch_bytes = bytes > scratch_bytes ? bytes : scratch_bytes;
     elements += x.channels * x.positions;

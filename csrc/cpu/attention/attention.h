@@ -1,5 +1,5 @@
-// What attention.cpp hands to the kernels of attention.inl. Units are (sample, stage) pairs: unit u is stage u % stage_count of sample u /
-// stage_count, so that equal shares of the units hold about equal work.
+// What attention.cpp hands to the kernels of attention.inl. Units are (sample, stage) pairs: unit u is stage
+// u % stage_count of sample u / stage_count, so that equal shares of the units hold about equal work.
 #pragma once
 
 #include "common/attention_options.h"
@@ -11,7 +11,8 @@ namespace fastkd {
 struct AttentionSide {
   Feature x;
   PoolPlan pool;
-  int64_t chunk;       // channels brought to scratch memory at a time, where pooling or the layout makes that necessary
+  int64_t chunk;       // channels brought to scratch memory at a time, where pooling or the layout makes that
+                       // necessary
   void* coefficients;  // (N, positions) of the accumulation dtype, or nullptr if not wanted
 };
 
@@ -73,11 +74,13 @@ struct AttentionKernels {
 
 // What the host side of other operations over maps shares (attention.cpp).
 AttentionSide side_of(const Feature& x, const PoolPlan& pool);
-// Scratch memory that a side needs: `maps` maps of its positions, and for the chunks if it is not read in place.
+// Scratch memory that a side needs: `maps` maps of its positions, and for the chunks if it is not read in
+// place.
 size_t scratch_of(const AttentionSide& side, int64_t maps, bool in_place, size_t size);
 size_t size_of(DType accumulation);
 // Checks grad, map and norm against x and each other; `out` is x's gradient, to be written.
-AttentionMapBackwardArgs map_backward_args(const Tensor& grad, const TensorView& x, const Tensor& map, const Tensor& norm,
-                                           const AttentionOptions& options, bool normalize, const Tensor& out);
+AttentionMapBackwardArgs map_backward_args(const Tensor& grad, const TensorView& x, const Tensor& map,
+                                           const Tensor& norm, const AttentionOptions& options,
+                                           bool normalize, const Tensor& out);
 
 }  // namespace fastkd

@@ -1,8 +1,9 @@
-// Attention maps and the attention-transfer loss, one (sample, stage) unit after the other; a unit's student and teacher are handled
-// together, while they are in the cache. Needs the files that kernels/attention.cpp includes before it. Sums over positions are taken in
-// double, in the order of the positions.
+// Attention maps and the attention-transfer loss, one (sample, stage) unit after the other; a unit's student
+// and teacher are handled together, while they are in the cache. Needs the files that kernels/attention.cpp
+// includes before it. Sums over positions are taken in double, in the order of the positions.
 
-// Hands out pieces of the scratch memory, each with a vector to spare: loops over positions may run to the end of a vector.
+// Hands out pieces of the scratch memory, each with a vector to spare: loops over positions may run to the
+// end of a vector.
 struct Bump {
   char* at;
 };
@@ -19,22 +20,25 @@ FASTKD_INLINE void clear(A* p, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = 0;
 }
 
-// A sample's map before normalization: sums over channels, which for "mean" still want to be divided (norm_of and normalized do it on the
-// way). `full` differs from `map` only if the map was pooled: the map at the feature's own size.
+// A sample's map before normalization: sums over channels, which for "mean" still want to be divided (norm_of
+// and normalized do it on the way). `full` differs from `map` only if the map was pooled: the map at the
+// feature's own size.
 struct Energies {
   double* map;
   double* full;
 };
 
 template <typename A, typename P>
-static void energies_of(const AttentionSide& side, bool pooled, int64_t n, double* q, Bump bump, const P& power) {
+static void energies_of(const AttentionSide& side, bool pooled, int64_t n, double* q, Bump bump,
+                        const P& power) {
   const Feature& x = side.x;
   if (!pooled && x.layout != Layout::kGeneric) {
     with_type<A>(x.dtype, [&](auto t) {
       using T = decltype(t);
       const T* base = static_cast<const T*>(x.data) + n * x.stride_n;
       if (x.layout == Layout::kPlanes) {
-        energy_planes<T, A>(base, {0, x.channels, x.channels}, x.stride_c, x.positions, take<A>(bump, x.positions), q, power);
+        energy_planes<T, A>(base, {0, x.channels, x.channels}, x.stride_c, x.positions,
+                            take<A>(bump, x.positions), q, power);
       } else {
         energy_channels_last<T, A>(base, x.channels, x.stride_s, x.positions, q, power);
       }
@@ -57,7 +61,8 @@ static void energies_of(const AttentionSide& side, bool pooled, int64_t n, doubl
 }
 
 template <typename A>
-static Energies make_energies(const AttentionSide& side, bool pool_before, const AttentionOptions& options, int64_t n, Bump& bump) {
+static Energies make_energies(const AttentionSide& side, bool pool_before, const AttentionOptions& options,
+                              int64_t n, Bump& bump) {
   const bool before = side.pool.active && pool_before;
   const int64_t positions = before ? side.pool.out_positions : side.x.positions;
   Energies e;
@@ -75,11 +80,13 @@ static Energies make_energies(const AttentionSide& side, bool pool_before, const
 
 // Writes a sample's coefficients: factor * dq, un-pooled where the map had been pooled.
 template <typename A>
-static void write_coefficients(const AttentionSide& side, bool pool_before, const double* g, const double* y, double dot, const Norm& norm,
-                               double factor, const double* full, int64_t n, Bump bump) {
+static void write_coefficients(const AttentionSide& side, bool pool_before, const double* g, const double* y,
+                               double dot, const Norm& norm, double factor, const double* full, int64_t n,
+                               Bump bump) {
   const int64_t count = side.pool.out_positions;
   A* out = static_cast<A*>(side.coefficients);
-  if (!side.pool.active || pool_before) return normalize_backward(g, y, dot, count, norm, factor, out + n * count);
+  if (!side.pool.active || pool_before)
+    return normalize_backward(g, y, dot, count, norm, factor, out + n * count);
   A* pooled = take<A>(bump, count);
   normalize_backward(g, y, dot, count, norm, factor, pooled);
   out += n * side.x.positions;
@@ -89,8 +96,8 @@ static void write_coefficients(const AttentionSide& side, bool pool_before, cons
 
 // dx = coefficient * h(x) for one sample, un-pooled if x had been pooled.
 template <typename A, typename P>
-static void gradient_of(const AttentionSide& side, const Feature& dx, int64_t n, const A* coefficient, bool streaming, Bump bump,
-                        const P& power) {
+static void gradient_of(const AttentionSide& side, const Feature& dx, int64_t n, const A* coefficient,
+                        bool streaming, Bump bump, const P& power) {
   const Feature& x = side.x;
   if (!side.pool.active && x.layout == dx.layout && x.layout != Layout::kGeneric) {
     with_type<A>(x.dtype, [&](auto t) {
@@ -98,9 +105,11 @@ static void gradient_of(const AttentionSide& side, const Feature& dx, int64_t n,
       const T* from = static_cast<const T*>(x.data) + n * x.stride_n;
       T* to = static_cast<T*>(dx.data) + n * dx.stride_n;
       if (x.layout == Layout::kPlanes) {
-        gradient_planes<T, A>(from, x.channels, x.stride_c, x.positions, coefficient, to, dx.stride_c, streaming, power);
+        gradient_planes<T, A>(from, x.channels, x.stride_c, x.positions, coefficient, to, dx.stride_c,
+                              streaming, power);
       } else {
-        gradient_channels_last<T, A>(from, x.channels, x.stride_s, x.positions, coefficient, to, dx.stride_s, streaming, power);
+        gradient_channels_last<T, A>(from, x.channels, x.stride_s, x.positions, coefficient, to, dx.stride_s,
+                                     streaming, power);
       }
     });
     return;
@@ -117,12 +126,13 @@ static void gradient_of(const AttentionSide& side, const Feature& dx, int64_t n,
     load_planes(x, n, c, end, planes);
     if (side.pool.active) {
       pool_planes(planes, channels, side.pool, pooled);
-      gradient_planes<A, A>(pooled, channels, pooled_positions, pooled_positions, coefficient, pooled_gradient, pooled_positions, false,
-                            power);
+      gradient_planes<A, A>(pooled, channels, pooled_positions, pooled_positions, coefficient,
+                            pooled_gradient, pooled_positions, false, power);
       clear(gradient, channels * positions);
       unpool_planes_add(planes, channels, side.pool, pooled_gradient, gradient);
     } else {
-      gradient_planes<A, A>(planes, channels, positions, positions, coefficient, gradient, positions, false, power);
+      gradient_planes<A, A>(planes, channels, positions, positions, coefficient, gradient, positions, false,
+                            power);
     }
     store_planes(gradient, dx, n, c, end);
   }
@@ -138,20 +148,24 @@ static const A* scaled_by(double grad, const A* coefficient, int64_t count, Bump
   return scaled;
 }
 
-// The student's gradient from the coefficients just written, for the upstream gradient that is expected: what the backward pass would do.
+// The student's gradient from the coefficients just written, for the upstream gradient that is expected: what
+// the backward pass would do.
 template <typename A>
 static void write_gradient(const AttentionLossArgs& args, const AttentionStage& stage, int64_t n, Bump bump) {
   AttentionSide side = stage.student;
   if (!args.pool_before) side.pool.active = 0;
   const int64_t count = side.pool.active ? side.pool.out_positions : side.x.positions;
-  const A* coefficient = scaled_by(args.upstream, static_cast<const A*>(side.coefficients) + n * count, count, bump);
-  with_power<A>(args.options,
-                [&](const auto& power) { gradient_of<A>(side, stage.gradient, n, coefficient, stage.streaming, bump, power); });
+  const A* coefficient =
+      scaled_by(args.upstream, static_cast<const A*>(side.coefficients) + n * count, count, bump);
+  with_power<A>(args.options, [&](const auto& power) {
+    gradient_of<A>(side, stage.gradient, n, coefficient, stage.streaming, bump, power);
+  });
 }
 
 // One side's map before normalization and what normalizes it: nothing, for a map that comes normalized.
 template <typename A>
-static Energies side_map(const AttentionSide& side, bool is_map, const AttentionLossArgs& args, int64_t n, Bump& bump, Norm& norm) {
+static Energies side_map(const AttentionSide& side, bool is_map, const AttentionLossArgs& args, int64_t n,
+                         Bump& bump, Norm& norm) {
   const int64_t count = side.pool.out_positions;
   Energies e;
   if (is_map) {
@@ -199,11 +213,14 @@ static double loss_unit(const AttentionLossArgs& args, const AttentionStage& sta
   }
   if (stage.student.coefficients != nullptr) {
     const double factor = args.student_is_map ? slope : slope * options.p / reduction(stage.student, options);
-    write_coefficients<A>(stage.student, before, difference, s.map, sum(along_s), s_norm, factor, s.full, n, bump);
+    write_coefficients<A>(stage.student, before, difference, s.map, sum(along_s), s_norm, factor, s.full, n,
+                          bump);
   }
   if (stage.teacher.coefficients != nullptr) {
-    const double factor = args.teacher_is_map ? -slope : -slope * options.p / reduction(stage.teacher, options);
-    write_coefficients<A>(stage.teacher, before, difference, t.map, sum(along_t), t_norm, factor, t.full, n, bump);
+    const double factor =
+        args.teacher_is_map ? -slope : -slope * options.p / reduction(stage.teacher, options);
+    write_coefficients<A>(stage.teacher, before, difference, t.map, sum(along_t), t_norm, factor, t.full, n,
+                          bump);
   }
   if (stage.gradient.data != nullptr) write_gradient<A>(args, stage, n, bump);
   return distance;
@@ -215,7 +232,8 @@ static void loss_units(const AttentionLossArgs& args, int64_t begin, int64_t end
     const int64_t n = u / args.stage_count;
     const int64_t i = u % args.stage_count;
     const AttentionStage& stage = args.stages[i];
-    args.partial[i * stage.student.x.batch + n] = loss_unit<A>(args, stage, n, Bump{static_cast<char*>(scratch)});
+    args.partial[i * stage.student.x.batch + n] =
+        loss_unit<A>(args, stage, n, Bump{static_cast<char*>(scratch)});
   }
   stream_end();
 }
@@ -235,7 +253,8 @@ static void map_units(const AttentionMapArgs& args, int64_t begin, int64_t end, 
   }
 }
 
-// The coefficients of one sample, in scratch memory: dx = coefficient * h(x) is what the map's gradient makes of x.
+// The coefficients of one sample, in scratch memory: dx = coefficient * h(x) is what the map's gradient makes
+// of x.
 template <typename A>
 static const A* map_coefficients(const AttentionMapBackwardArgs& args, int64_t n, Bump& bump) {
   const int64_t count = args.side.x.positions;
@@ -256,18 +275,21 @@ static const A* map_coefficients(const AttentionMapBackwardArgs& args, int64_t n
 }
 
 template <typename A>
-static void map_backward_units(const AttentionMapBackwardArgs& args, int64_t begin, int64_t end, void* scratch) {
+static void map_backward_units(const AttentionMapBackwardArgs& args, int64_t begin, int64_t end,
+                               void* scratch) {
   for (int64_t n = begin; n < end; ++n) {
     Bump bump{static_cast<char*>(scratch)};
     const A* coefficient = map_coefficients<A>(args, n, bump);
-    with_power<A>(args.options,
-                  [&](const auto& power) { gradient_of<A>(args.side, args.dx, n, coefficient, args.streaming, bump, power); });
+    with_power<A>(args.options, [&](const auto& power) {
+      gradient_of<A>(args.side, args.dx, n, coefficient, args.streaming, bump, power);
+    });
   }
   stream_end();
 }
 
 template <typename A>
-static void loss_backward_units(const AttentionLossBackwardArgs& args, int64_t begin, int64_t end, void* scratch) {
+static void loss_backward_units(const AttentionLossBackwardArgs& args, int64_t begin, int64_t end,
+                                void* scratch) {
   for (int64_t u = begin; u < end; ++u) {
     const int64_t n = u / args.item_count;
     const AttentionGradient& item = args.items[u % args.item_count];
@@ -283,26 +305,32 @@ static void loss_backward_units(const AttentionLossBackwardArgs& args, int64_t b
     if (item.is_map) {
       store_planes(coefficient, item.dx, n, 0, 1);
     } else {
-      with_power<A>(args.options,
-                    [&](const auto& power) { gradient_of<A>(item.side, item.dx, n, coefficient, item.streaming, bump, power); });
+      with_power<A>(args.options, [&](const auto& power) {
+        gradient_of<A>(item.side, item.dx, n, coefficient, item.streaming, bump, power);
+      });
     }
   }
   stream_end();
 }
 
 static void attention_map(const AttentionMapArgs& args, int64_t begin, int64_t end, void* scratch) {
-  args.accumulation == DType::kDouble ? map_units<double>(args, begin, end, scratch) : map_units<float>(args, begin, end, scratch);
+  args.accumulation == DType::kDouble ? map_units<double>(args, begin, end, scratch)
+                                      : map_units<float>(args, begin, end, scratch);
 }
-static void attention_map_backward(const AttentionMapBackwardArgs& args, int64_t begin, int64_t end, void* scratch) {
+static void attention_map_backward(const AttentionMapBackwardArgs& args, int64_t begin, int64_t end,
+                                   void* scratch) {
   args.accumulation == DType::kDouble ? map_backward_units<double>(args, begin, end, scratch)
                                       : map_backward_units<float>(args, begin, end, scratch);
 }
 static void attention_loss(const AttentionLossArgs& args, int64_t begin, int64_t end, void* scratch) {
-  args.accumulation == DType::kDouble ? loss_units<double>(args, begin, end, scratch) : loss_units<float>(args, begin, end, scratch);
+  args.accumulation == DType::kDouble ? loss_units<double>(args, begin, end, scratch)
+                                      : loss_units<float>(args, begin, end, scratch);
 }
-static void attention_loss_backward(const AttentionLossBackwardArgs& args, int64_t begin, int64_t end, void* scratch) {
+static void attention_loss_backward(const AttentionLossBackwardArgs& args, int64_t begin, int64_t end,
+                                    void* scratch) {
   args.accumulation == DType::kDouble ? loss_backward_units<double>(args, begin, end, scratch)
                                       : loss_backward_units<float>(args, begin, end, scratch);
 }
 
-extern const AttentionKernels attention_kernels = {attention_map, attention_map_backward, attention_loss, attention_loss_backward};
+extern const AttentionKernels attention_kernels = {attention_map, attention_map_backward, attention_loss,
+                                                   attention_loss_backward};

@@ -1,5 +1,5 @@
-// The two passes over a feature that attention needs, for channels-last (lanes along channels): the energy of each position, and the
-// gradient. attention/planes.inl has them for planes.
+// The two passes over a feature that attention needs, for channels-last (lanes along channels): the energy of
+// each position, and the gradient. attention/planes.inl has them for planes.
 
 // even/odd lanes of two vectors, one after the other
 template <typename V, typename I>
@@ -11,8 +11,8 @@ FASTKD_INLINE V even_odd_sum_of(V a, V b) {
 FASTKD_INLINE VecF even_odd_sum(VecF a, VecF b) { return even_odd_sum_of<VecF, IntF>(a, b); }
 FASTKD_INLINE VecD even_odd_sum(VecD a, VecD b) { return even_odd_sum_of<VecD, IntD>(a, b); }
 
-// q[i] is the sum of the i-th run of lanes of v[0], v[1], ..., v[n - 1]: runs are whole vectors where n = kLanes<A>,
-// halves of vectors where n is half of that. The last additions are made in double. Overwrites v.
+// q[i] is the sum of the i-th run of lanes of v[0], v[1], ..., v[n - 1]: runs are whole vectors where n =
+// kLanes<A>, halves of vectors where n is half of that. The last additions are made in double. Overwrites v.
 FASTKD_INLINE void store_sums(VecF* v, int64_t n, double* q) {
   for (; n > 2; n /= 2) {
     for (int64_t i = 0; i < n / 2; ++i) v[i] = even_odd_sum(v[2 * i], v[2 * i + 1]);
@@ -30,7 +30,8 @@ FASTKD_INLINE void store_sums(VecD* v, int64_t n, double* q) {
   store<double, double>(q, v[0]);
 }
 
-// How far ahead of a pass over consecutive memory its lines are fetched: past the end of the page, where the hardware stops.
+// How far ahead of a pass over consecutive memory its lines are fetched: past the end of the page, where the
+// hardware stops.
 constexpr int64_t kAhead = 8192;
 
 template <int64_t Bytes>
@@ -38,11 +39,12 @@ FASTKD_INLINE void prefetch_stream(const void* p) {
   for (int64_t i = 0; i < Bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + kAhead + i);
 }
 
-// Rows of so many vectors are wide: they are summed in eight vectors instead of two, and those in runs of so many
-// additions, so that rounding errors do not grow with the number of channels.
+// Rows of so many vectors are wide: they are summed in eight vectors instead of two, and those in runs of so
+// many additions, so that rounding errors do not grow with the number of channels.
 constexpr int64_t kWide = 32, kRun = 32;
 
-// The energies of one position's channels, to be summed over lanes. `mask` keeps the lanes of the last vector that no other vector held.
+// The energies of one position's channels, to be summed over lanes. `mask` keeps the lanes of the last vector
+// that no other vector held.
 template <bool kIsWide, typename T, typename A, typename P>
 FASTKD_INLINE Vec<A> energy_of_row(const T* x, int64_t channels, Mask<A> mask, const P& power) {
   constexpr int64_t W = kLanes<A>;
@@ -76,11 +78,13 @@ FASTKD_INLINE Vec<A> energy_of_row(const T* x, int64_t channels, Mask<A> mask, c
     a += P::energy(power, load<T, A>(x + c));
     c += W;
   }
-  if (c < channels) b += (Vec<A>)((Mask<A>)P::energy(power, load<T, A>(c >= W ? x + channels - W : x)) & mask);
+  if (c < channels)
+    b += (Vec<A>)((Mask<A>)P::energy(power, load<T, A>(c >= W ? x + channels - W : x)) & mask);
   return a + b;
 }
 
-// The energies of adjacent positions of as many channels as a vector has lanes: a pair of vectors holds two of them, each in a half.
+// The energies of adjacent positions of as many channels as a vector has lanes: a pair of vectors holds two
+// of them, each in a half.
 template <typename P>
 static int64_t energy_of_two(const BFloat16* x, int64_t count, double* q, const P& power) {
   constexpr int64_t W = kLanes<float>;
@@ -94,14 +98,16 @@ static int64_t energy_of_two(const BFloat16* x, int64_t count, double* q, const 
       load_pair(row, even, odd);
       rows[i] = P::energy(power, even) + P::energy(power, odd);
     }
-    // Lanes of the lower halves are summed apart from those of the upper ones: 8 sums of 2 x 8 lanes, in the order of the positions.
+    // Lanes of the lower halves are summed apart from those of the upper ones: 8 sums of 2 x 8 lanes, in the
+    // order of the positions.
     store_sums(rows, W / 2, q + s);
   }
   return s;
 }
 
 template <bool kIsWide, typename T, typename A, typename P>
-static void energy_of_rows(const T* x, int64_t channels, int64_t stride_s, int64_t count, double* q, const P& power) {
+static void energy_of_rows(const T* x, int64_t channels, int64_t stride_s, int64_t count, double* q,
+                           const P& power) {
   constexpr int64_t W = kLanes<A>;
   Mask<A> mask;
   for (int64_t i = 0; i < W; ++i) mask[i] = (channels >= W ? i >= W - channels % W : i < channels) ? -1 : 0;
@@ -110,9 +116,12 @@ static void energy_of_rows(const T* x, int64_t channels, int64_t stride_s, int64
     if (channels == W && stride_s == W) s = energy_of_two(x, count, q, power);
   }
   // With fewer channels than lanes a vector reaches into the positions behind; stop while there are such.
-  for (; s + W <= count && (channels >= W || (stride_s > 0 && (s + W - 1) * stride_s + W <= (count - 1) * stride_s + channels)); s += W) {
+  for (; s + W <= count &&
+         (channels >= W || (stride_s > 0 && (s + W - 1) * stride_s + W <= (count - 1) * stride_s + channels));
+       s += W) {
     Vec<A> rows[W];
-    for (int64_t i = 0; i < W; ++i) rows[i] = energy_of_row<kIsWide, T, A>(x + (s + i) * stride_s, channels, mask, power);
+    for (int64_t i = 0; i < W; ++i)
+      rows[i] = energy_of_row<kIsWide, T, A>(x + (s + i) * stride_s, channels, mask, power);
     store_sums(rows, W, q + s);
   }
   for (; s < count; ++s) {
@@ -130,9 +139,11 @@ static void energy_of_rows(const T* x, int64_t channels, int64_t stride_s, int64
   }
 }
 
-// q[s] = sum over channels of the energy of x[s * stride_s + c]. Nothing is read outside of [x, the last element of the last position].
+// q[s] = sum over channels of the energy of x[s * stride_s + c]. Nothing is read outside of [x, the last
+// element of the last position].
 template <typename T, typename A, typename P>
-static void energy_channels_last(const T* x, int64_t channels, int64_t stride_s, int64_t count, double* q, const P& power) {
+static void energy_channels_last(const T* x, int64_t channels, int64_t stride_s, int64_t count, double* q,
+                                 const P& power) {
   if (channels >= kWide * kLanes<A>) {
     energy_of_rows<true, T, A>(x, channels, stride_s, count, q, power);
   } else {
@@ -160,8 +171,8 @@ FASTKD_INLINE void gradient_of_row(const T* x, int64_t channels, A coefficient, 
 
 // From the last position to the first: those that were read last are still in the cache.
 template <typename T, typename A, bool Stream, typename P>
-static void gradient_of_rows(const T* x, int64_t channels, int64_t stride_s, int64_t count, const A* coefficient, T* dx,
-                             int64_t dx_stride_s, const P& power) {
+static void gradient_of_rows(const T* x, int64_t channels, int64_t stride_s, int64_t count,
+                             const A* coefficient, T* dx, int64_t dx_stride_s, const P& power) {
   constexpr int64_t W = kInPairs<T, A> ? 2 * kLanes<A> : kLanes<A>;
   if (channels == W) {  // what the loop over channels costs is then most of the work
     for (int64_t s = count - 1; s >= 0; --s)
@@ -178,9 +189,11 @@ FASTKD_INLINE VecF halves(float lower, float upper) {
   return (VecF)(((IntF)broadcast(lower) & mask) | ((IntF)broadcast(upper) & ~mask));
 }
 
-// Adjacent positions of as many channels as a vector has lanes: two of them fill a pair of vectors, each a half.
+// Adjacent positions of as many channels as a vector has lanes: two of them fill a pair of vectors, each a
+// half.
 template <typename P>
-static void gradient_of_two(const BFloat16* x, int64_t count, const float* coefficient, BFloat16* dx, bool streaming, const P& power) {
+static void gradient_of_two(const BFloat16* x, int64_t count, const float* coefficient, BFloat16* dx,
+                            bool streaming, const P& power) {
   constexpr int64_t W = kLanes<float>;
   for (int64_t s = count - 2; s >= 0; s -= 2) {
     VecF even, odd;
@@ -192,8 +205,9 @@ static void gradient_of_two(const BFloat16* x, int64_t count, const float* coeff
 
 // dx[s * dx_stride_s + c] = coefficient[s] * h(x[s * stride_s + c]).
 template <typename T, typename A, typename P>
-static void gradient_channels_last(const T* x, int64_t channels, int64_t stride_s, int64_t count, const A* coefficient, T* dx,
-                                   int64_t dx_stride_s, bool streaming, const P& power) {
+static void gradient_channels_last(const T* x, int64_t channels, int64_t stride_s, int64_t count,
+                                   const A* coefficient, T* dx, int64_t dx_stride_s, bool streaming,
+                                   const P& power) {
   constexpr int64_t W = kLanes<A>;
   if constexpr (kInPairs<T, A>) {
     if (channels == W && stride_s == W && dx_stride_s == W && count % 2 == 0) {
@@ -209,8 +223,8 @@ static void gradient_channels_last(const T* x, int64_t channels, int64_t stride_
     return;
   }
   const int64_t whole = channels / W * W;
-  // With fewer channels than lanes, a vector writes on into positions that come later and are then written properly. Only where positions
-  // are adjacent: what lies in a gap may belong to another sample.
+  // With fewer channels than lanes, a vector writes on into positions that come later and are then written
+  // properly. Only where positions are adjacent: what lies in a gap may belong to another sample.
   const bool spill = channels < W && stride_s == channels && dx_stride_s == channels;
   for (int64_t s = 0; s < count; ++s, x += stride_s, dx += dx_stride_s) {
     const Vec<A> k = broadcast<A>(coefficient[s]);
@@ -222,7 +236,8 @@ static void gradient_channels_last(const T* x, int64_t channels, int64_t stride_
     } else if (spill && (count - s) * channels >= W) {
       store<T, A>(dx, P::slope(power, load<T, A>(x)) * k);
     } else {
-      for (int64_t c = 0; c < channels; ++c) dx[c] = from_acc<T, A>(P::slope1(power, to_acc<T, A>(x[c])) * coefficient[s]);
+      for (int64_t c = 0; c < channels; ++c)
+        dx[c] = from_acc<T, A>(P::slope1(power, to_acc<T, A>(x[c])) * coefficient[s]);
     }
   }
 }

@@ -1,6 +1,6 @@
-// The normalization of an attention map, forward and backward. Maps of a sample lie in scratch memory in double, padded
-// with zeros to a whole number of steps; sums over positions are taken in double, in the order of the positions. Needs
-// vec.inl.
+// The normalization of an attention map, forward and backward. Maps of a sample lie in scratch memory in
+// double, padded with zeros to a whole number of steps; sums over positions are taken in double, in the order
+// of the positions. Needs vec.inl.
 
 // Positions of a map are padded with zeros to a whole number of these.
 constexpr int64_t kStep = kLanes<double>;
@@ -19,7 +19,8 @@ static Norm norm_for(double norm, const AttentionSide& side, const AttentionOpti
   return norm_from(norm, reduction(side, options), options.eps, options.add_eps);
 }
 
-static Norm norm_of(const double* map, int64_t count, const AttentionSide& side, const AttentionOptions& options) {
+static Norm norm_of(const double* map, int64_t count, const AttentionSide& side,
+                    const AttentionOptions& options) {
   VecD total[2] = {};
   int64_t i = 0;
   for (; i + 2 * kStep <= count; i += 2 * kStep) {
@@ -35,11 +36,13 @@ static Norm norm_of(const double* map, int64_t count, const AttentionSide& side,
   return norm_for(sqrt(sum(total[0] + total[1])) / reduction(side, options), side, options);
 }
 
-// y = q / divisor, rounded to A: equal maps then have equal y and no distance, however the compiler contracts what follows.
+// y = q / divisor, rounded to A: equal maps then have equal y and no distance, however the compiler contracts
+// what follows.
 template <typename A>
 FASTKD_INLINE VecD normalized(const double* q, const Norm& norm) {
   if constexpr (sizeof(A) == sizeof(double)) return load<double, double>(q) / norm.divisor;
-  return __builtin_convertvector(__builtin_convertvector(load<double, double>(q) * norm.reciprocal, HalfF), VecD);
+  return __builtin_convertvector(__builtin_convertvector(load<double, double>(q) * norm.reciprocal, HalfF),
+                                 VecD);
 }
 
 // y of all the map's numbers. Writes `count` numbers and not one more.
@@ -55,7 +58,8 @@ static void write_normalized(const double* q, int64_t count, const Norm& norm, A
 
 // out = factor * dq for the gradient g of y; dot = <g, y>. Writes `count` numbers and not one more.
 template <typename G, typename A>
-static void normalize_backward(const G* g, const G* y, double dot, int64_t count, const Norm& norm, double factor, A* out) {
+static void normalize_backward(const G* g, const G* y, double dot, int64_t count, const Norm& norm,
+                               double factor, A* out) {
   const double scale = factor * norm.scale;
   const double along = norm.along * dot;
   int64_t i = 0;

@@ -1,19 +1,22 @@
-// The two passes over a feature that attention needs, for planes (lanes along positions): the energy of each position (the sum over
-// channels of |x|^p), and the gradient (a coefficient for each position times h(x)). attention/last.inl has them for channels-last.
+// The two passes over a feature that attention needs, for planes (lanes along positions): the energy of each
+// position (the sum over channels of |x|^p), and the gradient (a coefficient for each position times h(x)).
+// attention/last.inl has them for channels-last.
 //
-// Rounding errors grow with the number of additions: a running sum over thousands of channels would lose two or
-// three bits of float. So channels are summed in blocks, and the sums of the blocks are added in double.
+// Rounding errors grow with the number of additions: a running sum over thousands of channels would lose two
+// or three bits of float. So channels are summed in blocks, and the sums of the blocks are added in double.
 
 // Eight channels are read side by side: enough streams to keep the memory busy, and their sum is a tree.
 constexpr int64_t kStreams = 8;
-// How many channels a block has, for a sum over so many: a power of two, at least kStreams. Small blocks are more exact,
-// large ones take less time. Blocks of double are added in double too, so there are fewer of them.
+// How many channels a block has, for a sum over so many: a power of two, at least kStreams. Small blocks are
+// more exact, large ones take less time. Blocks of double are added in double too, so there are fewer of
+// them.
 template <typename A>
 FASTKD_INLINE int64_t block_of(int64_t channels) {
   if (sizeof(A) == sizeof(double) || channels >= 512) return 128;
   return channels >= 128 ? 64 : 32;
 }
-// Positions handled before going on to the next channels, so that their running energies stay in the first-level cache.
+// Positions handled before going on to the next channels, so that their running energies stay in the
+// first-level cache.
 constexpr int64_t kBlock = 2048;
 
 template <typename A>
@@ -33,7 +36,9 @@ FASTKD_INLINE Vec<A> energy_of_streams(const T* x, int64_t stride_c, const P& po
 }
 
 // q[i] (+)= v[i] for the lanes i of v.
-FASTKD_INLINE void add_block(double* q, VecD v, bool accumulate) { store<double, double>(q, accumulate ? load<double, double>(q) + v : v); }
+FASTKD_INLINE void add_block(double* q, VecD v, bool accumulate) {
+  store<double, double>(q, accumulate ? load<double, double>(q) + v : v);
+}
 FASTKD_INLINE void add_block(double* q, VecF v, bool accumulate) {
   VecD low, high;
   widen(v, low, high);
@@ -55,8 +60,8 @@ struct Variable {
   bool value;
 };
 
-// f(c, grouped, opens, closes) step by step: channel c of the part and the seven that follow if `grouped`, else c
-// alone; whether the step opens and closes a block.
+// f(c, grouped, opens, closes) step by step: channel c of the part and the seven that follow if `grouped`,
+// else c alone; whether the step opens and closes a block.
 template <typename A, typename F>
 FASTKD_INLINE void for_steps(const Channels& part, const F& f) {
   const int64_t within = block_of<A>(part.total) - 1;
@@ -77,11 +82,11 @@ FASTKD_INLINE void for_steps(const Channels& part, const F& f) {
   }
 }
 
-// energy_planes for bfloat16 and a count of whole pairs of vectors: two vectors at a time, which costs half. The
-// running energies lie in the order of load_pair until their block ends.
+// energy_planes for bfloat16 and a count of whole pairs of vectors: two vectors at a time, which costs half.
+// The running energies lie in the order of load_pair until their block ends.
 template <typename P>
-static void energy_planes_in_pairs(const BFloat16* x, const Channels& part, int64_t stride_c, int64_t count, float* block, double* q,
-                                   const P& power) {
+static void energy_planes_in_pairs(const BFloat16* x, const Channels& part, int64_t stride_c, int64_t count,
+                                   float* block, double* q, const P& power) {
   constexpr int64_t W = kLanes<float>;
   for (int64_t begin = 0; begin < count; begin += kBlock) {
     const int64_t end = min_of(begin + kBlock, count);
@@ -122,11 +127,13 @@ static void energy_planes_in_pairs(const BFloat16* x, const Channels& part, int6
   }
 }
 
-// Adds the energies of a part of the channels, of which x is the first, to q, the sums of `count` positions: those of
-// the blocks that end within it. The running energies of a block that does not end there stay in `block`, `count`
-// numbers and a vector, for the part that follows; q is complete once the last channel was added.
+// Adds the energies of a part of the channels, of which x is the first, to q, the sums of `count` positions:
+// those of the blocks that end within it. The running energies of a block that does not end there stay in
+// `block`, `count` numbers and a vector, for the part that follows; q is complete once the last channel was
+// added.
 template <typename T, typename A, typename P>
-static void energy_planes(const T* x, const Channels& part, int64_t stride_c, int64_t count, A* block, double* q, const P& power) {
+static void energy_planes(const T* x, const Channels& part, int64_t stride_c, int64_t count, A* block,
+                          double* q, const P& power) {
   constexpr int64_t W = kLanes<A>;
   if (count < W) {
     for (int64_t s = 0; s < count; ++s) {
@@ -157,8 +164,8 @@ static void energy_planes(const T* x, const Channels& part, int64_t stride_c, in
       }
     });
   };
-  // The last vector ends at the last position and may overlap the one before it; it is computed first, from q as
-  // given, and stored last.
+  // The last vector ends at the last position and may overlap the one before it; it is computed first, from q
+  // as given, and stored last.
   const int64_t whole = count / W * W;
   double tail[W] = {};
   if (whole < count) {
@@ -170,20 +177,23 @@ static void energy_planes(const T* x, const Channels& part, int64_t stride_c, in
     pairs = count / (2 * W) * (2 * W);
     energy_planes_in_pairs(x, part, stride_c, pairs, block, q, power);
   }
-  for (int64_t begin = pairs; begin < whole; begin += kBlock) add(x, begin, min_of(begin + kBlock, whole), block, q);
+  for (int64_t begin = pairs; begin < whole; begin += kBlock)
+    add(x, begin, min_of(begin + kBlock, whole), block, q);
   if (whole < count) __builtin_memcpy(q + count - W, tail, sizeof(tail));
 }
 
 // gradient_planes for bfloat16 and a count of whole pairs of vectors.
 template <typename P>
-static void gradient_planes_in_pairs(const BFloat16* x, int64_t channels, int64_t stride_c, int64_t count, const float* coefficient,
-                                     BFloat16* dx, int64_t dx_stride_c, bool streaming, const P& power) {
+static void gradient_planes_in_pairs(const BFloat16* x, int64_t channels, int64_t stride_c, int64_t count,
+                                     const float* coefficient, BFloat16* dx, int64_t dx_stride_c,
+                                     bool streaming, const P& power) {
   constexpr int64_t W = kLanes<float>;
   for (int64_t begin = 0; begin < count; begin += kBlock) {
     const int64_t block = min_of(kBlock, count - begin);
     float pairs[kBlock];  // the coefficients in the order of load_pair
     for (int64_t s = 0; s < block; s += 2 * W) {
-      VecF low = load<float, float>(coefficient + begin + s), high = load<float, float>(coefficient + begin + s + W);
+      VecF low = load<float, float>(coefficient + begin + s),
+           high = load<float, float>(coefficient + begin + s + W);
       deinterleave(low, high);
       store<float, float>(pairs + s, low);
       store<float, float>(pairs + s + W, high);
@@ -202,11 +212,12 @@ static void gradient_planes_in_pairs(const BFloat16* x, int64_t channels, int64_
   }
 }
 
-// dx[c * dx_stride_c + s] = coefficient[s] * h(x[c * stride_c + s]). From the last channel to the first: those that were read last are
-// still in the cache.
+// dx[c * dx_stride_c + s] = coefficient[s] * h(x[c * stride_c + s]). From the last channel to the first:
+// those that were read last are still in the cache.
 template <typename T, typename A, typename P>
-static void gradient_planes(const T* x, int64_t channels, int64_t stride_c, int64_t count, const A* coefficient, T* dx, int64_t dx_stride_c,
-                            bool streaming, const P& power) {
+static void gradient_planes(const T* x, int64_t channels, int64_t stride_c, int64_t count,
+                            const A* coefficient, T* dx, int64_t dx_stride_c, bool streaming,
+                            const P& power) {
   constexpr int64_t W = kLanes<A>;
   streaming = streaming && is_line(dx) && is_line(dx + dx_stride_c);
   if constexpr (kInPairs<T, A>) {
@@ -222,17 +233,21 @@ static void gradient_planes(const T* x, int64_t channels, int64_t stride_c, int6
     const T* from = x + c * stride_c;
     T* to = dx + c * dx_stride_c;
     if (count < W) {
-      for (int64_t s = 0; s < count; ++s) to[s] = from_acc<T, A>(P::slope1(power, to_acc<T, A>(from[s])) * coefficient[s]);
+      for (int64_t s = 0; s < count; ++s)
+        to[s] = from_acc<T, A>(P::slope1(power, to_acc<T, A>(from[s])) * coefficient[s]);
       continue;
     }
     int64_t s = 0;
     if (streaming) {
-      for (; s + W <= count; s += W) stream<T, A>(to + s, P::slope(power, load<T, A>(from + s)) * load<A, A>(coefficient + s));
+      for (; s + W <= count; s += W)
+        stream<T, A>(to + s, P::slope(power, load<T, A>(from + s)) * load<A, A>(coefficient + s));
     } else {
-      for (; s + W <= count; s += W) store<T, A>(to + s, P::slope(power, load<T, A>(from + s)) * load<A, A>(coefficient + s));
+      for (; s + W <= count; s += W)
+        store<T, A>(to + s, P::slope(power, load<T, A>(from + s)) * load<A, A>(coefficient + s));
     }
     // The last vector overlaps the one before it: the same values again.
     s = count - W;
-    if (count % W != 0) store<T, A>(to + s, P::slope(power, load<T, A>(from + s)) * load<A, A>(coefficient + s));
+    if (count % W != 0)
+      store<T, A>(to + s, P::slope(power, load<T, A>(from + s)) * load<A, A>(coefficient + s));
   }
 }

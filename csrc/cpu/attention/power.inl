@@ -1,6 +1,6 @@
-// The power |x|^p of attention maps, as a type with energy(v) = |x|^p and slope(v) = h = sign(x)|x|^(p-1) for vectors and energy1, slope1
-// for numbers. p = 2 is what everyone uses; other small multiples of 1/2 take multiplications and a square root; anything else pow. Needs
-// vec.inl.
+// The power |x|^p of attention maps, as a type with energy(v) = |x|^p and slope(v) = h = sign(x)|x|^(p-1) for
+// vectors and energy1, slope1 for numbers. p = 2 is what everyone uses; other small multiples of 1/2 take
+// multiplications and a square root; anything else pow. Needs vec.inl.
 
 template <typename A>
 struct Square {
@@ -12,8 +12,12 @@ struct Square {
 
 FASTKD_INLINE VecF abs_of(VecF x) { return (VecF)((IntF)x & 0x7FFFFFFF); }
 FASTKD_INLINE VecD abs_of(VecD x) { return (VecD)((IntD)x & 0x7FFFFFFFFFFFFFFF); }
-FASTKD_INLINE VecF with_sign_of(VecF magnitude, VecF x) { return (VecF)((IntF)magnitude | ((IntF)x & (IntF)broadcast<float>(-0.0f))); }
-FASTKD_INLINE VecD with_sign_of(VecD magnitude, VecD x) { return (VecD)((IntD)magnitude | ((IntD)x & (IntD)broadcast<double>(-0.0))); }
+FASTKD_INLINE VecF with_sign_of(VecF magnitude, VecF x) {
+  return (VecF)((IntF)magnitude | ((IntF)x & (IntF)broadcast<float>(-0.0f)));
+}
+FASTKD_INLINE VecD with_sign_of(VecD magnitude, VecD x) {
+  return (VecD)((IntD)magnitude | ((IntD)x & (IntD)broadcast<double>(-0.0)));
+}
 FASTKD_INLINE float abs_of(float x) { return __builtin_fabsf(x); }
 FASTKD_INLINE double abs_of(double x) { return __builtin_fabs(x); }
 FASTKD_INLINE float with_sign_of(float magnitude, float x) { return __builtin_copysignf(magnitude, x); }
@@ -34,8 +38,8 @@ FASTKD_INLINE V root_of(V x) {
 }
 #endif
 
-// p = whole, or whole + 1/2 if `half` (unsigned only). At x = 0 and p = 1 the unsigned slope is 0, as sign(0) is; so it is for NaN, as in
-// PyTorch.
+// p = whole, or whole + 1/2 if `half` (unsigned only). At x = 0 and p = 1 the unsigned slope is 0, as sign(0)
+// is; so it is for NaN, as in PyTorch.
 template <typename A>
 struct SmallPower {
   int32_t whole, half, is_signed;
@@ -46,17 +50,23 @@ struct SmallPower {
     for (int32_t i = 1; i < exponent; ++i) r *= x;
     return s.half ? r * root_of(x) : r;
   }
-  FASTKD_INLINE Vec<A> energy(const SmallPower& s, Vec<A> x) { return raised(s, s.is_signed ? x : abs_of(x), s.whole); }
-  FASTKD_INLINE A energy1(const SmallPower& s, A x) { return raised(s, s.is_signed ? x : abs_of(x), s.whole); }
+  FASTKD_INLINE Vec<A> energy(const SmallPower& s, Vec<A> x) {
+    return raised(s, s.is_signed ? x : abs_of(x), s.whole);
+  }
+  FASTKD_INLINE A energy1(const SmallPower& s, A x) {
+    return raised(s, s.is_signed ? x : abs_of(x), s.whole);
+  }
   FASTKD_INLINE Vec<A> slope(const SmallPower& s, Vec<A> x) {
-    if (s.whole > 1) return s.is_signed ? raised(s, x, s.whole - 1) : with_sign_of(raised(s, abs_of(x), s.whole - 1), x);
+    if (s.whole > 1)
+      return s.is_signed ? raised(s, x, s.whole - 1) : with_sign_of(raised(s, abs_of(x), s.whole - 1), x);
     if (s.half) return with_sign_of(root_of(abs_of(x)), x);
     const Vec<A> one = broadcast<A>(1);
     if (s.is_signed) return one;
     return (Vec<A>)((Mask<A>)with_sign_of(one, x) & ((x > 0) | (x < 0)));
   }
   FASTKD_INLINE A slope1(const SmallPower& s, A x) {
-    if (s.whole > 1) return s.is_signed ? raised(s, x, s.whole - 1) : with_sign_of(raised(s, abs_of(x), s.whole - 1), x);
+    if (s.whole > 1)
+      return s.is_signed ? raised(s, x, s.whole - 1) : with_sign_of(raised(s, abs_of(x), s.whole - 1), x);
     if (s.half) return with_sign_of(root_of(abs_of(x)), x);
     if (s.is_signed) return 1;
     return static_cast<A>((x > 0) - (x < 0));
@@ -66,7 +76,8 @@ struct SmallPower {
 FASTKD_INLINE float pow_of(float x, float y) { return y == 0.5f ? sqrtf(x) : powf(x, y); }
 FASTKD_INLINE double pow_of(double x, double y) { return y == 0.5 ? sqrt(x) : pow(x, y); }
 
-// Not inlined: pow takes so long that a call costs nothing beside it, and 16 of them in every loop were a third of the time to compile.
+// Not inlined: pow takes so long that a call costs nothing beside it, and 16 of them in every loop were a
+// third of the time to compile.
 template <typename A>
 static __attribute__((noinline)) Vec<A> powers_of(Vec<A> x, A p) {
   for (int64_t i = 0; i < kLanes<A>; ++i) x[i] = pow_of(x[i], p);
@@ -79,8 +90,12 @@ struct RealPower {
   int32_t is_signed;
 
   FASTKD_INLINE A energy1(const RealPower& s, A x) { return pow_of(s.is_signed ? x : abs_of(x), s.p); }
-  FASTKD_INLINE A slope1(const RealPower& s, A x) { return s.is_signed ? pow_of(x, s.p - 1) : with_sign_of(pow_of(abs_of(x), s.p - 1), x); }
-  FASTKD_INLINE Vec<A> energy(const RealPower& s, Vec<A> x) { return powers_of<A>(s.is_signed ? x : abs_of(x), s.p); }
+  FASTKD_INLINE A slope1(const RealPower& s, A x) {
+    return s.is_signed ? pow_of(x, s.p - 1) : with_sign_of(pow_of(abs_of(x), s.p - 1), x);
+  }
+  FASTKD_INLINE Vec<A> energy(const RealPower& s, Vec<A> x) {
+    return powers_of<A>(s.is_signed ? x : abs_of(x), s.p);
+  }
   FASTKD_INLINE Vec<A> slope(const RealPower& s, Vec<A> x) {
     return s.is_signed ? powers_of<A>(x, s.p - 1) : with_sign_of(powers_of<A>(abs_of(x), s.p - 1), x);
   }
@@ -93,6 +108,7 @@ FASTKD_INLINE void with_power(const AttentionOptions& options, const F& f) {
   if (p == 2) return f(Square<A>{});
   // Each multiplication adds half a unit of error; pow none that counts, so float64 goes there sooner.
   const int32_t doubled = p <= (sizeof(A) == sizeof(double) ? 4 : 8) ? static_cast<int32_t>(2 * p) : 0;
-  if (doubled == 2 * p && !(doubled % 2 == 1 && options.is_signed)) return f(SmallPower<A>{doubled / 2, doubled % 2, options.is_signed});
+  if (doubled == 2 * p && !(doubled % 2 == 1 && options.is_signed))
+    return f(SmallPower<A>{doubled / 2, doubled % 2, options.is_signed});
   return f(RealPower<A>{static_cast<A>(p), options.is_signed});
 }

@@ -1,5 +1,5 @@
-// The tap operators for the CPU: checks, allocation and the parallel region. The passes are in tap.inl, the schemas in
-// fastkd/ops/feature_map.py.
+// The tap operators for the CPU: checks, allocation and the parallel region. The passes are in tap.inl, the
+// schemas in fastkd/ops/feature_map.py.
 #include "cpu/attention/tap.h"
 
 #include <optional>
@@ -10,8 +10,9 @@
 namespace fastkd {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> relu_tap(const Tensor& x, const std::optional<Tensor>& residual, double p, const Text& channel_reduce,
-                                            bool is_signed, double eps, const Text& eps_mode) {
+std::tuple<Tensor, Tensor, Tensor> relu_tap(const Tensor& x, const std::optional<Tensor>& residual, double p,
+                                            const Text& channel_reduce, bool is_signed, double eps,
+                                            const Text& eps_mode) {
   const TensorView view = view_of(x, "x");
   ReluTapArgs args;
   args.x = feature_of(view, "x");
@@ -34,9 +35,11 @@ std::tuple<Tensor, Tensor, Tensor> relu_tap(const Tensor& x, const std::optional
   Tensor norm = empty(&feature.batch, 1, args.accumulation);
   args.map = map.mutable_data_ptr();
   args.norm = norm.mutable_data_ptr();
-  const bool in_place = feature.layout == args.x.layout && feature.layout == args.residual.layout && feature.layout != Layout::kGeneric;
+  const bool in_place = feature.layout == args.x.layout && feature.layout == args.residual.layout &&
+                        feature.layout != Layout::kGeneric;
   const auto run = kernels().tap.relu;
-  parallel_units(feature.batch, feature.channels * feature.positions, scratch_of(args.y, 1, in_place, size_of(args.accumulation)),
+  parallel_units(feature.batch, feature.channels * feature.positions,
+                 scratch_of(args.y, 1, in_place, size_of(args.accumulation)),
                  [&](int64_t begin, int64_t end, void* scratch) { run(args, begin, end, scratch); });
   return {std::move(y), std::move(map), std::move(norm)};
 }
@@ -57,8 +60,8 @@ Feature zeros_like(const Feature& x, std::vector<double>& zeros) {
   return g;
 }
 
-Tensor backward(const std::optional<Tensor>& grad, const Tensor& map_grad, const Tensor& x, const Tensor& map, const Tensor& norm,
-                const AttentionOptions& options, bool relu) {
+Tensor backward(const std::optional<Tensor>& grad, const Tensor& map_grad, const Tensor& x, const Tensor& map,
+                const Tensor& norm, const AttentionOptions& options, bool relu) {
   const TensorView view = view_of(x, "x");
   Tensor out = empty_like(x, view);
   TapBackwardArgs args;
@@ -73,7 +76,8 @@ Tensor backward(const std::optional<Tensor>& grad, const Tensor& map_grad, const
   } else {
     args.grad = zeros_like(feature, zeros);
   }
-  const bool in_place = feature.layout == args.map.dx.layout && feature.layout == args.grad.layout && feature.layout != Layout::kGeneric;
+  const bool in_place = feature.layout == args.map.dx.layout && feature.layout == args.grad.layout &&
+                        feature.layout != Layout::kGeneric;
   const auto run = kernels().tap.backward;
   parallel_units(feature.batch, feature.channels * feature.positions,
                  scratch_of(args.map.side, 2, in_place, size_of(args.map.accumulation)),
@@ -81,14 +85,16 @@ Tensor backward(const std::optional<Tensor>& grad, const Tensor& map_grad, const
   return out;
 }
 
-Tensor tap_backward(const std::optional<Tensor>& grad, const Tensor& map_grad, const Tensor& x, const Tensor& map, const Tensor& norm,
-                    double p, const Text& channel_reduce, bool is_signed, double eps, const Text& eps_mode) {
+Tensor tap_backward(const std::optional<Tensor>& grad, const Tensor& map_grad, const Tensor& x,
+                    const Tensor& map, const Tensor& norm, double p, const Text& channel_reduce,
+                    bool is_signed, double eps, const Text& eps_mode) {
   const AttentionOptions options = options_of(p, channel_reduce, is_signed, eps, eps_mode);
   return backward(grad, map_grad, x, map, norm, options, false);
 }
 
-Tensor relu_tap_backward(const std::optional<Tensor>& grad, const Tensor& map_grad, const Tensor& y, const Tensor& map, const Tensor& norm,
-                         double p, const Text& channel_reduce, bool is_signed, double eps, const Text& eps_mode) {
+Tensor relu_tap_backward(const std::optional<Tensor>& grad, const Tensor& map_grad, const Tensor& y,
+                         const Tensor& map, const Tensor& norm, double p, const Text& channel_reduce,
+                         bool is_signed, double eps, const Text& eps_mode) {
   const AttentionOptions options = options_of(p, channel_reduce, is_signed, eps, eps_mode);
   return backward(grad, map_grad, y, map, norm, options, true);
 }

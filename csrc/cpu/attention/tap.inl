@@ -1,4 +1,5 @@
-// The taps: passes over a feature that a network makes anyway, with the attention map's work done on the way. Needs attention.inl.
+// The taps: passes over a feature that a network makes anyway, with the attention map's work done on the way.
+// Needs attention.inl.
 
 // f(T{}, A{}) with the storage type of dtype and the type it is accumulated in.
 template <typename F>
@@ -20,7 +21,8 @@ constexpr int64_t kPiece = 4096;
 
 // y = relu(x + r) for `rows` runs of `count` numbers. A NaN stays, as in PyTorch.
 template <bool kSum, typename T, typename A>
-static void relu_rows(const T* x, int64_t x_stride, const T* r, int64_t r_stride, T* y, int64_t y_stride, int64_t rows, int64_t count) {
+static void relu_rows(const T* x, int64_t x_stride, const T* r, int64_t r_stride, T* y, int64_t y_stride,
+                      int64_t rows, int64_t count) {
   constexpr int64_t W = kLanes<A>;
   if (x_stride == count && y_stride == count && (!kSum || r_stride == count)) {
     count *= rows;
@@ -42,13 +44,15 @@ static void relu_rows(const T* x, int64_t x_stride, const T* r, int64_t r_stride
   }
 }
 
-// y = relu(x + residual) and q, the sums over channels of the energies of y as rounded to its dtype, for one sample.
+// y = relu(x + residual) and q, the sums over channels of the energies of y as rounded to its dtype, for one
+// sample.
 template <bool kSum, typename T, typename A, typename P>
 static void relu_energies(const ReluTapArgs& args, int64_t n, double* q, Bump bump, const P& power) {
   const Feature& x = args.x;
   const Feature& r = args.residual;
   const Feature& y = args.y.x;
-  const bool in_place = x.layout == y.layout && y.layout != Layout::kGeneric && (!kSum || r.layout == y.layout);
+  const bool in_place =
+      x.layout == y.layout && y.layout != Layout::kGeneric && (!kSum || r.layout == y.layout);
   if (in_place) {
     const bool planes = y.layout == Layout::kPlanes;
     const int64_t x_stride = planes ? x.stride_c : x.stride_s;
@@ -56,7 +60,8 @@ static void relu_energies(const ReluTapArgs& args, int64_t n, double* q, Bump bu
     const int64_t y_stride = planes ? y.stride_c : y.stride_s;
     const int64_t rows = planes ? y.channels : y.positions;
     const int64_t count = planes ? y.positions : y.channels;
-    // Whole groups, so that sums do not depend on the division; shorter runs than a vector are summed in another way, all at once.
+    // Whole groups, so that sums do not depend on the division; shorter runs than a vector are summed in
+    // another way, all at once.
     const int64_t group = planes ? kStreams : kLanes<A>;
     const int64_t step = count < kLanes<A> ? rows : round_up(1 + kPiece / count, group);
     const T* x_row = static_cast<const T*>(x.data) + n * x.stride_n;
@@ -66,7 +71,8 @@ static void relu_energies(const ReluTapArgs& args, int64_t n, double* q, Bump bu
     for (int64_t i = 0; i < rows; i += step) {
       const int64_t some = min_of(step, rows - i);
       T* to = y_row + i * y_stride;
-      relu_rows<kSum, T, A>(x_row + i * x_stride, x_stride, kSum ? r_row + i * r_stride : nullptr, r_stride, to, y_stride, some, count);
+      relu_rows<kSum, T, A>(x_row + i * x_stride, x_stride, kSum ? r_row + i * r_stride : nullptr, r_stride,
+                            to, y_stride, some, count);
       if (planes) {
         energy_planes<T, A>(to, {i, some, rows}, y_stride, count, block, q, power);
       } else {
@@ -131,8 +137,8 @@ FASTKD_INLINE A tapped1(A x, A g, A k, const P& power) {
 
 // dx[c * dx_stride + s] from x[c * x_stride + s], g[c * g_stride + s] and k[s].
 template <bool kRelu, typename T, typename A, typename P>
-static void tap_planes(const T* x, int64_t x_stride, const T* g, int64_t g_stride, int64_t channels, int64_t count, const A* k, T* dx,
-                       int64_t dx_stride, const P& power) {
+static void tap_planes(const T* x, int64_t x_stride, const T* g, int64_t g_stride, int64_t channels,
+                       int64_t count, const A* k, T* dx, int64_t dx_stride, const P& power) {
   constexpr int64_t W = kLanes<A>;
   const auto step = [&](int64_t s) {
     store<T, A>(dx + s, tapped<kRelu, A>(load<T, A>(x + s), load<T, A>(g + s), load<A, A>(k + s), power));
@@ -152,8 +158,8 @@ static void tap_planes(const T* x, int64_t x_stride, const T* g, int64_t g_strid
 
 // dx[s * dx_stride + c] from x[s * x_stride + c], g[s * g_stride + c] and k[s].
 template <bool kRelu, typename T, typename A, typename P>
-static void tap_channels_last(const T* x, int64_t x_stride, const T* g, int64_t g_stride, int64_t channels, int64_t count, const A* k,
-                              T* dx, int64_t dx_stride, const P& power) {
+static void tap_channels_last(const T* x, int64_t x_stride, const T* g, int64_t g_stride, int64_t channels,
+                              int64_t count, const A* k, T* dx, int64_t dx_stride, const P& power) {
   constexpr int64_t W = kLanes<A>;
   for (int64_t s = 0; s < count; ++s, x += x_stride, g += g_stride, dx += dx_stride) {
     if (channels < W) {
@@ -163,7 +169,9 @@ static void tap_channels_last(const T* x, int64_t x_stride, const T* g, int64_t 
       continue;
     }
     const Vec<A> along = broadcast<A>(k[s]);
-    const auto step = [&](int64_t c) { store<T, A>(dx + c, tapped<kRelu, A>(load<T, A>(x + c), load<T, A>(g + c), along, power)); };
+    const auto step = [&](int64_t c) {
+      store<T, A>(dx + c, tapped<kRelu, A>(load<T, A>(x + c), load<T, A>(g + c), along, power));
+    };
     for (int64_t c = 0; c + W <= channels; c += W) step(c);
     if (channels % W != 0) step(channels - W);
   }
@@ -180,9 +188,11 @@ static void tap_gradient(const TapBackwardArgs& args, int64_t n, const A* k, Bum
     const T* with = static_cast<const T*>(g.data) + n * g.stride_n;
     T* to = static_cast<T*>(dx.data) + n * dx.stride_n;
     if (x.layout == Layout::kPlanes) {
-      tap_planes<kRelu, T, A>(from, x.stride_c, with, g.stride_c, x.channels, x.positions, k, to, dx.stride_c, power);
+      tap_planes<kRelu, T, A>(from, x.stride_c, with, g.stride_c, x.channels, x.positions, k, to, dx.stride_c,
+                              power);
     } else {
-      tap_channels_last<kRelu, T, A>(from, x.stride_s, with, g.stride_s, x.channels, x.positions, k, to, dx.stride_s, power);
+      tap_channels_last<kRelu, T, A>(from, x.stride_s, with, g.stride_s, x.channels, x.positions, k, to,
+                                     dx.stride_s, power);
     }
     return;
   }
@@ -194,7 +204,8 @@ static void tap_gradient(const TapBackwardArgs& args, int64_t n, const A* k, Bum
     const int64_t end = min_of(c + side.chunk, x.channels);
     load_planes(x, n, c, end, planes);
     load_planes(g, n, c, end, other);
-    tap_planes<kRelu, A, A>(planes, positions, other, positions, end - c, positions, k, gradient, positions, power);
+    tap_planes<kRelu, A, A>(planes, positions, other, positions, end - c, positions, k, gradient, positions,
+                            power);
     store_planes(gradient, dx, n, c, end);
   }
 }

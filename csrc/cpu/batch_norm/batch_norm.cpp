@@ -1,5 +1,6 @@
-// Batch norm in training, with the addition and the ReLU that follow it, for the CPU: checks, allocation, the parallel regions and what
-// joins them. The passes are in batch_norm.inl, the schemas in fastkd/ops/batch_norm.py.
+// Batch norm in training, with the addition and the ReLU that follow it, for the CPU: checks, allocation, the
+// parallel regions and what joins them. The passes are in batch_norm.inl, the schemas in
+// fastkd/ops/batch_norm.py.
 #include "cpu/batch_norm/batch_norm.h"
 
 #include <cmath>
@@ -11,8 +12,9 @@
 namespace fastkd {
 namespace {
 
-constexpr int64_t kChunkElements = 8192;  // 32 KB in float32: read twice, from the first cache the second time
-constexpr int64_t kWidth = 64;            // channels of a row, for sums in several vectors
+constexpr int64_t kChunkElements =
+    8192;                       // 32 KB in float32: read twice, from the first cache the second time
+constexpr int64_t kWidth = 64;  // channels of a row, for sums in several vectors
 
 NormRows rows_of(const Feature& x, const char* name) {
   const bool dense = (x.channels == 1 || x.stride_c == 1) &&
@@ -30,7 +32,8 @@ int64_t chunks_of(const NormRows& size) { return (size.rows + size.chunk - 1) / 
 
 const float* vector_of(const Tensor& tensor, int64_t channels, const char* name) {
   const TensorView view = view_of(tensor, name);
-  STD_TORCH_CHECK(view.dtype == DType::kFloat && view.dim == 1 && view.sizes[0] == channels && (channels == 1 || view.strides[0] == 1),
+  STD_TORCH_CHECK(view.dtype == DType::kFloat && view.dim == 1 && view.sizes[0] == channels &&
+                      (channels == 1 || view.strides[0] == 1),
                   name, " must be float32, dense, one number a channel");
   return static_cast<const float*>(view.data);
 }
@@ -53,11 +56,13 @@ std::vector<float> repeated(const float* vector, const NormRows& size) {
 
 template <class F>
 void over_chunks(const NormRows& size, const F& f) {
-  parallel_units(chunks_of(size), size.chunk * size.channels, 0, [&](int64_t begin, int64_t end, void*) { f(begin, end); });
+  parallel_units(chunks_of(size), size.chunk * size.channels, 0,
+                 [&](int64_t begin, int64_t end, void*) { f(begin, end); });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight,
-                                                      const Tensor& bias, bool relu, double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm(const Tensor& x, const std::optional<Tensor>& residual,
+                                                      const Tensor& weight, const Tensor& bias, bool relu,
+                                                      double eps) {
   const TensorView view = view_of(x, "x");
   NormArgs args;
   args.size = rows_of(feature_of(view, "x"), "x");
@@ -70,8 +75,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm(const Tensor& x, const std
   args.relu = relu;
   Tensor y = empty_like(x, view);
   args.y = y.mutable_data_ptr();
-  Tensor mean = empty(&C, 1, DType::kFloat), variance = empty(&C, 1, DType::kFloat), invstd = empty(&C, 1, DType::kFloat);
-  float *means = static_cast<float*>(mean.mutable_data_ptr()), *variances = static_cast<float*>(variance.mutable_data_ptr());
+  Tensor mean = empty(&C, 1, DType::kFloat), variance = empty(&C, 1, DType::kFloat),
+         invstd = empty(&C, 1, DType::kFloat);
+  float *means = static_cast<float*>(mean.mutable_data_ptr()),
+        *variances = static_cast<float*>(variance.mutable_data_ptr());
   float* inverses = static_cast<float*>(invstd.mutable_data_ptr());
   std::vector<float> parts(static_cast<size_t>(chunks * 2 * width)), slope(static_cast<size_t>(C));
   args.parts = parts.data();
@@ -80,7 +87,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm(const Tensor& x, const std
 
   std::vector<double> sum(static_cast<size_t>(C)), squares(static_cast<size_t>(C));
   const auto rows_in = [&](int64_t chunk) {
-    return static_cast<double>(chunk + 1 < chunks ? args.size.chunk : args.size.rows - chunk * args.size.chunk);
+    return static_cast<double>(chunk + 1 < chunks ? args.size.chunk
+                                                  : args.size.rows - chunk * args.size.chunk);
   };
   for (int64_t chunk = 0; chunk < chunks; ++chunk)
     for (int64_t i = 0; i < width; ++i) sum[i % C] += rows_in(chunk) * parts[chunk * 2 * width + i];
@@ -106,9 +114,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm(const Tensor& x, const std
   return {std::move(y), std::move(mean), std::move(variance), std::move(invstd)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& y,
-                                                               const Tensor& weight, const Tensor& bias, const Tensor& mean,
-                                                               const Tensor& invstd, bool relu, bool residual) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const Tensor& x,
+                                                               const std::optional<Tensor>& y,
+                                                               const Tensor& weight, const Tensor& bias,
+                                                               const Tensor& mean, const Tensor& invstd,
+                                                               bool relu, bool residual) {
   const TensorView view = view_of(x, "x");
   NormBackwardArgs args;
   args.size = rows_of(feature_of(view, "x"), "x");
@@ -126,7 +136,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& gra
   Tensor passed = relu && residual ? empty_like(x, view) : empty(&none, 1, view.dtype);
   args.passed = relu && residual ? passed.mutable_data_ptr() : nullptr;
   args.dx = dx.mutable_data_ptr();
-  std::vector<float> parts(static_cast<size_t>(chunks * 2 * width)), slope(static_cast<size_t>(C)), along(slope), constant(slope);
+  std::vector<float> parts(static_cast<size_t>(chunks * 2 * width)), slope(static_cast<size_t>(C)),
+      along(slope), constant(slope);
   for (int64_t c = 0; c < C; ++c) slope[c] = static_cast<float>(static_cast<double>(inverse[c]) * factor[c]);
   const std::vector<float> slopes = repeated(slope.data(), args.size);
   args.parts = parts.data();
@@ -142,7 +153,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& gra
       totals[i % C] += parts[chunk * 2 * width + i];
       dots[i % C] += parts[(chunk * 2 + 1) * width + i];
     }
-  float *weights = static_cast<float*>(dweight.mutable_data_ptr()), *biases = static_cast<float*>(dbias.mutable_data_ptr());
+  float *weights = static_cast<float*>(dweight.mutable_data_ptr()),
+        *biases = static_cast<float*>(dbias.mutable_data_ptr());
   const double count = static_cast<double>(args.size.rows * args.size.fold);
   for (int64_t c = 0; c < C; ++c) {
     weights[c] = static_cast<float>(dots[c] * inverse[c]);
@@ -150,7 +162,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& gra
     along[c] = static_cast<float>(slope[c] * dots[c] / count * inverse[c] * inverse[c]);
     constant[c] = static_cast<float>(slope[c] * totals[c] / count);
   }
-  const std::vector<float> alongs = repeated(along.data(), args.size), constants = repeated(constant.data(), args.size);
+  const std::vector<float> alongs = repeated(along.data(), args.size),
+                           constants = repeated(constant.data(), args.size);
   args.along = alongs.data();
   args.constant = constants.data();
   over_chunks(args.size, [&](int64_t begin, int64_t end) { run.gradient(args, begin, end); });
@@ -162,7 +175,8 @@ Tensor add_relu_(Tensor x, const std::optional<Tensor>& residual) {
   const NormRows size = rows_of(feature_of(view, "x"), "x");
   const JoinArgs args = {view.dtype, view.data, residual ? alike(*residual, view, "residual") : nullptr};
   const auto run = kernels().norm.join;
-  parallel_units(size.rows * size.channels, 1, 0, [&](int64_t begin, int64_t end, void*) { run(args, begin, end); });
+  parallel_units(size.rows * size.channels, 1, 0,
+                 [&](int64_t begin, int64_t end, void*) { run(args, begin, end); });
   return x;
 }
 

@@ -1,5 +1,6 @@
-// What batch_norm.cpp hands to the kernels of batch_norm.inl. A feature is `rows` rows of `channels` numbers, dense; where it has few
-// channels, a row is several positions, each of whose channels counts as one of its own. Units are chunks of rows.
+// What batch_norm.cpp hands to the kernels of batch_norm.inl. A feature is `rows` rows of `channels` numbers,
+// dense; where it has few channels, a row is several positions, each of whose channels counts as one of its
+// own. Units are chunks of rows.
 #pragma once
 
 #include "cpu/host.h"
@@ -26,7 +27,7 @@ struct NormArgs {
 struct NormBackwardArgs {
   NormRows size;
   const void *grad, *x;
-  const void* y;                     // where the ReLU's result is positive its gradient passes; null: found out from x
+  const void* y;  // where the ReLU's result is positive its gradient passes; null: found out from x
   const float *mean, *slope, *bias;  // of the forward pass
   float* parts;                      // (chunks, 2, channels): sums of g and of g * (x - mean)
   void* passed;                      // g, the gradient before the ReLU; null unless a residual wants it

@@ -1,7 +1,9 @@
-// A batch norm over rows of channels, with what stands before and after it in a residual network: passes over chunks that stay in the
-// first caches. Sums over a chunk are float, one accumulator a channel; batch_norm.cpp adds the chunks in double, in their order.
+// A batch norm over rows of channels, with what stands before and after it in a residual network: passes over
+// chunks that stay in the first caches. Sums over a chunk are float, one accumulator a channel;
+// batch_norm.cpp adds the chunks in double, in their order.
 
-// f(c, vectors) over the channels, `vectors` (a constant) times a vector from c on, then g(c) for each channel that is left.
+// f(c, vectors) over the channels, `vectors` (a constant) times a vector from c on, then g(c) for each
+// channel that is left.
 template <int N>
 struct Count {
   static constexpr int value = N;
@@ -32,7 +34,8 @@ struct Piece<T, float> {
   FASTKD_INLINE void put(T* p, float v) { *p = from_acc<T, float>(v); }
 };
 
-// f(p) for each vector and each single number of the rows [begin, end), p its offset from the first row and c its channel.
+// f(p) for each vector and each single number of the rows [begin, end), p its offset from the first row and c
+// its channel.
 template <typename F>
 FASTKD_INLINE void over_rows(const NormRows& size, int64_t begin, int64_t end, const F& f) {
   constexpr int64_t W = kLanes<float>;
@@ -46,7 +49,8 @@ FASTKD_INLINE void over_rows(const NormRows& size, int64_t begin, int64_t end, c
 
 template <typename T>
 static void moments_of(const NormArgs& args, int64_t chunk) {
-  const int64_t C = args.size.channels, first = chunk * args.size.chunk, end = min_of(args.size.rows, first + args.size.chunk);
+  const int64_t C = args.size.channels, first = chunk * args.size.chunk,
+                end = min_of(args.size.rows, first + args.size.chunk);
   const float share = 1.0f / static_cast<float>(end - first);
   const T* x = static_cast<const T*>(args.x);
   float* mean = args.parts + chunk * 2 * C;
@@ -69,7 +73,9 @@ static void moments_of(const NormArgs& args, int64_t chunk) {
       Piece<float, V>::put(squares + c + i * W, square[i]);
     }
   };
-  over_channels(C, [&](int64_t c, auto count) { block(c, VecF{}, count); }, [&](int64_t c) { block(c, float{}, Count<1>{}); });
+  over_channels(
+      C, [&](int64_t c, auto count) { block(c, VecF{}, count); },
+      [&](int64_t c) { block(c, float{}, Count<1>{}); });
 }
 
 static void norm_moments(const NormArgs& args, int64_t begin, int64_t end) {
@@ -82,21 +88,26 @@ template <typename T, bool kResidual, bool kRelu>
 static void apply_to(const NormArgs& args, int64_t begin, int64_t end) {
   const T *x = static_cast<const T*>(args.x), *residual = static_cast<const T*>(args.residual);
   T* y = static_cast<T*>(args.y);
-  over_rows(args.size, begin * args.size.chunk, min_of(args.size.rows, end * args.size.chunk), [&](int64_t at, int64_t c, auto zero) {
-    using V = decltype(zero);
-    V value = (Piece<T, V>::get(x + at) - Piece<float, V>::get(args.mean + c)) * Piece<float, V>::get(args.slope + c) +
-              Piece<float, V>::get(args.bias + c);
-    if constexpr (kResidual) value += Piece<T, V>::get(residual + at);
-    if constexpr (kRelu) value = chosen(value < V{}, V{}, value);  // a NaN stays
-    Piece<T, V>::put(y + at, value);
-  });
+  over_rows(args.size, begin * args.size.chunk, min_of(args.size.rows, end * args.size.chunk),
+            [&](int64_t at, int64_t c, auto zero) {
+              using V = decltype(zero);
+              V value = (Piece<T, V>::get(x + at) - Piece<float, V>::get(args.mean + c)) *
+                            Piece<float, V>::get(args.slope + c) +
+                        Piece<float, V>::get(args.bias + c);
+              if constexpr (kResidual) value += Piece<T, V>::get(residual + at);
+              if constexpr (kRelu) value = chosen(value < V{}, V{}, value);  // a NaN stays
+              Piece<T, V>::put(y + at, value);
+            });
 }
 
 static void norm_apply(const NormArgs& args, int64_t begin, int64_t end) {
   with_type<float>(args.size.dtype, [&](auto type) {
     using T = decltype(type);
-    if (args.residual) return args.relu ? apply_to<T, true, true>(args, begin, end) : apply_to<T, true, false>(args, begin, end);
-    return args.relu ? apply_to<T, false, true>(args, begin, end) : apply_to<T, false, false>(args, begin, end);
+    if (args.residual)
+      return args.relu ? apply_to<T, true, true>(args, begin, end)
+                       : apply_to<T, true, false>(args, begin, end);
+    return args.relu ? apply_to<T, false, true>(args, begin, end)
+                     : apply_to<T, false, false>(args, begin, end);
   });
 }
 
@@ -105,7 +116,8 @@ enum class Gate { kNone, kByResult, kByInput };
 
 template <typename T, Gate kGate, typename V>
 FASTKD_INLINE V passed_at(const NormBackwardArgs& args, int64_t at, V grad, V distance, V slope, V bias) {
-  if constexpr (kGate == Gate::kByResult) return chosen(Piece<T, V>::get(static_cast<const T*>(args.y) + at) <= V{}, V{}, grad);
+  if constexpr (kGate == Gate::kByResult)
+    return chosen(Piece<T, V>::get(static_cast<const T*>(args.y) + at) <= V{}, V{}, grad);
   // the arithmetic of apply_to
   if constexpr (kGate == Gate::kByInput) return chosen(distance * slope + bias <= V{}, V{}, grad);
   return grad;
@@ -113,7 +125,8 @@ FASTKD_INLINE V passed_at(const NormBackwardArgs& args, int64_t at, V grad, V di
 
 template <typename T, Gate kGate>
 static void sums_of(const NormBackwardArgs& args, int64_t chunk) {
-  const int64_t C = args.size.channels, first = chunk * args.size.chunk, end = min_of(args.size.rows, first + args.size.chunk);
+  const int64_t C = args.size.channels, first = chunk * args.size.chunk,
+                end = min_of(args.size.rows, first + args.size.chunk);
   const T *x = static_cast<const T*>(args.x), *grad = static_cast<const T*>(args.grad);
   T* passed = static_cast<T*>(args.passed);
   float* total = args.parts + chunk * 2 * C;
@@ -142,20 +155,26 @@ static void sums_of(const NormBackwardArgs& args, int64_t chunk) {
       Piece<float, V>::put(product + c + i * W, dot[i]);
     }
   };
-  over_channels(C, [&](int64_t c, auto count) { block(c, VecF{}, count); }, [&](int64_t c) { block(c, float{}, Count<1>{}); });
+  over_channels(
+      C, [&](int64_t c, auto count) { block(c, VecF{}, count); },
+      [&](int64_t c) { block(c, float{}, Count<1>{}); });
 }
 
 template <typename T, Gate kGate>
 static void gradient_of(const NormBackwardArgs& args, int64_t begin, int64_t end) {
-  const T *x = static_cast<const T*>(args.x), *grad = static_cast<const T*>(args.passed ? args.passed : args.grad);
+  const T *x = static_cast<const T*>(args.x),
+          *grad = static_cast<const T*>(args.passed ? args.passed : args.grad);
   T* dx = static_cast<T*>(args.dx);
-  over_rows(args.size, begin * args.size.chunk, min_of(args.size.rows, end * args.size.chunk), [&](int64_t at, int64_t c, auto zero) {
-    using V = decltype(zero);
-    const V slope = Piece<float, V>::get(args.slope + c);
-    const V distance = Piece<T, V>::get(x + at) - Piece<float, V>::get(args.mean + c);
-    const V g = passed_at<T, kGate>(args, at, Piece<T, V>::get(grad + at), distance, slope, Piece<float, V>::get(args.bias + c));
-    Piece<T, V>::put(dx + at, g * slope - distance * Piece<float, V>::get(args.along + c) - Piece<float, V>::get(args.constant + c));
-  });
+  over_rows(args.size, begin * args.size.chunk, min_of(args.size.rows, end * args.size.chunk),
+            [&](int64_t at, int64_t c, auto zero) {
+              using V = decltype(zero);
+              const V slope = Piece<float, V>::get(args.slope + c);
+              const V distance = Piece<T, V>::get(x + at) - Piece<float, V>::get(args.mean + c);
+              const V g = passed_at<T, kGate>(args, at, Piece<T, V>::get(grad + at), distance, slope,
+                                              Piece<float, V>::get(args.bias + c));
+              Piece<T, V>::put(dx + at, g * slope - distance * Piece<float, V>::get(args.along + c) -
+                                            Piece<float, V>::get(args.constant + c));
+            });
 }
 
 template <typename F>
@@ -175,8 +194,9 @@ static void norm_sums(const NormBackwardArgs& args, int64_t begin, int64_t end) 
 }
 
 static void norm_gradient(const NormBackwardArgs& args, int64_t begin, int64_t end) {
-  with_gate(args, args.passed != nullptr,
-            [&](auto type, auto gate) { gradient_of<decltype(type), static_cast<Gate>(decltype(gate)::value)>(args, begin, end); });
+  with_gate(args, args.passed != nullptr, [&](auto type, auto gate) {
+    gradient_of<decltype(type), static_cast<Gate>(decltype(gate)::value)>(args, begin, end);
+  });
 }
 
 template <typename T, bool kResidual>

@@ -1,15 +1,17 @@
-// FSP matrices of bfloat16 maps by AMX (simd/amx.inl): how its operands are laid out; fsp/amx_backward.inl has the gradients. Needs
-// fsp/fsp.inl up to where that includes this file.
+// FSP matrices of bfloat16 maps by AMX (simd/amx.inl): how its operands are laid out; fsp/amx_backward.inl
+// has the gradients. Needs fsp/fsp.inl up to where that includes this file.
 //
-// Every product of two bfloat16 numbers is exact, so the student's matrix less the teacher's is summed as it stands, student and
-// teacher in turns within one tile: equal maps give exactly 0, and no sum grows beyond a tile's. An average of 2 x 2 positions is no
-// bfloat16 number, so it is not formed: A's positions are multiplied one by one, each by B at its window. Four times the products are
-// cheaper than two or three parts of an average.
+// Every product of two bfloat16 numbers is exact, so the student's matrix less the teacher's is summed as it
+// stands, student and teacher in turns within one tile: equal maps give exactly 0, and no sum grows beyond a
+// tile's. An average of 2 x 2 positions is no bfloat16 number, so it is not formed: A's positions are
+// multiplied one by one, each by B at its window. Four times the products are cheaper than two or three parts
+// of an average.
 #include "cpu/simd/amx.inl"
 
 typedef uint16_t Bits;
 
-// Some elements of a map in the order in which they are multiplied. Two neighbours make a pair, 16 pairs a tile of the reduction.
+// Some elements of a map in the order in which they are multiplied. Two neighbours make a pair, 16 pairs a
+// tile of the reduction.
 struct TileRange {
   int64_t begin, count;  // pooled: lines of windows; else positions
   int64_t width;         // pooled: windows a line; else 0
@@ -17,17 +19,21 @@ struct TileRange {
 };
 FASTKD_INLINE int64_t pairs_of(const TileRange& k) { return k.width ? k.count * k.width : (k.count + 1) / 2; }
 
-FASTKD_INLINE __mmask32 first_of(int64_t count) { return count >= 32 ? ~__mmask32(0) : (__mmask32(1) << (count < 0 ? 0 : count)) - 1; }
+FASTKD_INLINE __mmask32 first_of(int64_t count) {
+  return count >= 32 ? ~__mmask32(0) : (__mmask32(1) << (count < 0 ? 0 : count)) - 1;
+}
 
 // to[i] = from[i] for i in [0, count), then zeros up to `padded`.
 FASTKD_INLINE void copy_bits(const Bits* from, int64_t count, Bits* to, int64_t padded) {
   for (int64_t i = 0; i < padded; i += kTileDepth) {
-    _mm512_mask_storeu_epi16(to + i, first_of(padded - i), _mm512_maskz_loadu_epi16(first_of(count - i), from + i));
+    _mm512_mask_storeu_epi16(to + i, first_of(padded - i),
+                             _mm512_maskz_loadu_epi16(first_of(count - i), from + i));
   }
 }
 
-// Where the two elements of each pair of tile t lie: positions, or -1 for none. kUpper, kLower: those of a map twice as high and wide as
-// the range's windows, of each window's upper or lower line; kWindow: the window, twice.
+// Where the two elements of each pair of tile t lie: positions, or -1 for none. kUpper, kLower: those of a
+// map twice as high and wide as the range's windows, of each window's upper or lower line; kWindow: the
+// window, twice.
 enum class TileLine { kPlain, kUpper, kLower, kWindow };
 static void positions_of(const TileRange& k, TileLine line, int64_t t, int64_t* at) {
   int64_t pair = t * kTile, row = 0, column = 0;
@@ -62,7 +68,8 @@ FASTKD_INLINE __m512i channel_pairs(const Block& x, int64_t c, int64_t channels,
 }
 
 // Channels as rows of A: to[c * to_row + element].
-static void pack_tile_rows(const Block& x, int64_t channels, const TileRange& k, TileLine line, Bits* to, int64_t to_row) {
+static void pack_tile_rows(const Block& x, int64_t channels, const TileRange& k, TileLine line, Bits* to,
+                           int64_t to_row) {
   const Bits* from = static_cast<const Bits*>(x.data);
   if (x.layout == Layout::kPlanes) {
     const int64_t width = 2 * k.width, padded = k.tiles * kTileDepth;
@@ -73,7 +80,8 @@ static void pack_tile_rows(const Block& x, int64_t channels, const TileRange& k,
       }
       const Bits* row = from + (2 * k.begin + (line == TileLine::kLower ? 1 : 0)) * width;
       int64_t at = 0;
-      for (int64_t l = 0; l < k.count; ++l, row += 2 * width, at += width) copy_bits(row, width, to + at, width);
+      for (int64_t l = 0; l < k.count; ++l, row += 2 * width, at += width)
+        copy_bits(row, width, to + at, width);
       copy_bits(from, 0, to + at, padded - at);
     }
     return;
@@ -83,8 +91,10 @@ static void pack_tile_rows(const Block& x, int64_t channels, const TileRange& k,
   for (int64_t t = 0; t < k.tiles; ++t) {
     positions_of(k, line, t, at);
     for (int64_t c = 0; c < channels; c += kTile) {
-      for (int64_t i = 0; i < kTile; ++i) _mm512_store_si512(pairs + i * kTile, channel_pairs(x, c, channels, at + 2 * i));
-      transpose_square<false>(pairs, kTile, reinterpret_cast<float*>(to + c * to_row + t * kTileDepth), to_row / 2, nullptr, 0);
+      for (int64_t i = 0; i < kTile; ++i)
+        _mm512_store_si512(pairs + i * kTile, channel_pairs(x, c, channels, at + 2 * i));
+      transpose_square<false>(pairs, kTile, reinterpret_cast<float*>(to + c * to_row + t * kTileDepth),
+                              to_row / 2, nullptr, 0);
     }
   }
 }
@@ -94,7 +104,8 @@ static void pack_tile_columns(const Block& x, int64_t channels, const TileRange&
   const __m512i flip = _mm512_set1_epi32(sign);
   if (x.layout == Layout::kPlanes) {
     alignas(64) float pairs[kTile * kTile];
-    const int64_t begin = k.width ? k.begin * k.width : k.begin, count = k.width ? k.count * k.width : k.count;
+    const int64_t begin = k.width ? k.begin * k.width : k.begin,
+                  count = k.width ? k.count * k.width : k.count;
     const int64_t step = k.width ? kTile : kTileDepth;
     for (int64_t c = 0; c < channels; c += kTile) {
       const Bits* from = static_cast<const Bits*>(x.data) + c * x.stride_c + begin;
@@ -124,14 +135,17 @@ static void pack_tile_columns(const Block& x, int64_t channels, const TileRange&
     for (int64_t c = 0; c < channels; c += kTile) {
       Bits* tile = to + (c / kTile * k.tiles + t) * kTileSize;
       for (int64_t i = 0; i < kTile; ++i) {
-        _mm512_store_si512(tile + i * kTileDepth, _mm512_xor_si512(channel_pairs(x, c, channels, at + 2 * i), flip));
+        _mm512_store_si512(tile + i * kTileDepth,
+                           _mm512_xor_si512(channel_pairs(x, c, channels, at + 2 * i), flip));
       }
     }
   }
 }
 
 // A pair's positions are taken a range at a time.
-FASTKD_INLINE int64_t tile_width(const FspPair& pair) { return pair.a[0].pool.active ? pair.a[0].pool.out[2] : 0; }
+FASTKD_INLINE int64_t tile_width(const FspPair& pair) {
+  return pair.a[0].pool.active ? pair.a[0].pool.out[2] : 0;
+}
 FASTKD_INLINE int64_t tiles_at_most(const FspPair& pair) {
   const int64_t width = tile_width(pair);
   return width ? (pair.depth * width + kTile - 1) / kTile : (pair.depth + kTileDepth - 1) / kTileDepth;
@@ -144,15 +158,17 @@ static TileForward tile_forward_of(const FspPair& pair, Arena& arena) {
   TileForward s = {};
   const int64_t tiles = tiles_at_most(pair), lines = tile_width(pair) ? 2 : 1;
   for (int32_t i = 0; i < pair.chains; ++i) {
-    for (int64_t l = 0; l < lines; ++l) s.a[l * pair.chains + i] = arena.take<Bits>(round_up(pair.rows, kTile) * (tiles + 1) * kTileDepth);
+    for (int64_t l = 0; l < lines; ++l)
+      s.a[l * pair.chains + i] = arena.take<Bits>(round_up(pair.rows, kTile) * (tiles + 1) * kTileDepth);
     s.b[i] = arena.take<Bits>(round_up(pair.b[0].x.channels, kTile) * tiles * kTileDepth);
   }
   return s;
 }
 
-// c = a b^T over all positions of the student, less that of the teacher if there is one, from row i on; where `a` is averaged, four times
-// that.
-static void multiply_forward_tiles(const FspPair& pair, int64_t n, int64_t i, int64_t rows, const TileForward& s, float* c) {
+// c = a b^T over all positions of the student, less that of the teacher if there is one, from row i on; where
+// `a` is averaged, four times that.
+static void multiply_forward_tiles(const FspPair& pair, int64_t n, int64_t i, int64_t rows,
+                                   const TileForward& s, float* c) {
   const int64_t cb = pair.b[0].x.channels, width = tile_width(pair), lines = width ? 2 : 1;
   const int64_t total = width ? pair.positions[0] / width : pair.positions[0];
   begin_tiles();

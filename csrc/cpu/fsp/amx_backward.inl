@@ -1,18 +1,21 @@
-// Gradients of bfloat16 maps by AMX. dloss / dG, and an averaged map, are taken as the sum of two bfloat16 numbers, 2^-16 off at most; the
-// product of the two low parts is left out. The gradient is rounded to bfloat16 afterwards. An infinite dloss / dG makes NaN of an averaged
-// map, whose low part may be 0, where it would stay infinite else. Needs fsp/amx.inl.
+// Gradients of bfloat16 maps by AMX. dloss / dG, and an averaged map, are taken as the sum of two bfloat16
+// numbers, 2^-16 off at most; the product of the two low parts is left out. The gradient is rounded to
+// bfloat16 afterwards. An infinite dloss / dG makes NaN of an averaged map, whose low part may be 0, where it
+// would stay infinite else. Needs fsp/amx.inl.
 
-// x and y as pairs of bfloat16 numbers, x first, and as pairs of what these leave: cut off above, rounded below. Infinity leaves nothing.
+// x and y as pairs of bfloat16 numbers, x first, and as pairs of what these leave: cut off above, rounded
+// below. Infinity leaves nothing.
 FASTKD_INLINE void split_pairs(VecF x, VecF y, BitsF& high, BitsF& low) {
   const BitsF xs = (BitsF)x & 0xFFFF0000u, ys = (BitsF)y & 0xFFFF0000u;
   high = xs >> 16 | ys;
   const VecF none = {};
-  const BitsF xr = (BitsF)((VecF)xs == x ? none : x - (VecF)xs), yr = (BitsF)((VecF)ys == y ? none : y - (VecF)ys);
+  const BitsF xr = (BitsF)((VecF)xs == x ? none : x - (VecF)xs),
+              yr = (BitsF)((VecF)ys == y ? none : y - (VecF)ys);
   low = (xr + 0x8000u) >> 16 | ((yr + 0x8000u) & 0xFFFF0000u);
 }
 
-// The reduction over the other map's channels takes them in the order 0, 16, 1, 17, ... of each 32, where their pairs are made from vectors
-// of floats; in their own order, where they are read in place.
+// The reduction over the other map's channels takes them in the order 0, 16, 1, 17, ... of each 32, where
+// their pairs are made from vectors of floats; in their own order, where they are read in place.
 struct TileBackward {
   Bits *left[2], *right[2];  // high, low
   float* split;
@@ -35,22 +38,24 @@ static TileBackward tile_backward_of(const FspStage& stage, Arena& arena) {
 }
 
 // Rows of floats (some multiple of 32, after each other) times `scale` as rows of A.
-static void split_rows(const float* from, int64_t from_row, int64_t rows, int64_t columns, float scale, Bits* high, Bits* low,
-                       int64_t to_row) {
+static void split_rows(const float* from, int64_t from_row, int64_t rows, int64_t columns, float scale,
+                       Bits* high, Bits* low, int64_t to_row) {
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t j = 0; j < round_up(columns, kTileDepth); j += kTileDepth) {
       const float* p = from + r * from_row + j;
       BitsF h, l;
-      split_pairs(load<float, float>(p) * scale, j + kTile < columns ? load<float, float>(p + kTile) * scale : VecF{}, h, l);
+      split_pairs(load<float, float>(p) * scale,
+                  j + kTile < columns ? load<float, float>(p + kTile) * scale : VecF{}, h, l);
       *reinterpret_cast<BitsFU*>(high + r * to_row + j) = h;
       *reinterpret_cast<BitsFU*>(low + r * to_row + j) = l;
     }
   }
 }
 
-// Row l + 16 of floats beside row l, times `scale`, as one tile of B a 16 columns; `rows` of the 32 are there.
-static void split_columns(const float* from, int64_t from_row, int64_t rows, int64_t columns, bool in_order, float scale, Bits* high,
-                          Bits* low, int64_t panel) {
+// Row l + 16 of floats beside row l, times `scale`, as one tile of B a 16 columns; `rows` of the 32 are
+// there.
+static void split_columns(const float* from, int64_t from_row, int64_t rows, int64_t columns, bool in_order,
+                          float scale, Bits* high, Bits* low, int64_t panel) {
   for (int64_t i = 0; i < kTile; ++i) {
     const int64_t x = in_order ? 2 * i : i, y = in_order ? 2 * i + 1 : i + kTile;
     for (int64_t j = 0; j < columns; j += kTile) {
@@ -65,8 +70,10 @@ static void split_columns(const float* from, int64_t from_row, int64_t rows, int
   }
 }
 
-// Positions [begin, begin + count) of `rows` planes of bfloat16, rows 16 apart side by side, as one tile of B a 16 positions.
-static void pack_tile_positions(const Block& x, int64_t c, int64_t rows, int64_t begin, int64_t count, Bits* to, int64_t panel) {
+// Positions [begin, begin + count) of `rows` planes of bfloat16, rows 16 apart side by side, as one tile of B
+// a 16 positions.
+static void pack_tile_positions(const Block& x, int64_t c, int64_t rows, int64_t begin, int64_t count,
+                                Bits* to, int64_t panel) {
   const Bits* from = static_cast<const Bits*>(x.data) + c * x.stride_c + begin;
   for (int64_t i = 0; i < kTile; ++i) {
     const Bits *p = from + i * x.stride_c, *q = p + kTile * x.stride_c;
@@ -76,15 +83,18 @@ static void pack_tile_positions(const Block& x, int64_t c, int64_t rows, int64_t
       const __m256i zero = _mm256_setzero_si256();
       const __m256i first = i < rows ? _mm256_maskz_loadu_epi16(mask, p + s) : zero;
       const __m256i second = i + kTile < rows ? _mm256_maskz_loadu_epi16(mask, q + s) : zero;
-      _mm512_store_si512(target, _mm512_or_si512(_mm512_cvtepu16_epi32(first), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16)));
+      _mm512_store_si512(target, _mm512_or_si512(_mm512_cvtepu16_epi32(first),
+                                                 _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16)));
     }
   }
 }
 
 // As multiply_term(), for a bfloat16 map whose layout, averaged or not, is that of the result.
-static void multiply_term_tiles(const FspTerm& term, bool channels_last, int64_t n, int64_t c, int64_t channels, float* plane,
-                                float* pooled, const TileBackward& s, float* to, int64_t to_row, const float* sum, int64_t sum_row) {
-  const int64_t co = term.other.x.channels, tiles = (co + kTileDepth - 1) / kTileDepth, row = (tiles + 1) * kTileDepth;
+static void multiply_term_tiles(const FspTerm& term, bool channels_last, int64_t n, int64_t c,
+                                int64_t channels, float* plane, float* pooled, const TileBackward& s,
+                                float* to, int64_t to_row, const float* sum, int64_t sum_row) {
+  const int64_t co = term.other.x.channels, tiles = (co + kTileDepth - 1) / kTileDepth,
+                row = (tiles + 1) * kTileDepth;
   const int64_t panel = tiles * kTileSize;
   const float* m = static_cast<const float*>(term.m) + n * term.m_n + c * term.m_c;
   const float scale = static_cast<float>(term.scale);
@@ -94,14 +104,17 @@ static void multiply_term_tiles(const FspTerm& term, bool channels_last, int64_t
     const int64_t width = round_up(channels, kPad);
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t rows = min_of(kTileDepth, co - t * kTileDepth);
-      pack_rows<false, float, float>(m + t * kTileDepth * term.m_o, term.m_o, term.m_c, rows, channels, s.split, width, nullptr, 0);
-      split_columns(s.split, width, rows, channels, !pools, scale, s.right[0] + t * kTileSize, s.right[1] + t * kTileSize, panel);
+      pack_rows<false, float, float>(m + t * kTileDepth * term.m_o, term.m_o, term.m_c, rows, channels,
+                                     s.split, width, nullptr, 0);
+      split_columns(s.split, width, rows, channels, !pools, scale, s.right[0] + t * kTileSize,
+                    s.right[1] + t * kTileSize, panel);
     }
   } else {
     const int64_t width = tiles * kTileDepth;
     for (int64_t i = 0; i < channels; i += kTile) {
       const int64_t rows = min_of(kTile, channels - i);
-      pack_rows<false, float, float>(m + i * term.m_c, term.m_c, term.m_o, rows, co, s.split, width, nullptr, 0);
+      pack_rows<false, float, float>(m + i * term.m_c, term.m_c, term.m_o, rows, co, s.split, width, nullptr,
+                                     0);
       split_rows(s.split, width, rows, co, scale, s.left[0] + i * row, s.left[1] + i * row, row);
     }
   }
@@ -129,7 +142,8 @@ static void multiply_term_tiles(const FspTerm& term, bool channels_last, int64_t
         if (co % kTileDepth == 0 && count % kTile == 0) {
           for (int i = 0; i < 2; ++i) p.a[i] = from, p.a_row[i] = other.stride_s;
         } else {
-          for (int64_t r = 0; r < count; ++r) copy_bits(from + r * other.stride_s, co, s.left[0] + r * row, tiles * kTileDepth);
+          for (int64_t r = 0; r < count; ++r)
+            copy_bits(from + r * other.stride_s, co, s.left[0] + r * row, tiles * kTileDepth);
         }
       }
     } else {

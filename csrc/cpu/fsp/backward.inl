@@ -1,9 +1,11 @@
-// FSP kernels: the gradients by the feature maps, from those by the FSP matrices. Needs fsp/fsp.inl up to where that includes this file.
+// FSP kernels: the gradients by the feature maps, from those by the FSP matrices. Needs fsp/fsp.inl up to
+// where that includes this file.
 
 template <typename A>
 struct BackwardScratch {
-  A *grad, *pooled, *plane;  // the block's gradient if not computed in place; a term's, before it is un-pooled
-  A *other, *rows, *m;       // the other map, pooled; one depth of its positions; the gradient by G
+  A *grad, *pooled,
+      *plane;           // the block's gradient if not computed in place; a term's, before it is un-pooled
+  A *other, *rows, *m;  // the other map, pooled; one depth of its positions; the gradient by G
   int64_t grad_row, pooled_row, m_row;
   TileBackward tiles;
 };
@@ -26,7 +28,8 @@ static BackwardScratch<A> backward_scratch_of(const FspStage& stage, Arena& aren
     rows = max_of(rows, stage.channels_last ? depth * round_up(co, kPad) : co * depth);
     m = max_of(m, co * (padded + kGemmRows));
   }
-  if (!stage.direct || (stage.stream && stage.terms > 1)) s.grad = arena.take<A>(padded * (stage.x.positions + kPad));
+  if (!stage.direct || (stage.stream && stage.terms > 1))
+    s.grad = arena.take<A>(padded * (stage.x.positions + kPad));
   s.pooled = arena.take<A>(pooled);
   s.plane = arena.take<A>(plane);
   s.other = arena.take<A>(other);
@@ -36,14 +39,16 @@ static BackwardScratch<A> backward_scratch_of(const FspStage& stage, Arena& aren
   return s;
 }
 
-// to = scale * sum over o of m[c][o] other[o][position], plus `sum` if there is one, for `channels` channels from c on; to[c][position], or
-// to[position][c] if channels_last.
+// to = scale * sum over o of m[c][o] other[o][position], plus `sum` if there is one, for `channels` channels
+// from c on; to[c][position], or to[position][c] if channels_last.
 template <typename A>
-static void multiply_term(const FspTerm& term, bool channels_last, int64_t n, int64_t c, int64_t channels, BackwardScratch<A>& s, A* to,
-                          int64_t to_row, const A* sum, int64_t sum_row, bool stream) {
+static void multiply_term(const FspTerm& term, bool channels_last, int64_t n, int64_t c, int64_t channels,
+                          BackwardScratch<A>& s, A* to, int64_t to_row, const A* sum, int64_t sum_row,
+                          bool stream) {
   if constexpr (sizeof(A) == sizeof(float)) {
     if (term.tiles) {
-      return multiply_term_tiles(term, channels_last, n, c, channels, s.plane, s.other, s.tiles, to, to_row, sum, sum_row);
+      return multiply_term_tiles(term, channels_last, n, c, channels, s.plane, s.other, s.tiles, to, to_row,
+                                 sum, sum_row);
     }
   }
   const int64_t co = term.other.x.channels, width = channels_last ? kPanel<A> : kGemmRows;
@@ -52,9 +57,11 @@ static void multiply_term(const FspTerm& term, bool channels_last, int64_t n, in
   for (int64_t i = 0; i < channels; i += width, used += panel) {
     const int64_t at = n * term.m_n + (c + i) * term.m_c, count = min_of(width, channels - i);
     if (sizeof(A) == sizeof(float) || term.m_dtype == DType::kFloat) {
-      pack_rows<false, float, A>(static_cast<const float*>(term.m) + at, term.m_o, term.m_c, co, count, s.m + used, row, nullptr, 0);
+      pack_rows<false, float, A>(static_cast<const float*>(term.m) + at, term.m_o, term.m_c, co, count,
+                                 s.m + used, row, nullptr, 0);
     } else {
-      pack_rows<false, A, A>(static_cast<const A*>(term.m) + at, term.m_o, term.m_c, co, count, s.m + used, row, nullptr, 0);
+      pack_rows<false, A, A>(static_cast<const A*>(term.m) + at, term.m_o, term.m_c, co, count, s.m + used,
+                             row, nullptr, 0);
     }
   }
   scale<A>(s.m, used, static_cast<A>(term.scale));
@@ -93,8 +100,11 @@ static void multiply_term(const FspTerm& term, bool channels_last, int64_t n, in
   }
 }
 
-// The distance of planes in scratch memory: not 4 KiB, at which they would compete for the same lines of the first-level cache.
-FASTKD_INLINE int64_t planes_row(const Feature& out) { return out.layout == Layout::kPlanes ? out.positions + kPad : out.positions; }
+// The distance of planes in scratch memory: not 4 KiB, at which they would compete for the same lines of the
+// first-level cache.
+FASTKD_INLINE int64_t planes_row(const Feature& out) {
+  return out.layout == Layout::kPlanes ? out.positions + kPad : out.positions;
+}
 
 // One sample's gradient by the stage's channels from c on.
 template <typename A>
@@ -104,7 +114,8 @@ static void backward_unit(const FspStage& stage, int64_t n, int64_t c, void* scr
   const Feature& out = stage.grad;
   const int64_t channels = min_of(stage.channels, out.channels - c), padded = round_up(channels, kPad);
   const bool last = stage.channels_last;
-  // The terms are added up in `work`: in place, or in scratch memory where the gradient is to be written once, by the last direct term.
+  // The terms are added up in `work`: in place, or in scratch memory where the gradient is to be written
+  // once, by the last direct term.
   A* to = stage.direct ? static_cast<A*>(out.data) + n * out.stride_n + c * out.stride_c : s.grad;
   const int64_t scratch_row = last ? padded : planes_row(out);
   const int64_t to_row = stage.direct ? (last ? out.stride_s : out.stride_c) : scratch_row;
@@ -121,7 +132,8 @@ static void backward_unit(const FspStage& stage, int64_t n, int64_t c, void* scr
     multiply_term<A>(term, last, n, c, channels, s, s.pooled, row, nullptr, 0, false);
     if (!add && (term.own.max || !tiles_exactly(term.own))) {
       const int64_t count = last ? out.positions : channels, width = last ? channels : out.positions;
-      for (int64_t r = 0; r < count; ++r) __builtin_memset(work + r * work_row, 0, static_cast<size_t>(width) * sizeof(A));
+      for (int64_t r = 0; r < count; ++r)
+        __builtin_memset(work + r * work_row, 0, static_cast<size_t>(width) * sizeof(A));
       add = true;
     }
     if (term.own.max) {
@@ -130,17 +142,19 @@ static void backward_unit(const FspStage& stage, int64_t n, int64_t c, void* scr
         unpool_planes_add<A>(s.plane, 1, term.own, s.pooled + i * row, work + i * work_row);
       }
     } else if (last) {
-      (add ? spread_positions<true, A> : spread_positions<false, A>)(s.pooled, row, channels, term.own, work, work_row);
+      (add ? spread_positions<true, A> : spread_positions<false, A>)(s.pooled, row, channels, term.own, work,
+                                                                     work_row);
     } else {
-      (add ? spread_planes<true, A> : spread_planes<false, A>)(s.pooled, channels, term.own, s.plane, work, work_row);
+      (add ? spread_planes<true, A> : spread_planes<false, A>)(s.pooled, channels, term.own, s.plane, work,
+                                                               work_row);
     }
     add = true;
   }
   for (int32_t t = 0; t < stage.terms; ++t) {
     if (stage.term[t].own.active) continue;
     const bool final = --direct == 0, stream = final && stage.stream;
-    multiply_term<A>(stage.term[t], last, n, c, channels, s, final ? to : work, final ? to_row : work_row, add ? work : nullptr, work_row,
-                     stream);
+    multiply_term<A>(stage.term[t], last, n, c, channels, s, final ? to : work, final ? to_row : work_row,
+                     add ? work : nullptr, work_row, stream);
     add = true;
   }
   if (stage.direct) return;

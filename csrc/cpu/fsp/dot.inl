@@ -1,15 +1,19 @@
-// Products of planes: G = a b^T where the positions of every channel lie together. The lanes of a vector are positions, so nothing is
-// transposed; each element of G is one vector of partial sums, added up at the end of a block of positions. Needs pack.inl.
+// Products of planes: G = a b^T where the positions of every channel lie together. The lanes of a vector are
+// positions, so nothing is transposed; each element of G is one vector of partial sums, added up at the end
+// of a block of positions. Needs pack.inl.
 //
-// The left factor is copied into panels: for every vector of positions the kDotRows first rows, and for the difference form the same rows
-// of the second factor, one after the other, so that a tile reads them in order, whatever the distance between the channels (4 KiB for
-// 32x32 maps, which would compete for the same lines of the first-level cache). The right factor is read where it is, a few rows at a time,
-// once for all panels: storing a copy would cost as much as half of the products.
+// The left factor is copied into panels: for every vector of positions the kDotRows first rows, and for the
+// difference form the same rows of the second factor, one after the other, so that a tile reads them in
+// order, whatever the distance between the channels (4 KiB for 32x32 maps, which would compete for the same
+// lines of the first-level cache). The right factor is read where it is, a few rows at a time, once for all
+// panels: storing a copy would cost as much as half of the products.
 
 // Rows and columns of a tile: its sums fill half of the registers and make whole vectors.
 constexpr int kDotRows = FASTKD_VECTOR_BYTES == 64 ? 8 : 4, kDotColumns = 2;
 
-FASTKD_INLINE int64_t panel_elements(int64_t rows, int64_t depth, bool dual) { return round_up(rows, kDotRows) * depth * (dual ? 2 : 1); }
+FASTKD_INLINE int64_t panel_elements(int64_t rows, int64_t depth, bool dual) {
+  return round_up(rows, kDotRows) * depth * (dual ? 2 : 1);
+}
 
 #if FASTKD_VECTOR_BYTES >= 32
 // Vectors x and y of `Segment` lanes a sum -> one vector of half as many lanes a sum, in the same order.
@@ -52,7 +56,8 @@ FASTKD_INLINE void fold_sums(const Vec<A>* v, A* to) {
 #endif
 }
 
-// A row of the left factor, in a register: read once for all columns, where the compiler would rather read it with every product.
+// A row of the left factor, in a register: read once for all columns, where the compiler would rather read it
+// with every product.
 template <typename A>
 FASTKD_INLINE Vec<A> load_left(const A* p) {
   Vec<A> v = load<A, A>(p);
@@ -62,10 +67,12 @@ FASTKD_INLINE Vec<A> load_left(const A* p) {
   return v;
 }
 
-// One tile: sums[i * kDotColumns + j] = or += over `vectors` vectors of positions. Dual: the first left factor with b, the second with b -
-// b2. `ahead`, if not 0: how far the next columns' rows are, which are asked for meanwhile.
+// One tile: sums[i * kDotColumns + j] = or += over `vectors` vectors of positions. Dual: the first left
+// factor with b, the second with b - b2. `ahead`, if not 0: how far the next columns' rows are, which are
+// asked for meanwhile.
 template <typename A, bool Dual>
-static void dot_tile(const A* a, const A* const* b, const A* const* b2, int64_t vectors, A* sums, bool add, int64_t ahead) {
+static void dot_tile(const A* a, const A* const* b, const A* const* b2, int64_t vectors, A* sums, bool add,
+                     int64_t ahead) {
   constexpr int W = int(kLanes<A>), kCount = kDotRows * kDotColumns;
   const A *x0 = b[0], *x1 = b[1], *y0 = b2[0], *y1 = b2[1];
   Vec<A> sum[kCount];
@@ -101,11 +108,13 @@ static void dot_tile(const A* a, const A* const* b, const A* const* b2, int64_t 
   for (int i = 0; i < kCount; ++i) sums[i] = add ? sums[i] + total[i] : total[i];
 }
 
-// Positions [begin, begin + count) of channel c of a block of planes as whole vectors of A: in place, or in `row`, padded with zeros.
+// Positions [begin, begin + count) of channel c of a block of planes as whole vectors of A: in place, or in
+// `row`, padded with zeros.
 template <typename A>
 FASTKD_INLINE const A* plane_row(const Block& x, int64_t c, int64_t begin, int64_t count, A* row) {
   constexpr bool is_double = sizeof(A) == sizeof(double);
-  if (x.layout == Layout::kPlanes && x.dtype == (is_double ? DType::kDouble : DType::kFloat) && count % kLanes<A> == 0) {
+  if (x.layout == Layout::kPlanes && x.dtype == (is_double ? DType::kDouble : DType::kFloat) &&
+      count % kLanes<A> == 0) {
     return static_cast<const A*>(x.data) + c * x.stride_c + begin;
   }
   with_type<A>(x.dtype, [&](auto t) {
@@ -123,7 +132,8 @@ FASTKD_INLINE const A* plane_row(const Block& x, int64_t c, int64_t begin, int64
 
 // The panels of the left factor. One map: its values. Two: x - y and y.
 template <typename A>
-static void pack_panels(const Block& x, const Block* y, int64_t begin, int64_t count, int64_t rows, A* to, A* row) {
+static void pack_panels(const Block& x, const Block* y, int64_t begin, int64_t count, int64_t rows, A* to,
+                        A* row) {
   constexpr int W = int(kLanes<A>);
   const int64_t depth = round_up(count, W), chunk = (y ? 2 : 1) * kDotRows * W, size = depth / W * chunk;
   for (int64_t r = 0; r < round_up(rows, kDotRows); ++r) {
@@ -149,11 +159,11 @@ static void pack_panels(const Block& x, const Block* y, int64_t begin, int64_t c
   }
 }
 
-// c = a b^T over all positions of one chain, or the difference of two (a[0] and a[1]) as multiply() in fsp/fsp.inl forms it. `sums` holds
-// the tiles while they are added up, `row` four rows of `depth`.
+// c = a b^T over all positions of one chain, or the difference of two (a[0] and a[1]) as multiply() in
+// fsp/fsp.inl forms it. `sums` holds the tiles while they are added up, `row` four rows of `depth`.
 template <typename A>
-static void multiply_planes(const Block* a, const Block* b, bool difference, int64_t positions, int64_t depth, int64_t rows,
-                            int64_t columns, A* panels, A* row, A* sums, A* c) {
+static void multiply_planes(const Block* a, const Block* b, bool difference, int64_t positions, int64_t depth,
+                            int64_t rows, int64_t columns, A* panels, A* row, A* sums, A* c) {
   constexpr int64_t kCount = kDotRows * kDotColumns;
   for (int64_t k = 0; k < positions; k += depth) {
     const int64_t count = min_of(depth, positions - k), whole = round_up(count, kLanes<A>);
@@ -168,7 +178,8 @@ static void multiply_planes(const Block* a, const Block* b, bool difference, int
         second[q] = difference ? plane_row<A>(b[1], column, k, count, row + (2 * q + 1) * whole) : first[q];
       }
       for (int64_t i = 0; i < rows; i += kDotRows, tile += kCount) {
-        (difference ? dot_tile<A, true> : dot_tile<A, false>)(panels + i / kDotRows * size, first, second, whole / kLanes<A>, tile, k > 0,
+        (difference ? dot_tile<A, true> : dot_tile<A, false>)(panels + i / kDotRows * size, first, second,
+                                                              whole / kLanes<A>, tile, k > 0,
                                                               i == 0 ? kDotColumns * b[0].stride_c : 0);
       }
     }

@@ -1,5 +1,5 @@
-// fsp_matrix and fsp_loss with their backward operators: checks and allocation. The division into units of work is in fsp_plan.cpp, the
-// arithmetic in fsp/fsp.inl.
+// fsp_matrix and fsp_loss with their backward operators: checks and allocation. The division into units of
+// work is in fsp_plan.cpp, the arithmetic in fsp/fsp.inl.
 #include "cpu/fsp/plan.h"
 
 #include <cstring>
@@ -10,8 +10,9 @@ namespace fastkd {
 namespace {
 
 void check_precision(const std::optional<Text>& precision) {
-  STD_TORCH_CHECK(!precision || precision->value == "ieee" || precision->value == "tf32" || precision->value == "tf32x3",
-                  "precision must be \"ieee\", \"tf32\", \"tf32x3\" or None, got \"", precision->value, "\"");
+  STD_TORCH_CHECK(
+      !precision || precision->value == "ieee" || precision->value == "tf32" || precision->value == "tf32x3",
+      "precision must be \"ieee\", \"tf32\", \"tf32x3\" or None, got \"", precision->value, "\"");
 }
 
 std::vector<Feature> features_of(const std::vector<Tensor>& tensors, const char* name) {
@@ -26,18 +27,20 @@ DType accumulation_of(const std::vector<Feature>& features, DType least) {
   return least;
 }
 
-// All maps of a call: one batch size, one number of spatial dimensions (leading ones of size 1 cannot tell, so the tensors are asked).
+// All maps of a call: one batch size, one number of spatial dimensions (leading ones of size 1 cannot tell,
+// so the tensors are asked).
 void check_alike(const Tensor& first, const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == first.dim(), name, ": all maps must have the same number of dimensions, got ", tensor.dim(), " and ",
+  STD_TORCH_CHECK(tensor.dim() == first.dim(), name,
+                  ": all maps must have the same number of dimensions, got ", tensor.dim(), " and ",
                   first.dim());
-  STD_TORCH_CHECK(tensor.size(0) == first.size(0), name, ": all maps must have the same batch size, got ", tensor.size(0), " and ",
-                  first.size(0));
+  STD_TORCH_CHECK(tensor.size(0) == first.size(0), name, ": all maps must have the same batch size, got ",
+                  tensor.size(0), " and ", first.size(0));
 }
 
 void check_matrix_grad(const TensorView& m, int64_t batch, int64_t rows, int64_t columns, const char* name) {
   STD_TORCH_CHECK(m.dtype == DType::kFloat || m.dtype == DType::kDouble, name, " must be float32 or float64");
-  STD_TORCH_CHECK(m.dim == 3 && m.sizes[0] == batch && m.sizes[1] == rows && m.sizes[2] == columns, name, " must have shape (", batch, ", ",
-                  rows, ", ", columns, ")");
+  STD_TORCH_CHECK(m.dim == 3 && m.sizes[0] == batch && m.sizes[1] == rows && m.sizes[2] == columns, name,
+                  " must have shape (", batch, ", ", rows, ", ", columns, ")");
 }
 
 // float8 and the like never get here: view_of() refuses what is not one of the four dtypes.
@@ -64,8 +67,9 @@ Tensor fsp_matrix(const Tensor& a, const Tensor& b, const Text& pool_mode, std::
   return out;
 }
 
-std::vector<Tensor> fsp_matrix_backward(const Tensor& grad, const Tensor& a, const Tensor& b, const Text& pool_mode,
-                                        std::optional<Text> precision, bool a_grad, bool b_grad) {
+std::vector<Tensor> fsp_matrix_backward(const Tensor& grad, const Tensor& a, const Tensor& b,
+                                        const Text& pool_mode, std::optional<Text> precision, bool a_grad,
+                                        bool b_grad) {
   check_precision(precision);
   const bool max = parse_switch(pool_mode, "pool_mode", "avg", "max");
   const Feature fa = feature_of(view_of(a, "a"), "a"), fb = feature_of(view_of(b, "b"), "b");
@@ -82,7 +86,8 @@ std::vector<Tensor> fsp_matrix_backward(const Tensor& grad, const Tensor& a, con
     if (!(side == 0 ? a_grad : b_grad)) continue;
     FspStage stage{};
     stage.terms = 1;
-    stage.term[0] = plan_term(side == 0 ? as_b : as_a, (side == 0 ? as_a : as_b).pool, positions, 1.0, m, side == 0 ? 1 : 2);
+    stage.term[0] = plan_term(side == 0 ? as_b : as_a, (side == 0 ? as_a : as_b).pool, positions, 1.0, m,
+                              side == 0 ? 1 : 2);
     out.push_back(plan_stage(stage, side == 0 ? a : b, accumulate));
     stages.push_back(stage);
   }
@@ -97,8 +102,9 @@ struct ChainGradients {
   Pools pools;
 };
 
-void plan_chain(ChainGradients& chain, const std::vector<Tensor>& features, const std::vector<Tensor>& matrix_grads,
-                const std::vector<int64_t>& stages, double upstream, bool max, DType accumulate) {
+void plan_chain(ChainGradients& chain, const std::vector<Tensor>& features,
+                const std::vector<Tensor>& matrix_grads, const std::vector<int64_t>& stages, double upstream,
+                bool max, DType accumulate) {
   const std::vector<Feature> f = features_of(features, "features");
   std::vector<TensorView> m;
   std::vector<FspOperand> as_a(matrix_grads.size()), as_b(matrix_grads.size());
@@ -112,36 +118,40 @@ void plan_chain(ChainGradients& chain, const std::vector<Tensor>& features, cons
   for (int64_t i : stages) {
     STD_TORCH_CHECK(i >= 0 && i < int64_t(f.size()), "stages must be indices of features, got ", i);
     FspStage plan{};
-    if (i > 0) plan.term[plan.terms++] = plan_term(as_a[i - 1], as_b[i - 1].pool, positions[i - 1], upstream, m[i - 1], 2);
-    if (i < int64_t(m.size())) plan.term[plan.terms++] = plan_term(as_b[i], as_a[i].pool, positions[i], upstream, m[i], 1);
+    if (i > 0)
+      plan.term[plan.terms++] =
+          plan_term(as_a[i - 1], as_b[i - 1].pool, positions[i - 1], upstream, m[i - 1], 2);
+    if (i < int64_t(m.size()))
+      plan.term[plan.terms++] = plan_term(as_b[i], as_a[i].pool, positions[i], upstream, m[i], 1);
     chain.out.push_back(plan_stage(plan, features[i], accumulate));
     chain.plans.push_back(plan);
   }
 }
 
-std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fsp_loss(std::vector<Tensor> student, std::vector<Tensor> teacher,
-                                                                      const Text& pool_mode, const Text& distance, const Text& pair_reduce,
-                                                                      std::optional<std::vector<double>> weights, double weight,
-                                                                      std::optional<Text> precision, bool with_grad,
-                                                                      std::optional<double> upstream, std::vector<int64_t> stages) {
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fsp_loss(
+    std::vector<Tensor> student, std::vector<Tensor> teacher, const Text& pool_mode, const Text& distance,
+    const Text& pair_reduce, std::optional<std::vector<double>> weights, double weight,
+    std::optional<Text> precision, bool with_grad, std::optional<double> upstream,
+    std::vector<int64_t> stages) {
   check_precision(precision);
   const bool max = parse_switch(pool_mode, "pool_mode", "avg", "max");
   const bool columns = distance.value == "column_l2";
   const bool mean = distance.value == "squared";
-  STD_TORCH_CHECK(mean || columns || distance.value == "frobenius", "distance must be \"squared\", \"frobenius\" or \"column_l2\", got \"",
-                  distance.value, "\"");
+  STD_TORCH_CHECK(mean || columns || distance.value == "frobenius",
+                  "distance must be \"squared\", \"frobenius\" or \"column_l2\", got \"", distance.value,
+                  "\"");
   const bool pair_mean = parse_switch(pair_reduce, "pair_reduce", "sum", "mean");
   STD_TORCH_CHECK(student.size() >= 2, "student must hold at least two stages, got ", student.size());
-  STD_TORCH_CHECK(teacher.size() == student.size(), "student and teacher must hold equally many stages, got ", student.size(), " and ",
-                  teacher.size());
+  STD_TORCH_CHECK(teacher.size() == student.size(), "student and teacher must hold equally many stages, got ",
+                  student.size(), " and ", teacher.size());
   const size_t count = student.size() - 1;
   STD_TORCH_CHECK(!weights || weights->size() == count, "weights must hold one number a pair (", count, ")");
   const std::vector<Feature> s = features_of(student, "student"), t = features_of(teacher, "teacher");
   for (size_t i = 0; i <= count; ++i) {
     check_alike(student[0], student[i], "student");
     check_alike(student[0], teacher[i], "teacher");
-    STD_TORCH_CHECK(s[i].channels == t[i].channels, "student and teacher must have equal channels, got ", s[i].channels, " and ",
-                    t[i].channels, " in stage ", i);
+    STD_TORCH_CHECK(s[i].channels == t[i].channels, "student and teacher must have equal channels, got ",
+                    s[i].channels, " and ", t[i].channels, " in stage ", i);
   }
   const DType accumulate = accumulation_of(t, accumulation_of(s, DType::kFloat));
   Pools pools;
@@ -150,15 +160,17 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fsp_loss(std::vecto
   std::vector<double> factors;
   for (size_t p = 0; p < count; ++p) {
     const int64_t sizes[3] = {s[p].batch, s[p].channels, s[p + 1].channels};
-    factors.push_back(weight * (weights ? (*weights)[p] : 1.0) / (pair_mean ? double(count) : 1.0) / double(sizes[0]) /
-                      (mean ? double(sizes[1]) * double(sizes[2]) : 1.0));
-    pairs.push_back(plan_pair(&s[p], &t[p], max, columns ? FspResult::kColumnNorms : FspResult::kSquares, pools));
+    factors.push_back(weight * (weights ? (*weights)[p] : 1.0) / (pair_mean ? double(count) : 1.0) /
+                      double(sizes[0]) / (mean ? double(sizes[1]) * double(sizes[2]) : 1.0));
+    pairs.push_back(
+        plan_pair(&s[p], &t[p], max, columns ? FspResult::kColumnNorms : FspResult::kSquares, pools));
     pairs.back().slope = columns ? factors.back() : 2.0 * factors.back();
     if (!with_grad) continue;
     grads.push_back(empty(sizes, 3, accumulate));
     pairs.back().out = grads.back().data_ptr();
   }
-  STD_TORCH_CHECK(stages.empty() || (upstream && with_grad), "stages wants with_grad and the upstream gradient");
+  STD_TORCH_CHECK(stages.empty() || (upstream && with_grad),
+                  "stages wants with_grad and the upstream gradient");
   ChainGradients gradients;
   if (!stages.empty()) plan_chain(gradients, student, grads, stages, *upstream, max, accumulate);
   const ForwardPlan forward(pairs, s[0].batch);
@@ -171,17 +183,20 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fsp_loss(std::vecto
   return {out, grads, gradients.out};
 }
 
-std::vector<Tensor> fsp_loss_backward(const Tensor& grad, std::vector<Tensor> features, std::vector<Tensor> matrix_grads,
-                                      const Text& pool_mode, std::optional<Text> precision, std::vector<int64_t> stages, bool negate,
+std::vector<Tensor> fsp_loss_backward(const Tensor& grad, std::vector<Tensor> features,
+                                      std::vector<Tensor> matrix_grads, const Text& pool_mode,
+                                      std::optional<Text> precision, std::vector<int64_t> stages, bool negate,
                                       std::optional<std::vector<Tensor>> others) {
   check_precision(precision);
   const bool max = parse_switch(pool_mode, "pool_mode", "avg", "max");
   STD_TORCH_CHECK(features.size() >= 2 && matrix_grads.size() == features.size() - 1,
                   "matrix_grads must hold one matrix a pair of features");
-  STD_TORCH_CHECK(!others || others->empty(), "others must be empty: with a matrix a pair, a chain's gradients need that chain alone");
+  STD_TORCH_CHECK(!others || others->empty(),
+                  "others must be empty: with a matrix a pair, a chain's gradients need that chain alone");
   const double upstream = negate ? -scalar_of(grad, "grad") : scalar_of(grad, "grad");
   DType accumulate = accumulation_of(features_of(features, "features"), DType::kFloat);
-  for (const Tensor& m : matrix_grads) accumulate = accumulation(accumulate, view_of(m, "matrix_grads").dtype);
+  for (const Tensor& m : matrix_grads)
+    accumulate = accumulation(accumulate, view_of(m, "matrix_grads").dtype);
   ChainGradients gradients;
   plan_chain(gradients, features, matrix_grads, stages, upstream, max, accumulate);
   run_backward(BackwardPlan(gradients.plans), accumulate);

@@ -16,8 +16,8 @@ struct FspOperand {
 
 enum class FspResult : int32_t { kMatrix, kSquares, kColumnNorms };
 
-// One pair of stages, forward: G = a b^T / positions of a student and, for a loss, of a teacher. A unit of work is one sample and one block
-// of rows of G.
+// One pair of stages, forward: G = a b^T / positions of a student and, for a loss, of a teacher. A unit of
+// work is one sample and one block of rows of G.
 struct FspPair {
   FspOperand a[2], b[2];  // student, teacher
   int32_t chains;         // 1: G of the student only; 2: the difference of both
@@ -35,11 +35,13 @@ struct FspPair {
 struct FspForward {
   const FspPair* pairs;
   int64_t count;             // of pairs
-  int64_t units_per_sample;  // over all pairs: units are ordered by sample first, since neighbouring pairs share a feature map
+  int64_t units_per_sample;  // over all pairs: units are ordered by sample first, since neighbouring pairs
+                             // share a feature map
   double* partial;           // one a unit: what it adds to its pair's loss, without the factors
 };
 
-// One term of a feature's gradient: scale * sum over channels o of m[n, c, o] * other[n, o, position], un-pooled to the feature's own size.
+// One term of a feature's gradient: scale * sum over channels o of m[n, c, o] * other[n, o, position],
+// un-pooled to the feature's own size.
 struct FspTerm {
   FspOperand other;
   PoolPlan own;
@@ -70,14 +72,15 @@ struct FspBackward {
   int64_t units_per_sample;
 };
 
-// Forward and backward of whole samples: the backward reads what the forward left in `out` of the pairs, and both read the same maps, which
-// stay in the cache between the two.
+// Forward and backward of whole samples: the backward reads what the forward left in `out` of the pairs, and
+// both read the same maps, which stay in the cache between the two.
 struct FspTraining {
   FspForward forward;
   FspBackward backward;
 };
 
-// Units [begin, end), of `training` samples [begin, end). Indexed by accumulation dtype: 0 float, 1 double. The scratch sizes are in bytes.
+// Units [begin, end), of `training` samples [begin, end). Indexed by accumulation dtype: 0 float, 1 double.
+// The scratch sizes are in bytes.
 struct FspKernels {
   size_t (*forward_scratch[2])(const FspForward&);
   void (*forward[2])(const FspForward&, int64_t begin, int64_t end, void* scratch);

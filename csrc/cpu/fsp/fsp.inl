@@ -1,6 +1,6 @@
-// FSP kernels: FSP matrices and their loss (here) and the gradients by the feature maps (fsp/backward.inl). What is multiplied is packed
-// block by block into scratch memory (or read in place where it lies well), so layouts, dtypes and pooling end before the arithmetic
-// begins, and no tensor is ever copied as a whole.
+// FSP kernels: FSP matrices and their loss (here) and the gradients by the feature maps (fsp/backward.inl).
+// What is multiplied is packed block by block into scratch memory (or read in place where it lies well), so
+// layouts, dtypes and pooling end before the arithmetic begins, and no tensor is ever copied as a whole.
 #include "cpu/simd/gemm.inl"
 #include "cpu/simd/pack.inl"
 #include "cpu/fsp/pool.inl"
@@ -28,9 +28,10 @@ struct TileForward {};
 struct TileBackward {};
 FASTKD_INLINE TileForward tile_forward_of(const FspPair&, Arena&) { return {}; }
 FASTKD_INLINE TileBackward tile_backward_of(const FspStage&, Arena&) { return {}; }
-FASTKD_INLINE void multiply_forward_tiles(const FspPair&, int64_t, int64_t, int64_t, const TileForward&, float*) {}
-FASTKD_INLINE void multiply_term_tiles(const FspTerm&, bool, int64_t, int64_t, int64_t, float*, float*, const TileBackward&, float*,
-                                       int64_t, const float*, int64_t) {}
+FASTKD_INLINE void multiply_forward_tiles(const FspPair&, int64_t, int64_t, int64_t, const TileForward&,
+                                          float*) {}
+FASTKD_INLINE void multiply_term_tiles(const FspTerm&, bool, int64_t, int64_t, int64_t, float*, float*,
+                                       const TileBackward&, float*, int64_t, const float*, int64_t) {}
 #endif
 
 template <typename A>
@@ -77,7 +78,8 @@ static ForwardScratch<A> forward_scratch_of(const FspPair& pair, Arena& arena) {
 // Whether gemm can read the block's rows of channels where they are.
 template <typename A>
 FASTKD_INLINE bool in_place(const Block& x) {
-  return x.layout == Layout::kChannelsLast && x.dtype == (sizeof(A) == sizeof(double) ? DType::kDouble : DType::kFloat);
+  return x.layout == Layout::kChannelsLast &&
+         x.dtype == (sizeof(A) == sizeof(double) ? DType::kDouble : DType::kFloat);
 }
 
 // Positions [begin, end) as rows of channels, the left factor of gemm(): where they are, or packed into `to`.
@@ -92,30 +94,33 @@ static const A* rows_of(const Block& x, int64_t begin, int64_t end, int64_t chan
   return to;
 }
 
-// The same as the right factor: where they are, if they are read up to whole vectors and by few tiles, or packed in panels: rows a
-// power of two apart would compete for the same lines of the first-level cache.
+// The same as the right factor: where they are, if they are read up to whole vectors and by few tiles, or
+// packed in panels: rows a power of two apart would compete for the same lines of the first-level cache.
 template <typename A>
-static const A* columns_of(const Block& x, int64_t begin, int64_t end, int64_t channels, int64_t rows, A* to, int64_t* row,
-                           int64_t* panel) {
+static const A* columns_of(const Block& x, int64_t begin, int64_t end, int64_t channels, int64_t rows, A* to,
+                           int64_t* row, int64_t* panel) {
   if (in_place<A>(x) && channels % kPad == 0 && rows <= kFewRows) {
     *row = x.stride_s, *panel = kPanel<A>;
     return static_cast<const A*>(x.data) + begin * x.stride_s;
   }
   *row = min_of(round_up(channels, kPad), kPanel<A>), *panel = (end - begin) * kPanel<A>;
   for (int64_t c = 0, p = 0; c < channels; c += kPanel<A>, p += *panel) {
-    pack_positions<false, A>(channels_from(x, c), begin, end, min_of(kPanel<A>, channels - c), to + p, *row, nullptr, 0);
+    pack_positions<false, A>(channels_from(x, c), begin, end, min_of(kPanel<A>, channels - c), to + p, *row,
+                             nullptr, 0);
   }
   return to;
 }
 
-// c = a b^T over all positions of one chain, or the difference of two chains as (A_s - A_t) B_s^T + A_t (B_s - B_t)^T: the difference of
-// matrices that are alike keeps its digits when it is formed from differences of the maps.
+// c = a b^T over all positions of one chain, or the difference of two chains as (A_s - A_t) B_s^T + A_t (B_s
+// - B_t)^T: the difference of matrices that are alike keeps its digits when it is formed from differences of
+// the maps.
 template <typename A>
-static void multiply(const Block* a, const Block* b, bool difference, int64_t positions, const FspPair& pair, int64_t rows,
-                     ForwardScratch<A>& s, int chain, A* c) {
+static void multiply(const Block* a, const Block* b, bool difference, int64_t positions, const FspPair& pair,
+                     int64_t rows, ForwardScratch<A>& s, int chain, A* c) {
   const int64_t cb = pair.b[0].x.channels;
   if (pair.planes) {
-    return multiply_planes<A>(a + chain, b + chain, difference, positions, pair.depth, rows, cb, s.a[0], s.row, s.b[0], c);
+    return multiply_planes<A>(a + chain, b + chain, difference, positions, pair.depth, rows, cb, s.a[0],
+                              s.row, s.b[0], c);
   }
   for (int64_t k = 0; k < positions; k += pair.depth) {
     const int64_t end = min_of(k + pair.depth, positions);
@@ -150,7 +155,8 @@ static void divide(A* c, int64_t count, A positions, const A* other, A other_pos
   for (; i < count; ++i) c[i] = c[i] / positions - (other ? other[i] / other_positions : A(0));
 }
 
-// The sum of the squares of c / positions, less other / other_positions if there is one; c becomes slope times that.
+// The sum of the squares of c / positions, less other / other_positions if there is one; c becomes slope
+// times that.
 template <typename A>
 static double squares(A* c, int64_t count, A positions, const A* other, A other_positions, A slope) {
   constexpr int64_t W = kLanes<A>, D = kLanes<double>;
@@ -190,7 +196,8 @@ template <typename A>
 static double column_norms(A* d, int64_t rows, int64_t columns, A slope, bool gradient, double* norms) {
   for (int64_t j = 0; j < columns; ++j) norms[j] = 0;
   for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < columns; ++j) norms[j] += static_cast<double>(d[i * columns + j]) * static_cast<double>(d[i * columns + j]);
+    for (int64_t j = 0; j < columns; ++j)
+      norms[j] += static_cast<double>(d[i * columns + j]) * static_cast<double>(d[i * columns + j]);
   }
   double total = 0;
   for (int64_t j = 0; j < columns; ++j) total += norms[j] = __builtin_sqrt(norms[j]);
@@ -224,9 +231,11 @@ static double forward_unit(const FspPair& pair, int64_t n, int64_t i, void* scra
     multiply<A>(a, b, pair.fused, pair.positions[0], pair, rows, s, 0, c);
     if (other) multiply<A>(a, b, false, pair.positions[1], pair, rows, s, 1, s.g[1]);
   }
-  const A positions = static_cast<A>(pair.positions[0] * parts), other_positions = static_cast<A>(pair.positions[1]);
+  const A positions = static_cast<A>(pair.positions[0] * parts),
+          other_positions = static_cast<A>(pair.positions[1]);
   const A slope = static_cast<A>(pair.slope);
-  if (pair.result == FspResult::kSquares) return squares<A>(c, rows * cb, positions, other, other_positions, slope);
+  if (pair.result == FspResult::kSquares)
+    return squares<A>(c, rows * cb, positions, other, other_positions, slope);
   divide<A>(c, rows * cb, positions, other, other_positions);
   if (pair.result == FspResult::kMatrix) return 0;
   return column_norms<A>(c, rows, cb, slope, pair.out != nullptr, s.columns);

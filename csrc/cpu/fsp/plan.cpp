@@ -21,46 +21,59 @@ int64_t block_of(int64_t total, int64_t most, int64_t unit) {
 }
 
 // Whether operand_block() gives planes.
-bool is_planes(const FspOperand& operand) { return operand.x.layout != Layout::kChannelsLast || (operand.pool.active && operand.pool.max); }
+bool is_planes(const FspOperand& operand) {
+  return operand.x.layout != Layout::kChannelsLast || (operand.pool.active && operand.pool.max);
+}
 
-// Fewer positions than these do not pay for adding up the lanes of a vector for every element of G; a G of more elements than those pays
-// for transposing the maps.
+// Fewer positions than these do not pay for adding up the lanes of a vector for every element of G; a G of
+// more elements than those pays for transposing the maps.
 constexpr int64_t kPlanePositions = 64, kPlaneProducts = 2048;
 
-// Whether the gradient is written past the caches: it is too large to stay there, and gemm() can (see Gemm::stream).
+// Whether the gradient is written past the caches: it is too large to stay there, and gemm() can (see
+// Gemm::stream).
 bool streams(const FspStage& stage) {
   const Feature& x = stage.grad;
   const int64_t size = x.dtype == DType::kDouble ? 8 : 4, line = 64 / size;
   bool can = reinterpret_cast<uintptr_t>(x.data) % 64 == 0 && x.stride_n % line == 0;
-  can = can && (stage.channels_last ? x.channels % line == 0 && x.stride_s % line == 0 : x.positions % line == 0 && x.stride_c % line == 0);
+  can = can && (stage.channels_last ? x.channels % line == 0 && x.stride_s % line == 0
+                                    : x.positions % line == 0 && x.stride_c % line == 0);
   for (int t = 0; t < stage.terms; ++t) can = can && stage.term[t].other.x.channels <= kGemmDepth;
   return can && bytes_of(x) >= kStreamingBytes;
 }
 
-// AMX: fewer channels leave most of a tile empty; what a unit packs at a time, in numbers of one chain, and its rows of G (512 KiB of
-// floats) stay in the second-level cache.
+// AMX: fewer channels leave most of a tile empty; what a unit packs at a time, in numbers of one chain, and
+// its rows of G (512 KiB of floats) stay in the second-level cache.
 constexpr int64_t kTileChannels = 16, kTileNumbers = 262144, kTileProducts = 131072;
 
-// Whether a pair's products are those of AMX (fsp/amx.inl): all maps are bfloat16 in one of the two usual layouts, and only A is averaged,
-// if at all, over windows of 2 x 2.
+// Whether a pair's products are those of AMX (fsp/amx.inl): all maps are bfloat16 in one of the two usual
+// layouts, and only A is averaged, if at all, over windows of 2 x 2.
 bool takes_tiles(const FspPair& pair) {
-  if (pair.a[0].x.channels < kTileChannels || pair.b[0].x.channels < kTileChannels || (pair.chains == 2 && !pair.fused)) return false;
+  if (pair.a[0].x.channels < kTileChannels || pair.b[0].x.channels < kTileChannels ||
+      (pair.chains == 2 && !pair.fused))
+    return false;
   for (int chain = 0; chain < pair.chains; ++chain) {
     for (const FspOperand* operand : {&pair.a[chain], &pair.b[chain]}) {
       if (operand->x.dtype != DType::kBFloat16 || operand->x.layout == Layout::kGeneric) return false;
     }
     const PoolPlan& pool = pair.a[chain].pool;
     if (pair.b[chain].pool.active || (pool.active && pool.max)) return false;
-    if (pool.active && (pool.in[0] != pool.out[0] || pool.in[1] != 2 * pool.out[1] || pool.in[2] != 2 * pool.out[2])) return false;
+    if (pool.active &&
+        (pool.in[0] != pool.out[0] || pool.in[1] != 2 * pool.out[1] || pool.in[2] != 2 * pool.out[2]))
+      return false;
   }
   return tiles_available();
 }
 
-// The same of a term of a gradient: both maps are bfloat16, the other one, averaged or not, in the layout of the gradient.
+// The same of a term of a gradient: both maps are bfloat16, the other one, averaged or not, in the layout of
+// the gradient.
 bool takes_tiles(const FspStage& stage, const FspTerm& term) {
   const FspOperand& other = term.other;
-  if (stage.grad.dtype != DType::kBFloat16 || other.x.dtype != DType::kBFloat16 || term.m_dtype != DType::kFloat) return false;
-  if (stage.grad.channels < kTileChannels || other.x.channels < kTileChannels || other.x.layout == Layout::kGeneric) return false;
+  if (stage.grad.dtype != DType::kBFloat16 || other.x.dtype != DType::kBFloat16 ||
+      term.m_dtype != DType::kFloat)
+    return false;
+  if (stage.grad.channels < kTileChannels || other.x.channels < kTileChannels ||
+      other.x.layout == Layout::kGeneric)
+    return false;
   return stage.channels_last == !is_planes(other) && tiles_available();
 }
 
@@ -83,11 +96,13 @@ FspPair plan_pair(const Feature* student, const Feature* teacher, bool max, FspR
     pair.fused = same_size(student[0], teacher[0]) && same_size(student[1], teacher[1]);
   }
   pair.result = result;
-  // A unit's rows of G stay in the second-level cache (256 KiB of floats) while the products are added up. The norms of columns need all
-  // rows.
+  // A unit's rows of G stay in the second-level cache (256 KiB of floats) while the products are added up.
+  // The norms of columns need all rows.
   const int64_t ca = student[0].channels, cb = student[1].channels;
   pair.tiles = takes_tiles(pair);
-  pair.rows = result == FspResult::kColumnNorms ? ca : block_of(ca, std::max<int64_t>(64, (pair.tiles ? kTileProducts : 65536) / cb), 16);
+  pair.rows = result == FspResult::kColumnNorms
+                  ? ca
+                  : block_of(ca, std::max<int64_t>(64, (pair.tiles ? kTileProducts : 65536) / cb), 16);
   pair.row_blocks = (ca + pair.rows - 1) / pair.rows;
   if (pair.tiles) {
     const PoolPlan& pool = pair.a[0].pool;
@@ -98,14 +113,15 @@ FspPair plan_pair(const Feature* student, const Feature* teacher, bool max, FspR
   }
   const int64_t positions = std::max(pair.positions[0], pair.positions[1]);
   pair.planes = positions >= kPlanePositions && ca * cb <= kPlaneProducts;
-  for (int chain = 0; chain < pair.chains; ++chain) pair.planes = pair.planes && is_planes(pair.a[chain]) && is_planes(pair.b[chain]);
+  for (int chain = 0; chain < pair.chains; ++chain)
+    pair.planes = pair.planes && is_planes(pair.a[chain]) && is_planes(pair.b[chain]);
   if (pair.planes) {
     // The panels (of two maps in the difference form) take 32 KiB: the first-level cache, mostly.
     pair.depth = block_of(positions, std::max<int64_t>(64, 4096 / pair.rows), 16);
     return pair;
   }
-  // The packed positions of all operands stay in the first-level cache (32 KiB) if that leaves enough of them for a product to be
-  // efficient; else one panel of the right operand does (gemm.inl).
+  // The packed positions of all operands stay in the first-level cache (32 KiB) if that leaves enough of them
+  // for a product to be efficient; else one panel of the right operand does (gemm.inl).
   const int64_t width = pair.chains * (pair.rows + cb);
   pair.depth = block_of(positions, std::min<int64_t>(512, std::max<int64_t>(128, 8192 / width)), 16);
   return pair;
@@ -115,11 +131,14 @@ void run_forward(const ForwardPlan& plan, DType accumulate) {
   const FspForward& call = plan.call;
   const FspKernels& table = kernels().fsp;
   const int which = index_of(accumulate);
-  parallel_units(int64_t(plan.partial.size()), plan.work / call.units_per_sample / kWorkPerElement + 1, table.forward_scratch[which](call),
-                 [&](int64_t begin, int64_t end, void* scratch) { table.forward[which](call, begin, end, scratch); });
+  parallel_units(int64_t(plan.partial.size()), plan.work / call.units_per_sample / kWorkPerElement + 1,
+                 table.forward_scratch[which](call), [&](int64_t begin, int64_t end, void* scratch) {
+                   table.forward[which](call, begin, end, scratch);
+                 });
 }
 
-FspTerm plan_term(const FspOperand& other, const PoolPlan& own, int64_t positions, double upstream, const TensorView& m, int channel_dim) {
+FspTerm plan_term(const FspOperand& other, const PoolPlan& own, int64_t positions, double upstream,
+                  const TensorView& m, int channel_dim) {
   FspTerm term{};
   term.other = other;
   term.own = own;
@@ -141,9 +160,11 @@ Tensor plan_stage(FspStage& stage, const Tensor& x, DType accumulate) {
   stage.grad = feature_of(view_of(grad, "gradient"), "gradient");
   // Un-pooling a maximum looks its position up in planes.
   bool planes = false;
-  for (int t = 0; t < stage.terms; ++t) planes = planes || (stage.term[t].own.active && stage.term[t].own.max);
+  for (int t = 0; t < stage.terms; ++t)
+    planes = planes || (stage.term[t].own.active && stage.term[t].own.max);
   stage.channels_last = stage.grad.layout == Layout::kChannelsLast && !planes;
-  stage.direct = stage.grad.dtype == accumulate && (stage.channels_last || stage.grad.layout == Layout::kPlanes);
+  stage.direct =
+      stage.grad.dtype == accumulate && (stage.channels_last || stage.grad.layout == Layout::kPlanes);
   stage.stream = stage.direct && streams(stage);
   // A block's gradient stays in the second-level cache when it has to be converted or spread out afterwards.
   // Every block pools the other map anew.
@@ -167,8 +188,9 @@ void run_backward(const BackwardPlan& plan, DType accumulate) {
   const FspKernels& table = kernels().fsp;
   const int which = index_of(accumulate);
   parallel_units(plan.batch * call.units_per_sample, plan.work / call.units_per_sample / kWorkPerElement + 1,
-                 table.backward_scratch[which](call),
-                 [&](int64_t begin, int64_t end, void* scratch) { table.backward[which](call, begin, end, scratch); });
+                 table.backward_scratch[which](call), [&](int64_t begin, int64_t end, void* scratch) {
+                   table.backward[which](call, begin, end, scratch);
+                 });
 }
 
 void run_training(const ForwardPlan& forward, const BackwardPlan& backward, DType accumulate) {
@@ -181,8 +203,10 @@ void run_training(const ForwardPlan& forward, const BackwardPlan& backward, DTyp
   const FspTraining call{forward.call, backward.call};
   const FspKernels& table = kernels().fsp;
   const int which = index_of(accumulate);
-  parallel_units(forward.batch, (forward.work + backward.work) / kWorkPerElement + 1, table.training_scratch[which](call),
-                 [&](int64_t begin, int64_t end, void* scratch) { table.training[which](call, begin, end, scratch); });
+  parallel_units(forward.batch, (forward.work + backward.work) / kWorkPerElement + 1,
+                 table.training_scratch[which](call), [&](int64_t begin, int64_t end, void* scratch) {
+                   table.training[which](call, begin, end, scratch);
+                 });
 }
 
 }  // namespace fastkd

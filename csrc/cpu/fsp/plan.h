@@ -1,4 +1,5 @@
-// How the FSP operators (fsp/fsp.cpp) are divided into units of work, and run: what fsp.h's structs hold is decided here.
+// How the FSP operators (fsp/fsp.cpp) are divided into units of work, and run: what fsp.h's structs hold is
+// decided here.
 #pragma once
 
 #include "cpu/dispatch.h"
@@ -20,8 +21,10 @@ int64_t join(const Feature& a, const Feature& b, bool max, Pools& pools, FspOper
 // student and teacher: the features of both stages; teacher is null for a plain matrix.
 FspPair plan_pair(const Feature* student, const Feature* teacher, bool max, FspResult result, Pools& pools);
 
-// channel_dim: the dimension of m that holds the channels of the feature whose gradient this is; 3 - channel_dim holds the other's.
-FspTerm plan_term(const FspOperand& other, const PoolPlan& own, int64_t positions, double upstream, const TensorView& m, int channel_dim);
+// channel_dim: the dimension of m that holds the channels of the feature whose gradient this is; 3 -
+// channel_dim holds the other's.
+FspTerm plan_term(const FspOperand& other, const PoolPlan& own, int64_t positions, double upstream,
+                  const TensorView& m, int channel_dim);
 
 // The gradient of one feature, allocated here, with the terms already in `stage`.
 Tensor plan_stage(FspStage& stage, const Tensor& x, DType accumulate);
@@ -65,7 +68,8 @@ struct BackwardPlan {
     for (const FspStage& stage : stages) {
       batch = stage.x.batch;
       call.units_per_sample += stage.channel_blocks;
-      for (int t = 0; t < stage.terms; ++t) work += stage.term[t].positions * stage.x.channels * stage.term[t].other.x.channels;
+      for (int t = 0; t < stage.terms; ++t)
+        work += stage.term[t].positions * stage.x.channels * stage.term[t].other.x.channels;
     }
   }
 };
@@ -73,8 +77,9 @@ struct BackwardPlan {
 void run_forward(const ForwardPlan& plan, DType accumulate);
 void run_backward(const BackwardPlan& plan, DType accumulate);
 
-// Forward and backward. What a unit computes is the same either way: it is done sample by sample, so that the backward finds a sample's
-// maps in the cache, where the samples divide well among the threads, else pass by pass.
+// Forward and backward. What a unit computes is the same either way: it is done sample by sample, so that the
+// backward finds a sample's maps in the cache, where the samples divide well among the threads, else pass by
+// pass.
 void run_training(const ForwardPlan& forward, const BackwardPlan& backward, DType accumulate);
 
 }  // namespace fastkd

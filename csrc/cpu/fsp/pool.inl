@@ -1,21 +1,23 @@
-// Average pooling for the FSP kernels, and its gradient, vectorized: along the rows for planes, over the channels for channels-last maps.
-// (pool.inl has the general walk, which serves the rest.) Needs pack.inl.
+// Average pooling for the FSP kernels, and its gradient, vectorized: along the rows for planes, over the
+// channels for channels-last maps. (pool.inl has the general walk, which serves the rest.) Needs pack.inl.
 
-// f(line, first input line, number of slices, number of lines a slice) for every line of windows: those of one depth and height.
+// f(line, first input line, number of slices, number of lines a slice) for every line of windows: those of
+// one depth and height.
 template <typename F>
 FASTKD_INLINE void for_lines(const PoolPlan& plan, const F& f) {
   int64_t line = 0;
   for (int64_t d = 0; d < plan.out[0]; ++d) {
     const int64_t d0 = plan.begin[0][d], depth = plan.end[0][d] - d0;
-    for (int64_t h = 0; h < plan.out[1]; ++h, ++line) f(line, d0 * plan.in[1] + plan.begin[1][h], depth, plan.end[1][h] - plan.begin[1][h]);
+    for (int64_t h = 0; h < plan.out[1]; ++h, ++line)
+      f(line, d0 * plan.in[1] + plan.begin[1][h], depth, plan.end[1][h] - plan.begin[1][h]);
   }
 }
 
 // Whether windows are 2x2 and lines whole vectors: the case of every CIFAR network, worth its own loops.
 template <typename A>
 FASTKD_INLINE bool is_quartered(const PoolPlan& plan) {
-  return FASTKD_VECTOR_BYTES >= 32 && plan.in[0] == plan.out[0] && plan.in[1] == 2 * plan.out[1] && plan.in[2] == 2 * plan.out[2] &&
-         plan.in[2] % kLanes<A> == 0 && plan.out_positions % kLanes<A> == 0;
+  return FASTKD_VECTOR_BYTES >= 32 && plan.in[0] == plan.out[0] && plan.in[1] == 2 * plan.out[1] &&
+         plan.in[2] == 2 * plan.out[2] && plan.in[2] % kLanes<A> == 0 && plan.out_positions % kLanes<A> == 0;
 }
 
 // The upper of two lines, a vector at a time, in pairs of lines from the top of a plane.
@@ -52,7 +54,8 @@ static void average_quarters(const T* plane, const PoolPlan& plan, A* out) {
   LinePairs<const T> lines = {plane, width, width};
   for (int64_t i = 0; i < plan.out_positions; i += W) {
     const T *left = next_vector<A>(lines), *right = next_vector<A>(lines);
-    const Vec<A> l = load<T, A>(left) + load<T, A>(left + width), r = load<T, A>(right) + load<T, A>(right + width);
+    const Vec<A> l = load<T, A>(left) + load<T, A>(left + width),
+                 r = load<T, A>(right) + load<T, A>(right + width);
     store<A, A>(out + i, neighbours<A>(l, r) * A(0.25));
   }
 }
@@ -93,9 +96,11 @@ FASTKD_INLINE void add_neighbours(const A* x, int64_t count, A* out) {
   for (; i < count; ++i) out[i] = x[2 * i] + x[2 * i + 1];
 }
 
-// out[c][position], from planes. `lines` holds a plane of plan.in: windows are averaged over depth and height first, then within the lines.
+// out[c][position], from planes. `lines` holds a plane of plan.in: windows are averaged over depth and height
+// first, then within the lines.
 template <typename T, typename A>
-static void average_planes(const T* x, int64_t stride_c, int64_t channels, const PoolPlan& plan, A* __restrict lines, A* __restrict out) {
+static void average_planes(const T* x, int64_t stride_c, int64_t channels, const PoolPlan& plan,
+                           A* __restrict lines, A* __restrict out) {
   const int64_t width = plan.in[2], slice = plan.in[1] * width, count = plan.out[0] * plan.out[1];
   const bool halves = width == 2 * plan.out[2], quarters = is_quartered<A>(plan);
   for (int64_t c = 0; c < channels; ++c, out += plan.out_positions) {
@@ -113,7 +118,8 @@ static void average_planes(const T* x, int64_t stride_c, int64_t channels, const
           total += load<T, A>(from + width + w);
         } else {
           for (int64_t d = 0; d < depth; ++d) {
-            for (int64_t h = d == 0 ? 1 : 0; h < height; ++h) total += load<T, A>(from + d * slice + h * width + w);
+            for (int64_t h = d == 0 ? 1 : 0; h < height; ++h)
+              total += load<T, A>(from + d * slice + h * width + w);
           }
         }
         store<A, A>(to + w, total * share);
@@ -149,7 +155,8 @@ static void average_planes(const T* x, int64_t stride_c, int64_t channels, const
 
 // The gradient: to = or += what average_planes() makes of to's planes, transposed.
 template <bool Add, typename A>
-static void spread_planes(const A* __restrict grad, int64_t channels, const PoolPlan& plan, A* __restrict lines, A* to, int64_t to_row) {
+static void spread_planes(const A* __restrict grad, int64_t channels, const PoolPlan& plan,
+                          A* __restrict lines, A* to, int64_t to_row) {
   const int64_t width = plan.in[2], slice = plan.in[1] * width, count = plan.out[0] * plan.out[1];
   const bool halves = width == 2 * plan.out[2], quarters = is_quartered<A>(plan);
   for (int64_t c = 0; c < channels; ++c, grad += plan.out_positions) {
@@ -187,11 +194,14 @@ static void spread_planes(const A* __restrict grad, int64_t channels, const Pool
   }
 }
 
-FASTKD_INLINE bool is_2x2(const Window& v) { return v.d1 - v.d0 == 1 && v.h1 - v.h0 == 2 && v.w1 - v.w0 == 2; }
+FASTKD_INLINE bool is_2x2(const Window& v) {
+  return v.d1 - v.d0 == 1 && v.h1 - v.h0 == 2 && v.w1 - v.w0 == 2;
+}
 
 // out[position][c] with rows of `out_row`, from a channels-last map.
 template <typename T, typename A>
-static void average_positions(const T* x, int64_t stride_s, int64_t channels, const PoolPlan& plan, A* out, int64_t out_row) {
+static void average_positions(const T* x, int64_t stride_s, int64_t channels, const PoolPlan& plan, A* out,
+                              int64_t out_row) {
   const int64_t line = plan.in[2] * stride_s;
   for_windows(plan, [&](int64_t at, const Window& window) {
     A* to = out + at * out_row;
@@ -220,7 +230,8 @@ static void average_positions(const T* x, int64_t stride_s, int64_t channels, co
 }
 
 template <bool Add, typename A>
-static void spread_positions(const A* grad, int64_t grad_row, int64_t channels, const PoolPlan& plan, A* to, int64_t to_row) {
+static void spread_positions(const A* grad, int64_t grad_row, int64_t channels, const PoolPlan& plan, A* to,
+                             int64_t to_row) {
   for_windows(plan, [&](int64_t at, const Window& window) {
     const A* from = grad + at * grad_row;
     const A share = A(1) / static_cast<A>(volume(window));
@@ -236,7 +247,8 @@ static void spread_positions(const A* grad, int64_t grad_row, int64_t channels, 
   });
 }
 
-// Whether every input position lies in exactly one window, so that a gradient can be written without clearing first.
+// Whether every input position lies in exactly one window, so that a gradient can be written without clearing
+// first.
 FASTKD_INLINE bool tiles_exactly(const PoolPlan& plan) {
   return plan.in[0] % plan.out[0] == 0 && plan.in[1] % plan.out[1] == 0 && plan.in[2] % plan.out[2] == 0;
 }
@@ -247,14 +259,22 @@ FASTKD_INLINE int64_t pooled_elements(const FspOperand& x, int64_t channels) {
 }
 FASTKD_INLINE int64_t plane_elements(const FspOperand& x) { return x.pool.active ? x.pool.in_positions : 0; }
 
-// The operand's channels from c on as its pair sees them: in place, or pooled into `out` (of type A then; channels-last maps stay so).
+// The operand's channels from c on as its pair sees them: in place, or pooled into `out` (of type A then;
+// channels-last maps stay so).
 template <typename A>
-static Block operand_block(const FspOperand& operand, int64_t n, int64_t c, int64_t channels, A* plane, A* out) {
+static Block operand_block(const FspOperand& operand, int64_t n, int64_t c, int64_t channels, A* plane,
+                           A* out) {
   const Feature& x = operand.x;
   const PoolPlan& plan = operand.pool;
   Block from = sample_block(x, n, c);
   if (!plan.active) return from;
-  Block to = {out, sizeof(A) == sizeof(double) ? DType::kDouble : DType::kFloat, Layout::kPlanes, plan.out_positions, 1, {}, {}};
+  Block to = {out,
+              sizeof(A) == sizeof(double) ? DType::kDouble : DType::kFloat,
+              Layout::kPlanes,
+              plan.out_positions,
+              1,
+              {},
+              {}};
   if (plan.max || x.layout == Layout::kGeneric) {
     load_pooled<A>(x, n, c, c + channels, plan, plane, out);
     return to;

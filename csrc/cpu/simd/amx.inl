@@ -1,10 +1,13 @@
-// Products of bfloat16 matrices by AMX: one instruction multiplies 16 rows of 32 numbers by 32 rows of 16 and adds to 16 x 16 floats, more
-// than ten times as fast as the multiply-adds of gemm.inl. Products are exact, sums are rounded to float, subnormal numbers count as zero.
-// Only called where the CPU has AMX and the kernel lends its registers (tiles_available() in dispatch.cpp).
+// Products of bfloat16 matrices by AMX: one instruction multiplies 16 rows of 32 numbers by 32 rows of 16 and
+// adds to 16 x 16 floats, more than ten times as fast as the multiply-adds of gemm.inl. Products are exact,
+// sums are rounded to float, subnormal numbers count as zero. Only called where the CPU has AMX and the
+// kernel lends its registers (tiles_available() in dispatch.cpp).
 
 // Written out, since the compiler's intrinsics do not say which memory they read.
-#define FASTKD_TILE_LOAD(tile, p, row) asm volatile("tileloadd (%0,%1,1), %%tmm" #tile : : "r"(p), "r"(row) : "memory")
-#define FASTKD_TILE_STORE(tile, p, row) asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)" : : "r"(p), "r"(row) : "memory")
+#define FASTKD_TILE_LOAD(tile, p, row) \
+  asm volatile("tileloadd (%0,%1,1), %%tmm" #tile : : "r"(p), "r"(row) : "memory")
+#define FASTKD_TILE_STORE(tile, p, row) \
+  asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)" : : "r"(p), "r"(row) : "memory")
 #define FASTKD_TILE_ZERO(tile) asm volatile("tilezero %tmm" #tile)
 #define FASTKD_TILE_PRODUCT(sum, a, b) asm volatile("tdpbf16ps %tmm" #b ", %tmm" #a ", %tmm" #sum)
 
@@ -13,14 +16,17 @@ constexpr int64_t kTileDepth = 32;                 // of the reduction, numbers 
 constexpr int64_t kTileSize = kTile * kTileDepth;  // numbers
 constexpr int kTileSteps = 4;
 
-// C (m x n), or D, plus the sum over the steps of A_step B_step^T; what belongs to one tile of the reduction is added up step by step.
+// C (m x n), or D, plus the sum over the steps of A_step B_step^T; what belongs to one tile of the reduction
+// is added up step by step.
 struct TileProduct {
   int64_t m, n, depth;  // depth: tiles of the reduction
   int steps;
-  // Element (i, l) at a[i * a_row + l]; readable for whole tiles of rows, zero up to whole tiles of the reduction.
+  // Element (i, l) at a[i * a_row + l]; readable for whole tiles of rows, zero up to whole tiles of the
+  // reduction.
   const uint16_t* a[kTileSteps];
   int64_t a_row[kTileSteps];
-  // Element (l, j) at b[(j / 16 * depth + l / 32) * kTileSize + l % 32 / 2 * 32 + j % 16 * 2 + l % 2]; likewise.
+  // Element (l, j) at b[(j / 16 * depth + l / 32) * kTileSize + l % 32 / 2 * 32 + j % 16 * 2 + l % 2];
+  // likewise.
   const uint16_t* b[kTileSteps];
   float* c;
   int64_t c_row;
@@ -41,7 +47,8 @@ static void end_tiles() { asm volatile("tilerelease"); }
 
 // M x N tiles of C from (i, j) on.
 template <int M, int N>
-static void multiply_tile_block(const TileProduct& p, int64_t i, int64_t j, const float* d, int64_t d_row, float* c, int64_t c_row) {
+static void multiply_tile_block(const TileProduct& p, int64_t i, int64_t j, const float* d, int64_t d_row,
+                                float* c, int64_t c_row) {
   c_row *= 4, d_row *= 4;
   if (d) {
     FASTKD_TILE_LOAD(0, d, d_row);
@@ -86,17 +93,20 @@ static void multiply_tiles(const TileProduct& p) {
     const int64_t columns = min_of(kBlock, p.n - j);
     for (int64_t i = 0; i < p.m; i += kBlock) {
       const int64_t rows = min_of(kBlock, p.m - i);
-      const auto block = rows > kTile ? (columns > kTile ? multiply_tile_block<2, 2> : multiply_tile_block<2, 1>)
-                                      : (columns > kTile ? multiply_tile_block<1, 2> : multiply_tile_block<1, 1>);
+      const auto block = rows > kTile
+                             ? (columns > kTile ? multiply_tile_block<2, 2> : multiply_tile_block<2, 1>)
+                             : (columns > kTile ? multiply_tile_block<1, 2> : multiply_tile_block<1, 1>);
       const float* d = p.d ? p.d + i * p.d_row + j : nullptr;
       float* c = p.c + i * p.c_row + j;
       if (rows % kTile == 0 && columns % kTile == 0) {
         block(p, i, j, d, p.d_row, c, p.c_row);
         continue;
       }
-      for (int64_t r = 0; d && r < rows; ++r) __builtin_memcpy(edge + r * kBlock, d + r * p.d_row, static_cast<size_t>(columns) * 4);
+      for (int64_t r = 0; d && r < rows; ++r)
+        __builtin_memcpy(edge + r * kBlock, d + r * p.d_row, static_cast<size_t>(columns) * 4);
       block(p, i, j, d ? edge : nullptr, kBlock, edge, kBlock);
-      for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(c + r * p.c_row, edge + r * kBlock, static_cast<size_t>(columns) * 4);
+      for (int64_t r = 0; r < rows; ++r)
+        __builtin_memcpy(c + r * p.c_row, edge + r * kBlock, static_cast<size_t>(columns) * 4);
     }
   }
 }

@@ -1,13 +1,15 @@
-// A small matrix product, C (m x n) = A B, or D + A B, or with A2 (B - B2) added to either in the same sweep, for operands that already lie
-// well: C has contiguous rows, B has them too or is cut into panels of a tile's width, and A is read one broadcast scalar at a time,
-// through any strides. Everything the FSP kernels multiply is brought into this form (pack.inl), so one register tile serves every layout,
-// direction and dtype.
+// A small matrix product, C (m x n) = A B, or D + A B, or with A2 (B - B2) added to either in the same sweep,
+// for operands that already lie well: C has contiguous rows, B has them too or is cut into panels of a tile's
+// width, and A is read one broadcast scalar at a time, through any strides. Everything the FSP kernels
+// multiply is brought into this form (pack.inl), so one register tile serves every layout, direction and
+// dtype.
 
 // Columns of a tile, and of a panel of B.
 template <typename T>
 constexpr int64_t kPanel = 2 * kLanes<T>;
 
-// Rows of a block of A, which stays in the second-level cache while a panel of B (kGemmDepth x kPanel) stays in the first-level cache.
+// Rows of a block of A, which stays in the second-level cache while a panel of B (kGemmDepth x kPanel) stays
+// in the first-level cache.
 constexpr int64_t kGemmRows = 96;
 
 template <typename T>
@@ -15,7 +17,8 @@ struct Gemm {
   int64_t m, n, k;
   const T* a;  // element (i, l) at a[i / kGemmRows * a_block + i % kGemmRows * a_row + l * a_col]
   int64_t a_row, a_col, a_block;
-  // element (l, j) at b[j / kPanel * b_panel + l * b_row + j % kPanel]; readable up to the next multiple of the vector length in j
+  // element (l, j) at b[j / kPanel * b_panel + l * b_row + j % kPanel]; readable up to the next multiple of
+  // the vector length in j
   const T* b;
   int64_t b_row, b_panel;
   const T* a2;  // the second product of the difference form (element (i, l) at a2[i + l * a2_col]); else null
@@ -26,11 +29,12 @@ struct Gemm {
   int64_t c_row;
   const T* d;  // added to the product (where it is C itself, C += A B); else null
   int64_t d_row;
-  bool stream;  // C is written past the caches; its rows are aligned to vectors and n is a multiple of their length, k at most kGemmDepth
+  bool stream;  // C is written past the caches; its rows are aligned to vectors and n is a multiple of their
+                // length, k at most kGemmDepth
 };
 
-// Rows of the register tile: enough independent sums to hide the latency of a multiply-add, few enough for the register file. A tile one
-// vector wide needs more rows. double is not tuned: it keeps the code small.
+// Rows of the register tile: enough independent sums to hide the latency of a multiply-add, few enough for
+// the register file. A tile one vector wide needs more rows. double is not tuned: it keeps the code small.
 template <typename T, int NV>
 constexpr int kTileRows = sizeof(T) == 8 ? 8 / NV
                           : NV == 1      ? (FASTKD_VECTOR_BYTES == 64 ? 16 : 8)
@@ -40,8 +44,8 @@ constexpr int kTileRows = sizeof(T) == 8 ? 8 / NV
 
 // One tile of MR x NV vectors over l in [0, k). `columns` is how many of its columns exist in C.
 template <typename T, int MR, int NV, bool Dual, bool UnitRow>
-static void gemm_tile(const Gemm<T>& g, const T* a, const T* a2, const T* b, const T* b2, const T* d, int64_t d_row, T* c, int64_t k,
-                      int64_t columns) {
+static void gemm_tile(const Gemm<T>& g, const T* a, const T* a2, const T* b, const T* b2, const T* d,
+                      int64_t d_row, T* c, int64_t k, int64_t columns) {
   using V = Vec<T>;
   constexpr int W = int(kLanes<T>);
   const int64_t a_row = UnitRow ? 1 : g.a_row, a_col = UnitRow ? g.a_col : 1;
@@ -97,22 +101,25 @@ static void gemm_tile(const Gemm<T>& g, const T* a, const T* a2, const T* b, con
 }
 
 template <typename T, int NV, bool Dual, bool UnitRow, int MR = kTileRows<T, NV>>
-static void gemm_rows(int rows, const Gemm<T>& g, const T* a, const T* a2, const T* b, const T* b2, const T* d, int64_t d_row, T* c,
-                      int64_t k, int64_t columns) {
+static void gemm_rows(int rows, const Gemm<T>& g, const T* a, const T* a2, const T* b, const T* b2,
+                      const T* d, int64_t d_row, T* c, int64_t k, int64_t columns) {
   if constexpr (MR >= 1) {
     if (rows == MR) return gemm_tile<T, MR, NV, Dual, UnitRow>(g, a, a2, b, b2, d, d_row, c, k, columns);
     return gemm_rows<T, NV, Dual, UnitRow, MR - 1>(rows, g, a, a2, b, b2, d, d_row, c, k, columns);
   }
 }
 
-// Rows are shared out evenly over the tiles (17 rows as 5 + 6 + 6, not 8 + 8 + 1): no tile is left too thin to hide latency.
+// Rows are shared out evenly over the tiles (17 rows as 5 + 6 + 6, not 8 + 8 + 1): no tile is left too thin
+// to hide latency.
 template <typename T, int NV, bool Dual, bool UnitRow>
 static void gemm_column(const Gemm<T>& g, int64_t i0, int64_t i1, int64_t j, int64_t l, int64_t k) {
   const int64_t tiles = (i1 - i0 + kTileRows<T, NV> - 1) / kTileRows<T, NV>;
   int64_t i = i0;
   for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t rows = (i1 - i) / (tiles - t), columns = g.n - j < NV * kLanes<T> ? g.n - j : NV * kLanes<T>;
-    const T *a = g.a + i0 / kGemmRows * g.a_block + (i - i0) * g.a_row + l * g.a_col, *b = g.b + j / kPanel<T> * g.b_panel + l * g.b_row;
+    const int64_t rows = (i1 - i) / (tiles - t),
+                  columns = g.n - j < NV * kLanes<T> ? g.n - j : NV * kLanes<T>;
+    const T *a = g.a + i0 / kGemmRows * g.a_block + (i - i0) * g.a_row + l * g.a_col,
+            *b = g.b + j / kPanel<T> * g.b_panel + l * g.b_row;
     const T* a2 = Dual ? g.a2 + i + l * g.a2_col : nullptr;
     const T* b2 = Dual ? g.b2 + j / kPanel<T> * g.b2_panel + l * g.b2_row : nullptr;
     T* c = g.c + i * g.c_row + j;

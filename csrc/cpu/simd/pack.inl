@@ -1,5 +1,6 @@
-// Brings blocks of feature maps into the form that gemm.inl multiplies: the accumulation type A, contiguous rows, padded with zeros to
-// whole vectors. Also the fast average pooling of such blocks. Needs vec.inl and pool.inl.
+// Brings blocks of feature maps into the form that gemm.inl multiplies: the accumulation type A, contiguous
+// rows, padded with zeros to whole vectors. Also the fast average pooling of such blocks. Needs vec.inl and
+// pool.inl.
 
 constexpr int64_t kPad = 16;       // elements; a multiple of every vector length
 constexpr int64_t kPanelPad = 32;  // a multiple of every panel of gemm.inl
@@ -7,8 +8,8 @@ constexpr int64_t kPanelPad = 32;  // a multiple of every panel of gemm.inl
 // A right factor that no more rows of tiles than two read is not worth packing.
 constexpr int64_t kFewRows = 24;
 
-// Some channels of one sample: element (c, s) of dtype `dtype` at data[c * stride_c + s * stride_s]; positions of kGeneric blocks are
-// walked by size and stride.
+// Some channels of one sample: element (c, s) of dtype `dtype` at data[c * stride_c + s * stride_s];
+// positions of kGeneric blocks are walked by size and stride.
 struct Block {
   const void* data;
   DType dtype;
@@ -20,7 +21,12 @@ struct Block {
 static Block sample_block(const Feature& x, int64_t n, int64_t c) {
   static constexpr int64_t kBytes[] = {2, 2, 4, 8};
   const int64_t offset = (n * x.stride_n + c * x.stride_c) * kBytes[static_cast<int>(x.dtype)];
-  return {static_cast<const char*>(x.data) + offset, x.dtype, x.layout, x.stride_c, x.stride_s, {x.size[0], x.size[1], x.size[2]},
+  return {static_cast<const char*>(x.data) + offset,
+          x.dtype,
+          x.layout,
+          x.stride_c,
+          x.stride_s,
+          {x.size[0], x.size[1], x.size[2]},
           {x.stride[0], x.stride[1], x.stride[2]}};
 }
 
@@ -33,17 +39,21 @@ static Block channels_from(Block x, int64_t c) {
 
 // to[j][i] = from[i][j] for a square of one vector's lanes, less minus (rows of minus_row) if Minus.
 template <bool Minus, typename A>
-static void transpose_square(const A* from, int64_t from_row, A* to, int64_t to_row, const A* minus, int64_t minus_row) {
+static void transpose_square(const A* from, int64_t from_row, A* to, int64_t to_row, const A* minus,
+                             int64_t minus_row) {
   for (int64_t j = 0; j < kLanes<A>; ++j) {
-    for (int64_t i = 0; i < kLanes<A>; ++i) to[j * to_row + i] = from[i * from_row + j] - (Minus ? minus[j * minus_row + i] : A(0));
+    for (int64_t i = 0; i < kLanes<A>; ++i)
+      to[j * to_row + i] = from[i * from_row + j] - (Minus ? minus[j * minus_row + i] : A(0));
   }
 }
 
 #if FASTKD_VECTOR_BYTES >= 32
-// Quarters of a vector are put together by loads, which leaves half of the shuffles of the usual scheme. Four (two) rows are read to the
-// end before the next: rows 4 KiB apart, as those of 32x32 maps, compete for the same eight lines of the first-level cache.
+// Quarters of a vector are put together by loads, which leaves half of the shuffles of the usual scheme. Four
+// (two) rows are read to the end before the next: rows 4 KiB apart, as those of 32x32 maps, compete for the
+// same eight lines of the first-level cache.
 template <bool Minus>
-static void transpose_square(const float* from, int64_t from_row, float* to, int64_t to_row, const float* minus, int64_t minus_row) {
+static void transpose_square(const float* from, int64_t from_row, float* to, int64_t to_row,
+                             const float* minus, int64_t minus_row) {
   constexpr int kQuarters = FASTKD_VECTOR_BYTES / 16;
   VecF v[4][kQuarters];
 #pragma GCC unroll 4
@@ -57,7 +67,8 @@ static void transpose_square(const float* from, int64_t from_row, float* to, int
       x = _mm512_insertf32x4(x, _mm_loadu_ps(p + 8 * from_row), 2);
       v[i][q] = (VecF)_mm512_insertf32x4(x, _mm_loadu_ps(p + 12 * from_row), 3);
 #else
-      v[i][q] = (VecF)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4 * from_row), 1);
+      v[i][q] = (VecF)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)),
+                                           _mm_loadu_ps(p + 4 * from_row), 1);
 #endif
     }
   }
@@ -70,22 +81,25 @@ static void transpose_square(const float* from, int64_t from_row, float* to, int
 #endif
 #pragma GCC unroll 4
   for (int q = 0; q < kQuarters; ++q) {
-    const VecD a = (VecD)FASTKD_SHUFFLE(v[0][q], v[1][q], low), b = (VecD)FASTKD_SHUFFLE(v[2][q], v[3][q], low);
-    const VecD c = (VecD)FASTKD_SHUFFLE(v[0][q], v[1][q], high), d = (VecD)FASTKD_SHUFFLE(v[2][q], v[3][q], high);
-    const VecF out[4] = {(VecF)FASTKD_SHUFFLE(a, b, low2), (VecF)FASTKD_SHUFFLE(a, b, high2), (VecF)FASTKD_SHUFFLE(c, d, low2),
-                         (VecF)FASTKD_SHUFFLE(c, d, high2)};
+    const VecD a = (VecD)FASTKD_SHUFFLE(v[0][q], v[1][q], low),
+               b = (VecD)FASTKD_SHUFFLE(v[2][q], v[3][q], low);
+    const VecD c = (VecD)FASTKD_SHUFFLE(v[0][q], v[1][q], high),
+               d = (VecD)FASTKD_SHUFFLE(v[2][q], v[3][q], high);
+    const VecF out[4] = {(VecF)FASTKD_SHUFFLE(a, b, low2), (VecF)FASTKD_SHUFFLE(a, b, high2),
+                         (VecF)FASTKD_SHUFFLE(c, d, low2), (VecF)FASTKD_SHUFFLE(c, d, high2)};
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
       const int64_t row = 4 * q + j;
-      store<float, float>(to + row * to_row, Minus ? out[j] - load<float, float>(minus + row * minus_row) : out[j]);
+      store<float, float>(to + row * to_row,
+                          Minus ? out[j] - load<float, float>(minus + row * minus_row) : out[j]);
     }
   }
 }
 #endif
 
 template <bool Minus, typename T, typename A>
-static void transpose_block(const T* from, int64_t column, int64_t rows, int64_t columns, A* to, int64_t to_row, const A* minus,
-                            int64_t minus_row) {
+static void transpose_block(const T* from, int64_t column, int64_t rows, int64_t columns, A* to,
+                            int64_t to_row, const A* minus, int64_t minus_row) {
   // from[j * column + r] -> to[r * to_row + j]
   constexpr int64_t W = kLanes<A>;
   const int64_t whole_rows = rows / W * W, whole_columns = columns / W * W;
@@ -93,9 +107,10 @@ static void transpose_block(const T* from, int64_t column, int64_t rows, int64_t
     for (int64_t r = 0; r < whole_rows; r += W) {
       const T* tile = from + j * column + r;
       A *target = to + r * to_row + j, converted[W * W];
-      // Many rows a page apart are more streams than the hardware foresees; asking 512 bytes ahead saves a sixth of a forward pass over
-      // large inputs.
-      for (int64_t i = 0; i < W; ++i) __builtin_prefetch(reinterpret_cast<const char*>(tile + i * column) + 512, 0, 2);
+      // Many rows a page apart are more streams than the hardware foresees; asking 512 bytes ahead saves a
+      // sixth of a forward pass over large inputs.
+      for (int64_t i = 0; i < W; ++i)
+        __builtin_prefetch(reinterpret_cast<const char*>(tile + i * column) + 512, 0, 2);
       const A* less = Minus ? minus + r * minus_row + j : nullptr;
       if constexpr (sizeof(T) == sizeof(A)) {
         transpose_square<Minus>(tile, column, target, to_row, less, minus_row);
@@ -113,10 +128,12 @@ static void transpose_block(const T* from, int64_t column, int64_t rows, int64_t
   }
 }
 
-// to[r * to_row + j] = from[r * row + j * column], less minus[r * minus_row + j] if Minus; rows are padded with zeros.
+// to[r * to_row + j] = from[r * row + j * column], less minus[r * minus_row + j] if Minus; rows are padded
+// with zeros.
 template <bool Minus, typename T, typename A>
-static __attribute__((noinline)) void pack_rows(const T* from, int64_t row, int64_t column, int64_t rows, int64_t columns, A* to,
-                                                int64_t to_row, const A* minus, int64_t minus_row) {
+static __attribute__((noinline)) void pack_rows(const T* from, int64_t row, int64_t column, int64_t rows,
+                                                int64_t columns, A* to, int64_t to_row, const A* minus,
+                                                int64_t minus_row) {
   if (column == 1) {
     for (int64_t r = 0; r < rows; ++r) {
       const T* p = from + r * row;
@@ -159,17 +176,18 @@ FASTKD_INLINE void for_offsets(const Block& x, int64_t begin, int64_t end, const
 
 // Positions [begin, end) of a block's channels: rows are positions (to[s][c]), less minus if Minus.
 template <bool Minus, typename A>
-static void pack_positions(const Block& x, int64_t begin, int64_t end, int64_t channels, A* to, int64_t to_row, const A* minus,
-                           int64_t minus_row) {
+static void pack_positions(const Block& x, int64_t begin, int64_t end, int64_t channels, A* to,
+                           int64_t to_row, const A* minus, int64_t minus_row) {
   with_type<A>(x.dtype, [&](auto t) {
     using T = decltype(t);
     const T* from = static_cast<const T*>(x.data);
     if (x.layout != Layout::kGeneric) {
-      return pack_rows<Minus, T, A>(from + begin * x.stride_s, x.stride_s, x.stride_c, end - begin, channels, to, to_row, minus, minus_row);
+      return pack_rows<Minus, T, A>(from + begin * x.stride_s, x.stride_s, x.stride_c, end - begin, channels,
+                                    to, to_row, minus, minus_row);
     }
     for_offsets(x, begin, end, [&](int64_t s, int64_t at) {
-      pack_rows<Minus, T, A>(from + at, 0, x.stride_c, 1, channels, to + s * to_row, to_row, Minus ? minus + s * minus_row : nullptr,
-                             minus_row);
+      pack_rows<Minus, T, A>(from + at, 0, x.stride_c, 1, channels, to + s * to_row, to_row,
+                             Minus ? minus + s * minus_row : nullptr, minus_row);
     });
   });
 }
@@ -184,8 +202,8 @@ static void pack_channels(const Block& x, int64_t begin, int64_t end, int64_t ch
     const T* from = static_cast<const T*>(x.data);
     if (x.layout == Layout::kChannelsLast) {
       for (int64_t s = 0; s < count; s += P) {
-        pack_rows<false, T, A>(from + (begin + s) * x.stride_s, x.stride_c, x.stride_s, channels, min_of(P, count - s), to + s / P * panel,
-                               P, nullptr, 0);
+        pack_rows<false, T, A>(from + (begin + s) * x.stride_s, x.stride_c, x.stride_s, channels,
+                               min_of(P, count - s), to + s / P * panel, P, nullptr, 0);
       }
       return;
     }
@@ -199,7 +217,8 @@ static void pack_channels(const Block& x, int64_t begin, int64_t end, int64_t ch
         }
         convert_in<T, A>(from + begin + whole, count - whole, last);
       } else {
-        for_offsets(x, begin, end, [&](int64_t s, int64_t at) { to[s / P * panel + s % P] = to_acc<T, A>(from[at]); });
+        for_offsets(x, begin, end,
+                    [&](int64_t s, int64_t at) { to[s / P * panel + s % P] = to_acc<T, A>(from[at]); });
       }
       for (int64_t s = count - whole; whole < count && s < P; ++s) last[s] = 0;
     }

@@ -1,18 +1,20 @@
-// One sample's channels [c0, c1) as dense planes of the accumulation type A in scratch memory, whatever the tensor's dtype and strides, and
-// adaptive pooling of such planes. Needs vec.inl.
+// One sample's channels [c0, c1) as dense planes of the accumulation type A in scratch memory, whatever the
+// tensor's dtype and strides, and adaptive pooling of such planes. Needs vec.inl.
 //
 //   load_planes(x, n, c0, c1, out)            out[(c - c0) * positions + s] = x[n, c, s]
 //   store_planes(in, x, n, c0, c1)            the reverse, rounding to x's dtype
-//   pool_planes(in, count, plan, out)         count planes of plan.in to planes of plan.out, as adaptive_avg_pool / adaptive_max_pool
-//   unpool_planes_add(in, count, plan, grad, out)   out += gradient of pool_planes for the output gradient `grad`; `in` is read by max
-//   pooling only load_pooled(x, n, c0, c1, plan, plane, out)     load and pool, one plane of plan.in (`plane`, scratch) at a time; a plain
-//   load if the plan is not active
+//   pool_planes(in, count, plan, out)         count planes of plan.in to planes of plan.out, as
+//   adaptive_avg_pool / adaptive_max_pool unpool_planes_add(in, count, plan, grad, out)   out += gradient of
+//   pool_planes for the output gradient `grad`; `in` is read by max pooling only load_pooled(x, n, c0, c1,
+//   plan, plane, out)     load and pool, one plane of plan.in (`plane`, scratch) at a time; a plain load if
+//   the plan is not active
 
 template <typename T, typename A>
 static void load_planes_of(const Feature& x, int64_t n, int64_t c0, int64_t c1, A* out) {
   const T* base = static_cast<const T*>(x.data) + n * x.stride_n;
   if (x.layout == Layout::kPlanes) {
-    for (int64_t c = c0; c < c1; ++c) convert_in<T, A>(base + c * x.stride_c, x.positions, out + (c - c0) * x.positions);
+    for (int64_t c = c0; c < c1; ++c)
+      convert_in<T, A>(base + c * x.stride_c, x.positions, out + (c - c0) * x.positions);
     return;
   }
   // Channels innermost where they lie together: each cache line is then used at once.
@@ -39,7 +41,8 @@ template <typename T, typename A>
 static void store_planes_of(const A* in, const Feature& x, int64_t n, int64_t c0, int64_t c1) {
   T* base = static_cast<T*>(x.data) + n * x.stride_n;
   if (x.layout == Layout::kPlanes) {
-    for (int64_t c = c0; c < c1; ++c) convert_out<T, A>(in + (c - c0) * x.positions, x.positions, base + c * x.stride_c);
+    for (int64_t c = c0; c < c1; ++c)
+      convert_out<T, A>(in + (c - c0) * x.positions, x.positions, base + c * x.stride_c);
     return;
   }
   const bool channels_inner = x.stride_c == 1;
@@ -83,7 +86,8 @@ FASTKD_INLINE void for_windows(const PoolPlan& plan, const F& f) {
   for (int64_t d = 0; d < plan.out[0]; ++d) {
     for (int64_t h = 0; h < plan.out[1]; ++h) {
       for (int64_t w = 0; w < plan.out[2]; ++w, ++at) {
-        f(at, Window{plan.begin[0][d], plan.end[0][d], plan.begin[1][h], plan.end[1][h], plan.begin[2][w], plan.end[2][w]});
+        f(at, Window{plan.begin[0][d], plan.end[0][d], plan.begin[1][h], plan.end[1][h], plan.begin[2][w],
+                     plan.end[2][w]});
       }
     }
   }
@@ -133,7 +137,8 @@ static void pool_planes(const A* in, int64_t count, const PoolPlan& plan, A* out
 
 template <typename In, typename A>
 static void unpool_planes_add(const In* in, int64_t count, const PoolPlan& plan, const A* grad, A* out) {
-  for (int64_t i = 0; i < count; ++i, in += plan.in_positions, grad += plan.out_positions, out += plan.in_positions) {
+  for (int64_t i = 0; i < count;
+       ++i, in += plan.in_positions, grad += plan.out_positions, out += plan.in_positions) {
     for_windows(plan, [&](int64_t at, const Window& window) {
       if (plan.max) {
         out[argmax(in, plan, window)] += grad[at];
@@ -146,7 +151,8 @@ static void unpool_planes_add(const In* in, int64_t count, const PoolPlan& plan,
 }
 
 template <typename A>
-static void load_pooled(const Feature& x, int64_t n, int64_t c0, int64_t c1, const PoolPlan& plan, A* plane, A* out) {
+static void load_pooled(const Feature& x, int64_t n, int64_t c0, int64_t c1, const PoolPlan& plan, A* plane,
+                        A* out) {
   if (!plan.active) return load_planes(x, n, c0, c1, out);
   for (int64_t c = c0; c < c1; ++c) {
     load_planes(x, n, c, c + 1, plane);

@@ -1,7 +1,8 @@
-// Vectors of the accumulation type A (float or double), FASTKD_VECTOR_BYTES wide, by the compilers' vector extensions: arithmetic,
-// comparisons and v[i] work as on numbers. load<T, A>(p) and store<T, A>(p, v) convert from and to the storage type T (Half, BFloat16,
-// float, double; for A = float not double) at any alignment, kLanes<A> elements at a time; to_acc<T, A> and from_acc<T, A> do so for one
-// number. sum(v) adds the lanes in double. The stores round to nearest even and keep NaN.
+// Vectors of the accumulation type A (float or double), FASTKD_VECTOR_BYTES wide, by the compilers' vector
+// extensions: arithmetic, comparisons and v[i] work as on numbers. load<T, A>(p) and store<T, A>(p, v)
+// convert from and to the storage type T (Half, BFloat16, float, double; for A = float not double) at any
+// alignment, kLanes<A> elements at a time; to_acc<T, A> and from_acc<T, A> do so for one number. sum(v) adds
+// the lanes in double. The stores round to nearest even and keep NaN.
 
 #define FASTKD_INLINE static inline __attribute__((always_inline))
 
@@ -10,8 +11,9 @@ typedef double VecD __attribute__((vector_size(FASTKD_VECTOR_BYTES)));
 typedef int32_t IntF __attribute__((vector_size(FASTKD_VECTOR_BYTES)));
 typedef int64_t IntD __attribute__((vector_size(FASTKD_VECTOR_BYTES)));
 typedef uint32_t BitsF __attribute__((vector_size(FASTKD_VECTOR_BYTES)));
-typedef uint16_t BitsH __attribute__((vector_size(FASTKD_VECTOR_BYTES / 2)));  // 16-bit values for the lanes of a VecF
-typedef float HalfF __attribute__((vector_size(FASTKD_VECTOR_BYTES / 2)));     // floats for the lanes of a VecD
+typedef uint16_t BitsH
+    __attribute__((vector_size(FASTKD_VECTOR_BYTES / 2)));  // 16-bit values for the lanes of a VecF
+typedef float HalfF __attribute__((vector_size(FASTKD_VECTOR_BYTES / 2)));  // floats for the lanes of a VecD
 // The same in memory, at the alignment of an element.
 typedef VecF VecFU __attribute__((aligned(4), may_alias));
 typedef VecD VecDU __attribute__((aligned(8), may_alias));
@@ -53,7 +55,8 @@ FASTKD_INLINE BitsF mask_of(IntF condition) { return (BitsF)condition; }
 
 template <typename F, typename U>
 FASTKD_INLINE F float_of_half_bits(U h) {
-  // The exponent is rebased by a multiplication, which handles infinity and NaN too; subnormals are made by subtracting the implied one.
+  // The exponent is rebased by a multiplication, which handles infinity and NaN too; subnormals are made by
+  // subtracting the implied one.
   const U w = h << 16;
   const U twice = w + w;
   const F normal = bit_copy<F>((twice >> 4) + (0xE0u << 23)) * 0x1.0p-112f;
@@ -65,8 +68,8 @@ FASTKD_INLINE F float_of_half_bits(U h) {
 
 template <typename F, typename U>
 FASTKD_INLINE U half_bits_of_float(F f) {
-  // Adding a power of two chosen from the exponent rounds the mantissa at the wanted bit; scaling up and down first turns too large values
-  // into infinity.
+  // Adding a power of two chosen from the exponent rounds the mantissa at the wanted bit; scaling up and down
+  // first turns too large values into infinity.
   const U w = bit_copy<U>(f);
   const U twice = w + w;
   F base = (bit_copy<F>(w & 0x7FFFFFFFu) * 0x1.0p+112f) * 0x1.0p-110f;
@@ -102,12 +105,16 @@ struct Number<double, A> {
 template <typename A>
 struct Number<Half, A> {
   FASTKD_INLINE A get(Half x) { return float_of_half_bits<float, uint32_t>(x.bits); }
-  FASTKD_INLINE Half put(A x) { return {static_cast<uint16_t>(half_bits_of_float<float, uint32_t>(static_cast<float>(x)))}; }
+  FASTKD_INLINE Half put(A x) {
+    return {static_cast<uint16_t>(half_bits_of_float<float, uint32_t>(static_cast<float>(x)))};
+  }
 };
 template <typename A>
 struct Number<BFloat16, A> {
   FASTKD_INLINE A get(BFloat16 x) { return bit_copy<float>(static_cast<uint32_t>(x.bits) << 16); }
-  FASTKD_INLINE BFloat16 put(A x) { return {static_cast<uint16_t>(bfloat16_bits_of_float<float, uint32_t>(static_cast<float>(x)))}; }
+  FASTKD_INLINE BFloat16 put(A x) {
+    return {static_cast<uint16_t>(bfloat16_bits_of_float<float, uint32_t>(static_cast<float>(x)))};
+  }
 };
 
 template <typename T, typename A>
@@ -119,8 +126,8 @@ FASTKD_INLINE T from_acc(A x) {
   return Number<T, A>::put(x);
 }
 
-// The general case goes lane by lane: 16-bit storage with double accumulation, which only mixed calls with float64 use. Too rare for its
-// conversions to be compiled into every loop.
+// The general case goes lane by lane: 16-bit storage with double accumulation, which only mixed calls with
+// float64 use. Too rare for its conversions to be compiled into every loop.
 template <typename T, typename A>
 struct Memory {
   static __attribute__((noinline)) Vec<A> load(const T* p) {
@@ -144,12 +151,18 @@ struct Memory<double, double> {
 };
 template <>
 struct Memory<float, double> {
-  FASTKD_INLINE VecD load(const float* p) { return __builtin_convertvector(*reinterpret_cast<const HalfFU*>(p), VecD); }
-  FASTKD_INLINE void store(float* p, VecD v) { *reinterpret_cast<HalfFU*>(p) = __builtin_convertvector(v, HalfF); }
+  FASTKD_INLINE VecD load(const float* p) {
+    return __builtin_convertvector(*reinterpret_cast<const HalfFU*>(p), VecD);
+  }
+  FASTKD_INLINE void store(float* p, VecD v) {
+    *reinterpret_cast<HalfFU*>(p) = __builtin_convertvector(v, HalfF);
+  }
 };
 template <>
 struct Memory<BFloat16, float> {
-  FASTKD_INLINE VecF load(const BFloat16* p) { return (VecF)(__builtin_convertvector(*reinterpret_cast<const BitsHU*>(p), BitsF) << 16); }
+  FASTKD_INLINE VecF load(const BFloat16* p) {
+    return (VecF)(__builtin_convertvector(*reinterpret_cast<const BitsHU*>(p), BitsF) << 16);
+  }
   FASTKD_INLINE void store(BFloat16* p, VecF v) {
     *reinterpret_cast<BitsHU*>(p) = __builtin_convertvector(bfloat16_bits_of_float<VecF, BitsF>(v), BitsH);
   }
@@ -157,18 +170,23 @@ struct Memory<BFloat16, float> {
 template <>
 struct Memory<Half, float> {
 #if FASTKD_VECTOR_BYTES == 64
-  FASTKD_INLINE VecF load(const Half* p) { return (VecF)_mm512_cvtph_ps((__m256i) * reinterpret_cast<const BitsHU*>(p)); }
+  FASTKD_INLINE VecF load(const Half* p) {
+    return (VecF)_mm512_cvtph_ps((__m256i) * reinterpret_cast<const BitsHU*>(p));
+  }
   FASTKD_INLINE void store(Half* p, VecF v) {
     *reinterpret_cast<BitsHU*>(p) = (BitsH)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
   }
 #elif FASTKD_VECTOR_BYTES == 32
-  FASTKD_INLINE VecF load(const Half* p) { return (VecF)_mm256_cvtph_ps((__m128i) * reinterpret_cast<const BitsHU*>(p)); }
+  FASTKD_INLINE VecF load(const Half* p) {
+    return (VecF)_mm256_cvtph_ps((__m128i) * reinterpret_cast<const BitsHU*>(p));
+  }
   FASTKD_INLINE void store(Half* p, VecF v) {
     *reinterpret_cast<BitsHU*>(p) = (BitsH)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
   }
 #else
   FASTKD_INLINE VecF load(const Half* p) {
-    return float_of_half_bits<VecF, BitsF>(__builtin_convertvector(*reinterpret_cast<const BitsHU*>(p), BitsF));
+    return float_of_half_bits<VecF, BitsF>(
+        __builtin_convertvector(*reinterpret_cast<const BitsHU*>(p), BitsF));
   }
   FASTKD_INLINE void store(Half* p, VecF v) {
     *reinterpret_cast<BitsHU*>(p) = __builtin_convertvector(half_bits_of_float<VecF, BitsF>(v), BitsH);
@@ -185,8 +203,8 @@ FASTKD_INLINE void store(T* p, Vec<A> v) {
   Memory<T, A>::store(p, v);
 }
 
-// Stores past the caches, for results larger than they are; `p` is aligned to a vector. Where there is no such thing (16-bit types, which
-// do not fill a vector, and other processors), a plain store.
+// Stores past the caches, for results larger than they are; `p` is aligned to a vector. Where there is no
+// such thing (16-bit types, which do not fill a vector, and other processors), a plain store.
 template <typename T, typename A>
 FASTKD_INLINE void stream(T* p, Vec<A> v) {
 #if FASTKD_VECTOR_BYTES == 64
@@ -207,7 +225,8 @@ FASTKD_INLINE bool is_line(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % 64 == 0;
 }
 
-// Two vectors at a time from bfloat16: `even` are the numbers at even places, `odd` those at odd ones. Half the instructions of two loads.
+// Two vectors at a time from bfloat16: `even` are the numbers at even places, `odd` those at odd ones. Half
+// the instructions of two loads.
 template <typename T, typename A>
 struct InPairs {
   static constexpr bool value = false;
@@ -237,8 +256,9 @@ FASTKD_INLINE void store_pair(BFloat16* p, VecF even, VecF odd, bool streaming) 
     *reinterpret_cast<BitsFU*>(p) = bits;
   }
 }
-// FASTKD_SHUFFLE(a, b, order): the lanes of a and, counted on, of b in the order given; FASTKD_SHUFFLE(a, order) those of a. clang has no
-// such function for an order of variables, but makes one instruction of these loops where the order is known.
+// FASTKD_SHUFFLE(a, b, order): the lanes of a and, counted on, of b in the order given; FASTKD_SHUFFLE(a,
+// order) those of a. clang has no such function for an order of variables, but makes one instruction of these
+// loops where the order is known.
 #ifdef __clang__
 template <typename V, typename I>
 FASTKD_INLINE V shuffled(V a, V b, I order) {
@@ -299,7 +319,9 @@ FASTKD_INLINE double sum(VecD v) {
 }
 
 FASTKD_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTKD_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+FASTKD_INLINE int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
 // Calls f(T{}) with the storage type T of dtype. Accumulation in float never meets float64 storage.
 template <typename A, typename F>

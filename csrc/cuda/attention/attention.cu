@@ -1,5 +1,5 @@
-// The attention-transfer loss for CUDA: checks, allocation and launches. The kernels are in attention_loss.cuh and attention_gradient.cuh,
-// the schemas in fastkd/ops/attention.py.
+// The attention-transfer loss for CUDA: checks, allocation and launches. The kernels are in
+// attention_loss.cuh and attention_gradient.cuh, the schemas in fastkd/ops/attention.py.
 #include <optional>
 #include <tuple>
 
@@ -12,7 +12,9 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 
-Feature side_of(const TensorView& view, bool is_map, const char* name) { return is_map ? map_of(view, name) : feature_of(view, name); }
+Feature side_of(const TensorView& view, bool is_map, const char* name) {
+  return is_map ? map_of(view, name) : feature_of(view, name);
+}
 
 // The gradient's items go into launches of at most kMaxItems.
 class Gradients {
@@ -66,16 +68,18 @@ Tensor make_coefficients(const TensorView& view, bool is_map, DType dtype, const
   return device.empty(sizes, view.dim - 1, dtype);
 }
 
-std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& student, const Tensors& teacher, double p, double eps,
-                                                             int64_t switches, const std::optional<std::vector<double>>& weights,
-                                                             double weight, bool student_grad, bool teacher_grad,
-                                                             std::optional<double> upstream) {
+std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(
+    const Tensors& student, const Tensors& teacher, double p, double eps, int64_t switches,
+    const std::optional<std::vector<double>>& weights, double weight, bool student_grad, bool teacher_grad,
+    std::optional<double> upstream) {
   const size_t count = student.size();
-  STD_TORCH_CHECK(count > 0 && teacher.size() == count, "student and teacher must be lists of the same length, at least 1, got ", count,
-                  " and ", teacher.size());
+  STD_TORCH_CHECK(count > 0 && teacher.size() == count,
+                  "student and teacher must be lists of the same length, at least 1, got ", count, " and ",
+                  teacher.size());
   STD_TORCH_CHECK(!weights || weights->size() == count, "weights must hold one number a stage");
   check_switches(switches);
-  const AttentionOptions options = options_of(p, switches & kSigned, switches & kMean, eps, switches & kAddEps);
+  const AttentionOptions options =
+      options_of(p, switches & kSigned, switches & kMean, eps, switches & kAddEps);
   check_served(options);
   STD_TORCH_CHECK(count <= kMaxStages, "the CUDA kernels serve at most ", kMaxStages, " stages, got ", count);
   LossArgs args;
@@ -110,12 +114,15 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& stud
   for (size_t i = 0; i < count; ++i) {
     const Feature& s = features[i];
     const Feature& t = features[count + i];
-    STD_TORCH_CHECK(views[i].dim + (args.student_is_map ? 1 : 0) == views[count + i].dim + (args.teacher_is_map ? 1 : 0),
-                    "student and teacher differ in the number of spatial dimensions");
-    STD_TORCH_CHECK(s.batch == t.batch, "student and teacher differ in batch size, got ", s.batch, " and ", t.batch);
+    STD_TORCH_CHECK(
+        views[i].dim + (args.student_is_map ? 1 : 0) == views[count + i].dim + (args.teacher_is_map ? 1 : 0),
+        "student and teacher differ in the number of spatial dimensions");
+    STD_TORCH_CHECK(s.batch == t.batch, "student and teacher differ in batch size, got ", s.batch, " and ",
+                    t.batch);
     STD_TORCH_CHECK(s.batch == samples, "stages differ in batch size");
     for (int d = 0; d < 3; ++d) {
-      STD_TORCH_CHECK(s.size[d] == t.size[d], "the CUDA kernels do not serve a student and a teacher that differ in spatial size");
+      STD_TORCH_CHECK(s.size[d] == t.size[d],
+                      "the CUDA kernels do not serve a student and a teacher that differ in spatial size");
     }
     LossStage& stage = args.stages[i];
     for (const bool is_student : {true, false}) {
@@ -142,8 +149,10 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& stud
     if (!(is_student ? student_grad : teacher_grad)) continue;
     for (size_t i = 0; i < count; ++i) {
       const size_t at = is_student ? i : count + i;
-      coefficients.push_back(make_coefficients(views[at], is_student ? args.student_is_map : args.teacher_is_map, accumulated, device));
-      (is_student ? args.stages[i].student : args.stages[i].teacher).coefficients = coefficients.back().mutable_data_ptr();
+      coefficients.push_back(make_coefficients(
+          views[at], is_student ? args.student_is_map : args.teacher_is_map, accumulated, device));
+      (is_student ? args.stages[i].student : args.stages[i].teacher).coefficients =
+          coefficients.back().mutable_data_ptr();
     }
   }
   Tensor loss = device.empty(nullptr, 0, accumulated);
@@ -175,15 +184,16 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& stud
   return {std::move(loss), std::move(coefficients), std::move(gradients)};
 }
 
-Tensors attention_transfer_loss_backward(const Tensor& grad, const Tensors& features, const Tensors& coefficients, double p,
-                                         int64_t switches) {
+Tensors attention_transfer_loss_backward(const Tensor& grad, const Tensors& features,
+                                         const Tensors& coefficients, double p, int64_t switches) {
   const size_t count = features.size();
   STD_TORCH_CHECK(coefficients.size() == count, "features and coefficients must be lists of the same length");
   if (count == 0) return {};
   check_switches(switches);
   check_served(options_of(p, switches & kSigned, false, 0, false));
   const TensorView upstream = view_of(grad, "grad");
-  for (int32_t d = 0; d < upstream.dim; ++d) STD_TORCH_CHECK(upstream.sizes[d] == 1, "grad must hold one number");
+  for (int32_t d = 0; d < upstream.dim; ++d)
+    STD_TORCH_CHECK(upstream.sizes[d] == 1, "grad must hold one number");
 
   struct Item {
     TensorView view;
@@ -200,17 +210,21 @@ Tensors attention_transfer_loss_backward(const Tensor& grad, const Tensors& feat
     check_device(item.view, upstream, "features");
     check_device(k, upstream, "coefficients");
     if (i == 0) accumulated = k.dtype;
-    STD_TORCH_CHECK(k.dtype == accumulated && (accumulated == DType::kDouble || item.view.dtype != DType::kDouble),
-                    "coefficients must all be float32, or float64");
-    STD_TORCH_CHECK(accumulated == DType::kDouble || accumulated == DType::kFloat, "coefficients must be float32 or float64");
+    STD_TORCH_CHECK(
+        k.dtype == accumulated && (accumulated == DType::kDouble || item.view.dtype != DType::kDouble),
+        "coefficients must all be float32, or float64");
+    STD_TORCH_CHECK(accumulated == DType::kDouble || accumulated == DType::kFloat,
+                    "coefficients must be float32 or float64");
     item.is_map = item.view.dim == k.dim;
-    STD_TORCH_CHECK(item.is_map || item.view.dim == k.dim + 1, "features and coefficients differ in the number of dimensions");
+    STD_TORCH_CHECK(item.is_map || item.view.dim == k.dim + 1,
+                    "features and coefficients differ in the number of dimensions");
     item.x = side_of(item.view, item.is_map, "features");
     item.k = map_of(k, "coefficients");
     STD_TORCH_CHECK(item.x.batch == item.k.batch, "features differ in batch size");
     check_same(item.k, item.x, "coefficients and features");
-    STD_TORCH_CHECK(item.k.layout == Layout::kPlanes && (item.k.batch == 1 || item.k.stride_n == item.k.positions),
-                    "coefficients must be contiguous");
+    STD_TORCH_CHECK(
+        item.k.layout == Layout::kPlanes && (item.k.batch == 1 || item.k.stride_n == item.k.positions),
+        "coefficients must be contiguous");
     bytes += bytes_of(item.x);
   }
   const OnDevice device(upstream);
@@ -220,7 +234,8 @@ Tensors attention_transfer_loss_backward(const Tensor& grad, const Tensors& feat
   out.reserve(count);
   for (size_t i = 0; i < count; ++i) {
     out.push_back(empty_like(features[i], items[i].view));
-    run.add(items[i].x, items[i].is_map, items[i].k.data, side_of(view_of(out[i], "gradient"), items[i].is_map, "gradient"));
+    run.add(items[i].x, items[i].is_map, items[i].k.data,
+            side_of(view_of(out[i], "gradient"), items[i].is_map, "gradient"));
   }
   run.run();
   return out;

@@ -1,4 +1,5 @@
-// The energies of a unit, the sums over its rows (by columns) or columns (by rows) of x^2: what a feature's one reading is for.
+// The energies of a unit, the sums over its rows (by columns) or columns (by rows) of x^2: what a feature's
+// one reading is for.
 #pragma once
 
 #include "cuda/attention/walk.cuh"
@@ -24,8 +25,8 @@ FASTKD_DEVICE void rectify(Pack& x, const Pack& residual, bool has_residual) {
 
 // A thread's next packs, past the ReLU if there is one, whose result is written on the way.
 template <bool kRelu, typename T, typename A, int W, int U>
-FASTKD_DEVICE void take_packs(const Walk& w, const Place& x, const Relu* relu, const Part& part, const Step& step, int64_t n, int32_t row,
-                              int32_t column, Pack (&v)[U]) {
+FASTKD_DEVICE void take_packs(const Walk& w, const Place& x, const Relu* relu, const Part& part,
+                              const Step& step, int64_t n, int32_t row, int32_t column, Pack (&v)[U]) {
   load_packs<T, W>(w, x, part, step, n, row, column, v);
   if constexpr (kRelu) {
     Pack residual[U] = {};
@@ -54,16 +55,19 @@ FASTKD_DEVICE A sum_of(const A (&e)[U]) {
 
 // out[column] for the unit's columns. `sums` is shared memory for kThreads * W numbers.
 template <bool kRelu, typename T, typename A, int W>
-FASTKD_DEVICE void energies_by_columns(const Walk& w, const Place& x, const Relu* relu, int64_t n, const Part& part, A* sums, A* out) {
+FASTKD_DEVICE void energies_by_columns(const Walk& w, const Place& x, const Relu* relu, int64_t n,
+                                       const Part& part, A* sums, A* out) {
   constexpr int U = kPacks<kRelu>;
   const int across = w.across, groups = w.groups;
   const Step step = {groups, 0};
   FASTKD_ROLLED
-  for (int place = static_cast<int>(threadIdx.x); place < groups * across; place += kThreads) {  // once, where packs are read
+  for (int place = static_cast<int>(threadIdx.x); place < groups * across;
+       place += kThreads) {  // once, where packs are read
     const int group = place / across, p = place - group * across;
     A total[W] = {};
     FASTKD_ROLLED
-    for (int32_t row = part.first_row + group; row < part.end_row && p * W < part.columns; row += U * groups) {
+    for (int32_t row = part.first_row + group; row < part.end_row && p * W < part.columns;
+         row += U * groups) {
       Pack v[U];
       take_packs<kRelu, T, A, W>(w, x, relu, part, step, n, row, part.first_column + p * W, v);
       FASTKD_UNROLL
@@ -93,7 +97,8 @@ FASTKD_DEVICE void energies_by_columns(const Walk& w, const Place& x, const Relu
 
 // out[row] for the unit's rows. All threads go round as often as any: lanes add up by shuffles.
 template <bool kRelu, typename T, typename A, int W>
-FASTKD_DEVICE void energies_by_rows(const Walk& w, const Place& x, const Relu* relu, int64_t n, const Part& part, A* out) {
+FASTKD_DEVICE void energies_by_rows(const Walk& w, const Place& x, const Relu* relu, int64_t n,
+                                    const Part& part, A* out) {
   constexpr int U = kPacks<kRelu>;
   const int lanes = w.across, lane = static_cast<int>(threadIdx.x) % lanes;
   const Step step = step_of(w), stride = stride_of(w, U);
@@ -129,9 +134,11 @@ FASTKD_DEVICE void energies_by_rows(const Walk& w, const Place& x, const Relu* r
   }
 }
 
-// A unit's sums into `out`, which has parts_of(w) of them for each position of the sample. All threads of the block must come.
+// A unit's sums into `out`, which has parts_of(w) of them for each position of the sample. All threads of the
+// block must come.
 template <bool kRelu, bool kMixed, typename A>
-FASTKD_DEVICE void energies(const Walk& w, const Place& x, const Relu* relu, int64_t n, int32_t unit, A* sums, A* out) {
+FASTKD_DEVICE void energies(const Walk& w, const Place& x, const Relu* relu, int64_t n, int32_t unit, A* sums,
+                            A* out) {
   const Part part = part_of(w, unit);
   with_format<kMixed, A>(w, [&](auto format) {
     using T = typename decltype(format)::Number;
@@ -139,7 +146,8 @@ FASTKD_DEVICE void energies(const Walk& w, const Place& x, const Relu* relu, int
     if (w.by_rows) {
       energies_by_rows<kRelu, T, A, W>(w, x, relu, n, part, out);
     } else {
-      energies_by_columns<kRelu, T, A, W>(w, x, relu, n, part, sums, out + static_cast<int64_t>(unit / w.tiles) * columns_of_sums(w));
+      energies_by_columns<kRelu, T, A, W>(w, x, relu, n, part, sums,
+                                          out + static_cast<int64_t>(unit / w.tiles) * columns_of_sums(w));
     }
   });
 }

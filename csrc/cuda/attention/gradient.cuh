@@ -1,5 +1,5 @@
-// dx = k x for a coefficient k of each position: how a unit's gradient is streamed. Taps add what else arrives, g, and gate by a ReLU; the
-// sum is rounded once.
+// dx = k x for a coefficient k of each position: how a unit's gradient is streamed. Taps add what else
+// arrives, g, and gate by a ReLU; the sum is rounded once.
 #pragma once
 
 #include "cuda/attention/norm.cuh"
@@ -12,13 +12,21 @@ struct Tap {
   int32_t relu;  // x is a ReLU's result: no gradient where it is zero, a NaN lets pass, as in PyTorch
 };
 
-// Coefficients of a unit, in shared memory, are those of its columns, or of its rows where a walk goes by rows.
-FASTKD_BOTH int32_t first_coefficient(const Walk& w, const Part& part) { return w.by_rows ? part.first_row : part.first_column; }
-FASTKD_BOTH int32_t coefficients_of(const Walk& w, const Part& part) { return w.by_rows ? part.end_row - part.first_row : part.columns; }
-FASTKD_BOTH int32_t position_of(const Walk& w, int32_t place) { return w.fold > 1 ? place % (w.columns / w.fold) : place; }
+// Coefficients of a unit, in shared memory, are those of its columns, or of its rows where a walk goes by
+// rows.
+FASTKD_BOTH int32_t first_coefficient(const Walk& w, const Part& part) {
+  return w.by_rows ? part.first_row : part.first_column;
+}
+FASTKD_BOTH int32_t coefficients_of(const Walk& w, const Part& part) {
+  return w.by_rows ? part.end_row - part.first_row : part.columns;
+}
+FASTKD_BOTH int32_t position_of(const Walk& w, int32_t place) {
+  return w.fold > 1 ? place % (w.columns / w.fold) : place;
+}
 
 template <bool kTap, typename T, typename A, int W, typename F>
-FASTKD_DEVICE Pack gradient_of(Pack x, const Pack& grad, bool has_x, bool has_grad, bool relu, const F& coefficient) {
+FASTKD_DEVICE Pack gradient_of(Pack x, const Pack& grad, bool has_x, bool has_grad, bool relu,
+                               const F& coefficient) {
   Pack out{};
   FASTKD_UNROLL
   for (int i = 0; i < W; ++i) {
@@ -35,9 +43,11 @@ FASTKD_DEVICE Pack gradient_of(Pack x, const Pack& grad, bool has_x, bool has_gr
 
 // A thread's next packs. coefficient(u, i): of number i in pack u.
 template <bool kTap, int U, typename T, typename A, int W, typename F>
-FASTKD_DEVICE void stream_packs(const Walk& w, const Place& x, const Place& dx, const Tap* tap, const Part& part, const Step& step,
-                                int64_t n, int32_t row, int32_t column, const F& coefficient) {
-  const bool has_x = x.data != nullptr, has_grad = kTap && tap->grad.data != nullptr, relu = kTap && tap->relu;
+FASTKD_DEVICE void stream_packs(const Walk& w, const Place& x, const Place& dx, const Tap* tap,
+                                const Part& part, const Step& step, int64_t n, int32_t row, int32_t column,
+                                const F& coefficient) {
+  const bool has_x = x.data != nullptr, has_grad = kTap && tap->grad.data != nullptr,
+             relu = kTap && tap->relu;
   Pack v[U] = {}, grad[U] = {};
   if (has_x) load_packs<T, W>(w, x, part, step, n, row, column, v);
   if constexpr (kTap) {
@@ -49,14 +59,16 @@ FASTKD_DEVICE void stream_packs(const Walk& w, const Place& x, const Place& dx, 
   for (int u = 0; u < U; ++u) {
     if (is_within(part, step, row, column, u)) {
       store_some<T, W>(out + u * distance,
-                       gradient_of<kTap, T, A, W>(v[u], grad[u], has_x, has_grad, relu, [&](int i) { return coefficient(u, i); }));
+                       gradient_of<kTap, T, A, W>(v[u], grad[u], has_x, has_grad, relu,
+                                                  [&](int i) { return coefficient(u, i); }));
     }
   }
 }
 
 // k: coefficients_of() numbers of shared memory, complete.
 template <bool kTap, bool kMixed, typename A>
-FASTKD_DEVICE void stream(const Walk& w, const Place& x, const Place& dx, const Tap* tap, int64_t n, const Part& part, const A* k) {
+FASTKD_DEVICE void stream(const Walk& w, const Place& x, const Place& dx, const Tap* tap, int64_t n,
+                          const Part& part, const A* k) {
   with_format<kMixed, A>(w, [&](auto format) {
     using T = typename decltype(format)::Number;
     constexpr int W = decltype(format)::kWidth, U = kTap ? kUnrollTwo : kUnroll;
@@ -64,7 +76,8 @@ FASTKD_DEVICE void stream(const Walk& w, const Place& x, const Place& dx, const 
       const int lane = static_cast<int>(threadIdx.x) % w.across;
       const Step step = step_of(w), stride = stride_of(w, U);
       FASTKD_ROLLED
-      for (int32_t row = part.first_row + static_cast<int>(threadIdx.x) / w.across; row < part.end_row; row += stride.rows) {
+      for (int32_t row = part.first_row + static_cast<int>(threadIdx.x) / w.across; row < part.end_row;
+           row += stride.rows) {
         A mine[U];
         FASTKD_UNROLL
         for (int u = 0; u < U; ++u) {
@@ -73,7 +86,8 @@ FASTKD_DEVICE void stream(const Walk& w, const Place& x, const Place& dx, const 
         }
         FASTKD_ROLLED
         for (int32_t column = lane * W; column < w.columns; column += stride.columns) {
-          stream_packs<kTap, U, T, A, W>(w, x, dx, tap, part, step, n, row, column, [&](int u, int) { return mine[u]; });
+          stream_packs<kTap, U, T, A, W>(w, x, dx, tap, part, step, n, row, column,
+                                         [&](int u, int) { return mine[u]; });
         }
       }
       return;
@@ -81,7 +95,8 @@ FASTKD_DEVICE void stream(const Walk& w, const Place& x, const Place& dx, const 
     const int across = w.across, groups = w.groups;
     const Step step = {groups, 0};
     FASTKD_ROLLED
-    for (int place = static_cast<int>(threadIdx.x); place < groups * across; place += kThreads) {  // once, where packs are read
+    for (int place = static_cast<int>(threadIdx.x); place < groups * across;
+         place += kThreads) {  // once, where packs are read
       const int group = place / across, p = place - group * across;
       if (p * W >= part.columns) continue;
       A mine[W];
@@ -89,7 +104,8 @@ FASTKD_DEVICE void stream(const Walk& w, const Place& x, const Place& dx, const 
       for (int i = 0; i < W; ++i) mine[i] = k[p * W + i];
       FASTKD_ROLLED
       for (int32_t row = part.first_row + group; row < part.end_row; row += U * groups) {
-        stream_packs<kTap, U, T, A, W>(w, x, dx, tap, part, step, n, row, part.first_column + p * W, [&](int, int i) { return mine[i]; });
+        stream_packs<kTap, U, T, A, W>(w, x, dx, tap, part, step, n, row, part.first_column + p * W,
+                                       [&](int, int i) { return mine[i]; });
       }
     }
   });
@@ -125,7 +141,8 @@ gradient_kernel(const GradientArgs args) {
   const int32_t local = static_cast<int32_t>(blockIdx.x) - item.first;
   const int64_t n = local / w.units;
   const Part part = part_of(w, local % w.units);
-  const A upstream = args.grad == nullptr ? static_cast<A>(args.upstream) : load_number<A>(args.grad, args.grad_dtype, 0);
+  const A upstream =
+      args.grad == nullptr ? static_cast<A>(args.upstream) : load_number<A>(args.grad, args.grad_dtype, 0);
   A* k = shared_numbers<A>();
   const A* from = static_cast<const A*>(item.k) + n * positions_of(w);
   for (int32_t j = threadIdx.x; j < coefficients_of(w, part); j += kThreads) {

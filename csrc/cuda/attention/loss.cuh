@@ -1,6 +1,7 @@
-// The attention-transfer loss over a list of stages, in one launch: each block sums the energies of one unit of one side, stage and sample;
-// the last of a (stage, sample) normalizes both maps, compares them and writes the coefficients that the backward pass streams; the last of
-// these adds up the loss. Integer tickets choose who is last, so no sum depends on the order.
+// The attention-transfer loss over a list of stages, in one launch: each block sums the energies of one unit
+// of one side, stage and sample; the last of a (stage, sample) normalizes both maps, compares them and writes
+// the coefficients that the backward pass streams; the last of these adds up the loss. Integer tickets choose
+// who is last, so no sum depends on the order.
 #pragma once
 
 #include "cuda/attention/energy.cuh"
@@ -38,19 +39,22 @@ static_assert(sizeof(LossArgs) <= 4096, "more than what a launch takes everywher
 
 // Blocks of a sample. Maps are read by the block that compares them, so two maps are a unit without energies.
 FASTKD_BOTH int32_t units_of(const LossStage& stage, bool student_is_map, bool teacher_is_map) {
-  const int32_t units = (student_is_map ? 0 : stage.student.walk.units) + (teacher_is_map ? 0 : stage.teacher.walk.units);
+  const int32_t units =
+      (student_is_map ? 0 : stage.student.walk.units) + (teacher_is_map ? 0 : stage.teacher.walk.units);
   return units > 0 ? units : 1;
 }
 
 // Number s of a side's map before normalization.
 template <typename A>
-FASTKD_DEVICE A map_number(const LossSide& side, bool is_map, const A* sums, int64_t n, int32_t positions, int32_t s) {
+FASTKD_DEVICE A map_number(const LossSide& side, bool is_map, const A* sums, int64_t n, int32_t positions,
+                           int32_t s) {
   if (!is_map) return collapsed(sums, parts_of(side.walk), positions, s);
-  return load_number<A>(side.x.data, side.walk.dtype, n * side.x.stride_n + spatial_offset(side.walk.size, side.x.stride, s));
+  return load_number<A>(side.x.data, side.walk.dtype,
+                        n * side.x.stride_n + spatial_offset(side.walk.size, side.x.stride, s));
 }
 
-// Both maps of a sample, their distance and coefficients. Each thread has the positions s = its index and every kThreads on, in all three
-// passes, so that what it writes of a map is read by itself alone.
+// Both maps of a sample, their distance and coefficients. Each thread has the positions s = its index and
+// every kThreads on, in all three passes, so that what it writes of a map is read by itself alone.
 template <typename A>
 FASTKD_DEVICE double compare(const LossArgs& args, const LossStage& stage, int64_t n) {
   const LossSide& student = stage.student;
@@ -65,16 +69,20 @@ FASTKD_DEVICE double compare(const LossArgs& args, const LossStage& stage, int64
 
   double squares[2] = {};
   for (int32_t s = threadIdx.x; s < positions; s += kThreads) {
-    const A a = map_number<A>(student, s_map, s_sums, n, positions, s), b = map_number<A>(teacher, t_map, t_sums, n, positions, s);
+    const A a = map_number<A>(student, s_map, s_sums, n, positions, s),
+            b = map_number<A>(teacher, t_map, t_sums, n, positions, s);
     y_s[s] = a;
     y_t[s] = b;
     squares[0] += static_cast<double>(a) * a;
     squares[1] += static_cast<double>(b) * b;
   }
   block_sums(squares, 0);
-  const double s_share = reduction_of(student.walk, args.mean), t_share = reduction_of(teacher.walk, args.mean);
-  const Norm s_norm = s_map ? no_norm(1) : norm_from(sqrt(squares[0]) / s_share, s_share, args.eps, args.add_eps);
-  const Norm t_norm = t_map ? no_norm(1) : norm_from(sqrt(squares[1]) / t_share, t_share, args.eps, args.add_eps);
+  const double s_share = reduction_of(student.walk, args.mean),
+               t_share = reduction_of(teacher.walk, args.mean);
+  const Norm s_norm =
+      s_map ? no_norm(1) : norm_from(sqrt(squares[0]) / s_share, s_share, args.eps, args.add_eps);
+  const Norm t_norm =
+      t_map ? no_norm(1) : norm_from(sqrt(squares[1]) / t_share, t_share, args.eps, args.add_eps);
 
   double sums[3] = {};  // of the squared difference, and of the difference along each map
   for (int32_t s = threadIdx.x; s < positions; s += kThreads) {
@@ -94,11 +102,14 @@ FASTKD_DEVICE double compare(const LossArgs& args, const LossStage& stage, int64
   A* s_out = static_cast<A*>(student.coefficients);
   A* t_out = static_cast<A*>(teacher.coefficients);
   if (s_out == nullptr && t_out == nullptr) return distance;
-  const double s_factor = s_map ? slope : slope * 2 / s_share, t_factor = t_map ? -slope : -slope * 2 / t_share;
+  const double s_factor = s_map ? slope : slope * 2 / s_share,
+               t_factor = t_map ? -slope : -slope * 2 / t_share;
   for (int32_t s = threadIdx.x; s < positions; s += kThreads) {
     const double a = y_s[s], b = y_t[s], d = a - b;
-    if (s_out != nullptr) s_out[n * positions + s] = static_cast<A>(along_gradient(d, a, sums[1], s_norm, s_factor));
-    if (t_out != nullptr) t_out[n * positions + s] = static_cast<A>(along_gradient(d, b, sums[2], t_norm, t_factor));
+    if (s_out != nullptr)
+      s_out[n * positions + s] = static_cast<A>(along_gradient(d, a, sums[1], s_norm, s_factor));
+    if (t_out != nullptr)
+      t_out[n * positions + s] = static_cast<A>(along_gradient(d, b, sums[2], t_norm, t_factor));
   }
   return distance;
 }
@@ -116,8 +127,10 @@ loss_kernel(const LossArgs args) {
   const bool is_student = local % units < s_units;
   if (!(is_student ? args.student_is_map : args.teacher_is_map)) {
     const LossSide& side = is_student ? stage.student : stage.teacher;
-    A* out = static_cast<A*>(args.sums) + side.sums_at + static_cast<int64_t>(sample) * parts_of(side.walk) * stage.positions;
-    energies<false, true>(side.walk, side.x, nullptr, sample, local % units - (is_student ? 0 : s_units), shared_numbers<A>(), out);
+    A* out = static_cast<A*>(args.sums) + side.sums_at +
+             static_cast<int64_t>(sample) * parts_of(side.walk) * stage.positions;
+    energies<false, true>(side.walk, side.x, nullptr, sample, local % units - (is_student ? 0 : s_units),
+                          shared_numbers<A>(), out);
   }
   const int64_t at = static_cast<int64_t>(i) * args.samples + sample;
   if (!is_last(args.tickets + 1 + at, static_cast<unsigned>(units))) return;

@@ -1,5 +1,5 @@
-// The attention map and the taps for CUDA: checks, allocation and launches. The kernels are in attention_map.cuh, the schemas in
-// fastkd/ops/{attention,tap}.py.
+// The attention map and the taps for CUDA: checks, allocation and launches. The kernels are in
+// attention_map.cuh, the schemas in fastkd/ops/{attention,tap}.py.
 #include "cuda/attention/map.cuh"
 
 #include <optional>
@@ -9,8 +9,9 @@ namespace fastkd {
 namespace {
 
 // A map and its norms, of x, or of y = relu(x + residual), which is written on the way, where `y` is given.
-std::tuple<Tensor, Tensor> make_map(const char* name, const OnDevice& device, const TensorView& view, const Feature& x,
-                                    const Feature* residual, const Feature* y, const AttentionOptions& options, bool normalize) {
+std::tuple<Tensor, Tensor> make_map(const char* name, const OnDevice& device, const TensorView& view,
+                                    const Feature& x, const Feature* residual, const Feature* y,
+                                    const AttentionOptions& options, bool normalize) {
   check_served(options);
   const DType accumulated = accumulation(view.dtype, view.dtype);
   const Feature* tensors[3] = {&x};
@@ -45,22 +46,28 @@ std::tuple<Tensor, Tensor> make_map(const char* name, const OnDevice& device, co
   const bool in_double = accumulated == DType::kDouble;
   const auto kernel = y != nullptr ? (in_double ? map_kernel<true, double> : map_kernel<true, float>)
                                    : (in_double ? map_kernel<false, double> : map_kernel<false, float>);
-  launch(name, kernel, x.batch * args.walk.units, kThreads, in_double ? kSharedBytes<double> : kSharedBytes<float>, device, args);
+  launch(name, kernel, x.batch * args.walk.units, kThreads,
+         in_double ? kSharedBytes<double> : kSharedBytes<float>, device, args);
   return {std::move(map), std::move(norm)};
 }
 
-MapPlace place_of_map(const Tensor& map, const TensorView& first, const Feature& x, const char* name, const char* both) {
+MapPlace place_of_map(const Tensor& map, const TensorView& first, const Feature& x, const char* name,
+                      const char* both) {
   const TensorView view = view_of(map, name);
   check_device(view, first, name);
   check_accumulation(view, accumulation(x.dtype, x.dtype), name);
   const Feature feature = map_of(view, name);
   check_same(feature, x, both);
-  return {feature.data, feature.stride_n, {feature.stride[0], feature.stride[1], feature.stride[2]}, feature.layout == Layout::kPlanes};
+  return {feature.data,
+          feature.stride_n,
+          {feature.stride[0], feature.stride[1], feature.stride[2]},
+          feature.layout == Layout::kPlanes};
 }
 
 // x's gradient: that of its map, and of what is tapped.
-Tensor gradient(const char* name, const std::optional<Tensor>& grad, const Tensor& map_grad, const Tensor& x, const Tensor& map,
-                const Tensor& norm, const AttentionOptions& options, bool normalize, bool tapped, bool relu) {
+Tensor gradient(const char* name, const std::optional<Tensor>& grad, const Tensor& map_grad, const Tensor& x,
+                const Tensor& map, const Tensor& norm, const AttentionOptions& options, bool normalize,
+                bool tapped, bool relu) {
   check_served(options);
   const TensorView view = view_of(x, "x");
   const Feature feature = feature_of(view, "x");
@@ -72,7 +79,8 @@ Tensor gradient(const char* name, const std::optional<Tensor>& grad, const Tenso
     const TensorView norm_view = view_of(norm, "norm");
     check_device(norm_view, view, "norm");
     check_accumulation(norm_view, accumulation(view.dtype, view.dtype), "norm");
-    STD_TORCH_CHECK(norm_view.dim == 1 && norm_view.sizes[0] == feature.batch, "norm must hold one number a sample");
+    STD_TORCH_CHECK(norm_view.dim == 1 && norm_view.sizes[0] == feature.batch,
+                    "norm must hold one number a sample");
     args.norm = norm_view.data;
     args.norm_stride = norm_view.strides[0];
   }
@@ -97,29 +105,33 @@ Tensor gradient(const char* name, const std::optional<Tensor>& grad, const Tenso
   args.mean = options.mean;
   args.add_eps = options.add_eps;
   const bool in_double = view.dtype == DType::kDouble;
-  const auto kernel = tapped ? (in_double ? map_gradient_kernel<true, double> : map_gradient_kernel<true, float>)
-                             : (in_double ? map_gradient_kernel<false, double> : map_gradient_kernel<false, float>);
-  launch(name, kernel, feature.batch * args.walk.units, kThreads, in_double ? kSharedBytes<double> : kSharedBytes<float>, device, args);
+  const auto kernel =
+      tapped ? (in_double ? map_gradient_kernel<true, double> : map_gradient_kernel<true, float>)
+             : (in_double ? map_gradient_kernel<false, double> : map_gradient_kernel<false, float>);
+  launch(name, kernel, feature.batch * args.walk.units, kThreads,
+         in_double ? kSharedBytes<double> : kSharedBytes<float>, device, args);
   return out;
 }
 
-std::tuple<Tensor, Tensor> attention_map(const Tensor& x, double p, const Text& channel_reduce, bool is_signed, bool normalize, double eps,
-                                         const Text& eps_mode) {
+std::tuple<Tensor, Tensor> attention_map(const Tensor& x, double p, const Text& channel_reduce,
+                                         bool is_signed, bool normalize, double eps, const Text& eps_mode) {
   const TensorView view = view_of(x, "x");
   const Feature feature = feature_of(view, "x");
   const OnDevice device(view);
-  return make_map("attention_map", device, view, feature, nullptr, nullptr, options_of(p, channel_reduce, is_signed, eps, eps_mode),
-                  normalize);
+  return make_map("attention_map", device, view, feature, nullptr, nullptr,
+                  options_of(p, channel_reduce, is_signed, eps, eps_mode), normalize);
 }
 
-Tensor attention_map_backward(const Tensor& grad, const Tensor& x, const Tensor& map, const Tensor& norm, double p,
-                              const Text& channel_reduce, bool is_signed, bool normalize, double eps, const Text& eps_mode) {
-  return gradient("attention_map_backward", std::nullopt, grad, x, map, norm, options_of(p, channel_reduce, is_signed, eps, eps_mode),
-                  normalize, false, false);
+Tensor attention_map_backward(const Tensor& grad, const Tensor& x, const Tensor& map, const Tensor& norm,
+                              double p, const Text& channel_reduce, bool is_signed, bool normalize,
+                              double eps, const Text& eps_mode) {
+  return gradient("attention_map_backward", std::nullopt, grad, x, map, norm,
+                  options_of(p, channel_reduce, is_signed, eps, eps_mode), normalize, false, false);
 }
 
-std::tuple<Tensor, Tensor, Tensor> relu_tap(const Tensor& x, const std::optional<Tensor>& residual, double p, const Text& channel_reduce,
-                                            bool is_signed, double eps, const Text& eps_mode) {
+std::tuple<Tensor, Tensor, Tensor> relu_tap(const Tensor& x, const std::optional<Tensor>& residual, double p,
+                                            const Text& channel_reduce, bool is_signed, double eps,
+                                            const Text& eps_mode) {
   const TensorView view = view_of(x, "x");
   const Feature feature = feature_of(view, "x");
   Feature other{};
@@ -137,15 +149,18 @@ std::tuple<Tensor, Tensor, Tensor> relu_tap(const Tensor& x, const std::optional
   return {std::move(out), std::move(map), std::move(norm)};
 }
 
-Tensor tap_backward(const std::optional<Tensor>& grad, const Tensor& map_grad, const Tensor& x, const Tensor& map, const Tensor& norm,
-                    double p, const Text& channel_reduce, bool is_signed, double eps, const Text& eps_mode) {
-  return gradient("tap_backward", grad, map_grad, x, map, norm, options_of(p, channel_reduce, is_signed, eps, eps_mode), true, true, false);
+Tensor tap_backward(const std::optional<Tensor>& grad, const Tensor& map_grad, const Tensor& x,
+                    const Tensor& map, const Tensor& norm, double p, const Text& channel_reduce,
+                    bool is_signed, double eps, const Text& eps_mode) {
+  return gradient("tap_backward", grad, map_grad, x, map, norm,
+                  options_of(p, channel_reduce, is_signed, eps, eps_mode), true, true, false);
 }
 
-Tensor relu_tap_backward(const std::optional<Tensor>& grad, const Tensor& map_grad, const Tensor& y, const Tensor& map, const Tensor& norm,
-                         double p, const Text& channel_reduce, bool is_signed, double eps, const Text& eps_mode) {
-  return gradient("relu_tap_backward", grad, map_grad, y, map, norm, options_of(p, channel_reduce, is_signed, eps, eps_mode), true, true,
-                  true);
+Tensor relu_tap_backward(const std::optional<Tensor>& grad, const Tensor& map_grad, const Tensor& y,
+                         const Tensor& map, const Tensor& norm, double p, const Text& channel_reduce,
+                         bool is_signed, double eps, const Text& eps_mode) {
+  return gradient("relu_tap_backward", grad, map_grad, y, map, norm,
+                  options_of(p, channel_reduce, is_signed, eps, eps_mode), true, true, true);
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
-// The attention map and the gradient it sends, alone or as taps: one launch each. Forward: each block sums the energies of one unit, on its
-// way past a ReLU if there is one, and the last of a sample normalizes the map. Backward: each block finds the <g, y> of its sample anew,
-// 25 KiB of the second-level cache for 56x56 positions where it streams two or three times up to 128 KiB.
+// The attention map and the gradient it sends, alone or as taps: one launch each. Forward: each block sums
+// the energies of one unit, on its way past a ReLU if there is one, and the last of a sample normalizes the
+// map. Backward: each block finds the <g, y> of its sample anew, 25 KiB of the second-level cache for 56x56
+// positions where it streams two or three times up to 128 KiB.
 #pragma once
 
 #include "cuda/attention/energy.cuh"
@@ -27,7 +28,8 @@ map_kernel(const MapArgs args) {
   const int64_t n = static_cast<int32_t>(blockIdx.x) / w.units;
   const int32_t positions = positions_of(w), parts = parts_of(w);
   A* sums = static_cast<A*>(args.sums) + n * parts * positions;
-  energies<kRelu, false>(w, args.x, &args.relu, n, static_cast<int32_t>(blockIdx.x) % w.units, shared_numbers<A>(), sums);
+  energies<kRelu, false>(w, args.x, &args.relu, n, static_cast<int32_t>(blockIdx.x) % w.units,
+                         shared_numbers<A>(), sums);
   if (!is_last(args.tickets + n, static_cast<unsigned>(w.units))) return;
 
   // each thread has the same positions in both passes
@@ -45,7 +47,8 @@ map_kernel(const MapArgs args) {
     norm = norm_from(sqrt(squares[0]) / share, share, args.eps, args.add_eps);
     if (threadIdx.x == 0) static_cast<A*>(args.norm)[n] = static_cast<A>(norm.norm);
   }
-  for (int32_t s = threadIdx.x; s < positions; s += kThreads) static_cast<A*>(args.map)[n * positions + s] = normalized(q[s], norm);
+  for (int32_t s = threadIdx.x; s < positions; s += kThreads)
+    static_cast<A*>(args.map)[n * positions + s] = normalized(q[s], norm);
 }
 
 // A map (N, *S) of any strides.
@@ -69,7 +72,8 @@ struct MapGradientArgs {
 
 template <typename A>
 FASTKD_DEVICE double number_of(const Walk& w, const MapPlace& map, int64_t n, int32_t s) {
-  return static_cast<const A*>(map.data)[n * map.stride_n + (map.is_run ? s : spatial_offset(w.size, map.stride, s))];
+  return static_cast<const A*>(
+      map.data)[n * map.stride_n + (map.is_run ? s : spatial_offset(w.size, map.stride, s))];
 }
 
 template <bool kTap, typename A>

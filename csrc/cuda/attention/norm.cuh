@@ -1,25 +1,29 @@
-// The normalization of a sample's map by the block that comes last to it, as in csrc/cpu/attention/norm.inl. Sums over positions are taken
-// in double, in one order.
+// The normalization of a sample's map by the block that comes last to it, as in csrc/cpu/attention/norm.inl.
+// Sums over positions are taken in double, in one order.
 #pragma once
 
 #include "cuda/attention/walk.cuh"
 
 namespace fastkd {
 
-// Shared memory of all kernels here: kBlockSums sums over a block, each in its own place, and then kTile numbers.
+// Shared memory of all kernels here: kBlockSums sums over a block, each in its own place, and then kTile
+// numbers.
 constexpr int kBlockSums = 4, kMostSums = 3;
 constexpr int kWarps = kThreads / kWarp;
 constexpr size_t kSumBytes = sizeof(double) * kBlockSums * kMostSums * kWarps;
 template <typename A>
 constexpr size_t kSharedBytes = kSumBytes + kTile * sizeof(A);
 
-FASTKD_DEVICE double* block_sums_place(int which) { return reinterpret_cast<double*>(shared_memory()) + which * kMostSums * kWarps; }
+FASTKD_DEVICE double* block_sums_place(int which) {
+  return reinterpret_cast<double*>(shared_memory()) + which * kMostSums * kWarps;
+}
 template <typename A>
 FASTKD_DEVICE A* shared_numbers() {
   return reinterpret_cast<A*>(shared_memory() + kSumBytes);
 }
 
-// The sums over a block of `v`, for all its threads. `which` of the places: not one that was used since the last barrier but one.
+// The sums over a block of `v`, for all its threads. `which` of the places: not one that was used since the
+// last barrier but one.
 template <int K>
 FASTKD_DEVICE void block_sums(double (&v)[K], int which) {
   static_assert(K <= kMostSums);
@@ -48,15 +52,18 @@ FASTKD_DEVICE double reduction_of(const Walk& w, bool mean) {
   return w.by_rows ? w.columns : w.rows * w.fold;
 }
 
-// One position's sums, which other blocks have just written, in their order, and in double: there may be hundreds.
+// One position's sums, which other blocks have just written, in their order, and in double: there may be
+// hundreds.
 template <typename A>
 FASTKD_DEVICE A collapsed(const A* sums, int32_t parts, int32_t positions, int32_t s) {
   double total = load_fresh(sums + s);
-  for (int32_t part = 1; part < parts; ++part) total += load_fresh(sums + static_cast<int64_t>(part) * positions + s);
+  for (int32_t part = 1; part < parts; ++part)
+    total += load_fresh(sums + static_cast<int64_t>(part) * positions + s);
   return static_cast<A>(total);
 }
 
-// y of the sum q, rounded: equal maps then have equal y and no distance, however the compiler contracts what follows.
+// y of the sum q, rounded: equal maps then have equal y and no distance, however the compiler contracts what
+// follows.
 FASTKD_DEVICE float normalized(float q, const Norm& norm) { return static_cast<float>(q * norm.reciprocal); }
 FASTKD_DEVICE double normalized(double q, const Norm& norm) { return q / norm.divisor; }
 

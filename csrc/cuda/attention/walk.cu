@@ -5,9 +5,9 @@
 namespace fastkd {
 namespace {
 
-// By calculation, for an H200: 132 multiprocessors take four such blocks each at once, so eight for each make two waves, of which the
-// second hides the end of the first. A block should read at least 16 KiB, all that its threads have on their way at once, and at most 128
-// KiB, so that many waves leave a short tail.
+// By calculation, for an H200: 132 multiprocessors take four such blocks each at once, so eight for each make
+// two waves, of which the second hides the end of the first. A block should read at least 16 KiB, all that
+// its threads have on their way at once, and at most 128 KiB, so that many waves leave a short tail.
 constexpr int64_t kGoalBlocks = 132 * 8;
 constexpr int64_t kLeast = 16 << 10, kMost = 128 << 10;
 
@@ -17,7 +17,8 @@ int64_t common_divisor(int64_t a, int64_t b) { return b == 0 ? a : common_diviso
 
 // Whether packs begin at multiples of 16 bytes: `between` is the stride from row to row.
 bool is_aligned(const Feature& x, int64_t pack, int64_t rows, int64_t between) {
-  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && (x.batch == 1 || x.stride_n % pack == 0) && (rows == 1 || between % pack == 0);
+  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && (x.batch == 1 || x.stride_n % pack == 0) &&
+         (rows == 1 || between % pack == 0);
 }
 
 void cut_by_rows(Walk& w, int64_t row_bytes, int64_t goal) {
@@ -35,8 +36,8 @@ void cut_by_rows(Walk& w, int64_t row_bytes, int64_t goal) {
 
 void cut_by_columns(Walk& w, int64_t pack_bytes, int64_t goal) {
   const int64_t packs = w.columns / w.width;
-  // A map of up to 64 packs is not cut: its rows then follow each other without a gap. Else at least half a KiB in a row, even numbers of
-  // packs (32 bytes are what memory gives), and tiles of about equal size.
+  // A map of up to 64 packs is not cut: its rows then follow each other without a gap. Else at least half a
+  // KiB in a row, even numbers of packs (32 bytes are what memory gives), and tiles of about equal size.
   int64_t across = packs;
   if (packs > 64) {
     int64_t wanted = 32;
@@ -57,12 +58,15 @@ void cut_by_columns(Walk& w, int64_t pack_bytes, int64_t goal) {
 }
 
 void check_size(int64_t size) {
-  STD_TORCH_CHECK(size <= std::numeric_limits<int32_t>::max(), "a sample of more than 2^31 positions or channels is not served");
+  STD_TORCH_CHECK(size <= std::numeric_limits<int32_t>::max(),
+                  "a sample of more than 2^31 positions or channels is not served");
 }
 
 }  // namespace
 
-void check_served(const AttentionOptions& options) { STD_TORCH_CHECK(options.p == 2, "the CUDA kernels serve p = 2, got ", options.p); }
+void check_served(const AttentionOptions& options) {
+  STD_TORCH_CHECK(options.p == 2, "the CUDA kernels serve p = 2, got ", options.p);
+}
 
 int64_t size_of(DType dtype) { return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2; }
 
@@ -83,7 +87,8 @@ Walk walk_of(const Feature* const* tensors, int count, int64_t goal) {
     last = last && t.layout == Layout::kChannelsLast;
     last_packed = last_packed && last && is_aligned(t, pack, t.positions, t.stride_s);
     packed = packed && t.layout == Layout::kPlanes &&
-             (fold == 1 ? is_aligned(t, pack, t.channels, t.stride_c) : t.stride_c == t.positions && is_aligned(t, pack, 1, 0));
+             (fold == 1 ? is_aligned(t, pack, t.channels, t.stride_c)
+                        : t.stride_c == t.positions && is_aligned(t, pack, 1, 0));
   }
   check_size(x.channels);
   check_size(fold * x.positions);

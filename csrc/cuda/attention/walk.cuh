@@ -1,12 +1,14 @@
-// How the blocks of a launch go through features: every operator of attention maps reads (and may write) one or several tensors of one
-// shape as a table for each sample, cut into units of about equal bytes; a block handles one unit.
+// How the blocks of a launch go through features: every operator of attention maps reads (and may write) one
+// or several tensors of one shape as a table for each sample, cut into units of about equal bytes; a block
+// handles one unit.
 //
-// By columns (positions in planes, or any other strides): a row is a channel, a column a position. Threads lie along the columns, `width`
-// numbers each, and `groups` rows side by side. Where a map's size is no multiple of 16 bytes (7x7), `fold` channels are one row: then rows
-// are, and loads stay aligned, while a thread still has the same positions in every row. What does not lie in such packs is read number by
-// number, and added in the same order.
-// By rows (channels last): a row is a position, a column a channel; `across` lanes of a warp share a row, and rows side by side or, of wide
-// rows, columns further on keep the memory busy.
+// By columns (positions in planes, or any other strides): a row is a channel, a column a position. Threads
+// lie along the columns, `width` numbers each, and `groups` rows side by side. Where a map's size is no
+// multiple of 16 bytes (7x7), `fold` channels are one row: then rows are, and loads stay aligned, while a
+// thread still has the same positions in every row. What does not lie in such packs is read number by number,
+// and added in the same order. By rows (channels last): a row is a position, a column a channel; `across`
+// lanes of a warp share a row, and rows side by side or, of wide rows, columns further on keep the memory
+// busy.
 #pragma once
 
 #include "common/attention_options.h"
@@ -17,11 +19,12 @@ namespace fastkd {
 constexpr int kThreads = 256;
 // Packs of a tensor that a thread has on their way at once, and of each of two tensors.
 constexpr int kUnroll = 4, kUnrollTwo = 2;
-// By calculation, for an H200, which has to have 4.8 TB/s * 0.8 us / 132 = 29 KiB on their way to each multiprocessor: three blocks
-// have 48.
+// By calculation, for an H200, which has to have 4.8 TB/s * 0.8 us / 132 = 29 KiB on their way to each
+// multiprocessor: three blocks have 48.
 template <typename A>
 constexpr int kBlocks = sizeof(A) == sizeof(double) ? 2 : 3;
-constexpr int kTile = 2048;  // most columns of a unit, or rows by rows: what has a number each in shared memory
+constexpr int kTile =
+    2048;  // most columns of a unit, or rows by rows: what has a number each in shared memory
 
 struct Walk {
   int32_t rows, columns;
@@ -62,10 +65,14 @@ FASTKD_BOTH Part part_of(const Walk& w, int32_t unit) {
 FASTKD_BOTH int32_t positions_of(const Walk& w) { return w.by_rows ? w.rows : w.columns / w.fold; }
 // A unit that is not cut along columns adds the channels of a folded row up itself.
 FASTKD_BOTH int32_t columns_of_sums(const Walk& w) { return w.tiles == 1 ? w.columns / w.fold : w.columns; }
-// Sums that a position has before they are added up: one for each chunk of rows, and channel of a folded row. By rows there is but one.
-FASTKD_BOTH int32_t parts_of(const Walk& w) { return w.by_rows ? 1 : w.units / w.tiles * (columns_of_sums(w) / positions_of(w)); }
+// Sums that a position has before they are added up: one for each chunk of rows, and channel of a folded row.
+// By rows there is but one.
+FASTKD_BOTH int32_t parts_of(const Walk& w) {
+  return w.by_rows ? 1 : w.units / w.tiles * (columns_of_sums(w) / positions_of(w));
+}
 
-// Which packs a thread has at once: kUnroll of them or fewer, each `rows` and `columns` beyond the one before.
+// Which packs a thread has at once: kUnroll of them or fewer, each `rows` and `columns` beyond the one
+// before.
 struct Step {
   int32_t rows, columns;
 };
@@ -73,13 +80,16 @@ struct Step {
 // Of rows with so many columns, those follow each other.
 FASTKD_BOTH bool is_wide(const Walk& w) { return w.by_rows && w.columns >= kUnroll * w.across * w.width; }
 // From one of the packs to the next, and from all of them to the next.
-FASTKD_BOTH Step step_of(const Walk& w) { return is_wide(w) ? Step{0, w.across * w.width} : Step{kThreads / w.across, 0}; }
+FASTKD_BOTH Step step_of(const Walk& w) {
+  return is_wide(w) ? Step{0, w.across * w.width} : Step{kThreads / w.across, 0};
+}
 FASTKD_BOTH Step stride_of(const Walk& w, int unroll) {
   const int32_t rows = kThreads / w.across, columns = w.across * w.width;
   return is_wide(w) ? Step{rows, unroll * columns} : Step{unroll * rows, columns};
 }
 
-// Whether the pack `u` steps from (row, column) is there: columns go as far as the part's, or by rows the table's.
+// Whether the pack `u` steps from (row, column) is there: columns go as far as the part's, or by rows the
+// table's.
 FASTKD_BOTH bool is_within(const Part& part, const Step& step, int32_t row, int32_t column, int u) {
   return row + u * step.rows < part.end_row && column + u * step.columns < part.first_column + part.columns;
 }
@@ -125,12 +135,13 @@ FASTKD_DEVICE int64_t distance_of(const Walk& w, const Place& x, const Step& ste
 
 // Reads a thread's next packs; those beyond the part's end are zeros.
 template <typename T, int W, int U>
-FASTKD_DEVICE void load_packs(const Walk& w, const Place& x, const Part& part, const Step& step, int64_t n, int32_t row, int32_t column,
-                              Pack (&v)[U]) {
+FASTKD_DEVICE void load_packs(const Walk& w, const Place& x, const Part& part, const Step& step, int64_t n,
+                              int32_t row, int32_t column, Pack (&v)[U]) {
   const T* at = row_of<const T, W>(w, x, n, row, column);
   const int64_t distance = distance_of(w, x, step);
   FASTKD_UNROLL
-  for (int u = 0; u < U; ++u) v[u] = load_some<T, W>(at + u * distance, is_within(part, step, row, column, u));
+  for (int u = 0; u < U; ++u)
+    v[u] = load_some<T, W>(at + u * distance, is_within(part, step, row, column, u));
 }
 
 // A number in the type of accumulation, and back; a double goes to 16 bits through float.
@@ -166,8 +177,8 @@ struct Format {
   static constexpr int kWidth = W;
 };
 
-// f(Format) for the numbers of a walk. A kernel that accumulates in float meets no double, and one in double nothing else unless dtypes
-// are mixed.
+// f(Format) for the numbers of a walk. A kernel that accumulates in float meets no double, and one in double
+// nothing else unless dtypes are mixed.
 template <bool kMixed, typename A, typename F>
 FASTKD_DEVICE void with_format(const Walk& w, const F& f) {
   const auto width = [&](auto number) {

@@ -6,7 +6,8 @@ namespace {
 
 template <typename A, Mode MODE>
 void launch_one(const FspCall& call, const BackwardArguments& arguments, int64_t blocks) {
-  launch("fsp_backward", fsp_backward<A, MODE>, blocks, kFspThreads, backward_shared<A>(), call.device, arguments);
+  launch("fsp_backward", fsp_backward<A, MODE>, blocks, kFspThreads, backward_shared<A>(), call.device,
+         arguments);
 }
 
 void launch_backward(const FspCall& call, const BackwardArguments& arguments, int64_t blocks) {
@@ -19,7 +20,8 @@ void launch_backward(const FspCall& call, const BackwardArguments& arguments, in
 
 }  // namespace
 
-void run_backward(FspCall& call, const std::vector<GradientArguments>& items, int64_t samples, double factor, const TensorView* upstream) {
+void run_backward(FspCall& call, const std::vector<GradientArguments>& items, int64_t samples, double factor,
+                  const TensorView* upstream) {
   BackwardArguments arguments{};
   arguments.factor = factor;
   if (upstream) {

@@ -1,5 +1,6 @@
-// The backward kernel of FSP: tiles of a feature's gradient, channels x positions, each the sum of at most two products of a matrix's
-// gradient with the other feature's channels, and of what windows send of gradients that were made on coarser grids before.
+// The backward kernel of FSP: tiles of a feature's gradient, channels x positions, each the sum of at most
+// two products of a matrix's gradient with the other feature's channels, and of what windows send of
+// gradients that were made on coarser grids before.
 #pragma once
 
 #include "cuda/fsp/sum.cuh"
@@ -43,7 +44,8 @@ FASTKD_BOTH constexpr size_t backward_shared() {
 
 // What the windows over position s send, in their order.
 template <typename A>
-FASTKD_DEVICE A gathered(const Gather& gather, const GradientArguments& item, const Box& windows, int64_t n, int64_t c, int32_t s) {
+FASTKD_DEVICE A gathered(const Gather& gather, const GradientArguments& item, const Box& windows, int64_t n,
+                         int64_t c, int32_t s) {
   const A* from = static_cast<const A*>(gather.from) + n * gather.stride_n + c * gather.stride_c;
   A total = 0;
   FASTKD_ROLLED
@@ -55,12 +57,16 @@ FASTKD_DEVICE A gathered(const Gather& gather, const GradientArguments& item, co
         const int32_t at = (d * gather.grid[1] + h) * gather.grid[2] + w;
         const A number = from[at * gather.stride_s];
         if (!gather.max) {
-          total += number * (gather.halved ? A(0.25) : inverse_of<A>(share_of<true>(d, h, w, gather.grid, item.own.size)));
+          total +=
+              number *
+              (gather.halved ? A(0.25) : inverse_of<A>(share_of<true>(d, h, w, gather.grid, item.own.size)));
           continue;
         }
         const int64_t channel = n * item.own.stride_n + c * item.own.stride_c;
-        const int32_t place = gather.halved ? place_of_maximum_of_four<A>(item.own, channel, d, 2 * h, 2 * w)
-                                            : place_of_maximum<A>(item.own, channel, box_of<true>(at, item.own.size, gather.grid));
+        const int32_t place =
+            gather.halved
+                ? place_of_maximum_of_four<A>(item.own, channel, d, 2 * h, 2 * w)
+                : place_of_maximum<A>(item.own, channel, box_of<true>(at, item.own.size, gather.grid));
         if (place == s) total += number;
       }
     }
@@ -69,8 +75,8 @@ FASTKD_DEVICE A gathered(const Gather& gather, const GradientArguments& item, co
 }
 
 template <typename A, Mode MODE>
-FASTKD_DEVICE void add_term(FspSum<A, MODE>& sum, const Cut& cut, const Operand& m, const Operand& other, int64_t n, int row, int column,
-                            A* tiles) {
+FASTKD_DEVICE void add_term(FspSum<A, MODE>& sum, const Cut& cut, const Operand& m, const Operand& other,
+                            int64_t n, int row, int column, A* tiles) {
   A* right = tiles + cut.rows * cut.depth;
   FASTKD_ROLLED
   for (int o = 0; o < m.positions; o += cut.depth) {
@@ -90,7 +96,8 @@ fsp_backward(FASTKD_ARGUMENTS(BackwardArguments) call) {
   int p = 0;
   while (p + 1 < call.items && static_cast<int>(blockIdx.x) >= call.item[p + 1].first_block) ++p;
   const GradientArguments& item = call.item[p];
-  const int local = static_cast<int>(blockIdx.x) - item.first_block, tile = local % (item.row_tiles * item.column_tiles);
+  const int local = static_cast<int>(blockIdx.x) - item.first_block,
+            tile = local % (item.row_tiles * item.column_tiles);
   const int64_t n = local / (item.row_tiles * item.column_tiles);
   const int row0 = tile % item.row_tiles * kFspTile, column0 = tile / item.row_tiles * kFspTile;
   const Cut cut = cut_of(item.out.channels, item.out.positions, threadIdx.x / kWarp);
@@ -112,16 +119,19 @@ fsp_backward(FASTKD_ARGUMENTS(BackwardArguments) call) {
   const int rows = item.out.channels - row0 < cut.rows ? item.out.channels - row0 : cut.rows;
   const int columns = item.out.positions - column0 < cut.columns ? item.out.positions - column0 : cut.columns;
   // neighbouring threads write neighbouring numbers
-  const int across = item.channels_last ? cut.rows : cut.columns, bits = bits_of_size(across), other = kFspThreads >> bits;
+  const int across = item.channels_last ? cut.rows : cut.columns, bits = bits_of_size(across),
+            other = kFspThreads >> bits;
   const int first = threadIdx.x & (across - 1), second = threadIdx.x >> bits;
   const int row_begin = item.channels_last ? first : second, row_step = item.channels_last ? cut.rows : other;
-  const int column_begin = item.channels_last ? second : first, column_step = item.channels_last ? other : cut.columns;
+  const int column_begin = item.channels_last ? second : first,
+            column_step = item.channels_last ? other : cut.columns;
   const auto each = [&](const auto& begin, const auto& f) {
     FASTKD_ROLLED
     for (int column = column_begin; column < columns; column += column_step) {
       const auto of_column = begin(column0 + column);
       FASTKD_ROLLED
-      for (int row = row_begin; row < rows; row += row_step) f(of_column, row, column0 + column, tiles[row * (cut.columns + 1) + column]);
+      for (int row = row_begin; row < rows; row += row_step)
+        f(of_column, row, column0 + column, tiles[row * (cut.columns + 1) + column]);
     }
   };
   FASTKD_ROLLED
@@ -134,7 +144,8 @@ fsp_backward(FASTKD_ARGUMENTS(BackwardArguments) call) {
   }
   each([&](int s) { return n * item.out.stride_n + row0 * item.out.stride_c + offset_of(item.out, s); },
        [&](int64_t at, int row, int s, A& value) {
-         const A made = item.gathers ? value : laid_out(tiles, cut, MODE == Mode::kIeee, row, s - column0) * scale;
+         const A made =
+             item.gathers ? value : laid_out(tiles, cut, MODE == Mode::kIeee, row, s - column0) * scale;
          store_number(item.out, at + row * item.out.stride_c, made * factor);
        });
 }
@@ -162,11 +173,13 @@ fsp_pool(FASTKD_ARGUMENTS(PoolArguments) call) {
   int p = 0;
   while (p + 1 < call.items && static_cast<int>(blockIdx.x) >= call.item[p + 1].first_block) ++p;
   const PoolItem& item = call.item[p];
-  const int64_t i = (static_cast<int64_t>(blockIdx.x) - item.first_block) * PoolArguments::kThreads + threadIdx.x;
+  const int64_t i =
+      (static_cast<int64_t>(blockIdx.x) - item.first_block) * PoolArguments::kThreads + threadIdx.x;
   if (i >= item.count) return;
   const int64_t inner = item.channels_last ? item.x.channels : item.x.positions;
   const int64_t outer = item.channels_last ? item.x.positions : item.x.channels;
-  const int64_t n = i / (inner * outer), rest = i - n * (inner * outer), of_outer = rest / inner, of_inner = rest - of_outer * inner;
+  const int64_t n = i / (inner * outer), rest = i - n * (inner * outer), of_outer = rest / inner,
+                of_inner = rest - of_outer * inner;
   const int64_t c = item.channels_last ? of_inner : of_outer, s = item.channels_last ? of_outer : of_inner;
   with_width<A>(item.x.dtype, [&](auto zero) {
     using T = decltype(zero);

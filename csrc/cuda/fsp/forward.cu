@@ -7,11 +7,13 @@ namespace {
 
 template <typename A, Mode MODE>
 void launch_one(const FspCall& call, const ForwardArguments& arguments, int64_t blocks, int chains) {
-  launch("fsp_forward", fsp_forward<A, MODE>, blocks, kFspThreads, forward_shared<A>(chains), call.device, arguments);
+  launch("fsp_forward", fsp_forward<A, MODE>, blocks, kFspThreads, forward_shared<A>(chains), call.device,
+         arguments);
 }
 
 void launch_forward(const FspCall& call, const ForwardArguments& arguments, int64_t blocks, int chains) {
-  if (call.accumulate == DType::kDouble) return launch_one<double, Mode::kIeee>(call, arguments, blocks, chains);
+  if (call.accumulate == DType::kDouble)
+    return launch_one<double, Mode::kIeee>(call, arguments, blocks, chains);
   if (call.mode == Mode::kIeee) return launch_one<float, Mode::kIeee>(call, arguments, blocks, chains);
   if (call.mode == Mode::kTf32) return launch_one<float, Mode::kTf32>(call, arguments, blocks, chains);
   if (call.mode == Mode::kTf32x3) return launch_one<float, Mode::kTf32x3>(call, arguments, blocks, chains);
@@ -20,7 +22,8 @@ void launch_forward(const FspCall& call, const ForwardArguments& arguments, int6
 
 }  // namespace
 
-void run_forward(FspCall& call, std::vector<PairArguments> pairs, int64_t samples, FspResult result, void* loss) {
+void run_forward(FspCall& call, std::vector<PairArguments> pairs, int64_t samples, FspResult result,
+                 void* loss) {
   int64_t groups = 0, scratch = 0;
   for (PairArguments& pair : pairs) {
     const int64_t rows = pair.operand[0].channels, columns = pair.operand[1].channels;
@@ -30,7 +33,8 @@ void run_forward(FspCall& call, std::vector<PairArguments> pairs, int64_t sample
     pair.scratch = scratch;
     groups += samples * pair.column_tiles;
     grid_of("fsp_forward", groups * pair.row_tiles);
-    scratch += samples * pair.column_tiles * pair.row_tiles * (result == FspResult::kColumnNorms ? kFspTile : 1);
+    scratch +=
+        samples * pair.column_tiles * pair.row_tiles * (result == FspResult::kColumnNorms ? kFspTile : 1);
   }
   ForwardArguments arguments{};
   arguments.result = result;

@@ -1,4 +1,5 @@
-// The forward kernel of FSP: tiles of G of one pair of features or, of a student's and a teacher's pairs, of what the loss is made of.
+// The forward kernel of FSP: tiles of G of one pair of features or, of a student's and a teacher's pairs, of
+// what the loss is made of.
 #pragma once
 
 #include "cuda/fsp/sum.cuh"
@@ -39,10 +40,11 @@ FASTKD_BOTH constexpr size_t forward_shared(int chains) {
 
 // Adds the products of a pair's operands from `operand` on: of two chains at once, or of one.
 template <typename A, Mode MODE>
-FASTKD_DEVICE void add_products(FspSum<A, MODE>& sum, const Cut& cut, const Operand* operand, bool difference, int64_t n, int row,
-                                int column, A* tiles) {
+FASTKD_DEVICE void add_products(FspSum<A, MODE>& sum, const Cut& cut, const Operand* operand, bool difference,
+                                int64_t n, int row, int column, A* tiles) {
   constexpr int kSize = kFspTile * 32;
-  const int rows = operand[0].channels - row, columns = operand[1].channels - column, positions = operand[0].positions;
+  const int rows = operand[0].channels - row, columns = operand[1].channels - column,
+            positions = operand[0].positions;
   const int operands = difference ? 4 : 2;
   const Staged<A> own = {tiles, tiles + kSize, operand[0].exact, operand[1].exact};
   const Staged<A> less = {tiles + 2 * kSize, tiles + 3 * kSize, difference && operand[2].exact, false};
@@ -51,7 +53,8 @@ FASTKD_DEVICE void add_products(FspSum<A, MODE>& sum, const Cut& cut, const Oper
     FASTKD_ROLLED
     for (int i = 0; i < operands; ++i) {
       const bool is_b = i % 2;
-      stage<A, true>(operand[i], n, tiles + i * kSize, is_b ? column : row, is_b ? cut.columns : cut.rows, s, cut.depth);
+      stage<A, true>(operand[i], n, tiles + i * kSize, is_b ? column : row, is_b ? cut.columns : cut.rows, s,
+                     cut.depth);
     }
     sync_block();
     const int terms = positions - s < cut.depth ? positions - s : cut.depth;
@@ -71,9 +74,11 @@ fsp_forward(FASTKD_ARGUMENTS(ForwardArguments) call) {
   int p = 0;
   while (p + 1 < call.pairs && static_cast<int>(blockIdx.x) >= call.pair[p + 1].first_block) ++p;
   const PairArguments& pair = call.pair[p];
-  const int local = static_cast<int>(blockIdx.x) - pair.first_block, row_tile = local % pair.row_tiles, group = local / pair.row_tiles;
+  const int local = static_cast<int>(blockIdx.x) - pair.first_block, row_tile = local % pair.row_tiles,
+            group = local / pair.row_tiles;
   const int row0 = row_tile * kFspTile, column0 = group % pair.column_tiles * kFspTile;
-  const int64_t n = group / pair.column_tiles, a_channels = pair.operand[0].channels, b_channels = pair.operand[1].channels;
+  const int64_t n = group / pair.column_tiles, a_channels = pair.operand[0].channels,
+                b_channels = pair.operand[1].channels;
   const Cut cut = cut_of(pair.operand[0].channels, pair.operand[1].channels, threadIdx.x / kWarp);
   double *scratch = reinterpret_cast<double*>(shared_memory()), *column_sums = scratch + kWarp;
   A* tiles = reinterpret_cast<A*>(shared_memory() + kForwardSums);
@@ -94,9 +99,11 @@ fsp_forward(FASTKD_ARGUMENTS(ForwardArguments) call) {
   sync_block();
 
   // a thread stays in its column
-  const int bits = bits_of_size(cut.columns), column = threadIdx.x & (cut.columns - 1), step = kFspThreads >> bits;
+  const int bits = bits_of_size(cut.columns), column = threadIdx.x & (cut.columns - 1),
+            step = kFspThreads >> bits;
   const int rows = a_channels - row0 < cut.rows ? static_cast<int>(a_channels) - row0 : cut.rows;
-  const int columns = b_channels - column0 < cut.columns ? static_cast<int>(b_channels) - column0 : cut.columns;
+  const int columns =
+      b_channels - column0 < cut.columns ? static_cast<int>(b_channels) - column0 : cut.columns;
   A* out = static_cast<A*>(pair.out);
   if (out != nullptr) out += n * a_channels * b_channels + column0 + column;
   const A slope = call.result == FspResult::kSquares ? static_cast<A>(2 * pair.factor) : A(1);

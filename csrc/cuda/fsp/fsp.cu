@@ -1,11 +1,12 @@
-// fsp_matrix and fsp_loss with their backward operators, on a GPU: checks and allocation. The division into launches is in fsp_plan.cu,
-// the arithmetic in fsp_forward.cuh and fsp_backward.cuh.
+// fsp_matrix and fsp_loss with their backward operators, on a GPU: checks and allocation. The division into
+// launches is in fsp_plan.cu, the arithmetic in fsp_forward.cuh and fsp_backward.cuh.
 //
-// Forward, one launch: a block makes a tile of a pair's dloss/dG of one sample: of G_s - G_t = (A_s - A_t) B_s^T + A_t (B_s - B_t)^T where
-// student and teacher have equal sizes after pooling, so that what they share is subtracted before it is multiplied and rounded; of both
-// products where they have not. Backward, one launch: dA = upstream M B / S and dB = upstream M^T A / S, both terms of a middle stage at
-// once. Pooling is done where a feature is read, or by a launch before; the gradient of averaging where the other factor is read, or, like
-// that of maxima, by windows from a gradient that a launch before has made (fsp_gradient.cu).
+// Forward, one launch: a block makes a tile of a pair's dloss/dG of one sample: of G_s - G_t = (A_s - A_t)
+// B_s^T + A_t (B_s - B_t)^T where student and teacher have equal sizes after pooling, so that what they share
+// is subtracted before it is multiplied and rounded; of both products where they have not. Backward, one
+// launch: dA = upstream M B / S and dB = upstream M^T A / S, both terms of a middle stage at once. Pooling is
+// done where a feature is read, or by a launch before; the gradient of averaging where the other factor is
+// read, or, like that of maxima, by windows from a gradient that a launch before has made (fsp_gradient.cu).
 #include "cuda/fsp/gradient.cuh"
 
 #include <optional>
@@ -33,7 +34,8 @@ DType accumulation_of(const std::vector<TensorView>& views) {
   return all;
 }
 
-std::vector<Feature> features_of(const FspCall& call, const std::vector<TensorView>& views, const char* name) {
+std::vector<Feature> features_of(const FspCall& call, const std::vector<TensorView>& views,
+                                 const char* name) {
   std::vector<Feature> features;
   for (const TensorView& view : views) {
     features.push_back(feature_of(view, name));
@@ -50,7 +52,9 @@ void plan_chain(FspCall& call, PairArguments& pair, int side, const Feature& a, 
   pair.operand[2 * side + 1] = call.operand(b, size, a.channels);
 }
 
-bool same_positions(const PairArguments& pair) { return std::equal(pair.operand[0].grid, pair.operand[0].grid + 3, pair.operand[2].grid); }
+bool same_positions(const PairArguments& pair) {
+  return std::equal(pair.operand[0].grid, pair.operand[0].grid + 3, pair.operand[2].grid);
+}
 
 }  // namespace
 
@@ -71,8 +75,9 @@ Tensor fsp_matrix(const Tensor& a, const Tensor& b, const Text& pool_mode, std::
   return out;
 }
 
-std::vector<Tensor> fsp_matrix_backward(const Tensor& grad, const Tensor& a, const Tensor& b, const Text& pool_mode,
-                                        std::optional<Text> precision, bool a_grad, bool b_grad) {
+std::vector<Tensor> fsp_matrix_backward(const Tensor& grad, const Tensor& a, const Tensor& b,
+                                        const Text& pool_mode, std::optional<Text> precision, bool a_grad,
+                                        bool b_grad) {
   const std::string how = precision_of(precision);
   const bool max = parse_switch(pool_mode, "pool_mode", "avg", "max");
   const std::vector<TensorView> views = {view_of(a, "a"), view_of(b, "b")};
@@ -91,8 +96,9 @@ namespace {
 
 // The gradients of stages of a chain from those of its matrices.
 std::vector<Tensor> chain_gradients(const std::vector<Tensor>& features, const std::vector<TensorView>& views,
-                                    const std::vector<Tensor>& matrix_grads, const std::vector<int64_t>& stages, bool max,
-                                    const std::string& how, double factor, const TensorView* upstream) {
+                                    const std::vector<Tensor>& matrix_grads,
+                                    const std::vector<int64_t>& stages, bool max, const std::string& how,
+                                    double factor, const TensorView* upstream) {
   if (stages.empty()) return {};
   const std::vector<TensorView> m = views_of(matrix_grads, "matrix_grads");
   const DType accumulate = accumulation(accumulation_of(views), accumulation_of(m));
@@ -101,7 +107,8 @@ std::vector<Tensor> chain_gradients(const std::vector<Tensor>& features, const s
   for (size_t p = 0; p < m.size(); ++p) check_matrix_grad(call, m[p], f[p], f[p + 1], "matrix_grads");
   FspGradients gradients(call);
   for (const int64_t i : stages) {
-    STD_TORCH_CHECK(i >= 0 && i < static_cast<int64_t>(f.size()), "stages must be indices of features, got ", i);
+    STD_TORCH_CHECK(i >= 0 && i < static_cast<int64_t>(f.size()), "stages must be indices of features, got ",
+                    i);
     std::vector<FspTerm> terms;
     if (i > 0) terms.push_back({f[i - 1], m[i - 1], 2});
     if (i < static_cast<int64_t>(m.size())) terms.push_back({f[i + 1], m[i], 1});
@@ -112,33 +119,37 @@ std::vector<Tensor> chain_gradients(const std::vector<Tensor>& features, const s
 
 }  // namespace
 
-std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fsp_loss(std::vector<Tensor> student, std::vector<Tensor> teacher,
-                                                                      const Text& pool_mode, const Text& distance, const Text& pair_reduce,
-                                                                      std::optional<std::vector<double>> weights, double weight,
-                                                                      std::optional<Text> precision, bool with_grad,
-                                                                      std::optional<double> upstream, std::vector<int64_t> stages) {
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fsp_loss(
+    std::vector<Tensor> student, std::vector<Tensor> teacher, const Text& pool_mode, const Text& distance,
+    const Text& pair_reduce, std::optional<std::vector<double>> weights, double weight,
+    std::optional<Text> precision, bool with_grad, std::optional<double> upstream,
+    std::vector<int64_t> stages) {
   const std::string how = precision_of(precision);
   const bool max = parse_switch(pool_mode, "pool_mode", "avg", "max");
   const bool columns = distance.value == "column_l2", mean = distance.value == "squared";
-  STD_TORCH_CHECK(mean || columns || distance.value == "frobenius", "distance must be \"squared\", \"frobenius\" or \"column_l2\", got \"",
-                  distance.value, "\"");
+  STD_TORCH_CHECK(mean || columns || distance.value == "frobenius",
+                  "distance must be \"squared\", \"frobenius\" or \"column_l2\", got \"", distance.value,
+                  "\"");
   const bool pair_mean = parse_switch(pair_reduce, "pair_reduce", "sum", "mean");
   STD_TORCH_CHECK(student.size() >= 2, "student must hold at least two stages, got ", student.size());
-  STD_TORCH_CHECK(teacher.size() == student.size(), "student and teacher must hold equally many stages, got ", student.size(), " and ",
-                  teacher.size());
+  STD_TORCH_CHECK(teacher.size() == student.size(), "student and teacher must hold equally many stages, got ",
+                  student.size(), " and ", teacher.size());
   const size_t count = student.size() - 1;
   STD_TORCH_CHECK(!weights || weights->size() == count, "weights must hold one number a pair (", count, ")");
-  STD_TORCH_CHECK(stages.empty() || (upstream && with_grad), "stages wants with_grad and the upstream gradient");
+  STD_TORCH_CHECK(stages.empty() || (upstream && with_grad),
+                  "stages wants with_grad and the upstream gradient");
 
-  const std::vector<TensorView> s_views = views_of(student, "student"), t_views = views_of(teacher, "teacher");
+  const std::vector<TensorView> s_views = views_of(student, "student"),
+                                t_views = views_of(teacher, "teacher");
   std::vector<TensorView> all = s_views;
   all.insert(all.end(), t_views.begin(), t_views.end());
   const DType accumulate = accumulation_of(all);
   FspCall call(all[0], accumulate, mode_of(all, accumulate, how), max);
-  const std::vector<Feature> s = features_of(call, s_views, "student"), t = features_of(call, t_views, "teacher");
+  const std::vector<Feature> s = features_of(call, s_views, "student"),
+                             t = features_of(call, t_views, "teacher");
   for (size_t i = 0; i <= count; ++i) {
-    STD_TORCH_CHECK(s[i].channels == t[i].channels, "student and teacher must have equal channels, got ", s[i].channels, " and ",
-                    t[i].channels, " in stage ", i);
+    STD_TORCH_CHECK(s[i].channels == t[i].channels, "student and teacher must have equal channels, got ",
+                    s[i].channels, " and ", t[i].channels, " in stage ", i);
   }
   std::vector<PairArguments> pairs;
   std::vector<Tensor> grads;
@@ -158,15 +169,19 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fsp_loss(std::vecto
     pairs.push_back(pair);
   }
   Tensor loss = call.device.empty(nullptr, 0, accumulate);
-  run_forward(call, pairs, s[0].batch, columns ? FspResult::kColumnNorms : FspResult::kSquares, loss.mutable_data_ptr());
-  const std::vector<Tensor> gradients = chain_gradients(student, s_views, grads, stages, max, how, upstream ? *upstream : 0.0, nullptr);
+  run_forward(call, pairs, s[0].batch, columns ? FspResult::kColumnNorms : FspResult::kSquares,
+              loss.mutable_data_ptr());
+  const std::vector<Tensor> gradients =
+      chain_gradients(student, s_views, grads, stages, max, how, upstream ? *upstream : 0.0, nullptr);
   return {loss, grads, gradients};
 }
 
-std::vector<Tensor> fsp_loss_backward(const Tensor& grad, std::vector<Tensor> features, std::vector<Tensor> matrix_grads,
-                                      const Text& pool_mode, std::optional<Text> precision, std::vector<int64_t> stages, bool negate,
+std::vector<Tensor> fsp_loss_backward(const Tensor& grad, std::vector<Tensor> features,
+                                      std::vector<Tensor> matrix_grads, const Text& pool_mode,
+                                      std::optional<Text> precision, std::vector<int64_t> stages, bool negate,
                                       std::optional<std::vector<Tensor>> others) {
-  STD_TORCH_CHECK(!others || others->empty(), "others is for matrices that were not kept, and the CUDA library keeps all");
+  STD_TORCH_CHECK(!others || others->empty(),
+                  "others is for matrices that were not kept, and the CUDA library keeps all");
   const std::string how = precision_of(precision);
   const bool max = parse_switch(pool_mode, "pool_mode", "avg", "max");
   STD_TORCH_CHECK(features.size() >= 2 && matrix_grads.size() == features.size() - 1,

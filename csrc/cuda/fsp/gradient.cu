@@ -3,24 +3,27 @@
 namespace fastkd {
 namespace {
 
-// A term of an averaged feature may be multiplied at the feature's own positions, several of which have the same factor. That spares a
-// launch, about 3 us, and the reading and writing of the coarser gradient; so many multiply-adds cost an H200 about as much, by
-// calculation: some 60 T a second on tensor cores, 25 without.
+// A term of an averaged feature may be multiplied at the feature's own positions, several of which have the
+// same factor. That spares a launch, about 3 us, and the reading and writing of the coarser gradient; so many
+// multiply-adds cost an H200 about as much, by calculation: some 60 T a second on tensor cores, 25 without.
 constexpr int64_t kSpreadProducts = 1 << 28, kSpreadIeee = 1 << 27;
 
 }  // namespace
 
-void check_matrix_grad(const FspCall& call, const TensorView& m, const Feature& a, const Feature& b, const char* name) {
+void check_matrix_grad(const FspCall& call, const TensorView& m, const Feature& a, const Feature& b,
+                       const char* name) {
   call.check_device_of(m, name);
-  STD_TORCH_CHECK(m.dtype == call.accumulate, name, " must be ", call.accumulate == DType::kDouble ? "float64" : "float32");
-  STD_TORCH_CHECK(m.dim == 3 && m.sizes[0] == a.batch && m.sizes[1] == a.channels && m.sizes[2] == b.channels, name, " must have shape (",
-                  a.batch, ", ", a.channels, ", ", b.channels, ")");
+  STD_TORCH_CHECK(m.dtype == call.accumulate, name, " must be ",
+                  call.accumulate == DType::kDouble ? "float64" : "float32");
+  STD_TORCH_CHECK(m.dim == 3 && m.sizes[0] == a.batch && m.sizes[1] == a.channels && m.sizes[2] == b.channels,
+                  name, " must have shape (", a.batch, ", ", a.channels, ", ", b.channels, ")");
 }
 
 Gather FspGradients::coarse(const Feature& feature, const FspTerm& term, const int64_t* grid) {
   const bool channels_last = feature.layout == Layout::kChannelsLast;
   const int64_t positions = count_of(grid);
-  const int64_t sizes[3] = {feature.batch, channels_last ? positions : feature.channels, channels_last ? feature.channels : positions};
+  const int64_t sizes[3] = {feature.batch, channels_last ? positions : feature.channels,
+                            channels_last ? feature.channels : positions};
   Feature made{};
   made.data = call_.keep(call_.device.empty(sizes, 3, call_.accumulate));
   made.dtype = call_.accumulate;
@@ -53,7 +56,8 @@ Gather FspGradients::coarse(const Feature& feature, const FspTerm& term, const i
   return gather;
 }
 
-void FspGradients::add(const Tensor& x, const TensorView& view, const Feature& feature, const std::vector<FspTerm>& terms) {
+void FspGradients::add(const Tensor& x, const TensorView& view, const Feature& feature,
+                       const std::vector<FspTerm>& terms) {
   samples_ = feature.batch;
   Tensor grad = empty_like(x, view);
   const Feature made = feature_of(view_of(grad, "gradient"), "gradient");
@@ -74,8 +78,8 @@ void FspGradients::add(const Tensor& x, const TensorView& view, const Feature& f
       continue;
     }
     item.m[item.terms] = call_.matrix(term.m, term.own_dim);
-    item.other[item.terms] =
-        is_size(feature, grid) ? call_.operand(term.other, grid, feature.channels) : call_.spread(term.other, feature.size);
+    item.other[item.terms] = is_size(feature, grid) ? call_.operand(term.other, grid, feature.channels)
+                                                    : call_.spread(term.other, feature.size);
     item.scale[item.terms++] = 1.0 / static_cast<double>(count_of(grid));
   }
   items_.push_back(item);

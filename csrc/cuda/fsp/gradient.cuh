@@ -5,21 +5,24 @@
 
 namespace fastkd {
 
-// What a pair adds to a feature's gradient. own_dim: the dimension of m, (N, Ca, Cb), that holds the feature's own channels.
+// What a pair adds to a feature's gradient. own_dim: the dimension of m, (N, Ca, Cb), that holds the
+// feature's own channels.
 struct FspTerm {
   Feature other;
   TensorView m;
   int own_dim;
 };
 
-void check_matrix_grad(const FspCall& call, const TensorView& m, const Feature& a, const Feature& b, const char* name);
+void check_matrix_grad(const FspCall& call, const TensorView& m, const Feature& a, const Feature& b,
+                       const char* name);
 
 class FspGradients {
  public:
   explicit FspGradients(FspCall& call) : call_(call) {}
 
   // A feature whose gradient is wanted, and at most two terms.
-  void add(const Tensor& x, const TensorView& view, const Feature& feature, const std::vector<FspTerm>& terms);
+  void add(const Tensor& x, const TensorView& view, const Feature& feature,
+           const std::vector<FspTerm>& terms);
   // All of them, times `factor` and, on the device, `upstream`.
   std::vector<Tensor> run(double factor, const TensorView* upstream);
 

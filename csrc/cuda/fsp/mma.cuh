@@ -1,8 +1,10 @@
-// Products on tensor cores: one instruction of a warp, total (16 x 8) += a (16 x K) b (K x 8)^T in float32. With g = lane / 4 and
-// t = lane % 4 a lane holds rows g and g + 8 of a, row g of b, and columns 2 t and 2 t + 1 of the total's rows g and g + 8.
+// Products on tensor cores: one instruction of a warp, total (16 x 8) += a (16 x K) b (K x 8)^T in float32.
+// With g = lane / 4 and t = lane % 4 a lane holds rows g and g + 8 of a, row g of b, and columns 2 t and 2 t
+// + 1 of the total's rows g and g + 8.
 //
-// A Quad is what a lane holds of one row: four numbers that lie together, positions 4 t to 4 t + 3 of sixteen. Which of the instruction's
-// places of K they take is all the same to a sum, as long as a and b agree: tf32 makes two instructions of a quad, bfloat16 one.
+// A Quad is what a lane holds of one row: four numbers that lie together, positions 4 t to 4 t + 3 of
+// sixteen. Which of the instruction's places of K they take is all the same to a sum, as long as a and b
+// agree: tf32 makes two instructions of a quad, bfloat16 one.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -23,8 +25,8 @@ FASTKD_DEVICE float float_of(uint32_t bits) {
   return x;
 }
 
-// The nearest number of tf32. Tensor cores cut the last 13 bits off, all in one direction. sm_90 and later round ties
-// to even, in one instruction. sm_80 can only round them away from zero, in four.
+// The nearest number of tf32. Tensor cores cut the last 13 bits off, all in one direction. sm_90 and later
+// round ties to even, in one instruction. sm_80 can only round them away from zero, in four.
 FASTKD_DEVICE uint32_t to_tf32(float x) {
 #ifdef FASTKD_EMULATE
   const uint32_t bits = bits_of(x);
@@ -56,7 +58,8 @@ FASTKD_DEVICE float rest_of(float x, float rounded) { return fabsf(rounded) < IN
 
 #ifdef FASTKD_EMULATE
 
-// What the instructions read: registers a and b of all lanes, laid out as PTX documents it. WIDE: two numbers of 16 bits a register.
+// What the instructions read: registers a and b of all lanes, laid out as PTX documents it. WIDE: two numbers
+// of 16 bits a register.
 template <bool WIDE>
 FASTKD_DEVICE void emulate_mma(float (&total)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   struct Lane {
@@ -90,7 +93,8 @@ FASTKD_DEVICE void mma_tf32(float (&total)[4], const uint32_t (&a)[4], const uin
 #ifdef FASTKD_EMULATE
   emulate_mma<false>(total, a, b);
 #else
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, "
+      "%1, %2, %3};"
       : "+f"(total[0]), "+f"(total[1]), "+f"(total[2]), "+f"(total[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
@@ -100,7 +104,8 @@ FASTKD_DEVICE void mma_bf16(float (&total)[4], const uint32_t (&a)[4], const uin
 #ifdef FASTKD_EMULATE
   emulate_mma<true>(total, a, b);
 #else
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
       : "+f"(total[0]), "+f"(total[1]), "+f"(total[2]), "+f"(total[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
@@ -121,7 +126,8 @@ FASTKD_DEVICE Quad<MODE> quad_of(const float (&x)[4]) {
     FASTKD_UNROLL
     for (int i = 0; i < 2; ++i) {
       q.high[i] = to_bf16(x[2 * i], x[2 * i + 1]);
-      q.low[i] = to_bf16(rest_of(x[2 * i], float_of(q.high[i] << 16)), rest_of(x[2 * i + 1], float_of(q.high[i] & 0xffff0000u)));
+      q.low[i] = to_bf16(rest_of(x[2 * i], float_of(q.high[i] << 16)),
+                         rest_of(x[2 * i + 1], float_of(q.high[i] & 0xffff0000u)));
     }
   } else {
     FASTKD_UNROLL
@@ -133,9 +139,11 @@ FASTKD_DEVICE Quad<MODE> quad_of(const float (&x)[4]) {
   return q;
 }
 
-// sum += a b^T over the 16 positions that the warp's quads hold. exact: rounding leaves nothing of a, or of b (kBf16).
+// sum += a b^T over the 16 positions that the warp's quads hold. exact: rounding leaves nothing of a, or of b
+// (kBf16).
 template <Mode MODE>
-FASTKD_DEVICE void multiply(float (&sum)[4], const Quad<MODE> (&a)[2], const Quad<MODE>& b, bool a_exact, bool b_exact) {
+FASTKD_DEVICE void multiply(float (&sum)[4], const Quad<MODE> (&a)[2], const Quad<MODE>& b, bool a_exact,
+                            bool b_exact) {
   if constexpr (MODE == Mode::kBf16) {
     // the small terms first; the product of both rests is left out
     if (!a_exact) mma_bf16(sum, {a[0].low[0], a[1].low[0], a[0].low[1], a[1].low[1]}, b.high);

@@ -1,5 +1,5 @@
-// A feature, or the gradient of an FSP matrix, as the FSP kernels read it: some channels at some positions, pooled on the way, into a tile
-// of shared memory.
+// A feature, or the gradient of an FSP matrix, as the FSP kernels read it: some channels at some positions,
+// pooled on the way, into a tile of shared memory.
 #pragma once
 
 #include <type_traits>
@@ -10,11 +10,12 @@
 
 namespace fastkd {
 
-// kSpread: the gradient of averaging: each position of a finer grid is the sum of the windows' numbers that it counts in, shared out.
+// kSpread: the gradient of averaging: each position of a finer grid is the sum of the windows' numbers that
+// it counts in, shared out.
 enum class Pool : uint8_t { kNone, kAvg, kMax, kSpread };
 
-// kOne: neighbouring threads take neighbouring positions, a number at a time; kChannels: so, 16 bytes of channels at a time;
-// kPositions: 16 bytes of positions at a time.
+// kOne: neighbouring threads take neighbouring positions, a number at a time; kChannels: so, 16 bytes of
+// channels at a time; kPositions: 16 bytes of positions at a time.
 enum class Reading : uint8_t { kOne, kChannels, kPositions };
 
 struct Operand {
@@ -39,7 +40,8 @@ FASTKD_BOTH int64_t offset_of(const Operand& x, int32_t s) {
   return at[0] * x.stride[0] + at[1] * x.stride[1] + at[2] * x.stride[2];
 }
 
-// How numbers lie in memory: those of 16 bits are told apart where they are widened, which spares a copy of the code around.
+// How numbers lie in memory: those of 16 bits are told apart where they are widened, which spares a copy of
+// the code around.
 struct Sixteen {
   uint16_t bits;
 };
@@ -53,7 +55,8 @@ template <typename A>
 FASTKD_DEVICE A widened(Sixteen x, bool is_bfloat16) {
   Half half;
   half.x = x.bits;
-  return static_cast<A>(is_bfloat16 ? float_of(static_cast<uint32_t>(x.bits) << 16) : static_cast<float>(half));
+  return static_cast<A>(is_bfloat16 ? float_of(static_cast<uint32_t>(x.bits) << 16)
+                                    : static_cast<float>(half));
 }
 
 // Calls f(T()) with the type that holds numbers of a dtype. Float kernels meet no float64.
@@ -119,7 +122,8 @@ FASTKD_DEVICE void load_pooled(const Operand& x, const T* from, const Box& box, 
       for (int32_t w = box.begin[2]; w < box.end[2]; ++w) {
         A one[P];
         load_numbers<A, T, P>(from + (d * x.stride[0] + h * x.stride[1] + w * x.stride[2]), is_bfloat16, one);
-        const A share = x.pool == Pool::kSpread ? inverse_of<A>(share_of<false>(d, h, w, x.size, x.grid)) : A(1);
+        const A share =
+            x.pool == Pool::kSpread ? inverse_of<A>(share_of<false>(d, h, w, x.size, x.grid)) : A(1);
         FASTKD_UNROLL
         for (int i = 0; i < P; ++i) {
           if (x.pool == Pool::kMax) {
@@ -186,7 +190,8 @@ FASTKD_DEVICE A number_of(const Operand& x, int64_t at) {
   return value[0];
 }
 
-// Where the maximum of a box lies, counted through the feature's own positions. from: where its channel begins.
+// Where the maximum of a box lies, counted through the feature's own positions. from: where its channel
+// begins.
 template <typename A>
 FASTKD_DEVICE int32_t place_of_maximum(const Operand& x, int64_t from, const Box& box) {
   A most = 0;
@@ -210,12 +215,15 @@ FASTKD_DEVICE int32_t place_of_maximum(const Operand& x, int64_t from, const Box
 
 // As place_of_maximum(), of the 2 x 2 numbers from (d, h, w) on. All are loaded before they are compared.
 template <typename A>
-FASTKD_DEVICE int32_t place_of_maximum_of_four(const Operand& x, int64_t from, int32_t d, int32_t h, int32_t w) {
+FASTKD_DEVICE int32_t place_of_maximum_of_four(const Operand& x, int64_t from, int32_t d, int32_t h,
+                                               int32_t w) {
   int32_t most = 0;
   with_width<A>(x.dtype, [&](auto zero) {
     using T = decltype(zero);
     Loaded<T, 1> window[4];
-    load_window(x, static_cast<const T*>(x.data) + (from + d * x.stride[0] + h * x.stride[1] + w * x.stride[2]), window);
+    load_window(x,
+                static_cast<const T*>(x.data) + (from + d * x.stride[0] + h * x.stride[1] + w * x.stride[2]),
+                window);
     A largest = window[0].template number<A>(0, x.dtype == DType::kBFloat16);
     FASTKD_UNROLL
     for (int j = 1; j < 4; ++j) {

@@ -10,7 +10,8 @@ constexpr int64_t kFusedTiles = 2;
 int64_t bytes_of(DType dtype) { return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2; }
 
 int32_t narrow(int64_t size) {
-  STD_TORCH_CHECK(size < int64_t{1} << 31, "a feature has ", size, " channels or positions, more than the CUDA kernels take");
+  STD_TORCH_CHECK(size < int64_t{1} << 31, "a feature has ", size,
+                  " channels or positions, more than the CUDA kernels take");
   return static_cast<int32_t>(size);
 }
 
@@ -22,7 +23,8 @@ Reading reading_of(const Operand& x, bool padded) {
   bool apart = true;
   for (int d = 0; d < 3; ++d) apart = apart && (x.size[d] == 1 || whole(x.stride[d]));
   if (x.stride_c == 1 && whole(x.channels) && apart) return Reading::kChannels;
-  if (x.linear && x.stride[2] == 1 && whole(x.stride_c) && (padded || whole(x.positions))) return Reading::kPositions;
+  if (x.linear && x.stride[2] == 1 && whole(x.stride_c) && (padded || whole(x.positions)))
+    return Reading::kPositions;
   return Reading::kOne;
 }
 
@@ -61,7 +63,8 @@ Operand FspCall::operand(const Feature& x, const int64_t* grid, int64_t channels
   if (channels_of_other <= kFusedTiles * kFspTile && is_near(x, grid)) return o;
 
   const bool channels_last = x.stride_c == 1 && x.channels > 1;
-  const int64_t pack = 16 / size_of(), unit = channels_last ? x.channels : (o.positions + pack - 1) / pack * pack;
+  const int64_t pack = 16 / size_of(),
+                unit = channels_last ? x.channels : (o.positions + pack - 1) / pack * pack;
   const int64_t sizes[3] = {x.batch, channels_last ? o.positions : x.channels, unit};
   PoolItem item{};
   item.x = o;
@@ -131,16 +134,17 @@ void FspCall::pool() {
       blocks += (item.count + PoolArguments::kThreads - 1) / PoolArguments::kThreads;
       grid_of("fsp_pool", blocks);
     }
-    launch("fsp_pool", accumulate == DType::kDouble ? fsp_pool<double> : fsp_pool<float>, blocks, PoolArguments::kThreads, 0, device,
-           arguments);
+    launch("fsp_pool", accumulate == DType::kDouble ? fsp_pool<double> : fsp_pool<float>, blocks,
+           PoolArguments::kThreads, 0, device, arguments);
   }
 }
 
 void FspCall::check_feature(const TensorView& view, const char* name) const {
   check_device(view, first_, name);
-  STD_TORCH_CHECK(view.dim == first_.dim, name, ": all maps must have the same number of dimensions, got ", view.dim, " and ", first_.dim);
-  STD_TORCH_CHECK(view.sizes[0] == first_.sizes[0], name, ": all maps must have the same batch size, got ", view.sizes[0], " and ",
-                  first_.sizes[0]);
+  STD_TORCH_CHECK(view.dim == first_.dim, name, ": all maps must have the same number of dimensions, got ",
+                  view.dim, " and ", first_.dim);
+  STD_TORCH_CHECK(view.sizes[0] == first_.sizes[0], name, ": all maps must have the same batch size, got ",
+                  view.sizes[0], " and ", first_.sizes[0]);
 }
 
 Mode mode_of(const std::vector<TensorView>& features, DType accumulate, const std::string& precision) {

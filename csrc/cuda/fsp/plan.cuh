@@ -1,4 +1,5 @@
-// How the FSP operators are divided into launches: what kernels get of features, and which features are pooled before.
+// How the FSP operators are divided into launches: what kernels get of features, and which features are
+// pooled before.
 #pragma once
 
 #include <string>
@@ -15,8 +16,9 @@ class FspCall {
   FspCall(const TensorView& first, DType accumulate, Mode mode, bool max)
       : device(first), accumulate(accumulate), mode(mode), max(max), first_(first) {}
 
-  // `x` on a grid: as it is, or pooled where it is read. Is it read for more than two tiles, it is pooled before (one pass that reads a
-  // window's numbers and writes one, instead of reading a window for each tile), which pool() does for all.
+  // `x` on a grid: as it is, or pooled where it is read. Is it read for more than two tiles, it is pooled
+  // before (one pass that reads a window's numbers and writes one, instead of reading a window for each
+  // tile), which pool() does for all.
   Operand operand(const Feature& x, const int64_t* grid, int64_t channels_of_other);
   // `x` on a finer grid that was averaged to its size: its numbers spread over their windows.
   Operand spread(const Feature& x, const int64_t* grid) const;
@@ -47,7 +49,9 @@ class FspCall {
 
 Mode mode_of(const std::vector<TensorView>& features, DType accumulate, const std::string& precision);
 void common_size(const Feature& a, const Feature& b, int64_t* size);
-inline bool is_size(const Feature& x, const int64_t* size) { return x.size[0] == size[0] && x.size[1] == size[1] && x.size[2] == size[2]; }
+inline bool is_size(const Feature& x, const int64_t* size) {
+  return x.size[0] == size[0] && x.size[1] == size[1] && x.size[2] == size[2];
+}
 bool is_near(const Feature& x, const int64_t* grid);
 // Whether the last two sizes halve, and the first stays.
 template <typename T>
@@ -60,7 +64,9 @@ inline int32_t tiles_of(int64_t size) { return static_cast<int32_t>((size + kFsp
 Operand plain_operand(const Feature& x);
 
 // Runs what is planned; tiles and blocks are counted here. `terms` and `loss`: see ForwardArguments.
-void run_forward(FspCall& call, std::vector<PairArguments> pairs, int64_t samples, FspResult result, void* loss);
-void run_backward(FspCall& call, const std::vector<GradientArguments>& items, int64_t samples, double factor, const TensorView* upstream);
+void run_forward(FspCall& call, std::vector<PairArguments> pairs, int64_t samples, FspResult result,
+                 void* loss);
+void run_backward(FspCall& call, const std::vector<GradientArguments>& items, int64_t samples, double factor,
+                  const TensorView* upstream);
 
 }  // namespace fastkd

@@ -11,12 +11,13 @@ FASTKD_DEVICE void subtract(A (&from)[N], const A (&what)[N]) {
   for (int i = 0; i < N; ++i) from[i] -= what[i];
 }
 
-// On tensor cores. They cut off what does not fit into the sum that they add to. A sum over a feature's thousands
-// of positions would lose more than the low parts of numbers hold. So modes with low parts begin a new sum for
-// every 16 positions, and add it to `v` in float32, which rounds to nearest.
+// On tensor cores. They cut off what does not fit into the sum that they add to. A sum over a feature's
+// thousands of positions would lose more than the low parts of numbers hold. So modes with low parts begin a
+// new sum for every 16 positions, and add it to `v` in float32, which rounds to nearest.
 template <typename A, Mode MODE>
 struct FspSum {
-  // Fragments of b that registers hold at a time: twice the words, where something is left of what is rounded.
+  // Fragments of b that registers hold at a time: twice the words, where something is left of what is
+  // rounded.
   static constexpr int kAtOnce = Quad<MODE>::kRest ? 2 : 4;
   float v[2][4][4];
 
@@ -30,10 +31,11 @@ struct FspSum {
     for (int i = 0; i < 32; ++i) v[i / 16][i / 4 % 4][i % 4] = 0;
   }
 
-  // Adds a b^T of what is staged; DIFFERENCE: (a - less.a) b^T + less.a (b - less.b)^T. Only what lies in the given rows, columns and
-  // terms is multiplied, in whole fragments.
+  // Adds a b^T of what is staged; DIFFERENCE: (a - less.a) b^T + less.a (b - less.b)^T. Only what lies in the
+  // given rows, columns and terms is multiplied, in whole fragments.
   template <bool DIFFERENCE, bool B_PANELS>
-  FASTKD_MEMBER void add(const Cut& cut, const Staged<A>& s, const Staged<A>& less, int rows, int columns, int terms) {
+  FASTKD_MEMBER void add(const Cut& cut, const Staged<A>& s, const Staged<A>& less, int rows, int columns,
+                         int terms) {
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4, m0 = cut.m0, n0 = cut.n0;
     FASTKD_ROLLED
     for (int k = cut.k0; k < terms; k += cut.k_step) {
@@ -92,7 +94,8 @@ struct FspSum {
     to += cut.k0 / 16 * cut.rows * (cut.columns + 1);
     FASTKD_UNROLL
     for (int i = 0; i < 32; ++i) {
-      const int row = cut.m0 + i / 16 * 16 + i / 2 % 2 * 8 + g, column = cut.n0 + i / 4 % 4 * 8 + 2 * t + i % 2;
+      const int row = cut.m0 + i / 16 * 16 + i / 2 % 2 * 8 + g,
+                column = cut.n0 + i / 4 % 4 * 8 + 2 * t + i % 2;
       to[row * (cut.columns + 1) + column] = v[i / 16][i / 4 % 4][i % 4];
     }
   }
@@ -114,7 +117,8 @@ struct FspSum<A, Mode::kIeee> {
   }
 
   template <bool DIFFERENCE, bool B_PANELS>
-  FASTKD_MEMBER void add(const Cut& cut, const Staged<A>& s, const Staged<A>& less, int rows, int columns, int terms) {
+  FASTKD_MEMBER void add(const Cut& cut, const Staged<A>& s, const Staged<A>& less, int rows, int columns,
+                         int terms) {
     constexpr int kTerms = kPack<A>;
     const int top = threadIdx.x / 16, left = threadIdx.x % 16;
     FASTKD_ROLLED
@@ -158,7 +162,8 @@ struct FspSum<A, Mode::kIeee> {
     for (int i = 0; i < 8; ++i) {
       FASTKD_UNROLL
       for (int j = 0; j < 4; ++j) {
-        if (8 * i < cut.rows && 16 * j < cut.columns) to[(top + 8 * i) * (cut.columns + 1) + left + 16 * j] = v[i][j];
+        if (8 * i < cut.rows && 16 * j < cut.columns)
+          to[(top + 8 * i) * (cut.columns + 1) + left + 16 * j] = v[i][j];
       }
     }
   }

@@ -1,16 +1,18 @@
-// Tiles of FSP products: operands are staged in shared memory, multiplied by tensor cores or without them, and their sum is laid out there.
+// Tiles of FSP products: operands are staged in shared memory, multiplied by tensor cores or without them,
+// and their sum is laid out there.
 //
-// A staged operand is a block of channels x positions, each channel's positions together. Forward the channels are rows (of a, or of b) and
-// the positions are summed over; backward the right operand is summed over its channels.
+// A staged operand is a block of channels x positions, each channel's positions together. Forward the
+// channels are rows (of a, or of b) and the positions are summed over; backward the right operand is summed
+// over its channels.
 #pragma once
 
 #include "cuda/fsp/operand.cuh"
 
 namespace fastkd {
 
-// What a block of threads makes: rows x columns of a sum of products, `depth` terms staged at a time, all powers of 2. A warp's part, 32 x
-// 32, begins at (m0, n0); where the tile has fewer parts than the block has warps, warps share a part, and each takes 16 terms of every
-// k_step from k0 on.
+// What a block of threads makes: rows x columns of a sum of products, `depth` terms staged at a time, all
+// powers of 2. A warp's part, 32 x 32, begins at (m0, n0); where the tile has fewer parts than the block has
+// warps, warps share a part, and each takes 16 terms of every k_step from k0 on.
 struct Cut {
   int rows, columns, depth;
   int m0, n0, k0, k_step;
@@ -18,8 +20,8 @@ struct Cut {
 
 constexpr int kFspThreads = 128, kFspTile = 64;
 
-// Blocks of a multiprocessor that there are to be registers for, as many as need no spilling. They are what hides the wait for memory: a
-// block loads, then multiplies.
+// Blocks of a multiprocessor that there are to be registers for, as many as need no spilling. They are what
+// hides the wait for memory: a block loads, then multiplies.
 template <typename A, Mode MODE>
 constexpr int kFspBlocks = sizeof(A) == 8                                 ? 2
                            : MODE == Mode::kIeee || MODE == Mode::kTf32x3 ? 3
@@ -43,9 +45,10 @@ FASTKD_BOTH Cut cut_of(int rows, int columns, int warp) {
 // The logarithm of a number of rows or columns, 32 or 64.
 FASTKD_BOTH int bits_of_size(int size) { return size == 32 ? 5 : 6; }
 
-// Where channel c and position s of a staged operand lie. Panels, for operands whose rows are channels: 32 positions of all channels each,
-// sixteen bytes changed about so that neither four positions of each of eight rows nor the stores meet in a bank. Else, for operands whose
-// rows are positions: an odd number of pairs from channel to channel does as much.
+// Where channel c and position s of a staged operand lie. Panels, for operands whose rows are channels: 32
+// positions of all channels each, sixteen bytes changed about so that neither four positions of each of eight
+// rows nor the stores meet in a bank. Else, for operands whose rows are positions: an odd number of pairs
+// from channel to channel does as much.
 template <bool PANELS>
 FASTKD_BOTH int staged(int c, int s, int channels, int positions) {
   if (!PANELS) return c * (positions + 2) + s;
@@ -73,7 +76,8 @@ constexpr int kInFlight = 4;  // loads that a thread starts before it waits for 
 
 // 16 bytes of positions at a time.
 template <typename A, typename T, bool PANELS>
-FASTKD_DEVICE void stage_positions(const Operand& x, const T* from, A* tile, int c0, int channels, int s0, int positions) {
+FASTKD_DEVICE void stage_positions(const Operand& x, const T* from, A* tile, int c0, int channels, int s0,
+                                   int positions) {
   constexpr int P = kPack<T>, kPackBits = P == 8 ? 3 : P == 4 ? 2 : 1;
   const int bits = bits_of_size(positions) - kPackBits, all = channels << bits, mask = (1 << bits) - 1;
   const bool is_bfloat16 = x.dtype == DType::kBFloat16;
@@ -85,7 +89,8 @@ FASTKD_DEVICE void stage_positions(const Operand& x, const T* from, A* tile, int
     for (int i = 0; i < kInFlight; ++i) {
       const int item = first + i * kFspThreads, c = item >> bits, s = (item & mask) * P;
       pack[i] = {{0, 0, 0, 0}};
-      if (item < all && c0 + c < x.channels && s0 + s < x.positions) pack[i] = load_pack(from + c * x.stride_c + s);
+      if (item < all && c0 + c < x.channels && s0 + s < x.positions)
+        pack[i] = load_pack(from + c * x.stride_c + s);
     }
     FASTKD_UNROLL
     for (int i = 0; i < kInFlight; ++i) {
@@ -94,21 +99,23 @@ FASTKD_DEVICE void stage_positions(const Operand& x, const T* from, A* tile, int
       A v[P];
       FASTKD_UNROLL
       // a pooled feature's rows are padded with anything
-      for (int j = 0; j < P; ++j) v[j] = s0 + s + j < x.positions ? widened<A>(get<T>(pack[i], j), is_bfloat16) : A(0);
+      for (int j = 0; j < P; ++j)
+        v[j] = s0 + s + j < x.positions ? widened<A>(get<T>(pack[i], j), is_bfloat16) : A(0);
       store_positions<A, PANELS, P>(tile, c, s, channels, positions, v);
     }
   }
 }
 
-// A thread's part of a tile, where it stays with one position: packs of channels from `begin` to `end`. Those from
-// `given` on are 0.
+// A thread's part of a tile, where it stays with one position: packs of channels from `begin` to `end`. Those
+// from `given` on are 0.
 struct Share {
   int begin, end, given, position;
 };
 
 // A halved operand's channels; `from` is where their windows begin.
 template <typename A, typename T, bool PANELS, int P, bool SPREAD>
-FASTKD_DEVICE void stage_halved(const Operand& x, const T* from, A* tile, const Share& share, int channels, int positions) {
+FASTKD_DEVICE void stage_halved(const Operand& x, const T* from, A* tile, const Share& share, int channels,
+                                int positions) {
   constexpr int N = kWindow<SPREAD>, kAtOnce = P == 1 ? 2 * kInFlight / N : kInFlight / N;
   const int64_t apart = P == 1 ? x.stride_c : P;  // channels that are loaded at once lie together
   FASTKD_ROLLED
@@ -122,27 +129,37 @@ FASTKD_DEVICE void stage_halved(const Operand& x, const T* from, A* tile, const 
     for (int i = 0; i < kAtOnce; ++i) {
       if (first + i >= share.end) break;
       FASTKD_UNROLL
-      for (int j = 0; j < P; ++j) tile[staged<PANELS>((first + i) * P + j, share.position, channels, positions)] = pooled<A>(x, v[i], j);
+      for (int j = 0; j < P; ++j)
+        tile[staged<PANELS>((first + i) * P + j, share.position, channels, positions)] =
+            pooled<A>(x, v[i], j);
     }
   }
 }
 
 // Neighbouring threads take neighbouring positions, P channels at a time; a thread stays with one position.
 template <typename A, typename T, bool PANELS, int P, bool POOLED>
-FASTKD_DEVICE void stage_channels(const Operand& x, const T* from, A* tile, int c0, int channels, int s0, int positions) {
+FASTKD_DEVICE void stage_channels(const Operand& x, const T* from, A* tile, int c0, int channels, int s0,
+                                  int positions) {
   constexpr int kAtOnce = P == 1 ? 2 * kInFlight : kInFlight;
   const int bits = bits_of_size(positions), s = threadIdx.x & (positions - 1), packs = channels / P;
-  const int each = (packs + (kFspThreads >> bits) - 1) / (kFspThreads >> bits), begin = (threadIdx.x >> bits) * each;
+  const int each = (packs + (kFspThreads >> bits) - 1) / (kFspThreads >> bits),
+            begin = (threadIdx.x >> bits) * each;
   const int end = begin + each < packs ? begin + each : packs;
   const bool inside = s0 + s < x.positions;
-  const Share share = {begin, end, !inside ? 0 : x.channels - c0 < channels ? (x.channels - c0) / P : packs, s};
+  const Share share = {begin, end,
+                       !inside                      ? 0
+                       : x.channels - c0 < channels ? (x.channels - c0) / P
+                                                    : packs,
+                       s};
   from += c0 * x.stride_c;
   const int at = inside ? s0 + s : 0;
   if (POOLED && x.halved) {
     if (x.pool == Pool::kSpread) {
-      stage_halved<A, T, PANELS, P, true>(x, from + window_offset<true>(x, at), tile, share, channels, positions);
+      stage_halved<A, T, PANELS, P, true>(x, from + window_offset<true>(x, at), tile, share, channels,
+                                          positions);
     } else {
-      stage_halved<A, T, PANELS, P, false>(x, from + window_offset<false>(x, at), tile, share, channels, positions);
+      stage_halved<A, T, PANELS, P, false>(x, from + window_offset<false>(x, at), tile, share, channels,
+                                           positions);
     }
     return;
   }
@@ -171,14 +188,16 @@ FASTKD_DEVICE void stage_channels(const Operand& x, const T* from, A* tile, int 
       if (first + i >= end) break;
       FASTKD_UNROLL
       for (int j = 0; j < P; ++j) {
-        tile[staged<PANELS>((first + i) * P + j, s, channels, positions)] = v[i].template number<A>(j, x.dtype == DType::kBFloat16);
+        tile[staged<PANELS>((first + i) * P + j, s, channels, positions)] =
+            v[i].template number<A>(j, x.dtype == DType::kBFloat16);
       }
     }
   }
 }
 
 template <typename A, typename T, bool PANELS, bool POOLED>
-FASTKD_DEVICE void stage_as(const Operand& x, int64_t n, A* tile, int c0, int channels, int s0, int positions) {
+FASTKD_DEVICE void stage_as(const Operand& x, int64_t n, A* tile, int c0, int channels, int s0,
+                            int positions) {
   const T* from = static_cast<const T*>(x.data) + n * x.stride_n;
   if (x.reading == Reading::kPositions) {
     stage_positions<A, T, PANELS>(x, from, tile, c0, channels, s0, positions);
@@ -189,10 +208,13 @@ FASTKD_DEVICE void stage_as(const Operand& x, int64_t n, A* tile, int c0, int ch
   }
 }
 
-// Channels [c0, c0 + channels) at positions [s0, s0 + positions) of a feature's sample n; 0 beyond the last. All threads of the block call.
+// Channels [c0, c0 + channels) at positions [s0, s0 + positions) of a feature's sample n; 0 beyond the last.
+// All threads of the block call.
 template <typename A, bool PANELS>
 FASTKD_DEVICE void stage(const Operand& x, int64_t n, A* tile, int c0, int channels, int s0, int positions) {
-  with_width<A>(x.dtype, [&](auto zero) { stage_as<A, decltype(zero), PANELS, true>(x, n, tile, c0, channels, s0, positions); });
+  with_width<A>(x.dtype, [&](auto zero) {
+    stage_as<A, decltype(zero), PANELS, true>(x, n, tile, c0, channels, s0, positions);
+  });
 }
 
 // Terms k and following of a row.

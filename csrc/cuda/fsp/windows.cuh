@@ -32,10 +32,13 @@ FASTKD_BOTH int32_t quotient_of(int32_t at, int32_t rest, int32_t more, int32_t 
 }
 
 // Whether windows of an axis may be found without FAR.
-FASTKD_BOTH bool is_near(int64_t size, int64_t grid) { return (grid + 1) * (size % grid) + grid < int64_t{1} << 31; }
+FASTKD_BOTH bool is_near(int64_t size, int64_t grid) {
+  return (grid + 1) * (size % grid) + grid < int64_t{1} << 31;
+}
 
-// The numbers of an axis of `size` that position `at` of a `grid` is pooled from, [begin, end): PyTorch's windows. And the positions of a
-// `size` whose windows hold the number `at` of the `grid` that they are taken from.
+// The numbers of an axis of `size` that position `at` of a `grid` is pooled from, [begin, end): PyTorch's
+// windows. And the positions of a `size` whose windows hold the number `at` of the `grid` that they are taken
+// from.
 template <bool FAR>
 FASTKD_BOTH int32_t window_begin(int32_t at, int32_t size, int32_t grid) {
   const int32_t whole = size / grid;

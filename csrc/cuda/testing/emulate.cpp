@@ -108,13 +108,15 @@ void run_block(const std::string& name) {
       if (fibers[thread_index.x].state == State::kDone) ++done;
       if (!failure.empty()) throw std::runtime_error(name + ": " + failure);
     }
-    if (!ran && !release()) throw std::runtime_error(name + ": a barrier is not reached by all threads of its warp or block");
+    if (!ran && !release())
+      throw std::runtime_error(name + ": a barrier is not reached by all threads of its warp or block");
   }
 }
 
 }  // namespace
 
-void run(const char* name, unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body) {
+void run(const char* name, unsigned blocks, unsigned threads, size_t shared_bytes,
+         const std::function<void()>& body) {
   const auto check = [&](bool holds, const char* what) {
     if (!holds) throw std::runtime_error(std::string(name) + ": " + what);
   };
@@ -206,7 +208,9 @@ extern "C" __attribute__((visibility("default"))) void fastkd_emulate_stream(voi
 }
 
 // For ctypes: the slice of tickets that the last call had, or -1.
-extern "C" __attribute__((visibility("default"))) int fastkd_emulate_tickets() { return fastkd::emulate::slice_of_tickets; }
+extern "C" __attribute__((visibility("default"))) int fastkd_emulate_tickets() {
+  return fastkd::emulate::slice_of_tickets;
+}
 
 // For ctypes: how often warps multiplied on tensor cores since it was last asked.
 extern "C" __attribute__((visibility("default"))) int64_t fastkd_emulate_products() {
@@ -216,8 +220,12 @@ extern "C" __attribute__((visibility("default"))) int64_t fastkd_emulate_product
 }
 
 // For ctypes: launches are checked and then do nothing, so that what the host does can be timed.
-extern "C" __attribute__((visibility("default"))) void fastkd_emulate_idle(int wanted) { fastkd::emulate::idle = wanted != 0; }
+extern "C" __attribute__((visibility("default"))) void fastkd_emulate_idle(int wanted) {
+  fastkd::emulate::idle = wanted != 0;
+}
 
 // For ctypes: threads and blocks run from the last to the first.
-extern "C" __attribute__((visibility("default"))) void fastkd_emulate_reversed(int wanted) { fastkd::emulate::reversed = wanted != 0; }
+extern "C" __attribute__((visibility("default"))) void fastkd_emulate_reversed(int wanted) {
+  fastkd::emulate::reversed = wanted != 0;
+}
 #endif

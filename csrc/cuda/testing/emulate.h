@@ -1,7 +1,9 @@
-// A GPU for tests: the kernels of csrc/cuda, compiled as C++ with FASTKD_EMULATE, run on the CPU. Blocks run one after the other, the
-// threads of a block as fibers that change at barriers and shuffles. It finds wrong results, barriers that not all threads reach, accesses
-// that are not aligned, shared memory that is not initialized (it is filled with NaN) or too large, and, since tests run the threads and
-// blocks in both orders, missing barriers. It does not find what depends on a GPU's memory model; compute-sanitizer is for that.
+// A GPU for tests: the kernels of csrc/cuda, compiled as C++ with FASTKD_EMULATE, run on the CPU. Blocks run
+// one after the other, the threads of a block as fibers that change at barriers and shuffles. It finds wrong
+// results, barriers that not all threads reach, accesses that are not aligned, shared memory that is not
+// initialized (it is filled with NaN) or too large, and, since tests run the threads and blocks in both
+// orders, missing barriers. It does not find what depends on a GPU's memory model; compute-sanitizer is for
+// that.
 #pragma once
 
 #include <cstdint>
@@ -28,20 +30,22 @@ struct Index {
 extern Index thread_index, block_index, block_size, grid_size;
 
 // Runs body() in every thread of every block. Throws std::runtime_error where a GPU would hang, or refuse.
-void run(const char* name, unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body);
+void run(const char* name, unsigned blocks, unsigned threads, size_t shared_bytes,
+         const std::function<void()>& body);
 
 unsigned char* shared();
 void barrier(bool whole_block);
-// Every lane's `size` bytes (at most 256) to every lane of the warp: the result holds 32 times those, valid until the next exchange but
-// one.
+// Every lane's `size` bytes (at most 256) to every lane of the warp: the result holds 32 times those, valid
+// until the next exchange but one.
 const unsigned char* exchange(const void* mine, size_t size);
 // The stream of calls, and whether a graph is captured on it, as a test has set them.
 void* stream();
 bool is_capturing();
 // Which slice of tickets a call has; -1: memory of its own.
 void note_tickets(int slice);
-// The sum of `sum` and eight products, as a tensor core adds them. It cuts off each what lies more than two bits below
-// the largest one's last place in float32, and off the result what lies below its own. It rounds nothing to nearest.
+// The sum of `sum` and eight products, as a tensor core adds them. It cuts off each what lies more than two
+// bits below the largest one's last place in float32, and off the result what lies below its own. It rounds
+// nothing to nearest.
 float add_cut_off(float sum, const double (&products)[8]);
 // Called for each product of a warp on tensor cores.
 void count_product();

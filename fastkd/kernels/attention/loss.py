@@ -43,7 +43,9 @@ from fastkd.kernels.common.pool import gradient_of_pool, pool, unpool
 from fastkd.kernels.common.windows import pooled_strides
 
 # The loss's switches, bits of one integer, as in fastkd/ops/attention.py
-MEAN, SIGNED, ADD_EPS, POOL_BEFORE, POOL_MAX, L2, STAGE_MEAN, TEACHER_IS_MAP, STUDENT_IS_MAP = (1 << i for i in range(9))
+MEAN, SIGNED, ADD_EPS, POOL_BEFORE, POOL_MAX, L2, STAGE_MEAN, TEACHER_IS_MAP, STUDENT_IS_MAP = (
+    1 << i for i in range(9)
+)
 
 
 class _Side:
@@ -60,7 +62,9 @@ class _Side:
         self.divisor = 1.0 if raw else float(share)
         self.gain = 1.0 if is_map else p / share
         self.is_map = is_map
-        self.coefficient = tuple(x.shape) if is_map else (x.shape[0], *(size if self.pooled != "after" else own))
+        self.coefficient = (
+            tuple(x.shape) if is_map else (x.shape[0], *(size if self.pooled != "after" else own))
+        )
         self.target = (x.shape[0], *size) if raw else (*x.shape[:2], *size)
         if not self.pooled:
             self.walk = walk(x.shape, [x.stride()], x.element_size(), is_map=is_map)
@@ -84,7 +88,10 @@ class _Forward:
         teacher_grad: bool,
     ) -> None:
         if not students or len(students) != len(teachers):
-            raise ValueError(f"student and teacher must be lists of the same length, at least 1, got {len(students)} and {len(teachers)}")
+            raise ValueError(
+                f"student and teacher must be lists of the same length, at least 1, got {len(students)} and"
+                f" {len(teachers)}"
+            )
         if not eps >= 0:
             raise ValueError(f"eps must not be negative, got {eps}")
         if not 0 <= switches < 512:
@@ -186,12 +193,19 @@ def attention_transfer_loss(
     gradients = []
     if upstream is not None and student_grad and not switches & STUDENT_IS_MAP:
         given_upstream = first.new_full((), upstream, dtype=torch.float32)
-        gradients = attention_transfer_loss_backward(given_upstream, student, coefficients[:kept], p, switches)
+        gradients = attention_transfer_loss_backward(
+            given_upstream, student, coefficients[:kept], p, switches
+        )
     return loss, coefficients, gradients
 
 
 def _pooled(
-    plan: _Forward, tensors: Sequence[Tensor], wanted: list[tuple[int, int]], coefficients: list[Tensor], p: float, switches: int
+    plan: _Forward,
+    tensors: Sequence[Tensor],
+    wanted: list[tuple[int, int]],
+    coefficients: list[Tensor],
+    p: float,
+    switches: int,
 ) -> tuple[tuple[Tensor, ...], list[Tensor], list[tuple[Tensor, Tensor | None, Tensor, Tensor]]]:
     """The features, pooled before or after the power; where coefficients are to be written; and which of
     those are to be un-pooled.
@@ -207,7 +221,9 @@ def _pooled(
             elif side.pooled == "after":
                 reduce = "mean" if switches & MEAN else "sum"
                 q = attention_map(x, p, reduce, bool(switches & SIGNED), False, 0.0, "clamp")[0]
-                pooled, place = pool(q.unsqueeze(1), (q.shape[0], 1, *side.target[1:]), max_pool=bool(switches & POOL_MAX))
+                pooled, place = pool(
+                    q.unsqueeze(1), (q.shape[0], 1, *side.target[1:]), max_pool=bool(switches & POOL_MAX)
+                )
                 given[j * stages + i] = pooled.squeeze(1)
                 if (i, j) in wanted:
                     k = torch.empty_like(pooled)
@@ -220,7 +236,9 @@ def _pooled(
 class _Backward:
     """What a backward call of these shapes takes."""
 
-    def __init__(self, features: Sequence[Tensor], coefficients: Sequence[Tensor], p: float, switches: int) -> None:
+    def __init__(
+        self, features: Sequence[Tensor], coefficients: Sequence[Tensor], p: float, switches: int
+    ) -> None:
         if len(features) != len(coefficients):
             raise ValueError("features and coefficients must be lists of the same length")
         samples, first, items, configs, walks = features[0].shape[0], 0, [], [], []
@@ -242,7 +260,9 @@ class _Backward:
             first += samples * cut.programs
             configs.append(config(w, cut, IDENTITY if is_map else power(p, bool(switches & SIGNED))))
         numbers = [tuple(w.numbers(j) for w, _ in walks) for j in (0, 1)]
-        self.launch = Launch(gradient_kernel, first, *numbers, tuple(items), samples, tuple(configs), len(items))
+        self.launch = Launch(
+            gradient_kernel, first, *numbers, tuple(items), samples, tuple(configs), len(items)
+        )
 
 
 def attention_transfer_loss_backward(
@@ -260,5 +280,12 @@ def attention_transfer_loss_backward(
         xs, ks, to = (tuple([y[i] for i in plan.direct]) for y in (features, coefficients, outs))
         plan.launch((grad, *xs, *ks), grad, xs, ks, to)
     for i in plan.pooled:
-        gradient_of_pool(grad, features[i], coefficients[i], outs[i], power(p, bool(switches & SIGNED)), max_pool=bool(switches & POOL_MAX))
+        gradient_of_pool(
+            grad,
+            features[i],
+            coefficients[i],
+            outs[i],
+            power(p, bool(switches & SIGNED)),
+            max_pool=bool(switches & POOL_MAX),
+        )
     return outs

@@ -23,7 +23,9 @@ from fastkd.kernels.common.tile import (
 
 
 @triton.jit
-def _write_coefficients(out, n, s, positions, mask, d, y, dot, has_along, along, scale, factor, IS_MAP: tl.constexpr):
+def _write_coefficients(
+    out, n, s, positions, mask, d, y, dot, has_along, along, scale, factor, IS_MAP: tl.constexpr
+):
     k = d.to(tl.float64) * factor if IS_MAP else along_gradient(d, y, dot, has_along, along, scale * factor)
     tl.store(out + n * positions + s, k.to(tl.float32), mask=mask)
 
@@ -130,23 +132,60 @@ def loss_kernel(
                 d = y_s - y_t
                 if s_out is not None:
                     _write_coefficients(
-                        s_coefficients, n, s, positions, mask, d, y_s, along_s, s_has, s_along, s_scale, change * s_gain, S_MAP
+                        s_coefficients,
+                        n,
+                        s,
+                        positions,
+                        mask,
+                        d,
+                        y_s,
+                        along_s,
+                        s_has,
+                        s_along,
+                        s_scale,
+                        change * s_gain,
+                        S_MAP,
                     )
                 if t_out is not None:
                     _write_coefficients(
-                        t_coefficients, n, s, positions, mask, d, y_t, along_t, t_has, t_along, t_scale, -change * t_gain, T_MAP
+                        t_coefficients,
+                        n,
+                        s,
+                        positions,
+                        mask,
+                        d,
+                        y_t,
+                        along_t,
+                        t_has,
+                        t_along,
+                        t_scale,
+                        -change * t_gain,
+                        T_MAP,
                     )
         tl.store(scratch + distances_at + stage * samples + n, distance.to(tl.float32))
 
         if last_of(tickets, STAGES * samples):
             total = tl.full((), 0.0, tl.float64)
             for i in tl.static_range(STAGES):
-                total += added_up(scratch + distances_at + i * samples, samples, BLOCK) * tl.cast(factors[i], tl.float64)
+                total += added_up(scratch + distances_at + i * samples, samples, BLOCK) * tl.cast(
+                    factors[i], tl.float64
+                )
             tl.store(loss, total.to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["items", "samples"])
-def gradient_kernel(grad, xs, coefficients, outs, x_walks, out_walks, items, samples, CONFIG: tl.constexpr, ITEMS: tl.constexpr):
+def gradient_kernel(
+    grad,
+    xs,
+    coefficients,
+    outs,
+    x_walks,
+    out_walks,
+    items,
+    samples,
+    CONFIG: tl.constexpr,
+    ITEMS: tl.constexpr,
+):
     pid = tl.program_id(0)
     upstream = tl.load(grad).to(tl.float32)
     for i in tl.static_range(ITEMS):

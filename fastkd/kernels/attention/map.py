@@ -16,7 +16,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.kernels.common.launch import LONGEST, Launch, Plans, config, grid, key_of, power, power_of_two, program_bytes, served, walk
+from fastkd.kernels.common.launch import (
+    LONGEST,
+    Launch,
+    Plans,
+    config,
+    grid,
+    key_of,
+    power,
+    power_of_two,
+    program_bytes,
+    served,
+    walk,
+)
 from fastkd.kernels.common.tile import (
     along_gradient,
     collapse,
@@ -73,7 +85,11 @@ def _map(
         for first in range(0, positions, BLOCK):
             s = first + tl.arange(0, BLOCK)
             mask = s < positions
-            tl.store(out + n * positions + s, normalized(tl.load(sums + s, mask=mask, other=0), reciprocal), mask=mask)
+            tl.store(
+                out + n * positions + s,
+                normalized(tl.load(sums + s, mask=mask, other=0), reciprocal),
+                mask=mask,
+            )
 
 
 @triton.jit(do_not_specialize=_COUNTS[:4])
@@ -98,9 +114,13 @@ def _map_gradient(
         for first in range(0, positions, BLOCK):
             s = first + tl.arange(0, BLOCK)
             at = n * positions + s
-            dots += tl.load(map_grad + at, mask=s < positions, other=0).to(tl.float64) * tl.load(y + at, mask=s < positions, other=0)
+            dots += tl.load(map_grad + at, mask=s < positions, other=0).to(tl.float64) * tl.load(
+                y + at, mask=s < positions, other=0
+            )
         _, has_along, along, scale = normalization(tl.load(norms + n).to(tl.float64), EPS, ADD_EPS)
-        k = along_gradient(k, tl.load(y + own, mask=inside, other=0), tl.sum(dots, 0), has_along, along, scale)
+        k = along_gradient(
+            k, tl.load(y + own, mask=inside, other=0), tl.sum(dots, 0), has_along, along, scale
+        )
     k = (k.to(tl.float64) * gain).to(tl.float32)
     first = (mine // blocks) * steps * ROWS
     at = x + places(x_walk, CONFIG, 0, n, first, rows, position)
@@ -135,7 +155,9 @@ def _is(name: str, value: str) -> bool:
 class _Common:
     """Of a feature: its walk beside other tensors of its shape, the cut, and the constants of both kernels."""
 
-    def __init__(self, x: Tensor, beside: list[Tensor | None], reads: int, channel_reduce: str, eps: float) -> None:
+    def __init__(
+        self, x: Tensor, beside: list[Tensor | None], reads: int, channel_reduce: str, eps: float
+    ) -> None:
         if not 3 <= x.dim() <= 5:
             raise ValueError(f"x has shape {tuple(x.shape)}: wrong in rank")
         if not eps >= 0:
@@ -144,7 +166,10 @@ class _Common:
         for y in tensors:
             served(y, "a tensor", x.device)
             if y.shape != x.shape or y.dtype != x.dtype:
-                raise ValueError(f"a tensor of shape {tuple(y.shape)} and {y.dtype} beside x of {tuple(x.shape)} and {x.dtype}")
+                raise ValueError(
+                    f"a tensor of shape {tuple(y.shape)} and {y.dtype} beside x of {tuple(x.shape)} and"
+                    f" {x.dtype}"
+                )
         self.walk = walk(x.shape, [y.stride() for y in tensors], x.element_size())
         numbers = iter([self.walk.numbers(i) for i in range(len(tensors))])
         self.walks = [next(numbers) if y is not None else None for y in (x, *beside)]
@@ -159,7 +184,15 @@ _plans, _gradient_plans = Plans(), Plans()
 
 
 def energies(
-    x: Tensor, residual: Tensor | None, relu: bool, p: float, channel_reduce: str, signed: bool, normalize: bool, eps: float, eps_mode: str
+    x: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    p: float,
+    channel_reduce: str,
+    signed: bool,
+    normalize: bool,
+    eps: float,
+    eps_mode: str,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """y = relu(x + residual) if ``relu``, and the map of that or of x, and its norms."""
     y = torch.empty_like(x) if relu else None
@@ -204,12 +237,22 @@ def gradient(
     """dx = grad + k h(x), for the gradient of x's map y; behind a ReLU of result x if ``relu``."""
     out = torch.empty_like(x)
     options = (relu, p, channel_reduce, signed, normalize, eps, eps_mode)
-    key = (x.dtype, x.shape, x.stride(), grad is not None and key_of((grad,)), map_grad.shape, map_grad.dtype, *options)
+    key = (
+        x.dtype,
+        x.shape,
+        x.stride(),
+        grad is not None and key_of((grad,)),
+        map_grad.shape,
+        map_grad.dtype,
+        *options,
+    )
     plan = _gradient_plans.get(key)
     if plan is None:
         c = _Common(x, [grad, out], 2 if grad is None else 3, channel_reduce, eps)
         if tuple(map_grad.shape) != c.shape or map_grad.dtype != torch.float32:
-            raise ValueError(f"the map's gradient is {tuple(map_grad.shape)} {map_grad.dtype}, wanted {c.shape} float32")
+            raise ValueError(
+                f"the map's gradient is {tuple(map_grad.shape)} {map_grad.dtype}, wanted {c.shape} float32"
+            )
         plan = _gradient_plans[key] = Launch(
             _map_gradient, c.programs, *c.walks, c.walk.positions, c.cut.programs, c.cut.blocks, c.cut.steps, p / c.share,
             (config(c.walk, c.cut, power(p, signed)),), c.block, normalize, float(eps),

@@ -133,7 +133,14 @@ def _fold(channels: int, positions: int, itemsize: int) -> int:
     return min((f for f in (1, 2, 4, 8, 16) if channels % f == 0), key=lambda f: (*cost(f), f))
 
 
-def walk(shape: Sequence[int], strides: Sequence[Sequence[int]], itemsize: int, *, is_map: bool = False, folded: bool = True) -> Walk:
+def walk(
+    shape: Sequence[int],
+    strides: Sequence[Sequence[int]],
+    itemsize: int,
+    *,
+    is_map: bool = False,
+    folded: bool = True,
+) -> Walk:
     """The walk over tensors (N, C, *S), or (N, *S) if ``is_map``, of that shape and those strides; ``folded``
     where that helps.
     """
@@ -150,7 +157,12 @@ def walk(shape: Sequence[int], strides: Sequence[Sequence[int]], itemsize: int, 
     along = [s[0] if s else 1 for s in spatial]
     rows_inner = channels > 1 and all(o[1] == 1 and (a != 1 or positions == 1) for o, a in zip(outer, along))
     fold = 1
-    if folded and not rows_inner and channels > 1 and all(a == 1 and o[1] == positions for o, a in zip(outer, along)):
+    if (
+        folded
+        and not rows_inner
+        and channels > 1
+        and all(a == 1 and o[1] == positions for o, a in zip(outer, along))
+    ):
         fold = _fold(channels, positions, itemsize)
     rows, length = channels // fold, positions * fold
     outer = [(n, r * fold) for n, r in outer]
@@ -253,7 +265,12 @@ class Launch:
     """
 
     def __init__(self, kernel: Any, programs: int, *constants: Any, **options: int) -> None:
-        self.kernel, self.grid, self.constants, self.options = kernel, (programs, 1, 1), constants, OPTIONS | options
+        self.kernel, self.grid, self.constants, self.options = (
+            kernel,
+            (programs, 1, 1),
+            constants,
+            OPTIONS | options,
+        )
         self.compiled: dict[Any, Callable[..., None]] = {}
 
     def __call__(self, given: Sequence[Tensor], *args: Any) -> None:

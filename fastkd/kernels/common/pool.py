@@ -18,11 +18,34 @@ from torch import Tensor
 
 from fastkd.kernels.common.launch import Launch, Plans
 from fastkd.kernels.common.tile import slope
-from fastkd.kernels.common.windows import BLOCK, element, empty_pooled, largest_window, offset, sent, spatial, step, volume
+from fastkd.kernels.common.windows import (
+    BLOCK,
+    element,
+    empty_pooled,
+    largest_window,
+    offset,
+    sent,
+    spatial,
+    step,
+    volume,
+)
 
 
 @triton.jit
-def _pool(x, out, place, elements, channels, size, x_strides, to, out_strides, largest, MAX: tl.constexpr, POSITION_FIRST: tl.constexpr):
+def _pool(
+    x,
+    out,
+    place,
+    elements,
+    channels,
+    size,
+    x_strides,
+    to,
+    out_strides,
+    largest,
+    MAX: tl.constexpr,
+    POSITION_FIRST: tl.constexpr,
+):
     flat = tl.program_id(0).to(tl.int64) * 256 + tl.arange(0, 256)
     mask = flat < elements
     n, c, d, h, w = element(flat, channels, to, POSITION_FIRST)
@@ -104,7 +127,16 @@ def unpool(
     coefficients * h(like).
     """
     target = out.unsqueeze(1) if out.dim() < like.dim() else out
-    key = (target.dtype, target.shape, target.stride(), like.shape, like.stride(), max_pool, power, grad is None or grad.dtype)
+    key = (
+        target.dtype,
+        target.shape,
+        target.stride(),
+        like.shape,
+        like.stride(),
+        max_pool,
+        power,
+        grad is None or grad.dtype,
+    )
     launch = _plans.get(key)
     if launch is None:
         (size, own), (of, others) = spatial(target.shape, target.stride()), spatial(like.shape, like.stride())
@@ -118,7 +150,9 @@ def unpool(
     launch(given, grad, like, place, coefficients, target)
 
 
-def gradient_of_pool(grad: Tensor, x: Tensor, coefficients: Tensor, out: Tensor, power: tuple, *, max_pool: bool) -> None:
+def gradient_of_pool(
+    grad: Tensor, x: Tensor, coefficients: Tensor, out: Tensor, power: tuple, *, max_pool: bool
+) -> None:
     """out = the gradient of x, pooled to the coefficients' size before the power, for the upstream gradient
     ``grad``. Pools anew.
     """

@@ -109,7 +109,11 @@ def places(walk, CONFIG: tl.constexpr, ITEM: tl.constexpr, n, row, rows, positio
         across = (row + rows).to(tl.int64) * walk[5]
         line = position // walk[3]
         plane = line // walk[2]
-        along = plane.to(tl.int64) * walk[6] + (line % walk[2]).to(tl.int64) * walk[7] + (position % walk[3]).to(tl.int64) * walk[8]
+        along = (
+            plane.to(tl.int64) * walk[6]
+            + (line % walk[2]).to(tl.int64) * walk[7]
+            + (position % walk[3]).to(tl.int64) * walk[8]
+        )
     return sample + across[:, None] + along[None, :]
 
 
@@ -192,7 +196,9 @@ def collapse(partial, parts, positions, BLOCK: tl.constexpr):
         # .cg: other multiprocessors wrote them
         total = tl.zeros((BLOCK,), tl.float64)
         for part in range(0, parts):
-            total += tl.load(partial + part * positions + s, mask=mask, other=0, cache_modifier=".cg").to(tl.float64)
+            total += tl.load(partial + part * positions + s, mask=mask, other=0, cache_modifier=".cg").to(
+                tl.float64
+            )
         q = total.to(tl.float32)
         # a block of fewer positions than threads is held several times over: none may read what another has
         # written already

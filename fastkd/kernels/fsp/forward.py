@@ -92,11 +92,16 @@ def fsp_matrix(a: Tensor, b: Tensor, pool_mode: str, precision: str | None) -> T
 
 
 class _Loss:
-    def __init__(self, student: Sequence[Tensor], teacher: Sequence[Tensor], pool_mode: str, distance: str, how: str) -> None:
+    def __init__(
+        self, student: Sequence[Tensor], teacher: Sequence[Tensor], pool_mode: str, distance: str, how: str
+    ) -> None:
         count, samples = len(student) - 1, student[0].shape[0]
         for i, (s, t) in enumerate(zip(student, teacher)):
             if s.shape[1] != t.shape[1]:
-                raise ValueError(f"stage {i}: student and teacher must have equal channels, got {s.shape[1]} and {t.shape[1]}")
+                raise ValueError(
+                    f"stage {i}: student and teacher must have equal channels, got {s.shape[1]} and"
+                    f" {t.shape[1]}"
+                )
         self.sources = Sources((*student, *teacher), max_pool=pool_mode == "max")
         columns = distance == "column_l2"
         self.operands: list[int] = []
@@ -133,11 +138,16 @@ class _Loss:
                 tiles = across * along
                 # sums are a small part of what they are made of
                 channels = max(power_of_two(6 * positions[0]), 256)
-                a_parts, parts = math.ceil(rows / channels), math.ceil(rows / channels) + math.ceil(more / channels)
+                a_parts, parts = (
+                    math.ceil(rows / channels),
+                    math.ceil(rows / channels) + math.ceil(more / channels),
+                )
                 units = samples * tiles
                 sums = math.ceil((scratch + units) / 32)  # at a multiple of 128 bytes
                 cuts.append((*cut, 2, channels, tiles == 1 and cut[0] == cut[1]))
-                pairs.append((programs, tiles * parts, along, scratch, units, sums, tickets, positions[0], a_parts))
+                pairs.append(
+                    (programs, tiles * parts, along, scratch, units, sums, tickets, positions[0], a_parts)
+                )
                 programs += units * parts
                 scratch = 32 * sums + units * parts * 3 * cut[0] * cut[1]
                 tickets += units
@@ -147,7 +157,18 @@ class _Loss:
                 cuts.append((*cut, int(sizes[0] == sizes[1]), 0, len(self.shapes[i]) == 2))
                 row_tiles, column_tiles = math.ceil(rows / cut[0]), math.ceil(more / cut[1])
                 units = samples * (column_tiles if columns else row_tiles * column_tiles)
-                pairs.append((programs, row_tiles * column_tiles, column_tiles, scratch, units, scratch + units, tickets, *positions))
+                pairs.append(
+                    (
+                        programs,
+                        row_tiles * column_tiles,
+                        column_tiles,
+                        scratch,
+                        units,
+                        scratch + units,
+                        tickets,
+                        *positions,
+                    )
+                )
                 programs += samples * row_tiles * column_tiles
                 scratch += units + (samples * row_tiles * more if columns else 0)
                 tickets += units if columns else 0
@@ -167,14 +188,22 @@ def fsp_loss(
     """See ``torch.ops.fastkd.fsp_loss``."""
     tensors = (*student, *teacher)
     if len(student) < 2 or len(student) != len(teacher):
-        raise ValueError(f"student and teacher must hold equally many stages, at least 2, got {len(student)} and {len(teacher)}")
+        raise ValueError(
+            f"student and teacher must hold equally many stages, at least 2, got {len(student)} and"
+            f" {len(teacher)}"
+        )
     if stages and (upstream is None or not with_grad):
         raise ValueError("stages wants with_grad and the upstream gradient")
     how = mode(tensors, precision)
     key = ("loss", key_of(tensors), len(student), pool_mode, distance, pair_reduce, precision, how, with_grad)
     plan = _plans.get(key)
     if plan is None:
-        checked(tensors, [f"{side}[{i}]" for side in ("student", "teacher") for i in range(len(student))], pool_mode, precision)
+        checked(
+            tensors,
+            [f"{side}[{i}]" for side in ("student", "teacher") for i in range(len(student))],
+            pool_mode,
+            precision,
+        )
         if distance not in ("squared", "frobenius", "column_l2") or pair_reduce not in ("sum", "mean"):
             raise ValueError(f"distance or pair_reduce is unknown: {distance!r}, {pair_reduce!r}")
         plan = _plans[key] = _Loss(student, teacher, pool_mode, distance, how)
@@ -202,5 +231,7 @@ def fsp_loss(
     if stages:
         given_upstream = first.new_full((), float(upstream or 0), dtype=torch.float32)
         others = [teacher[i] for i in plan.wide]
-        gradients = fsp_loss_backward(given_upstream, student, matrix_grads, pool_mode, precision, stages, False, others)
+        gradients = fsp_loss_backward(
+            given_upstream, student, matrix_grads, pool_mode, precision, stages, False, others
+        )
     return loss, matrix_grads, gradients

@@ -17,7 +17,19 @@ from fastkd.kernels.common.windows import empty_pooled, pooled_strides
 from fastkd.kernels.fsp.kernels import fsp_gradient_kernel
 from fastkd.kernels.fsp.pool import spread
 from fastkd.kernels.fsp.saved import SQUARES, common_size, wide_stages
-from fastkd.kernels.fsp.view import ONES, Sources, added_up, checked, mode, options, owned, tile, view, warps, window
+from fastkd.kernels.fsp.view import (
+    ONES,
+    Sources,
+    added_up,
+    checked,
+    mode,
+    options,
+    owned,
+    tile,
+    view,
+    warps,
+    window,
+)
 
 _plans = Plans()
 
@@ -108,7 +120,14 @@ class _Gradients:
                 highest, widest = 32 if kind == 2 else 128, 32
             elif kind:
                 highest, widest = 64, 64 if kind == 2 else widest
-            cut = tile(min(x.shape[1], highest), positions, max(t.depth for t in terms), how, dear=dear, widest=widest)
+            cut = tile(
+                min(x.shape[1], highest),
+                positions,
+                max(t.depth for t in terms),
+                how,
+                dear=dear,
+                widest=widest,
+            )
             cuts.append((*cut, first, len(coarse), len(fine)))
             sizes.append((x.shape[1], positions))
             out_views.append(out_view)
@@ -145,7 +164,10 @@ class _Gradients:
 
     def run(self, grad: Tensor | None, features: Sequence[Tensor], ms: Sequence[Tensor]) -> list[Tensor]:
         made = self.sources.made(features)
-        xs, given = tuple([None if i is None else made[i][0] for i in self.xs]), tuple([ms[i] for i in self.ms])
+        xs, given = (
+            tuple([None if i is None else made[i][0] for i in self.xs]),
+            tuple([ms[i] for i in self.ms]),
+        )
         out = [torch.empty_like(features[i]) for i in self.wanted]
         to = []
         for at, *size in self.outs:
@@ -154,7 +176,10 @@ class _Gradients:
         upstream = () if grad is None else (grad,)
         self.launch((*upstream, *[x for x in xs if x is not None], *given), grad, given, xs, tuple(to))
         for at, items, places in self.spread:
-            spread([(to[item], None if place is None else made[place][1]) for item, place in zip(items, places)], out[at])
+            spread(
+                [(to[item], None if place is None else made[place][1]) for item, place in zip(items, places)],
+                out[at],
+            )
         return out
 
 
@@ -168,10 +193,24 @@ def fsp_loss_backward(
     others = others or ()
     tensors = (*features, *others)
     how = mode(tensors, precision)
-    key = ("gradients", key_of(tensors), key_of(matrix_grads), grad.dtype, pool_mode, precision, how, tuple(stages), negate)
+    key = (
+        "gradients",
+        key_of(tensors),
+        key_of(matrix_grads),
+        grad.dtype,
+        pool_mode,
+        precision,
+        how,
+        tuple(stages),
+        negate,
+    )
     plan = _plans.get(key)
     if plan is None:
-        names = [f"{of}[{i}]" for of, chain in (("features", features), ("others", others)) for i in range(len(chain))]
+        names = [
+            f"{of}[{i}]"
+            for of, chain in (("features", features), ("others", others))
+            for i in range(len(chain))
+        ]
         checked(tensors, names, pool_mode, precision)
         if len(features) < 2 or len(matrix_grads) != len(features) - 1:
             raise ValueError("matrix_grads must hold one matrix a pair of features")
@@ -187,13 +226,21 @@ def fsp_loss_backward(
             if not 0 <= i < len(features):
                 raise ValueError(f"stages must be indices of features, got {i}")
             pairs = [pair for pair in (i - 1, i) if 0 <= pair < len(matrix_grads)]
-            wanted.append((i, [_term(tensors, matrix_grads, i, pair, places, teacher=negate) for pair in pairs]))
+            wanted.append(
+                (i, [_term(tensors, matrix_grads, i, pair, places, teacher=negate) for pair in pairs])
+            )
         plan = _plans[key] = _Gradients(tensors, wanted, pool_mode, how, -1.0 if negate else 1.0)
     return plan.run(grad, tensors, matrix_grads)
 
 
 def _term(
-    tensors: Sequence[Tensor], kept: Sequence[Tensor], i: int, pair: int, places: dict[int, tuple[int, ...]], *, teacher: bool
+    tensors: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    i: int,
+    pair: int,
+    places: dict[int, tuple[int, ...]],
+    *,
+    teacher: bool,
 ) -> _Term:
     """The term of a gradient, stage i's, that comes from a pair. tensors: the chain's, then others; places:
     of stages of both chains.
@@ -208,7 +255,15 @@ def _term(
         of = [[places[stage][chain] for stage in (i, other)] for chain in (0, 1)]
         factors = tuple([common_size(*(tensors[j] for j in side)) for side in of])
         numbers = (*m.stride(), *(math.prod(size) for size in factors))
-        return _Term(common, (other, *of[0], *of[1]), pair, numbers, tensors[other].shape[1], left=left, factors=factors)
+        return _Term(
+            common,
+            (other, *of[0], *of[1]),
+            pair,
+            numbers,
+            tensors[other].shape[1],
+            left=left,
+            factors=factors,
+        )
     n, square, row, column = m.stride()
     steps = torch.empty(common, device="meta").stride()
     strides = [(n, one, *[step * of for of in steps]) for one, step in ((row, column), (column, row))]
@@ -216,7 +271,9 @@ def _term(
     # and Q01^T - Q11, P01 and P11
     first = (3 if left else 0) + (teacher and not left)
     sign = 0 if teacher != left else -1 if teacher else 1
-    return _Term(common, places[i], pair, (first * square, square), math.prod(common), tuple(strides), left, sign)
+    return _Term(
+        common, places[i], pair, (first * square, square), math.prod(common), tuple(strides), left, sign
+    )
 
 
 def _check_kept(m: Tensor, a: Tensor, b: Tensor, name: str) -> None:

@@ -9,14 +9,36 @@ import triton.language as tl
 
 from fastkd.kernels.common.tile import added_up, last_of
 from fastkd.kernels.fsp.low_rank import dual_program, dual_term
-from fastkd.kernels.fsp.tile import across, along, difference, extent, part, product, products, read, sample, zeros
+from fastkd.kernels.fsp.tile import (
+    across,
+    along,
+    difference,
+    extent,
+    part,
+    product,
+    products,
+    read,
+    sample,
+    zeros,
+)
 
 
 # counts and places are not specialized, where Triton heeds that (not within tuples): a new batch size need
 # not be a new kernel
 @triton.jit(do_not_specialize=["tiles", "columns", "positions"])
 def fsp_matrix_kernel(
-    a, b, out, a_view, b_view, tiles, columns, positions, V: tl.constexpr, C: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr
+    a,
+    b,
+    out,
+    a_view,
+    b_view,
+    tiles,
+    columns,
+    positions,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    MODE: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     pid = tl.program_id(0)
     n = (pid // tiles).to(tl.int64)
@@ -24,7 +46,9 @@ def fsp_matrix_kernel(
     row = tile // columns * C[0][0] + tl.arange(0, C[0][0])
     column = tile % columns * C[0][1] + tl.arange(0, C[0][1])
     total = zeros(row, column)
-    total = products(total, a, b, None, None, a_view, b_view, None, None, n, row, column, V, 0, C, 0, MODE, UPCAST)
+    total = products(
+        total, a, b, None, None, a_view, b_view, None, None, n, row, column, V, 0, C, 0, MODE, UPCAST
+    )
     a_channels, _ = extent(a_view, V, 0)
     b_channels, _ = extent(b_view, V, 1)
     mask = (row < a_channels)[:, None] & (column < b_channels)[None, :]
@@ -74,7 +98,12 @@ def _matrix_program(
             # .cg: other multiprocessors wrote them
             sums = tl.zeros(column.shape, tl.float64)
             for k in range(0, of[1] // of[2]):
-                more = tl.load(at + tl.cast(k, tl.int64) * b_channels, mask=column < b_channels, other=0, cache_modifier=".cg")
+                more = tl.load(
+                    at + tl.cast(k, tl.int64) * b_channels,
+                    mask=column < b_channels,
+                    other=0,
+                    cache_modifier=".cg",
+                )
                 sums += more.to(tl.float64)
             norm = tl.sqrt(sums).to(tl.float32)
             tl.store(scratch + of[3] + n * of[2] + column_tile, tl.sum(norm, 0))
@@ -87,7 +116,11 @@ def _matrix_program(
                         row = first + tl.arange(0, C[J][0])
                         mask = (row < a_channels)[:, None] & (column < b_channels)[None, :]
                         to = outs[J] + (n * a_channels + row)[:, None] * b_channels + column[None, :]
-                        tl.store(to, tl.load(to, mask=mask, other=0, cache_modifier=".cg") * scale[None, :], mask=mask)
+                        tl.store(
+                            to,
+                            tl.load(to, mask=mask, other=0, cache_modifier=".cg") * scale[None, :],
+                            mask=mask,
+                        )
     else:
         tl.store(scratch + of[3] + local, tl.sum(squares))
         if outs is not None:
@@ -117,9 +150,38 @@ def fsp_loss_kernel(
         if (local >= 0) & (local < samples * pairs[i][1]):
             DUAL: tl.constexpr = C[i][3] == 2
             if DUAL:
-                done = dual_program(operands, outs, scratch, tickets, factors[i], views, pairs[i], local, V, C, i, MODE, UPCAST)
+                done = dual_program(
+                    operands,
+                    outs,
+                    scratch,
+                    tickets,
+                    factors[i],
+                    views,
+                    pairs[i],
+                    local,
+                    V,
+                    C,
+                    i,
+                    MODE,
+                    UPCAST,
+                )
             else:
-                done = _matrix_program(operands, outs, scratch, tickets, factors[i], views, pairs[i], local, V, C, i, COLUMNS, MODE, UPCAST)
+                done = _matrix_program(
+                    operands,
+                    outs,
+                    scratch,
+                    tickets,
+                    factors[i],
+                    views,
+                    pairs[i],
+                    local,
+                    V,
+                    C,
+                    i,
+                    COLUMNS,
+                    MODE,
+                    UPCAST,
+                )
 
     if done:  # noqa: SIM102 - an `and` would run both its sides
         if last_of(tickets, units):
@@ -147,8 +209,15 @@ def _term(
     for first in range(0, count, C[J][2]):
         o = first + k
         given = o < count
-        v = tl.load(m_at + o.to(tl.int64)[None, :] * m_strides[2], mask=own[:, None] & given[None, :], other=0).to(tl.float32) * scale
-        y = read(x + (across(view, V, T, o)[:, None] + x_columns), given[:, None] & inside[None, :], view, V, T)
+        v = (
+            tl.load(
+                m_at + o.to(tl.int64)[None, :] * m_strides[2], mask=own[:, None] & given[None, :], other=0
+            ).to(tl.float32)
+            * scale
+        )
+        y = read(
+            x + (across(view, V, T, o)[:, None] + x_columns), given[:, None] & inside[None, :], view, V, T
+        )
         total = product(v, y, total, MODE, UPCAST, False, EXACT)
     return total
 
@@ -187,7 +256,9 @@ def _recomputed_term(
             m = m * tl.load(kept + o * numbers[1], mask=given, other=0)[None, :]
         else:
             m = m * tl.load(kept + row * numbers[1], mask=row < rows, other=0)[:, None]
-        y = read(x + (across(x_view, V, A, o)[:, None] + x_columns), given[:, None] & inside[None, :], x_view, V, A)
+        y = read(
+            x + (across(x_view, V, A, o)[:, None] + x_columns), given[:, None] & inside[None, :], x_view, V, A
+        )
         total = product(m * scale, y, total, MODE, UPCAST, False, EXACT)
     return total
 
@@ -200,7 +271,26 @@ def _any_term(
     """K[T]: (place of its first tensor and view, 0) or that of ``dual_term`` or ``_recomputed_term``."""
     A: tl.constexpr = K[T][0]
     if K[T][1] == 0:
-        return _term(total, ms[T], xs[A], m_numbers[T], views[A], n, row, rows, position, inside, j, scale, V, A, C, J, MODE, UPCAST)
+        return _term(
+            total,
+            ms[T],
+            xs[A],
+            m_numbers[T],
+            views[A],
+            n,
+            row,
+            rows,
+            position,
+            inside,
+            j,
+            scale,
+            V,
+            A,
+            C,
+            J,
+            MODE,
+            UPCAST,
+        )
     elif K[T][1] == 1:
         return dual_term(
             total, xs[A], xs[A + 1], ms[T], views[A], views[A + 1], views[A + 2], views[A + 3], m_numbers[T], n, row, rows, position,

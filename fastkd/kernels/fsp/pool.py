@@ -22,13 +22,26 @@ def _gathered(term, place, mask, n, c, d, h, w, size, of, strides, largest):
     for i in range(0, largest[0] * largest[1] * largest[2]):
         dd, hh, ww, inside = step(d, h, w, i, of, size, largest, mask)
         at = offset(n, c, dd, hh, ww, strides)
-        total += sent(tl.load(term + at, mask=inside, other=0), place, at, inside, d, h, w, dd, hh, ww, size, of)
+        total += sent(
+            tl.load(term + at, mask=inside, other=0), place, at, inside, d, h, w, dd, hh, ww, size, of
+        )
     return total
 
 
 @triton.jit
 def _spread(
-    terms, places, out, elements, channels, size, out_strides, ofs, strides, extents, TERMS: tl.constexpr, POSITION_FIRST: tl.constexpr
+    terms,
+    places,
+    out,
+    elements,
+    channels,
+    size,
+    out_strides,
+    ofs,
+    strides,
+    extents,
+    TERMS: tl.constexpr,
+    POSITION_FIRST: tl.constexpr,
 ):
     flat = tl.program_id(0).to(tl.int64) * 256 + tl.arange(0, 256)
     mask = flat < elements
@@ -56,6 +69,16 @@ def spread(terms: Sequence[tuple[Tensor, Tensor | None]], out: Tensor) -> None:
         extents = tuple(largest_window(of, size) for of in ofs)
         elements = out.numel()
         launch = _plans[key] = Launch(
-            _spread, math.ceil(elements / BLOCK), elements, out.shape[1], size, own, ofs, strides, extents, len(terms), out.stride(1) == 1
+            _spread,
+            math.ceil(elements / BLOCK),
+            elements,
+            out.shape[1],
+            size,
+            own,
+            ofs,
+            strides,
+            extents,
+            len(terms),
+            out.stride(1) == 1,
         )
     launch((*pooled, out), pooled, places, out)

@@ -67,7 +67,11 @@ def along(view, V: tl.constexpr, J: tl.constexpr, position):
     else:
         line = position // view[3]
         plane = _offset(line // view[2], V, J)
-        return plane * view[6] + _offset(line % view[2], V, J) * view[7] + _offset(position % view[3], V, J) * view[8]
+        return (
+            plane * view[6]
+            + _offset(line % view[2], V, J) * view[7]
+            + _offset(position % view[3], V, J) * view[8]
+        )
 
 
 @triton.jit
@@ -94,7 +98,9 @@ def read(at, mask, view, V: tl.constexpr, J: tl.constexpr):
         for d in tl.static_range(DEEP):
             for h in tl.static_range(HIGH):
                 for w in tl.static_range(WIDE):
-                    more = _offset(view[9], V, J) * d + _offset(view[10], V, J) * h + _offset(view[11], V, J) * w
+                    more = (
+                        _offset(view[9], V, J) * d + _offset(view[10], V, J) * h + _offset(view[11], V, J) * w
+                    )
                     total += tl.load(at + more, mask=mask, other=0).to(tl.float32)
         return total / (DEEP * HIGH * WIDE)
 
@@ -122,7 +128,9 @@ def _ten_bits(x):
 
 
 @triton.jit
-def product(a, b, total, MODE: tl.constexpr, UPCAST: tl.constexpr, A_EXACT: tl.constexpr, B_EXACT: tl.constexpr):
+def product(
+    a, b, total, MODE: tl.constexpr, UPCAST: tl.constexpr, A_EXACT: tl.constexpr, B_EXACT: tl.constexpr
+):
     """total + a b, of float32 blocks, in float32.
 
     MODE: see fsp/forward.py. "bf16": by bfloat16 products, of the high and the low part of what is not exact;
@@ -179,8 +187,20 @@ def products(
         x = read(a + (a_rows + along(a_view, V, A, position)[None, :]), a_mask, a_view, V, A)
         y = read(b + (b_rows + along(b_view, V, A + 1, position)[None, :]), b_mask, b_view, V, A + 1)
         if a_less is not None:
-            x_less = read(a_less + (a_less_rows + along(a_less_view, V, A + 2, position)[None, :]), a_mask, a_less_view, V, A + 2)
-            y_less = read(b_less + (b_less_rows + along(b_less_view, V, A + 3, position)[None, :]), b_mask, b_less_view, V, A + 3)
+            x_less = read(
+                a_less + (a_less_rows + along(a_less_view, V, A + 2, position)[None, :]),
+                a_mask,
+                a_less_view,
+                V,
+                A + 2,
+            )
+            y_less = read(
+                b_less + (b_less_rows + along(b_less_view, V, A + 3, position)[None, :]),
+                b_mask,
+                b_less_view,
+                V,
+                A + 3,
+            )
             total = product(x - x_less, tl.trans(y), total, MODE, UPCAST, False, B_EXACT)
             total = product(x_less, tl.trans(y - y_less), total, MODE, UPCAST, LESS_EXACT, False)
         else:
@@ -201,7 +221,9 @@ def difference(
         )  # fmt: skip
         return total / positions
     else:
-        total = products(total, a, b, None, None, a_view, b_view, None, None, n, row, column, V, A, C, J, MODE, UPCAST)
+        total = products(
+            total, a, b, None, None, a_view, b_view, None, None, n, row, column, V, A, C, J, MODE, UPCAST
+        )
         less = zeros(row, column)
         less = products(
             less, a_less, b_less, None, None, a_less_view, b_less_view, None, None, n, row, column, V, A + 2, C, J, MODE, UPCAST

@@ -64,7 +64,9 @@ def window(own: Sequence[int], common: Sequence[int], *, max_pool: bool) -> Size
     return found if fits and not max_pool else None
 
 
-def view(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, of: Size = ONES, parts: Size = ONES) -> View:
+def view(
+    shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, of: Size = ONES, parts: Size = ONES
+) -> View:
     """Of a feature pooled over windows ``of``, on a grid at each position of which ``parts`` pooled numbers
     lie.
     """
@@ -77,7 +79,15 @@ def view(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, of: S
     along = (*(0,) * missing, *strides[2:])
     grid = tuple(size // a // b for size, a, b in zip(three(shape[2:]), of, parts))
     steps = [s * a for s, a in zip(along, of)]
-    numbers = (shape[1], math.prod(grid), *grid[1:], *strides[:2], *(s * b for s, b in zip(steps, parts)), *along, *steps)
+    numbers = (
+        shape[1],
+        math.prod(grid),
+        *grid[1:],
+        *strides[:2],
+        *(s * b for s, b in zip(steps, parts)),
+        *along,
+        *steps,
+    )
     return View(numbers, (False, False, 1, *of, *parts, exact, far))
 
 
@@ -119,7 +129,11 @@ def tile(rows: int, columns: int, depth: int, how: str, *, dear: bool = False, w
     """
     most, deepest, _ = TILES[how]
     if how == "ieee":  # without tensor cores a thread holds its rows and columns of both blocks
-        return min(max(power_of_two(rows), 16), most), min(max(power_of_two(columns), 16), most, widest), deepest
+        return (
+            min(max(power_of_two(rows), 16), most),
+            min(max(power_of_two(columns), 16), most, widest),
+            deepest,
+        )
     if min(rows, columns) < 128:
         most = min(most, 64)
     block, other = (min(max(power_of_two(n), 16), most) for n in (rows, columns))
@@ -230,4 +244,7 @@ class Sources:
 
     def made(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
         """All sources, and of those pooled by maxima where these lie."""
-        return [*((x, None) for x in tensors), *(pool(tensors[i], target, max_pool=self.max_pool) for i, target in self.pools)]
+        return [
+            *((x, None) for x in tensors),
+            *(pool(tensors[i], target, max_pool=self.max_pool) for i, target in self.pools),
+        ]
