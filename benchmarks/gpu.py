@@ -103,7 +103,9 @@ def plan(rehearse: bool) -> list[Part]:
     rightly; how fast is it.
     """
     place = (
-        ("-m", "not large", "-x", "tests/test_cuda.py") if rehearse else ("-m", "gpu and not large", "tests")
+        ("-m", "not large", "-x", "tests/backends/test_cuda.py")
+        if rehearse
+        else ("-m", "gpu and not large", "tests")
     )
     cuda = ("-k", "captured or waits") if rehearse else ("-k", "cuda and not triton")
     triton = ("-k", "same_bits") if rehearse else ("-k", f"triton and ({ON_DEVICE})")
@@ -115,7 +117,7 @@ def plan(rehearse: bool) -> list[Part]:
         pytest_part(
             "tests of triton",
             60,
-            *(("-x", "tests/test_triton.py") if rehearse else place),
+            *(("-x", "tests/backends/test_triton.py") if rehearse else place),
             *triton,
             processes=10,
         ),
@@ -211,7 +213,9 @@ class Run:
             "FASTKD_GPU_OUT": str(self.staging),
             "PYTHONUNBUFFERED": "1",
         }
-        variables["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")))
+        variables["PYTHONPATH"] = os.pathsep.join(
+            (str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests" / "helpers"))
+        )
         if self.rehearse:
             variables["FASTKD_GPU_REHEARSAL"] = variables["TRITON_INTERPRET"] = "1"
         # tests and benchmarks are found from the clone, and what a part writes lies in the staging folder
@@ -377,7 +381,7 @@ def main() -> int:
             f" {', '.join(part.name for part in plan(flags.rehearse))}"
         )
     if flags.rehearse:  # not counted: a machine with a GPU compiles nothing for a CPU
-        sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+        sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
         import emulated
 
         emulated.build()

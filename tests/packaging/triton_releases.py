@@ -4,7 +4,7 @@
     python tests/packaging/triton_releases.py 3.7.1      this one
 
 Prints a line a release and fails if one fails. Needs PyTorch and pip; a release takes 200 MB and some
-minutes. What is compiled is in tests/triton_compile.py: all its cases for sm_90, enough of them for every
+minutes. What is compiled is in tests/helpers/triton_compile.py: all its cases for sm_90, enough of them for every
 kernel elsewhere.
 """
 
@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-COMPILE = ROOT / "tests" / "triton_compile.py"
+COMPILE = ROOT / "tests" / "helpers" / "triton_compile.py"
 OLDEST = (3, 6, 0)
 CAPABILITIES = (80, 90, 100)
 

@@ -85,7 +85,7 @@ def main() -> None:
                 os.kill(os.getpid(), getattr(signal, os.environ["DIE_BY"]))
 
         run_dir.save = save
-    sys.exit(runpy.run_path(str(Path(__file__).resolve().parent.parent / "train.py"))["main"](rest))
+    sys.exit(runpy.run_path(str(Path(__file__).resolve().parents[2] / "train.py"))["main"](rest))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 
 from fastkd.training import results
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 QUICK = [
     "--dataset",
     "digits",
@@ -30,7 +30,7 @@ QUICK = [
     "--no-pictures",
 ]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
-               "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}  # fmt: skip
+               "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers"), os.environ.get("PYTHONPATH", "")])}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_sigterm_ends_several_processes_with_one_line(tmp_path):
         "--standalone",
         "--nproc-per-node",
         "2",
-        str(ROOT / "tests" / "distributed_worker.py"),
+        str(ROOT / "tests" / "helpers" / "distributed_worker.py"),
     ]
     process = subprocess.Popen(
         [sys.executable, *launch, "command", *flags],

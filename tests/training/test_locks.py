@@ -17,7 +17,7 @@ from urllib.error import URLError
 
 import pytest
 import torch
-from test_data import stand_in
+from support_data import stand_in
 
 from fastkd.io import files, locks
 from fastkd.io.files import locked, owned
@@ -26,7 +26,7 @@ from fastkd.training import Settings, UserError, load_dataset, results
 from fastkd.training.config import Config
 from fastkd.training.experiment import find_teacher
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 QUICK = [
     "--dataset",
     "digits",
@@ -181,7 +181,9 @@ sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in chi
 def test_two_commands_on_one_output_train_one_teacher(tmp_path):
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT), str(ROOT / "tests" / "helpers"), os.environ.get("PYTHONPATH", "")]
+        ),
     }
     flags = ["--method", "at", *QUICK, "--epochs", "2", "--output", str(tmp_path)]
     done = subprocess.run(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # what Jupyter sets, known only where matplotlib-inline is installed; a name of nothing; one that needs a
 # screen
 BACKENDS = ("module://matplotlib_inline.backend_inline", "no-such-backend", "tkagg")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ENTRIES = ("fastkd/__init__.py", "fastkd/__main__.py")  # which may import all
 FLOORS = {
     place.rstrip("/"): int(number)

@@ -18,7 +18,7 @@ from fastkd import data as datasets
 from fastkd.training import Batches, UserError
 from fastkd.training.config import Config, Settings
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FLAGS = [
     "--method",
     "at",
@@ -41,8 +41,10 @@ pytestmark = pytest.mark.skipif(
 
 
 def start(processes, *arguments, **extra):
-    paths = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
-    worker = [str(ROOT / "tests" / "distributed_worker.py"), *map(str, arguments)]
+    paths = os.pathsep.join(
+        filter(None, [str(ROOT), str(ROOT / "tests" / "helpers"), os.environ.get("PYTHONPATH")])
+    )
+    worker = [str(ROOT / "tests" / "helpers" / "distributed_worker.py"), *map(str, arguments)]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.run(
         [sys.executable, *launch, *worker], capture_output=True, text=True, timeout=300,

@@ -18,7 +18,7 @@ from fastkd.io.console import screens
 from fastkd.report import tables as report
 from fastkd.training.progress import Progress
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 QUICK = [
     "--dataset",
     "digits",

@@ -27,7 +27,7 @@ from fastkd.models import create_model
 from fastkd.training import Batches, Trainer, get_recipe
 from fastkd.training.progress import Progress
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 QUICK = [
     "--dataset",
     "digits",
@@ -61,9 +61,11 @@ class Nursery:
     """Starts the command in processes that can be killed."""
 
     def __init__(self):
-        paths = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
+        paths = os.pathsep.join(
+            filter(None, [str(ROOT), str(ROOT / "tests" / "helpers"), os.environ.get("PYTHONPATH")])
+        )
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "resume_worker.py")],
+            [sys.executable, str(ROOT / "tests" / "helpers" / "resume_worker.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -69,7 +69,7 @@ def report(stop: threading.Event, capability: int) -> dict:
     env = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     command = [
         sys.executable,
-        str(Path(__file__).with_name("triton_compile.py")),
+        str(Path(__file__).parents[1] / "helpers" / "triton_compile.py"),
         str(capability),
         *(() if capability == 90 else ("few",)),
     ]

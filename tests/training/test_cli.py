@@ -16,7 +16,7 @@ import torch
 
 from fastkd.models import create_model, load_weights
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8"]
 
 

@@ -20,7 +20,7 @@ from speed.stock import Stock
 
 from fastkd import reference
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_pytest(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -87,7 +87,9 @@ def result() -> dict[str, Any]:
 
 @pytest.mark.parametrize("place", [".", "tests", "/"])
 def test_option_is_known_everywhere(place: str) -> None:
-    done = run_pytest("--benchmark", "--co", "-q", str(ROOT / "tests" / "test_kd.py"), cwd=ROOT / place)
+    done = run_pytest(
+        "--benchmark", "--co", "-q", str(ROOT / "tests" / "methods" / "test_kd.py"), cwd=ROOT / place
+    )
     assert "unrecognized" not in done.stderr and done.returncode == 5, done.stdout + done.stderr
 
 
@@ -113,7 +115,7 @@ def test_measuring_is_refused_where_it_would_measure_nothing(options: tuple[str,
 
 
 def test_ordinary_run_is_small() -> None:
-    done = run_pytest("--co", "-q", "benchmarks/test_attention.py", "tests/test_kd.py")
+    done = run_pytest("--co", "-q", "benchmarks/test_attention.py", "tests/methods/test_kd.py")
     tests = [line for line in done.stdout.splitlines() if "benchmarks/" in line]
     assert tests and all("-small-" in line for line in tests)
     assert any("tests/" in line for line in done.stdout.splitlines())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RUN = """
 import sys
 from support_data import small_digits
@@ -25,7 +25,7 @@ sys.exit(main(sys.argv[1:]))
 def test_a_method_is_added_by_the_files_that_the_page_shows(tmp_path):
     text = (ROOT / "docs" / "adding.md").read_text(encoding="utf-8")
     files = dict(re.findall(r"```python\n# (\S+\.py)\n(.*?)```", text, re.DOTALL))
-    assert list(files) == ["fastkd/methods/vector.py", "tests/test_vector.py"]
+    assert list(files) == ["fastkd/methods/vector.py", "tests/methods/test_vector.py"]
     for folder in ("fastkd", "tests", "benchmarks"):
         shutil.copytree(
             ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so", "results")
@@ -36,7 +36,7 @@ def test_a_method_is_added_by_the_files_that_the_page_shows(tmp_path):
         (tmp_path / "fastkd" / library.name).symlink_to(library)
     for path, code in files.items():
         (tmp_path / path).write_text(code, encoding="utf-8")
-    paths = os.pathsep.join([str(tmp_path), str(tmp_path / "tests")])
+    paths = os.pathsep.join([str(tmp_path), str(tmp_path / "tests" / "helpers")])
 
     def run(*command):
         environment = {
@@ -56,7 +56,7 @@ def test_a_method_is_added_by_the_files_that_the_page_shows(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    assert "1 passed" in run("-m", "pytest", "-q", "tests/test_vector.py")
+    assert "1 passed" in run("-m", "pytest", "-q", "tests/methods/test_vector.py")
     networks = ["--teacher", "resnet8", "--student", "resnet8"]
     flags = [
         "--method",

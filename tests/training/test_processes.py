@@ -21,7 +21,7 @@ from fastkd.training.command import command, command_file
 from fastkd.training.config import Config, Settings
 from fastkd.training.device import find_device
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FLAGS = [
     "--method",
     "at",
@@ -51,11 +51,13 @@ def of_two(count=2, **variables):
 
 @pytest.fixture(scope="module")
 def worker():
-    paths = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
+    paths = os.pathsep.join(
+        filter(None, [str(ROOT), str(ROOT / "tests" / "helpers"), os.environ.get("PYTHONPATH")])
+    )
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "FASTKD_BACKEND"):
         environment.pop(name, None)
-    command = [sys.executable, str(ROOT / "tests" / "processes_worker.py")]
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "processes_worker.py")]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     )
@@ -66,7 +68,7 @@ def worker():
 
 @pytest.fixture
 def start(worker, tmp_path):
-    """Runs a job of tests/processes_worker.py; returns its answer and what each process printed."""
+    """Runs a job of tests/helpers/processes_worker.py; returns its answer and what each process printed."""
 
     def run(environment, **job):
         logs = [tmp_path / f"log-{rank}" for rank in range(len(environment))]

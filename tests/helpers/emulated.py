@@ -19,7 +19,7 @@ import torch
 
 from fastkd import native
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FLAGS = [
     "-std=c++17",
     "-O2",

@@ -10,7 +10,10 @@ import torch
 
 
 def test_networks_and_losses_agree_when_sharded(tmp_path):
-    script, seed = str(Path(__file__).with_name("sharding_worker.py")), str(torch.randint(2**31, ()).item())
+    script, seed = (
+        str(Path(__file__).parents[1] / "helpers" / "sharding_worker.py"),
+        str(torch.randint(2**31, ()).item()),
+    )
     command = [sys.executable, script, str(tmp_path / "store")]
     ranks = [
         subprocess.Popen(

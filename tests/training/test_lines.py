@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_step import loop_of
+from loops import loop_of
 
 from fastkd.io import console
 from fastkd.report import tables as report

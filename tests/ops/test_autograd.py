@@ -291,7 +291,7 @@ def test_two_processes_under_ddp_agree_with_one():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    script = str(Path(__file__).with_name("ddp_worker.py"))
+    script = str(Path(__file__).parents[1] / "helpers" / "ddp_worker.py")
     env = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",

@@ -56,7 +56,7 @@ def ended(child: int, log: Path, kill_after: float | None = None, since: str = "
     return os.waitstatus_to_exitcode(found[1])
 
 
-main = runpy.run_path(str(Path(__file__).resolve().parent.parent / "train.py"))["main"]
+main = runpy.run_path(str(Path(__file__).resolve().parents[2] / "train.py"))["main"]
 small_digits()
 for line in sys.stdin:
     job = json.loads(line)

@@ -18,7 +18,7 @@ import pytest
 from gpu import Part, Run, execute
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX's")
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def python(name: str, code: str, seconds: float = 20, measures: bool = False) -> Part:

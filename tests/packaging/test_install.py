@@ -20,7 +20,7 @@ from types import ModuleType
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="not a source tree")
 SETTINGS = (
     "FASTKD_BUILD",

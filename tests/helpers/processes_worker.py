@@ -173,7 +173,7 @@ if __name__ == "__main__":
     for name in ("torch.distributed.nn", "torch.utils.tensorboard"):
         with suppress(ImportError):
             importlib.import_module(name)
-    main = runpy.run_path(str(Path(__file__).resolve().parent.parent / "train.py"))["main"]
+    main = runpy.run_path(str(Path(__file__).resolve().parents[2] / "train.py"))["main"]
     small_digits()
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)
