@@ -225,8 +225,15 @@ class Run:
             for word in part.command
         ]
         with output.open("wb") as file:
-            process = subprocess.Popen(command, cwd=where, env=variables, stdout=file, stderr=subprocess.STDOUT,
-                                       stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+            process = subprocess.Popen(
+                command,
+                cwd=where,
+                env=variables,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
         return process, output
 
     def run(self, part: Part) -> None:
@@ -278,7 +285,7 @@ class Run:
 
 
 def speedups(staging: Path) -> Iterator[tuple[str, Any]]:
-    """Of each measured row its milliseconds, and how many times faster it is than eager and compiled PyTorch."""
+    """Of each measured row its milliseconds, and its speed over eager and compiled PyTorch."""
     for file in sorted(staging.glob("speed/*/speed.json")):
         with contextlib.suppress(ValueError, OSError, KeyError, TypeError):
             for record in json.loads(file.read_text(encoding="utf-8"))["records"]:

@@ -1,4 +1,4 @@
-"""The backends as objects: how each runs an operator, and which operator stands for it in a compiled graph."""
+"""The backends as objects: how each runs an operator, and what stands for it in a compiled graph."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ do.
 
 
 class Call(NamedTuple):
-    """What :func:`select` was asked, to ask it again for a batch of another size, or as for a compiled graph."""
+    """What :func:`select` was asked, to ask again for another batch size or a compiled graph."""
 
     operation: str
     arguments: tuple[object, ...]

@@ -363,7 +363,7 @@ def attention_transfer(
 def one_position(
     students: Sequence[Tensor], teachers: Sequence[Tensor], teacher_is_map: bool, student_is_map: bool
 ) -> None:
-    """Warns of stages whose maps have one position after pooling: they are constant, whatever the features."""
+    """Warns of stages whose maps have one position after pooling: such a map is a constant."""
     for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
         s_size, t_size = s.shape[1 if student_is_map else 2 :], t.shape[1 if teacher_is_map else 2 :]
         if all(min(a, b) == 1 for a, b in zip(s_size, t_size, strict=True)):
@@ -495,8 +495,17 @@ def rkd_loss(
     same_batch("student", student, "teacher", teacher)
 
 
-def crd_loss(student: object, teacher: object, student_bank: object, teacher_bank: object, rows: object, temperature: object,
-             normalizers: object, eps: object, weight: object) -> None:  # fmt: skip
+def crd_loss(
+    student: object,
+    teacher: object,
+    student_bank: object,
+    teacher_bank: object,
+    rows: object,
+    temperature: object,
+    normalizers: object,
+    eps: object,
+    weight: object,
+) -> None:
     """All but the values in ``rows``: see :func:`crd_rows`."""
     number("weight", weight)
     number("eps", eps, at_least=0)
@@ -616,8 +625,9 @@ def ofd_margins(margins: object, *, values: bool) -> list[Tensor]:
     return found
 
 
-def ofd_loss(student: object, teacher: object, margins: object, weights: object,
-             weight: object) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
+def ofd_loss(
+    student: object, teacher: object, margins: object, weights: object, weight: object
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """The lists of student and teacher tensors and of margins, or the error that says what is wrong with the
     call.
     """

@@ -177,7 +177,7 @@ class Distillation(nn.Module):
         return self._outside[0] if self._outside else None
 
     def fold(self) -> None:
-        """Copies the teacher once more, where a copy answers for it: after its weights were changed in place."""
+        """Copies the teacher once more if a copy stands for it; call it after changing weights in place."""
         if self._folds and self._outside and self.teacher_mode == "eval" and self._observed[1] is None:
             teacher, dtype = self._outside[0], None
             with self._autocast():
@@ -282,8 +282,9 @@ class Distillation(nn.Module):
         with torch.no_grad(), self._autocast():
             return self.points[1].observe(self._observed[1] or self._outside[-1], images)
 
-    def _terms(self, batch: Batch, student: Output, teacher: Output | None,
-               names: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:  # fmt: skip
+    def _terms(
+        self, batch: Batch, student: Output, teacher: Output | None, names: Iterable[str]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(losses, records) of the methods ``names``."""
         losses: dict[str, Tensor] = {}
         records: dict[str, Any] = {}

@@ -15,7 +15,7 @@ _said: set[str] = set()
 
 
 class UserError(Exception):
-    """Something that the user can mend. The message is the one line they read; a command ends with status 2."""
+    """Something that the user can mend, told in one line; a command ends with status 2."""
 
 
 def warn_once(message: str) -> None:

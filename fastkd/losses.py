@@ -27,7 +27,7 @@ _Self = TypeVar("_Self", bound="_Loss")
 
 
 class NumbersAsFloats(nn.Module):
-    """A number is checked when it becomes an attribute, and held as a float (:func:`fastkd.checks.option`)."""
+    """A number is checked when it becomes an attribute, and stored as a float."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, checks.option(name, value))
@@ -92,10 +92,20 @@ class AttentionTransfer(_Loss):
         student_is_map: bool = False,
     ) -> None:
         super().__init__(
-            p=p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode, pool=pool, pool_mode=pool_mode,
-            difference=difference, stage_reduce=stage_reduce, weights=weights, weight=weight, teacher_is_map=teacher_is_map,
+            p=p,
+            channel_reduce=channel_reduce,
+            signed=signed,
+            eps=eps,
+            eps_mode=eps_mode,
+            pool=pool,
+            pool_mode=pool_mode,
+            difference=difference,
+            stage_reduce=stage_reduce,
+            weights=weights,
+            weight=weight,
+            teacher_is_map=teacher_is_map,
             student_is_map=student_is_map,
-        )  # fmt: skip
+        )
 
     function = staticmethod(attention_transfer_loss)
     presets = {
@@ -252,8 +262,17 @@ class CRD(_Loss):
     normalizers: Tensor
     rows: Tensor | None
 
-    def __init__(self, student_bank: Tensor, teacher_bank: Tensor, rows: Tensor | None = None, *, temperature: float = 0.07,
-                 normalizers: Tensor | Sequence[float] | None = None, eps: float = 1e-7, weight: float = 1.0) -> None:  # fmt: skip
+    def __init__(
+        self,
+        student_bank: Tensor,
+        teacher_bank: Tensor,
+        rows: Tensor | None = None,
+        *,
+        temperature: float = 0.07,
+        normalizers: Tensor | Sequence[float] | None = None,
+        eps: float = 1e-7,
+        weight: float = 1.0,
+    ) -> None:
         super().__init__(temperature=temperature, eps=eps, weight=weight)
         checks.crd_banks(student_bank, teacher_bank, normalizers)
         self.register_buffer("student_bank", student_bank.detach().clone())

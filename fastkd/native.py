@@ -182,7 +182,7 @@ def set_cpu_path(name: str) -> None:
 
 
 def cpu_paths() -> list[str]:
-    """The code paths that can run here, slowest first. Raises RuntimeError if the library is not available."""
+    """The code paths that can run here, slowest first. Raises RuntimeError without the library."""
     functions = _functions()
     return [name for name in CPU_PATHS if functions.fastkd_find_cpu_path(name.encode()) == 0]
 

@@ -162,9 +162,21 @@ def attention_transfer_loss(
 ) -> Tensor:
     """See :func:`fastkd.attention_transfer_loss`."""
     students, teachers = checks.attention_transfer(
-        student, teacher, p, channel_reduce, eps, eps_mode, pool, pool_mode, difference, stage_reduce, weights, weight, teacher_is_map,
+        student,
+        teacher,
+        p,
+        channel_reduce,
+        eps,
+        eps_mode,
+        pool,
+        pool_mode,
+        difference,
+        stage_reduce,
+        weights,
+        weight,
+        teacher_is_map,
         student_is_map,
-    )  # fmt: skip
+    )
 
     if (
         not torch.compiler.is_compiling()
@@ -353,8 +365,13 @@ def rkd_loss(
         return loss
 
 
-def _crd_inputs(student: Tensor, teacher: Tensor, student_bank: Tensor, teacher_bank: Tensor,
-                normalizers: Tensor | Sequence[float] | None) -> list[Tensor]:  # fmt: skip
+def _crd_inputs(
+    student: Tensor,
+    teacher: Tensor,
+    student_bank: Tensor,
+    teacher_bank: Tensor,
+    normalizers: Tensor | Sequence[float] | None,
+) -> list[Tensor]:
     """The five tensors of :func:`fastkd.crd_loss` in one dtype; banks and normalizers as constants."""
     if normalizers is None:
         normalizers = (0.0, 0.0)
@@ -365,9 +382,18 @@ def _crd_inputs(student: Tensor, teacher: Tensor, student_bank: Tensor, teacher_
     return _widen(student, teacher, student_bank.detach(), teacher_bank.detach(), normalizers.detach())
 
 
-def crd_loss(student: Tensor, teacher: Tensor, student_bank: Tensor, teacher_bank: Tensor, rows: Tensor, *, temperature: float = 0.07,
-             normalizers: Tensor | Sequence[float] | None = None, eps: float = 1e-7,
-             weight: float = 1.0) -> tuple[Tensor, Tensor]:  # fmt: skip
+def crd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    student_bank: Tensor,
+    teacher_bank: Tensor,
+    rows: Tensor,
+    *,
+    temperature: float = 0.07,
+    normalizers: Tensor | Sequence[float] | None = None,
+    eps: float = 1e-7,
+    weight: float = 1.0,
+) -> tuple[Tensor, Tensor]:
     """Reference of :func:`fastkd.crd_loss`, which see, with the (N, K + 1, D) drawn rows of each bank."""
     checks.crd_loss(student, teacher, student_bank, teacher_bank, rows, temperature, normalizers, eps, weight)
     checks.crd_rows(rows, len(student_bank))
@@ -414,8 +440,14 @@ def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
     return torch.where(constant, mean, margin).clamp_max(0).to(dtype)
 
 
-def ofd_loss(student: Features, teacher: Features, margins: Features, *, weights: Sequence[float] | None = None,
-             weight: float = 1e-3) -> Tensor:  # fmt: skip
+def ofd_loss(
+    student: Features,
+    teacher: Features,
+    margins: Features,
+    *,
+    weights: Sequence[float] | None = None,
+    weight: float = 1e-3,
+) -> Tensor:
     """Squared difference of maps before the ReLU, where the teacher's is raised to a margin.
 
     Args:

@@ -112,7 +112,7 @@ def operations(module: Any) -> dict[str, Callable[[Features, Features], torch.Te
 
 
 def smoke(backend: str) -> int:
-    """Each operation, dtype and layout against float64 on the CPU; a line each. Returns how many are wrong."""
+    """Each operation, dtype and layout against float64 on the CPU, a line each. Returns the failures."""
     wrong = count = 0
     table: dict[str, Any] = {}
     exact_forms, forms = operations(reference), operations(fastkd)

@@ -61,7 +61,7 @@ class FSP(nn.Module):
         return [fsp_loss(s[i : i + 2], t[i : i + 2]) for i in range(min(len(s), len(t)) - 1)]
 
     def compute_fsp(self, g: Features) -> list[Tensor]:
-        """The FSP matrices of consecutive stages, (N, channels of the later stage, channels of the earlier)."""
+        """The FSP matrices of consecutive stages, (N, later channels, earlier channels)."""
         features = stages("g", g)
         return [fsp_matrix(top, bottom) for bottom, top in zip(features, features[1:])]
 

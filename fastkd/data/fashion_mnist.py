@@ -33,7 +33,7 @@ def _found(root: Path) -> list[Path]:
 
 
 def _read_idx(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """An idx file of unsigned bytes: magic 0 0 8 dims, each dimension as a big-endian int32, then the values."""
+    """An idx file of unsigned bytes: 0 0 8 dims, each dimension as a big-endian int32, the values."""
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:  # a damaged .gz raises any of the three

@@ -22,7 +22,7 @@ except ImportError:  # Windows
 
 
 def as_path(path: str | os.PathLike[str]) -> Path:
-    """A path as people write it, ``~`` included, which no shell expands behind ``--data=``. Raises TypeError."""
+    """A path with its ``~`` expanded, which no shell does behind ``--data=``. Raises TypeError."""
     return Path(os.path.expanduser(path))
 
 
@@ -116,7 +116,7 @@ def _lock_file(path: Path) -> IO[bytes]:
 
 
 def sweep(folder: Path) -> None:
-    """Removes what a process that was killed while it wrote left half done. For a folder whose lock is held."""
+    """Removes half-written files of a process that was killed. The folder's lock must be held."""
     for half in folder.glob(".*.tmp"):
         with suppress(OSError):
             half.unlink()

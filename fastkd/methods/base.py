@@ -82,8 +82,14 @@ class BuildContext:
     image_shape: tuple[int, ...] = (3, 32, 32)
 
     @classmethod
-    def of(cls, student: nn.Module, teacher: nn.Module, image_shape: tuple[int, ...] = (3, 32, 32),
-           observed: tuple[Network | None, Network | None] = (None, None), **rest: Any) -> BuildContext:  # fmt: skip
+    def of(
+        cls,
+        student: nn.Module,
+        teacher: nn.Module,
+        image_shape: tuple[int, ...] = (3, 32, 32),
+        observed: tuple[Network | None, Network | None] = (None, None),
+        **rest: Any,
+    ) -> BuildContext:
         """Finds the shapes, and the number of classes unless given, in one forward pass of each network.
 
         ``observed``: what shows the features of a network that does not do so itself.

@@ -1,4 +1,4 @@
-"""A method by its name: the terms of a sum, their options and weights, settled before any network is there."""
+"""A method by its name: the terms of a sum, their options and weights; no network is needed yet."""
 
 from __future__ import annotations
 
@@ -126,8 +126,13 @@ class Definition:
         return {term.name: built[term.name] for term in self.terms}, context.student
 
 
-def define(kinds: Mapping[str, type[Distiller]], name: str, preset: str | None, options: Mapping[str, Mapping[str, Any]] | None,
-           words: Iterable[str] = ()) -> Definition:  # fmt: skip
+def define(
+    kinds: Mapping[str, type[Distiller]],
+    name: str,
+    preset: str | None,
+    options: Mapping[str, Mapping[str, Any]] | None,
+    words: Iterable[str] = (),
+) -> Definition:
     """See :func:`fastkd.methods.define`. ``kinds``: all methods in the order of the table."""
     names = names_of(kinds, name)
     given = _given({name: kinds[name].Options for name in names}, options or {}, words)
@@ -195,7 +200,7 @@ def _given(
 
 
 def _preset_of(kind: type[Distiller], name: str, preset: str, given: Nested) -> str:
-    """The preset that the user names, else the recipe's, else that of the method's best known implementation."""
+    """The preset that the user names, else the recipe's, else the method's canonical one."""
     chosen = given.get(name, {}).get("preset")
     if chosen is None:
         return preset if preset in kind.presets else kind.canonical

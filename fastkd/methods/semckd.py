@@ -23,10 +23,14 @@ class Regressor(nn.Sequential):
     def __init__(self, width_in: int, width: int):
         middle = 2 * width
         super().__init__(
-            nn.Conv2d(width_in, middle, 1, bias=False), nn.BatchNorm2d(middle), nn.ReLU(inplace=True),
-            nn.Conv2d(middle, middle, 3, padding=1, bias=False), nn.BatchNorm2d(middle), nn.ReLU(inplace=True),
+            nn.Conv2d(width_in, middle, 1, bias=False),
+            nn.BatchNorm2d(middle),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(middle, middle, 3, padding=1, bias=False),
+            nn.BatchNorm2d(middle),
+            nn.ReLU(inplace=True),
             nn.Conv2d(middle, width, 1, bias=False),
-        )  # fmt: skip
+        )
 
 
 class Embedding(nn.Sequential):

@@ -1,4 +1,4 @@
-"""SimKD (Chen et al., 2022): the student gets a projector before its pooling, and the teacher's classifier."""
+"""SimKD (Chen et al., 2022): a projector before the student's pooling, and the teacher's classifier."""
 
 from __future__ import annotations
 

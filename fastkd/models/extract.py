@@ -1,4 +1,4 @@
-"""Features of any network: outputs of submodules that the user names, under the fields of :class:`Features`."""
+"""Features of any network: outputs of submodules that the user names, as :class:`Features`."""
 
 from __future__ import annotations
 

@@ -96,8 +96,16 @@ class Group(nn.Sequential):
         return x
 
 
-def shown(features: bool | str, record: Record, stem: Tensor, stages: list[Tensor], stages_before: list[Tensor],
-          blocks_before: list[Tensor], pooled: Tensor, final: Tensor) -> Features:  # fmt: skip
+def shown(
+    features: bool | str,
+    record: Record,
+    stem: Tensor,
+    stages: list[Tensor],
+    stages_before: list[Tensor],
+    blocks_before: list[Tensor],
+    pooled: Tensor,
+    final: Tensor,
+) -> Features:
     """What a network returns for ``features``, from the maps after and before the ReLU."""
     rest: dict[str, Any] = {"maps": tuple(record.maps), "final": final, "neck": record.neck}
     if features == "pooled":

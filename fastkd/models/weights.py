@@ -126,7 +126,7 @@ def _refused(classes: list[type[Unread]], error: str) -> list[str]:
 
 
 def _classes(file: IO[bytes]) -> list[type[Unread]]:
-    """For each class and function that the file names a class to stand for it; PyTorch takes its own first."""
+    """For each class and function that the file names, a stand-in; PyTorch takes its own first."""
     names = {}  # in the order of the file
     for entry in _globals(file):
         module, _, name = entry.partition(" ")

@@ -83,30 +83,55 @@ SELF = Published(
 _T, _S = "wrn_40_2", "wrn_16_2"
 NOTE = Published(
     "AT + KD, WRN-16-2 from WRN-40-2, on CIFAR-10",
-    "an experiment note that names neither recipe nor data set, with the parameters of CIFAR-10; ours: recipe hankyul2",
+    "an experiment note that names neither recipe nor data set, with the parameters of CIFAR-10;"
+    " ours: recipe hankyul2",
     ("cifar10",) * 4,
     "hankyul2",
     ("teacher", "baseline student", "student, AT + KD", "student, KD"),
     (
-        ("train loss", (
-            Entry(0.174, "teacher", _T, "", "loss"), Entry(0.23, "baseline", _S, "", "loss"), Entry(1.75, "at+kd", _S, _T, "loss"),
-            Entry(None, "kd", _S, _T, "loss"),
-        )),
-        ("train accuracy", (
-            Entry(94.02, "teacher", _T, "", "train_acc"), Entry(90.14, "baseline", _S, "", "train_acc"),
-            Entry(90.15, "at+kd", _S, _T, "train_acc"), Entry(None, "kd", _S, _T, "train_acc"),
-        )),
-        ("AT loss", (Entry(None, "", _T), Entry(None, "", _S), Entry(1.17, "at+kd", _S, _T, "at"), Entry(None, "", _S))),
-        ("validation accuracy", (
-            Entry(89.91, "teacher", _T), Entry(88.40, "baseline", _S), Entry(88.19, "at+kd", _S, _T), Entry(None, "kd", _S, _T),
-        )),
+        (
+            "train loss",
+            (
+                Entry(0.174, "teacher", _T, "", "loss"),
+                Entry(0.23, "baseline", _S, "", "loss"),
+                Entry(1.75, "at+kd", _S, _T, "loss"),
+                Entry(None, "kd", _S, _T, "loss"),
+            ),
+        ),
+        (
+            "train accuracy",
+            (
+                Entry(94.02, "teacher", _T, "", "train_acc"),
+                Entry(90.14, "baseline", _S, "", "train_acc"),
+                Entry(90.15, "at+kd", _S, _T, "train_acc"),
+                Entry(None, "kd", _S, _T, "train_acc"),
+            ),
+        ),
+        (
+            "AT loss",
+            (
+                Entry(None, "", _T),
+                Entry(None, "", _S),
+                Entry(1.17, "at+kd", _S, _T, "at"),
+                Entry(None, "", _S),
+            ),
+        ),
+        (
+            "validation accuracy",
+            (
+                Entry(89.91, "teacher", _T),
+                Entry(88.40, "baseline", _S),
+                Entry(88.19, "at+kd", _S, _T),
+                Entry(None, "kd", _S, _T),
+            ),
+        ),
     ),
     digits=2,
-)  # fmt: skip
+)
 
 _PAIRS = (
-    ("resnet56", "resnet20"), ("resnet56", "resnet32"), ("resnet110", "resnet32"), ("resnet110", "resnet56"), ("wrn_40_2", "wrn_40_1"),
-    ("wrn_40_2", "resnet56"),
+    ("resnet56", "resnet20"), ("resnet56", "resnet32"), ("resnet110", "resnet32"), ("resnet110", "resnet56"),
+    ("wrn_40_2", "wrn_40_1"), ("wrn_40_2", "resnet56"),
 )  # fmt: skip
 _SAKD: dict[str, tuple[str, tuple[float | None, ...]]] = {
     "teacher": ("teacher", (73.03, 73.03, 74.34, 74.34, 75.76, 75.76)),

@@ -126,10 +126,18 @@ class Config(Choices):
     ) -> Distillation:
         """What trains ``student`` by ``method``; both networks are on the device."""
         return Distillation(
-            student, teacher if method.needs_teacher else None, method, train_labels=self.data.train_labels,
-            num_classes=self.data.classes, batch_size=self.recipe.batch_size, epochs=self.recipe.epochs, autocast=self.autocast(),
-            teacher_mode=self.recipe.teacher_mode, seed=self.seed_of(role), fold=fold,
-        )  # fmt: skip
+            student,
+            teacher if method.needs_teacher else None,
+            method,
+            train_labels=self.data.train_labels,
+            num_classes=self.data.classes,
+            batch_size=self.recipe.batch_size,
+            epochs=self.recipe.epochs,
+            autocast=self.autocast(),
+            teacher_mode=self.recipe.teacher_mode,
+            seed=self.seed_of(role),
+            fold=fold,
+        )
 
     def new_model(self, role: str) -> nn.Module:
         """The untrained "student" or "teacher", its weights drawn from (seed, role): two of one architecture

@@ -53,7 +53,7 @@ def leads() -> bool:
 
 
 def gpu_index() -> int:
-    """Which of the GPUs that PyTorch sees here is this process's. Raises UserError if it has none of its own."""
+    """Which of the GPUs that PyTorch sees is this process's. Raises UserError if it has none."""
     launch, there = launched(), torch.cuda.device_count()
     if launch is None or (there == 1 and not launch.torchrun):  # srun may show each process its own GPU only
         return 0
@@ -188,7 +188,7 @@ def any_of(flags: Sequence[bool] = ()) -> list[bool]:
 
 
 def meet() -> None:
-    """Waits for all processes. Before sums on a GPU, since NCCL would wait for ever for one that has failed."""
+    """Waits for all processes. NCCL would wait for ever for one that has failed."""
     any_of()
 
 

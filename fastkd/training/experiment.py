@@ -195,8 +195,14 @@ def train(
     return row
 
 
-def phase_trainer(config: Config, role: str, phase: tuple[str, Recipe, Definition], student: nn.Module, teacher: nn.Module | None,
-                  batches: tuple[Batches, Batches]) -> Trainer:  # fmt: skip
+def phase_trainer(
+    config: Config,
+    role: str,
+    phase: tuple[str, Recipe, Definition],
+    student: nn.Module,
+    teacher: nn.Module | None,
+    batches: tuple[Batches, Batches],
+) -> Trainer:
     """What trains ``student`` in ``phase`` (of ``config.phases``); only the main one is tested."""
     name, recipe, method = phase
     train, test = copy.copy(batches[0]), batches[1] if name == "main" else None

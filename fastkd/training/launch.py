@@ -33,7 +33,7 @@ class Launch(NamedTuple):
 
 
 def launched() -> Launch | None:
-    """None for a process that was started alone. Raises UserError for variables that contradict each other."""
+    """None for a process that was started alone. Raises UserError for contradictory variables."""
     torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     (world_name, world), (rank_name, rank) = variable(WORLD), variable(RANK)
     if world is None and os.environ.get("RANK") and os.environ.get("MASTER_ADDR"):

@@ -35,8 +35,16 @@ class Trainer:
     images.
     """
 
-    def __init__(self, distillation: Distillation, train: Batches, test: Batches | None, recipe: Recipe, autocast: torch.autocast,
-                 compiled: bool = False, captured: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        distillation: Distillation,
+        train: Batches,
+        test: Batches | None,
+        recipe: Recipe,
+        autocast: torch.autocast,
+        compiled: bool = False,
+        captured: bool = False,
+    ):
         self.device = train.pixels.device
         self.distillation = placed(distillation, self.device)
         self.student, self.method, self.teacher = (
@@ -164,7 +172,7 @@ class Trainer:
         return sum(epoch["images_per_second"] * epoch["seconds"] for epoch in self.history) / seconds
 
     def weights(self) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """What the recipe reports, the best epoch or the last: weights, and the epoch's line of ``history``."""
+        """The epoch that the recipe reports, the best or the last: weights, and its line of ``history``."""
         if self.recipe.report == "best":
             return self.best_weights, self.best()
         return self.student.state_dict(), self.history[-1]
@@ -183,7 +191,7 @@ class Trainer:
         return {**state, "epoch": len(self.history), "history": self.history, "best": self.best_weights}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Takes up what :meth:`state` gave. Raises whatever a dict that is none of its makes PyTorch raise."""
+        """Takes up what :meth:`state` gave. Raises what PyTorch raises for any other dict."""
         self.student.load_state_dict(state["model"])
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])

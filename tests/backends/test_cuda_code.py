@@ -112,7 +112,7 @@ def test_products_and_roundings_of_fsp_are_as_few_as_can_be(architecture, mode, 
     "kernel", [f"fsp_{way}LNS_4ModeE{mode}" for way in ("forwardIf", "backwardIf") for mode in (1, 2)]
 )
 def test_features_of_halved_sizes_are_loaded_before_they_are_pooled(architecture, kernel):
-    """Windows of float32 and of 16 bits, in both layouts, pooled or spread: four begin 4 loads each, four 8."""
+    """Windows of float32 and of 16 bits, in both layouts, pooled or spread: 4 loads each, or 8."""
     found = collections.Counter(loads_at_once(kernel, architecture))
     assert found[4] >= 4 + 4 and found[8] >= 4 + 2, found
 

@@ -56,12 +56,17 @@ def result() -> dict[str, Any]:
     """A small made-up run."""
     groups = [
         record("attention", "resnet20-64", {"streaming floor": 1, "eager": 8, "torch.compile": 2, "cpp": 1}),
-        record("attention", "resnet20-128", {"streaming floor": 1, "eager": 16, "torch.compile": 8, "cpp": 2}),
+        record(
+            "attention", "resnet20-128", {"streaming floor": 1, "eager": 16, "torch.compile": 8, "cpp": 2}
+        ),
         record("attention", "resnet20-64", {"eager": 7, "cpp": 1.5}, layout="channels_last"),
         record("fsp", "resnet20-64", {"eager": 70, "eager, broadcast": 1000, "cpp": 10}),
         record("attention", "resnet20-64", {"eager": 3, "cpp": 100}, threads=1, clock="process"),
         {
-            "loop": "AT", "shape": "resnet20 > resnet20", "threads": 2, "clock": "wall",
+            "loop": "AT",
+            "shape": "resnet20 > resnet20",
+            "threads": 2,
+            "clock": "wall",
             "rows": {
                 "toolkit, float32": {"milliseconds": 400, "images_per_second": 320.0},
                 "loop, float32": {"milliseconds": 250, "images_per_second": 512.0},
@@ -71,15 +76,26 @@ def result() -> dict[str, Any]:
             },
         },
         {
-            "step": "AT", "precision": "bfloat16 autocast", "threads": 2, "clock": "wall",
+            "step": "AT",
+            "precision": "bfloat16 autocast",
+            "threads": 2,
+            "clock": "wall",
             "rows": {"eager, cpp": {"milliseconds": 100, "images_per_second": 1280.0}},
         },
-    ]  # fmt: skip
+    ]
     return {
-        "format": 1, "device": "Some CPU", "machine": {"cpu": "Some CPU", "cores": 2, "flags": [], "memory_gib": 4},
-        "versions": {"torch": "2.15.0", "fastkd": "0.1.0", "python": "3.11"}, "cpu_path": "avx512", "threads": 2,
-        "date": "2026-01-01T00:00:00+00:00", "command": ["pytest", "--benchmark"], "commit": None, "seconds": 400, "groups": groups,
-    }  # fmt: skip
+        "format": 1,
+        "device": "Some CPU",
+        "machine": {"cpu": "Some CPU", "cores": 2, "flags": [], "memory_gib": 4},
+        "versions": {"torch": "2.15.0", "fastkd": "0.1.0", "python": "3.11"},
+        "cpu_path": "avx512",
+        "threads": 2,
+        "date": "2026-01-01T00:00:00+00:00",
+        "command": ["pytest", "--benchmark"],
+        "commit": None,
+        "seconds": 400,
+        "groups": groups,
+    }
 
 
 # the option

@@ -23,7 +23,8 @@ root, speed, output, *backends = sys.argv[1:]
 
 def sheet():
     maps = {"student": [torch.rand(1, 8, 8)] * 3}
-    assert attention_maps.sheet(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), ["x"], maps, "x", "x", "").startswith(b"\\x89PNG")
+    images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    assert attention_maps.sheet(images, ["x"], maps, "x", "x", "").startswith(b"\\x89PNG")
     import matplotlib
     # a user's own windows open as before
     assert os.environ["MPLBACKEND"] != "tkagg" or matplotlib.get_backend(auto_select=False) == "tkagg"
@@ -59,8 +60,11 @@ def test_no_picture_depends_on_the_screen_that_mplbackend_names(tmp_path):
         environment.pop(name, None)
     done = subprocess.run(
         [sys.executable, "-c", WORKER, str(ROOT), str(speed), str(tmp_path), *BACKENDS],
-        capture_output=True, text=True, env=environment, timeout=300,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
     assert not any(json.loads(done.stdout.splitlines()[-1]).values()), done.stdout + done.stderr
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG") and b"<svg" in (
         tmp_path / "speed.svg"

@@ -126,7 +126,8 @@ sys.path.insert(0, {str(ROOT / "benchmarks")!r})
 import gpu
 sleep = "import pathlib, time; pathlib.Path({str(tmp_path / "began")!r}).touch(); time.sleep(60)"
 gpu.plan = lambda rehearse: [
-    gpu.Part("first", (sys.executable, "-S", "-c", "print('found')"), 20), gpu.Part("second", (sys.executable, "-S", "-c", sleep), 30),
+    gpu.Part("first", (sys.executable, "-S", "-c", "print('found')"), 20),
+    gpu.Part("second", (sys.executable, "-S", "-c", sleep), 30),
 ]
 gpu.training = lambda data, rehearse: None
 sys.modules["emulated"] = type(sys)("emulated")

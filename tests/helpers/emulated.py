@@ -86,7 +86,7 @@ def build() -> Path | None:
 
 
 def load() -> None:
-    """Backend "cuda" serves CPU tensors from now on, in this process; nothing happens where there is a GPU."""
+    """From now on backend "cuda" serves CPU tensors in this process, unless there is a GPU."""
     if torch.cuda.is_available() or native.EMULATED:
         return
     library = build()

@@ -69,9 +69,21 @@ def total(terms: Sequence[float], reduce: str, weights: Sequence[float] | None, 
 
 
 def attention_transfer_loss(
-    student, teacher, p=2.0, channel_reduce="mean", signed=False, eps=1e-12, eps_mode="clamp", pool_when="before", pool_mode="avg",
-    difference="squared", stage_reduce="sum", weights=None, weight=1.0, teacher_is_map=False,
-) -> float:  # fmt: skip
+    student,
+    teacher,
+    p=2.0,
+    channel_reduce="mean",
+    signed=False,
+    eps=1e-12,
+    eps_mode="clamp",
+    pool_when="before",
+    pool_mode="avg",
+    difference="squared",
+    stage_reduce="sum",
+    weights=None,
+    weight=1.0,
+    teacher_is_map=False,
+) -> float:
     terms = []
     for s, t in zip(student, teacher, strict=True):
         t_space = t.shape[1:] if teacher_is_map else t.shape[2:]
@@ -107,9 +119,13 @@ def fsp_loss(
         )
         squares = (d * d).sum(1)  # (N, Cb): squared norms of the columns
         n = len(d)
-        terms.append({
-            "squared": squares.sum() / d.numel(), "frobenius": squares.sum() / n, "column_l2": squares.sqrt().sum() / n,
-        }[distance].item())  # fmt: skip
+        terms.append(
+            {
+                "squared": squares.sum() / d.numel(),
+                "frobenius": squares.sum() / n,
+                "column_l2": squares.sqrt().sum() / n,
+            }[distance].item()
+        )
     return total(terms, pair_reduce, weights, weight)
 
 

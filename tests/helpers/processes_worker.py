@@ -31,8 +31,11 @@ from fastkd.training import Interrupted, UserError, distributed
 from fastkd.training.progress import Progress
 
 ERRORS: dict[str, type[BaseException]] = {
-    "UserError": UserError, "RuntimeError": RuntimeError, "MemoryError": MemoryError, "Interrupted": Interrupted,
-}  # fmt: skip
+    "UserError": UserError,
+    "RuntimeError": RuntimeError,
+    "MemoryError": MemoryError,
+    "Interrupted": Interrupted,
+}
 
 
 def plant(fault: dict[str, Any], moment: Path) -> None:

@@ -81,7 +81,7 @@ def launches(recorder: Recorder) -> Iterator[None]:
 
 @contextlib.contextmanager
 def fused_only(also: Sequence[str] = (), backend: str = "cpp") -> Iterator[Recorder]:
-    """Inside, an operation that does not run in fastkd's operators (and those of ``also``) alone is an error."""
+    """Inside, an operation outside fastkd's operators (and those of ``also``) is an error."""
     with contextlib.ExitStack() as stack:
         for function in FUNCTIONS:
             stack.enter_context(mock.patch.object(reference, function, _fell_back))

@@ -45,7 +45,7 @@ def run(job: dict) -> int:
 
 
 def ended(child: int, log: Path, kill_after: float | None = None, since: str = "", **_: object) -> int:
-    """The exit status of ``child``, killed if it still runs so many seconds after ``since`` was in its log."""
+    """The exit status of ``child``, killed if it runs so many seconds after ``since`` was in its log."""
     begun, limit = None, time.monotonic() + 300
     while (found := os.waitpid(child, os.WNOHANG)) == (0, 0):
         if begun is None and since in log.read_text():

@@ -1,4 +1,4 @@
-"""One of two gloo processes of test_sharding.py: sharded networks and distributed tensors against plain ones."""
+"""A process of test_sharding.py: sharded networks and distributed tensors against plain ones."""
 
 from __future__ import annotations
 

@@ -15,6 +15,10 @@ import pytest
 from fastkd import data as datasets
 from fastkd.data import digits
 
+QUICK = (
+    "--dataset digits --teacher resnet8 --student resnet8 --batch-size 32 --device cpu --no-pictures"
+).split()
+
 
 def small_digits(train: int = 64, test: int = 64) -> None:
     """From now on ``digits`` has its first ``train`` and ``test`` images only, in this process."""

@@ -154,8 +154,8 @@ class Thief(Distiller):
 
 
 KINDS = {
-    "kd": KD, "at": AT, "fsp": FSP, "toy": Toy, "scheduled": Scheduled, "bank": Bank, "wrapping": Wrapping, "doubled": Doubled,
-    "normed": Normed, "thief": Thief,
+    "kd": KD, "at": AT, "fsp": FSP, "toy": Toy, "scheduled": Scheduled, "bank": Bank, "wrapping": Wrapping,
+    "doubled": Doubled, "normed": Normed, "thief": Thief,
 }  # fmt: skip
 
 

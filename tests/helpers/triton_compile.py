@@ -211,9 +211,15 @@ def maps(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False
 
 
 def fsp(
-    student: list[tuple[int, int]], dtype: torch.dtype, batch: int, precision: str | None, channels_last: bool = False,
-    teacher: list[tuple[int, int]] | None = None, pool_mode: str = "avg", distance: str = "squared",
-) -> None:  # fmt: skip
+    student: list[tuple[int, int]],
+    dtype: torch.dtype,
+    batch: int,
+    precision: str | None,
+    channels_last: bool = False,
+    teacher: list[tuple[int, int]] | None = None,
+    pool_mode: str = "avg",
+    distance: str = "squared",
+) -> None:
     chains = [
         [feature((batch, c, s, s), dtype, channels_last) for c, s in sizes]
         for sizes in (student, teacher or student)

@@ -101,8 +101,10 @@ def test_the_worked_figure():
     weights = (
         [(worked((2, 3), 4), worked((2,), 2))],
         [(worked((2, 2), 6), worked((2,), 3)), (worked((2, 2), 8), worked((2,), 5))],
-        (worked((2, 2), 9), worked((2,), 7)), worked((1, 2), 3), worked((2, 2), 4),
-    )  # fmt: skip
+        (worked((2, 2), 9), worked((2,), 7)),
+        worked((1, 2), 3),
+        worked((2, 2), 4),
+    )
     assert (
         abs(loss_of(attention_with(students, teachers, weights), students, teachers).item() - 0.0385074784)
         <= 5e-11
@@ -218,18 +220,7 @@ def test_first_weights_options_and_what_comes_with_it():
 
 @pytest.mark.slow
 def test_two_epochs_on_digits(small_main, tmp_path):
-    flags = [
-        "--method",
-        "afd",
-        "--dataset",
-        "digits",
-        "--teacher",
-        "resnet8",
-        "--student",
-        "resnet8",
-        "--epochs",
-        "2",
-    ]
+    flags = "--method afd --dataset digits --teacher resnet8 --student resnet8 --epochs 2".split()
     assert small_main([*flags, "--device", "cpu", "--output", str(tmp_path), "--no-pictures"]) == 0
     with open(tmp_path / "results.csv", newline="") as file:
         row = [*csv.DictReader(file)][-1]

@@ -103,9 +103,12 @@ def test_values_and_gradients_by_hand(monkeypatch, crd_loss, seed):
         n, k, size=chosen.choice((2, 3, 9, 11)) if n > 1 else 2, width=chosen.choice((1, 2, 5, 17)), seed=seed
     )
     options = {
-        "temperature": chosen.choice((0.07, 0.1, 1.0)), "eps": chosen.choice((1e-7, 0.0, 0.1)),
-        "normalizers": chosen.choice((None, torch.tensor([40.0, 3.0]).double(), torch.tensor([0.0, 17.0]).double())),
-    }  # fmt: skip
+        "temperature": chosen.choice((0.07, 0.1, 1.0)),
+        "eps": chosen.choice((1e-7, 0.0, 0.1)),
+        "normalizers": chosen.choice(
+            (None, torch.tensor([40.0, 3.0]).double(), torch.tensor([0.0, 17.0]).double())
+        ),
+    }
     found = gradients(crd_loss, *tensors, weight=0.5, **options)
     wanted = gradients(by_hand, *tensors, **options)
     wanted = [0.5 * wanted[0], wanted[1], 0.5 * wanted[2], 0.5 * wanted[3]]

@@ -212,18 +212,7 @@ def test_two_phases_are_asked_for():
     "extra", [(), ("--option", "phases=2", "--init-epochs", "1")], ids=["joint", "two phases"]
 )
 def test_a_run(small_main, tmp_path, capsys, extra):
-    flags = [
-        "--method",
-        "fitnet",
-        "--dataset",
-        "digits",
-        "--teacher",
-        "resnet8",
-        "--student",
-        "resnet8",
-        "--epochs",
-        "2",
-    ]
+    flags = "--method fitnet --dataset digits --teacher resnet8 --student resnet8 --epochs 2".split()
     assert small_main([*flags, "--device", "cpu", "--output", str(tmp_path), "--no-pictures", *extra]) == 0
     capsys.readouterr()
     with open(tmp_path / "results.csv", newline="") as file:

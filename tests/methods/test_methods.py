@@ -142,7 +142,7 @@ def test_options_come_from_words_and_from_values():
         ("toy", "width=2.5", "option toy.width is '2.5', wanted a whole number"),
         ("toy", "ce.weight=x", "option ce.weight is 'x', wanted a number"),
     ],
-)  # fmt: skip
+)
 def test_words_that_are_no_options_are_refused(name, word, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         define(name, words=[word])

@@ -243,8 +243,8 @@ def test_what_does_not_fit_is_one_line():
 
 
 def test_a_run_tests_and_saves_the_pair_and_is_taken_up(small_main, monkeypatch, tmp_path, capsys):
-    flags = ["--method", "norm+kd", "--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--epochs", "2",
-             "--device", "cpu", "--no-pictures", "--option", "copies=2"]  # fmt: skip
+    flags = "--method norm+kd --dataset digits --teacher resnet8 --student resnet8 --epochs 2".split()
+    flags += "--device cpu --no-pictures --option copies=2".split()
     assert small_main([*flags, "--output", str(tmp_path / "whole")]) == 0
     count = 78_042 + 2 * 64 * 128 + 2 * (128 + 64)
     assert (

@@ -1,4 +1,4 @@
-"""OFD against an independent form and its worked figures; its margins, its method and what does not fit it."""
+"""OFD against an independent form and its worked figures; its margins, and what does not fit it."""
 
 from __future__ import annotations
 
@@ -218,8 +218,12 @@ def test_the_method_reads_the_maps_before_the_relu(preset, student, teacher):
         mean = y.mean((0, 2, 3), keepdim=True)
         connected.append((y - mean) / (((y - mean) ** 2).mean((0, 2, 3), keepdim=True) + 1e-5).sqrt())
     if preset == "ofd":
-        margins = [torch.tensor([margin_by_hand(*pair) for pair in zip(n.weight.tolist(), n.bias.tolist(), strict=True)]).double()
-                   for n in teacher.norms_before_relu()]  # fmt: skip
+        margins = [
+            torch.tensor(
+                [margin_by_hand(*pair) for pair in zip(n.weight.tolist(), n.bias.tolist(), strict=True)]
+            ).double()
+            for n in teacher.norms_before_relu()
+        ]
         weights = [0.25e-3, 0.5e-3, 1e-3]
     else:
         margins = [
@@ -266,18 +270,7 @@ def test_convolutions_under_autocast_and_one_graph():
 
 
 def test_a_run_has_the_teacher_in_train_mode(small_main, tmp_path, capsys):
-    flags = [
-        "--method",
-        "ofd",
-        "--dataset",
-        "digits",
-        "--teacher",
-        "resnet8",
-        "--student",
-        "resnet8",
-        "--epochs",
-        "2",
-    ]
+    flags = "--method ofd --dataset digits --teacher resnet8 --student resnet8 --epochs 2".split()
     assert small_main([*flags, "--device", "cpu", "--output", str(tmp_path), "--no-pictures"]) == 0
     capsys.readouterr()
     with open(tmp_path / "results.csv", newline="") as file:

@@ -1,4 +1,4 @@
-"""Every preset against the formula of the implementation it is named after, values and gradients, in float64."""
+"""Every preset in float64 against the formula of the implementation it is named after."""
 
 from __future__ import annotations
 

@@ -239,9 +239,14 @@ def built(student, teacher, **rest):
 
 
 PAIRS = [
-    ("resnet20", "resnet56", 0.6), ("resnet8", "resnet20", 1.0), ("resnet8x4", "resnet32x4", 5.0), ("wrn_16_1", "wrn_16_2", 5.0),
-    ("wrn_16_1", "resnet8", 5.0), ("resnet8", "wrn_16_1", 5.0), ("resnet_32_20", "resnet8", 1.0),
-]  # fmt: skip
+    ("resnet20", "resnet56", 0.6),
+    ("resnet8", "resnet20", 1.0),
+    ("resnet8x4", "resnet32x4", 5.0),
+    ("wrn_16_1", "wrn_16_2", 5.0),
+    ("wrn_16_1", "resnet8", 5.0),
+    ("resnet8", "wrn_16_1", 5.0),
+    ("resnet_32_20", "resnet8", 1.0),
+]
 
 
 @pytest.mark.parametrize(("student", "teacher", "beta"), PAIRS)
@@ -317,18 +322,7 @@ def test_the_first_weights_are_the_published_ones():
 
 @pytest.mark.slow
 def test_two_epochs_end_with_its_state_and_its_weight_in_the_row(small_main, tmp_path, capsys):
-    flags = [
-        "--method",
-        "reviewkd",
-        "--dataset",
-        "digits",
-        "--teacher",
-        "resnet8",
-        "--student",
-        "resnet8",
-        "--epochs",
-        "2",
-    ]
+    flags = "--method reviewkd --dataset digits --teacher resnet8 --student resnet8 --epochs 2".split()
     assert small_main([*flags, "--device", "cpu", "--output", str(tmp_path), "--no-pictures"]) == 0
     assert "reviewkd.beta=1.0" in capsys.readouterr().out
     with open(tmp_path / "results.csv", newline="") as file:

@@ -35,8 +35,10 @@ def by_hand(student, teacher, distance_weight=25.0, angle_weight=50.0):
         pairs = [lengths[i, j] / mean if i != j else zero for i in range(n) for j in range(n)]
         triples = [
             torch.dot(e[j] - e[i], e[k] - e[i]) / (lengths[i, j] * lengths[i, k]) if i not in (j, k) else zero
-            for i in range(n) for j in range(n) for k in range(n)
-        ]  # fmt: skip
+            for i in range(n)
+            for j in range(n)
+            for k in range(n)
+        ]
         found.append((torch.stack(pairs), torch.stack(triples)))
     distance, angle = (
         torch.where((s - t).abs() < 1, 0.5 * (s - t) ** 2, (s - t).abs() - 0.5).mean()

@@ -232,8 +232,10 @@ def test_what_its_authors_train_with_comes_with_it():
 
 
 def test_a_run_is_taken_up_and_an_explicit_recipe_wins(small_main, monkeypatch, tmp_path, capsys):
-    flags = ["--method", "sakd", "--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--epochs", "2",
-             "--device", "cpu", "--no-pictures"]  # fmt: skip
+    flags = (
+        "--method sakd --dataset digits --teacher resnet8 --student resnet8 --epochs 2 --device cpu".split()
+    )
+    flags += ["--no-pictures"]
     assert small_main([*flags, "--output", str(tmp_path / "whole")]) == 0
     assert (
         "momentum 0.8" in (out := capsys.readouterr().out)

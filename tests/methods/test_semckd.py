@@ -1,4 +1,4 @@
-"""SemCKD: its worked figure, an independent form, the batch that it is built for, and its weight on digits."""
+"""SemCKD: its worked figure, an independent form, its batch, and its weight on digits."""
 
 from __future__ import annotations
 
@@ -131,8 +131,15 @@ def test_values_and_gradients_by_hand(seed):
     regressors = []
     for s in students:
         sizes = [(s.shape[1], t.shape[1]) for t in teachers]
-        regressors.append([[torch.randn(shape, dtype=torch.float64) for shape in ((2 * t, s, 1, 1), (2 * t, 2 * t, 3, 3), (t, 2 * t, 1, 1))]
-                           for s, t in sizes])  # fmt: skip
+        regressors.append(
+            [
+                [
+                    torch.randn(shape, dtype=torch.float64)
+                    for shape in ((2 * t, s, 1, 1), (2 * t, 2 * t, 3, 3), (t, 2 * t, 1, 1))
+                ]
+                for s, t in sizes
+            ]
+        )
     method = method_with(students, teachers, queries, keys, regressors, n, beta=0.5, soft=soft, factor=factor)
     for weights in [*layers, *(weights for row in regressors for weights in row)]:
         for weight in weights:
@@ -249,17 +256,7 @@ def test_a_run_repeats_with_the_weight_that_it_had(small_main, tmp_path, said, b
 @pytest.mark.slow
 @pytest.mark.parametrize(("said", "beta"), [([], 40.0), (["--option", "beta=50"], 50.0)])
 def test_two_epochs_of_whole_batches_and_the_weight_of_digits(small_main, tmp_path, capsys, said, beta):
-    flags = [
-        "--method",
-        "semckd",
-        "--dataset",
-        "digits",
-        "--teacher",
-        "resnet8",
-        "--student",
-        "resnet8",
-        "--no-pictures",
-    ]
+    flags = "--method semckd --dataset digits --teacher resnet8 --student resnet8 --no-pictures".split()
     length = ["--epochs", "2" if not said else "1", "--batch-size", "24"]
     assert small_main([*flags, *length, "--device", "cpu", "--output", str(tmp_path), *said]) == 0
     out = capsys.readouterr().out

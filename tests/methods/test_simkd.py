@@ -147,18 +147,7 @@ def test_what_does_not_fit_is_one_line():
 
 
 def test_a_run_tests_saves_and_draws_the_changed_student(small_main, tmp_path, capsys):
-    flags = [
-        "--method",
-        "simkd",
-        "--dataset",
-        "digits",
-        "--teacher",
-        "resnet8",
-        "--student",
-        "resnet8",
-        "--epochs",
-        "2",
-    ]
+    flags = "--method simkd --dataset digits --teacher resnet8 --student resnet8 --epochs 2".split()
     assert (
         small_main(
             [*flags, "--device", "cpu", "--output", str(tmp_path), "--option", "factor=4", "--no-pictures"]

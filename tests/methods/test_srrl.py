@@ -177,18 +177,7 @@ def test_what_does_not_fit_is_one_line():
 
 
 def test_a_run_saves_the_classifier(small_main, tmp_path, capsys):
-    flags = [
-        "--method",
-        "srrl",
-        "--dataset",
-        "digits",
-        "--teacher",
-        "resnet8",
-        "--student",
-        "resnet8",
-        "--epochs",
-        "2",
-    ]
+    flags = "--method srrl --dataset digits --teacher resnet8 --student resnet8 --epochs 2".split()
     assert small_main([*flags, "--device", "cpu", "--output", str(tmp_path), "--no-pictures"]) == 0
     capsys.readouterr()
     with open(tmp_path / "results.csv", newline="") as file:

@@ -218,7 +218,7 @@ def test_asking_for_features_changes_neither_gradients_nor_batch_norms(name):
     ("name", "tap"), [("resnet8", "relu_tap"), ("resnet20", "relu_tap"), ("wrn_16_1", "tap")]
 )
 def test_a_tap_gives_the_maps_of_the_stages_and_changes_nothing_else(name, tap):
-    """The student's gradient under attention transfer too: taken on the way or from the features, it is one."""
+    """The student's gradient too is the same, taken on the way or from the features."""
     model, x = create_model(name).double(), torch.randn(3, 3, 32, 32, dtype=torch.float64)
     start, results = {key: value.clone() for key, value in model.state_dict().items()}, []
     teacher = [torch.rand(3, size, size, dtype=torch.float64) for size in (32, 16, 8)]

@@ -64,8 +64,13 @@ def rms_errors(got: Sequence[Tensor], exact: Sequence[Tensor]) -> Tensor:
 
 
 def check(
-    run: Runner, name: str, call: Callable[..., Tensor], tensors: Sequence[Tensor], backend: str = "cpp", **options: bool
-):  # fmt: skip
+    run: Runner,
+    name: str,
+    call: Callable[..., Tensor],
+    tensors: Sequence[Tensor],
+    backend: str = "cpp",
+    **options: bool,
+):
     """Our errors against those of plain PyTorch in float32, for the same numbers in the same layout.
 
     Both are taken against float64. Backend "cpp" takes each of its code paths. ``call(function, *tensors)``

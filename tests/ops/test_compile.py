@@ -44,14 +44,28 @@ class Net(nn.Module):
 LOSSES = {
     "at": lambda m, s, t, zs, zt: m.attention_transfer_loss(s, t, weight=1000.0),
     "at with every switch": lambda m, s, t, zs, zt: m.attention_transfer_loss(
-        s, t[::-1], 3, channel_reduce="sum", signed=True, eps=1e-6, eps_mode="add", pool="after", pool_mode="max", difference="l2",
-        stage_reduce="mean", weights=[1.0, 0.5], weight=10.0),
-    "map": lambda m, s, t, zs, zt: m.attention_map(s[1]).max()
-    + m.attention_transfer_loss(s[0], m.attention_map(t[0]), teacher_is_map=True),
+        s,
+        t[::-1],
+        3,
+        channel_reduce="sum",
+        signed=True,
+        eps=1e-6,
+        eps_mode="add",
+        pool="after",
+        pool_mode="max",
+        difference="l2",
+        stage_reduce="mean",
+        weights=[1.0, 0.5],
+        weight=10.0,
+    ),
+    "map": lambda m, s, t, zs, zt: (
+        m.attention_map(s[1]).max()
+        + m.attention_transfer_loss(s[0], m.attention_map(t[0]), teacher_is_map=True)
+    ),
     "fsp": lambda m, s, t, zs, zt: m.fsp_loss(s, t),
     "matrix": lambda m, s, t, zs, zt: (m.fsp_matrix(*s) - m.fsp_matrix(*t)).square().sum(),
     "kd": lambda m, s, t, zs, zt: m.kd_loss(zs, zt),
-}  # fmt: skip
+}
 
 
 def step(functions, losses, student, teacher, *images):

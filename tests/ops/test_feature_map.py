@@ -204,7 +204,7 @@ def test_a_residual_may_lie_otherwise_than_the_feature(backend, layouts):
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_energies_are_those_of_the_rounded_sum(backend):
-    """256 + 0.9 is 256 in bfloat16: a map of the unrounded sum would tell the two channels' positions apart."""
+    """256 + 0.9 is 256 in bfloat16: a map of the unrounded sum would tell the two positions apart."""
     x = torch.full((1, 1, 40), 256.0, dtype=torch.bfloat16)
     residual = torch.linspace(0, 0.9, 40).bfloat16().view(1, 1, 40)
     for layout in ("contiguous", "stepped"):
@@ -288,7 +288,8 @@ def test_every_code_path_gives_the_same_answers(path):
     code = """
 import sys, torch, fastkd
 torch.manual_seed(int(sys.argv[1])); torch.set_num_threads(1)
-for dtype, tolerance in ((torch.float16, 1e-2), (torch.bfloat16, 5e-2), (torch.float32, 1e-5), (torch.float64, 1e-12)):
+for dtype, tolerance in dict(float16=1e-2, bfloat16=5e-2, float32=1e-5, float64=1e-12).items():
+    dtype = getattr(torch, dtype)
     for shape in ((2, 33, 7, 7), (1, 3, 5, 4), (1, 5, 2, 3)):
         for memory in (torch.contiguous_format, torch.channels_last):
             x, r, g = (torch.randn(shape, dtype=dtype).to(memory_format=memory) for _ in range(3))
@@ -301,7 +302,8 @@ for dtype, tolerance in ((torch.float16, 1e-2), (torch.bfloat16, 5e-2), (torch.f
                     w = torch.linspace(-3, 5, k.numel()).view_as(k).to(k.dtype)
                     both.append([t, q, y, k, *torch.autograd.grad((y, q, k), (a, b), (g, w, w))])
                 for got, want in zip(*both):
-                    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * max(1, want.abs().max().item()))
+                    absolute = tolerance * max(1, want.abs().max().item())
+                    torch.testing.assert_close(got, want, rtol=tolerance, atol=absolute)
 """
     env = {**os.environ, "FASTKD_CPU": path, "OMP_NUM_THREADS": "1", "FASTKD_BACKEND": "cpp"}
     done = subprocess.run(

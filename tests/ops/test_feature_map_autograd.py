@@ -172,20 +172,54 @@ MISUSE = {
     "tap of integers": (lambda: fastkd.tap(f(2, 3, 4, dtype=torch.int64)), TypeError, ["x is", "int64"]),
     "tap of two dimensions": (lambda: fastkd.tap(f(2, 3)), ValueError, ["x is", "dimensions"]),
     "tap with a power below one": (lambda: fastkd.tap(f(2, 3, 4), 0.5), ValueError, ["p is 0.5"]),
-    "tap with an unknown eps_mode": (lambda: fastkd.tap(f(2, 3, 4), eps_mode="max"), ValueError, ["eps_mode", "clamp", "add"]),
+    "tap with an unknown eps_mode": (
+        lambda: fastkd.tap(f(2, 3, 4), eps_mode="max"),
+        ValueError,
+        ["eps_mode", "clamp", "add"],
+    ),
     "relu_tap of a list": (lambda: fastkd.relu_tap([1.0]), TypeError, ["x is list"]),
     "relu_tap of an empty batch": (lambda: fastkd.relu_tap(f(0, 3, 4)), ValueError, ["x is", "batch"]),
-    "residual a number": (lambda: fastkd.relu_tap(f(2, 3, 4), 1.0), TypeError, ["residual is float", "tensor"]),
-    "residual of another shape": (lambda: fastkd.relu_tap(f(2, 3, 4), f(2, 1, 4)), ValueError, ["residual is", r"\(2, 1, 4\)", "shape"]),
-    "residual of another dtype": (lambda: fastkd.relu_tap(f(2, 3, 4), f(2, 3, 4).half()), TypeError, ["residual is", "float16", "dtypes"]),
-    "residual elsewhere": (lambda: fastkd.relu_tap(f(2, 3, 4), f(2, 3, 4, device="meta")), ValueError, ["residual is", "meta", "device"]),
-    "relu_tap with unknown channel_reduce": (lambda: fastkd.relu_tap(f(2, 3, 4), channel_reduce="max"), ValueError, ["channel_reduce"]),
-    "student's map too large": (lambda: AT(f(2, 4, 5), f(2, 3, 4, 4), student_is_map=True), ValueError, [r"student\[0\] is a map"]),
-    "maps of different sizes": (
-        lambda: AT(f(2, 4, 5), f(2, 4, 4), student_is_map=True, teacher_is_map=True), ValueError, [r"student\[0\] is a map", "teacher"]
+    "residual a number": (
+        lambda: fastkd.relu_tap(f(2, 3, 4), 1.0),
+        TypeError,
+        ["residual is float", "tensor"],
     ),
-    "student's map of wrong rank": (lambda: AT(f(2, 4), f(2, 3, 4, 4), student_is_map=True), ValueError, ["student", "dimensions"]),
-}  # fmt: skip
+    "residual of another shape": (
+        lambda: fastkd.relu_tap(f(2, 3, 4), f(2, 1, 4)),
+        ValueError,
+        ["residual is", r"\(2, 1, 4\)", "shape"],
+    ),
+    "residual of another dtype": (
+        lambda: fastkd.relu_tap(f(2, 3, 4), f(2, 3, 4).half()),
+        TypeError,
+        ["residual is", "float16", "dtypes"],
+    ),
+    "residual elsewhere": (
+        lambda: fastkd.relu_tap(f(2, 3, 4), f(2, 3, 4, device="meta")),
+        ValueError,
+        ["residual is", "meta", "device"],
+    ),
+    "relu_tap with unknown channel_reduce": (
+        lambda: fastkd.relu_tap(f(2, 3, 4), channel_reduce="max"),
+        ValueError,
+        ["channel_reduce"],
+    ),
+    "student's map too large": (
+        lambda: AT(f(2, 4, 5), f(2, 3, 4, 4), student_is_map=True),
+        ValueError,
+        [r"student\[0\] is a map"],
+    ),
+    "maps of different sizes": (
+        lambda: AT(f(2, 4, 5), f(2, 4, 4), student_is_map=True, teacher_is_map=True),
+        ValueError,
+        [r"student\[0\] is a map", "teacher"],
+    ),
+    "student's map of wrong rank": (
+        lambda: AT(f(2, 4), f(2, 3, 4, 4), student_is_map=True),
+        ValueError,
+        ["student", "dimensions"],
+    ),
+}
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp", "auto"])

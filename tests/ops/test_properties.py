@@ -1,4 +1,4 @@
-"""Properties that hold for any shape, stride, dtype and switch, with examples of hypothesis's own choosing."""
+"""Properties that hold for any shape, stride, dtype and switch, on examples that hypothesis chooses."""
 
 from __future__ import annotations
 
@@ -52,8 +52,13 @@ def test_map_matches_the_reference_for_any_input(data):
     p, signed = data.draw(st.one_of(switch((1.0, 2.0, 3.0, 4.0)), st.floats(1, 5))), data.draw(st.booleans())
     shape = [data.draw(st.integers(1, 4)), data.draw(st.integers(1, 40)), data.draw(spaces)]
     x = data.draw(features(*shape, positive=signed))
-    options = dict(channel_reduce=data.draw(switch(("mean", "sum"))), signed=signed, normalize=data.draw(st.booleans()),
-                   eps=data.draw(switch((1e-12, 1e-6, 0.1))), eps_mode=data.draw(switch(("clamp", "add"))))  # fmt: skip
+    options = dict(
+        channel_reduce=data.draw(switch(("mean", "sum"))),
+        signed=signed,
+        normalize=data.draw(st.booleans()),
+        eps=data.draw(switch((1e-12, 1e-6, 0.1))),
+        eps_mode=data.draw(switch(("clamp", "add"))),
+    )
     upstream = torch.randn(shape[0], *shape[2])
     check(
         "cpp",
@@ -79,11 +84,18 @@ def test_transfer_loss_matches_the_reference_for_any_input(data):
         for side, size in ((student, space), (teacher, other)):
             side.append(data.draw(features(n, data.draw(st.integers(1, 24)), size, positive=signed)))
     options = dict(
-        p=p, signed=signed, difference=difference, channel_reduce=data.draw(switch(("mean", "sum"))),
-        eps=data.draw(switch((1e-12, 0.1))), eps_mode=data.draw(switch(("clamp", "add"))), pool=data.draw(switch(("before", "after"))),
-        pool_mode=data.draw(switch(("avg", "max"))), stage_reduce=data.draw(switch(("sum", "mean"))),
-        weights=data.draw(st.none() | st.lists(weights, min_size=stages, max_size=stages)), weight=data.draw(weights),
-    )  # fmt: skip
+        p=p,
+        signed=signed,
+        difference=difference,
+        channel_reduce=data.draw(switch(("mean", "sum"))),
+        eps=data.draw(switch((1e-12, 0.1))),
+        eps_mode=data.draw(switch(("clamp", "add"))),
+        pool=data.draw(switch(("before", "after"))),
+        pool_mode=data.draw(switch(("avg", "max"))),
+        stage_reduce=data.draw(switch(("sum", "mean"))),
+        weights=data.draw(st.none() | st.lists(weights, min_size=stages, max_size=stages)),
+        weight=data.draw(weights),
+    )
     needs = [data.draw(st.booleans()) for _ in range(2 * stages)]
     check_loss("cpp", "attention_transfer_loss", student, teacher, needs=needs, **options)
 
@@ -100,10 +112,12 @@ def test_fsp_loss_matches_the_reference_for_any_input(data):
         student.append(data.draw(features(n, channels, space)))
         teacher.append(data.draw(features(n, channels, space if shared else data.draw(size))))
     options = dict(
-        pool_mode=data.draw(switch(("avg", "max"))), distance=data.draw(switch(("squared", "frobenius", "column_l2"))),
-        pair_reduce=data.draw(switch(("sum", "mean"))), weight=data.draw(weights),
+        pool_mode=data.draw(switch(("avg", "max"))),
+        distance=data.draw(switch(("squared", "frobenius", "column_l2"))),
+        pair_reduce=data.draw(switch(("sum", "mean"))),
+        weight=data.draw(weights),
         weights=data.draw(st.none() | st.lists(weights, min_size=stages - 1, max_size=stages - 1)),
-    )  # fmt: skip
+    )
     needs = [data.draw(st.booleans()) for _ in range(2 * stages)]
     check_loss("cpp", "fsp_loss", student, teacher, needs=needs, **options)
 

@@ -71,8 +71,16 @@ def test_transfer_loss_is_the_written_formula(dims, which, pool, pool_mode, diff
         s, t = sizes(dims, which)
         student.append(values((n, random.randint(1, 5), *s), F64))
         teacher.append(values((n, random.randint(1, 5), *t), F64))
-    shared = dict(channel_reduce=random.choice(["mean", "sum"]), eps_mode=random.choice(["clamp", "add"]), eps=0.1, pool_mode=pool_mode,
-                  difference=difference, stage_reduce=stage_reduce, weights=[0.25, 3.0], weight=7.0)  # fmt: skip
+    shared = dict(
+        channel_reduce=random.choice(["mean", "sum"]),
+        eps_mode=random.choice(["clamp", "add"]),
+        eps=0.1,
+        pool_mode=pool_mode,
+        difference=difference,
+        stage_reduce=stage_reduce,
+        weights=[0.25, 3.0],
+        weight=7.0,
+    )
     p = random.choice(POWERS)
     close(
         reference.attention_transfer_loss(student, teacher, p, pool=pool, **shared),

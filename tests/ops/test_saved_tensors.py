@@ -155,7 +155,7 @@ LOSSES = {"attention_transfer_loss": attention, "fsp_loss": fsp}
 @pytest.mark.parametrize("way", ["checkpoint", "save_on_cpu"])
 @pytest.mark.parametrize("function", LOSSES)
 def test_no_gradient_is_held_for_who_checkpoints(function, way):
-    """Between forward and backward pass nothing of a feature's size is kept, the features themselves apart."""
+    """Between forward and backward pass nothing of a feature's size is saved but the features."""
     s, t = [
         [x.detach().requires_grad_(need) for x in (values((2, 64, 9, 9), torch.float32),) * 3]
         for need in (True, False)

@@ -219,16 +219,23 @@ def operators(ops):
         "attention_map_backward": (lambda x: ops.attention_map_backward(map_y, x, m, norm, *NORMED), a),
         "attention_transfer_loss": (lambda x: ops.attention_transfer_loss([x, b], [c, d], *transfer), a),
         "attention_transfer_loss_backward": (
-            lambda x: ops.attention_transfer_loss_backward(loss, [x, b], coefficients[:2], 2.0, SWITCHES), a
+            lambda x: ops.attention_transfer_loss_backward(loss, [x, b], coefficients[:2], 2.0, SWITCHES),
+            a,
         ),
         "fsp_matrix": (lambda x: ops.fsp_matrix(x, b, "avg", None), a),
-        "fsp_matrix_backward": (lambda x: ops.fsp_matrix_backward(matrix_grads[0], x, b, "avg", None, True, True), a),
+        "fsp_matrix_backward": (
+            lambda x: ops.fsp_matrix_backward(matrix_grads[0], x, b, "avg", None, True, True),
+            a,
+        ),
         "fsp_loss": (lambda x: ops.fsp_loss([x, b], [c, d], *chain), a),
-        "fsp_loss_backward": (lambda x: ops.fsp_loss_backward(fsp, [x, b], matrix_grads, "avg", None, [0, 1], False), a),
+        "fsp_loss_backward": (
+            lambda x: ops.fsp_loss_backward(fsp, [x, b], matrix_grads, "avg", None, [0, 1], False),
+            a,
+        ),
         "tap_backward": (lambda x: ops.tap_backward(b, map_y, x, m, norm, *MAP), a),
         "relu_tap": (lambda x: ops.relu_tap(x, b, *MAP), a),
         "relu_tap_backward": (lambda x: ops.relu_tap_backward(b, map_y, x, map_y, norm_y, *MAP), y),
-    }  # fmt: skip
+    }
     if ops is torch.ops.fastkd:
         _, mean, _, invstd = ops.batch_norm(a, b, w, w, True, 1e-5)
         made["batch_norm"] = lambda x: ops.batch_norm(x, b, w, w, True, 1e-5), a
@@ -270,8 +277,12 @@ every_operator = pytest.mark.parametrize(
     "namespace, operator", [(space, name) for space, names in NAMES.items() for name in names]
 )
 DIFFERENTIABLE = {  # of several outputs, those that have a derivative
-    "attention_map": [0], "attention_transfer_loss": [0], "fsp_loss": [0], "relu_tap": [0, 1], "batch_norm": [0],
-}  # fmt: skip
+    "attention_map": [0],
+    "attention_transfer_loss": [0],
+    "fsp_loss": [0],
+    "relu_tap": [0, 1],
+    "batch_norm": [0],
+}
 
 
 def first(output):
@@ -325,9 +336,11 @@ def test_an_operator_under_vmap_runs_once_a_sample(namespace, operator):
     for found in (func.vmap(f, dim)(torch.stack(samples, dim)) for dim in dims):
         for a, b in zip(flat(found), wanted, strict=True):
             assert torch.equal(a, b)
-    twice = func.vmap(lambda factor: func.vmap(lambda x: f((x * factor).contiguous()) if "norm" not in operator else f(x))(
-        torch.stack(samples)
-    ))(torch.ones(2))  # fmt: skip
+    twice = func.vmap(
+        lambda factor: func.vmap(lambda x: f((x * factor).contiguous()) if "norm" not in operator else f(x))(
+            torch.stack(samples)
+        )
+    )(torch.ones(2))
     assert all(
         torch.allclose(a[1], b, rtol=1e-4, atol=1e-6) for a, b in zip(flat(twice), wanted, strict=True)
     )

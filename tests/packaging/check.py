@@ -2,7 +2,7 @@
 a line says that it is not.
 
     python tests/packaging/check.py                     all of it
-    python tests/packaging/check.py clang++-16 g++-11   these compilers: every code path, no warning, the tests
+    python tests/packaging/check.py clang++-16 g++-11   these compilers: no warning, the kernels' tests
     python tests/packaging/check.py installers          pip and uv, with the tools of this interpreter
 
 Needs PyTorch, setuptools, ninja and pytest. Works in copies of the tree; a compiler takes minutes.
@@ -133,19 +133,7 @@ def check_hidden_installation(folder: Path) -> str:
     """`pip install .` in a clone, then train.py there: the reason is named, and the way out works."""
     top, site = tree(folder), folder / "site"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    train = [
-        "train.py",
-        "--method",
-        "at",
-        "--dataset",
-        "digits",
-        "--epochs",
-        "1",
-        "--teacher",
-        "resnet8",
-        "--student",
-        "resnet8",
-    ]
+    train = "train.py --method at --dataset digits --epochs 1 --teacher resnet8 --student resnet8".split()
     run(*pip, "--target", site, ".", cwd=top)
     assert "loaded" in run(sys.executable, "-m", "fastkd", cwd=folder, PYTHONPATH=str(site))
     hidden = run(sys.executable, "-m", "fastkd", cwd=top, PYTHONPATH=str(site))

@@ -124,7 +124,8 @@ def test_import_is_quick_and_starts_no_process() -> None:
     code = """
 import json, sys, time, torch
 started = []
-sys.addaudithook(lambda event, _: event in ("subprocess.Popen", "os.system", "os.posix_spawn", "os.exec") and started.append(event))
+starts = ("subprocess.Popen", "os.system", "os.posix_spawn", "os.exec")
+sys.addaudithook(lambda event, _: event in starts and started.append(event))
 begin = time.perf_counter()
 import fastkd
 print(json.dumps([time.perf_counter() - begin, started]))
@@ -275,7 +276,7 @@ def test_a_broken_library_is_warned_of_once(bare: Path) -> None:
 
 
 def test_a_source_folder_that_hides_the_installed_package_is_named(bare: Path, tmp_path: Path) -> None:
-    """After `pip install .` in a clone: what is imported there is the clone's own folder, without a library."""
+    """After `pip install .` in a clone, what is imported there is the clone, without a library."""
     installed = tmp_path / "site-packages" / "fastkd"
     shutil.copytree(bare, installed)
     (installed / "_C.abi3.so").touch()

@@ -50,7 +50,7 @@ def rows_of(output):
 
 
 def test_a_whole_run_leaves_teacher_student_tables_and_checkpoints(tmp_path):
-    """Without torchvision and Triton, from a folder where nothing lies; then again, with the teacher found."""
+    """Without torchvision and Triton, from an empty folder; then again, with the teacher found."""
     blocked = tmp_path / "blocked"
     blocked.mkdir()
     for name in ("torchvision", "triton"):
@@ -107,10 +107,14 @@ def test_a_whole_run_leaves_teacher_student_tables_and_checkpoints(tmp_path):
 def test_ctrl_c_leaves_everything_whole_and_says_how_far_it_came(tmp_path):
     flags = ["--method", "baseline", *QUICK, "--epochs", 300, "--output", tmp_path]
     process = subprocess.Popen(
-        command(*flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+        command(*flags),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
         # a shell's background job, these tests' too, ignores it
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    )
     for line in process.stdout:
         if "epoch 2/300" in line:
             process.send_signal(signal.SIGINT)

@@ -31,18 +31,7 @@ def test_the_installed_command_is_the_main_of_train_py(
 def test_a_run_of_the_installed_command_is_repeated_by_it(
     small_main: Callable[[list[str]], int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    flags = [
-        "--method",
-        "baseline",
-        "--student",
-        "resnet8",
-        "--dataset",
-        "digits",
-        "--epochs",
-        "1",
-        "--no-pictures",
-        "--output",
-    ]
+    flags = "--method baseline --student resnet8 --dataset digits --epochs 1 --no-pictures --output".split()
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/fastkd-train", *flags, str(tmp_path)])
     assert small_main([*flags, str(tmp_path)]) == 0
     (command,) = tmp_path.glob("*/command.sh")

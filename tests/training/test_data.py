@@ -73,7 +73,8 @@ def test_pickled_cifar_is_read_in_order(tmp_path):
 def test_pickles_of_python_2_are_read():
     """The official files: byte strings, and numpy.core under its old name."""
     array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR(K\x01(K\x02K\x03t"
-    array += b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x06AB\xffDEFtb"
+    array += b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xff"
+    array += b"K\x00tb\x89U\x06AB\xffDEFtb"
     import io
 
     found = cifar._ArraysOnly(

@@ -19,20 +19,8 @@ from fastkd.training import Batches, UserError
 from fastkd.training.config import Config, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
-FLAGS = [
-    "--method",
-    "at",
-    "--dataset",
-    "digits",
-    "--teacher",
-    "resnet8",
-    "--student",
-    "resnet8",
-    "--batch-size",
-    "16",
-    "--device",
-    "cpu",
-]
+FLAGS = "--method at --dataset digits --teacher resnet8 --student resnet8 --batch-size 16".split()
+FLAGS += ["--device", "cpu"]
 FLAGS += ["--epochs", "2", "--recipe", "hankyul2"]
 
 pytestmark = pytest.mark.skipif(
@@ -47,11 +35,14 @@ def start(processes, *arguments, **extra):
     worker = [str(ROOT / "tests" / "helpers" / "distributed_worker.py"), *map(str, arguments)]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.run(
-        [sys.executable, *launch, *worker], capture_output=True, text=True, timeout=300,
+        [sys.executable, *launch, *worker],
+        capture_output=True,
+        text=True,
+        timeout=300,
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **extra},
         # a shell's background job ignores it
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    )
 
 
 def test_each_process_has_its_part_of_every_batch():

@@ -33,24 +33,60 @@ def refused(main, capsys, tmp_path, flags, words):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--method baseline --teacher-checkpoint x.pt", "--teacher-checkpoint does nothing here: --method baseline has no teacher"),
-        ("--method baseline --teacher-seed 0", "--teacher-seed does nothing here: --method baseline has no teacher"),
-        ("--method baseline --teacher-mode eval", "--teacher-mode does nothing here: --method baseline has no teacher"),
+        (
+            "--method baseline --teacher-checkpoint x.pt",
+            "--teacher-checkpoint does nothing here: --method baseline has no teacher",
+        ),
+        (
+            "--method baseline --teacher-seed 0",
+            "--teacher-seed does nothing here: --method baseline has no teacher",
+        ),
+        (
+            "--method baseline --teacher-mode eval",
+            "--teacher-mode does nothing here: --method baseline has no teacher",
+        ),
         ("--method baseline --preset kdzoo", "--preset does nothing here: --method baseline has no teacher"),
-        ("--method at --teacher-checkpoint x.pt --teacher-seed 1", "--teacher-seed does nothing here: --teacher-checkpoint needs no"),
+        (
+            "--method at --teacher-checkpoint x.pt --teacher-seed 1",
+            "--teacher-seed does nothing here: --teacher-checkpoint needs no",
+        ),
         ("--method at --init-epochs 3", "--init-epochs does nothing here: --method at has no first phase"),
-        ("--method kd --recipe kdzoo --init-lr 0.1", "--init-lr does nothing here: --method kd has no first phase"),
-        ("--method at+kd --init-milestones 0.5", "--init-milestones does nothing here: --method at+kd has no first phase"),
+        (
+            "--method kd --recipe kdzoo --init-lr 0.1",
+            "--init-lr does nothing here: --method kd has no first phase",
+        ),
+        (
+            "--method at+kd --init-milestones 0.5",
+            "--init-milestones does nothing here: --method at+kd has no first phase",
+        ),
         ("--method fsp --init-lr 0.1", "--init-lr does nothing here: --init-epochs is 0"),
-        ("--method fsp --recipe sakd --init-epochs 0 --init-milestones 0.5", "--init-milestones does nothing here: --init-epochs is 0"),
-        ("--method at --milestones= --gamma 0.2", "--gamma does nothing here: the learning rate has no milestones"),
-        ("--method at --milestones= --new-optimizer", "--new-optimizer does nothing here: the learning rate has no milestones"),
-        ("--method at --momentum 0 --no-nesterov --new-optimizer", "--new-optimizer does nothing here: --momentum is 0"),
-        ("--method at --normalization ofd", "--normalization does nothing here: ofd has no constants for digits"),
-        ("--method at --recipe sakd --setting a", "--setting does nothing here: teacher, student, data set and recipe are given"),
+        (
+            "--method fsp --recipe sakd --init-epochs 0 --init-milestones 0.5",
+            "--init-milestones does nothing here: --init-epochs is 0",
+        ),
+        (
+            "--method at --milestones= --gamma 0.2",
+            "--gamma does nothing here: the learning rate has no milestones",
+        ),
+        (
+            "--method at --milestones= --new-optimizer",
+            "--new-optimizer does nothing here: the learning rate has no milestones",
+        ),
+        (
+            "--method at --momentum 0 --no-nesterov --new-optimizer",
+            "--new-optimizer does nothing here: --momentum is 0",
+        ),
+        (
+            "--method at --normalization ofd",
+            "--normalization does nothing here: ofd has no constants for digits",
+        ),
+        (
+            "--method at --recipe sakd --setting a",
+            "--setting does nothing here: teacher, student, data set and recipe are given",
+        ),
         ("--method baseline --repeats 2 --teacher-seed 1", "--teacher-seed does nothing here"),
     ],
-)  # fmt: skip
+)
 def test_a_flag_that_does_nothing_is_refused(small_main, capsys, tmp_path, flags, words):
     refused(small_main, capsys, tmp_path, flags.split(), words)
 
@@ -81,15 +117,25 @@ def test_a_flag_that_does_something_is_not(settings):
 @pytest.mark.parametrize(
     ("flag", "value", "wanted"),
     [
-        ("momentum", "1.5", "at least 0 and less than 1"), ("momentum", "1", "at least 0 and less than 1"),
-        ("momentum", "-0.1", "at least 0 and less than 1"), ("momentum", "nan", "at least 0 and less than 1"),
-        ("gamma", "0", "more than 0 and at most 1"), ("gamma", "1.5", "more than 0 and at most 1"),
-        ("gamma", "nan", "more than 0 and at most 1"), ("lr", "inf", "a positive number"), ("lr", "nan", "a positive number"),
-        ("lr", "-1", "a positive number"), ("weight-decay", "-0.1", "a non-negative number"),
-        ("weight-decay", "inf", "a non-negative number"), ("epochs", "-1", "at least 1"), ("batch-size", "1", "at least 2"),
-        ("milestones", "0.5,1.0", "growing fractions"), ("milestones", "nan", "growing fractions"), ("repeats", "-3", "at least 1"),
+        ("momentum", "1.5", "at least 0 and less than 1"),
+        ("momentum", "1", "at least 0 and less than 1"),
+        ("momentum", "-0.1", "at least 0 and less than 1"),
+        ("momentum", "nan", "at least 0 and less than 1"),
+        ("gamma", "0", "more than 0 and at most 1"),
+        ("gamma", "1.5", "more than 0 and at most 1"),
+        ("gamma", "nan", "more than 0 and at most 1"),
+        ("lr", "inf", "a positive number"),
+        ("lr", "nan", "a positive number"),
+        ("lr", "-1", "a positive number"),
+        ("weight-decay", "-0.1", "a non-negative number"),
+        ("weight-decay", "inf", "a non-negative number"),
+        ("epochs", "-1", "at least 1"),
+        ("batch-size", "1", "at least 2"),
+        ("milestones", "0.5,1.0", "growing fractions"),
+        ("milestones", "nan", "growing fractions"),
+        ("repeats", "-3", "at least 1"),
     ],
-)  # fmt: skip
+)
 def test_a_number_out_of_range_is_refused(small_main, capsys, tmp_path, flag, value, wanted):
     refused(small_main, capsys, tmp_path, ["--method", "at", f"--{flag}={value}"], f"wanted {wanted}")
     refused(small_main, capsys, tmp_path, ["--method", "at", f"--{flag}={value}"], f"--{flag} is ")

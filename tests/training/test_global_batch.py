@@ -12,8 +12,9 @@ from fastkd.training.groups import changes, groups
 from fastkd.training.run_summary import describe
 
 RUN = {
-    "method": "at", "dataset": "cifar100", "student": "resnet20", "teacher": "resnet56", "recipe": "sakd", "nepoch": "240",
-    "precision": "fp32", "seed": "0", "acc": "72", "reported_acc": "71.00", "overrides": "", "processes": "1",
+    "method": "at", "dataset": "cifar100", "student": "resnet20", "teacher": "resnet56", "recipe": "sakd",
+    "nepoch": "240", "precision": "fp32", "seed": "0", "acc": "72", "reported_acc": "71.00", "overrides": "",
+    "processes": "1",
 }  # fmt: skip
 
 CASES = [  # overrides, processes, what is changed

@@ -13,26 +13,13 @@ import subprocess
 
 import pytest
 import torch
+from support_data import QUICK
 
 from fastkd.models import create_model, fingerprint
 from fastkd.report.maps import redraw
 from fastkd.training import Settings, Trainer, UserError, repeat
 from fastkd.training.command import command, command_file
 from fastkd.training.config import Config
-
-QUICK = [
-    "--dataset",
-    "digits",
-    "--teacher",
-    "resnet8",
-    "--student",
-    "resnet8",
-    "--batch-size",
-    "32",
-    "--device",
-    "cpu",
-    "--no-pictures",
-]
 
 
 def rows_of(output):
@@ -81,8 +68,9 @@ def test_a_teacher_has_a_file_for_each_identity(small_main, monkeypatch, tmp_pat
     # nothing can run on the device that is named
     monkeypatch.setattr(Config, "_check_fit", lambda self: None)
     changes = [
-        {}, {"precision": "bf16"}, {"device": "cuda"}, {"device": "cuda", "cuda_graph": False}, {"deterministic": True}, {"compile": True},
-        {"seed": 1}, {"teacher": "resnet20"}, {"recipe": "sakd"}, {"overrides": {"lr": 0.2}}, {"overrides": {"epochs": 2}},
+        {}, {"precision": "bf16"}, {"device": "cuda"}, {"device": "cuda", "cuda_graph": False},
+        {"deterministic": True}, {"compile": True}, {"seed": 1}, {"teacher": "resnet20"}, {"recipe": "sakd"},
+        {"overrides": {"lr": 0.2}}, {"overrides": {"epochs": 2}},
     ]  # fmt: skip
     plans = [Config(settings_of(tmp_path, **change)) for change in changes]
     identities = [plan.identity("teacher") for plan in plans]

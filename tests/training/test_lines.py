@@ -16,17 +16,7 @@ from fastkd.training.experiment import find_teacher
 from fastkd.training.progress import Progress
 from fastkd.training.run_summary import describe
 
-QUICK = [
-    "--dataset",
-    "digits",
-    "--student",
-    "resnet8",
-    "--batch-size",
-    "32",
-    "--device",
-    "cpu",
-    "--no-pictures",
-]
+QUICK = "--dataset digits --student resnet8 --batch-size 32 --device cpu --no-pictures".split()
 
 
 def settings_of(output, method="kd", **changes):

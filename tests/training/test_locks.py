@@ -17,7 +17,7 @@ from urllib.error import URLError
 
 import pytest
 import torch
-from support_data import stand_in
+from support_data import QUICK, stand_in
 
 from fastkd.io import files, locks
 from fastkd.io.files import locked, owned
@@ -27,19 +27,6 @@ from fastkd.training.config import Config
 from fastkd.training.experiment import find_teacher
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICK = [
-    "--dataset",
-    "digits",
-    "--teacher",
-    "resnet8",
-    "--student",
-    "resnet8",
-    "--batch-size",
-    "32",
-    "--device",
-    "cpu",
-    "--no-pictures",
-]
 
 
 @pytest.fixture(

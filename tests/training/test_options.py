@@ -17,19 +17,7 @@ from fastkd.training.groups import changes
 from fastkd.training.recipes import get_recipe
 from fastkd.training.settings import from_config
 
-QUICK = [
-    "--dataset",
-    "digits",
-    "--teacher",
-    "resnet8",
-    "--student",
-    "resnet8",
-    "--epochs",
-    "1",
-    "--no-pictures",
-    "--device",
-    "cpu",
-]
+QUICK = "--dataset digits --teacher resnet8 --student resnet8 --epochs 1 --no-pictures --device cpu".split()
 
 
 def settings(method, tmp_path, *options, **more):

@@ -15,20 +15,7 @@ from fastkd.report import maps as redraw
 from fastkd.report import tables as report
 from fastkd.training import Settings, UserError, choose_dataset, load_dataset
 
-QUICK = [
-    "--dataset",
-    "digits",
-    "--teacher",
-    "resnet8",
-    "--student",
-    "resnet8",
-    "--batch-size",
-    "32",
-    "--device",
-    "cpu",
-    "--epochs",
-    "1",
-]
+QUICK = "--dataset digits --teacher resnet8 --student resnet8 --batch-size 32 --device cpu --epochs 1".split()
 
 
 @pytest.fixture

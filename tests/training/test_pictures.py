@@ -15,20 +15,7 @@ from fastkd.report import maps as redraw
 from fastkd.training import attention_maps
 from fastkd.training.attention_maps import CELL, GAP, GROUP, VARIANTS, examples, sheet, stages
 
-QUICK = [
-    "--dataset",
-    "digits",
-    "--teacher",
-    "resnet8",
-    "--student",
-    "resnet8",
-    "--batch-size",
-    "32",
-    "--device",
-    "cpu",
-    "--epochs",
-    "1",
-]
+QUICK = "--dataset digits --teacher resnet8 --student resnet8 --batch-size 32 --device cpu --epochs 1".split()
 NAMES = {f"{stem}.png" for stem in VARIANTS}
 
 

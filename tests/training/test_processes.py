@@ -1,4 +1,4 @@
-"""Several processes do what one does, end together when one fails, and are found however they were started."""
+"""Several processes do what one does, end together, and are found however they were started."""
 
 from __future__ import annotations
 
@@ -22,20 +22,8 @@ from fastkd.training.config import Config, Settings
 from fastkd.training.device import find_device
 
 ROOT = Path(__file__).resolve().parents[2]
-FLAGS = [
-    "--method",
-    "at",
-    "--dataset",
-    "digits",
-    "--teacher",
-    "resnet8",
-    "--student",
-    "resnet8",
-    "--batch-size",
-    "16",
-    "--device",
-    "cpu",
-]
+FLAGS = "--method at --dataset digits --teacher resnet8 --student resnet8 --batch-size 16".split()
+FLAGS += ["--device", "cpu"]
 FLAGS += ["--epochs", "2", "--recipe", "hankyul2", "--no-pictures"]
 
 pytestmark = pytest.mark.skipif(
@@ -270,9 +258,14 @@ STARTED = {
     "MPICH": {"PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1"},
     "srun, the world in the script": {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "WORLD_SIZE": "4"},
     "torchrun within srun": {
-        "TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"
+        "TORCHELASTIC_RUN_ID": "x",
+        "RANK": "1",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "SLURM_PROCID": "0",
+        "SLURM_STEP_NUM_TASKS": "1",
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("by", STARTED)

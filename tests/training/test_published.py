@@ -15,8 +15,9 @@ from fastkd.training import DATASETS, RECIPES
 from fastkd.training.results import COLUMNS, table
 
 RUN = {
-    "method": "at", "dataset": "cifar10", "student": "resnet_32_20", "teacher": "resnet_32_20", "recipe": "hankyul2", "nepoch": "200",
-    "precision": "fp32", "seed": "0", "acc": "95", "reported_acc": "92.00", "train_acc": "99", "losses": "ce=0.1 at=1.5", "overrides": "",
+    "method": "at", "dataset": "cifar10", "student": "resnet_32_20", "teacher": "resnet_32_20",
+    "recipe": "hankyul2", "nepoch": "200", "precision": "fp32", "seed": "0", "acc": "95",
+    "reported_acc": "92.00", "train_acc": "99", "losses": "ce=0.1 at=1.5", "overrides": "",
 }  # fmt: skip
 
 
@@ -119,9 +120,9 @@ def test_losses_and_training_accuracies_have_their_figures():
         "losses": "ce=0.1 at=1.25 kd=0.5",
     }
     found = lines([row], 1)
-    assert [found[name]["ours"][2] for name in ("train loss", "train accuracy", "AT loss", "validation accuracy")] == [
-        "1.85 (+0.10)", "99.00 (+8.85)", "1.25 (+0.08)", "92.00 (+3.81)"
-    ]  # fmt: skip
+    assert [
+        found[name]["ours"][2] for name in ("train loss", "train accuracy", "AT loss", "validation accuracy")
+    ] == ["1.85 (+0.10)", "99.00 (+8.85)", "1.25 (+0.08)", "92.00 (+3.81)"]
 
 
 @pytest.fixture
@@ -189,8 +190,10 @@ def test_curves_of_finished_and_unfinished_runs(committed, tmp_path, monkeypatch
     (committed / "foreign" / "epochs.csv").write_text("a,b\n")
     found = list(curves.read([committed], {}))
     assert [curve.label for curve in found] == [
-        "AT, resnet_32_20 ← resnet_32_20", "FSP, resnet20 ← resnet110, unfinished", "KD, resnet_32_20 ← resnet_32_20"
-    ]  # fmt: skip
+        "AT, resnet_32_20 ← resnet_32_20",
+        "FSP, resnet20 ← resnet110, unfinished",
+        "KD, resnet_32_20 ← resnet_32_20",
+    ]
     assert [epoch["test_acc"] for epoch in found[0].epochs] == [41, 42, 43] and len(
         {curve.place for curve in found}
     ) == 1

@@ -56,10 +56,14 @@ def test_rates_drop_where_they_were_published_to(name, rates):
 @pytest.mark.parametrize(
     ("preset", "alone", "beside"),
     [
-        ("hankyul2", (1, 1), (1, 0.9)), ("zagoruyko", (0.1, 0.9), (0.1, 0.9)), ("repdistiller", (0.1, 0.9), (1, 1)),
-        ("mdistiller", (0.1, 0.9), (0.1, 0.9)), ("kdzoo", (1, 0.1), (1, 0.1)), ("sakd", (1, 0.9), (1, 0.9)),
+        ("hankyul2", (1, 1), (1, 0.9)),
+        ("zagoruyko", (0.1, 0.9), (0.1, 0.9)),
+        ("repdistiller", (0.1, 0.9), (1, 1)),
+        ("mdistiller", (0.1, 0.9), (0.1, 0.9)),
+        ("kdzoo", (1, 0.1), (1, 0.1)),
+        ("sakd", (1, 0.9), (1, 0.9)),
     ],
-)  # fmt: skip
+)
 def test_losses_have_their_published_shares(preset, alone, beside):
     student, teacher, labels = create_model("resnet8").eval(), create_model("resnet8").eval(), torch.arange(6)
     images = torch.randn(6, 3, 32, 32)
@@ -206,9 +210,13 @@ def test_every_recipe_serves_every_method():
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
-    [({"milestones": (0.5, 1.5)}, "--milestones"), ({"milestones": (0.7, 0.5)}, "growing"), ({"init_epochs": -1}, "--init-epochs is -1"),
-     ({"init_lr": 0.0}, "--init-lr is 0.0, wanted a positive")],
-)  # fmt: skip
+    [
+        ({"milestones": (0.5, 1.5)}, "--milestones"),
+        ({"milestones": (0.7, 0.5)}, "growing"),
+        ({"init_epochs": -1}, "--init-epochs is -1"),
+        ({"init_lr": 0.0}, "--init-lr is 0.0, wanted a positive"),
+    ],
+)
 def test_values_that_cannot_be_are_refused(overrides, words):
     with pytest.raises(UserError, match=words):
         get_recipe("kdzoo", overrides)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support_data import QUICK
 
 from fastkd.io import console
 from fastkd.io.console import logged, say
@@ -25,19 +26,6 @@ from fastkd.training.config import Config, Settings
 from fastkd.training.groups import described, groups, mean_and_spread
 from fastkd.training.tensorboard import Curves
 
-QUICK = [
-    "--dataset",
-    "digits",
-    "--teacher",
-    "resnet8",
-    "--student",
-    "resnet8",
-    "--batch-size",
-    "32",
-    "--device",
-    "cpu",
-    "--no-pictures",
-]
 TWO_PHASES = ["--method", "fsp", "--recipe", "sakd", *QUICK, "--epochs", "3", "--init-epochs", "2"]
 
 
@@ -399,8 +387,11 @@ def test_repeats_are_rows_with_a_mean_and_one_teacher(small_main, tmp_path, caps
     assert small_main(flags) == 0
     rows = rows_of(tmp_path)
     assert [(row["method"], row["seed"], row["teacher_seed"]) for row in rows] == [
-        ("teacher", "4", ""), ("kd", "4", "4"), ("kd", "5", "4"), ("kd", "6", "4")
-    ]  # fmt: skip
+        ("teacher", "4", ""),
+        ("kd", "4", "4"),
+        ("kd", "5", "4"),
+        ("kd", "6", "4"),
+    ]
     assert len(list(tmp_path.glob("teachers/*.pt"))) == 1
     mean = mean_and_spread([float(row["acc"]) for row in rows[1:]])
     assert (

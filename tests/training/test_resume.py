@@ -1,4 +1,4 @@
-"""A run taken up where it was killed ends with the same bits; and one line for all that cannot be taken up."""
+"""A run resumed where it was killed ends with the same bits; one line for what cannot be resumed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import toy_methods
-from support_data import small_digits
+from support_data import QUICK, small_digits
 
 from fastkd import data as datasets
 from fastkd.distillation import Distillation
@@ -28,19 +28,6 @@ from fastkd.training import Batches, Trainer, get_recipe
 from fastkd.training.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICK = [
-    "--dataset",
-    "digits",
-    "--teacher",
-    "resnet8",
-    "--student",
-    "resnet8",
-    "--batch-size",
-    "32",
-    "--device",
-    "cpu",
-    "--no-pictures",
-]
 # an initialization phase, a teacher in train mode, an optimizer built anew
 SAKD = ["--method", "fsp", "--recipe", "sakd", *QUICK, "--epochs", "3", "--init-epochs", "2"]
 HALF = [

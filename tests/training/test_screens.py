@@ -13,25 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from support_data import QUICK
 
 from fastkd.io.console import screens
 from fastkd.report import tables as report
 from fastkd.training.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICK = [
-    "--dataset",
-    "digits",
-    "--teacher",
-    "resnet8",
-    "--student",
-    "resnet8",
-    "--batch-size",
-    "32",
-    "--device",
-    "cpu",
-    "--no-pictures",
-]
 
 
 def broken(kind):
@@ -87,7 +75,7 @@ def test_a_run_needs_no_screen_at_all(small_main, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_a_command_ends_well_though_its_reader_left(tmp_path):
-    """As in ``train.py ... 2>&- | head -3``: nothing is left in a buffer, to fail when the interpreter ends."""
+    """As in ``train.py ... 2>&- | head -3``: no buffer is left to fail when the interpreter ends."""
     command = [
         sys.executable,
         str(ROOT / "train.py"),

@@ -12,25 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from support_data import QUICK
 
 from fastkd.training import results
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICK = [
-    "--dataset",
-    "digits",
-    "--teacher",
-    "resnet8",
-    "--student",
-    "resnet8",
-    "--batch-size",
-    "32",
-    "--device",
-    "cpu",
-    "--no-pictures",
-]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
-               "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers"), os.environ.get("PYTHONPATH", "")])}  # fmt: skip
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONPATH": os.pathsep.join(
+        [str(ROOT), str(ROOT / "tests" / "helpers"), os.environ.get("PYTHONPATH", "")]
+    ),
+}
 
 
 @pytest.mark.parametrize(
@@ -93,8 +87,11 @@ def test_sigterm_ends_a_run_like_ctrl_c(tmp_path):
     flags = ["--method", "baseline", *QUICK, "--epochs", "300", "--output", str(tmp_path)]
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *flags],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
     lines_until(process, "epoch 2/300")
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)  # a queue sends it to the process and to its group
@@ -138,8 +135,11 @@ def test_sigterm_ends_several_processes_with_one_line(tmp_path):
     ]
     process = subprocess.Popen(
         [sys.executable, *launch, "command", *flags],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
     lines_until(process, "epoch 2/3000")
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)

@@ -19,8 +19,24 @@ from fastkd.training.trainer import evaluate
     [("simkd", ["factor=4"]), ("norm+kd", ["norm.gamma=0.5", "copies=2"]), ("baseline", [])],
 )
 def test_the_network_of_a_run_answers_as_in_the_run(small_main, monkeypatch, tmp_path, method, options):
-    flags = ["--method", method, "--dataset", "digits", "--teacher", "wrn_16_1", "--student", "resnet8", "--epochs", "1",
-             "--device", "cpu", "--no-pictures", "--output", str(tmp_path), *(f"--option={word}" for word in options)]  # fmt: skip
+    flags = [
+        "--method",
+        method,
+        "--dataset",
+        "digits",
+        "--teacher",
+        "wrn_16_1",
+        "--student",
+        "resnet8",
+        "--epochs",
+        "1",
+        "--device",
+        "cpu",
+        "--no-pictures",
+        "--output",
+        str(tmp_path),
+        *(f"--option={word}" for word in options),
+    ]
     assert small_main(flags) == 0
     with open(tmp_path / "results.csv", newline="") as file:
         rows = [*csv.DictReader(file)]

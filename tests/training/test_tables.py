@@ -8,27 +8,16 @@ import csv
 import io
 
 import pytest
+from support_data import QUICK
 
 from fastkd.report import curves
 from fastkd.training import UserError, results
 from fastkd.training.results import COLUMNS, append, read_rows, table
 
-QUICK = [
-    "--dataset",
-    "digits",
-    "--teacher",
-    "resnet8",
-    "--student",
-    "resnet8",
-    "--batch-size",
-    "32",
-    "--device",
-    "cpu",
-    "--no-pictures",
-]
 ROW = {
-    "method": "at", "dataset": "digits", "student": "resnet8", "teacher": "resnet8", "start_time": "2026-01-01 00:00:00", "acc": "91.50",
-    "epoch": 2, "nepoch": 3, "lr": 0.05, "batch_size": 32, "last_acc": "90.00", "seed": 0, "recipe": "digits", "device": "cpu, 2 threads",
+    "method": "at", "dataset": "digits", "student": "resnet8", "teacher": "resnet8",
+    "start_time": "2026-01-01 00:00:00", "acc": "91.50", "epoch": 2, "nepoch": 3, "lr": 0.05,
+    "batch_size": 32, "last_acc": "90.00", "seed": 0, "recipe": "digits", "device": "cpu, 2 threads",
     "overrides": "milestones=0.5 0.75", "folder": "at-0",
 }  # fmt: skip
 
@@ -51,31 +40,32 @@ def written(path, columns=None, **options):
     return text.getvalue()
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda path: written(path, quoting=csv.QUOTE_ALL),
-        lambda path: written(path, quotechar="'"),
-        lambda path: written(path, quotechar="'", quoting=csv.QUOTE_ALL, delimiter=";"),
-        lambda path: written(path, delimiter=";"),
-        lambda path: written(path, delimiter="\t"),
-        lambda path: written(path, lineterminator="\r\n"),
-        lambda path: written(path, lineterminator="\r"),
-        lambda path: "\ufeff" + written(path),
-        lambda path: "\ufeff" + written(path, delimiter=";", lineterminator="\r\n"),
-        lambda path: path.read_text() + "\n\n",
-        lambda path: path.read_text().rstrip("\n"),
-        lambda path: path.read_text() + "," * (len(COLUMNS) - 1) + "\n",
-        lambda path: path.read_text().replace("\n", "\n\n"),
-        lambda path: path.read_text().replace("\n", ",\n"),  # a column of nothing
-        lambda path: path.read_text().replace("at-1\n", "at-1,,\n"),  # at the end of one line
-        lambda path: written(path, ["folder", *(name for name in reversed(COLUMNS) if name != "folder")]),
-        lambda path: written(path).replace("no,method", " no , method"),
-    ],
-    ids=["all quoted", "single quotes", "single quotes, semicolons", "semicolons", "tabs", "crlf", "cr", "mark", "mark, semicolons, crlf",
-         "empty last lines", "no last line end", "last line of commas", "empty lines", "empty column", "comma at an end", "other order",
-         "spaces"],
-)  # fmt: skip
+WRITERS = {
+    "all quoted": lambda path: written(path, quoting=csv.QUOTE_ALL),
+    "single quotes": lambda path: written(path, quotechar="'"),
+    "single quotes, semicolons": lambda path: written(
+        path, quotechar="'", quoting=csv.QUOTE_ALL, delimiter=";"
+    ),
+    "semicolons": lambda path: written(path, delimiter=";"),
+    "tabs": lambda path: written(path, delimiter="\t"),
+    "crlf": lambda path: written(path, lineterminator="\r\n"),
+    "cr": lambda path: written(path, lineterminator="\r"),
+    "mark": lambda path: "\ufeff" + written(path),
+    "mark, semicolons, crlf": lambda path: "\ufeff" + written(path, delimiter=";", lineterminator="\r\n"),
+    "empty last lines": lambda path: path.read_text() + "\n\n",
+    "no last line end": lambda path: path.read_text().rstrip("\n"),
+    "last line of commas": lambda path: path.read_text() + "," * (len(COLUMNS) - 1) + "\n",
+    "empty lines": lambda path: path.read_text().replace("\n", "\n\n"),
+    "empty column": lambda path: path.read_text().replace("\n", ",\n"),  # a column of nothing
+    "comma at an end": lambda path: path.read_text().replace("at-1\n", "at-1,,\n"),  # at the end of one line
+    "other order": lambda path: written(
+        path, ["folder", *(name for name in reversed(COLUMNS) if name != "folder")]
+    ),
+    "spaces": lambda path: written(path).replace("no,method", " no , method"),
+}
+
+
+@pytest.mark.parametrize("change", WRITERS.values(), ids=WRITERS)
 def test_a_table_that_another_program_wrote_is_read_and_continued(path, change):
     exact = read_rows(path.parent)
     path.write_text(change(path), encoding="utf-8", newline="")

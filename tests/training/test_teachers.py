@@ -40,8 +40,12 @@ def test_the_published_resnet56_gets_its_published_accuracy(tmp_path, capsys):
 
 def test_the_letters_are_those_of_the_table():
     pairs = "56>20 56>32 110>20 110>32 110>56 40x2>16x2 110>16x1 110>16x2 40x2>32 40x2>56"
-    names = {letter: "{}>{}".format(*(name.removeprefix("resnet").removeprefix("wrn_").replace("_", "x") for name in pair))
-             for letter, pair in SETTINGS.items()}  # fmt: skip
+    names = {
+        letter: "{}>{}".format(
+            *(name.removeprefix("resnet").removeprefix("wrn_").replace("_", "x") for name in pair)
+        )
+        for letter, pair in SETTINGS.items()
+    }
     assert names == dict(zip("abcdefghij", pairs.split(), strict=True))
 
 
