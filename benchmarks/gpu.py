@@ -145,9 +145,7 @@ def plan(rehearse: bool) -> list[Part]:
 
 
 def training(data: Path | None, rehearse: bool) -> Part | None:
-    """200 epochs of attention transfer, ResNet-20 from ResNet-20, in a CUDA graph; None where there are no
-    images.
-    """
+    """200 epochs of attention transfer, ResNet-20 from ResNet-20, in a CUDA graph; None without images."""
     there = {"cifar10": ("cifar-10-batches-py", "cifar-10-batches-bin"), "fashion-mnist": ("FashionMNIST",)}
     name = next(
         (

@@ -64,25 +64,22 @@ class Distillation(nn.Module):
 
     Args:
         student, teacher: networks of ``fastkd.models``, or any others; the teacher may be None where the
-        method is "baseline".
+            method is "baseline".
         method: a name of ``fastkd.methods.METHODS``, or several with "+" between them, or what
-        ``fastkd.methods.define`` returns.
+            ``fastkd.methods.define`` returns.
         options, preset: see ``fastkd.methods.define``.
         student_points, teacher_points: names of submodules (of ``named_modules()``), in the order of the
-        forward pass, whose outputs are
-            the ``stages`` of a network that is none of ours. ``pooled`` is then the input of its last
-            ``nn.Linear``, ``final`` the map whose mean that is, and FSP's pairs are consecutive stages. Such
-            a teacher is not folded.
+            forward pass, whose outputs are the ``stages`` of a network that is none of ours. ``pooled`` is
+            then the input of its last ``nn.Linear``, ``final`` the map whose mean that is, and FSP's pairs
+            are consecutive stages. Such a teacher is not folded.
         classifier: the name of another module than the last ``nn.Linear``, in both networks where they are
-        not ours.
+            not ours.
         train_labels: (M,) labels of the training set, for methods that keep something of each image; the
-        ``index`` of ``forward``
-            counts in it.
+            ``index`` of ``forward`` counts in it.
         num_classes: that of the teacher's logits unless given.
         batch_size, epochs: of the training, for methods whose layers or schedules depend on them.
         autocast: what the networks and the methods' convolutions run under; None: whatever is on where
-        ``forward`` is called. The losses
-            themselves never run under autocast.
+            ``forward`` is called. The losses themselves never run under autocast.
         teacher_mode: "eval", or "train": its batch norms take each batch's own statistics.
         seed: the methods' first weights depend on it and on the method's name.
         fold: whether a teacher in eval mode is folded.

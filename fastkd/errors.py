@@ -19,9 +19,7 @@ class UserError(Exception):
 
 
 def warn_once(message: str) -> None:
-    """Warns with ``message`` once in this process, at the innermost line that is neither fastkd's nor
-    PyTorch's.
-    """
+    """Warns with ``message`` once a process, at the innermost line that is neither fastkd's nor PyTorch's."""
     if message in _said:
         return
     _said.add(message)

@@ -2,8 +2,7 @@
 
 A preset's ``weight`` is the coefficient its implementation multiplies the loss by. Sources:
 szagoruyko/attention-transfer, HobbitLong/RepDistiller, megvii-research/mdistiller,
-AberHu/Knowledge-Distillation-Zoo, hankyul2/KnowledgeDistillation, yoshitomo-matsubara/torchdistill, and the
-papers.
+AberHu/Knowledge-Distillation-Zoo, hankyul2/KnowledgeDistillation, torchdistill, and the papers.
 """
 
 from __future__ import annotations
@@ -70,8 +69,7 @@ class AttentionTransfer(_Loss):
 
     Presets: ``zagoruyko``, ``repdistiller``, ``mdistiller``, ``hankyul2``, ``torchdistill`` (its "code"
     mode): mean of squares, summed over the stages, 1000; ``kdzoo``: channel sum, norm + 1e-6, mean over the
-    stages, 1000; ``paper``: equation 2, the unsquared l2 distance with beta / 2 for the paper's beta of about
-    0.1.
+    stages, 1000; ``paper``: equation 2, unsquared l2 distance, beta / 2 for the paper's beta of 0.1.
     """
 
     def __init__(
@@ -223,8 +221,7 @@ class RKD(_Loss):
 
     ``forward(student, teacher)``: (N, ...) twice -> scalar, times ``weight``.
 
-    Presets: ``repdistiller``, ``mdistiller``: distances 25, angles 50; ``lenscloth``, ``torchdistill``: 1 and
-    2.
+    Presets: ``repdistiller``, ``mdistiller``: distances 25, angles 50; ``lenscloth``, ``torchdistill``: 1, 2.
     """
 
     def __init__(
@@ -321,8 +318,7 @@ class CRD(_Loss):
 
 
 class OFD(_Loss):
-    """:func:`fastkd.ofd_loss` with its margins and further arguments fixed; the margins are buffers, checked
-    here.
+    """:func:`fastkd.ofd_loss` with its margins and options fixed; the margins are buffers, checked here.
 
     ``forward(student, teacher)``: (N, C, *S) a stage, before the ReLU, -> scalar, times ``weight``.
 
@@ -349,11 +345,9 @@ class OFD(_Loss):
 class HCL(_Loss):
     """:func:`fastkd.hcl_loss` with its further arguments fixed; each is an attribute.
 
-    ``forward(student, teacher)``: a tensor (N, C, H, W) each, or several, one a level -> scalar, times
-    ``weight``.
+    ``forward(student, teacher)``: a tensor (N, C, H, W) each, or one a level -> scalar times ``weight``.
 
-    Presets: ``reviewkd``, ``mdistiller``: weight 1; what a pair of networks takes is in
-    ``fastkd.methods.reviewkd``.
+    Presets: ``reviewkd``, ``mdistiller``: weight 1; for that of a pair see ``fastkd.methods.reviewkd``.
     """
 
     def __init__(self, *, weights: Sequence[float] | None = None, weight: float = 1.0) -> None:

@@ -60,9 +60,7 @@ def _energy(x: Tensor, p: float, channel_reduce: str, signed: bool) -> Tensor:
 
 
 def _norm(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """``torch.linalg.vector_norm``, ``dim`` kept, but a constant where it is 0: there its second derivative
-    is NaN.
-    """
+    """``torch.linalg.vector_norm``, ``dim`` kept, but a constant at 0: its second derivative there is NaN."""
     if torch.compiler.is_compiling():  # a graph has no second derivative
         return torch.linalg.vector_norm(x, dim=dim, keepdim=True)
     zero = torch.linalg.vector_norm(x.detach(), dim=dim, keepdim=True) == 0
@@ -131,9 +129,7 @@ def relu_tap(
 def batch_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, *, relu: bool = False, eps: float = 1e-5
 ) -> Tensor:
-    """The y of :func:`fastkd.ops.batch_norm.batch_norm`, by x's own mean and variance; of x's dtype, rounded
-    once.
-    """
+    """The y of :func:`fastkd.ops.batch_norm.batch_norm`, by x's statistics; of x's dtype, rounded once."""
     with _no_autocast(x):
         wide, w, b = _widen(x, weight, bias)
         y = F.batch_norm(wide, None, None, w, b, training=True, eps=eps)
@@ -295,13 +291,11 @@ def kd_loss(
     reduction: str = "batchmean",
     weight: float = 1.0,
 ) -> Tensor:
-    """Softened Kullback-Leibler divergence of knowledge distillation, ``T^2 KL(softmax(t / T) || softmax(s /
-    T))``.
+    """Softened Kullback-Leibler divergence, ``T^2 KL(softmax(t / T) || softmax(s / T))``.
 
     Args:
         student_logits, teacher_logits: (N, K) floating point, of any dtypes, K >= 2. A class of logit -inf in
-        the teacher adds nothing;
-            one of logit -inf in the student alone makes the loss +inf.
+            the teacher adds nothing; one of logit -inf in the student alone makes the loss +inf.
         temperature: T, above 0.
         reduction: "batchmean" (sum over classes, mean over N), "mean" (over N and K), "sum" or "none".
         weight: multiplies the result.
@@ -337,9 +331,7 @@ def rkd_loss(
     angle_weight: float = 50.0,
     weight: float = 1.0,
 ) -> Tensor:
-    """Reference of :func:`fastkd.rkd_loss`, which see, by the formula: (N, N, D) differences and (N, N, N)
-    cosines.
-    """
+    """Reference of :func:`fastkd.rkd_loss`, which see: (N, N, D) differences and (N, N, N) cosines."""
     checks.rkd_loss(student, teacher, distance_weight, angle_weight, weight)
     with _no_autocast(student):
         sides = [x.flatten(1) for x in _widen(student, teacher)]
@@ -418,8 +410,7 @@ def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
 
     Args:
         weight, bias: (C,), of the batch norm before the ReLU: its numbers are normal, of deviation s =
-        abs(weight)
-            and mean bias.
+            abs(weight) and mean bias.
 
     Returns: (C,), at most 0; float32, float64 if any input is float64. With the standard density phi and its
     integral Phi ``bias - s * phi(bias / s) / Phi(-bias / s)``; -3 s where Phi(-bias / s) is at most 0.001;
@@ -452,11 +443,9 @@ def ofd_loss(
 
     Args:
         student, teacher: (N, C, *S) floating point with one to three spatial dimensions, or several, one a
-        stage;
-            pairs of one shape.
+            stage; pairs of one shape.
         margins: (C,), or one for each stage; :func:`fastkd.ofd_margin` gives them. None may be above 0, which
-        is
-            checked on a CPU alone.
+            is checked on a CPU alone.
         weights: one factor a stage; None: 1 for the last stage, 1/2 for the one before it, and so on.
         weight: multiplies the result.
 
@@ -489,7 +478,7 @@ def hcl_loss(
 
     Args:
         student, teacher: a tensor (N, C, H, W) or several, one a level; the shapes of a pair are the same.
-        Any floating dtype.
+            Any floating dtype.
         weights: one factor a level, 1 by default.
         weight: multiplies the result.
 

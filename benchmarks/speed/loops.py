@@ -1,6 +1,4 @@
-"""Whole training loops: ``fastkd.training.Trainer`` beside a toolkit's, data and all, in the process of the
-stock allocator.
-"""
+"""Whole training loops: ``fastkd.training.Trainer`` beside a toolkit's, data and all, with stock malloc."""
 
 from __future__ import annotations
 
@@ -93,9 +91,7 @@ def _toolkit(what: Steps) -> Iterator[float]:
 
 
 def _ours(what: Steps, name: str) -> tuple[Iterator[None], list[float]]:
-    """Steps without end, and what the distillation loss and its gradient took in those since the list was
-    cleared.
-    """
+    """Steps without end, and the time of the loss and its gradient since the list was cleared."""
     loop, spent = what.loop(name), []
     if name != COMPILED:
         distiller: Any = next(iter(loop.distillation.methods.values()))

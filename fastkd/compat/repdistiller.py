@@ -39,9 +39,7 @@ class Attention(NumbersAsFloats):
 
 
 class FSP(nn.Module):
-    """``FSP(s_shapes, t_shapes)(g_s, g_t)`` -> one FSP loss a pair of consecutive stages; ValueError where
-    channels differ.
-    """
+    """``FSP(s_shapes, t_shapes)(g_s, g_t)`` -> a loss a pair of stages; ValueError if channels differ."""
 
     def __init__(self, s_shapes: Sequence[Sequence[int]], t_shapes: Sequence[Sequence[int]]) -> None:
         super().__init__()

@@ -21,9 +21,7 @@ PIXELS = 3 * 32 * 32
 
 @dataclass(frozen=True)
 class Source:
-    """Where one of the two sets keeps its files: (file, records) of the training and of the test part, per
-    layout.
-    """
+    """Where one of the two sets has its files: (file, records) of training and test part, per layout."""
 
     name: str
     torchvision: str
@@ -138,9 +136,7 @@ def found(root: Path, name: str) -> str:
 
 
 def load(root: Path, name: str) -> Dataset:
-    """Reads the set from ``root``; downloads it through torchvision when no layout of it is complete there.
-    Raises UserError.
-    """
+    """Reads the set from ``root``, by torchvision's download if no layout is complete. Raises UserError."""
     source = SOURCES[name]
     try:
         folder = found(root, name)

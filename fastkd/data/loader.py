@@ -104,9 +104,7 @@ class Batches:
             yield self._normalized(raw), self.labels[part]
 
     def _gather(self, which: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Images ``which`` (B,) at coordinates ``rows`` and ``columns`` (B, 32), which reach 4 beyond the
-        border.
-        """
+        """Images ``which`` (B,) at coordinates ``rows`` and ``columns`` (B, 32), 4 beyond the border."""
         top, left = _reflected(rows), _reflected(columns)
         places = (which[:, None] * SIDE**2 + top * SIDE)[:, :, None] + left[:, None, :]
         raw = self.pixels.index_select(0, places.view(-1))

@@ -102,8 +102,7 @@ def create_method(
     """The :class:`Distiller` ``name`` built for the networks of ``context``; of a sum a ModuleDict of its
     distillers by name.
 
-    Arguments as for :func:`define`. Raises ValueError, and what a method raises for networks that do not fit
-    it.
+    Arguments as for :func:`define`. Raises ValueError, and what a method raises for unfit networks.
     """
     distillers, _ = define(name, preset=preset, options=options).build(context, seed)
     return distillers[name] if name in distillers else nn.ModuleDict(distillers)

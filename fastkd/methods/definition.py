@@ -106,8 +106,7 @@ class Definition:
     def build(self, context: BuildContext, seed: int = 0) -> tuple[dict[str, Distiller], nn.Module]:
         """The distillers by name, in the order of the sum, and the student, perhaps wrapped.
 
-        A method that wraps the student is built first, so that the others see the network that will be
-        trained.
+        A method that wraps the student is built first: the others see the network that will be trained.
         """
         built: dict[str, Distiller] = {}
         for term in sorted(self.terms, key=lambda term: not overrides(term.kind, "wrap_student")):
@@ -229,9 +228,7 @@ def _term(
 
 
 def _beside(term: Term, with_kd: bool, published: bool) -> Beside:
-    """What is trained beside the term; what its authors published for the sum with KD stands for that sum
-    alone.
-    """
+    """What is trained beside the term. What was published for the sum with KD stands for that sum alone."""
     preset = term.kind.presets[term.preset]
     return term.kind.beside(
         term.options, preset if published else dataclasses.replace(preset, with_kd=None), with_kd

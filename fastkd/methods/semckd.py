@@ -1,6 +1,4 @@
-"""Semantic calibration (Chen et al., 2021): each stage of the student follows a learned mixture of the
-teacher's stages.
-"""
+"""Semantic calibration (Chen et al., 2021): a student's stage follows a learned mixture of the teacher's."""
 
 from __future__ import annotations
 

@@ -121,8 +121,7 @@ def shown(
 def fixed(name: str, value: Any, default: Any) -> Any:
     """``value``, or ``default`` where torch.fx traces a network without a value for the argument ``name``.
 
-    The traced network asserts that it is called with that default; ``concrete_args={name: value}`` traces
-    another.
+    The traced network asserts this default; ``concrete_args={name: value}`` traces another.
     """
     if not isinstance(value, fx.Proxy):
         return value

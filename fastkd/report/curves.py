@@ -56,9 +56,7 @@ class Curve:
 
 
 def read(folders: Sequence[Path], wanted: Mapping[str, str]) -> Iterator[Curve]:
-    """The runs that have a log, finished or not, whose row (or else configuration) has the ``wanted`` values.
-    Raises UserError.
-    """
+    """The runs with a log whose row (or configuration) has the ``wanted`` values. Raises UserError."""
     for output in folders:
         rows = {row.get("folder"): row for row in results.read_rows(output)[1]}
         for path in sorted(output.glob("*/epochs.csv")):
@@ -96,9 +94,7 @@ def read_epochs(path: Path) -> list[dict[str, float]]:
 
 
 def plot(folders: Sequence[Path], wanted: Mapping[str, str], path: Path) -> None:
-    """A row of panels for each data set, recipe and length; a colour a method, a line a seed. Raises
-    UserError.
-    """
+    """A row of panels a data set, recipe and length; a colour a method, a line a seed. Raises UserError."""
     try:
         figure_class = figures.figure_class()
     except ImportError:

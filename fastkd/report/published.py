@@ -11,8 +11,7 @@ class Entry:
     """A published figure and the run that stands for it: ``None`` where the source has none, ``method`` ""
     where fastkd has none.
 
-    ``figure``: the column of the table of results, or "loss" (all terms) or the name of a term, of the last
-    epoch.
+    ``figure``: a column of the table of results, "loss" (of all terms) or a term, of the last epoch.
     """
 
     value: float | None

@@ -248,9 +248,7 @@ def joined_rows(tree: T, rows: int) -> T:
 
 
 def same_buffers(*modules: nn.Module | None) -> None:
-    """Everybody's buffers become those of the first process: running averages are of each one's own images
-    until here.
-    """
+    """Everybody's buffers become those of the first process; running averages were each one's own."""
     if share()[1] > 1:
         meet()
         with _meeting():

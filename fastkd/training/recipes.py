@@ -174,9 +174,7 @@ def get_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
 
 
 def options_of(name: str, method: str, said: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(options that the recipe ``name`` brings to ``method``, as words of the command line; notes that say
-    so).
-    """
+    """(options that the recipe ``name`` brings to ``method``, as command-line words; notes that say so)."""
     words, notes = [], []
     for (recipe, term), (field_name, value, why) in OPTIONS.items():
         names = {field_name, f"{term}.{field_name}", f"{term}.preset"}

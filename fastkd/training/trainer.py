@@ -31,8 +31,7 @@ class Trainer:
     train_acc and test_acc in percent, seconds and images_per_second of its training. :meth:`state` holds all
     that changes and :meth:`load` takes it up after any epoch: what is random is drawn per epoch, from its
     number. ``compiled`` and ``captured``: see :class:`TrainStep`. Of several processes each has its part of
-    every batch; loss, accuracies and gradients are those of all, and batch norms see their own process's
-    images.
+    every batch; loss, accuracies and gradients are those of all, batch norms see their own images.
     """
 
     def __init__(
@@ -72,9 +71,7 @@ class Trainer:
         return self.recipe.epochs * len(self.batches)
 
     def fit(self, progress: Progress) -> Iterator[int]:
-        """Trains the epochs that are left, and yields the number of each after it: :meth:`state` is then to
-        be saved.
-        """
+        """Trains the epochs that are left; yields the number of each after it, to save :meth:`state`."""
         for epoch in range(len(self.history) + 1, self.recipe.epochs + 1):
             self.train_epoch(epoch, progress)
             yield epoch
