@@ -111,7 +111,7 @@ def test_weights_load_beside_whatever_scripts_keep_there(tmp_path, source, zippe
         "epoch": 240,
         "model": source.state_dict(),
         **content,
-        "best_acc": content["NumPy scalars"]["acc"],
+        "best_acc": content["NumPy scalars"][0],
     }
     for held in (every, *({"model": source.state_dict(), key: value} for key, value in content.items())):
         target = create_model("resnet8", 10)
