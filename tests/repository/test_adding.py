@@ -56,8 +56,11 @@ def follow(steps: list[tuple[bool, str, str]], tree: Path) -> None:
             path.write_text(lines, encoding="utf-8")
             continue
         text = path.read_text(encoding="utf-8")
-        place = [found.end() for found in re.finditer(r"^from fastkd.*\n", text, re.MULTILINE)][-1]
         imports = "".join(re.findall(r"^from .*\n", lines, re.MULTILINE))
+        before = [
+            found for found in re.finditer(r"^from fastkd.*\n", text, re.MULTILINE) if found[0] < imports
+        ]
+        place = before[-1].end()
         rest = re.sub(r"^from .*\n", "", lines, flags=re.MULTILINE)
         path.write_text(text[:place] + imports + text[place:] + rest, encoding="utf-8")
 
