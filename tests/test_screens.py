@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from fastkd.io.console import screens
-from fastkd.report import tables as report
+from fastkd.report import command as report
 from fastkd.training.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
