@@ -18,7 +18,7 @@ BACKENDS = ("module://matplotlib_inline.backend_inline", "no-such-backend", "tka
 WORKER = """
 import json, os, runpy, sys, torch
 from fastkd.training import attention_maps
-from fastkd.report import tables as report
+from fastkd.report import command as report
 root, speed, output, *backends = sys.argv[1:]
 
 def sheet():

@@ -11,8 +11,8 @@ import pytest
 
 import fastkd.__main__ as about
 from fastkd.data import cifar
+from fastkd.report import command as report
 from fastkd.report import maps as redraw
-from fastkd.report import tables as report
 from fastkd.training import Settings, choose_dataset, get_recipe
 from fastkd.training.config import Config
 from fastkd.training.flags import refuse_idle

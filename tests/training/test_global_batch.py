@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from fastkd.report import command as report
 from fastkd.report import curves
-from fastkd.report import tables as report
 from fastkd.training import RECIPES, results
 from fastkd.training.config import Config, Settings
 from fastkd.training.groups import changes, groups

@@ -9,7 +9,7 @@ import torch
 from loops import loop_of
 
 from fastkd.io import console
-from fastkd.report import tables as report
+from fastkd.report import command as report
 from fastkd.training import Settings, UserError, device
 from fastkd.training.config import Config
 from fastkd.training.progress import Progress

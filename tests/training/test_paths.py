@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fastkd.models import create_model, load_weights
+from fastkd.report import command as report
 from fastkd.report import maps as redraw
-from fastkd.report import tables as report
 from fastkd.training import Settings, UserError, choose_dataset, load_dataset
 
 QUICK = "--dataset digits --teacher resnet8 --student resnet8 --batch-size 32 --device cpu --epochs 1".split()

@@ -8,8 +8,8 @@ import pytest
 
 from fastkd.methods import METHODS
 from fastkd.models import MODELS
+from fastkd.report import command as report
 from fastkd.report import curves
-from fastkd.report import tables as report
 from fastkd.report.published import SELF, TABLES
 from fastkd.training import DATASETS, RECIPES
 from fastkd.training.results import COLUMNS, table
@@ -41,7 +41,7 @@ def test_a_published_table_names_what_there_is(table):
         assert len(entries) == len(table.columns)
         for entry in entries:
             assert (
-                entry.method in ("", "teacher", "at+kd", *METHODS)
+                entry.method in ("", "teacher", "at+kd", "norm+kd", *METHODS)
                 and entry.student in MODELS
                 and entry.teacher in ("", *MODELS)
             )
@@ -61,8 +61,26 @@ def test_figures_are_those_that_were_published():
     assert [entry.value for entry in rows[1]["validation accuracy"]] == [89.91, 88.40, 88.19, None]
     assert [entry.value for entry in rows[2]["SAKD"]] == [71.92, 74.38, 74.36, 76.24, 74.97, 75.92]
     assert lines([])["AT"]["published"] == ["91.9 ± 0.2", "68.4 ± 0.4", "93.3 ± 0.1", "72.6 ± 0.4"]
-    assert lines([], 2)["ReviewKD"] == {"published": ["71.89", "73.34", "73.89", "74.83", "75.09", "n/a"]}
+    assert lines([], 2)["ReviewKD"] == {
+        "published": ["71.89", "73.34", "73.89", "74.83", "75.09", "n/a"],
+        "ours": ["–"] * 6,
+    }
     assert lines([], 1)["parameters"]["ours"] == lines([], 1)["parameters"]["published"]
+
+
+def test_every_method_has_a_row_that_its_runs_fill():
+    """Setting a, two of 240 epochs: the cell of a run is in its method's row, in no other one."""
+    run = {**RUN, "dataset": "cifar100", "student": "resnet20", "teacher": "resnet56", "recipe": "sakd"}
+    labels = {entry.method: label for label, entries in TABLES[2].rows for entry in entries}
+    assert set(labels) == {"teacher", "norm+kd", *METHODS} - {"fsp", "norm"}
+    for method, label in labels.items():
+        own = {"student": "resnet56"} if method == "teacher" else {}
+        row = {**run, **own, "method": method, "nepoch": "2", "overrides": "epochs=2"}
+        if method in ("teacher", "baseline"):
+            row["teacher"] = ""
+        found = {name: cells for name, cells in lines([row], 2).items() if "ours, 2 of 240 epochs" in cells}
+        assert list(found) == [label], method
+        assert found[label]["ours, 2 of 240 epochs"][0] == RUN["reported_acc"]
 
 
 def test_what_was_not_run_is_a_dash():

@@ -16,7 +16,7 @@ import pytest
 from support_data import QUICK
 
 from fastkd.io.console import screens
-from fastkd.report import tables as report
+from fastkd.report import command as report
 from fastkd.training.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
