@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import report
 import torch
-from speed import against, cases, goals, machine, measure, rows, table
+from speed import against, cases, machine, measure, rows, table, verdicts
 from speed.measure import Row
 from speed.session import Replay, save
 from speed.stock import Stock
@@ -232,14 +232,14 @@ def test_bytes_and_products() -> None:
 
 
 def test_geometric_mean() -> None:
-    assert goals.geometric_mean([2, 8]) == pytest.approx(4)
+    assert verdicts.geometric_mean([2, 8]) == pytest.approx(4)
     for bad in ([], [1.0, 0.0]):
         with pytest.raises(ValueError):
-            goals.geometric_mean(bad)
+            verdicts.geometric_mean(bad)
 
 
 def test_goals(result: dict[str, Any]) -> None:
-    found = {v.goal.title: v for v in goals.verdicts(result)}
+    found = {v.goal.title: v for v in verdicts.verdicts(result)}
     eager = found["AT, CIFAR chains: eager ÷ cpp"]
     assert (
         eager.values == {"resnet20-64": 8, "resnet20-128": 8}
@@ -256,7 +256,7 @@ def test_goals(result: dict[str, Any]) -> None:
     assert found["AT training: toolkit's loop ÷ ours in bfloat16"].values == {"resnet20 > resnet20": 4}
     assert found["AT training: toolkit's loop ÷ ours, float32"].mean == pytest.approx(1.6)
     assert not found["AT training: the loss's share of a step, float32"].reached
-    lines = "\n".join(goals.lines(result))
+    lines = "\n".join(verdicts.lines(result))
     assert "NOT REACHED; short: resnet20-128 2.00" in lines
 
 

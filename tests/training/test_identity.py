@@ -151,7 +151,7 @@ def test_the_command_has_every_choice_that_changes_bits(small_main, monkeypatch,
         plan.compiled,
         plan.captured if plan.device.type == "cuda" else None,
     )
-    monkeypatch.setattr("fastkd.training.config.PAYS", 0)
+    monkeypatch.setattr("fastkd.training.config.WORTH_COMPILING", 0)
     monkeypatch.setattr("fastkd.training.config.can_compile", lambda device: True)
     again = Config(
         settings_of(tmp_path, "at", **{**change, "compile": given.compile, "cuda_graph": given.cuda_graph})

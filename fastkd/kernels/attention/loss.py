@@ -33,11 +33,11 @@ from fastkd.kernels.common.launch import (
     config,
     grid,
     key_of,
+    matrix_view,
     power,
     power_of_two,
     program_bytes,
     served,
-    walk,
 )
 from fastkd.kernels.common.pool import gradient_of_pool, pool, unpool
 from fastkd.kernels.common.windows import pooled_strides
@@ -49,7 +49,7 @@ MEAN, SIGNED, ADD_EPS, POOL_BEFORE, POOL_MAX, L2, STAGE_MEAN, TEACHER_IS_MAP, ST
 
 
 class _Side:
-    """One side of one stage: whether and how it is pooled, and how what comes of that is walked."""
+    """One side of one stage: whether and how it is pooled, and how what comes of that is seen as a matrix."""
 
     def __init__(self, x: Tensor, is_map: bool, size: Sequence[int], p: float, switches: int) -> None:
         own, channels = x.shape[1 if is_map else 2 :], 1 if is_map else x.shape[1]
@@ -67,11 +67,13 @@ class _Side:
         )
         self.target = (x.shape[0], *size) if raw else (*x.shape[:2], *size)
         if not self.pooled:
-            self.walk = walk(x.shape, [x.stride()], x.element_size(), is_map=is_map)
+            self.view = matrix_view(x.shape, [x.stride()], x.element_size(), is_map=is_map)
         elif raw:
-            self.walk = walk(self.target, [torch.empty(self.target, device="meta").stride()], 4, is_map=True)
+            self.view = matrix_view(
+                self.target, [torch.empty(self.target, device="meta").stride()], 4, is_map=True
+            )
         else:
-            self.walk = walk(self.target, [pooled_strides(x, self.target)], 4)
+            self.view = matrix_view(self.target, [pooled_strides(x, self.target)], 4)
 
 
 class _Forward:
@@ -113,36 +115,36 @@ class _Forward:
                 raise ValueError("a map must not be larger than the other side")
             self.sides.append((_Side(s, s_map, size, p, switches), _Side(t, t_map, size, p, switches)))
 
-        goal = program_bytes(sum(side.walk.bytes for pair in self.sides for side in pair))
+        goal = program_bytes(sum(side.view.bytes for pair in self.sides for side in pair))
         first, at, stages = 0, 0, []
         configs: list[list[tuple]] = [[], []]
         # the largest stages first: they take longest to finish. Programs are numbered in that order, stages
         # keep their places
         numbered: dict[int, tuple[int, ...]] = {}
-        for i in sorted(range(len(students)), key=lambda i: -self.sides[i][0].walk.positions):
-            numbers = [first, self.sides[i][0].walk.positions]
+        for i in sorted(range(len(students)), key=lambda i: -self.sides[i][0].view.positions):
+            numbers = [first, self.sides[i][0].view.positions]
             for side in self.sides[i]:
-                cut = grid(side.walk, goal)
-                parts = cut.chunks * side.walk.fold
+                cut = grid(side.view, goal)
+                parts = cut.chunks * side.view.fold
                 numbers += [cut.programs, cut.blocks, cut.steps, parts, at]
-                at += self.samples * parts * side.walk.positions
+                at += self.samples * parts * side.view.positions
             first += self.samples * (numbers[2] + numbers[7])
             numbered[i] = tuple(numbers)
         for i, pair in enumerate(self.sides):
             stages.append(numbered[i])
             for kept, side in zip(configs, pair):
-                cut = grid(side.walk, goal)
-                kept.append(config(side.walk, cut, side.power))
+                cut = grid(side.view, goal)
+                kept.append(config(side.view, cut, side.power))
         self.scratch = at + len(students) * self.samples
         self.tickets = 1 + len(students) * self.samples
         # what the distances are divided by
-        self.terms = [self.samples * (1 if switches & L2 else pair[0].walk.positions) for pair in self.sides]
+        self.terms = [self.samples * (1 if switches & L2 else pair[0].view.positions) for pair in self.sides]
         self.pools = any(side.pooled for pair in self.sides for side in pair)
         self.grads = (student_grad, teacher_grad)
-        block = min(LONGEST, power_of_two(max(pair[0].walk.positions for pair in self.sides)))
+        block = min(LONGEST, power_of_two(max(pair[0].view.positions for pair in self.sides)))
         self.launch = Launch(
             loss_kernel, first,
-            tuple(pair[0].walk.numbers() for pair in self.sides), tuple(pair[1].walk.numbers() for pair in self.sides), tuple(stages),
+            tuple(pair[0].view.numbers() for pair in self.sides), tuple(pair[1].view.numbers() for pair in self.sides), tuple(stages),
             tuple((s.divisor, s.gain, t.divisor, t.gain) for s, t in self.sides), self.samples, at,
             tuple(configs[0]), tuple(configs[1]), len(students), block,
             float(eps), bool(switches & ADD_EPS), bool(switches & L2), s_map, t_map,
@@ -241,7 +243,7 @@ class _Backward:
     ) -> None:
         if len(features) != len(coefficients):
             raise ValueError("features and coefficients must be lists of the same length")
-        samples, first, items, configs, walks = features[0].shape[0], 0, [], [], []
+        samples, first, items, configs, views = features[0].shape[0], 0, [], [], []
         self.pooled: list[int] = []
         self.direct: list[int] = []
         for i, (x, k) in enumerate(zip(features, coefficients)):
@@ -252,14 +254,16 @@ class _Backward:
                 continue
             self.direct.append(i)
             out = torch.empty_like(x, device="meta")
-            walks.append((walk(x.shape, [x.stride(), out.stride()], x.element_size(), is_map=is_map), is_map))
-        goal = program_bytes(2 * sum(w.bytes for w, _ in walks))
-        for w, is_map in walks:
+            views.append(
+                (matrix_view(x.shape, [x.stride(), out.stride()], x.element_size(), is_map=is_map), is_map)
+            )
+        goal = program_bytes(2 * sum(w.bytes for w, _ in views))
+        for w, is_map in views:
             cut = grid(w, goal)
             items.append((first, cut.programs, cut.blocks, cut.steps, w.positions))
             first += samples * cut.programs
             configs.append(config(w, cut, IDENTITY if is_map else power(p, bool(switches & SIGNED))))
-        numbers = [tuple(w.numbers(j) for w, _ in walks) for j in (0, 1)]
+        numbers = [tuple(w.numbers(j) for w, _ in views) for j in (0, 1)]
         self.launch = Launch(
             gradient_kernel, first, *numbers, tuple(items), samples, tuple(configs), len(items)
         )

@@ -50,8 +50,8 @@ from torch import Tensor
 
 from fastkd.kernels import interpreting
 from fastkd.kernels.common.launch import Launch, Plans, key_of, power_of_two
+from fastkd.kernels.fsp.forward_kernels import fsp_loss_kernel, fsp_matrix_kernel
 from fastkd.kernels.fsp.gradient import fsp_loss_backward
-from fastkd.kernels.fsp.kernels import fsp_loss_kernel, fsp_matrix_kernel
 from fastkd.kernels.fsp.saved import common_size, kept_shape, wide_stages
 from fastkd.kernels.fsp.view import Sources, added_up, checked, dual_tile, mode, options, owned, tile, warps
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastkd.kernels import interpreting
 from fastkd.kernels.common.launch import Launch, Plans, key_of
 from fastkd.kernels.common.windows import empty_pooled, pooled_strides
-from fastkd.kernels.fsp.kernels import fsp_gradient_kernel
+from fastkd.kernels.fsp.gradient_kernels import fsp_gradient_kernel
 from fastkd.kernels.fsp.pool import spread
 from fastkd.kernels.fsp.saved import SQUARES, common_size, wide_stages
 from fastkd.kernels.fsp.view import (
@@ -55,7 +55,7 @@ class _Term:
     @property
     def kind(self) -> int:
         """Of a matrix that was kept (0), of squares (1), or of a matrix recomputed (2):
-        `gram_kernels._any_term`.
+        `fsp/gradient_kernels.py`.
         """
         return 1 if self.strides else 2 if self.factors else 0
 

@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from fastkd.kernels import interpreting, own_precision
-from fastkd.kernels.common.launch import power_of_two, served, walk
+from fastkd.kernels.common.launch import matrix_view, power_of_two, served
 from fastkd.kernels.common.pool import pool
 from fastkd.kernels.common.windows import pooled_strides
 
@@ -73,7 +73,7 @@ def view(
     exact = dtype == torch.bfloat16 and of == ONES
     far = sum((size + 128) * stride for size, stride in zip(shape[1:], strides[1:])) >= FAR
     if of == parts == ONES:
-        w = walk(shape, [strides], dtype.itemsize, folded=False)
+        w = matrix_view(shape, [strides], dtype.itemsize, folded=False)
         return View((*w.numbers(), *(0,) * 6), (w.flat, w.rows_inner, w.unit, *ONES, *ONES, exact, far))
     missing = 5 - len(shape)
     along = (*(0,) * missing, *strides[2:])
