@@ -409,6 +409,16 @@ def fsp_matrix(a: object, b: object, pool_mode: object, precision: object) -> No
     same_rank("a", a, "b", b, a.dim() - 2, b.dim() - 2)
 
 
+def fsp_options(
+    pool_mode: object, distance: object, pair_reduce: object, weight: object, precision: object
+) -> None:
+    switch("pool_mode", pool_mode, POOL_MODE)
+    switch("distance", distance, DISTANCE)
+    switch("pair_reduce", pair_reduce, REDUCE)
+    switch("precision", precision, PRECISION)
+    number("weight", weight)
+
+
 def fsp_loss(
     student: object,
     teacher: object,
@@ -420,11 +430,7 @@ def fsp_loss(
     precision: object,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The lists of student and teacher tensors, or the error that says what is wrong with the call."""
-    switch("pool_mode", pool_mode, POOL_MODE)
-    switch("distance", distance, DISTANCE)
-    switch("pair_reduce", pair_reduce, REDUCE)
-    switch("precision", precision, PRECISION)
-    number("weight", weight)
+    fsp_options(pool_mode, distance, pair_reduce, weight, precision)
     students, teachers = _pairs_up(student, teacher, least=2)
     stage_weights(weights, len(students) - 1, "pair")
     for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
