@@ -59,9 +59,8 @@ def verdicts(result: dict[str, Any]) -> list[Verdict]:
                 value = mine / theirs if mine and theirs else None
             if value is not None:
                 varied = [key for key in ("dtype", "layout") if len(goal.where.get(key, ())) > 1]
-                name = " ".join(
-                    [record["shape" if "shape" in record else "step"], *(record[key] for key in varied)]
-                )
+                about = next(record[key] for key in ("shape", "step", "case") if key in record)
+                name = " ".join([about, *(record[key] for key in varied)])
                 values[name] = value
         if values:
             out.append(Verdict(goal, values))

@@ -18,7 +18,7 @@ from fastkd.checks.attention import (
     sakd_loss,
     sakd_map,
 )
-from fastkd.checks.fsp import DISTANCE, PRECISION, fsp_loss, fsp_matrix
+from fastkd.checks.fsp import DISTANCE, PRECISION, fsp_loss, fsp_matrix, fsp_options
 from fastkd.checks.maps import hcl_loss, ofd_loss, ofd_margin, ofd_margins
 from fastkd.checks.numbers import (
     above_zero,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastkd.checks.attention import POOL_MODE, REDUCE
-from fastkd.checks.numbers import switch
+from fastkd.checks.numbers import number, switch
 from fastkd.checks.tensors import describe, feature, same_batch, same_rank, stage_pairs
 
 DISTANCE = ("squared", "frobenius", "column_l2")
@@ -22,6 +22,16 @@ def fsp_matrix(a: object, b: object, pool_mode: object, precision: object) -> No
     same_rank("a", a, "b", b, a.dim() - 2, b.dim() - 2)
 
 
+def fsp_options(
+    pool_mode: object, distance: object, pair_reduce: object, weight: object, precision: object
+) -> None:
+    switch("pool_mode", pool_mode, POOL_MODE)
+    switch("distance", distance, DISTANCE)
+    switch("pair_reduce", pair_reduce, REDUCE)
+    switch("precision", precision, PRECISION)
+    number("weight", weight)
+
+
 def fsp_loss(
     student: object,
     teacher: object,
@@ -33,10 +43,7 @@ def fsp_loss(
     precision: object,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The lists of student and teacher tensors, or the error that says what is wrong with the call."""
-    switch("pool_mode", pool_mode, POOL_MODE)
-    switch("distance", distance, DISTANCE)
-    switch("pair_reduce", pair_reduce, REDUCE)
-    switch("precision", precision, PRECISION)
+    fsp_options(pool_mode, distance, pair_reduce, weight, precision)
     students, teachers = stage_pairs(student, teacher, weights, weight, least=2, what="pair")
     for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
         if s.shape[1] != t.shape[1]:
