@@ -116,7 +116,7 @@ def test_only_benchmarks_on_full_shapes() -> None:
     assert tests and all(line.startswith("benchmarks/") for line in tests)
     assert any("resnet50-8" in line for line in tests) and not any("small" in line for line in tests)
     assert {line.split("::")[0] for line in tests} == {
-        f"benchmarks/test_{name}.py" for name in ("attention", "fsp", "loop", "step")
+        f"benchmarks/test_{name}.py" for name in ("attention", "fsp", "loop", "methods", "step")
     }
 
 

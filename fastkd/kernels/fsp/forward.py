@@ -72,9 +72,19 @@ class _Matrix:
         columns = math.ceil(b.shape[1] / cut[1])
         tiles = math.ceil(a.shape[1] / cut[0]) * columns
         self.launch = Launch(
-            fsp_matrix_kernel, a.shape[0] * tiles, a_view.numbers, b_view.numbers, tiles, columns, math.prod(common),
-            (a_view.config, b_view.config), (cut,), how, interpreting(), **options(how, warps([cut], how)),
-        )  # fmt: skip
+            fsp_matrix_kernel,
+            a.shape[0] * tiles,
+            a_view.numbers,
+            b_view.numbers,
+            tiles,
+            columns,
+            math.prod(common),
+            (a_view.config, b_view.config),
+            (cut,),
+            how,
+            interpreting(),
+            **options(how, warps([cut], how)),
+        )
 
 
 def fsp_matrix(a: Tensor, b: Tensor, options: int) -> Tensor:
@@ -178,10 +188,21 @@ class _Loss:
             self.terms.append(samples * (rows * more if distance == "squared" else 1))
         self.scratch, self.tickets = scratch, tickets
         self.launch = Launch(
-            fsp_loss_kernel, programs, tuple(v.numbers for v in views), tuple(pairs), samples, sum(p[4] for p in pairs),
-            tuple(v.config for v in views), tuple(cuts), count, columns, BLOCK, how, interpreting(),
+            fsp_loss_kernel,
+            programs,
+            tuple(v.numbers for v in views),
+            tuple(pairs),
+            samples,
+            sum(p[4] for p in pairs),
+            tuple(v.config for v in views),
+            tuple(cuts),
+            count,
+            columns,
+            BLOCK,
+            how,
+            interpreting(),
             **options(how, many),
-        )  # fmt: skip
+        )
 
 
 def fsp_loss(
@@ -224,9 +245,14 @@ def fsp_loss(
     )
     loss = first.new_empty((), dtype=torch.float32)
     plan.launch(
-        operands, operands, tuple(matrix_grads) if options & WITH_GRAD else None, loss, first.new_empty(plan.scratch, dtype=torch.float32),
-        first.new_zeros(plan.tickets, dtype=torch.int32), factors,
-    )  # fmt: skip
+        operands,
+        operands,
+        tuple(matrix_grads) if options & WITH_GRAD else None,
+        loss,
+        first.new_empty(plan.scratch, dtype=torch.float32),
+        first.new_zeros(plan.tickets, dtype=torch.int32),
+        factors,
+    )
     gradients = []
     if options & PREPARE:
         given_upstream = first.new_full((), upstream, dtype=torch.float32)

@@ -65,8 +65,13 @@ class _Gradients:
     """Gradients of some features, each a sum of terms."""
 
     def __init__(
-        self, features: Sequence[Tensor], wanted: Sequence[tuple[int, Sequence[_Term]]], pool_mode: str, how: str, sign: float
-    ) -> None:  # fmt: skip
+        self,
+        features: Sequence[Tensor],
+        wanted: Sequence[tuple[int, Sequence[_Term]]],
+        pool_mode: str,
+        how: str,
+        sign: float,
+    ) -> None:
         self.sources = Sources(features, max_pool=pool_mode == "max")
         self.ms: list[int] = []
         self.xs: list[int | None] = []
@@ -158,10 +163,23 @@ class _Gradients:
             programs += samples * tiles
         self.wanted = [i for i, _ in wanted]
         self.launch = Launch(
-            fsp_gradient_kernel, programs, tuple(numbers), tuple(v.numbers for v in views), tuple(v.numbers for v in out_views),
-            tuple(items), tuple(scales), samples, tuple(v.config for v in views), tuple(v.config for v in out_views), tuple(kinds),
-            tuple(cuts), len(items), how, interpreting(), **options(how, many, backward=True),
-        )  # fmt: skip
+            fsp_gradient_kernel,
+            programs,
+            tuple(numbers),
+            tuple(v.numbers for v in views),
+            tuple(v.numbers for v in out_views),
+            tuple(items),
+            tuple(scales),
+            samples,
+            tuple(v.config for v in views),
+            tuple(v.config for v in out_views),
+            tuple(kinds),
+            tuple(cuts),
+            len(items),
+            how,
+            interpreting(),
+            **options(how, many, backward=True),
+        )
 
     def run(self, grad: Tensor | None, features: Sequence[Tensor], ms: Sequence[Tensor]) -> list[Tensor]:
         made = self.sources.made(features)

@@ -31,9 +31,23 @@ from fastkd.kernels.fsp.tile import across, along, extent, part, product, read, 
 
 @triton.jit
 def channel_sums(
-    s, t, s_view, t_view, n, k, other, begin, end, V: tl.constexpr, A: tl.constexpr, C: tl.constexpr, J: tl.constexpr,
-    LEFT: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    s,
+    t,
+    s_view,
+    t_view,
+    n,
+    k,
+    other,
+    begin,
+    end,
+    V: tl.constexpr,
+    A: tl.constexpr,
+    C: tl.constexpr,
+    J: tl.constexpr,
+    LEFT: tl.constexpr,
+    MODE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """Tiles (k, other) of P00, P01, P11 (LEFT) or Q00, Q01, Q11, summed over channels ``begin`` to ``end``.
 
     s and t: the feature of student and teacher; V[A], V[A + 2]: what is constant of them. C[J]:
@@ -95,9 +109,20 @@ def _added(at, parts, STEP: tl.constexpr):
 
 @triton.jit
 def dual_program(
-    operands, outs, scratch, tickets, factor, views, of, local, V: tl.constexpr, C: tl.constexpr, J: tl.constexpr, MODE: tl.constexpr,
+    operands,
+    outs,
+    scratch,
+    tickets,
+    factor,
+    views,
+    of,
+    local,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    J: tl.constexpr,
+    MODE: tl.constexpr,
     UPCAST: tl.constexpr,
-):  # fmt: skip
+):
     """A tile's sums over a part of the channels of A or of B. The last of a tile's programs adds them, keeps
     them and writes the tile's share of the loss; whether this was the last.
 
@@ -122,16 +147,44 @@ def dual_program(
     at = scratch + tl.cast(of[5], tl.int64) * 32 + (n * tiles + tile) * parts * (3 * SIZE)
     if i < of[8]:
         sum00, sum01, sum11 = channel_sums(
-            operands[4 * J], operands[4 * J + 2], views[4 * J], views[4 * J + 2], n, k, other, i * CHANNELS, (i + 1) * CHANNELS, V,
-            4 * J, C, J, True, MODE, UPCAST,
-        )  # fmt: skip
+            operands[4 * J],
+            operands[4 * J + 2],
+            views[4 * J],
+            views[4 * J + 2],
+            n,
+            k,
+            other,
+            i * CHANNELS,
+            (i + 1) * CHANNELS,
+            V,
+            4 * J,
+            C,
+            J,
+            True,
+            MODE,
+            UPCAST,
+        )
         _written(at + i * (3 * SIZE), sum00, sum01, sum11, place, SIZE)
     else:
         first = (i - of[8]) * CHANNELS
         sum00, sum01, sum11 = channel_sums(
-            operands[4 * J + 1], operands[4 * J + 3], views[4 * J + 1], views[4 * J + 3], n, k, other, first, first + CHANNELS, V,
-            4 * J + 1, C, J, False, MODE, UPCAST,
-        )  # fmt: skip
+            operands[4 * J + 1],
+            operands[4 * J + 3],
+            views[4 * J + 1],
+            views[4 * J + 3],
+            n,
+            k,
+            other,
+            first,
+            first + CHANNELS,
+            V,
+            4 * J + 1,
+            C,
+            J,
+            False,
+            MODE,
+            UPCAST,
+        )
         _written(at + i * (3 * SIZE), sum00, sum01, sum11, place, SIZE)
 
     done = last_of(tickets + of[6] + n * tiles + tile, parts)
@@ -154,9 +207,31 @@ def dual_program(
 
 @triton.jit
 def dual_term(
-    total, s, t, kept, s_view, t_view, view, turned, offsets, n, row, rows, position, inside, j, scale, V: tl.constexpr, A: tl.constexpr,
-    K: tl.constexpr, T: tl.constexpr, C: tl.constexpr, J: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    total,
+    s,
+    t,
+    kept,
+    s_view,
+    t_view,
+    view,
+    turned,
+    offsets,
+    n,
+    row,
+    rows,
+    position,
+    inside,
+    j,
+    scale,
+    V: tl.constexpr,
+    A: tl.constexpr,
+    K: tl.constexpr,
+    T: tl.constexpr,
+    C: tl.constexpr,
+    J: tl.constexpr,
+    MODE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """total + scale (X0 M0 + X1 M1^T), summed over positions; X as above of s and t, M0 and M1 a kept square
     or two neighbours' sum.
 
