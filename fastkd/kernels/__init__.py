@@ -6,11 +6,11 @@
 | `common/tile.py` | what kernels have in common: powers, positions, sums over channels, normalization |
 | `common/pool.py` | adaptive pooling of features and channel power sums, and its gradient |
 | `common/windows.py` | what pooling and its gradients have in common |
-| `attention/loss.py`, `loss_kernels.py` | the attention-transfer loss over a list of stages, both passes |
+| `attention/loss.py`, `loss_gradient.py`, `loss_kernels.py` | the attention-transfer loss over stages |
 | `attention/map.py`, `map_kernels.py` | the attention map; with a ReLU before and a gradient after |
 | `attention/tap.py` | the taps: the same kernels with those |
 | `fsp/forward.py`, `forward_kernels.py` | FSP matrices and the FSP loss over a chain, forward |
-| `fsp/gradient.py`, `gradient_kernels.py`, `terms.py` | and backward |
+| `fsp/gradient.py`, `terms.py`, `gradient_kernels.py`, `term_kernels.py` | and backward |
 | `fsp/low_rank.py` | what those do where the matrix would be larger than the features |
 | `fsp/saved.py` | where that is; without Triton |
 | `fsp/tile.py` | features averaged over windows, products and differences |
@@ -36,7 +36,7 @@ LAUNCHERS = {
     "attention_map": "attention.map",
     "attention_map_backward": "attention.map",
     "attention_transfer_loss": "attention.loss",
-    "attention_transfer_loss_backward": "attention.loss",
+    "attention_transfer_loss_backward": "attention.loss_gradient",
     "fsp_matrix": "fsp.forward",
     "fsp_matrix_backward": "fsp.gradient",
     "fsp_loss": "fsp.forward",
@@ -68,7 +68,7 @@ def own_precision() -> str:
 own_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-# Found out once, and kept in globals: a graph that is traced reads those, where it could not ask.
+# Found out once, and stored in globals: a graph that is traced reads those, where it could not ask.
 _interpreting: bool | None = None
 _state: tuple[bool, str] | None = None
 

@@ -191,7 +191,7 @@ static double loss_unit(const AttentionLossArgs& args, const AttentionStage& sta
   const Energies t = side_map<A>(stage.teacher, args.teacher_is_map, args, n, bump, t_norm);
   const Energies s = side_map<A>(stage.student, args.student_is_map, args, n, bump, s_norm);
 
-  // Maps become y in place; the difference is kept for the coefficients.
+  // Maps become y in place; the difference stays for the coefficients.
   double* difference = take<double>(bump, count);
   VecD squares = {}, along_s = {}, along_t = {};
   for (int64_t i = 0; i < count; i += kStep) {

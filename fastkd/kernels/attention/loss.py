@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from fastkd._bits import ATTENTION
-from fastkd.kernels.attention.loss_kernels import gradient_kernel, loss_kernel
+from fastkd.kernels.attention.loss_gradient import attention_transfer_loss_backward
+from fastkd.kernels.attention.loss_kernels import loss_kernel
 from fastkd.kernels.attention.map import attention_map
 from fastkd.kernels.common.launch import (
     IDENTITY,
@@ -40,7 +41,7 @@ from fastkd.kernels.common.launch import (
     program_bytes,
     served,
 )
-from fastkd.kernels.common.pool import gradient_of_pool, pool, unpool
+from fastkd.kernels.common.pool import pool, unpool
 from fastkd.kernels.common.windows import pooled_strides
 
 (
@@ -135,9 +136,9 @@ class _Forward:
             numbered[i] = tuple(numbers)
         for i, pair in enumerate(self.sides):
             stages.append(numbered[i])
-            for kept, side in zip(configs, pair):
+            for row, side in zip(configs, pair):
                 cut = grid(side.view, goal)
-                kept.append(config(side.view, cut, side.power))
+                row.append(config(side.view, cut, side.power))
         self.scratch = at + len(students) * self.samples
         self.tickets = 1 + len(students) * self.samples
         # what the distances are divided by
@@ -166,7 +167,7 @@ class _Forward:
         )
 
 
-_forward_plans, _backward_plans = Plans(), Plans()
+_plans = Plans()
 
 
 def attention_transfer_loss(
@@ -176,7 +177,7 @@ def attention_transfer_loss(
     upstream, p, eps, weight, *weights = numbers
     tensors = (*student, *teacher)
     key = (key_of(tensors), len(student), p, eps, options)
-    plan = _forward_plans.get(key)
+    plan = _plans.get(key)
     if plan is None:
         plan = _Forward(student, teacher, p, eps, options)
     first = tensors[0]
@@ -190,7 +191,7 @@ def attention_transfer_loss(
         raise ValueError(f"weights must hold one number a stage, got {len(weights)}")
     else:
         factors = tuple([share * w / terms for w, terms in zip(weights, plan.terms)])
-    _forward_plans[key] = plan
+    _plans[key] = plan
 
     wanted = [(i, j) for j in (0, 1) if plan.grads[j] for i in range(len(student))]
     coefficients = [first.new_empty(plan.sides[i][j].coefficient, dtype=torch.float32) for i, j in wanted]
@@ -198,14 +199,14 @@ def attention_transfer_loss(
     unpooled: list[tuple[Tensor, Tensor | None, Tensor, Tensor]] = []
     if plan.pools:
         given, targets, unpooled = _pooled(plan, tensors, wanted, coefficients, p, options)
-    kept = len(student) if plan.grads[0] else 0
+    count = len(student) if plan.grads[0] else 0
     loss = first.new_empty((), dtype=torch.float32)
     plan.launch(
         given,
         given[: len(student)],
         given[len(student) :],
-        tuple(targets[:kept]) if plan.grads[0] else None,
-        tuple(targets[kept:]) if plan.grads[1] else None,
+        tuple(targets[:count]) if plan.grads[0] else None,
+        tuple(targets[count:]) if plan.grads[1] else None,
         loss,
         first.new_empty(plan.scratch, dtype=torch.float32),
         first.new_zeros(plan.tickets, dtype=torch.int32),
@@ -215,8 +216,8 @@ def attention_transfer_loss(
         unpool(k, place, full, max_pool=bool(options & POOL_MAX), like=pooled)
     gradients = []
     if options & PREPARE and plan.grads[0] and not options & STUDENT_IS_MAP:
-        given_upstream = first.new_full((), upstream, dtype=torch.float32)
-        gradients = attention_transfer_loss_backward(given_upstream, student, coefficients[:kept], p, options)
+        grad = first.new_full((), upstream, dtype=torch.float32)
+        gradients = attention_transfer_loss_backward(grad, student, coefficients[:count], p, options)
     return loss, coefficients, gradients
 
 
@@ -252,63 +253,3 @@ def _pooled(
                     targets[at] = k
                     unpooled.append((pooled, place, k, coefficients[at]))
     return tuple(given), targets, unpooled
-
-
-class _Backward:
-    """What a backward call of these shapes takes."""
-
-    def __init__(
-        self, features: Sequence[Tensor], coefficients: Sequence[Tensor], p: float, options: int
-    ) -> None:
-        if len(features) != len(coefficients):
-            raise ValueError("features and coefficients must be lists of the same length")
-        samples, first, items, configs, views = features[0].shape[0], 0, [], [], []
-        self.pooled: list[int] = []
-        self.direct: list[int] = []
-        for i, (x, k) in enumerate(zip(features, coefficients)):
-            served(x, "features", features[0].device)
-            is_map = x.dim() == k.dim()
-            if not is_map and tuple(x.shape[2:]) != tuple(k.shape[1:]):
-                self.pooled.append(i)
-                continue
-            self.direct.append(i)
-            out = torch.empty_like(x, device="meta")
-            views.append(
-                (matrix_view(x.shape, [x.stride(), out.stride()], x.element_size(), is_map=is_map), is_map)
-            )
-        goal = program_bytes(2 * sum(w.bytes for w, _ in views))
-        for w, is_map in views:
-            cut = grid(w, goal)
-            items.append((first, cut.programs, cut.blocks, cut.steps, w.positions))
-            first += samples * cut.programs
-            configs.append(config(w, cut, IDENTITY if is_map else power(p, bool(options & SIGNED))))
-        numbers = [tuple(w.numbers(j) for w, _ in views) for j in (0, 1)]
-        self.launch = Launch(
-            gradient_kernel, first, *numbers, tuple(items), samples, tuple(configs), len(items)
-        )
-
-
-def attention_transfer_loss_backward(
-    grad: Tensor, features: Sequence[Tensor], coefficients: Sequence[Tensor], p: float, options: int
-) -> list[Tensor]:
-    """See ``torch.ops.fastkd.attention_transfer_loss_backward``."""
-    if not features:
-        return []
-    key = (key_of(features), key_of(coefficients), grad.dtype, p, options)
-    plan = _backward_plans.get(key)
-    if plan is None:
-        plan = _backward_plans[key] = _Backward(features, coefficients, p, options)
-    outs = [torch.empty_like(x) for x in features]
-    if plan.direct:
-        xs, ks, to = (tuple([y[i] for i in plan.direct]) for y in (features, coefficients, outs))
-        plan.launch((grad, *xs, *ks), grad, xs, ks, to)
-    for i in plan.pooled:
-        gradient_of_pool(
-            grad,
-            features[i],
-            coefficients[i],
-            outs[i],
-            power(p, bool(options & SIGNED)),
-            max_pool=bool(options & POOL_MAX),
-        )
-    return outs

@@ -53,7 +53,7 @@ from fastkd.kernels import interpreting
 from fastkd.kernels.common.launch import Launch, Plans, key_of, power_of_two
 from fastkd.kernels.fsp.forward_kernels import fsp_loss_kernel, fsp_matrix_kernel
 from fastkd.kernels.fsp.gradient import fsp_loss_backward
-from fastkd.kernels.fsp.saved import common_size, kept_shape, wide_stages
+from fastkd.kernels.fsp.saved import common_size, saved_shape, wide_stages
 from fastkd.kernels.fsp.view import Sources, added_up, checked, dual_tile, mode, options, owned, tile, warps
 
 BLOCK = 256  # of the loss's last sum
@@ -119,7 +119,7 @@ class _Loss:
         columns = distance == "column_l2"
         self.operands: list[int] = []
         pairs_of = [(student[i : i + 2], teacher[i : i + 2]) for i in range(count)]
-        self.shapes = [kept_shape(*pair, distance) for pair in pairs_of]
+        self.shapes = [saved_shape(*pair, distance) for pair in pairs_of]
         self.wide = wide_stages(self.shapes)
         views, cuts, sizes_of, tiles_of = [], [], [], []
         for i, ((a, b), _) in enumerate(pairs_of):
@@ -128,13 +128,22 @@ class _Loss:
                 place, seen = self.sources.add(j, sizes[j >= len(student)])
                 self.operands.append(place)
                 views.append(seen)
-            dear = any(v.dear for v in views[-4:])
+            register_heavy = any(v.register_heavy for v in views[-4:])
             if len(self.shapes[i]) == 4:
-                cut = dual_tile(math.prod(sizes[0]), how, dear=dear)
+                cut = dual_tile(math.prod(sizes[0]), how, register_heavy=register_heavy)
             else:
                 alone = not columns and sizes[0] == sizes[1]
-                widest = 32 if all(v.scalar for v in views[-4:]) else 64 if dear or not alone else 128
-                cut = tile(a.shape[1], b.shape[1], max(map(math.prod, sizes)), how, dear=dear, widest=widest)
+                widest = (
+                    32 if all(v.scalar for v in views[-4:]) else 64 if register_heavy or not alone else 128
+                )
+                cut = tile(
+                    a.shape[1],
+                    b.shape[1],
+                    max(map(math.prod, sizes)),
+                    how,
+                    register_heavy=register_heavy,
+                    widest=widest,
+                )
             sizes_of.append(sizes)
             tiles_of.append(cut)
         many = warps(tiles_of, how, [cut for cut, shape in zip(tiles_of, self.shapes) if len(shape) == 4])

@@ -60,12 +60,12 @@ def _matrix_program(
     MODE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """A tile of G_s - G_t and its share of the loss; whether that is complete. Kept is the tile as it is
-    differentiated, or its factors.
+    """A tile of G_s - G_t and its share of the loss; whether that is complete. Saves dloss/dG of the tile,
+    or its factors.
 
     of: (first program, tiles of a sample, column tiles, where shares are, their number, where squares and
     tickets of columns are, positions). C[J]: (row block, column block, depth, whether features are
-    subtracted, 0, whether factors of columns alone are kept).
+    subtracted, 0, whether factors of columns alone are saved).
     """
     FACTORS: tl.constexpr = C[J][5]
     n = (local // of[1]).to(tl.int64)

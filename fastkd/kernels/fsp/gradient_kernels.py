@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from fastkd.kernels.fsp.low_rank import dual_term
-from fastkd.kernels.fsp.terms import recomputed_term, saved_term
+from fastkd.kernels.fsp.term_kernels import recomputed_term, saved_term
 from fastkd.kernels.fsp.tile import across, along, extent, part, sample, zeros
 
 

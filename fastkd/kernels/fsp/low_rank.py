@@ -17,7 +17,7 @@ X0 Y0^T and v = X1 Y1^T, so what rounding does is small beside |u|^2 + |v|^2. On
 without being small, a student that shrank one feature and stretched the next by as much, is that more than
 beside |u + v|^2.
 
-Kept are P00, P01, P11, Q00, Q01, Q11, in this order, times 2 factor / K.
+Saved are P00, P01, P11, Q00, Q01, Q11, in this order, times 2 factor / K.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def dual_term(
     total,
     s,
     t,
-    kept,
+    saved,
     s_view,
     t_view,
     view,
@@ -232,10 +232,10 @@ def dual_term(
     MODE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """total + scale (X0 M0 + X1 M1^T), summed over positions; X as above of s and t, M0 and M1 a kept square
+    """total + scale (X0 M0 + X1 M1^T), summed over positions; X as above of s and t, M0 and M1 a saved square
     or two neighbours' sum.
 
-    V[A] and the next three are what is constant of s, t and a kept square, as it is and transposed; offsets:
+    V[A] and the next three are what is constant of s, t and a saved square, as it is and transposed; offsets:
     where M0 begins and from one square to the next. K[T]: (A, whether a term of this kind, LEFT, the sign of
     the second square or 0).
     """
@@ -250,7 +250,7 @@ def dual_term(
     t += sample(t_view, V, A + 1, n)
     s_rows = across(s_view, V, A, row)[:, None]
     t_rows = across(t_view, V, A + 1, row)[:, None]
-    kept += sample(view, V, A + 2, n) + offsets[0]
+    saved += sample(view, V, A + 2, n) + offsets[0]
     columns = (along(view, V, A + 2, position) + part(view, V, A + 2, j))[None, :]
     turned_columns = (along(turned, V, A + 3, position) + part(turned, V, A + 3, j))[None, :]
     for first in range(0, count, C[J][2]):
@@ -264,8 +264,8 @@ def dual_term(
         else:
             x, y = x, x - y
         mask = given[:, None] & inside[None, :]
-        at = kept + (across(view, V, A + 2, o)[:, None] + columns)
-        turned_at = kept + offsets[1] + (across(turned, V, A + 3, o)[:, None] + turned_columns)
+        at = saved + (across(view, V, A + 2, o)[:, None] + columns)
+        turned_at = saved + offsets[1] + (across(turned, V, A + 3, o)[:, None] + turned_columns)
         m0 = tl.load(at, mask=mask, other=0)
         m1 = tl.load(turned_at, mask=mask, other=0)
         if SIGN != 0:

@@ -1,137 +1,91 @@
-"""Terms of a gradient of FSP: of a matrix that was saved, or of one that is computed again."""
+"""What a gradient of FSP is the sum of."""
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from fastkd.kernels.fsp.tile import across, along, difference, extent, part, product, read, sample
+import torch
+from torch import Tensor
 
-
-@triton.jit
-def saved_term(
-    total,
-    m,
-    x,
-    m_strides,
-    view,
-    n,
-    row,
-    rows,
-    position,
-    inside,
-    j,
-    scale,
-    V: tl.constexpr,
-    T: tl.constexpr,
-    C: tl.constexpr,
-    J: tl.constexpr,
-    MODE: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """total + scale m x, summed over x's channels. m_strides: sample, channel of the gradient, of x."""
-    EXACT: tl.constexpr = V[T][9]
-    count, _ = extent(view, V, T)
-    k = tl.arange(0, C[J][2])
-    own = row < rows
-    m_at = m + n * m_strides[0] + row.to(tl.int64)[:, None] * m_strides[1]
-    x += sample(view, V, T, n)
-    x_columns = (along(view, V, T, position) + part(view, V, T, j))[None, :]
-    for first in range(0, count, C[J][2]):
-        o = first + k
-        given = o < count
-        v = (
-            tl.load(
-                m_at + o.to(tl.int64)[None, :] * m_strides[2], mask=own[:, None] & given[None, :], other=0
-            ).to(tl.float32)
-            * scale
-        )
-        y = read(
-            x + (across(view, V, T, o)[:, None] + x_columns), given[:, None] & inside[None, :], view, V, T
-        )
-        total = product(v, y, total, MODE, UPCAST, False, EXACT)
-    return total
+from fastkd.kernels.fsp.saved import SQUARES, common_size
 
 
-@triton.jit
-def recomputed_term(
-    total,
-    kept,
-    x,
-    a,
-    b,
-    a_less,
-    b_less,
-    numbers,
-    x_view,
-    a_view,
-    b_view,
-    a_less_view,
-    b_less_view,
-    n,
-    row,
-    rows,
-    position,
-    inside,
-    j,
-    scale,
-    V: tl.constexpr,
-    A: tl.constexpr,
-    K: tl.constexpr,
-    T: tl.constexpr,
-    C: tl.constexpr,
-    J: tl.constexpr,
-    MODE: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """total + scale M x, of an M that was not kept: a b^T - a_less b_less^T, recomputed, times the columns'
-    factors ``kept``.
-
-    a: the student's feature whose gradient this is, or the teacher's is, and b the pair's other. numbers:
-    strides of ``kept``, positions of student and teacher. V[A] is what is constant of x, the next of a, b,
-    a_less, b_less. K[T]: (A, 2, LEFT, whether sizes are the same).
+@dataclass(frozen=True)
+class Term:
+    """M x for a feature x and a saved matrix M, or one that is recomputed; or what `fsp/low_rank.py` makes of
+    saved squares and both chains.
     """
-    LEFT: tl.constexpr = K[T][2]
-    EXACT: tl.constexpr = V[A][9]
-    SAME: tl.constexpr = K[T][3]
-    count, _ = extent(x_view, V, A)
-    k = tl.arange(0, C[J][2])
-    kept += n * numbers[0]
-    x += sample(x_view, V, A, n)
-    x_columns = (along(x_view, V, A, position) + part(x_view, V, A, j))[None, :]
-    for first in range(0, count, C[J][2]):
-        o = first + k
-        given = o < count
-        m = difference(
-            a,
-            b,
-            a_less,
-            b_less,
-            a_view,
-            b_view,
-            a_less_view,
-            b_less_view,
-            n,
-            row,
-            o,
-            numbers[2],
-            numbers[3],
-            V,
-            A + 1,
-            C,
-            J,
-            SAME,
-            MODE,
-            UPCAST,
+
+    common: tuple[int, ...]
+    # places of features: x; a stage of student and teacher; x and the factors of both matrices
+    xs: tuple[int, ...]
+    m: int  # place of what was saved
+    numbers: tuple[int, ...]  # see the kernels: of strides of M, of squares, or of factors of columns
+    depth: int  # summed over
+    strides: tuple[
+        tuple[int, ...], ...
+    ] = ()  # of a saved square and of its transpose: sample, row, positions
+    left: bool = False
+    sign: int = 0
+    # of a matrix recomputed: what the features of student and teacher are pooled to
+    factors: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def kind(self) -> int:
+        """Of a matrix that was saved (0), of squares (1), or of a matrix recomputed (2):
+        `fsp/gradient_kernels.py`.
+        """
+        return 1 if self.strides else 2 if self.factors else 0
+
+
+def term_of(
+    tensors: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    i: int,
+    pair: int,
+    places: dict[int, tuple[int, ...]],
+    *,
+    teacher: bool,
+) -> Term:
+    """The term of a gradient, stage i's, that comes from a pair. tensors: the chain's, then others; places:
+    of stages of both chains.
+    """
+    left, m = i == pair, saved[pair]
+    other = pair + 1 if left else pair
+    common = common_size(tensors[pair], tensors[pair + 1])
+    if m.dim() == 3:
+        n, a, b = m.stride()
+        return Term(common, (other,), pair, (n, a, b) if left else (n, b, a), tensors[other].shape[1])
+    if m.dim() == 2:
+        of = [[places[stage][chain] for stage in (i, other)] for chain in (0, 1)]
+        factors = tuple([common_size(*(tensors[j] for j in side)) for side in of])
+        numbers = (*m.stride(), *(math.prod(size) for size in factors))
+        return Term(
+            common,
+            (other, *of[0], *of[1]),
+            pair,
+            numbers,
+            tensors[other].shape[1],
+            left=left,
+            factors=factors,
         )
-        # an idle channel's product with an infinity is none
-        m = tl.where(given[None, :], m, 0.0)
-        if LEFT:
-            m = m * tl.load(kept + o * numbers[1], mask=given, other=0)[None, :]
-        else:
-            m = m * tl.load(kept + row * numbers[1], mask=row < rows, other=0)[:, None]
-        y = read(
-            x + (across(x_view, V, A, o)[:, None] + x_columns), given[:, None] & inside[None, :], x_view, V, A
-        )
-        total = product(m * scale, y, total, MODE, UPCAST, False, EXACT)
-    return total
+    n, square, row, column = m.stride()
+    steps = torch.empty(common, device="meta").stride()
+    strides = [(n, one, *[step * of for of in steps]) for one, step in ((row, column), (column, row))]
+    # A takes Q, B takes P: of the student Q00 and Q01^T, P00 + P01 and P01^T + P11; of the teacher Q00 - Q01
+    # and Q01^T - Q11, P01 and P11
+    first = (3 if left else 0) + (teacher and not left)
+    sign = 0 if teacher != left else -1 if teacher else 1
+    return Term(
+        common, places[i], pair, (first * square, square), math.prod(common), tuple(strides), left, sign
+    )
+
+
+def check_saved(m: Tensor, a: Tensor, b: Tensor, name: str) -> None:
+    positions = math.prod(common_size(a, b))
+    shapes = {2: (b.shape[1],), 4: (SQUARES, positions, positions)}
+    shape = (a.shape[0], *shapes.get(m.dim(), (a.shape[1], b.shape[1])))
+    if m.dtype != torch.float32 or m.shape != shape or m.device != a.device:
+        raise ValueError(f"{name} is {tuple(m.shape)} {m.dtype} on {m.device}, wanted {shape} float32")
