@@ -100,7 +100,7 @@ def plan(rehearse: bool) -> list[Part]:
     ]
     for name, file, shape in SPEED:
         chosen = f"({shape}) and {'cpu' if rehearse else 'cuda'}"
-        # without a GPU the bodies are walked through once, on small shapes
+        # without a GPU the bodies are run once, on small shapes
         mode = (
             ("--collect-only",)
             if rehearse

@@ -10,7 +10,7 @@ them.
 
 Backward: dA = upstream M B / S and dB = upstream M^T A / S, a tile of a feature's gradient a program, both
 terms of a middle stage at once. Where a feature was averaged over windows, what lies in one shares a term; a
-middle stage of two grids walks the coarser.
+middle stage of two grids takes the coarser.
 
 Products, and what is claimed for them. All sums are float32's. Blocks of features are read as they are,
 subtracted and averaged in float32, and then multiplied:

@@ -20,7 +20,7 @@ def zeros(rows, columns):
 
 @triton.jit
 def extent(view, V: tl.constexpr, J: tl.constexpr):
-    """The number of channels, and of positions of the grid that is walked."""
+    """The number of channels, and of positions of the grid of the products."""
     if V[J][1]:
         return view[0] * V[J][2], view[1]
     else:
