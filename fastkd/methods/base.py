@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -127,6 +127,28 @@ def shapes(
         torch.utils._pytree.tree_map(lambda x: x.shape[1:] if isinstance(x, Tensor) else x, features),
         logits.shape[1],
     )
+
+
+def paired_stages(
+    method: str, student: Sequence[Any], teacher: Sequence[Any], same: str = "", first: int = 1
+) -> list[tuple[Any, Any]]:
+    """The shapes (C, H, W) of both networks' stages, side by side; ``first`` is the number of the first.
+
+    ``same``: "size" or "channels", what must be equal in a pair. Raises ValueError, which names both shapes.
+    """
+    if len(student) != len(teacher):
+        raise ValueError(
+            f"student has {len(student)} stages, teacher has {len(teacher)}: {method} wanted the same number"
+        )
+    wanted = {"size": (slice(1, None), "maps of one size"), "channels": (slice(1), "equal channels")}
+    pairs = list(zip(student, teacher, strict=True))
+    for i, (mine, theirs) in enumerate(pairs, first):
+        if same and mine[wanted[same][0]] != theirs[wanted[same][0]]:
+            raise ValueError(
+                f"student's stage {i} is {tuple(mine)}, teacher's is {tuple(theirs)}: {method} wanted"
+                f" {wanted[same][1]}"
+            )
+    return pairs
 
 
 class Beside(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastkd import checks, reference
 from fastkd.losses import OFD as OFDLoss
-from fastkd.methods.base import Batch, BuildContext, Distiller, Output, Points, Preset, option
+from fastkd.methods.base import Batch, BuildContext, Distiller, Output, Points, Preset, option, paired_stages
 from fastkd.methods.connectors import pointwise
 from fastkd.reference import ofd_loss, ofd_margin
 
@@ -45,25 +45,15 @@ class OFD(Distiller):
 
     def __init__(self, context: BuildContext, options: Any):
         super().__init__(context, options)
-        shapes = [features.preact.stages for features in (context.student_shapes, context.teacher_shapes)]
-        if len(shapes[0]) != len(shapes[1]):
-            raise ValueError(
-                f"student has {len(shapes[0])} stages, teacher has {len(shapes[1])}: ofd wanted the same"
-                " number"
-            )
-        for i, (s, t) in enumerate(zip(*shapes, strict=True)):
-            if s[1:] != t[1:]:
-                raise ValueError(
-                    f"student's stage {i + 1} is {tuple(s)}, teacher's is {tuple(t)}: ofd wanted maps of one"
-                    " size"
-                )
-        self.connectors = nn.ModuleList(pointwise(s[0], t[0]) for s, t in zip(*shapes, strict=True))
-        count = len(shapes[0])
+        sides = context.student_shapes.preact.stages, context.teacher_shapes.preact.stages
+        pairs = paired_stages("ofd", *sides, same="size")
+        self.connectors = nn.ModuleList(pointwise(mine[0], theirs[0]) for mine, theirs in pairs)
+        count = len(pairs)
         weights = checks.stage_weights(options.weights, count)
         if weights is None:
             weights = [0.5 ** (count - 1 - i) for i in range(count)]
         if options.reduce == "mean":
-            weights = [weight / shape.numel() for weight, shape in zip(weights, shapes[1], strict=True)]
+            weights = [weight / shape.numel() for weight, shape in zip(weights, sides[1], strict=True)]
         self.weights, self.beta = weights, options.beta
         self.function: OFDLoss | None = None
         if options.margin == "batch_norm":
