@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import methods_worker
 import pytest
 import torch
 from methods_worker import NAMES, TOGETHER, two_steps
-from test_processes import of_two, worker  # noqa: F401 - a fixture
+from runs import of_two
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed"
@@ -20,20 +18,11 @@ LOCAL = {"rkd": 0.05, "ofd.margin=batch": 1e-5, "semckd": None}
 
 
 @pytest.fixture(scope="module")
-def two(worker, tmp_path_factory):  # noqa: F811
+def two(group, tmp_path_factory):
     """What each of two processes found, all methods in turn."""
     folder = tmp_path_factory.mktemp("two")
-    logs = [folder / f"log-{rank}" for rank in (0, 1)]
-    job = {
-        "environment": of_two(),
-        "logs": [*map(str, logs)],
-        "call": "every_method",
-        "arguments": [str(folder / "found")],
-    }
-    worker.stdin.write(json.dumps(job) + "\n")
-    worker.stdin.flush()
-    answer = json.loads(worker.stdout.readline())
-    assert answer["statuses"] == [0, 0], [log.read_text() for log in logs]
+    answer, logs = group.run(folder, of_two(), call="every_method", arguments=[folder / "found"])
+    assert answer["statuses"] == [0, 0], logs
     return [torch.load(folder / f"found-{rank}.pt") for rank in (0, 1)]
 
 

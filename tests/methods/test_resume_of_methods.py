@@ -6,7 +6,8 @@ import signal
 
 import pytest
 import torch
-from test_resume import QUICK, check_same, nursery, rows_of  # noqa: F401 - a fixture
+from runs import check_same, rows_of
+from support_data import QUICK
 
 from fastkd.methods import METHODS
 from fastkd.models import load_student
@@ -24,7 +25,7 @@ NECKS = {"simkd": "Projector", "norm+kd": "Pair"}
 
 
 @pytest.fixture(scope="module")
-def teacher(nursery, tmp_path_factory):  # noqa: F811
+def teacher(nursery, tmp_path_factory):
     """A checkpoint that all runs learn from."""
     output = tmp_path_factory.mktemp("teacher") / "runs"
     status, text = nursery.run(output, ["--method", "baseline", *QUICK, "--epochs", "1"])
@@ -39,7 +40,7 @@ def test_every_method_is_in_one_of_the_runs():
 @pytest.mark.parametrize(
     "name", [name if name == "norm+kd" else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
 )
-def test_a_run_killed_after_an_epoch_ends_with_the_same_bits(nursery, teacher, tmp_path, name):  # noqa: F811
+def test_a_run_killed_after_an_epoch_ends_with_the_same_bits(nursery, teacher, tmp_path, name):
     flags = ["--method", name, *QUICK, "--epochs", "2", "--teacher-checkpoint", str(teacher), *RUNS[name]]
     whole, ours = tmp_path / "whole" / "runs", tmp_path / "runs"
     whole.parent.mkdir()
