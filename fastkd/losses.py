@@ -88,6 +88,7 @@ class AttentionTransfer(_Loss):
         weight: float = 1.0,
         teacher_is_map: bool = False,
         student_is_map: bool = False,
+        channel_dim: int = 1,
     ) -> None:
         super().__init__(
             p=p,
@@ -103,6 +104,7 @@ class AttentionTransfer(_Loss):
             weight=weight,
             teacher_is_map=teacher_is_map,
             student_is_map=student_is_map,
+            channel_dim=channel_dim,
         )
 
     function = staticmethod(attention_transfer_loss)
@@ -145,6 +147,7 @@ class FSP(_Loss):
         weights: Sequence[float] | None = None,
         weight: float = 1.0,
         precision: str | None = None,
+        channel_dim: int = 1,
     ) -> None:
         super().__init__(
             pool_mode=pool_mode,
@@ -153,6 +156,7 @@ class FSP(_Loss):
             weights=weights,
             weight=weight,
             precision=precision,
+            channel_dim=channel_dim,
         )
 
     function = staticmethod(fsp_loss)
@@ -206,8 +210,10 @@ class SAKD(_Loss):
     Presets: ``sakd``: 200, its authors' for CIFAR; ``imagenet``: 100, theirs for ImageNet.
     """
 
-    def __init__(self, *, weights: Sequence[float] | None = None, weight: float = 200.0) -> None:
-        super().__init__(weights=weights, weight=weight)
+    def __init__(
+        self, *, weights: Sequence[float] | None = None, weight: float = 200.0, channel_dim: int = 1
+    ) -> None:
+        super().__init__(weights=weights, weight=weight, channel_dim=channel_dim)
 
     function = staticmethod(sakd_loss)
     presets = {"sakd": {"weight": 200.0}, "imagenet": {"weight": 100.0}}
@@ -326,9 +332,14 @@ class OFD(_Loss):
     """
 
     def __init__(
-        self, margins: Features, *, weights: Sequence[float] | None = None, weight: float = 1e-3
+        self,
+        margins: Features,
+        *,
+        weights: Sequence[float] | None = None,
+        weight: float = 1e-3,
+        channel_dim: int = 1,
     ) -> None:
-        super().__init__(weights=weights, weight=weight)
+        super().__init__(weights=weights, weight=weight, channel_dim=channel_dim)
         found = checks.ofd_margins(margins, values=True)
         self._margins = tuple(f"margin_{i}" for i in range(len(found)))
         for name, margin in zip(self._margins, found, strict=True):
@@ -350,8 +361,10 @@ class HCL(_Loss):
     Presets: ``reviewkd``, ``mdistiller``: weight 1; for that of a pair see ``fastkd.methods.reviewkd``.
     """
 
-    def __init__(self, *, weights: Sequence[float] | None = None, weight: float = 1.0) -> None:
-        super().__init__(weights=weights, weight=weight)
+    def __init__(
+        self, *, weights: Sequence[float] | None = None, weight: float = 1.0, channel_dim: int = 1
+    ) -> None:
+        super().__init__(weights=weights, weight=weight, channel_dim=channel_dim)
 
     function = staticmethod(hcl_loss)
     presets = {"reviewkd": {"weight": 1.0}, "mdistiller": {"weight": 1.0}}

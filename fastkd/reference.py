@@ -88,8 +88,10 @@ def attention_map(
     normalize: bool = True,
     eps: float = 1e-12,
     eps_mode: str = "clamp",
+    channel_dim: int = 1,
 ) -> Tensor:
     """See :func:`fastkd.attention_map`."""
+    x = checks.channels_second(x, channel_dim)
     checks.attention_map(x, p, channel_reduce, eps, eps_mode)
     with _no_autocast(x):
         (x,) = _widen(x)
@@ -155,8 +157,11 @@ def attention_transfer_loss(
     weight: float = 1.0,
     teacher_is_map: bool = False,
     student_is_map: bool = False,
+    channel_dim: int = 1,
 ) -> Tensor:
     """See :func:`fastkd.attention_transfer_loss`."""
+    student = checks.channels_second(student, 1 if student_is_map else channel_dim)
+    teacher = checks.channels_second(teacher, 1 if teacher_is_map else channel_dim)
     students, teachers = checks.attention_transfer(
         student,
         teacher,
@@ -217,17 +222,24 @@ def _sakd(energies: list[Tensor], weights: Sequence[float] | None, weight: float
     return _combine([(s - t).square().mean() for s, t in pairs], weights, "sum", weight)
 
 
-def sakd_map(x: Tensor) -> Tensor:
+def sakd_map(x: Tensor, *, channel_dim: int = 1) -> Tensor:
     """See :func:`fastkd.sakd_map`."""
+    x = checks.channels_second(x, channel_dim)
     checks.sakd_map(x)
     with _no_autocast(x):
         return _self_attended(_widen(x)[0].square().mean(1))
 
 
 def sakd_loss(
-    student: Features, teacher: Features, *, weights: Sequence[float] | None = None, weight: float = 200.0
+    student: Features,
+    teacher: Features,
+    *,
+    weights: Sequence[float] | None = None,
+    weight: float = 200.0,
+    channel_dim: int = 1,
 ) -> Tensor:
     """See :func:`fastkd.sakd_loss`."""
+    student, teacher = (checks.channels_second(side, channel_dim) for side in (student, teacher))
     students, teachers = checks.sakd_loss(student, teacher, weights, weight)
     with _no_autocast(students[0]):
         return _sakd([x.square().mean(1) for x in _widen(*students, *teachers)], weights, weight)
@@ -243,8 +255,11 @@ def _gram(a: Tensor, b: Tensor, pool_mode: str, precision: str | None) -> Tensor
     return (a @ b.transpose(1, 2)).to(dtype) / a.shape[2]
 
 
-def fsp_matrix(a: Tensor, b: Tensor, *, pool_mode: str = "avg", precision: str | None = None) -> Tensor:
+def fsp_matrix(
+    a: Tensor, b: Tensor, *, pool_mode: str = "avg", precision: str | None = None, channel_dim: int = 1
+) -> Tensor:
     """See :func:`fastkd.fsp_matrix`."""
+    a, b = checks.channels_second((a, b), channel_dim)
     checks.fsp_matrix(a, b, pool_mode, precision)
     with _no_autocast(a):
         a, b = _widen(a, b)
@@ -261,8 +276,10 @@ def fsp_loss(
     weights: Sequence[float] | None = None,
     weight: float = 1.0,
     precision: str | None = None,
+    channel_dim: int = 1,
 ) -> Tensor:
     """See :func:`fastkd.fsp_loss`."""
+    student, teacher = (checks.channels_second(side, channel_dim) for side in (student, teacher))
     students, teachers = checks.fsp_loss(
         student, teacher, pool_mode, distance, pair_reduce, weights, weight, precision
     )
@@ -438,6 +455,7 @@ def ofd_loss(
     *,
     weights: Sequence[float] | None = None,
     weight: float = 1e-3,
+    channel_dim: int = 1,
 ) -> Tensor:
     """Squared difference of maps before the ReLU, where the teacher's is raised to a margin.
 
@@ -448,12 +466,14 @@ def ofd_loss(
             is checked on a CPU alone.
         weights: one factor a stage; None: 1 for the last stage, 1/2 for the one before it, and so on.
         weight: multiplies the result.
+        channel_dim: where C stands: 1, or -1 for views (N, *S, C) and tokens (N, L, C), without a copy.
 
     Returns: a scalar; float32, float64 if any input is float64. With ``target = max(t, margin)`` each stage
     is ``((s - target) ** 2)[(s > target) | (target > 0)].sum() / N``.
     Raises: TypeError, ValueError for what is not such a pair.
     Source: Heo et al., *A comprehensive overhaul of feature distillation*, ICCV 2019, and its code.
     """
+    student, teacher = (checks.channels_second(side, channel_dim) for side in (student, teacher))
     students, teachers, bounds = checks.ofd_loss(student, teacher, margins, weights, weight)
     count = len(students)
     with _no_autocast(students[0]):
@@ -471,7 +491,12 @@ def ofd_loss(
 
 
 def hcl_loss(
-    student: Features, teacher: Features, *, weights: Sequence[float] | None = None, weight: float = 1.0
+    student: Features,
+    teacher: Features,
+    *,
+    weights: Sequence[float] | None = None,
+    weight: float = 1.0,
+    channel_dim: int = 1,
 ) -> Tensor:
     """The hierarchical context loss of ReviewKD: mean squared differences at full size and of averages over
     coarser grids.
@@ -481,6 +506,7 @@ def hcl_loss(
             Any floating dtype.
         weights: one factor a level, 1 by default.
         weight: multiplies the result.
+        channel_dim: where C stands: 1, or -1 for views (N, H, W, C), without a copy.
 
     Returns: a scalar; float32, float64 if any input is float64. The levels are summed.
     Of one level: ``mean((s - t)^2)`` with factor 1, then the same of both averaged to 4x4, 2x2 and 1x1. A
@@ -489,6 +515,7 @@ def hcl_loss(
     Raises: TypeError, ValueError for what are not such pairs.
     Source: Chen, Liu, Zhao, Jia, *Distilling knowledge via knowledge review*, CVPR 2021.
     """
+    student, teacher = (checks.channels_second(side, channel_dim) for side in (student, teacher))
     students, teachers = checks.hcl_loss(student, teacher, weights, weight)
     with _no_autocast(students[0]):
         wide = _widen(*students, *teachers)

@@ -261,7 +261,9 @@ def _graph_loss_backward(ctx: Any, grad: Tensor, *rest: Any) -> tuple:
 autograd("fsp_loss", _graph_loss_backward, _graph_loss_context)
 
 
-def fsp_matrix(a: Tensor, b: Tensor, *, pool_mode: str = "avg", precision: str | None = None) -> Tensor:
+def fsp_matrix(
+    a: Tensor, b: Tensor, *, pool_mode: str = "avg", precision: str | None = None, channel_dim: int = 1
+) -> Tensor:
     """FSP matrix: the Gram matrix between the channels of two features, averaged over positions.
 
     Args:
@@ -271,12 +273,15 @@ def fsp_matrix(a: Tensor, b: Tensor, *, pool_mode: str = "avg", precision: str |
         size in each dimension.
         precision: of the products on a GPU: "ieee", "tf32", "tf32x3", or None for PyTorch's own setting;
         ignored on a CPU.
+        channel_dim: where C stands: 1, or -1 for views (N, *S, C) and tokens (N, L, C), without a copy.
 
     Returns: (N, Ca, Cb), float32 (float64 if any input is float64); differentiable in both.
     Equals ``torch.bmm(a.flatten(2), b.flatten(2).transpose(1, 2)) / S`` at equal sizes.
     Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
     Source: Yim et al., *A gift from knowledge distillation*, CVPR 2017.
     """
+    if channel_dim != 1:
+        a, b = checks.channels_second((a, b), channel_dim)
     impl = backends.select("fsp_matrix", (a, b), _cuda_limits.none)
     if impl.name == "reference":
         return reference.fsp_matrix(a, b, pool_mode=pool_mode, precision=precision)
@@ -302,6 +307,7 @@ def fsp_loss(
     weights: Sequence[float] | None = None,
     weight: float = 1.0,
     precision: str | None = None,
+    channel_dim: int = 1,
 ) -> Tensor:
     """FSP loss: the distance of student and teacher FSP matrices over consecutive stages, in one call.
 
@@ -315,6 +321,7 @@ def fsp_loss(
             norm; "column_l2", the mean over N of the summed l2 norms of the columns (index Cb).
         pair_reduce, weights: "sum" or "mean" of the pairs' terms, each multiplied by its weight.
         weight: multiplies the loss, in float32, before a half-precision gradient is rounded.
+        channel_dim: as in :func:`fsp_matrix`.
 
     Returns: a scalar, float32 (float64 if any input is float64); differentiable in student and teacher.
     Equals ``weight * sum((fsp_matrix(*s) - fsp_matrix(*t)).square().mean() for s, t in zip(pairwise(student),
@@ -324,6 +331,8 @@ def fsp_loss(
     (see the presets).
     """
     student, teacher = checks.listed(student), checks.listed(teacher)
+    if channel_dim != 1:
+        student, teacher = (checks.channels_second(side, channel_dim) for side in (student, teacher))
     impl = backends.select("fsp_loss", (student, teacher), _cuda_limits.fsp_loss)
     if impl.name == "reference":
         return reference.fsp_loss(

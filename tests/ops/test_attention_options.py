@@ -19,6 +19,7 @@ HEADER = Path(fastkd.__file__).parent.parent / "csrc" / "common" / "attention_op
 DEFAULTS = {
     name: p.default
     for name, p in list(inspect.signature(fastkd.attention_transfer_loss).parameters.items())[2:]
+    if name != "channel_dim"  # which is settled before the options
 }
 
 
