@@ -64,7 +64,9 @@ class BuildContext:
     ``student`` and ``teacher`` are as built: not folded, not wrapped for several GPUs; the teacher is frozen
     and holds its weights. ``student_shapes`` and ``teacher_shapes`` are Features of torch.Size (C, H, W),
     ``preact`` included. ``train_labels`` are those of the training set in use, or None; their number is the
-    size of a bank. ``batch_size`` counts the images of ONE process in a step.
+    size of a bank. ``batch_size`` counts the images of ONE process in a step. ``teacher_features()``, where
+    it is there, goes once through the training images, and gives the teacher's features, ``preact`` included,
+    batch by batch.
     """
 
     student: nn.Module
@@ -76,6 +78,7 @@ class BuildContext:
     batch_size: int | None = None
     epochs: int | None = None
     image_shape: tuple[int, ...] = (3, 32, 32)
+    teacher_features: Callable[[], Iterator[Features]] | None = None
 
     @classmethod
     def of(

@@ -21,7 +21,8 @@ _TRAIN_MODE = {"teacher_mode": "train"}
 class OFD(Distiller):
     """``fastkd.ofd_loss`` of the maps before the ReLU; the student's go through connectors first.
 
-    The margins come from the teacher's batch norms when the method is built, or from each batch of a process.
+    The margins come from the teacher's batch norms, or from its maps of the training images, when the method
+    is built; or from each batch of a process.
     """
 
     @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class OFD(Distiller):
         margin: str = option(
             "batch_norm",
             "below which the teacher's map is cut off: mean of the negative part of what its norms say, "
-            "or of the batch",
-            ("batch_norm", "batch"),
+            "of its maps of all training images, or of the batch",
+            ("batch_norm", "data", "batch"),
         )
         reduce: str = option("sum", "over channels and positions", ("sum", "mean"))
         weights: tuple[float, ...] | None = option(
@@ -60,8 +61,11 @@ class OFD(Distiller):
             weights = [weight / shape.numel() for weight, shape in zip(weights, sides[1], strict=True)]
         self.weights, self.beta = weights, options.beta
         self.function: OFDLoss | None = None
-        if options.margin == "batch_norm":
-            self.function = OFDLoss(_margins(context.teacher, count), weights=weights, weight=options.beta)
+        if options.margin != "batch":
+            found = (
+                _margins(context.teacher, count) if options.margin == "batch_norm" else data_margins(context)
+            )
+            self.function = OFDLoss(found, weights=weights, weight=options.beta)
 
     def connect(self, batch: Batch, student: Output, teacher: Output) -> list[Tensor]:
         return [
@@ -83,12 +87,32 @@ def _margins(teacher: nn.Module, count: int) -> Sequence[Tensor]:
     if len(norms) != count:
         raise ValueError(
             f"teacher is {type(teacher).__name__} with {len(norms)} norms_before_relu() for {count} stages:"
-            " ofd wanted one a stage, or the option ofd.margin=batch"
+            " ofd wanted one a stage, or the option ofd.margin=data or ofd.margin=batch"
         )
     return [ofd_margin(norm.weight.detach(), norm.bias.detach()) for norm in norms]
 
 
+def data_margins(context: BuildContext) -> list[Tensor]:
+    """For each stage of the teacher the mean of each channel's negative numbers over all training images."""
+    sums: list[tuple[Tensor, Tensor]] = []
+    for features in context.teacher_features() if context.teacher_features else ():
+        found = [(total.double(), count) for total, count in map(_negatives, features.preact.stages)]
+        sums = [(a + c, b + d) for (a, b), (c, d) in zip(sums, found, strict=True)] if sums else found
+    if not sums:
+        raise ValueError(
+            "train_images has no batch, wanted those of the training set: ofd.margin=data measures the"
+            " teacher's maps of them"
+        )
+    return [(total / count.clamp_min(1)).float() for total, count in sums]
+
+
 def batch_margin(x: Tensor) -> Tensor:
     """(N, C, *S) -> (C,): the mean of each channel's negative numbers, 0 where there are none."""
+    total, count = _negatives(x)
+    return total / count.clamp_min(1)
+
+
+def _negatives(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum, number) of the negative numbers of each channel, (C,) twice."""
     (x,) = reference._widen(x.flatten(2))
-    return x.clamp_max(0).sum((0, 2)) / (x < 0).sum((0, 2)).clamp_min(1)
+    return x.clamp_max(0).sum((0, 2)), (x < 0).sum((0, 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -120,14 +121,24 @@ class Config(Choices):
             ) from None
 
     def distillation(
-        self, role: str, student: nn.Module, teacher: nn.Module | None, method: Definition, fold: bool = True
+        self,
+        role: str,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        method: Definition,
+        fold: bool = True,
+        train_images: Iterable[Any] | None = None,
     ) -> Distillation:
-        """What trains ``student`` by ``method``; both networks are on the device."""
+        """What trains ``student`` by ``method``; both networks are on the device.
+
+        Without ``train_images`` it is one to be looked at: two blank images stand for the training set.
+        """
         return Distillation(
             student,
             teacher if method.needs_teacher else None,
             method,
             train_labels=self.data.train_labels,
+            train_images=[torch.zeros(2, 3, 32, 32)] if train_images is None else train_images,
             num_classes=self.data.classes,
             batch_size=self.recipe.batch_size,
             epochs=self.recipe.epochs,
