@@ -178,7 +178,7 @@ def test_lenscloths_regressor_is_a_convolution_alone():
     assert found.terms[0].options.phases == 2 and found.terms[0].options.beta == 1
     with pytest.raises(
         ValueError,
-        match="regressor is pointwise, student's map is .32, 14, 14., teacher's is .128, 16, 16.: wanted maps",
+        match="regressor is pointwise, student.s map is .32, 14, 14., teacher.s is .128, 16, 16.: wanted map",
     ):
         fastkd.Distillation(create_model("resnet_32_20"), wide, "fitnet", options=options)
 
