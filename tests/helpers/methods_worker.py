@@ -13,7 +13,7 @@ from fastkd.methods import METHODS, define
 from fastkd.models import create_model
 from fastkd.training import distributed
 
-NAMES = (*METHODS[1:], "ofd.margin=batch")
+NAMES = (*METHODS[1:], "ofd.margin=batch", "crd.negatives=queue", "crd.negatives=batch")
 TOGETHER = 12  # images of a step
 LABELS = torch.arange(30) % 5
 
@@ -21,7 +21,7 @@ LABELS = torch.arange(30) % 5
 def built(name: str, images: int) -> Distillation:
     """In float64, without cross-entropy; batch norms in eval mode, since theirs are means of a process."""
     method, *words = (name.split(".")[0], name) if "." in name else (name,)
-    words += ["crd.k=7"] * (method == "crd")
+    words += {"crd": ["crd.k=7"], "crd.negatives=queue": ["crd.queue=20"]}.get(name, [])
     torch.manual_seed(5)
     student, teacher = create_model("resnet8", 5), create_model("resnet8", 5)
     terms = dataclasses.replace(define(method, preset="repdistiller", words=words), ce=0.0)
