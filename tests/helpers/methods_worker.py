@@ -11,7 +11,7 @@ from torch import Tensor
 from fastkd.distillation import Distillation
 from fastkd.methods import METHODS, define
 from fastkd.models import create_model
-from fastkd.training import distributed
+from fastkd.training import collectives, distributed
 
 NAMES = (*METHODS[1:], "ofd.margin=batch", "crd.negatives=queue", "crd.negatives=batch")
 TOGETHER = 12  # images of a step
@@ -43,9 +43,9 @@ def step(made: Distillation, rows: Tensor, together: int) -> dict[str, Tensor]:
     index = 2 * rows + 1
     losses = made(images[rows], LABELS[index], index)
     losses.total.backward()
-    distributed.add_gradients([*names.values()], len(rows) / together)
+    collectives.add_gradients([*names.values()], len(rows) / together)
     if losses.records:
-        made.update(*distributed.joined_rows((index, losses.records), together))
+        made.update(*collectives.joined_rows((index, losses.records), together))
     return {name: parameter.grad.clone() for name, parameter in names.items() if parameter.grad is not None}
 
 
