@@ -12,6 +12,7 @@ import torch
 
 import fastkd
 from fastkd.methods import METHODS, BuildContext, create_method, define
+from fastkd.methods.base import paired_stages
 from fastkd.models import create_model
 from fastkd.training.recipes import SETTINGS
 
@@ -166,3 +167,21 @@ def test_stages_of_another_number_are_one_line(name):
         ValueError, match=f"student has . stages, teacher has .: {name} wanted the same number"
     ):
         fastkd.Distillation(OfTwo(), network("resnet8"), name, **points)
+
+
+@pytest.mark.parametrize(
+    ("other", "same", "fits"),
+    [
+        ((4, 2, 3), "size", True), ((9, 2, 3), "size", True), ((4, 5, 3), "size", False), ((4, 2, 5), "size", False),
+        ((4, 7, 7), "channels", True), ((5, 2, 3), "channels", False), ((5, 7, 7), "", True),
+    ],
+)  # fmt: skip
+def test_what_must_be_equal_in_a_pair(other, same, fits):
+    student, teacher = [(1, 1, 1), (4, 2, 3)], [(1, 1, 1), other]
+    if fits:
+        assert paired_stages("x", student, teacher, same) == [*zip(student, teacher, strict=True)]
+        return
+    with pytest.raises(
+        ValueError, match=re.escape(f"student's stage 2 is (4, 2, 3), teacher's is {other}: x")
+    ):
+        paired_stages("x", student, teacher, same)
