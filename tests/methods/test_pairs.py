@@ -172,8 +172,9 @@ def test_stages_of_another_number_are_one_line(name):
 @pytest.mark.parametrize(
     ("other", "same", "fits"),
     [
-        ((4, 2, 3), "size", True), ((9, 2, 3), "size", True), ((4, 5, 3), "size", False), ((4, 2, 5), "size", False),
-        ((4, 7, 7), "channels", True), ((5, 2, 3), "channels", False), ((5, 7, 7), "", True),
+        ((4, 2, 3), "size", True), ((9, 2, 3), "size", True), ((4, 5, 3), "size", False),
+        ((4, 2, 5), "size", False), ((4, 7, 7), "channels", True), ((5, 2, 3), "channels", False),
+        ((5, 7, 7), "", True),
     ],
 )  # fmt: skip
 def test_what_must_be_equal_in_a_pair(other, same, fits):
