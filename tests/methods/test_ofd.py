@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import math
 import random
+from collections import OrderedDict
 from statistics import NormalDist
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import fastkd
 from fastkd import reference
@@ -284,6 +286,23 @@ def test_margins_measured_on_the_training_images(kind):
     for given in (None, []):
         with pytest.raises(ValueError, match="train_images has no batch, wanted those of the training set"):
             fastkd.Distillation(student, teacher, "ofd", options=options, train_images=given)
+
+
+def test_margins_of_a_teacher_without_norms_or_features():
+    def network():
+        layers = {"one": nn.Conv2d(3, 4, 3, padding=1), "relu": nn.ReLU(), "pool": nn.AdaptiveAvgPool2d(1)}
+        return nn.Sequential(OrderedDict(**layers, flat=nn.Flatten(), fc=nn.Linear(4, 5)))
+
+    student, teacher, images = network(), network(), torch.randn(5, 3, 32, 32)
+    points = {"student_points": ["one"], "teacher_points": ["one"]}
+    options = {"ofd": {"margin": "data"}}
+    made = fastkd.Distillation(
+        student, teacher, "ofd", options=options, train_images=images.split(2), **points
+    )
+    x = teacher.one(images)
+    wanted = torch.stack([x[:, c][x[:, c] < 0].mean() for c in range(4)])
+    torch.testing.assert_close(made.methods["ofd"].function.margin_0, wanted.detach(), rtol=1e-5, atol=1e-6)
+    assert made(images).total > 0
 
 
 def test_a_run_measures_its_margins(small_main, tmp_path):
