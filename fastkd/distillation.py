@@ -4,8 +4,9 @@ one that users build.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from fastkd.methods import (
     overrides,
     undisturbed,
 )
+from fastkd.models import Features
 from fastkd.models.extract import Observed, shows_features
 from fastkd.models.folding import fold_for_inference
 from fastkd.reference.common import widen
@@ -77,6 +79,8 @@ class Distillation(nn.Module):
             not ours.
         train_labels: (M,) labels of the training set, for methods that keep something of each image; the
             ``index`` of ``forward`` counts in it.
+        train_images: batches of the training set, of images or of tuples that begin with them, as of a
+            DataLoader, for methods that look at it once when they are built.
         num_classes: that of the teacher's logits unless given.
         batch_size, epochs: of the training, for methods whose layers or schedules depend on them.
         autocast: what the networks and the methods' convolutions run under; None: whatever is on where
@@ -105,6 +109,7 @@ class Distillation(nn.Module):
         teacher_points: Sequence[str] | None = None,
         classifier: str | None = None,
         train_labels: Tensor | None = None,
+        train_images: Iterable[Any] | None = None,
         num_classes: int | None = None,
         batch_size: int | None = None,
         epochs: int | None = None,
@@ -139,6 +144,9 @@ class Distillation(nn.Module):
                 )
             rest = {
                 "train_labels": train_labels,
+                "teacher_features": None
+                if train_images is None
+                else partial(self._features, teacher, train_images),
                 "num_classes": num_classes,
                 "batch_size": batch_size,
                 "epochs": epochs,
@@ -169,6 +177,14 @@ class Distillation(nn.Module):
         self._folds = fold
         self.fold()
         self.train(self.training)
+
+    def _features(self, teacher: nn.Module, batches: Iterable[Any]) -> Iterator[Features]:
+        """The teacher's features of all ``batches``, of images or of tuples that begin with them."""
+        device, observed = next(teacher.parameters()).device, self._observed[1] or teacher
+        for batch in batches:
+            images = batch if isinstance(batch, Tensor) else batch[0]
+            with self._autocast():
+                yield observed(images.to(device), features="both")[0]
 
     @property
     def teacher(self) -> nn.Module | None:

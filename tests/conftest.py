@@ -196,3 +196,25 @@ def small_main(monkeypatch: pytest.MonkeyPatch, one_thread):
     import train
 
     return train.main
+
+
+@pytest.fixture(scope="module")
+def nursery():
+    """Starts the command in processes that can be killed."""
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork on this system")
+    from runs import Nursery
+
+    found = Nursery()
+    yield found
+    found.end()
+
+
+@pytest.fixture(scope="module")
+def group():
+    """Starts groups of processes."""
+    from runs import Group
+
+    found = Group()
+    yield found
+    found.end()

@@ -35,6 +35,7 @@ from fastkd.checks.numbers import (
 from fastkd.checks.tensors import (
     FLOATS,
     Features,
+    channels_second,
     describe,
     feature,
     fits,

@@ -103,6 +103,8 @@ def option(name: str, value: Any) -> Any:
         return above_zero(name, value)
     if name == "p":
         return power(value)
+    if name == "channel_dim" and value not in (1, -1):
+        raise ValueError(f"channel_dim is {value!r}, wanted 1 or, for the last dimension, -1")
     return number(name, value, at_least=_LEAST.get(name)) if name in ("eps", "weight") else value
 
 

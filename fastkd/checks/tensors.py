@@ -59,6 +59,21 @@ def listed(value: Any) -> Any:
     return value
 
 
+def channels_second(value: Any, channel_dim: object) -> Any:
+    """Features whose channels stand where ``channel_dim`` says, 1 or -1, as (N, C, *S): views, no copies.
+
+    What is no such feature stays as it is, for the checks that come after to name.
+    """
+    if channel_dim not in (1, -1):
+        raise ValueError(f"channel_dim is {channel_dim!r}, wanted 1 or, for the last dimension, -1")
+    value = listed(value)
+    if channel_dim == 1 or not isinstance(value, (Tensor, list, tuple)):
+        return value
+    if isinstance(value, Tensor):
+        return value.movedim(-1, 1) if value.dim() > 2 else value
+    return [channels_second(x, channel_dim) if isinstance(x, Tensor) else x for x in value]
+
+
 def stages(name: str, value: object) -> list[Tensor]:
     """The tensors of one stage or of several; a lone tensor is a list of one."""
     if type(value) is list:  # what nearly every call brings

@@ -44,6 +44,7 @@ class AttentionTransfer(Loss):
         weight: float = 1.0,
         teacher_is_map: bool = False,
         student_is_map: bool = False,
+        channel_dim: int = 1,
     ) -> None:
         super().__init__(
             p=p,
@@ -59,6 +60,7 @@ class AttentionTransfer(Loss):
             weight=weight,
             teacher_is_map=teacher_is_map,
             student_is_map=student_is_map,
+            channel_dim=channel_dim,
         )
 
     function = staticmethod(attention_transfer_loss)
@@ -101,6 +103,7 @@ class FSP(Loss):
         weights: Sequence[float] | None = None,
         weight: float = 1.0,
         precision: str | None = None,
+        channel_dim: int = 1,
     ) -> None:
         super().__init__(
             pool_mode=pool_mode,
@@ -109,6 +112,7 @@ class FSP(Loss):
             weights=weights,
             weight=weight,
             precision=precision,
+            channel_dim=channel_dim,
         )
 
     function = staticmethod(fsp_loss)
@@ -132,8 +136,10 @@ class SAKD(Loss):
     Presets: ``sakd``: 200, its authors' for CIFAR; ``imagenet``: 100, theirs for ImageNet.
     """
 
-    def __init__(self, *, weights: Sequence[float] | None = None, weight: float = 200.0) -> None:
-        super().__init__(weights=weights, weight=weight)
+    def __init__(
+        self, *, weights: Sequence[float] | None = None, weight: float = 200.0, channel_dim: int = 1
+    ) -> None:
+        super().__init__(weights=weights, weight=weight, channel_dim=channel_dim)
 
     function = staticmethod(sakd_loss)
     presets = {"sakd": {"weight": 200.0}, "imagenet": {"weight": 100.0}}
@@ -151,9 +157,14 @@ class OFD(Loss):
     """
 
     def __init__(
-        self, margins: Features, *, weights: Sequence[float] | None = None, weight: float = 1e-3
+        self,
+        margins: Features,
+        *,
+        weights: Sequence[float] | None = None,
+        weight: float = 1e-3,
+        channel_dim: int = 1,
     ) -> None:
-        super().__init__(weights=weights, weight=weight)
+        super().__init__(weights=weights, weight=weight, channel_dim=channel_dim)
         found = checks.ofd_margins(margins, values=True)
         self._margins = tuple(f"margin_{i}" for i in range(len(found)))
         for name, margin in zip(self._margins, found, strict=True):
@@ -175,8 +186,10 @@ class HCL(Loss):
     Presets: ``reviewkd``, ``mdistiller``: weight 1; for that of a pair see ``fastkd.methods.reviewkd``.
     """
 
-    def __init__(self, *, weights: Sequence[float] | None = None, weight: float = 1.0) -> None:
-        super().__init__(weights=weights, weight=weight)
+    def __init__(
+        self, *, weights: Sequence[float] | None = None, weight: float = 1.0, channel_dim: int = 1
+    ) -> None:
+        super().__init__(weights=weights, weight=weight, channel_dim=channel_dim)
 
     function = staticmethod(hcl_loss)
     presets = {"reviewkd": {"weight": 1.0}, "mdistiller": {"weight": 1.0}}

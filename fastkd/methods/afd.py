@@ -4,6 +4,7 @@ the teacher is learned.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,21 +61,39 @@ def _vectors(layers: nn.ModuleList, maps: Sequence[Tensor]) -> Tensor:
 def differences(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
     """(N, T, S): mean squared differences of attention maps, mean of squares over channels, of length 1.
 
-    A student's map is averaged to the teacher's size after the squaring; a smaller one is repeated.
+    A student's map is averaged to the teacher's size after the squaring; a smaller one is repeated. By inner
+    products, all pairs of two sizes at once: of vectors, |s - t|^2 = |s|^2 + |t|^2 - 2 <s, t>.
     """
-    energies = [attention_map(x, normalize=False) for x in students]
-    resized: dict[tuple[int, int], Tensor] = {}  # (N, S, positions), by the teacher's size
-    found = []
-    for teacher in teachers:
-        size = (teacher.shape[2], teacher.shape[3])
-        if size not in resized:
-            maps = [
-                (x if x.shape[1:] == size else F.adaptive_avg_pool2d(x, size)).flatten(1) for x in energies
-            ]
-            resized[size] = F.normalize(torch.stack(maps, 1), dim=2)
-        target = attention_map(teacher).flatten(1)
-        found.append((resized[size] - target[:, None]).square().mean(2))
-    return torch.stack(found, 1)
+    ours, mine = _by_size([attention_map(x, normalize=False) for x in students])
+    theirs, order = _by_size([attention_map(x) for x in teachers])
+    rows = [torch.cat([_distances(s, t) for s in ours], 2) for t in theirs]
+    return torch.cat(rows, 1)[:, order][:, :, mine]
+
+
+def _by_size(maps: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """(the maps of each size, (N, number, H, W); for each map its place among all of them)."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for i, x in enumerate(maps):
+        found.setdefault(tuple(x.shape[1:]), []).append(i)
+    order = [i for group in found.values() for i in group]
+    stacks = [torch.stack([maps[i] for i in group], 1) for group in found.values()]
+    return stacks, [order.index(i) for i in range(len(maps))]
+
+
+def _distances(s: Tensor, t: Tensor) -> Tensor:
+    """(N, T, S) of maps (N, S, H, W) and, of length 1 or 0, (N, T, H', W')."""
+    size, own = t.shape[2:], s.shape[2:]
+    squares = t.square().sum((2, 3))
+    repeats = [theirs // mine for mine, theirs in zip(own, size, strict=True)]
+    if own != size and all(mine * k == theirs for mine, k, theirs in zip(own, repeats, size, strict=True)):
+        # the product with a repeated map is that with the sums of what each number would meet; its length is
+        # the root of the repeats times as large
+        t = F.avg_pool2d(t, repeats) * math.prod(repeats) ** 0.5
+    elif own != size:
+        s = F.adaptive_avg_pool2d(s, tuple(size))  # type: ignore[arg-type]
+    s = F.normalize(s.flatten(2), dim=2)
+    products = t.flatten(2) @ s.mT
+    return (squares[:, :, None] + s.square().sum(2)[:, None] - 2 * products) / size.numel()
 
 
 class AFD(Distiller):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -64,7 +64,9 @@ class BuildContext:
     ``student`` and ``teacher`` are as built: not folded, not wrapped for several GPUs; the teacher is frozen
     and holds its weights. ``student_shapes`` and ``teacher_shapes`` are Features of torch.Size (C, H, W),
     ``preact`` included. ``train_labels`` are those of the training set in use, or None; their number is the
-    size of a bank. ``batch_size`` counts the images of ONE process in a step.
+    size of a bank. ``batch_size`` counts the images of ONE process in a step. ``teacher_features()``, where
+    it is there, goes once through the training images, and gives the teacher's features, ``preact`` included,
+    batch by batch.
     """
 
     student: nn.Module
@@ -76,6 +78,7 @@ class BuildContext:
     batch_size: int | None = None
     epochs: int | None = None
     image_shape: tuple[int, ...] = (3, 32, 32)
+    teacher_features: Callable[[], Iterator[Features]] | None = None
 
     @classmethod
     def of(
@@ -129,6 +132,28 @@ def shapes(
         torch.utils._pytree.tree_map(lambda x: x.shape[1:] if isinstance(x, Tensor) else x, features),
         logits.shape[1],
     )
+
+
+def paired_stages(
+    method: str, student: Sequence[Any], teacher: Sequence[Any], same: str = "", first: int = 1
+) -> list[tuple[Any, Any]]:
+    """The shapes (C, H, W) of both networks' stages, side by side; ``first`` is the number of the first.
+
+    ``same``: "size" or "channels", what must be equal in a pair. Raises ValueError, which names both shapes.
+    """
+    if len(student) != len(teacher):
+        raise ValueError(
+            f"student has {len(student)} stages, teacher has {len(teacher)}: {method} wanted the same number"
+        )
+    wanted = {"size": (slice(1, None), "maps of one size"), "channels": (slice(1), "equal channels")}
+    pairs = list(zip(student, teacher, strict=True))
+    for i, (mine, theirs) in enumerate(pairs, first):
+        if same and mine[wanted[same][0]] != theirs[wanted[same][0]]:
+            raise ValueError(
+                f"student's stage {i} is {tuple(mine)}, teacher's is {tuple(theirs)}: {method} wanted"
+                f" {wanted[same][1]}"
+            )
+    return pairs
 
 
 class Beside(NamedTuple):

@@ -1,5 +1,5 @@
 """Contrastive representation distillation (Tian et al., 2020) on the pooled vectors, with a bank of
-embeddings for each network.
+embeddings for each network, or a queue of the latest ones, or neither.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from fastkd import checks, seeds
 from fastkd.losses import CRD as CRDLoss
 from fastkd.methods.base import Batch, BuildContext, Distiller, Output, Preset, option
+from fastkd.methods.recent import Recent
 
 MOST = 16384
 """The negatives of an image in all published code."""
+NEGATIVES = ("bank", "queue", "batch")
 
 
 class CRD(Distiller):
@@ -26,7 +28,13 @@ class CRD(Distiller):
     The banks begin as random numbers. After a step the rows of its images move towards their embeddings. The
     negatives of an image are ``k`` images of other classes, drawn again in each epoch; they depend on the
     seed, the epoch and the image alone. They differ from each other, unless ``k`` is more than the images of
-    other classes. ``beta`` left open is KD-Zoo's: 0.2 where there are ten classes, else 0.8. Of several
+    other classes.
+
+    A bank grows with the training set. With ``negatives=queue`` the latest embeddings of so many images are
+    kept instead, with ``negatives=batch`` none: see :class:`fastkd.methods.recent.Recent`. Neither needs
+    ``train_labels`` or ``index``.
+
+    ``beta`` left open is KD-Zoo's: 0.2 where there are ten classes, else 0.8. Of several
     processes each divides the first batch's scores by the mean of its own images' scores; from then on all
     have the mean of all images, and the same banks.
     """
@@ -41,15 +49,24 @@ class CRD(Distiller):
         momentum: float = option(0.5, "share of the old embedding in a new row of a bank")
         width: int = option(128, "of the embeddings")
         positive: str = option("exact", "the image itself, or one drawn of its class", ("exact", "relax"))
+        negatives: str = option(
+            "bank", "of a bank of all images, of a queue of the latest, or of the batch", NEGATIVES
+        )
+        queue: int = option(MOST, "length of the queue")
 
         def __post_init__(self) -> None:
-            for name, value in (("k", self.k), ("width", self.width)):
+            for name, value in (("k", self.k), ("width", self.width), ("queue", self.queue)):
                 if value is not None and value < 1:
                     raise ValueError(f"{name} is {value}, wanted at least 1")
             if not self.temperature > 0:
                 raise ValueError(f"temperature is {self.temperature}, wanted a number above 0")
             if not 0 <= self.momentum < 1:
                 raise ValueError(f"momentum is {self.momentum}, wanted at least 0 and less than 1")
+            if self.negatives != "bank" and (self.k is not None or self.positive != "exact"):
+                what = f"k is {self.k}" if self.k is not None else f"positive is {self.positive}"
+                raise ValueError(
+                    f"{what}, but nothing is drawn with negatives={self.negatives}: leave it out"
+                )
 
     title, colour = "CRD", "#882255"
     canonical = "repdistiller"
@@ -66,28 +83,35 @@ class CRD(Distiller):
     order: Tensor
     starts: Tensor
     chances: Tensor
+    function: CRDLoss | None
 
     def __init__(self, context: BuildContext, options: Any):
         super().__init__(context, options)
+        beta, width = options.beta, options.width
+        if beta is None:
+            beta = 0.2 if context.num_classes == 10 else 0.8
+        self.settled = {"beta": beta} if options.beta is None else {}
+        self.embeddings = nn.ModuleList(
+            nn.Linear(int(shapes.pooled[0]), width)
+            for shapes in (context.student_shapes, context.teacher_shapes)
+        )
+        self.momentum, self.function = options.momentum, None
+        if options.negatives != "bank":
+            length = options.queue if options.negatives == "queue" else 0
+            self.recent = Recent(length, width, options.temperature, beta)
+            return
         if context.train_labels is None:
             raise ValueError(
                 "train_labels is None, wanted the labels of the training set: crd keeps two embeddings of"
-                " each image"
+                " each image, but with negatives=queue or negatives=batch"
             )
         labels, self.seed = context.train_labels.cpu(), torch.initial_seed()
-        self.positive, self.momentum, size = options.positive, options.momentum, len(labels)
-        self.k = max(1, min(MOST, size // 3)) if options.k is None else options.k
-        beta = options.beta
-        if beta is None:
-            beta = 0.2 if context.num_classes == 10 else 0.8
-        found = {"beta": beta, "k": self.k}
-        self.settled = {name: value for name, value in found.items() if getattr(options, name) is None}
-        self.embeddings = nn.ModuleList(
-            nn.Linear(int(shapes.pooled[0]), options.width)
-            for shapes in (context.student_shapes, context.teacher_shapes)
-        )
-        bound = math.sqrt(3 / options.width)
-        banks = [torch.empty(size, options.width).uniform_(-bound, bound) for _ in range(2)]
+        self.positive, self.k = options.positive, options.k
+        if options.k is None:
+            self.k = max(1, min(MOST, len(labels) // 3))
+            self.settled = {**self.settled, "k": self.k}
+        bound = math.sqrt(3 / width)
+        banks = [torch.empty(len(labels), width).uniform_(-bound, bound) for _ in range(2)]
         self.function = CRDLoss(*banks, temperature=options.temperature, weight=beta)
         self._classes(labels)
         self.set_epoch(0, 1)
@@ -119,6 +143,8 @@ class CRD(Distiller):
             self.register_buffer(name, buffer, persistent=False)
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
+        if self.function is None:  # nothing is drawn
+            return
         generator = seeds.generator(self.seed, "crd", epoch)
         size = len(self.starts)
         order = torch.randperm(size, generator=generator)
@@ -127,7 +153,16 @@ class CRD(Distiller):
         self.chances.copy_(torch.rand(self.chances.shape, generator=generator, dtype=torch.float64))
 
     def loss(self, batch: Batch, student: Output, teacher: Output, connected: Any) -> tuple[Tensor, Any]:
-        index, count = batch.index, len(student.features.pooled)
+        sides = zip(self.embeddings, (student, teacher), strict=True)
+        found = [embed(side.features.pooled.to(embed.weight.dtype)) for embed, side in sides]  # type: ignore[arg-type]
+        units = [x / torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in found]
+        if self.function is None:
+            loss, normalizers = self.recent(*units)
+        else:
+            loss, normalizers = self.function(*units, self.draw(self._places(batch.index)))
+        return loss, (units[0].detach(), units[1].detach(), normalizers.expand(len(units[0]), 2))
+
+    def _places(self, index: Tensor | None) -> Tensor:
         if index is None:
             raise ValueError(
                 "index is None, wanted where each image stands in train_labels: crd keeps two embeddings of"
@@ -135,15 +170,14 @@ class CRD(Distiller):
             )
         if not torch.compiler.is_compiling():
             checks.crd_rows(index, len(self.labels), "index")
-        sides = zip(self.embeddings, (student, teacher), strict=True)
-        found = [embed(side.features.pooled.to(embed.weight.dtype)) for embed, side in sides]  # type: ignore[arg-type]
-        units = [x / torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in found]
-        loss, normalizers = self.function(*units, self.draw(index))
-        return loss, (units[0].detach(), units[1].detach(), normalizers.expand(count, 2))
+        return index
 
     def update(self, index: Tensor, record: Any) -> None:
         student, teacher, normalizers = record
-        self.function.update(index, student, teacher, normalizers.mean(0), self.momentum)
+        if self.function is None:
+            self.recent.update(student, teacher, normalizers.mean(0))
+        else:
+            self.function.update(index, student, teacher, normalizers.mean(0), self.momentum)
 
     def draw(self, index: Tensor) -> Tensor:
         """(N, k + 1): for each image its positive, then its negatives."""

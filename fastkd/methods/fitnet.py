@@ -29,7 +29,9 @@ class FitNet(Distiller):
         hint: int = option(2, "the stage whose maps are compared, from 1; 0 is the stem")
         relu: bool = option(True, "whether the regressor ends in a ReLU")
         regressor: str = option(
-            "conv", "by the sizes of both maps, or none: they are compared as they are", ("conv", "none")
+            "conv",
+            "by the sizes of both maps; pointwise: 1x1 alone, for one size; none: for equal shapes",
+            ("conv", "pointwise", "none"),
         )
         phases: int = option(1, "2: the hint alone, then the rest without it; 1: all together")
 
@@ -44,6 +46,8 @@ class FitNet(Distiller):
         "mdistiller": Preset({"hint": 2, "beta": 100.0}),
         "simkd": Preset({"hint": 1, "beta": 100.0}, Beside(1.0, 1.0)),
         "kdzoo": Preset({"hint": 3, "beta": 0.1, "regressor": "none"}),
+        # of its four hints, each of one stage, one is here: another is a run with another hint
+        "lenscloth": Preset({"hint": 2, "beta": 1.0, "regressor": "pointwise", "phases": 2}),
         "paper": Preset({"hint": 2, "beta": 100.0, "phases": 2}),
     }
     student_points = teacher_points = Points.MAPS
@@ -59,11 +63,15 @@ class FitNet(Distiller):
         self.regressor: nn.Module = nn.Identity()
         if options.regressor == "conv":
             self.regressor = ConvReg(s, t, options.relu)
-        elif s != t:
+        elif s != t if options.regressor == "none" else s[1:] != t[1:]:
+            wanted = "equal shapes" if options.regressor == "none" else "maps of one size"
             raise ValueError(
-                f"fitnet.regressor is none, student's map is {tuple(s)}, teacher's is {tuple(t)}: wanted"
-                " equal shapes"
+                f"fitnet.regressor is {options.regressor}, student's map is {tuple(s)}, teacher's is"
+                f" {tuple(t)}: wanted {wanted}"
             )
+        elif options.regressor == "pointwise":
+            self.regressor = nn.Conv2d(s[0], t[0], 1, bias=False)
+            nn.init.uniform_(self.regressor.weight, -0.005, 0.005)
 
     @classmethod
     def begins(cls, options: Any) -> bool:

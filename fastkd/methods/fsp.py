@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from fastkd.losses import FSP as FSPLoss
-from fastkd.methods.base import Batch, BuildContext, Distiller, Output, Points, Preset, option
+from fastkd.methods.base import Batch, BuildContext, Distiller, Output, Points, Preset, option, paired_stages
 from fastkd.models import Features
 
 
@@ -48,12 +48,15 @@ class FSP(Distiller):
 
     def __init__(self, context: BuildContext, options: Any):
         super().__init__(context, options)
+        chains = _chain(context.student_shapes), _chain(context.teacher_shapes)
+        first = 1 - (len(context.student_shapes.stem) > 0)
+        paired_stages("fsp", *chains, same="channels", first=first)  # of which stage 0 is the stem
         self.function = options.module()
 
     def loss(self, batch: Batch, student: Output, teacher: Output, connected: Any) -> Tensor:
         return self.function(_chain(student.features), _chain(teacher.features))
 
 
-def _chain(features: Features) -> list[Tensor]:
-    """A network that has no stem to show begins with its first stage."""
-    return [*([features.stem] if isinstance(features.stem, Tensor) else []), *features.stages]
+def _chain(features: Features) -> list[Any]:
+    """Maps, or their shapes. A network that has no stem to show begins with its first stage."""
+    return [*([features.stem] if len(features.stem) else []), *features.stages]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastkd import checks
 from fastkd.losses import OFD as OFDLoss
-from fastkd.methods.base import Batch, BuildContext, Distiller, Output, Points, Preset, option
+from fastkd.methods.base import Batch, BuildContext, Distiller, Output, Points, Preset, option, paired_stages
 from fastkd.methods.connectors import pointwise
 from fastkd.reference import ofd_loss, ofd_margin
 from fastkd.reference.common import widen
@@ -22,7 +22,8 @@ _TRAIN_MODE = {"teacher_mode": "train"}
 class OFD(Distiller):
     """``fastkd.ofd_loss`` of the maps before the ReLU; the student's go through connectors first.
 
-    The margins come from the teacher's batch norms when the method is built, or from each batch of a process.
+    The margins come from the teacher's batch norms, or from its maps of the training images, when the method
+    is built; or from each batch of a process.
     """
 
     @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class OFD(Distiller):
         margin: str = option(
             "batch_norm",
             "below which the teacher's map is cut off: mean of the negative part of what its norms say, "
-            "or of the batch",
-            ("batch_norm", "batch"),
+            "of its maps of all training images, or of the batch",
+            ("batch_norm", "data", "batch"),
         )
         reduce: str = option("sum", "over channels and positions", ("sum", "mean"))
         weights: tuple[float, ...] | None = option(
@@ -50,29 +51,22 @@ class OFD(Distiller):
 
     def __init__(self, context: BuildContext, options: Any):
         super().__init__(context, options)
-        shapes = [features.preact.stages for features in (context.student_shapes, context.teacher_shapes)]
-        if len(shapes[0]) != len(shapes[1]):
-            raise ValueError(
-                f"student has {len(shapes[0])} stages, teacher has {len(shapes[1])}: ofd wanted the same"
-                " number"
-            )
-        for i, (s, t) in enumerate(zip(*shapes, strict=True)):
-            if s[1:] != t[1:]:
-                raise ValueError(
-                    f"student's stage {i + 1} is {tuple(s)}, teacher's is {tuple(t)}: ofd wanted maps of one"
-                    " size"
-                )
-        self.connectors = nn.ModuleList(pointwise(s[0], t[0]) for s, t in zip(*shapes, strict=True))
-        count = len(shapes[0])
+        sides = context.student_shapes.preact.stages, context.teacher_shapes.preact.stages
+        pairs = paired_stages("ofd", *sides, same="size")
+        self.connectors = nn.ModuleList(pointwise(mine[0], theirs[0]) for mine, theirs in pairs)
+        count = len(pairs)
         weights = checks.stage_weights(options.weights, count)
         if weights is None:
             weights = [0.5 ** (count - 1 - i) for i in range(count)]
         if options.reduce == "mean":
-            weights = [weight / shape.numel() for weight, shape in zip(weights, shapes[1], strict=True)]
+            weights = [weight / shape.numel() for weight, shape in zip(weights, sides[1], strict=True)]
         self.weights, self.beta = weights, options.beta
         self.function: OFDLoss | None = None
-        if options.margin == "batch_norm":
-            self.function = OFDLoss(_margins(context.teacher, count), weights=weights, weight=options.beta)
+        if options.margin != "batch":
+            found = (
+                _margins(context.teacher, count) if options.margin == "batch_norm" else data_margins(context)
+            )
+            self.function = OFDLoss(found, weights=weights, weight=options.beta)
 
     def connect(self, batch: Batch, student: Output, teacher: Output) -> list[Tensor]:
         return [
@@ -94,12 +88,32 @@ def _margins(teacher: nn.Module, count: int) -> Sequence[Tensor]:
     if len(norms) != count:
         raise ValueError(
             f"teacher is {type(teacher).__name__} with {len(norms)} norms_before_relu() for {count} stages:"
-            " ofd wanted one a stage, or the option ofd.margin=batch"
+            " ofd wanted one a stage, or the option ofd.margin=data or ofd.margin=batch"
         )
     return [ofd_margin(norm.weight.detach(), norm.bias.detach()) for norm in norms]
 
 
+def data_margins(context: BuildContext) -> list[Tensor]:
+    """For each stage of the teacher the mean of each channel's negative numbers over all training images."""
+    sums: list[tuple[Tensor, Tensor]] = []
+    for features in context.teacher_features() if context.teacher_features else ():
+        found = [(total.double(), count) for total, count in map(_negatives, features.preact.stages)]
+        sums = [(a + c, b + d) for (a, b), (c, d) in zip(sums, found, strict=True)] if sums else found
+    if not sums:
+        raise ValueError(
+            "train_images has no batch, wanted those of the training set: ofd.margin=data measures the"
+            " teacher's maps of them"
+        )
+    return [(total / count.clamp_min(1)).float() for total, count in sums]
+
+
 def batch_margin(x: Tensor) -> Tensor:
     """(N, C, *S) -> (C,): the mean of each channel's negative numbers, 0 where there are none."""
+    total, count = _negatives(x)
+    return total / count.clamp_min(1)
+
+
+def _negatives(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum, number) of the negative numbers of each channel, (C,) twice."""
     (x,) = widen(x.flatten(2))
-    return x.clamp_max(0).sum((0, 2)) / (x < 0).sum((0, 2)).clamp_min(1)
+    return x.clamp_max(0).sum((0, 2)), (x < 0).sum((0, 2))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.losses import HCL
-from fastkd.methods.base import Batch, BuildContext, Distiller, Output, Points, Preset, option
+from fastkd.methods.base import Batch, BuildContext, Distiller, Output, Points, Preset, option, paired_stages
 from fastkd.models import Features, ResNet, WideResNet
 
 
@@ -93,15 +93,11 @@ class ReviewKD(Distiller):
         beta = published_weight(context) if options.beta is None else options.beta
         self.settled = {"beta": beta}
         teacher = context.teacher_shapes.preact if options.before_relu else context.teacher_shapes
+        paired_stages("reviewkd", context.student_shapes.stages, teacher.stages)
         widths: list[list[Any]] = [
             [*(shape[0] for shape in side.stages), side.pooled[0]]
             for side in (context.student_shapes, teacher)
         ]
-        if len(widths[0]) != len(widths[1]):
-            raise ValueError(
-                f"student has {len(widths[0]) - 1} stages, teacher has {len(widths[1]) - 1}: reviewkd wanted"
-                " the same number"
-            )
         middle, deepest = min(512, widths[0][-1]), len(widths[0]) - 1
         pairs = enumerate(zip(*widths, strict=True))
         self.levels = nn.ModuleList(

@@ -9,7 +9,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastkd.losses import SAKD as SAKDLoss
-from fastkd.methods.base import Batch, Beside, BuildContext, Distiller, Output, Points, Preset, option
+from fastkd.methods.base import (
+    Batch,
+    Beside,
+    BuildContext,
+    Distiller,
+    Output,
+    Points,
+    Preset,
+    option,
+    paired_stages,
+)
 
 
 class Connector(nn.Sequential):
@@ -56,7 +66,9 @@ class SAKD(Distiller):
     def __init__(self, context: BuildContext, options: Any):
         super().__init__(context, options)
         self.function = options.module()
-        pairs = zip(context.student_shapes.stages, context.teacher_shapes.stages, strict=True)
+        pairs = paired_stages(
+            "sakd", context.student_shapes.stages, context.teacher_shapes.stages, same="size"
+        )
         self.connectors = nn.ModuleList(Connector(int(mine[0]), int(theirs[0])) for mine, theirs in pairs)
 
     def connect(self, batch: Batch, student: Output, teacher: Output) -> list[Tensor]:

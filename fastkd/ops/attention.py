@@ -221,6 +221,7 @@ def attention_transfer_loss(
     weight: float = 1.0,
     teacher_is_map: bool = False,
     student_is_map: bool = False,
+    channel_dim: int = 1,
 ) -> Tensor:
     """Attention-transfer loss: the distance of student and teacher attention maps, over all stages in one
     call.
@@ -243,6 +244,8 @@ def attention_transfer_loss(
         student_is_map: ``student`` does, as :func:`tap` and :func:`relu_tap` make them; no larger than the
         teacher's features, and of equal
             size where both are maps. The switches of the maps then hold for the other side alone.
+        channel_dim: where C stands: 1, or -1 for views (N, *S, C) and tokens (N, L, C), without a copy. Maps
+            have no channels.
 
     Returns: a scalar, float32 (float64 if any input is float64); differentiable in student and teacher.
     Equals ``weight * sum((attention_map(s) - attention_map(t)).square().mean() for s, t in zip(student,
@@ -252,6 +255,9 @@ def attention_transfer_loss(
     implementations (see the presets).
     """
     student, teacher = checks.listed(student), checks.listed(teacher)
+    if channel_dim != 1:
+        student = student if student_is_map else checks.channels_second(student, channel_dim)
+        teacher = teacher if teacher_is_map else checks.channels_second(teacher, channel_dim)
     given = (
         p,
         channel_reduce,

@@ -87,6 +87,7 @@ def attention_map(
     normalize: bool = True,
     eps: float = 1e-12,
     eps_mode: str = "clamp",
+    channel_dim: int = 1,
 ) -> Tensor:
     """Attention map of a feature: where its energy lies.
 
@@ -97,12 +98,15 @@ def attention_map(
         signed: x^p instead of abs(x)^p (negative x under a fractional p gives NaN).
         normalize: divide each sample's map by its l2 norm over S.
         eps, eps_mode: the divisor is max(norm, eps) for "clamp", norm + eps for "add".
+        channel_dim: where C stands: 1, or -1 for views (N, *S, C) and tokens (N, L, C), without a copy.
 
     Returns: (N, *S), float32 (float64 for a float64 x).
     Equals ``F.normalize(x.float().abs().pow(p).mean(1).flatten(1)).view(N, *S)`` at the defaults.
     Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
     Source: Zagoruyko, Komodakis, *Paying more attention to attention*, ICLR 2017.
     """
+    if channel_dim != 1:
+        x = checks.channels_second(x, channel_dim)
     impl = backends.select("attention_map", (x,), _cuda_limits.attention_map, (p,))
     if impl.name == "reference":
         return reference.attention_map(

@@ -214,6 +214,7 @@ def fsp_loss(
     weights: Sequence[float] | None = None,
     weight: float = 1.0,
     precision: str | None = None,
+    channel_dim: int = 1,
 ) -> Tensor:
     """FSP loss: the distance of student and teacher FSP matrices over consecutive stages, in one call.
 
@@ -227,6 +228,7 @@ def fsp_loss(
             norm; "column_l2", the mean over N of the summed l2 norms of the columns (index Cb).
         pair_reduce, weights: "sum" or "mean" of the pairs' terms, each multiplied by its weight.
         weight: multiplies the loss, in float32, before a half-precision gradient is rounded.
+        channel_dim: as in :func:`fsp_matrix`.
 
     Returns: a scalar, float32 (float64 if any input is float64); differentiable in student and teacher.
     Equals ``weight * sum((fsp_matrix(*s) - fsp_matrix(*t)).square().mean() for s, t in zip(pairwise(student),
@@ -236,6 +238,8 @@ def fsp_loss(
     (see the presets).
     """
     student, teacher = checks.listed(student), checks.listed(teacher)
+    if channel_dim != 1:
+        student, teacher = (checks.channels_second(side, channel_dim) for side in (student, teacher))
     impl = backends.select("fsp_loss", (student, teacher), _cuda_limits.fsp_loss)
     if impl.name == "reference":
         return reference.fsp_loss(

@@ -74,22 +74,27 @@ def _graph_matrix_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 autograd("fsp_matrix", _graph_matrix_backward, _graph_matrix_context)
 
 
-def fsp_matrix(a: Tensor, b: Tensor, *, pool_mode: str = "avg", precision: str | None = None) -> Tensor:
+def fsp_matrix(
+    a: Tensor, b: Tensor, *, pool_mode: str = "avg", precision: str | None = None, channel_dim: int = 1
+) -> Tensor:
     """FSP matrix: the Gram matrix between the channels of two features, averaged over positions.
 
     Args:
         a: (N, Ca, *Sa), b: (N, Cb, *Sb), one to three spatial dimensions, float16, bfloat16, float32 or
-        float64, any dtypes and strides.
+            float64, any dtypes and strides.
         pool_mode: where spatial sizes differ, both are pooled (adaptively, "avg" or "max") to the smaller
-        size in each dimension.
+            size in each dimension.
         precision: of the products on a GPU: "ieee", "tf32", "tf32x3", or None for PyTorch's own setting;
-        ignored on a CPU.
+            ignored on a CPU.
+        channel_dim: where C stands: 1, or -1 for views (N, *S, C) and tokens (N, L, C), without a copy.
 
     Returns: (N, Ca, Cb), float32 (float64 if any input is float64); differentiable in both.
     Equals ``torch.bmm(a.flatten(2), b.flatten(2).transpose(1, 2)) / S`` at equal sizes.
     Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
     Source: Yim et al., *A gift from knowledge distillation*, CVPR 2017.
     """
+    if channel_dim != 1:
+        a, b = checks.channels_second((a, b), channel_dim)
     impl = backends.select("fsp_matrix", (a, b), _cuda_limits.none)
     if impl.name == "reference":
         return reference.fsp_matrix(a, b, pool_mode=pool_mode, precision=precision)

@@ -13,11 +13,12 @@ from fastkd.ops.attention_map import attention_map
 from fastkd.reference.common import no_autocast
 
 
-def sakd_map(x: Tensor) -> Tensor:
+def sakd_map(x: Tensor, *, channel_dim: int = 1) -> Tensor:
     """The energy map of a feature with its self-attention, whose tokens are the map's rows.
 
     Args:
         x: (N, C, H, H) floating point; only square maps, since the products are elementwise.
+        channel_dim: where C stands: 1, or -1 for views (N, H, H, C), without a copy.
 
     Returns: (N, H, H); float32, float64 for float64: with ``g = x.square().mean(1)`` and ``a = g @ g.mT``
     ``g + (a.softmax(1) * g + a.softmax(2) * g) / math.sqrt(H)``.
@@ -25,13 +26,19 @@ def sakd_map(x: Tensor) -> Tensor:
     ``fastkd.reference`` has one.
     Source: github.com/CRGuan/SAKD: products are elementwise, not of matrices, the softmax not scaled.
     """
+    x = checks.channels_second(x, channel_dim)
     checks.sakd_map(x)
     with no_autocast(x):
         return reference.sakd.self_attended(attention_map(x, normalize=False))
 
 
 def sakd_loss(
-    student: Features, teacher: Features, *, weights: Sequence[float] | None = None, weight: float = 200.0
+    student: Features,
+    teacher: Features,
+    *,
+    weights: Sequence[float] | None = None,
+    weight: float = 200.0,
+    channel_dim: int = 1,
 ) -> Tensor:
     """The mean squared difference of the l2-normalized :func:`sakd_map` of student and teacher, summed over
     the stages.
@@ -41,6 +48,7 @@ def sakd_loss(
             the same in both.
         weights: one factor a stage; None: 1/2^(n-1-i) for stage i from 0, so 1/4, 1/2, 1 for three.
         weight: multiplies the result.
+        channel_dim: as in :func:`sakd_map`.
 
     Returns: a scalar; float32, float64 if any input is float64. With y the maps divided by max(norm, 1e-12),
     sample by sample, ``weight * sum(w * (y_s - y_t).square().mean() for each stage)``.
@@ -48,6 +56,7 @@ def sakd_loss(
     ``fastkd.reference`` has one.
     Source: github.com/CRGuan/SAKD, with its connector first: ``fastkd.methods.sakd``.
     """
+    student, teacher = (checks.channels_second(side, channel_dim) for side in (student, teacher))
     students, teachers = checks.sakd_loss(student, teacher, weights, weight)
     tensors = students + teachers
     if any(x.dtype == torch.float64 for x in tensors):

@@ -30,8 +30,10 @@ def attention_map(
     normalize: bool = True,
     eps: float = 1e-12,
     eps_mode: str = "clamp",
+    channel_dim: int = 1,
 ) -> Tensor:
     """See :func:`fastkd.attention_map`."""
+    x = checks.channels_second(x, channel_dim)
     checks.attention_map(x, p, channel_reduce, eps, eps_mode)
     with no_autocast(x):
         (x,) = widen(x)
@@ -85,8 +87,11 @@ def attention_transfer_loss(
     weight: float = 1.0,
     teacher_is_map: bool = False,
     student_is_map: bool = False,
+    channel_dim: int = 1,
 ) -> Tensor:
     """See :func:`fastkd.attention_transfer_loss`."""
+    student = checks.channels_second(student, 1 if student_is_map else channel_dim)
+    teacher = checks.channels_second(teacher, 1 if teacher_is_map else channel_dim)
     students, teachers = checks.attention_transfer(
         student,
         teacher,

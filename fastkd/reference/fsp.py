@@ -21,8 +21,11 @@ def _matrix(a: Tensor, b: Tensor, pool_mode: str, precision: str | None) -> Tens
     return (a @ b.transpose(1, 2)).to(dtype) / a.shape[2]
 
 
-def fsp_matrix(a: Tensor, b: Tensor, *, pool_mode: str = "avg", precision: str | None = None) -> Tensor:
+def fsp_matrix(
+    a: Tensor, b: Tensor, *, pool_mode: str = "avg", precision: str | None = None, channel_dim: int = 1
+) -> Tensor:
     """See :func:`fastkd.fsp_matrix`."""
+    a, b = checks.channels_second((a, b), channel_dim)
     checks.fsp_matrix(a, b, pool_mode, precision)
     with no_autocast(a):
         a, b = widen(a, b)
@@ -39,8 +42,10 @@ def fsp_loss(
     weights: Sequence[float] | None = None,
     weight: float = 1.0,
     precision: str | None = None,
+    channel_dim: int = 1,
 ) -> Tensor:
     """See :func:`fastkd.fsp_loss`."""
+    student, teacher = (checks.channels_second(side, channel_dim) for side in (student, teacher))
     students, teachers = checks.fsp_loss(
         student, teacher, pool_mode, distance, pair_reduce, weights, weight, precision
     )

@@ -59,6 +59,7 @@ def ofd_loss(
     *,
     weights: Sequence[float] | None = None,
     weight: float = 1e-3,
+    channel_dim: int = 1,
 ) -> Tensor:
     """Squared difference of maps before the ReLU, where the teacher's is raised to a margin.
 
@@ -69,12 +70,14 @@ def ofd_loss(
             is checked on a CPU alone.
         weights: one factor a stage; None: 1 for the last stage, 1/2 for the one before it, and so on.
         weight: multiplies the result.
+        channel_dim: where C stands: 1, or -1 for views (N, *S, C) and tokens (N, L, C), without a copy.
 
     Returns: a scalar; float32, float64 if any input is float64. With ``target = max(t, margin)`` each stage
     is ``((s - target) ** 2)[(s > target) | (target > 0)].sum() / N``.
     Raises: TypeError, ValueError for what is not such a pair.
     Source: Heo et al., *A comprehensive overhaul of feature distillation*, ICCV 2019, and its code.
     """
+    student, teacher = (checks.channels_second(side, channel_dim) for side in (student, teacher))
     students, teachers, bounds = checks.ofd_loss(student, teacher, margins, weights, weight)
     count = len(students)
     with no_autocast(students[0]):
@@ -92,7 +95,12 @@ def ofd_loss(
 
 
 def hcl_loss(
-    student: Features, teacher: Features, *, weights: Sequence[float] | None = None, weight: float = 1.0
+    student: Features,
+    teacher: Features,
+    *,
+    weights: Sequence[float] | None = None,
+    weight: float = 1.0,
+    channel_dim: int = 1,
 ) -> Tensor:
     """The hierarchical context loss of ReviewKD: mean squared differences at full size and of averages over
     coarser grids.
@@ -102,6 +110,7 @@ def hcl_loss(
             Any floating dtype.
         weights: one factor a level, 1 by default.
         weight: multiplies the result.
+        channel_dim: where C stands: 1, or -1 for views (N, H, W, C), without a copy.
 
     Returns: a scalar; float32, float64 if any input is float64. The levels are summed.
     Of one level: ``mean((s - t)^2)`` with factor 1, then the same of both averaged to 4x4, 2x2 and 1x1. A
@@ -110,6 +119,7 @@ def hcl_loss(
     Raises: TypeError, ValueError for what are not such pairs.
     Source: Chen, Liu, Zhao, Jia, *Distilling knowledge via knowledge review*, CVPR 2021.
     """
+    student, teacher = (checks.channels_second(side, channel_dim) for side in (student, teacher))
     students, teachers = checks.hcl_loss(student, teacher, weights, weight)
     with no_autocast(students[0]):
         wide = widen(*students, *teachers)

@@ -28,17 +28,24 @@ def sakd_of_maps(energies: list[Tensor], weights: Sequence[float] | None, weight
     return combined([(s - t).square().mean() for s, t in pairs], weights, "sum", weight)
 
 
-def sakd_map(x: Tensor) -> Tensor:
+def sakd_map(x: Tensor, *, channel_dim: int = 1) -> Tensor:
     """See :func:`fastkd.sakd_map`."""
+    x = checks.channels_second(x, channel_dim)
     checks.sakd_map(x)
     with no_autocast(x):
         return self_attended(widen(x)[0].square().mean(1))
 
 
 def sakd_loss(
-    student: Features, teacher: Features, *, weights: Sequence[float] | None = None, weight: float = 200.0
+    student: Features,
+    teacher: Features,
+    *,
+    weights: Sequence[float] | None = None,
+    weight: float = 200.0,
+    channel_dim: int = 1,
 ) -> Tensor:
     """See :func:`fastkd.sakd_loss`."""
+    student, teacher = (checks.channels_second(side, channel_dim) for side in (student, teacher))
     students, teachers = checks.sakd_loss(student, teacher, weights, weight)
     with no_autocast(students[0]):
         return sakd_of_maps([x.square().mean(1) for x in widen(*students, *teachers)], weights, weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -74,6 +75,7 @@ class Config(Choices):
         self.settings = settings = dataclasses.replace(settings, method=self.method.name)
         self.calls: dict[str, list[Call]] = {}
         self.student_parameters = 0  # of the student that a method has changed
+        self.kept: dict[str, int] = {}  # bytes that a method keeps beside what is trained
         if distributed.leads():  # the others write nothing, and may have no such folder on their machine
             results.read_rows(settings.output)
         self.data: Dataset = load_dataset(name, settings.data)
@@ -113,6 +115,10 @@ class Config(Choices):
             trial = self.distillation("student", student, teacher, self.method, fold=False)
             self.calls = trial.check(self.recipe.batch_size if self.method.whole_batches else 2)
             self.method = dataclasses.replace(self.method, changes={**self.method.changes, **trial.settled()})
+            self.kept = {
+                name: sum(buffer.nbytes for buffer in module.buffers())
+                for name, module in trial.methods.items()
+            }
             self.student_parameters = sum(parameter.numel() for parameter in trial.student.parameters())
         except fastkd.BackendError as error:
             raise UserError(" ".join(str(error).split())) from None
@@ -123,14 +129,24 @@ class Config(Choices):
             ) from None
 
     def distillation(
-        self, role: str, student: nn.Module, teacher: nn.Module | None, method: Definition, fold: bool = True
+        self,
+        role: str,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        method: Definition,
+        fold: bool = True,
+        train_images: Iterable[Any] | None = None,
     ) -> Distillation:
-        """What trains ``student`` by ``method``; both networks are on the device."""
+        """What trains ``student`` by ``method``; both networks are on the device.
+
+        Without ``train_images`` it is one to be looked at: two blank images stand for the training set.
+        """
         return Distillation(
             student,
             teacher if method.needs_teacher else None,
             method,
             train_labels=self.data.train_labels,
+            train_images=[torch.zeros(2, 3, 32, 32)] if train_images is None else train_images,
             num_classes=self.data.classes,
             batch_size=self.recipe.batch_size,
             epochs=self.recipe.epochs,

@@ -88,7 +88,9 @@ def phase_trainer(
     train, test = copy.copy(batches[0]), batches[1] if name == "main" else None
     train.stream = role if name == "main" else f"{role} {name}"
     taught = None if teacher is None else placed(teacher, config.device)
-    distillation = config.distillation(role, placed(student, config.device), taught, method)
+    distillation = config.distillation(
+        role, placed(student, config.device), taught, method, train_images=train.test()
+    )
     return Trainer(distillation, train, test, recipe, config.autocast(), config.compiled, config.captured)
 
 

@@ -73,6 +73,11 @@ def describe(config: Config) -> str:
         f"device   {', '.join(device)}",
         *(f"note     {text}" for text in _notes(config)),
         f"losses   {_implementations(config)}",
+        *(
+            f"memory   {title_of(name)} keeps {size / 1e6:.1f} MB"
+            for name, size in config.kept.items()
+            if size > 1e6
+        ),
         f"output   {settings.output}: tables, and a folder with {_records(config)}",
         "time     expected at the end of the first epoch",
     ]

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import toy_methods
 from distributed_worker import loop
+from methods_worker import every_method  # noqa: F401 - a call
 from support_data import small_digits
 
 from fastkd.training import Interrupted, UserError, collectives, distributed

@@ -161,6 +161,28 @@ def test_the_presets():
         fastkd.Distillation(equal, wide, "fitnet", options=options)
 
 
+def test_lenscloths_regressor_is_a_convolution_alone():
+    torch.manual_seed(3)
+    student, wide = create_model("resnet8"), create_model("resnet8x4")
+    options = {"fitnet": {"preset": "lenscloth", "phases": 1}}
+    distillation = fastkd.Distillation(student, wide, "fitnet", options=options, fold=False).eval()
+    weight = distillation.methods["fitnet"].regressor.weight
+    assert [*distillation.methods["fitnet"].state_dict()] == ["regressor.weight"]
+    assert weight.shape == (128, 32, 1, 1) and 0.0045 < weight.abs().max() <= 0.005
+    assert abs(weight.mean()) < 2e-4 and abs(weight.std().item() - 0.005 / 3**0.5) < 2e-4  # uniform
+    images = torch.randn(2, 3, 32, 32)
+    s, t = (network.eval()(images, features=True)[0].stages[1] for network in (student, wide))
+    wanted = (torch.einsum("nchw,kc->nkhw", s, weight[:, :, 0, 0]) - t).square().mean()
+    torch.testing.assert_close(distillation(images).total, wanted)
+    found = fastkd.methods.define("fitnet", preset="lenscloth")
+    assert found.terms[0].options.phases == 2 and found.terms[0].options.beta == 1
+    with pytest.raises(
+        ValueError,
+        match="regressor is pointwise, student.s map is .32, 14, 14., teacher.s is .128, 16, 16.: wanted map",
+    ):
+        fastkd.Distillation(create_model("resnet_32_20"), wide, "fitnet", options=options)
+
+
 def test_under_autocast_and_as_one_graph():
     networks = create_model("resnet8"), create_model("resnet8")
     distillation = fastkd.Distillation(

@@ -5,17 +5,20 @@ from __future__ import annotations
 import csv
 import math
 import random
+from collections import OrderedDict
 from statistics import NormalDist
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import fastkd
 from fastkd import reference
 from fastkd.methods import BuildContext, create_method
 from fastkd.methods.ofd import batch_margin
-from fastkd.models import create_model
+from fastkd.models import create_model, load_student
+from fastkd.training.config import Config, Settings
 
 
 def worked(shape, a):
@@ -248,12 +251,76 @@ def test_a_teacher_without_norms_needs_another_margin():
     context = BuildContext.of(create_model("resnet8"), teacher)
     teacher.norms_before_relu = tuple
     with pytest.raises(
-        ValueError, match=r"teacher is ResNet with 0 norms_before_relu\(\) for 3 stages: .* ofd.margin=batch"
+        ValueError,
+        match=r"teacher is ResNet with 0 norms_before_relu\(\) for 3 stages: .* ofd.margin=data or .*=batch",
     ) as caught:
         create_method("ofd", context)
     assert "\n" not in str(caught.value)
     assert create_method("ofd", context, options={"ofd": {"margin": "batch"}}).function is None
     assert torch.equal(batch_margin(torch.ones(2, 3, 4, dtype=torch.float16)), torch.zeros(3))
+
+
+@pytest.mark.parametrize("kind", ["tensors", "loader"])
+def test_margins_measured_on_the_training_images(kind):
+    """Of the teacher in eval mode, whatever the mode it will have; the batches may differ in size."""
+    torch.manual_seed(2)
+    student, teacher = create_model("resnet8"), create_model("wrn_16_1")
+    teacher.train()(torch.randn(8, 3, 32, 32))
+    images = torch.randn(7, 3, 32, 32)
+    batches = images.split(3)
+    if kind == "loader":
+        data = torch.utils.data.TensorDataset(images, torch.arange(7))
+        batches = torch.utils.data.DataLoader(data, batch_size=3)
+    buffers = [x.clone() for x in teacher.buffers()]
+    options = {"ofd": {"margin": "data"}}
+    distillation = fastkd.Distillation(
+        student, teacher, "ofd", options=options, train_images=batches, teacher_mode="train"
+    )
+    assert teacher.training and all(map(torch.equal, buffers, teacher.buffers()))
+    maps = teacher.eval()(images, features="preact")[0].stages
+    for i, x in enumerate(maps):
+        wanted = torch.stack([x[:, c][x[:, c] < 0].mean().nan_to_num() for c in range(x.shape[1])])
+        found = getattr(distillation.methods["ofd"].function, f"margin_{i}")
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        assert (found < 0).any()
+    for given in (None, []):
+        with pytest.raises(ValueError, match="train_images has no batch, wanted those of the training set"):
+            fastkd.Distillation(student, teacher, "ofd", options=options, train_images=given)
+
+
+def test_margins_of_a_teacher_without_norms_or_features():
+    def network():
+        layers = {"one": nn.Conv2d(3, 4, 3, padding=1), "relu": nn.ReLU(), "pool": nn.AdaptiveAvgPool2d(1)}
+        return nn.Sequential(OrderedDict(**layers, flat=nn.Flatten(), fc=nn.Linear(4, 5)))
+
+    student, teacher, images = network(), network(), torch.randn(5, 3, 32, 32)
+    points = {"student_points": ["one"], "teacher_points": ["one"]}
+    options = {"ofd": {"margin": "data"}}
+    made = fastkd.Distillation(
+        student, teacher, "ofd", options=options, train_images=images.split(2), **points
+    )
+    x = teacher.one(images)
+    wanted = torch.stack([x[:, c][x[:, c] < 0].mean() for c in range(4)])
+    torch.testing.assert_close(made.methods["ofd"].function.margin_0, wanted.detach(), rtol=1e-5, atol=1e-6)
+    assert made(images).total > 0
+
+
+def test_a_run_measures_its_margins(small_main, tmp_path):
+    """Also of a resumed run; the trial before it takes no look at the data."""
+    flags = "--method ofd --dataset digits --teacher resnet8 --student resnet8 --epochs 1".split()
+    flags += ["--device", "cpu", "--output", str(tmp_path), "--no-pictures", "--batch-size", "32"]
+    assert small_main([*flags, "--option", "margin=data"]) == 0
+    with open(tmp_path / "results.csv", newline="") as file:
+        rows = [*csv.DictReader(file)]
+    teacher = load_student(tmp_path / rows[0]["folder"])
+    plan = Config(Settings("baseline", "digits", student="resnet8", device="cpu", output=tmp_path))
+    images = torch.cat([x for x, _ in plan.batches("student")[0].test()])
+    state = torch.load(tmp_path / rows[-1]["folder"] / "last.pt", weights_only=True)["method"]
+    with torch.no_grad():
+        maps = teacher(images, features="preact")[0].stages
+    for i, x in enumerate(maps):
+        wanted = torch.stack([x[:, c][x[:, c] < 0].mean().nan_to_num() for c in range(x.shape[1])])
+        torch.testing.assert_close(state[f"ofd.function.margin_{i}"], wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_convolutions_under_autocast_and_one_graph():

@@ -22,7 +22,8 @@ PER_CALL = {"student_grad", "teacher_grad", "with_grad", "prepare", "negate", "a
 
 def defaults(loss):
     parameters = list(inspect.signature(loss).parameters.items())[2:]
-    return {name: p.default for name, p in parameters}
+    # the place of the channels is settled before the options
+    return {name: p.default for name, p in parameters if name != "channel_dim"}
 
 
 DEFAULTS = defaults(fastkd.attention_transfer_loss)

@@ -58,7 +58,26 @@ def test_the_table_of_methods_is_whole() -> None:
             presets = re.findall(r"`(\w+)`", rows[name].split("|")[1])
             assert presets == list(kind.presets), name
         options = {field.name for field in dataclasses.fields(kind.Options)}
-        assert set(re.findall(r"`(\w+)`", rows[name].split("|")[2])) <= options, name
+        named = set(re.findall(r"`(\w+)`", rows[name].split("|")[2]))
+        assert named <= options if name == "at" else named == options, name  # whose switches are the loss's
+
+
+def test_every_public_loss_is_told_and_shown() -> None:
+    import fastkd
+
+    text = TEXTS["docs/losses.md"]
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \|", text, re.MULTILINE)
+    losses = [name for name in fastkd.__all__ if name.endswith("_loss")]
+    modules = [name for name in fastkd.__all__ if hasattr(getattr(fastkd, name), "preset")]
+    assert sorted(name for name, _ in rows) == losses and sorted(name for _, name in rows) == sorted(modules)
+    examples = "".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    for function, module in rows:
+        assert f"fastkd.{function}(" in examples or re.search(rf"fastkd\.{module}\b", examples), function
+        for preset in getattr(fastkd, module).presets:
+            assert re.search(rf"`{module}\.preset`.*`{preset}`|^\| .*`{preset}`", text, re.MULTILINE), (
+                module,
+                preset,
+            )
 
 
 @pytest.mark.parametrize("name", TEXTS)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
-import os
 import runpy
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -15,6 +14,7 @@ import distributed_worker
 import pytest
 import torch
 import toy_methods
+from runs import of_two
 
 from fastkd.training import UserError, distributed, launch
 from fastkd.training.command import command, command_file
@@ -31,42 +31,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def of_two(count=2, **variables):
-    """What each of two processes of one machine, or of more, finds in its environment."""
-    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "free", **variables}
-    return [{"RANK": str(i), **common} for i in range(count)]
-
-
-@pytest.fixture(scope="module")
-def worker():
-    paths = os.pathsep.join(
-        filter(None, [str(ROOT), str(ROOT / "tests" / "helpers"), os.environ.get("PYTHONPATH")])
-    )
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "FASTKD_BACKEND"):
-        environment.pop(name, None)
-    command = [sys.executable, str(ROOT / "tests" / "helpers" / "processes_worker.py")]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    )
-    yield process
-    process.stdin.close()
-    assert process.wait(timeout=60) == 0
-
-
 @pytest.fixture
-def start(worker, tmp_path):
+def start(group, tmp_path):
     """Runs a job of tests/helpers/processes_worker.py; returns its answer and what each process printed."""
-
-    def run(environment, **job):
-        logs = [tmp_path / f"log-{rank}" for rank in range(len(environment))]
-        job = {**job, "environment": environment, "logs": list(map(str, logs))}
-        worker.stdin.write(json.dumps(job, default=str) + "\n")
-        worker.stdin.flush()
-        answer = json.loads(worker.stdout.readline())
-        return answer, [log.read_text() for log in logs]
-
-    return run
+    return functools.partial(group.run, tmp_path)
 
 
 def ours(logs):

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import io
-import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import toy_methods
+from runs import bits, check_same, load, rows_of
 from support_data import QUICK, small_digits
 
 from fastkd import data as datasets
@@ -44,58 +40,6 @@ HALF = [
 ]
 
 
-class Nursery:
-    """Starts the command in processes that can be killed."""
-
-    def __init__(self):
-        paths = os.pathsep.join(
-            filter(None, [str(ROOT), str(ROOT / "tests" / "helpers"), os.environ.get("PYTHONPATH")])
-        )
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "helpers" / "resume_worker.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        )
-
-    def run(self, output, flags, **job):
-        """(exit status, what it printed). Keywords: see resume_worker.py."""
-        log = output.with_suffix(".log")
-        self.process.stdin.write(
-            json.dumps({"flags": [*flags, "--output", str(output)], "log": str(log), **job}) + "\n"
-        )
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline()), log.read_text()
-
-    def taken_up(self, output, flags, killers):
-        """Runs until a whole run is through, each of ``killers`` (keywords of ``run``) on the way; returns
-        how many were killed.
-        """
-        kills, resume = 0, []
-        for killer in [*killers, {}]:
-            status, text = self.run(output, [*flags, *resume], **killer)
-            if status == 2 and text.endswith("is finished\n"):  # killed after all was done
-                return kills
-            if status == 2 and "without --resume it begins" in text:  # killed before there was anything
-                status, text = self.run(output, flags, **killer)
-            assert status in (0, -signal.SIGKILL), text
-            if status == 0:
-                return kills
-            kills, resume = kills + 1, ["--resume"]
-        raise AssertionError("the last one is not killed")
-
-
-@pytest.fixture(scope="module")
-def nursery():
-    if not hasattr(os, "fork"):
-        pytest.skip("no fork on this system")
-    found = Nursery()
-    yield found
-    found.process.stdin.close()
-    found.process.wait(timeout=30)
-
-
 @pytest.fixture(scope="module")
 def whole(nursery, tmp_path_factory):
     """What uninterrupted runs leave, and how long they take."""
@@ -111,45 +55,6 @@ def whole(nursery, tmp_path_factory):
         return made[key]
 
     return of
-
-
-def rows_of(output):
-    with open(output / "results.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def bits(value):
-    """Nested tensors as something to compare, without what a clock said."""
-    if isinstance(value, torch.Tensor):
-        return (
-            str(value.dtype),
-            tuple(value.shape),
-            value.contiguous().view(-1).view(torch.uint8).numpy().tobytes(),
-        )
-    if isinstance(value, dict):
-        clocked = ("seconds", "images_per_second", "config", "elapsed", "started")
-        return {key: bits(part) for key, part in value.items() if key not in clocked}
-    return [bits(part) for part in value] if isinstance(value, list) else value
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
-def check_same(output, reference):
-    ours, theirs = rows_of(output), rows_of(reference)
-    clocked = ("start_time", "seconds", "images_per_second", "folder")
-    assert [{k: v for k, v in row.items() if k not in clocked} for row in ours] == [
-        {k: v for k, v in row.items() if k not in clocked} for row in theirs
-    ]
-    for one, other in zip(ours, theirs, strict=True):
-        for name in ("last.pt", "best.pt"):
-            assert bits(load(output / one["folder"] / name)) == bits(
-                load(reference / other["folder"] / name)
-            ), name
-    for one, other in zip(output.glob("teachers/*.pt"), reference.glob("teachers/*.pt"), strict=True):
-        assert one.name == other.name and bits(load(one)) == bits(load(other))
-    assert not [path for row in ours for path in (output / row["folder"]).glob(".*.tmp")]
 
 
 @pytest.mark.parametrize("flags", [SAKD, HALF], ids=["two phases", "bf16"])
