@@ -24,8 +24,12 @@ from fastkd.methods import (
     overrides,
     undisturbed,
 )
-from fastkd.models.extract import Observed, shows_features
+from fastkd.models.extract import Point
 from fastkd.models.folding import fold_for_inference
+from fastkd.models.observed import Observed, image_shape_of, views
+
+Normalization = tuple[Sequence[float], Sequence[float]]
+"""The mean and the standard deviation of each channel, by which images were normalized."""
 
 
 class Losses(NamedTuple):
@@ -69,12 +73,12 @@ class Distillation(nn.Module):
         ``fastkd.methods.define`` returns.
         options, preset: see ``fastkd.methods.define``.
         student_points, teacher_points: names of submodules (of ``named_modules()``), in the order of the
-        forward pass, whose outputs are
-            the ``stages`` of a network that is none of ours. ``pooled`` is then the input of its last
-            ``nn.Linear``, ``final`` the map whose mean that is, and FSP's pairs are consecutive stages. Such
-            a teacher is not folded.
-        classifier: the name of another module than the last ``nn.Linear``, in both networks where they are
-        not ours.
+            forward pass, whose outputs are the ``stages`` of a network that is none of ours; or pairs of a
+            name and a function of the output, as for :func:`fastkd.extract`. ``pooled`` is then the input of
+            its last ``nn.Linear``, ``final`` the map whose mean that is, and FSP's pairs are consecutive
+            stages. Such a teacher is not folded.
+        classifier: the name of another module than the last ``nn.Linear``, in the networks that have it and
+            are not ours; or a pair, the student's and the teacher's.
         train_labels: (M,) labels of the training set, for methods that keep something of each image; the
         ``index`` of ``forward``
             counts in it.
@@ -86,7 +90,10 @@ class Distillation(nn.Module):
         teacher_mode: "eval", or "train": its batch norms take each batch's own statistics.
         seed: the methods' first weights depend on it and on the method's name.
         fold: whether a teacher in eval mode is folded.
-        image_shape: (C, H, W) of the images.
+        image_shape: (C, H, W) of the images; None: what one of the networks is built for, else (3, 32, 32).
+        normalization, teacher_normalization: (mean, std) of each channel by which the images are normalized,
+            and by which the teacher wants them. Where they differ it gets
+            ``(images * std + mean - its mean) / its std``.
 
     ``forward`` takes images (N, C, H, W), labels (N,) int64 or None (no cross-entropy then) and, for methods
     that need it, ``index`` (N,) int64. It is one graph under ``torch.compile(fullgraph=True)``. Raises
@@ -94,6 +101,8 @@ class Distillation(nn.Module):
     """
 
     weights: Tensor
+    teacher_scale: Tensor | None
+    teacher_shift: Tensor | None
 
     def __init__(
         self,
@@ -103,9 +112,9 @@ class Distillation(nn.Module):
         *,
         options: Mapping[str, Mapping[str, Any]] | None = None,
         preset: str | None = None,
-        student_points: Sequence[str] | None = None,
-        teacher_points: Sequence[str] | None = None,
-        classifier: str | None = None,
+        student_points: Sequence[Point] | None = None,
+        teacher_points: Sequence[Point] | None = None,
+        classifier: str | tuple[str | None, str | None] | None = None,
         train_labels: Tensor | None = None,
         num_classes: int | None = None,
         batch_size: int | None = None,
@@ -114,7 +123,9 @@ class Distillation(nn.Module):
         teacher_mode: str = "eval",
         seed: int = 0,
         fold: bool = True,
-        image_shape: tuple[int, ...] = (3, 32, 32),
+        image_shape: tuple[int, ...] | None = None,
+        normalization: Normalization | None = None,
+        teacher_normalization: Normalization | None = None,
     ):
         super().__init__()
         self.definition = (
@@ -122,6 +133,8 @@ class Distillation(nn.Module):
         )
         if teacher_mode not in ("eval", "train"):
             raise ValueError(f"teacher_mode is {teacher_mode!r}, wanted 'eval' or 'train'")
+        if image_shape is None:
+            image_shape = image_shape_of(student, teacher)
         self._observed: tuple[Observed | None, Observed | None] = (None, None)
         self.autocast, self.teacher_mode, self.image_shape, self.batch_size = (
             autocast,
@@ -134,20 +147,19 @@ class Distillation(nn.Module):
             if teacher is None:
                 raise ValueError(f"teacher is None, but method {self.definition.name!r} learns from one")
             teacher.requires_grad_(False)
-            with undisturbed(student, teacher):
-                self._observed = (
-                    self._view(student, student_points, "student", classifier),
-                    self._view(teacher, teacher_points, "teacher", classifier),
-                )
             rest = {
                 "train_labels": train_labels,
                 "num_classes": num_classes,
                 "batch_size": batch_size,
                 "epochs": epochs,
             }
+            points = student_points, teacher_points
             with undisturbed(student, teacher):
+                self._observed = views((student, teacher), points, classifier, image_shape)
                 context = BuildContext.of(student, teacher, image_shape, self._observed, **rest)
                 distillers, student = self.definition.build(context, seed)
+                if self.definition.wraps and self._observed[0] is not None:
+                    self._observed = self._observed[0].refreshed(), self._observed[1]
         self.student = student
         first = next(student.parameters()).detach()
         self.methods = nn.ModuleDict(distillers).to(first.device)
@@ -160,10 +172,13 @@ class Distillation(nn.Module):
         self._scheduled = {name: i for i, name in enumerate(kinds) if overrides(kinds[name], "weight_at")}
         self._changes_logits = [name for name in kinds if overrides(kinds[name], "logits")]
         self.register_buffer("weights", first.new_ones(len(kinds), dtype=torch.float32), persistent=False)
+        scale, shift = _renormalized(normalization, teacher_normalization, len(image_shape))
+        self.register_buffer("teacher_scale", scale, persistent=False)
+        self.register_buffer("teacher_shift", shift, persistent=False)
         # in a tuple, which nn.Module does not look into: the teacher, and the copy that answers in eval mode
         self._outside: tuple[nn.Module, ...] = (teacher,) if teacher is not None and distillers else ()
-        for points, view, role in zip(self.points, self._observed, ("student", "teacher"), strict=True):
-            if points and view is not None and not view.points:
+        for asked, view, role in zip(self.points, self._observed, ("student", "teacher"), strict=True):
+            if asked and view is not None and not view.points:
                 raise ValueError(
                     f"{role}_points is None, but method {self.definition.name!r} reads maps of the {role}:"
                     " name submodules"
@@ -263,14 +278,6 @@ class Distillation(nn.Module):
                     self._terms(batch, self._as_seen(student), self._as_seen(teacher), [name])
         return calls
 
-    def _view(
-        self, network: nn.Module, points: Sequence[str] | None, role: str, classifier: str | None
-    ) -> Observed | None:
-        """What shows the features of a network that is none of ours, or where the user names other points."""
-        if points is None and shows_features(network):
-            return None
-        return Observed(network, points, classifier, self.image_shape, role)
-
     def _students(self, images: Tensor) -> Output:
         if not self._outside:
             return Output(self.student(images), None)  # type: ignore[arg-type]
@@ -279,6 +286,8 @@ class Distillation(nn.Module):
     def _teachers(self, images: Tensor) -> Output | None:
         if not self._outside:
             return None
+        if self.teacher_scale is not None and self.teacher_shift is not None:
+            images = images * self.teacher_scale + self.teacher_shift
         with torch.no_grad(), self._autocast():
             return self.points[1].observe(self._observed[1] or self._outside[-1], images)
 
@@ -316,6 +325,25 @@ class Distillation(nn.Module):
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.autocast is None else self.autocast
+
+
+def _renormalized(
+    own: Normalization | None, teachers: Normalization | None, dimensions: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """(factor, summand) that make the teacher's images of the student's; None where they are the same."""
+    if (own is None) != (teachers is None):
+        name, other = ("teacher_normalization", "normalization")[:: 1 if teachers is None else -1]
+        raise ValueError(f"{name} is None and {other} is given, wanted both, as (mean, std)")
+    if own is None or teachers is None:
+        return None, None
+    (mean, std), (their_mean, their_std) = (
+        [torch.as_tensor(x, dtype=torch.float64) for x in side] for side in (own, teachers)
+    )
+    scale, shift = std / their_std, (mean - their_mean) / their_std
+    if bool((scale == 1).all() and (shift == 0).all()):
+        return None, None
+    form = (-1, *[1] * (dimensions - 1))
+    return scale.float().view(form), shift.float().view(form)
 
 
 def _union(points: Any) -> Points:

@@ -78,9 +78,9 @@ def test_named_submodules_are_the_stages():
     shown = distillation._observed[0](images[0], features="both")[0]
     torch.testing.assert_close(shown.final, final)
     assert shown.preact.stages[2] is shown.stages[2] and shown.stem == ()
-    assert not distillation._observed[0].kept.found  # nothing of a forward pass stays
+    assert not distillation._observed[0].outputs.store.found  # nothing of a forward pass stays
     student(images[0])
-    assert not distillation._observed[0].kept.found
+    assert not distillation._observed[0].outputs.store.found
 
 
 def test_fsp_takes_consecutive_stages_without_a_stem():
