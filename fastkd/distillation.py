@@ -158,7 +158,8 @@ class Distillation(nn.Module):
                 self._observed = views((student, teacher), points, classifier, image_shape)
                 context = BuildContext.of(student, teacher, image_shape, self._observed, **rest)
                 distillers, student = self.definition.build(context, seed)
-                if self.definition.wraps and self._observed[0] is not None:
+            if self.definition.wraps and self._observed[0] is not None:
+                with undisturbed(student):
                     self._observed = self._observed[0].refreshed(), self._observed[1]
         self.student = student
         first = next(student.parameters()).detach()
@@ -185,7 +186,7 @@ class Distillation(nn.Module):
                 )
         self._folds = fold
         self.fold()
-        self.train(self.training)
+        self._set_teachers_mode()
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -204,9 +205,12 @@ class Distillation(nn.Module):
     def train(self, mode: bool = True) -> Distillation:
         """As ever; the teacher is in train mode only where ``teacher_mode`` says so."""
         super().train(mode)
-        if self._outside:
-            self._outside[0].train(mode and self.teacher_mode == "train")
+        self._set_teachers_mode()
         return self
+
+    def _set_teachers_mode(self) -> None:
+        if self._outside:
+            self._outside[0].train(self.training and self.teacher_mode == "train")
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Distillation:
         super()._apply(fn, recurse)

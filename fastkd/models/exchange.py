@@ -45,7 +45,7 @@ class Parts(NamedTuple):
             module.register_forward_hook(hook)
 
     def put_classifier(self, network: nn.Module, classifier: nn.Module) -> None:
-        network.set_submodule(self.classifier, classifier)
+        network.set_submodule(self.classifier, classifier.train())
 
 
 def neck_hooks(network: nn.Module) -> list[NeckHook]:

@@ -194,10 +194,6 @@ class Extractor(nn.Module):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is {type(model).__name__}, wanted a torch.nn.Module")
         places = places_of(model, names, "names")
-        if _private.is_compiled(model):
-            raise ValueError(
-                "names: model itself is compiled, where hooks stay silent, wanted extract() first"
-            )
         self.model, self.training = model, model.training
         self.names = tuple(place.name for place in places)
         self._outputs = Outputs(model, places)
@@ -241,8 +237,8 @@ def extract(model: nn.Module, names: Sequence[Point]) -> Extractor:
     Returns: a module that takes the model's arguments and has its parameters, and its state dict under the
     model's names. It works in train and eval mode, under autocast, in DistributedDataParallel and around it,
     and is one graph under ``torch.compile(fullgraph=True)``. A feature is as it left the submodule, also
-    where an operation in place follows; of a submodule that is called twice the last call counts. Features that a
-    network of timm declares to be (N, H, W, C) come as views (N, C, H, W).
+    where an operation in place follows; of a submodule that is called twice the last call counts. Features
+    that a network of timm declares to be (N, H, W, C) come as views (N, C, H, W).
     Raises: ValueError for an unknown name (with the nearest), for a model that is compiled, and at a forward
     pass in which a submodule does not run; TypeError for an output that is no tensor.
     """

@@ -121,9 +121,12 @@ def _flat(x: Any) -> Any:
     return x.flatten(1)
 
 
-def views(networks: tuple[nn.Module, nn.Module], points: tuple[Sequence[Point] | None, Sequence[Point] | None],
-          classifier: str | tuple[str | None, str | None] | None,
-          image_shape: Sequence[int]) -> tuple[Observed | None, Observed | None]:  # fmt: skip
+def views(
+    networks: tuple[nn.Module, nn.Module],
+    points: tuple[Sequence[Point] | None, Sequence[Point] | None],
+    classifier: str | tuple[str | None, str | None] | None,
+    image_shape: Sequence[int],
+) -> tuple[Observed | None, Observed | None]:
     """What shows the features of both networks, where they are none of ours or other points are named."""
     foreign = [points[i] is not None or not shows_features(networks[i]) for i in range(2)]
     names = classifier if isinstance(classifier, tuple) else (classifier, classifier)

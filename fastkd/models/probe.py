@@ -102,8 +102,8 @@ class Probe:
         return (maps[0][0].name, maps[0][1]) if maps else None
 
     def before_relu(self, point: str) -> tuple[str, str] | None:
-        """(submodule, side) of the map whose ReLU is the output of ``point``; None where that is no module, or
-        one that is called later too.
+        """(submodule, side) of the map whose ReLU is the output of ``point``; None where that ReLU is no
+        module, or is called later too.
         """
         places = [i for i, call in enumerate(self.calls) if call.name == point]
         end = places[-1] if places else -1
