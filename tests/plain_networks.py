@@ -6,7 +6,7 @@ from torch import nn
 
 
 class Block(nn.Module):
-    """A residual block as torchvision writes it: an activation in place, called twice, an addition in place."""
+    """As torchvision writes it: an activation in place that is called twice, an addition in place."""
 
     def __init__(self, width_in, width, stride):
         super().__init__()
