@@ -1,5 +1,4 @@
-"""Fused kernels for knowledge distillation: attention transfer and FSP, in float16 to float64, forward and
-backward.
+"""Fused kernels for knowledge distillation: attention transfer and FSP, float16 to float64, both passes.
 
 Functions :func:`attention_map`, :func:`attention_transfer_loss`, :func:`fsp_matrix`, :func:`fsp_loss`,
 :func:`kd_loss`, :func:`rkd_loss`, :func:`crd_loss`, :func:`ofd_margin`, :func:`ofd_loss`, :func:`hcl_loss`,

@@ -58,11 +58,10 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: "auto", "reference", "cpp", "triton" or "cuda". Outside, the environment's ``FASTKD_BACKEND``
-        holds, else "auto".
+            holds, else "auto".
 
     Raises: BackendError for an unknown name at once, and at the call for a backend that cannot serve it.
-    Under ``torch.compile`` the choice is taken when a graph is traced, and another choice traces another
-    graph.
+    Under ``torch.compile`` the choice is made when a graph is traced; another choice traces another one.
     """
     global _traced
     token = _chosen.set(_known(name, "use_backend's name"))
@@ -116,9 +115,7 @@ def _not_in_triton(arguments: tuple[object, ...]) -> str:
 
 
 def is_wrapper(x: object) -> bool:
-    """Whether a tensor holds others, as a DTensor does, for which PyTorch has rules for its own operators
-    alone.
-    """
+    """Whether a tensor holds others, as a DTensor does: PyTorch has rules for its own operators alone."""
     return type(x) is not Tensor and hasattr(type(x), "__tensor_flatten__")
 
 
@@ -166,7 +163,7 @@ do.
 
 
 class Call(NamedTuple):
-    """What :func:`select` was asked, to ask it again for a batch of another size, or as for a compiled graph."""
+    """What :func:`select` was asked, to ask again for another batch size or a compiled graph."""
 
     operation: str
     arguments: tuple[object, ...]
@@ -174,9 +171,7 @@ class Call(NamedTuple):
     options: tuple[object, ...]
 
     def backend(self, batch: int, compiled: bool) -> str:
-        """The backend that would serve the call if its tensors had ``batch`` samples, in a compiled graph or
-        not.
-        """
+        """The backend that would serve the call with ``batch`` samples, in a compiled graph or not."""
         if compiled and current() == "auto":
             return "reference"
         return select(

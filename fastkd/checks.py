@@ -1,8 +1,6 @@
-"""Argument checks: every misuse gets one sentence that names the argument, what was given and what was
-wanted.
+"""Argument checks: misuse gets one sentence with the argument's name, what was given and what was wanted.
 
-Floor 0: used by the reference before it computes, and by the operations to explain a refusal of the compiled
-code.
+Floor 0: used by the reference before it computes, and by the operations to explain a refusal.
 """
 
 from __future__ import annotations
@@ -56,8 +54,7 @@ def switch(name: str, value: object, known: Sequence[object]) -> None:
 def number(name: str, value: object, *, at_least: float | None = None) -> float:
     """A finite number, of Python's or NumPy's, as a float.
 
-    A tensor is none: what takes a number has no gradient for it, and a Parameter would lose its own without a
-    word.
+    A tensor is none: a number has no gradient, and a Parameter would lose its own without a word.
     """
     if isinstance(value, Tensor):
         kind = type(value).__name__
@@ -88,9 +85,7 @@ def _from_numpy(value: object) -> bool:
 
 
 def known_to_graph(value: object) -> bool:
-    """Whether it is an input of the graph that is compiled, known only when the graph runs: NumPy's numbers
-    are.
-    """
+    """Whether it is an input of the graph that is compiled, as NumPy's numbers are, and known only later."""
     return torch.compiler.is_compiling() and _from_numpy(value)
 
 
@@ -98,9 +93,7 @@ _LEAST = {"p": 1.0, "eps": 0.0}
 
 
 def constant(name: str, value: object) -> float:
-    """As :func:`number`, for an operator's argument: in a compiled graph it is a constant, and NumPy's are
-    inputs.
-    """
+    """As :func:`number`, for an operator's argument: a constant of a compiled graph, NumPy's an input."""
     if known_to_graph(value):
         raise TypeError(
             f"{name} is a NumPy number, which the graph of a backend asked for by name cannot hold: wanted"
@@ -110,9 +103,7 @@ def constant(name: str, value: object) -> float:
 
 
 def are_floats(a: object, b: object = 0.0, c: object = 0.0) -> bool:
-    """Whether they are finite and of type float: then none needs a look of its own. A sum that overflows says
-    no.
-    """
+    """Whether all are finite and of type float, so that none needs a look; not if the sum overflows."""
     return type(a) is type(b) is type(c) is float and 0.0 * (a + b + c) == 0.0
 
 
@@ -139,9 +130,7 @@ def option(name: str, value: Any) -> Any:
 
 
 def power(p: object) -> float:
-    """The power of an attention map. Published ones are 1 to 4; |x|^p of float32 features overflows soon
-    after 16.
-    """
+    """The power of an attention map. Published ones are 1 to 4; |x|^p soon overflows float32 after 16."""
     result = number("p", p, at_least=1)
     if not known_to_graph(p) and result > 16:
         raise ValueError(
@@ -151,9 +140,7 @@ def power(p: object) -> float:
 
 
 def feature(name: str, x: object, *, spatial: bool = True) -> None:
-    """A floating-point (N, C, *S) tensor with one to three spatial dimensions and no empty one; (N, *S) if
-    not ``spatial``.
-    """
+    """A floating-point (N, C, *S) tensor, one to three spatial dimensions, none empty; else (N, *S)."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is {type(x).__name__}, wanted a tensor")
     if x.dtype not in _FLOATS:
@@ -363,7 +350,7 @@ def attention_transfer(
 def one_position(
     students: Sequence[Tensor], teachers: Sequence[Tensor], teacher_is_map: bool, student_is_map: bool
 ) -> None:
-    """Warns of stages whose maps have one position after pooling: they are constant, whatever the features."""
+    """Warns of stages whose maps have one position after pooling: such a map is a constant."""
     for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
         s_size, t_size = s.shape[1 if student_is_map else 2 :], t.shape[1 if teacher_is_map else 2 :]
         if all(min(a, b) == 1 for a, b in zip(s_size, t_size, strict=True)):
@@ -495,8 +482,17 @@ def rkd_loss(
     same_batch("student", student, "teacher", teacher)
 
 
-def crd_loss(student: object, teacher: object, student_bank: object, teacher_bank: object, rows: object, temperature: object,
-             normalizers: object, eps: object, weight: object) -> None:  # fmt: skip
+def crd_loss(
+    student: object,
+    teacher: object,
+    student_bank: object,
+    teacher_bank: object,
+    rows: object,
+    temperature: object,
+    normalizers: object,
+    eps: object,
+    weight: object,
+) -> None:
     """All but the values in ``rows``: see :func:`crd_rows`."""
     number("weight", weight)
     number("eps", eps, at_least=0)
@@ -541,9 +537,7 @@ def crd_loss(student: object, teacher: object, student_bank: object, teacher_ban
 
 
 def crd_rows(rows: Tensor, size: int, name: str = "rows") -> None:
-    """That ``rows`` are rows of a bank of so many. On a GPU, where a look would wait, PyTorch's own assertion
-    fails instead.
-    """
+    """That ``rows`` are rows of a bank of so many. On a GPU, PyTorch's own assertion fails instead."""
     if rows.device.type == "cpu" and rows.numel():
         least, most = (int(x) for x in rows.aminmax())
         if least < 0 or most >= size:
@@ -616,11 +610,10 @@ def ofd_margins(margins: object, *, values: bool) -> list[Tensor]:
     return found
 
 
-def ofd_loss(student: object, teacher: object, margins: object, weights: object,
-             weight: object) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
-    """The lists of student and teacher tensors and of margins, or the error that says what is wrong with the
-    call.
-    """
+def ofd_loss(
+    student: object, teacher: object, margins: object, weights: object, weight: object
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The lists of student and teacher tensors and of margins, or the error that says what is wrong."""
     number("weight", weight)
     students, teachers = _pairs_up(student, teacher, least=1)
     stage_weights(weights, len(students), "stage")

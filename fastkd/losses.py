@@ -2,8 +2,7 @@
 
 A preset's ``weight`` is the coefficient its implementation multiplies the loss by. Sources:
 szagoruyko/attention-transfer, HobbitLong/RepDistiller, megvii-research/mdistiller,
-AberHu/Knowledge-Distillation-Zoo, hankyul2/KnowledgeDistillation, yoshitomo-matsubara/torchdistill, and the
-papers.
+AberHu/Knowledge-Distillation-Zoo, hankyul2/KnowledgeDistillation, torchdistill, and the papers.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _Self = TypeVar("_Self", bound="_Loss")
 
 
 class NumbersAsFloats(nn.Module):
-    """A number is checked when it becomes an attribute, and held as a float (:func:`fastkd.checks.option`)."""
+    """A number is checked when it becomes an attribute, and stored as a float."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, checks.option(name, value))
@@ -70,8 +69,7 @@ class AttentionTransfer(_Loss):
 
     Presets: ``zagoruyko``, ``repdistiller``, ``mdistiller``, ``hankyul2``, ``torchdistill`` (its "code"
     mode): mean of squares, summed over the stages, 1000; ``kdzoo``: channel sum, norm + 1e-6, mean over the
-    stages, 1000; ``paper``: equation 2, the unsquared l2 distance with beta / 2 for the paper's beta of about
-    0.1.
+    stages, 1000; ``paper``: equation 2, unsquared l2 distance, beta / 2 for the paper's beta of 0.1.
     """
 
     def __init__(
@@ -92,10 +90,20 @@ class AttentionTransfer(_Loss):
         student_is_map: bool = False,
     ) -> None:
         super().__init__(
-            p=p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode, pool=pool, pool_mode=pool_mode,
-            difference=difference, stage_reduce=stage_reduce, weights=weights, weight=weight, teacher_is_map=teacher_is_map,
+            p=p,
+            channel_reduce=channel_reduce,
+            signed=signed,
+            eps=eps,
+            eps_mode=eps_mode,
+            pool=pool,
+            pool_mode=pool_mode,
+            difference=difference,
+            stage_reduce=stage_reduce,
+            weights=weights,
+            weight=weight,
+            teacher_is_map=teacher_is_map,
             student_is_map=student_is_map,
-        )  # fmt: skip
+        )
 
     function = staticmethod(attention_transfer_loss)
     presets = {
@@ -213,8 +221,7 @@ class RKD(_Loss):
 
     ``forward(student, teacher)``: (N, ...) twice -> scalar, times ``weight``.
 
-    Presets: ``repdistiller``, ``mdistiller``: distances 25, angles 50; ``lenscloth``, ``torchdistill``: 1 and
-    2.
+    Presets: ``repdistiller``, ``mdistiller``: distances 25, angles 50; ``lenscloth``, ``torchdistill``: 1, 2.
     """
 
     def __init__(
@@ -252,8 +259,17 @@ class CRD(_Loss):
     normalizers: Tensor
     rows: Tensor | None
 
-    def __init__(self, student_bank: Tensor, teacher_bank: Tensor, rows: Tensor | None = None, *, temperature: float = 0.07,
-                 normalizers: Tensor | Sequence[float] | None = None, eps: float = 1e-7, weight: float = 1.0) -> None:  # fmt: skip
+    def __init__(
+        self,
+        student_bank: Tensor,
+        teacher_bank: Tensor,
+        rows: Tensor | None = None,
+        *,
+        temperature: float = 0.07,
+        normalizers: Tensor | Sequence[float] | None = None,
+        eps: float = 1e-7,
+        weight: float = 1.0,
+    ) -> None:
         super().__init__(temperature=temperature, eps=eps, weight=weight)
         checks.crd_banks(student_bank, teacher_bank, normalizers)
         self.register_buffer("student_bank", student_bank.detach().clone())
@@ -302,8 +318,7 @@ class CRD(_Loss):
 
 
 class OFD(_Loss):
-    """:func:`fastkd.ofd_loss` with its margins and further arguments fixed; the margins are buffers, checked
-    here.
+    """:func:`fastkd.ofd_loss` with its margins and options fixed; the margins are buffers, checked here.
 
     ``forward(student, teacher)``: (N, C, *S) a stage, before the ReLU, -> scalar, times ``weight``.
 
@@ -330,11 +345,9 @@ class OFD(_Loss):
 class HCL(_Loss):
     """:func:`fastkd.hcl_loss` with its further arguments fixed; each is an attribute.
 
-    ``forward(student, teacher)``: a tensor (N, C, H, W) each, or several, one a level -> scalar, times
-    ``weight``.
+    ``forward(student, teacher)``: a tensor (N, C, H, W) each, or one a level -> scalar times ``weight``.
 
-    Presets: ``reviewkd``, ``mdistiller``: weight 1; what a pair of networks takes is in
-    ``fastkd.methods.reviewkd``.
+    Presets: ``reviewkd``, ``mdistiller``: weight 1; for that of a pair see ``fastkd.methods.reviewkd``.
     """
 
     def __init__(self, *, weights: Sequence[float] | None = None, weight: float = 1.0) -> None:

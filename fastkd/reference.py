@@ -60,9 +60,7 @@ def _energy(x: Tensor, p: float, channel_reduce: str, signed: bool) -> Tensor:
 
 
 def _norm(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """``torch.linalg.vector_norm``, ``dim`` kept, but a constant where it is 0: there its second derivative
-    is NaN.
-    """
+    """``torch.linalg.vector_norm``, ``dim`` kept, but a constant at 0: its second derivative there is NaN."""
     if torch.compiler.is_compiling():  # a graph has no second derivative
         return torch.linalg.vector_norm(x, dim=dim, keepdim=True)
     zero = torch.linalg.vector_norm(x.detach(), dim=dim, keepdim=True) == 0
@@ -131,9 +129,7 @@ def relu_tap(
 def batch_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, *, relu: bool = False, eps: float = 1e-5
 ) -> Tensor:
-    """The y of :func:`fastkd.ops.batch_norm.batch_norm`, by x's own mean and variance; of x's dtype, rounded
-    once.
-    """
+    """The y of :func:`fastkd.ops.batch_norm.batch_norm`, by x's statistics; of x's dtype, rounded once."""
     with _no_autocast(x):
         wide, w, b = _widen(x, weight, bias)
         y = F.batch_norm(wide, None, None, w, b, training=True, eps=eps)
@@ -162,9 +158,21 @@ def attention_transfer_loss(
 ) -> Tensor:
     """See :func:`fastkd.attention_transfer_loss`."""
     students, teachers = checks.attention_transfer(
-        student, teacher, p, channel_reduce, eps, eps_mode, pool, pool_mode, difference, stage_reduce, weights, weight, teacher_is_map,
+        student,
+        teacher,
+        p,
+        channel_reduce,
+        eps,
+        eps_mode,
+        pool,
+        pool_mode,
+        difference,
+        stage_reduce,
+        weights,
+        weight,
+        teacher_is_map,
         student_is_map,
-    )  # fmt: skip
+    )
 
     if (
         not torch.compiler.is_compiling()
@@ -283,13 +291,11 @@ def kd_loss(
     reduction: str = "batchmean",
     weight: float = 1.0,
 ) -> Tensor:
-    """Softened Kullback-Leibler divergence of knowledge distillation, ``T^2 KL(softmax(t / T) || softmax(s /
-    T))``.
+    """Softened Kullback-Leibler divergence, ``T^2 KL(softmax(t / T) || softmax(s / T))``.
 
     Args:
         student_logits, teacher_logits: (N, K) floating point, of any dtypes, K >= 2. A class of logit -inf in
-        the teacher adds nothing;
-            one of logit -inf in the student alone makes the loss +inf.
+            the teacher adds nothing; one of logit -inf in the student alone makes the loss +inf.
         temperature: T, above 0.
         reduction: "batchmean" (sum over classes, mean over N), "mean" (over N and K), "sum" or "none".
         weight: multiplies the result.
@@ -325,9 +331,7 @@ def rkd_loss(
     angle_weight: float = 50.0,
     weight: float = 1.0,
 ) -> Tensor:
-    """Reference of :func:`fastkd.rkd_loss`, which see, by the formula: (N, N, D) differences and (N, N, N)
-    cosines.
-    """
+    """Reference of :func:`fastkd.rkd_loss`, which see: (N, N, D) differences and (N, N, N) cosines."""
     checks.rkd_loss(student, teacher, distance_weight, angle_weight, weight)
     with _no_autocast(student):
         sides = [x.flatten(1) for x in _widen(student, teacher)]
@@ -353,8 +357,13 @@ def rkd_loss(
         return loss
 
 
-def _crd_inputs(student: Tensor, teacher: Tensor, student_bank: Tensor, teacher_bank: Tensor,
-                normalizers: Tensor | Sequence[float] | None) -> list[Tensor]:  # fmt: skip
+def _crd_inputs(
+    student: Tensor,
+    teacher: Tensor,
+    student_bank: Tensor,
+    teacher_bank: Tensor,
+    normalizers: Tensor | Sequence[float] | None,
+) -> list[Tensor]:
     """The five tensors of :func:`fastkd.crd_loss` in one dtype; banks and normalizers as constants."""
     if normalizers is None:
         normalizers = (0.0, 0.0)
@@ -365,9 +374,18 @@ def _crd_inputs(student: Tensor, teacher: Tensor, student_bank: Tensor, teacher_
     return _widen(student, teacher, student_bank.detach(), teacher_bank.detach(), normalizers.detach())
 
 
-def crd_loss(student: Tensor, teacher: Tensor, student_bank: Tensor, teacher_bank: Tensor, rows: Tensor, *, temperature: float = 0.07,
-             normalizers: Tensor | Sequence[float] | None = None, eps: float = 1e-7,
-             weight: float = 1.0) -> tuple[Tensor, Tensor]:  # fmt: skip
+def crd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    student_bank: Tensor,
+    teacher_bank: Tensor,
+    rows: Tensor,
+    *,
+    temperature: float = 0.07,
+    normalizers: Tensor | Sequence[float] | None = None,
+    eps: float = 1e-7,
+    weight: float = 1.0,
+) -> tuple[Tensor, Tensor]:
     """Reference of :func:`fastkd.crd_loss`, which see, with the (N, K + 1, D) drawn rows of each bank."""
     checks.crd_loss(student, teacher, student_bank, teacher_bank, rows, temperature, normalizers, eps, weight)
     checks.crd_rows(rows, len(student_bank))
@@ -392,8 +410,7 @@ def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
 
     Args:
         weight, bias: (C,), of the batch norm before the ReLU: its numbers are normal, of deviation s =
-        abs(weight)
-            and mean bias.
+            abs(weight) and mean bias.
 
     Returns: (C,), at most 0; float32, float64 if any input is float64. With the standard density phi and its
     integral Phi ``bias - s * phi(bias / s) / Phi(-bias / s)``; -3 s where Phi(-bias / s) is at most 0.001;
@@ -414,17 +431,21 @@ def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
     return torch.where(constant, mean, margin).clamp_max(0).to(dtype)
 
 
-def ofd_loss(student: Features, teacher: Features, margins: Features, *, weights: Sequence[float] | None = None,
-             weight: float = 1e-3) -> Tensor:  # fmt: skip
+def ofd_loss(
+    student: Features,
+    teacher: Features,
+    margins: Features,
+    *,
+    weights: Sequence[float] | None = None,
+    weight: float = 1e-3,
+) -> Tensor:
     """Squared difference of maps before the ReLU, where the teacher's is raised to a margin.
 
     Args:
         student, teacher: (N, C, *S) floating point with one to three spatial dimensions, or several, one a
-        stage;
-            pairs of one shape.
+            stage; pairs of one shape.
         margins: (C,), or one for each stage; :func:`fastkd.ofd_margin` gives them. None may be above 0, which
-        is
-            checked on a CPU alone.
+            is checked on a CPU alone.
         weights: one factor a stage; None: 1 for the last stage, 1/2 for the one before it, and so on.
         weight: multiplies the result.
 
@@ -457,7 +478,7 @@ def hcl_loss(
 
     Args:
         student, teacher: a tensor (N, C, H, W) or several, one a level; the shapes of a pair are the same.
-        Any floating dtype.
+            Any floating dtype.
         weights: one factor a level, 1 by default.
         weight: multiplies the result.
 

@@ -92,10 +92,12 @@ def _goals() -> Iterator[Goal]:
     big = _losses("attention", "resnet50-8")
     small, wide, r20 = _losses("fsp", *CIFAR[:2]), _losses("fsp", *CIFAR[2:]), _losses("fsp", "resnet20-64")
     for name, where, eager, compiled, floor in (
-        ("AT, CIFAR chains", at, 6, 2, 1.35), ("AT, CIFAR chains, upstream 1000", scaled, 4.5, 1.6, None),
-        ("AT, ResNet-50 stages", big, 5, 2.2, 1.55), ("FSP, ResNet-20", small, 7, 3.5, None),
+        ("AT, CIFAR chains", at, 6, 2, 1.35),
+        ("AT, CIFAR chains, upstream 1000", scaled, 4.5, 1.6, None),
+        ("AT, ResNet-50 stages", big, 5, 2.2, 1.55),
+        ("FSP, ResNet-20", small, 7, 3.5, None),
         ("FSP, WRN and ResNet-32x4", wide, 4.5, 2.9, None),
-    ):  # fmt: skip
+    ):
         yield Goal(f"{name}: eager ÷ {BACKEND}", eager, True, EAGER, where)
         yield Goal(f"{name}: torch.compile ÷ {BACKEND}", compiled, True, COMPILED, where)
         if floor:
@@ -205,9 +207,10 @@ def _gpu_goals(backend: str, at: tuple[float, float], fsp: tuple[float, float]) 
     tf32 = {**_losses("fsp", *GPU_LARGE), "matmul": ("tf32",)}
     large_fsp = {**_losses("fsp", *GPU_LARGE), "dtype": ("bfloat16",)}
     for name, where, slow, fast, share in (
-        ("AT, ResNet-50 stages, cold", large_at, 3, 1.2, 0.85), ("FSP, ResNet-50 stages, tf32, cold", tf32, 1.5, 1.2, 0.6),
+        ("AT, ResNet-50 stages, cold", large_at, 3, 1.2, 0.85),
+        ("FSP, ResNet-50 stages, tf32, cold", tf32, 1.5, 1.2, 0.6),
         ("FSP, ResNet-50 stages, bfloat16, cold", large_fsp, 1.5, 1.2, 0.6),
-    ):  # fmt: skip
+    ):
         yield Goal(f"GPU, {name}: eager ÷ {backend}", slow, True, eager, where, clock="cold", device="cuda")
         yield Goal(
             f"GPU, {name}: torch.compile ÷ {backend}",

@@ -112,9 +112,7 @@ def steps(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def loops(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of the table of whole training loops: images a second, and the multiples of the
-    toolkit's.
-    """
+    """Headings and rows of the table of training loops: images a second, multiples of the toolkit's."""
     rows = []
     for record in (record for record in result["groups"] if "loop" in record):
         speeds = {

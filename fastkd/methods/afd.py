@@ -80,8 +80,7 @@ def differences(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tenso
 
 
 class AFD(Distiller):
-    """``beta`` times the differences of all pairs of a student's and a teacher's block, weighted by a learned
-    attention.
+    """``beta`` times the differences of all pairs of a student's and a teacher's block, by learned weights.
 
     The maps are the outputs of every residual block after a ReLU, which in a wide ResNet follows the next
     batch norm; of a ResNet-110 those of every second one. The stem takes no part. Summed over the teacher's

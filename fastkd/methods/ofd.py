@@ -27,8 +27,12 @@ class OFD(Distiller):
     @dataclass(frozen=True)
     class Options:
         beta: float = option(1e-3, "factor of the loss")
-        margin: str = option("batch_norm", "below which the teacher's map is cut off: mean of the negative part of what its norms say, "
-                             "or of the batch", ("batch_norm", "batch"))  # fmt: skip
+        margin: str = option(
+            "batch_norm",
+            "below which the teacher's map is cut off: mean of the negative part of what its norms say, "
+            "or of the batch",
+            ("batch_norm", "batch"),
+        )
         reduce: str = option("sum", "over channels and positions", ("sum", "mean"))
         weights: tuple[float, ...] | None = option(
             None, "one factor a stage; none: 1 for the last, half for the one before it, ..."

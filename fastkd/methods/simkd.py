@@ -15,8 +15,7 @@ from fastkd.methods.base import Batch, Beside, BuildContext, Distiller, Output, 
 
 
 class Projector(nn.Module):
-    """(N, C, H, W) -> (N, ``width``, H', W'), where no side is longer than ``size``: a larger map is pooled
-    first.
+    """(N, C, H, W) -> (N, ``width``, H', W'), no side longer than ``size``: a larger map is pooled first.
 
     1x1 to ``width // factor``, 3x3, 1x1 to ``width``, each without bias, with batch norm and ReLU.
     """

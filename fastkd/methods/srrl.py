@@ -14,8 +14,7 @@ from fastkd.methods.connectors import pointwise
 
 
 class SRRL(Distiller):
-    """``beta`` times the mean squared differences of the pooled vectors and of the classifier's answers to
-    them.
+    """``beta`` times the mean squared differences of pooled vectors, and of the classifier's answers.
 
     The student's map, or its pooled vector, goes through a connector first. The classifier is a frozen copy
     of the teacher's; gradients pass through it. Two methods have this name: the map's is that of KD_SRRL, the

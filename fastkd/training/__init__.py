@@ -11,21 +11,7 @@ from fastkd.training.signals import Interrupted
 from fastkd.training.trainer import Trainer, evaluate
 
 __all__ = [
-    "DATASETS",
-    "PRECISIONS",
-    "RECIPES",
-    "SETTINGS",
-    "Batches",
-    "Dataset",
-    "Interrupted",
-    "Recipe",
-    "Settings",
-    "Trainer",
-    "UserError",
-    "choose_dataset",
-    "evaluate",
-    "get_recipe",
-    "load_dataset",
-    "repeat",
+    "DATASETS", "PRECISIONS", "RECIPES", "SETTINGS", "Batches", "Dataset", "Interrupted", "Recipe",
+    "Settings", "Trainer", "UserError", "choose_dataset", "evaluate", "get_recipe", "load_dataset", "repeat",
     "run",
 ]  # fmt: skip

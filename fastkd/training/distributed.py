@@ -53,7 +53,7 @@ def leads() -> bool:
 
 
 def gpu_index() -> int:
-    """Which of the GPUs that PyTorch sees here is this process's. Raises UserError if it has none of its own."""
+    """Which of the GPUs that PyTorch sees is this process's. Raises UserError if it has none."""
     launch, there = launched(), torch.cuda.device_count()
     if launch is None or (there == 1 and not launch.torchrun):  # srun may show each process its own GPU only
         return 0
@@ -188,7 +188,7 @@ def any_of(flags: Sequence[bool] = ()) -> list[bool]:
 
 
 def meet() -> None:
-    """Waits for all processes. Before sums on a GPU, since NCCL would wait for ever for one that has failed."""
+    """Waits for all processes. NCCL would wait for ever for one that has failed."""
     any_of()
 
 
@@ -248,9 +248,7 @@ def joined_rows(tree: T, rows: int) -> T:
 
 
 def same_buffers(*modules: nn.Module | None) -> None:
-    """Everybody's buffers become those of the first process: running averages are of each one's own images
-    until here.
-    """
+    """Everybody's buffers become those of the first process; running averages were each one's own."""
     if share()[1] > 1:
         meet()
         with _meeting():

@@ -1,6 +1,4 @@
-"""One run from settings to a row of the table: teacher, student, records. Every process of it runs this same
-program.
-"""
+"""One run from settings to a row of the table, in every one of its processes: teacher, student, records."""
 
 from __future__ import annotations
 
@@ -67,9 +65,7 @@ def shared_config(settings: Settings) -> Config:
 
 
 def find_teacher(config: Config) -> tuple[nn.Module, float]:
-    """The trained teacher and its test accuracy: from --teacher-checkpoint, from an earlier run, or trained
-    now.
-    """
+    """The trained teacher and its test accuracy: from --teacher-checkpoint, an earlier run, or trained."""
     settings = config.settings
     path = settings.teacher_checkpoint or config.teacher_path()
     with teacher_lock(config, path):
@@ -110,9 +106,7 @@ def teacher_lock(config: Config, path: Path) -> Iterator[None]:
 
 
 def load_teacher(config: Config, teacher: nn.Module, path: Path) -> tuple[dict[str, Any], float]:
-    """Loads ``path`` into ``teacher`` and says what it is. Returns its weights and its test accuracy. Raises
-    UserError.
-    """
+    """Loads ``path`` into ``teacher``, says what it is, returns weights and accuracy. Raises UserError."""
     try:
         about = load_weights(teacher, path, say=say).get("config")
     except WeightsError as error:
@@ -195,8 +189,14 @@ def train(
     return row
 
 
-def phase_trainer(config: Config, role: str, phase: tuple[str, Recipe, Definition], student: nn.Module, teacher: nn.Module | None,
-                  batches: tuple[Batches, Batches]) -> Trainer:  # fmt: skip
+def phase_trainer(
+    config: Config,
+    role: str,
+    phase: tuple[str, Recipe, Definition],
+    student: nn.Module,
+    teacher: nn.Module | None,
+    batches: tuple[Batches, Batches],
+) -> Trainer:
     """What trains ``student`` in ``phase`` (of ``config.phases``); only the main one is tested."""
     name, recipe, method = phase
     train, test = copy.copy(batches[0]), batches[1] if name == "main" else None

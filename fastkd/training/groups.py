@@ -52,9 +52,7 @@ class Group:
 
     @property
     def cells(self) -> list[str]:
-        """Values of ``KEYS``, up to ``overrides``, for a line of a table; more processes than one stand with
-        the overrides.
-        """
+        """Values of ``KEYS``, up to ``overrides``, for a line of a table, and several processes."""
         *first, overrides = (self.key[name] for name in KEYS[:8])
         more = f"processes={self.key['processes']}" if self.key["processes"] != "1" else ""
         return [*first, " ".join(filter(None, [overrides, more]))]

@@ -231,9 +231,7 @@ def ending(config: Config, role: str, row: Mapping[str, Any], columns: Iterable[
 
 
 def how_far(label: str, phase: str, trainer: Trainer, folder: Path, output: Path) -> str:
-    """One line for somebody who stopped the run, by what its files hold: the signal may have come while one
-    was written.
-    """
+    """One line for somebody who stopped the run, by what its files hold after the signal."""
     trained, epochs, saved, best, added = len(trainer.history), trainer.recipe.epochs, 0, "", False
     with suppress(WeightsError):
         state = read_checkpoint(folder / CHECKPOINT)

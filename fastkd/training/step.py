@@ -1,6 +1,4 @@
-"""One training step, as one function of the numbers drawn for its batch: eager, compiled, or replayed as a
-CUDA graph.
-"""
+"""One training step, as a function of the numbers drawn for its batch: eager, compiled or a CUDA graph."""
 
 from __future__ import annotations
 
@@ -135,8 +133,7 @@ class Replayed:
     """``run(augment_params)`` as a CUDA graph: the first calls run it as it is, on a stream of their own,
     then it is captured once.
 
-    They are no trials but steps like the others: libraries, compilers and the optimizer make then what they
-    keep.
+    They are steps like the others; libraries, compilers and the optimizer then make what they keep.
     """
 
     FIRST = 3

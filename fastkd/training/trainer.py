@@ -31,12 +31,19 @@ class Trainer:
     train_acc and test_acc in percent, seconds and images_per_second of its training. :meth:`state` holds all
     that changes and :meth:`load` takes it up after any epoch: what is random is drawn per epoch, from its
     number. ``compiled`` and ``captured``: see :class:`TrainStep`. Of several processes each has its part of
-    every batch; loss, accuracies and gradients are those of all, and batch norms see their own process's
-    images.
+    every batch; loss, accuracies and gradients are those of all, batch norms see their own images.
     """
 
-    def __init__(self, distillation: Distillation, train: Batches, test: Batches | None, recipe: Recipe, autocast: torch.autocast,
-                 compiled: bool = False, captured: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        distillation: Distillation,
+        train: Batches,
+        test: Batches | None,
+        recipe: Recipe,
+        autocast: torch.autocast,
+        compiled: bool = False,
+        captured: bool = False,
+    ):
         self.device = train.pixels.device
         self.distillation = placed(distillation, self.device)
         self.student, self.method, self.teacher = (
@@ -64,9 +71,7 @@ class Trainer:
         return self.recipe.epochs * len(self.batches)
 
     def fit(self, progress: Progress) -> Iterator[int]:
-        """Trains the epochs that are left, and yields the number of each after it: :meth:`state` is then to
-        be saved.
-        """
+        """Trains the epochs that are left; yields the number of each after it, to save :meth:`state`."""
         for epoch in range(len(self.history) + 1, self.recipe.epochs + 1):
             self.train_epoch(epoch, progress)
             yield epoch
@@ -164,7 +169,7 @@ class Trainer:
         return sum(epoch["images_per_second"] * epoch["seconds"] for epoch in self.history) / seconds
 
     def weights(self) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """What the recipe reports, the best epoch or the last: weights, and the epoch's line of ``history``."""
+        """The epoch that the recipe reports, the best or the last: weights, and its line of ``history``."""
         if self.recipe.report == "best":
             return self.best_weights, self.best()
         return self.student.state_dict(), self.history[-1]
@@ -183,7 +188,7 @@ class Trainer:
         return {**state, "epoch": len(self.history), "history": self.history, "best": self.best_weights}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Takes up what :meth:`state` gave. Raises whatever a dict that is none of its makes PyTorch raise."""
+        """Takes up what :meth:`state` gave. Raises what PyTorch raises for any other dict."""
         self.student.load_state_dict(state["model"])
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
