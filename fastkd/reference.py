@@ -189,6 +189,8 @@ def attention_transfer_loss(
         q = _energy(x, p, channel_reduce, signed)
         return _normalize(_pool(q.unsqueeze(1), size, pool_mode).squeeze(1), eps, eps_mode)
 
+    if students[0].dim() + student_is_map == 3:
+        checks.tokens("attention_transfer_loss", students, teachers, teacher_is_map, student_is_map)
     with _no_autocast(students[0]):
         wide = _widen(*students, *teachers)
         terms = []
@@ -266,6 +268,8 @@ def fsp_loss(
     students, teachers = checks.fsp_loss(
         student, teacher, pool_mode, distance, pair_reduce, weights, weight, precision
     )
+    if students[0].dim() == 3:
+        checks.tokens("fsp_loss", students, teachers)
     with _no_autocast(students[0]):
         wide = _widen(*students, *teachers)
         s, t = wide[: len(students)], wide[len(students) :]
@@ -456,6 +460,8 @@ def ofd_loss(
     """
     students, teachers, bounds = checks.ofd_loss(student, teacher, margins, weights, weight)
     count = len(students)
+    if students[0].dim() == 3:
+        checks.tokens("ofd_loss", students, teachers)
     with _no_autocast(students[0]):
         wide, terms = _widen(*students, *teachers, *bounds), []
         for s, t, margin in zip(wide[:count], wide[count : 2 * count], wide[2 * count :], strict=True):

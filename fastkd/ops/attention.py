@@ -121,7 +121,7 @@ class AttentionTransferFunction(torch.autograd.Function):
         loss, coefficients, ctx.prepared = impl.run(
             "attention_transfer_loss", student, teacher, *options, student_grad, teacher_grad, upstream
         )
-        _warn_of_one_position(student, teacher, bits, coefficients)
+        _warn(student, teacher, bits, coefficients)
         ctx.impl, ctx.options, ctx.needed, ctx.stages = impl, options, needed, stages
         # only what needs a gradient: a teacher made under inference_mode cannot be saved
         if len(needed) < len(coefficients):
@@ -148,21 +148,27 @@ class AttentionTransferFunction(torch.autograd.Function):
         )
 
 
-def _warn_of_one_position(
+def _warn(
     student: Sequence[Tensor], teacher: Sequence[Tensor], bits: int, coefficients: Sequence[Tensor]
 ) -> None:
+    first = coefficients[0]
+    if first.dim() == 2:  # of features with three dimensions
+        checks.tokens("attention_transfer_loss", student, teacher, *_are_maps(bits))
     # counted on the coefficients, one a position, since this costs the least; they are as many as before a
     # pooling that comes after
     if bits & BIT["pool"]:
-        batch = len(student[0])
+        batch = first.shape[0]
         for k in coefficients:
             if k.numel() == batch:
                 break
         else:
             return
-    checks.one_position(
-        student, teacher, bool(bits & BIT["teacher_is_map"]), bool(bits & BIT["student_is_map"])
-    )
+    checks.one_position(student, teacher, *_are_maps(bits))
+
+
+def _are_maps(bits: int) -> tuple[bool, bool]:
+    """(teacher_is_map, student_is_map)"""
+    return bool(bits & BIT["teacher_is_map"]), bool(bits & BIT["student_is_map"])
 
 
 def _loss_gradients(

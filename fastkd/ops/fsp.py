@@ -161,6 +161,8 @@ class FSPLossFunction(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         stages = len(student)
+        if student[0].dim() == 3:
+            checks.tokens("fsp_loss", student, teacher)
         foreseeing = needed[0] < stages and impl.prefetches and not saved_tensors_hooked()
         ctx.expected = expected = _prefetch.expect() if foreseeing else None
         upstream = expected[1] if expected else None

@@ -169,3 +169,48 @@ run()
 def test_fastkd_can_be_imported_twice_in_a_process():
     done = subprocess.run([sys.executable, "-c", IMPORTED_TWICE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+TOKENS = {  # shape, layout -> whether they are warned of
+    "tokens": ((2, 16, 64), False, True),
+    "tokens and a class token": ((2, 197, 192), False, True),
+    "no square": ((2, 18, 64), False, False),
+    "two class tokens": ((2, 18, 64), False, False),
+    "few": ((2, 9, 64), False, False),
+    "narrow": ((2, 16, 63), False, False),
+    "a view of them with channels first": ((2, 16, 64), True, False),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss", ["attention_transfer_loss", "fsp_loss", "ofd_loss"])
+@pytest.mark.parametrize("case", TOKENS)
+def test_what_looks_like_tokens_is_told_once(backend, loss, case):
+    shape, view, told = TOKENS[case]
+    n, rows, columns = shape
+
+    def features(learns):
+        x = values((n, columns, rows) if view else shape, F32)
+        return (x.mT if view else x).requires_grad_(learns)
+
+    student, teacher = ([features(learns) for _ in range(2)] for learns in (True, False))
+    rest = [[torch.zeros(rows)] * 2] if loss == "ofd_loss" else []
+    with fastkd.use_backend(backend):
+        caught = warned(lambda: getattr(fastkd, loss)(student, teacher, *rest))
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == told
+    if told:
+        assert f"{loss}: student[0] is {shape}" in messages[0] and "fastkd.tokens_to_map" in messages[0]
+        assert caught[0].filename == __file__ and "\n" not in messages[0]
+
+
+def test_maps_of_a_teacher_are_no_tokens():
+    student, maps = (
+        values((2, 3, 16, 64), F32).requires_grad_(),
+        fastkd.attention_map(values((2, 3, 16, 64), F32)),
+    )
+    assert maps.dim() == 3
+    assert not warned(lambda: fastkd.attention_transfer_loss(student, maps, teacher_is_map=True))
+    maps = fastkd.attention_map(values((2, 3, 64), F32))
+    tokens = values((2, 16, 64), F32).requires_grad_()
+    assert len(warned(lambda: fastkd.attention_transfer_loss(tokens, maps, teacher_is_map=True))) == 1
