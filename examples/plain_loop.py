@@ -12,7 +12,7 @@ def main(epochs: int = 2) -> fastkd.Distillation:
     teacher = torchvision.models.resnet34(num_classes=10)  # with trained weights, in earnest
     data = [(torch.randn(3, 32, 32), i % 10) for i in range(8)]
     loader = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True)
-    stages = ["layer1", "layer2", "layer3", "layer4"]
+    stages = ["layer1", "layer2", "layer3"]
     distillation = fastkd.Distillation(
         student, teacher, "at+kd", student_points=stages, teacher_points=stages
     )

@@ -10,7 +10,7 @@ import fastkd
 def main(epochs: int = 2) -> fastkd.Distillation:
     torch.manual_seed(0)
     accelerator = Accelerator()
-    stages = ["layer1", "layer2", "layer3", "layer4"]
+    stages = ["layer1", "layer2", "layer3"]
     distillation = fastkd.Distillation(
         torchvision.models.resnet18(num_classes=10),
         torchvision.models.resnet34(num_classes=10),

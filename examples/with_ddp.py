@@ -12,7 +12,7 @@ import fastkd
 def main(epochs: int = 2) -> None:
     distributed.init_process_group("gloo")  # nccl on GPUs
     torch.manual_seed(0)
-    stages = ["layer1", "layer2", "layer3", "layer4"]
+    stages = ["layer1", "layer2", "layer3"]
     distillation = fastkd.Distillation(
         torchvision.models.resnet18(num_classes=10),
         torchvision.models.resnet34(num_classes=10),

@@ -12,7 +12,7 @@ class Distill(lightning.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        stages = ["layer1", "layer2", "layer3", "layer4"]
+        stages = ["layer1", "layer2", "layer3"]
         self.distillation = fastkd.Distillation(
             torchvision.models.resnet18(num_classes=10),
             torchvision.models.resnet34(num_classes=10),

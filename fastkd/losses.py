@@ -172,7 +172,7 @@ class KD(_Loss):
     """:func:`fastkd.kd_loss` with its further arguments fixed; each is an attribute.
 
     It is the soft-target term alone, to which a recipe adds its share of cross-entropy.
-    ``forward(student_logits, teacher_logits)``: (N, K) twice -> scalar, times ``weight``.
+    ``forward(student_logits, teacher_logits, mask=None)``: (N, K) twice -> scalar, times ``weight``.
 
     Presets, all with T = 4 and the share of cross-entropy that goes with each: ``zagoruyko``,
     ``repdistiller``, ``mdistiller`` 0.9 (with 0.1); ``kdzoo`` 0.1 (with 1); ``hankyul2`` 1 (with 1);
@@ -180,9 +180,14 @@ class KD(_Loss):
     """
 
     def __init__(
-        self, temperature: float = 4.0, *, reduction: str = "batchmean", weight: float = 1.0
+        self,
+        temperature: float = 4.0,
+        *,
+        reduction: str = "batchmean",
+        weight: float = 1.0,
+        activation: str = "softmax",
     ) -> None:
-        super().__init__(temperature=temperature, reduction=reduction, weight=weight)
+        super().__init__(temperature=temperature, reduction=reduction, weight=weight, activation=activation)
 
     function = staticmethod(kd_loss)
     presets = {
@@ -194,8 +199,8 @@ class KD(_Loss):
         "torchdistill": {"temperature": 4.0, "weight": 0.1},
     }
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return super().forward(student, teacher)
+    def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+        return kd_loss(student, teacher, mask=mask, **{name: getattr(self, name) for name in self._options})
 
 
 class SAKD(_Loss):

@@ -38,7 +38,7 @@ def test_index_and_labels_of_sets_in_sets():
     folder, tensors = Folder([0, 1, 2, 1]), TensorDataset(torch.ones(2, 3), torch.tensor([5, 6]))
     whole = Indexed(ConcatDataset([Subset(folder, [3, 0]), tensors, Doubled(folder, [2, 1])]))
     assert whole.labels.tolist() == [1, 0, 5, 6, 12, 11] and whole.labels.dtype == torch.int64
-    seen = [(label.item(), index.item()) for _, label, index in DataLoader(whole, batch_size=None)]
+    seen = [(int(label), int(index)) for _, label, index in DataLoader(whole, batch_size=None)]
     assert seen == list(zip([1, 0, 5, 6, 12, 11], range(6), strict=True))
     images, labels, index = next(iter(DataLoader(whole, batch_size=6)))
     assert torch.equal(index, torch.arange(6)) and torch.equal(labels, whole.labels)
