@@ -168,7 +168,12 @@ class Distillation(nn.Module):
             for role in ("student", "teacher")
         ]
         kinds = {name: type(distiller) for name, distiller in distillers.items()}
-        self._scheduled = {name: i for i, name in enumerate(kinds) if overrides(kinds[name], "weight_at")}
+        self._until = {term.name: term.until for term in self.definition.terms if term.until is not None}
+        self._scheduled = {
+            name: i
+            for i, name in enumerate(kinds)
+            if overrides(kinds[name], "weight_at") or name in self._until
+        }
         self._changes_logits = [name for name in kinds if overrides(kinds[name], "logits")]
         self.register_buffer("weights", first.new_ones(len(kinds), dtype=torch.float32), persistent=False)
         scale, shift = _renormalized(normalization, teacher_normalization, len(image_shape))
@@ -233,7 +238,8 @@ class Distillation(nn.Module):
         for name in self.methods:
             self._distiller(name).set_epoch(epoch, epochs)
         for name, place in self._scheduled.items():
-            self.weights[place].fill_(self._distiller(name).weight_at(epoch, epochs))
+            ended = epoch >= self._until.get(name, epochs)
+            self.weights[place].fill_(0.0 if ended else self._distiller(name).weight_at(epoch, epochs))
 
     def forward(self, images: Tensor, labels: Tensor | None = None, index: Tensor | None = None) -> Losses:
         batch = Batch(images, labels, index)

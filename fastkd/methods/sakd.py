@@ -56,6 +56,11 @@ class SAKD(Distiller):
     def __init__(self, context: BuildContext, options: Any):
         super().__init__(context, options)
         self.function = options.module()
+        counts = [len(side.stages) for side in (context.student_shapes, context.teacher_shapes)]
+        if counts[0] != counts[1]:
+            raise ValueError(
+                f"student has {counts[0]} stages, teacher has {counts[1]}: sakd wanted the same number"
+            )
         pairs = zip(context.student_shapes.stages, context.teacher_shapes.stages, strict=True)
         self.connectors = nn.ModuleList(Connector(int(mine[0]), int(theirs[0])) for mine, theirs in pairs)
 

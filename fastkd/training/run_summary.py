@@ -65,10 +65,11 @@ def describe(config: Config) -> str:
         device.append(
             f"{config.processes} processes of {batch} images a step each, {batch * config.processes} together"
         )
+    begun = f", begun with {settings.student_checkpoint}" * (settings.student_checkpoint is not None)
     lines = [
         f"fastkd   {fastkd.__version__}, torch {torch.__version__}",
         f"method   {settings.method}: {'; '.join(phases)}",
-        f"student  {models.student}, {student:,} parameters{added}",
+        f"student  {models.student}, {student:,} parameters{added}{begun}",
         (
             f"teacher  {models.teacher}, {teacher:,} parameters"
             if config.method.needs_teacher
@@ -204,6 +205,7 @@ def row_of(
         "cuda_graph": "yes" if config.captured else "no",
         "environment": " ".join(environment()),
         "teacher_checkpoint": file if taught and file is not None else "",
+        "student_checkpoint": settings.student_checkpoint or "" if role == "student" else "",
         "folder": run.folder.name,
     }
 

@@ -115,8 +115,8 @@ def test_tokens_of_a_transformer_teach_as_maps(timm):
         timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=7, depth=2) for _ in range(2)
     )
     points = [(f"blocks.{i}", lambda x: fastkd.tokens_to_map(x, prefix=1)) for i in range(2)]
-    distillation = fastkd.Distillation(student, teacher, "at+rkd", preset="repdistiller", student_points=points,
-                                       teacher_points=points).eval()  # fmt: skip
+    named = {"student_points": points, "teacher_points": points}
+    distillation = fastkd.Distillation(student, teacher, "at+rkd", preset="repdistiller", **named).eval()
     x = images(64)
     losses = distillation(x, torch.arange(2))
     maps = [fastkd.extract(network, points)(x)[0] for network in (student, teacher)]
