@@ -314,8 +314,13 @@ class CRD(_Loss):
         """Moves the rows ``index`` (N,) of the banks to ``momentum * row + (1 - momentum) * embedding``,
         brought to length 1.
 
-        ``normalizers`` (2,) are taken where there are none yet.
+        ``normalizers`` (2,) are taken where there are none yet. Of an index that occurs twice the last row
+        stays.
         """
+        places = torch.arange(len(index), device=index.device)
+        # written several times by several threads, a row must be the same each time
+        last = torch.where(index[:, None] == index, places, -1).amax(1)
+        student, teacher = student[last], teacher[last]
         for bank, found in ((self.student_bank, student), (self.teacher_bank, teacher)):
             row = momentum * bank[index] + (1 - momentum) * found
             bank[index] = (row / row.norm(dim=1, keepdim=True)).to(bank.dtype)

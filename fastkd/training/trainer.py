@@ -14,6 +14,7 @@ from fastkd.data.loader import Batches
 from fastkd.distillation import Distillation
 from fastkd.errors import UserError
 from fastkd.io.console import counted
+from fastkd.models.folding import channels_last
 from fastkd.seeds import generator
 from fastkd.training import distributed
 from fastkd.training.progress import Progress
@@ -201,7 +202,8 @@ class Trainer:
 
 def placed(model: M, device: torch.device) -> M:
     """``model`` on ``device``, its convolutions channels_last, in place."""
-    return model.to(device).to(memory_format=torch.channels_last)
+    channels_last(model.to(device))
+    return model
 
 
 def evaluate(
