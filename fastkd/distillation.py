@@ -19,17 +19,15 @@ from fastkd.methods import (
     Definition,
     Distiller,
     Output,
-    Points,
     define,
     overrides,
     undisturbed,
+    union,
 )
 from fastkd.models.extract import Point
 from fastkd.models.folding import fold_for_inference
+from fastkd.models.normalization import Normalization, renormalized
 from fastkd.models.observed import Observed, image_shape_of, views
-
-Normalization = tuple[Sequence[float], Sequence[float]]
-"""The mean and the standard deviation of each channel, by which images were normalized."""
 
 
 class Losses(NamedTuple):
@@ -164,7 +162,7 @@ class Distillation(nn.Module):
         self.methods = nn.ModuleDict(distillers).to(first.device)
         self.names = self.definition.names
         self.points = [
-            _union(getattr(distiller, f"{role}_points") for distiller in distillers.values())
+            union(getattr(distiller, f"{role}_points") for distiller in distillers.values())
             for role in ("student", "teacher")
         ]
         kinds = {name: type(distiller) for name, distiller in distillers.items()}
@@ -176,7 +174,7 @@ class Distillation(nn.Module):
         }
         self._changes_logits = [name for name in kinds if overrides(kinds[name], "logits")]
         self.register_buffer("weights", first.new_ones(len(kinds), dtype=torch.float32), persistent=False)
-        scale, shift = _renormalized(normalization, teacher_normalization, len(image_shape))
+        scale, shift = renormalized(normalization, teacher_normalization, len(image_shape))
         self.register_buffer("teacher_scale", scale, persistent=False)
         self.register_buffer("teacher_shift", shift, persistent=False)
         # in a tuple, which nn.Module does not look into: the teacher, and the copy that answers in eval mode
@@ -334,32 +332,6 @@ class Distillation(nn.Module):
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.autocast is None else self.autocast
-
-
-def _renormalized(
-    own: Normalization | None, teachers: Normalization | None, dimensions: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """(factor, summand) that make the teacher's images of the student's; None where they are the same."""
-    if (own is None) != (teachers is None):
-        name, other = ("teacher_normalization", "normalization")[:: 1 if teachers is None else -1]
-        raise ValueError(f"{name} is None and {other} is given, wanted both, as (mean, std)")
-    if own is None or teachers is None:
-        return None, None
-    (mean, std), (their_mean, their_std) = (
-        [torch.as_tensor(x, dtype=torch.float64) for x in side] for side in (own, teachers)
-    )
-    scale, shift = std / their_std, (mean - their_mean) / their_std
-    if bool((scale == 1).all() and (shift == 0).all()):
-        return None, None
-    form = (-1, *[1] * (dimensions - 1))
-    return scale.float().view(form), shift.float().view(form)
-
-
-def _union(points: Any) -> Points:
-    union = Points.NONE
-    for each in points:
-        union |= each
-    return union
 
 
 def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Iterator, Mapping
+import functools
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -39,6 +41,11 @@ class Points(enum.Flag):
         if self is Points.PREACT:
             features = features._replace(stem=(), stages=(), blocks=(), maps=(), preact=features)  # type: ignore[arg-type]
         return Output(logits, features)
+
+
+def union(points: Iterable[Points]) -> Points:
+    """All that any of ``points`` asks for."""
+    return functools.reduce(operator.or_, points, Points.NONE)
 
 
 class Batch(NamedTuple):

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from plain_networks import Foreign
+from torch import nn
 
 import fastkd
 from fastkd.methods import METHODS
@@ -80,3 +81,35 @@ def test_the_student_comes_out_as_it_went_in(method):
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters()) and not teacher.training
     clone = copy.deepcopy(distillation.eval())
     torch.testing.assert_close(clone(images, labels, index).terms, distillation(images, labels, index).terms)
+
+
+def test_a_relu_that_all_stages_share_tells_no_maps_before_it():
+    """Its last call is not the stage's: the stage itself stands in, and no norm before it is found."""
+    torch.manual_seed(0)
+    student, teacher = Foreign(), Foreign()
+    shared = nn.ReLU()
+    for name in POINTS:
+        getattr(teacher, name)[0].relu = shared
+    distillation = distillation_of("reviewkd", (student, teacher)).eval()
+    features, _ = distillation._observed[1](batch()[0], features="both")
+    assert all(map(torch.equal, features.preact.stages[:2], features.stages[:2]))
+    assert features.preact.stages[2].min() < 0 and torch.equal(
+        features.preact.stages[2].relu(), features.stages[2]
+    )
+    with pytest.raises(ValueError, match="no batch norm is found before the ReLU of 'layer1'"):
+        distillation_of("ofd", (student, teacher))
+
+
+@pytest.mark.parametrize("method", ["simkd", "norm"])
+def test_a_step_is_one_graph(method):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    distillation = distillation_of(method, (Foreign(), Foreign()))
+    compiled = torch.compile(copy.deepcopy(distillation), fullgraph=True, backend="aot_eager")
+    images, labels, index = batch()
+    results = []
+    for module, forward in ((distillation, distillation), (compiled._orig_mod, compiled)):
+        losses = forward(images, labels, index)
+        losses.total.backward()
+        results.append([losses, [p.grad for p in module.parameters() if p.grad is not None]])
+    torch.testing.assert_close(*results, rtol=1e-2, atol=1e-3)
