@@ -132,6 +132,15 @@ def full(result: dict[str, Any]) -> str:
             *markdown(heads, rows, 3),
             "",
         ]
+    heads, rows = table.methods(result)
+    if rows:
+        lines += [
+            "Losses of the other methods, forward and backward, in float32, beside their published form.",
+            "÷: how many times faster. MB: the most that PyTorch's allocator held beyond the inputs.",
+            "",
+            *markdown(heads, rows, 2),
+            "",
+        ]
     verdicts = goals.verdicts(result)
     if verdicts:
         cells = []

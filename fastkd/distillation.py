@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd import backends, reference
+from fastkd import backends
 from fastkd.methods import (
     Batch,
     BuildContext,
@@ -28,6 +28,7 @@ from fastkd.models.extract import Point
 from fastkd.models.folding import fold_for_inference
 from fastkd.models.normalization import Normalization, renormalized
 from fastkd.models.observed import Observed, image_shape_of, views
+from fastkd.reference.common import widen
 
 
 class Losses(NamedTuple):
@@ -322,7 +323,7 @@ class Distillation(nn.Module):
 
     def _seen(self, z: Tensor) -> Tensor:
         """Logits as every loss of the sum sees them: in float32 at least, and as a method may change them."""
-        (z,) = reference._widen(z)
+        (z,) = widen(z)
         for name in self._changes_logits:
             z = self._distiller(name).logits(z)
         return z

@@ -23,7 +23,7 @@ from fastkd.errors import UserError
 from fastkd.io.files import as_path
 from fastkd.models import MODELS, WeightsError, create_model, load_student, load_weights, read_checkpoint
 from fastkd.training.device import find_device
-from fastkd.training.trainer import evaluate, placed
+from fastkd.training.evaluation import evaluate, placed
 
 
 class Result(NamedTuple):

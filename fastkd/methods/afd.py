@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd import reference
 from fastkd.methods.base import Batch, Beside, BuildContext, Distiller, Output, Points, Preset, option
 from fastkd.models import Features, ResNet, WideResNet
 from fastkd.ops.attention import attention_map
+from fastkd.reference.common import widen
 
 _RESNET110 = 54  # blocks
 
@@ -54,9 +54,7 @@ class Attention(nn.Module):
 
 def _vectors(layers: nn.ModuleList, maps: Sequence[Tensor]) -> Tensor:
     """(N, number of maps, width)"""
-    return torch.stack(
-        [layer(reference._widen(x)[0].mean((2, 3))) for layer, x in zip(layers, maps, strict=True)], 1
-    )
+    return torch.stack([layer(widen(x)[0].mean((2, 3))) for layer, x in zip(layers, maps, strict=True)], 1)
 
 
 def differences(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:

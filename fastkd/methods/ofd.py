@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastkd import checks, reference
+from fastkd import checks
 from fastkd.losses import OFD as OFDLoss
 from fastkd.methods.base import Batch, BuildContext, Distiller, Output, Points, Preset, option
 from fastkd.methods.connectors import pointwise
 from fastkd.reference import ofd_loss, ofd_margin
+from fastkd.reference.common import widen
 
 # on purpose, and better in the paper's table 8
 _TRAIN_MODE = {"teacher_mode": "train"}
@@ -104,5 +105,5 @@ def _margins(context: BuildContext, count: int) -> Sequence[Tensor]:
 
 def batch_margin(x: Tensor) -> Tensor:
     """(N, C, *S) -> (C,): the mean of each channel's negative numbers, 0 where there are none."""
-    (x,) = reference._widen(x.flatten(2))
+    (x,) = widen(x.flatten(2))
     return x.clamp_max(0).sum((0, 2)) / (x < 0).sum((0, 2)).clamp_min(1)

@@ -10,8 +10,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd import reference
 from fastkd.methods.base import Batch, Beside, BuildContext, Distiller, Output, Preset, option
+from fastkd.reference.common import widen
 
 
 class Projector(nn.Module):
@@ -83,5 +83,5 @@ class SimKD(Distiller):
 
     def loss(self, batch: Batch, student: Output, teacher: Output, connected: Any) -> Tensor:
         found = student.features.final
-        found, wanted = reference._widen(found, to_smaller(teacher.features.final, found.shape[2:]))
+        found, wanted = widen(found, to_smaller(teacher.features.final, found.shape[2:]))
         return self.beta * F.mse_loss(found, wanted)

@@ -8,9 +8,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd import reference
 from fastkd.methods.base import Batch, Beside, BuildContext, Distiller, Output, Preset, option
 from fastkd.methods.connectors import pointwise
+from fastkd.reference.common import widen
 
 
 class SRRL(Distiller):
@@ -59,7 +59,7 @@ class SRRL(Distiller):
         return self.connector(student.features.final) if self.on == "map" else None
 
     def loss(self, batch: Batch, student: Output, teacher: Output, connected: Any) -> Tensor:
-        found, wanted, weight, bias = reference._widen(
+        found, wanted, weight, bias = widen(
             student.features.pooled if connected is None else connected,
             teacher.features.pooled,
             self.weight,

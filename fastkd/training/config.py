@@ -21,7 +21,8 @@ from fastkd.seeds import generator, seeded
 from fastkd.training import distributed, results
 from fastkd.training.choices import Choices
 from fastkd.training.device import can_compile, fast_bfloat16, find_device
-from fastkd.training.recipes import NORMALIZATIONS, Recipe, decided_options, get_recipe, options_of
+from fastkd.training.recipe_options import decided_options, options_of
+from fastkd.training.recipes import NORMALIZATIONS, Recipe, get_recipe
 from fastkd.training.settings import PRECISIONS, Settings, recipe_of, resolve
 
 PAYS = 500_000

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastkd.data.loader import PAD_MODES
 from fastkd.errors import UserError
-from fastkd.methods import Definition
 
 
 def _field(text: str, default: Any, choices: tuple[str, ...] | None = None) -> Any:
@@ -105,11 +103,6 @@ RECIPES: dict[str, Recipe] = {
     ),
 }  # fmt: skip
 
-# options of a method that a recipe brings, and why, by (recipe, method); what the user says of the same
-# option wins
-OPTIONS: dict[tuple[str, str], tuple[str, str, str]] = {
-    ("digits", "semckd"): ("beta", "40", "the published 400 is infinite there after a few steps")
-}
 
 # teacher and student on CIFAR-100, by SAKD's letters (those of its README; its code's own flag swaps f, g and
 # h)
@@ -171,33 +164,6 @@ def get_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
         scaled = max(1, round(recipe.init_epochs * recipe.epochs / RECIPES[name].epochs))
         recipe = dataclasses.replace(recipe, init_epochs=scaled)
     return recipe
-
-
-def options_of(name: str, method: str, said: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(options that the recipe ``name`` brings to ``method``, as command-line words; notes that say so)."""
-    words, notes = [], []
-    for (recipe, term), (field_name, value, why) in OPTIONS.items():
-        names = {field_name, f"{term}.{field_name}", f"{term}.preset"}
-        if (
-            recipe == name
-            and term in method.split("+")
-            and not names & {word.partition("=")[0] for word in said}
-        ):
-            words.append(f"{term}.{field_name}={value}")
-            notes.append(f"the recipe {name} gives {term} a {field_name} of {value}: {why}")
-    return words, notes
-
-
-def decided_options(name: str, method: Definition) -> dict[str, Any]:
-    """What the options that the recipe ``name`` may bring are at last: a command says them even where they
-    are the published ones.
-    """
-    terms = {term.name: term for term in method.terms}
-    return {
-        f"{term}.{key}": getattr(terms[term].options, key)
-        for (recipe, term), (key, *_) in OPTIONS.items()
-        if recipe == name and term in terms
-    }
 
 
 def drops(recipe: Recipe, step: int, steps: int) -> int:

@@ -5,23 +5,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastkd.data.loader import Batches
 from fastkd.distillation import Distillation
 from fastkd.errors import UserError
 from fastkd.io.console import counted
-from fastkd.models.folding import channels_last
 from fastkd.seeds import generator
-from fastkd.training import distributed
+from fastkd.training import collectives
+from fastkd.training.evaluation import evaluate, placed
 from fastkd.training.progress import Progress
 from fastkd.training.recipes import Recipe, drops, learning_rate
 from fastkd.training.step import TrainStep
-
-M = TypeVar("M", bound=nn.Module)
 
 
 class Trainer:
@@ -108,8 +106,8 @@ class Trainer:
         for _ in self.train_steps(epoch, progress):
             pass
         self.seen = sum(self.batches.sizes())
-        distributed.add(self.train_step.sums)
-        distributed.same_buffers(self.student, self.method, self.teacher)
+        collectives.add(self.train_step.sums)
+        collectives.same_buffers(self.student, self.method, self.teacher)
         means = self._means(epoch)
         seconds = time.perf_counter() - begun - (self.train_step.compiling - compiling)
         if self.test_batches is not None:
@@ -198,30 +196,3 @@ class Trainer:
         self.history, self.best_weights = list(state["history"]), dict(state["best"])
         if len(self.history) != state["epoch"]:
             raise ValueError(f"{counted(len(self.history), 'epoch')} of history, wanted {state['epoch']}")
-
-
-def placed(model: M, device: torch.device) -> M:
-    """``model`` on ``device``, its convolutions channels_last, in place."""
-    channels_last(model.to(device))
-    return model
-
-
-def evaluate(
-    model: nn.Module, batches: Batches, autocast: torch.autocast, share: tuple[int, int] = (0, 1)
-) -> float:
-    """Accuracy in percent over ``batches.test()``, done together by processes of which ``share`` says (which,
-    how many).
-
-    The model is left in eval mode.
-    """
-    model.eval()
-    counts = torch.zeros(2, dtype=torch.int64, device=batches.pixels.device)
-    with torch.no_grad(), autocast:
-        for i, (images, labels) in enumerate(batches.test()):
-            if i % share[1] == share[0]:
-                counts[0] += (model(images).argmax(1) == labels).sum()
-                counts[1] += len(labels)
-    if share[1] > 1:
-        distributed.add(counts)
-    right, seen = counts.tolist()
-    return 100 * right / seen

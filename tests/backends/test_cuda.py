@@ -14,6 +14,7 @@ from support import KERNELS, check_loss, dtypes, gpu, make, place, ref, values
 
 import fastkd
 from fastkd import native
+from fastkd._bits import ATTENTION, FSP
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
 
@@ -218,18 +219,17 @@ OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "tes
 
 @pytest.mark.unpoisoned
 def test_operators_keep_what_their_schemas_say(cuda):
-    from fastkd.ops._options import BIT
-
     ops = torch.ops.fastkd_cuda
     s, t = chains(cuda)
     x = s[0].detach().requires_grad_()
-    bits = BIT["channel_reduce"] | BIT["pool"]
+    transfer = ATTENTION.pack(channel_reduce="mean", pool="before", student_grad=True)
+    chain = FSP.pack(precision="ieee", with_grad=True)
     for operator, args in (
         (ops.attention_map, (x, 2.0, "mean", False, True, 1e-12, "clamp")),
         (ops.relu_tap, (x, t[0], 2.0, "mean", False, 1e-12, "clamp")),
-        (ops.attention_transfer_loss, (s, t, 2.0, 1e-12, bits, None, 3.0, True, False, None)),
-        (ops.fsp_matrix, (x, t[1], "avg", "ieee")),
-        (ops.fsp_loss, (s, t, "avg", "squared", "sum", None, 1.0, "ieee", True)),
+        (ops.attention_transfer_loss, (s, t, transfer, [0.0, 2.0, 1e-12, 3.0])),
+        (ops.fsp_matrix, (x, t[1], FSP.pack(precision="ieee"))),
+        (ops.fsp_loss, (s, t, chain, [0.0, 1.0])),
     ):
         torch.library.opcheck(operator.default, args, test_utils=OPCHECKS)
 

@@ -79,7 +79,7 @@ def test_triton_asks_the_dispatcher_while_a_mode_watches(cpp, monkeypatch):
     a, b = stages(*THREE[:2])
     monkeypatch.setattr(kernels, "interpreting", lambda: False)
     monkeypatch.setattr(kernels, "launcher", lambda name: lambda *args: name)
-    args = (a, b, "avg", None)
+    args = (a, b, 0)
     assert TRITON.run("fsp_matrix", *args) == "fsp_matrix"
     with FlopCounterMode(display=False) as counter:
         got = TRITON.run("fsp_matrix", *args)

@@ -17,6 +17,7 @@ from support import dtypes, evaluate, gpu, make, missing, ref, values
 
 import fastkd
 from fastkd import kernels
+from fastkd._bits import ATTENTION
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -226,23 +227,14 @@ def test_the_operator_gives_what_its_schema_says(triton, pool):
     """The launchers as operators: for graphs, and for whoever calls them directly; with gradients for an
     upstream that is foreseen.
     """
-    from fastkd.ops._options import BIT
     from fastkd.ops.attention import _loss_fake
 
     s, t = chains(triton, grad=False)
     t[0] = t[0][..., :5, :6]
-    args = (
-        s,
-        t,
-        2.0,
-        1e-12,
-        BIT["channel_reduce"] | BIT["pool"] * (pool == "before"),
-        None,
-        3.0,
-        True,
-        True,
-        -2.5,
+    options = ATTENTION.pack(
+        channel_reduce="mean", pool=pool, student_grad=True, teacher_grad=True, prepare=True
     )
+    args = (s, t, options, [-2.5, 2.0, 1e-12, 3.0])
     got, fake = kernels.launcher("attention_transfer_loss")(*args), _loss_fake(*args)
     for a, b in zip(torch.utils._pytree.tree_leaves(got), torch.utils._pytree.tree_leaves(fake), strict=True):
         assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastkd
 from fastkd import kernels
+from fastkd._bits import FSP
 from fastkd.kernels.fsp.saved import kept_shape
 
 pytestmark = [
@@ -220,7 +221,10 @@ def test_a_teacher_may_come_from_inference_mode_but_not_change(triton):
 @pytest.mark.parametrize("of", ["after a matrix", "fused windows"])
 def test_the_operator_gives_what_its_schema_says(triton, of):
     s, t = ([triton(x) for x in chain(of)] for _ in range(2))
-    args = ("avg", "frobenius", "mean", [1.0, -2.0], 3.0, "ieee", True, -2.5, [0, 2])
+    options = FSP.pack(
+        distance="frobenius", pair_reduce="mean", precision="ieee", with_grad=True, prepare=True
+    )
+    args = (options, [-2.5, 3.0, 1.0, -2.0])
     got = kernels.launcher("fsp_loss")(s, t, *args)
     with FakeTensorMode() as mode:
         # a graph on a GPU, where there need be none
@@ -236,12 +240,14 @@ def test_the_operator_gives_what_its_schema_says(triton, of):
     loss = fastkd.fsp_loss(
         leaves, t, distance="frobenius", pair_reduce="mean", weights=[1.0, -2.0], weight=3.0
     )
-    assert all(torch.equal(a, b) for a, b in zip(got[2], torch.autograd.grad(loss * -2.5, leaves)[::2]))
+    assert all(
+        torch.equal(a, b) for a, b in zip(got[2], torch.autograd.grad(loss * -2.5, leaves), strict=True)
+    )
 
 
 def test_the_backward_operator_refuses_what_it_cannot_use(triton):
     s, t = ([triton(x) for x in chain("pair")] for _ in range(2))
-    _, kept, _ = kernels.launcher("fsp_loss")(s, t, "avg", "squared", "sum", None, 1.0, None, True)
+    _, kept, _ = kernels.launcher("fsp_loss")(s, t, FSP.pack(with_grad=True), [0.0, 1.0])
     backward = kernels.launcher("fsp_loss_backward")
     for others, given, word in (
         ([], kept, "others"),
@@ -249,4 +255,4 @@ def test_the_backward_operator_refuses_what_it_cannot_use(triton):
         (t, [kept[0][..., :4]], "matrix_grads"),
     ):
         with pytest.raises(ValueError, match=word):
-            backward(s[0].new_ones(()), s, given, "avg", None, [0], False, others)
+            backward(s[0].new_ones(()), s, given, 0, [0], others)

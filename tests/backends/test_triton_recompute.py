@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastkd
 from fastkd import kernels
+from fastkd._bits import FSP
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -144,7 +145,10 @@ def test_results_are_the_same_bits_in_each_run_and_one_launch_each_way(triton, l
 @pytest.mark.parametrize("of", ["columns after a matrix", "fine grid"])
 def test_the_operator_gives_what_its_schema_says(triton, of):
     s, t = ([triton(x) for x in side] for side in chains(of))
-    args = ("avg", CHAINS[of][0], "mean", [1.0, -2.0], 3.0, "ieee", True, -2.5, [0, 2])
+    options = FSP.pack(
+        distance=CHAINS[of][0], pair_reduce="mean", precision="ieee", with_grad=True, prepare=True
+    )
+    args = (options, [-2.5, 3.0, 1.0, -2.0])
     got = kernels.launcher("fsp_loss")(s, t, *args)
     with FakeTensorMode():
         # a graph on a GPU, where there need be none
@@ -159,12 +163,14 @@ def test_the_operator_gives_what_its_schema_says(triton, of):
     loss = fastkd.fsp_loss(
         leaves, t, distance=CHAINS[of][0], pair_reduce="mean", weights=[1.0, -2.0], weight=3.0
     )
-    assert all(torch.equal(a, b) for a, b in zip(got[2], torch.autograd.grad(loss * -2.5, leaves)[::2]))
+    assert all(
+        torch.equal(a, b) for a, b in zip(got[2], torch.autograd.grad(loss * -2.5, leaves), strict=True)
+    )
 
 
 def test_the_backward_operator_refuses_what_it_cannot_use(triton):
     s, t = ([triton(x) for x in side] for side in chains("smaller teacher"))
-    _, kept, _ = kernels.launcher("fsp_loss")(s, t, "avg", "squared", "sum", None, 1.0, None, True)
+    _, kept, _ = kernels.launcher("fsp_loss")(s, t, FSP.pack(with_grad=True), [0.0, 1.0])
     backward = kernels.launcher("fsp_loss_backward")
     for others, given, word in (
         ([], kept, "others"),
@@ -172,4 +178,4 @@ def test_the_backward_operator_refuses_what_it_cannot_use(triton):
         (t, [kept[0][:, :4]], "matrix_grads"),
     ):
         with pytest.raises(ValueError, match=word):
-            backward(s[0].new_ones(()), s, given, "avg", None, [0], False, others)
+            backward(s[0].new_ones(()), s, given, 0, [0], others)

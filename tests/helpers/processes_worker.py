@@ -27,7 +27,7 @@ import toy_methods
 from distributed_worker import loop
 from support_data import small_digits
 
-from fastkd.training import Interrupted, UserError, distributed
+from fastkd.training import Interrupted, UserError, collectives, distributed
 from fastkd.training.progress import Progress
 
 ERRORS: dict[str, type[BaseException]] = {
@@ -89,7 +89,7 @@ def gradients(path: str) -> None:
         for i, parameter in enumerate(parameters):
             if i == 0 or i == rank + 1:
                 parameter.grad = torch.full((2,), 10.0**rank)
-        distributed.add_gradients(parameters, 0.5)
+        collectives.add_gradients(parameters, 0.5)
         torch.save([parameter.grad for parameter in parameters], f"{path}-{rank}.pt")
 
 
@@ -100,7 +100,7 @@ def banks(path: str) -> None:
     with distributed.group("cpu"):
         rank = distributed.share()[0]
         rows = torch.arange(5).tensor_split(2)[rank]
-        joined = distributed.joined_rows((rows, (rows[:, None] * 2.0,)), 5)
+        joined = collectives.joined_rows((rows, (rows[:, None] * 2.0,)), 5)
         made = loop(toy_methods.define("bank"))
         crd = loop("crd").distillation.methods["crd"].function.state_dict()
         torch.save(

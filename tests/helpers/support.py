@@ -207,8 +207,8 @@ def one_by_one(backend: str, tensors: Sequence[Tensor], exact: Tensor) -> float:
     """What sums of equal numbers may be off, which are all rounded the same way where they are added one
     after the other.
 
-    The interpreter adds channels so; a GPU in a tree.
-    The reference itself, in float64, adds the positions of a map so, in each of some lanes.
+    Each lane of a Triton program adds its channels so, on a GPU and interpreted alike; lanes are added as a
+    tree, and programs in float64. The reference adds the positions of a map so, in float64, in some lanes.
     """
     most = exact.abs().max().item() if exact.numel() else 0
     if backend == "triton" and any(x.dim() > 2 and x.stride(1) == 0 for x in tensors):
@@ -238,7 +238,7 @@ def uncancelled(
         norm = torch.linalg.vector_norm(q.detach(), dim=tuple(range(1, q.dim())), keepdim=True)
         return q / (norm.clamp_min(eps) if eps_mode == "clamp" else norm + eps)
 
-    with mock.patch.object(reference, "_normalize", held):
+    with mock.patch.object(reference.attention, "normalized_map", held):
         return evaluate(exact_fn, [x.double().contiguous() for x in tensors], needs, upstream)
 
 

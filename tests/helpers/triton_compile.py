@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fastkd import kernels
+from fastkd._bits import ATTENTION, FSP
 from fastkd.kernels.fsp.saved import wide_stages
 
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that a program may use
@@ -158,37 +159,41 @@ def feature(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = Fa
 
 
 OPTIONS = (2.0, "mean", False, 1e-12, "clamp")
-AT = dict(
-    p=2.0,
-    eps=1e-12,
-    switches=1 | 8,
-    weights=None,
-    weight=1.0,
-    student_grad=True,
-    teacher_grad=False,
-    upstream=None,
-)
+AT = dict(channel_reduce="mean", pool="before", student_grad=True)
+
+
+def transfer(
+    student: Any, teacher: Any, p: float = 2.0, eps: float = 1e-12, **options: Any
+) -> list[torch.Tensor]:
+    """The loss by its launcher; the coefficients."""
+    numbers = [0.0, p, eps, 1.0]
+    packed = ATTENTION.pack(**AT | options)
+    coefficients: list[torch.Tensor] = kernels.launcher("attention_transfer_loss")(
+        student, teacher, packed, numbers
+    )[1]
+    return coefficients
+
+
+def transfer_backward(wanted: Any, ks: Any, p: float = 2.0, **options: Any) -> None:
+    packed = ATTENTION.pack(**AT | options)
+    kernels.launcher("attention_transfer_loss_backward")(torch.empty(()), wanted, ks, p, packed)
 
 
 def loss(
     sizes: list[tuple[int, int]], dtype: torch.dtype, batch: int, channels_last: bool = False, **options: Any
 ) -> None:
-    options = AT | options
     student, teacher = ([feature((batch, c, s, s), dtype, channels_last) for c, s in sizes] for _ in range(2))
-    _, ks, _ = kernels.launcher("attention_transfer_loss")(student, teacher, *options.values())
-    wanted = student * options["student_grad"] + teacher * options["teacher_grad"]
-    kernels.launcher("attention_transfer_loss_backward")(
-        torch.empty(()), wanted, ks, options["p"], options["switches"]
-    )
+    ks = transfer(student, teacher, **options)
+    wanted = student * options.get("student_grad", True) + teacher * options.get("teacher_grad", False)
+    options.pop("eps", None)
+    transfer_backward(wanted, ks, **options)
 
 
 def pooled() -> None:
     student, teacher = feature((4, 8, 12, 12), torch.bfloat16), feature((4, 6, 7, 7), torch.float32, True)
-    for switches in (1 | 8, 1 | 16):  # before, by averages; after, by maxima
-        _, ks, _ = kernels.launcher("attention_transfer_loss")(
-            [student], [teacher], *(AT | {"switches": switches}).values()
-        )
-        kernels.launcher("attention_transfer_loss_backward")(torch.empty(()), [student], ks, 2.0, switches)
+    for pool, pool_mode in (("before", "avg"), ("after", "max")):
+        ks = transfer([student], [teacher], pool=pool, pool_mode=pool_mode)
+        transfer_backward([student], ks, pool=pool, pool_mode=pool_mode)
 
 
 def unaligned() -> None:
@@ -196,7 +201,7 @@ def unaligned() -> None:
     shape = (4, 8, 16, 16)
     for offset in (0, 1):
         x = torch.empty(4 * 8 * 256 + 1)[offset:][: 4 * 8 * 256].view(shape)
-        kernels.launcher("attention_transfer_loss")([x], [x], *AT.values())
+        transfer([x], [x])
 
 
 def maps(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> None:
@@ -224,18 +229,17 @@ def fsp(
         [feature((batch, c, s, s), dtype, channels_last) for c, s in sizes]
         for sizes in (student, teacher or student)
     ]
-    _, ms, _ = kernels.launcher("fsp_loss")(*chains, pool_mode, distance, "sum", None, 1.0, precision, True)
+    options = FSP.pack(pool_mode=pool_mode, distance=distance, precision=precision, with_grad=True)
+    _, ms, _ = kernels.launcher("fsp_loss")(*chains, options, [0.0, 1.0])
     stages, others = list(range(len(student))), [chains[1][i] for i in wide_stages(ms)]
-    kernels.launcher("fsp_loss_backward")(
-        torch.empty(()), chains[0], ms, pool_mode, precision, stages, False, others
-    )
+    kernels.launcher("fsp_loss_backward")(torch.empty(()), chains[0], ms, options, stages, others)
 
 
 def fsp_unaligned() -> None:
     for offset in (0, 1):
         x = torch.empty(4 * 16 * 256 + 1)[offset:][: 4 * 16 * 256].view(4, 16, 16, 16)
         a = torch.empty(4, 16, 16, 16)
-        kernels.launcher("fsp_loss")([a, x], [a, x], "avg", "squared", "sum", None, 1.0, "tf32", False)
+        kernels.launcher("fsp_loss")([a, x], [a, x], FSP.pack(precision="tf32"), [0.0, 1.0])
 
 
 def without_gradients() -> None:
@@ -244,14 +248,16 @@ def without_gradients() -> None:
     """
     x = [torch.empty(4, 16, 8, 8), torch.empty(4, 16, 8, 8)]
     for student_grad in (False, True):
-        kernels.launcher("fsp_loss")(x, x, "avg", "squared", "sum", None, 1.0, "tf32", student_grad)
-        kernels.launcher("attention_transfer_loss")(x, x, *(AT | {"student_grad": student_grad}).values())
+        options = FSP.pack(precision="tf32", with_grad=student_grad)
+        kernels.launcher("fsp_loss")(x, x, options, [0.0, 1.0])
+        transfer(x, x, student_grad=student_grad)
 
 
 def matrix(shape: tuple[int, ...], dtype: torch.dtype, precision: str) -> None:
     a = feature(shape, dtype)
-    g = kernels.launcher("fsp_matrix")(a, a, "avg", precision)
-    kernels.launcher("fsp_matrix_backward")(g, a, a, "avg", precision, True, True)
+    options = FSP.pack(precision=precision, a_grad=True, b_grad=True)
+    g = kernels.launcher("fsp_matrix")(a, a, options)
+    kernels.launcher("fsp_matrix_backward")(g, a, a, options)
 
 
 CIFAR = [(16, 32), (32, 16), (64, 8)]
@@ -271,7 +277,16 @@ CASES = {
     "7x7": lambda: loss([(2048, 7)], torch.float32, 8),
     "7x7 bf16": lambda: loss([(2048, 7)], torch.bfloat16, 8),
     "all switches": lambda: loss(
-        [(6, 5), (3, 4)], torch.float32, 2, p=2.7, switches=511 - 128 - 256, teacher_grad=True
+        [(6, 5), (3, 4)],
+        torch.float32,
+        2,
+        p=2.7,
+        signed=True,
+        eps_mode="add",
+        pool_mode="max",
+        difference="l2",
+        stage_reduce="mean",
+        teacher_grad=True,
     ),
     "p 3, odd": lambda: loss([(7, 5)], torch.bfloat16, 3, p=3.0, teacher_grad=True),
     "p 1.5": lambda: loss([(7, 5)], torch.float16, 3, p=1.5),

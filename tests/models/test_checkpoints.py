@@ -107,12 +107,7 @@ def test_weights_load_beside_whatever_scripts_keep_there(tmp_path, source, zippe
     if not zipped:
         # of a module the old format kept the source code, which PyTorch refuses to look at
         del content["criterion"]
-    every = {
-        "epoch": 240,
-        "model": source.state_dict(),
-        **content,
-        "best_acc": content["NumPy scalars"]["acc"],
-    }
+    every = {"epoch": 240, "model": source.state_dict(), **content, "best_acc": content["NumPy scalars"][0]}
     for held in (every, *({"model": source.state_dict(), key: value} for key, value in content.items())):
         target = create_model("resnet8", 10)
         loaded = load_weights(target, save(held, tmp_path / "w.pth", zipped))

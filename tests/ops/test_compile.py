@@ -8,6 +8,7 @@ from support import cpp_missing, make, ref, values
 from torch import nn
 
 import fastkd
+from fastkd._bits import ATTENTION, FSP
 
 pytestmark = [pytest.mark.unpoisoned, pytest.mark.usefixtures("one_thread")]
 CPP = pytest.param(
@@ -224,11 +225,10 @@ def test_maps_and_matrices_export(backend, dynamic):
 MAP = (2.0, "mean", False, True, 1e-12, "clamp")
 
 
-MEAN, POOL_BEFORE, L2 = 1, 8, 32  # switches of the loss
-
-
-def at_options(switches=MEAN | POOL_BEFORE, weights=None):
-    return 2.0, 1e-12, switches, weights, 1.0
+def at_options(student_grad, teacher_grad, weights=(), upstream=None, **switches):
+    switches = {"channel_reduce": "mean", "pool": "before"} | switches
+    grads = {"student_grad": student_grad, "teacher_grad": teacher_grad, "prepare": upstream is not None}
+    return ATTENTION.pack(**switches, **grads), [upstream or 0.0, 2.0, 1e-12, 1.0, *weights]
 
 
 def samples():
@@ -250,46 +250,43 @@ def samples():
         m, n = ops.attention_map(x.detach(), *MAP)
         yield ops.attention_map_backward.default, (torch.randn_like(m), x.detach(), m, n, *MAP)
         s, t = [x, y], [leaf(2, 4, 5, 4), leaf(2, 6, 5, 4)]
-        yield ops.attention_transfer_loss.default, (s, t, *at_options(), grad, grad, None)
+        yield ops.attention_transfer_loss.default, (s, t, *at_options(grad, grad))
         yield (
             ops.attention_transfer_loss.default,
-            (s, [v.detach() for v in t], *at_options(MEAN | L2, [1.0, 2.0]), grad, False, None),
+            (s, [v.detach() for v in t], *at_options(grad, False, [1.0, 2.0], pool="after", difference="l2")),
         )
         plain = [v.detach() for v in (*s, *t)]
         yield (
             ops.attention_transfer_loss.default,
-            (plain[:2], plain[2:], *at_options(MEAN), True, False, -2.5),
+            (plain[:2], plain[2:], *at_options(True, False, upstream=-2.5, pool="after")),
         )
-        loss, coefficients, _ = ops.attention_transfer_loss(
-            plain[:2], plain[2:], *at_options(), True, True, None
-        )
+        options = at_options(True, True)
+        loss, coefficients, _ = ops.attention_transfer_loss(plain[:2], plain[2:], *options)
         yield (
             ops.attention_transfer_loss_backward.default,
-            (torch.ones_like(loss), plain, coefficients, 2.0, MEAN | POOL_BEFORE),
+            (torch.ones_like(loss), plain, coefficients, 2.0, options[0]),
         )
         for b in (y, leaf(2, 4, 5, 4)):
-            yield ops.fsp_matrix.default, (x, b, "avg", None)
-            g = ops.fsp_matrix(x.detach(), b.detach(), "avg", None)
-            for flags in ((True, True), (False, True)):
+            yield ops.fsp_matrix.default, (x, b, 0)
+            g = ops.fsp_matrix(x.detach(), b.detach(), 0)
+            for a_grad in (True, False):
+                options = FSP.pack(a_grad=a_grad, b_grad=True)
                 yield (
                     ops.fsp_matrix_backward.default,
-                    (torch.randn_like(g), x.detach(), b.detach(), "avg", None, *flags),
+                    (torch.randn_like(g), x.detach(), b.detach(), options),
                 )
         t = [leaf(2, 3, 5, 4), leaf(2, 6, 2, 8)]
-        yield ops.fsp_loss.default, (s, t, "avg", "squared", "sum", None, 1.0, None, grad)
-        yield (
-            ops.fsp_loss.default,
-            (s, [v.detach() for v in t], "max", "column_l2", "mean", [2.0], 3.0, "tf32", grad),
+        yield ops.fsp_loss.default, (s, t, FSP.pack(with_grad=grad), [0.0, 1.0])
+        options = FSP.pack(
+            pool_mode="max", distance="column_l2", pair_reduce="mean", precision="tf32", with_grad=grad
         )
+        yield ops.fsp_loss.default, (s, [v.detach() for v in t], options, [0.0, 3.0, 2.0])
         plain = [v.detach() for v in (*s, *t)]
-        loss, matrices, _ = ops.fsp_loss(plain[:2], plain[2:], "avg", "squared", "sum", None, 1.0, None, True)
+        loss, matrices, _ = ops.fsp_loss(plain[:2], plain[2:], FSP.pack(with_grad=True), [0.0, 1.0])
+        yield (ops.fsp_loss_backward.default, (torch.ones_like(loss), plain[:2], matrices, 0, [0, 1], []))
         yield (
             ops.fsp_loss_backward.default,
-            (torch.ones_like(loss), plain[:2], matrices, "avg", None, [0, 1], False, []),
-        )
-        yield (
-            ops.fsp_loss_backward.default,
-            (torch.ones_like(loss), plain[2:], matrices, "avg", None, [1], True, []),
+            (torch.ones_like(loss), plain[2:], matrices, FSP.pack(negate=True), [1], []),
         )
 
 

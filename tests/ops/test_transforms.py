@@ -18,6 +18,7 @@ from torch.autograd.functional import jacobian
 
 import fastkd
 from fastkd import native
+from fastkd._bits import ATTENTION, FSP
 from fastkd.models import create_model
 from fastkd.ops.batch_norm import batch_norm
 
@@ -201,7 +202,7 @@ def test_a_second_derivative_of_a_batched_gradient_is_right_or_refused(call):
 
 MAP = (2.0, "mean", False, 1e-12, "clamp")
 NORMED = (2.0, "mean", False, True, 1e-12, "clamp")
-SWITCHES = 1 | 8  # channel_reduce "mean", pool "before"
+BOTH = ATTENTION.pack(channel_reduce="mean", pool="before", student_grad=True, teacher_grad=True)
 
 
 def operators(ops):
@@ -210,28 +211,25 @@ def operators(ops):
     w = torch.rand(4)
     m, norm = ops.attention_map(a, *NORMED)
     y, map_y, norm_y = ops.relu_tap(a, b, *MAP)
-    transfer = (2.0, 1e-12, SWITCHES, None, 1.0, True, True, None)
+    transfer = (BOTH, [0.0, 2.0, 1e-12, 1.0])
     loss, coefficients, _ = ops.attention_transfer_loss([a, b], [c, d], *transfer)
-    chain = ("avg", "squared", "sum", None, 1.0, None, True)
+    chain = (FSP.pack(with_grad=True), [0.0, 1.0])
     fsp, matrix_grads, _ = ops.fsp_loss([a, b], [c, d], *chain)
     made = {
         "attention_map": (lambda x: ops.attention_map(x, *NORMED), a),
         "attention_map_backward": (lambda x: ops.attention_map_backward(map_y, x, m, norm, *NORMED), a),
         "attention_transfer_loss": (lambda x: ops.attention_transfer_loss([x, b], [c, d], *transfer), a),
         "attention_transfer_loss_backward": (
-            lambda x: ops.attention_transfer_loss_backward(loss, [x, b], coefficients[:2], 2.0, SWITCHES),
+            lambda x: ops.attention_transfer_loss_backward(loss, [x, b], coefficients[:2], 2.0, BOTH),
             a,
         ),
-        "fsp_matrix": (lambda x: ops.fsp_matrix(x, b, "avg", None), a),
+        "fsp_matrix": (lambda x: ops.fsp_matrix(x, b, 0), a),
         "fsp_matrix_backward": (
-            lambda x: ops.fsp_matrix_backward(matrix_grads[0], x, b, "avg", None, True, True),
+            lambda x: ops.fsp_matrix_backward(matrix_grads[0], x, b, FSP.pack(a_grad=True, b_grad=True)),
             a,
         ),
         "fsp_loss": (lambda x: ops.fsp_loss([x, b], [c, d], *chain), a),
-        "fsp_loss_backward": (
-            lambda x: ops.fsp_loss_backward(fsp, [x, b], matrix_grads, "avg", None, [0, 1], False),
-            a,
-        ),
+        "fsp_loss_backward": (lambda x: ops.fsp_loss_backward(fsp, [x, b], matrix_grads, 0, [0, 1], []), a),
         "tap_backward": (lambda x: ops.tap_backward(b, map_y, x, m, norm, *MAP), a),
         "relu_tap": (lambda x: ops.relu_tap(x, b, *MAP), a),
         "relu_tap_backward": (lambda x: ops.relu_tap_backward(b, map_y, x, map_y, norm_y, *MAP), y),

@@ -47,6 +47,22 @@ def test_a_change_is_what_differs_from_the_recipe(overrides, processes, changed)
     )
 
 
+@pytest.mark.parametrize(
+    ("method", "recipe", "overrides", "changed"),
+    [
+        ("sakd", "repdistiller", "momentum=0.8 new_optimizer=True teacher_mode=train", []),
+        ("sakd", "repdistiller", "momentum=0.7 new_optimizer=True teacher_mode=train", ["momentum=0.7"]),
+        ("at", "repdistiller", "momentum=0.8 teacher_mode=train", ["momentum=0.8", "teacher_mode=train"]),
+        ("semckd", "digits", "semckd.beta=40.0", []),
+        ("semckd", "digits", "semckd.beta=50.0", ["semckd.beta=50.0"]),
+        ("semckd", "repdistiller", "semckd.beta=40.0", ["semckd.beta=40.0"]),
+    ],
+)
+def test_what_a_method_or_a_recipe_brings_is_no_change(method, recipe, overrides, changed):
+    row = {**RUN, "method": method, "recipe": recipe, "overrides": overrides, "processes": "1"}
+    assert changes(row) == changed
+
+
 def test_milestones_above_are_the_recipes():
     assert RECIPES["sakd"].milestones == (0.625, 0.75, 0.875)
 

@@ -12,9 +12,9 @@ from fastkd.io import console
 from fastkd.report import command as report
 from fastkd.training import Settings, UserError, device
 from fastkd.training.config import Config
-from fastkd.training.experiment import find_teacher
 from fastkd.training.progress import Progress
 from fastkd.training.run_summary import describe
+from fastkd.training.teacher import find_teacher
 
 QUICK = "--dataset digits --student resnet8 --batch-size 32 --device cpu --no-pictures".split()
 

@@ -24,7 +24,7 @@ from fastkd.io.files import locked, owned
 from fastkd.models import create_model
 from fastkd.training import Settings, UserError, load_dataset, results
 from fastkd.training.config import Config
-from fastkd.training.experiment import find_teacher
+from fastkd.training.teacher import find_teacher
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -121,7 +121,7 @@ PLACES = {
     "another, in a step": (1, "fastkd.distillation:Distillation.forward", 2),
     "another, after the last step": (1, "fastkd.data.loader:Batches.sizes", 2),
     "another, in the test": (1, "fastkd.training.trainer:evaluate", 1),
-    "another, in a sum itself": (1, "fastkd.training.distributed:_sum", 2),
+    "another, in a sum itself": (1, "fastkd.training.collectives:_sum", 2),
     "another, in its plan": (1, "fastkd.training.config:Config.__init__", 1),
     "another, in its loop": (1, "fastkd.training.trainer:Trainer.__init__", 1),
     "the first, between epochs": (0, "fastkd.training.run_dir:RunDir.write_epoch_files", 1),
@@ -153,7 +153,7 @@ def test_a_failure_of_one_process_ends_all_at_once_with_one_line(start, tmp_path
 
 def test_a_failure_of_the_last_of_three_is_told_by_the_first(start, tmp_path):
     flags = [*FLAGS, "--method", "baseline", "--output", str(tmp_path / "runs")]
-    answer, logs = start(of_two(3), flags=flags, **fails(2, "fastkd.training.distributed:_sum", 1))
+    answer, logs = start(of_two(3), flags=flags, **fails(2, "fastkd.training.collectives:_sum", 1))
     assert (
         answer["statuses"] == [2, 1, 1]
         and ours(logs) == ["train.py: error: planted"]

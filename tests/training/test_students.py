@@ -11,7 +11,7 @@ import fastkd
 from fastkd.models import WeightsError, create_model, load_student
 from fastkd.training import Settings
 from fastkd.training.config import Config
-from fastkd.training.trainer import evaluate
+from fastkd.training.evaluation import evaluate
 
 
 @pytest.mark.parametrize(

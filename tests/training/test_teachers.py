@@ -13,7 +13,7 @@ import pytest
 
 from fastkd.training import RECIPES, SETTINGS, Settings
 from fastkd.training.config import Config
-from fastkd.training.experiment import find_teacher
+from fastkd.training.teacher import find_teacher
 
 DATA = Path(os.environ.get("FASTKD_DATA", "data"))
 TEACHERS = Path(os.environ.get("FASTKD_TEACHERS", DATA / "teachers"))
