@@ -5,7 +5,9 @@ Functions :func:`attention_map`, :func:`attention_transfer_loss`, :func:`fsp_mat
 :func:`sakd_map`, :func:`sakd_loss`; :func:`tap` and :func:`relu_tap`, which take an attention map on the
 feature's way through the network; modules :class:`AttentionTransfer`, :class:`FSP`, :class:`KD`,
 :class:`RKD`, :class:`CRD`, :class:`OFD`, :class:`HCL`, :class:`SAKD` with the published variants as presets;
-:class:`Distillation`, which joins student, teacher and method; :mod:`fastkd.reference`, plain PyTorch.
+:class:`Distillation`, which joins student, teacher and method, and :func:`extract`, which takes features of
+any network, with :func:`tokens_to_map` for transformers; :mod:`fastkd.reference`, the same in plain
+PyTorch.
 """
 
 import importlib
@@ -14,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from fastkd import backends, models, native, ops, reference
 from fastkd.backends import BackendError, use_backend
 from fastkd.losses import CRD, FSP, HCL, KD, OFD, RKD, SAKD, AttentionTransfer
+from fastkd.models.extract import extract
+from fastkd.models.tokens import tokens_to_map
 from fastkd.ops.attention import attention_map, attention_transfer_loss
 from fastkd.ops.crd import crd_loss
 from fastkd.ops.feature_map import relu_tap, tap
@@ -55,6 +59,7 @@ __all__ = [
     "attention_transfer_loss",
     "backends",
     "crd_loss",
+    "extract",
     "fsp_loss",
     "fsp_matrix",
     "hcl_loss",
@@ -70,5 +75,6 @@ __all__ = [
     "sakd_loss",
     "sakd_map",
     "tap",
+    "tokens_to_map",
     "use_backend",
 ]

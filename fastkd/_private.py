@@ -110,3 +110,13 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_pre_hooks
     )
     return bool(own) or any(_GLOBAL_HOOKS)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calls of ``module`` run what torch.compile made of it."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def version(x: Tensor) -> int | None:
+    """A number that changes with each change in place; None where PyTorch does not count them."""
+    return None if x.is_inference() else x._version

@@ -20,14 +20,16 @@ from fastkd.methods import (
     Definition,
     Distiller,
     Output,
-    Points,
     define,
     overrides,
     undisturbed,
+    union,
 )
 from fastkd.models import Features
-from fastkd.models.extract import Observed, shows_features
+from fastkd.models.extract import Point
 from fastkd.models.folding import fold_for_inference
+from fastkd.models.normalization import Normalization, renormalized
+from fastkd.models.observed import Observed, image_shape_of, views
 from fastkd.reference.common import widen
 
 
@@ -72,11 +74,12 @@ class Distillation(nn.Module):
             ``fastkd.methods.define`` returns.
         options, preset: see ``fastkd.methods.define``.
         student_points, teacher_points: names of submodules (of ``named_modules()``), in the order of the
-            forward pass, whose outputs are the ``stages`` of a network that is none of ours. ``pooled`` is
-            then the input of its last ``nn.Linear``, ``final`` the map whose mean that is, and FSP's pairs
-            are consecutive stages. Such a teacher is not folded.
-        classifier: the name of another module than the last ``nn.Linear``, in both networks where they are
-            not ours.
+            forward pass, whose outputs are the ``stages`` of a network that is none of ours; or pairs of a
+            name and a function of the output, as for :func:`fastkd.extract`. ``pooled`` is then the input of
+            its last ``nn.Linear``, ``final`` the map whose mean that is, and FSP's pairs are consecutive
+            stages. Such a teacher is not folded.
+        classifier: the name of another module than the last ``nn.Linear``, in the networks that have it and
+            are not ours; or a pair, the student's and the teacher's.
         train_labels: (M,) labels of the training set, for methods that keep something of each image; the
             ``index`` of ``forward`` counts in it.
         train_images: batches of the training set, of images or of tuples that begin with them, as of a
@@ -88,7 +91,10 @@ class Distillation(nn.Module):
         teacher_mode: "eval", or "train": its batch norms take each batch's own statistics.
         seed: the methods' first weights depend on it and on the method's name.
         fold: whether a teacher in eval mode is folded.
-        image_shape: (C, H, W) of the images.
+        image_shape: (C, H, W) of the images; None: what one of the networks is built for, else (3, 32, 32).
+        normalization, teacher_normalization: (mean, std) of each channel by which the images are normalized,
+            and by which the teacher wants them. Where they differ it gets
+            ``(images * std + mean - its mean) / its std``.
 
     ``forward`` takes images (N, C, H, W), labels (N,) int64 or None (no cross-entropy then) and, for methods
     that need it, ``index`` (N,) int64. It is one graph under ``torch.compile(fullgraph=True)``. Raises
@@ -96,6 +102,8 @@ class Distillation(nn.Module):
     """
 
     weights: Tensor
+    teacher_scale: Tensor | None
+    teacher_shift: Tensor | None
 
     def __init__(
         self,
@@ -105,9 +113,9 @@ class Distillation(nn.Module):
         *,
         options: Mapping[str, Mapping[str, Any]] | None = None,
         preset: str | None = None,
-        student_points: Sequence[str] | None = None,
-        teacher_points: Sequence[str] | None = None,
-        classifier: str | None = None,
+        student_points: Sequence[Point] | None = None,
+        teacher_points: Sequence[Point] | None = None,
+        classifier: str | tuple[str | None, str | None] | None = None,
         train_labels: Tensor | None = None,
         train_images: Iterable[Any] | None = None,
         num_classes: int | None = None,
@@ -117,7 +125,9 @@ class Distillation(nn.Module):
         teacher_mode: str = "eval",
         seed: int = 0,
         fold: bool = True,
-        image_shape: tuple[int, ...] = (3, 32, 32),
+        image_shape: tuple[int, ...] | None = None,
+        normalization: Normalization | None = None,
+        teacher_normalization: Normalization | None = None,
     ):
         super().__init__()
         self.definition = (
@@ -125,6 +135,8 @@ class Distillation(nn.Module):
         )
         if teacher_mode not in ("eval", "train"):
             raise ValueError(f"teacher_mode is {teacher_mode!r}, wanted 'eval' or 'train'")
+        if image_shape is None:
+            image_shape = image_shape_of(student, teacher)
         self._observed: tuple[Observed | None, Observed | None] = (None, None)
         self.autocast, self.teacher_mode, self.image_shape, self.batch_size = (
             autocast,
@@ -137,11 +149,6 @@ class Distillation(nn.Module):
             if teacher is None:
                 raise ValueError(f"teacher is None, but method {self.definition.name!r} learns from one")
             teacher.requires_grad_(False)
-            with undisturbed(student, teacher):
-                self._observed = (
-                    self._view(student, student_points, "student", classifier),
-                    self._view(teacher, teacher_points, "teacher", classifier),
-                )
             rest = {
                 "train_labels": train_labels,
                 "teacher_features": None
@@ -151,32 +158,45 @@ class Distillation(nn.Module):
                 "batch_size": batch_size,
                 "epochs": epochs,
             }
+            points = student_points, teacher_points
             with undisturbed(student, teacher):
+                self._observed = views((student, teacher), points, classifier, image_shape)
                 context = BuildContext.of(student, teacher, image_shape, self._observed, **rest)
                 distillers, student = self.definition.build(context, seed)
+            if self.definition.wraps and self._observed[0] is not None:
+                with undisturbed(student):
+                    self._observed = self._observed[0].refreshed(), self._observed[1]
         self.student = student
         first = next(student.parameters()).detach()
         self.methods = nn.ModuleDict(distillers).to(first.device)
         self.names = self.definition.names
         self.points = [
-            _union(getattr(distiller, f"{role}_points") for distiller in distillers.values())
+            union(getattr(distiller, f"{role}_points") for distiller in distillers.values())
             for role in ("student", "teacher")
         ]
         kinds = {name: type(distiller) for name, distiller in distillers.items()}
-        self._scheduled = {name: i for i, name in enumerate(kinds) if overrides(kinds[name], "weight_at")}
+        self._until = {term.name: term.until for term in self.definition.terms if term.until is not None}
+        self._scheduled = {
+            name: i
+            for i, name in enumerate(kinds)
+            if overrides(kinds[name], "weight_at") or name in self._until
+        }
         self._changes_logits = [name for name in kinds if overrides(kinds[name], "logits")]
         self.register_buffer("weights", first.new_ones(len(kinds), dtype=torch.float32), persistent=False)
+        scale, shift = renormalized(normalization, teacher_normalization, len(image_shape))
+        self.register_buffer("teacher_scale", scale, persistent=False)
+        self.register_buffer("teacher_shift", shift, persistent=False)
         # in a tuple, which nn.Module does not look into: the teacher, and the copy that answers in eval mode
         self._outside: tuple[nn.Module, ...] = (teacher,) if teacher is not None and distillers else ()
-        for points, view, role in zip(self.points, self._observed, ("student", "teacher"), strict=True):
-            if points and view is not None and not view.points:
+        for asked, view, role in zip(self.points, self._observed, ("student", "teacher"), strict=True):
+            if asked and view is not None and not view.points:
                 raise ValueError(
                     f"{role}_points is None, but method {self.definition.name!r} reads maps of the {role}:"
                     " name submodules"
                 )
         self._folds = fold
         self.fold()
-        self.train(self.training)
+        self._set_teachers_mode()
 
     def _features(self, teacher: nn.Module, batches: Iterable[Any]) -> Iterator[Features]:
         """The teacher's features of all ``batches``, of images or of tuples that begin with them."""
@@ -203,9 +223,12 @@ class Distillation(nn.Module):
     def train(self, mode: bool = True) -> Distillation:
         """As ever; the teacher is in train mode only where ``teacher_mode`` says so."""
         super().train(mode)
-        if self._outside:
-            self._outside[0].train(mode and self.teacher_mode == "train")
+        self._set_teachers_mode()
         return self
+
+    def _set_teachers_mode(self) -> None:
+        if self._outside:
+            self._outside[0].train(self.training and self.teacher_mode == "train")
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Distillation:
         super()._apply(fn, recurse)
@@ -230,7 +253,8 @@ class Distillation(nn.Module):
         for name in self.methods:
             self._distiller(name).set_epoch(epoch, epochs)
         for name, place in self._scheduled.items():
-            self.weights[place].fill_(self._distiller(name).weight_at(epoch, epochs))
+            ended = epoch >= self._until.get(name, epochs)
+            self.weights[place].fill_(0.0 if ended else self._distiller(name).weight_at(epoch, epochs))
 
     def forward(self, images: Tensor, labels: Tensor | None = None, index: Tensor | None = None) -> Losses:
         batch = Batch(images, labels, index)
@@ -277,14 +301,6 @@ class Distillation(nn.Module):
                     self._terms(batch, self._as_seen(student), self._as_seen(teacher), [name])
         return calls
 
-    def _view(
-        self, network: nn.Module, points: Sequence[str] | None, role: str, classifier: str | None
-    ) -> Observed | None:
-        """What shows the features of a network that is none of ours, or where the user names other points."""
-        if points is None and shows_features(network):
-            return None
-        return Observed(network, points, classifier, self.image_shape, role)
-
     def _students(self, images: Tensor) -> Output:
         if not self._outside:
             return Output(self.student(images), None)  # type: ignore[arg-type]
@@ -293,6 +309,8 @@ class Distillation(nn.Module):
     def _teachers(self, images: Tensor) -> Output | None:
         if not self._outside:
             return None
+        if self.teacher_scale is not None and self.teacher_shift is not None:
+            images = images * self.teacher_scale + self.teacher_shift
         with torch.no_grad(), self._autocast():
             return self.points[1].observe(self._observed[1] or self._outside[-1], images)
 
@@ -331,13 +349,6 @@ class Distillation(nn.Module):
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.autocast is None else self.autocast
-
-
-def _union(points: Any) -> Points:
-    union = Points.NONE
-    for each in points:
-        union |= each
-    return union
 
 
 def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:

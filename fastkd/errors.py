@@ -18,11 +18,15 @@ class UserError(Exception):
     """Something that the user can mend, told in one line; a command ends with status 2."""
 
 
-def warn_once(message: str) -> None:
-    """Warns with ``message`` once a process, at the innermost line that is neither fastkd's nor PyTorch's."""
-    if message in _said:
+def warn_once(message: str, key: str | None = None) -> None:
+    """Warns with ``message`` once a process, at the innermost line that is neither fastkd's nor PyTorch's.
+
+    Of several messages with one ``key`` only the first is said.
+    """
+    key = key or message
+    if key in _said:
         return
-    _said.add(message)
+    _said.add(key)
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PASSED):
         level, frame = level + 1, frame.f_back

@@ -17,6 +17,7 @@ from fastkd.checks.attention import (
     relu_tap,
     sakd_loss,
     sakd_map,
+    tokens,
 )
 from fastkd.checks.fsp import DISTANCE, PRECISION, fsp_loss, fsp_matrix, fsp_options
 from fastkd.checks.maps import hcl_loss, ofd_loss, ofd_margin, ofd_margins
@@ -47,4 +48,4 @@ from fastkd.checks.tensors import (
     stage_pairs,
     stages,
 )
-from fastkd.checks.vectors import KD_REDUCTION, crd_banks, crd_loss, crd_rows, kd_loss, rkd_loss
+from fastkd.checks.vectors import ACTIVATION, KD_REDUCTION, crd_banks, crd_loss, crd_rows, kd_loss, rkd_loss

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from fastkd import errors
@@ -111,6 +113,33 @@ def one_position(
                 " normalized map of one position is constant, so this stage's loss teaches nothing; wanted a"
                 " stage before the pooling"
             )
+
+
+def tokens(
+    operation: str,
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    teacher_is_map: bool = False,
+    student_is_map: bool = False,
+) -> None:
+    """Warns of what looks like tokens (N, L, C) of a square grid, where a loss takes it for (N, C, L)."""
+    if torch.compiler.is_compiling():
+        return
+    for name, features, is_map in (
+        ("student", students, student_is_map),
+        ("teacher", teachers, teacher_is_map),
+    ):
+        for i, x in enumerate(() if is_map else features):
+            side = math.isqrt(x.shape[1]) if x.dim() == 3 else 0
+            # tokens as a transformer makes them; a view of them with the channels first is none
+            if side >= 4 and x.shape[1] - side * side in (0, 1) and x.shape[2] >= 64 and x.stride(2) == 1:
+                errors.warn_once(
+                    f"{operation}: {name}[{i}] is {describe(x)}, taken for {x.shape[1]} channels at"
+                    f" {x.shape[2]} positions; if these are tokens (N, L, C) of a {side}x{side} grid, wanted"
+                    " them as maps, by fastkd.tokens_to_map",
+                    key=f"tokens {operation}",
+                )
+                return
 
 
 def sakd_map(x: object, name: str = "x") -> None:

@@ -11,30 +11,50 @@ from torch import Tensor
 from fastkd.checks.numbers import above_zero, known_to_graph, number, switch
 from fastkd.checks.tensors import describe, floating, same_batch
 
+ACTIVATION = ("softmax", "sigmoid")
 KD_REDUCTION = ("batchmean", "mean", "sum", "none")
 
 
 def kd_loss(
-    student_logits: object, teacher_logits: object, temperature: object, reduction: object, weight: object
+    student_logits: object,
+    teacher_logits: object,
+    temperature: object,
+    reduction: object,
+    weight: object,
+    activation: object = "softmax",
+    mask: object = None,
 ) -> None:
     switch("reduction", reduction, KD_REDUCTION)
+    switch("activation", activation, ACTIVATION)
     number("weight", weight)
     above_zero("temperature", temperature)
     for name, x in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         x = floating(name, x)
-        if x.dim() != 2 or 0 in x.shape:
-            raise ValueError(f"{name} is {describe(x)}, wanted (N, K) with at least one sample and one class")
-        if x.shape[1] == 1:
+        if x.dim() not in (2, 2 if mask is None else 3) or 0 in x.shape:
+            form = "(N, K)" if mask is None else "(N, K) or (N, L, K)"
+            raise ValueError(f"{name} is {describe(x)}, wanted {form} with at least one sample and one class")
+        if x.shape[-1] == 1 and activation == "softmax":
             raise ValueError(
                 f"{name} is {describe(x)}: the softmax over one class is 1 and teaches nothing, "
-                "wanted at least two (of one logit z, the two are z and 0)"
+                "wanted at least two (of one logit z, the two are z and 0), or activation='sigmoid'"
             )
     assert isinstance(student_logits, Tensor) and isinstance(teacher_logits, Tensor)
     same_batch("student_logits", student_logits, "teacher_logits", teacher_logits)
-    if student_logits.shape[1] != teacher_logits.shape[1]:
+    if student_logits.shape[1:] != teacher_logits.shape[1:]:
+        what = "class counts" if student_logits.dim() == teacher_logits.dim() == 2 else "shapes"
         raise ValueError(
             f"student_logits is {describe(student_logits)}, teacher_logits is {describe(teacher_logits)}: "
-            "class counts differ, wanted the same"
+            f"{what} differ, wanted the same"
+        )
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        given = describe(mask) if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask is {given}, wanted a tensor of bool")
+    if mask.shape != student_logits.shape[:-1] or mask.device != student_logits.device:
+        raise ValueError(
+            f"mask is {describe(mask)}, student_logits is {describe(student_logits)}: wanted its shape"
+            " without the classes, on its device"
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from fastkd.data import cifar, digits, fashion_mnist
 from fastkd.data.base import Dataset, MissingFiles
+from fastkd.data.indexed import Indexed
 from fastkd.errors import UserError
 from fastkd.io.files import as_path
 
@@ -40,4 +41,4 @@ def load_dataset(name: str, root: str | os.PathLike[str]) -> Dataset:
     return _LOADERS[name](root)
 
 
-__all__ = ["DATASETS", "Dataset", "choose_dataset", "load_dataset"]
+__all__ = ["DATASETS", "Dataset", "Indexed", "choose_dataset", "load_dataset"]

@@ -18,7 +18,7 @@ class KD(Loss):
     """:func:`fastkd.kd_loss` with its further arguments fixed; each is an attribute.
 
     It is the soft-target term alone, to which a recipe adds its share of cross-entropy.
-    ``forward(student_logits, teacher_logits)``: (N, K) twice -> scalar, times ``weight``.
+    ``forward(student_logits, teacher_logits, mask=None)``: (N, K) twice -> scalar, times ``weight``.
 
     Presets, all with T = 4 and the share of cross-entropy that goes with each: ``zagoruyko``,
     ``repdistiller``, ``mdistiller`` 0.9 (with 0.1); ``kdzoo`` 0.1 (with 1); ``hankyul2`` 1 (with 1);
@@ -26,9 +26,14 @@ class KD(Loss):
     """
 
     def __init__(
-        self, temperature: float = 4.0, *, reduction: str = "batchmean", weight: float = 1.0
+        self,
+        temperature: float = 4.0,
+        *,
+        reduction: str = "batchmean",
+        weight: float = 1.0,
+        activation: str = "softmax",
     ) -> None:
-        super().__init__(temperature=temperature, reduction=reduction, weight=weight)
+        super().__init__(temperature=temperature, reduction=reduction, weight=weight, activation=activation)
 
     function = staticmethod(kd_loss)
     presets = {
@@ -40,8 +45,8 @@ class KD(Loss):
         "torchdistill": {"temperature": 4.0, "weight": 0.1},
     }
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return super().forward(student, teacher)
+    def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+        return kd_loss(student, teacher, mask=mask, **{name: getattr(self, name) for name in self._options})
 
 
 class RKD(Loss):
@@ -137,8 +142,13 @@ class CRD(Loss):
         """Moves the rows ``index`` (N,) of the banks to ``momentum * row + (1 - momentum) * embedding``,
         brought to length 1.
 
-        ``normalizers`` (2,) are taken where there are none yet.
+        ``normalizers`` (2,) are taken where there are none yet. Of an index that occurs twice the last row
+        stays.
         """
+        places = torch.arange(len(index), device=index.device)
+        # written several times by several threads, a row must be the same each time
+        last = torch.where(index[:, None] == index, places, -1).amax(1)
+        student, teacher = student[last], teacher[last]
         for bank, found in ((self.student_bank, student), (self.teacher_bank, teacher)):
             row = momentum * bank[index] + (1 - momentum) * found
             bank[index] = (row / row.norm(dim=1, keepdim=True)).to(bank.dtype)

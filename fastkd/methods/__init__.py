@@ -21,6 +21,7 @@ from fastkd.methods.base import (
     option,
     overrides,
     undisturbed,
+    union,
 )
 from fastkd.methods.definition import Definition, Term
 
@@ -127,5 +128,5 @@ def colour_of(name: str) -> str | None:
 __all__ = [
     "METHODS", "Batch", "Beside", "BuildContext", "Definition", "Distiller", "Output", "Points", "Preset",
     "Term", "colour_of", "create_method", "define", "definition", "full_name", "option", "overrides",
-    "title_of", "undisturbed",
+    "title_of", "undisturbed", "union",
 ]  # fmt: skip

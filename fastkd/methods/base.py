@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -13,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.models import Features
+from fastkd.models.exchange import Parts
+from fastkd.models.observed import Observed
 
 Network = Callable[..., tuple[Features, Tensor]]
 """A network of ``fastkd.models``, or another that is observed: ``network(images, features=...)``."""
@@ -37,6 +41,11 @@ class Points(enum.Flag):
         if self is Points.PREACT:
             features = features._replace(stem=(), stages=(), blocks=(), maps=(), preact=features)  # type: ignore[arg-type]
         return Output(logits, features)
+
+
+def union(points: Iterable[Points]) -> Points:
+    """All that any of ``points`` asks for."""
+    return functools.reduce(operator.or_, points, Points.NONE)
 
 
 class Batch(NamedTuple):
@@ -66,7 +75,7 @@ class BuildContext:
     ``preact`` included. ``train_labels`` are those of the training set in use, or None; their number is the
     size of a bank. ``batch_size`` counts the images of ONE process in a step. ``teacher_features()``, where
     it is there, goes once through the training images, and gives the teacher's features, ``preact`` included,
-    batch by batch.
+    batch by batch. ``student_view`` and ``teacher_view`` show the features of a network that is none of ours.
     """
 
     student: nn.Module
@@ -79,6 +88,8 @@ class BuildContext:
     epochs: int | None = None
     image_shape: tuple[int, ...] = (3, 32, 32)
     teacher_features: Callable[[], Iterator[Features]] | None = None
+    student_view: Observed | None = None
+    teacher_view: Observed | None = None
 
     @classmethod
     def of(
@@ -86,7 +97,7 @@ class BuildContext:
         student: nn.Module,
         teacher: nn.Module,
         image_shape: tuple[int, ...] = (3, 32, 32),
-        observed: tuple[Network | None, Network | None] = (None, None),
+        observed: tuple[Observed | None, Observed | None] = (None, None),
         **rest: Any,
     ) -> BuildContext:
         """Finds the shapes, and the number of classes unless given, in one forward pass of each network.
@@ -99,10 +110,37 @@ class BuildContext:
         ]
         if rest.get("num_classes") is None:
             rest["num_classes"] = found[1][1]
+        rest.update(student_view=observed[0], teacher_view=observed[1])
         return cls(student, teacher, found[0][0], found[1][0], image_shape=image_shape, **rest)
 
     def with_student(self, student: nn.Module) -> BuildContext:
-        return dataclasses.replace(self, student=student, student_shapes=shapes(student, self.image_shape)[0])
+        view = self.student_view
+        if view is not None:
+            with undisturbed(student):
+                view = view.refreshed()
+        found = shapes(student, self.image_shape, view)[0]
+        return dataclasses.replace(self, student=student, student_shapes=found, student_view=view)
+
+    def student_parts(self) -> Parts:
+        """Where the student's neck and classifier are. Raises ValueError where it has none."""
+        return Parts("fc") if self.student_view is None else self.student_view.parts()
+
+    def teacher_classifier(self, method: str) -> nn.Linear:
+        """The linear layer that the teacher's pooled vector goes to. Raises ValueError."""
+        name = "fc" if self.teacher_view is None else self.teacher_view.classifier
+        width = self.teacher_shapes.pooled[0]
+        found = dict(self.teacher.named_modules()).get(str(name))
+        if not isinstance(found, nn.Linear) or found.in_features != width:
+            raise ValueError(
+                f"teacher is {type(self.teacher).__name__} without a Linear for its {width} numbers:"
+                f" {method} wanted a classifier, by its name in the argument classifier"
+            )
+        return found
+
+    def teacher_norms(self) -> tuple[nn.Module, ...]:
+        """The batch norm before the ReLU of each of the teacher's stages. Raises ValueError."""
+        owner: Any = self.teacher if self.teacher_view is None else self.teacher_view
+        return tuple(getattr(owner, "norms_before_relu", tuple)())
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from fastkd.methods.base import Beside, BuildContext, Distiller, option, overrides
-from fastkd.methods.options import Nested, filled, from_words
+from fastkd.methods.options import Nested, convert, filled, from_words
 from fastkd.seeds import seeded
 
 
@@ -24,13 +24,17 @@ class CrossEntropy:
 
 @dataclass(frozen=True)
 class Term:
-    """One method of a sum. ``preset`` is the one whose values its ``options`` begin with."""
+    """One method of a sum. ``preset`` is the one whose values its ``options`` begin with.
+
+    ``until``: how many epochs it takes part in; None: all.
+    """
 
     name: str
     kind: type[Distiller]
     preset: str
     options: Any
     changes: Mapping[str, Any]
+    until: int | None = None
 
     @property
     def begins(self) -> bool:
@@ -215,16 +219,22 @@ def _term(
     chosen, usual = _preset_of(kind, name, preset, given), _preset_of(kind, name, preset, {})
     start = {**kind.presets[chosen].options, **base}
     plain = filled(name, kind.Options, start, {})
-    options = filled(
-        name, kind.Options, start, {key: value for key, value in said.items() if key != "preset"}
-    )
+    own = {key: value for key, value in said.items() if key not in ("preset", "until")}
+    options = filled(name, kind.Options, start, own)
     changes = {f"{name}.preset": chosen} if chosen != usual else {}
     pairs = {
         field.name: (getattr(plain, field.name), getattr(options, field.name))
         for field in dataclasses.fields(kind.Options)
     }
     changes |= {f"{name}.{key}": found for key, (before, found) in pairs.items() if found != before}
-    return Term(name, kind, chosen, options, changes)
+    until = convert(f"{name}.until", int | None, said.get("until"))
+    if until is not None:
+        if until < 1:
+            raise ValueError(
+                f"option {name}.until is {until}, wanted at least 1: the epochs that it takes part in"
+            )
+        changes[f"{name}.until"] = until
+    return Term(name, kind, chosen, options, changes, until)
 
 
 def _beside(term: Term, with_kd: bool, published: bool) -> Beside:

@@ -82,10 +82,10 @@ class NORM(Distiller):
 
     def __init__(self, context: BuildContext, options: Any):
         super().__init__(context, options)
-        if not hasattr(context.student, "neck"):
+        self._parts = context.student_parts()
+        if not context.teacher_shapes.stages:
             raise ValueError(
-                f"student is {type(context.student).__name__}: norm exchanges its neck, wanted a network of"
-                " fastkd.models"
+                "teacher_points is None, but norm reads the teacher's last stage: name submodules"
             )
         mine, theirs = context.student_shapes.final, context.teacher_shapes.stages[-1]
         if any(own > other for own, other in zip(mine[1:], theirs[1:], strict=True)):
@@ -101,7 +101,7 @@ class NORM(Distiller):
         return Beside(options.gamma, 1 - options.gamma if with_kd else 0.0)
 
     def wrap_student(self, student: nn.Module) -> nn.Module:
-        student.neck = Pair(*self.widths)
+        self._parts.put_neck(student, Pair(*self.widths))
         return student.to(next(student.parameters()))
 
     def logits(self, z: Tensor) -> Tensor:

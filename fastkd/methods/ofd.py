@@ -63,9 +63,8 @@ class OFD(Distiller):
         self.weights, self.beta = weights, options.beta
         self.function: OFDLoss | None = None
         if options.margin != "batch":
-            found = (
-                _margins(context.teacher, count) if options.margin == "batch_norm" else data_margins(context)
-            )
+            of_norms = options.margin == "batch_norm"
+            found = _margins(context, count) if of_norms else data_margins(context)
             self.function = OFDLoss(found, weights=weights, weight=options.beta)
 
     def connect(self, batch: Batch, student: Output, teacher: Output) -> list[Tensor]:
@@ -83,11 +82,15 @@ class OFD(Distiller):
         )
 
 
-def _margins(teacher: nn.Module, count: int) -> Sequence[Tensor]:
-    norms: Sequence[Any] = getattr(teacher, "norms_before_relu", tuple)()
+def _margins(context: BuildContext, count: int) -> Sequence[Tensor]:
+    try:
+        norms: Sequence[Any] = context.teacher_norms()
+    except ValueError as error:
+        raise ValueError(f"{error}, wanted one, or the option ofd.margin=data or ofd.margin=batch") from None
     if len(norms) != count:
+        kind = type(context.teacher).__name__
         raise ValueError(
-            f"teacher is {type(teacher).__name__} with {len(norms)} norms_before_relu() for {count} stages:"
+            f"teacher is {kind} with {len(norms)} norms_before_relu() for {count} stages:"
             " ofd wanted one a stage, or the option ofd.margin=data or ofd.margin=batch"
         )
     return [ofd_margin(norm.weight.detach(), norm.bias.detach()) for norm in norms]

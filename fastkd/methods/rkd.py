@@ -30,6 +30,8 @@ class RKD(Distiller):
 
     def __init__(self, context: BuildContext, options: Any):
         super().__init__(context, options)
+        for shapes in (context.student_shapes, context.teacher_shapes):
+            len(shapes.pooled)  # a network that shows none says so here
         fields = asdict(options)
         self.function = RKDLoss(weight=fields.pop("beta"), **fields)
 

@@ -64,23 +64,21 @@ class SimKD(Distiller):
     def __init__(self, context: BuildContext, options: Any):
         super().__init__(context, options)
         self.beta = options.beta
-        classifier = getattr(context.teacher, "fc", None)
-        if not isinstance(classifier, nn.Linear) or not hasattr(context.student, "neck"):
-            raise ValueError(
-                f"teacher is {type(context.teacher).__name__} and student {type(context.student).__name__}:"
-                " simkd exchanges neck and fc, wanted networks of fastkd.models"
-            )
+        self._parts = context.student_parts()
         (width_in, *_), (width, *size) = context.student_shapes.final, context.teacher_shapes.final
+        if len(size) != 2:
+            raise ValueError(f"teacher's last map is {(width, *size)}: simkd wanted (C, H, W)")
         if width < options.factor:
             raise ValueError(
                 f"simkd.factor is {options.factor}, wanted at most the {width} channels of the teacher's map"
             )
         self.widths, self.size, self.factor = (width_in, width), size, options.factor
         # the student's, so no module of this one
-        self._classifier = (copy.deepcopy(classifier).requires_grad_(False),)
+        self._classifier = (copy.deepcopy(context.teacher_classifier("simkd")).requires_grad_(False),)
 
     def wrap_student(self, student: nn.Module) -> nn.Module:
-        student.neck, student.fc = Projector(*self.widths, self.size, self.factor), self._classifier[0]
+        self._parts.put_neck(student, Projector(*self.widths, self.size, self.factor))
+        self._parts.put_classifier(student, self._classifier[0])
         return student.to(next(student.parameters()))
 
     def loss(self, batch: Batch, student: Output, teacher: Output, connected: Any) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastkd.methods.base import Batch, Beside, BuildContext, Distiller, Output, Preset, option
 from fastkd.methods.connectors import pointwise
@@ -47,19 +47,10 @@ class SRRL(Distiller):
                 f"student's last map is {shape and tuple(shape)}: srrl wanted (C, H, W), or the option"
                 " srrl.on=vector"
             )
-        linear = [
-            module
-            for module in context.teacher.modules()
-            if isinstance(module, nn.Linear) and module.in_features == width
-        ]
-        if not linear:
-            raise ValueError(
-                f"teacher is {type(context.teacher).__name__} without a Linear for its {width} numbers: srrl"
-                " wanted a classifier"
-            )
+        linear = context.teacher_classifier("srrl")
         self.connector = pointwise(int(shape[0]), int(width), relu=True)
-        self.register_buffer("weight", linear[-1].weight.detach().clone())
-        bias = linear[-1].bias
+        self.register_buffer("weight", linear.weight.detach().clone())
+        bias = linear.bias
         self.register_buffer(
             "bias", self.weight.new_zeros(len(self.weight)) if bias is None else bias.detach().clone()
         )

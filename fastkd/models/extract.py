@@ -1,127 +1,245 @@
-"""Features of any network: outputs of submodules that the user names, as :class:`Features`."""
+"""Features of any network: the outputs of submodules that the user names."""
 
 from __future__ import annotations
 
 import difflib
-import inspect
-from collections.abc import Sequence
-from typing import Any
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastkd.models.features import Features
+from fastkd import _private
+
+Point = str | tuple[str, Callable[[Any], Tensor]]
+"""A submodule's name, or that and a function that makes a tensor of its output."""
 
 
-def shows_features(network: nn.Module) -> bool:
-    """Whether ``network(x, features=...)`` is understood, as by the networks of ``fastkd.models``."""
-    return "features" in inspect.signature(network.forward).parameters
+class Place(NamedTuple):
+    """What is taken of a network: the ``side`` "output" or "input" of a submodule. Errors name ``key``."""
+
+    key: str
+    name: str
+    side: str = "output"
+    change: Callable[[Any], Tensor] | None = None
 
 
-class _Kept:
-    """What hooks keep of one forward pass, while ``on``."""
+class _Store:
+    """What hooks take of one forward pass, while ``on``.
+
+    A tensor that the network changes in place later, as ``nn.ReLU(inplace=True)`` does, is copied. Which ones
+    that are shows in the first pass of each mode, which copies all of them.
+    """
 
     def __init__(self) -> None:
         self.on = False
-        self.found: dict[str, Any] = {}
+        self.found: dict[str, Tensor] = {}
+        self.watched: dict[str, tuple[Tensor, int]] = {}
+        self.mode = (False, False)
+        self.copied: dict[tuple[bool, bool], set[str]] = {}
+
+    def take(self, key: str, name: str, x: Any) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"{key}: {name!r} gives {type(x).__name__}, wanted a submodule that gives one tensor, or a"
+                " pair of the name and a function that makes one of it"
+            )
+        if torch.compiler.is_compiling():  # where a copy of what does not change costs nothing
+            self.found[key] = x.clone()
+            return
+        known, version = self.copied.get(self.mode), _private.version(x)
+        if version is not None:
+            self.watched[key] = x, version
+        copies = known is None or version is None or key in known
+        self.found[key] = x.clone() if copies else x
+
+    def check_changes(self) -> None:
+        """Learns, or finds wrong, which tensors are changed after they were taken."""
+        watched, self.watched = self.watched, {}
+        if not watched:
+            return
+        changed = {key for key, (x, version) in watched.items() if _private.version(x) != version}
+        first = self.mode not in self.copied
+        known = self.copied.setdefault(self.mode, set())
+        new, self.copied[self.mode] = changed - known, known | changed
+        if new and not first:
+            raise RuntimeError(
+                f"{', '.join(sorted(new))}: changed in place after it was taken, and not so in the first"
+                " forward pass; from the next one on it is copied"
+            )
 
 
 class _Hook:
-    """A forward hook, and a forward pre-hook: copied with its network, it belongs to the copy."""
+    """A forward hook or, for "input", a forward pre-hook. Copied with its network, it belongs to the copy."""
 
-    def __init__(self, kept: _Kept, key: str, place: str):
-        self.kept, self.key, self.place = kept, key, place
+    def __init__(self, store: _Store, place: Place):
+        self.store, self.place = store, place
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
-        if self.kept.on:
-            self.kept.found[self.key] = args[0] if self.place == "input" else output
+        if self.store.on:
+            key, name, side, change = self.place
+            x = output if side == "output" else args[0]
+            self.store.take(key, name, x if change is None else change(x))
 
 
-class Observed:
-    """``observed(images, features) -> (Features, logits)`` of a network that knows no ``features``.
+class Outputs:
+    """``run(*args) -> (tensors by key, the network's output)`` of a network's ``places``.
 
-    ``stages`` and ``blocks`` are the outputs of the submodules ``points``, in the order of the forward pass,
-    and so are those of ``preact``: whoever wants maps before a ReLU names the modules before it. ``pooled``
-    is the input of ``classifier``, by default of the last ``nn.Linear``; ``final`` the last map whose mean
-    over space that is, or None; there is no ``stem``. Nothing of a forward pass is kept, and the network's
-    state dict has its own names. ``role`` stands in errors.
+    The hooks stay on the network as long as this object lives, and do nothing in any other call of it. Of a
+    submodule that is called twice the last call counts. What it takes is as it left the submodule. What is
+    computed anew for checkpointing comes after the pass and does not count.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        points: Sequence[str] | None,
-        classifier: str | None,
-        image_shape: Sequence[int],
-        role: str,
-    ):
-        self.network, self.points, self.kept = network, list(points or ()), _Kept()
-        modules = dict(network.named_modules())
-        if classifier is None:
-            classifier = next(
-                (name for name, module in reversed(modules.items()) if isinstance(module, nn.Linear)), ""
-            )
-        for name, argument in [
-            *((point, f"{role}_points") for point in self.points),
-            (classifier, "classifier"),
-        ]:
-            if not name or name not in modules:
-                near = difflib.get_close_matches(name, modules, 3) or [key for key in modules if key][:3]
-                raise ValueError(
-                    f"{argument}: {role} has no submodule {name!r}, wanted one such as {', '.join(near)}"
-                )
-        for i, point in enumerate(self.points):
-            modules[point].register_forward_hook(_Hook(self.kept, f"stage {i}", "output"))
-        modules[classifier].register_forward_pre_hook(_Hook(self.kept, "pooled", "input"))
-        final = self._find_final(image_shape)
-        if final is not None:
-            register = (
-                final[0].register_forward_pre_hook if final[1] == "input" else final[0].register_forward_hook
-            )
-            register(_Hook(self.kept, "final", final[1]))
+    def __init__(self, network: nn.Module, places: Sequence[Place]):
+        self.network, self.places, self.store = network, list(places), _Store()
+        handles = []
+        for place in self.places:
+            module, hook = network.get_submodule(place.name), _Hook(self.store, place)
+            if place.side == "input":
+                handles.append(module.register_forward_pre_hook(hook))
+            else:
+                handles.append(module.register_forward_hook(hook))
+        weakref.finalize(self, _remove, handles)
 
-    def __call__(self, images: Tensor, features: bool | str = True) -> tuple[Features, Tensor]:
-        logits, found = self._run(images)
-        stages = tuple(found[f"stage {i}"] for i in range(len(self.points)))
-        maps = Features((), stages, found["pooled"], stages, final=found.get("final"))  # type: ignore[arg-type]
-        return (maps._replace(preact=maps) if features == "both" else maps), logits
-
-    def _run(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        self.kept.on = True
-        logits = self.network(images)
-        self.kept.on = False
-        found = self.kept.found
-        self.kept.found = {}
-        return logits, found
-
-    def _find_final(self, image_shape: Sequence[int]) -> tuple[nn.Module, str] | None:
-        """(module, whether its input or output) of the map whose mean is ``pooled``, by random images."""
-        seen: list[tuple[nn.Module, str, Tensor]] = []
-
-        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            for place, x in (("input", args[0] if args else None), ("output", output)):
-                if (
-                    isinstance(x, Tensor)
-                    and x.dim() >= 3
-                    and x.is_floating_point()
-                    and x.shape[2:].numel() > 1
-                ):
-                    seen.append((module, place, x))
-
-        handles = [
-            module.register_forward_hook(note)
-            for module in self.network.modules()
-            if not [*module.children()]
-        ]
+    def run(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Tensor], Any]:
+        store = self.store
+        store.found, store.mode = {}, (self.network.training, torch.is_grad_enabled())
+        store.on = True
         try:
-            draw = torch.Generator().manual_seed(0)
-            images = torch.randn(2, *image_shape, generator=draw).to(next(self.network.parameters()))
-            pooled = self._run(images)[1]["pooled"]
+            output = self.network(*args, **kwargs)
         finally:
-            for handle in handles:
-                handle.remove()
-        for module, place, x in reversed(seen):
-            mean = x.flatten(2).mean(2)
-            if mean.shape == pooled.shape and torch.allclose(mean, pooled, rtol=1e-3, atol=1e-5):
-                return module, place
+            store.on = False
+            found = store.found
+            store.found = {}
+        if not torch.compiler.is_compiling():
+            store.check_changes()
+        silent = [f"{place.key} {place.name!r}" for place in self.places if place.key not in found]
+        if silent:
+            raise ValueError(
+                f"{', '.join(silent)} did not run in this forward pass of"
+                f" {type(self.network).__name__}, wanted submodules that it calls (and hooks that came before"
+                " torch.compile)"
+            )
+        return found, output
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def places_of(
+    network: nn.Module, points: Sequence[Point], argument: str, owner: str = "model"
+) -> list[Place]:
+    """The places of ``points``. Raises TypeError and ValueError that name ``argument``."""
+    if isinstance(points, str) or not isinstance(points, Sequence):
+        raise TypeError(f"{argument} is {points!r}, wanted a list of names of submodules")
+    places = []
+    for i, point in enumerate(points):
+        name, change = point if isinstance(point, tuple) and len(point) == 2 else (point, None)
+        if not isinstance(name, str) or not (change is None or callable(change)):
+            raise TypeError(
+                f"{argument}[{i}] is {point!r}, wanted a name, or a pair of a name and a function"
+            )
+        find(network, name, argument, owner)
+        places.append(Place(f"{argument}[{i}]", name, change=change or _declared(network, name)))
+    return places
+
+
+def find(network: nn.Module, name: str, argument: str, owner: str = "model") -> nn.Module:
+    """The submodule ``name``. Raises ValueError, with the nearest names, and where hooks would be silent."""
+    modules = dict(network.named_modules(remove_duplicate=False))
+    if name not in modules:
+        near = difflib.get_close_matches(name, modules, 3) or [key for key in modules if key][:3]
+        raise ValueError(
+            f"{argument}: {owner} has no submodule {name!r}, wanted one such as {', '.join(near)}"
+        )
+    parts = name.split(".") if name else []
+    for each in [".".join(parts[:i]) for i in range(len(parts) + 1)]:
+        if _private.is_compiled(modules[each]):
+            what = f"its submodule {each!r}" if each else f"{owner} itself"
+            raise ValueError(
+                f"{argument}: {what} is compiled, where hooks stay silent, wanted them before torch.compile"
+            )
+    return modules[name]
+
+
+def _declared(network: nn.Module, name: str) -> Callable[[Any], Tensor] | None:
+    """What makes (N, C, H, W) of the feature ``name``, where a network of timm declares it (N, H, W, C)."""
+    if getattr(network, "output_fmt", None) != "NHWC":
         return None
+    known = getattr(network, "feature_info", None)
+    known = known if isinstance(known, Sequence) else ()
+    channels = [
+        info.get("num_chs") for info in known if isinstance(info, dict) and info.get("module") == name
+    ]
+    return _ChannelsFirst(channels[0]) if channels else None
+
+
+class _ChannelsFirst:
+    def __init__(self, channels: Any):
+        self.channels = channels
+
+    def __call__(self, x: Any) -> Tensor:
+        last = isinstance(x, Tensor) and x.dim() == 4 and x.shape[3] == self.channels
+        return x.permute(0, 3, 1, 2) if last else x
+
+
+class Extractor(nn.Module):
+    """See :func:`extract`. ``model`` is the network itself, whose names the state dict has."""
+
+    def __init__(self, model: nn.Module, names: Sequence[Point]):
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is {type(model).__name__}, wanted a torch.nn.Module")
+        places = places_of(model, names, "names")
+        self.model, self.training = model, model.training
+        self.names = tuple(place.name for place in places)
+        self._outputs = Outputs(model, places)
+        self.register_state_dict_post_hook(_without_prefix)
+        self.register_load_state_dict_pre_hook(_with_prefix)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[list[Tensor], Any]:
+        found, output = self._outputs.run(*args, **kwargs)
+        return [found[place.key] for place in self._outputs.places], output
+
+    def extra_repr(self) -> str:
+        return f"names={list(self.names)}"
+
+
+_PREFIX = "model."
+
+
+def _without_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for key in [key for key in state if key.startswith(prefix + _PREFIX)]:
+        state[prefix + key[len(prefix + _PREFIX) :]] = state.pop(key)
+
+
+def _with_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    for key in [key for key in state if key.startswith(prefix)]:
+        state[prefix + _PREFIX + key[len(prefix) :]] = state.pop(key)
+
+
+def extract(model: nn.Module, names: Sequence[Point]) -> Extractor:
+    """A module with ``forward(x) -> (features, output)``: the outputs of the submodules ``names``, and the
+    model's own output.
+
+        features, logits = fastkd.extract(model, ["layer2", "layer3", "layer4"])(images)
+
+    Args:
+        model: any ``nn.Module``; its weights, modes and names are left as they are, and it may be used
+            beside.
+        names: of ``model.named_modules()``, in the order in which the features are wanted. In place of a name
+            a pair ``(name, function)`` gives ``function(output)``, for outputs that are no single tensor, or
+            for tokens: ``("blocks.3", lambda x: fastkd.tokens_to_map(x, prefix=1))``.
+
+    Returns: a module that takes the model's arguments and has its parameters, and its state dict under the
+    model's names. It works in train and eval mode, under autocast, in DistributedDataParallel and around it,
+    and is one graph under ``torch.compile(fullgraph=True)``. A feature is as it left the submodule, also
+    where an operation in place follows; of a submodule that is called twice the last call counts. Features
+    that a network of timm declares to be (N, H, W, C) come as views (N, C, H, W).
+    Raises: ValueError for an unknown name (with the nearest), for a model that is compiled, and at a forward
+    pass in which a submodule does not run; TypeError for an output that is no tensor.
+    """
+    return Extractor(model, names)

@@ -41,6 +41,23 @@ class Features(NamedTuple):
     preact: Any = None  # another Features
 
 
+class Absent:
+    """A feature that a network does not show. Asked for anything, it raises ValueError that says why."""
+
+    def __init__(self, why: str):
+        self.why = why
+
+    def _refuse(self, *args: Any) -> Any:
+        raise ValueError(self.why)
+
+    __getitem__ = __len__ = __iter__ = _refuse
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "why":  # what copying and tracing ask of any object
+            raise AttributeError(name)
+        raise ValueError(self.why)
+
+
 FEATURES = (False, True, "preact", "both", "pooled")
 """Values of the argument ``features`` of a network's forward pass."""
 

@@ -33,7 +33,17 @@ def fold_for_inference(
     for module in model.modules():
         if dtype is not None and isinstance(module, (nn.Conv2d, nn.Linear)):
             module.to(dtype)
-    return model.to(memory_format=torch.channels_last)
+    return channels_last(model)
+
+
+def channels_last(network: nn.Module) -> nn.Module:
+    """``network`` with its convolutions channels_last, in place; but not one with ``nn.GroupNorm`` on a CPU,
+    whose kernel loses the variance of such a map where its mean is large.
+    """
+    on_cpu = next(network.parameters(), torch.zeros(())).device.type == "cpu"
+    if on_cpu and any(isinstance(module, nn.GroupNorm) for module in network.modules()):
+        return network
+    return network.to(memory_format=torch.channels_last)
 
 
 def foldable(model: nn.Module, features: bool | str) -> list[tuple[str, str]]:

@@ -125,7 +125,7 @@ class AttentionTransferFunction(torch.autograd.Function):
         loss, coefficients, ctx.prepared = impl.run(
             "attention_transfer_loss", student, teacher, options, [upstream, *numbers]
         )
-        _warn_of_one_position(student, teacher, options, coefficients)
+        _warn(student, teacher, options, coefficients)
         ctx.call = impl, options, numbers[0], needed, stages
         # only what needs a gradient: a teacher made under inference_mode cannot be saved
         if len(needed) < len(coefficients):
@@ -146,15 +146,22 @@ class AttentionTransferFunction(torch.autograd.Function):
         return None, *_loss_gradients(ctx, saved, grad, ctx.needs_input_grad[1:], made)
 
 
-def _warn_of_one_position(
+def _warn(
     student: Sequence[Tensor], teacher: Sequence[Tensor], options: int, coefficients: Sequence[Tensor]
 ) -> None:
+    if coefficients[0].dim() == 2:  # of features with three dimensions
+        checks.tokens("attention_transfer_loss", student, teacher, *_are_maps(options))
     # counted on the coefficients, one a position, since this costs the least; they are as many as before a
     # pooling that comes after
     batch = student[0].shape[0]
     if options & _POOL_BEFORE and batch not in [k.numel() for k in coefficients]:
         return
-    checks.one_position(student, teacher, bool(options & _TEACHER_IS_MAP), bool(options & _STUDENT_IS_MAP))
+    checks.one_position(student, teacher, *_are_maps(options))
+
+
+def _are_maps(options: int) -> tuple[bool, bool]:
+    """(teacher_is_map, student_is_map)"""
+    return bool(options & _TEACHER_IS_MAP), bool(options & _STUDENT_IS_MAP)
 
 
 def _loss_gradients(

@@ -104,6 +104,8 @@ class FSPLossFunction(torch.autograd.Function):
         # one argument, since autograd looks at each
         impl, (options, numbers), student, teacher, needed = call
         stages = len(student)
+        if student[0].dim() == 3:
+            checks.tokens("fsp_loss", student, teacher)
         options |= _WITH_GRAD
         upstream, ctx.expected = None, None
         whole = len(needed) >= stages and needed[stages - 1] == stages - 1

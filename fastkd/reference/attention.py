@@ -115,6 +115,8 @@ def attention_transfer_loss(
         and any(x.requires_grad for x in students + teachers)
     ):
         checks.one_position(students, teachers, teacher_is_map, student_is_map)
+    if students[0].dim() + student_is_map == 3:
+        checks.tokens("attention_transfer_loss", students, teachers, teacher_is_map, student_is_map)
 
     def normalized(x: Tensor, is_map: bool, size: list[int]) -> Tensor:
         if is_map:

@@ -49,6 +49,8 @@ def fsp_loss(
     students, teachers = checks.fsp_loss(
         student, teacher, pool_mode, distance, pair_reduce, weights, weight, precision
     )
+    if students[0].dim() == 3:
+        checks.tokens("fsp_loss", students, teachers)
     with no_autocast(students[0]):
         wide = widen(*students, *teachers)
         s, t = wide[: len(students)], wide[len(students) :]

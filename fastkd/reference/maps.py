@@ -80,6 +80,8 @@ def ofd_loss(
     student, teacher = (checks.channels_second(side, channel_dim) for side in (student, teacher))
     students, teachers, bounds = checks.ofd_loss(student, teacher, margins, weights, weight)
     count = len(students)
+    if students[0].dim() == 3:
+        checks.tokens("ofd_loss", students, teachers)
     with no_autocast(students[0]):
         wide, terms = widen(*students, *teachers, *bounds), []
         for s, t, margin in zip(wide[:count], wide[count : 2 * count], wide[2 * count :], strict=True):

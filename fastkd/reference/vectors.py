@@ -20,27 +20,36 @@ def kd_loss(
     *,
     reduction: str = "batchmean",
     weight: float = 1.0,
+    activation: str = "softmax",
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Softened Kullback-Leibler divergence, ``T^2 KL(softmax(t / T) || softmax(s / T))``.
 
     Args:
         student_logits, teacher_logits: (N, K) floating point, of any dtypes, K >= 2. A class of logit -inf in
-            the teacher adds nothing; one of logit -inf in the student alone makes the loss +inf.
+            the teacher adds nothing; one of logit -inf in the student alone makes the loss +inf. With a mask
+            (N, L, K) too, for tokens: the classes are last.
         temperature: T, above 0.
         reduction: "batchmean" (sum over classes, mean over N), "mean" (over N and K), "sum" or "none".
         weight: multiplies the result.
+        activation: "softmax", or "sigmoid" for classes that exclude none of each other: the binary divergence
+            of each class, ``p log(p / q) + (1 - p) log((1 - p) / (1 - q))`` with p = sigmoid(t / T) and
+            q = sigmoid(s / T). K may be 1 then.
+        mask: bool, (N,) for (N, K), (N, L) for (N, L, K). Where it is False neither sum nor mean counts the
+            sample or token, whatever its logits; a mean over none is 0.
 
-    Returns: a scalar, or (N, K) for "none"; float32, float64 if any input is float64.
+    Returns: a scalar, or the logits' shape for "none"; float32, float64 if any input is float64.
     Equals ``T * T * F.kl_div(F.log_softmax(s / T, 1), F.softmax(t / T, 1), reduction=reduction)`` in float32.
     Raises: TypeError, ValueError for what is not such a pair of logits.
     Source: Hinton, Vinyals, Dean, *Distilling the knowledge in a neural network*, 2015.
     """
-    checks.kd_loss(student_logits, teacher_logits, temperature, reduction, weight)
+    checks.kd_loss(student_logits, teacher_logits, temperature, reduction, weight, activation, mask)
     temperature, weight = float(temperature), float(weight)
     with no_autocast(student_logits):
-        s, t = graphs.save_constants(
-            *(F.log_softmax(x / temperature, 1) for x in widen(student_logits, teacher_logits))
-        )
+        softened = [x / temperature for x in widen(student_logits, teacher_logits)]
+        if mask is not None:  # equal answers, so that neither the sum nor a gradient sees what is masked
+            softened = [x.masked_fill(~mask.unsqueeze(-1), 0) for x in softened]
+        s, t = graphs.save_constants(*(_log_probabilities(x, activation) for x in softened))
         # A class that the teacher excludes (a logit of -inf) has no part in the sum, whatever the student's
         # logit. In the others a probability that underflows stays above zero, so that a student's -inf makes
         # the loss infinite, not NaN. The teacher's logarithms, not its probabilities, so that a vanishing one
@@ -48,9 +57,22 @@ def kd_loss(
         excluded = t == -math.inf
         p = t.exp().clamp_min(torch.finfo(t.dtype).tiny)
         kl = p * (t.masked_fill(excluded, 0) - s.masked_fill(excluded, 0))
-        if reduction != "none":
-            kl = kl.mean() if reduction == "mean" else kl.sum()
-        return kl * (weight * temperature**2 / (s.shape[0] if reduction == "batchmean" else 1))
+        if activation == "sigmoid":
+            kl = kl.sum(-1)
+        factor = weight * temperature**2
+        if reduction in ("none", "sum"):
+            return (kl if reduction == "none" else kl.sum()) * factor
+        if mask is None:
+            return kl.mean() * factor if reduction == "mean" else kl.sum() * (factor / kl.shape[0])
+        count = mask.sum().clamp_min(1) * (kl.shape[-1] if reduction == "mean" else 1)
+        return kl.sum() / count * factor
+
+
+def _log_probabilities(x: Tensor, activation: str) -> Tensor:
+    """Of all classes (..., K), or of each class and its opposite (..., K, 2)."""
+    if activation == "softmax":
+        return F.log_softmax(x, -1)
+    return torch.stack([F.logsigmoid(x), F.logsigmoid(-x)], -1)
 
 
 def rkd_loss(

@@ -107,6 +107,8 @@ class Choices:
             identity |= {"teacher": self.models.teacher, "teacher_weights": self.teacher_weights}
             if self.teacher_seed is not None:
                 identity["teacher_seed"] = self.teacher_seed
+        if role != "teacher" and self.student_weights is not None:
+            identity["student_weights"] = self.student_weights
         if role != "teacher" and self.method.changes:
             identity["options"] = {key: written(value) for key, value in self.method.changes.items()}
         return identity
@@ -114,14 +116,22 @@ class Choices:
     @cached_property
     def teacher_weights(self) -> str | None:
         """The fingerprint of what ``--teacher-checkpoint`` holds; None without one. Raises UserError."""
-        if self.settings.teacher_checkpoint is None:
+        return self._fingerprint(self.models.teacher, self.settings.teacher_checkpoint)
+
+    @cached_property
+    def student_weights(self) -> str | None:
+        """The fingerprint of what ``--student-checkpoint`` holds; None without one. Raises UserError."""
+        return self._fingerprint(self.models.student, self.settings.student_checkpoint)
+
+    def _fingerprint(self, model: str, file: Path | None) -> str | None:
+        if file is None:
             return None
-        teacher = create_model(self.models.teacher, self.data.classes)
+        network = create_model(model, self.data.classes)
         try:
-            load_weights(teacher, self.settings.teacher_checkpoint)
+            load_weights(network, file)
         except WeightsError as error:
             raise UserError(str(error)) from None
-        return fingerprint(teacher)
+        return fingerprint(network)
 
     def config(self) -> dict[str, Any]:
         """All of it in plain values, for the records."""

@@ -59,6 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--teacher-checkpoint", type=Path, metavar="FILE", help="the teacher's weights, RepDistiller's layout"
     )
     parser.add_argument(
+        "--student-checkpoint", type=Path, metavar="FILE", help="weights that the student begins with"
+    )
+    parser.add_argument(
         "--recipe",
         choices=tuple(RECIPES),
         help="hankyul2 (digits on digits); the flags below override its fields",

@@ -40,6 +40,7 @@ def command(config: Config) -> str:
         "teacher": config.models.teacher if taught else None,
         "student": config.models.student,
         "teacher_checkpoint": settings.teacher_checkpoint if taught else None,
+        "student_checkpoint": settings.student_checkpoint,
         "recipe": config.recipe_name,
         **settings.overrides,
         "option": config.options(),

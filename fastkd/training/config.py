@@ -17,7 +17,7 @@ from fastkd.distillation import Distillation
 from fastkd.errors import UserError
 from fastkd.io.files import make_folder
 from fastkd.methods import Definition, define
-from fastkd.models import create_model
+from fastkd.models import create_model, load_weights
 from fastkd.seeds import generator, seeded
 from fastkd.training import distributed, results
 from fastkd.training.choices import Choices
@@ -157,9 +157,14 @@ class Config(Choices):
         )
 
     def new_model(self, role: str) -> nn.Module:
-        """The untrained "student" or "teacher", its weights drawn from (seed, role)."""
+        """The untrained "student" or "teacher", its weights drawn from (seed, role), or a student's from
+        ``--student-checkpoint``.
+        """
         with seeded(self.seed_of(role), role, "weights"):
-            return create_model(self.model_name(role), self.data.classes)
+            network = create_model(self.model_name(role), self.data.classes)
+        if role == "student" and self.settings.student_checkpoint is not None:
+            load_weights(network, self.settings.student_checkpoint)
+        return network
 
     def phases(self, method: Definition) -> list[tuple[str, Recipe, Definition]]:
         """(name, recipe, method) of the phases of a training: "main", perhaps after "init"."""

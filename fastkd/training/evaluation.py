@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastkd.data.loader import Batches
+from fastkd.models.folding import channels_last
 from fastkd.training import collectives
 
 M = TypeVar("M", bound=nn.Module)
@@ -15,7 +16,8 @@ M = TypeVar("M", bound=nn.Module)
 
 def placed(model: M, device: torch.device) -> M:
     """``model`` on ``device``, its convolutions channels_last, in place."""
-    return model.to(device).to(memory_format=torch.channels_last)
+    channels_last(model.to(device))
+    return model
 
 
 def evaluate(

@@ -25,6 +25,7 @@ KEYS = (
     "overrides",
     "teacher_checkpoint",
     "processes",
+    "student_checkpoint",
 )
 OLD = {"processes": "1"}
 """What a row means that was written before there was such a column."""

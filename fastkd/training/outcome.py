@@ -62,6 +62,7 @@ def row_of(
         "cuda_graph": "yes" if config.captured else "no",
         "environment": " ".join(environment()),
         "teacher_checkpoint": file if taught and file is not None else "",
+        "student_checkpoint": settings.student_checkpoint or "" if role == "student" else "",
         "folder": run.folder.name,
     }
 

@@ -18,7 +18,8 @@ COLUMNS = (
     "no", "method", "dataset", "student", "teacher", "start_time", "acc", "epoch", "nepoch", "lr",
     "batch_size", "last_acc", "seed", "recipe", "precision", "device", "seconds", "images_per_second",
     "fastkd", "processes", "reported_acc", "teacher_acc", "train_acc", "losses", "overrides", "teacher_seed",
-    "deterministic", "compiled", "cuda_graph", "environment", "teacher_checkpoint", "folder",
+    "deterministic", "compiled", "cuda_graph", "environment", "teacher_checkpoint", "student_checkpoint",
+    "folder",
 )  # fmt: skip
 
 

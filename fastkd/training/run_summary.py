@@ -54,10 +54,11 @@ def describe(config: Config) -> str:
         device.append(
             f"{config.processes} processes of {batch} images a step each, {batch * config.processes} together"
         )
+    begun = f", begun with {settings.student_checkpoint}" * (settings.student_checkpoint is not None)
     lines = [
         f"fastkd   {fastkd.__version__}, torch {torch.__version__}",
         f"method   {settings.method}: {'; '.join(phases)}",
-        f"student  {models.student}, {student:,} parameters{added}",
+        f"student  {models.student}, {student:,} parameters{added}{begun}",
         (
             f"teacher  {models.teacher}, {teacher:,} parameters"
             if config.method.needs_teacher

@@ -53,11 +53,12 @@ class Settings:
     output: Path = Path("runs")
     resume: str | None = None
     pictures: bool = True
+    student_checkpoint: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("data", "output", "teacher_checkpoint", "resume"):
+        for name in ("data", "output", "teacher_checkpoint", "student_checkpoint", "resume"):
             value = getattr(self, name)
-            if value is None and name in ("teacher_checkpoint", "resume"):
+            if value is None and name not in ("data", "output"):
                 continue
             try:
                 path = as_path(value) if value != "" or name != "resume" else ""
@@ -86,9 +87,11 @@ def from_config(config: dict[str, Any], output: Path) -> Settings:
         }
         file, teacher_seed = config["teacher_checkpoint"], config.get("teacher_seed")
         checkpoint = None if file is None else Path(file)
-        options = tuple(config.get("options") or ())  # runs of older versions have none
+        # runs of older versions have none of these two
+        options, begun = tuple(config.get("options") or ()), config.get("student_checkpoint")
         common: dict[str, Any] = {
             "teacher_checkpoint": checkpoint,
+            "student_checkpoint": None if begun is None else Path(begun),
             "teacher_seed": teacher_seed,
             "overrides": overrides,
         }

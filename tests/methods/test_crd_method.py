@@ -185,3 +185,32 @@ def test_presets_and_what_they_leave_open():
     banks = case()[2:4]
     module = fastkd.CRD.preset("kdzoo", student_bank=banks[0], teacher_bank=banks[1])
     assert module.temperature == 0.1 and module.weight == 0.8 and "temperature=0.1" in module.extra_repr()
+
+
+def test_of_an_image_that_occurs_twice_the_last_row_stays():
+    """Several threads write in any order, so what they write to one row must be the same."""
+    written = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "index_put" in str(function):
+                written.append((args[1][0], args[2]))
+            return function(*args, **(kwargs or {}))
+
+    torch.manual_seed(0)
+    banks = [torch.nn.functional.normalize(torch.randn(6, 4), dim=1) for _ in range(2)]
+    loss, index = fastkd.CRD(*banks), torch.tensor([3, 1, 3, 5, 1, 3])
+    students, teachers = (torch.nn.functional.normalize(torch.randn(6, 4), dim=1) for _ in range(2))
+    before = loss.student_bank.clone(), loss.teacher_bank.clone()
+    with Watch():
+        loss.update(index, students, teachers, torch.ones(2))
+    assert len(written) == 2
+    for places, rows in written:
+        for place in index.unique():
+            assert len(rows[places == place].unique(dim=0)) == 1
+    for bank, old, rows in zip((loss.student_bank, loss.teacher_bank), before, (students, teachers)):
+        for place, row in ((3, rows[5]), (1, rows[4]), (5, rows[3])):
+            torch.testing.assert_close(
+                bank[place], torch.nn.functional.normalize((old[place] + row) / 2, dim=0)
+            )
+        assert torch.equal(bank[[0, 2, 4]], old[[0, 2, 4]])

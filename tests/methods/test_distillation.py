@@ -247,3 +247,51 @@ def test_what_does_not_fit_is_told():
         "at": 1,
         "kd": 0,
     }
+
+
+def test_a_term_may_end_before_the_others():
+    """Of scheduled, whose weight grows with the epoch, and kd: each at its own end."""
+    definition = define("scheduled+kd", words=["ce.weight=1", "kd.until=2", "scheduled.until=3"])
+    assert definition.changes["kd.until"] == 2 and definition.changes["scheduled.until"] == 3
+    student, teacher = networks()
+    distillation = fastkd.Distillation(student, teacher, definition).eval()
+    images = batch()[0]
+    whole = distillation(images).terms
+    for epoch in range(4):
+        distillation.set_epoch(epoch, 4)
+        terms = distillation(images).terms
+        torch.testing.assert_close(terms["kd"], whole["kd"] * (epoch < 2))
+        torch.testing.assert_close(terms["scheduled"], whole["scheduled"] * (epoch / 4 if epoch < 3 else 0))
+    known = fastkd.methods.define("at+kd", options={"at": {"until": 5}})
+    assert known.terms[0].until == 5 and known.changes == {"at.until": 5}
+    for value, words in (
+        (0, "option at.until is 0, wanted at least 1"),
+        ("x", "option at.until is 'x', wanted a whole"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            fastkd.methods.define("at", options={"at": {"until": value}})
+
+
+def test_a_teacher_gets_images_as_it_was_trained_on():
+    student, teacher = networks()
+    images = batch()[0]
+    own, theirs = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)), ((0.1, 0.2, 0.3), (1.0, 0.5, 0.4))
+    plain = fastkd.Distillation(student, teacher, "at+kd", fold=False).eval()
+    norms = {"normalization": own, "teacher_normalization": theirs}
+    distillation = fastkd.Distillation(student, teacher, "at+kd", fold=False, **norms).eval()
+    mean, std, other_mean, other_std = (torch.tensor(x).view(-1, 1, 1) for x in (*own, *theirs))
+    losses = distillation(images)
+    wanted = teacher((images * std + mean - other_mean) / other_std)
+    torch.testing.assert_close(losses.teacher_logits, wanted, rtol=1e-4, atol=1e-5)
+    assert torch.equal(losses.student_logits, plain(images).student_logits)
+    assert not [name for name in distillation.state_dict() if "teacher" in name]
+    same = fastkd.Distillation(
+        student, teacher, "at", normalization=own, teacher_normalization=own, fold=False
+    )
+    assert same.teacher_scale is None and torch.equal(same.eval()(images).teacher_logits, teacher(images))
+    for name, other in (
+        ("normalization", "teacher_normalization"),
+        ("teacher_normalization", "normalization"),
+    ):
+        with pytest.raises(ValueError, match=f"^{other} is None and {name} is given, wanted both"):
+            fastkd.Distillation(student, teacher, "at", **{name: own})

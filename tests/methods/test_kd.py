@@ -127,3 +127,99 @@ def test_a_class_excluded_by_the_student_alone_makes_the_loss_infinite(dtype, te
     assert loss == INF
     (grad,) = torch.autograd.grad(loss, s)
     torch.testing.assert_close(grad, s.detach().softmax(1) - t.softmax(1))
+
+
+def binary_by_hand(s, t, temperature):
+    """The binary divergence of each class by probabilities, with the opposite class written out."""
+    p, q = (1 / (1 + (-x / temperature).exp()) for x in (t, s))
+    return temperature**2 * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log())
+
+
+@pytest.mark.parametrize("classes", [1, 2, 7])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_the_sigmoid_takes_each_class_for_itself(classes, temperature):
+    s, t = (values((5, classes), torch.float64).requires_grad_() for _ in range(2))
+    exact = binary_by_hand(s, t, temperature)
+    found = fastkd.kd_loss(s, t, temperature, activation="sigmoid", reduction="none")
+    torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-12)
+    for reduction, wanted in (
+        ("sum", exact.sum()),
+        ("mean", exact.mean()),
+        ("batchmean", exact.sum(1).mean()),
+    ):
+        loss = fastkd.kd_loss(s, t, temperature, activation="sigmoid", reduction=reduction, weight=0.5)
+        torch.testing.assert_close(loss, wanted * 0.5, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            torch.autograd.grad(loss, [s, t]), torch.autograd.grad(wanted * 0.5, [s, t], retain_graph=True),
+            rtol=1e-7, atol=1e-9,
+        )  # fmt: skip
+    torch.testing.assert_close(fastkd.KD(temperature, activation="sigmoid")(s, t), exact.sum(1).mean())
+
+
+def test_one_logit_is_the_softmax_of_it_and_zero():
+    s, t = (values((6, 1), torch.float64) for _ in range(2))
+    pairs = [torch.cat([x, torch.zeros_like(x)], 1) for x in (s, t)]
+    torch.testing.assert_close(
+        fastkd.kd_loss(s, t, activation="sigmoid"), fastkd.kd_loss(*pairs), rtol=1e-12, atol=0
+    )
+
+
+def test_the_sigmoid_is_finite_where_a_probability_underflows():
+    s = torch.tensor([[300.0, -300.0, 0.0]], requires_grad=True)
+    t = torch.tensor([[-500.0, 500.0, float("inf")]])
+    loss = fastkd.kd_loss(s, t, 1.0, activation="sigmoid")
+    loss.backward()
+    assert loss.isfinite() and s.grad.isfinite().all()
+    torch.testing.assert_close(loss, torch.tensor(600 + 0.6931472))
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum", "none"])
+@pytest.mark.parametrize("shape", [(6, 5), (3, 4, 5)], ids=name)
+def test_what_is_masked_counts_nowhere(shape, reduction, activation):
+    s, t = (values(shape, torch.float64) for _ in range(2))
+    mask = torch.rand(shape[:-1]) < 0.6
+    mask.flatten()[0], mask.flatten()[1] = True, False
+    rest = {"reduction": reduction, "activation": activation, "weight": 3.0}
+    exact_s, exact_t = (x[mask].requires_grad_() for x in (s, t))
+    exact = fastkd.kd_loss(exact_s, exact_t, **rest)
+    s[~mask], t[~mask] = float("nan"), float("inf")
+    s.requires_grad_(), t.requires_grad_()
+    found = fastkd.kd_loss(s, t, mask=mask, **rest)
+    torch.testing.assert_close(found[mask] if reduction == "none" else found, exact, rtol=1e-12, atol=1e-12)
+    if reduction == "none":
+        assert found.shape == shape and not found[~mask].any()
+    gradients, wanted = (
+        torch.autograd.grad(y.sum(), x) for y, x in ((found, [s, t]), (exact, [exact_s, exact_t]))
+    )
+    for gradient, part in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(gradient[mask], part, rtol=1e-12, atol=1e-12)
+        assert not gradient[~mask].any()
+    none = fastkd.kd_loss(s, t, mask=torch.zeros_like(mask), **rest)
+    assert none.isfinite().all() and not none.any()
+
+
+def test_a_mask_and_a_sigmoid_are_one_graph():
+    torch._dynamo.reset()
+    s, t, mask = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.tensor([[True, False, True]] * 2)
+    loss = fastkd.KD(activation="sigmoid")
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(s, t, mask=mask), loss(s, t, mask=mask))
+
+
+@pytest.mark.parametrize(
+    ("s", "options", "error", "words"),
+    [
+        ((2, 3), {"activation": "tanh"}, ValueError, "activation is 'tanh', wanted one of 'softmax', 'sig"),
+        ((2, 1), {}, ValueError, "teaches nothing, .* or activation='sigmoid'"),
+        ((2, 3, 4), {}, ValueError, r"wanted \(N, K\) with"),
+        ((2, 3), {"mask": torch.ones(2)}, TypeError, r"mask is \(2,\) float32 on cpu, wanted a"),
+        ((2, 3), {"mask": [True, False]}, TypeError, "mask is list, wanted a tensor of bool"),
+        ((2, 3), {"mask": torch.ones(3).bool()}, ValueError, r"mask is \(3,\) bool .* without the classes"),
+        ((2, 3, 4), {"mask": torch.ones(2).bool()}, ValueError, "without the classes"),
+    ],
+)  # fmt: skip
+def test_masks_and_activations_that_cannot_be_are_one_line(s, options, error, words):
+    with pytest.raises(error, match=words) as caught:
+        fastkd.kd_loss(torch.zeros(s), torch.zeros(s), **options)
+    assert "\n" not in str(caught.value)

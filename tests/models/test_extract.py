@@ -78,9 +78,9 @@ def test_named_submodules_are_the_stages():
     shown = distillation._observed[0](images[0], features="both")[0]
     torch.testing.assert_close(shown.final, final)
     assert shown.preact.stages[2] is shown.stages[2] and shown.stem == ()
-    assert not distillation._observed[0].kept.found  # nothing of a forward pass stays
+    assert not distillation._observed[0].outputs.store.found  # nothing of a forward pass stays
     student(images[0])
-    assert not distillation._observed[0].kept.found
+    assert not distillation._observed[0].outputs.store.found
 
 
 def test_fsp_takes_consecutive_stages_without_a_stem():
@@ -156,3 +156,41 @@ def test_it_is_one_graph_and_copies_belong_to_themselves():
 def test_what_is_not_named_or_not_there_is_told(options, words):
     with pytest.raises(ValueError, match=words):
         fastkd.Distillation(*pair(), "at", **options)
+
+
+def test_a_classifier_may_be_named_for_one_network_or_for_each():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head, self.extra = nn.Conv2d(3, 6, 3), nn.Linear(6, 7), nn.Linear(7, 7)
+
+        def forward(self, x):
+            return self.extra(self.head(self.body(x).mean((2, 3))))
+
+    for classifier, widths in (
+        (None, (7, 16)),
+        ("extra", (7, 16)),
+        (("head", None), (6, 16)),
+        ("head", (6, 16)),
+    ):
+        distillation = fastkd.Distillation(Named(), Plain(8), "kd", classifier=classifier)
+        views = distillation._observed
+        assert tuple(view(batch()[0])[0].pooled.shape[1] for view in views) == widths, classifier
+
+
+def test_stages_of_other_shapes_and_numbers_are_told():
+    student, teacher = pair()
+    points = {"student_points": POINTS, "teacher_points": POINTS[:2]}
+    with pytest.raises(ValueError, match="student has 3 stages, teacher has 2"):
+        fastkd.Distillation(student, teacher, "at", **points)(batch()[0])
+    for method in ("ofd", "reviewkd", "sakd"):
+        with pytest.raises(ValueError, match="student has 3 stages, teacher has 2"):
+            fastkd.Distillation(student, teacher, method, **points)
+    with pytest.raises(
+        ValueError, match="no batch norm is found before the ReLU of 'body.one'.*ofd.margin=batch"
+    ):
+        fastkd.Distillation(student, teacher, "ofd", student_points=POINTS, teacher_points=POINTS)
+    options = {"ofd": {"margin": "batch"}}
+    fastkd.Distillation(
+        student, teacher, "ofd", options=options, student_points=POINTS, teacher_points=POINTS
+    )

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations
 
 import fastkd
 from fastkd import native
+from fastkd.models.folding import channels_last, fold_for_inference
 
 
 @pytest.fixture(autouse=True)
@@ -218,3 +219,21 @@ def test_nothing_that_another_module_returned_is_overwritten(name, train, grad, 
     wanted = ask(apart, x.double(), features)
     for ours, want in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours.double(), want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
+
+
+def test_networks_with_group_norm_keep_their_memory_format_on_a_cpu():
+    """PyTorch's kernel loses the variance of a channels_last map whose mean is 100 deviations."""
+
+    def build(norm):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 8, 3), norm)
+
+    plain, grouped = build(nn.BatchNorm2d(8)), build(nn.GroupNorm(2, 8))
+    x = torch.randn(2, 8, 16, 16, dtype=torch.float64) + 100
+    exact = nn.functional.group_norm(x, 2).float()
+    for network, moved in ((plain, True), (grouped, False)):
+        channels_last(network)
+        assert network[0].weight.is_contiguous(memory_format=torch.channels_last) == moved
+    folded = fold_for_inference(grouped, False)
+    assert folded[0].weight.is_contiguous() and channels_last(nn.Identity()) is not None
+    torch.testing.assert_close(folded[1](x.float()), exact, rtol=1e-3, atol=1e-4)

@@ -70,6 +70,7 @@ def test_a_compiled_loss_takes_a_dict():
 def test_a_module_takes_what_follows_student_and_teacher_in_the_functions_order(module, function):
     ours = list(inspect.signature(module).parameters.values())
     wanted = list(inspect.signature(function).parameters.values())[2:]
+    wanted = [p for p in wanted if p.name != "mask"]  # which belongs to a batch: forward takes it
     assert [(p.name, p.kind, p.default) for p in ours] == [(p.name, p.kind, p.default) for p in wanted]
 
 
@@ -169,3 +170,46 @@ run()
 def test_fastkd_can_be_imported_twice_in_a_process():
     done = subprocess.run([sys.executable, "-c", IMPORTED_TWICE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+TOKENS = {  # shape, layout -> whether they are warned of
+    "tokens": ((2, 16, 64), False, True),
+    "tokens and a class token": ((2, 197, 192), False, True),
+    "no square": ((2, 18, 64), False, False),
+    "two class tokens": ((2, 18, 64), False, False),
+    "few": ((2, 9, 64), False, False),
+    "narrow": ((2, 16, 63), False, False),
+    "a view of them with channels first": ((2, 16, 64), True, False),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss", ["attention_transfer_loss", "fsp_loss", "ofd_loss"])
+@pytest.mark.parametrize("case", TOKENS)
+def test_what_looks_like_tokens_is_told_once(backend, loss, case):
+    shape, view, told = TOKENS[case]
+    n, rows, columns = shape
+
+    def features(learns):
+        x = values((n, columns, rows) if view else shape, F32)
+        return (x.mT if view else x).requires_grad_(learns)
+
+    student, teacher = ([features(learns) for _ in range(2)] for learns in (True, False))
+    rest = [[torch.zeros(rows)] * 2] if loss == "ofd_loss" else []
+    with fastkd.use_backend(backend):
+        caught = warned(lambda: getattr(fastkd, loss)(student, teacher, *rest))
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == told
+    if told:
+        assert f"{loss}: student[0] is {shape}" in messages[0] and "fastkd.tokens_to_map" in messages[0]
+        assert caught[0].filename == __file__ and "\n" not in messages[0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_maps_of_a_teacher_are_no_tokens(backend):
+    """A stage of three dimensions beside one of four, whose teacher's map has three."""
+    student = [values((2, 3, *size), F32).requires_grad_() for size in ((64,), (16, 64))]
+    maps = [fastkd.attention_map(values(tuple(x.shape), F32)) for x in student]
+    assert maps[1].shape == (2, 16, 64)
+    with fastkd.use_backend(backend):
+        assert not warned(lambda: fastkd.attention_transfer_loss(student, maps, teacher_is_map=True))

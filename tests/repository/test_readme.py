@@ -23,8 +23,23 @@ def test_there_are_examples() -> None:
     assert len(EXAMPLES) >= 6
 
 
+@pytest.fixture
+def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder "images/train" of the documents: two classes of four random images."""
+    monkeypatch.chdir(tmp_path)
+    image = pytest.importorskip("PIL.Image")
+    for i in range(8):
+        path = tmp_path / "images" / "train" / ("cat", "dog")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.effect_noise((80, 70), 60).convert("RGB").save(path)
+
+
 @pytest.mark.parametrize("code", EXAMPLES)
-def test_example_runs(code: str) -> None:
+def test_example_runs(code: str, request: pytest.FixtureRequest) -> None:
+    for package in re.findall(r"^(?:import|from) (timm|torchvision)\b", code, re.MULTILINE):
+        pytest.importorskip(package)
+    if '"images/train"' in code:
+        request.getfixturevalue("images")
     names: dict[str, object] = {}
     exec(compile(code, "example", "exec"), names)
     if "loss" in names:

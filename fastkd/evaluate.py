@@ -1,0 +1,132 @@
+"""Tests trained weights: accuracy, parameters and speed.
+
+python -m fastkd.evaluate runs/kd-digits-resnet8-seed0-...      a run: its network, method and data set
+python -m fastkd.evaluate resnet56.pth --model resnet56 --dataset cifar100      other weights
+
+Exit status 0; 2 for what the caller can mend, with one line on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import nn
+
+from fastkd.data import DATASETS, choose_dataset, load_dataset
+from fastkd.data.loader import Batches
+from fastkd.errors import UserError
+from fastkd.io.files import as_path
+from fastkd.models import MODELS, WeightsError, create_model, load_student, load_weights, read_checkpoint
+from fastkd.training.device import find_device
+from fastkd.training.evaluation import evaluate, placed
+
+
+class Result(NamedTuple):
+    """``accuracy`` in percent of the ``images`` of a test set; ``speed`` in images/s, loading included."""
+
+    model: str
+    dataset: str
+    accuracy: float
+    images: int
+    parameters: int
+    speed: float
+
+
+def test(
+    file: str | Path,
+    *,
+    model: str | None = None,
+    dataset: str | None = None,
+    data: str | Path = "data",
+    device: str | None = None,
+    batch_size: int = 250,
+) -> Result:
+    """Tests the weights in ``file``: of a run (its folder will do), or alone, of the network ``model``.
+
+    A run's student has what its method has put into it: SimKD's projector and classifier, NORM's pair.
+    ``dataset`` is by default that of the run. Raises UserError, one line.
+    """
+    path = as_path(file)
+    path = path / "best.pt" if path.is_dir() else path
+    if batch_size < 1:
+        raise UserError(f"--batch-size is {batch_size}, wanted at least 1")
+    try:
+        about = read_checkpoint(path).get("config")
+        identity = about.get("identity") if isinstance(about, dict) else None
+        known = identity if isinstance(identity, dict) else {}
+        name, dataset = model or known.get("model"), dataset or known.get("dataset")
+        if name is None or dataset is None:
+            flag = "--model" if name is None else "--dataset"
+            raise UserError(f"{path} is of no run, wanted {flag}")
+        whole = load_dataset(choose_dataset(dataset, data)[0], data)
+        network = _network(path, name, whole.classes, bool(known) and model in (None, known.get("model")))
+    except WeightsError as error:
+        raise UserError(str(error)) from None
+    where = find_device(device)
+    network = placed(network, where)
+    batches = Batches(
+        whole.test_images, whole.test_labels, whole.mean, whole.std, batch_size=batch_size, device=where
+    )
+    autocast = torch.autocast(where.type, enabled=False)
+    first = next(batches.test())[0]
+    with torch.no_grad():
+        answers = network.eval()(first)
+    if answers.shape[1] != whole.classes:
+        raise UserError(f"{path} has {answers.shape[1]} classes, {whole.name} has {whole.classes}")
+    begun = time.perf_counter()
+    accuracy = evaluate(network, batches, autocast)  # which reads the counts, so the device has finished
+    seconds = time.perf_counter() - begun
+    count = len(whole.test_labels)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return Result(name, whole.name, accuracy, count, parameters, count / seconds)
+
+
+def _network(path: Path, name: str, classes: int, of_run: bool) -> nn.Module:
+    if of_run:
+        return load_student(path.parent, file=path.name)
+    if name not in MODELS:
+        raise UserError(f"--model {name!r} is not known; known: {', '.join(MODELS)}")
+    network = create_model(name, classes)
+    load_weights(network, path)
+    return network
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = _Parser(
+        prog="python -m fastkd.evaluate", description="Tests trained weights.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "file", type=Path, metavar="FILE", help="a run's folder, its best.pt or last.pt, or weights alone"
+    )
+    parser.add_argument("--model", metavar="NAME", help="the network, where FILE is of no run")
+    parser.add_argument("--dataset", choices=("auto", *DATASETS), help="that of the run")
+    parser.add_argument(
+        "--data", type=Path, default=Path("data"), metavar="DIR", help="where the sets lie (data)"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is one")
+    parser.add_argument("--batch-size", type=int, default=250, metavar="N")
+    flags: dict[str, Any] = vars(parser.parse_args(arguments))
+    try:
+        found = test(flags.pop("file"), **flags)
+    except UserError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    print(
+        f"{found.model} on {found.dataset}: {found.accuracy:.2f} % of {found.images:,} test images,"
+        f" {found.parameters:,} parameters, {found.speed:,.0f} images/s"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""Images for a teacher that was trained on others than the student's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Normalization = tuple[Sequence[float], Sequence[float]]
+"""The mean and the standard deviation of each channel, by which images were normalized."""
+
+
+def renormalized(
+    own: Normalization | None, teachers: Normalization | None, dimensions: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """(factor, summand) that make the teacher's images of the student's; None where they are the same."""
+    if (own is None) != (teachers is None):
+        name, other = ("teacher_normalization", "normalization")[:: 1 if teachers is None else -1]
+        raise ValueError(f"{name} is None and {other} is given, wanted both, as (mean, std)")
+    if own is None or teachers is None:
+        return None, None
+    (mean, std), (their_mean, their_std) = (
+        [torch.as_tensor(x, dtype=torch.float64) for x in side] for side in (own, teachers)
+    )
+    scale, shift = std / their_std, (mean - their_mean) / their_std
+    if bool((scale == 1).all() and (shift == 0).all()):
+        return None, None
+    form = (-1, *[1] * (dimensions - 1))
+    return scale.float().view(form), shift.float().view(form)

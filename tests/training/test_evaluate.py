@@ -1,0 +1,75 @@
+"""``python -m fastkd.evaluate``: what a checkpoint's network answers, and what cannot be tested."""
+
+from __future__ import annotations
+
+import csv
+import re
+
+import pytest
+import torch
+
+from fastkd.evaluate import main
+from fastkd.models import create_model
+
+FLAGS = [
+    "--dataset",
+    "digits",
+    "--teacher",
+    "resnet8",
+    "--student",
+    "resnet8",
+    "--epochs",
+    "1",
+    "--device",
+    "cpu",
+]
+
+
+@pytest.mark.parametrize("method", ["simkd", "norm", "baseline"])
+def test_a_run_is_tested_with_what_its_method_has_put_in(small_main, tmp_path, capsys, method):
+    assert small_main(["--method", method, *FLAGS, "--no-pictures", "--output", str(tmp_path)]) == 0
+    with open(tmp_path / "results.csv", newline="") as file:
+        row = [*csv.DictReader(file)][-1]
+    folder = tmp_path / row["folder"]
+    saved = torch.load(folder / "best.pt", weights_only=True)["model"]
+    if method == "baseline":
+        torch.save(saved, tmp_path / "bare.pt")
+    parameters = sum(x.numel() for name, x in saved.items() if not re.search("running|num_batches", name))
+    calls = [[str(folder)], [str(folder / "best.pt"), "--batch-size", "7"]]
+    if method == "baseline":
+        calls.append([str(tmp_path / "bare.pt"), "--model", "resnet8", "--dataset", "digits"])
+    for arguments in calls:
+        capsys.readouterr()
+        assert main([*arguments, "--device", "cpu"]) == 0
+        found = re.fullmatch(
+            r"resnet8 on digits: (\S+) % of (\d+) test images, ([\d,]+) parameters, ([\d,]+) images/s\n",
+            capsys.readouterr().out,
+        )
+        assert found and float(found[1]) == pytest.approx(float(row["acc"]), abs=0.006)
+        assert int(found[3].replace(",", "")) == parameters and int(found[4].replace(",", "")) > 0
+
+
+def test_what_cannot_be_tested_is_one_line(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    bare, other = tmp_path / "bare.pt", tmp_path / "other.pt"
+    torch.save(create_model("resnet8").state_dict(), bare)
+    torch.save(create_model("resnet20", 7).state_dict(), other)
+    whole = ["--dataset", "digits", "--device", "cpu"]
+    for arguments, words in (
+        ([str(tmp_path / "none.pt")], "none.pt: No such file"),
+        ([str(tmp_path)], "best.pt: No such file"),
+        ([str(bare)], "is of no run, wanted --model"),
+        ([str(bare), "--model", "resnet8"], "is of no run, wanted --dataset"),
+        ([str(bare), "--model", "resnet9", *whole], "--model 'resnet9' is not known; known: resnet8"),
+        ([str(bare), "--model", "resnet20", *whole], "bare.pt"),
+        ([str(other), "--model", "resnet20", *whole], "other.pt"),
+        (
+            [str(bare), "--model", "resnet8", *whole, "--batch-size", "0"],
+            "--batch-size is 0, wanted at least 1",
+        ),
+    ):
+        assert main(arguments) == 2
+        told = capsys.readouterr().err
+        assert (
+            told.startswith("python -m fastkd.evaluate: error: ") and words in told and told.count("\n") == 1
+        )
