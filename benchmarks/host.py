@@ -10,9 +10,9 @@ interleaved rounds.
 - ``eager``: the formula users write, on a CPU: its operators' own work, of a few hundred numbers each, is in
   it;
 - ``triton``: the launchers, against a stand-in for Triton's driver that swallows launches
-  (tests/triton_compile.py);
+  (tests/helpers/triton_compile.py);
 - ``cuda``: the operators of the CUDA library, compiled for the CPU and with the kernels left out
-  (tests/emulated.py).
+  (tests/helpers/emulated.py).
 
 Not in any of them: what the driver takes to launch a kernel, a few microseconds each. Eager launches dozens;
 `cuda` one each way, `triton` one more forward. Autograd is in the first alone: it costs the other two the
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parent / "tests")]
+sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parent / "tests" / "helpers")]
 
 import emulated  # noqa: E402
 import torch  # noqa: E402
