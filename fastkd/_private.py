@@ -66,12 +66,13 @@ def has_tangent(tensors: Iterable[Tensor]) -> bool:
     return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
-def batched(*grads: Tensor | None) -> bool:
+def batched(grad: Tensor | None, other: Tensor | None = None) -> bool:
     """Whether gradients in a backward pass may stand for several each, as with ``is_grads_batched=True``."""
-    for grad in grads:
-        if grad is not None and _in_older_vmap(grad):
-            return True
-    return in_torch_func()
+    return (
+        in_torch_func()
+        or (grad is not None and _in_older_vmap(grad))
+        or (other is not None and _in_older_vmap(other))
+    )
 
 
 def saved_tensors_hooked() -> bool:

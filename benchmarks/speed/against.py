@@ -2,7 +2,7 @@
 
 ``python benchmarks/host.py --against DIR``: DIR is another clone with its libraries built. Each tree runs in
 a process of its own, one thread; the two take turns case by case, so that other work on the machine meets
-both. Microseconds of processor time, the least of the rounds, through the public functions on CPU tensors.
+both. Microseconds of processor time, the least of the stretches, through the public functions on CPU tensors.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# short turns, of which many are not interrupted; the first calls of each fill the caches again
-ROUNDS, CALLS, UNTIMED = 200, 50, 10
+# A turn is cut in stretches of half a millisecond, of which many are not interrupted on a busy machine; its
+# first calls fill the caches again. A process keeps the places of its memory, by which a call may take a
+# tenth longer: several run one after the other.
+PROCESSES, ROUNDS, STRETCHES, CALLS, UNTIMED = 5, 40, 10, 10, 10
 # three stages (channels, height and width) of two samples: small enough that the kernels' own arithmetic
 # hardly counts
 TINY = ((4, 4), (8, 2), (8, 2))
@@ -46,10 +48,13 @@ def work() -> None:
         run = calls[int(line)]
         for _ in range(UNTIMED):
             run()
-        begun = time.process_time()
-        for _ in range(CALLS):
-            run()
-        print((time.process_time() - begun) / CALLS * 1e6, flush=True)
+        least = math.inf
+        for _ in range(STRETCHES):
+            begun = time.process_time()
+            for _ in range(CALLS):
+                run()
+            least = min(least, (time.process_time() - begun) / CALLS * 1e6)
+        print(least, flush=True)
 
 
 class Tree:
@@ -80,16 +85,17 @@ class Tree:
         self.process.wait()
 
 
-def compare(old: Path, new: Path, rounds: int = ROUNDS) -> float:
+def compare(old: Path, new: Path, rounds: int = ROUNDS, processes: int = PROCESSES) -> float:
     """Print a table of both trees; return the geometric mean of new / old over a training step's calls."""
-    trees = [Tree(old), Tree(new)]
-    least = [[math.inf] * len(CASES) for _ in trees]
-    for _ in range(rounds):
-        for case in range(len(CASES)):
-            for tree, best in zip(trees, least):
-                best[case] = min(best[case], tree.microseconds(case))
-    for tree in trees:
-        tree.end()
+    least = [[math.inf] * len(CASES) for _ in range(2)]
+    for _ in range(processes):
+        trees = [Tree(old), Tree(new)]
+        for _ in range(rounds):
+            for case in range(len(CASES)):
+                for tree, best in zip(trees, least):
+                    best[case] = min(best[case], tree.microseconds(case))
+        for tree in trees:
+            tree.end()
     print(f"{'µs a call':36} {'old':>7} {'new':>7} {'new/old':>8}")
     ratios = [b / a for a, b in zip(*least)]
     for (loss, way), a, b, ratio in zip(CASES, *least, ratios):

@@ -10,18 +10,18 @@ namespace fastkd {
 // Bits of one integer; fastkd/_bits.py has the same table.
 struct FspOption {
   enum : int64_t {
-    kMaxPool = 1,     // pool_mode: "max", else "avg"
-    kPairMean = 2,    // pair_reduce: "mean", else "sum"
-    kFrobenius = 4,   // distance: "frobenius"
-    kColumnL2 = 8,    // distance: "column_l2"
-    kIeee = 16,       // precision: "ieee"
-    kTf32 = 32,       // precision: "tf32"
-    kTf32x3 = 48,     // precision: "tf32x3"
-    kWithGrad = 64,   // with_grad
-    kPrepare = 128,   // prepare
-    kNegate = 256,    // negate
-    kAGrad = 512,     // a_grad
-    kBGrad = 1024,    // b_grad
+    kMaxPool = 1,    // pool_mode: "max", else "avg"
+    kPairMean = 2,   // pair_reduce: "mean", else "sum"
+    kFrobenius = 4,  // distance: "frobenius"
+    kColumnL2 = 8,   // distance: "column_l2"
+    kIeee = 16,      // precision: "ieee"
+    kTf32 = 32,      // precision: "tf32"
+    kTf32x3 = 48,    // precision: "tf32x3"
+    kWithGrad = 64,  // with_grad
+    kPrepare = 128,  // prepare
+    kNegate = 256,   // negate
+    kAGrad = 512,    // a_grad
+    kBGrad = 1024,   // b_grad
     kEnd = 2048,
   };
 };

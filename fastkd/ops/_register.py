@@ -163,13 +163,15 @@ def wanting_gradients(
     """The places in ``[*students, *teachers]`` of the tensors that autograd records, and those tensors."""
     if not torch.is_grad_enabled():
         return (), ()
-    for x in teachers:
-        if x.requires_grad:
+    for x in students:  # the common case: all of the student's, and no others
+        if not x.requires_grad:
             break
     else:
-        learners = [x for x in students if x.requires_grad]
-        if learners and len(learners) == len(students):  # the common case
-            return range(len(learners)), learners
+        for x in teachers:
+            if x.requires_grad:
+                break
+        else:
+            return range(len(students)), students
     every = (*students, *teachers)
     needed = [i for i, x in enumerate(every) if x.requires_grad]
     return needed, [every[i] for i in needed]

@@ -153,9 +153,13 @@ def _warn(
         checks.tokens("attention_transfer_loss", student, teacher, *_are_maps(options))
     # counted on the coefficients, one a position, since this costs the least; they are as many as before a
     # pooling that comes after
-    batch = student[0].shape[0]
-    if options & _POOL_BEFORE and batch not in [k.numel() for k in coefficients]:
-        return
+    if options & _POOL_BEFORE:
+        batch = student[0].shape[0]
+        for k in coefficients:
+            if k.numel() == batch:
+                break
+        else:
+            return
     checks.one_position(student, teacher, *_are_maps(options))
 
 

@@ -231,9 +231,9 @@ def test_networks_with_group_norm_keep_their_memory_format_on_a_cpu():
     plain, grouped = build(nn.BatchNorm2d(8)), build(nn.GroupNorm(2, 8))
     x = torch.randn(2, 8, 16, 16, dtype=torch.float64) + 100
     exact = nn.functional.group_norm(x, 2).float()
-    for network, moved in ((plain, True), (grouped, False)):
-        channels_last(network)
-        assert network[0].weight.is_contiguous(memory_format=torch.channels_last) == moved
+    for model, moved in ((plain, True), (grouped, False)):
+        channels_last(model)
+        assert model[0].weight.is_contiguous(memory_format=torch.channels_last) == moved
     folded = fold_for_inference(grouped, False)
     assert folded[0].weight.is_contiguous() and channels_last(nn.Identity()) is not None
     torch.testing.assert_close(folded[1](x.float()), exact, rtol=1e-3, atol=1e-4)

@@ -179,8 +179,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fsp_loss(const std:
 
 std::vector<Tensor> fsp_loss_backward(const Tensor& grad, const std::vector<Tensor>& features,
                                       const std::vector<Tensor>& matrix_grads, int64_t bits,
-                                      const std::vector<int64_t>& stages,
-                                      const std::vector<Tensor>& others) {
+                                      const std::vector<int64_t>& stages, const std::vector<Tensor>& others) {
   const FspOptions options = fsp_options(bits);
   STD_TORCH_CHECK(features.size() >= 2 && matrix_grads.size() == features.size() - 1,
                   "matrix_grads must hold one matrix a pair of features");
