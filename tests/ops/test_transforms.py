@@ -243,7 +243,7 @@ def operators(ops):
         )
         made["rkd_loss"] = lambda x: ops.rkd_loss(x.flatten(1), b.flatten(1), 25.0, 50.0, True, False), a
         made["rkd_lengths"] = lambda x: ops.rkd_lengths(x.flatten(1)), a
-        pairs = lambda x: (x.flatten(1) @ x.flatten(1).T).double()  # noqa: E731
+        pairs = lambda x: x.flatten(1)[:, :2].double().contiguous()  # noqa: E731
         made["rkd_angles"] = lambda x: ops.rkd_angles(*[pairs(x), pairs(b)] * 2, True, False), a
         unit, rows = (
             b.flatten(1) / b.flatten(1).norm(dim=1, keepdim=True),
