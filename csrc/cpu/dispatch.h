@@ -4,6 +4,7 @@
 #include "cpu/attention/attention.h"
 #include "cpu/fsp/fsp.h"
 #include "cpu/batch_norm/batch_norm.h"
+#include "cpu/rkd/rkd.h"
 #include "cpu/attention/tap.h"
 
 namespace fastkd {
@@ -22,6 +23,7 @@ struct KernelTable {
   const FspKernels& fsp;
   const TapKernels& tap;
   const NormKernels& norm;
+  const RkdKernels& rkd;
 };
 
 // Defined at the end of the .inl files, by way of each operation's kernels.cpp.
@@ -31,6 +33,7 @@ struct KernelTable {
   extern const FspKernels fsp_kernels;             \
   extern const TapKernels tap_kernels;             \
   extern const NormKernels norm_kernels;           \
+  extern const RkdKernels rkd_kernels;             \
   }
 FASTKD_CODE_PATH(portable)
 FASTKD_CODE_PATH(avx2)

@@ -34,12 +34,16 @@ class _Library(torch.library.Library):
         super().impl(op_name, fn, dispatch_key, **options)
 
 
+_PART_OF: dict[str, str] = {}
+"""Operators that another one runs, by the public function that both belong to."""
+
+
 def _refuse_other_derivatives(name: str, args: Sequence[Any]) -> None:
     """Inside torch.func or forward mode AD: raise where a derivative would go through the operator."""
     tensors = [x for x in flat(args) if isinstance(x, Tensor)]
     followed = in_torch_func() and torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if followed or has_tangent(tensors):
-        public = name.partition("::")[2].removesuffix("_backward")
+        public = _PART_OF.get(name) or name.partition("::")[2].removesuffix("_backward")
         raise RuntimeError(
             f"{name} has no derivative in torch.func and forward mode AD; use fastkd.reference.{public}"
         )
@@ -101,6 +105,18 @@ def define(
             torch.library.register_vmap(f"{namespace}::{name}", rule, lib=library)
     if name in kernels.LAUNCHERS and _LIBRARIES:
         _LIBRARIES["fastkd"].impl(name, lambda *args: kernels.launcher(name)(*args), "CUDA")
+
+
+def part_of(public: str, schema: str, fake: Callable[..., Any]) -> None:
+    """Declare an operator that, on a CPU, an operator of the function ``public`` runs. It has no derivative of
+    its own.
+    """
+    define(schema, fake, only_cpu=True)
+    name = schema.partition("(")[0]
+    _PART_OF[f"fastkd::{name}"] = public
+    autograd(
+        name, lambda ctx, *grads: refuse_second_derivative(public), lambda ctx, inputs, output: None, True
+    )
 
 
 def implement(name: str, kernel: Callable[..., Any]) -> None:

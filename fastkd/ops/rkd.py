@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd import checks, reference
+from fastkd import checks, native, reference
 from fastkd._private import transforming
 from fastkd.ops._gradients import Scaled
-from fastkd.ops._register import autograd, define, implement
+from fastkd.ops._register import autograd, define, implement, part_of
 from fastkd.reference.common import no_autocast, widen
 
 NUMBERS = 2**16
@@ -62,15 +62,63 @@ def _loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, its gradient for s, for t); a gradient that nobody needs has no elements."""
     with no_autocast(s):
+        if native.CPU.available and s.device.type == "cpu" and s.dtype == torch.float32:
+            return _by_products(s, t, distance, angle, (need_s, need_t))
         grads = [torch.zeros_like(x) if need else x.new_empty(0) for x, need in ((s, need_s), (t, need_t))]
         loss = s.new_zeros(())
         pulls: list[Tensor | None] = [None, None]
         if distance:
-            loss, pulls = _distances(s, t, distance, (need_s, need_t))
+            loss, pulls = _distances([_lengths(x, _chunks(s, t)) for x in (s, t)], distance, (need_s, need_t))
         if angle or need_s or need_t:
             for rows in _chunks(s, t):
                 loss = loss + _vertices(rows, (s, t), angle, pulls, (need_s, need_t), grads)
     return loss, grads[0], grads[1]
+
+
+def _by_products(
+    s: Tensor, t: Tensor, distance: float, angle: float, needs: tuple[bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by the library's kernels, in float64 but for the samples: with the inner products of all pairs
+    a triple costs some twenty operations, whatever D is.
+
+    A gradient is a matrix over the pairs times the samples. Its rows add up to 0, since what moves all
+    samples alike changes nothing.
+    """
+    sides = [(x - x.mean(0)).double() for x in (s, t)]
+    lengths = [torch.ops.fastkd.rkd_lengths.default(x.contiguous()) for x in (s, t)]
+    loss = sides[0].new_zeros(())
+    pulls: list[Tensor | None] = [None, None]
+    if distance:
+        loss, pulls = _distances(lengths, distance, needs)
+    sums: list[Tensor | None] = [None, None]
+    if angle:
+        inverses = [x.reciprocal_().masked_fill_(x.isinf(), 0) for x in lengths]  # in their memory
+        products = [x @ x.T for x in sides]
+        factor = angle / len(s) ** 3
+        found = torch.ops.fastkd.rkd_angles.default(
+            products[0], inverses[0], products[1], inverses[1], *needs
+        )
+        loss = loss + factor * found[0]
+        del products
+        for i, need in enumerate(needs):
+            if need:
+                weights, parts, turns = found[i + 1].mul_(2 * factor)
+                turns *= inverses[i].square_()
+                sums[i] = weights.sub_(parts).sub_(parts.T).add_(turns).add_(turns.T)
+        del found, inverses
+    grads = []
+    for x, side, matrix, pull, need in zip((s, t), sides, sums, pulls, needs, strict=True):
+        if matrix is None and pull is None:
+            grads.append(torch.zeros_like(x) if need else x.new_empty(0))
+            continue
+        if matrix is None:
+            matrix = side.new_zeros((len(x), len(x)))
+        if pull is not None:  # each pair is met twice, from either sample
+            matrix = matrix.sub_(pull, alpha=2)
+        matrix.fill_diagonal_(0)
+        matrix.diagonal().copy_(-matrix.sum(1))
+        grads.append((matrix @ side).to(x.dtype))
+    return loss.to(s.dtype), grads[0], grads[1]
 
 
 def _fake(
@@ -80,19 +128,31 @@ def _fake(
     return s.new_empty(()), grads[0], grads[1]
 
 
+def _fake_angles(
+    s_products: Tensor, s_inverses: Tensor, t_products: Tensor, t_inverses: Tensor, need_s: bool, need_t: bool
+) -> tuple[Tensor, ...]:
+    count = s_products.shape[0]
+    sums = [s_products.new_empty((3, count, count) if need else 0) for need in (need_s, need_t)]
+    return s_products.new_empty(()), *sums
+
+
 def _chunks(s: Tensor, t: Tensor) -> list[slice]:
     count = s.shape[0]
     step = max(1, NUMBERS // (count * (count + max(s.shape[1], t.shape[1]))))
     return [slice(begin, min(begin + step, count)) for begin in range(0, count, step)]
 
 
+def _lengths(x: Tensor, chunks: list[slice]) -> Tensor:
+    """(N, N), by differences."""
+    return torch.cat([torch.linalg.vector_norm(x - x[rows, None], dim=2) for rows in chunks])
+
+
 def _distances(
-    s: Tensor, t: Tensor, factor: float, needs: tuple[bool, bool]
+    sides: list[Tensor], factor: float, needs: tuple[bool, bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """(the loss of the distances, dloss/d(distance) / distance of each side that needs it)."""
     found = []
-    for x in (s, t):
-        lengths = torch.cat([torch.linalg.vector_norm(x - x[rows, None], dim=2) for rows in _chunks(s, t)])
+    for lengths in sides:
         positive = (lengths > 0).sum().clamp_min(1)
         mean = lengths.sum() / positive
         found.append((lengths, positive, torch.where(mean > 0, mean, 1)))
@@ -159,10 +219,21 @@ def _gradients(ctx: Any, upstream: Tensor | None, *unused: Any) -> tuple[Tensor 
 
 
 define(
-    "rkd_loss(Tensor s, Tensor t, float distance, float angle, bool need_s, bool need_t) -> (Tensor loss,"
-    " Tensor s_grad, Tensor t_grad)",
+    "rkd_loss(Tensor s, Tensor t, float distance, float angle, bool need_s, bool need_t)"
+    " -> (Tensor loss, Tensor s_grad, Tensor t_grad)",
     _fake,
     only_cpu=True,
 )
 implement("rkd_loss", _loss)
 autograd("rkd_loss", _gradients, _context, only_cpu=True)
+part_of(
+    "rkd_loss",
+    "rkd_lengths(Tensor x) -> Tensor",
+    lambda x: x.new_empty((x.shape[0], x.shape[0]), dtype=torch.float64),
+)
+part_of(
+    "rkd_loss",
+    "rkd_angles(Tensor s_products, Tensor s_inverses, Tensor t_products, Tensor t_inverses, bool need_s,"
+    " bool need_t) -> (Tensor loss, Tensor s_sums, Tensor t_sums)",
+    _fake_angles,
+)

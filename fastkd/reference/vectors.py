@@ -101,7 +101,8 @@ def rkd_loss(
             loss = loss + weight * distance_weight * F.smooth_l1_loss(scaled[0], scaled[1])
         if angle_weight:
             units = [
-                x / y.masked_fill(mask, 1)[..., None] for x, y, mask in zip(away, lengths, zero, strict=True)
+                (x / y.masked_fill(mask, 1)[..., None]).masked_fill(mask[..., None], 0)
+                for x, y, mask in zip(away, lengths, zero, strict=True)
             ]
             loss = loss + weight * angle_weight * F.smooth_l1_loss(
                 units[0] @ units[0].mT, units[1] @ units[1].mT
