@@ -77,16 +77,9 @@ def resources(kernel: Any) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
 
 
-def copies(kernel: Any) -> int:
-    """How many instructions of a kernel's machine code copy to shared memory while others go on: pipelined
-    loads.
-    """
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
-    return len(re.findall(r"\bLDGSTS\b", text))
+def copies(ptx: str) -> int:
+    """How many instructions of a kernel's PTX copy to shared memory while others go on: pipelined loads."""
+    return len(re.findall(r"\bcp\.async\.c[ag]\.shared", ptx))
 
 
 def accesses(ptx: str) -> dict[str, int]:
@@ -283,6 +276,7 @@ CASES = {
     "fsp resnet50 tf32": lambda: fsp(RESNET50, torch.float32, 8, "tf32"),
     "fsp resnet50 channels_last bf16": lambda: fsp(RESNET50, torch.bfloat16, 8, None, True),
     "fsp columns": lambda: fsp(COLUMNS, torch.float16, 2, "ieee", distance="column_l2"),
+    "fsp resnet50 columns": lambda: fsp(RESNET50, torch.float32, 8, "tf32", distance="column_l2"),
     "fsp again": lambda: fsp(WIDE, torch.float32, 8, "tf32", True, [(96, 18), (520, 12), (768, 6)]),
     "fsp pooled": lambda: fsp(CIFAR, torch.float32, 4, "tf32", False, [(16, 9), (32, 9), (64, 4)], "max"),
     "fsp wide tf32x3": lambda: fsp(WIDE, torch.float32, 8, "tf32x3"),
@@ -350,11 +344,8 @@ def main() -> None:
                         "unguarded": unguarded(k.asm["ptx"]),
                         "products": products(k.asm["ptx"]),
                         "work": work(k),
-                        "copies": (
-                            copies(k)
-                            if ("resnet50" in name and k.name.startswith("fsp")) or name == "matrix tf32"
-                            else 0
-                        ),
+                        "copies": copies(k.asm["ptx"]) if k.name.startswith("fsp") else 0,
+                        "roundings": k.asm["ptx"].count("cvt.rn.tf32.f32"),
                         "shared": k.metadata.shared,
                         "shared_limit": SHARED[capability],
                         "fp_fusion": k.metadata.enable_fp_fusion,
