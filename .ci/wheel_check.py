@@ -47,7 +47,7 @@ def call(*command: str | Path, path: str = "", cwd: Path | None = None) -> str:
 
 
 class Beside:
-    """An interpreter with one version of PyTorch, and a folder on its path for what is tried out beside it."""
+    """An interpreter with one version of PyTorch, and a folder on its path for what is tried."""
 
     def __init__(self, version: str, work: Path) -> None:
         self.python, self.extra = Path(sys.executable), work / f"beside-{version}"

@@ -103,7 +103,9 @@ def plan(rehearse: bool) -> list[Part]:
     rightly; how fast is it.
     """
     place = (
-        ("-m", "not large", "-x", "tests/test_cuda.py") if rehearse else ("-m", "gpu and not large", "tests")
+        ("-m", "not large", "-x", "tests/backends/test_cuda.py")
+        if rehearse
+        else ("-m", "gpu and not large", "tests")
     )
     cuda = ("-k", "captured or waits") if rehearse else ("-k", "cuda and not triton")
     triton = ("-k", "same_bits") if rehearse else ("-k", f"triton and ({ON_DEVICE})")
@@ -115,7 +117,7 @@ def plan(rehearse: bool) -> list[Part]:
         pytest_part(
             "tests of triton",
             60,
-            *(("-x", "tests/test_triton.py") if rehearse else place),
+            *(("-x", "tests/backends/test_triton.py") if rehearse else place),
             *triton,
             processes=10,
         ),
@@ -143,9 +145,7 @@ def plan(rehearse: bool) -> list[Part]:
 
 
 def training(data: Path | None, rehearse: bool) -> Part | None:
-    """200 epochs of attention transfer, ResNet-20 from ResNet-20, in a CUDA graph; None where there are no
-    images.
-    """
+    """200 epochs of attention transfer, ResNet-20 from ResNet-20, in a CUDA graph; None without images."""
     there = {"cifar10": ("cifar-10-batches-py", "cifar-10-batches-bin"), "fashion-mnist": ("FashionMNIST",)}
     name = next(
         (
@@ -211,7 +211,9 @@ class Run:
             "FASTKD_GPU_OUT": str(self.staging),
             "PYTHONUNBUFFERED": "1",
         }
-        variables["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")))
+        variables["PYTHONPATH"] = os.pathsep.join(
+            (str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests" / "helpers"))
+        )
         if self.rehearse:
             variables["FASTKD_GPU_REHEARSAL"] = variables["TRITON_INTERPRET"] = "1"
         # tests and benchmarks are found from the clone, and what a part writes lies in the staging folder
@@ -221,8 +223,15 @@ class Run:
             for word in part.command
         ]
         with output.open("wb") as file:
-            process = subprocess.Popen(command, cwd=where, env=variables, stdout=file, stderr=subprocess.STDOUT,
-                                       stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+            process = subprocess.Popen(
+                command,
+                cwd=where,
+                env=variables,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
         return process, output
 
     def run(self, part: Part) -> None:
@@ -274,7 +283,7 @@ class Run:
 
 
 def speedups(staging: Path) -> Iterator[tuple[str, Any]]:
-    """Of each measured row its milliseconds, and how many times faster it is than eager and compiled PyTorch."""
+    """Of each measured row its milliseconds, and its speed over eager and compiled PyTorch."""
     for file in sorted(staging.glob("speed/*/speed.json")):
         with contextlib.suppress(ValueError, OSError, KeyError, TypeError):
             for record in json.loads(file.read_text(encoding="utf-8"))["records"]:
@@ -377,7 +386,7 @@ def main() -> int:
             f" {', '.join(part.name for part in plan(flags.rehearse))}"
         )
     if flags.rehearse:  # not counted: a machine with a GPU compiles nothing for a CPU
-        sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+        sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
         import emulated
 
         emulated.build()

@@ -10,9 +10,9 @@ interleaved rounds.
 - ``eager``: the formula users write, on a CPU: its operators' own work, of a few hundred numbers each, is in
   it;
 - ``triton``: the launchers, against a stand-in for Triton's driver that swallows launches
-  (tests/triton_compile.py);
+  (tests/helpers/triton_compile.py);
 - ``cuda``: the operators of the CUDA library, compiled for the CPU and with the kernels left out
-  (tests/emulated.py).
+  (tests/helpers/emulated.py).
 
 Not in any of them: what the driver takes to launch a kernel, a few microseconds each. Eager launches dozens;
 `cuda` one each way, `triton` one more forward. Autograd is in the first alone: it costs the other two the
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parent / "tests")]
+sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parent / "tests" / "helpers")]
 
 import emulated  # noqa: E402
 import torch  # noqa: E402
@@ -37,11 +37,12 @@ from speed.against import compare  # noqa: E402
 from speed.formulas import FORMULAS  # noqa: E402
 
 from fastkd import kernels  # noqa: E402
-from fastkd.ops._options import BIT  # noqa: E402
+from fastkd._bits import ATTENTION, FSP  # noqa: E402
 
 SIZES = ((16, 8), (32, 4), (32, 4))  # channels, height and width of a stage
 ROUNDS, CALLS = 15, 300
-SWITCHES = BIT["channel_reduce"] | BIT["pool"]
+TRANSFER = ATTENTION.pack(channel_reduce="mean", pool="before", student_grad=True)
+CHAIN = FSP.pack(precision="tf32", with_grad=True)
 Call = Callable[[], Any]
 
 
@@ -62,15 +63,15 @@ def fused(operation: str, find: Callable[[str], Callable[..., Any]]) -> tuple[Ca
         forward, backward = find("attention_transfer_loss"), find("attention_transfer_loss_backward")
 
         def run() -> Any:
-            return forward(students, teachers, 2.0, 1e-12, SWITCHES, None, 1.0, True, False, None)
+            return forward(students, teachers, TRANSFER, [0.0, 2.0, 1e-12, 1.0])
 
-        return run, lambda: backward(grad, students, run()[1], 2.0, SWITCHES)
+        return run, lambda: backward(grad, students, run()[1], 2.0, TRANSFER)
     forward, backward = find("fsp_loss"), find("fsp_loss_backward")
 
     def run_chain() -> Any:
-        return forward(students, teachers, "avg", "squared", "sum", None, 1.0, "tf32", True)
+        return forward(students, teachers, CHAIN, [0.0, 1.0])
 
-    return run_chain, lambda: backward(grad, students, run_chain()[1], "avg", "tf32", [0, 1, 2], False)
+    return run_chain, lambda: backward(grad, students, run_chain()[1], CHAIN, [0, 1, 2], [])
 
 
 def rows(operation: str) -> dict[str, tuple[Call, Call]]:

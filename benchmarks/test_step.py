@@ -1,4 +1,4 @@
-"""A whole training step with attention transfer, eager and compiled, with the formula and with the operators."""
+"""A whole training step with attention transfer, eager and compiled, by formula and by operator."""
 
 from __future__ import annotations
 

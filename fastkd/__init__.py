@@ -1,13 +1,11 @@
-"""Fused kernels for knowledge distillation: attention transfer and FSP, in float16 to float64, forward and
-backward.
+"""Fused kernels for knowledge distillation: attention transfer and FSP, float16 to float64, both passes.
 
 Functions :func:`attention_map`, :func:`attention_transfer_loss`, :func:`fsp_matrix`, :func:`fsp_loss`,
 :func:`kd_loss`, :func:`rkd_loss`, :func:`crd_loss`, :func:`ofd_margin`, :func:`ofd_loss`, :func:`hcl_loss`,
 :func:`sakd_map`, :func:`sakd_loss`; :func:`tap` and :func:`relu_tap`, which take an attention map on the
 feature's way through the network; modules :class:`AttentionTransfer`, :class:`FSP`, :class:`KD`,
 :class:`RKD`, :class:`CRD`, :class:`OFD`, :class:`HCL`, :class:`SAKD` with the published variants as presets;
-:class:`Distillation`, which joins student, teacher and method; :mod:`fastkd.reference`, the same in plain
-PyTorch.
+:class:`Distillation`, which joins student, teacher and method; :mod:`fastkd.reference`, plain PyTorch.
 """
 
 import importlib

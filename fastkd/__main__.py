@@ -28,9 +28,7 @@ def _triton() -> str | None:
 
 
 def report() -> dict[str, Any]:
-    """The report as plain data: ``fastkd``, ``python``, ``torch``, ``triton``, ``cuda``, ``native``,
-    ``backends``.
-    """
+    """The report as plain data: fastkd, python, torch, triton, cuda, native, backends."""
     gpus = (
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         if torch.cuda.is_available()

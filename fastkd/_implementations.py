@@ -1,4 +1,4 @@
-"""The backends as objects: how each runs an operator, and which operator stands for it in a compiled graph."""
+"""The backends as objects: how each runs an operator, and what stands for it in a compiled graph."""
 
 from __future__ import annotations
 
@@ -61,9 +61,7 @@ class Backend:
             return self._operators[operator](*args)
 
     def run_backward(self, operator: str, *args: Any) -> Any:
-        """Run a backward operator. Where a graph of the backward pass is made, it refuses to be
-        differentiated.
-        """
+        """Run a backward operator, in a graph of the backward pass as one that cannot be differentiated."""
         if torch.is_grad_enabled():
             return self._operators[operator](*args)
         with BelowAutograd():
@@ -110,9 +108,7 @@ def flat(args: Sequence[Any]) -> list[Any]:
 
 
 def _run_launcher(operator: str, args: tuple) -> Any:
-    """Run an operator by its Triton launcher; resolve negative views, as the dispatcher does for the other
-    backends.
-    """
+    """Run an operator by its Triton launcher; resolve negative views, as the dispatcher does elsewhere."""
     try:
         return kernels.launcher(operator)(*args)
     except kernels.NegativeView:
@@ -126,8 +122,7 @@ def _without_negative_views(arg: Any) -> Any:
 
 
 class _DifferentiableOnce(torch.autograd.Function):
-    """``apply(operator, args, *tensors)``: a backward operator run by its launcher, in a graph that cannot be
-    differentiated.
+    """``apply(operator, args, *tensors)``: a backward operator run by its launcher, without derivatives.
 
     ``tensors`` are those among the arguments: autograd looks for them no deeper.
     """

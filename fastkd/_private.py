@@ -49,8 +49,7 @@ find(forward_ad, "_current_level")  # read anew by each call
 def transforming() -> bool:
     """Whether torch.func or forward mode AD is at work: neither can look into a compiled operator.
 
-    False while a graph is traced: asking would leave a node in it, and PyTorch caches no graph with such a
-    node.
+    False while a graph is traced: asking would leave a node in it, and PyTorch would not cache the graph.
     """
     return not torch.compiler.is_compiling() and eagerly_transforming()
 
@@ -76,9 +75,7 @@ def batched(*grads: Tensor | None) -> bool:
 
 
 def saved_tensors_hooked() -> bool:
-    """Whether what is saved now goes through hooks: checkpointing, which repeats this forward pass, or
-    offloading.
-    """
+    """Whether what is saved now goes through hooks: checkpointing (runs forward twice) or offloading."""
     return _top_hooks(False) is not None
 
 

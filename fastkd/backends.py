@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fastkd import errors, kernels, native
+from fastkd._gpu_rule import faster
 from fastkd._implementations import BACKENDS, CPP, CUDA, REFERENCE, TRITON, Backend
 from fastkd._private import eagerly_transforming, has_tangent, in_torch_func, transforming
 
@@ -58,11 +59,10 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: "auto", "reference", "cpp", "triton" or "cuda". Outside, the environment's ``FASTKD_BACKEND``
-        holds, else "auto".
+            holds, else "auto".
 
     Raises: BackendError for an unknown name at once, and at the call for a backend that cannot serve it.
-    Under ``torch.compile`` the choice is taken when a graph is traced, and another choice traces another
-    graph.
+    Under ``torch.compile`` the choice is made when a graph is traced; another choice traces another one.
     """
     global _traced
     token = _chosen.set(_known(name, "use_backend's name"))
@@ -108,54 +108,18 @@ def _tensors(arguments: tuple[object, ...]) -> Iterator[Tensor]:
                 yield x
 
 
-def _not_in_triton(arguments: tuple[object, ...]) -> str:
+def _not_in_triton(operation: str, arguments: tuple[object, ...]) -> str:
     """Why Triton's kernels do not serve a call that lies where they run, or ""."""
+    if operation not in kernels.LAUNCHERS and f"{operation}_backward" not in kernels.LAUNCHERS:
+        return "it has no kernel of this operation"
     if any(x.dtype == torch.float64 for x in _tensors(arguments)):
         return "its kernels take float16, bfloat16 and float32, not float64"
     return ""
 
 
 def is_wrapper(x: object) -> bool:
-    """Whether a tensor holds others, as a DTensor does, for which PyTorch has rules for its own operators
-    alone.
-    """
+    """Whether a tensor holds others, as a DTensor does: PyTorch has rules for its own operators alone."""
     return type(x) is not Tensor and hasattr(type(x), "__tensor_flatten__")
-
-
-# The rule of `auto` between the two backends of a GPU, where both serve a call. Nothing of it is measured on
-# one yet.
-#
-# - Attention maps, losses and taps, by calculation: they move the same bytes in both. What the host does
-#   before the driver takes about as long in both (measured on a CPU, benchmarks/host.py), but a forward pass
-#   is two launches in Triton and one in C++. So C++.
-# - FSP, by calculation: likewise while the host is what a call waits for. Products of many channels are for
-#   tensor cores, where Triton emits Hopper's own instructions and takes larger tiles, and keeps no matrix
-#   larger than the features; 64 x 64 tiles of the C++ kernels read the ResNet-50 stages six times over. So
-#   Triton from LARGE_PRODUCTS multiply-adds on, about 20 us of an H200 in tf32.
-# - FSP of stages that differ in size, which are pooled: Triton until it is measured, since the C++ kernels
-#   load most windows number by number, each after the other. Sizes that halve from stage to stage they load
-#   at once.
-# - float64: C++, since Triton has none.
-LARGE_PRODUCTS = 1 << 32
-
-
-def _faster(operation: str, arguments: tuple[object, ...]) -> Backend:
-    if not operation.startswith("fsp"):
-        return CUDA
-    chains = [chain for chain in arguments if isinstance(chain, (list, tuple))] or [arguments]
-    pairs = [
-        [(a, b) for a, b in zip(c, c[1:]) if isinstance(a, Tensor) and isinstance(b, Tensor)] for c in chains
-    ]
-    if any(a.shape[2:] != b.shape[2:] for chain in pairs for a, b in chain):
-        return TRITON
-    work = sum(_products(a, b) for a, b in pairs[0])
-    return CUDA if work < LARGE_PRODUCTS else TRITON
-
-
-def _products(a: Tensor, b: Tensor) -> int:
-    if a.dim() < 3 or b.dim() < 3:
-        return 0  # misuse, which will be explained
-    return a.shape[0] * a.shape[1] * b.shape[1] * min(a[0, 0].numel(), b[0, 0].numel())
 
 
 _recorded: list[Call] | None = None
@@ -166,7 +130,7 @@ do.
 
 
 class Call(NamedTuple):
-    """What :func:`select` was asked, to ask it again for a batch of another size, or as for a compiled graph."""
+    """What :func:`select` was asked, to ask again for another batch size or a compiled graph."""
 
     operation: str
     arguments: tuple[object, ...]
@@ -174,9 +138,7 @@ class Call(NamedTuple):
     options: tuple[object, ...]
 
     def backend(self, batch: int, compiled: bool) -> str:
-        """The backend that would serve the call if its tensors had ``batch`` samples, in a compiled graph or
-        not.
-        """
+        """The backend that would serve the call with ``batch`` samples, in a compiled graph or not."""
         if compiled and current() == "auto":
             return "reference"
         return select(
@@ -255,7 +217,7 @@ def _select_on_gpu(operation: str, arguments: tuple[object, ...], index: int, no
     capability = _capability(index)
     no_code = native.why_no_code(native.cuda_architectures(), capability) if native.CUDA.available else ""
     in_cuda = native.CUDA.available and not no_code and not not_in_cuda
-    if in_cuda and _faster(operation, arguments) is CUDA:
+    if in_cuda and faster(operation, arguments) is CUDA:
         return CUDA
     available, reason = kernels.state()
     if available and capability < OLDEST_FOR_TRITON:
@@ -264,7 +226,7 @@ def _select_on_gpu(operation: str, arguments: tuple[object, ...], index: int, no
             f"the device is sm_{capability[0]}{capability[1]}, older than the Triton kernels' sm_80",
         )
         reason += f"; {no_code}" if no_code else ""
-    if available and not _not_in_triton(arguments):
+    if available and not _not_in_triton(operation, arguments):
         return TRITON
     if in_cuda:
         return CUDA
@@ -301,7 +263,7 @@ def _must_serve(
         wanted = "cpu"
     if device != wanted:
         refuse(f"serves {wanted.upper()} tensors only here, the first is on {device}")
-    why = _not_in_triton(arguments) if name == "triton" else not_in_cuda
+    why = _not_in_triton(operation, arguments) if name == "triton" else not_in_cuda
     if (
         name == "cuda"
         and not why

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd import backends, reference
+from fastkd import backends
 from fastkd.methods import (
     Batch,
     BuildContext,
@@ -26,6 +26,7 @@ from fastkd.methods import (
 )
 from fastkd.models.extract import Observed, shows_features
 from fastkd.models.folding import fold_for_inference
+from fastkd.reference.common import widen
 
 
 class Losses(NamedTuple):
@@ -64,25 +65,22 @@ class Distillation(nn.Module):
 
     Args:
         student, teacher: networks of ``fastkd.models``, or any others; the teacher may be None where the
-        method is "baseline".
+            method is "baseline".
         method: a name of ``fastkd.methods.METHODS``, or several with "+" between them, or what
-        ``fastkd.methods.define`` returns.
+            ``fastkd.methods.define`` returns.
         options, preset: see ``fastkd.methods.define``.
         student_points, teacher_points: names of submodules (of ``named_modules()``), in the order of the
-        forward pass, whose outputs are
-            the ``stages`` of a network that is none of ours. ``pooled`` is then the input of its last
-            ``nn.Linear``, ``final`` the map whose mean that is, and FSP's pairs are consecutive stages. Such
-            a teacher is not folded.
+            forward pass, whose outputs are the ``stages`` of a network that is none of ours. ``pooled`` is
+            then the input of its last ``nn.Linear``, ``final`` the map whose mean that is, and FSP's pairs
+            are consecutive stages. Such a teacher is not folded.
         classifier: the name of another module than the last ``nn.Linear``, in both networks where they are
-        not ours.
+            not ours.
         train_labels: (M,) labels of the training set, for methods that keep something of each image; the
-        ``index`` of ``forward``
-            counts in it.
+            ``index`` of ``forward`` counts in it.
         num_classes: that of the teacher's logits unless given.
         batch_size, epochs: of the training, for methods whose layers or schedules depend on them.
         autocast: what the networks and the methods' convolutions run under; None: whatever is on where
-        ``forward`` is called. The losses
-            themselves never run under autocast.
+            ``forward`` is called. The losses themselves never run under autocast.
         teacher_mode: "eval", or "train": its batch norms take each batch's own statistics.
         seed: the methods' first weights depend on it and on the method's name.
         fold: whether a teacher in eval mode is folded.
@@ -177,7 +175,7 @@ class Distillation(nn.Module):
         return self._outside[0] if self._outside else None
 
     def fold(self) -> None:
-        """Copies the teacher once more, where a copy answers for it: after its weights were changed in place."""
+        """Copies the teacher once more if a copy stands for it; call it after changing weights in place."""
         if self._folds and self._outside and self.teacher_mode == "eval" and self._observed[1] is None:
             teacher, dtype = self._outside[0], None
             with self._autocast():
@@ -282,8 +280,9 @@ class Distillation(nn.Module):
         with torch.no_grad(), self._autocast():
             return self.points[1].observe(self._observed[1] or self._outside[-1], images)
 
-    def _terms(self, batch: Batch, student: Output, teacher: Output | None,
-               names: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:  # fmt: skip
+    def _terms(
+        self, batch: Batch, student: Output, teacher: Output | None, names: Iterable[str]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(losses, records) of the methods ``names``."""
         losses: dict[str, Tensor] = {}
         records: dict[str, Any] = {}
@@ -306,7 +305,7 @@ class Distillation(nn.Module):
 
     def _seen(self, z: Tensor) -> Tensor:
         """Logits as every loss of the sum sees them: in float32 at least, and as a method may change them."""
-        (z,) = reference._widen(z)
+        (z,) = widen(z)
         for name in self._changes_logits:
             z = self._distiller(name).logits(z)
         return z

@@ -15,13 +15,11 @@ _said: set[str] = set()
 
 
 class UserError(Exception):
-    """Something that the user can mend. The message is the one line they read; a command ends with status 2."""
+    """Something that the user can mend, told in one line; a command ends with status 2."""
 
 
 def warn_once(message: str) -> None:
-    """Warns with ``message`` once in this process, at the innermost line that is neither fastkd's nor
-    PyTorch's.
-    """
+    """Warns with ``message`` once a process, at the innermost line that is neither fastkd's nor PyTorch's."""
     if message in _said:
         return
     _said.add(message)

@@ -22,8 +22,7 @@ if not hasattr(torch.ops.fastkd, "recompute_barrier_"):  # a notebook may import
 
 
 def save_constants(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Two tensors that a loss compares, unchanged; a compiled graph saves the one without a gradient as it
-    is.
+    """Two tensors that a loss compares, unchanged; a compiled graph saves one without gradient as it is.
 
     Left alone, a compiler may save an input of the graph in its place and compute it again in the backward
     pass. Autograd refuses to save an input that was made under ``torch.inference_mode``, as a teacher's may

@@ -104,8 +104,7 @@ def cuda_architectures() -> tuple[str, ...]:
 
 
 def has_code(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
-    """Whether a library with code for ``architectures`` ("sm_80", "compute_90", "sm_90a", ...) runs on a
-    device.
+    """Whether a library with code for ``architectures`` ("sm_80", "compute_90", ...) runs on a device.
 
     Machine code serves later devices of its generation, PTX every later device; with an "a" either serves its
     own device alone, with an "f" the later ones of its generation.
@@ -182,7 +181,7 @@ def set_cpu_path(name: str) -> None:
 
 
 def cpu_paths() -> list[str]:
-    """The code paths that can run here, slowest first. Raises RuntimeError if the library is not available."""
+    """The code paths that can run here, slowest first. Raises RuntimeError without the library."""
     functions = _functions()
     return [name for name in CPU_PATHS if functions.fastkd_find_cpu_path(name.encode()) == 0]
 
@@ -227,9 +226,7 @@ def report() -> dict[str, dict[str, Any]]:
 
 
 def _force_cpu_path(name: str) -> None:
-    """FASTKD_CPU. A name that cannot be obeyed stops the import: whoever set it must not get another path's
-    results.
-    """
+    """FASTKD_CPU. A name that cannot be obeyed stops the import: no other path may answer in its place."""
     if name not in CPU_PATHS:
         raise ValueError(f"FASTKD_CPU is {name!r}, wanted one of {', '.join(map(repr, CPU_PATHS))}")
     if CPU.available:

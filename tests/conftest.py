@@ -92,7 +92,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item):
     """The CUDA library serves fewer switches than the grids have: what it refuses is skipped
-    (tests/test_cuda.py holds what it serves).
+    (tests/backends/test_cuda.py holds what it serves).
     """
     from fastkd import BackendError
 

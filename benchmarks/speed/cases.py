@@ -11,9 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shape:
-    """A network's stages, (channels, height = width) each, at a batch size; FSP puts the stem's map before
-    them.
-    """
+    """A network's stages, (channels, height = width) each, at a batch size; for FSP the stem comes first."""
 
     batch: int
     stages: tuple[tuple[int, int], ...]
@@ -44,8 +42,7 @@ SEED = 20261121
 class Case:
     """One group: an operation ("attention" or "fsp") over a network's stages, student and teacher alike.
 
-    ``upstream`` is what multiplies the loss outside of it; the loss's own weight is 1, whose value costs
-    nothing.
+    ``upstream`` is what multiplies the loss outside of it; the loss's own weight is 1.
     """
 
     operation: str
@@ -98,17 +95,13 @@ class Case:
         )
 
     def flops(self) -> int:
-        """Of FSP's matrix products: two a pair in the forward pass (student's and teacher's), two in the
-        backward pass.
-        """
+        """Of FSP's matrix products: two a pair forward (student's and teacher's), two backward."""
         return (2 if self.direction == FORWARD else 4) * sum(
             2 * self.batch * a * b * k for a, b, k in self.products()
         )
 
     def unit_of_memory(self) -> int:
-        """Bytes of one float32 map a stage, or one float32 FSP matrix a pair: what the goals count extra
-        memory in.
-        """
+        """Bytes of one float32 map a stage, or matrix a pair: the unit of the goals for extra memory."""
         if self.operation == "fsp":
             return 4 * self.batch * sum(a * b for a, b, _ in self.products())
         return 4 * self.batch * sum(s * s for _, s in self.stages)
@@ -127,9 +120,7 @@ def features(case: Case) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def grid(operation: str, full: bool, tiny: bool = False, upstream: int | None = None) -> list[Case]:
-    """The cases of an operation, those with equal inputs beside each other. Not ``full``: the same on one
-    small shape.
-    """
+    """The cases of an operation, equal inputs beside each other; one small shape if not ``full``."""
     cases = []
     for shape in NETWORKS if full else ("small",):
         for dtype, layout in itertools.product(("float32", "bfloat16"), (NCHW, NHWC)):

@@ -43,8 +43,9 @@ def _matrix(a: Tensor, b: Tensor) -> Tensor:
 def fsp(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Any:
     """FSP as KD-Zoo and hankyul2 write it, a batched product."""
     return sum(
-        F.mse_loss(_matrix(student[i], student[i + 1]), _matrix(teacher[i], teacher[i + 1])) for i in range(len(student) - 1)
-    )  # fmt: skip
+        F.mse_loss(_matrix(student[i], student[i + 1]), _matrix(teacher[i], teacher[i + 1]))
+        for i in range(len(student) - 1)
+    )
 
 
 def _broadcast_matrix(a: Tensor, b: Tensor) -> Tensor:

@@ -92,10 +92,12 @@ def _goals() -> Iterator[Goal]:
     big = _losses("attention", "resnet50-8")
     small, wide, r20 = _losses("fsp", *CIFAR[:2]), _losses("fsp", *CIFAR[2:]), _losses("fsp", "resnet20-64")
     for name, where, eager, compiled, floor in (
-        ("AT, CIFAR chains", at, 6, 2, 1.35), ("AT, CIFAR chains, upstream 1000", scaled, 4.5, 1.6, None),
-        ("AT, ResNet-50 stages", big, 5, 2.2, 1.55), ("FSP, ResNet-20", small, 7, 3.5, None),
+        ("AT, CIFAR chains", at, 6, 2, 1.35),
+        ("AT, CIFAR chains, upstream 1000", scaled, 4.5, 1.6, None),
+        ("AT, ResNet-50 stages", big, 5, 2.2, 1.55),
+        ("FSP, ResNet-20", small, 7, 3.5, None),
         ("FSP, WRN and ResNet-32x4", wide, 4.5, 2.9, None),
-    ):  # fmt: skip
+    ):
         yield Goal(f"{name}: eager ÷ {BACKEND}", eager, True, EAGER, where)
         yield Goal(f"{name}: torch.compile ÷ {BACKEND}", compiled, True, COMPILED, where)
         if floor:
@@ -205,9 +207,10 @@ def _gpu_goals(backend: str, at: tuple[float, float], fsp: tuple[float, float]) 
     tf32 = {**_losses("fsp", *GPU_LARGE), "matmul": ("tf32",)}
     large_fsp = {**_losses("fsp", *GPU_LARGE), "dtype": ("bfloat16",)}
     for name, where, slow, fast, share in (
-        ("AT, ResNet-50 stages, cold", large_at, 3, 1.2, 0.85), ("FSP, ResNet-50 stages, tf32, cold", tf32, 1.5, 1.2, 0.6),
+        ("AT, ResNet-50 stages, cold", large_at, 3, 1.2, 0.85),
+        ("FSP, ResNet-50 stages, tf32, cold", tf32, 1.5, 1.2, 0.6),
         ("FSP, ResNet-50 stages, bfloat16, cold", large_fsp, 1.5, 1.2, 0.6),
-    ):  # fmt: skip
+    ):
         yield Goal(f"GPU, {name}: eager ÷ {backend}", slow, True, eager, where, clock="cold", device="cuda")
         yield Goal(
             f"GPU, {name}: torch.compile ÷ {backend}",
@@ -252,8 +255,31 @@ def _gpu_goals(backend: str, at: tuple[float, float], fsp: tuple[float, float]) 
         )
 
 
+def _method_goals() -> Iterator[Goal]:
+    """On one thread, in process time: the published form's time over ours, and its extra memory over ours."""
+
+    def memory(record: Record) -> float | None:
+        sizes = [_fact("extra_memory", row)(record) for row in ("published", "fastkd")]
+        return sizes[0] / max(sizes[1], 1) if sizes[0] and sizes[1] is not None else None
+
+    times, cases = (
+        _ratio("published", "fastkd"),
+        {"crd": 20, "afd": 5, "hcl": 4, "sakd": 4, "ofd": 4, "norm": 4},
+    )
+    for method, bound in {**cases, "reviewkd": 1.5, "semckd": 1.5}.items():
+        yield Goal(
+            f"{method}: published ÷ fastkd", bound, True, times, {"method": (method,)}, clock="process"
+        )
+    for case, bound in (("batch 64, width 64", 3), ("batch 256, width 512", 8)):
+        where = {"method": ("rkd",), "case": (case,)}
+        yield Goal(f"rkd, {case}: published ÷ fastkd", bound, True, times, where, clock="process")
+    where = {"method": ("crd",)}
+    yield Goal("crd: memory, published ÷ fastkd", 30, True, memory, where, clock="process")
+
+
 GOALS = (
     *_goals(),
+    *_method_goals(),
     *_loop_goals(),
     *_gpu_goals("triton", (5, 1.7), (5, 2)),
     *_gpu_goals("cuda", (8, 2.5), (7, 2.5)),
@@ -303,9 +329,8 @@ def verdicts(result: dict[str, Any]) -> list[Verdict]:
                 value = mine / theirs if mine and theirs else None
             if value is not None:
                 varied = [key for key in ("dtype", "layout") if len(goal.where.get(key, ())) > 1]
-                name = " ".join(
-                    [record["shape" if "shape" in record else "step"], *(record[key] for key in varied)]
-                )
+                about = next(record[key] for key in ("shape", "step", "case") if key in record)
+                name = " ".join([about, *(record[key] for key in varied)])
                 values[name] = value
         if values:
             out.append(Verdict(goal, values))

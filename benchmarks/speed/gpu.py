@@ -80,8 +80,11 @@ def cases(operation: str, full: bool) -> list[GPUCase]:
         return []
     if not full:
         device = "cuda" if there else "cpu"
-        return [GPUCase(operation, "small", dtype, device=device, clock=clock) for dtype in ("float32", "bfloat16")
-                for clock in ((WALL, GRAPH, COLD) if there else (WALL,))]  # fmt: skip
+        return [
+            GPUCase(operation, "small", dtype, device=device, clock=clock)
+            for dtype in ("float32", "bfloat16")
+            for clock in ((WALL, GRAPH, COLD) if there else (WALL,))
+        ]
     made = [GPUCase(operation, shape, clock=clock) for shape in CHAINS for clock in (WALL, GRAPH, COLD)]
     if operation == "attention":
         large = itertools.product(("float32", "bfloat16"), (NCHW, NHWC))
@@ -247,7 +250,7 @@ class GPURows:
         return lambda: [torch.add(s, t, out=out) for s, t, out in triples]
 
     def check(self, row: Row) -> None:
-        """Run the row once: its errors and its peak memory go into ``facts``, a wrong result into ``failed``."""
+        """Run the row once: errors and peak memory go into ``facts``, a wrong result into ``failed``."""
         students = self.inputs[0][0]
         for x in students:
             x.grad = None

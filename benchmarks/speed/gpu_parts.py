@@ -112,7 +112,7 @@ def operations(module: Any) -> dict[str, Callable[[Features, Features], torch.Te
 
 
 def smoke(backend: str) -> int:
-    """Each operation, dtype and layout against float64 on the CPU; a line each. Returns how many are wrong."""
+    """Each operation, dtype and layout against float64 on the CPU, a line each. Returns the failures."""
     wrong = count = 0
     table: dict[str, Any] = {}
     exact_forms, forms = operations(reference), operations(fastkd)
@@ -152,9 +152,7 @@ def smoke(backend: str) -> int:
 
 
 def small_set() -> None:
-    """What compute-sanitizer watches: each operation of the CUDA library and its backward pass on small
-    shapes.
-    """
+    """What compute-sanitizer watches: each operation of the CUDA library, both ways, on small shapes."""
     calls = 0
     for dtype, layout in itertools.product(("float32", "bfloat16"), LAYOUTS):
         made = [
@@ -243,8 +241,7 @@ def tiles(seconds: str = "60") -> None:
     """FSP by Triton at the ResNet-50 stages, forward and backward, with other tiles: prints the lines for
     ``gram_view.TILES``.
 
-    Tries as many as there is time for, the present one first. A tile that does not compile or fit is passed
-    over.
+    Tries as many as there is time for, the present one first; passes over one that does not compile.
     """
     from fastkd.kernels.fsp import view as gram_view
 

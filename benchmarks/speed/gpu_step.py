@@ -86,7 +86,7 @@ class ResNet50(nn.Module):
 
 
 class Step:
-    """Network, batch and the teacher's features. The learning rate is 0, so that every step is the same step."""
+    """Network, batch and the teacher's features. The learning rate is 0, so that all steps are equal."""
 
     def __init__(self, model: str, device: str, batch: int, full: bool) -> None:
         torch.manual_seed(SEED)

@@ -1,6 +1,4 @@
-"""Whole training loops: ``fastkd.training.Trainer`` beside a toolkit's, data and all, in the process of the
-stock allocator.
-"""
+"""Whole training loops: ``fastkd.training.Trainer`` beside a toolkit's, data and all, with stock malloc."""
 
 from __future__ import annotations
 
@@ -65,8 +63,15 @@ class Steps:
         dtype = torch.float32 if name == FP32 else torch.bfloat16
         images = toolkit.Images(self.count)
         pixels = torch.from_numpy(images.images).permute(0, 3, 1, 2)
-        batches = Batches(pixels, torch.tensor(images.labels), (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761),
-                          batch_size=self.batch, pad_mode="zero", dtype=dtype)  # fmt: skip
+        batches = Batches(
+            pixels,
+            torch.tensor(images.labels),
+            (0.5071, 0.4867, 0.4408),
+            (0.2675, 0.2565, 0.2761),
+            batch_size=self.batch,
+            pad_mode="zero",
+            dtype=dtype,
+        )
         recipe = get_recipe("repdistiller", {"batch_size": self.batch, "lr": 1e-5})
         networks = toolkit.network(self.student, 1), toolkit.network(self.teacher, 2).eval()
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
@@ -86,9 +91,7 @@ def _toolkit(what: Steps) -> Iterator[float]:
 
 
 def _ours(what: Steps, name: str) -> tuple[Iterator[None], list[float]]:
-    """Steps without end, and what the distillation loss and its gradient took in those since the list was
-    cleared.
-    """
+    """Steps without end, and the time of the loss and its gradient since the list was cleared."""
     loop, spent = what.loop(name), []
     if name != COMPILED:
         distiller: Any = next(iter(loop.distillation.methods.values()))

@@ -41,7 +41,7 @@ class Row:
 
 
 def timed(run: Callable[[], Any], calls: int, warm: bool, clock: Clock) -> float:
-    """Seconds a call. The untimed call brings back what the row before it drove out of caches and allocators."""
+    """Seconds a call. The untimed call brings back what the row before drove out of the caches."""
     if warm:
         run()
     begun = clock()

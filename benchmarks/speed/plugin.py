@@ -3,8 +3,7 @@ whatever is asked for.
 
 An ordinary run calls each benchmark once, on small shapes. ``--benchmark`` (or pytest-benchmark's
 ``--benchmark-only``) runs nothing else than the benchmarks, on the full ones. All options of pytest-benchmark
-keep their meaning; its own table, hundreds of lines, is printed when one of the options that shape it is
-given.
+keep their meaning; its own table is printed when one of the options that shape it is given.
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ class Rows:
         return Row(name, call(loss, case, self.students, self.teachers), tolerance=tolerance)
 
     def check(self, case: Case, row: Row) -> None:
-        """Run the row once: its errors and its peak memory go into ``facts``, a wrong result into ``failed``."""
+        """Run the row once: errors and peak memory go into ``facts``, a wrong result into ``failed``."""
         for x in self.students:
             x.grad = None
         with row.context():
@@ -229,7 +229,7 @@ def traffic(case: Case, name: str, seconds: float, medians: dict[str, float]) ->
 
 
 def figures(case: Case, rows: dict[str, Row], name: str) -> dict[str, Any]:
-    """What a row's median says: rates, fractions of the yardsticks of the same run, ratios to the formulas."""
+    """What a row's median says: rates, fractions of the run's yardsticks, ratios to the formulas."""
     row = rows[name]
     seconds = middle(row.seconds)
     medians = {other: middle(r.seconds) for other, r in rows.items() if r.seconds}

@@ -60,9 +60,7 @@ class Entry:
 
 
 class Replay:
-    """The clock of every benchmark: pytest-benchmark reads it before and after a call, and it shows the time
-    measured earlier.
-    """
+    """The clock of every benchmark, read by pytest-benchmark; it shows the time measured earlier."""
 
     def __init__(self) -> None:
         self._readings: list[float] = []

@@ -99,9 +99,7 @@ def variants() -> list[Variant]:
 
 
 class Step:
-    """Networks, one batch, and the gradients in float64. The learning rate is 0, so that every step is the
-    same step.
-    """
+    """Networks, one batch, and the gradients in float64. The learning rate is 0: all steps are equal."""
 
     def __init__(self, precision: str, full: bool):
         generator = torch.Generator().manual_seed(SEED)

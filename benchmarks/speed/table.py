@@ -112,9 +112,7 @@ def steps(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def loops(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of the table of whole training loops: images a second, and the multiples of the
-    toolkit's.
-    """
+    """Headings and rows of the table of training loops: images a second, multiples of the toolkit's."""
     rows = []
     for record in (record for record in result["groups"] if "loop" in record):
         speeds = {
@@ -137,6 +135,22 @@ def loops(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 ]
             )
     return ["loop", "teacher > student", "row", "images/s", "÷ toolkit", "loss"], rows
+
+
+def methods(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the table of the other methods' losses, beside their published form."""
+    rows = []
+    for record in (record for record in result["groups"] if "method" in record):
+        found = [record["rows"].get(name, {}) for name in ("published", "fastkd")]
+        times, memory = ([row.get(key) for row in found] for key in ("milliseconds", "extra_memory"))
+        cells = [record["method"], record["case"], str(record["threads"])]
+        cells += ["WRONG" if row.get("failed") else figure(time) for row, time in zip(found, times)]
+        cells.append(figure(times[0] / times[1], 2) if all(times) else "")
+        cells += ["" if size is None else f"{size / 1e6:.1f}" for size in memory]
+        cells.append(f"{max(found[1]['error'].values()):.0e}" if "error" in found[1] else "")
+        rows.append(cells)
+    heads = ["method", "case", "thr", "published", "fastkd", "÷", "published MB", "fastkd MB", "error"]
+    return heads, rows
 
 
 def text(heads: Sequence[str], rows: list[list[str]], left: int) -> list[str]:
@@ -174,4 +188,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     heads, rows = loops(result)
     if rows:
         out += ["", *text(heads, rows, 3)]
+    heads, rows = methods(result)
+    if rows:
+        out += ["", *text(heads, rows, 2)]
     return out

@@ -25,7 +25,7 @@ TEMPERATURE = 4.0
 
 
 def distance(method: str, student: Any, teacher: Any) -> Tensor:
-    """The distillation loss from (features, logits) of both networks, by RepDistiller's formulas and weights."""
+    """The distillation loss from (features, logits) of both networks, as RepDistiller computes it."""
     if method == "kd":
         p, q = F.log_softmax(student[1] / TEMPERATURE, 1), F.softmax(teacher[1] / TEMPERATURE, 1)
         return 0.9 * F.kl_div(p, q, reduction="sum") * TEMPERATURE**2 / len(p)

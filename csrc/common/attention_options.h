@@ -7,8 +7,7 @@
 
 namespace fastkd {
 
-// The loss's switches, bits of one integer; fastkd/ops/attention.py has the same table with the values'
-// names.
+// The loss's options, bits of one integer; fastkd/_bits.py has the same table with the values' names.
 enum AttentionSwitch : int64_t {
   kMean = 1,            // channel_reduce: "mean", else "sum"
   kSigned = 2,          // signed
@@ -19,7 +18,10 @@ enum AttentionSwitch : int64_t {
   kStageMean = 64,      // stage_reduce: "mean", else "sum"
   kTeacherIsMap = 128,  // teacher_is_map
   kStudentIsMap = 256,  // student_is_map
-  kSwitchesEnd = 512,
+  kStudentGrad = 512,   // student_grad
+  kTeacherGrad = 1024,  // teacher_grad
+  kPrepare = 2048,      // prepare
+  kOptionsEnd = 4096,
 };
 
 // h and the map's energy |x|^p (x^p if is_signed), and the normalization.
@@ -43,9 +45,23 @@ static inline AttentionOptions options_of(double p, const Text& channel_reduce, 
                     parse_switch(eps_mode, "eps_mode", "clamp", "add"));
 }
 
-static inline void check_switches(int64_t switches) {
-  STD_TORCH_CHECK(switches >= 0 && switches < kSwitchesEnd, "switches must be bits below ",
-                  int64_t{kSwitchesEnd}, ", got ", switches);
+static inline void check_options(int64_t options) {
+  STD_TORCH_CHECK(options >= 0 && options < kOptionsEnd, "options must be bits below ", int64_t{kOptionsEnd},
+                  ", got ", options);
+}
+
+// The numbers of the loss: the upstream gradient to prepare for, p, eps, the weight, and one weight a stage
+// or none.
+struct AttentionNumbers {
+  double upstream, p, eps, weight;
+  const double* weights;  // or nullptr
+};
+
+static inline AttentionNumbers attention_numbers(const std::vector<double>& numbers, size_t stages) {
+  STD_TORCH_CHECK(numbers.size() == 4 || numbers.size() == 4 + stages,
+                  "numbers must hold the upstream gradient, p, eps, the weight, and one weight a stage (",
+                  stages, ") or none, got ", numbers.size());
+  return {numbers[0], numbers[1], numbers[2], numbers[3], numbers.size() > 4 ? &numbers[4] : nullptr};
 }
 
 }  // namespace fastkd

@@ -32,7 +32,7 @@ class AT(NumbersAsFloats):
 
 
 class FSP(nn.Module):
-    """``FSP()(fm_s1, fm_s2, fm_t1, fm_t2)`` -> mean squared difference of the FSP matrices of the two pairs."""
+    """``FSP()(fm_s1, fm_s2, fm_t1, fm_t2)``: mean squared difference of the two FSP matrices."""
 
     def forward(self, fm_s1: Tensor, fm_s2: Tensor, fm_t1: Tensor, fm_t2: Tensor) -> Tensor:
         return fsp_loss((fm_s1, fm_s2), (fm_t1, fm_t2))

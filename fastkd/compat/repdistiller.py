@@ -39,9 +39,7 @@ class Attention(NumbersAsFloats):
 
 
 class FSP(nn.Module):
-    """``FSP(s_shapes, t_shapes)(g_s, g_t)`` -> one FSP loss a pair of consecutive stages; ValueError where
-    channels differ.
-    """
+    """``FSP(s_shapes, t_shapes)(g_s, g_t)`` -> a loss a pair of stages; ValueError if channels differ."""
 
     def __init__(self, s_shapes: Sequence[Sequence[int]], t_shapes: Sequence[Sequence[int]]) -> None:
         super().__init__()
@@ -61,7 +59,7 @@ class FSP(nn.Module):
         return [fsp_loss(s[i : i + 2], t[i : i + 2]) for i in range(min(len(s), len(t)) - 1)]
 
     def compute_fsp(self, g: Features) -> list[Tensor]:
-        """The FSP matrices of consecutive stages, (N, channels of the later stage, channels of the earlier)."""
+        """The FSP matrices of consecutive stages, (N, later channels, earlier channels)."""
         features = stages("g", g)
         return [fsp_matrix(top, bottom) for bottom, top in zip(features, features[1:])]
 

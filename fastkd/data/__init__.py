@@ -36,9 +36,7 @@ def choose_dataset(name: str, root: str | os.PathLike[str]) -> tuple[str, str]:
 
 
 def load_dataset(name: str, root: str | os.PathLike[str]) -> Dataset:
-    """The whole set, one of ``DATASETS``; files are looked for under ``root`` and downloaded when missing.
-    Raises UserError.
-    """
+    """The whole set, one of ``DATASETS``, from ``root``; downloaded if missing. Raises UserError."""
     return _LOADERS[name](root)
 
 

@@ -75,9 +75,7 @@ def check_labels(labels: Tensor, classes: int, path: Path) -> Tensor:
 
 
 def download(torchvision: str, name: str, root: Path, why: MissingFiles) -> None:
-    """Lets torchvision's class of that name download the set. Raises UserError that says why the set is still
-    missing.
-    """
+    """Lets torchvision's class of that name download the set. Raises UserError with the reason it failed."""
     timeout = socket.getdefaulttimeout()
     folders = (root / torchvision / "raw", root / torchvision, root, *root.parents)
     new = [folder for folder in folders if not folder.exists()]

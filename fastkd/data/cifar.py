@@ -21,9 +21,7 @@ PIXELS = 3 * 32 * 32
 
 @dataclass(frozen=True)
 class Source:
-    """Where one of the two sets keeps its files: (file, records) of the training and of the test part, per
-    layout.
-    """
+    """Where one of the two sets has its files: (file, records) of training and test part, per layout."""
 
     name: str
     torchvision: str
@@ -46,14 +44,32 @@ class Source:
 # the constants are KD-Zoo's, which hankyul2 uses too
 SOURCES = {
     "cifar10": Source(
-        "cifar10", "CIFAR10", 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), 1, "labels",
-        ("cifar-10-batches-py", "cifar-10-batches-bin"), tuple(f"data_batch_{i}" for i in range(1, 6)), "test_batch", 10_000,
+        "cifar10",
+        "CIFAR10",
+        10,
+        (0.4914, 0.4822, 0.4465),
+        (0.2470, 0.2435, 0.2616),
+        1,
+        "labels",
+        ("cifar-10-batches-py", "cifar-10-batches-bin"),
+        tuple(f"data_batch_{i}" for i in range(1, 6)),
+        "test_batch",
+        10_000,
     ),
     "cifar100": Source(
-        "cifar100", "CIFAR100", 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), 2, "fine_labels",
-        ("cifar-100-python", "cifar-100-binary"), ("train",), "test", 50_000,
+        "cifar100",
+        "CIFAR100",
+        100,
+        (0.5071, 0.4865, 0.4409),
+        (0.2673, 0.2564, 0.2762),
+        2,
+        "fine_labels",
+        ("cifar-100-python", "cifar-100-binary"),
+        ("train",),
+        "test",
+        50_000,
     ),
-}  # fmt: skip
+}
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -120,9 +136,7 @@ def found(root: Path, name: str) -> str:
 
 
 def load(root: Path, name: str) -> Dataset:
-    """Reads the set from ``root``; downloads it through torchvision when no layout of it is complete there.
-    Raises UserError.
-    """
+    """Reads the set from ``root``, by torchvision's download if no layout is complete. Raises UserError."""
     source = SOURCES[name]
     try:
         folder = found(root, name)

@@ -1,6 +1,4 @@
-"""scikit-learn's 1797 handwritten digits, which come with that package: they need nothing on disk and no
-network.
-"""
+"""scikit-learn's 1797 handwritten digits, which come with that package: nothing is read or downloaded."""
 
 from __future__ import annotations
 

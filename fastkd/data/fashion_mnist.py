@@ -1,6 +1,4 @@
-"""Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017) in torchvision's layout, gzipped or not; padded to 32x32,
-three channels.
-"""
+"""Fashion-MNIST (Xiao et al., 2017) in torchvision's layout, gzipped or not; padded to 32x32, 3 channels."""
 
 from __future__ import annotations
 
@@ -33,7 +31,7 @@ def _found(root: Path) -> list[Path]:
 
 
 def _read_idx(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """An idx file of unsigned bytes: magic 0 0 8 dims, each dimension as a big-endian int32, then the values."""
+    """An idx file of unsigned bytes: 0 0 8 dims, each dimension as a big-endian int32, the values."""
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:  # a damaged .gz raises any of the three
@@ -52,9 +50,7 @@ def _read_idx(path: Path, shape: tuple[int, ...]) -> Tensor:
 
 
 def load(root: Path) -> Dataset:
-    """Reads the set from ``root``; downloads it through torchvision when it is not complete there. Raises
-    UserError.
-    """
+    """Reads the set from ``root``, by torchvision's download if it is not complete. Raises UserError."""
     try:
         paths = _found(root)
     except MissingFiles as missing:

@@ -1,4 +1,4 @@
-"""Batches from a set in memory: crop, flip and normalization as batched index arithmetic, one gather a batch."""
+"""Batches from a set in memory: crop, flip and normalization are one gather a batch."""
 
 from __future__ import annotations
 
@@ -23,9 +23,23 @@ class Batches:
     which holds ``batch_size`` images for each of them.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, mean: tuple[float, ...], std: tuple[float, ...], *, batch_size: int, seed: int = 0,
-                 stream: str = "data", flip: bool = True, pad_mode: str = "reflect", drop_last: bool = False,
-                 share: tuple[int, int] = (0, 1), device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):  # fmt: skip
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        *,
+        batch_size: int,
+        seed: int = 0,
+        stream: str = "data",
+        flip: bool = True,
+        pad_mode: str = "reflect",
+        drop_last: bool = False,
+        share: tuple[int, int] = (0, 1),
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
         if pad_mode not in PAD_MODES:
             raise ValueError(f"pad_mode is {pad_mode!r}, wanted one of {', '.join(PAD_MODES)}")
         self.count, self.batch_size, self.drop_last, self.share = (
@@ -90,9 +104,7 @@ class Batches:
             yield self._normalized(raw), self.labels[part]
 
     def _gather(self, which: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Images ``which`` (B,) at coordinates ``rows`` and ``columns`` (B, 32), which reach 4 beyond the
-        border.
-        """
+        """Images ``which`` (B,) at coordinates ``rows`` and ``columns`` (B, 32), 4 beyond the border."""
         top, left = _reflected(rows), _reflected(columns)
         places = (which[:, None] * SIDE**2 + top * SIDE)[:, :, None] + left[:, None, :]
         raw = self.pixels.index_select(0, places.view(-1))

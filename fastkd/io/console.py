@@ -51,9 +51,7 @@ def silenced(silent: bool) -> Iterator[None]:
 
 
 def _note(path: Path, text: str) -> None:
-    """Adds a line to an open log. One that cannot be written is told and left, since no training should end
-    with it.
-    """
+    """Adds a line to an open log. One that cannot be written is told and left: no training ends with it."""
     try:
         with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text + "\n")
@@ -155,9 +153,7 @@ def delivered() -> None:
 
 @contextmanager
 def screens() -> Iterator[Screen]:
-    """stdout, which it gives, and stderr are each a :class:`Screen` inside: for argparse, tqdm and
-    torchvision too.
-    """
+    """Inside, stdout (which it gives) and stderr are each a :class:`Screen`, for libraries too."""
     if isinstance(sys.stdout, Screen):
         yield sys.stdout
         return

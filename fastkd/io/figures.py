@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
+
+from fastkd.errors import UserError
+from fastkd.io.files import write
 
 
 def figure_class() -> Any:
@@ -25,3 +30,27 @@ def figure_class() -> Any:
         with suppress(ValueError):
             sys.modules["matplotlib"].rcParams["backend"] = backend
     return Figure
+
+
+def wanted(flag: str) -> Any:
+    """:func:`figure_class` for what ``flag`` asks for. Raises UserError where matplotlib is not installed."""
+    try:
+        return figure_class()
+    except ImportError:
+        raise UserError(f"{flag} takes matplotlib (pip install matplotlib)") from None
+
+
+def rendered(figure: Any, kind: str) -> bytes:
+    """The content of a figure's file of that kind: "png", "svg", ... Raises ValueError for an unknown one."""
+    file = io.BytesIO()
+    figure.savefig(file, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    return file.getvalue()
+
+
+def save(figure: Any, path: Path, flag: str) -> None:
+    """Writes a figure in the form that the name's ending says; without one, PNG. Raises UserError."""
+    try:
+        content = rendered(figure, path.suffix.lstrip(".") or "png")
+    except ValueError as error:
+        raise UserError(f"{flag} {path}: {' '.join(str(error).split())}") from None
+    write(path, content)

@@ -22,7 +22,7 @@ except ImportError:  # Windows
 
 
 def as_path(path: str | os.PathLike[str]) -> Path:
-    """A path as people write it, ``~`` included, which no shell expands behind ``--data=``. Raises TypeError."""
+    """A path with its ``~`` expanded, which no shell does behind ``--data=``. Raises TypeError."""
     return Path(os.path.expanduser(path))
 
 
@@ -47,9 +47,7 @@ def write(path: Path, content: bytes | str) -> None:
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """``torch.save`` of plain containers and tensors through :func:`write`; what it writes loads with
-    ``weights_only=True``.
-    """
+    """``torch.save`` of containers and tensors through :func:`write`; it loads with ``weights_only=True``."""
     buffer = io.BytesIO()  # torch.save into a full disk raises anything but OSError
     torch.save(content, buffer)
     write(path, buffer.getvalue())
@@ -68,9 +66,7 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path, waits: Callable[[], None] | None = None) -> Iterator[None]:
-    """Holds the lock file ``path`` as soon as nobody else does, and calls ``waits`` until then. Raises
-    UserError.
-    """
+    """Holds the lock file ``path`` once it is free, and calls ``waits`` until then. Raises UserError."""
     pause = 0.01
     while True:
         with owned(path) as mine:
@@ -85,11 +81,9 @@ def locked(path: Path, waits: Callable[[], None] | None = None) -> Iterator[None
 
 @contextmanager
 def owned(path: Path) -> Iterator[bool]:
-    """Holds the lock file ``path`` if nobody does, and says whether: a killed process holds nothing. Raises
-    UserError.
+    """Holds the lock file ``path`` if it is free (a killed process holds nothing). Raises UserError.
 
-    Where the system, or the file system, has no such locks (Lustre and NFS, as they are mounted), see
-    :func:`marked`.
+    Where the file system has no such locks (Lustre and NFS, as they are mounted), see :func:`marked`.
     """
     with _lock_file(path) as file:
         reason = "" if fcntl is None else None
@@ -116,7 +110,7 @@ def _lock_file(path: Path) -> IO[bytes]:
 
 
 def sweep(folder: Path) -> None:
-    """Removes what a process that was killed while it wrote left half done. For a folder whose lock is held."""
+    """Removes half-written files of a process that was killed. The folder's lock must be held."""
     for half in folder.glob(".*.tmp"):
         with suppress(OSError):
             half.unlink()

@@ -68,8 +68,13 @@ METHODS = ("baseline", *_KINDS)
 """The names of the single methods; several are joined by "+"."""
 
 
-def define(name: str, *, preset: str | None = None, options: Mapping[str, Mapping[str, Any]] | None = None,
-           words: Iterable[str] = ()) -> Definition:  # fmt: skip
+def define(
+    name: str,
+    *,
+    preset: str | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    words: Iterable[str] = (),
+) -> Definition:
     """What the method ``name`` is: a name of ``METHODS``, or several with "+" between them.
 
     ``preset``: whose published values the terms take, such as "repdistiller"; None: those of the first term's
@@ -86,13 +91,18 @@ def full_name(name: str) -> str:
     return "+".join(definition.names_of(_KINDS, name)) or "baseline"
 
 
-def create_method(name: str, context: BuildContext, *, preset: str | None = None, options: Mapping[str, Mapping[str, Any]] | None = None,
-                  seed: int = 0) -> Distiller | nn.ModuleDict:  # fmt: skip
+def create_method(
+    name: str,
+    context: BuildContext,
+    *,
+    preset: str | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    seed: int = 0,
+) -> Distiller | nn.ModuleDict:
     """The :class:`Distiller` ``name`` built for the networks of ``context``; of a sum a ModuleDict of its
     distillers by name.
 
-    Arguments as for :func:`define`. Raises ValueError, and what a method raises for networks that do not fit
-    it.
+    Arguments as for :func:`define`. Raises ValueError, and what a method raises for unfit networks.
     """
     distillers, _ = define(name, preset=preset, options=options).build(context, seed)
     return distillers[name] if name in distillers else nn.ModuleDict(distillers)
@@ -115,6 +125,7 @@ def colour_of(name: str) -> str | None:
 
 
 __all__ = [
-    "METHODS", "Batch", "Beside", "BuildContext", "Definition", "Distiller", "Output", "Points", "Preset", "Term",
-    "colour_of", "create_method", "define", "definition", "full_name", "option", "overrides", "title_of", "undisturbed",
+    "METHODS", "Batch", "Beside", "BuildContext", "Definition", "Distiller", "Output", "Points", "Preset",
+    "Term", "colour_of", "create_method", "define", "definition", "full_name", "option", "overrides",
+    "title_of", "undisturbed",
 ]  # fmt: skip

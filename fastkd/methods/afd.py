@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd import reference
 from fastkd.methods.base import Batch, Beside, BuildContext, Distiller, Output, Points, Preset, option
 from fastkd.models import Features, ResNet, WideResNet
 from fastkd.ops.attention import attention_map
+from fastkd.reference.common import widen
 
 _RESNET110 = 54  # blocks
 
@@ -54,9 +54,7 @@ class Attention(nn.Module):
 
 def _vectors(layers: nn.ModuleList, maps: Sequence[Tensor]) -> Tensor:
     """(N, number of maps, width)"""
-    return torch.stack(
-        [layer(reference._widen(x)[0].mean((2, 3))) for layer, x in zip(layers, maps, strict=True)], 1
-    )
+    return torch.stack([layer(widen(x)[0].mean((2, 3))) for layer, x in zip(layers, maps, strict=True)], 1)
 
 
 def differences(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
@@ -80,8 +78,7 @@ def differences(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tenso
 
 
 class AFD(Distiller):
-    """``beta`` times the differences of all pairs of a student's and a teacher's block, weighted by a learned
-    attention.
+    """``beta`` times the differences of all pairs of a student's and a teacher's block, by learned weights.
 
     The maps are the outputs of every residual block after a ReLU, which in a wide ResNet follows the next
     batch norm; of a ResNet-110 those of every second one. The stem takes no part. Summed over the teacher's

@@ -1,6 +1,4 @@
-"""What a distillation method is: a :class:`Distiller`, which sees both networks once and then one batch after
-the other.
-"""
+"""What a distillation method is: a :class:`Distiller`, which sees both networks once, then batches."""
 
 from __future__ import annotations
 
@@ -44,8 +42,7 @@ class Points(enum.Flag):
 class Batch(NamedTuple):
     """Images (N, 3, H, W) as the networks get them, labels (N,) or None, and ``index`` (N,) or None.
 
-    ``index`` says where each image stands in the training set in use: 0 to len(train_labels) - 1, in a subset
-    too.
+    ``index`` is each image's place in the training set in use: 0 to len(train_labels) - 1, in a subset too.
     """
 
     images: Tensor
@@ -62,8 +59,7 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class BuildContext:
-    """What a method may look at once, before the first step. It copies what it needs, and never stores a
-    network.
+    """What a method may look at once, before the first step. It copies what it needs and stores no network.
 
     ``student`` and ``teacher`` are as built: not folded, not wrapped for several GPUs; the teacher is frozen
     and holds its weights. ``student_shapes`` and ``teacher_shapes`` are Features of torch.Size (C, H, W),
@@ -82,8 +78,14 @@ class BuildContext:
     image_shape: tuple[int, ...] = (3, 32, 32)
 
     @classmethod
-    def of(cls, student: nn.Module, teacher: nn.Module, image_shape: tuple[int, ...] = (3, 32, 32),
-           observed: tuple[Network | None, Network | None] = (None, None), **rest: Any) -> BuildContext:  # fmt: skip
+    def of(
+        cls,
+        student: nn.Module,
+        teacher: nn.Module,
+        image_shape: tuple[int, ...] = (3, 32, 32),
+        observed: tuple[Network | None, Network | None] = (None, None),
+        **rest: Any,
+    ) -> BuildContext:
         """Finds the shapes, and the number of classes unless given, in one forward pass of each network.
 
         ``observed``: what shows the features of a network that does not do so itself.
@@ -220,23 +222,18 @@ class Distiller(nn.Module):
         raise NotImplementedError
 
     def weight_at(self, epoch: int, epochs: int) -> float:
-        """A factor on the loss in ``epoch`` (from 0) of ``epochs``. Schedules are fractions of the run, as
-        milestones are.
-        """
+        """A factor on the loss in ``epoch`` (from 0) of ``epochs``; schedules are fractions of the run."""
         return 1.0
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
-        """Before the first step of ``epoch`` (from 0), for numbers that are drawn from the seed and the
-        epoch.
+        """Before the first step of ``epoch`` (from 0), for numbers drawn from the seed and the epoch.
 
         The seed is ``torch.initial_seed()`` in ``__init__``. What a graph reads must be a buffer that is
         changed in place.
         """
 
     def update(self, index: Tensor, record: Any) -> None:
-        """After the optimizer's step, without gradients. ``index`` and ``record`` have the rows of all
-        processes together.
-        """
+        """After the optimizer's step, no gradients; ``index`` and ``record`` are of all processes."""
 
 
 def overrides(cls: type[Distiller], name: str) -> bool:

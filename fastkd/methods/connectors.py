@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 
 def pointwise(width_in: int, width: int, relu: bool = False) -> nn.Sequential:
-    """(N, ``width_in``, H, W) -> (N, ``width``, H, W): a 1x1 convolution without bias, batch norm, ReLU if
-    asked.
+    """(N, ``width_in``, H, W) -> (N, ``width``, H, W): 1x1 convolution, no bias, batch norm, ReLU if asked.
 
     The convolution's first weights are normal with variance 2 / ``width``.
     """

@@ -1,4 +1,4 @@
-"""A method by its name: the terms of a sum, their options and weights, settled before any network is there."""
+"""A method by its name: the terms of a sum, their options and weights; no network is needed yet."""
 
 from __future__ import annotations
 
@@ -106,8 +106,7 @@ class Definition:
     def build(self, context: BuildContext, seed: int = 0) -> tuple[dict[str, Distiller], nn.Module]:
         """The distillers by name, in the order of the sum, and the student, perhaps wrapped.
 
-        A method that wraps the student is built first, so that the others see the network that will be
-        trained.
+        A method that wraps the student is built first: the others see the network that will be trained.
         """
         built: dict[str, Distiller] = {}
         for term in sorted(self.terms, key=lambda term: not overrides(term.kind, "wrap_student")):
@@ -126,8 +125,13 @@ class Definition:
         return {term.name: built[term.name] for term in self.terms}, context.student
 
 
-def define(kinds: Mapping[str, type[Distiller]], name: str, preset: str | None, options: Mapping[str, Mapping[str, Any]] | None,
-           words: Iterable[str] = ()) -> Definition:  # fmt: skip
+def define(
+    kinds: Mapping[str, type[Distiller]],
+    name: str,
+    preset: str | None,
+    options: Mapping[str, Mapping[str, Any]] | None,
+    words: Iterable[str] = (),
+) -> Definition:
     """See :func:`fastkd.methods.define`. ``kinds``: all methods in the order of the table."""
     names = names_of(kinds, name)
     given = _given({name: kinds[name].Options for name in names}, options or {}, words)
@@ -195,7 +199,7 @@ def _given(
 
 
 def _preset_of(kind: type[Distiller], name: str, preset: str, given: Nested) -> str:
-    """The preset that the user names, else the recipe's, else that of the method's best known implementation."""
+    """The preset that the user names, else the recipe's, else the method's canonical one."""
     chosen = given.get(name, {}).get("preset")
     if chosen is None:
         return preset if preset in kind.presets else kind.canonical
@@ -224,9 +228,7 @@ def _term(
 
 
 def _beside(term: Term, with_kd: bool, published: bool) -> Beside:
-    """What is trained beside the term; what its authors published for the sum with KD stands for that sum
-    alone.
-    """
+    """What is trained beside the term. What was published for the sum with KD stands for that sum alone."""
     preset = term.kind.presets[term.preset]
     return term.kind.beside(
         term.options, preset if published else dataclasses.replace(preset, with_kd=None), with_kd

@@ -9,10 +9,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd import reference
 from fastkd.methods.base import Batch, Beside, BuildContext, Distiller, Output, Points, Preset, option
 from fastkd.methods.connectors import ConvReg
 from fastkd.models import Features
+from fastkd.reference.common import widen
 
 
 class FitNet(Distiller):
@@ -74,7 +74,7 @@ class FitNet(Distiller):
         return found
 
     def loss(self, batch: Batch, student: Output, teacher: Output, connected: Any) -> Tensor:
-        found, wanted = reference._widen(connected, _hint(teacher.features, self.hint))
+        found, wanted = widen(connected, _hint(teacher.features, self.hint))
         if wanted.shape[2:] != found.shape[2:]:
             wanted = F.adaptive_avg_pool2d(wanted, tuple(found.shape[2:]))  # type: ignore[arg-type]
         return self.beta * F.mse_loss(found, wanted)

@@ -22,9 +22,7 @@ def _preset(fields: Mapping[str, Any]) -> Preset:
 
 
 class FSP(Distiller):
-    """``fastkd.FSP`` over the pairs (stem, stage 1), (stage 1, stage 2), (stage 2, stage 3); channels must be
-    equal.
-    """
+    """``fastkd.FSP`` over the pairs of stem and stages 1 to 3, in order; channels must be equal."""
 
     @dataclass(frozen=True)
     class Options:

@@ -15,8 +15,7 @@ class KD(Distiller):
     """``fastkd.KD`` on the logits.
 
     A preset's ``beside`` holds the share of cross-entropy in KD alone, and KD's own weight beside another
-    method: RepDistiller runs KD with ``-r 0.1 -a 0.9``, and ``-a 1`` with ``-r`` left at 1 next to another
-    loss.
+    method: RepDistiller runs KD with ``-r 0.1 -a 0.9``, but ``-a 1`` and ``-r 1`` next to another loss.
     """
 
     @dataclass(frozen=True)

@@ -18,8 +18,7 @@ _FACTORS = ((10, 0.1), (20, 0.5), (180, 1.0), (210, 0.5), (math.inf, 0.1))
 
 
 class Pair(Neck):
-    """(N, C, H, W) -> the same: x + BN(conv(u)) with u = BN(conv(x)) of ``wide`` channels, which is
-    ``Features.neck``.
+    """(N, C, H, W) -> the same: x + BN(conv(u)), u = BN(conv(x)) of ``wide`` channels, ``Features.neck``.
 
     Both convolutions are 1x1 without bias, begin as a ResNet's do, and nothing between them is nonlinear.
     """

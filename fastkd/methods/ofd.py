@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastkd import checks, reference
+from fastkd import checks
 from fastkd.losses import OFD as OFDLoss
 from fastkd.methods.base import Batch, BuildContext, Distiller, Output, Points, Preset, option
 from fastkd.methods.connectors import pointwise
 from fastkd.reference import ofd_loss, ofd_margin
+from fastkd.reference.common import widen
 
 # on purpose, and better in the paper's table 8
 _TRAIN_MODE = {"teacher_mode": "train"}
@@ -27,8 +28,12 @@ class OFD(Distiller):
     @dataclass(frozen=True)
     class Options:
         beta: float = option(1e-3, "factor of the loss")
-        margin: str = option("batch_norm", "below which the teacher's map is cut off: mean of the negative part of what its norms say, "
-                             "or of the batch", ("batch_norm", "batch"))  # fmt: skip
+        margin: str = option(
+            "batch_norm",
+            "below which the teacher's map is cut off: mean of the negative part of what its norms say, "
+            "or of the batch",
+            ("batch_norm", "batch"),
+        )
         reduce: str = option("sum", "over channels and positions", ("sum", "mean"))
         weights: tuple[float, ...] | None = option(
             None, "one factor a stage; none: 1 for the last, half for the one before it, ..."
@@ -96,5 +101,5 @@ def _margins(teacher: nn.Module, count: int) -> Sequence[Tensor]:
 
 def batch_margin(x: Tensor) -> Tensor:
     """(N, C, *S) -> (C,): the mean of each channel's negative numbers, 0 where there are none."""
-    (x,) = reference._widen(x.flatten(2))
+    (x,) = widen(x.flatten(2))
     return x.clamp_max(0).sum((0, 2)) / (x < 0).sum((0, 2)).clamp_min(1)

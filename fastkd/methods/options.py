@@ -1,6 +1,4 @@
-"""The options of methods: from words on a command line, or from Python values, to the fields of a method's
-``Options``.
-"""
+"""The options of methods: from command-line words or Python values to the fields of ``Options``."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Knowledge review (Chen et al., 2021): deeper maps of the student join shallower ones, and each follows the
-teacher's.
-"""
+"""Knowledge review (Chen et al., 2021): deeper student maps join shallower ones and follow the teacher's."""
 
 from __future__ import annotations
 
@@ -53,9 +51,7 @@ def _resized(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def review(levels: nn.ModuleList, maps: Sequence[Tensor], sizes: Sequence[Sequence[int]]) -> list[Tensor]:
-    """What the levels make of the student's maps, all from the shallowest to the deepest; ``sizes`` are the
-    teacher's.
-    """
+    """What the levels make of the student's maps, all from the shallowest to the deepest."""
     found, passed = [], None
     for level, x, size in reversed(list(zip(levels, maps, sizes, strict=True))):
         out, passed = level(x, passed, size)
@@ -132,9 +128,7 @@ def _levels(features: Features) -> list[Tensor]:
 
 
 def published_weight(context: BuildContext) -> float:
-    """The authors' weight for the pair. They give none for other ResNets than these, nor for a wide one with
-    a ResNet.
-    """
+    """The authors' weight for the pair. They give none for other ResNets, or a ResNet with a wide one."""
     networks, shapes = (context.student, context.teacher), (context.student_shapes, context.teacher_shapes)
     if any(isinstance(network, WideResNet) for network in networks):
         return 5.0

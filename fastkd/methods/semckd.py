@@ -1,6 +1,4 @@
-"""Semantic calibration (Chen et al., 2021): each stage of the student follows a learned mixture of the
-teacher's stages.
-"""
+"""Semantic calibration (Chen et al., 2021): a student's stage follows a learned mixture of the teacher's."""
 
 from __future__ import annotations
 
@@ -23,10 +21,14 @@ class Regressor(nn.Sequential):
     def __init__(self, width_in: int, width: int):
         middle = 2 * width
         super().__init__(
-            nn.Conv2d(width_in, middle, 1, bias=False), nn.BatchNorm2d(middle), nn.ReLU(inplace=True),
-            nn.Conv2d(middle, middle, 3, padding=1, bias=False), nn.BatchNorm2d(middle), nn.ReLU(inplace=True),
+            nn.Conv2d(width_in, middle, 1, bias=False),
+            nn.BatchNorm2d(middle),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(middle, middle, 3, padding=1, bias=False),
+            nn.BatchNorm2d(middle),
+            nn.ReLU(inplace=True),
             nn.Conv2d(middle, width, 1, bias=False),
-        )  # fmt: skip
+        )
 
 
 class Embedding(nn.Sequential):

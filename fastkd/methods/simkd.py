@@ -1,4 +1,4 @@
-"""SimKD (Chen et al., 2022): the student gets a projector before its pooling, and the teacher's classifier."""
+"""SimKD (Chen et al., 2022): a projector before the student's pooling, and the teacher's classifier."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd import reference
 from fastkd.methods.base import Batch, Beside, BuildContext, Distiller, Output, Preset, option
+from fastkd.reference.common import widen
 
 
 class Projector(nn.Module):
-    """(N, C, H, W) -> (N, ``width``, H', W'), where no side is longer than ``size``: a larger map is pooled
-    first.
+    """(N, C, H, W) -> (N, ``width``, H', W'), no side longer than ``size``: a larger map is pooled first.
 
     1x1 to ``width // factor``, 3x3, 1x1 to ``width``, each without bias, with batch norm and ReLU.
     """
@@ -86,5 +85,5 @@ class SimKD(Distiller):
 
     def loss(self, batch: Batch, student: Output, teacher: Output, connected: Any) -> Tensor:
         found = student.features.final
-        found, wanted = reference._widen(found, to_smaller(teacher.features.final, found.shape[2:]))
+        found, wanted = widen(found, to_smaller(teacher.features.final, found.shape[2:]))
         return self.beta * F.mse_loss(found, wanted)

@@ -8,14 +8,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd import reference
 from fastkd.methods.base import Batch, Beside, BuildContext, Distiller, Output, Preset, option
 from fastkd.methods.connectors import pointwise
+from fastkd.reference.common import widen
 
 
 class SRRL(Distiller):
-    """``beta`` times the mean squared differences of the pooled vectors and of the classifier's answers to
-    them.
+    """``beta`` times the mean squared differences of pooled vectors, and of the classifier's answers.
 
     The student's map, or its pooled vector, goes through a connector first. The classifier is a frozen copy
     of the teacher's; gradients pass through it. Two methods have this name: the map's is that of KD_SRRL, the
@@ -69,7 +68,7 @@ class SRRL(Distiller):
         return self.connector(student.features.final) if self.on == "map" else None
 
     def loss(self, batch: Batch, student: Output, teacher: Output, connected: Any) -> Tensor:
-        found, wanted, weight, bias = reference._widen(
+        found, wanted, weight, bias = widen(
             student.features.pooled if connected is None else connected,
             teacher.features.pooled,
             self.weight,

@@ -1,4 +1,4 @@
-"""Features of any network: outputs of submodules that the user names, under the fields of :class:`Features`."""
+"""Features of any network: outputs of submodules that the user names, as :class:`Features`."""
 
 from __future__ import annotations
 
@@ -95,9 +95,7 @@ class Observed:
         return logits, found
 
     def _find_final(self, image_shape: Sequence[int]) -> tuple[nn.Module, str] | None:
-        """(module, whether its input or output) of the last map whose mean is ``pooled``, found on two random
-        images.
-        """
+        """(module, whether its input or output) of the map whose mean is ``pooled``, by random images."""
         seen: list[tuple[nn.Module, str, Tensor]] = []
 
         def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

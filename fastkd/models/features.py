@@ -96,8 +96,16 @@ class Group(nn.Sequential):
         return x
 
 
-def shown(features: bool | str, record: Record, stem: Tensor, stages: list[Tensor], stages_before: list[Tensor],
-          blocks_before: list[Tensor], pooled: Tensor, final: Tensor) -> Features:  # fmt: skip
+def shown(
+    features: bool | str,
+    record: Record,
+    stem: Tensor,
+    stages: list[Tensor],
+    stages_before: list[Tensor],
+    blocks_before: list[Tensor],
+    pooled: Tensor,
+    final: Tensor,
+) -> Features:
     """What a network returns for ``features``, from the maps after and before the ReLU."""
     rest: dict[str, Any] = {"maps": tuple(record.maps), "final": final, "neck": record.neck}
     if features == "pooled":
@@ -113,8 +121,7 @@ def shown(features: bool | str, record: Record, stem: Tensor, stages: list[Tenso
 def fixed(name: str, value: Any, default: Any) -> Any:
     """``value``, or ``default`` where torch.fx traces a network without a value for the argument ``name``.
 
-    The traced network asserts that it is called with that default; ``concrete_args={name: value}`` traces
-    another.
+    The traced network asserts this default; ``concrete_args={name: value}`` traces another.
     """
     if not isinstance(value, fx.Proxy):
         return value

@@ -1,6 +1,4 @@
-"""CIFAR ResNets (He et al., 2016, section 4.2, with 1x1 convolutions as shortcuts), under RepDistiller's
-state-dict names.
-"""
+"""CIFAR ResNets (He et al., 2016, section 4.2, but 1x1 shortcuts), under RepDistiller's state-dict names."""
 
 from __future__ import annotations
 
@@ -111,7 +109,5 @@ class ResNet(nn.Module):
         return shown(features, record, stem, stages, before, record.before, pooled, final), logits
 
     def norms_before_relu(self) -> tuple[nn.Module, ...]:
-        """The batch norm that ends in each of ``stages`` with ``features="preact"``, before the shortcut is
-        added.
-        """
+        """The batch norm that ends in each of ``stages`` with ``features="preact"``, before the shortcut."""
         return tuple(group[-1].get_submodule("bn2") for group in (self.layer1, self.layer2, self.layer3))

@@ -1,6 +1,4 @@
-"""Reading published weights: a bare state dict, or one under a key such as "model", whatever else lies beside
-it.
-"""
+"""Reading published weights: a bare state dict, or one under a key such as "model" among other things."""
 
 from __future__ import annotations
 
@@ -126,7 +124,7 @@ def _refused(classes: list[type[Unread]], error: str) -> list[str]:
 
 
 def _classes(file: IO[bytes]) -> list[type[Unread]]:
-    """For each class and function that the file names a class to stand for it; PyTorch takes its own first."""
+    """For each class and function that the file names, a stand-in; PyTorch takes its own first."""
     names = {}  # in the order of the file
     for entry in _globals(file):
         module, _, name = entry.partition(" ")
@@ -156,8 +154,7 @@ def _globals(file: IO[bytes]) -> Iterable[str]:
 def state_dict_of(
     checkpoint: dict, path: str | Path, say: Callable[[str], object] = warnings.warn
 ) -> dict[str, Tensor]:
-    """The state dict in a checkpoint: itself, or what is under the first of ``KEYS`` that has one. Raises
-    WeightsError.
+    """The state dict in a checkpoint: itself, or under the first of ``KEYS``. Raises WeightsError.
 
     ``say`` gets a line if there are several, or if the weights are averages over the training ("ema").
     """

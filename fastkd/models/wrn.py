@@ -15,8 +15,7 @@ from fastkd.ops.batch_norm import add, batch_norm, conv_norm, untouched
 class PreactBlock(nn.Module):
     """BN-ReLU-conv twice, added to the input or to a bare 1x1 convolution of the first activation.
 
-    With ``record.preact`` bn1's output, the previous block's map before its ReLU, goes into
-    ``record.before``.
+    With ``record.preact`` bn1's output, the previous block's map before ReLU, goes into ``record.before``.
     """
 
     def __init__(self, width_in: int, width: int, stride: int):

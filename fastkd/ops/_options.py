@@ -1,14 +1,18 @@
-"""The options of the attention-transfer loss: spelled out once, validated once, and as the bits that its
-operator takes.
+"""The options of the losses: spelled out once, validated once, and as the integer and the numbers that the
+operators take.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from fastkd import checks
+from fastkd._bits import ATTENTION, FSP
+
+OperatorOptions = tuple[int, tuple[float, ...]]
+"""Bits of :mod:`fastkd._bits`, and the numbers but for the first, the upstream gradient."""
 
 
 class AttentionOptions(NamedTuple):
@@ -32,57 +36,64 @@ class AttentionOptions(NamedTuple):
         return dict(zip(self._fields, self))
 
     def bits(self) -> int:
-        """The switches as one integer: a string argument costs an operator's caller half a microsecond."""
-        bits = 0
-        for name, (_, value) in SWITCHES.items():
-            given = getattr(self, name)
-            if bool(given) if value is True else given == value:
-                bits |= BIT[name]
-        return bits
+        given = {name: value for name, value in self.keywords().items() if name in ATTENTION.choices}
+        for name in ("signed", "teacher_is_map", "student_is_map"):
+            given[name] = bool(given[name])
+        return ATTENTION.pack(**given)
+
+    def validated(self) -> OperatorOptions:
+        """Raises TypeError or ValueError that names the option."""
+        checks.attention_options(*self[:2], *self[3:9], self.weight)
+        weights = _weights(self.weights, "stage")
+        numbers = checks.constant("p", self.p), checks.constant("eps", self.eps)
+        return self.bits(), (*numbers, checks.number("weight", self.weight), *weights)
 
 
-# For each switch its value when the bit is clear and when it is set; csrc/common/attention_options.h has the
-# same numbers.
-SWITCHES = {
-    "channel_reduce": ("sum", "mean"),
-    "signed": (False, True),
-    "eps_mode": ("clamp", "add"),
-    "pool": ("after", "before"),
-    "pool_mode": ("avg", "max"),
-    "difference": ("squared", "l2"),
-    "stage_reduce": ("sum", "mean"),
-    "teacher_is_map": (False, True),
-    "student_is_map": (False, True),
-}
-BIT = {name: 1 << i for i, name in enumerate(SWITCHES)}
+class FSPOptions(NamedTuple):
+    """What follows student and teacher in :func:`fastkd.fsp_loss`, in its order."""
 
-OperatorOptions = tuple[float, float, int, list[float] | None, float]
-"""p, eps, bits, weights, weight: the operator's arguments."""
+    pool_mode: str
+    distance: str
+    pair_reduce: str
+    weights: Sequence[float] | None
+    weight: float
+    precision: str | None
 
+    def bits(self) -> int:
+        names = ("pool_mode", "distance", "pair_reduce", "precision")
+        return FSP.pack(**{name: getattr(self, name) for name in names})
 
-def validated(given: AttentionOptions) -> OperatorOptions:
-    """What the operator takes. Raises TypeError or ValueError that names the option."""
-    checks.attention_options(*given[:2], *given[3:9], given.weight)
-    weights = checks.stage_weights(given.weights, convert=checks.constant)
-    p, eps, weight = (
-        checks.constant("p", given.p),
-        checks.constant("eps", given.eps),
-        checks.number("weight", given.weight),
-    )
-    return p, eps, given.bits(), weights, weight
+    def validated(self) -> OperatorOptions:
+        """Raises TypeError or ValueError that names the option."""
+        checks.fsp_options(self.pool_mode, self.distance, self.pair_reduce, self.weight, self.precision)
+        weights = _weights(self.weights, "pair")
+        return self.bits(), (checks.number("weight", self.weight), *weights)
 
 
-# typed, since True equals 1.0 and is no number
-@functools.lru_cache(maxsize=256, typed=True)
-def _validated_before(*given: Any) -> OperatorOptions:
-    return validated(AttentionOptions(*given))
+def _weights(given: object, what: str) -> list[float]:
+    """None is no number: the operators take one a stage or pair, or none."""
+    weights = checks.stage_weights(given, what=what, convert=checks.constant)
+    if weights == []:
+        raise ValueError(f"weights has 0 numbers, wanted one a {what}")
+    return weights or []
 
 
-def validated_once(given: tuple[Any, ...]) -> OperatorOptions:
-    """As :func:`validated`, for the fields of AttentionOptions; remembers what it found right. Not inside
-    ``torch.compile``.
-    """
-    try:
-        return _validated_before(*given)
-    except TypeError:  # refused, or a list among them, which cannot be remembered
-        return validated(AttentionOptions(*given))
+def _once(kind: Callable[..., Any]) -> Callable[[tuple[Any, ...]], OperatorOptions]:
+    """``kind(*given).validated()`` that remembers what it found right. Not inside ``torch.compile``."""
+
+    # typed, since True equals 1.0 and is no number
+    @functools.lru_cache(maxsize=256, typed=True)
+    def remembered(*given: Any) -> OperatorOptions:
+        return kind(*given).validated()
+
+    def validated(given: tuple[Any, ...]) -> OperatorOptions:
+        try:
+            return remembered(*given)
+        except TypeError:  # refused, or a list among them, which cannot be remembered
+            return kind(*given).validated()
+
+    return validated
+
+
+attention_options = _once(AttentionOptions)
+fsp_options = _once(FSPOptions)

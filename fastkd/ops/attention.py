@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from fastkd import backends, checks, reference
+from fastkd._bits import ATTENTION
 from fastkd._implementations import Backend
 from fastkd._private import batched, saved_tensors_hooked
 from fastkd.checks import Features
 from fastkd.ops import _batched_grads, _cuda_limits, _grad_prefetch
-from fastkd.ops._options import BIT, AttentionOptions, OperatorOptions, validated, validated_once
+from fastkd.ops._options import AttentionOptions, OperatorOptions, attention_options
 from fastkd.ops._register import (
     accumulator,
     autograd,
@@ -29,39 +30,41 @@ from fastkd.ops.attention_map import AttentionMapFunction, attention_map
 __all__ = ["AttentionMapFunction", "AttentionTransferFunction", "attention_map", "attention_transfer_loss"]
 
 
-def _coefficient_size(x: Tensor, is_map: bool, other: Sequence[int], switches: int) -> list[int]:
-    return (
-        list(x.shape)
-        if is_map
-        else [x.shape[0], *(smaller(x.shape[2:], other) if switches & BIT["pool"] else x.shape[2:])]
-    )
+_POOL_BEFORE = ATTENTION.bits("pool", "before")
+_STUDENT_IS_MAP, _TEACHER_IS_MAP, _STUDENT_GRAD, _TEACHER_GRAD, _PREPARE = (
+    ATTENTION.bits(name)
+    for name in ("student_is_map", "teacher_is_map", "student_grad", "teacher_grad", "prepare")
+)
+
+
+def _coefficient_size(x: Tensor, is_map: bool, other: Sequence[int], options: int) -> list[int]:
+    if is_map:
+        return list(x.shape)
+    return [x.shape[0], *(smaller(x.shape[2:], other) if options & _POOL_BEFORE else x.shape[2:])]
 
 
 def _loss_fake(
-    student: list[Tensor], teacher: list[Tensor], p: Any, eps: Any, switches: int, weights: Any, weight: Any,
-    student_grad: bool, teacher_grad: bool, upstream: float | None,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    student: list[Tensor], teacher: list[Tensor], options: int, numbers: Any
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     one_device(student + teacher)
     dtype = accumulator(student + teacher)
-    s_map, t_map = (bool(switches & BIT[name]) for name in ("student_is_map", "teacher_is_map"))
+    s_map, t_map = bool(options & _STUDENT_IS_MAP), bool(options & _TEACHER_IS_MAP)
     sizes = []
-    if student_grad:
+    if options & _STUDENT_GRAD:
         sizes += [
-            _coefficient_size(s, s_map, t.shape[1 if t_map else 2 :], switches)
+            _coefficient_size(s, s_map, t.shape[1 if t_map else 2 :], options)
             for s, t in zip(student, teacher)
         ]
-    if teacher_grad:
+    if options & _TEACHER_GRAD:
         sizes += [
-            _coefficient_size(t, t_map, s.shape[1 if s_map else 2 :], switches)
+            _coefficient_size(t, t_map, s.shape[1 if s_map else 2 :], options)
             for s, t in zip(student, teacher)
         ]
-    gradients = (
-        [torch.empty_like(x) for x in student] if student_grad and upstream is not None and not s_map else []
-    )
+    prepares = options & _PREPARE and options & _STUDENT_GRAD and not s_map
     return (
         student[0].new_empty((), dtype=dtype),
         [student[0].new_empty(size, dtype=dtype) for size in sizes],
-        gradients,
+        [torch.empty_like(x) for x in student] if prepares else [],
     )
 
 
@@ -72,14 +75,14 @@ def _loss_backward_fake(
 
 
 define(
-    "attention_transfer_loss(Tensor[] student, Tensor[] teacher, float p, float eps, int switches, float[]?"
-    " weights, float weight, bool student_grad, bool teacher_grad, float? upstream) -> (Tensor loss, Tensor[]"
-    " coefficients, Tensor[] gradients)",
+    # numbers: the upstream gradient to prepare for, p, eps, weight, and the weights of the stages or none
+    "attention_transfer_loss(Tensor[] student, Tensor[] teacher, int options, float[] numbers) -> (Tensor loss,"
+    " Tensor[] coefficients, Tensor[] gradients)",
     _loss_fake,
 )
 define(
     "attention_transfer_loss_backward(Tensor grad, Tensor[] features, Tensor[] coefficients, float p, int"
-    " switches) -> Tensor[]",
+    " options) -> Tensor[]",
     _loss_backward_fake,
 )
 differentiable_once("attention_transfer_loss_backward")
@@ -89,7 +92,7 @@ _prefetch = _grad_prefetch.GradPrefetch()
 
 
 class AttentionTransferFunction(torch.autograd.Function):
-    """``apply(impl, options, student, teacher, needed, *tensors)`` -> loss, for lists of features of which
+    """``apply((impl, options, student, teacher, needed), *tensors)`` -> loss, for lists of features of which
     ``tensors`` need a gradient.
 
     ``needed``: the places of those in ``[*student, *teacher]``. The forward saves a coefficient a position, k
@@ -101,31 +104,32 @@ class AttentionTransferFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        impl: Backend,
-        options: OperatorOptions,
-        student: Sequence,
-        teacher: Sequence,
-        needed: Sequence[int],
+        call: tuple[Backend, OperatorOptions, Sequence[Tensor], Sequence[Tensor], Sequence[int]],
         *tensors: Tensor,
     ) -> Tensor:
-        stages, bits = len(student), options[2]
-        student_grad, teacher_grad = needed[0] < stages, needed[-1] >= stages
-        foreseeing = (
-            student_grad
-            and impl.prefetches
-            and not bits & BIT["student_is_map"]
-            and not saved_tensors_hooked()
-        )
-        ctx.expected = expected = _prefetch.expect() if foreseeing else None
-        upstream = expected[1] if expected else None
+        # one argument, since autograd looks at each
+        impl, (options, numbers), student, teacher, needed = call
+        stages = len(student)
+        if needed[-1] >= stages:
+            options |= _TEACHER_GRAD
+        upstream, ctx.expected = None, None
+        if needed[0] < stages:
+            options |= _STUDENT_GRAD
+            if impl.prefetches and not options & _STUDENT_IS_MAP and not saved_tensors_hooked():
+                ctx.expected = _prefetch.expect()
+                upstream = ctx.expected[1]
+        if upstream is None:
+            upstream = 0.0
+        else:
+            options |= _PREPARE
         loss, coefficients, ctx.prepared = impl.run(
-            "attention_transfer_loss", student, teacher, *options, student_grad, teacher_grad, upstream
+            "attention_transfer_loss", student, teacher, options, [upstream, *numbers]
         )
-        _warn_of_one_position(student, teacher, bits, coefficients)
-        ctx.impl, ctx.options, ctx.needed, ctx.stages = impl, options, needed, stages
+        _warn_of_one_position(student, teacher, options, coefficients)
+        ctx.call = impl, options, numbers[0], needed, stages
         # only what needs a gradient: a teacher made under inference_mode cannot be saved
         if len(needed) < len(coefficients):
-            first = 0 if student_grad else stages
+            first = 0 if options & _STUDENT_GRAD else stages
             coefficients = [coefficients[i - first] for i in needed]
         ctx.save_for_backward(*tensors, *coefficients)
         return loss
@@ -135,75 +139,66 @@ class AttentionTransferFunction(torch.autograd.Function):
         # first, and once: autograd looks for changes in place here, and hooks may load from elsewhere
         saved = ctx.saved_tensors
         prepared = _grad_prefetch.take(ctx, grad, _prefetch)
-        if len(prepared) == len(ctx.needed) and ctx.needed[-1] < ctx.stages:  # the common case
-            return None, None, None, None, None, *prepared
+        _, _, _, needed, stages = ctx.call
+        if len(prepared) == len(needed) and needed[-1] < stages:  # the common case
+            return None, *prepared
         made = dict(enumerate(prepared))
-        return (
-            None,
-            None,
-            None,
-            None,
-            None,
-            *_loss_gradients(ctx, saved, grad, ctx.needs_input_grad[5:], made),
-        )
+        return None, *_loss_gradients(ctx, saved, grad, ctx.needs_input_grad[1:], made)
 
 
 def _warn_of_one_position(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], bits: int, coefficients: Sequence[Tensor]
+    student: Sequence[Tensor], teacher: Sequence[Tensor], options: int, coefficients: Sequence[Tensor]
 ) -> None:
     # counted on the coefficients, one a position, since this costs the least; they are as many as before a
     # pooling that comes after
-    if bits & BIT["pool"]:
-        batch = len(student[0])
-        for k in coefficients:
-            if k.numel() == batch:
-                break
-        else:
-            return
-    checks.one_position(
-        student, teacher, bool(bits & BIT["teacher_is_map"]), bool(bits & BIT["student_is_map"])
-    )
+    batch = student[0].shape[0]
+    if options & _POOL_BEFORE and batch not in [k.numel() for k in coefficients]:
+        return
+    checks.one_position(student, teacher, bool(options & _TEACHER_IS_MAP), bool(options & _STUDENT_IS_MAP))
 
 
 def _loss_gradients(
     ctx: Any, saved: Sequence[Tensor], grad: Tensor, needs: Sequence[bool], made: dict[int, Tensor]
 ) -> list[Tensor | None]:
-    """The gradients of the features at ``ctx.needed``, None where ``needs`` says so; ``made`` holds those
-    that exist, by their place.
+    """The gradients of the features that need one, None where ``needs`` says so; ``made`` holds those that
+    exist, by their place.
     """
-    count = len(ctx.needed)
-    out = [made.get(place) if need else None for place, need in zip(ctx.needed, needs)]
+    impl, options, p, needed, _ = ctx.call
+    count = len(needed)
+    out = [made.get(place) if need else None for place, need in zip(needed, needs)]
     left = [i for i, need in enumerate(needs) if need and out[i] is None]
     if left:
-        rest = [saved[i] for i in left], [saved[count + i] for i in left], ctx.options[0], ctx.options[2]
-        run = functools.partial(_batched_grads.scaled, ctx.impl) if batched(grad) else ctx.impl.run_backward
+        rest = [saved[i] for i in left], [saved[count + i] for i in left], p, options
+        run = functools.partial(_batched_grads.scaled, impl) if batched(grad) else impl.run_backward
         for i, dx in zip(left, run("attention_transfer_loss_backward", grad, *rest), strict=True):
             out[i] = dx
     return out
 
 
 def _graph_loss_context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor], list[Tensor]]) -> None:
-    student, teacher, *ctx.options, student_grad, teacher_grad, _ = inputs
+    student, teacher, options, numbers = inputs
     ctx.mark_non_differentiable(*output[1], *output[2])
     stages = len(student)
-    ctx.needed = [
-        *(range(stages) if student_grad else ()),
-        *(range(stages, 2 * stages) if teacher_grad else ()),
+    needed = [
+        *(range(stages) if options & _STUDENT_GRAD else ()),
+        *(range(stages, 2 * stages) if options & _TEACHER_GRAD else ()),
     ]
-    ctx.save_for_backward(*[[*student, *teacher][i] for i in ctx.needed], *output[1])
+    ctx.call = ctx.impl, options, numbers[1], needed, stages
+    ctx.save_for_backward(*[[*student, *teacher][i] for i in needed], *output[1])
 
 
 def _graph_loss_backward(ctx: Any, grad: Tensor, *unused: list[Tensor | None]) -> tuple:
+    _, _, _, needed, stages = ctx.call
     needs = [need for side in ctx.needs_input_grad[:2] for need in side]
-    if any(need and i not in ctx.needed for i, need in enumerate(needs)):
+    if any(need and i not in needed for i, need in enumerate(needs)):
         raise RuntimeError(
             "fastkd::attention_transfer_loss: a tensor needs a gradient, but student_grad or teacher_grad was"
             " false"
         )
-    found = _loss_gradients(ctx, ctx.saved_tensors, grad, [needs[i] for i in ctx.needed], {})
-    by_place = dict(zip(ctx.needed, found))
-    out, stages = [by_place.get(i) for i in range(len(needs))], len(needs) // 2
-    return out[:stages], out[stages:], *(None for _ in ctx.options), None, None, None
+    found = _loss_gradients(ctx, ctx.saved_tensors, grad, [needs[i] for i in needed], {})
+    by_place = dict(zip(needed, found))
+    out = [by_place.get(i) for i in range(len(needs))]
+    return out[:stages], out[stages:], None, None
 
 
 autograd("attention_transfer_loss", _graph_loss_backward, _graph_loss_context)
@@ -268,29 +263,26 @@ def attention_transfer_loss(
     if torch.compiler.is_compiling():
         return _loss_in_graph(impl, student, teacher, AttentionOptions(*given))
     try:
-        options = validated_once(given)
+        options = attention_options(given)
         students, teachers = checks.stages("student", student), checks.stages("teacher", teacher)
         needed, tensors = wanting_gradients(students, teachers)
         if tensors:
-            return AttentionTransferFunction.apply(impl, options, students, teachers, needed, *tensors)
+            return AttentionTransferFunction.apply((impl, options, students, teachers, needed), *tensors)
         # an autograd.Function would cost 3 microseconds for nothing
-        return impl.run("attention_transfer_loss", students, teachers, *options, False, False, None)[0]
+        bits, numbers = options
+        return impl.run("attention_transfer_loss", students, teachers, bits, [0.0, *numbers])[0]
     except Exception:
         checks.explain(checks.attention_transfer, student, teacher, *given[:2], *given[3:])
         raise
 
 
 def _loss_in_graph(impl: Backend, student: Features, teacher: Features, given: AttentionOptions) -> Tensor:
-    p, eps, bits, weights, weight = validated(given)
+    options, (p, eps, weight, *weights) = given.validated()
     students, teachers = checks.attention_transfer(student, teacher, *given[:2], *given[3:])  # type: ignore[arg-type]
-    needs = [
-        torch.is_grad_enabled() and any(x.requires_grad for x in tensors) for tensors in (students, teachers)
-    ]
+    for tensors, bit in ((students, _STUDENT_GRAD), (teachers, _TEACHER_GRAD)):
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            options |= bit
     # the weight outside, since it may be a number that only the graph knows, and a number among an operator's
     # arguments is a constant of the graph. It still reaches the gradients in float32
-    return (
-        impl.graph_op("attention_transfer_loss")(
-            students, teachers, p, eps, bits, weights, 1.0, *needs, None
-        )[0]
-        * weight
-    )
+    numbers = [0.0, p, eps, 1.0, *weights]
+    return impl.graph_op("attention_transfer_loss")(students, teachers, options, numbers)[0] * weight

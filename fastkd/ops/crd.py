@@ -15,6 +15,7 @@ from fastkd import checks, reference
 from fastkd._private import transforming
 from fastkd.ops._gradients import Scaled
 from fastkd.ops._register import autograd, define, implement
+from fastkd.reference.common import no_autocast
 
 NUMBERS = 2**22
 """Of what a chunk of samples makes: scores against a whole bank, or drawn rows of it."""
@@ -61,7 +62,7 @@ def crd_loss(student: Tensor, teacher: Tensor, student_bank: Tensor, teacher_ban
             "weight": weight,
         }
         return reference.crd_loss(student, teacher, student_bank, teacher_bank, rows, **options)
-    s, t, s_bank, t_bank, given = reference._crd_inputs(
+    s, t, s_bank, t_bank, given = reference.vectors.crd_inputs(
         student, teacher, student_bank, teacher_bank, normalizers
     )
     followed = torch.is_grad_enabled()
@@ -75,7 +76,7 @@ def _loss(s: Tensor, t: Tensor, s_bank: Tensor, t_bank: Tensor, rows: Tensor, gi
           weight: float, need_s: bool, need_t: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, normalizers, the loss's gradient for s, for t); a gradient that nobody needs has no elements."""
     checks.crd_rows(rows, len(s_bank))
-    with reference._no_autocast(s):
+    with no_autocast(s):
         sides = [_direction(x, bank, rows, z, temperature, eps, weight, need)
                  for x, bank, z, need in ((s, t_bank, given[0], need_s), (t, s_bank, given[1], need_t))]  # fmt: skip
     losses, found, grads = zip(*sides, strict=True)

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from fastkd._bits import FSP
+
 Shape = Sequence[int]
 
 
@@ -38,26 +40,23 @@ def fsp_matrix(a: Shape, b: Shape, *rest: Any, **out: Any) -> int:
     return _product(a, b)
 
 
-def fsp_matrix_backward(
-    grad: Shape, a: Shape, b: Shape, pool_mode: Any, precision: Any, a_grad: bool, b_grad: bool, **out: Any
-) -> int:
-    return _product(a, b) * (a_grad + b_grad)
+def fsp_matrix_backward(grad: Shape, a: Shape, b: Shape, options: int, **out: Any) -> int:
+    return _product(a, b) * (FSP.value(options, "a_grad") + FSP.value(options, "b_grad"))
 
 
 def fsp_loss(
-    student: Sequence[Shape], teacher: Sequence[Shape], pool_mode: Any, distance: Any, pair_reduce: Any, weights: Any, weight: Any,
-    precision: Any, with_grad: bool, upstream: float | None = None, stages: Collection[int] = (), **out: Any,
-) -> int:  # fmt: skip
+    student: Sequence[Shape], teacher: Sequence[Shape], options: int, numbers: Any, **out: Any
+) -> int:
     matrices = sum(_product(*pair) for chain in (student, teacher) for pair in itertools.pairwise(chain))
-    return matrices + _gradients(student, stages)  # of those stages the forward pass makes the gradients too
+    # where it prepares, the forward pass makes the student's gradients too
+    return matrices + _gradients(student, range(len(student)) if FSP.value(options, "prepare") else ())
 
 
 def fsp_loss_backward(
     grad: Shape,
     features: Sequence[Shape],
     matrix_grads: Any,
-    pool_mode: Any,
-    precision: Any,
+    options: int,
     stages: Collection[int],
     *rest: Any,
     **out: Any,

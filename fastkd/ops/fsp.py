@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from fastkd import backends, checks, kernels, reference
+from fastkd._bits import FSP
 from fastkd._implementations import Backend
 from fastkd._private import batched, saved_tensors_hooked
 from fastkd.checks import Features
 from fastkd.kernels.fsp.saved import kept_shape, wide_stages
 from fastkd.ops import _batched_grads, _cuda_limits, _grad_prefetch, flops
+from fastkd.ops._options import FSPOptions, OperatorOptions, fsp_options
 from fastkd.ops._register import (
     accumulator,
     autograd,
@@ -30,29 +32,33 @@ def _matrix_fake(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
     return a.new_empty((a.shape[0], a.shape[1], b.shape[1]), dtype=accumulator([a, b]))
 
 
-def _matrix_backward_fake(
-    grad: Tensor, a: Tensor, b: Tensor, pool_mode: Any, precision: Any, a_grad: bool, b_grad: bool
-) -> list[Tensor]:
-    return [torch.empty_like(x) for x, need in ((a, a_grad), (b, b_grad)) if need]
+_WITH_GRAD, _PREPARE, _NEGATE, _A_GRAD, _B_GRAD = (
+    FSP.bits(name) for name in ("with_grad", "prepare", "negate", "a_grad", "b_grad")
+)
+
+
+def _matrix_backward_fake(grad: Tensor, a: Tensor, b: Tensor, options: int) -> list[Tensor]:
+    return [torch.empty_like(x) for x, bit in ((a, _A_GRAD), (b, _B_GRAD)) if options & bit]
 
 
 def _loss_fake(
-    student: list[Tensor], teacher: list[Tensor], pool_mode: Any, distance: Any, pair_reduce: Any, weights: Any, weight: Any,
-    precision: Any, with_grad: bool, upstream: float | None = None, stages: Sequence[int] = (),
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    student: list[Tensor], teacher: list[Tensor], options: int, numbers: Any
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     one_device(student + teacher)
     dtype, first = accumulator(student + teacher), student[0]
-    pairs = zip(student, student[1:], strict=False) if with_grad else ()
+    pairs = zip(student, student[1:], strict=False) if options & _WITH_GRAD else ()
     matrix_grads = [first.new_empty((a.shape[0], a.shape[1], b.shape[1]), dtype=dtype) for a, b in pairs]
-    return first.new_empty((), dtype=dtype), matrix_grads, [torch.empty_like(student[i]) for i in stages]
+    gradients = [torch.empty_like(x) for x in student] if options & _PREPARE else []
+    return first.new_empty((), dtype=dtype), matrix_grads, gradients
 
 
 def _loss_fake_by_device(
-    student: list[Tensor], teacher: list[Tensor], pool_mode: Any, distance: Any, *rest: Any
-) -> tuple:
+    student: list[Tensor], teacher: list[Tensor], options: int, numbers: Any
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """On CUDA tensors Triton's, which may keep less."""
-    loss, matrix_grads, gradients = _loss_fake(student, teacher, pool_mode, distance, *rest)
+    loss, matrix_grads, gradients = _loss_fake(student, teacher, options, numbers)
     if loss.device.type == "cuda":
+        distance = FSP.value(options, "distance")
         shapes = [
             kept_shape(student[i : i + 2], teacher[i : i + 2], distance) for i in range(len(matrix_grads))
         ]
@@ -61,33 +67,24 @@ def _loss_fake_by_device(
 
 
 def _loss_backward_fake(
-    grad: Tensor,
-    features: list[Tensor],
-    matrix_grads: Any,
-    pool_mode: Any,
-    precision: Any,
-    stages: list[int],
-    *rest: Any,
+    grad: Tensor, features: list[Tensor], matrix_grads: Any, options: int, stages: list[int], others: Any
 ) -> list[Tensor]:
     return [torch.empty_like(features[i]) for i in stages]
 
 
-define("fsp_matrix(Tensor a, Tensor b, str pool_mode, str? precision) -> Tensor", _matrix_fake)
+define("fsp_matrix(Tensor a, Tensor b, int options) -> Tensor", _matrix_fake)
+define("fsp_matrix_backward(Tensor grad, Tensor a, Tensor b, int options) -> Tensor[]", _matrix_backward_fake)
 define(
-    "fsp_matrix_backward(Tensor grad, Tensor a, Tensor b, str pool_mode, str? precision, bool a_grad, bool"
-    " b_grad) -> Tensor[]",
-    _matrix_backward_fake,
-)
-define(
-    "fsp_loss(Tensor[] student, Tensor[] teacher, str pool_mode, str distance, str pair_reduce, float[]?"
-    " weights, float weight, str? precision, bool with_grad, float? upstream=None, int[] stages=[]) ->"
-    " (Tensor loss, Tensor[] matrix_grads, Tensor[] gradients)",
+    # numbers: the upstream gradient to prepare for, the weight, and the weights of the pairs or none
+    "fsp_loss(Tensor[] student, Tensor[] teacher, int options, float[] numbers) -> (Tensor loss, Tensor[]"
+    " matrix_grads, Tensor[] gradients)",
     _loss_fake_by_device,
     _loss_fake,
 )
 define(
-    "fsp_loss_backward(Tensor grad, Tensor[] features, Tensor[] matrix_grads, str pool_mode, str? precision,"
-    " int[] stages, bool negate, Tensor[]? others=None) -> Tensor[]",
+    # others: the other chain's features of the stages whose matrices were not kept
+    "fsp_loss_backward(Tensor grad, Tensor[] features, Tensor[] matrix_grads, int options, int[] stages,"
+    " Tensor[] others) -> Tensor[]",
     _loss_backward_fake,
 )
 differentiable_once("fsp_matrix_backward")
@@ -98,47 +95,48 @@ _prefetch = _grad_prefetch.GradPrefetch()
 
 
 class FSPMatrixFunction(torch.autograd.Function):
-    """``apply(impl, a, b, pool_mode, precision)`` -> G = A B^T / S; dA = M B / S and dB = M^T A / S for an
-    incoming M.
-    """
+    """``apply(impl, options, a, b)`` -> G = A B^T / S; dA = M B / S and dB = M^T A / S for an incoming M."""
 
     @staticmethod
-    def forward(ctx: Any, impl: Backend, a: Tensor, b: Tensor, *options: Any) -> Tensor:
+    def forward(ctx: Any, impl: Backend, options: int, a: Tensor, b: Tensor) -> Tensor:
         # each factor is saved for the other's gradient, and may be an inference tensor only if that is not
         # wanted
         ctx.save_for_backward(*((a, b) if any(ctx.needs_input_grad) else ()))
         ctx.impl, ctx.options = impl, options
-        return impl.run("fsp_matrix", a, b, *options)
+        return impl.run("fsp_matrix", a, b, options)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_factor_gradients(ctx, grad, ctx.needs_input_grad[1:3]), None, None
+        return None, None, *_factor_gradients(ctx, grad, ctx.needs_input_grad[2:])
 
 
 def _factor_gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
     a, b = ctx.saved_tensors
+    options = ctx.options
     if batched(grad):
-        pool_mode, precision = ctx.options
-        formula = functools.partial(reference.fsp_matrix, pool_mode=pool_mode, precision=precision)
+        how = {name: FSP.value(options, name) for name in ("pool_mode", "precision")}
+        formula = functools.partial(reference.fsp_matrix, **how)
         return _batched_grads.by_reference(formula, (a, b), needs, grad)
-    computed = iter(ctx.impl.run_backward("fsp_matrix_backward", grad, a, b, *ctx.options, *needs))
+    for need, bit in zip(needs, (_A_GRAD, _B_GRAD), strict=True):
+        options |= bit if need else 0
+    computed = iter(ctx.impl.run_backward("fsp_matrix_backward", grad, a, b, options))
     return [next(computed) if need else None for need in needs]
 
 
 def _graph_matrix_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
-    ctx.options = inputs[2:]
+    *factors, ctx.options = inputs
+    ctx.save_for_backward(*factors)
 
 
 def _graph_matrix_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *_factor_gradients(ctx, grad, ctx.needs_input_grad[:2]), None, None
+    return *_factor_gradients(ctx, grad, ctx.needs_input_grad[:2]), None
 
 
 autograd("fsp_matrix", _graph_matrix_backward, _graph_matrix_context)
 
 
 class FSPLossFunction(torch.autograd.Function):
-    """``apply(impl, options, student, teacher, needed, *tensors)`` -> loss, for lists of features of which
+    """``apply((impl, options, student, teacher, needed), *tensors)`` -> loss, for lists of features of which
     ``tensors`` need a gradient.
 
     ``needed``: the places of those in ``[*student, *teacher]``. The forward saves M = dloss/dG of the student
@@ -146,34 +144,39 @@ class FSPLossFunction(torch.autograd.Function):
     chain itself: dA = upstream M B / S, dB = upstream M^T A / S, and a middle stage adds the terms of its two
     pairs. Where M would be larger than the features, Triton keeps less and needs both chains' features of
     that pair (`kernels/fsp/saved.py`). On a CPU, for the upstream gradient that is expected
-    (:mod:`fastkd.ops._grad_prefetch`), it makes the student's gradients too, sample by sample, while the
-    sample's maps are in the cache; the backward hands those out, once, if it is given just that.
+    (:mod:`fastkd.ops._grad_prefetch`), it makes the gradients of a student that needs all of them too, sample
+    by sample, while the sample's maps are in the cache; the backward hands those out, once, if it is given
+    just that.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        impl: Backend,
-        options: tuple,
-        student: Sequence,
-        teacher: Sequence,
-        needed: Sequence,
+        call: tuple[Backend, OperatorOptions, Sequence[Tensor], Sequence[Tensor], Sequence[int]],
         *tensors: Tensor,
     ) -> Tensor:
+        # one argument, since autograd looks at each
+        impl, (options, numbers), student, teacher, needed = call
         stages = len(student)
-        foreseeing = needed[0] < stages and impl.prefetches and not saved_tensors_hooked()
-        ctx.expected = expected = _prefetch.expect() if foreseeing else None
-        upstream = expected[1] if expected else None
-        made = [] if upstream is None else [i for i in needed if i < stages]
+        options |= _WITH_GRAD
+        upstream, ctx.expected = None, None
+        whole = len(needed) >= stages and needed[stages - 1] == stages - 1
+        if whole and impl.prefetches and not saved_tensors_hooked():
+            ctx.expected = _prefetch.expect()
+            upstream = ctx.expected[1]
+        if upstream is None:
+            upstream = 0.0
+        else:
+            options |= _PREPARE
         loss, matrix_grads, ctx.prepared = impl.run(
-            "fsp_loss", student, teacher, *options, True, upstream, made
+            "fsp_loss", student, teacher, options, [upstream, *numbers]
         )
-        ctx.impl, ctx.options, ctx.stages, ctx.needed = impl, options, stages, needed
-        if impl.keeps_matrices and needed == range(stages):  # the common case
-            ctx.saved_places, ctx.frozen = needed, {}
+        if impl.keeps_matrices and whole and len(needed) == stages:  # the common case
+            places, frozen = needed, dict[int, Tensor]()
             ctx.save_for_backward(*matrix_grads, *tensors)
         else:
-            _save_chains(ctx, student, teacher, matrix_grads)
+            places, frozen = _save_chains(ctx, student, teacher, needed, matrix_grads)
+        ctx.call = impl, options, stages, needed, places, frozen
         return loss
 
     @staticmethod
@@ -181,81 +184,75 @@ class FSPLossFunction(torch.autograd.Function):
         # first, and once: autograd looks for changes in place here, and hooks may load from elsewhere
         saved = ctx.saved_tensors
         prepared = _grad_prefetch.take(ctx, grad, _prefetch)
-        if len(prepared) == len(ctx.needed):
-            return None, None, None, None, None, *prepared
-        made = dict(zip(ctx.needed, prepared))
-        return (
-            None,
-            None,
-            None,
-            None,
-            None,
-            *_chain_gradients(ctx, saved, grad, ctx.needs_input_grad[5:], made),
-        )
+        needed = ctx.call[3]
+        if len(prepared) == len(needed):  # the common case
+            return None, *prepared
+        made = dict(zip(needed, prepared))
+        return None, *_chain_gradients(ctx, saved, grad, ctx.needs_input_grad[1:], made)
 
 
 def _save_chains(
-    ctx: Any, student: Sequence[Tensor], teacher: Sequence[Tensor], matrix_grads: Sequence[Tensor]
-) -> None:
-    """Save the features of the chains that need a gradient, and those of both where M is not kept."""
+    ctx: Any,
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    needed: Sequence[int],
+    matrix_grads: Sequence[Tensor],
+) -> tuple[list[int], dict[int, Tensor]]:
+    """Save the features of the chains that need a gradient, and those of both where M is not kept. Returns
+    the places of those that were saved, and by their place those that cannot be.
+    """
     stages, wide, every = len(student), wide_stages(matrix_grads), (*student, *teacher)
     places = []
-    for first, need in ((0, ctx.needed[0] < stages), (stages, ctx.needed[-1] >= stages)):
+    for first, need in ((0, needed[0] < stages), (stages, needed[-1] >= stages)):
         places += [first + i for i in (range(stages) if need else wide)]
     # what was made under inference_mode, a teacher, cannot be saved, nor changed in place
-    ctx.frozen = {i: every[i] for i in places if every[i].is_inference()}
-    ctx.saved_places = [i for i in places if i not in ctx.frozen]
-    ctx.save_for_backward(*matrix_grads, *[every[i] for i in ctx.saved_places])
+    frozen = {i: every[i] for i in places if every[i].is_inference()}
+    places = [i for i in places if i not in frozen]
+    ctx.save_for_backward(*matrix_grads, *[every[i] for i in places])
+    return places, frozen
 
 
 def _chain_gradients(
     ctx: Any, saved: Sequence[Tensor], grad: Tensor, needs: Sequence[bool], made: dict[int, Tensor]
 ) -> list[Tensor | None]:
-    """The gradients of the features at ``ctx.needed``, None where ``needs`` says so; ``made`` holds those
-    that exist, by their place.
+    """The gradients of the features that need one, None where ``needs`` says so; ``made`` holds those that
+    exist, by their place.
     """
-    stages, (pool_mode, *_, precision) = ctx.stages, ctx.options
-    matrix_grads, by_place = (
-        list(saved[: stages - 1]),
-        dict(zip(ctx.saved_places, saved[stages - 1 :])) | ctx.frozen,
-    )
+    impl, options, stages, needed, places, frozen = ctx.call
+    matrix_grads = list(saved[: stages - 1])
+    by_place = dict(zip(places, saved[stages - 1 :])) | frozen
     features = [by_place.get(i) for i in range(2 * stages)]
     wide = wide_stages(matrix_grads)
-    run = functools.partial(_batched_grads.scaled, ctx.impl) if batched(grad) else ctx.impl.run_backward
-    found = {place: made.get(place) for place, need in zip(ctx.needed, needs) if need}
-    for first in (0, stages):
+    run = functools.partial(_batched_grads.scaled, impl) if batched(grad) else impl.run_backward
+    found = {place: made.get(place) for place, need in zip(needed, needs) if need}
+    for first, sign in ((0, 0), (stages, _NEGATE)):
         left = [
             place - first for place, dx in found.items() if dx is None and first <= place < first + stages
         ]
         if left:
-            chain, others = (
-                features[first : first + stages],
-                [features[stages - first + i] for i in wide] or None,
-            )
-            computed = run(
-                "fsp_loss_backward", grad, chain, matrix_grads, pool_mode, precision, left, first > 0, others
-            )
+            chain, others = features[first : first + stages], [features[stages - first + i] for i in wide]
+            computed = run("fsp_loss_backward", grad, chain, matrix_grads, options | sign, left, others)
             found.update(zip([first + i for i in left], computed, strict=True))
-    return [found.get(place) for place in ctx.needed]
+    return [found.get(place) for place in needed]
 
 
 def _graph_loss_context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor], list[Tensor]]) -> None:
-    student, teacher, *ctx.options, ctx.with_grad, _, _ = inputs
+    student, teacher, options, _ = inputs
     ctx.mark_non_differentiable(*output[1], *output[2])
     ctx.save_for_backward(*output[1], *student, *teacher)
-    ctx.stages, ctx.frozen = len(student), {}
-    ctx.needed = ctx.saved_places = range(2 * len(student))
+    places = range(2 * len(student))
+    ctx.call = ctx.impl, options, len(student), places, places, {}
 
 
 def _graph_loss_backward(ctx: Any, grad: Tensor, *rest: Any) -> tuple:
-    if not ctx.with_grad:
+    _, options, stages, *_ = ctx.call
+    if not options & _WITH_GRAD:
         raise RuntimeError(
             "fastkd::fsp_loss was called with with_grad=False for a tensor that needs a gradient"
         )
     student_needs, teacher_needs = ctx.needs_input_grad[:2]
     out = _chain_gradients(ctx, ctx.saved_tensors, grad, [*student_needs, *teacher_needs], {})
-    # PyTorch 2.11 drops arguments that have their default values, and wants no gradient of those
-    return out[: ctx.stages], out[ctx.stages :], *(None for _ in ctx.needs_input_grad[2:])
+    return out[:stages], out[stages:], None, None
 
 
 autograd("fsp_loss", _graph_loss_backward, _graph_loss_context)
@@ -280,13 +277,16 @@ def fsp_matrix(a: Tensor, b: Tensor, *, pool_mode: str = "avg", precision: str |
     impl = backends.select("fsp_matrix", (a, b), _cuda_limits.none)
     if impl.name == "reference":
         return reference.fsp_matrix(a, b, pool_mode=pool_mode, precision=precision)
+    checks.switch("pool_mode", pool_mode, checks.POOL_MODE)
+    checks.switch("precision", precision, checks.PRECISION)
     if impl.name == "cuda":
         precision = precision or kernels.own_precision()
+    options = FSP.pack(pool_mode=pool_mode, precision=precision)
     if torch.compiler.is_compiling():
         checks.fsp_matrix(a, b, pool_mode, precision)
-        return impl.graph_op("fsp_matrix")(a, b, pool_mode, precision)
+        return impl.graph_op("fsp_matrix")(a, b, options)
     try:
-        return FSPMatrixFunction.apply(impl, a, b, pool_mode, precision)
+        return FSPMatrixFunction.apply(impl, options, a, b)
     except Exception:
         checks.explain(checks.fsp_matrix, a, b, pool_mode, precision)
         raise
@@ -332,22 +332,27 @@ def fsp_loss(
         )  # fmt: skip
     if impl.name == "cuda":
         precision = precision or kernels.own_precision()
-    if not checks.are_floats(weight):
-        weight = checks.number("weight", weight)
-    weights = checks.stage_weights(weights, what="pair", convert=checks.constant)
-    options = (pool_mode, distance, pair_reduce, weights, weight, precision)
+    given = (pool_mode, distance, pair_reduce, weights, weight, precision)
     if torch.compiler.is_compiling():
-        # the weight has been looked at, and may be a number that only the graph knows
-        students, teachers = checks.fsp_loss(student, teacher, *options[:4], 1.0, precision)
-        needs = torch.is_grad_enabled() and any(x.requires_grad for x in students + teachers)
-        # the weight outside: a number among an operator's arguments is a constant of the graph
-        return impl.graph_op("fsp_loss")(students, teachers, *options[:4], 1.0, precision, needs)[0] * weight
+        return _loss_in_graph(impl, student, teacher, FSPOptions(*given))
     try:
+        options = fsp_options(given)
         students, teachers = checks.stages("student", student), checks.stages("teacher", teacher)
         needed, tensors = wanting_gradients(students, teachers)
         if tensors:
-            return FSPLossFunction.apply(impl, options, students, teachers, needed, *tensors)
-        return impl.run("fsp_loss", students, teachers, *options, False, None, [])[0]
+            return FSPLossFunction.apply((impl, options, students, teachers, needed), *tensors)
+        bits, numbers = options
+        return impl.run("fsp_loss", students, teachers, bits, [0.0, *numbers])[0]
     except Exception:
-        checks.explain(checks.fsp_loss, student, teacher, *options)
+        checks.explain(checks.fsp_loss, student, teacher, *given)
         raise
+
+
+def _loss_in_graph(impl: Backend, student: Features, teacher: Features, given: FSPOptions) -> Tensor:
+    options, (weight, *weights) = given.validated()
+    # the weight has been looked at, and may be a number that only the graph knows
+    students, teachers = checks.fsp_loss(student, teacher, *given._replace(weight=1.0))
+    if torch.is_grad_enabled() and any(x.requires_grad for x in students + teachers):
+        options |= _WITH_GRAD
+    # the weight outside: a number among an operator's arguments is a constant of the graph
+    return impl.graph_op("fsp_loss")(students, teachers, options, [0.0, 1.0, *weights])[0] * weight

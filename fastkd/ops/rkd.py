@@ -12,6 +12,7 @@ from fastkd import checks, reference
 from fastkd._private import transforming
 from fastkd.ops._gradients import Scaled
 from fastkd.ops._register import autograd, define, implement
+from fastkd.reference.common import no_autocast, widen
 
 NUMBERS = 2**16
 """Of a chunk's differences and cosines. Some vertices are taken at once where the batch is small; one makes
@@ -50,7 +51,7 @@ def rkd_loss(
         weights = {"distance_weight": distance_weight, "angle_weight": angle_weight, "weight": weight}
         return reference.rkd_loss(student, teacher, **weights)
     factors = [float(weight) * float(factor) for factor in (distance_weight, angle_weight)]
-    s, t = (x.flatten(1) for x in reference._widen(student, teacher))
+    s, t = (x.flatten(1) for x in widen(student, teacher))
     followed = torch.is_grad_enabled()
     needs = followed and s.requires_grad, followed and t.requires_grad
     loss: Tensor = torch.ops.fastkd.rkd_loss.default(s, t, *factors, *needs)[0]
@@ -61,7 +62,7 @@ def _loss(
     s: Tensor, t: Tensor, distance: float, angle: float, need_s: bool, need_t: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, its gradient for s, for t); a gradient that nobody needs has no elements."""
-    with reference._no_autocast(s):
+    with no_autocast(s):
         grads = [torch.zeros_like(x) if need else x.new_empty(0) for x, need in ((s, need_s), (t, need_t))]
         loss = s.new_zeros(())
         pulls: list[Tensor | None] = [None, None]

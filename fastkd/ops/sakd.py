@@ -12,6 +12,7 @@ from torch import Tensor
 from fastkd import checks, reference
 from fastkd.checks import Features
 from fastkd.ops.attention_map import attention_map
+from fastkd.reference.common import no_autocast
 
 
 def sakd_map(x: Tensor) -> Tensor:
@@ -28,8 +29,8 @@ def sakd_map(x: Tensor) -> Tensor:
     scaled.
     """
     checks.sakd_map(x)
-    with reference._no_autocast(x):
-        return reference._self_attended(attention_map(x, normalize=False))
+    with no_autocast(x):
+        return reference.sakd.self_attended(attention_map(x, normalize=False))
 
 
 def sakd_loss(
@@ -55,5 +56,7 @@ def sakd_loss(
     tensors = students + teachers
     if any(x.dtype == torch.float64 for x in tensors):
         tensors = [x.double() for x in tensors]
-    with reference._no_autocast(tensors[0]):
-        return reference._sakd([attention_map(x, normalize=False) for x in tensors], weights, weight)
+    with no_autocast(tensors[0]):
+        return reference.sakd.sakd_of_maps(
+            [attention_map(x, normalize=False) for x in tensors], weights, weight
+        )

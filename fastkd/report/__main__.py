@@ -1,7 +1,7 @@
-"""``python -m fastkd.report FOLDER``: see :mod:`fastkd.report.tables`."""
+"""``python -m fastkd.report FOLDER``: see :mod:`fastkd.report.command`."""
 
 import sys
 
-from fastkd.report.tables import main
+from fastkd.report.command import main
 
 sys.exit(main())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from typing import Any
 
 from fastkd.errors import UserError
 from fastkd.io import figures
-from fastkd.io.files import write
 from fastkd.methods import METHODS, colour_of, title_of
 from fastkd.training import results
 from fastkd.training.groups import DATASET_NAMES, changes, written
@@ -56,9 +54,7 @@ class Curve:
 
 
 def read(folders: Sequence[Path], wanted: Mapping[str, str]) -> Iterator[Curve]:
-    """The runs that have a log, finished or not, whose row (or else configuration) has the ``wanted`` values.
-    Raises UserError.
-    """
+    """The runs with a log whose row (or configuration) has the ``wanted`` values. Raises UserError."""
     for output in folders:
         rows = {row.get("folder"): row for row in results.read_rows(output)[1]}
         for path in sorted(output.glob("*/epochs.csv")):
@@ -96,31 +92,33 @@ def read_epochs(path: Path) -> list[dict[str, float]]:
 
 
 def plot(folders: Sequence[Path], wanted: Mapping[str, str], path: Path) -> None:
-    """A row of panels for each data set, recipe and length; a colour a method, a line a seed. Raises
-    UserError.
+    """Draws :func:`figure` into a file. Raises UserError."""
+    made = figure(folders, wanted)
+    if made is None:
+        raise UserError(f"--plot: no runs with an epochs.csv under {', '.join(map(str, folders))}")
+    figures.save(made, path, "--plot")
+
+
+def figure(folders: Sequence[Path], wanted: Mapping[str, str]) -> Any:
+    """A row of panels for each data set, recipe and length; a colour a method, a line a seed. None where no
+    run has a log. Raises UserError.
     """
-    try:
-        figure_class = figures.figure_class()
-    except ImportError:
-        raise UserError("--plot takes matplotlib (pip install matplotlib)") from None
+    figure_class = figures.wanted("--plot")
     curves = [curve for curve in read(folders, wanted) if curve.epochs]
     if not curves:
-        raise UserError(f"--plot: no runs with an epochs.csv under {', '.join(map(str, folders))}")
+        return None
     places = sorted({curve.place for curve in curves})
-    there = [(key, text) for key, text in TERMS if any(key in curve.epochs[0] for curve in curves)]
-    panels = [*PANELS, *there]
-    columns = 3
-    height = -(-len(panels) // columns)
-    figure = figure_class((3.6 * columns, 2.7 * height * len(places) + 0.5), dpi=100, layout="constrained")
-    parts = figure.subfigures(len(places), 1, squeeze=False)[:, 0]
-    for place, part in zip(places, parts, strict=True):
-        draw(part, [curve for curve in curves if curve.place == place], panels, height, columns)
-    file = io.BytesIO()
-    try:
-        figure.savefig(file, format=path.suffix.lstrip(".") or "png")
-    except ValueError as error:
-        raise UserError(f"--plot {path}: {' '.join(str(error).split())}") from None
-    write(path, file.getvalue())
+    columns, heights, parts = 3, [], []
+    for place in places:
+        there = [curve for curve in curves if curve.place == place]
+        terms = [(key, text) for key, text in TERMS if any(key in curve.epochs[0] for curve in there)]
+        parts.append((there, [*PANELS, *terms]))
+        heights.append(-(-len(parts[-1][1]) // columns))
+    made = figure_class((3.6 * columns, 2.7 * sum(heights) + 0.5), dpi=100, layout="constrained")
+    rows = made.subfigures(len(places), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for row, (there, panels), height in zip(rows, parts, heights, strict=True):
+        draw(row, there, panels, height, columns)
+    return made
 
 
 def draw(

@@ -21,9 +21,7 @@ from fastkd.training.settings import from_config
 
 
 def redraw(folder: Path, data: Path | None) -> list[Path]:
-    """The pictures of the run in ``folder`` from its files; none and one line where they cannot be drawn.
-    Raises UserError.
-    """
+    """The pictures of the run in ``folder`` from its files, or one line with the reason. Raises UserError."""
     try:
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Entry:
     """A published figure and the run that stands for it: ``None`` where the source has none, ``method`` ""
-    where fastkd has none.
+    where no run can stand for it.
 
-    ``figure``: the column of the table of results, or "loss" (all terms) or the name of a term, of the last
-    epoch.
+    ``figure``: a column of the table of results, "loss" (of all terms) or a term, of the last epoch.
     """
 
     value: float | None
@@ -83,47 +82,72 @@ SELF = Published(
 _T, _S = "wrn_40_2", "wrn_16_2"
 NOTE = Published(
     "AT + KD, WRN-16-2 from WRN-40-2, on CIFAR-10",
-    "an experiment note that names neither recipe nor data set, with the parameters of CIFAR-10; ours: recipe hankyul2",
+    "an experiment note that names neither recipe nor data set, with the parameters of CIFAR-10;"
+    " ours: recipe hankyul2",
     ("cifar10",) * 4,
     "hankyul2",
     ("teacher", "baseline student", "student, AT + KD", "student, KD"),
     (
-        ("train loss", (
-            Entry(0.174, "teacher", _T, "", "loss"), Entry(0.23, "baseline", _S, "", "loss"), Entry(1.75, "at+kd", _S, _T, "loss"),
-            Entry(None, "kd", _S, _T, "loss"),
-        )),
-        ("train accuracy", (
-            Entry(94.02, "teacher", _T, "", "train_acc"), Entry(90.14, "baseline", _S, "", "train_acc"),
-            Entry(90.15, "at+kd", _S, _T, "train_acc"), Entry(None, "kd", _S, _T, "train_acc"),
-        )),
-        ("AT loss", (Entry(None, "", _T), Entry(None, "", _S), Entry(1.17, "at+kd", _S, _T, "at"), Entry(None, "", _S))),
-        ("validation accuracy", (
-            Entry(89.91, "teacher", _T), Entry(88.40, "baseline", _S), Entry(88.19, "at+kd", _S, _T), Entry(None, "kd", _S, _T),
-        )),
+        (
+            "train loss",
+            (
+                Entry(0.174, "teacher", _T, "", "loss"),
+                Entry(0.23, "baseline", _S, "", "loss"),
+                Entry(1.75, "at+kd", _S, _T, "loss"),
+                Entry(None, "kd", _S, _T, "loss"),
+            ),
+        ),
+        (
+            "train accuracy",
+            (
+                Entry(94.02, "teacher", _T, "", "train_acc"),
+                Entry(90.14, "baseline", _S, "", "train_acc"),
+                Entry(90.15, "at+kd", _S, _T, "train_acc"),
+                Entry(None, "kd", _S, _T, "train_acc"),
+            ),
+        ),
+        (
+            "AT loss",
+            (
+                Entry(None, "", _T),
+                Entry(None, "", _S),
+                Entry(1.17, "at+kd", _S, _T, "at"),
+                Entry(None, "", _S),
+            ),
+        ),
+        (
+            "validation accuracy",
+            (
+                Entry(89.91, "teacher", _T),
+                Entry(88.40, "baseline", _S),
+                Entry(88.19, "at+kd", _S, _T),
+                Entry(None, "kd", _S, _T),
+            ),
+        ),
     ),
     digits=2,
-)  # fmt: skip
+)
 
 _PAIRS = (
-    ("resnet56", "resnet20"), ("resnet56", "resnet32"), ("resnet110", "resnet32"), ("resnet110", "resnet56"), ("wrn_40_2", "wrn_40_1"),
-    ("wrn_40_2", "resnet56"),
+    ("resnet56", "resnet20"), ("resnet56", "resnet32"), ("resnet110", "resnet32"), ("resnet110", "resnet56"),
+    ("wrn_40_2", "wrn_40_1"), ("wrn_40_2", "resnet56"),
 )  # fmt: skip
 _SAKD: dict[str, tuple[str, tuple[float | None, ...]]] = {
     "teacher": ("teacher", (73.03, 73.03, 74.34, 74.34, 75.76, 75.76)),
     "vanilla student": ("baseline", (69.40, 71.14, 71.14, 73.03, 71.98, 73.03)),
     "KD": ("kd", (70.57, 73.27, 73.24, 75.21, 73.54, 74.97)),
-    "FitNet": ("", (70.67, 73.31, 73.49, 75.34, 72.24, 75.06)),
+    "FitNet": ("fitnet", (70.67, 73.31, 73.49, 75.34, 72.24, 75.06)),
     "AT": ("at", (70.71, 73.45, 73.41, 75.46, 72.77, 75.16)),
-    "OFD": ("", (70.82, 72.92, 73.26, 74.96, 73.86, 75.26)),
+    "OFD": ("ofd", (70.82, 72.92, 73.26, 74.96, 73.86, 75.26)),
     "RKD": ("rkd", (70.43, 71.84, 71.82, 74.77, 72.22, 74.39)),
     "CRD": ("crd", (71.44, 73.87, 73.92, 75.56, 74.14, 75.25)),
-    "ReviewKD": ("", (71.89, 73.34, 73.89, 74.83, 75.09, None)),
-    "SRRL": ("", (70.86, None, None, None, 74.64, None)),
-    "AFD": ("", (71.16, 73.67, 73.93, 75.82, None, 75.40)),
-    "SemCKD": ("", (None, None, None, None, 74.41, None)),
+    "ReviewKD": ("reviewkd", (71.89, 73.34, 73.89, 74.83, 75.09, None)),
+    "SRRL": ("srrl", (70.86, None, None, None, 74.64, None)),
+    "AFD": ("afd", (71.16, 73.67, 73.93, 75.82, None, 75.40)),
+    "SemCKD": ("semckd", (None, None, None, None, 74.41, None)),
     "SimKD": ("simkd", (None, None, None, None, 75.56, None)),
-    "NORM (with KD)": ("", (71.61, None, 73.95, None, 75.42, None)),
-    "SAKD": ("", (71.92, 74.38, 74.36, 76.24, 74.97, 75.92)),
+    "NORM (with KD)": ("norm+kd", (71.61, None, 73.95, None, 75.42, None)),
+    "SAKD": ("sakd", (71.92, 74.38, 74.36, 76.24, 74.97, 75.92)),
 }
 
 

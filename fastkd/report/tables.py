@@ -1,8 +1,4 @@
-"""The published tables with our figures beside them, the means over seeds, and the curves.
-
-    python -m fastkd.report runs                              prints the tables
-    python -m fastkd.report runs --plot curves.png            and draws the curves of the runs
-    python -m fastkd.report runs --into README.md             writes the tables between its markers instead
+"""The published tables with our figures beside them, and the means over seeds.
 
 A run counts beside a published figure if data set, student, teacher, method and recipe agree and no field of
 the recipe was changed, the batch being that of all processes together; with other ``--epochs`` it has a line
@@ -11,25 +7,19 @@ of its own that says so, and no difference.
 
 from __future__ import annotations
 
-import argparse
-import sys
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastkd.errors import UserError
-from fastkd.io.console import delivered, screens
-from fastkd.io.files import as_path, write
 from fastkd.methods import title_of
 from fastkd.models import create_model
-from fastkd.report import curves
 from fastkd.report.published import NOTE, TABLES, Entry, Published
 from fastkd.training import results
 from fastkd.training.groups import Group, changes, groups, mean_and_spread, number
 from fastkd.training.recipes import RECIPES
 
-BEGIN, END = "<!-- experiments:begin -->", "<!-- experiments:end -->"
 DASH = "–"
 
 
@@ -39,31 +29,6 @@ def read(folders: Sequence[Path]) -> list[dict[str, str]]:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
     return [row for folder in folders for row in results.read_rows(folder)[1]]
-
-
-def check_wanted(wanted: Sequence[tuple[str, str, str]], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Raises UserError for a column that no run has, or a value that none has there; the line lists those
-    that there are.
-    """
-    columns = dict.fromkeys(name for row in rows for name in row)
-    for name, _, value in wanted:
-        if name not in columns:
-            raise UserError(
-                f"--only {name}: no such column; known:"
-                f" {', '.join(columns) or 'none, since there are no runs'}"
-            )
-        known = dict.fromkeys(str(row.get(name) or "") for row in rows)
-        if value not in known:
-            raise UserError(
-                f"--only {name}={value}: no run has that; known:"
-                f" {', '.join(text or 'nothing' for text in known)}"
-            )
-    if wanted and not any(
-        all(str(row.get(name) or "") == value for name, _, value in wanted) for row in rows
-    ):
-        raise UserError(
-            f"--only: no run has {' and '.join(f'{name}={value}' for name, _, value in wanted)} together"
-        )
 
 
 def figure(row: Any, name: str) -> float | None:
@@ -200,7 +165,7 @@ def tables(rows: Sequence[dict[str, str]]) -> list[tuple[str, list[str], list[li
 
 NOTES = (
     "Ours: mean ± sample standard deviation [seeds] (ours minus published), of the epoch that the recipe"
-    " reports; – is not run, and rows without a line of ours are methods that fastkd has not."
+    " reports; – is not run; n/a is not published."
 )
 
 
@@ -228,71 +193,3 @@ def markdown(rows: Sequence[dict[str, str]]) -> str:
             results.markdown(names, [dict(zip(names, line, strict=True)) for line in lines]).rstrip(),
         ]
     return "\n\n".join(parts)
-
-
-def put(path: Path, text: str) -> None:
-    """Writes ``text`` between the markers of ``path``. Raises UserError."""
-    try:
-        content = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    if content.count(BEGIN) != 1 or content.count(END) != 1:
-        raise UserError(
-            f"{path} has not once each of the lines {BEGIN} and {END}, between which the tables go"
-        )
-    head, rest = content.split(BEGIN)
-    write(path, f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
-
-
-@screens()
-def main(arguments: list[str] | None = None) -> int:
-    text = "Published tables with our figures; curves."
-    parser = argparse.ArgumentParser(prog="python -m fastkd.report", description=text, allow_abbrev=False)
-    parser.add_argument(
-        "folders",
-        nargs="+",
-        type=as_path,
-        metavar="FOLDER",
-        help="an --output of train.py, or a copy of its tables and logs",
-    )
-    parser.add_argument(
-        "--plot", type=as_path, metavar="FILE", help="draw the curves of the runs there (PNG, SVG, PDF)"
-    )
-    parser.add_argument(
-        "--only",
-        action="append",
-        default=[],
-        metavar="COLUMN=VALUE",
-        help="runs with that value only, such as dataset=cifar10",
-    )
-    parser.add_argument(
-        "--into",
-        type=as_path,
-        metavar="FILE",
-        help=f"write the tables into this Markdown file, between {BEGIN} and {END}",
-    )
-    flags = parser.parse_args(arguments)
-    try:
-        wanted = [part.partition("=") for part in flags.only]
-        rows = read(flags.folders)
-        check_wanted(
-            wanted,
-            [*rows, *(curve.about for curve in curves.read(flags.folders, {}))] if flags.plot else rows,
-        )
-        rows = [row for row in rows if all((row.get(name) or "") == value for name, _, value in wanted)]
-        if flags.into:
-            put(flags.into, markdown(rows))
-        else:
-            print(
-                "\n\n".join(
-                    [f"{caption}\n\n{plain(heads, lines)}" for caption, heads, lines in tables(rows)]
-                    + [NOTES]
-                )
-            )
-            delivered()
-        if flags.plot:
-            curves.plot(flags.folders, {name: value for name, _, value in wanted}, flags.plot)
-    except UserError as error:
-        print(f"report: error: {error}", file=sys.stderr)
-        return 2
-    return 0

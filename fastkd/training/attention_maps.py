@@ -98,9 +98,7 @@ def examples(name: str, classes: int, images: Tensor, labels: Tensor) -> tuple[T
 
 
 def stages(model: nn.Module, batch: Tensor) -> list[Tensor]:
-    """The stages' outputs (N, C, H, W) on the CPU, in float32 and eval mode: batch norms by their running
-    averages.
-    """
+    """The stages' outputs (N, C, H, W) on the CPU, in float32, by running averages."""
     with torch.no_grad():
         features, _ = model.eval()(batch, features=True)
     return [x.float().cpu() for x in features.stages]

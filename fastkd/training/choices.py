@@ -113,9 +113,7 @@ class Choices:
 
     @cached_property
     def teacher_weights(self) -> str | None:
-        """The fingerprint of what ``--teacher-checkpoint`` holds, wherever it lies; None without one. Raises
-        UserError.
-        """
+        """The fingerprint of what ``--teacher-checkpoint`` holds; None without one. Raises UserError."""
         if self.settings.teacher_checkpoint is None:
             return None
         teacher = create_model(self.models.teacher, self.data.classes)

@@ -1,7 +1,6 @@
 """The command line of ``python train.py`` in a clone and of ``fastkd-train`` where fastkd is installed.
 
-Exit status 0; 2 for anything that the caller can mend, with one line on stderr; 130 after Ctrl-C, 143 after
-SIGTERM.
+Exit status 0; 2 for what the caller can mend, with one line on stderr; 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ from fastkd.seeds import generator, seeded
 from fastkd.training import distributed, results
 from fastkd.training.choices import Choices
 from fastkd.training.device import can_compile, fast_bfloat16, find_device
-from fastkd.training.recipes import NORMALIZATIONS, Recipe, decided_options, get_recipe, options_of
+from fastkd.training.recipe_options import decided_options, options_of
+from fastkd.training.recipes import NORMALIZATIONS, Recipe, get_recipe
 from fastkd.training.settings import PRECISIONS, Settings, recipe_of, resolve
 
 PAYS = 500_000
@@ -91,9 +92,7 @@ class Config(Choices):
             make_folder(settings.output)  # last: a command that cannot run leaves none
 
     def _how(self) -> tuple[bool, bool]:
-        """Whether steps are compiled, and replayed as a CUDA graph. Bits depend on it, so no clock decides.
-        Raises UserError.
-        """
+        """Whether steps are compiled, and replayed as a CUDA graph. Bits depend on it. Raises UserError."""
         settings, cuda = self.settings, self.device.type == "cuda"
         images = self.recipe.epochs * len(self.data.train_labels) / self.processes
         compiled = (
@@ -126,22 +125,26 @@ class Config(Choices):
     ) -> Distillation:
         """What trains ``student`` by ``method``; both networks are on the device."""
         return Distillation(
-            student, teacher if method.needs_teacher else None, method, train_labels=self.data.train_labels,
-            num_classes=self.data.classes, batch_size=self.recipe.batch_size, epochs=self.recipe.epochs, autocast=self.autocast(),
-            teacher_mode=self.recipe.teacher_mode, seed=self.seed_of(role), fold=fold,
-        )  # fmt: skip
+            student,
+            teacher if method.needs_teacher else None,
+            method,
+            train_labels=self.data.train_labels,
+            num_classes=self.data.classes,
+            batch_size=self.recipe.batch_size,
+            epochs=self.recipe.epochs,
+            autocast=self.autocast(),
+            teacher_mode=self.recipe.teacher_mode,
+            seed=self.seed_of(role),
+            fold=fold,
+        )
 
     def new_model(self, role: str) -> nn.Module:
-        """The untrained "student" or "teacher", its weights drawn from (seed, role): two of one architecture
-        begin apart.
-        """
+        """The untrained "student" or "teacher", its weights drawn from (seed, role)."""
         with seeded(self.seed_of(role), role, "weights"):
             return create_model(self.model_name(role), self.data.classes)
 
     def phases(self, method: Definition) -> list[tuple[str, Recipe, Definition]]:
-        """(name, recipe, method) of what a training with ``method`` does one after the other: "main", perhaps
-        after "init".
-        """
+        """(name, recipe, method) of the phases of a training: "main", perhaps after "init"."""
         recipe = self.recipe
         if not method.initializes or not recipe.init_epochs:
             return [("main", recipe, method)]

@@ -11,13 +11,12 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
 from fastkd.errors import UserError
 from fastkd.io.console import silenced
@@ -53,7 +52,7 @@ def leads() -> bool:
 
 
 def gpu_index() -> int:
-    """Which of the GPUs that PyTorch sees here is this process's. Raises UserError if it has none of its own."""
+    """Which of the GPUs that PyTorch sees is this process's. Raises UserError if it has none."""
     launch, there = launched(), torch.cuda.device_count()
     if launch is None or (there == 1 and not launch.torchrun):  # srun may show each process its own GPU only
         return 0
@@ -137,7 +136,7 @@ def _leave(error: BaseException, cuda: bool) -> None:
 
 
 @contextmanager
-def _meeting() -> Iterator[None]:
+def meeting() -> Iterator[None]:
     """Around what all processes do together. Raises PeerError if one of them has failed or is gone."""
     try:
         yield
@@ -168,92 +167,8 @@ def from_first(work: Callable[[], T]) -> T:
     value: Any = work() if leads() else None
     while share()[1] > 1:
         box = [value]
-        with _meeting():
+        with meeting():
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         if leads() or not isinstance(box[0], _Busy):
             return box[0]
     return value
-
-
-def any_of(flags: Sequence[bool] = ()) -> list[bool]:
-    """For each flag whether it is set in any process: all give the same number of flags. Nothing here waits
-    for a GPU.
-    """
-    if share()[1] == 1:
-        return list(flags)
-    sent = torch.tensor([True, *flags], dtype=torch.int32)
-    with _meeting():
-        dist.all_reduce(sent, dist.ReduceOp.MAX)
-    return [bool(flag) for flag in sent[1:].tolist()]
-
-
-def meet() -> None:
-    """Waits for all processes. Before sums on a GPU, since NCCL would wait for ever for one that has failed."""
-    any_of()
-
-
-def add_gradients(parameters: Sequence[nn.Parameter], weight: float) -> None:
-    """Gradients become the sums over all processes of ``weight`` times their own: with its share of the
-    images, the mean's gradients.
-
-    Where no process has a gradient there is none afterwards, since the optimizer decays a parameter whose
-    gradient is zero, and leaves one without a gradient alone.
-    """
-    if share()[1] == 1:
-        return
-    there = any_of([parameter.grad is not None for parameter in parameters])
-    grads = []
-    for parameter in (parameter for parameter, needed in zip(parameters, there, strict=True) if needed):
-        if parameter.grad is None:  # no image here, but everybody sends the same numbers of bytes
-            parameter.grad = torch.zeros_like(parameter)
-        grads.append(parameter.grad)
-    if not grads:
-        return
-    flat = _sum(torch.cat([grad.reshape(-1) for grad in grads]).mul_(weight))
-    for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-        grad.copy_(part.view(grad.shape))
-
-
-def add(values: Tensor) -> Tensor:
-    """The sum of everybody's, in place."""
-    if share()[1] > 1:
-        meet()
-        _sum(values)
-    return values
-
-
-def _sum(values: Tensor) -> Tensor:
-    with _meeting():
-        dist.all_reduce(values)
-    return values
-
-
-def joined_rows(tree: T, rows: int) -> T:
-    """Each tensor of ``tree``, whose rows belong to this process's images, with the rows of all processes,
-    ``rows`` in all.
-    """
-    rank, world = share()
-    if world == 1:
-        return tree
-    sizes = [len(part) for part in torch.empty(rows).tensor_split(world)]  # as Batches.draw divides them
-
-    def join(mine: Tensor) -> Tensor:
-        parts = [mine.new_zeros(sizes[0], *mine.shape[1:]) for _ in sizes]  # the first part is a largest one
-        parts[rank][: len(mine)] = mine
-        with _meeting():
-            dist.all_gather(parts, parts[rank].clone())
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-
-    return torch.utils._pytree.tree_map(join, tree)
-
-
-def same_buffers(*modules: nn.Module | None) -> None:
-    """Everybody's buffers become those of the first process: running averages are of each one's own images
-    until here.
-    """
-    if share()[1] > 1:
-        meet()
-        with _meeting():
-            for module in modules:
-                for buffer in module.buffers() if module is not None else ():
-                    dist.broadcast(buffer, src=0)

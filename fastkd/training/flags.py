@@ -12,8 +12,7 @@ from fastkd.training.settings import Settings, recipe_of, resolve
 def refuse_idle(settings: Settings) -> None:
     """Raises UserError for a flag that is given and that such a run does not read.
 
-    ``--teacher`` is no such flag: a baseline is that of a pair, and ``--data`` is where to look, whatever is
-    found.
+    ``--teacher`` is no such flag: a baseline is that of a pair; nor ``--data``, which is where to look.
     """
     dataset = choose_dataset(resolve(settings).dataset, settings.data)[0]
     recipe = get_recipe(recipe_of(settings, dataset), settings.overrides)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastkd.methods import title_of
+from fastkd.methods import define, title_of
+from fastkd.methods.options import written as option_written
+from fastkd.training.recipe_options import decided_options, options_of
 from fastkd.training.recipes import RECIPES
 
 KEYS = (
@@ -52,9 +56,7 @@ class Group:
 
     @property
     def cells(self) -> list[str]:
-        """Values of ``KEYS``, up to ``overrides``, for a line of a table; more processes than one stand with
-        the overrides.
-        """
+        """Values of ``KEYS``, up to ``overrides``, for a line of a table, and several processes."""
         *first, overrides = (self.key[name] for name in KEYS[:8])
         more = f"processes={self.key['processes']}" if self.key["processes"] != "1" else ""
         return [*first, " ".join(filter(None, [overrides, more]))]
@@ -71,8 +73,8 @@ def groups(rows: Iterable[Mapping[str, Any]]) -> list[Group]:
 
 
 def changes(row: Mapping[str, Any]) -> list[str]:
-    """What a run has changed in its recipe, but for the epochs: ["lr=0.2"]. A flag that repeats the recipe's
-    value is no change.
+    """What the user has changed in the recipe, but for the epochs: ["lr=0.2"]. A flag that repeats the
+    recipe's value is no change, nor is what the method or the recipe brings of itself.
 
     The batch is that of all processes together: 2 processes of 32 images take the steps of a recipe with 64.
     """
@@ -85,6 +87,8 @@ def changes(row: Mapping[str, Any]) -> list[str]:
     given.pop("epochs", None)
     if recipe is None:
         return [f"{key}={value}" for key, value in given.items()]
+    brought = _brought(str(row["method"]), str(row["recipe"]))
+    given = {key: value for key, value in given.items() if value != brought.get(key)}
     processes = int(number(row.get("processes")) or 1)
     batch = given.pop("batch_size", None) or recipe.batch_size
     changed = [
@@ -93,6 +97,21 @@ def changes(row: Mapping[str, Any]) -> list[str]:
     if int(number(batch) or 0) * processes != recipe.batch_size:
         changed.append(f"batch_size={batch}" + f"×{processes}" * (processes > 1))
     return changed
+
+
+@functools.cache
+def _brought(method: str, recipe: str) -> dict[str, str]:
+    """What a method changes in a recipe, and a recipe in a method's options, as ``overrides`` has it."""
+    fields = RECIPES[recipe]
+    try:
+        sum_of = define(method, preset=fields.preset, words=options_of(recipe, method, ())[0])
+        changed = sum_of.recipe(dataclasses.asdict(fields), ())
+    except ValueError:  # a teacher's row, or of a method that is not there any more
+        return {}
+    options = decided_options(recipe, sum_of)
+    return {key: written(value) for key, value in changed.items()} | {
+        key: option_written(value) for key, value in options.items()
+    }
 
 
 def written(value: Any) -> str:

@@ -1,6 +1,4 @@
-"""How this process was started: alone, or as one of several by torchrun, srun or mpirun, which say so in the
-environment.
-"""
+"""How this process was started: alone, or one of several by torchrun, srun or mpirun (the environment)."""
 
 from __future__ import annotations
 
@@ -21,8 +19,7 @@ LOCAL = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCAL
 class Launch(NamedTuple):
     """What the environment says of processes that were started together.
 
-    ``rank`` and ``local``: the number of this process among all ``world``, and on its machine; ``nodes``:
-    machines.
+    ``rank`` and ``local``: this process's number among all ``world``, and on its machine, of ``nodes``.
     """
 
     rank: int
@@ -33,7 +30,7 @@ class Launch(NamedTuple):
 
 
 def launched() -> Launch | None:
-    """None for a process that was started alone. Raises UserError for variables that contradict each other."""
+    """None for a process that was started alone. Raises UserError for contradictory variables."""
     torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     (world_name, world), (rank_name, rank) = variable(WORLD), variable(RANK)
     if world is None and os.environ.get("RANK") and os.environ.get("MASTER_ADDR"):

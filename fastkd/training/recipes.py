@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastkd.data.loader import PAD_MODES
 from fastkd.errors import UserError
-from fastkd.methods import Definition
 
 
 def _field(text: str, default: Any, choices: tuple[str, ...] | None = None) -> Any:
@@ -49,8 +47,11 @@ class Recipe:
     teacher_mode: str = _field(
         "batch norm of the teacher: its running averages, or each batch's own", "eval", ("eval", "train")
     )
-    normalization: str = _field("constants: the set's own (KD-Zoo's), OFD's for both CIFAR sets, RepDistiller's for CIFAR-100", "own",
-                                ("own", "ofd", "repdistiller"))  # fmt: skip
+    normalization: str = _field(
+        "constants: the set's own (KD-Zoo's), OFD's for both CIFAR sets, RepDistiller's for CIFAR-100",
+        "own",
+        ("own", "ofd", "repdistiller"),
+    )
     preset: str = _field("whose coefficients the method's losses take", "hankyul2")
     report: str = _field("which epoch is the result", "best", ("best", "last"))
     init_epochs: int = _field(
@@ -73,35 +74,35 @@ RECIPES: dict[str, Recipe] = {
     "hankyul2": Recipe(drop_last=True, drop_last_test=True, teacher_mode="train"),
     # szagoruyko/attention-transfer, momenta set to zero at each drop
     "zagoruyko": Recipe(
-        milestones=_at(200, 60, 120, 160), gamma=0.2, weight_decay=5e-4, new_optimizer=True, normalization="ofd", preset="zagoruyko",
-        init_epochs=30, init_lr=0.05,
+        milestones=_at(200, 60, 120, 160), gamma=0.2, weight_decay=5e-4, new_optimizer=True,
+        normalization="ofd", preset="zagoruyko", init_epochs=30, init_lr=0.05,
     ),
     # HobbitLong/RepDistiller; its models of the first phase keep the learning rate
     "repdistiller": Recipe(
-        240, 64, 0.05, _at(240, 150, 180, 210), weight_decay=5e-4, pad_mode="zero", normalization="repdistiller", preset="repdistiller",
-        report="last", init_epochs=30, init_lr=0.05,
+        240, 64, 0.05, _at(240, 150, 180, 210), weight_decay=5e-4, pad_mode="zero",
+        normalization="repdistiller", preset="repdistiller", report="last", init_epochs=30, init_lr=0.05,
     ),
     # megvii-research/mdistiller: RepDistiller's, but for the epoch it reports
     "mdistiller": Recipe(
-        240, 64, 0.05, _at(240, 150, 180, 210), weight_decay=5e-4, pad_mode="zero", normalization="repdistiller", preset="mdistiller",
-        init_epochs=30, init_lr=0.05,
+        240, 64, 0.05, _at(240, 150, 180, 210), weight_decay=5e-4, pad_mode="zero",
+        normalization="repdistiller", preset="mdistiller", init_epochs=30, init_lr=0.05,
     ),
     # AberHu/Knowledge-Distillation-Zoo: all students of a seed begin alike, as in every recipe here
-    "kdzoo": Recipe(nesterov=True, preset="kdzoo", init_epochs=50, init_lr=0.01, init_milestones=_at(50, 30, 40)),
+    "kdzoo": Recipe(
+        nesterov=True, preset="kdzoo", init_epochs=50, init_lr=0.01, init_milestones=_at(50, 30, 40)
+    ),
     # CRGuan/SAKD: momentum 0.8, and a teacher in train mode as in OFD
     "sakd": Recipe(
-        240, 64, 0.05, _at(240, 150, 180, 210), momentum=0.8, nesterov=True, new_optimizer=True, weight_decay=5e-4, teacher_mode="train",
-        normalization="ofd", preset="sakd", init_epochs=30, init_lr=0.05,
+        240, 64, 0.05, _at(240, 150, 180, 210), momentum=0.8, nesterov=True, new_optimizer=True,
+        weight_decay=5e-4, teacher_mode="train", normalization="ofd", preset="sakd",
+        init_epochs=30, init_lr=0.05,
     ),
     # small batches, since an epoch of 1,437 images has few steps
-    "digits": Recipe(8, 32, 0.05, (0.5, 0.8), nesterov=True, weight_decay=5e-4, pad_mode="zero", drop_last=True),
+    "digits": Recipe(
+        8, 32, 0.05, (0.5, 0.8), nesterov=True, weight_decay=5e-4, pad_mode="zero", drop_last=True
+    ),
 }  # fmt: skip
 
-# options of a method that a recipe brings, and why, by (recipe, method); what the user says of the same
-# option wins
-OPTIONS: dict[tuple[str, str], tuple[str, str, str]] = {
-    ("digits", "semckd"): ("beta", "40", "the published 400 is infinite there after a few steps")
-}
 
 # teacher and student on CIFAR-100, by SAKD's letters (those of its README; its code's own flag swaps f, g and
 # h)
@@ -163,32 +164,6 @@ def get_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
         scaled = max(1, round(recipe.init_epochs * recipe.epochs / RECIPES[name].epochs))
         recipe = dataclasses.replace(recipe, init_epochs=scaled)
     return recipe
-
-
-def options_of(name: str, method: str, said: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(options that the recipe ``name`` brings to ``method``, as words of the command line; notes that say
-    so).
-    """
-    words, notes = [], []
-    for (recipe, term), (field_name, value, why) in OPTIONS.items():
-        names = {field_name, f"{term}.{field_name}", f"{term}.preset"}
-        if (
-            recipe == name
-            and term in method.split("+")
-            and not names & {word.partition("=")[0] for word in said}
-        ):
-            words.append(f"{term}.{field_name}={value}")
-            notes.append(f"the recipe {name} gives {term} a {field_name} of {value}: {why}")
-    return words, notes
-
-
-def decided_options(name: str, method: Definition) -> dict[str, Any]:
-    """What the options that the recipe ``name`` may bring are at last: a command says them even where they
-    are the published ones.
-    """
-    terms = {term.name: term for term in method.terms}
-    return {f"{term}.{key}": getattr(terms[term].options, key) for (recipe, term), (key, *_) in OPTIONS.items()
-            if recipe == name and term in terms}  # fmt: skip
 
 
 def drops(recipe: Recipe, step: int, steps: int) -> int:

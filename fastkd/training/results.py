@@ -15,11 +15,10 @@ from fastkd.io.files import locked, write
 from fastkd.training.groups import SHOWN, cells, groups, number
 
 COLUMNS = (
-    "no", "method", "dataset", "student", "teacher", "start_time", "acc", "epoch", "nepoch", "lr", "batch_size",
-    "last_acc", "seed", "recipe", "precision", "device", "seconds", "images_per_second", "fastkd", "processes",
-    "reported_acc", "teacher_acc", "train_acc", "losses", "overrides", "teacher_seed",
-    "deterministic", "compiled", "cuda_graph", "environment",
-    "teacher_checkpoint", "folder",
+    "no", "method", "dataset", "student", "teacher", "start_time", "acc", "epoch", "nepoch", "lr",
+    "batch_size", "last_acc", "seed", "recipe", "precision", "device", "seconds", "images_per_second",
+    "fastkd", "processes", "reported_acc", "teacher_acc", "train_acc", "losses", "overrides", "teacher_seed",
+    "deterministic", "compiled", "cuda_graph", "environment", "teacher_checkpoint", "folder",
 )  # fmt: skip
 
 
@@ -30,8 +29,7 @@ def read_rows(output: Path) -> tuple[list[str], list[dict[str, str]]]:
     """(columns, rows) of ``output``/results.csv; a file that is not there has no rows. Raises UserError for
     one that is something else.
 
-    Whatever a spreadsheet makes of it is read too: see :func:`read_table`. Our columns come first and in our
-    order.
+    Whatever a spreadsheet makes of it is read too: see :func:`read_table`. Our columns come first.
     """
     path = output / "results.csv"
     columns, rows = read_table(path, COLUMNS[:11], COLUMNS)
@@ -119,9 +117,7 @@ def append(output: Path, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def means(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What several seeds of one configuration give together, as a section in Markdown; nothing where each has
-    one.
-    """
+    """Means over the seeds of each configuration, as a section in Markdown; nothing if all have one seed."""
     lines = [dict(zip(SHOWN, cells(group), strict=True)) for group in groups(rows) if len(group.rows) > 1]
     return (
         f"\n## Means over seeds\n\nMean ± sample standard deviation.\n\n{markdown(SHOWN, lines)}"

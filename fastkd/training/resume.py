@@ -31,9 +31,7 @@ def in_words(other: Differences) -> str:
 
 
 def differences_of(folder: Path, config: dict[str, Any], identity: dict[str, Any]) -> Differences:
-    """How the run in ``folder`` differs from ``identity``. A teacher that was moved is the same one by its
-    weights.
-    """
+    """How the run in ``folder`` differs from ``identity``. A teacher that was moved is the same one."""
     other = differences(config["identity"], identity)
     if identity.get("teacher_weights") and other.keys() <= TEACHER and other:
         with suppress(WeightsError):
@@ -43,9 +41,7 @@ def differences_of(folder: Path, config: dict[str, Any], identity: dict[str, Any
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """The config of a run that can be resumed; None for anything else, and for versions that wrote no
-    identities.
-    """
+    """The config of a run that can be resumed; None for anything else, versions without identities too."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -69,9 +65,7 @@ def all_runs(output: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def choose(config: Config) -> tuple[dict[str, str] | None, Path | None]:
-    """(the row of a finished run with which ``--resume auto`` ends, the folder of the run to go on with).
-    Raises UserError.
-    """
+    """(the finished run's row that ends ``--resume auto``, the folder to go on with). Raises UserError."""
     if config.settings.resume is None:
         return None, None
     folder = find_run(config)
@@ -109,8 +103,7 @@ def find_run(config: Config) -> Path | None:
     """The folder that ``--resume`` means; None where only the teacher's training had begun. Raises UserError:
     none, several.
 
-    ``auto`` takes the one that came furthest, since all of one identity end alike, and None where there is
-    none.
+    ``auto`` takes the one that came furthest (one identity ends alike), or None.
     """
     output, wanted = config.settings.output, config.settings.resume
     if wanted and wanted != AUTO:

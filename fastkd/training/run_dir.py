@@ -116,9 +116,7 @@ class RunDir:
 
 @contextmanager
 def opened(config: Config, role: str, folder: Path | None) -> Iterator[RunDir]:
-    """The run in ``folder``, an unfinished one, or a new one. The first process locks it until the end.
-    Raises UserError.
-    """
+    """The run in ``folder``, unfinished or new. The first process locks it to the end. Raises UserError."""
     with ExitStack() as stack:
         whole = distributed.from_first(lambda: stack.enter_context(_locked(config, role, folder)))
         if not distributed.leads():
@@ -128,9 +126,7 @@ def opened(config: Config, role: str, folder: Path | None) -> Iterator[RunDir]:
 
 @contextmanager
 def _locked(config: Config, role: str, folder: Path | None) -> Iterator[RunDir]:
-    """A new run that ends in a UserError before its first checkpoint leaves no folder: nothing of it could be
-    resumed.
-    """
+    """A new run that ends in a UserError before its first checkpoint leaves no folder."""
     run = new_run(config, role) if folder is None else load_run(folder, config.identity(role))
     early = {"config.json", COMMAND, LOG, ".lock", ".lock.held"}
     with owned(run.folder / ".lock") as mine:

@@ -31,7 +31,7 @@ class Interrupted(Exception):
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM raises :class:`Terminated` inside, the first one only: a queue and torchrun may both send it."""
+    """Inside, the first SIGTERM raises :class:`Terminated`; a queue and torchrun may both send it."""
     ours = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     # only that one may ask for signals
     if not ours or threading.current_thread() is not threading.main_thread():

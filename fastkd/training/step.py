@@ -1,6 +1,4 @@
-"""One training step, as one function of the numbers drawn for its batch: eager, compiled, or replayed as a
-CUDA graph.
-"""
+"""One training step, as a function of the numbers drawn for its batch: eager, compiled or a CUDA graph."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from torch import Tensor
 from fastkd.data.loader import Batches
 from fastkd.distillation import Distillation, Losses
 from fastkd.errors import UserError
-from fastkd.training import distributed
+from fastkd.training import collectives
 from fastkd.training.progress import Progress
 
 
@@ -94,10 +92,10 @@ class TrainStep:
             right = (losses.student_logits.detach().argmax(1) == labels).sum()
             terms = torch.stack(list(losses.terms.values())).detach()
             self.sums += torch.cat([terms * len(labels), right.float()[None]])
-        distributed.add_gradients(self.parameters, len(augment_params) / together)
+        collectives.add_gradients(self.parameters, len(augment_params) / together)
         self.optimizer.step()
         if records:
-            self.distillation.update(*distributed.joined_rows((index, records), together))
+            self.distillation.update(*collectives.joined_rows((index, records), together))
 
     def _compile(self, augment_params: Tensor, images: int, progress: Progress) -> None:
         """The first whole batch, whose step waits for the compiler."""
@@ -135,8 +133,7 @@ class Replayed:
     """``run(augment_params)`` as a CUDA graph: the first calls run it as it is, on a stream of their own,
     then it is captured once.
 
-    They are no trials but steps like the others: libraries, compilers and the optimizer make then what they
-    keep.
+    They are steps like the others; libraries, compilers and the optimizer then make what they keep.
     """
 
     FIRST = 3

@@ -43,9 +43,7 @@ class Curves:
         self.threads: list[Any] = []  # the writer's
 
     def add(self, phase: str, history: Sequence[dict[str, float]]) -> None:
-        """The epochs of ``phase`` that were not there yet; "main" has the plain tags, another phase its name
-        before them.
-        """
+        """The epochs of ``phase`` that are not there yet, under plain tags if "main", else under its name."""
         if self.broken or not history:
             return
         try:

@@ -5,22 +5,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastkd.data.loader import Batches
 from fastkd.distillation import Distillation
 from fastkd.errors import UserError
 from fastkd.io.console import counted
 from fastkd.seeds import generator
-from fastkd.training import distributed
+from fastkd.training import collectives
+from fastkd.training.evaluation import evaluate, placed
 from fastkd.training.progress import Progress
 from fastkd.training.recipes import Recipe, drops, learning_rate
 from fastkd.training.step import TrainStep
-
-M = TypeVar("M", bound=nn.Module)
 
 
 class Trainer:
@@ -31,12 +30,19 @@ class Trainer:
     train_acc and test_acc in percent, seconds and images_per_second of its training. :meth:`state` holds all
     that changes and :meth:`load` takes it up after any epoch: what is random is drawn per epoch, from its
     number. ``compiled`` and ``captured``: see :class:`TrainStep`. Of several processes each has its part of
-    every batch; loss, accuracies and gradients are those of all, and batch norms see their own process's
-    images.
+    every batch; loss, accuracies and gradients are those of all, batch norms see their own images.
     """
 
-    def __init__(self, distillation: Distillation, train: Batches, test: Batches | None, recipe: Recipe, autocast: torch.autocast,
-                 compiled: bool = False, captured: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        distillation: Distillation,
+        train: Batches,
+        test: Batches | None,
+        recipe: Recipe,
+        autocast: torch.autocast,
+        compiled: bool = False,
+        captured: bool = False,
+    ):
         self.device = train.pixels.device
         self.distillation = placed(distillation, self.device)
         self.student, self.method, self.teacher = (
@@ -64,9 +70,7 @@ class Trainer:
         return self.recipe.epochs * len(self.batches)
 
     def fit(self, progress: Progress) -> Iterator[int]:
-        """Trains the epochs that are left, and yields the number of each after it: :meth:`state` is then to
-        be saved.
-        """
+        """Trains the epochs that are left; yields the number of each after it, to save :meth:`state`."""
         for epoch in range(len(self.history) + 1, self.recipe.epochs + 1):
             self.train_epoch(epoch, progress)
             yield epoch
@@ -102,8 +106,8 @@ class Trainer:
         for _ in self.train_steps(epoch, progress):
             pass
         self.seen = sum(self.batches.sizes())
-        distributed.add(self.train_step.sums)
-        distributed.same_buffers(self.student, self.method, self.teacher)
+        collectives.add(self.train_step.sums)
+        collectives.same_buffers(self.student, self.method, self.teacher)
         means = self._means(epoch)
         seconds = time.perf_counter() - begun - (self.train_step.compiling - compiling)
         if self.test_batches is not None:
@@ -164,7 +168,7 @@ class Trainer:
         return sum(epoch["images_per_second"] * epoch["seconds"] for epoch in self.history) / seconds
 
     def weights(self) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """What the recipe reports, the best epoch or the last: weights, and the epoch's line of ``history``."""
+        """The epoch that the recipe reports, the best or the last: weights, and its line of ``history``."""
         if self.recipe.report == "best":
             return self.best_weights, self.best()
         return self.student.state_dict(), self.history[-1]
@@ -183,7 +187,7 @@ class Trainer:
         return {**state, "epoch": len(self.history), "history": self.history, "best": self.best_weights}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Takes up what :meth:`state` gave. Raises whatever a dict that is none of its makes PyTorch raise."""
+        """Takes up what :meth:`state` gave. Raises what PyTorch raises for any other dict."""
         self.student.load_state_dict(state["model"])
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -192,29 +196,3 @@ class Trainer:
         self.history, self.best_weights = list(state["history"]), dict(state["best"])
         if len(self.history) != state["epoch"]:
             raise ValueError(f"{counted(len(self.history), 'epoch')} of history, wanted {state['epoch']}")
-
-
-def placed(model: M, device: torch.device) -> M:
-    """``model`` on ``device``, its convolutions channels_last, in place."""
-    return model.to(device).to(memory_format=torch.channels_last)
-
-
-def evaluate(
-    model: nn.Module, batches: Batches, autocast: torch.autocast, share: tuple[int, int] = (0, 1)
-) -> float:
-    """Accuracy in percent over ``batches.test()``, done together by processes of which ``share`` says (which,
-    how many).
-
-    The model is left in eval mode.
-    """
-    model.eval()
-    counts = torch.zeros(2, dtype=torch.int64, device=batches.pixels.device)
-    with torch.no_grad(), autocast:
-        for i, (images, labels) in enumerate(batches.test()):
-            if i % share[1] == share[0]:
-                counts[0] += (model(images).argmax(1) == labels).sum()
-                counts[1] += len(labels)
-    if share[1] > 1:
-        distributed.add(counts)
-    right, seen = counts.tolist()
-    return 100 * right / seen

@@ -2,9 +2,8 @@
 a line says that it is not.
 
     python tests/packaging/check.py                     all of it
-    python tests/packaging/check.py clang++-16 g++-11   these compilers: every code path, no warning, the
-    kernels' tests python tests/packaging/check.py installers          pip and uv, with the tools of this
-    interpreter
+    python tests/packaging/check.py clang++-16 g++-11   these compilers: no warning, the kernels' tests
+    python tests/packaging/check.py installers          pip and uv, with the tools of this interpreter
 
 Needs PyTorch, setuptools, ninja and pytest. Works in copies of the tree; a compiler takes minutes.
 """
@@ -24,9 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMPILERS = ("g++-10", "g++-11", "clang++-16", "clang++-19", "aarch64-linux-gnu-g++")
 KERNEL_TESTS = [
-    f"tests/test_{name}.py"
-    for name in ("attention", "fsp", "feature_map", "batch_norm", "grad_prefetch", "backends")
-]
+    f"tests/ops/test_{name}.py" for name in ("attention", "fsp", "feature_map", "batch_norm", "grad_prefetch")
+] + ["tests/backends/test_backends.py"]
 FASTKD = re.compile(r"^ *fastkd: .*", re.MULTILINE)
 
 
@@ -135,19 +133,7 @@ def check_hidden_installation(folder: Path) -> str:
     """`pip install .` in a clone, then train.py there: the reason is named, and the way out works."""
     top, site = tree(folder), folder / "site"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    train = [
-        "train.py",
-        "--method",
-        "at",
-        "--dataset",
-        "digits",
-        "--epochs",
-        "1",
-        "--teacher",
-        "resnet8",
-        "--student",
-        "resnet8",
-    ]
+    train = "train.py --method at --dataset digits --epochs 1 --teacher resnet8 --student resnet8".split()
     run(*pip, "--target", site, ".", cwd=top)
     assert "loaded" in run(sys.executable, "-m", "fastkd", cwd=folder, PYTHONPATH=str(site))
     hidden = run(sys.executable, "-m", "fastkd", cwd=top, PYTHONPATH=str(site))
@@ -165,7 +151,7 @@ def check_hidden_installation(folder: Path) -> str:
         "-m",
         "pytest",
         "-q",
-        "tests/test_feature_map.py",
+        "tests/ops/test_feature_map.py",
         "-k",
         "gives_the_same_answers",
         cwd=top,

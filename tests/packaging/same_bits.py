@@ -49,16 +49,7 @@ def jobs() -> dict[str, list[str]]:
             found[f"{recipe} {method}"] = ["--recipe", recipe, "--method", method, "--epochs", "1"]
     for method in ("baseline", "kd", "at"):
         found[f"digits {method}"] = ["--recipe", "digits", "--method", method, "--epochs", "2"]
-    found["digits at+kd bf16"] = [
-        "--recipe",
-        "digits",
-        "--method",
-        "at+kd",
-        "--epochs",
-        "1",
-        "--precision",
-        "bf16",
-    ]
+    found["digits at+kd bf16"] = "--recipe digits --method at+kd --epochs 1 --precision bf16".split()
     return found
 
 

@@ -4,8 +4,8 @@
     python tests/packaging/triton_releases.py 3.7.1      this one
 
 Prints a line a release and fails if one fails. Needs PyTorch and pip; a release takes 200 MB and some
-minutes. What is compiled is in tests/triton_compile.py: all its cases for sm_90, enough of them for every
-kernel elsewhere.
+minutes. What is compiled is in tests/helpers/triton_compile.py: all its cases for sm_90, enough of them for
+every kernel elsewhere.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-COMPILE = ROOT / "tests" / "triton_compile.py"
+COMPILE = ROOT / "tests" / "helpers" / "triton_compile.py"
 OLDEST = (3, 6, 0)
 CAPABILITIES = (80, 90, 100)
 
@@ -35,7 +35,7 @@ def releases() -> list[str]:
 
 
 def compiled(site: Path, capability: int) -> tuple[list[dict], str]:
-    """What triton_compile.py says of each kernel, by the Triton in ``site``; or the last line of its error."""
+    """What triton_compile.py says of each kernel with the Triton in ``site``, or its last error line."""
     env = os.environ | {
         "PYTHONPATH": f"{site}{os.pathsep}{ROOT}",
         "TRITON_INTERPRET": "0",

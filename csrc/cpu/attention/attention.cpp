@@ -2,7 +2,6 @@
 // attention.inl, the schemas in fastkd/ops/attention.py.
 #include "cpu/attention/attention.h"
 
-#include <optional>
 #include <tuple>
 
 #include "cpu/dispatch.h"
@@ -125,26 +124,26 @@ Tensor make_coefficients(AttentionSide& side, const TensorView& view, bool is_ma
   return out;
 }
 
-std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(
-    const Tensors& student, const Tensors& teacher, double p, double eps, int64_t switches,
-    const std::optional<std::vector<double>>& weights, double weight, bool student_grad, bool teacher_grad,
-    std::optional<double> upstream) {
+std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& student, const Tensors& teacher,
+                                                             int64_t options,
+                                                             const std::vector<double>& numbers) {
   const size_t count = student.size();
   STD_TORCH_CHECK(count > 0 && teacher.size() == count,
                   "student and teacher must be lists of the same length, at least 1, got ", count, " and ",
                   teacher.size());
-  STD_TORCH_CHECK(!weights || weights->size() == count, "weights must hold one number a stage");
-  check_switches(switches);
-  const bool student_is_map = switches & kStudentIsMap;
-  const bool teacher_is_map = switches & kTeacherIsMap;
+  check_options(options);
+  const AttentionNumbers given = attention_numbers(numbers, count);
+  const bool student_grad = options & kStudentGrad, teacher_grad = options & kTeacherGrad;
+  const bool student_is_map = options & kStudentIsMap;
+  const bool teacher_is_map = options & kTeacherIsMap;
   AttentionLossArgs args;
-  args.options = options_of(p, switches & kSigned, switches & kMean, eps, switches & kAddEps);
-  args.pool_before = (switches & kPoolBefore) != 0;
-  args.l2 = (switches & kL2) != 0;
+  args.options = options_of(given.p, options & kSigned, options & kMean, given.eps, options & kAddEps);
+  args.pool_before = (options & kPoolBefore) != 0;
+  args.l2 = (options & kL2) != 0;
   args.teacher_is_map = teacher_is_map;
   args.student_is_map = student_is_map;
-  const bool max = switches & kPoolMax;
-  const double share = switches & kStageMean ? weight / static_cast<double>(count) : weight;
+  const bool max = options & kPoolMax;
+  const double share = options & kStageMean ? given.weight / static_cast<double>(count) : given.weight;
 
   std::vector<TensorView> views(2 * count);  // student's, then teacher's
   args.accumulation = DType::kFloat;
@@ -157,7 +156,9 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(
   std::vector<AttentionStage> stages(count);
   std::vector<PoolTables> pools(2 * count);
   Tensors gradients;
-  args.upstream = upstream.value_or(0);
+  const bool prepare = options & kPrepare && student_grad && !student_is_map;
+  if (prepare) gradients.reserve(count);
+  args.upstream = given.upstream;
   int64_t elements = 0;
   size_t scratch_bytes = 0;
   for (size_t i = 0; i < count; ++i) {
@@ -185,10 +186,10 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(
     stage.teacher = side_of(t, pools[2 * i + 1].plan);
     const double terms = static_cast<double>(s.batch) *
                          (args.l2 ? 1.0 : static_cast<double>(stage.student.pool.out_positions));
-    stage.factor = share * (weights ? (*weights)[i] : 1.0) / terms;
+    stage.factor = share * (given.weights ? given.weights[i] : 1.0) / terms;
     elements += s.channels * s.positions + t.channels * t.positions;
     stage.gradient.data = nullptr;
-    if (upstream && student_grad && !student_is_map) {
+    if (prepare) {
       gradients.push_back(empty_like(student[i], views[i]));
       stage.gradient = feature_of(view_of(gradients[i], "gradient"), "gradient");
       stage.streaming = bytes_of(stage.gradient) >= kStreamingBytes;
@@ -241,15 +242,15 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(
 }
 
 Tensors attention_transfer_loss_backward(const Tensor& grad, const Tensors& features,
-                                         const Tensors& coefficients, double p, int64_t switches) {
+                                         const Tensors& coefficients, double p, int64_t options) {
   const size_t count = features.size();
   STD_TORCH_CHECK(coefficients.size() == count, "features and coefficients must be lists of the same length");
   if (count == 0) return {};
   AttentionLossBackwardArgs args;
-  check_switches(switches);
-  args.options = options_of(p, switches & kSigned, false, 0, false);
+  check_options(options);
+  args.options = options_of(p, options & kSigned, false, 0, false);
   args.grad = scalar_of(grad, "grad");
-  const bool max = switches & kPoolMax;
+  const bool max = options & kPoolMax;
 
   std::vector<AttentionGradient> items(count);
   std::vector<PoolTables> pools(count);

@@ -1,19 +1,14 @@
 // fsp_matrix and fsp_loss with their backward operators: checks and allocation. The division into units of
 // work is in fsp_plan.cpp, the arithmetic in fsp/fsp.inl.
-#include "cpu/fsp/plan.h"
-
 #include <cstring>
-#include <optional>
+#include <numeric>
 #include <tuple>
+
+#include "common/fsp_options.h"
+#include "cpu/fsp/plan.h"
 
 namespace fastkd {
 namespace {
-
-void check_precision(const std::optional<Text>& precision) {
-  STD_TORCH_CHECK(
-      !precision || precision->value == "ieee" || precision->value == "tf32" || precision->value == "tf32x3",
-      "precision must be \"ieee\", \"tf32\", \"tf32x3\" or None, got \"", precision->value, "\"");
-}
 
 std::vector<Feature> features_of(const std::vector<Tensor>& tensors, const char* name) {
   std::vector<Feature> features;
@@ -52,26 +47,22 @@ void write_scalar(const Tensor& to, double value) {
 
 }  // namespace
 
-Tensor fsp_matrix(const Tensor& a, const Tensor& b, const Text& pool_mode, std::optional<Text> precision) {
-  check_precision(precision);
-  const bool max = parse_switch(pool_mode, "pool_mode", "avg", "max");
+Tensor fsp_matrix(const Tensor& a, const Tensor& b, int64_t bits) {
+  const FspOptions options = fsp_options(bits);
   const Feature chain[2] = {feature_of(view_of(a, "a"), "a"), feature_of(view_of(b, "b"), "b")};
   check_alike(a, b, "b");
   const DType accumulate = accumulation(chain[0].dtype, chain[1].dtype);
   const int64_t sizes[3] = {chain[0].batch, chain[0].channels, chain[1].channels};
   Tensor out = empty(sizes, 3, accumulate);
   Pools pools;
-  std::vector<FspPair> pairs{plan_pair(chain, nullptr, max, FspResult::kMatrix, pools)};
+  std::vector<FspPair> pairs{plan_pair(chain, nullptr, options.max, FspResult::kMatrix, pools)};
   pairs[0].out = out.data_ptr();
   run_forward(ForwardPlan(pairs, sizes[0]), accumulate);
   return out;
 }
 
-std::vector<Tensor> fsp_matrix_backward(const Tensor& grad, const Tensor& a, const Tensor& b,
-                                        const Text& pool_mode, std::optional<Text> precision, bool a_grad,
-                                        bool b_grad) {
-  check_precision(precision);
-  const bool max = parse_switch(pool_mode, "pool_mode", "avg", "max");
+std::vector<Tensor> fsp_matrix_backward(const Tensor& grad, const Tensor& a, const Tensor& b, int64_t bits) {
+  const FspOptions options = fsp_options(bits);
   const Feature fa = feature_of(view_of(a, "a"), "a"), fb = feature_of(view_of(b, "b"), "b");
   check_alike(a, b, "b");
   const TensorView m = view_of(grad, "grad");
@@ -79,11 +70,11 @@ std::vector<Tensor> fsp_matrix_backward(const Tensor& grad, const Tensor& a, con
   const DType accumulate = accumulation(accumulation(fa.dtype, fb.dtype), m.dtype);
   Pools pools;
   FspOperand as_a, as_b;
-  const int64_t positions = join(fa, fb, max, pools, as_a, as_b);
+  const int64_t positions = join(fa, fb, options.max, pools, as_a, as_b);
   std::vector<FspStage> stages;
   std::vector<Tensor> out;
   for (int side = 0; side < 2; ++side) {
-    if (!(side == 0 ? a_grad : b_grad)) continue;
+    if (!(side == 0 ? options.a_grad : options.b_grad)) continue;
     FspStage stage{};
     stage.terms = 1;
     stage.term[0] = plan_term(side == 0 ? as_b : as_a, (side == 0 ? as_a : as_b).pool, positions, 1.0, m,
@@ -102,13 +93,16 @@ struct ChainGradients {
   Pools pools;
 };
 
-void plan_chain(ChainGradients& chain, const std::vector<Tensor>& features,
+void plan_chain(ChainGradients& chain, const std::vector<Tensor>& features, const std::vector<Feature>& f,
                 const std::vector<Tensor>& matrix_grads, const std::vector<int64_t>& stages, double upstream,
                 bool max, DType accumulate) {
-  const std::vector<Feature> f = features_of(features, "features");
   std::vector<TensorView> m;
   std::vector<FspOperand> as_a(matrix_grads.size()), as_b(matrix_grads.size());
   std::vector<int64_t> positions;
+  m.reserve(matrix_grads.size());
+  positions.reserve(matrix_grads.size());
+  chain.out.reserve(stages.size());
+  chain.plans.reserve(stages.size());
   for (size_t p = 0; p < matrix_grads.size(); ++p) {
     check_alike(features[0], features[p + 1], "features");
     m.push_back(view_of(matrix_grads[p], "matrix_grads"));
@@ -128,24 +122,16 @@ void plan_chain(ChainGradients& chain, const std::vector<Tensor>& features,
   }
 }
 
-std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fsp_loss(
-    std::vector<Tensor> student, std::vector<Tensor> teacher, const Text& pool_mode, const Text& distance,
-    const Text& pair_reduce, std::optional<std::vector<double>> weights, double weight,
-    std::optional<Text> precision, bool with_grad, std::optional<double> upstream,
-    std::vector<int64_t> stages) {
-  check_precision(precision);
-  const bool max = parse_switch(pool_mode, "pool_mode", "avg", "max");
-  const bool columns = distance.value == "column_l2";
-  const bool mean = distance.value == "squared";
-  STD_TORCH_CHECK(mean || columns || distance.value == "frobenius",
-                  "distance must be \"squared\", \"frobenius\" or \"column_l2\", got \"", distance.value,
-                  "\"");
-  const bool pair_mean = parse_switch(pair_reduce, "pair_reduce", "sum", "mean");
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fsp_loss(const std::vector<Tensor>& student,
+                                                                      const std::vector<Tensor>& teacher,
+                                                                      int64_t bits,
+                                                                      const std::vector<double>& numbers) {
+  const FspOptions options = fsp_options(bits);
   STD_TORCH_CHECK(student.size() >= 2, "student must hold at least two stages, got ", student.size());
   STD_TORCH_CHECK(teacher.size() == student.size(), "student and teacher must hold equally many stages, got ",
                   student.size(), " and ", teacher.size());
   const size_t count = student.size() - 1;
-  STD_TORCH_CHECK(!weights || weights->size() == count, "weights must hold one number a pair (", count, ")");
+  const FspNumbers given = fsp_numbers(numbers, count);
   const std::vector<Feature> s = features_of(student, "student"), t = features_of(teacher, "teacher");
   for (size_t i = 0; i <= count; ++i) {
     check_alike(student[0], student[i], "student");
@@ -158,21 +144,29 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fsp_loss(
   std::vector<FspPair> pairs;
   std::vector<Tensor> grads;
   std::vector<double> factors;
+  pairs.reserve(count);
+  grads.reserve(count);
+  factors.reserve(count);
+  const bool columns = options.distance == FspDistance::kColumnL2;
   for (size_t p = 0; p < count; ++p) {
     const int64_t sizes[3] = {s[p].batch, s[p].channels, s[p + 1].channels};
-    factors.push_back(weight * (weights ? (*weights)[p] : 1.0) / (pair_mean ? double(count) : 1.0) /
-                      double(sizes[0]) / (mean ? double(sizes[1]) * double(sizes[2]) : 1.0));
+    const double products =
+        options.distance == FspDistance::kSquared ? double(sizes[1]) * double(sizes[2]) : 1.0;
+    factors.push_back(pair_factor(options, given, p, count) / double(sizes[0]) / products);
     pairs.push_back(
-        plan_pair(&s[p], &t[p], max, columns ? FspResult::kColumnNorms : FspResult::kSquares, pools));
+        plan_pair(&s[p], &t[p], options.max, columns ? FspResult::kColumnNorms : FspResult::kSquares, pools));
     pairs.back().slope = columns ? factors.back() : 2.0 * factors.back();
-    if (!with_grad) continue;
+    if (!options.with_grad) continue;
     grads.push_back(empty(sizes, 3, accumulate));
     pairs.back().out = grads.back().data_ptr();
   }
-  STD_TORCH_CHECK(stages.empty() || (upstream && with_grad),
-                  "stages wants with_grad and the upstream gradient");
+  STD_TORCH_CHECK(options.with_grad || !options.prepare, "prepare wants with_grad");
   ChainGradients gradients;
-  if (!stages.empty()) plan_chain(gradients, student, grads, stages, *upstream, max, accumulate);
+  if (options.prepare) {
+    std::vector<int64_t> stages(count + 1);
+    std::iota(stages.begin(), stages.end(), 0);
+    plan_chain(gradients, student, s, grads, stages, given.upstream, options.max, accumulate);
+  }
   const ForwardPlan forward(pairs, s[0].batch);
   run_training(forward, BackwardPlan(gradients.plans), accumulate);
   const std::vector<double> losses = forward.losses();
@@ -180,27 +174,27 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fsp_loss(
   for (size_t p = 0; p < count; ++p) loss += factors[p] * losses[p];
   Tensor out = empty(nullptr, 0, accumulate);
   accumulate == DType::kDouble ? write_scalar<double>(out, loss) : write_scalar<float>(out, loss);
-  return {out, grads, gradients.out};
+  return {std::move(out), std::move(grads), std::move(gradients.out)};
 }
 
-std::vector<Tensor> fsp_loss_backward(const Tensor& grad, std::vector<Tensor> features,
-                                      std::vector<Tensor> matrix_grads, const Text& pool_mode,
-                                      std::optional<Text> precision, std::vector<int64_t> stages, bool negate,
-                                      std::optional<std::vector<Tensor>> others) {
-  check_precision(precision);
-  const bool max = parse_switch(pool_mode, "pool_mode", "avg", "max");
+std::vector<Tensor> fsp_loss_backward(const Tensor& grad, const std::vector<Tensor>& features,
+                                      const std::vector<Tensor>& matrix_grads, int64_t bits,
+                                      const std::vector<int64_t>& stages,
+                                      const std::vector<Tensor>& others) {
+  const FspOptions options = fsp_options(bits);
   STD_TORCH_CHECK(features.size() >= 2 && matrix_grads.size() == features.size() - 1,
                   "matrix_grads must hold one matrix a pair of features");
-  STD_TORCH_CHECK(!others || others->empty(),
+  STD_TORCH_CHECK(others.empty(),
                   "others must be empty: with a matrix a pair, a chain's gradients need that chain alone");
-  const double upstream = negate ? -scalar_of(grad, "grad") : scalar_of(grad, "grad");
-  DType accumulate = accumulation_of(features_of(features, "features"), DType::kFloat);
+  const double upstream = options.negate ? -scalar_of(grad, "grad") : scalar_of(grad, "grad");
+  const std::vector<Feature> f = features_of(features, "features");
+  DType accumulate = accumulation_of(f, DType::kFloat);
   for (const Tensor& m : matrix_grads)
     accumulate = accumulation(accumulate, view_of(m, "matrix_grads").dtype);
   ChainGradients gradients;
-  plan_chain(gradients, features, matrix_grads, stages, upstream, max, accumulate);
+  plan_chain(gradients, features, f, matrix_grads, stages, upstream, options.max, accumulate);
   run_backward(BackwardPlan(gradients.plans), accumulate);
-  return gradients.out;
+  return std::move(gradients.out);
 }
 
 }  // namespace fastkd

@@ -1,6 +1,5 @@
 // The attention-transfer loss for CUDA: checks, allocation and launches. The kernels are in
 // attention_loss.cuh and attention_gradient.cuh, the schemas in fastkd/ops/attention.py.
-#include <optional>
 #include <tuple>
 
 #include "common/attention_options.h"
@@ -68,27 +67,27 @@ Tensor make_coefficients(const TensorView& view, bool is_map, DType dtype, const
   return device.empty(sizes, view.dim - 1, dtype);
 }
 
-std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(
-    const Tensors& student, const Tensors& teacher, double p, double eps, int64_t switches,
-    const std::optional<std::vector<double>>& weights, double weight, bool student_grad, bool teacher_grad,
-    std::optional<double> upstream) {
+std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& student, const Tensors& teacher,
+                                                             int64_t options,
+                                                             const std::vector<double>& numbers) {
   const size_t count = student.size();
   STD_TORCH_CHECK(count > 0 && teacher.size() == count,
                   "student and teacher must be lists of the same length, at least 1, got ", count, " and ",
                   teacher.size());
-  STD_TORCH_CHECK(!weights || weights->size() == count, "weights must hold one number a stage");
-  check_switches(switches);
-  const AttentionOptions options =
-      options_of(p, switches & kSigned, switches & kMean, eps, switches & kAddEps);
-  check_served(options);
+  check_options(options);
+  const AttentionNumbers given = attention_numbers(numbers, count);
+  const bool student_grad = options & kStudentGrad, teacher_grad = options & kTeacherGrad;
+  const AttentionOptions map =
+      options_of(given.p, options & kSigned, options & kMean, given.eps, options & kAddEps);
+  check_served(map);
   STD_TORCH_CHECK(count <= kMaxStages, "the CUDA kernels serve at most ", kMaxStages, " stages, got ", count);
   LossArgs args;
-  args.eps = eps;
-  args.mean = static_cast<int8_t>(options.mean);
-  args.add_eps = static_cast<int8_t>(options.add_eps);
-  args.l2 = (switches & kL2) != 0;
-  args.student_is_map = (switches & kStudentIsMap) != 0;
-  args.teacher_is_map = (switches & kTeacherIsMap) != 0;
+  args.eps = map.eps;
+  args.mean = static_cast<int8_t>(map.mean);
+  args.add_eps = static_cast<int8_t>(map.add_eps);
+  args.l2 = (options & kL2) != 0;
+  args.student_is_map = (options & kStudentIsMap) != 0;
+  args.teacher_is_map = (options & kTeacherIsMap) != 0;
   args.count = static_cast<int32_t>(count);
 
   TensorView views[2 * kMaxStages];  // student's, then teacher's
@@ -107,7 +106,7 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(
     student_bytes += is_student ? bytes_of(features[i]) : 0;
   }
   const int64_t samples = features[0].batch, goal = unit_goal(bytes);
-  const double share = switches & kStageMean ? weight / static_cast<double>(count) : weight;
+  const double share = options & kStageMean ? given.weight / static_cast<double>(count) : given.weight;
   const OnDevice device(views[0]);
 
   int64_t blocks = 0, sums = 0;
@@ -137,7 +136,7 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(
     }
     stage.positions = static_cast<int32_t>(s.positions);
     const double terms = static_cast<double>(samples) * (args.l2 ? 1.0 : static_cast<double>(s.positions));
-    stage.factor = share * (weights ? (*weights)[i] : 1.0) / terms;
+    stage.factor = share * (given.weights ? given.weights[i] : 1.0) / terms;
     stage.first = static_cast<int32_t>(blocks);
     blocks += samples * units_of(stage, args.student_is_map, args.teacher_is_map);
     grid_of("attention_transfer_loss", blocks);
@@ -171,9 +170,10 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(
          in_double ? kSharedBytes<double> : kSharedBytes<float>, device, args);
 
   Tensors gradients;
-  if (upstream && student_grad && !args.student_is_map) {
+  if (options & kPrepare && student_grad && !args.student_is_map) {
+    gradients.reserve(count);
     Gradients run(device, accumulated, student_bytes);
-    run.upstream(*upstream);
+    run.upstream(given.upstream);
     for (size_t i = 0; i < count; ++i) {
       gradients.push_back(empty_like(student[i], views[i]));
       const Feature dx = feature_of(view_of(gradients[i], "gradient"), "gradient");
@@ -185,12 +185,12 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(
 }
 
 Tensors attention_transfer_loss_backward(const Tensor& grad, const Tensors& features,
-                                         const Tensors& coefficients, double p, int64_t switches) {
+                                         const Tensors& coefficients, double p, int64_t options) {
   const size_t count = features.size();
   STD_TORCH_CHECK(coefficients.size() == count, "features and coefficients must be lists of the same length");
   if (count == 0) return {};
-  check_switches(switches);
-  check_served(options_of(p, switches & kSigned, false, 0, false));
+  check_options(options);
+  check_served(options_of(p, options & kSigned, false, 0, false));
   const TensorView upstream = view_of(grad, "grad");
   for (int32_t d = 0; d < upstream.dim; ++d)
     STD_TORCH_CHECK(upstream.sizes[d] == 1, "grad must hold one number");

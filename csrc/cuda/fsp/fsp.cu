@@ -7,20 +7,13 @@
 // launch: dA = upstream M B / S and dB = upstream M^T A / S, both terms of a middle stage at once. Pooling is
 // done where a feature is read, or by a launch before; the gradient of averaging where the other factor is
 // read, or, like that of maxima, by windows from a gradient that a launch before has made (fsp_gradient.cu).
-#include "cuda/fsp/gradient.cuh"
-
-#include <optional>
+#include <numeric>
 #include <tuple>
+
+#include "cuda/fsp/gradient.cuh"
 
 namespace fastkd {
 namespace {
-
-std::string precision_of(const std::optional<Text>& precision) {
-  const std::string value = precision ? precision->value : "ieee";
-  STD_TORCH_CHECK(value == "ieee" || value == "tf32" || value == "tf32x3",
-                  "precision must be \"ieee\", \"tf32\", \"tf32x3\" or None, got \"", value, "\"");
-  return value;
-}
 
 std::vector<TensorView> views_of(const std::vector<Tensor>& tensors, const char* name) {
   std::vector<TensorView> views;
@@ -58,12 +51,11 @@ bool same_positions(const PairArguments& pair) {
 
 }  // namespace
 
-Tensor fsp_matrix(const Tensor& a, const Tensor& b, const Text& pool_mode, std::optional<Text> precision) {
-  const std::string how = precision_of(precision);
-  const bool max = parse_switch(pool_mode, "pool_mode", "avg", "max");
+Tensor fsp_matrix(const Tensor& a, const Tensor& b, int64_t bits) {
+  const FspOptions options = fsp_options(bits);
   const std::vector<TensorView> views = {view_of(a, "a"), view_of(b, "b")};
   const DType accumulate = accumulation_of(views);
-  FspCall call(views[0], accumulate, mode_of(views, accumulate, how), max);
+  FspCall call(views[0], accumulate, mode_of(views, accumulate, options.precision), options.max);
   const Feature fa = features_of(call, {views[0]}, "a")[0], fb = features_of(call, {views[1]}, "b")[0];
   const int64_t sizes[3] = {fa.batch, fa.channels, fb.channels};
   Tensor out = call.device.empty(sizes, 3, accumulate);
@@ -75,20 +67,17 @@ Tensor fsp_matrix(const Tensor& a, const Tensor& b, const Text& pool_mode, std::
   return out;
 }
 
-std::vector<Tensor> fsp_matrix_backward(const Tensor& grad, const Tensor& a, const Tensor& b,
-                                        const Text& pool_mode, std::optional<Text> precision, bool a_grad,
-                                        bool b_grad) {
-  const std::string how = precision_of(precision);
-  const bool max = parse_switch(pool_mode, "pool_mode", "avg", "max");
+std::vector<Tensor> fsp_matrix_backward(const Tensor& grad, const Tensor& a, const Tensor& b, int64_t bits) {
+  const FspOptions options = fsp_options(bits);
   const std::vector<TensorView> views = {view_of(a, "a"), view_of(b, "b")};
   const TensorView m = view_of(grad, "grad");
   const DType accumulate = accumulation(accumulation_of(views), m.dtype);
-  FspCall call(views[0], accumulate, mode_of(views, accumulate, how), max);
+  FspCall call(views[0], accumulate, mode_of(views, accumulate, options.precision), options.max);
   const Feature fa = features_of(call, {views[0]}, "a")[0], fb = features_of(call, {views[1]}, "b")[0];
   check_matrix_grad(call, m, fa, fb, "grad");
   FspGradients gradients(call);
-  if (a_grad) gradients.add(a, views[0], fa, {{fb, m, 1}});
-  if (b_grad) gradients.add(b, views[1], fb, {{fa, m, 2}});
+  if (options.a_grad) gradients.add(a, views[0], fa, {{fb, m, 1}});
+  if (options.b_grad) gradients.add(b, views[1], fb, {{fa, m, 2}});
   return gradients.run(1.0, nullptr);
 }
 
@@ -97,12 +86,12 @@ namespace {
 // The gradients of stages of a chain from those of its matrices.
 std::vector<Tensor> chain_gradients(const std::vector<Tensor>& features, const std::vector<TensorView>& views,
                                     const std::vector<Tensor>& matrix_grads,
-                                    const std::vector<int64_t>& stages, bool max, const std::string& how,
+                                    const std::vector<int64_t>& stages, const FspOptions& options,
                                     double factor, const TensorView* upstream) {
   if (stages.empty()) return {};
   const std::vector<TensorView> m = views_of(matrix_grads, "matrix_grads");
   const DType accumulate = accumulation(accumulation_of(views), accumulation_of(m));
-  FspCall call(views[0], accumulate, mode_of(views, accumulate, how), max);
+  FspCall call(views[0], accumulate, mode_of(views, accumulate, options.precision), options.max);
   const std::vector<Feature> f = features_of(call, views, "features");
   for (size_t p = 0; p < m.size(); ++p) check_matrix_grad(call, m[p], f[p], f[p + 1], "matrix_grads");
   FspGradients gradients(call);
@@ -119,32 +108,24 @@ std::vector<Tensor> chain_gradients(const std::vector<Tensor>& features, const s
 
 }  // namespace
 
-std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fsp_loss(
-    std::vector<Tensor> student, std::vector<Tensor> teacher, const Text& pool_mode, const Text& distance,
-    const Text& pair_reduce, std::optional<std::vector<double>> weights, double weight,
-    std::optional<Text> precision, bool with_grad, std::optional<double> upstream,
-    std::vector<int64_t> stages) {
-  const std::string how = precision_of(precision);
-  const bool max = parse_switch(pool_mode, "pool_mode", "avg", "max");
-  const bool columns = distance.value == "column_l2", mean = distance.value == "squared";
-  STD_TORCH_CHECK(mean || columns || distance.value == "frobenius",
-                  "distance must be \"squared\", \"frobenius\" or \"column_l2\", got \"", distance.value,
-                  "\"");
-  const bool pair_mean = parse_switch(pair_reduce, "pair_reduce", "sum", "mean");
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fsp_loss(const std::vector<Tensor>& student,
+                                                                      const std::vector<Tensor>& teacher,
+                                                                      int64_t bits,
+                                                                      const std::vector<double>& numbers) {
+  const FspOptions options = fsp_options(bits);
   STD_TORCH_CHECK(student.size() >= 2, "student must hold at least two stages, got ", student.size());
   STD_TORCH_CHECK(teacher.size() == student.size(), "student and teacher must hold equally many stages, got ",
                   student.size(), " and ", teacher.size());
   const size_t count = student.size() - 1;
-  STD_TORCH_CHECK(!weights || weights->size() == count, "weights must hold one number a pair (", count, ")");
-  STD_TORCH_CHECK(stages.empty() || (upstream && with_grad),
-                  "stages wants with_grad and the upstream gradient");
+  const FspNumbers given = fsp_numbers(numbers, count);
+  STD_TORCH_CHECK(options.with_grad || !options.prepare, "prepare wants with_grad");
 
   const std::vector<TensorView> s_views = views_of(student, "student"),
                                 t_views = views_of(teacher, "teacher");
   std::vector<TensorView> all = s_views;
   all.insert(all.end(), t_views.begin(), t_views.end());
   const DType accumulate = accumulation_of(all);
-  FspCall call(all[0], accumulate, mode_of(all, accumulate, how), max);
+  FspCall call(all[0], accumulate, mode_of(all, accumulate, options.precision), options.max);
   const std::vector<Feature> s = features_of(call, s_views, "student"),
                              t = features_of(call, t_views, "teacher");
   for (size_t i = 0; i <= count; ++i) {
@@ -157,40 +138,45 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fsp_loss(
     const int64_t sizes[3] = {s[p].batch, s[p].channels, s[p + 1].channels};
     PairArguments pair{};
     pair.chains = 2;
-    pair.factor = weight * (weights ? (*weights)[p] : 1.0) / (pair_mean ? static_cast<double>(count) : 1.0) /
+    const bool mean = options.distance == FspDistance::kSquared;
+    pair.factor = pair_factor(options, given, p, count) /
                   static_cast<double>(mean ? sizes[0] * sizes[1] * sizes[2] : sizes[0]);
     plan_chain(call, pair, 0, s[p], s[p + 1]);
     plan_chain(call, pair, 1, t[p], t[p + 1]);
     pair.difference = same_positions(pair);
-    if (with_grad) {
+    if (options.with_grad) {
       grads.push_back(call.device.empty(sizes, 3, accumulate));
       pair.out = grads.back().mutable_data_ptr();
     }
     pairs.push_back(pair);
   }
   Tensor loss = call.device.empty(nullptr, 0, accumulate);
+  const bool columns = options.distance == FspDistance::kColumnL2;
   run_forward(call, pairs, s[0].batch, columns ? FspResult::kColumnNorms : FspResult::kSquares,
               loss.mutable_data_ptr());
-  const std::vector<Tensor> gradients =
-      chain_gradients(student, s_views, grads, stages, max, how, upstream ? *upstream : 0.0, nullptr);
-  return {loss, grads, gradients};
+  std::vector<Tensor> gradients;
+  if (options.prepare) {
+    std::vector<int64_t> stages(count + 1);
+    std::iota(stages.begin(), stages.end(), 0);
+    gradients = chain_gradients(student, s_views, grads, stages, options, given.upstream, nullptr);
+  }
+  return {std::move(loss), std::move(grads), std::move(gradients)};
 }
 
-std::vector<Tensor> fsp_loss_backward(const Tensor& grad, std::vector<Tensor> features,
-                                      std::vector<Tensor> matrix_grads, const Text& pool_mode,
-                                      std::optional<Text> precision, std::vector<int64_t> stages, bool negate,
-                                      std::optional<std::vector<Tensor>> others) {
-  STD_TORCH_CHECK(!others || others->empty(),
+std::vector<Tensor> fsp_loss_backward(const Tensor& grad, const std::vector<Tensor>& features,
+                                      const std::vector<Tensor>& matrix_grads, int64_t bits,
+                                      const std::vector<int64_t>& stages,
+                                      const std::vector<Tensor>& others) {
+  const FspOptions options = fsp_options(bits);
+  STD_TORCH_CHECK(others.empty(),
                   "others is for matrices that were not kept, and the CUDA library keeps all");
-  const std::string how = precision_of(precision);
-  const bool max = parse_switch(pool_mode, "pool_mode", "avg", "max");
   STD_TORCH_CHECK(features.size() >= 2 && matrix_grads.size() == features.size() - 1,
                   "matrix_grads must hold one matrix a pair of features");
   const std::vector<TensorView> views = views_of(features, "features");
   const TensorView upstream = view_of(grad, "grad");
   check_device(upstream, views[0], "grad");
   for (int d = 0; d < upstream.dim; ++d) STD_TORCH_CHECK(upstream.sizes[d] == 1, "grad must hold one number");
-  return chain_gradients(features, views, matrix_grads, stages, max, how, negate ? -1.0 : 1.0, &upstream);
+  return chain_gradients(features, views, matrix_grads, stages, options, options.negate ? -1.0 : 1.0, &upstream);
 }
 
 }  // namespace fastkd

@@ -147,7 +147,7 @@ void FspCall::check_feature(const TensorView& view, const char* name) const {
                   view.sizes[0], " and ", first_.sizes[0]);
 }
 
-Mode mode_of(const std::vector<TensorView>& features, DType accumulate, const std::string& precision) {
+Mode mode_of(const std::vector<TensorView>& features, DType accumulate, FspPrecision precision) {
   if (accumulate == DType::kDouble) return Mode::kIeee;
   bool all_bfloat16 = true, any_float = false;
   for (const TensorView& x : features) {
@@ -155,9 +155,9 @@ Mode mode_of(const std::vector<TensorView>& features, DType accumulate, const st
     any_float = any_float || x.dtype == DType::kFloat;
   }
   if (all_bfloat16) return Mode::kBf16;
-  if (precision == "tf32") return Mode::kTf32;
+  if (precision == FspPrecision::kTf32) return Mode::kTf32;
   // three products of halves are as near, and what halves are made of is exact in them
-  return precision == "tf32x3" || !any_float ? Mode::kTf32x3 : Mode::kIeee;
+  return precision == FspPrecision::kTf32x3 || !any_float ? Mode::kTf32x3 : Mode::kIeee;
 }
 
 void common_size(const Feature& a, const Feature& b, int64_t* size) {

@@ -2,9 +2,9 @@
 // pooled before.
 #pragma once
 
-#include <string>
 #include <vector>
 
+#include "common/fsp_options.h"
 #include "cuda/fsp/backward.cuh"
 #include "cuda/fsp/forward.cuh"
 
@@ -47,7 +47,7 @@ class FspCall {
   std::vector<Tensor> kept_;
 };
 
-Mode mode_of(const std::vector<TensorView>& features, DType accumulate, const std::string& precision);
+Mode mode_of(const std::vector<TensorView>& features, DType accumulate, FspPrecision precision);
 void common_size(const Feature& a, const Feature& b, int64_t* size);
 inline bool is_size(const Feature& x, const int64_t* size) {
   return x.size[0] == size[0] && x.size[1] == size[1] && x.size[2] == size[2];

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastkd._bits import ATTENTION
 from fastkd.kernels.attention.loss_kernels import gradient_kernel, loss_kernel
 from fastkd.kernels.attention.map import attention_map
 from fastkd.kernels.common.launch import (
@@ -42,23 +43,23 @@ from fastkd.kernels.common.launch import (
 from fastkd.kernels.common.pool import gradient_of_pool, pool, unpool
 from fastkd.kernels.common.windows import pooled_strides
 
-# The loss's switches, bits of one integer, as in fastkd/ops/attention.py
-MEAN, SIGNED, ADD_EPS, POOL_BEFORE, POOL_MAX, L2, STAGE_MEAN, TEACHER_IS_MAP, STUDENT_IS_MAP = (
-    1 << i for i in range(9)
-)
+(
+    MEAN, SIGNED, ADD_EPS, POOL_BEFORE, POOL_MAX, L2, STAGE_MEAN, TEACHER_IS_MAP, STUDENT_IS_MAP,
+    STUDENT_GRAD, TEACHER_GRAD, PREPARE,
+) = (ATTENTION.bits(name, values[1]) for name, values in ATTENTION.choices.items())  # fmt: skip
 
 
 class _Side:
     """One side of one stage: whether and how it is pooled, and how what comes of that is walked."""
 
-    def __init__(self, x: Tensor, is_map: bool, size: Sequence[int], p: float, switches: int) -> None:
+    def __init__(self, x: Tensor, is_map: bool, size: Sequence[int], p: float, options: int) -> None:
         own, channels = x.shape[1 if is_map else 2 :], 1 if is_map else x.shape[1]
         # an energy or a map is taken as it is, and the gradient of an energy is still that of the power
         # before it
-        self.pooled = "" if tuple(own) == tuple(size) else "before" if switches & POOL_BEFORE else "after"
+        self.pooled = "" if tuple(own) == tuple(size) else "before" if options & POOL_BEFORE else "after"
         raw = is_map or self.pooled == "after"
-        share = channels if switches & MEAN else 1
-        self.power = IDENTITY if raw else power(p, bool(switches & SIGNED))
+        share = channels if options & MEAN else 1
+        self.power = IDENTITY if raw else power(p, bool(options & SIGNED))
         self.divisor = 1.0 if raw else float(share)
         self.gain = 1.0 if is_map else p / share
         self.is_map = is_map
@@ -78,14 +79,7 @@ class _Forward:
     """What a forward call of these shapes takes."""
 
     def __init__(
-        self,
-        students: Sequence[Tensor],
-        teachers: Sequence[Tensor],
-        p: float,
-        eps: float,
-        switches: int,
-        student_grad: bool,
-        teacher_grad: bool,
+        self, students: Sequence[Tensor], teachers: Sequence[Tensor], p: float, eps: float, options: int
     ) -> None:
         if not students or len(students) != len(teachers):
             raise ValueError(
@@ -94,9 +88,8 @@ class _Forward:
             )
         if not eps >= 0:
             raise ValueError(f"eps must not be negative, got {eps}")
-        if not 0 <= switches < 512:
-            raise ValueError(f"switches must be bits below 512, got {switches}")
-        s_map, t_map = bool(switches & STUDENT_IS_MAP), bool(switches & TEACHER_IS_MAP)
+        ATTENTION.check(options)
+        s_map, t_map = bool(options & STUDENT_IS_MAP), bool(options & TEACHER_IS_MAP)
         self.samples = students[0].shape[0]
         self.sides: list[tuple[_Side, _Side]] = []
         for s, t in zip(students, teachers, strict=True):
@@ -111,7 +104,7 @@ class _Forward:
             size = tuple(min(a, b) for a, b in zip(*sizes))
             if (s_map and sizes[0] != size) or (t_map and sizes[1] != size):
                 raise ValueError("a map must not be larger than the other side")
-            self.sides.append((_Side(s, s_map, size, p, switches), _Side(t, t_map, size, p, switches)))
+            self.sides.append((_Side(s, s_map, size, p, options), _Side(t, t_map, size, p, options)))
 
         goal = program_bytes(sum(side.walk.bytes for pair in self.sides for side in pair))
         first, at, stages = 0, 0, []
@@ -136,16 +129,16 @@ class _Forward:
         self.scratch = at + len(students) * self.samples
         self.tickets = 1 + len(students) * self.samples
         # what the distances are divided by
-        self.terms = [self.samples * (1 if switches & L2 else pair[0].walk.positions) for pair in self.sides]
+        self.terms = [self.samples * (1 if options & L2 else pair[0].walk.positions) for pair in self.sides]
         self.pools = any(side.pooled for pair in self.sides for side in pair)
-        self.grads = (student_grad, teacher_grad)
+        self.grads = bool(options & STUDENT_GRAD), bool(options & TEACHER_GRAD)
         block = min(LONGEST, power_of_two(max(pair[0].walk.positions for pair in self.sides)))
         self.launch = Launch(
             loss_kernel, first,
             tuple(pair[0].walk.numbers() for pair in self.sides), tuple(pair[1].walk.numbers() for pair in self.sides), tuple(stages),
             tuple((s.divisor, s.gain, t.divisor, t.gain) for s, t in self.sides), self.samples, at,
             tuple(configs[0]), tuple(configs[1]), len(students), block,
-            float(eps), bool(switches & ADD_EPS), bool(switches & L2), s_map, t_map,
+            float(eps), bool(options & ADD_EPS), bool(options & L2), s_map, t_map,
         )  # fmt: skip
 
 
@@ -153,21 +146,21 @@ _forward_plans, _backward_plans = Plans(), Plans()
 
 
 def attention_transfer_loss(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], p: float, eps: float, switches: int, weights: Sequence[float] | None,
-    weight: float, student_grad: bool, teacher_grad: bool, upstream: float | None,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    student: Sequence[Tensor], teacher: Sequence[Tensor], options: int, numbers: Sequence[float]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """See ``torch.ops.fastkd.attention_transfer_loss``."""
+    upstream, p, eps, weight, *weights = numbers
     tensors = (*student, *teacher)
-    key = (key_of(tensors), len(student), p, eps, switches, student_grad, teacher_grad)
+    key = (key_of(tensors), len(student), p, eps, options)
     plan = _forward_plans.get(key)
     if plan is None:
-        plan = _Forward(student, teacher, p, eps, switches, student_grad, teacher_grad)
+        plan = _Forward(student, teacher, p, eps, options)
     first = tensors[0]
     for x in tensors:
         if x.device != first.device:
             raise ValueError(f"tensors of one call lie on {first.device} and {x.device}")
-    share = weight / len(student) if switches & STAGE_MEAN else weight
-    if weights is None:
+    share = weight / len(student) if options & STAGE_MEAN else weight
+    if not weights:
         factors = tuple([share / terms for terms in plan.terms])
     elif len(weights) != len(student):
         raise ValueError(f"weights must hold one number a stage, got {len(weights)}")
@@ -180,22 +173,20 @@ def attention_transfer_loss(
     given, targets = tensors, coefficients
     unpooled: list[tuple[Tensor, Tensor | None, Tensor, Tensor]] = []
     if plan.pools:
-        given, targets, unpooled = _pooled(plan, tensors, wanted, coefficients, p, switches)
-    kept = len(student) if student_grad else 0
+        given, targets, unpooled = _pooled(plan, tensors, wanted, coefficients, p, options)
+    kept = len(student) if plan.grads[0] else 0
     loss = first.new_empty((), dtype=torch.float32)
     plan.launch(
-        given, given[: len(student)], given[len(student) :], tuple(targets[:kept]) if student_grad else None,
-        tuple(targets[kept:]) if teacher_grad else None, loss, first.new_empty(plan.scratch, dtype=torch.float32),
+        given, given[: len(student)], given[len(student) :], tuple(targets[:kept]) if plan.grads[0] else None,
+        tuple(targets[kept:]) if plan.grads[1] else None, loss, first.new_empty(plan.scratch, dtype=torch.float32),
         first.new_zeros(plan.tickets, dtype=torch.int32), factors,
     )  # fmt: skip
     for pooled, place, k, full in unpooled:
-        unpool(k, place, full, max_pool=bool(switches & POOL_MAX), like=pooled)
+        unpool(k, place, full, max_pool=bool(options & POOL_MAX), like=pooled)
     gradients = []
-    if upstream is not None and student_grad and not switches & STUDENT_IS_MAP:
+    if options & PREPARE and plan.grads[0] and not options & STUDENT_IS_MAP:
         given_upstream = first.new_full((), upstream, dtype=torch.float32)
-        gradients = attention_transfer_loss_backward(
-            given_upstream, student, coefficients[:kept], p, switches
-        )
+        gradients = attention_transfer_loss_backward(given_upstream, student, coefficients[:kept], p, options)
     return loss, coefficients, gradients
 
 
@@ -205,7 +196,7 @@ def _pooled(
     wanted: list[tuple[int, int]],
     coefficients: list[Tensor],
     p: float,
-    switches: int,
+    options: int,
 ) -> tuple[tuple[Tensor, ...], list[Tensor], list[tuple[Tensor, Tensor | None, Tensor, Tensor]]]:
     """The features, pooled before or after the power; where coefficients are to be written; and which of
     those are to be un-pooled.
@@ -217,12 +208,12 @@ def _pooled(
         for j, side in enumerate(plan.sides[i]):
             x = tensors[j * stages + i]
             if side.pooled == "before":
-                given[j * stages + i] = pool(x, side.target, max_pool=bool(switches & POOL_MAX))[0]
+                given[j * stages + i] = pool(x, side.target, max_pool=bool(options & POOL_MAX))[0]
             elif side.pooled == "after":
-                reduce = "mean" if switches & MEAN else "sum"
-                q = attention_map(x, p, reduce, bool(switches & SIGNED), False, 0.0, "clamp")[0]
+                reduce = "mean" if options & MEAN else "sum"
+                q = attention_map(x, p, reduce, bool(options & SIGNED), False, 0.0, "clamp")[0]
                 pooled, place = pool(
-                    q.unsqueeze(1), (q.shape[0], 1, *side.target[1:]), max_pool=bool(switches & POOL_MAX)
+                    q.unsqueeze(1), (q.shape[0], 1, *side.target[1:]), max_pool=bool(options & POOL_MAX)
                 )
                 given[j * stages + i] = pooled.squeeze(1)
                 if (i, j) in wanted:
@@ -237,7 +228,7 @@ class _Backward:
     """What a backward call of these shapes takes."""
 
     def __init__(
-        self, features: Sequence[Tensor], coefficients: Sequence[Tensor], p: float, switches: int
+        self, features: Sequence[Tensor], coefficients: Sequence[Tensor], p: float, options: int
     ) -> None:
         if len(features) != len(coefficients):
             raise ValueError("features and coefficients must be lists of the same length")
@@ -258,7 +249,7 @@ class _Backward:
             cut = grid(w, goal)
             items.append((first, cut.programs, cut.blocks, cut.steps, w.positions))
             first += samples * cut.programs
-            configs.append(config(w, cut, IDENTITY if is_map else power(p, bool(switches & SIGNED))))
+            configs.append(config(w, cut, IDENTITY if is_map else power(p, bool(options & SIGNED))))
         numbers = [tuple(w.numbers(j) for w, _ in walks) for j in (0, 1)]
         self.launch = Launch(
             gradient_kernel, first, *numbers, tuple(items), samples, tuple(configs), len(items)
@@ -266,15 +257,15 @@ class _Backward:
 
 
 def attention_transfer_loss_backward(
-    grad: Tensor, features: Sequence[Tensor], coefficients: Sequence[Tensor], p: float, switches: int
+    grad: Tensor, features: Sequence[Tensor], coefficients: Sequence[Tensor], p: float, options: int
 ) -> list[Tensor]:
     """See ``torch.ops.fastkd.attention_transfer_loss_backward``."""
     if not features:
         return []
-    key = (key_of(features), key_of(coefficients), grad.dtype, p, switches)
+    key = (key_of(features), key_of(coefficients), grad.dtype, p, options)
     plan = _backward_plans.get(key)
     if plan is None:
-        plan = _backward_plans[key] = _Backward(features, coefficients, p, switches)
+        plan = _backward_plans[key] = _Backward(features, coefficients, p, options)
     outs = [torch.empty_like(x) for x in features]
     if plan.direct:
         xs, ks, to = (tuple([y[i] for i in plan.direct]) for y in (features, coefficients, outs))
@@ -285,7 +276,7 @@ def attention_transfer_loss_backward(
             features[i],
             coefficients[i],
             outs[i],
-            power(p, bool(switches & SIGNED)),
-            max_pool=bool(switches & POOL_MAX),
+            power(p, bool(options & SIGNED)),
+            max_pool=bool(options & POOL_MAX),
         )
     return outs

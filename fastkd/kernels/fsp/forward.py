@@ -48,6 +48,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastkd._bits import FSP
 from fastkd.kernels import interpreting
 from fastkd.kernels.common.launch import Launch, Plans, key_of, power_of_two
 from fastkd.kernels.fsp.gradient import fsp_loss_backward
@@ -56,6 +57,7 @@ from fastkd.kernels.fsp.saved import common_size, kept_shape, wide_stages
 from fastkd.kernels.fsp.view import Sources, added_up, checked, dual_tile, mode, options, owned, tile, warps
 
 BLOCK = 256  # of the loss's last sum
+PAIR_MEAN, WITH_GRAD, PREPARE = FSP.bits("pair_reduce", "mean"), FSP.bits("with_grad"), FSP.bits("prepare")
 
 _plans = Plans()
 
@@ -75,14 +77,15 @@ class _Matrix:
         )  # fmt: skip
 
 
-def fsp_matrix(a: Tensor, b: Tensor, pool_mode: str, precision: str | None) -> Tensor:
+def fsp_matrix(a: Tensor, b: Tensor, options: int) -> Tensor:
     """See ``torch.ops.fastkd.fsp_matrix``."""
-    how = mode((a, b), precision)
-    key = ("matrix", key_of((a, b)), pool_mode, precision, how)
+    how = mode((a, b), FSP.value(options, "precision"))
+    key = ("matrix", key_of((a, b)), options, how)
     plan = _plans.get(key)
     if plan is None:
-        checked((a, b), "ab", pool_mode, precision)
-        plan = _plans[key] = _Matrix(a, b, pool_mode, how)
+        FSP.check(options)
+        checked((a, b), "ab")
+        plan = _plans[key] = _Matrix(a, b, FSP.value(options, "pool_mode"), how)
     if a.device != b.device:
         raise ValueError(f"a lies on {a.device}, b on {b.device}")
     given = [x for x, _ in plan.sources.made((a, b))]
@@ -182,37 +185,32 @@ class _Loss:
 
 
 def fsp_loss(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], pool_mode: str, distance: str, pair_reduce: str, weights: Sequence[float] | None,
-    weight: float, precision: str | None, with_grad: bool, upstream: float | None = None, stages: Sequence[int] = (),
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    student: Sequence[Tensor], teacher: Sequence[Tensor], options: int, numbers: Sequence[float]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """See ``torch.ops.fastkd.fsp_loss``."""
+    upstream, weight, *weights = numbers
     tensors = (*student, *teacher)
     if len(student) < 2 or len(student) != len(teacher):
         raise ValueError(
             f"student and teacher must hold equally many stages, at least 2, got {len(student)} and"
             f" {len(teacher)}"
         )
-    if stages and (upstream is None or not with_grad):
-        raise ValueError("stages wants with_grad and the upstream gradient")
-    how = mode(tensors, precision)
-    key = ("loss", key_of(tensors), len(student), pool_mode, distance, pair_reduce, precision, how, with_grad)
+    if options & PREPARE and not options & WITH_GRAD:
+        raise ValueError("prepare wants with_grad")
+    how = mode(tensors, FSP.value(options, "precision"))
+    key = ("loss", key_of(tensors), len(student), options, how)
     plan = _plans.get(key)
     if plan is None:
-        checked(
-            tensors,
-            [f"{side}[{i}]" for side in ("student", "teacher") for i in range(len(student))],
-            pool_mode,
-            precision,
-        )
-        if distance not in ("squared", "frobenius", "column_l2") or pair_reduce not in ("sum", "mean"):
-            raise ValueError(f"distance or pair_reduce is unknown: {distance!r}, {pair_reduce!r}")
+        FSP.check(options)
+        checked(tensors, [f"{side}[{i}]" for side in ("student", "teacher") for i in range(len(student))])
+        pool_mode, distance = FSP.value(options, "pool_mode"), FSP.value(options, "distance")
         plan = _plans[key] = _Loss(student, teacher, pool_mode, distance, how)
     first, count = tensors[0], len(student) - 1
     for x in tensors:
         if x.device != first.device:
             raise ValueError(f"tensors of one call lie on {first.device} and {x.device}")
-    share = weight / count if pair_reduce == "mean" else weight
-    if weights is None:
+    share = weight / count if options & PAIR_MEAN else weight
+    if not weights:
         factors = tuple([share / terms for terms in plan.terms])
     elif len(weights) != count:
         raise ValueError(f"weights must hold one number a pair, got {len(weights)}")
@@ -221,17 +219,19 @@ def fsp_loss(
 
     given = [x for x, _ in plan.sources.made(tensors)] if plan.sources.pools else tensors
     operands = tuple([given[i] for i in plan.operands])
-    matrix_grads = [first.new_empty(shape, dtype=torch.float32) for shape in plan.shapes] if with_grad else []
+    matrix_grads = (
+        [first.new_empty(shape, dtype=torch.float32) for shape in plan.shapes] if options & WITH_GRAD else []
+    )
     loss = first.new_empty((), dtype=torch.float32)
     plan.launch(
-        operands, operands, tuple(matrix_grads) if with_grad else None, loss, first.new_empty(plan.scratch, dtype=torch.float32),
+        operands, operands, tuple(matrix_grads) if options & WITH_GRAD else None, loss, first.new_empty(plan.scratch, dtype=torch.float32),
         first.new_zeros(plan.tickets, dtype=torch.int32), factors,
     )  # fmt: skip
     gradients = []
-    if stages:
-        given_upstream = first.new_full((), float(upstream or 0), dtype=torch.float32)
+    if options & PREPARE:
+        given_upstream = first.new_full((), upstream, dtype=torch.float32)
         others = [teacher[i] for i in plan.wide]
         gradients = fsp_loss_backward(
-            given_upstream, student, matrix_grads, pool_mode, precision, stages, False, others
+            given_upstream, student, matrix_grads, options, range(len(student)), others
         )
     return loss, matrix_grads, gradients

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastkd._bits import FSP
 from fastkd.kernels import interpreting
 from fastkd.kernels.common.launch import Launch, Plans, key_of
 from fastkd.kernels.common.windows import empty_pooled, pooled_strides
@@ -151,9 +152,9 @@ class _Gradients:
         scarce = tight(cuts, how, many, through=any(kind == 2 for _, kind, *_ in kinds))
         for at, ((channels, positions), cut) in enumerate(zip(sizes, cuts)):
             first, count = cut[3], cut[4] + cut[5]
-            of = {kind for _, kind, *_ in kinds[first : first + count]}
-            if added_up(how, any(of)):
-                cuts[at] = cut = owned(cut, many, channels, positions, through=2 in of)
+            made = {kind for _, kind, *_ in kinds[first : first + count]}
+            if added_up(how, any(made)):
+                cuts[at] = cut = owned(cut, many, channels, positions, through=2 in made)
             blocks = math.ceil(positions / cut[1])
             tiles = math.ceil(channels / cut[0]) * blocks
             items.append((programs, tiles, blocks))
@@ -187,26 +188,19 @@ class _Gradients:
 
 
 def fsp_loss_backward(
-    grad: Tensor, features: Sequence[Tensor], matrix_grads: Sequence[Tensor], pool_mode: str, precision: str | None, stages: Sequence[int],
-    negate: bool, others: Sequence[Tensor] | None = None,
-) -> list[Tensor]:  # fmt: skip
+    grad: Tensor,
+    features: Sequence[Tensor],
+    matrix_grads: Sequence[Tensor],
+    options: int,
+    stages: Sequence[int],
+    others: Sequence[Tensor],
+) -> list[Tensor]:
     """See ``torch.ops.fastkd.fsp_loss_backward``."""
     if not stages:
         return []
-    others = others or ()
     tensors = (*features, *others)
-    how = mode(tensors, precision)
-    key = (
-        "gradients",
-        key_of(tensors),
-        key_of(matrix_grads),
-        grad.dtype,
-        pool_mode,
-        precision,
-        how,
-        tuple(stages),
-        negate,
-    )
+    how = mode(tensors, FSP.value(options, "precision"))
+    key = ("gradients", key_of(tensors), key_of(matrix_grads), grad.dtype, options, how, tuple(stages))
     plan = _plans.get(key)
     if plan is None:
         names = [
@@ -214,7 +208,9 @@ def fsp_loss_backward(
             for of, chain in (("features", features), ("others", others))
             for i in range(len(chain))
         ]
-        checked(tensors, names, pool_mode, precision)
+        FSP.check(options)
+        checked(tensors, names)
+        pool_mode, negate = FSP.value(options, "pool_mode"), FSP.value(options, "negate")
         if len(features) < 2 or len(matrix_grads) != len(features) - 1:
             raise ValueError("matrix_grads must hold one matrix a pair of features")
         wide = wide_stages(matrix_grads)
@@ -287,17 +283,17 @@ def _check_kept(m: Tensor, a: Tensor, b: Tensor, name: str) -> None:
         raise ValueError(f"{name} is {tuple(m.shape)} {m.dtype} on {m.device}, wanted {shape} float32")
 
 
-def fsp_matrix_backward(
-    grad: Tensor, a: Tensor, b: Tensor, pool_mode: str, precision: str | None, a_grad: bool, b_grad: bool
-) -> list[Tensor]:
+def fsp_matrix_backward(grad: Tensor, a: Tensor, b: Tensor, options: int) -> list[Tensor]:
     """See ``torch.ops.fastkd.fsp_matrix_backward``."""
-    if not (a_grad or b_grad):
+    needs = FSP.value(options, "a_grad"), FSP.value(options, "b_grad")
+    if not any(needs):
         return []
-    how = mode((a, b), precision)
-    key = ("matrix gradients", key_of((grad, a, b)), pool_mode, precision, how, a_grad, b_grad)
+    how = mode((a, b), FSP.value(options, "precision"))
+    key = ("matrix gradients", key_of((grad, a, b)), options, how)
     plan = _plans.get(key)
     if plan is None:
-        checked((a, b), "ab", pool_mode, precision)
+        FSP.check(options)
+        checked((a, b), "ab")
         if grad.dim() != 3:
             raise ValueError(f"grad must hold a matrix a sample, got {tuple(grad.shape)}")
         _check_kept(grad, a, b, "grad")
@@ -307,6 +303,6 @@ def fsp_matrix_backward(
             (0, [_Term(common, (1,), 0, (n, rows, columns), b.shape[1])]),
             (1, [_Term(common, (0,), 0, (n, columns, rows), a.shape[1])]),
         ]
-        wanted = [job for job, need in zip(both, (a_grad, b_grad)) if need]
-        plan = _plans[key] = _Gradients((a, b), wanted, pool_mode, how, 1.0)
+        wanted = [job for job, need in zip(both, needs) if need]
+        plan = _plans[key] = _Gradients((a, b), wanted, FSP.value(options, "pool_mode"), how, 1.0)
     return plan.run(None, (a, b), (grad,))

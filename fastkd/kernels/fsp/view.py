@@ -231,16 +231,12 @@ def owned(t: Size, count: int, rows: int, columns: int, *, through: bool = False
     return t
 
 
-def checked(tensors: Sequence[Tensor], names: Sequence[str], pool_mode: str, precision: str | None) -> None:
+def checked(tensors: Sequence[Tensor], names: Sequence[str]) -> None:
     first = tensors[0]
     for x, name in zip(tensors, names, strict=True):
         served(x, name, first.device)
         if not 3 <= x.dim() <= 5 or x.dim() != first.dim() or x.shape[0] != first.shape[0]:
             raise ValueError(f"{name} has shape {tuple(x.shape)}: wrong in rank or batch size")
-    if pool_mode not in ("avg", "max"):
-        raise ValueError(f'pool_mode must be "avg" or "max", got {pool_mode!r}')
-    if precision not in ("ieee", "tf32", "tf32x3", None):
-        raise ValueError(f'precision must be "ieee", "tf32", "tf32x3" or None, got {precision!r}')
 
 
 class Sources:

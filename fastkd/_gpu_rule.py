@@ -1,0 +1,42 @@
+"""The rule of `auto` between the two backends of a GPU, where both serve a call. Nothing of it is measured on
+one yet.
+
+- Attention maps, losses and taps, by calculation: they move the same bytes in both. What the host does
+  before the driver takes about as long in both (measured on a CPU, benchmarks/host.py), but a forward pass
+  is two launches in Triton and one in C++. So C++.
+- FSP, by calculation: likewise while the host is what a call waits for. Products of many channels are for
+  tensor cores, where Triton emits Hopper's own instructions and takes larger tiles, and keeps no matrix
+  larger than the features; 64 x 64 tiles of the C++ kernels read the ResNet-50 stages six times over. So
+  Triton from LARGE_PRODUCTS multiply-adds on, about 20 us of an H200 in tf32.
+- FSP of stages that differ in size, which are pooled: Triton until it is measured, since the C++ kernels
+  load most windows number by number, each after the other. Sizes that halve from stage to stage they load
+  at once.
+- float64: C++, since Triton has none.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastkd._implementations import CUDA, TRITON, Backend
+
+LARGE_PRODUCTS = 1 << 32
+
+
+def faster(operation: str, arguments: tuple[object, ...]) -> Backend:
+    if not operation.startswith("fsp"):
+        return CUDA
+    chains = [chain for chain in arguments if isinstance(chain, (list, tuple))] or [arguments]
+    pairs = [
+        [(a, b) for a, b in zip(c, c[1:]) if isinstance(a, Tensor) and isinstance(b, Tensor)] for c in chains
+    ]
+    if any(a.shape[2:] != b.shape[2:] for chain in pairs for a, b in chain):
+        return TRITON
+    work = sum(_products(a, b) for a, b in pairs[0])
+    return CUDA if work < LARGE_PRODUCTS else TRITON
+
+
+def _products(a: Tensor, b: Tensor) -> int:
+    if a.dim() < 3 or b.dim() < 3:
+        return 0  # misuse, which will be explained
+    return a.shape[0] * a.shape[1] * b.shape[1] * min(a[0, 0].numel(), b[0, 0].numel())

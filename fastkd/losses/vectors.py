@@ -1,0 +1,145 @@
+"""Losses of logits and of embeddings: KD, RKD, CRD."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastkd import checks
+from fastkd.losses.base import Loss
+from fastkd.ops.crd import crd_loss
+from fastkd.ops.rkd import rkd_loss
+from fastkd.reference import kd_loss
+
+
+class KD(Loss):
+    """:func:`fastkd.kd_loss` with its further arguments fixed; each is an attribute.
+
+    It is the soft-target term alone, to which a recipe adds its share of cross-entropy.
+    ``forward(student_logits, teacher_logits)``: (N, K) twice -> scalar, times ``weight``.
+
+    Presets, all with T = 4 and the share of cross-entropy that goes with each: ``zagoruyko``,
+    ``repdistiller``, ``mdistiller`` 0.9 (with 0.1); ``kdzoo`` 0.1 (with 1); ``hankyul2`` 1 (with 1);
+    ``torchdistill`` 0.1 (with 0.9, its CIFAR configurations).
+    """
+
+    def __init__(
+        self, temperature: float = 4.0, *, reduction: str = "batchmean", weight: float = 1.0
+    ) -> None:
+        super().__init__(temperature=temperature, reduction=reduction, weight=weight)
+
+    function = staticmethod(kd_loss)
+    presets = {
+        "zagoruyko": {"temperature": 4.0, "weight": 0.9},
+        "repdistiller": {"temperature": 4.0, "weight": 0.9},
+        "mdistiller": {"temperature": 4.0, "weight": 0.9},
+        "kdzoo": {"temperature": 4.0, "weight": 0.1},
+        "hankyul2": {"temperature": 4.0, "weight": 1.0},
+        "torchdistill": {"temperature": 4.0, "weight": 0.1},
+    }
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return super().forward(student, teacher)
+
+
+class RKD(Loss):
+    """:func:`fastkd.rkd_loss` with its further arguments fixed; each is an attribute.
+
+    ``forward(student, teacher)``: (N, ...) twice -> scalar, times ``weight``.
+
+    Presets: ``repdistiller``, ``mdistiller``: distances 25, angles 50; ``lenscloth``, ``torchdistill``: 1, 2.
+    """
+
+    def __init__(
+        self, *, distance_weight: float = 25.0, angle_weight: float = 50.0, weight: float = 1.0
+    ) -> None:
+        super().__init__(distance_weight=distance_weight, angle_weight=angle_weight, weight=weight)
+
+    function = staticmethod(rkd_loss)
+    presets = {
+        "repdistiller": {"distance_weight": 25.0, "angle_weight": 50.0},
+        "mdistiller": {"distance_weight": 25.0, "angle_weight": 50.0},
+        "lenscloth": {"distance_weight": 1.0, "angle_weight": 2.0},
+        "torchdistill": {"distance_weight": 1.0, "angle_weight": 2.0},
+    }
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return super().forward(student, teacher)
+
+
+class CRD(Loss):
+    """:func:`fastkd.crd_loss` with its banks and normalizers as buffers, copies of what is given here, and
+    its arguments as attributes.
+
+    ``forward(student, teacher, rows=None)``: (N, D) twice and (N, K + 1) -> (scalar, times ``weight``,
+    normalizers (2,)). It changes
+    nothing: :meth:`update` does, after the optimizer's step. ``rows`` of the constructor stand in where
+    ``forward`` gets none.
+
+    Presets, ``CRD.preset("kdzoo", student_bank=..., teacher_bank=...)``: ``repdistiller``, ``mdistiller``:
+    temperature 0.07, weight 0.8; ``kdzoo``: 0.1 and 0.8, its weight for CIFAR-100 (0.2 for CIFAR-10).
+    """
+
+    student_bank: Tensor
+    teacher_bank: Tensor
+    normalizers: Tensor
+    rows: Tensor | None
+
+    def __init__(
+        self,
+        student_bank: Tensor,
+        teacher_bank: Tensor,
+        rows: Tensor | None = None,
+        *,
+        temperature: float = 0.07,
+        normalizers: Tensor | Sequence[float] | None = None,
+        eps: float = 1e-7,
+        weight: float = 1.0,
+    ) -> None:
+        super().__init__(temperature=temperature, eps=eps, weight=weight)
+        checks.crd_banks(student_bank, teacher_bank, normalizers)
+        self.register_buffer("student_bank", student_bank.detach().clone())
+        self.register_buffer("teacher_bank", teacher_bank.detach().clone())
+        given = torch.as_tensor(
+            (0.0, 0.0) if normalizers is None else normalizers,
+            dtype=student_bank.dtype,
+            device=student_bank.device,
+        )
+        self.register_buffer("normalizers", given.detach().clone())
+        self.register_buffer("rows", rows, persistent=False)
+
+    function = staticmethod(crd_loss)  # type: ignore[assignment]
+    presets = {
+        "repdistiller": {"temperature": 0.07, "weight": 0.8},
+        "mdistiller": {"temperature": 0.07, "weight": 0.8},
+        "kdzoo": {"temperature": 0.1, "weight": 0.8},
+    }
+
+    def forward(self, student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        options = {name: getattr(self, name) for name in self._options}
+        rows = self.rows if rows is None else rows
+        return crd_loss(
+            student,
+            teacher,
+            self.student_bank,
+            self.teacher_bank,
+            rows,  # type: ignore[arg-type]
+            normalizers=self.normalizers,
+            **options,
+        )
+
+    @torch.no_grad()
+    def update(
+        self, index: Tensor, student: Tensor, teacher: Tensor, normalizers: Tensor, momentum: float = 0.5
+    ) -> None:
+        """Moves the rows ``index`` (N,) of the banks to ``momentum * row + (1 - momentum) * embedding``,
+        brought to length 1.
+
+        ``normalizers`` (2,) are taken where there are none yet.
+        """
+        for bank, found in ((self.student_bank, student), (self.teacher_bank, teacher)):
+            row = momentum * bank[index] + (1 - momentum) * found
+            bank[index] = (row / row.norm(dim=1, keepdim=True)).to(bank.dtype)
+        self.normalizers.copy_(torch.where(self.normalizers > 0, self.normalizers, normalizers))

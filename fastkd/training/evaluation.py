@@ -1,0 +1,39 @@
+"""The accuracy of a network, and where it lies in memory."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from fastkd.data.loader import Batches
+from fastkd.training import collectives
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def placed(model: M, device: torch.device) -> M:
+    """``model`` on ``device``, its convolutions channels_last, in place."""
+    return model.to(device).to(memory_format=torch.channels_last)
+
+
+def evaluate(
+    model: nn.Module, batches: Batches, autocast: torch.autocast, share: tuple[int, int] = (0, 1)
+) -> float:
+    """Accuracy in percent over ``batches.test()``, done together by processes of which ``share`` says (which,
+    how many).
+
+    The model is left in eval mode.
+    """
+    model.eval()
+    counts = torch.zeros(2, dtype=torch.int64, device=batches.pixels.device)
+    with torch.no_grad(), autocast:
+        for i, (images, labels) in enumerate(batches.test()):
+            if i % share[1] == share[0]:
+                counts[0] += (model(images).argmax(1) == labels).sum()
+                counts[1] += len(labels)
+    if share[1] > 1:
+        collectives.add(counts)
+    right, seen = counts.tolist()
+    return 100 * right / seen

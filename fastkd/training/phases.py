@@ -1,0 +1,109 @@
+"""One training in its phases, from the networks to a row of the table."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from fastkd.data.loader import Batches
+from fastkd.errors import UserError
+from fastkd.io.console import say
+from fastkd.methods import Definition
+from fastkd.models import fingerprint
+from fastkd.training import attention_maps, distributed, results
+from fastkd.training.config import Config
+from fastkd.training.evaluation import placed
+from fastkd.training.outcome import ending, how_far, row_of
+from fastkd.training.progress import Progress, clock
+from fastkd.training.recipes import Recipe
+from fastkd.training.run_dir import RunDir
+from fastkd.training.signals import Interrupted
+from fastkd.training.trainer import Trainer
+
+
+def train(
+    config: Config,
+    role: str,
+    run: RunDir,
+    method: Definition,
+    teacher: nn.Module | None,
+    teacher_acc: float | None,
+) -> dict[str, Any]:
+    """Trains the "student" or the "teacher" (``role``) in the folder of ``run``, from its state if it has
+    one, and records it.
+
+    The checkpoint, the best weights and the log are on disk after every epoch. Raises UserError, Interrupted.
+    """
+    title, state, phases = run.config["trained"], run.state or {}, config.phases(method)
+    run.begin([name for name, _, _ in phases], None if teacher is None else fingerprint(teacher))
+    student, batches = config.new_model(role), config.batches(role)
+    for phase in phases[run.finished_phases :]:
+        name, recipe, main = phase[0], phase[1], phase[0] == "main"
+        trainer = phase_trainer(config, role, phase, student, teacher, batches)
+        label = title if main else f"{title} {name}"
+        if state.get("phase") == name:
+            run.restore(trainer)
+            say(f"{label}: {run.folder} goes on after epoch {len(trainer.history)} of {recipe.epochs}")
+        elif run.state is None and name == phases[0][0]:
+            say(f"{label}: begins in {run.folder}")
+        progress = Progress(label, trainer.steps, len(trainer.history) * len(trainer.batches))
+        try:
+            for epoch in trainer.fit(progress):
+                run.save_epoch(name, trainer)
+                progress.line(
+                    f"{label} epoch {epoch}/{recipe.epochs}  {trainer.summary()}  {clock(progress.left())}"
+                    " left"
+                )
+            if main:
+                row = distributed.from_first(partial(record, config, role, run, trainer, teacher_acc))
+        except KeyboardInterrupt as stop:
+            line = how_far(label, name, trainer, run.folder, config.settings.output)
+            raise Interrupted(line, getattr(stop, "status", 130)) from None
+        finally:
+            progress.close()
+    if run.writes and "no" in row:
+        # after the row: nothing that fails here can lose it
+        if role == "student" and config.settings.pictures:
+            trainer.student.load_state_dict(trainer.weights()[0])
+            attention_maps.draw(config, run.folder, trainer.student, teacher)
+        say(ending(config, role, row, results.COLUMNS[:11], run.folder))
+    return row
+
+
+def phase_trainer(
+    config: Config,
+    role: str,
+    phase: tuple[str, Recipe, Definition],
+    student: nn.Module,
+    teacher: nn.Module | None,
+    batches: tuple[Batches, Batches],
+) -> Trainer:
+    """What trains ``student`` in ``phase`` (of ``config.phases``); only the main one is tested."""
+    name, recipe, method = phase
+    train, test = copy.copy(batches[0]), batches[1] if name == "main" else None
+    train.stream = role if name == "main" else f"{role} {name}"
+    taught = None if teacher is None else placed(teacher, config.device)
+    distillation = config.distillation(role, placed(student, config.device), taught, method)
+    return Trainer(distillation, train, test, recipe, config.autocast(), config.compiled, config.captured)
+
+
+def record(
+    config: Config, role: str, run: RunDir, trainer: Trainer, teacher_acc: float | None
+) -> dict[str, Any]:
+    """Adds the run to the table and returns its row, which has no number where that failed. Raises UserError
+    for a student's.
+    """
+    if role == "teacher":
+        run.write_weights(config.teacher_path(), *trainer.weights())
+    row = row_of(config, role, run, trainer, teacher_acc)
+    try:
+        return results.append(config.settings.output, row)
+    except UserError as error:
+        if role == "student":
+            raise
+        # its weights are there: no reason to keep its student waiting
+        say(f"{run.config['trained']}: {error}")
+        return row

@@ -1,0 +1,337 @@
+"""Every Triton kernel compiled as its launcher would on a GPU: `triton_compile.py` does it, in a process of
+its own.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from fastkd import kernels
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+CAPABILITIES = (80, 90, 100)
+# Accesses of 16 bytes that a thread makes for one tile of each feature: 8 of float32, 4 of half precision,
+# where a tile is full.
+WIDE = {
+    "cifar": {"loss_kernel": {"ld": 6 * 8}, "gradient_kernel": {"ld": 3 * 8, "st": 3 * 8}},
+    "cifar channels_last bf16": {"loss_kernel": {"ld": 6 * 4}, "gradient_kernel": {"ld": 3 * 4, "st": 3 * 4}},
+    "resnet50": {"loss_kernel": {"ld": 8 * 8}, "gradient_kernel": {"ld": 4 * 8, "st": 4 * 8}},
+    "resnet50 bf16": {"loss_kernel": {"ld": 8 * 4}, "gradient_kernel": {"ld": 4 * 4, "st": 4 * 4}},
+    "resnet50 channels_last": {"loss_kernel": {"ld": 8 * 8}, "gradient_kernel": {"ld": 4 * 8, "st": 4 * 8}},
+    "resnet50 channels_last fp16": {
+        "loss_kernel": {"ld": 8 * 4},
+        "gradient_kernel": {"ld": 4 * 4, "st": 4 * 4},
+    },
+    "7x7": {"loss_kernel": {"ld": 2 * 8}, "gradient_kernel": {"ld": 8, "st": 8}},
+    "7x7 bf16": {"loss_kernel": {"ld": 2 * 4}, "gradient_kernel": {"ld": 4, "st": 4}},
+    "map": {"_map": {"ld": 8}, "_map_gradient": {"ld": 8, "st": 8}},
+    "map bf16": {"_map": {"ld": 4}, "_map_gradient": {"ld": 4, "st": 4}},
+    "map channels_last bf16": {"_map": {"ld": 4}, "_map_gradient": {"ld": 4, "st": 4}},
+}
+# what FSP's products are made of; None: no tensor cores
+PRODUCTS = {
+    "fsp resnet50": None,
+    "fsp resnet50 tf32": "tf32",
+    "fsp resnet32x4 tf32": "tf32",
+    "fsp resnet32x4 bf16": "bf16",
+    "fsp resnet50 channels_last bf16": "bf16",
+    "fsp cifar tf32x3": "tf32",
+    "fsp wide tf32x3": "tf32",
+    "fsp again": "tf32",
+    "fsp cifar bf16": "bf16",
+    "matrix tf32": "tf32",
+}
+# accesses of 16 bytes in each kernel where the layout allows them everywhere, at least so many, and of 4
+# bytes at most: the upstream gradient, shares of the loss and, where squares of 49 positions take a matrix's
+# place, their rows
+FSP_WIDE = {"fsp resnet50 channels_last bf16": (9, 14, 104), "matrix tf32": (8, 16, 8)}
+
+
+def is_fsp(case: str) -> bool:
+    return case.startswith(("fsp", "matrix"))
+
+
+def report(stop: threading.Event, capability: int) -> dict:
+    env = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        str(Path(__file__).parents[1] / "helpers" / "triton_compile.py"),
+        str(capability),
+        *(() if capability == 90 else ("few",)),
+    ]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen(command, env=env, stdout=out, stderr=errors) as process:
+            while process.poll() is None:
+                if stop.wait(0.1):
+                    process.kill()
+        for file in (out, errors):
+            file.seek(0)
+        assert process.returncode == 0, errors.read()
+        return {case["case"]: case for case in json.load(out)}
+
+
+REPORTS: dict[int, Future[dict]] = {}
+
+
+def beforehand() -> Callable[[], None]:
+    """Compile, on an idle core, while tests before these run: without Triton's cache it takes two minutes."""
+    stop, pool = threading.Event(), ThreadPoolExecutor(1)
+    for capability in CAPABILITIES:
+        REPORTS[capability] = pool.submit(report, stop, capability)
+
+    def end() -> None:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+    return end
+
+
+@pytest.fixture(params=CAPABILITIES, ids=lambda c: f"sm_{c}")
+def cases(request):
+    if not REPORTS:
+        request.config.add_cleanup(beforehand())
+    return REPORTS[request.param].result(timeout=900)
+
+
+def test_no_kernel_function_returns_a_bare_constant():
+    """Triton 3.7.0 and 3.7.1 do not compile what is done with it; tests/packaging/triton_releases.py asks
+    each release.
+    """
+    for file in Path(kernels.__file__).parent.rglob("*.py"):
+        for function in ast.walk(ast.parse(file.read_text())):
+            if isinstance(function, ast.FunctionDef) and any(
+                "jit" in ast.unparse(by) for by in function.decorator_list
+            ):
+                constants = {
+                    arg.arg
+                    for arg in function.args.args
+                    if arg.annotation and "constexpr" in ast.unparse(arg.annotation)
+                }
+                for node in ast.walk(function):
+                    if isinstance(node, ast.Return) and node.value is not None:
+                        names = {name.id for name in ast.walk(node.value) if isinstance(name, ast.Name)}
+                        assert names - constants, (
+                            f"{file.name}:{node.lineno} returns {ast.unparse(node.value)}"
+                        )
+
+
+@pytest.mark.slow
+def test_kernels_fit_and_do_not_spill(cases):
+    seen = set()
+    for name, case in cases.items():
+        assert case["kernels"] or case["launches"], name
+        for kernel in case["kernels"]:
+            seen.add(kernel["name"])
+            used = kernel["resources"]
+            # Nothing is local. The stack's few bytes (24 at most with Triton 3.6, 8 with 3.9) come with the
+            # calls of float64's division; Triton 3.6 gives FSP for sm_100 half of the registers, and 64 bytes
+            # of stack
+            assert used["LOCAL"] == 0 and used["STACK"] <= (
+                64 if is_fsp(name) and kernel["capability"] == 100 else 24
+            ), (name, kernel)
+            assert kernel["shared"] <= kernel["shared_limit"] and used["REG"] <= (
+                255 if is_fsp(name) else 168
+            ), (name, kernel)
+            assert kernel["fp_fusion"] is True
+    fsp = {"fsp_matrix_kernel", "fsp_loss_kernel", "fsp_gradient_kernel", "_spread"}
+    assert seen == {"loss_kernel", "gradient_kernel", "_map", "_map_gradient", "_pool", "_unpool", *fsp}
+
+
+@pytest.mark.slow
+def test_features_are_read_and_written_sixteen_bytes_at_a_time(cases):
+    for case, wanted in WIDE.items():
+        for kernel in cases[case]["kernels"] if case in cases else ():
+            for way, least in wanted[kernel["name"]].items():
+                assert kernel["accesses"].get(f"{way} 128", 0) >= least, (
+                    case,
+                    kernel["name"],
+                    kernel["accesses"],
+                )
+            # numbers of half precision are features' alone
+            assert not {"ld 16", "st 16"} & kernel["accesses"].keys(), (
+                case,
+                kernel["name"],
+                kernel["accesses"],
+            )
+
+
+@pytest.mark.slow
+def test_launches_are_few_and_skip_the_binder_from_the_second_call_on(cases):
+    for name, case in cases.items():
+        assert case["relaunched"], name
+        if "map" in name:
+            assert case["launches"] == ["_map", "_map_gradient", "_map", "_map_gradient", "_map_gradient"], (
+                name
+            )
+        elif name == "matrix tf32":
+            assert case["launches"] == ["fsp_matrix_kernel", "fsp_gradient_kernel"], name
+        elif is_fsp(name):
+            assert case["launches"] == ["fsp_loss_kernel", "fsp_gradient_kernel"] or name in (
+                "fsp columns",
+                "fsp again",
+                "fsp pooled",
+                "fsp unaligned",
+                "fsp without gradients",
+            ), name
+        elif name not in ("pooled", "unaligned"):
+            assert case["launches"] == ["loss_kernel", "gradient_kernel"], name
+
+
+@pytest.mark.slow
+def test_an_unaligned_tensor_gets_a_kernel_of_its_own(cases):
+    """The second call skips Triton's binder, which would have seen it."""
+    for case in ("unaligned", "fsp unaligned"):
+        if case in cases:
+            aligned, other = cases[case]["kernels"]
+            assert aligned["accesses"]["ld 128"] > other["accesses"].get("ld 128", 0)
+
+
+@pytest.mark.slow
+def test_a_loss_with_gradients_is_a_kernel_of_its_own(cases):
+    """The second call skips Triton's binder, which would have seen that there is more to write."""
+    for name in {"fsp without gradients"} & cases.keys():
+        for kernel in ("fsp_loss_kernel", "loss_kernel"):
+            without, with_them = [
+                sum(count for way, count in k["accesses"].items() if way.startswith("st"))
+                for k in cases[name]["kernels"]
+                if k["name"] == kernel
+            ]
+            assert without < with_them
+
+
+@pytest.mark.slow
+def test_a_ticket_is_taken_between_barriers(cases):
+    """What orders the partial sums of all threads before the ticket, and the ticket before the reading of
+    others' sums.
+    """
+    for case in cases.values():
+        for kernel in case["kernels"]:
+            if kernel["name"] in ("loss_kernel", "fsp_loss_kernel"):
+                # of AT's samples and of all; of FSP's all, and of the columns of its three pairs or of sums
+                # over parts of the channels
+                dual = case["case"].startswith(("fsp resnet50", "fsp wide"))
+                count = (
+                    4
+                    if case["case"] == "fsp columns"
+                    else 2
+                    if dual or kernel["name"] == "loss_kernel"
+                    else 1
+                )
+                assert kernel["tickets"] == ["bar", "atom.acq_rel.gpu", "bar"] * count, (
+                    case["case"],
+                    kernel["tickets"],
+                )
+
+
+@pytest.mark.slow
+def test_partial_sums_are_read_by_all_threads_before_one_writes_their_total(cases):
+    """A block of fewer positions than threads is held several times over; who reads late must not read the
+    total.
+    """
+    for case in cases.values():
+        for kernel in case["kernels"]:
+            if kernel["name"] in ("loss_kernel", "_map"):
+                assert kernel["unguarded"] == 0, (case["case"], kernel)
+
+
+@pytest.mark.slow
+def test_products_run_on_tensor_cores(request, cases):
+    capability = int(request.node.callspec.id.removeprefix("sm_"))
+    for name, dtype in PRODUCTS.items():
+        for kernel in cases[name]["kernels"] if name in cases else ():
+            if kernel["name"].startswith("fsp"):
+                used = {kind.split()[0]: kind.split()[1] for kind in kernel["products"]}
+                # tcgen05 knows of bfloat16 as f16; tiles of few rows are left to mma everywhere
+                wanted = (
+                    {80: "mma", 90: "wgmma", 100: "tcgen05"}[capability]
+                    if "cifar" not in name and dtype
+                    else "mma"
+                )
+                if dtype is None:
+                    assert not used, (name, kernel["name"], used)
+                else:
+                    assert wanted in used and set(used.values()) <= {dtype, "f16"}, (
+                        name,
+                        kernel["name"],
+                        used,
+                    )
+
+
+@pytest.mark.slow
+def test_warps_do_not_repeat_each_others_products(cases):
+    """Triton gives a warp no fewer than 16 rows or 8 columns of a tile, whatever their number."""
+    for name, case in cases.items():
+        for kernel in case["kernels"]:
+            needed, made = kernel["work"]
+            assert made <= needed, (name, kernel["name"], kernel["work"])
+
+
+@pytest.mark.slow
+def test_numbers_are_rounded_to_tf32_in_one_instruction_from_sm_90_on(cases):
+    for name in {"fsp resnet50 tf32", "fsp resnet32x4 tf32", "matrix tf32"} & cases.keys():
+        for kernel in cases[name]["kernels"]:
+            if kernel["name"].startswith("fsp"):
+                assert (kernel["roundings"] > 0) == (kernel["capability"] >= 90), (name, kernel)
+
+
+# How many instructions copy to shared memory while others go on, at least, in a loss and in its gradients.
+# None: two stages would leave too few registers.
+COPIES = {
+    "fsp cifar bf16": (8, 16),
+    "fsp resnet32x4 tf32": (170, None),
+    "fsp resnet32x4 bf16": (8, None),
+    "fsp resnet50 tf32": (350, 180),
+    "fsp resnet50 channels_last bf16": (60, 100),
+    "fsp again": (80, 170),
+    "fsp pooled": (40, 40),
+}
+
+
+@pytest.mark.slow
+def test_fsp_loads_the_next_blocks_while_it_multiplies(cases):
+    for name, least in COPIES.items():
+        for kernel in cases[name]["kernels"] if name in cases else ():
+            wanted = {"fsp_loss_kernel": least[0], "fsp_gradient_kernel": least[1]}.get(kernel["name"])
+            if kernel["capability"] == 100 and (name, kernel["name"]) == (
+                "fsp resnet50 channels_last bf16",
+                "fsp_gradient_kernel",
+            ):
+                wanted = None
+            assert wanted is None or kernel["copies"] >= wanted, (name, kernel["name"], kernel["copies"])
+
+
+@pytest.mark.slow
+def test_fsp_reads_and_writes_sixteen_bytes_at_a_time(cases):
+    for name, (least_read, least_written, most) in FSP_WIDE.items():
+        for kernel in cases[name]["kernels"] if name in cases else ():
+            found = kernel["accesses"]
+            # those that go to shared memory without a register between
+            read = found.get("ld 128", 0) + kernel["copies"]
+            assert read >= least_read and found.get("st 128", 0) >= least_written, (
+                name,
+                kernel["name"],
+                found,
+            )
+            assert kernel["name"] == "fsp_loss_kernel" or not {"st 64", "st 32"} & found.keys(), (
+                name,
+                kernel["name"],
+                found,
+            )
+            assert (
+                found.get("ld 32", 0) + found.get("st 32", 0) <= most
+                and not {"ld 16", "st 16"} & found.keys()
+            ), (name, found)

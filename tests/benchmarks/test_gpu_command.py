@@ -1,0 +1,191 @@
+"""benchmarks/gpu.py: limits hold, results lie there whatever stops it, and nothing else runs while it
+measures.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import gpu
+import pytest
+from gpu import Part, Run, execute
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX's")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def python(name: str, code: str, seconds: float = 20, measures: bool = False) -> Part:
+    return Part(name, (sys.executable, "-S", "-c", code), seconds, measures=measures)
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "GRACE", 0.5)
+
+
+def gone(pid: int) -> bool:
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        if Path(f"/proc/{pid}/stat").is_file() and ") Z " in Path(f"/proc/{pid}/stat").read_text():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def summary(out: Path) -> dict:
+    return json.loads((out / "gpu-summary.json").read_text())
+
+
+def test_each_part_is_packed_and_a_failure_stops_nothing(tmp_path: Path) -> None:
+    wrote = (
+        "import os, pathlib; pathlib.Path(os.environ['FASTKD_GPU_OUT'], 'rates.json').write_text('{\"copy\":"
+        " 1}'); print('copied')"
+    )
+    run = Run(tmp_path, 1, rehearse=True)
+    execute(run, [python("fails", "print('seen'); raise SystemExit(3)"), python("writes", wrote)], None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "gpu-outputs.txt",
+        "gpu-results.tar.gz",
+        "gpu-summary.json",
+        "gpu.log",
+    ]
+    found = summary(tmp_path)
+    assert [(part["name"], part["status"], part["last"]) for part in found["parts"]] == [
+        ("fails", 3, "seen"),
+        ("writes", 0, "copied"),
+    ]
+    assert found["rates"] == {"copy": 1}
+    assert (
+        "seen" in (tmp_path / "gpu-outputs.txt").read_text()
+        and "status 3" in (tmp_path / "gpu.log").read_text()
+    )
+    with tarfile.open(tmp_path / "gpu-results.tar.gz") as archive:
+        assert "gpu-results/rates.json" in archive.getnames()
+
+
+def test_a_part_at_its_limit_may_still_say_what_it_found(tmp_path: Path) -> None:
+    code = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('two failed')"
+    execute(
+        Run(tmp_path, 1, rehearse=True),
+        [python("slow", code, seconds=3), python("next", "print('after')")],
+        None,
+    )
+    assert [(part["status"], part["last"]) for part in summary(tmp_path)["parts"]] == [
+        ("stopped at its limit", "two failed"),
+        (0, "after"),
+    ]
+
+
+def test_what_ignores_the_interrupt_and_its_children_are_killed(tmp_path: Path, short: None) -> None:
+    code = (
+        "import os, signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print(os.fork() or"
+        " os.getpid(), flush=True); time.sleep(60)"
+    )
+    execute(Run(tmp_path, 1, rehearse=True), [python("deaf", code, seconds=3)], None)
+    pids = [int(line) for line in (tmp_path / "gpu-outputs.txt").read_text().splitlines() if line.isdigit()]
+    assert len(pids) == 2 and all(gone(pid) for pid in pids)
+
+
+def test_the_whole_keeps_to_its_time_and_names_what_is_left_out(tmp_path: Path, short: None) -> None:
+    begun = time.monotonic()
+    parts = [python(name, "import time; time.sleep(60)") for name in ("first", "second", "third")]
+    execute(Run(tmp_path, 10 / 60, rehearse=True), parts, None)
+    assert time.monotonic() - begun < 11
+    assert "third: left out, no time" in (tmp_path / "gpu.log").read_text()
+
+
+def test_training_goes_on_until_something_is_measured(tmp_path: Path, short: None) -> None:
+    wait = "import pathlib, time\nwhile not pathlib.Path({!r}).exists(): time.sleep(0.01)"
+    training = python(
+        "training", f"import pathlib, time; pathlib.Path({str(tmp_path / 'began')!r}).touch(); time.sleep(60)"
+    )
+    parts = [
+        python("facts", ""),
+        python("test", wait.format(str(tmp_path / "began"))),
+        python("rates", "", measures=True),
+    ]
+    execute(Run(tmp_path, 1, rehearse=True), parts, training)
+    found = [(part["name"], part["status"]) for part in summary(tmp_path)["parts"]]
+    assert found == [("facts", 0), ("test", 0), ("training", "stopped before measuring"), ("rates", 0)]
+
+
+def test_a_command_that_is_stopped_keeps_what_it_found(tmp_path: Path) -> None:
+    code = f"""
+import pathlib, sys
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+import gpu
+sleep = "import pathlib, time; pathlib.Path({str(tmp_path / "began")!r}).touch(); time.sleep(60)"
+gpu.plan = lambda rehearse: [
+    gpu.Part("first", (sys.executable, "-S", "-c", "print('found')"), 20),
+    gpu.Part("second", (sys.executable, "-S", "-c", sleep), 30),
+]
+gpu.training = lambda data, rehearse: None
+sys.modules["emulated"] = type(sys)("emulated")
+sys.modules["emulated"].build = lambda: None
+sys.argv = ["gpu.py", "--rehearse", "--out", {str(tmp_path / "out")!r}]
+sys.exit(gpu.main())
+"""
+    process = subprocess.Popen([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "began").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 1 and "stopped; what was found is kept" in said
+    assert summary(tmp_path / "out")["parts"][0]["last"] == "found"
+
+
+def test_eight_minutes_reach_the_first_measurements() -> None:
+    parts = gpu.plan(rehearse=False)
+    names = [part.name for part in parts]
+    # compute-sanitizer is not on every machine
+    before = sum(part.seconds for part in parts[: names.index("speed: fsp chains")]) + (
+        0 if "memcheck" in names else 90
+    )
+    assert before <= 8 * 60 and names.index("smoke cuda") < names.index("smoke triton") < names.index(
+        "tests of cuda"
+    )
+    assert not any(part.measures for part in parts[: names.index("launches")]) and all(
+        p.measures for p in parts[names.index("launches") :]
+    )
+
+
+def test_a_wrong_argument_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--rehearse", "--out", str(tmp_path)]
+    for arguments, word in ((["--only", "tests of rocm"], "tests of cuda"), (["--minutes", "0"], "above 0")):
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+        assert done.returncode == 2 and word in done.stderr.splitlines()[-1]
+
+
+def test_the_fastest_tiles_are_printed_and_the_table_is_as_it_was(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    view = pytest.importorskip("fastkd.kernels.fsp.view", exc_type=ImportError)
+    from speed import gpu_parts
+
+    def seconds(how: str, *features: object) -> float:
+        block, depth, stages = view.TILES[how]
+        if stages == 4:
+            raise RuntimeError("out of resource: shared memory")
+        return 1.0 if (block, depth, stages) == (64, 32, 3) and how == "tf32" else 2.0
+
+    before = dict(view.TILES)
+    monkeypatch.setattr(gpu_parts, "_fsp_seconds", seconds)
+    monkeypatch.setattr(gpu_parts, "features", lambda case: ([], []))
+    monkeypatch.setenv("FASTKD_GPU_OUT", str(tmp_path))
+    gpu_parts.tiles("60")
+    said = capsys.readouterr().out
+    assert '    "tf32": Tiles(64, 32, 3),  # 1000.000 ms; at present 2000.000' in said
+    assert '    "bf16": Tiles(128, 32, 2),  # 2000.000 ms' in said
+    assert "bf16 (128, 32, 4): RuntimeError: out of resource" in said
+    assert before == view.TILES and "tf32" in json.loads((tmp_path / "tiles.json").read_text())

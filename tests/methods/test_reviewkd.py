@@ -1,0 +1,339 @@
+"""ReviewKD: its loss and its modules against independent forms and the worked figures, its weight by pair,
+its warm-up.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import random
+
+import pytest
+import torch
+
+import fastkd
+from fastkd import reference
+from fastkd.methods.reviewkd import ABF, ReviewKD, review
+from fastkd.models import create_model
+
+
+def worked(shape, a):
+    numbers = torch.arange(torch.Size(shape).numel())
+    return (((numbers * a) % 11 - 5).double() / 10).view(shape)
+
+
+def averaged(x, side):
+    """(N, C, side, side): the mean of rows floor(i H / side) to ceil((i + 1) H / side), and of columns alike,
+    part by part.
+    """
+
+    def part(i, size):
+        return slice(i * size // side, -(-(i + 1) * size // side))
+
+    rows = [
+        [x[:, :, part(i, x.shape[2]), part(j, x.shape[3])].mean((2, 3)) for j in range(side)]
+        for i in range(side)
+    ]
+    return torch.stack([torch.stack(row, 2) for row in rows], 2)
+
+
+def hcl_by_hand(students, teachers):
+    total = 0
+    for s, t in zip(students, teachers, strict=True):
+        grids = [side for side in (4, 2, 1) if side < s.shape[2]]
+        terms = [
+            ((s - t) ** 2).mean(),
+            *(((averaged(s, side) - averaged(t, side)) ** 2).mean() for side in grids),
+        ]
+        factors = [0.5**i for i in range(len(terms))]
+        total = total + sum(factor * term for factor, term in zip(factors, terms, strict=True)) / sum(factors)
+    return total
+
+
+def convolved(x, weight, bias=None):
+    """A convolution with zeros around and stride 1, one shift of the kernel after the other."""
+    side = weight.shape[2]
+    r, (height, width) = side // 2, x.shape[2:]
+    padded = x.new_zeros(*x.shape[:2], height + 2 * r, width + 2 * r)
+    padded[:, :, r : r + height, r : r + width] = x
+    out = sum(
+        torch.einsum("nchw,oc->nohw", padded[:, :, i : i + height, j : j + width], weight[:, :, i, j])
+        for i, j in itertools.product(range(side), repeat=2)
+    )
+    return out if bias is None else out + bias[:, None, None]
+
+
+def normed(x):
+    mean = x.mean((0, 2, 3), keepdim=True)
+    return (x - mean) / (((x - mean) ** 2).mean((0, 2, 3), keepdim=True) + 1e-5).sqrt()
+
+
+def nearest(x, size):
+    rows, columns = (torch.arange(new) * old // new for new, old in zip(size, x.shape[2:], strict=True))
+    return x[:, :, rows][:, :, :, columns]
+
+
+def by_hand(students, teachers, weights):
+    """``weights``: of each level, the shallowest first, (1x1, 3x3) and, but for the deepest, the attention's
+    weight and bias.
+    """
+    found, passed = [], None
+    for x, t, (w1, w2, *attention) in reversed(list(zip(students, teachers, weights, strict=True))):
+        x = normed(convolved(x, w1))
+        if passed is not None:
+            y = nearest(passed, x.shape[2:])
+            z = 1 / (1 + (-convolved(torch.cat([x, y], 1), *attention)).exp())
+            x = x * z[:, 0:1] + y * z[:, 1:2]
+        passed = nearest(x, t.shape[2:])
+        found.append(normed(convolved(passed, w2)))
+    return hcl_by_hand(found, teachers[::-1])
+
+
+def modules(weights):
+    """The levels that the method has, with these weights."""
+    levels = torch.nn.ModuleList()
+    for w1, w2, *attention in weights:
+        level = ABF(w1.shape[1], w1.shape[0], w2.shape[0], fuses=bool(attention)).double()
+        level.conv1[0].weight, level.conv2[0].weight = torch.nn.Parameter(w1), torch.nn.Parameter(w2)
+        if attention:
+            level.attention.weight, level.attention.bias = map(torch.nn.Parameter, attention)
+        levels.append(level)
+    return levels
+
+
+def reviewed(students, teachers, levels):
+    return fastkd.hcl_loss(review(levels, students, [t.shape[2:] for t in teachers]), teachers)
+
+
+def test_the_worked_figures():
+    for shape, wanted in (((2, 1, 8, 8), 0.1132009277), ((2, 2, 2, 2), 0.1414062500)):
+        assert abs(fastkd.hcl_loss(worked(shape, 3), worked(shape, 5)).item() - wanted) <= 5e-11
+    students, teachers = (
+        [worked((2, 2, 4, 4), 3), worked((2, 2, 1, 1), 4)],
+        [worked((2, 2, 4, 4), 5), worked((2, 2, 1, 1), 8)],
+    )
+    bias = torch.tensor([0.1, -0.2], dtype=torch.float64)
+    shallow = (worked((2, 2, 1, 1), 6), worked((2, 2, 3, 3), 9), worked((2, 4, 1, 1), 4), bias)
+    weights = [shallow, (worked((2, 2, 1, 1), 2), worked((2, 2, 3, 3), 7))]
+    assert abs(reviewed(students, teachers, modules(weights)).item() - 1.7440825573) <= 5e-11
+    assert abs(by_hand(students, teachers, weights).item() - 1.7440825573) <= 5e-11
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_loss_by_hand(seed):
+    chosen = random.Random(seed)
+    n = chosen.choice((1, 2, 5))
+    shapes = [
+        (n, chosen.choice((1, 2, 5)), *chosen.choices((1, 2, 3, 4, 5, 8, 11, 16), k=2))
+        for _ in range(chosen.choice((1, 2, 4)))
+    ]
+    sides = [
+        [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes] for _ in range(2)
+    ]
+    found, wanted = fastkd.hcl_loss(*sides, weight=0.5), 0.5 * hcl_by_hand(*sides)
+    torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-13)
+    leaves = [*sides[0], *sides[1]]
+    torch.testing.assert_close(
+        torch.autograd.grad(found, leaves), torch.autograd.grad(wanted, leaves), rtol=1e-10, atol=1e-13
+    )
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_review_by_hand(seed):
+    chosen = random.Random(seed)
+    n, middle, count = chosen.choice((2, 3)), chosen.choice((1, 2, 5)), chosen.choice((2, 3))
+    sizes = [[(height, width) for height, width in ((8, 7), (5, 4), (1, 1))[-count:]] for _ in range(2)]
+    sizes[1] = [chosen.choice((size, (4, 6), (9, 3))) for size in sizes[1][:-1]] + [(1, 1)]
+    widths = [chosen.choices((1, 2, 3, 5), k=count) for _ in range(2)]
+    students, teachers = (
+        [
+            torch.randn(n, width, *size, dtype=torch.float64, requires_grad=True)
+            for width, size in zip(*side, strict=True)
+        ]
+        for side in zip(widths, sizes, strict=True)
+    )
+    weights = []
+    for i, (width_in, width) in enumerate(zip(*widths, strict=True)):
+        shapes = [(middle, width_in, 1, 1), (width, middle, 3, 3), (2, 2 * middle, 1, 1), (2,)][
+            : 4 if i < count - 1 else 2
+        ]
+        weights.append([torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes])
+    levels = modules([[weight.detach() for weight in level] for level in weights])
+    found, wanted = reviewed(students, teachers, levels), by_hand(students, teachers, weights)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-10)
+    ours = [
+        [
+            level.conv1[0].weight,
+            level.conv2[0].weight,
+            *(() if level.attention is None else level.attention.parameters()),
+        ]
+        for level in levels
+    ]
+    grads = torch.autograd.grad(found, [*students, *teachers, *itertools.chain(*ours)])
+    exact = torch.autograd.grad(wanted, [*students, *teachers, *itertools.chain(*weights)])
+    torch.testing.assert_close(grads, exact, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_loss_is_computed_in_float32(dtype):
+    sides = [
+        [(300 * torch.randn(3, 2, side, side)).to(dtype).requires_grad_() for side in (8, 1)]
+        for _ in range(2)
+    ]
+    exact = hcl_by_hand(*([x.detach().double() for x in side] for side in sides))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fastkd.hcl_loss(*sides, weights=[1, 1])
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
+    found.backward()
+    assert all(x.grad.dtype == dtype and x.grad.isfinite().all() for side in sides for x in side)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (
+            {"teacher": torch.ones(2, 3, 4, 5)},
+            ValueError,
+            r"student\[0\] .*teacher\[0\] .*wanted the same shape",
+        ),
+        ({"teacher": [torch.ones(2, 3, 4, 4)] * 2}, ValueError, "student has 1 stages, teacher has 2"),
+        (
+            {"student": torch.ones(2, 3, 4), "teacher": torch.ones(2, 3, 4)},
+            ValueError,
+            r"wanted \(N, C, H, W\)",
+        ),
+        ({"student": torch.ones(2, 3, 4, 4).int()}, TypeError, "student .*wanted float16"),
+        ({"weights": [1.0, 2.0]}, ValueError, "weights has 2 numbers, wanted 1"),
+        ({"weight": "x"}, TypeError, "weight"),
+    ],
+)
+def test_bad_input_is_one_line(change, error, words):
+    arguments = {"student": torch.ones(2, 3, 4, 4), "teacher": torch.ones(2, 3, 4, 4), **change}
+    with pytest.raises(error, match=words) as caught:
+        fastkd.hcl_loss(arguments.pop("student"), arguments.pop("teacher"), **arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"warmup": 2.0}, "warmup is 2.0, wanted a fraction of the run"),
+        ({"first": 5}, "first is 5, wanted 0 or 1"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(option, words):
+    with pytest.raises(ValueError, match=f"option reviewkd: {words}"):
+        fastkd.methods.define("reviewkd", options={"reviewkd": option})
+
+
+def test_it_is_differentiable_and_a_module():
+    x, y = (torch.randn(2, 1, 5, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(fastkd.hcl_loss, (x, y)) and fastkd.hcl_loss is reference.hcl_loss
+    torch.testing.assert_close(fastkd.HCL(weights=[3.0], weight=2.0)(x, y), 6 * fastkd.hcl_loss(x, y))
+    assert fastkd.HCL.preset("reviewkd").weight == 1
+
+
+def built(student, teacher, **rest):
+    return fastkd.Distillation(create_model(student), create_model(teacher), "reviewkd", fold=False, **rest)
+
+
+PAIRS = [
+    ("resnet20", "resnet56", 0.6),
+    ("resnet8", "resnet20", 1.0),
+    ("resnet8x4", "resnet32x4", 5.0),
+    ("wrn_16_1", "wrn_16_2", 5.0),
+    ("wrn_16_1", "resnet8", 5.0),
+    ("resnet8", "wrn_16_1", 5.0),
+    ("resnet_32_20", "resnet8", 1.0),
+]
+
+
+@pytest.mark.parametrize(("student", "teacher", "beta"), PAIRS)
+def test_every_pair_of_networks_has_its_weight_and_the_right_maps(student, teacher, beta):
+    torch.manual_seed(3)
+    distillation = built(student, teacher).eval()
+    method = distillation.methods["reviewkd"]
+    assert method.settled == {"beta": beta} and method.function.weight == beta
+    if "resnet8" in (student, teacher):
+        images = torch.randn(2, 3, 32, 32)
+        term = distillation(images, torch.arange(2)).terms["reviewkd"]
+        maps = distillation.student(images, features=True)[0]
+        targets = distillation.teacher(images, features="preact")[0]
+        levels = [[*side.stages, side.pooled[:, :, None, None]] for side in (maps, targets)]
+        torch.testing.assert_close(term, beta * reviewed(*levels, method.levels), rtol=1e-4, atol=1e-5)
+        assert [level.conv2[0].weight.shape[0] for level in method.levels] == [x.shape[1] for x in levels[1]]
+        assert method.levels[0].conv1[0].weight.shape[0] == maps.pooled.shape[1]  # below 512
+
+
+def test_the_teachers_maps_after_the_relu_are_an_option():
+    distillation = built(
+        "resnet8", "resnet8", options={"reviewkd": {"before_relu": False, "beta": 2.0}}
+    ).eval()
+    images = torch.randn(2, 3, 32, 32)
+    levels = [
+        [*x.stages, x.pooled[:, :, None, None]]
+        for x in (
+            distillation.student(images, features=True)[0],
+            distillation.teacher(images, features=True)[0],
+        )
+    ]
+    method = distillation.methods["reviewkd"]
+    torch.testing.assert_close(
+        distillation(images).total, 2 * reviewed(*levels, method.levels), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_the_weight_grows_over_a_twelfth_of_the_run():
+    method = built("resnet8", "resnet8").methods["reviewkd"]
+    assert [method.weight_at(epoch, 240) for epoch in (0, 1, 10, 20, 239)] == [0, 0.05, 0.5, 1, 1]
+    assert [method.weight_at(epoch, 2) for epoch in (0, 1)] == [0, 1]
+    other = built("resnet8", "resnet8", preset="mdistiller").methods["reviewkd"]
+    assert isinstance(other, ReviewKD) and [other.weight_at(epoch, 240) for epoch in (0, 19)] == [0.05, 1]
+    assert (
+        built("resnet8", "resnet8", options={"reviewkd": {"warmup": 0.0}})
+        .methods["reviewkd"]
+        .weight_at(0, 240)
+        == 1
+    )
+
+
+def test_it_is_one_graph_and_runs_under_autocast():
+    torch.manual_seed(0)
+    distillation = built("resnet8", "resnet8", autocast=torch.autocast("cpu", torch.bfloat16))
+    images, labels = torch.randn(2, 3, 32, 32), torch.arange(2)
+    found = torch.compile(distillation, fullgraph=True, backend="eager")(images, labels).terms["reviewkd"]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, distillation(images, labels).terms["reviewkd"], rtol=1e-2, atol=1e-3)
+    found.backward()
+    assert all(
+        x.grad.isfinite().all() and x.grad.any() for x in distillation.methods.parameters() if x.dim() > 1
+    )
+
+
+def test_the_first_weights_are_the_published_ones():
+    level = ABF(30, 20, 40, fuses=True)
+    # kaiming_uniform with a = 1: within sqrt(3 / fan_in), and nearly to it
+    for layer in (level.conv1[0], level.conv2[0]):
+        bound = (3 / layer.weight[0].numel()) ** 0.5
+        assert layer.bias is None and 0.95 * bound < layer.weight.abs().max() <= bound
+    assert level.attention.bias.any()
+
+
+@pytest.mark.slow
+def test_two_epochs_end_with_its_state_and_its_weight_in_the_row(small_main, tmp_path, capsys):
+    flags = "--method reviewkd --dataset digits --teacher resnet8 --student resnet8 --epochs 2".split()
+    assert small_main([*flags, "--device", "cpu", "--output", str(tmp_path), "--no-pictures"]) == 0
+    assert "reviewkd.beta=1.0" in capsys.readouterr().out
+    with open(tmp_path / "results.csv", newline="") as file:
+        row = [*csv.DictReader(file)][-1]
+    assert "reviewkd.beta=1.0" in ",".join(row.values())
+    folder = tmp_path / row["folder"]
+    with open(folder / "epochs.csv", newline="") as file:
+        losses = [
+            {name: float(value) for name, value in line.items() if "reviewkd" in name}
+            for line in csv.DictReader(file)
+        ]
+    assert not any(losses[0].values()) and all(losses[1].values())
+    best = torch.load(folder / "best.pt", weights_only=True)["model"]
+    assert set(best) == set(create_model("resnet8").state_dict())  # the bare student

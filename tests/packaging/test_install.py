@@ -1,0 +1,355 @@
+"""What setup.py and csrc/toolchain.py promise, on a tree of a few small files and with stand-ins for what a
+machine may have.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="not a source tree")
+SETTINGS = (
+    "FASTKD_BUILD",
+    "FASTKD_CUDA",
+    "TORCH_CUDA_ARCH_LIST",
+    "MAX_JOBS",
+    "CXX",
+    "CXXFLAGS",
+    "LDFLAGS",
+    "CUDA_HOME",
+    "CUDA_PATH",
+)
+SHOW = "import sys; sys.path.insert(0, 'csrc'); import toolchain; print("
+needs_ninja = pytest.mark.skipif(
+    not shutil.which("ninja") and not importlib.util.find_spec("ninja"), reason="ninja is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def toolchain() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("toolchain", ROOT / "csrc" / "toolchain.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment that asks for nothing."""
+    for name in SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def script(folder: Path, name: str, text: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+    (folder / name).chmod(0o755)
+
+
+@pytest.fixture
+def machine(plain: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Commands of a machine with a CUDA toolkit that knows 8.0 to 10.0, and no GPU."""
+    top = tmp_path / "cuda"
+    codes = " ".join(f"echo sm_{n};" for n in (80, 86, 90, 100))
+    script(top / "bin", "nvcc", f'case "$*" in *--list-gpu-code*) {codes} ;; *) echo release 13.0, ;; esac')
+    for file in ("include/cuda_runtime.h", "lib64/libcudart_static.a"):
+        (top / file).parent.mkdir(exist_ok=True)
+        (top / file).touch()
+    commands = tmp_path / "commands"
+    script(commands, "nvidia-smi", "exit 9")
+    plain.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    plain.setenv("CUDA_HOME", str(top))
+    return commands
+
+
+@pytest.mark.parametrize(
+    ("gpus", "variables", "architectures", "why"),
+    [
+        (
+            "",
+            {},
+            None,
+            (
+                "no GPU of 8.0 or later was seen, and neither FASTKD_CUDA=1 nor TORCH_CUDA_ARCH_LIST asked"
+                " for it"
+            ),
+        ),
+        (
+            "7.5",
+            {},
+            None,
+            (
+                "no GPU of 8.0 or later was seen, and neither FASTKD_CUDA=1 nor TORCH_CUDA_ARCH_LIST asked"
+                " for it"
+            ),
+        ),
+        ("9.0 9.0", {}, ["9.0+PTX"], "for the GPU seen here (9.0)"),
+        ("9.0 8.6", {}, ["8.6", "9.0+PTX"], "for the GPU seen here (8.6, 9.0)"),
+        # newer than the toolkit, which has PTX for it
+        ("12.0", {}, ["10.0+PTX"], "for the GPU seen here (12.0)"),
+        ("9.0", {"TORCH_CUDA_ARCH_LIST": "native"}, ["9.0+PTX"], "for the GPU seen here (9.0)"),
+        ("9.0", {"TORCH_CUDA_ARCH_LIST": "8.0 Ada"}, ["8.0", "8.9+PTX"], "TORCH_CUDA_ARCH_LIST=8.0 Ada"),
+        ("", {"TORCH_CUDA_ARCH_LIST": "9.0a"}, ["9.0a"], "TORCH_CUDA_ARCH_LIST=9.0a"),
+        ("", {"FASTKD_CUDA": "1"}, ["8.0", "9.0", "10.0+PTX"], "FASTKD_CUDA=1"),
+        ("9.0", {"FASTKD_CUDA": "1"}, ["8.0", "9.0", "10.0+PTX"], "FASTKD_CUDA=1"),
+        ("9.0", {"FASTKD_CUDA": "0"}, None, "FASTKD_CUDA=0"),
+        (
+            "9.0",
+            {"CUDA_HOME": "/none"},
+            None,
+            "CUDA_HOME is /none, but bin/nvcc and include/cuda_runtime.h are not both there",
+        ),
+    ],
+)
+def test_the_cuda_library_is_built_for_what_is_seen_or_asked_for(
+    toolchain: ModuleType,
+    machine: Path,
+    plain: pytest.MonkeyPatch,
+    gpus: str,
+    variables: dict,
+    architectures: list | None,
+    why: str,
+) -> None:
+    if gpus:
+        script(machine, "nvidia-smi", "".join(f"echo {gpu}\n" for gpu in gpus.split()))
+    for name, value in variables.items():
+        plain.setenv(name, value)
+    plan = toolchain.cuda()
+    assert plan.why == why
+    assert (plan.architectures if plan.toolkit else None) == architectures
+
+
+def test_a_toolkit_that_is_insisted_on_and_not_there_is_one_sentence(
+    toolchain: ModuleType, plain: pytest.MonkeyPatch
+) -> None:
+    plain.setenv("FASTKD_CUDA", "1")
+    plain.setenv("CUDA_HOME", "/none")
+    with pytest.raises(
+        SystemExit, match=r"^\nfastkd: FASTKD_CUDA=1, but no CUDA toolkit: CUDA_HOME is /none.*\.\n$"
+    ):
+        toolchain.cuda()
+
+
+def test_a_broken_nvcc_is_no_traceback(
+    toolchain: ModuleType, machine: Path, plain: pytest.MonkeyPatch
+) -> None:
+    script(Path(os.environ["CUDA_HOME"]) / "bin", "nvcc", "exit 1")
+    script(machine, "nvidia-smi", "echo 9.0")
+    plan = toolchain.cuda()
+    assert plan.toolkit is None and "nvcc does not run" in plan.why
+
+
+def test_architectures_by_name_are_those_of_pytorch(
+    toolchain: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpp_extension = pytest.importorskip("torch.utils.cpp_extension")
+    table = re.findall(
+        r"\('([A-Z][\w+]*)', '([\d.;+PTX]+)'\)", inspect.getsource(cpp_extension._get_cuda_arch_flags)
+    )
+    assert len(table) >= 13
+    for name, listed in table:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", name)
+        wanted = cpp_extension._get_cuda_arch_flags()
+        assert (
+            sorted({flag for entry in toolchain.architectures(name) for flag in toolchain.gencode(entry)})
+            == wanted
+        ), name
+        assert toolchain.architectures(name) == listed.split(";")
+
+
+@pytest.mark.parametrize("wrong", ["Hooper", "8", "8.0+PTX+PTX", "sm_90"])
+def test_an_unknown_architecture_is_named(toolchain: ModuleType, wrong: str) -> None:
+    with pytest.raises(SystemExit, match=f"TORCH_CUDA_ARCH_LIST contains '{re.escape(wrong)}'"):
+        toolchain.architectures(f"8.0;{wrong}")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to a CPU")
+def test_jobs_are_the_cpus_that_the_process_may_use(toolchain: ModuleType, plain: pytest.MonkeyPatch) -> None:
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); " + SHOW + "toolchain.jobs())"
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True).stdout == "1\n"
+    )
+    plain.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    plain.setattr(Path, "read_text", lambda _: "350000 100000\n")  # three and a half CPUs for this container
+    assert toolchain.jobs() == 3
+    plain.setattr(Path, "read_text", lambda _: "max 100000\n")
+    assert toolchain.jobs() == 64
+    plain.setenv("MAX_JOBS", "5")
+    assert toolchain.jobs() == 5
+
+
+@pytest.mark.parametrize("command", ["false", "true", "no-such-compiler"])
+def test_no_compiler_is_one_sentence(toolchain: ModuleType, plain: pytest.MonkeyPatch, command: str) -> None:
+    plain.setenv("CXX", command)
+    with pytest.raises(SystemExit, match=rf"^\nfastkd: .*'{command}'.*set CXX.*FASTKD_BUILD=0.*\.\n$"):
+        toolchain.cxx()
+
+
+def test_a_compiler_that_is_too_old_is_one_sentence(
+    toolchain: ModuleType, plain: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    macros = "echo '#define __cplusplus 201703L'; echo '#define __GNUC__ 9'"
+    script(tmp_path, "g++-9", f'case "$*" in *version*) echo "g++ 9.5.0" ;; *) {macros} ;; esac')
+    plain.setenv("CXX", str(tmp_path / "g++-9"))
+    with pytest.raises(
+        SystemExit, match=r"the C\+\+ compiler is g\+\+ 9\.5\.0, wanted GCC 10 or later, or clang"
+    ):
+        toolchain.cxx()
+
+
+def run_setup(tree: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = (
+        {name: value for name, value in os.environ.items() if name not in SETTINGS}
+        | {"MAX_JOBS": "2"}
+        | variables
+    )
+    command = [sys.executable, "setup.py", *arguments]
+    return subprocess.run(command, cwd=tree, env=environment, text=True, capture_output=True, timeout=300)
+
+
+def test_an_old_setuptools_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "setuptools.py").write_text("__version__ = '65.5.0'\n")
+    done = run_setup(ROOT, "--version", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    (sentence,) = done.stderr.strip().splitlines()
+    assert sentence.startswith(
+        "fastkd: building needs setuptools>=77, found 65.5.0: `pip install -U setuptools`"
+    )
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A source tree with the real build and metadata, and next to nothing to compile."""
+    pytest.importorskip("setuptools", minversion="77")
+    tree = tmp_path / "tree"
+    (tree / "csrc" / "cpu" / "three").mkdir(parents=True)
+    (tree / "csrc" / "common").mkdir()
+    (tree / "fastkd").mkdir()
+    for name in (
+        "setup.py",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "MANIFEST.in",
+        "csrc/toolchain.py",
+        "csrc/common/build_info.cpp",
+    ):
+        shutil.copy(ROOT / name, tree / name)
+    (tree / "fastkd" / "__init__.py").write_text("__version__ = '0.0.1'\n")
+    (tree / "fastkd" / "py.typed").touch()
+    (tree / "csrc" / "cpu" / "one.h").write_text("inline int one() { return 1; }\n")
+    (tree / "csrc" / "cpu" / "one.cpp").write_text('#include "one.h"\nint first() { return one(); }\n')
+    (tree / "csrc" / "cpu" / "two.cpp").write_text("int second() { return 2; }\n")
+    kernel = (
+        '#include "../one.h"\nnamespace FASTKD_PATH { int third() { return one() + FASTKD_VECTOR_BYTES; } }\n'
+    )
+    (tree / "csrc" / "cpu" / "three" / "kernels.cpp").write_text(kernel)
+    return tree
+
+
+@needs_ninja
+def test_an_edit_compiles_what_it_concerns_and_nothing_else(tree: Path) -> None:
+    def made(**variables: str) -> set[str]:
+        done = run_setup(tree, "build_ext", "--inplace", "--build-temp", "temp", FASTKD_CUDA="0", **variables)
+        assert done.returncode == 0, done.stderr
+        assert (tree / "fastkd" / "_C.abi3.so").is_file() and not (
+            tree / "fastkd" / "_C_cuda.abi3.so"
+        ).exists()
+        return {Path(name).name for name in re.findall(r"-o (\S+)", done.stdout)}
+
+    kernels = {f"kernels.cpp.{path}.o" for path in ("portable", "avx2", "avx512")}
+    library = {"_C.abi3.so"}
+    everything = kernels | {"one.cpp.o", "two.cpp.o", "build_info.cpp.o"} | library
+    assert made() == everything
+    assert made() == set()
+    (tree / "csrc" / "cpu" / "one.h").write_text("inline int one() { return 11; }\n")
+    assert made() == kernels | {"one.cpp.o"} | library
+    (tree / "csrc" / "cpu" / "two.cpp").write_text("int second() { return 22; }\n")
+    assert made() == {"two.cpp.o"} | library
+    assert made(CXXFLAGS="-O1") == everything  # other flags
+    # held open, so that its number is not given to another file
+    with (tree / "fastkd" / "_C.abi3.so").open("rb") as loaded:
+        assert made() == everything
+        # whoever has it loaded keeps the old one
+        assert (tree / "fastkd" / "_C.abi3.so").stat().st_ino != os.fstat(loaded.fileno()).st_ino
+
+
+@needs_ninja
+def test_what_does_not_compile_is_one_sentence_at_the_end(tree: Path) -> None:
+    (tree / "csrc" / "cpu" / "two.cpp").write_text("wrong\n")
+    done = run_setup(tree, "build_ext", "--inplace", "--build-temp", "temp", FASTKD_CUDA="0")
+    assert done.returncode == 1
+    assert "two.cpp" in done.stdout
+    assert done.stderr.strip().splitlines()[-1].startswith("fastkd: compiling failed, as said above")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("build", "wanted"), [("0", set()), ("1", {"torch>=2.11", "ninja"})])
+def test_a_build_asks_for_what_it_needs(tree: Path, build: str, wanted: set[str]) -> None:
+    code = (
+        "import json; from setuptools import build_meta as b; needs = b.get_requires_for_build_wheel();"
+        " print(json.dumps(needs))"
+    )
+    environment = {**os.environ, "FASTKD_BUILD": build}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tree, env=environment, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads(done.stdout.splitlines()[-1])) == wanted
+
+
+def test_the_wheel_says_that_it_is_typed_and_the_sdist_is_whole(tree: Path) -> None:
+    code = "from setuptools import build_meta as b; b.build_sdist('dist'); b.build_wheel('dist')"
+    environment = {**os.environ, "FASTKD_BUILD": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tree, env=environment, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,), (sdist,) = (tree / "dist").glob("*.whl"), (tree / "dist").glob("*.tar.gz")
+    assert wheel.name == "fastkd-0.0.1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        assert "fastkd/py.typed" in archive.namelist()
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"setup.py", "csrc/toolchain.py", "csrc/cpu/one.h", "csrc/cpu/three/kernels.cpp"} <= names
+
+
+def test_the_manifest_names_files_that_are_there() -> None:
+    for line in (ROOT / "MANIFEST.in").read_text().splitlines():
+        command, *names = line.split()
+        if command in ("include", "graft"):
+            assert all((ROOT / name).exists() for name in names), line
+
+
+def test_uv_builds_anew_for_whatever_a_build_depends_on() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    keys = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["uv"]["cache-keys"]
+    variables = {key["env"] for key in keys if "env" in key}
+    text = (ROOT / "setup.py").read_text() + (ROOT / "csrc" / "toolchain.py").read_text()
+    read = set(re.findall(r'(?:switch|words|environ\.get)\("(\w+)"', text))
+    assert read - {"MAX_JOBS"} <= variables  # which changes no byte of a library
+    files = {key["file"] for key in keys if "file" in key}
+    assert {"pyproject.toml", "setup.py", "csrc/**/*"} <= files
+    assert "uv.lock" in (ROOT / ".gitignore").read_text().split()
+
+
+def test_torch_is_found_without_importing_it(toolchain: ModuleType) -> None:
+    folder, version = toolchain.torch()
+    assert folder == Path(torch.__file__).parent
+    assert version == torch.__version__

@@ -1,0 +1,38 @@
+"""``fastkd-train``, the command that an installation has, is ``python train.py`` in all but its name."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_installed_command_is_the_main_of_train_py(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fastkd.training import cli
+
+    assert runpy.run_path(str(ROOT / "train.py"))["main"] is cli.main
+    assert 'fastkd-train = "fastkd.training.cli:main"' in (ROOT / "pyproject.toml").read_text(
+        encoding="utf-8"
+    )
+    for called, name in (("/somewhere/bin/fastkd-train", "fastkd-train"), ("train.py", "train.py")):
+        monkeypatch.setattr(sys, "argv", [called, "--method", "none"])
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert capsys.readouterr().err.startswith(f"{name}: error: argument --method: invalid choice: 'none'")
+
+
+def test_a_run_of_the_installed_command_is_repeated_by_it(
+    small_main: Callable[[list[str]], int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    flags = "--method baseline --student resnet8 --dataset digits --epochs 1 --no-pictures --output".split()
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/fastkd-train", *flags, str(tmp_path)])
+    assert small_main([*flags, str(tmp_path)]) == 0
+    (command,) = tmp_path.glob("*/command.sh")
+    assert command.read_text().splitlines()[-1].startswith("fastkd-train --method baseline ")

@@ -1,0 +1,135 @@
+"""The report's figure of accuracy by method and its HTML page."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from fastkd.report import bars, page
+from fastkd.report import command as report
+from fastkd.training.results import COLUMNS, table
+
+RUN = {
+    "method": "at",
+    "dataset": "cifar100",
+    "student": "resnet20",
+    "teacher": "resnet56",
+    "recipe": "sakd",
+    "nepoch": "2",
+    "overrides": "epochs=2",
+    "precision": "bf16",
+    "seed": "0",
+    "acc": "30.00",
+    "reported_acc": "30.00",
+    "folder": "at-run",
+}
+BASELINE = {**RUN, "method": "baseline", "teacher": "", "acc": "25.00", "folder": "base"}
+SEED = {**RUN, "seed": "1", "acc": "32.00", "folder": "at-run-1"}
+KD = {**RUN, "method": "kd", "acc": "28.00", "folder": "kd-run"}
+
+
+class Page(HTMLParser):
+    """Which elements are open, the text of cells, and what is referred to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.cells: list[str] = []
+        self.targets: list[str] = []
+        self.anchors: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.targets += [given[name] for name in ("src", "href") if name in given]
+        self.anchors += [given["id"]] if "id" in given else []
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "td":
+            self.cells.append(data)
+
+
+def test_a_panel_has_the_methods_of_one_pair_from_the_worst_to_the_best():
+    other = {**KD, "student": "resnet32"}
+    teacher = {**RUN, "method": "teacher", "student": "resnet56", "teacher": ""}
+    found = bars.places([RUN, KD, SEED, BASELINE, other, teacher])
+    assert [place for place, _ in found] == [("cifar100", "resnet20", "sakd", "2", "bf16", "resnet56")]
+    assert [group.key["method"] for group in found[0][1]] == ["baseline", "kd", "at"]
+    assert found[0][1][-1].spread("acc") == "31.00 ± 1.41"
+    assert bars.places([RUN, {**KD, "nepoch": "3"}]) == []
+
+
+def test_bars_are_the_means_and_the_baseline_is_marked(monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
+
+    widths, marks = [], []
+    drawn, marked = Axes.barh, Axes.axvline
+    monkeypatch.setattr(
+        Axes, "barh", lambda self, y, w, **o: (widths.append((y, w)), drawn(self, y, w, **o))[1]
+    )
+    monkeypatch.setattr(Axes, "axvline", lambda self, x, **o: (marks.append(x), marked(self, x, **o))[1])
+    figure = bars.figure([RUN, KD, SEED, BASELINE])
+    assert widths == [(0, 25.0), (1, 28.0), (2, 31.0)] and marks == [25.0]
+    assert "2 of 240 epochs" in figure.axes[0].get_title()
+
+
+@pytest.fixture
+def output(tmp_path):
+    folder = tmp_path / "runs & more"
+    folder.mkdir()
+    rows = [RUN, {**KD, "overrides": "epochs=2 lr=<b>"}, BASELINE]
+    (folder / "results.csv").write_text(table(COLUMNS, rows))
+    for name in ("at-run", "kd-run"):
+        (folder / name).mkdir()
+        (folder / name / "epochs.csv").write_text("epoch,loss,train_acc,test_acc\n1,3,20,21\n2,2,25,30\n")
+    for name in ("maps-mean-of-squares.png", "maps-plain-sum.png"):
+        (folder / "at-run" / name).write_bytes(b"\x89PNG")
+    return folder
+
+
+def test_the_page_is_whole_and_asks_for_nothing(output, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "report.html"
+    assert report.main([str(output), "--html", str(path), "--bars", str(tmp_path / "bars.svg")]) == 0
+    text = path.read_text(encoding="utf-8")
+    found = Page(text)
+    assert found.open == []
+    local = [target for target in found.targets if target.startswith("#")]
+    assert {target[1:] for target in local} == set(found.anchors) and len(local) == 5
+    images = [target for target in found.targets if not target.startswith("#")]
+    assert all(target.startswith("data:image/") for target in images)
+    assert [re.match("data:image/([^;]*)", target)[1] for target in images] == ["svg+xml", "svg+xml", "png"]
+    assert "maps-plain-sum.png" in text and "runs &amp; more" in text
+    assert "<b>" not in text and any("lr=<b>" in cell for cell in found.cells)  # what a row says is text
+    assert any(cell == "ours, bf16, 2 of 240 epochs" for cell in found.cells)
+    assert b"<svg" in (tmp_path / "bars.svg").read_bytes()
+
+
+def test_without_runs_and_without_matplotlib_it_says_so(tmp_path, monkeypatch):
+    import sys
+
+    text = page.page([], [tmp_path], {})
+    assert "There are no finished runs." in text and "attention maps." in text and Page(text).open == []
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert page.page([], [tmp_path], {}).count("Takes matplotlib (pip install matplotlib).") == 2
+
+
+def test_bars_of_one_method_are_one_line(output, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    wanted = ["--only", "method=at", "--bars", str(tmp_path / "x.png")]
+    assert report.main([str(output), *wanted]) == 2
+    err = capsys.readouterr().err
+    assert (
+        err == "report: error: --bars: no two methods with the same data set, networks, recipe and length\n"
+    )
+    assert report.main([str(output), "--bars", str(tmp_path / "x.docx")]) == 2
+    assert "docx" in capsys.readouterr().err and not (tmp_path / "x.docx").exists()
