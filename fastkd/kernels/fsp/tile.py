@@ -163,8 +163,16 @@ def product(
 
 @triton.jit
 def product_apart(
-    a, b, total, a_rest, b_rest, MODE: tl.constexpr, UPCAST: tl.constexpr, A_EXACT: tl.constexpr, B_EXACT: tl.constexpr
-):  # fmt: skip
+    a,
+    b,
+    total,
+    a_rest,
+    b_rest,
+    MODE: tl.constexpr,
+    UPCAST: tl.constexpr,
+    A_EXACT: tl.constexpr,
+    B_EXACT: tl.constexpr,
+):
     """(total, a_rest, b_rest): their sum is what ``product`` makes; that of a low part has a tile of its own.
 
     Triton divides a tile that several products of a step are added to along its rows alone, and on sm_90 a

@@ -186,7 +186,7 @@ def warps(tiles: Sequence[Size], how: str, dual: Sequence[Size] = ()) -> int:
 
 
 def options(how: str, count: int, *, tight: bool = False) -> dict[str, int]:
-    """Of a launch of ``count`` warps a program; tight: two stages of its loads would leave too few registers."""
+    """Of a launch of ``count`` warps a program; tight: two stages of its loads leave too few registers."""
     return {"num_warps": count, "num_stages": 1 if tight else TILES[how].stages}
 
 
@@ -210,10 +210,10 @@ def added_up(how: str, several: bool) -> bool:
 
 
 def owned(t: Size, count: int, rows: int, columns: int, *, through: bool = False) -> Size:
-    """Tile t, or one near it of which each of ``count`` warps can have a part of its own; rows, columns: of the
-    whole.
+    """Tile t, or one near it of which each of ``count`` warps can have a part of its own.
 
-    through: a tile of as many rows, and of t's depth as columns, is made on the way and multiplied.
+    rows, columns: of the whole. through: a tile of as many rows, and of t's depth as columns, is made on the
+    way and multiplied.
     """
     high, wide, deep = t[:3]
     joins = high >= 64 and _joins_warps()
