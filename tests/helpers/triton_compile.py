@@ -84,10 +84,15 @@ def copies(ptx: str) -> int:
 
 
 def accesses(ptx: str) -> dict[str, int]:
-    """How often a kernel's PTX reads and writes global memory, by bits an access: {"ld 128": 4, ...}."""
+    """How often a kernel's PTX reads and writes global memory, by bits an access: {"ld 128": 4, ...}; "copy":
+    to shared memory.
+    """
     found: dict[str, int] = {}
     for kind, vector, bits in re.findall(r"\b(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfu](\d+)", ptx):
         name = f"{kind} {int(vector or 1) * int(bits)}"
+        found[name] = found.get(name, 0) + 1
+    for size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global .*?\], \[.*?\], (\w+)", ptx):
+        name = f"copy {8 * int(size, 0)}"
         found[name] = found.get(name, 0) + 1
     return found
 

@@ -220,13 +220,14 @@ def owned(t: Size, count: int, rows: int, columns: int, *, through: bool = False
     if joins and _capability() >= 100:  # a single thread starts all its products
         return t
     shapes = [(high, wide), (high, 2 * wide), (high // 2, wide), (high // 2, 2 * wide)]
-    if joins:
-        shapes = [(high, wide), (2 * high, wide), (high // 2, 2 * wide), (high // 2, wide)]
-    most = max(power_of_two(rows), high), max(power_of_two(columns), wide)
+    if joins:  # tiles of fewer than 64 rows are multiplied by single warps
+        taller = [(2 * high, wide)] if through and rows >= 2 * high else []
+        shapes = [(high, wide), *taller, (high // 2, 2 * wide), (high // 2, wide)]
+    widest = max(power_of_two(columns), wide)
     for depth in (deep, 32, 64) if through else (deep,):
         for one, other in shapes:
             tiles = [(one, other), *([(one, depth)] if through else [])]
-            if 16 <= one <= most[0] and other <= most[1] and min(map(most_warps, tiles)) >= count:
+            if one >= 16 and other <= widest and min(map(most_warps, tiles)) >= count:
                 return one, other, depth, *t[3:]
     return t
 
