@@ -79,7 +79,8 @@ def main() -> int:
 
     few, wanted = "--few" in sys.argv[1:], [word for word in sys.argv[1:] if word != "--few"]
     print(f"PyTorch {torch.__version__}, Python {sys.version.split()[0]}", flush=True)
-    return int(not all([check(version, few) for version in wanted or releases()]))
+    failed = [version for version in wanted or releases() if not check(version, few)]
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
