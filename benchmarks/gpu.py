@@ -31,151 +31,15 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from speed.gpu_plan import Part, plan, training
 
 ROOT = Path(__file__).resolve().parent.parent
 GRACE = 8  # seconds after SIGINT in which pytest says what failed, before SIGKILL
 CLOSING = 4  # seconds kept for the last packing
 PACK_EVERY = 5  # seconds after which what a part has printed so far is packed
-SPEED = (
-    ("attention chains", "attention", "resnet20-128"),
-    ("attention at ResNet-50 stages", "attention", "resnet50-64"),
-    ("fsp chains", "fsp", "resnet20-128"),
-    ("fsp at ResNet-50 stages", "fsp", "resnet50-64"),
-    ("resnet20 step", "step", "resnet20"),
-    ("attention wide chains", "attention", "wrn40_2-128 or resnet32x4-128"),
-    ("fsp wide chains", "fsp", "wrn40_2-128 or resnet32x4-128"),
-    ("resnet50 step", "step", "resnet50"),
-)
-# of Triton's tests, those whose answer an interpreter cannot give: graphs, streams, waiting, repeated bits,
-# races
-ON_DEVICE = "captured or compiled_step or waits or streams or same_bits or not_current or large_gradients"
-
-
-@dataclass(frozen=True)
-class Part:
-    """A command, how many seconds it may take, and variables of its own."""
-
-    name: str
-    command: tuple[str, ...]
-    seconds: float
-    variables: tuple[tuple[str, str], ...] = ()
-    measures: bool = False  # alone on the device
-
-
-def own(name: str, seconds: float, *, measures: bool = False) -> Part:
-    """A part of benchmarks/speed/gpu_parts.py."""
-    command = (sys.executable, "-m", "speed.gpu_parts", name.split()[0], *name.split()[1:])
-    return Part(name, command, seconds, measures=measures)
-
-
-def pytest_part(
-    name: str, seconds: float, *arguments: str, processes: int = 0, measures: bool = False
-) -> Part:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    if processes and find_spec("xdist"):
-        command += ["-n", str(processes)]
-    return Part(name, (*command, *arguments), seconds, measures=measures)
-
-
-def sanitizer(kind: str) -> Part | None:
-    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    if tool is None:
-        return None
-    command = (
-        tool,
-        "--tool",
-        kind,
-        "--target-processes",
-        "all",
-        "--error-exitcode",
-        "9",
-        *own("small-set", 0).command,
-    )
-    # each tensor an allocation of its own, so that one byte beyond it is seen
-    return Part(kind, command, 45, (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))
-
-
-def plan(rehearse: bool) -> list[Part]:
-    """The parts, by worth: is it right, on every dtype and layout; do its own tests hold; is memory touched
-    rightly; how fast is it.
-    """
-    place = (
-        ("-m", "not large", "-x", "tests/backends/test_cuda.py")
-        if rehearse
-        else ("-m", "gpu and not large", "tests")
-    )
-    cuda = ("-k", "captured or waits") if rehearse else ("-k", "cuda and not triton")
-    triton = ("-k", "same_bits") if rehearse else ("-k", f"triton and ({ON_DEVICE})")
-    parts: list[Part | None] = [
-        own("facts", 15),
-        own("smoke cuda", 25),
-        own("smoke triton", 40),
-        pytest_part("tests of cuda", 80, *place, *cuda, processes=5),
-        pytest_part(
-            "tests of triton",
-            60,
-            *(("-x", "tests/backends/test_triton.py") if rehearse else place),
-            *triton,
-            processes=10,
-        ),
-        sanitizer("memcheck"),
-        sanitizer("racecheck"),
-        own("launches", 20, measures=True),
-        own("rates", 15, measures=True),
-    ]
-    for name, file, shape in SPEED:
-        chosen = f"({shape}) and {'cpu' if rehearse else 'cuda'}"
-        # without a GPU the bodies are walked through once, on small shapes
-        mode = (
-            ("--collect-only",)
-            if rehearse
-            else ("--benchmark", "--benchmark-results", f"speed/{name.replace(' ', '-')}")
-        )
-        parts.append(
-            pytest_part(
-                f"speed: {name}", 45, *mode, "-k", chosen, f"benchmarks/test_{file}.py", measures=True
-            )
-        )
-    parts.append(own("tiles", 75, measures=True))
-    parts.append(pytest_part("large tensors", 60, "-m", "gpu and large", "tests", measures=True))
-    return [part for part in parts if part is not None]
-
-
-def training(data: Path | None, rehearse: bool) -> Part | None:
-    """200 epochs of attention transfer, ResNet-20 from ResNet-20, in a CUDA graph; None without images."""
-    there = {"cifar10": ("cifar-10-batches-py", "cifar-10-batches-bin"), "fashion-mnist": ("FashionMNIST",)}
-    name = next(
-        (
-            name
-            for name, folders in there.items()
-            if data and any((data / folder).is_dir() for folder in folders)
-        ),
-        None,
-    )
-    if name is None and not (rehearse and find_spec("sklearn")):
-        return None
-    command = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        "--method",
-        "at",
-        "--output",
-        "runs",
-        "--no-pictures",
-        "--dataset",
-        name or "digits",
-    ]
-    command += ["--data", str(data)] if name else []
-    command += (
-        ["--epochs", "1"]
-        if rehearse
-        else ["--epochs", "200", "--device", "cuda", "--precision", "bf16", "--cuda-graph"]
-    )
-    return Part("training in the background", tuple(command), 0)
 
 
 class Run:

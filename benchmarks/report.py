@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from speed import goals, table
+from speed import table, verdicts
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
@@ -141,10 +141,10 @@ def full(result: dict[str, Any]) -> str:
             *markdown(heads, rows, 2),
             "",
         ]
-    verdicts = goals.verdicts(result)
-    if verdicts:
+    found = verdicts.verdicts(result)
+    if found:
         cells = []
-        for v in verdicts:
+        for v in found:
             spread = f"{min(v.values.values()):.2f} … {max(v.values.values()):.2f}"
             bound = f"{'≥' if v.goal.at_least else '≤'} {v.goal.bound:g} {v.goal.unit}".rstrip()
             falls = ", ".join(f"{name} {value:.2f}" for name, value in v.shortfalls.items())

@@ -43,7 +43,7 @@ _GLOBAL_HOOKS = [
     find(_modules, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")
 ]
 _get_proxy_mode: Callable[[], Any] = find(proxy_tensor, "get_proxy_mode")
-find(forward_ad, "_current_level")  # read anew by each call
+find(forward_ad, "_current_level")  # read by each call
 
 
 def transforming() -> bool:

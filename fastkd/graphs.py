@@ -13,7 +13,7 @@ from fastkd._private import exporting
 # It does nothing, and no compiler knows that: it will not compute again what lies before it to have what
 # comes after. It claims to write to x, so that it needs no copy.
 _LIBRARY = torch.library.Library("fastkd", "FRAGMENT")
-if not hasattr(torch.ops.fastkd, "recompute_barrier_"):  # a notebook may import fastkd anew
+if not hasattr(torch.ops.fastkd, "recompute_barrier_"):  # a notebook may import fastkd again
     # PyTorch keeps this function, and so the library, which takes back what it registered when it is deleted
     _LIBRARY.define("recompute_barrier_(Tensor(a!) x) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl("recompute_barrier_", lambda x, library=_LIBRARY: None, "CompositeExplicitAutograd")

@@ -9,11 +9,13 @@
 | `loops.py`      | whole training loops: `fastkd.training` beside a toolkit's                    |
 | `toolkit.py`    | that loop, as toolkits write it                                               |
 | `gpu.py`        | the losses on a GPU, by three clocks: groups added where there is one         |
+| `gpu_clock.py`  | the clocks of a GPU                                                           |
+| `gpu_plan.py`   | what `benchmarks/gpu.py` runs; `gpu_parts.py`, `gpu_tiles.py`: its processes  |
 | `gpu_step.py`   | steps of ResNet-50 and ResNet-20 on a GPU                                     |
 | `measure.py`    | interleaved rounds, peak memory                                               |
 | `stock.py`      | eager under the stock allocator, in a process of its own                      |
 | `session.py`    | one run: groups measured when first asked for, rows handed to pytest-benchmark|
-| `goals.py`      | geometric means against the goals                                             |
+| `goals.py`      | the goals, and in `verdicts.py` geometric means against them                  |
 | `table.py`      | the table at the end                                                          |
 | `machine.py`    | what ran it                                                                   |
 | `plugin.py`     | the options, and the hooks of pytest                                          |

@@ -1,10 +1,7 @@
-"""The goals for the kernels, and how far a run is from them. On a CPU, unless said otherwise: float32, all
-threads, wall time.
-"""
+"""The goals for the kernels. On a CPU, unless said otherwise: float32, all threads, wall time."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +13,7 @@ GPU_CHAINS, GPU_LARGE = ("resnet20-128", "wrn40_2-128", "resnet32x4-128"), ("res
 Record = dict[str, Any]
 
 
-def geometric_mean(values: list[float]) -> float:
-    """exp(mean(log)). Raises ValueError for none, or for one that is not above 0."""
-    if not values or min(values) <= 0:
-        raise ValueError(f"values are {values}, wanted some, all above 0")
-    return math.exp(sum(map(math.log, values)) / len(values))
-
-
-def _time(record: Record, row: str) -> float | None:
+def time_of(record: Record, row: str) -> float | None:
     return record["rows"].get(row, {}).get("milliseconds")
 
 
@@ -31,7 +21,7 @@ def _ratio(above: str, below: str) -> Callable[[Record], float | None]:
     """The time of one row over that of another."""
 
     def value(record: Record) -> float | None:
-        a, b = _time(record, above), _time(record, below)
+        a, b = time_of(record, above), time_of(record, below)
         return a / b if a and b else None
 
     return value
@@ -47,7 +37,7 @@ def _memory(record: Record) -> float | None:
 
 
 def _above_relu(record: Record) -> float | None:
-    ours, relu = _time(record, BACKEND), _time(record, "torch.relu")
+    ours, relu = time_of(record, BACKEND), time_of(record, "torch.relu")
     return max(1e3 * (ours - relu), 1e-3) if ours and relu else None
 
 
@@ -165,8 +155,8 @@ def _loop(*ours: str) -> Callable[[Record], float | None]:
 
     def value(record: Record) -> float | None:
         theirs, mine = (
-            _time(record, "toolkit, float32"),
-            [time for row in ours if (time := _time(record, f"loop, {row}"))],
+            time_of(record, "toolkit, float32"),
+            [time for row in ours if (time := time_of(record, f"loop, {row}"))],
         )
         return theirs / min(mine) if theirs and mine else None
 
@@ -284,71 +274,3 @@ GOALS = (
     *_gpu_goals("triton", (5, 1.7), (5, 2)),
     *_gpu_goals("cuda", (8, 2.5), (7, 2.5)),
 )
-
-
-@dataclass
-class Verdict:
-    """A goal and what was measured: a value a shape, named."""
-
-    goal: Goal
-    values: dict[str, float]
-
-    @property
-    def mean(self) -> float:
-        return geometric_mean(list(self.values.values()))
-
-    @property
-    def reached(self) -> bool:
-        return self._holds(self.mean)
-
-    @property
-    def shortfalls(self) -> dict[str, float]:
-        return {name: value for name, value in self.values.items() if not self._holds(value)}
-
-    def _holds(self, value: float) -> bool:
-        return value >= self.goal.bound if self.goal.at_least else value <= self.goal.bound
-
-
-def verdicts(result: dict[str, Any]) -> list[Verdict]:
-    """The goals that the result has figures for."""
-    groups = [{"device": "cpu", **record} for record in result["groups"]]
-    most = max((record["threads"] for record in groups), default=0)
-    out = []
-    for goal in GOALS:
-        values = {}
-        records = [r for r in groups if r["device"] == goal.device and r["clock"] == goal.clock]
-        records = [r for r in records if r["clock"] != "wall" or r["device"] != "cpu" or r["threads"] == most]
-        for record in (r for r in records if all(r.get(key) in wanted for key, wanted in goal.where.items())):
-            if goal.against is None:
-                value = goal.value(record)
-            else:
-                keys = ("operation", "shape", "dtype", "layout", "direction", "upstream")
-                twin = {key: record[key] for key in keys} | goal.against
-                others = [r for r in records if all(r.get(key) == twin[key] for key in keys)]
-                mine, theirs = _time(record, BACKEND), _time(others[0], BACKEND) if others else None
-                value = mine / theirs if mine and theirs else None
-            if value is not None:
-                varied = [key for key in ("dtype", "layout") if len(goal.where.get(key, ())) > 1]
-                about = next(record[key] for key in ("shape", "step", "case") if key in record)
-                name = " ".join([about, *(record[key] for key in varied)])
-                values[name] = value
-        if values:
-            out.append(Verdict(goal, values))
-    return out
-
-
-def lines(result: dict[str, Any]) -> list[str]:
-    """A line a goal: geometric mean, spread, bound, verdict, and each shape that falls short of it."""
-    found = verdicts(result)
-    if not found:
-        return []
-    width = max(len(v.goal.title) for v in found)
-    out = [f"{'goals: geometric means over the shapes':<{width}}  {'mean':>6}  {'from … to':>15}  goal"]
-    for v in found:
-        spread = f"{min(v.values.values()):.2f} … {max(v.values.values()):.2f}"
-        bound = f"{'≥' if v.goal.at_least else '≤'} {v.goal.bound:g} {v.goal.unit}".rstrip()
-        verdict = "reached" if v.reached else "NOT REACHED"
-        short = ", ".join(f"{name} {value:.2f}" for name, value in v.shortfalls.items())
-        note = f"; short: {short}" if short else ""
-        out.append(f"{v.goal.title:<{width}}  {v.mean:6.2f}  {spread:>15}  {bound}: {verdict}{note}")
-    return out

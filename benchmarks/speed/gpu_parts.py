@@ -12,14 +12,10 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
-import json
-import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,27 +25,14 @@ from fastkd import backends, reference
 from speed import machine
 from speed.cases import Case, features
 from speed.gpu import CHAINS, LARGE
+from speed.gpu_device import DEVICE, REHEARSAL, Features, save, seconds_of, wait
+from speed.gpu_tiles import tiles
 
-REHEARSAL = os.environ.get("FASTKD_GPU_REHEARSAL") == "1"
-DEVICE = "cpu" if REHEARSAL else "cuda"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 # of the largest value of the exact result: rounding to the dtype, and float32 sums of a few thousand terms
 ALLOWED = {"float32": 1e-4, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 SIZES = ((16, 14), (24, 7), (32, 5))  # channels, height and width of small stages
-Features = list[torch.Tensor]
-
-
-def save(name: str, value: Any) -> None:
-    folder = Path(os.environ.get("FASTKD_GPU_OUT", "."))
-    temporary = folder / f".{name}.tmp"
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(folder / f"{name}.json")
-
-
-def wait() -> None:
-    if not REHEARSAL:
-        torch.cuda.synchronize()
 
 
 def serving() -> list[str]:
@@ -223,7 +206,7 @@ def rates() -> None:
     size, side = (2**12, 32) if REHEARSAL else (2**28, 8192)
     found: dict[str, float] = {}
     a, b = (torch.empty(size, device=DEVICE).uniform_() for _ in range(2))
-    found["copy GB/s"] = 2 * a.nbytes / _seconds(lambda: b.copy_(a)) / 1e9
+    found["copy GB/s"] = 2 * a.nbytes / seconds_of(lambda: b.copy_(a)) / 1e9
     products = (
         ("float32 ieee", torch.float32, False),
         ("float32 tf32", torch.float32, True),
@@ -232,91 +215,9 @@ def rates() -> None:
     for name, dtype, tf32 in products:
         torch.backends.cuda.matmul.allow_tf32 = tf32
         x, y = (torch.randn(side, side, device=DEVICE).to(dtype) for _ in range(2))
-        found[f"{name} TFLOP/s"] = 2 * side**3 / _seconds(functools.partial(torch.mm, x, y)) / 1e12
+        found[f"{name} TFLOP/s"] = 2 * side**3 / seconds_of(functools.partial(torch.mm, x, y)) / 1e12
         save("rates", found)
     print(", ".join(f"{name} {value:.1f}" for name, value in found.items()))
-
-
-def tiles(seconds: str = "60") -> None:
-    """FSP by Triton at the ResNet-50 stages, forward and backward, with other tiles: prints the lines for
-    ``gram_view.TILES``.
-
-    Tries as many as there is time for, the present one first; passes over one that does not compile.
-    """
-    from fastkd.kernels.fsp import view as gram_view
-
-    end = time.monotonic() + float(seconds)
-    found: dict[str, dict[str, float]] = {}
-    candidates = [
-        gram_view.Tiles(block, depth, stages)
-        for stages in (3, 4, 1, 2)
-        for block, depth in ((128, 32), (64, 32), (128, 16))
-    ]
-    present = {how: gram_view.TILES[how] for how in ("tf32", "bf16")}
-    students, teachers = features(Case("fsp", "small" if REHEARSAL else LARGE))
-    try:
-        for number, how in itertools.product(range(1 + len(candidates)), present):
-            tried = [present[how], *candidates][number]
-            if time.monotonic() > end or (number and tried == present[how]):
-                continue
-            gram_view.TILES[how] = tried
-            try:
-                found.setdefault(how, {})[_tile_line(how, tried)] = (
-                    _fsp_seconds(how, students, teachers) * 1e3
-                )
-            except Exception as error:
-                print(
-                    f"{how} {tuple(tried)}: {type(error).__name__}: {' '.join(str(error).split())[:120]}",
-                    flush=True,
-                )
-                continue
-            print(f"{how} {tuple(tried)}: {found[how][_tile_line(how, tried)]:.3f} ms", flush=True)
-            save("tiles", found)
-    finally:
-        gram_view.TILES.update(present)
-        _forget_plans()
-    for times in found.values():
-        best = min(times, key=times.__getitem__)
-        print(f"{best}  # {times[best]:.3f} ms; at present {next(iter(times.values())):.3f}")
-
-
-def _tile_line(how: str, tried: tuple[int, ...]) -> str:
-    return f'    "{how}": Tiles({", ".join(map(str, tried))}),'
-
-
-def _forget_plans() -> None:
-    from fastkd.kernels.fsp import forward
-    from fastkd.kernels.fsp import gradient as gram_gradient
-
-    forward._plans.clear()
-    gram_gradient._plans.clear()
-
-
-def _fsp_seconds(how: str, students: Features, teachers: Features) -> float:
-    _forget_plans()
-    dtype, precision = (torch.bfloat16, None) if how == "bf16" else (torch.float32, how)
-    s, t = ([x.detach().to(DEVICE, dtype) for x in side] for side in (students, teachers))
-    s = [x.requires_grad_() for x in s]
-
-    def step() -> None:
-        torch.autograd.grad(fastkd.fsp_loss(s, t, precision=precision), s)
-
-    with fastkd.use_backend("triton"):
-        return _seconds(step, 1 if REHEARSAL else 5, 1 if REHEARSAL else 4)
-
-
-def _seconds(call: Callable[[], Any], rounds: int = 7, calls: int = 10) -> float:
-    """The median over rounds of several calls."""
-    call()
-    readings = []
-    for _ in range(rounds):
-        wait()
-        begun = time.perf_counter()
-        for _ in range(calls):
-            call()
-        wait()
-        readings.append((time.perf_counter() - begun) / calls)
-    return sorted(readings)[rounds // 2]
 
 
 def main() -> int:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 import fastkd
 from fastkd.models import create_model
 from speed.cases import SEED
-from speed.gpu import CAPTURED, GRAPH, WALL, Captured, timed
+from speed.gpu import CAPTURED, GRAPH, WALL
+from speed.gpu_clock import Captured, timed
 from speed.measure import Row
 from speed.rows import available_backends
 from speed.stock import Stock

@@ -14,8 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def crd(student: Tensor, teacher: Tensor, student_bank: Tensor, teacher_bank: Tensor, rows: Tensor,
-        normalizers: Sequence[float], temperature: float = 0.07, eps: float = 1e-7) -> Tensor:  # fmt: skip
+def crd(
+    student: Tensor,
+    teacher: Tensor,
+    student_bank: Tensor,
+    teacher_bank: Tensor,
+    rows: Tensor,
+    normalizers: Sequence[float],
+    temperature: float = 0.07,
+    eps: float = 1e-7,
+) -> Tensor:
     """RepDistiller: the drawn rows of each bank are gathered, (N, K + 1, D), and multiplied as a batch."""
     size, count = len(teacher_bank), rows.shape[1] - 1
     noise, total = count / size, student.new_zeros(())

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import pytest
 import torch
 
-from speed import goals, machine, table
+from speed import machine, table, verdicts
 from speed.measure import ROUNDS, Row, interleave, threads
 from speed.stock import Stock, raise_malloc_thresholds
 
@@ -209,4 +209,4 @@ def save(result: dict[str, Any], folder: Path | None) -> str:
 
 def summary(result: dict[str, Any]) -> list[str]:
     """What a person reads at the end."""
-    return [*table.lines(result), "", *goals.lines(result)]
+    return [*table.lines(result), "", *verdicts.lines(result)]

@@ -35,7 +35,7 @@ struct TensorView {
 
 // kPlanes: the positions of a channel are one run of stride 1. kChannelsLast: the channels of a position have
 // stride 1, and the positions one common stride (stride_s). kGeneric: anything else (sliced, expanded,
-// permuted); walk size[] and stride[].
+// permuted); read it by size[] and stride[].
 enum class Layout : int32_t { kPlanes, kChannelsLast, kGeneric };
 
 // A tensor (N, C, *S), or a map (N, *S) with channels = 1. Element (n, c, d, h, w) lies at

@@ -9,8 +9,8 @@ namespace fastkd {
 namespace {
 
 // Counters for is_last(), in slices: one for each stream that makes calls. They are no memory of PyTorch's
-// allocator. A tensor kept from one call to the next could lie in the private pool of a CUDA graph, or in a
-// user's MemPool.
+// allocator. A tensor that lives from one call to the next could lie in the private pool of a CUDA graph, or
+// in a user's MemPool.
 constexpr int kSlices = 64;
 constexpr int64_t kSlice = 1 << 14;
 

@@ -94,7 +94,7 @@ def above_zero(name: str, value: object) -> float:
 def option(name: str, value: Any) -> Any:
     """What a module holds of the argument ``name``: numbers as floats, anything else as it was given.
 
-    A float attribute that changes becomes an input of a compiled graph; for an integer it is compiled anew
+    A float attribute that changes becomes an input of a compiled graph; for an integer it is compiled again
     each time.
     """
     if name == "weights":

@@ -48,8 +48,14 @@ def at_loss(g_s: Features, g_t: Features, p: float) -> Tensor:
     return attention_transfer_loss([s for s, _ in pairs], [t for _, t in pairs], p, signed=True)
 
 
-def rkd_loss(f_s: Tensor, f_t: Tensor, squared: bool = False, eps: float = 1e-12, distance_weight: float = 25,
-             angle_weight: float = 50) -> Tensor:  # fmt: skip
+def rkd_loss(
+    f_s: Tensor,
+    f_t: Tensor,
+    squared: bool = False,
+    eps: float = 1e-12,
+    distance_weight: float = 25,
+    angle_weight: float = 50,
+) -> Tensor:
     """The relational loss of features (N, ...), distances and angles.
 
     ``eps``, below which the original does not let a squared distance fall, has no effect: distances are
@@ -97,8 +103,16 @@ class CRD(nn.Module):
     or eval mode moves the banks' rows ``idx``, and the first call sets the normalizers.
     """
 
-    def __init__(self, feat_s_channel: int, feat_t_channel: int, feat_dim: int, num_data: int, k: int = 16384,
-                 momentum: float = 0.5, temperature: float = 0.07) -> None:  # fmt: skip
+    def __init__(
+        self,
+        feat_s_channel: int,
+        feat_t_channel: int,
+        feat_dim: int,
+        num_data: int,
+        k: int = 16384,
+        momentum: float = 0.5,
+        temperature: float = 0.07,
+    ) -> None:
         super().__init__()
         self.k, self.momentum = k, momentum
         self.embed_s = nn.Linear(feat_s_channel, feat_dim)

@@ -83,9 +83,18 @@ class FusedKDLoss(nn.Module):
     targets or no alpha.
     """
 
-    def __init__(self, student_module_path: str, student_module_io: str, teacher_module_path: str,
-                 teacher_module_io: str, temperature: float, alpha: float | None = None,
-                 beta: float | None = None, reduction: str = "batchmean", **kwargs: Any) -> None:  # fmt: skip
+    def __init__(
+        self,
+        student_module_path: str,
+        student_module_io: str,
+        teacher_module_path: str,
+        teacher_module_io: str,
+        temperature: float,
+        alpha: float | None = None,
+        beta: float | None = None,
+        reduction: str = "batchmean",
+        **kwargs: Any,
+    ) -> None:
         super().__init__()
         if alpha is None and beta is None:
             raise ValueError("alpha and beta are None, wanted one of them: beta is 1 - alpha by default")
@@ -96,8 +105,14 @@ class FusedKDLoss(nn.Module):
         hard = "mean" if reduction == "batchmean" else reduction
         self.cross_entropy_loss = nn.CrossEntropyLoss(reduction=hard, **kwargs)
 
-    def forward(self, student_io_dict: IO, teacher_io_dict: IO, targets: Tensor | None = None, *args: Any,
-                **kwargs: Any) -> Tensor:  # fmt: skip
+    def forward(
+        self,
+        student_io_dict: IO,
+        teacher_io_dict: IO,
+        targets: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
         logits = _feature(student_io_dict, self.student)
         hard = bool(self.alpha) and targets is not None
         # the original's soft loss has no T^2 of its own
@@ -114,8 +129,15 @@ class FusedKDLoss(nn.Module):
 class FusedRKDLoss(nn.Module):
     """``RKDLoss``: distances and angles of the modules' outputs. A factor of None or 0 leaves a part out."""
 
-    def __init__(self, student_output_path: str, teacher_output_path: str, dist_factor: float | None,
-                 angle_factor: float | None, reduction: str = "mean", **kwargs: Any) -> None:  # fmt: skip
+    def __init__(
+        self,
+        student_output_path: str,
+        teacher_output_path: str,
+        dist_factor: float | None,
+        angle_factor: float | None,
+        reduction: str = "mean",
+        **kwargs: Any,
+    ) -> None:
         super().__init__()
         _mean_alone(reduction)
         self.student_output_path, self.teacher_output_path = student_output_path, teacher_output_path
@@ -135,9 +157,16 @@ class FusedHierarchicalContextLoss(nn.Module):
     torchdistill, gives a tuple whose first item is the feature.
     """
 
-    def __init__(self, student_module_path: str, student_module_io: str, teacher_module_path: str,
-                 teacher_module_io: str, reduction: str = "mean", output_sizes: Sequence[int] | None = None,
-                 **kwargs: Any) -> None:  # fmt: skip
+    def __init__(
+        self,
+        student_module_path: str,
+        student_module_io: str,
+        teacher_module_path: str,
+        teacher_module_io: str,
+        reduction: str = "mean",
+        output_sizes: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__()
         _mean_alone(reduction)
         if output_sizes is not None and [*output_sizes] != [4, 2, 1]:

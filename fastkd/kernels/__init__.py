@@ -1,24 +1,21 @@
-"""Triton kernels and their launchers, nothing else; Triton itself is imported when the first of them is
-wanted.
+"""Triton kernels and their launchers. Triton is imported when the first of them is wanted.
 
-| file                        | what lives there                                                                            |
-|-----------------------------|---------------------------------------------------------------------------------------------|
-| `common/launch.py`          | how a tensor is walked, how work is divided, how a kernel is launched; shared by all        |
-| `common/tile.py`            | what kernels have in common: powers, positions, sums over channels, normalization           |
-| `attention/loss.py`         | the attention-transfer loss over a list of stages, and its backward pass: its launchers     |
-| `attention/loss_kernels.py` | and its kernels                                                                             |
-| `attention/map.py`          | the attention map and its backward pass, with or without a ReLU before and a gradient after |
-| `attention/tap.py`          | the taps: the same kernels with those                                                       |
-| `fsp/forward.py`            | FSP matrices and the FSP loss over a chain, forward: its launchers                          |
-| `fsp/gradient.py`           | and backward                                                                                |
-| `fsp/kernels.py`            | and their kernels                                                                           |
-| `fsp/low_rank.py`           | what those do where the matrix would be larger than the features                            |
-| `fsp/saved.py`              | where that is; without Triton                                                               |
-| `fsp/tile.py`               | and what these have in common: features averaged over windows, products and differences     |
-| `fsp/view.py`               | how FSP sees a feature, and the tiles of its products                                       |
-| `fsp/pool.py`               | the gradient of unusual pooling                                                             |
-| `common/pool.py`            | adaptive pooling of features and energies, and its gradient                                 |
-| `common/windows.py`         | what pooling and its gradients have in common                                               |
+| file | what lives there |
+|---|---|
+| `common/launch.py` | how a tensor is seen as a matrix, how work is divided, how a kernel is launched |
+| `common/tile.py` | what kernels have in common: powers, positions, sums over channels, normalization |
+| `common/pool.py` | adaptive pooling of features and channel power sums, and its gradient |
+| `common/windows.py` | what pooling and its gradients have in common |
+| `attention/loss.py`, `loss_gradient.py`, `loss_kernels.py` | the attention-transfer loss over stages |
+| `attention/map.py`, `map_kernels.py` | the attention map; with a ReLU before and a gradient after |
+| `attention/tap.py` | the taps: the same kernels with those |
+| `fsp/forward.py`, `forward_kernels.py` | FSP matrices and the FSP loss over a chain, forward |
+| `fsp/gradient.py`, `terms.py`, `gradient_kernels.py`, `term_kernels.py` | and backward |
+| `fsp/low_rank.py` | what those do where the matrix would be larger than the features |
+| `fsp/saved.py` | where that is; without Triton |
+| `fsp/tile.py` | features averaged over windows, products and differences |
+| `fsp/view.py` | how FSP sees a feature, and the tiles of its products |
+| `fsp/pool.py` | the gradient of unusual pooling |
 
 A launcher has the name and the arguments of the operator that it implements (``torch.ops.fastkd``).
 """
@@ -39,7 +36,7 @@ LAUNCHERS = {
     "attention_map": "attention.map",
     "attention_map_backward": "attention.map",
     "attention_transfer_loss": "attention.loss",
-    "attention_transfer_loss_backward": "attention.loss",
+    "attention_transfer_loss_backward": "attention.loss_gradient",
     "fsp_matrix": "fsp.forward",
     "fsp_matrix_backward": "fsp.gradient",
     "fsp_loss": "fsp.forward",
@@ -52,9 +49,7 @@ LAUNCHERS = {
 
 
 class NegativeView(Exception):
-    """A kernel was to read a view such as ``z.conj().imag``: its numbers lie in memory with the opposite
-    sign.
-    """
+    """A kernel was to read a view such as ``z.conj().imag``, whose numbers have the other sign in memory."""
 
 
 @functools.cache
@@ -64,7 +59,7 @@ def launcher(operator: str) -> Callable[..., Any]:
 
 
 def own_precision() -> str:
-    """What ``precision=None`` means: PyTorch's own setting for float32 products on a GPU, "tf32" or "ieee"."""
+    """What ``precision=None`` means: PyTorch's setting for float32 products on a GPU, "tf32" or "ieee"."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
@@ -73,7 +68,7 @@ def own_precision() -> str:
 own_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-# Found out once, and kept in globals: a graph that is traced reads those, where it could not ask.
+# Found out once, and stored in globals: a graph that is traced reads those, where it could not ask.
 _interpreting: bool | None = None
 _state: tuple[bool, str] | None = None
 

@@ -24,7 +24,7 @@ class CRD(Distiller):
     a row for each image.
 
     The banks begin as random numbers. After a step the rows of its images move towards their embeddings. The
-    negatives of an image are ``k`` images of other classes, drawn anew in each epoch; they depend on the
+    negatives of an image are ``k`` images of other classes, drawn again in each epoch; they depend on the
     seed, the epoch and the image alone. They differ from each other, unless ``k`` is more than the images of
     other classes. ``beta`` left open is KD-Zoo's: 0.2 where there are ten classes, else 0.8. Of several
     processes each divides the first batch's scores by the mean of its own images' scores; from then on all

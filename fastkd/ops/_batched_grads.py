@@ -16,9 +16,7 @@ from fastkd.ops._register import accumulator
 def by_reference(
     formula: Callable[..., Tensor], inputs: Sequence[Tensor], needs: Sequence[bool], grad: Tensor
 ) -> list[Tensor | None]:
-    """The gradients of ``formula(*inputs)``, plain PyTorch, in its result's dtype; None where ``needs`` says
-    so.
-    """
+    """The gradients of ``formula(*inputs)``, plain PyTorch, in its result's dtype; None by ``needs``."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         wide = [x.to(accumulator(inputs)) for x in inputs]

@@ -21,8 +21,7 @@ _MOST = 256  # situations remembered; upstream gradients that never come back wo
 
 
 class GradPrefetch:
-    """The upstream gradients that one operation has seen, shared by all calls of a process. A race costs time
-    only.
+    """The upstream gradients that one operation has seen, in all calls of a process. A race costs time only.
 
     A guess is what came the last time in the same situation: the turn of the call, counted from the last
     backward pass, which tells the losses of one sum apart, and the upstream gradient seen last, which tells

@@ -125,9 +125,7 @@ def autograd(
 
 
 def differentiable_once(name: str, only_cpu: bool = False) -> None:
-    """Make a second derivative through the backward operator ``name`` an error; PyTorch's own default is a
-    silent zero.
-    """
+    """Make a second derivative through ``name`` an error; PyTorch's own default is a silent zero."""
     autograd(
         name, lambda ctx, *grads: refuse_second_derivative(name), lambda ctx, inputs, output: None, only_cpu
     )
@@ -187,8 +185,6 @@ def smaller(a: Sequence[int], b: Sequence[int]) -> list[int | torch.SymInt]:
 
 
 def one_device(tensors: Sequence[Tensor]) -> None:
-    """Refuse, in a fake, what the kernels refuse: a mix with ``meta`` tensors would otherwise pass for a
-    traced call.
-    """
+    """Refuse, in a fake, what kernels refuse: a mix with ``meta`` tensors would pass for a traced call."""
     if len({x.device for x in tensors}) > 1:
         raise RuntimeError("tensors of one call lie on different devices")

@@ -76,8 +76,8 @@ def _loss_backward_fake(
 
 define(
     # numbers: the upstream gradient to prepare for, p, eps, weight, and the weights of the stages or none
-    "attention_transfer_loss(Tensor[] student, Tensor[] teacher, int options, float[] numbers) -> (Tensor loss,"
-    " Tensor[] coefficients, Tensor[] gradients)",
+    "attention_transfer_loss(Tensor[] student, Tensor[] teacher, int options, float[] numbers) -> (Tensor"
+    " loss, Tensor[] coefficients, Tensor[] gradients)",
     _loss_fake,
 )
 define(
@@ -253,8 +253,20 @@ def attention_transfer_loss(
     """
     student, teacher = checks.listed(student), checks.listed(teacher)
     given = (
-        p, channel_reduce, signed, eps, eps_mode, pool, pool_mode, difference, stage_reduce, weights, weight, teacher_is_map, student_is_map
-    )  # fmt: skip
+        p,
+        channel_reduce,
+        signed,
+        eps,
+        eps_mode,
+        pool,
+        pool_mode,
+        difference,
+        stage_reduce,
+        weights,
+        weight,
+        teacher_is_map,
+        student_is_map,
+    )
     impl = backends.select(
         "attention_transfer_loss", (student, teacher), _cuda_limits.attention_transfer_loss, given
     )

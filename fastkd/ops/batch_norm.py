@@ -146,7 +146,7 @@ def batch_norm(
         residual: None, or a tensor like x.
         relu: whether a ReLU ends it.
         owned: whether x was made for this call alone, so that it may be overwritten where ``norm`` is an
-        Identity.
+            Identity.
 
     Returns: like x. Equals ``torch.relu(norm(x) + residual)``; differentiable, twice too.
     Source: Ioffe, Szegedy, *Batch normalization*, ICML 2015.

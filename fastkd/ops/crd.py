@@ -1,6 +1,4 @@
-"""Contrastive representation distillation: scores of the drawn rows of two banks, without a tensor (B, K + 1,
-D).
-"""
+"""Contrastive representation distillation: scores of drawn rows of two banks, no tensor (B, K + 1, D)."""
 
 from __future__ import annotations
 
@@ -23,23 +21,31 @@ CHEAPER = 64
 """How many rows of a bank a product of matrices takes in the time of one that is gathered."""
 
 
-def crd_loss(student: Tensor, teacher: Tensor, student_bank: Tensor, teacher_bank: Tensor, rows: Tensor, *, temperature: float = 0.07,
-             normalizers: Tensor | Sequence[float] | None = None, eps: float = 1e-7,
-             weight: float = 1.0) -> tuple[Tensor, Tensor]:  # fmt: skip
+def crd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    student_bank: Tensor,
+    teacher_bank: Tensor,
+    rows: Tensor,
+    *,
+    temperature: float = 0.07,
+    normalizers: Tensor | Sequence[float] | None = None,
+    eps: float = 1e-7,
+    weight: float = 1.0,
+) -> tuple[Tensor, Tensor]:
     """Noise-contrastive loss that tells the other network's embedding of an image from those of drawn images,
     in both directions.
 
     Args:
         student, teacher: (N, D) floating point, embeddings of length 1.
         student_bank, teacher_bank: (M, D) floating point, an embedding of each image of the training set.
-        They are constants.
+            They are constants.
         rows: (N, K + 1) int64, rows of the banks, K >= 1: column 0 is the positive, the others are the
-        negatives.
+            negatives.
         temperature: T, above 0, and large enough that M exp(1 / T) is finite.
         normalizers: two numbers, Z of the student's scores against ``teacher_bank`` and of the teacher's
-        against ``student_bank``;
-            one that is not above 0 is found in this call, as both are for None: ``M * P.mean()`` of P before
-            its division.
+            against ``student_bank``; one that is not above 0 is found in this call, as both are for None: ``M
+            * P.mean()`` of P before its division.
         eps: at least 0.
         weight: multiplies the loss.
 
@@ -72,25 +78,57 @@ def crd_loss(student: Tensor, teacher: Tensor, student_bank: Tensor, teacher_ban
     return loss, found
 
 
-def _loss(s: Tensor, t: Tensor, s_bank: Tensor, t_bank: Tensor, rows: Tensor, given: Tensor, temperature: float, eps: float,
-          weight: float, need_s: bool, need_t: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _loss(
+    s: Tensor,
+    t: Tensor,
+    s_bank: Tensor,
+    t_bank: Tensor,
+    rows: Tensor,
+    given: Tensor,
+    temperature: float,
+    eps: float,
+    weight: float,
+    need_s: bool,
+    need_t: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, normalizers, the loss's gradient for s, for t); a gradient that nobody needs has no elements."""
     checks.crd_rows(rows, len(s_bank))
     with no_autocast(s):
-        sides = [_direction(x, bank, rows, z, temperature, eps, weight, need)
-                 for x, bank, z, need in ((s, t_bank, given[0], need_s), (t, s_bank, given[1], need_t))]  # fmt: skip
+        sides = [
+            _direction(x, bank, rows, z, temperature, eps, weight, need)
+            for x, bank, z, need in ((s, t_bank, given[0], need_s), (t, s_bank, given[1], need_t))
+        ]
     losses, found, grads = zip(*sides, strict=True)
     return losses[0] + losses[1], torch.stack(found), *grads
 
 
-def _fake(s: Tensor, t: Tensor, s_bank: Tensor, t_bank: Tensor, rows: Tensor, given: Tensor, temperature: float, eps: float,
-          weight: float, need_s: bool, need_t: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _fake(
+    s: Tensor,
+    t: Tensor,
+    s_bank: Tensor,
+    t_bank: Tensor,
+    rows: Tensor,
+    given: Tensor,
+    temperature: float,
+    eps: float,
+    weight: float,
+    need_s: bool,
+    need_t: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grads = [torch.empty_like(x) if need else x.new_empty(0) for x, need in ((s, need_s), (t, need_t))]
     return s.new_empty(()), s.new_empty(2), grads[0], grads[1]
 
 
-def _direction(x: Tensor, bank: Tensor, rows: Tensor, given: Tensor, temperature: float, eps: float, weight: float,
-               need: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _direction(
+    x: Tensor,
+    bank: Tensor,
+    rows: Tensor,
+    given: Tensor,
+    temperature: float,
+    eps: float,
+    weight: float,
+    need: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, normalizer, gradient) of the embeddings ``x`` against a bank."""
     size, noise = len(bank), (rows.shape[1] - 1) / len(bank)
     chunks, whole = _chunks(bank, rows)

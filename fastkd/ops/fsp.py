@@ -1,4 +1,4 @@
-"""FSP (flow of solution procedure) matrices and the FSP loss: operators, autograd rules, public functions."""
+"""The FSP loss of chains of features: operators, autograd rules, public function."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastkd._bits import FSP
 from fastkd._implementations import Backend
 from fastkd._private import batched, saved_tensors_hooked
 from fastkd.checks import Features
-from fastkd.kernels.fsp.saved import kept_shape, wide_stages
+from fastkd.kernels.fsp.saved import saved_shape, wide_stages
 from fastkd.ops import _batched_grads, _cuda_limits, _grad_prefetch, flops
 from fastkd.ops._options import FSPOptions, OperatorOptions, fsp_options
 from fastkd.ops._register import (
@@ -25,20 +25,10 @@ from fastkd.ops._register import (
     one_device,
     wanting_gradients,
 )
+from fastkd.ops.fsp_matrix import FSPMatrixFunction as FSPMatrixFunction
+from fastkd.ops.fsp_matrix import fsp_matrix as fsp_matrix
 
-
-def _matrix_fake(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
-    one_device([a, b])
-    return a.new_empty((a.shape[0], a.shape[1], b.shape[1]), dtype=accumulator([a, b]))
-
-
-_WITH_GRAD, _PREPARE, _NEGATE, _A_GRAD, _B_GRAD = (
-    FSP.bits(name) for name in ("with_grad", "prepare", "negate", "a_grad", "b_grad")
-)
-
-
-def _matrix_backward_fake(grad: Tensor, a: Tensor, b: Tensor, options: int) -> list[Tensor]:
-    return [torch.empty_like(x) for x, bit in ((a, _A_GRAD), (b, _B_GRAD)) if options & bit]
+_WITH_GRAD, _PREPARE, _NEGATE = (FSP.bits(name) for name in ("with_grad", "prepare", "negate"))
 
 
 def _loss_fake(
@@ -60,7 +50,7 @@ def _loss_fake_by_device(
     if loss.device.type == "cuda":
         distance = FSP.value(options, "distance")
         shapes = [
-            kept_shape(student[i : i + 2], teacher[i : i + 2], distance) for i in range(len(matrix_grads))
+            saved_shape(student[i : i + 2], teacher[i : i + 2], distance) for i in range(len(matrix_grads))
         ]
         matrix_grads = [loss.new_empty(shape) for shape in shapes]
     return loss, matrix_grads, gradients
@@ -72,8 +62,6 @@ def _loss_backward_fake(
     return [torch.empty_like(features[i]) for i in stages]
 
 
-define("fsp_matrix(Tensor a, Tensor b, int options) -> Tensor", _matrix_fake)
-define("fsp_matrix_backward(Tensor grad, Tensor a, Tensor b, int options) -> Tensor[]", _matrix_backward_fake)
 define(
     # numbers: the upstream gradient to prepare for, the weight, and the weights of the pairs or none
     "fsp_loss(Tensor[] student, Tensor[] teacher, int options, float[] numbers) -> (Tensor loss, Tensor[]"
@@ -82,57 +70,15 @@ define(
     _loss_fake,
 )
 define(
-    # others: the other chain's features of the stages whose matrices were not kept
+    # others: the other chain's features of the stages whose matrices were not saved
     "fsp_loss_backward(Tensor grad, Tensor[] features, Tensor[] matrix_grads, int options, int[] stages,"
     " Tensor[] others) -> Tensor[]",
     _loss_backward_fake,
 )
-differentiable_once("fsp_matrix_backward")
 differentiable_once("fsp_loss_backward")
 flops.register()
 
 _prefetch = _grad_prefetch.GradPrefetch()
-
-
-class FSPMatrixFunction(torch.autograd.Function):
-    """``apply(impl, options, a, b)`` -> G = A B^T / S; dA = M B / S and dB = M^T A / S for an incoming M."""
-
-    @staticmethod
-    def forward(ctx: Any, impl: Backend, options: int, a: Tensor, b: Tensor) -> Tensor:
-        # each factor is saved for the other's gradient, and may be an inference tensor only if that is not
-        # wanted
-        ctx.save_for_backward(*((a, b) if any(ctx.needs_input_grad) else ()))
-        ctx.impl, ctx.options = impl, options
-        return impl.run("fsp_matrix", a, b, options)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *_factor_gradients(ctx, grad, ctx.needs_input_grad[2:])
-
-
-def _factor_gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
-    a, b = ctx.saved_tensors
-    options = ctx.options
-    if batched(grad):
-        how = {name: FSP.value(options, name) for name in ("pool_mode", "precision")}
-        formula = functools.partial(reference.fsp_matrix, **how)
-        return _batched_grads.by_reference(formula, (a, b), needs, grad)
-    for need, bit in zip(needs, (_A_GRAD, _B_GRAD), strict=True):
-        options |= bit if need else 0
-    computed = iter(ctx.impl.run_backward("fsp_matrix_backward", grad, a, b, options))
-    return [next(computed) if need else None for need in needs]
-
-
-def _graph_matrix_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    *factors, ctx.options = inputs
-    ctx.save_for_backward(*factors)
-
-
-def _graph_matrix_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *_factor_gradients(ctx, grad, ctx.needs_input_grad[:2]), None
-
-
-autograd("fsp_matrix", _graph_matrix_backward, _graph_matrix_context)
 
 
 class FSPLossFunction(torch.autograd.Function):
@@ -198,7 +144,7 @@ def _save_chains(
     needed: Sequence[int],
     matrix_grads: Sequence[Tensor],
 ) -> tuple[list[int], dict[int, Tensor]]:
-    """Save the features of the chains that need a gradient, and those of both where M is not kept. Returns
+    """Save the features of the chains that need a gradient, and those of both where M is not saved. Returns
     the places of those that were saved, and by their place those that cannot be.
     """
     stages, wide, every = len(student), wide_stages(matrix_grads), (*student, *teacher)
@@ -258,40 +204,6 @@ def _graph_loss_backward(ctx: Any, grad: Tensor, *rest: Any) -> tuple:
 autograd("fsp_loss", _graph_loss_backward, _graph_loss_context)
 
 
-def fsp_matrix(a: Tensor, b: Tensor, *, pool_mode: str = "avg", precision: str | None = None) -> Tensor:
-    """FSP matrix: the Gram matrix between the channels of two features, averaged over positions.
-
-    Args:
-        a: (N, Ca, *Sa), b: (N, Cb, *Sb), one to three spatial dimensions, float16, bfloat16, float32 or
-        float64, any dtypes and strides.
-        pool_mode: where spatial sizes differ, both are pooled (adaptively, "avg" or "max") to the smaller
-        size in each dimension.
-        precision: of the products on a GPU: "ieee", "tf32", "tf32x3", or None for PyTorch's own setting;
-        ignored on a CPU.
-
-    Returns: (N, Ca, Cb), float32 (float64 if any input is float64); differentiable in both.
-    Equals ``torch.bmm(a.flatten(2), b.flatten(2).transpose(1, 2)) / S`` at equal sizes.
-    Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
-    Source: Yim et al., *A gift from knowledge distillation*, CVPR 2017.
-    """
-    impl = backends.select("fsp_matrix", (a, b), _cuda_limits.none)
-    if impl.name == "reference":
-        return reference.fsp_matrix(a, b, pool_mode=pool_mode, precision=precision)
-    checks.switch("pool_mode", pool_mode, checks.POOL_MODE)
-    checks.switch("precision", precision, checks.PRECISION)
-    if impl.name == "cuda":
-        precision = precision or kernels.own_precision()
-    options = FSP.pack(pool_mode=pool_mode, precision=precision)
-    if torch.compiler.is_compiling():
-        checks.fsp_matrix(a, b, pool_mode, precision)
-        return impl.graph_op("fsp_matrix")(a, b, options)
-    try:
-        return FSPMatrixFunction.apply(impl, options, a, b)
-    except Exception:
-        checks.explain(checks.fsp_matrix, a, b, pool_mode, precision)
-        raise
-
-
 def fsp_loss(
     student: Features,
     teacher: Features,
@@ -327,9 +239,15 @@ def fsp_loss(
     impl = backends.select("fsp_loss", (student, teacher), _cuda_limits.fsp_loss)
     if impl.name == "reference":
         return reference.fsp_loss(
-            student, teacher, pool_mode=pool_mode, distance=distance, pair_reduce=pair_reduce, weights=weights, weight=weight,
+            student,
+            teacher,
+            pool_mode=pool_mode,
+            distance=distance,
+            pair_reduce=pair_reduce,
+            weights=weights,
+            weight=weight,
             precision=precision,
-        )  # fmt: skip
+        )
     if impl.name == "cuda":
         precision = precision or kernels.own_precision()
     given = (pool_mode, distance, pair_reduce, weights, weight, precision)

@@ -1,4 +1,4 @@
-"""Relational knowledge distillation: distances and angles between the samples of a batch, in O(B^2) memory."""
+"""Relational knowledge distillation: distances and angles between samples, in O(B^2) memory."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def rkd_loss(
     Args:
         student, teacher: (N, ...) floating point, flattened to (N, D); N >= 2 the same, the rest may differ.
         distance_weight: of the smooth-l1 mean (beta 1) over (N, N) of the distances, each side's divided by
-        the mean of its positive ones.
+            the mean of its positive ones.
         angle_weight: of the smooth-l1 mean over (N, N, N) of the cosines between e_j - e_i and e_k - e_i. At
-        0 no triple is looked at.
+            0 no triple is looked at.
         weight: multiplies the result.
 
     Returns: a scalar; float32, float64 if any input is float64. Equal samples have distance and cosine 0,
@@ -43,8 +43,7 @@ def rkd_loss(
     is O(N^2 + N D), never (N, N, D).
     Raises: TypeError, ValueError for what is not such a pair. A second derivative raises RuntimeError;
     ``fastkd.reference`` has one.
-    Source: Park, Kim, Lu, Cho, *Relational knowledge distillation*, CVPR 2019; the weights are
-    RepDistiller's.
+    Source: Park, Kim, Lu, Cho, *Relational knowledge distillation*, CVPR 2019; RepDistiller's weights.
     """
     checks.rkd_loss(student, teacher, distance_weight, angle_weight, weight)
     if transforming():
@@ -111,11 +110,15 @@ def _distances(
     return loss, pulls
 
 
-def _vertices(rows: slice, sides: tuple[Tensor, Tensor], angle: float, pulls: list[Tensor | None], needs: tuple[bool, bool],
-              grads: list[Tensor]) -> Tensor:  # fmt: skip
-    """The angles at the samples ``rows``; adds to ``grads`` what they and the distances from these samples
-    give.
-    """
+def _vertices(
+    rows: slice,
+    sides: tuple[Tensor, Tensor],
+    angle: float,
+    pulls: list[Tensor | None],
+    needs: tuple[bool, bool],
+    grads: list[Tensor],
+) -> Tensor:
+    """The angles at the samples ``rows``; adds to ``grads`` theirs and that of the distances from them."""
     away = [x - x[rows, None] for x in sides]  # (rows, N, D): e_j - e_i
     lengths = [torch.linalg.vector_norm(x, dim=2, keepdim=True) for x in away]
     inverse = [torch.where(length > 0, 1 / length, 0) for length in lengths]

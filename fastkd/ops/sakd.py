@@ -1,6 +1,4 @@
-"""Self-attention distillation: the energy maps by the attention kernels, the rest on (N, H, H) in plain
-PyTorch.
-"""
+"""Self-attention distillation: maps by the attention kernels, the rest on (N, H, H) in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -25,8 +23,7 @@ def sakd_map(x: Tensor) -> Tensor:
     ``g + (a.softmax(1) * g + a.softmax(2) * g) / math.sqrt(H)``.
     Raises: TypeError, ValueError for what is no such feature. A second derivative raises RuntimeError;
     ``fastkd.reference`` has one.
-    Source: github.com/CRGuan/SAKD, whose products are elementwise, not of matrices, and whose softmax is not
-    scaled.
+    Source: github.com/CRGuan/SAKD: products are elementwise, not of matrices, the softmax not scaled.
     """
     checks.sakd_map(x)
     with no_autocast(x):
@@ -41,7 +38,7 @@ def sakd_loss(
 
     Args:
         student, teacher: a tensor each, or a sequence of n, one a stage: (N, C, H, H) floating point, N and H
-        the same in both.
+            the same in both.
         weights: one factor a stage; None: 1/2^(n-1-i) for stage i from 0, so 1/4, 1/2, 1 for three.
         weight: multiplies the result.
 
@@ -49,8 +46,7 @@ def sakd_loss(
     sample by sample, ``weight * sum(w * (y_s - y_t).square().mean() for each stage)``.
     Raises: TypeError, ValueError for what does not fit. A second derivative raises RuntimeError;
     ``fastkd.reference`` has one.
-    Source: github.com/CRGuan/SAKD, where a connector gives the student the teacher's channels first:
-    ``fastkd.methods.sakd``.
+    Source: github.com/CRGuan/SAKD, with its connector first: ``fastkd.methods.sakd``.
     """
     students, teachers = checks.sakd_loss(student, teacher, weights, weight)
     tensors = students + teachers

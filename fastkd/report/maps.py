@@ -6,17 +6,19 @@ python -m fastkd.report.maps runs/FOLDER
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from pathlib import Path
 
+from fastkd.data import load_dataset
 from fastkd.errors import UserError
 from fastkd.io.console import screens
 from fastkd.io.files import as_path
-from fastkd.models import WeightsError, load_weights
+from fastkd.models import WeightsError, create_model, load_student, load_weights
 from fastkd.training import attention_maps
-from fastkd.training.config import Config
+from fastkd.training.device import find_device
+from fastkd.training.evaluation import placed
+from fastkd.training.recipes import NORMALIZATIONS
 from fastkd.training.settings import from_config
 
 
@@ -28,23 +30,23 @@ def redraw(folder: Path, data: Path | None) -> list[Path]:
         raise UserError(
             f"{folder} holds no run: config.json: {getattr(error, 'strerror', None) or error}"
         ) from None
-    settings = from_config(about, folder.parent)
-    config = Config(settings if data is None else dataclasses.replace(settings, data=data))
-    paths = {"student": folder / ("best.pt" if config.recipe.report == "best" else "last.pt")}
-    if config.method.needs_teacher:
-        kept = config.teacher_path()  # of this machine's device; the run's may have been another
-        paths["teacher"] = settings.teacher_checkpoint or kept.with_name(about.get("teacher_file", kept.name))
-    models = {role: config.new_model(role).to(config.device) for role in paths}
-    if config.method.wraps:
-        models["student"] = config.distillation(
-            "student", models["student"], models["teacher"], config.method, fold=False
-        ).student
+    settings, fields = from_config(about, folder.parent), about["fields"]
+    dataset = load_dataset(about["dataset"], data or settings.data)
+    own = dataset.mean, dataset.std
+    normalization = NORMALIZATIONS.get((fields["normalization"], dataset.name), own)
+    device, teacher, row = find_device(None), None, {**about, "nepoch": fields["epochs"]}
     try:
-        for role, path in paths.items():
-            load_weights(models[role], path)
+        student = load_student(folder, file="best.pt" if fields["report"] == "best" else "last.pt")
+        if settings.method == "baseline":
+            row["teacher"] = ""
+        else:
+            trained = settings.output / "teachers" / about.get("teacher_file", "")
+            teacher = create_model(about["teacher"], dataset.classes)
+            load_weights(teacher, settings.teacher_checkpoint or trained)
     except WeightsError as error:
         raise UserError(str(error)) from None
-    return attention_maps.draw(config, folder, models["student"], models.get("teacher"))
+    taught = None if teacher is None else placed(teacher, device)
+    return attention_maps.draw(folder, row, dataset, normalization, placed(student, device), taught)
 
 
 @screens()

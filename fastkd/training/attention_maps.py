@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastkd.data import Dataset
 from fastkd.data.loader import Batches
 from fastkd.io import figures
 from fastkd.io.console import say
 from fastkd.io.files import write
 from fastkd.training.groups import described
-
-if TYPE_CHECKING:
-    from fastkd.training.config import Config
 
 # file's stem: (what the map is, the map of features (N, C, H, W), what else the reader should know)
 VARIANTS: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
@@ -53,32 +51,28 @@ def available() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def draw(config: Config, folder: Path, student: nn.Module, teacher: nn.Module | None) -> list[Path]:
-    """The sheets of a run in its folder, one a variant; on failure none, and one line that says why. Models
-    are left in eval mode.
+def draw(
+    folder: Path,
+    about: Mapping[str, Any],
+    data: Dataset,
+    normalization: tuple[tuple[float, ...], tuple[float, ...]],
+    student: nn.Module,
+    teacher: nn.Module | None,
+) -> list[Path]:
+    """The sheets of a run in its folder, one a variant; on failure none, and one line that says why.
+
+    ``about``: method, dataset, student, teacher and nepoch, as in the table. Models are left in eval mode.
     """
     if not available():
         return []
     try:
-        images, labels = examples(
-            config.data.name, config.data.classes, config.data.test_images, config.data.test_labels
-        )
-        mean, std = config.normalization()
-        batch = next(
-            Batches(
-                images, torch.arange(len(images)), mean, std, batch_size=len(images), device=config.device
-            ).test()
-        )[0]
+        images, labels = examples(data.name, data.classes, data.test_images, data.test_labels)
+        device, count = next(student.parameters()).device, len(images)
+        batches = Batches(images, torch.arange(count), *normalization, batch_size=count, device=device)
+        batch = next(batches.test())[0]
         models = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
         features = {name: stages(model, batch) for name, model in models.items()}
-        teaching = config.models.teacher if teacher is not None else ""
-        what = {
-            "method": config.settings.method,
-            "dataset": config.data.name,
-            "student": config.models.student,
-            "teacher": teaching,
-        }
-        title, paths = described({**what, "nepoch": config.recipe.epochs}), []
+        title, paths = described(about), []
         for stem, (formula, reduce, remark) in VARIANTS.items():
             maps = {name: [reduce(x) for x in found] for name, found in features.items()}
             write(folder / f"{stem}.png", sheet(images, labels, maps, formula, title, remark))

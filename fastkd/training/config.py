@@ -25,9 +25,9 @@ from fastkd.training.recipe_options import decided_options, options_of
 from fastkd.training.recipes import NORMALIZATIONS, Recipe, get_recipe
 from fastkd.training.settings import PRECISIONS, Settings, recipe_of, resolve
 
-PAYS = 500_000
-"""Images of a process's run from which on compiling its step pays: on 2 cores it did after some 150,000,
-whatever the network's depth.
+WORTH_COMPILING = 500_000
+"""Images of a process's run from which on its step is compiled: on 2 cores that saved time after some
+150,000, whatever the network's depth.
 """
 
 
@@ -96,7 +96,9 @@ class Config(Choices):
         settings, cuda = self.settings, self.device.type == "cuda"
         images = self.recipe.epochs * len(self.data.train_labels) / self.processes
         compiled = (
-            images >= PAYS and can_compile(self.device) if settings.compile is None else settings.compile
+            images >= WORTH_COMPILING and can_compile(self.device)
+            if settings.compile is None
+            else settings.compile
         )
         if settings.cuda_graph and (not cuda or self.processes > 1):
             raise UserError("--cuda-graph is for one process on a GPU")

@@ -37,7 +37,7 @@ class Recipe:
     gamma: float = _field("factor of the learning rate at each milestone", 0.1)
     momentum: float = _field("of SGD", 0.9)
     nesterov: bool = _field("Nesterov's momentum", False)
-    new_optimizer: bool = _field("build the optimizer anew at each drop: momentum begins at zero", False)
+    new_optimizer: bool = _field("build a new optimizer at each drop: momentum begins at zero", False)
     weight_decay: float = _field("of SGD, on every parameter", 1e-4)
     pad_mode: str = _field("what the images are padded with before the crop", "reflect", PAD_MODES)
     drop_last: bool = _field("leave out the last, smaller training batch", False)

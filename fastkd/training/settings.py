@@ -27,10 +27,10 @@ class Settings:
     ``setting``: a letter of ``SETTINGS``, whose teacher, student, data set and recipe stand in where those
     are None. Without one they are ``resnet20`` twice, ``auto`` and ``digits`` on digits, else ``hankyul2``.
     ``device`` None: a GPU if there is one; ``overrides``: fields of the recipe; ``options``: of the method,
-    ("at.beta=500",); ``compile``, ``cuda_graph`` None: where it pays; ``resume``: "" looks for the unfinished
-    run, "auto" begins it where there is none, anything else is its folder. ``teacher_seed`` None: that of the
-    run; ``pictures``: the sheets of attention maps at the end, where matplotlib is there. Paths may be
-    strings, and begin with ``~``. The constructor raises UserError for what is no path.
+    ("at.beta=500",); ``compile``, ``cuda_graph`` None: where it saves time; ``resume``: "" looks for the
+    unfinished run, "auto" begins it where there is none, anything else is its folder. ``teacher_seed`` None:
+    that of the run; ``pictures``: the sheets of attention maps at the end, where matplotlib is there. Paths
+    may be strings, and begin with ``~``. The constructor raises UserError for what is no path.
     """
 
     method: str

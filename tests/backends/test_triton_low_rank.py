@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fastkd
 from fastkd import kernels
 from fastkd._bits import FSP
-from fastkd.kernels.fsp.saved import kept_shape
+from fastkd.kernels.fsp.saved import saved_shape
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -58,7 +58,7 @@ def test_what_is_kept_follows_from_sizes():
         chains = [
             [torch.empty(1, *shape, device="meta") for shape in pair] for pair in ((a, b), teacher or (a, b))
         ]
-        return kept_shape(*chains, distance)[1:]
+        return saved_shape(*chains, distance)[1:]
 
     assert kept((1024, 14, 14), (2048, 7, 7)) == (6, 49, 49)  # ResNet-50
     assert kept((512, 28, 28), (1024, 14, 14)) == (512, 1024)
@@ -71,9 +71,9 @@ def test_what_is_kept_follows_from_sizes():
     assert kept((197, 7, 7), (196, 7, 7), distance="column_l2") == (196,)
     with torch.device("meta"):
         half = [[torch.empty(1, c, 7, 7, dtype=torch.bfloat16) for c in (99, 98)] for _ in range(2)]
-        assert kept_shape(*half, "column_l2") == (1, 98)
+        assert saved_shape(*half, "column_l2") == (1, 98)
         half[1] = [x.float() for x in half[1]]
-        assert kept_shape(*half, "column_l2") == (1, 99, 98)
+        assert saved_shape(*half, "column_l2") == (1, 99, 98)
     assert kept((98, 7, 7), (98, 7, 7)) == (98, 98) and kept((121, 7, 7), (121, 7, 7)) == (6, 49, 49)
 
 

@@ -189,7 +189,7 @@ def test_the_fastest_tiles_are_printed_and_the_table_is_as_it_was(
     tmp_path: Path, monkeypatch, capsys
 ) -> None:
     view = pytest.importorskip("fastkd.kernels.fsp.view", exc_type=ImportError)
-    from speed import gpu_parts
+    from speed import gpu_tiles
 
     def seconds(how: str, *features: object) -> float:
         block, depth, stages = view.TILES[how]
@@ -198,10 +198,10 @@ def test_the_fastest_tiles_are_printed_and_the_table_is_as_it_was(
         return 1.0 if (block, depth, stages) == (64, 32, 3) and how == "tf32" else 2.0
 
     before = dict(view.TILES)
-    monkeypatch.setattr(gpu_parts, "_fsp_seconds", seconds)
-    monkeypatch.setattr(gpu_parts, "features", lambda case: ([], []))
+    monkeypatch.setattr(gpu_tiles, "_fsp_seconds", seconds)
+    monkeypatch.setattr(gpu_tiles, "features", lambda case: ([], []))
     monkeypatch.setenv("FASTKD_GPU_OUT", str(tmp_path))
-    gpu_parts.tiles("60")
+    gpu_tiles.tiles("60")
     said = capsys.readouterr().out
     assert '    "tf32": Tiles(64, 32, 3),  # 1000.000 ms; at present 2000.000' in said
     assert '    "bf16": Tiles(128, 32, 2),  # 2000.000 ms' in said

@@ -2,7 +2,7 @@
 
 It cuts float32 off where it writes bfloat16; a GPU rounds to nearest. It adds the rows of a tile one after
 the other, a GPU's lanes add as a tree: errors would grow with the size of a tile. That of 3.6 makes numbers
-of arrays of one element, which numpy 2.4 refuses. And it replaces the functions of triton.language anew at
+of arrays of one element, which numpy 2.4 refuses. And it replaces the functions of triton.language again at
 every call of a device function, a third of its time: here once a launch.
 """
 

@@ -1,38 +1,26 @@
-"""How the tests make inputs, what they call equal, and how they catch a fallback."""
+"""What the tests call equal, and how they catch a fallback. Hands on inputs.py and kernel_backends.py."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
-import random
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from unittest import mock
 
-import emulated
-import interpreter
-import pytest
 import torch
+from inputs import DENSE, DTYPES, HALF, LAYOUTS, arrange, is_dense, make, name, place, some_shape, values
+from kernel_backends import KERNEL_DTYPES, KERNEL_SAMPLES, KERNELS, cpp_missing, drawn, dtypes, gpu, missing
 from recorder import FUNCTIONS, fused_only
 from torch import Tensor
 
 import fastkd
-from fastkd import kernels, reference
-
-if kernels.interpreting():
-    interpreter.mend()
-emulated.load()
+from fastkd import reference
 
 # the reference, as it was before any test patches it
-ref = SimpleNamespace(**{name: getattr(reference, name) for name in (*FUNCTIONS, "kd_loss")})
+ref = SimpleNamespace(**{each: getattr(reference, each) for each in (*FUNCTIONS, "kd_loss")})
 
-HALF = (torch.float16, torch.bfloat16)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-DENSE = ("contiguous", "channels_last", "swapped", "reversed")
-LAYOUTS = (*DENSE, "sliced", "stepped", "expanded_batch", "expanded_channels", "expanded_space")
 
 # k of the error budget: how many ulp of its own dtype, at the largest reference value, a result may be off
 # beyond twice the eager error. Half precision results are rounded once, from float32: one ulp.
@@ -45,89 +33,6 @@ SCALAR_ULPS = 8
 TERM_ULPS = 4
 # Triton's bfloat16 products: two factors in a high and a low part, 2^-17 each
 SPLIT = 2.0**-16
-
-
-def name(value: object) -> str:
-    """A short test id."""
-    return str(value).removeprefix("torch.").replace(" ", "")
-
-
-# inputs
-
-
-def values(shape: Sequence[int], dtype: torch.dtype, kind: str = "normal") -> Tensor:
-    """Feature-like numbers. "positive" keeps away from zero (fractional powers of signed maps); "relu" is
-    half zeros.
-    """
-    x = torch.randn(tuple(shape), dtype=torch.float64)
-    if kind == "positive":
-        x = x.abs() + 0.1
-    elif kind == "relu":
-        x = x.relu()
-    elif kind != "normal":
-        raise ValueError(kind)
-    return x.to(dtype)
-
-
-def arrange(x: Tensor, layout: str) -> Tensor:
-    """The values of x in another memory layout; an expanded layout repeats the first slice instead."""
-    last = x.dim() - 1
-    if layout == "contiguous":
-        return x.contiguous()
-    if layout == "channels_last":
-        return x.movedim(1, last).contiguous().movedim(last, 1)
-    if layout == "swapped":
-        return x.transpose(0, 1).contiguous().transpose(0, 1)
-    if layout == "reversed":
-        order = (0, 1, *range(last, 1, -1))
-        return x.permute(order).contiguous().permute(order)
-    if layout == "sliced":
-        big = torch.full([size + 3 for size in x.shape], math.nan, dtype=x.dtype)
-        view = big[tuple(slice(1, size + 1) for size in x.shape)]
-        return view.copy_(x)
-    if layout == "stepped":
-        big = torch.full(
-            [size if d == 0 else 2 * size for d, size in enumerate(x.shape)], math.nan, dtype=x.dtype
-        )
-        view = big[(slice(None), *(slice(None, None, 2) for _ in x.shape[1:]))]
-        return view.copy_(x)
-    dim = {"expanded_batch": 0, "expanded_channels": 1, "expanded_space": last}[layout]
-    return x.narrow(dim, 0, 1).clone().expand(x.shape)
-
-
-def make(
-    shape: Sequence[int], dtype: torch.dtype = torch.float32, layout: str = "contiguous", kind: str = "normal"
-) -> Tensor:
-    return arrange(values(shape, dtype, kind), layout)
-
-
-def some_shape(n: int | None = None) -> tuple[int, ...]:
-    """A small shape with odd and prime sizes, one to three of them spatial; of few positions little but
-    rounding is left of a gradient.
-    """
-    space: list[int] = []
-    while math.prod(space) < 6:
-        dims = random.choice((1, 2, 2, 3))
-        sizes = {1: (7, 13, 49, 67, 131), 2: (1, 2, 3, 5, 7, 8, 11, 16, 17), 3: (1, 2, 3, 5)}[dims]
-        space = [random.choice(sizes) for _ in range(dims)]
-    return (n or random.choice((1, 2, 3, 5)), random.choice((1, 3, 7, 8, 17, 33)), *space)
-
-
-def is_dense(x: Tensor) -> bool:
-    return torch.ops.aten.is_non_overlapping_and_dense(x)
-
-
-def place(x: Tensor, backend: str) -> Tensor:
-    """x where the backend's kernels run: those of a GPU there if there is one, in the same layout, else
-    interpreted or emulated here.
-    """
-    if backend not in ("triton", "cuda") or not torch.cuda.is_available():
-        return x
-    there = torch.empty(0, dtype=x.dtype, device="cuda")
-    return there.set_(x.untyped_storage().cuda(), x.storage_offset(), x.shape, x.stride())
-
-
-# what "equal" means
 
 
 @dataclass
@@ -301,67 +206,6 @@ def check(
             what, grad, want, eager_error(want, rough, wide), k, term * terms.abs().max().item() + more
         )
     return got
-
-
-@functools.cache
-def missing(backend: str) -> str:
-    """Why the kernels of a backend cannot run, or "".
-
-    "" too where the first of them fails: its tests are for that to say, and those of the other backends still
-    run.
-    """
-    try:
-        with fastkd.use_backend(backend):
-            fastkd.attention_map(place(torch.ones(1, 1, 1), backend))
-    except fastkd.BackendError as error:
-        return str(error)
-    except Exception as error:
-        print(
-            f"fastkd: the first kernel of backend {backend!r} fails: {type(error).__name__}: {error}",
-            file=sys.stderr,
-        )
-    return ""
-
-
-def gpu(test: Callable) -> Callable:
-    """Marks a test that needs a GPU."""
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test))
-
-
-def cpp_missing() -> str:
-    return missing("cpp")
-
-
-def _param(backend: str, *rest: object) -> object:
-    why = missing(backend)
-    marks = [
-        pytest.mark.skipif(bool(why), reason=why),
-        *([pytest.mark.gpu] if backend != "cpp" and torch.cuda.is_available() else []),
-    ]
-    return pytest.param(backend, *rest, id="-".join(map(name, (backend, *rest))), marks=marks)
-
-
-KERNELS = [_param(backend) for backend in ("cpp", "triton", "cuda")]
-"""The backends with kernels of the operations, for ``parametrize("backend", ...)``."""
-KERNEL_DTYPES = [
-    _param(backend, dtype)
-    for backend in ("cpp", "triton", "cuda")
-    for dtype in DTYPES
-    if (backend, dtype) != ("triton", torch.float64)
-]
-"""For ``parametrize("backend, dtype", ...)``: what each serves."""
-
-KERNEL_SAMPLES = [*KERNEL_DTYPES[:4], _param("triton", None), _param("cuda", None)]
-"""The same for large grids: what is interpreted takes long, and draws a dtype in each test (``drawn``)."""
-
-
-def drawn(backend: str, dtype: torch.dtype | None) -> torch.dtype:
-    return dtype or random.choice(dtypes(backend))
-
-
-def dtypes(backend: str) -> tuple[torch.dtype, ...]:
-    """What a backend serves."""
-    return DTYPES[:3] if backend == "triton" else DTYPES
 
 
 # the losses as functions of a flat list of tensors, student's stages first

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
-import math
 import random
 
 import pytest
 import torch
+from crd_cases import by_hand, case, unit
 
 import fastkd
 from fastkd import reference
-from fastkd.methods import BuildContext, create_method, define
-from fastkd.models import create_model
 
 FORMS = [fastkd.crd_loss, reference.crd_loss]
 forms = pytest.mark.parametrize("crd_loss", FORMS, ids=["fused", "reference"])
@@ -21,42 +18,6 @@ forms = pytest.mark.parametrize("crd_loss", FORMS, ids=["fused", "reference"])
 def worked(shape, a):
     numbers = torch.arange(torch.Size(shape).numel())
     return (((numbers * a) % 11 - 5).double() / 10).view(shape)
-
-
-def unit(x):
-    return x / x.square().sum(1, keepdim=True).sqrt()
-
-
-def by_hand(student, teacher, student_bank, teacher_bank, rows, temperature=0.07, normalizers=None, eps=1e-7):
-    """Score by score in Python, with the logarithms as they are published; gradients by autograd. (loss,
-    normalizers).
-    """
-    n, k, size = len(rows), rows.shape[1] - 1, len(student_bank)
-    total, found = 0, []
-    for i, (x, bank) in enumerate(((student, teacher_bank), (teacher, student_bank))):
-        odds = [
-            [torch.exp(torch.dot(x[b], bank[row]) / temperature) for row in rows[b].tolist()]
-            for b in range(n)
-        ]
-        z = 0 if normalizers is None else float(normalizers[i])
-        if not z > 0:
-            z = sum(odd.item() for row in odds for odd in row) / (n * (k + 1)) * size
-        for first, *rest in odds:
-            total = total - torch.log(first / z / (first / z + k / size + eps))
-            for odd in rest:
-                total = total - torch.log(k / size / (odd / z + k / size + eps))
-        found.append(z)
-    return total / n, torch.tensor(found, dtype=torch.float64)
-
-
-def case(n=4, k=5, size=9, width=3, dtype=torch.float64, seed=0):
-    """(student, teacher, both banks, rows)."""
-    made = torch.Generator().manual_seed(seed)
-    vectors = [
-        unit(torch.randn(count, width, generator=made, dtype=torch.float64)).to(dtype)
-        for count in (n, n, size, size)
-    ]
-    return (*vectors, torch.randint(size, (n, k + 1), generator=made))
 
 
 def gradients(loss, student, teacher, *rest, **options):
@@ -237,177 +198,3 @@ def test_bad_input_is_one_line(crd_loss, change, error, words):
     with pytest.raises(error, match=words) as caught:
         crd_loss(**arguments)
     assert "\n" not in str(caught.value)
-
-
-LABELS = torch.tensor([0, 1, 2, 2, 0, 2, 1, 2, 2, 1, 0, 2])
-
-
-def method_of(labels=LABELS, seed=0, **options):
-    context = BuildContext.of(create_model("resnet8", 7), create_model("resnet8x4", 7), train_labels=labels)
-    return create_method("crd", context, options={"crd": options}, seed=seed)
-
-
-@pytest.mark.parametrize("k", [1, 4, 6, 7, 30])
-def test_negatives_are_of_other_classes_and_differ_while_there_are_enough(k):
-    method, everyone = method_of(k=k), torch.arange(len(LABELS))
-    seen = []
-    for epoch in range(40):
-        method.set_epoch(epoch, 40)
-        rows = method.draw(everyone)
-        assert rows.shape == (12, k + 1) and torch.equal(rows[:, 0], everyone)
-        assert (LABELS[rows[:, 1:]] != LABELS[:, None]).all()
-        if k <= 6:  # the images of other classes, of those in the largest one
-            assert all(len(set(row)) == k for row in rows[:, 1:].tolist())
-        some = torch.tensor([7, 2, 0])
-        assert torch.equal(method.draw(some), rows[some])  # whatever the batch
-        seen.append(rows[:, 1:])
-    assert not torch.equal(seen[0], seen[1])
-    method.set_epoch(0, 40)
-    assert torch.equal(method.draw(everyone)[:, 1:], seen[0]) and not torch.equal(
-        method_of(k=k, seed=1).draw(everyone)[:, 1:], seen[0]
-    )
-    drawn = torch.stack([torch.bincount(torch.stack(seen)[:, i].flatten(), minlength=12) for i in range(12)])
-    others = LABELS[:, None] != LABELS
-    expected = 40 * k / others.sum(1, keepdim=True)
-    # each image is drawn as often as another: chi-squared over all pairs
-    chi = (((drawn - expected) ** 2 / expected) * others).sum() / others.sum()
-    assert (drawn * ~others).sum() == 0 and chi < 1.5
-
-
-def test_the_positive_may_be_another_of_the_class():
-    method, everyone = method_of(k=3, positive="relax"), torch.arange(len(LABELS))
-    found = []
-    for epoch in range(30):
-        method.set_epoch(epoch, 30)
-        found.append(method.draw(everyone)[:, 0])
-    assert (LABELS[torch.stack(found)] == LABELS).all()
-    for label, column in zip(LABELS, torch.stack(found, 1), strict=True):
-        assert {*column.tolist()} == {*everyone[label == LABELS].tolist()}
-
-
-def test_a_step_of_the_method_its_banks_and_its_normalizers():
-    torch.manual_seed(1)
-    networks = create_model("resnet8", 7), create_model("resnet8x4", 7)
-    distillation = fastkd.Distillation(
-        *networks, "crd", options={"crd": {"k": 4}}, train_labels=LABELS, fold=False
-    ).eval()
-    method, images, index = distillation.methods["crd"], torch.randn(3, 3, 32, 32), torch.tensor([8, 0, 3])
-    assert method.settled == {} and list(method.function.student_bank.shape) == [12, 128]
-    banks = [bank.clone() for bank in (method.function.student_bank, method.function.teacher_bank)]
-    bound = math.sqrt(3 / 128)
-    assert all(0.9 * bound < bank.abs().max() <= bound and bank.mean().abs() < 0.2 * bound for bank in banks)
-    losses = distillation(images, LABELS[index], index)
-    units = [
-        unit(layer(network(images, features=True)[0].pooled))
-        for layer, network in zip(method.embeddings, networks, strict=True)
-    ]
-    wanted, normalizers = by_hand(*units, *banks, method.draw(index))
-    torch.testing.assert_close(losses.terms["crd"].double(), 0.8 * wanted.double(), rtol=1e-5, atol=0)
-    losses.total.backward()
-    assert all(layer.weight.grad.any() for layer in method.embeddings) and networks[0].conv1.weight.grad.any()
-    record = losses.records["crd"]
-    assert [x.shape for x in record] == [(3, 128), (3, 128), (3, 2)] and not any(
-        x.requires_grad for x in record
-    )
-    distillation.update(index, losses.records)
-    torch.testing.assert_close(method.function.normalizers.double(), normalizers, rtol=1e-5, atol=0)
-    for bank, before, found in zip(
-        (method.function.student_bank, method.function.teacher_bank), banks, units, strict=True
-    ):
-        torch.testing.assert_close(bank[index], unit(0.5 * before[index] + 0.5 * found.detach()))
-        untouched = [i for i in range(12) if i not in index]
-        assert torch.equal(bank[untouched], before[untouched])
-    kept = method.function.normalizers.clone()
-    distillation.update(index, {"crd": (*record[:2], record[2] * 3)})
-    assert torch.equal(method.function.normalizers, kept)
-
-
-def test_what_the_state_holds_goes_on_bit_for_bit():
-    networks = [create_model("resnet8", 7) for _ in range(2)]
-    both = [
-        fastkd.Distillation(*networks, "crd", train_labels=LABELS, fold=False, seed=seed).eval()
-        for seed in (0, 0)
-    ]
-    images, index = torch.randn(4, 3, 32, 32), torch.tensor([1, 5, 2, 9])
-    both[0].set_epoch(0, 2)
-    both[0].update(index, both[0](images, None, index).records)
-    file = io.BytesIO()
-    torch.save(both[0].state_dict(), file)
-    assert [name for name in both[0].state_dict() if name.startswith("methods.crd.function")] == [
-        f"methods.crd.function.{name}" for name in ("student_bank", "teacher_bank", "normalizers")
-    ]
-    both[1].load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
-    found = []
-    for distillation in both:
-        distillation.set_epoch(1, 2)
-        losses = distillation(images, None, index)
-        distillation.update(index, losses.records)
-        found.append([losses.total, *distillation.methods["crd"].buffers()])
-    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
-
-
-@pytest.mark.parametrize("graph", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_under_autocast_and_there_as_one_graph(graph):
-    torch.manual_seed(2)
-    networks = create_model("resnet8", 7), create_model("resnet8x4", 7)
-    cast = torch.autocast("cpu", torch.bfloat16)
-    distillation = fastkd.Distillation(*networks, "crd", train_labels=LABELS, autocast=cast, fold=False)
-    images, index = torch.randn(4, 3, 32, 32), torch.tensor([1, 5, 2, 9])
-    losses = distillation(images, LABELS[index], index)
-    assert losses.terms["crd"].dtype == torch.float32 and losses.records["crd"][0].dtype == torch.float32
-    if graph:
-        eager, compiled = losses, torch.compile(distillation, fullgraph=True, backend="aot_eager")
-        losses = compiled(images, LABELS[index], index)
-        torch.testing.assert_close(eager.total, losses.total, rtol=2e-2, atol=1e-2)
-    losses.total.backward()
-    assert all(x.grad.isfinite().all() for x in distillation.parameters())
-
-
-def test_what_it_cannot_do_is_one_line():
-    for labels, words in (
-        (None, "train_labels is None"),
-        (torch.zeros(5).long(), "train_labels has 1 class, wanted at least two"),
-    ):
-        with pytest.raises(ValueError, match=words) as caught:
-            method_of(labels)
-        assert "\n" not in str(caught.value)
-    distillation = fastkd.Distillation(
-        *(create_model("resnet8", 7) for _ in range(2)), "crd", train_labels=LABELS, fold=False
-    )
-    for index, words in (
-        (None, "index is None, wanted where"),
-        (torch.tensor([0, 12]), "index has 12, wanted rows 0 to 11 of the bank"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            distillation(torch.randn(2, 3, 32, 32), None, index)
-    for options, words in (
-        ({"k": 0}, "k is 0"),
-        ({"temperature": 0.0}, "temperature is 0.0"),
-        ({"momentum": 1.0}, "momentum is 1.0"),
-    ):
-        with pytest.raises(ValueError, match=f"option crd: {words}, wanted"):
-            define("crd", options={"crd": options})
-
-
-def test_presets_and_what_they_leave_open():
-    temperatures = {
-        name: define("crd", preset=name).terms[0].options.temperature
-        for name in ("repdistiller", "mdistiller", "kdzoo")
-    }
-    assert temperatures == {"repdistiller": 0.07, "mdistiller": 0.07, "kdzoo": 0.1}
-    assert define("kd+crd+at", preset="repdistiller").names == ("ce", "at", "crd", "kd")
-    both = define("crd+kd", preset="repdistiller")
-    assert both.ce == 1 and [term.options for term in both.terms][1].weight == 1
-    for classes, beta in ((10, 0.2), (7, 0.8)):
-        context = BuildContext.of(
-            *(create_model("resnet8", classes) for _ in range(2)), train_labels=torch.arange(600) % classes
-        )
-        method = create_method("crd", context, preset="kdzoo")
-        assert (
-            method.settled == {"beta": beta, "k": 200}
-            and method.function.weight == beta
-            and method.function.temperature == 0.1
-        )
-    banks = case()[2:4]
-    module = fastkd.CRD.preset("kdzoo", student_bank=banks[0], teacher_bank=banks[1])
-    assert module.temperature == 0.1 and module.weight == 0.8 and "temperature=0.1" in module.extra_repr()

@@ -195,6 +195,6 @@ def test_triton_is_as_exact_where_a_lane_adds_the_most_rows(backend, layout, cha
     monkeypatch.setattr(launch, "LEAST", launch.MOST)
     monkeypatch.setattr(attention_map, "_plans", launch.Plans())
     (x,) = features(channels, size, layout, torch.bfloat16, 3)[:1]
-    cut = launch.grid(launch.walk(x.shape, [x.stride()], x.element_size()), launch.MOST)
+    cut = launch.grid(launch.matrix_view(x.shape, [x.stride()], x.element_size()), launch.MOST)
     assert cut.steps == 64
     check(results, "attention_map", lambda f, x: f(x), [x], backend, gradients=False)

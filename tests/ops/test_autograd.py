@@ -4,7 +4,6 @@ mode, several processes.
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
 import socket
@@ -14,24 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import DTYPES, check_loss, evaluate, make, name, ref, ulp, values
+from autograd_cases import TRAINING, agree
+from support import evaluate, make, ref, values
 
 import fastkd
-from fastkd import backends
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 F64 = torch.float64
 STAGES = 3
-TRAINING = {  # name -> (module with the functions, student, teacher) -> scalar
-    "attention_map": lambda m, s, t: sum(
-        (m.attention_map(a) * m.attention_map(b)).sum() for a, b in zip(s, t)
-    ),
-    "attention_transfer_loss": lambda m, s, t: m.attention_transfer_loss(s, t, weight=100.0),
-    "fsp_matrix": lambda m, s, t: sum(
-        (m.fsp_matrix(s[i], s[i + 1]) - m.fsp_matrix(t[i], t[i + 1])).square().sum() for i in range(2)
-    ),
-    "fsp_loss": lambda m, s, t: m.fsp_loss(s, t),
-}
 
 
 def chains(dtype=torch.float32, layout="contiguous"):
@@ -40,14 +29,6 @@ def chains(dtype=torch.float32, layout="contiguous"):
 
 def leaves(tensors):
     return [x.detach().clone().requires_grad_() for x in tensors]
-
-
-def agree(got, want, rtol=2e-5):
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a.to(b.dtype), b, rtol=rtol, atol=rtol * b.abs().max().item())
-
-
-# gradcheck
 
 
 @pytest.mark.parametrize(
@@ -81,9 +62,6 @@ def test_map_and_matrix_pass_gradcheck():
     x, y = (values((2, 3, 4, 2), F64).requires_grad_() for _ in range(2))
     assert torch.autograd.gradcheck(fastkd.attention_map, x)
     assert torch.autograd.gradcheck(fastkd.fsp_matrix, (x, y))
-
-
-# gradients that arrive in other shapes than gradcheck sends
 
 
 DOWNSTREAM = {
@@ -131,9 +109,6 @@ def test_upstream_scalar_may_have_any_strides_and_factor(scale):
             for m in (fastkd, ref)
         )
         agree(got.grads, want.grads)
-
-
-# training loops
 
 
 @pytest.mark.parametrize("function", TRAINING)
@@ -222,56 +197,6 @@ def test_one_tensor_may_stand_at_several_places(function):
     agree(got.grads, want.grads, 1e-10)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name)
-def test_autocast_casts_nothing(dtype, layout):
-    conv = torch.nn.Conv2d(3, 8, 3).to(
-        memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    )
-    image, teacher = make((4, 3, 10, 10), torch.float32, layout), values((4, 8, 8, 8), torch.float32)
-    for function in ("attention_transfer_loss", "fsp_loss"):
-        grads = []
-        for module in (fastkd, ref):
-            with torch.autocast("cpu", dtype=dtype):
-                feature = conv(image)
-                loss = TRAINING[function](module, [feature, feature.relu()], [teacher, teacher.relu()])
-            assert feature.dtype == dtype and loss.dtype == torch.float32
-            grads.append((loss.detach(), *torch.autograd.grad(loss, (feature, conv.weight))))
-        assert grads[0][1].dtype == dtype
-        if backends.select("attention_map", (feature,), lambda *given: "").name == "cpp":
-            assert grads[0][1].stride() == feature.stride()
-        agree([grads[0][0]], [grads[1][0]], 1e-5)
-        agree(grads[0][1:], grads[1][1:], 4 * torch.finfo(dtype).eps)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name)
-def test_half_gradients_survive_the_published_weight_and_loss_scale(dtype):
-    """ResNet-20's stages at batch 128, weight 1000 and a GradScaler's 65536: finite, within one ulp, hardly
-    any flushed to zero.
-    """
-    s = [values((128, c, n, n), dtype, "normal") for c, n in ((16, 32), (32, 16), (64, 8))]
-    t = [values(x.shape, dtype) for x in s]
-    upstream = torch.tensor(65536.0)
-    got, eager = (
-        evaluate(lambda *x: m.attention_transfer_loss(x, t, weight=1000.0), xs, upstream=upstream)
-        for m, xs in ((fastkd, s), (ref, [x.float() for x in s]))
-    )
-    for g, w in zip(got.grads, eager.grads):
-        assert g.isfinite().all() and g.dtype == dtype
-        assert (g.double() - w.double()).abs().max() <= ulp(dtype, w.abs().max().item())
-        assert ((g == 0) & (w != 0)).double().mean() < 0.01
-    unscaled = evaluate(lambda *x: fastkd.attention_transfer_loss(x, t, weight=1000.0), s)
-    for g, w in zip(unscaled.grads, eager.grads):
-        assert ((g == 0) & (w != 0)).double().mean() < 0.2
-
-
-def test_every_mix_of_dtypes_returns_gradients_in_the_inputs_own():
-    for dtypes in itertools.product(DTYPES, DTYPES):
-        s, t = ([make((2, 4, 5, 5), dtype) for _ in range(2)] for dtype in dtypes)
-        for function in ("attention_transfer_loss", "fsp_loss"):
-            check_loss(backends.select(function, (s, t), lambda *given: "").name, function, s, t)
-
-
 def test_hooks_and_views_downstream_see_ordinary_tensors():
     x = values((2, 3, 4, 4), torch.float32).requires_grad_()
     seen = []
@@ -282,9 +207,6 @@ def test_hooks_and_views_downstream_see_ordinary_tensors():
     (2 * ref.attention_map(z)).sum().backward()
     assert seen == [y.shape]
     agree([x.grad], [z.grad])
-
-
-# several processes
 
 
 def test_two_processes_under_ddp_agree_with_one():

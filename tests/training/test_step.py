@@ -16,7 +16,7 @@ from fastkd.methods import METHODS
 from fastkd.models import create_model
 from fastkd.models.folding import fold_for_inference, foldable
 from fastkd.training import Batches, Trainer, UserError, get_recipe
-from fastkd.training.config import PAYS, Config, Settings
+from fastkd.training.config import WORTH_COMPILING, Config, Settings
 from fastkd.training.run_summary import describe
 from fastkd.training.step import Replayed
 
@@ -187,7 +187,7 @@ def test_only_a_long_run_is_compiled_unless_asked(tmp_path, monkeypatch):
             )
         )
 
-    long = PAYS // 1437 + 1
+    long = WORTH_COMPILING // 1437 + 1
     assert [plan(epochs).compiled for epochs in (8, long)] == [False, True]
     assert plan(8, compile=True).compiled and not plan(long, compile=False).compiled
     assert "compiled" in describe(plan(long)) and "compiled" not in describe(plan(8))

@@ -11,6 +11,7 @@ namespace FASTKD_PATH {
 #include "cpu/attention/planes.inl"
 #include "cpu/attention/last.inl"
 #include "cpu/attention/norm.inl"
+#include "cpu/attention/sample.inl"
 #include "cpu/attention/attention.inl"
 #include "cpu/attention/tap.inl"
 

@@ -26,7 +26,7 @@ bool is_planes(const FspOperand& operand) {
 }
 
 // Fewer positions than these do not pay for adding up the lanes of a vector for every element of G; a G of
-// more elements than those pays for transposing the maps.
+// more elements than those is worth transposing the maps.
 constexpr int64_t kPlanePositions = 64, kPlaneProducts = 2048;
 
 // Whether the gradient is written past the caches: it is too large to stay there, and gemm() can (see
@@ -167,7 +167,7 @@ Tensor plan_stage(FspStage& stage, const Tensor& x, DType accumulate) {
       stage.grad.dtype == accumulate && (stage.channels_last || stage.grad.layout == Layout::kPlanes);
   stage.stream = stage.direct && streams(stage);
   // A block's gradient stays in the second-level cache when it has to be converted or spread out afterwards.
-  // Every block pools the other map anew.
+  // Every block pools the other map again.
   bool pools = false, tiles = false;
   for (int t = 0; t < stage.terms; ++t) {
     FspTerm& term = stage.term[t];
@@ -176,7 +176,7 @@ Tensor plan_stage(FspStage& stage, const Tensor& x, DType accumulate) {
     tiles = tiles || term.tiles;
   }
   int64_t most = stage.direct ? (pools ? 512 : 128) : std::max<int64_t>(32, 65536 / stage.grad.positions);
-  if (tiles) most = std::max<int64_t>(64, most);  // each block packs the other map anew
+  if (tiles) most = std::max<int64_t>(64, most);  // each block packs the other map again
   stage.channels = block_of(stage.grad.channels, most, 16);
   stage.channel_blocks = (stage.grad.channels + stage.channels - 1) / stage.channels;
   return grad;

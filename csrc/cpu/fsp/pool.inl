@@ -1,5 +1,5 @@
 // Average pooling for the FSP kernels, and its gradient, vectorized: along the rows for planes, over the
-// channels for channels-last maps. (pool.inl has the general walk, which serves the rest.) Needs pack.inl.
+// channels for channels-last maps. (pool.inl has the general loop, which serves the rest.) Needs pack.inl.
 
 // f(line, first input line, number of slices, number of lines a slice) for every line of windows: those of
 // one depth and height.

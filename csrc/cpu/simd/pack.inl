@@ -9,7 +9,7 @@ constexpr int64_t kPanelPad = 32;  // a multiple of every panel of gemm.inl
 constexpr int64_t kFewRows = 24;
 
 // Some channels of one sample: element (c, s) of dtype `dtype` at data[c * stride_c + s * stride_s];
-// positions of kGeneric blocks are walked by size and stride.
+// positions of kGeneric blocks are read by size and stride.
 struct Block {
   const void* data;
   DType dtype;

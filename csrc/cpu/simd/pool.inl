@@ -74,7 +74,7 @@ static void store_planes(const A* in, const Feature& x, int64_t n, int64_t c0, i
   with_type<A>(x.dtype, [&](auto t) { store_planes_of<decltype(t), A>(in, x, n, c0, c1); });
 }
 
-// The window of an output position, and a walk over the positions of a plane.
+// The window of an output position, and a loop over the positions of a plane.
 struct Window {
   int64_t d0, d1, h0, h1, w0, w1;
 };

@@ -34,13 +34,13 @@ class Gradients {
     if (args_.count == kMaxItems) run();
     GradientItem& item = args_.items[args_.count++];
     const Feature* const tensors[] = {&x, &dx};
-    item.walk = walk_of(tensors, 2, goal_);
-    item.x = place_of(x, item.walk);
+    item.view = matrix_view_of(tensors, 2, goal_);
+    item.x = place_of(x, item.view);
     if (is_map) item.x.data = nullptr;
-    item.dx = place_of(dx, item.walk);
+    item.dx = place_of(dx, item.view);
     item.k = coefficients;
     item.first = static_cast<int32_t>(blocks_);
-    blocks_ += x.batch * item.walk.units;
+    blocks_ += x.batch * item.view.units;
     grid_of("attention_transfer_loss_backward", blocks_);
   }
   void run() {
@@ -128,11 +128,11 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& stud
       LossSide& side = is_student ? stage.student : stage.teacher;
       const bool is_map = is_student ? args.student_is_map : args.teacher_is_map;
       const Feature& x = is_student ? s : t;
-      side.walk = is_map ? map_walk(x) : walk_of(x, goal);
-      side.x = place_of(x, side.walk);
+      side.view = is_map ? matrix_view_of_map(x) : matrix_view_of(x, goal);
+      side.x = place_of(x, side.view);
       side.sums_at = sums;
       side.coefficients = nullptr;
-      sums += samples * parts_of(side.walk) * x.positions;
+      sums += samples * parts_of(side.view) * x.positions;
     }
     stage.positions = static_cast<int32_t>(s.positions);
     const double terms = static_cast<double>(samples) * (args.l2 ? 1.0 : static_cast<double>(s.positions));

@@ -2,7 +2,7 @@
 // one reading is for.
 #pragma once
 
-#include "cuda/attention/walk.cuh"
+#include "cuda/attention/matrix_view.cuh"
 
 namespace fastkd {
 
@@ -25,7 +25,7 @@ FASTKD_DEVICE void rectify(Pack& x, const Pack& residual, bool has_residual) {
 
 // A thread's next packs, past the ReLU if there is one, whose result is written on the way.
 template <bool kRelu, typename T, typename A, int W, int U>
-FASTKD_DEVICE void take_packs(const Walk& w, const Place& x, const Relu* relu, const Part& part,
+FASTKD_DEVICE void take_packs(const MatrixView& w, const Place& x, const Relu* relu, const Part& part,
                               const Step& step, int64_t n, int32_t row, int32_t column, Pack (&v)[U]) {
   load_packs<T, W>(w, x, part, step, n, row, column, v);
   if constexpr (kRelu) {
@@ -55,7 +55,7 @@ FASTKD_DEVICE A sum_of(const A (&e)[U]) {
 
 // out[column] for the unit's columns. `sums` is shared memory for kThreads * W numbers.
 template <bool kRelu, typename T, typename A, int W>
-FASTKD_DEVICE void energies_by_columns(const Walk& w, const Place& x, const Relu* relu, int64_t n,
+FASTKD_DEVICE void energies_by_columns(const MatrixView& w, const Place& x, const Relu* relu, int64_t n,
                                        const Part& part, A* sums, A* out) {
   constexpr int U = kPacks<kRelu>;
   const int across = w.across, groups = w.groups;
@@ -97,7 +97,7 @@ FASTKD_DEVICE void energies_by_columns(const Walk& w, const Place& x, const Relu
 
 // out[row] for the unit's rows. All threads go round as often as any: lanes add up by shuffles.
 template <bool kRelu, typename T, typename A, int W>
-FASTKD_DEVICE void energies_by_rows(const Walk& w, const Place& x, const Relu* relu, int64_t n,
+FASTKD_DEVICE void energies_by_rows(const MatrixView& w, const Place& x, const Relu* relu, int64_t n,
                                     const Part& part, A* out) {
   constexpr int U = kPacks<kRelu>;
   const int lanes = w.across, lane = static_cast<int>(threadIdx.x) % lanes;
@@ -137,8 +137,8 @@ FASTKD_DEVICE void energies_by_rows(const Walk& w, const Place& x, const Relu* r
 // A unit's sums into `out`, which has parts_of(w) of them for each position of the sample. All threads of the
 // block must come.
 template <bool kRelu, bool kMixed, typename A>
-FASTKD_DEVICE void energies(const Walk& w, const Place& x, const Relu* relu, int64_t n, int32_t unit, A* sums,
-                            A* out) {
+FASTKD_DEVICE void energies(const MatrixView& w, const Place& x, const Relu* relu, int64_t n, int32_t unit,
+                            A* sums, A* out) {
   const Part part = part_of(w, unit);
   with_format<kMixed, A>(w, [&](auto format) {
     using T = typename decltype(format)::Number;

@@ -12,15 +12,15 @@ struct Tap {
   int32_t relu;  // x is a ReLU's result: no gradient where it is zero, a NaN lets pass, as in PyTorch
 };
 
-// Coefficients of a unit, in shared memory, are those of its columns, or of its rows where a walk goes by
+// Coefficients of a unit, in shared memory, are those of its columns, or of its rows where a view goes by
 // rows.
-FASTKD_BOTH int32_t first_coefficient(const Walk& w, const Part& part) {
+FASTKD_BOTH int32_t first_coefficient(const MatrixView& w, const Part& part) {
   return w.by_rows ? part.first_row : part.first_column;
 }
-FASTKD_BOTH int32_t coefficients_of(const Walk& w, const Part& part) {
+FASTKD_BOTH int32_t coefficients_of(const MatrixView& w, const Part& part) {
   return w.by_rows ? part.end_row - part.first_row : part.columns;
 }
-FASTKD_BOTH int32_t position_of(const Walk& w, int32_t place) {
+FASTKD_BOTH int32_t position_of(const MatrixView& w, int32_t place) {
   return w.fold > 1 ? place % (w.columns / w.fold) : place;
 }
 
@@ -43,7 +43,7 @@ FASTKD_DEVICE Pack gradient_of(Pack x, const Pack& grad, bool has_x, bool has_gr
 
 // A thread's next packs. coefficient(u, i): of number i in pack u.
 template <bool kTap, int U, typename T, typename A, int W, typename F>
-FASTKD_DEVICE void stream_packs(const Walk& w, const Place& x, const Place& dx, const Tap* tap,
+FASTKD_DEVICE void stream_packs(const MatrixView& w, const Place& x, const Place& dx, const Tap* tap,
                                 const Part& part, const Step& step, int64_t n, int32_t row, int32_t column,
                                 const F& coefficient) {
   const bool has_x = x.data != nullptr, has_grad = kTap && tap->grad.data != nullptr,
@@ -67,7 +67,7 @@ FASTKD_DEVICE void stream_packs(const Walk& w, const Place& x, const Place& dx, 
 
 // k: coefficients_of() numbers of shared memory, complete.
 template <bool kTap, bool kMixed, typename A>
-FASTKD_DEVICE void stream(const Walk& w, const Place& x, const Place& dx, const Tap* tap, int64_t n,
+FASTKD_DEVICE void stream(const MatrixView& w, const Place& x, const Place& dx, const Tap* tap, int64_t n,
                           const Part& part, const A* k) {
   with_format<kMixed, A>(w, [&](auto format) {
     using T = typename decltype(format)::Number;
@@ -118,7 +118,7 @@ constexpr int kMaxItems = 24;
 struct GradientItem {
   Place x, dx;    // x.data is null for a map, whose gradient the coefficient is
   const void* k;  // (N, positions)
-  Walk walk;
+  MatrixView view;
   int32_t first;  // block
 };
 
@@ -137,7 +137,7 @@ gradient_kernel(const GradientArgs args) {
   int32_t i = 0;
   while (i + 1 < args.count && static_cast<int32_t>(blockIdx.x) >= args.items[i + 1].first) ++i;
   const GradientItem& item = args.items[i];
-  const Walk& w = item.walk;
+  const MatrixView& w = item.view;
   const int32_t local = static_cast<int32_t>(blockIdx.x) - item.first;
   const int64_t n = local / w.units;
   const Part part = part_of(w, local % w.units);

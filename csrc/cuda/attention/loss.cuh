@@ -13,8 +13,8 @@ constexpr int kMaxStages = 16;
 
 struct LossSide {
   Place x;
-  Walk walk;
-  int64_t sums_at;     // in args.sums: parts_of(walk) * positions numbers a sample
+  MatrixView view;
+  int64_t sums_at;     // in args.sums: parts_of(view) * positions numbers a sample
   void* coefficients;  // (N, positions), or null if not wanted
 };
 
@@ -40,7 +40,7 @@ static_assert(sizeof(LossArgs) <= 4096, "more than what a launch takes everywher
 // Blocks of a sample. Maps are read by the block that compares them, so two maps are a unit without energies.
 FASTKD_BOTH int32_t units_of(const LossStage& stage, bool student_is_map, bool teacher_is_map) {
   const int32_t units =
-      (student_is_map ? 0 : stage.student.walk.units) + (teacher_is_map ? 0 : stage.teacher.walk.units);
+      (student_is_map ? 0 : stage.student.view.units) + (teacher_is_map ? 0 : stage.teacher.view.units);
   return units > 0 ? units : 1;
 }
 
@@ -48,9 +48,9 @@ FASTKD_BOTH int32_t units_of(const LossStage& stage, bool student_is_map, bool t
 template <typename A>
 FASTKD_DEVICE A map_number(const LossSide& side, bool is_map, const A* sums, int64_t n, int32_t positions,
                            int32_t s) {
-  if (!is_map) return collapsed(sums, parts_of(side.walk), positions, s);
-  return load_number<A>(side.x.data, side.walk.dtype,
-                        n * side.x.stride_n + spatial_offset(side.walk.size, side.x.stride, s));
+  if (!is_map) return collapsed(sums, parts_of(side.view), positions, s);
+  return load_number<A>(side.x.data, side.view.dtype,
+                        n * side.x.stride_n + spatial_offset(side.view.size, side.x.stride, s));
 }
 
 // Both maps of a sample, their distance and coefficients. Each thread has the positions s = its index and
@@ -61,8 +61,8 @@ FASTKD_DEVICE double compare(const LossArgs& args, const LossStage& stage, int64
   const LossSide& teacher = stage.teacher;
   const bool s_map = args.student_is_map, t_map = args.teacher_is_map;
   const int32_t positions = stage.positions;
-  A* s_sums = static_cast<A*>(args.sums) + student.sums_at + n * parts_of(student.walk) * positions;
-  A* t_sums = static_cast<A*>(args.sums) + teacher.sums_at + n * parts_of(teacher.walk) * positions;
+  A* s_sums = static_cast<A*>(args.sums) + student.sums_at + n * parts_of(student.view) * positions;
+  A* t_sums = static_cast<A*>(args.sums) + teacher.sums_at + n * parts_of(teacher.view) * positions;
   const bool fits = 2 * positions <= kTile;
   A* y_s = fits ? shared_numbers<A>() : s_sums;
   A* y_t = fits ? y_s + positions : t_sums;
@@ -77,8 +77,8 @@ FASTKD_DEVICE double compare(const LossArgs& args, const LossStage& stage, int64
     squares[1] += static_cast<double>(b) * b;
   }
   block_sums(squares, 0);
-  const double s_share = reduction_of(student.walk, args.mean),
-               t_share = reduction_of(teacher.walk, args.mean);
+  const double s_share = reduction_of(student.view, args.mean),
+               t_share = reduction_of(teacher.view, args.mean);
   const Norm s_norm =
       s_map ? no_norm(1) : norm_from(sqrt(squares[0]) / s_share, s_share, args.eps, args.add_eps);
   const Norm t_norm =
@@ -123,13 +123,13 @@ loss_kernel(const LossArgs args) {
   const int32_t units = units_of(stage, args.student_is_map, args.teacher_is_map);
   const int32_t local = static_cast<int32_t>(blockIdx.x) - stage.first;
   const int32_t sample = local / units;
-  const int32_t s_units = args.student_is_map ? 0 : stage.student.walk.units;
+  const int32_t s_units = args.student_is_map ? 0 : stage.student.view.units;
   const bool is_student = local % units < s_units;
   if (!(is_student ? args.student_is_map : args.teacher_is_map)) {
     const LossSide& side = is_student ? stage.student : stage.teacher;
     A* out = static_cast<A*>(args.sums) + side.sums_at +
-             static_cast<int64_t>(sample) * parts_of(side.walk) * stage.positions;
-    energies<false, true>(side.walk, side.x, nullptr, sample, local % units - (is_student ? 0 : s_units),
+             static_cast<int64_t>(sample) * parts_of(side.view) * stage.positions;
+    energies<false, true>(side.view, side.x, nullptr, sample, local % units - (is_student ? 0 : s_units),
                           shared_numbers<A>(), out);
   }
   const int64_t at = static_cast<int64_t>(i) * args.samples + sample;

@@ -19,12 +19,12 @@ std::tuple<Tensor, Tensor> make_map(const char* name, const OnDevice& device, co
   if (residual != nullptr) tensors[count++] = residual;
   if (y != nullptr) tensors[count++] = y;
   MapArgs args;
-  args.walk = walk_of(tensors, count, unit_goal(bytes_of(x)));
-  args.x = place_of(x, args.walk);
+  args.view = matrix_view_of(tensors, count, unit_goal(bytes_of(x)));
+  args.x = place_of(x, args.view);
   if (y != nullptr) {
-    args.relu.residual = place_of(residual != nullptr ? *residual : x, args.walk);
+    args.relu.residual = place_of(residual != nullptr ? *residual : x, args.view);
     if (residual == nullptr) args.relu.residual.data = nullptr;
-    args.relu.y = place_of(*y, args.walk);
+    args.relu.y = place_of(*y, args.view);
   }
   args.eps = options.eps;
   args.normalize = normalize;
@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor> make_map(const char* name, const OnDevice& device, co
   Tensor map = device.empty(sizes, view.dim - 1, accumulated);
   const int64_t norms = normalize ? x.batch : 0;
   Tensor norm = device.empty(&norms, 1, accumulated);
-  const int64_t sums = x.batch * parts_of(args.walk) * x.positions;
+  const int64_t sums = x.batch * parts_of(args.view) * x.positions;
   Tensor scratch = device.empty(&sums, 1, accumulated);
   const Tickets tickets = device.tickets(x.batch);
   args.sums = scratch.mutable_data_ptr();
@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor> make_map(const char* name, const OnDevice& device, co
   const bool in_double = accumulated == DType::kDouble;
   const auto kernel = y != nullptr ? (in_double ? map_kernel<true, double> : map_kernel<true, float>)
                                    : (in_double ? map_kernel<false, double> : map_kernel<false, float>);
-  launch(name, kernel, x.batch * args.walk.units, kThreads,
+  launch(name, kernel, x.batch * args.view.units, kThreads,
          in_double ? kSharedBytes<double> : kSharedBytes<float>, device, args);
   return {std::move(map), std::move(norm)};
 }
@@ -95,10 +95,10 @@ Tensor gradient(const char* name, const std::optional<Tensor>& grad, const Tenso
     check_like(grad_view, view, "grad");
     other = feature_of(grad_view, "grad");
   }
-  args.walk = walk_of(tensors, grad ? 3 : 2, unit_goal(bytes_of(feature)));
-  args.x = place_of(feature, args.walk);
-  args.dx = place_of(dx, args.walk);
-  args.tap.grad = place_of(other, args.walk);  // null, if there is none
+  args.view = matrix_view_of(tensors, grad ? 3 : 2, unit_goal(bytes_of(feature)));
+  args.x = place_of(feature, args.view);
+  args.dx = place_of(dx, args.view);
+  args.tap.grad = place_of(other, args.view);  // null, if there is none
   args.tap.relu = relu;
   args.eps = options.eps;
   args.normalize = normalize;
@@ -108,7 +108,7 @@ Tensor gradient(const char* name, const std::optional<Tensor>& grad, const Tenso
   const auto kernel =
       tapped ? (in_double ? map_gradient_kernel<true, double> : map_gradient_kernel<true, float>)
              : (in_double ? map_gradient_kernel<false, double> : map_gradient_kernel<false, float>);
-  launch(name, kernel, feature.batch * args.walk.units, kThreads,
+  launch(name, kernel, feature.batch * args.view.units, kThreads,
          in_double ? kSharedBytes<double> : kSharedBytes<float>, device, args);
   return out;
 }

@@ -1,7 +1,7 @@
 // The attention map and the gradient it sends, alone or as taps: one launch each. Forward: each block sums
 // the energies of one unit, on its way past a ReLU if there is one, and the last of a sample normalizes the
-// map. Backward: each block finds the <g, y> of its sample anew, 25 KiB of the second-level cache for 56x56
-// positions where it streams two or three times up to 128 KiB.
+// map. Backward: each block computes the <g, y> of its sample itself, 25 KiB of the second-level cache for
+// 56x56 positions where it streams two or three times up to 128 KiB.
 #pragma once
 
 #include "cuda/attention/energy.cuh"
@@ -11,9 +11,9 @@ namespace fastkd {
 
 struct MapArgs {
   Place x;
-  Walk walk;
+  MatrixView view;
   Relu relu;
-  void* sums;         // parts_of(walk) * positions numbers a sample
+  void* sums;         // parts_of(view) * positions numbers a sample
   void* map;          // (N, positions)
   void* norm;         // (N), if normalize
   unsigned* tickets;  // [sample]
@@ -24,7 +24,7 @@ struct MapArgs {
 template <bool kRelu, typename A>
 FASTKD_KERNEL_OF(kThreads, kBlocks<A>)
 map_kernel(const MapArgs args) {
-  const Walk& w = args.walk;
+  const MatrixView& w = args.view;
   const int64_t n = static_cast<int32_t>(blockIdx.x) / w.units;
   const int32_t positions = positions_of(w), parts = parts_of(w);
   A* sums = static_cast<A*>(args.sums) + n * parts * positions;
@@ -62,7 +62,7 @@ struct MapPlace {
 struct MapGradientArgs {
   Place x, dx;
   Tap tap;
-  Walk walk;
+  MatrixView view;
   MapPlace grad, map;
   const void* norm;
   int64_t norm_stride;
@@ -71,7 +71,7 @@ struct MapGradientArgs {
 };
 
 template <typename A>
-FASTKD_DEVICE double number_of(const Walk& w, const MapPlace& map, int64_t n, int32_t s) {
+FASTKD_DEVICE double number_of(const MatrixView& w, const MapPlace& map, int64_t n, int32_t s) {
   return static_cast<const A*>(
       map.data)[n * map.stride_n + (map.is_run ? s : spatial_offset(w.size, map.stride, s))];
 }
@@ -79,7 +79,7 @@ FASTKD_DEVICE double number_of(const Walk& w, const MapPlace& map, int64_t n, in
 template <bool kTap, typename A>
 FASTKD_KERNEL_OF(kThreads, kBlocks<A>)
 map_gradient_kernel(const MapGradientArgs args) {
-  const Walk& w = args.walk;
+  const MatrixView& w = args.view;
   const int64_t n = static_cast<int32_t>(blockIdx.x) / w.units;
   const Part part = part_of(w, static_cast<int32_t>(blockIdx.x) % w.units);
   const double share = reduction_of(w, args.mean);

@@ -2,7 +2,7 @@
 // Sums over positions are taken in double, in one order.
 #pragma once
 
-#include "cuda/attention/walk.cuh"
+#include "cuda/attention/matrix_view.cuh"
 
 namespace fastkd {
 
@@ -47,7 +47,7 @@ FASTKD_DEVICE void block_sums(double (&v)[K], int which) {
 }
 
 // What the sums over channels are divided by.
-FASTKD_DEVICE double reduction_of(const Walk& w, bool mean) {
+FASTKD_DEVICE double reduction_of(const MatrixView& w, bool mean) {
   if (!mean) return 1;
   return w.by_rows ? w.columns : w.rows * w.fold;
 }

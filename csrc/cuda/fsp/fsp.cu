@@ -165,18 +165,18 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fsp_loss(const std:
 
 std::vector<Tensor> fsp_loss_backward(const Tensor& grad, const std::vector<Tensor>& features,
                                       const std::vector<Tensor>& matrix_grads, int64_t bits,
-                                      const std::vector<int64_t>& stages,
-                                      const std::vector<Tensor>& others) {
+                                      const std::vector<int64_t>& stages, const std::vector<Tensor>& others) {
   const FspOptions options = fsp_options(bits);
   STD_TORCH_CHECK(others.empty(),
-                  "others is for matrices that were not kept, and the CUDA library keeps all");
+                  "others is for matrices that were not saved, and the CUDA library saves all");
   STD_TORCH_CHECK(features.size() >= 2 && matrix_grads.size() == features.size() - 1,
                   "matrix_grads must hold one matrix a pair of features");
   const std::vector<TensorView> views = views_of(features, "features");
   const TensorView upstream = view_of(grad, "grad");
   check_device(upstream, views[0], "grad");
   for (int d = 0; d < upstream.dim; ++d) STD_TORCH_CHECK(upstream.sizes[d] == 1, "grad must hold one number");
-  return chain_gradients(features, views, matrix_grads, stages, options, options.negate ? -1.0 : 1.0, &upstream);
+  return chain_gradients(features, views, matrix_grads, stages, options, options.negate ? -1.0 : 1.0,
+                         &upstream);
 }
 
 }  // namespace fastkd

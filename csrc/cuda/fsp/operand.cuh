@@ -23,7 +23,7 @@ struct Operand {
   int64_t stride_n, stride_c, stride[3];
   int32_t channels, positions;
   int32_t size[3];  // the feature's own
-  int32_t grid[3];  // what the positions walk: the size of what it is pooled, or spread, to
+  int32_t grid[3];  // what the positions go through: the size of what it is pooled, or spread, to
   DType dtype;
   Pool pool;
   Reading reading;

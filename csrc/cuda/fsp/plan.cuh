@@ -28,8 +28,8 @@ class FspCall {
 
   // Tensors that live until the kernels are launched.
   void* keep(Tensor tensor) {
-    kept_.push_back(tensor);
-    return kept_.back().mutable_data_ptr();
+    held_.push_back(tensor);
+    return held_.back().mutable_data_ptr();
   }
   int64_t size_of() const { return accumulate == DType::kDouble ? 8 : 4; }
   // All features of a call: one device, batch size and number of dimensions.
@@ -44,7 +44,7 @@ class FspCall {
  private:
   TensorView first_;
   std::vector<PoolItem> pools_;
-  std::vector<Tensor> kept_;
+  std::vector<Tensor> held_;
 };
 
 Mode mode_of(const std::vector<TensorView>& features, DType accumulate, FspPrecision precision);

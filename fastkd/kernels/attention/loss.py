@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from fastkd._bits import ATTENTION
-from fastkd.kernels.attention.loss_kernels import gradient_kernel, loss_kernel
+from fastkd.kernels.attention.loss_gradient import attention_transfer_loss_backward
+from fastkd.kernels.attention.loss_kernels import loss_kernel
 from fastkd.kernels.attention.map import attention_map
 from fastkd.kernels.common.launch import (
     IDENTITY,
@@ -34,23 +35,33 @@ from fastkd.kernels.common.launch import (
     config,
     grid,
     key_of,
+    matrix_view,
     power,
     power_of_two,
     program_bytes,
     served,
-    walk,
 )
-from fastkd.kernels.common.pool import gradient_of_pool, pool, unpool
+from fastkd.kernels.common.pool import pool, unpool
 from fastkd.kernels.common.windows import pooled_strides
 
 (
-    MEAN, SIGNED, ADD_EPS, POOL_BEFORE, POOL_MAX, L2, STAGE_MEAN, TEACHER_IS_MAP, STUDENT_IS_MAP,
-    STUDENT_GRAD, TEACHER_GRAD, PREPARE,
-) = (ATTENTION.bits(name, values[1]) for name, values in ATTENTION.choices.items())  # fmt: skip
+    MEAN,
+    SIGNED,
+    ADD_EPS,
+    POOL_BEFORE,
+    POOL_MAX,
+    L2,
+    STAGE_MEAN,
+    TEACHER_IS_MAP,
+    STUDENT_IS_MAP,
+    STUDENT_GRAD,
+    TEACHER_GRAD,
+    PREPARE,
+) = (ATTENTION.bits(name, values[1]) for name, values in ATTENTION.choices.items())
 
 
 class _Side:
-    """One side of one stage: whether and how it is pooled, and how what comes of that is walked."""
+    """One side of one stage: whether and how it is pooled, and how what comes of that is seen as a matrix."""
 
     def __init__(self, x: Tensor, is_map: bool, size: Sequence[int], p: float, options: int) -> None:
         own, channels = x.shape[1 if is_map else 2 :], 1 if is_map else x.shape[1]
@@ -68,11 +79,13 @@ class _Side:
         )
         self.target = (x.shape[0], *size) if raw else (*x.shape[:2], *size)
         if not self.pooled:
-            self.walk = walk(x.shape, [x.stride()], x.element_size(), is_map=is_map)
+            self.view = matrix_view(x.shape, [x.stride()], x.element_size(), is_map=is_map)
         elif raw:
-            self.walk = walk(self.target, [torch.empty(self.target, device="meta").stride()], 4, is_map=True)
+            self.view = matrix_view(
+                self.target, [torch.empty(self.target, device="meta").stride()], 4, is_map=True
+            )
         else:
-            self.walk = walk(self.target, [pooled_strides(x, self.target)], 4)
+            self.view = matrix_view(self.target, [pooled_strides(x, self.target)], 4)
 
 
 class _Forward:
@@ -106,43 +119,55 @@ class _Forward:
                 raise ValueError("a map must not be larger than the other side")
             self.sides.append((_Side(s, s_map, size, p, options), _Side(t, t_map, size, p, options)))
 
-        goal = program_bytes(sum(side.walk.bytes for pair in self.sides for side in pair))
+        goal = program_bytes(sum(side.view.bytes for pair in self.sides for side in pair))
         first, at, stages = 0, 0, []
         configs: list[list[tuple]] = [[], []]
         # the largest stages first: they take longest to finish. Programs are numbered in that order, stages
         # keep their places
         numbered: dict[int, tuple[int, ...]] = {}
-        for i in sorted(range(len(students)), key=lambda i: -self.sides[i][0].walk.positions):
-            numbers = [first, self.sides[i][0].walk.positions]
+        for i in sorted(range(len(students)), key=lambda i: -self.sides[i][0].view.positions):
+            numbers = [first, self.sides[i][0].view.positions]
             for side in self.sides[i]:
-                cut = grid(side.walk, goal)
-                parts = cut.chunks * side.walk.fold
+                cut = grid(side.view, goal)
+                parts = cut.chunks * side.view.fold
                 numbers += [cut.programs, cut.blocks, cut.steps, parts, at]
-                at += self.samples * parts * side.walk.positions
+                at += self.samples * parts * side.view.positions
             first += self.samples * (numbers[2] + numbers[7])
             numbered[i] = tuple(numbers)
         for i, pair in enumerate(self.sides):
             stages.append(numbered[i])
-            for kept, side in zip(configs, pair):
-                cut = grid(side.walk, goal)
-                kept.append(config(side.walk, cut, side.power))
+            for row, side in zip(configs, pair):
+                cut = grid(side.view, goal)
+                row.append(config(side.view, cut, side.power))
         self.scratch = at + len(students) * self.samples
         self.tickets = 1 + len(students) * self.samples
         # what the distances are divided by
-        self.terms = [self.samples * (1 if options & L2 else pair[0].walk.positions) for pair in self.sides]
+        self.terms = [self.samples * (1 if options & L2 else pair[0].view.positions) for pair in self.sides]
         self.pools = any(side.pooled for pair in self.sides for side in pair)
         self.grads = bool(options & STUDENT_GRAD), bool(options & TEACHER_GRAD)
-        block = min(LONGEST, power_of_two(max(pair[0].walk.positions for pair in self.sides)))
+        block = min(LONGEST, power_of_two(max(pair[0].view.positions for pair in self.sides)))
         self.launch = Launch(
-            loss_kernel, first,
-            tuple(pair[0].walk.numbers() for pair in self.sides), tuple(pair[1].walk.numbers() for pair in self.sides), tuple(stages),
-            tuple((s.divisor, s.gain, t.divisor, t.gain) for s, t in self.sides), self.samples, at,
-            tuple(configs[0]), tuple(configs[1]), len(students), block,
-            float(eps), bool(options & ADD_EPS), bool(options & L2), s_map, t_map,
-        )  # fmt: skip
+            loss_kernel,
+            first,
+            tuple(pair[0].view.numbers() for pair in self.sides),
+            tuple(pair[1].view.numbers() for pair in self.sides),
+            tuple(stages),
+            tuple((s.divisor, s.gain, t.divisor, t.gain) for s, t in self.sides),
+            self.samples,
+            at,
+            tuple(configs[0]),
+            tuple(configs[1]),
+            len(students),
+            block,
+            float(eps),
+            bool(options & ADD_EPS),
+            bool(options & L2),
+            s_map,
+            t_map,
+        )
 
 
-_forward_plans, _backward_plans = Plans(), Plans()
+_plans = Plans()
 
 
 def attention_transfer_loss(
@@ -152,7 +177,7 @@ def attention_transfer_loss(
     upstream, p, eps, weight, *weights = numbers
     tensors = (*student, *teacher)
     key = (key_of(tensors), len(student), p, eps, options)
-    plan = _forward_plans.get(key)
+    plan = _plans.get(key)
     if plan is None:
         plan = _Forward(student, teacher, p, eps, options)
     first = tensors[0]
@@ -166,7 +191,7 @@ def attention_transfer_loss(
         raise ValueError(f"weights must hold one number a stage, got {len(weights)}")
     else:
         factors = tuple([share * w / terms for w, terms in zip(weights, plan.terms)])
-    _forward_plans[key] = plan
+    _plans[key] = plan
 
     wanted = [(i, j) for j in (0, 1) if plan.grads[j] for i in range(len(student))]
     coefficients = [first.new_empty(plan.sides[i][j].coefficient, dtype=torch.float32) for i, j in wanted]
@@ -174,19 +199,25 @@ def attention_transfer_loss(
     unpooled: list[tuple[Tensor, Tensor | None, Tensor, Tensor]] = []
     if plan.pools:
         given, targets, unpooled = _pooled(plan, tensors, wanted, coefficients, p, options)
-    kept = len(student) if plan.grads[0] else 0
+    count = len(student) if plan.grads[0] else 0
     loss = first.new_empty((), dtype=torch.float32)
     plan.launch(
-        given, given[: len(student)], given[len(student) :], tuple(targets[:kept]) if plan.grads[0] else None,
-        tuple(targets[kept:]) if plan.grads[1] else None, loss, first.new_empty(plan.scratch, dtype=torch.float32),
-        first.new_zeros(plan.tickets, dtype=torch.int32), factors,
-    )  # fmt: skip
+        given,
+        given[: len(student)],
+        given[len(student) :],
+        tuple(targets[:count]) if plan.grads[0] else None,
+        tuple(targets[count:]) if plan.grads[1] else None,
+        loss,
+        first.new_empty(plan.scratch, dtype=torch.float32),
+        first.new_zeros(plan.tickets, dtype=torch.int32),
+        factors,
+    )
     for pooled, place, k, full in unpooled:
         unpool(k, place, full, max_pool=bool(options & POOL_MAX), like=pooled)
     gradients = []
     if options & PREPARE and plan.grads[0] and not options & STUDENT_IS_MAP:
-        given_upstream = first.new_full((), upstream, dtype=torch.float32)
-        gradients = attention_transfer_loss_backward(given_upstream, student, coefficients[:kept], p, options)
+        grad = first.new_full((), upstream, dtype=torch.float32)
+        gradients = attention_transfer_loss_backward(grad, student, coefficients[:count], p, options)
     return loss, coefficients, gradients
 
 
@@ -222,61 +253,3 @@ def _pooled(
                     targets[at] = k
                     unpooled.append((pooled, place, k, coefficients[at]))
     return tuple(given), targets, unpooled
-
-
-class _Backward:
-    """What a backward call of these shapes takes."""
-
-    def __init__(
-        self, features: Sequence[Tensor], coefficients: Sequence[Tensor], p: float, options: int
-    ) -> None:
-        if len(features) != len(coefficients):
-            raise ValueError("features and coefficients must be lists of the same length")
-        samples, first, items, configs, walks = features[0].shape[0], 0, [], [], []
-        self.pooled: list[int] = []
-        self.direct: list[int] = []
-        for i, (x, k) in enumerate(zip(features, coefficients)):
-            served(x, "features", features[0].device)
-            is_map = x.dim() == k.dim()
-            if not is_map and tuple(x.shape[2:]) != tuple(k.shape[1:]):
-                self.pooled.append(i)
-                continue
-            self.direct.append(i)
-            out = torch.empty_like(x, device="meta")
-            walks.append((walk(x.shape, [x.stride(), out.stride()], x.element_size(), is_map=is_map), is_map))
-        goal = program_bytes(2 * sum(w.bytes for w, _ in walks))
-        for w, is_map in walks:
-            cut = grid(w, goal)
-            items.append((first, cut.programs, cut.blocks, cut.steps, w.positions))
-            first += samples * cut.programs
-            configs.append(config(w, cut, IDENTITY if is_map else power(p, bool(options & SIGNED))))
-        numbers = [tuple(w.numbers(j) for w, _ in walks) for j in (0, 1)]
-        self.launch = Launch(
-            gradient_kernel, first, *numbers, tuple(items), samples, tuple(configs), len(items)
-        )
-
-
-def attention_transfer_loss_backward(
-    grad: Tensor, features: Sequence[Tensor], coefficients: Sequence[Tensor], p: float, options: int
-) -> list[Tensor]:
-    """See ``torch.ops.fastkd.attention_transfer_loss_backward``."""
-    if not features:
-        return []
-    key = (key_of(features), key_of(coefficients), grad.dtype, p, options)
-    plan = _backward_plans.get(key)
-    if plan is None:
-        plan = _backward_plans[key] = _Backward(features, coefficients, p, options)
-    outs = [torch.empty_like(x) for x in features]
-    if plan.direct:
-        xs, ks, to = (tuple([y[i] for i in plan.direct]) for y in (features, coefficients, outs))
-        plan.launch((grad, *xs, *ks), grad, xs, ks, to)
-    for i in plan.pooled:
-        gradient_of_pool(
-            grad,
-            features[i],
-            coefficients[i],
-            outs[i],
-            power(p, bool(options & SIGNED)),
-            max_pool=bool(options & POOL_MAX),
-        )
-    return outs

@@ -1,6 +1,4 @@
-"""The kernels of the attention-transfer loss; `attention/loss.py` says how they work together, and launches
-them.
-"""
+"""The kernels of the attention-transfer loss; `attention/loss.py` says how they work, and launches them."""
 
 from __future__ import annotations
 
@@ -34,11 +32,30 @@ def _write_coefficients(
 # not be a new kernel
 @triton.jit(do_not_specialize=["stages", "samples", "distances_at"])
 def loss_kernel(
-    students, teachers, s_out, t_out, loss, scratch, tickets, factors,
-    s_walks, t_walks, stages, gains, samples, distances_at,
-    S_CONFIG: tl.constexpr, T_CONFIG: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr,
-    EPS: tl.constexpr, ADD_EPS: tl.constexpr, L2: tl.constexpr, S_MAP: tl.constexpr, T_MAP: tl.constexpr,
-):  # fmt: skip
+    students,
+    teachers,
+    s_out,
+    t_out,
+    loss,
+    scratch,
+    tickets,
+    factors,
+    s_views,
+    t_views,
+    stages,
+    gains,
+    samples,
+    distances_at,
+    S_CONFIG: tl.constexpr,
+    T_CONFIG: tl.constexpr,
+    STAGES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EPS: tl.constexpr,
+    ADD_EPS: tl.constexpr,
+    L2: tl.constexpr,
+    S_MAP: tl.constexpr,
+    T_MAP: tl.constexpr,
+):
     pid = tl.program_id(0)
     n = tl.full((), 0, tl.int64)
     stage = tl.full((), 0, tl.int32)
@@ -84,15 +101,29 @@ def loss_kernel(
             mine = local % each
             if mine < of[2]:
                 sum_energies(
-                    students[i], s_walks[i], n, mine % of[3], mine // of[3], of[4], scratch + s_at,
-                    S_CONFIG, i,
-                )  # fmt: skip
+                    students[i],
+                    s_views[i],
+                    n,
+                    mine % of[3],
+                    mine // of[3],
+                    of[4],
+                    scratch + s_at,
+                    S_CONFIG,
+                    i,
+                )
             else:
                 mine -= of[2]
                 sum_energies(
-                    teachers[i], t_walks[i], n, mine % of[8], mine // of[8], of[9], scratch + t_at,
-                    T_CONFIG, i,
-                )  # fmt: skip
+                    teachers[i],
+                    t_views[i],
+                    n,
+                    mine % of[8],
+                    mine // of[8],
+                    of[9],
+                    scratch + t_at,
+                    T_CONFIG,
+                    i,
+                )
 
     if last_of(tickets + 1 + stage * samples + n, programs):
         s_norm = tl.sqrt(collapse(scratch + s_at, s_parts, positions, BLOCK)) / s_div
@@ -179,8 +210,8 @@ def gradient_kernel(
     xs,
     coefficients,
     outs,
-    x_walks,
-    out_walks,
+    x_views,
+    out_views,
     items,
     samples,
     CONFIG: tl.constexpr,
@@ -197,17 +228,17 @@ def gradient_kernel(
             mine = local % of[1]
             ROWS: tl.constexpr = CONFIG[i][3]
             BLOCK: tl.constexpr = CONFIG[i][4]
-            rows_count, length = rows_of(x_walks[i], CONFIG, i)
+            rows_count, length = rows_of(x_views[i], CONFIG, i)
             rows = tl.arange(0, ROWS)
             position = (mine % of[2]) * BLOCK + tl.arange(0, BLOCK)
             inside = position < length
             k = tl.load(coefficients[i] + n * of[4] + position % of[4], mask=inside, other=0) * upstream
             first = (mine // of[2]) * of[3] * ROWS
-            at = xs[i] + places(x_walks[i], CONFIG, i, n, first, rows, position)
-            to = outs[i] + places(out_walks[i], CONFIG, i, n, first, rows, position)
+            at = xs[i] + places(x_views[i], CONFIG, i, n, first, rows, position)
+            to = outs[i] + places(out_views[i], CONFIG, i, n, first, rows, position)
             for row in range(first, tl.minimum(first + of[3] * ROWS, rows_count), ROWS):
                 mask = (row + rows < rows_count)[:, None] & inside[None, :]
                 x = tl.load(at, mask=mask, other=0).to(tl.float32)
                 tl.store(to, (slope(x, CONFIG, i) * k[None, :]).to(outs[i].dtype.element_ty), mask=mask)
-                at += row_step(x_walks[i], CONFIG, i)
-                to += row_step(out_walks[i], CONFIG, i)
+                at += row_step(x_views[i], CONFIG, i)
+                to += row_step(out_views[i], CONFIG, i)

@@ -3,7 +3,7 @@
 
 Forward: as in `attention/loss.py`, programs sum energies of some channels over a block of positions, and the
 last program of a sample normalizes its map; without tickets where a sample is one program's. Backward: dx = g
-+ k h(x), tile by tile; each program finds the <g, y> of its sample anew, from 25 KiB of the second-level
++ k h(x), tile by tile; each program computes the <g, y> of its sample itself, from 25 KiB of the second-level
 cache for 56x56 positions where it streams two or three times 256 KiB.
 """
 
@@ -12,10 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from fastkd.kernels.attention.map_kernels import map_gradient_kernel, map_kernel
 from fastkd.kernels.common.launch import (
     LONGEST,
     Launch,
@@ -23,124 +22,12 @@ from fastkd.kernels.common.launch import (
     config,
     grid,
     key_of,
+    matrix_view,
     power,
     power_of_two,
     program_bytes,
     served,
-    walk,
 )
-from fastkd.kernels.common.tile import (
-    along_gradient,
-    collapse,
-    last_of,
-    normalization,
-    normalized,
-    places,
-    row_step,
-    rows_of,
-    slope,
-    sum_energies,
-)
-
-# not specialized: a new size need not be a new kernel
-_COUNTS = ["positions", "programs", "blocks", "steps", "parts"]
-
-
-@triton.jit(do_not_specialize=_COUNTS)
-def _map(
-    x, residual, y, out, norms, scratch, tickets,
-    x_walk, residual_walk, y_walk, positions, programs, blocks, steps, parts, divisor,
-    CONFIG: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, EPS: tl.constexpr, ADD_EPS: tl.constexpr,
-):  # fmt: skip
-    pid = tl.program_id(0)
-    n = (pid // programs).to(tl.int64)
-    mine = pid % programs
-    sums = scratch + n * parts * positions
-    sum_energies(
-        x,
-        x_walk,
-        n,
-        mine % blocks,
-        mine // blocks,
-        steps,
-        sums,
-        CONFIG,
-        0,
-        y,
-        y_walk,
-        residual,
-        residual_walk,
-    )
-    if tickets is None:
-        tl.debug_barrier()
-        last = n == n
-    else:
-        last = last_of(tickets + n, programs)
-    if last:
-        norm = tl.sqrt(collapse(sums, parts, positions, BLOCK)) / divisor
-        reciprocal = tl.full((), 1.0, tl.float64) / divisor
-        if NORMALIZE:
-            tl.store(norms + n, norm.to(tl.float32))
-            reciprocal = tl.full((), 1.0, tl.float64) / (normalization(norm, EPS, ADD_EPS)[0] * divisor)
-        for first in range(0, positions, BLOCK):
-            s = first + tl.arange(0, BLOCK)
-            mask = s < positions
-            tl.store(
-                out + n * positions + s,
-                normalized(tl.load(sums + s, mask=mask, other=0), reciprocal),
-                mask=mask,
-            )
-
-
-@triton.jit(do_not_specialize=_COUNTS[:4])
-def _map_gradient(
-    map_grad, grad, x, y, norms, out,
-    x_walk, grad_walk, out_walk, positions, programs, blocks, steps, gain,
-    CONFIG: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, EPS: tl.constexpr, ADD_EPS: tl.constexpr, RELU: tl.constexpr,
-):  # fmt: skip
-    pid = tl.program_id(0)
-    n = (pid // programs).to(tl.int64)
-    mine = pid % programs
-    ROWS: tl.constexpr = CONFIG[0][3]
-    LENGTH: tl.constexpr = CONFIG[0][4]
-    rows_count, length = rows_of(x_walk, CONFIG, 0)
-    rows = tl.arange(0, ROWS)
-    position = (mine % blocks) * LENGTH + tl.arange(0, LENGTH)
-    inside = position < length
-    own = n * positions + position % positions
-    k = tl.load(map_grad + own, mask=inside, other=0)
-    if NORMALIZE:
-        dots = tl.zeros((BLOCK,), tl.float64)
-        for first in range(0, positions, BLOCK):
-            s = first + tl.arange(0, BLOCK)
-            at = n * positions + s
-            dots += tl.load(map_grad + at, mask=s < positions, other=0).to(tl.float64) * tl.load(
-                y + at, mask=s < positions, other=0
-            )
-        _, has_along, along, scale = normalization(tl.load(norms + n).to(tl.float64), EPS, ADD_EPS)
-        k = along_gradient(
-            k, tl.load(y + own, mask=inside, other=0), tl.sum(dots, 0), has_along, along, scale
-        )
-    k = (k.to(tl.float64) * gain).to(tl.float32)
-    first = (mine // blocks) * steps * ROWS
-    at = x + places(x_walk, CONFIG, 0, n, first, rows, position)
-    to = out + places(out_walk, CONFIG, 0, n, first, rows, position)
-    if grad is not None:
-        grad_at = grad + places(grad_walk, CONFIG, 0, n, first, rows, position)
-    for row in range(first, tl.minimum(first + steps * ROWS, rows_count), ROWS):
-        mask = (row + rows < rows_count)[:, None] & inside[None, :]
-        v = tl.load(at, mask=mask, other=0).to(tl.float32)
-        dx = slope(v, CONFIG, 0) * k[None, :]
-        if grad is not None:
-            dx += tl.load(grad_at, mask=mask, other=0).to(tl.float32)
-            grad_at += row_step(grad_walk, CONFIG, 0)
-        if RELU:
-            # a NaN lets pass, as in PyTorch
-            dx = tl.where(v <= 0, 0.0, dx)
-        tl.store(to, dx.to(out.dtype.element_ty), mask=mask)
-        at += row_step(x_walk, CONFIG, 0)
-        to += row_step(out_walk, CONFIG, 0)
-
 
 _SWITCHES = {"channel_reduce": ("sum", "mean"), "eps_mode": ("clamp", "add")}
 
@@ -153,7 +40,7 @@ def _is(name: str, value: str) -> bool:
 
 
 class _Common:
-    """Of a feature: its walk beside other tensors of its shape, the cut, and the constants of both kernels."""
+    """Of a feature: its view beside other tensors of its shape, the cut, constants of both kernels."""
 
     def __init__(
         self, x: Tensor, beside: list[Tensor | None], reads: int, channel_reduce: str, eps: float
@@ -170,12 +57,12 @@ class _Common:
                     f"a tensor of shape {tuple(y.shape)} and {y.dtype} beside x of {tuple(x.shape)} and"
                     f" {x.dtype}"
                 )
-        self.walk = walk(x.shape, [y.stride() for y in tensors], x.element_size())
-        numbers = iter([self.walk.numbers(i) for i in range(len(tensors))])
-        self.walks = [next(numbers) if y is not None else None for y in (x, *beside)]
-        self.cut = grid(self.walk, program_bytes(reads * self.walk.bytes))
+        self.view = matrix_view(x.shape, [y.stride() for y in tensors], x.element_size())
+        numbers = iter([self.view.numbers(i) for i in range(len(tensors))])
+        self.views = [next(numbers) if y is not None else None for y in (x, *beside)]
+        self.cut = grid(self.view, program_bytes(reads * self.view.bytes))
         self.share = x.shape[1] if _is("channel_reduce", channel_reduce) else 1
-        self.block = min(LONGEST, power_of_two(self.walk.positions))
+        self.block = min(LONGEST, power_of_two(self.view.positions))
         self.shape = (x.shape[0], *x.shape[2:])
         self.programs = x.shape[0] * self.cut.programs
 
@@ -212,28 +99,56 @@ def energies(
     plan = _plans.get(key)
     if plan is None:
         c = _Common(x, [residual, y], 1, channel_reduce, eps)
-        parts = c.cut.chunks * c.walk.fold
+        parts = c.cut.chunks * c.view.fold
         launch = Launch(
-            _map, c.programs, *c.walks, c.walk.positions, c.cut.programs, c.cut.blocks, c.cut.steps, parts, float(c.share),
-            (config(c.walk, c.cut, power(p, signed)),), c.block, normalize, float(eps), _is("eps_mode", eps_mode),
-        )  # fmt: skip
-        plan = _plans[key] = (launch, c.shape, c.shape[0] * parts * c.walk.positions, c.cut.programs > 1)
+            map_kernel,
+            c.programs,
+            *c.views,
+            c.view.positions,
+            c.cut.programs,
+            c.cut.blocks,
+            c.cut.steps,
+            parts,
+            float(c.share),
+            (config(c.view, c.cut, power(p, signed)),),
+            c.block,
+            normalize,
+            float(eps),
+            _is("eps_mode", eps_mode),
+        )
+        plan = _plans[key] = (launch, c.shape, c.shape[0] * parts * c.view.positions, c.cut.programs > 1)
     launch, shape, scratch, ticketed = plan
     if residual is not None and residual.device != x.device:
         raise ValueError(f"tensors of one call lie on {x.device} and {residual.device}")
     out = x.new_empty(shape, dtype=torch.float32)
     norms = x.new_empty(shape[0] if normalize else 0, dtype=torch.float32)
     launch(
-        (x,) if residual is None else (x, residual), x, residual, y, out, norms if normalize else None,
-        x.new_empty(scratch, dtype=torch.float32), x.new_zeros(shape[0], dtype=torch.int32) if ticketed else None,
-    )  # fmt: skip
+        (x,) if residual is None else (x, residual),
+        x,
+        residual,
+        y,
+        out,
+        norms if normalize else None,
+        x.new_empty(scratch, dtype=torch.float32),
+        x.new_zeros(shape[0], dtype=torch.int32) if ticketed else None,
+    )
     return y, out, norms
 
 
 def gradient(
-    map_grad: Tensor, grad: Tensor | None, x: Tensor, y: Tensor, norms: Tensor, relu: bool, p: float, channel_reduce: str, signed: bool,
-    normalize: bool, eps: float, eps_mode: str,
-) -> Tensor:  # fmt: skip
+    map_grad: Tensor,
+    grad: Tensor | None,
+    x: Tensor,
+    y: Tensor,
+    norms: Tensor,
+    relu: bool,
+    p: float,
+    channel_reduce: str,
+    signed: bool,
+    normalize: bool,
+    eps: float,
+    eps_mode: str,
+) -> Tensor:
     """dx = grad + k h(x), for the gradient of x's map y; behind a ReLU of result x if ``relu``."""
     out = torch.empty_like(x)
     options = (relu, p, channel_reduce, signed, normalize, eps, eps_mode)
@@ -254,10 +169,21 @@ def gradient(
                 f"the map's gradient is {tuple(map_grad.shape)} {map_grad.dtype}, wanted {c.shape} float32"
             )
         plan = _gradient_plans[key] = Launch(
-            _map_gradient, c.programs, *c.walks, c.walk.positions, c.cut.programs, c.cut.blocks, c.cut.steps, p / c.share,
-            (config(c.walk, c.cut, power(p, signed)),), c.block, normalize, float(eps),
-            _is("eps_mode", eps_mode), relu,
-        )  # fmt: skip
+            map_gradient_kernel,
+            c.programs,
+            *c.views,
+            c.view.positions,
+            c.cut.programs,
+            c.cut.blocks,
+            c.cut.steps,
+            p / c.share,
+            (config(c.view, c.cut, power(p, signed)),),
+            c.block,
+            normalize,
+            float(eps),
+            _is("eps_mode", eps_mode),
+            relu,
+        )
     # small beside x, and read more than once
     map_grad = map_grad.contiguous()
     given: tuple[Any, ...] = (x, map_grad) if grad is None else (x, map_grad, grad)

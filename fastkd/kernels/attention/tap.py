@@ -17,16 +17,32 @@ def relu_tap(
 
 
 def tap_backward(
-    grad: Tensor | None, map_grad: Tensor, x: Tensor, y: Tensor, norm: Tensor, p: float, channel_reduce: str, signed: bool, eps: float,
+    grad: Tensor | None,
+    map_grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    norm: Tensor,
+    p: float,
+    channel_reduce: str,
+    signed: bool,
+    eps: float,
     eps_mode: str,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """See ``torch.ops.fastkd.tap_backward``."""
     return gradient(map_grad, grad, x, y, norm, False, p, channel_reduce, signed, True, eps, eps_mode)
 
 
 def relu_tap_backward(
-    grad: Tensor | None, map_grad: Tensor, y: Tensor, attention: Tensor, norm: Tensor, p: float, channel_reduce: str, signed: bool,
-    eps: float, eps_mode: str,
-) -> Tensor:  # fmt: skip
+    grad: Tensor | None,
+    map_grad: Tensor,
+    y: Tensor,
+    attention: Tensor,
+    norm: Tensor,
+    p: float,
+    channel_reduce: str,
+    signed: bool,
+    eps: float,
+    eps_mode: str,
+) -> Tensor:
     """See ``torch.ops.fastkd.relu_tap_backward``."""
     return gradient(map_grad, grad, y, attention, norm, True, p, channel_reduce, signed, True, eps, eps_mode)

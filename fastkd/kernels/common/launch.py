@@ -1,10 +1,10 @@
-"""How a kernel walks a tensor, how its work is divided, and how it is launched with little host time.
+"""How a kernel sees a tensor, how its work is divided, and how it is launched with little host time.
 
-**Walking.** Every tensor is rows by positions, (N, C, S): `Walk` collapses its spatial dimensions to one
-where its strides allow it, and to three else. A tile of a kernel is (row block, position block); which of the
-two the threads run along follows from the strides (a stride of 1 is a constant to the compiler), so NCHW and
-channels_last share their code. 16-byte accesses need lengths and strides that are known to be multiples of a
-vector: sizes are passed divided by `unit`, a constant power of two, which the kernel multiplies back.
+**Viewing.** Every tensor is rows by positions, (N, C, S): `MatrixView` collapses its spatial dimensions to
+one where its strides allow it, and to three else. A tile of a kernel is (row block, position block); which of
+the two the threads run along follows from the strides (a stride of 1 is a constant to the compiler), so NCHW
+and channels_last share their code. 16-byte accesses need lengths and strides that are known to be multiples
+of a vector: sizes are passed divided by `unit`, a constant power of two, which the kernel multiplies back.
 
 A contiguous map of few or odd positions is folded: (C, S) is read as (C / f, f S), where f S is a multiple of
 a vector and fills a block better; each of the f parts is summed for itself, as a block of channels of its
@@ -17,8 +17,8 @@ under way, where bandwidth times latency (an H200's 4.8 TB/s, 0.8 us, 132 multip
 chunk is as large as leaves four programs for each multiprocessor, between 32 and 512 KiB. These are
 constants, not properties of the device: results are the same bits on each. This was reckoned, not measured.
 
-**Launching.** What depends on shapes, strides and dtypes alone is made once and kept under that key
-(`Plans`). The compiled kernel is kept with it, for each device and alignment of pointers, and launched
+**Launching.** What depends on shapes, strides and dtypes alone is made once and stored under that key
+(`Plans`). The compiled kernel is stored with it, for each device and alignment of pointers, and launched
 without going through Triton's binder again.
 """
 
@@ -57,8 +57,8 @@ def _unit(*numbers: int, most: int = 16) -> int:
 
 
 @dataclass(frozen=True)
-class Walk:
-    """How kernels walk tensors of one shape together: N samples of ``rows`` by ``length`` numbers each.
+class MatrixView:
+    """How kernels see tensors of one shape together: N samples of ``rows`` by ``length`` numbers each.
 
     strides: for each tensor (sample, row, plane, line, position); where ``flat`` the position's alone counts.
     """
@@ -88,9 +88,7 @@ class Walk:
         return self.samples * self.channels * self.positions * self.itemsize
 
     def numbers(self, i: int = 0) -> tuple[int, ...]:
-        """What the kernel gets of tensor i: sizes and strides, those divided by ``unit`` that it multiplies
-        by it.
-        """
+        """What the kernel gets of tensor i: sizes and strides, some of them divided by ``unit``."""
         n, r, d, h, w = self.strides[i]
         rows, length, unit = self.rows, self.length, self.unit
         if not self.flat:
@@ -101,22 +99,20 @@ class Walk:
 
 
 def _spatial(shape: Sequence[int], all_strides: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
-    """Spatial sizes and strides with dimensions of size 1 dropped and neighbours joined where all the tensors
-    allow it.
-    """
+    """Spatial sizes and strides without dimensions of size 1, neighbours joined where all allow it."""
     sizes: list[int] = []
     strides: list[list[int]] = [[] for _ in all_strides]
     for d, size in enumerate(shape):
         if size == 1:
             continue
-        if sizes and all(kept[-1] == given[d] * size for kept, given in zip(strides, all_strides)):
+        if sizes and all(found[-1] == given[d] * size for found, given in zip(strides, all_strides)):
             sizes[-1] *= size
-            for kept, given in zip(strides, all_strides):
-                kept[-1] = given[d]
+            for found, given in zip(strides, all_strides):
+                found[-1] = given[d]
             continue
         sizes.append(size)
-        for kept, given in zip(strides, all_strides):
-            kept.append(given[d])
+        for found, given in zip(strides, all_strides):
+            found.append(given[d])
     return sizes, strides
 
 
@@ -133,15 +129,15 @@ def _fold(channels: int, positions: int, itemsize: int) -> int:
     return min((f for f in (1, 2, 4, 8, 16) if channels % f == 0), key=lambda f: (*cost(f), f))
 
 
-def walk(
+def matrix_view(
     shape: Sequence[int],
     strides: Sequence[Sequence[int]],
     itemsize: int,
     *,
     is_map: bool = False,
     folded: bool = True,
-) -> Walk:
-    """The walk over tensors (N, C, *S), or (N, *S) if ``is_map``, of that shape and those strides; ``folded``
+) -> MatrixView:
+    """The view over tensors (N, C, *S), or (N, *S) if ``is_map``, of that shape and those strides; ``folded``
     where that helps.
     """
     if is_map:
@@ -153,7 +149,9 @@ def walk(
     if len(sizes) > 1:
         padded = [1] * (3 - len(sizes)) + sizes
         every = tuple((*o, *([0] * (3 - len(sizes))), *s) for o, s in zip(outer, spatial))
-        return Walk(samples, channels, positions, 1, padded[1], padded[2], False, False, 1, itemsize, every)
+        return MatrixView(
+            samples, channels, positions, 1, padded[1], padded[2], False, False, 1, itemsize, every
+        )
     along = [s[0] if s else 1 for s in spatial]
     rows_inner = channels > 1 and all(o[1] == 1 and (a != 1 or positions == 1) for o, a in zip(outer, along))
     fold = 1
@@ -171,7 +169,7 @@ def walk(
     else:
         unit = _unit(length, *(n for n, _ in outer), *((r for _, r in outer) if rows > 1 else ()))
     every = tuple((n, r, 0, 0, a) for (n, r), a in zip(outer, along))
-    return Walk(samples, channels, positions, fold, 1, 1, True, rows_inner, unit, itemsize, every)
+    return MatrixView(samples, channels, positions, fold, 1, 1, True, rows_inner, unit, itemsize, every)
 
 
 @dataclass(frozen=True)
@@ -197,7 +195,7 @@ def program_bytes(total: int) -> int:
     return min(max(total // PROGRAMS, LEAST), MOST)
 
 
-def grid(w: Walk, goal: int) -> Grid:
+def grid(w: MatrixView, goal: int) -> Grid:
     rows, length = power_of_two(w.rows), power_of_two(w.length)
     if w.rows_inner:
         row_block = min(rows, BLOCK)
@@ -229,8 +227,8 @@ IDENTITY = (1, False, True, 1.0, 1)
 """The power of what is a map already: x itself, with the slope 1."""
 
 
-def config(w: Walk, cut: Grid, p: tuple[int, bool, bool, float, int]) -> tuple:
-    """What of a tensor is constant in a kernel: how it is walked, its tile, and the power. Flat, for Triton
+def config(w: MatrixView, cut: Grid, p: tuple[int, bool, bool, float, int]) -> tuple:
+    """What of a tensor is constant in a kernel: how it is seen, its tile, and the power. Flat, for Triton
     3.6: see common/tile.py.
     """
     return w.flat, w.rows_inner, w.unit, cut.row_block, cut.block, *p

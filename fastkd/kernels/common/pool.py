@@ -1,5 +1,4 @@
-"""Adaptive pooling, "avg" or "max", of features and energies of one to three spatial dimensions, and its
-gradient.
+"""Adaptive pooling, "avg" or "max", of features and channel power sums in 1 to 3 dimensions; its gradient.
 
 PyTorch's own gradients of adaptive pooling add with floating-point atomics on a GPU; here each number gathers
 what the windows over it send, in a fixed order. What is pooled is the smaller side of what differs in size
@@ -71,9 +70,21 @@ def _pool(
 
 @triton.jit
 def _unpool(
-    grad, pooled, place, coefficients, out, elements, channels, size, out_strides, of, strides, largest,
-    POSITION_FIRST: tl.constexpr, CONFIG: tl.constexpr,
-):  # fmt: skip
+    grad,
+    pooled,
+    place,
+    coefficients,
+    out,
+    elements,
+    channels,
+    size,
+    out_strides,
+    of,
+    strides,
+    largest,
+    POSITION_FIRST: tl.constexpr,
+    CONFIG: tl.constexpr,
+):
     """out = sum over the windows of each number, in order, of its share of upstream k h(pooled)."""
     flat = tl.program_id(0).to(tl.int64) * 256 + tl.arange(0, 256)
     mask = flat < elements
@@ -120,9 +131,15 @@ def pool(x: Tensor, target: Sequence[int], *, max_pool: bool) -> tuple[Tensor, T
 
 
 def unpool(
-    coefficients: Tensor, place: Tensor | None, out: Tensor, *, max_pool: bool, like: Tensor, grad: Tensor | None = None,
+    coefficients: Tensor,
+    place: Tensor | None,
+    out: Tensor,
+    *,
+    max_pool: bool,
+    like: Tensor,
+    grad: Tensor | None = None,
     power: tuple = (1, False, True, 1.0, 1),
-) -> None:  # fmt: skip
+) -> None:
     """out (N, C, *S), or (N, *S), = the gradient of what was pooled to ``like`` for the gradient grad *
     coefficients * h(like).
     """
@@ -143,9 +160,18 @@ def unpool(
         elements = target.numel()
         # windows that one number lies in, at most: those of pooling the other way
         launch = _plans[key] = Launch(
-            _unpool, math.ceil(elements / BLOCK), elements, target.shape[1], size, own, of, others, largest_window(of, size),
-            target.stride(1) == 1, ((True, False, 1, 1, 1, *power),),
-        )  # fmt: skip
+            _unpool,
+            math.ceil(elements / BLOCK),
+            elements,
+            target.shape[1],
+            size,
+            own,
+            of,
+            others,
+            largest_window(of, size),
+            target.stride(1) == 1,
+            ((True, False, 1, 1, 1, *power),),
+        )
     given = (like, coefficients, target) if grad is None else (like, coefficients, target, grad)
     launch(given, grad, like, place, coefficients, target)
 
@@ -154,7 +180,7 @@ def gradient_of_pool(
     grad: Tensor, x: Tensor, coefficients: Tensor, out: Tensor, power: tuple, *, max_pool: bool
 ) -> None:
     """out = the gradient of x, pooled to the coefficients' size before the power, for the upstream gradient
-    ``grad``. Pools anew.
+    ``grad``. Pools again.
     """
     pooled, place = pool(x, (*x.shape[:2], *coefficients.shape[1:]), max_pool=max_pool)
     unpool(coefficients, place, out, max_pool=max_pool, like=pooled, grad=grad, power=power)

@@ -1,5 +1,5 @@
 """What the kernels over attention maps have in common. Functions of Triton; `common/launch.py` explains
-walks, folds and grids.
+views, folds and grids.
 
 Sums over channels run in float32 within a program: each lane adds at most 64 rows one after the other, up to
 4096 channels, and the lanes are added as a tree. The programs' sums are added in float64, so that rounding
@@ -20,9 +20,7 @@ import triton.language as tl
 
 @triton.jit
 def raised(x, WHOLE: tl.constexpr, HALF: tl.constexpr):
-    """x^(WHOLE + HALF / 2), WHOLE at least 1, by multiplications: as near as pow's own rounding, and in every
-    arithmetic.
-    """
+    """x^(WHOLE + HALF / 2), WHOLE at least 1, by multiplications, as near as pow's rounding."""
     y = x
     for _ in tl.static_range(WHOLE - 1):
         y *= x
@@ -82,59 +80,68 @@ def slope(x, CONFIG: tl.constexpr, ITEM: tl.constexpr):
 
 
 @triton.jit
-def rows_of(walk, CONFIG: tl.constexpr, ITEM: tl.constexpr):
-    """The number of rows, and the length of one. ``walk``: Walk.numbers."""
+def rows_of(view, CONFIG: tl.constexpr, ITEM: tl.constexpr):
+    """The number of rows, and the length of one. ``view``: MatrixView.numbers."""
     if CONFIG[ITEM][1]:
-        return walk[0] * CONFIG[ITEM][2], walk[1]
+        return view[0] * CONFIG[ITEM][2], view[1]
     else:
-        return walk[0], walk[1] * CONFIG[ITEM][2]
+        return view[0], view[1] * CONFIG[ITEM][2]
 
 
 @triton.jit
-def places(walk, CONFIG: tl.constexpr, ITEM: tl.constexpr, n, row, rows, position):
+def places(view, CONFIG: tl.constexpr, ITEM: tl.constexpr, n, row, rows, position):
     """Offsets of a tile: sample n, rows ``row + rows``, positions ``position``. In int64: strides may be as
     large as the tensor.
     """
     if CONFIG[ITEM][0]:
         if CONFIG[ITEM][1]:
-            sample = n.to(tl.int64) * walk[4] * CONFIG[ITEM][2]
+            sample = n.to(tl.int64) * view[4] * CONFIG[ITEM][2]
             across = (row + rows).to(tl.int64)
-            along = position.to(tl.int64) * walk[8] * CONFIG[ITEM][2]
+            along = position.to(tl.int64) * view[8] * CONFIG[ITEM][2]
         else:
-            sample = n.to(tl.int64) * walk[4] * CONFIG[ITEM][2]
-            across = (row + rows).to(tl.int64) * walk[5] * CONFIG[ITEM][2]
-            along = position.to(tl.int64) * walk[8]
+            sample = n.to(tl.int64) * view[4] * CONFIG[ITEM][2]
+            across = (row + rows).to(tl.int64) * view[5] * CONFIG[ITEM][2]
+            along = position.to(tl.int64) * view[8]
     else:
-        sample = n.to(tl.int64) * walk[4]
-        across = (row + rows).to(tl.int64) * walk[5]
-        line = position // walk[3]
-        plane = line // walk[2]
+        sample = n.to(tl.int64) * view[4]
+        across = (row + rows).to(tl.int64) * view[5]
+        line = position // view[3]
+        plane = line // view[2]
         along = (
-            plane.to(tl.int64) * walk[6]
-            + (line % walk[2]).to(tl.int64) * walk[7]
-            + (position % walk[3]).to(tl.int64) * walk[8]
+            plane.to(tl.int64) * view[6]
+            + (line % view[2]).to(tl.int64) * view[7]
+            + (position % view[3]).to(tl.int64) * view[8]
         )
     return sample + across[:, None] + along[None, :]
 
 
 @triton.jit
-def row_step(walk, CONFIG: tl.constexpr, ITEM: tl.constexpr):
-    """How far the next tile of rows is. A tensor always: Triton 3.7 does not compile a constant that a
-    function returns.
-    """
+def row_step(view, CONFIG: tl.constexpr, ITEM: tl.constexpr):
+    """How far the next tile of rows is. A tensor always: Triton 3.7 does not compile a returned constant."""
     if CONFIG[ITEM][1]:
         return tl.cast(CONFIG[ITEM][3], tl.int64)
     elif CONFIG[ITEM][0]:
-        return tl.cast(walk[5], tl.int64) * (CONFIG[ITEM][2] * CONFIG[ITEM][3])
+        return tl.cast(view[5], tl.int64) * (CONFIG[ITEM][2] * CONFIG[ITEM][3])
     else:
-        return tl.cast(walk[5], tl.int64) * CONFIG[ITEM][3]
+        return tl.cast(view[5], tl.int64) * CONFIG[ITEM][3]
 
 
 @triton.jit
 def sum_energies(
-    x, walk, n, block, chunk, steps, out, CONFIG: tl.constexpr, ITEM: tl.constexpr,
-    y=None, y_walk=None, residual=None, residual_walk=None,
-):  # fmt: skip
+    x,
+    view,
+    n,
+    block,
+    chunk,
+    steps,
+    out,
+    CONFIG: tl.constexpr,
+    ITEM: tl.constexpr,
+    y=None,
+    y_view=None,
+    residual=None,
+    residual_view=None,
+):
     """Writes a program's sums of energies, a number for each position of its block.
 
     ``out`` holds, for each chunk, a row of sums; a folded row is as many rows of positions as channels were
@@ -143,29 +150,29 @@ def sum_energies(
     """
     ROWS: tl.constexpr = CONFIG[ITEM][3]
     BLOCK: tl.constexpr = CONFIG[ITEM][4]
-    rows_count, length = rows_of(walk, CONFIG, ITEM)
+    rows_count, length = rows_of(view, CONFIG, ITEM)
     rows = tl.arange(0, ROWS)
     position = block * BLOCK + tl.arange(0, BLOCK)
     inside = position < length
     first = chunk * steps * ROWS
-    at = x + places(walk, CONFIG, ITEM, n, first, rows, position)
+    at = x + places(view, CONFIG, ITEM, n, first, rows, position)
     if y is not None:
-        y_at = y + places(y_walk, CONFIG, ITEM, n, first, rows, position)
+        y_at = y + places(y_view, CONFIG, ITEM, n, first, rows, position)
     if residual is not None:
-        residual_at = residual + places(residual_walk, CONFIG, ITEM, n, first, rows, position)
+        residual_at = residual + places(residual_view, CONFIG, ITEM, n, first, rows, position)
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for row in range(first, tl.minimum(first + steps * ROWS, rows_count), ROWS):
         mask = (row + rows < rows_count)[:, None] & inside[None, :]
         v = tl.load(at, mask=mask, other=0).to(tl.float32)
-        at += row_step(walk, CONFIG, ITEM)
+        at += row_step(view, CONFIG, ITEM)
         if y is not None:
             if residual is not None:
                 v += tl.load(residual_at, mask=mask, other=0).to(tl.float32)
-                residual_at += row_step(residual_walk, CONFIG, ITEM)
+                residual_at += row_step(residual_view, CONFIG, ITEM)
             # a NaN stays
             rounded = tl.where(v < 0, 0.0, v).to(y.dtype.element_ty)
             tl.store(y_at, rounded, mask=mask)
-            y_at += row_step(y_walk, CONFIG, ITEM)
+            y_at += row_step(y_view, CONFIG, ITEM)
             v = rounded.to(tl.float32)
         total += energy(v, CONFIG, ITEM)
     tl.store(out + chunk * length + position, tl.sum(total, 0), mask=inside)
@@ -184,8 +191,7 @@ def last_of(ticket, count):
 
 @triton.jit
 def collapse(partial, parts, positions, BLOCK: tl.constexpr):
-    """Adds ``parts`` rows of partial sums into the first, in order, and returns the sum of squares of the
-    totals.
+    """Adds ``parts`` rows of partial sums into the first, in order; returns the totals' sum of squares.
 
     They are added in float64: a folded feature of many channels has hundreds.
     """

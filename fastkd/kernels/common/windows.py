@@ -18,9 +18,7 @@ BLOCK = 256  # elements a program
 
 @triton.jit
 def element(flat, channels, size, POSITION_FIRST: tl.constexpr):
-    """(sample, channel, d, h, w) of an element, counted with channels innermost if POSITION_FIRST. size: (D,
-    H, W).
-    """
+    """(sample, channel, d, h, w) of an element, channels innermost if POSITION_FIRST. size: (D, H, W)."""
     positions = tl.cast(size[0], tl.int64) * size[1] * size[2]
     n = flat // (channels * positions)
     rest = flat % (channels * positions)
@@ -63,9 +61,7 @@ def volume(d, h, w, size, of):
 
 @triton.jit
 def sent(v, place, at, inside, d, h, w, dd, hh, ww, size, of):
-    """What window (dd, hh, ww) sends of v to (d, h, w): its share, or all where ``place`` says the maximum
-    was.
-    """
+    """What window (dd, hh, ww) sends of v to (d, h, w): its share, or all to the place of the maximum."""
     if place is not None:
         here = ((d * size[1] + h) * size[2] + w).to(tl.int32)
         inside = inside & (tl.load(place + at, mask=inside, other=-1) == here)

@@ -10,7 +10,7 @@ them.
 
 Backward: dA = upstream M B / S and dB = upstream M^T A / S, a tile of a feature's gradient a program, both
 terms of a middle stage at once. Where a feature was averaged over windows, what lies in one shares a term; a
-middle stage of two grids walks the coarser.
+middle stage of two grids takes the coarser.
 
 Products, and what is claimed for them. All sums are float32's. Blocks of features are read as they are,
 subtracted and averaged in float32, and then multiplied:
@@ -51,9 +51,9 @@ from torch import Tensor
 from fastkd._bits import FSP
 from fastkd.kernels import interpreting
 from fastkd.kernels.common.launch import Launch, Plans, key_of, power_of_two
+from fastkd.kernels.fsp.forward_kernels import fsp_loss_kernel, fsp_matrix_kernel
 from fastkd.kernels.fsp.gradient import fsp_loss_backward
-from fastkd.kernels.fsp.kernels import fsp_loss_kernel, fsp_matrix_kernel
-from fastkd.kernels.fsp.saved import common_size, kept_shape, wide_stages
+from fastkd.kernels.fsp.saved import common_size, saved_shape, wide_stages
 from fastkd.kernels.fsp.view import Sources, added_up, checked, dual_tile, mode, options, owned, tile, warps
 
 BLOCK = 256  # of the loss's last sum
@@ -72,9 +72,19 @@ class _Matrix:
         columns = math.ceil(b.shape[1] / cut[1])
         tiles = math.ceil(a.shape[1] / cut[0]) * columns
         self.launch = Launch(
-            fsp_matrix_kernel, a.shape[0] * tiles, a_view.numbers, b_view.numbers, tiles, columns, math.prod(common),
-            (a_view.config, b_view.config), (cut,), how, interpreting(), **options(how, warps([cut], how)),
-        )  # fmt: skip
+            fsp_matrix_kernel,
+            a.shape[0] * tiles,
+            a_view.numbers,
+            b_view.numbers,
+            tiles,
+            columns,
+            math.prod(common),
+            (a_view.config, b_view.config),
+            (cut,),
+            how,
+            interpreting(),
+            **options(how, warps([cut], how)),
+        )
 
 
 def fsp_matrix(a: Tensor, b: Tensor, options: int) -> Tensor:
@@ -109,7 +119,7 @@ class _Loss:
         columns = distance == "column_l2"
         self.operands: list[int] = []
         pairs_of = [(student[i : i + 2], teacher[i : i + 2]) for i in range(count)]
-        self.shapes = [kept_shape(*pair, distance) for pair in pairs_of]
+        self.shapes = [saved_shape(*pair, distance) for pair in pairs_of]
         self.wide = wide_stages(self.shapes)
         views, cuts, sizes_of, tiles_of = [], [], [], []
         for i, ((a, b), _) in enumerate(pairs_of):
@@ -118,13 +128,22 @@ class _Loss:
                 place, seen = self.sources.add(j, sizes[j >= len(student)])
                 self.operands.append(place)
                 views.append(seen)
-            dear = any(v.dear for v in views[-4:])
+            register_heavy = any(v.register_heavy for v in views[-4:])
             if len(self.shapes[i]) == 4:
-                cut = dual_tile(math.prod(sizes[0]), how, dear=dear)
+                cut = dual_tile(math.prod(sizes[0]), how, register_heavy=register_heavy)
             else:
                 alone = not columns and sizes[0] == sizes[1]
-                widest = 32 if all(v.scalar for v in views[-4:]) else 64 if dear or not alone else 128
-                cut = tile(a.shape[1], b.shape[1], max(map(math.prod, sizes)), how, dear=dear, widest=widest)
+                widest = (
+                    32 if all(v.scalar for v in views[-4:]) else 64 if register_heavy or not alone else 128
+                )
+                cut = tile(
+                    a.shape[1],
+                    b.shape[1],
+                    max(map(math.prod, sizes)),
+                    how,
+                    register_heavy=register_heavy,
+                    widest=widest,
+                )
             sizes_of.append(sizes)
             tiles_of.append(cut)
         many = warps(tiles_of, how, [cut for cut, shape in zip(tiles_of, self.shapes) if len(shape) == 4])
@@ -178,10 +197,21 @@ class _Loss:
             self.terms.append(samples * (rows * more if distance == "squared" else 1))
         self.scratch, self.tickets = scratch, tickets
         self.launch = Launch(
-            fsp_loss_kernel, programs, tuple(v.numbers for v in views), tuple(pairs), samples, sum(p[4] for p in pairs),
-            tuple(v.config for v in views), tuple(cuts), count, columns, BLOCK, how, interpreting(),
+            fsp_loss_kernel,
+            programs,
+            tuple(v.numbers for v in views),
+            tuple(pairs),
+            samples,
+            sum(p[4] for p in pairs),
+            tuple(v.config for v in views),
+            tuple(cuts),
+            count,
+            columns,
+            BLOCK,
+            how,
+            interpreting(),
             **options(how, many),
-        )  # fmt: skip
+        )
 
 
 def fsp_loss(
@@ -224,9 +254,14 @@ def fsp_loss(
     )
     loss = first.new_empty((), dtype=torch.float32)
     plan.launch(
-        operands, operands, tuple(matrix_grads) if options & WITH_GRAD else None, loss, first.new_empty(plan.scratch, dtype=torch.float32),
-        first.new_zeros(plan.tickets, dtype=torch.int32), factors,
-    )  # fmt: skip
+        operands,
+        operands,
+        tuple(matrix_grads) if options & WITH_GRAD else None,
+        loss,
+        first.new_empty(plan.scratch, dtype=torch.float32),
+        first.new_zeros(plan.tickets, dtype=torch.int32),
+        factors,
+    )
     gradients = []
     if options & PREPARE:
         given_upstream = first.new_full((), upstream, dtype=torch.float32)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,9 +14,10 @@ from fastkd._bits import FSP
 from fastkd.kernels import interpreting
 from fastkd.kernels.common.launch import Launch, Plans, key_of
 from fastkd.kernels.common.windows import empty_pooled, pooled_strides
-from fastkd.kernels.fsp.kernels import fsp_gradient_kernel
+from fastkd.kernels.fsp.gradient_kernels import fsp_gradient_kernel
 from fastkd.kernels.fsp.pool import spread
-from fastkd.kernels.fsp.saved import SQUARES, common_size, wide_stages
+from fastkd.kernels.fsp.saved import common_size, wide_stages
+from fastkd.kernels.fsp.terms import Term, check_saved, term_of
 from fastkd.kernels.fsp.view import (
     ONES,
     Sources,
@@ -36,38 +36,17 @@ from fastkd.kernels.fsp.view import (
 _plans = Plans()
 
 
-@dataclass(frozen=True)
-class _Term:
-    """M x for a feature x and a kept matrix M, or one that is recomputed; or what `fsp/low_rank.py` makes of
-    kept squares and both chains.
-    """
-
-    common: tuple[int, ...]
-    # places of features: x; a stage of student and teacher; x and the factors of both matrices
-    xs: tuple[int, ...]
-    m: int  # place of what was kept
-    numbers: tuple[int, ...]  # see the kernels: of strides of M, of squares, or of factors of columns
-    depth: int  # summed over
-    strides: tuple[tuple[int, ...], ...] = ()  # of a kept square and of its transpose: sample, row, positions
-    left: bool = False
-    sign: int = 0
-    # of a matrix recomputed: what the features of student and teacher are pooled to
-    factors: tuple[tuple[int, ...], ...] = ()
-
-    @property
-    def kind(self) -> int:
-        """Of a matrix that was kept (0), of squares (1), or of a matrix recomputed (2):
-        `gram_kernels._any_term`.
-        """
-        return 1 if self.strides else 2 if self.factors else 0
-
-
 class _Gradients:
     """Gradients of some features, each a sum of terms."""
 
     def __init__(
-        self, features: Sequence[Tensor], wanted: Sequence[tuple[int, Sequence[_Term]]], pool_mode: str, how: str, sign: float
-    ) -> None:  # fmt: skip
+        self,
+        features: Sequence[Tensor],
+        wanted: Sequence[tuple[int, Sequence[Term]]],
+        pool_mode: str,
+        how: str,
+        sign: float,
+    ) -> None:
         self.sources = Sources(features, max_pool=pool_mode == "max")
         self.ms: list[int] = []
         self.xs: list[int | None] = []
@@ -79,7 +58,7 @@ class _Gradients:
         sizes = []  # of each item: its channels, its positions
         samples = features[0].shape[0]
 
-        def add(term: _Term, parts: tuple[int, ...], share: int) -> None:
+        def add(term: Term, parts: tuple[int, ...], share: int) -> None:
             same = len(set(term.factors)) == 1
             kinds.append((len(self.xs), term.kind, term.left, int(same) if term.factors else term.sign))
             self.ms.append(term.m)
@@ -96,7 +75,7 @@ class _Gradients:
                 self.xs.append(None)
                 views.append(view((samples, term.depth, *term.common), strides, torch.float32, ONES, parts))
 
-        def item(i: int, terms: Sequence[_Term], grid: tuple[int, ...], out: tuple[int, ...]) -> None:
+        def item(i: int, terms: Sequence[Term], grid: tuple[int, ...], out: tuple[int, ...]) -> None:
             """A gradient on its own grid or, of parts, on the grid of its pooled terms."""
             x = features[i]
             own = x.shape[2:] if len(out) == 1 else out[1:]
@@ -114,7 +93,7 @@ class _Gradients:
                 target = (*x.shape[:2], *own)
                 out_view = view(target, pooled_strides(x, target), torch.float32)
             positions = math.prod(own) // math.prod(grid)
-            dear = any(v.dear for v in views[first_view:])
+            register_heavy = any(v.register_heavy for v in views[first_view:])
             widest = 64 if (coarse and fine) or out_view.scalar else 128
             # a matrix recomputed is a third block in registers
             highest, kind = 128, max(t.kind for t in terms)
@@ -127,7 +106,7 @@ class _Gradients:
                 positions,
                 max(t.depth for t in terms),
                 how,
-                dear=dear,
+                register_heavy=register_heavy,
                 widest=widest,
             )
             cuts.append((*cut, first, len(coarse), len(fine)))
@@ -161,10 +140,23 @@ class _Gradients:
             programs += samples * tiles
         self.wanted = [i for i, _ in wanted]
         self.launch = Launch(
-            fsp_gradient_kernel, programs, tuple(numbers), tuple(v.numbers for v in views), tuple(v.numbers for v in out_views),
-            tuple(items), tuple(scales), samples, tuple(v.config for v in views), tuple(v.config for v in out_views), tuple(kinds),
-            tuple(cuts), len(items), how, interpreting(), **options(how, many, tight=scarce),
-        )  # fmt: skip
+            fsp_gradient_kernel,
+            programs,
+            tuple(numbers),
+            tuple(v.numbers for v in views),
+            tuple(v.numbers for v in out_views),
+            tuple(items),
+            tuple(scales),
+            samples,
+            tuple(v.config for v in views),
+            tuple(v.config for v in out_views),
+            tuple(kinds),
+            tuple(cuts),
+            len(items),
+            how,
+            interpreting(),
+            **options(how, many, tight=scarce),
+        )
 
     def run(self, grad: Tensor | None, features: Sequence[Tensor], ms: Sequence[Tensor]) -> list[Tensor]:
         made = self.sources.made(features)
@@ -217,7 +209,7 @@ def fsp_loss_backward(
         if len(others) != len(wide) or any(x.shape[1] != features[i].shape[1] for i, x in zip(wide, others)):
             raise ValueError(f"others must hold stages {wide} of the other chain, got {len(others)} features")
         for i, m in enumerate(matrix_grads):
-            _check_kept(m, features[i], features[i + 1], f"matrix_grads[{i}]")
+            check_saved(m, features[i], features[i + 1], f"matrix_grads[{i}]")
         # student's and teacher's features of a stage
         places = {i: (i, len(features) + k)[:: -1 if negate else 1] for k, i in enumerate(wide)}
         wanted = []
@@ -226,61 +218,10 @@ def fsp_loss_backward(
                 raise ValueError(f"stages must be indices of features, got {i}")
             pairs = [pair for pair in (i - 1, i) if 0 <= pair < len(matrix_grads)]
             wanted.append(
-                (i, [_term(tensors, matrix_grads, i, pair, places, teacher=negate) for pair in pairs])
+                (i, [term_of(tensors, matrix_grads, i, pair, places, teacher=negate) for pair in pairs])
             )
         plan = _plans[key] = _Gradients(tensors, wanted, pool_mode, how, -1.0 if negate else 1.0)
     return plan.run(grad, tensors, matrix_grads)
-
-
-def _term(
-    tensors: Sequence[Tensor],
-    kept: Sequence[Tensor],
-    i: int,
-    pair: int,
-    places: dict[int, tuple[int, ...]],
-    *,
-    teacher: bool,
-) -> _Term:
-    """The term of a gradient, stage i's, that comes from a pair. tensors: the chain's, then others; places:
-    of stages of both chains.
-    """
-    left, m = i == pair, kept[pair]
-    other = pair + 1 if left else pair
-    common = common_size(tensors[pair], tensors[pair + 1])
-    if m.dim() == 3:
-        n, a, b = m.stride()
-        return _Term(common, (other,), pair, (n, a, b) if left else (n, b, a), tensors[other].shape[1])
-    if m.dim() == 2:
-        of = [[places[stage][chain] for stage in (i, other)] for chain in (0, 1)]
-        factors = tuple([common_size(*(tensors[j] for j in side)) for side in of])
-        numbers = (*m.stride(), *(math.prod(size) for size in factors))
-        return _Term(
-            common,
-            (other, *of[0], *of[1]),
-            pair,
-            numbers,
-            tensors[other].shape[1],
-            left=left,
-            factors=factors,
-        )
-    n, square, row, column = m.stride()
-    steps = torch.empty(common, device="meta").stride()
-    strides = [(n, one, *[step * of for of in steps]) for one, step in ((row, column), (column, row))]
-    # A takes Q, B takes P: of the student Q00 and Q01^T, P00 + P01 and P01^T + P11; of the teacher Q00 - Q01
-    # and Q01^T - Q11, P01 and P11
-    first = (3 if left else 0) + (teacher and not left)
-    sign = 0 if teacher != left else -1 if teacher else 1
-    return _Term(
-        common, places[i], pair, (first * square, square), math.prod(common), tuple(strides), left, sign
-    )
-
-
-def _check_kept(m: Tensor, a: Tensor, b: Tensor, name: str) -> None:
-    positions = math.prod(common_size(a, b))
-    shapes = {2: (b.shape[1],), 4: (SQUARES, positions, positions)}
-    shape = (a.shape[0], *shapes.get(m.dim(), (a.shape[1], b.shape[1])))
-    if m.dtype != torch.float32 or m.shape != shape or m.device != a.device:
-        raise ValueError(f"{name} is {tuple(m.shape)} {m.dtype} on {m.device}, wanted {shape} float32")
 
 
 def fsp_matrix_backward(grad: Tensor, a: Tensor, b: Tensor, options: int) -> list[Tensor]:
@@ -296,12 +237,12 @@ def fsp_matrix_backward(grad: Tensor, a: Tensor, b: Tensor, options: int) -> lis
         checked((a, b), "ab")
         if grad.dim() != 3:
             raise ValueError(f"grad must hold a matrix a sample, got {tuple(grad.shape)}")
-        _check_kept(grad, a, b, "grad")
+        check_saved(grad, a, b, "grad")
         n, rows, columns = grad.stride()
         common = common_size(a, b)
         both = [
-            (0, [_Term(common, (1,), 0, (n, rows, columns), b.shape[1])]),
-            (1, [_Term(common, (0,), 0, (n, columns, rows), a.shape[1])]),
+            (0, [Term(common, (1,), 0, (n, rows, columns), b.shape[1])]),
+            (1, [Term(common, (0,), 0, (n, columns, rows), a.shape[1])]),
         ]
         wanted = [job for job, need in zip(both, needs) if need]
         plan = _plans[key] = _Gradients((a, b), wanted, FSP.value(options, "pool_mode"), how, 1.0)

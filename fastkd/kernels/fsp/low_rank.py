@@ -17,7 +17,7 @@ X0 Y0^T and v = X1 Y1^T, so what rounding does is small beside |u|^2 + |v|^2. On
 without being small, a student that shrank one feature and stretched the next by as much, is that more than
 beside |u + v|^2.
 
-Kept are P00, P01, P11, Q00, Q01, Q11, in this order, times 2 factor / K.
+Saved are P00, P01, P11, Q00, Q01, Q11, in this order, times 2 factor / K.
 """
 
 from __future__ import annotations
@@ -31,9 +31,23 @@ from fastkd.kernels.fsp.tile import across, along, extent, part, product, produc
 
 @triton.jit
 def channel_sums(
-    s, t, s_view, t_view, n, k, other, begin, end, V: tl.constexpr, A: tl.constexpr, C: tl.constexpr, J: tl.constexpr,
-    LEFT: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    s,
+    t,
+    s_view,
+    t_view,
+    n,
+    k,
+    other,
+    begin,
+    end,
+    V: tl.constexpr,
+    A: tl.constexpr,
+    C: tl.constexpr,
+    J: tl.constexpr,
+    LEFT: tl.constexpr,
+    MODE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """Tiles (k, other) of P00, P01, P11 (LEFT) or Q00, Q01, Q11, summed over channels ``begin`` to ``end``.
 
     s and t: the feature of student and teacher; V[A], V[A + 2]: what is constant of them. C[J]:
@@ -102,9 +116,20 @@ def _added(at, parts, STEP: tl.constexpr):
 
 @triton.jit
 def dual_program(
-    operands, outs, scratch, tickets, factor, views, of, local, V: tl.constexpr, C: tl.constexpr, J: tl.constexpr, MODE: tl.constexpr,
+    operands,
+    outs,
+    scratch,
+    tickets,
+    factor,
+    views,
+    of,
+    local,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    J: tl.constexpr,
+    MODE: tl.constexpr,
     UPCAST: tl.constexpr,
-):  # fmt: skip
+):
     """A tile's sums over a part of the channels of A or of B. The last of a tile's programs adds them, keeps
     them and writes the tile's share of the loss; whether this was the last.
 
@@ -129,16 +154,44 @@ def dual_program(
     at = scratch + tl.cast(of[5], tl.int64) * 32 + (n * tiles + tile) * parts * (3 * SIZE)
     if i < of[8]:
         sum00, sum01, sum11 = channel_sums(
-            operands[4 * J], operands[4 * J + 2], views[4 * J], views[4 * J + 2], n, k, other, i * CHANNELS, (i + 1) * CHANNELS, V,
-            4 * J, C, J, True, MODE, UPCAST,
-        )  # fmt: skip
+            operands[4 * J],
+            operands[4 * J + 2],
+            views[4 * J],
+            views[4 * J + 2],
+            n,
+            k,
+            other,
+            i * CHANNELS,
+            (i + 1) * CHANNELS,
+            V,
+            4 * J,
+            C,
+            J,
+            True,
+            MODE,
+            UPCAST,
+        )
         _written(at + i * (3 * SIZE), sum00, sum01, sum11, place, SIZE)
     else:
         first = (i - of[8]) * CHANNELS
         sum00, sum01, sum11 = channel_sums(
-            operands[4 * J + 1], operands[4 * J + 3], views[4 * J + 1], views[4 * J + 3], n, k, other, first, first + CHANNELS, V,
-            4 * J + 1, C, J, False, MODE, UPCAST,
-        )  # fmt: skip
+            operands[4 * J + 1],
+            operands[4 * J + 3],
+            views[4 * J + 1],
+            views[4 * J + 3],
+            n,
+            k,
+            other,
+            first,
+            first + CHANNELS,
+            V,
+            4 * J + 1,
+            C,
+            J,
+            False,
+            MODE,
+            UPCAST,
+        )
         _written(at + i * (3 * SIZE), sum00, sum01, sum11, place, SIZE)
 
     done = last_of(tickets + of[6] + n * tiles + tile, parts)
@@ -161,13 +214,35 @@ def dual_program(
 
 @triton.jit
 def dual_term(
-    total, s, t, kept, s_view, t_view, view, turned, offsets, n, row, rows, position, inside, j, scale, V: tl.constexpr, A: tl.constexpr,
-    K: tl.constexpr, T: tl.constexpr, C: tl.constexpr, J: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """total + scale (X0 M0 + X1 M1^T), summed over positions; X as above of s and t, M0 and M1 a kept square
+    total,
+    s,
+    t,
+    saved,
+    s_view,
+    t_view,
+    view,
+    turned,
+    offsets,
+    n,
+    row,
+    rows,
+    position,
+    inside,
+    j,
+    scale,
+    V: tl.constexpr,
+    A: tl.constexpr,
+    K: tl.constexpr,
+    T: tl.constexpr,
+    C: tl.constexpr,
+    J: tl.constexpr,
+    MODE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """total + scale (X0 M0 + X1 M1^T), summed over positions; X as above of s and t, M0 and M1 a saved square
     or two neighbours' sum.
 
-    V[A] and the next three are what is constant of s, t and a kept square, as it is and transposed; offsets:
+    V[A] and the next three are what is constant of s, t and a saved square, as it is and transposed; offsets:
     where M0 begins and from one square to the next. K[T]: (A, whether a term of this kind, LEFT, the sign of
     the second square or 0).
     """
@@ -182,7 +257,7 @@ def dual_term(
     t += sample(t_view, V, A + 1, n)
     s_rows = across(s_view, V, A, row)[:, None]
     t_rows = across(t_view, V, A + 1, row)[:, None]
-    kept += sample(view, V, A + 2, n) + offsets[0]
+    saved += sample(view, V, A + 2, n) + offsets[0]
     columns = (along(view, V, A + 2, position) + part(view, V, A + 2, j))[None, :]
     turned_columns = (along(turned, V, A + 3, position) + part(turned, V, A + 3, j))[None, :]
     for first in range(0, count, C[J][2]):
@@ -196,8 +271,8 @@ def dual_term(
         else:
             x, y = x, x - y
         mask = given[:, None] & inside[None, :]
-        at = kept + (across(view, V, A + 2, o)[:, None] + columns)
-        turned_at = kept + offsets[1] + (across(turned, V, A + 3, o)[:, None] + turned_columns)
+        at = saved + (across(view, V, A + 2, o)[:, None] + columns)
+        turned_at = saved + offsets[1] + (across(turned, V, A + 3, o)[:, None] + turned_columns)
         m0 = tl.load(at, mask=mask, other=0)
         m1 = tl.load(turned_at, mask=mask, other=0)
         if SIGN != 0:

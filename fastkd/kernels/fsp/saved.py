@@ -4,7 +4,7 @@ fakes, without Triton.
 Of a pair of features A (Ca, K) and B (Cb, K) that is dloss/dG, (N, Ca, Cb), where it is no larger than the
 features. Of wide features of few positions it is many times larger (1024 by 2048 channels at 7x7: 14 times
 the products' factors). There it is never in memory, and the gradients need the features of both chains.
-Either six K x K matrices of the channels' sums are kept, (N, 6, K, K), from which the loss and the gradients
+Either six K x K matrices of the channels' sums are saved, (N, 6, K, K), from which the loss and the gradients
 follow (`fsp/low_rank.py`). Or, where those six cannot take its place well, what each column of G_s - G_t is
 multiplied by, (N, Cb), and the backward pass makes G_s - G_t again, tile by tile, for each gradient: for
 "column_l2", whose gradient divides each column by its norm, which needs all the sums over A before those over
@@ -33,7 +33,7 @@ def matrix_shape(student: Sequence[Tensor], *rest: Any) -> tuple[Any, ...]:
     return a.shape[0], a.shape[1], b.shape[1]
 
 
-def kept_shape(student: Sequence[Tensor], teacher: Sequence[Tensor], distance: str) -> tuple[Any, ...]:
+def saved_shape(student: Sequence[Tensor], teacher: Sequence[Tensor], distance: str) -> tuple[Any, ...]:
     """Of a pair, two features of each chain."""
     samples, rows, columns = matrix_shape(student)
     size = common_size(*student)
@@ -49,7 +49,7 @@ def kept_shape(student: Sequence[Tensor], teacher: Sequence[Tensor], distance: s
     return samples, rows, columns
 
 
-def wide_stages(kept: Sequence[Tensor | tuple[Any, ...]]) -> list[int]:
+def wide_stages(saved: Sequence[Tensor | tuple[Any, ...]]) -> list[int]:
     """The stages of a chain that the gradients need of both sides."""
-    pairs = [i for i, x in enumerate(kept) if len(x if isinstance(x, tuple) else x.shape) != 3]
+    pairs = [i for i, x in enumerate(saved) if len(x if isinstance(x, tuple) else x.shape) != 3]
     return sorted({stage for i in pairs for stage in (i, i + 1)})

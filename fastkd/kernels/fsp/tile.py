@@ -21,7 +21,7 @@ def zeros(rows, columns):
 
 @triton.jit
 def extent(view, V: tl.constexpr, J: tl.constexpr):
-    """The number of channels, and of positions of the grid that is walked."""
+    """The number of channels, and of positions of the grid of the products."""
     if V[J][1]:
         return view[0] * V[J][2], view[1]
     else:
@@ -192,9 +192,25 @@ def product_apart(
 
 @triton.jit
 def products(
-    total, a, b, a_less, b_less, a_view, b_view, a_less_view, b_less_view, n, row, column, V: tl.constexpr, A: tl.constexpr,
-    C: tl.constexpr, J: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    total,
+    a,
+    b,
+    a_less,
+    b_less,
+    a_view,
+    b_view,
+    a_less_view,
+    b_less_view,
+    n,
+    row,
+    column,
+    V: tl.constexpr,
+    A: tl.constexpr,
+    C: tl.constexpr,
+    J: tl.constexpr,
+    MODE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """A tile of a b^T over all positions; given a_less and b_less, of a b^T - a_less b_less^T, by way of the
     features' differences.
 
@@ -249,15 +265,50 @@ def products(
 
 @triton.jit
 def difference(
-    a, b, a_less, b_less, a_view, b_view, a_less_view, b_less_view, n, row, column, positions, less_positions, V: tl.constexpr,
-    A: tl.constexpr, C: tl.constexpr, J: tl.constexpr, SAME: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    a,
+    b,
+    a_less,
+    b_less,
+    a_view,
+    b_view,
+    a_less_view,
+    b_less_view,
+    n,
+    row,
+    column,
+    positions,
+    less_positions,
+    V: tl.constexpr,
+    A: tl.constexpr,
+    C: tl.constexpr,
+    J: tl.constexpr,
+    SAME: tl.constexpr,
+    MODE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """A tile of a b^T / positions - a_less b_less^T / less_positions. SAME: the two are of one size."""
     total = zeros(row, column)
     if SAME:
         total = products(
-            total, a, b, a_less, b_less, a_view, b_view, a_less_view, b_less_view, n, row, column, V, A, C, J, MODE, UPCAST
-        )  # fmt: skip
+            total,
+            a,
+            b,
+            a_less,
+            b_less,
+            a_view,
+            b_view,
+            a_less_view,
+            b_less_view,
+            n,
+            row,
+            column,
+            V,
+            A,
+            C,
+            J,
+            MODE,
+            UPCAST,
+        )
         return total / positions
     else:
         total = products(
@@ -265,6 +316,23 @@ def difference(
         )
         less = zeros(row, column)
         less = products(
-            less, a_less, b_less, None, None, a_less_view, b_less_view, None, None, n, row, column, V, A + 2, C, J, MODE, UPCAST
-        )  # fmt: skip
+            less,
+            a_less,
+            b_less,
+            None,
+            None,
+            a_less_view,
+            b_less_view,
+            None,
+            None,
+            n,
+            row,
+            column,
+            V,
+            A + 2,
+            C,
+            J,
+            MODE,
+            UPCAST,
+        )
         return total / positions - less / less_positions

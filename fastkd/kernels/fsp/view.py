@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from fastkd.kernels import interpreting, own_precision
-from fastkd.kernels.common.launch import power_of_two, served, walk
+from fastkd.kernels.common.launch import matrix_view, power_of_two, served
 from fastkd.kernels.common.pool import pool
 from fastkd.kernels.common.windows import pooled_strides
 
@@ -38,14 +38,14 @@ class View:
     config: tuple[bool | int, ...]
 
     @property
-    def dear(self) -> bool:
+    def register_heavy(self) -> bool:
         """Whether its addresses take many registers: windows, or rows that are no multiples of a vector."""
         return self.config[2] == 1
 
     @property
     def scalar(self) -> bool:
         """Whether it is even read number by number."""
-        return self.dear and self.numbers[5] != 1
+        return self.register_heavy and self.numbers[5] != 1
 
 
 def three(size: Sequence[int]) -> Size:
@@ -73,7 +73,7 @@ def view(
     exact = dtype == torch.bfloat16 and of == ONES
     far = sum((size + 128) * stride for size, stride in zip(shape[1:], strides[1:])) >= FAR
     if of == parts == ONES:
-        w = walk(shape, [strides], dtype.itemsize, folded=False)
+        w = matrix_view(shape, [strides], dtype.itemsize, folded=False)
         return View((*w.numbers(), *(0,) * 6), (w.flat, w.rows_inner, w.unit, *ONES, *ONES, exact, far))
     missing = 5 - len(shape)
     along = (*(0,) * missing, *strides[2:])
@@ -120,12 +120,14 @@ here.
 """
 
 
-def tile(rows: int, columns: int, depth: int, how: str, *, dear: bool = False, widest: int = 128) -> Size:
+def tile(
+    rows: int, columns: int, depth: int, how: str, *, register_heavy: bool = False, widest: int = 128
+) -> Size:
     """(row block, column block, depth) of a program's tile of the product of (rows, depth) and (depth,
     columns).
 
-    dear: addresses of what is multiplied take many registers; widest: of the column block, where there are
-    more of those, or two sums at a time. The bounds below are where ptxas no longer spills.
+    register_heavy: addresses of what is multiplied take many registers; widest: of the column block, where
+    there are more of those, or two sums at a time. The bounds below are where ptxas no longer spills.
     """
     most, deepest, _ = TILES[how]
     if how == "ieee":  # without tensor cores a thread holds its rows and columns of both blocks
@@ -137,17 +139,17 @@ def tile(rows: int, columns: int, depth: int, how: str, *, dear: bool = False, w
     if min(rows, columns) < 128:
         most = min(most, 64)
     block, other = (min(max(power_of_two(n), 16), most) for n in (rows, columns))
-    if dear and max(block, other) >= 64:
+    if register_heavy and max(block, other) >= 64:
         deepest = 16
     return block, min(other, widest), min(max(power_of_two(depth), 16), deepest)
 
 
-def dual_tile(positions: int, how: str, *, dear: bool = False) -> Size:
+def dual_tile(positions: int, how: str, *, register_heavy: bool = False) -> Size:
     """The same of the products over channels, three at a time (`fsp/low_rank.py`)."""
     if how == "ieee":
         block = min(max(power_of_two(positions), 16), 32)
         return block, block, 16
-    depth = 16 if how == "tf32x3" or dear else 32
+    depth = 16 if how == "tf32x3" or register_heavy else 32
     if how != "tf32x3" and positions > 32 and _joins_warps():
         return 64, 64, depth
     # so that four warps, or eight of the larger, divide its columns: see `owned`

@@ -1,4 +1,4 @@
-#include "cuda/attention/walk.cuh"
+#include "cuda/attention/matrix_view.cuh"
 
 #include <limits>
 
@@ -21,7 +21,7 @@ bool is_aligned(const Feature& x, int64_t pack, int64_t rows, int64_t between) {
          (rows == 1 || between % pack == 0);
 }
 
-void cut_by_rows(Walk& w, int64_t row_bytes, int64_t goal) {
+void cut_by_rows(MatrixView& w, int64_t row_bytes, int64_t goal) {
   w.by_rows = 1;
   w.across = 1;
   while (w.across < kWarp && w.across * w.width < w.columns) w.across = static_cast<int16_t>(2 * w.across);
@@ -34,7 +34,7 @@ void cut_by_rows(Walk& w, int64_t row_bytes, int64_t goal) {
   w.units = static_cast<int32_t>(chunks);
 }
 
-void cut_by_columns(Walk& w, int64_t pack_bytes, int64_t goal) {
+void cut_by_columns(MatrixView& w, int64_t pack_bytes, int64_t goal) {
   const int64_t packs = w.columns / w.width;
   // A map of up to 64 packs is not cut: its rows then follow each other without a gap. Else at least half a
   // KiB in a row, even numbers of packs (32 bytes are what memory gives), and tiles of about equal size.
@@ -77,7 +77,7 @@ int64_t unit_goal(int64_t bytes) {
   return goal < kLeast ? kLeast : goal < kMost ? goal : kMost;
 }
 
-Walk walk_of(const Feature* const* tensors, int count, int64_t goal) {
+MatrixView matrix_view_of(const Feature* const* tensors, int count, int64_t goal) {
   const Feature& x = *tensors[0];
   const int64_t size = size_of(x.dtype), pack = 16 / size;
   const int64_t fold = pack / common_divisor(x.positions, pack);
@@ -92,7 +92,7 @@ Walk walk_of(const Feature* const* tensors, int count, int64_t goal) {
   }
   check_size(x.channels);
   check_size(fold * x.positions);
-  Walk w{};
+  MatrixView w{};
   w.dtype = x.dtype;
   w.size[0] = static_cast<int32_t>(x.size[1]);
   w.size[1] = static_cast<int32_t>(x.size[2]);
@@ -118,13 +118,13 @@ Walk walk_of(const Feature* const* tensors, int count, int64_t goal) {
   return w;
 }
 
-Walk map_walk(const Feature& map) {
+MatrixView matrix_view_of_map(const Feature& map) {
   Feature numbers = map;
   numbers.layout = Layout::kGeneric;
-  return walk_of(numbers, kLeast);
+  return matrix_view_of(numbers, kLeast);
 }
 
-Place place_of(const Feature& x, const Walk& w) {
+Place place_of(const Feature& x, const MatrixView& w) {
   return {x.data, x.stride_n, w.by_rows ? x.stride_s : x.stride_c, {x.stride[0], x.stride[1], x.stride[2]}};
 }
 

@@ -26,7 +26,7 @@ constexpr int kBlocks = sizeof(A) == sizeof(double) ? 2 : 3;
 constexpr int kTile =
     2048;  // most columns of a unit, or rows by rows: what has a number each in shared memory
 
-struct Walk {
+struct MatrixView {
   int32_t rows, columns;
   int32_t chunk;    // rows of a unit
   int32_t tiles;    // units side by side: 1 by rows
@@ -40,7 +40,7 @@ struct Walk {
   int8_t by_rows;
 };
 
-// Where a tensor lies under a walk.
+// Where a tensor lies that is seen as such a matrix.
 struct Place {
   void* data;
   int64_t stride_n, stride_row;  // by columns: of channels
@@ -54,7 +54,7 @@ struct Part {
 
 FASTKD_BOTH int32_t smaller_of(int32_t a, int32_t b) { return a < b ? a : b; }
 
-FASTKD_BOTH Part part_of(const Walk& w, int32_t unit) {
+FASTKD_BOTH Part part_of(const MatrixView& w, int32_t unit) {
   const int32_t first_row = unit / w.tiles * w.chunk;
   const int32_t tile = w.across * w.width;
   const int32_t first_column = unit % w.tiles * tile;
@@ -62,12 +62,14 @@ FASTKD_BOTH Part part_of(const Walk& w, int32_t unit) {
           w.by_rows ? w.columns : smaller_of(tile, w.columns - first_column)};
 }
 
-FASTKD_BOTH int32_t positions_of(const Walk& w) { return w.by_rows ? w.rows : w.columns / w.fold; }
+FASTKD_BOTH int32_t positions_of(const MatrixView& w) { return w.by_rows ? w.rows : w.columns / w.fold; }
 // A unit that is not cut along columns adds the channels of a folded row up itself.
-FASTKD_BOTH int32_t columns_of_sums(const Walk& w) { return w.tiles == 1 ? w.columns / w.fold : w.columns; }
+FASTKD_BOTH int32_t columns_of_sums(const MatrixView& w) {
+  return w.tiles == 1 ? w.columns / w.fold : w.columns;
+}
 // Sums that a position has before they are added up: one for each chunk of rows, and channel of a folded row.
 // By rows there is but one.
-FASTKD_BOTH int32_t parts_of(const Walk& w) {
+FASTKD_BOTH int32_t parts_of(const MatrixView& w) {
   return w.by_rows ? 1 : w.units / w.tiles * (columns_of_sums(w) / positions_of(w));
 }
 
@@ -78,12 +80,14 @@ struct Step {
 };
 
 // Of rows with so many columns, those follow each other.
-FASTKD_BOTH bool is_wide(const Walk& w) { return w.by_rows && w.columns >= kUnroll * w.across * w.width; }
+FASTKD_BOTH bool is_wide(const MatrixView& w) {
+  return w.by_rows && w.columns >= kUnroll * w.across * w.width;
+}
 // From one of the packs to the next, and from all of them to the next.
-FASTKD_BOTH Step step_of(const Walk& w) {
+FASTKD_BOTH Step step_of(const MatrixView& w) {
   return is_wide(w) ? Step{0, w.across * w.width} : Step{kThreads / w.across, 0};
 }
-FASTKD_BOTH Step stride_of(const Walk& w, int unroll) {
+FASTKD_BOTH Step stride_of(const MatrixView& w, int unroll) {
   const int32_t rows = kThreads / w.across, columns = w.across * w.width;
   return is_wide(w) ? Step{rows, unroll * columns} : Step{unroll * rows, columns};
 }
@@ -102,7 +106,7 @@ FASTKD_BOTH int64_t spatial_offset(const int32_t* size, const int64_t* stride, i
 
 // Where a thread's numbers of a row begin.
 template <typename T, int W>
-FASTKD_DEVICE T* row_of(const Walk& w, const Place& x, int64_t n, int32_t row, int32_t column) {
+FASTKD_DEVICE T* row_of(const MatrixView& w, const Place& x, int64_t n, int32_t row, int32_t column) {
   int64_t along = column;
   if (W == 1 && !w.by_rows) {
     const int32_t positions = positions_of(w), channel = column / positions;
@@ -129,14 +133,14 @@ FASTKD_DEVICE void store_some(T* pointer, const Pack& pack) {
 }
 
 // How far a thread's packs lie from each other.
-FASTKD_DEVICE int64_t distance_of(const Walk& w, const Place& x, const Step& step) {
+FASTKD_DEVICE int64_t distance_of(const MatrixView& w, const Place& x, const Step& step) {
   return step.rows * w.fold * x.stride_row + step.columns;
 }
 
 // Reads a thread's next packs; those beyond the part's end are zeros.
 template <typename T, int W, int U>
-FASTKD_DEVICE void load_packs(const Walk& w, const Place& x, const Part& part, const Step& step, int64_t n,
-                              int32_t row, int32_t column, Pack (&v)[U]) {
+FASTKD_DEVICE void load_packs(const MatrixView& w, const Place& x, const Part& part, const Step& step,
+                              int64_t n, int32_t row, int32_t column, Pack (&v)[U]) {
   const T* at = row_of<const T, W>(w, x, n, row, column);
   const int64_t distance = distance_of(w, x, step);
   FASTKD_UNROLL
@@ -177,10 +181,10 @@ struct Format {
   static constexpr int kWidth = W;
 };
 
-// f(Format) for the numbers of a walk. A kernel that accumulates in float meets no double, and one in double
-// nothing else unless dtypes are mixed.
+// f(Format) for the numbers of a matrix. A kernel that accumulates in float meets no double, and one in
+// double nothing else unless dtypes are mixed.
 template <bool kMixed, typename A, typename F>
-FASTKD_DEVICE void with_format(const Walk& w, const F& f) {
+FASTKD_DEVICE void with_format(const MatrixView& w, const F& f) {
   const auto width = [&](auto number) {
     using T = decltype(number);
     if (w.width > 1) return f(Format<T, kPack<T>>{});
@@ -199,15 +203,15 @@ FASTKD_DEVICE void with_format(const Walk& w, const F& f) {
 
 // The host's side.
 
-// The walk over tensors of one shape and dtype, in units of about `goal` bytes of each.
-Walk walk_of(const Feature* const* tensors, int count, int64_t goal);
-inline Walk walk_of(const Feature& x, int64_t goal) {
+// The common view of tensors of one shape and dtype, in units of about `goal` bytes of each.
+MatrixView matrix_view_of(const Feature* const* tensors, int count, int64_t goal);
+inline MatrixView matrix_view_of(const Feature& x, int64_t goal) {
   const Feature* const tensors[] = {&x};
-  return walk_of(tensors, 1, goal);
+  return matrix_view_of(tensors, 1, goal);
 }
 // A map (N, *S), read number by number.
-Walk map_walk(const Feature& map);
-Place place_of(const Feature& x, const Walk& walk);
+MatrixView matrix_view_of_map(const Feature& map);
+Place place_of(const Feature& x, const MatrixView& view);
 
 void check_served(const AttentionOptions& options);
 int64_t size_of(DType dtype);

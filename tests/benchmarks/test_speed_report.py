@@ -1,0 +1,163 @@
+"""Goals, tables and reports of a benchmark."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import report
+from speed import machine, table, verdicts
+from speed.session import save
+
+
+def record(operation: str, shape: str, times: dict[str, float], **other: Any) -> dict[str, Any]:
+    fields = {
+        "operation": operation,
+        "shape": shape,
+        "dtype": "float32",
+        "layout": "nchw",
+        "direction": "forward+backward",
+        "upstream": 1,
+    }
+    fields |= {"threads": 2, "clock": "wall", "memory_unit": 100, "bytes": 1000}
+    rows: dict[str, dict[str, Any]] = {name: {"milliseconds": value} for name, value in times.items()}
+    if "cpp" in rows:
+        rows["cpp"] |= {"extra_memory": 150, "of_mm_rate": 0.7, "error": {"loss": 1e-7}, "gflop_per_s": 50.0}
+    return {**fields, "rows": rows, **other}
+
+
+@pytest.fixture
+def result() -> dict[str, Any]:
+    """A small made-up run."""
+    groups = [
+        record("attention", "resnet20-64", {"streaming floor": 1, "eager": 8, "torch.compile": 2, "cpp": 1}),
+        record(
+            "attention", "resnet20-128", {"streaming floor": 1, "eager": 16, "torch.compile": 8, "cpp": 2}
+        ),
+        record("attention", "resnet20-64", {"eager": 7, "cpp": 1.5}, layout="channels_last"),
+        record("fsp", "resnet20-64", {"eager": 70, "eager, broadcast": 1000, "cpp": 10}),
+        record("attention", "resnet20-64", {"eager": 3, "cpp": 100}, threads=1, clock="process"),
+        {
+            "loop": "AT",
+            "shape": "resnet20 > resnet20",
+            "threads": 2,
+            "clock": "wall",
+            "rows": {
+                "toolkit, float32": {"milliseconds": 400, "images_per_second": 320.0},
+                "loop, float32": {"milliseconds": 250, "images_per_second": 512.0},
+                "loop, bfloat16": {"milliseconds": 160, "images_per_second": 800.0},
+                "loop, bfloat16, compiled": {"milliseconds": 100, "images_per_second": 1280.0},
+                "distillation loss in loop, float32": {"milliseconds": 10},
+            },
+        },
+        {
+            "step": "AT",
+            "precision": "bfloat16 autocast",
+            "threads": 2,
+            "clock": "wall",
+            "rows": {"eager, cpp": {"milliseconds": 100, "images_per_second": 1280.0}},
+        },
+    ]
+    return {
+        "format": 1,
+        "device": "Some CPU",
+        "machine": {"cpu": "Some CPU", "cores": 2, "flags": [], "memory_gib": 4},
+        "versions": {"torch": "2.15.0", "fastkd": "0.1.0", "python": "3.11"},
+        "cpu_path": "avx512",
+        "threads": 2,
+        "date": "2026-01-01T00:00:00+00:00",
+        "command": ["pytest", "--benchmark"],
+        "commit": None,
+        "seconds": 400,
+        "groups": groups,
+    }
+
+
+def test_geometric_mean() -> None:
+    assert verdicts.geometric_mean([2, 8]) == pytest.approx(4)
+    for bad in ([], [1.0, 0.0]):
+        with pytest.raises(ValueError):
+            verdicts.geometric_mean(bad)
+
+
+def test_goals(result: dict[str, Any]) -> None:
+    found = {v.goal.title: v for v in verdicts.verdicts(result)}
+    eager = found["AT, CIFAR chains: eager ÷ cpp"]
+    assert (
+        eager.values == {"resnet20-64": 8, "resnet20-128": 8}
+        and eager.mean == pytest.approx(8)
+        and eager.reached
+    )
+    compiled = found["AT, CIFAR chains: torch.compile ÷ cpp"]
+    assert compiled.mean == pytest.approx(8**0.5) and compiled.reached and not compiled.shortfalls
+    floor = found["AT, CIFAR chains: cpp ÷ streaming floor"]
+    assert not floor.reached and floor.shortfalls == {"resnet20-128": 2}
+    assert found["AT: channels_last ÷ NCHW"].values == {"resnet20-64": 1.5}
+    assert found["AT: extra memory"].mean == pytest.approx(1.5)
+    assert found["FSP: eager broadcast form ÷ cpp"].mean == pytest.approx(100)
+    assert found["AT training: toolkit's loop ÷ ours in bfloat16"].values == {"resnet20 > resnet20": 4}
+    assert found["AT training: toolkit's loop ÷ ours, float32"].mean == pytest.approx(1.6)
+    assert not found["AT training: the loss's share of a step, float32"].reached
+    lines = "\n".join(verdicts.lines(result))
+    assert "NOT REACHED; short: resnet20-128 2.00" in lines
+
+
+def test_table(result: dict[str, Any]) -> None:
+    wrong = copy.deepcopy(result)
+    wrong["groups"][0]["rows"]["torch.compile"] = {"failed": "wrong: relative error 3"}
+    heads, lines = table.grid(wrong)
+    assert len(lines) == 6 and all(len(line) == len(heads) for line in lines)
+    assert lines[0][heads.index("compile")] == "WRONG" and lines[0][heads.index("÷compile")] == ""
+    assert (
+        lines[0][heads.index("÷eager")] == "8.00"
+        and lines[4][0] == "FSP broadcast"
+        and lines[4][heads.index("÷eager")] == "100"
+    )
+    assert any("1280" in line for line in table.lines(result))
+    (row,) = (row for row in table.loops(result)[1] if row[2] == "loop, float32")
+    assert row == ["AT", "resnet20 > resnet20", "loop, float32", "512", "1.60", "4.0%"]
+
+
+def test_results_are_saved_or_not(result: dict[str, Any], tmp_path: Path) -> None:
+    assert str(tmp_path / "new" / "speed.json") in save(result, tmp_path / "new")
+    assert json.loads((tmp_path / "new" / "speed.json").read_text()) == result
+    (tmp_path / "file").write_text("")
+    assert "not saved" in save(result, tmp_path / "file")
+
+
+def test_slug() -> None:
+    assert machine.slug("Intel(R) Xeon(R) Processor @ 2.60GHz") == "intel-xeon-processor-2-60ghz"
+
+
+def test_report(result: dict[str, Any], tmp_path: Path) -> None:
+    folder, readme = tmp_path / "some-cpu", tmp_path / "README.md"
+    save(result, folder)
+    readme.write_text("before\n<!-- speed:begin -->\nold\n<!-- speed:end -->\nafter\n")
+    report.main([str(folder / "speed.json"), "--readme", str(readme), "--no-plot"])
+    text = readme.read_text()
+    assert (
+        text.startswith("before\n<!-- speed:begin -->")
+        and text.endswith("<!-- speed:end -->\nafter\n")
+        and "old" not in text
+    )
+    assert "Some CPU" in text and "| AT |" in text.replace("attention", "AT")
+    assert (folder / "speed.md").read_text().count("|") > 20
+    report.main([str(folder / "speed.json"), "--readme", str(readme), "--no-plot"])
+    assert readme.read_text() == text
+
+
+def test_report_needs_the_markers(result: dict[str, Any], tmp_path: Path) -> None:
+    save(result, tmp_path)
+    (tmp_path / "README.md").write_text("nothing")
+    with pytest.raises(SystemExit, match="speed:begin"):
+        report.main([str(tmp_path / "speed.json"), "--readme", str(tmp_path / "README.md"), "--no-plot"])
+
+
+def test_plot(result: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    save(result, tmp_path)
+    report.main([str(tmp_path / "speed.json")])
+    assert b"<svg" in (tmp_path / "speed.svg").read_bytes()
