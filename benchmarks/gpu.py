@@ -39,6 +39,7 @@ from speed.gpu_plan import Part, plan, training
 ROOT = Path(__file__).resolve().parent.parent
 GRACE = 8  # seconds after SIGINT in which pytest says what failed, before SIGKILL
 CLOSING = 4  # seconds kept for the last packing
+PACK_EVERY = 5  # seconds after which what a part has printed so far is packed
 
 
 class Run:
@@ -106,12 +107,24 @@ class Run:
         begun = self.passed()
         self.current, output = self.start(part)
         try:
-            status: int | str = self.current.wait(limit)
+            status: int | str = self.wait(self.current, limit)
         except subprocess.TimeoutExpired:
             end(self.current, min(GRACE, max(self.left(), 1)))
             status = "stopped at its limit"
         self.current = None
         self.found(part, status, self.passed() - begun, limit, output)
+
+    def wait(self, process: subprocess.Popen[bytes], limit: float) -> int:
+        """Its exit status, or TimeoutExpired. Packs now and then: nobody announces SIGKILL."""
+        end = self.passed() + limit
+        while True:
+            left = end - self.passed()
+            try:
+                return process.wait(min(max(left, 0), PACK_EVERY))
+            except subprocess.TimeoutExpired:
+                if left <= PACK_EVERY:
+                    raise
+                self.pack()
 
     def found(self, part: Part, status: int | str, seconds: float, limit: float, output: Path) -> None:
         """Adds a part's output and a line about it, and packs what there is."""

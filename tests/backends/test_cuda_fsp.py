@@ -172,6 +172,18 @@ def test_windows_are_those_of_pytorch(cuda, pool_mode):
         torch.testing.assert_close(got, pool(feature, size), rtol=1e-14, atol=1e-15)
 
 
+def check_matrix(x, y, pool_mode):
+    args = dict(pool_mode=pool_mode)
+    ours = fetched(evaluate(lambda *x: fastkd.fsp_matrix(*x, **args), [x, y]))
+    exact = evaluate(lambda *x: ref.fsp_matrix(*x, **args), [x.double(), y.double()])
+    near = {torch.float64: 1e-13, torch.float32: 1e-5}
+    for got, want, allowed in zip(
+        (ours.output, *ours.grads), (exact.output, *exact.grads), (1e-5, 1e-2, 1e-2)
+    ):
+        error = (got.double() - want).abs().max() / want.abs().max()
+        assert error < near.get(x.dtype, allowed), error
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "stepped"])
 @pytest.mark.parametrize("pool_mode", ["avg", "max"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -183,16 +195,22 @@ def test_features_of_halved_sizes(launched, size, dtype, pool_mode, layout):
     fine = (*size[:-2], *(2 * n for n in size[-2:]))
     for channels in (9, 130):
         x, y = make((2, 16, *fine), dtype, layout), make((2, channels, *size), dtype, layout)
-        args = dict(pool_mode=pool_mode)
-        ours = fetched(evaluate(lambda *x: fastkd.fsp_matrix(*x, **args), [x, y]))
+        check_matrix(x, y, pool_mode)
         assert launched().count("fsp_pool") == (2 if channels == 130 else 0)
-        exact = evaluate(lambda *x: ref.fsp_matrix(*x, **args), [x.double(), y.double()])
-        near = {torch.float64: 1e-13, torch.float32: 1e-5}
-        for got, want, allowed in zip(
-            (ours.output, *ours.grads), (exact.output, *exact.grads), (1e-5, 1e-2, 1e-2)
-        ):
-            error = (got.double() - want).abs().max() / want.abs().max()
-            assert error < near.get(dtype, allowed), error
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "stepped"])
+@pytest.mark.parametrize("pool_mode", ["avg", "max"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("window", [(3, 3), (4, 4), (1, 2), (4, 1), (2, 4), (2, 3, 2)], ids=str)
+def test_features_of_other_whole_windows(launched, window, dtype, pool_mode, layout):
+    """Four numbers of a window at a time: whole fours, and what is left of them."""
+    size = (2, 3, 2)[-len(window) :]
+    fine = tuple(n * times for n, times in zip(size, window))
+    for channels in (9, 130):
+        x, y = make((1, 16, *fine), dtype, layout), make((1, channels, *size), dtype, layout)
+        check_matrix(x, y, pool_mode)
+        assert launched().count("fsp_pool") == (2 if channels == 130 else 0)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "stepped"])

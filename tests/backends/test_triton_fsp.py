@@ -4,6 +4,8 @@ large tensors.
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from support import evaluate, fetched, gpu, make, missing, ref, values
@@ -53,6 +55,15 @@ def test_tf32_rounds_and_the_others_do_not(triton):
         (fastkd.fsp_matrix(a, b, precision=p).double().cpu() - exact).abs().max().item() for p in PRECISIONS
     ]
     assert errors[0] < 1e-6 and 1e-5 < errors[1] < 1e-3 and errors[2] < 2e-6
+
+
+def test_tf32_rounds_ties_to_even(triton):
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("before sm_90 ties are rounded away from zero")
+    place, one = 2.0**-10, torch.ones(1, 1, 1)
+    for sign, (more, rounded) in itertools.product((1, -1), ((0.5, 0), (1.5, 2), (0.51, 1))):
+        x, nearest = sign * (1 + more * place), sign * (1 + rounded * place)
+        assert fastkd.fsp_matrix(triton(one * x), triton(one), precision="tf32").item() == nearest
 
 
 def test_no_precision_is_that_of_pytorch(triton):

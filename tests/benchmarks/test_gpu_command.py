@@ -86,6 +86,24 @@ def test_a_part_at_its_limit_may_still_say_what_it_found(tmp_path: Path) -> None
     ]
 
 
+def test_what_a_part_has_printed_is_packed_while_it_runs(tmp_path: Path, monkeypatch) -> None:
+    """SIGKILL of the command itself then loses some seconds of it."""
+    monkeypatch.setattr(gpu, "PACK_EVERY", 0.2)
+    code = f"""
+import pathlib, tarfile, time
+print("seen", flush=True)
+archive = pathlib.Path({str(tmp_path / "gpu-results.tar.gz")!r})
+found = b""
+while b"seen" not in found:
+    time.sleep(0.05)
+    if archive.exists():
+        found = tarfile.open(archive).extractfile("gpu-results/slow.txt").read()
+print("packed")
+"""
+    execute(Run(tmp_path, 1, rehearse=True), [python("slow", code, seconds=8)], None)
+    assert [(part["status"], part["last"]) for part in summary(tmp_path)["parts"]] == [(0, "packed")]
+
+
 def test_what_ignores_the_interrupt_and_its_children_are_killed(tmp_path: Path, short: None) -> None:
     code = (
         "import os, signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print(os.fork() or"

@@ -78,23 +78,21 @@ def resources(kernel: Any) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
 
 
-def copies(kernel: Any) -> int:
-    """How many instructions of a kernel's machine code copy to shared memory while others go on: pipelined
-    loads.
-    """
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
-    return len(re.findall(r"\bLDGSTS\b", text))
+def copies(ptx: str) -> int:
+    """How many instructions of a kernel's PTX copy to shared memory while others go on: pipelined loads."""
+    return len(re.findall(r"\bcp\.async\.c[ag]\.shared", ptx))
 
 
 def accesses(ptx: str) -> dict[str, int]:
-    """How often a kernel's PTX reads and writes global memory, by bits an access: {"ld 128": 4, ...}."""
+    """How often a kernel's PTX reads and writes global memory, by bits an access: {"ld 128": 4, ...}; "copy":
+    to shared memory.
+    """
     found: dict[str, int] = {}
     for kind, vector, bits in re.findall(r"\b(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfu](\d+)", ptx):
         name = f"{kind} {int(vector or 1) * int(bits)}"
+        found[name] = found.get(name, 0) + 1
+    for size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global .*?\], \[.*?\], (\w+)", ptx):
+        name = f"copy {8 * int(size, 0)}"
         found[name] = found.get(name, 0) + 1
     return found
 
@@ -304,6 +302,7 @@ CASES = {
     "fsp resnet50 tf32": lambda: fsp(RESNET50, torch.float32, 8, "tf32"),
     "fsp resnet50 channels_last bf16": lambda: fsp(RESNET50, torch.bfloat16, 8, None, True),
     "fsp columns": lambda: fsp(COLUMNS, torch.float16, 2, "ieee", distance="column_l2"),
+    "fsp resnet50 columns": lambda: fsp(RESNET50, torch.float32, 8, "tf32", distance="column_l2"),
     "fsp again": lambda: fsp(WIDE, torch.float32, 8, "tf32", True, [(96, 18), (520, 12), (768, 6)]),
     "fsp pooled": lambda: fsp(CIFAR, torch.float32, 4, "tf32", False, [(16, 9), (32, 9), (64, 4)], "max"),
     "fsp wide tf32x3": lambda: fsp(WIDE, torch.float32, 8, "tf32x3"),
@@ -330,7 +329,7 @@ FEW = (
 
 
 def main() -> None:
-    os.nice(10)  # other tests go first
+    os.nice(max(10 - os.nice(0), 0))  # other tests go first
     capability = int(sys.argv[1])
     names = list(FEW) if sys.argv[2:] == ["few"] else sys.argv[2:] or list(CASES)
     stand_in = Driver(capability)
@@ -371,11 +370,8 @@ def main() -> None:
                         "unguarded": unguarded(k.asm["ptx"]),
                         "products": products(k.asm["ptx"]),
                         "work": work(k),
-                        "copies": (
-                            copies(k)
-                            if ("resnet50" in name and k.name.startswith("fsp")) or name == "matrix tf32"
-                            else 0
-                        ),
+                        "copies": copies(k.asm["ptx"]) if k.name.startswith("fsp") else 0,
+                        "roundings": k.asm["ptx"].count("cvt.rn.tf32.f32"),
                         "shared": k.metadata.shared,
                         "shared_limit": SHARED[capability],
                         "fp_fusion": k.metadata.enable_fp_fusion,

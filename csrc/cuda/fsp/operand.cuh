@@ -107,13 +107,65 @@ FASTKD_DEVICE bool is_larger(A number, A largest) {
   return number > largest || number != number;
 }
 
-// P channels from `from` on, at the position whose box of numbers this is.
+constexpr int kInFlight = 4;  // loads that a thread starts before it waits for the first
+
+// Calls f(loaded, place) for each number of a box in its order, of P channels from `from` on; its place is
+// counted through the feature's own positions.
+template <typename T, int P, typename F>
+FASTKD_DEVICE void for_each_in(const Box& box, const Operand& x, const T* from, const F& f) {
+  const int32_t count = count_of(box);
+  int32_t d = box.begin[0], h = box.begin[1], w = box.begin[2];
+  FASTKD_ROLLED
+  for (int32_t first = 0; first < count; first += kInFlight) {
+    Loaded<T, P> loaded[kInFlight] = {};
+    int32_t place[kInFlight];
+    FASTKD_UNROLL
+    for (int i = 0; i < kInFlight; ++i) {
+      place[i] = (d * x.size[1] + h) * x.size[2] + w;
+      if (first + i < count) loaded[i].load(from + (d * x.stride[0] + h * x.stride[1] + w * x.stride[2]));
+      const bool next_row = ++w == box.end[2];
+      if (next_row) w = box.begin[2];
+      const bool next_plane = next_row && ++h == box.end[1];
+      if (next_plane) h = box.begin[1];
+      d += next_plane;
+    }
+    FASTKD_UNROLL
+    for (int i = 0; i < kInFlight; ++i) {
+      if (first + i < count) f(loaded[i], place[i]);
+    }
+  }
+}
+
+// P channels from `from` on, at the position that is pooled from this box of numbers.
 template <typename A, typename T, int P>
 FASTKD_DEVICE void load_pooled(const Operand& x, const T* from, const Box& box, A (&to)[P]) {
   FASTKD_UNROLL
   for (int i = 0; i < P; ++i) to[i] = 0;
   bool first = true;
-  const bool is_bfloat16 = x.dtype == DType::kBFloat16;
+  for_each_in<T, P>(box, x, from, [&](const Loaded<T, P>& loaded, int32_t) {
+    FASTKD_UNROLL
+    for (int i = 0; i < P; ++i) {
+      const A one = loaded.template number<A>(i, x.dtype == DType::kBFloat16);
+      if (x.pool == Pool::kMax) {
+        if (first || is_larger(one, to[i])) to[i] = one;
+      } else {
+        to[i] += one;
+      }
+    }
+    first = false;
+  });
+  if (x.pool == Pool::kAvg) {
+    const A share = inverse_of<A>(count_of(box));
+    FASTKD_UNROLL
+    for (int i = 0; i < P; ++i) to[i] *= share;
+  }
+}
+
+// The same at a position that this box of averages counts in (kSpread): where sizes divide, one alone.
+template <typename A, typename T, int P>
+FASTKD_DEVICE void load_spread(const Operand& x, const T* from, const Box& box, A (&to)[P]) {
+  FASTKD_UNROLL
+  for (int i = 0; i < P; ++i) to[i] = 0;
   FASTKD_ROLLED
   for (int32_t d = box.begin[0]; d < box.end[0]; ++d) {
     FASTKD_ROLLED
@@ -121,25 +173,13 @@ FASTKD_DEVICE void load_pooled(const Operand& x, const T* from, const Box& box, 
       FASTKD_ROLLED
       for (int32_t w = box.begin[2]; w < box.end[2]; ++w) {
         A one[P];
-        load_numbers<A, T, P>(from + (d * x.stride[0] + h * x.stride[1] + w * x.stride[2]), is_bfloat16, one);
-        const A share =
-            x.pool == Pool::kSpread ? inverse_of<A>(share_of<false>(d, h, w, x.size, x.grid)) : A(1);
+        load_numbers<A, T, P>(from + (d * x.stride[0] + h * x.stride[1] + w * x.stride[2]),
+                              x.dtype == DType::kBFloat16, one);
+        const A share = inverse_of<A>(share_of<false>(d, h, w, x.size, x.grid));
         FASTKD_UNROLL
-        for (int i = 0; i < P; ++i) {
-          if (x.pool == Pool::kMax) {
-            if (first || is_larger(one[i], to[i])) to[i] = one[i];
-          } else {
-            to[i] += one[i] * share;
-          }
-        }
-        first = false;
+        for (int i = 0; i < P; ++i) to[i] += one[i] * share;
       }
     }
-  }
-  if (x.pool == Pool::kAvg) {
-    const A share = inverse_of<A>(count_of(box));
-    FASTKD_UNROLL
-    for (int i = 0; i < P; ++i) to[i] *= share;
   }
 }
 
@@ -195,22 +235,18 @@ FASTKD_DEVICE A number_of(const Operand& x, int64_t at) {
 template <typename A>
 FASTKD_DEVICE int32_t place_of_maximum(const Operand& x, int64_t from, const Box& box) {
   A most = 0;
-  int32_t place = -1;
-  FASTKD_ROLLED
-  for (int32_t d = box.begin[0]; d < box.end[0]; ++d) {
-    FASTKD_ROLLED
-    for (int32_t h = box.begin[1]; h < box.end[1]; ++h) {
-      FASTKD_ROLLED
-      for (int32_t w = box.begin[2]; w < box.end[2]; ++w) {
-        const A one = number_of<A>(x, from + d * x.stride[0] + h * x.stride[1] + w * x.stride[2]);
-        if (place < 0 || is_larger(one, most)) {
-          most = one;
-          place = (d * x.size[1] + h) * x.size[2] + w;
-        }
-      }
-    }
-  }
-  return place;
+  int32_t found = -1;
+  with_width<A>(x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    for_each_in<T, 1>(box, x, static_cast<const T*>(x.data) + from,
+                      [&](const Loaded<T, 1>& loaded, int32_t place) {
+                        const A one = loaded.template number<A>(0, x.dtype == DType::kBFloat16);
+                        if (found >= 0 && !is_larger(one, most)) return;
+                        most = one;
+                        found = place;
+                      });
+  });
+  return found;
 }
 
 // As place_of_maximum(), of the 2 x 2 numbers from (d, h, w) on. All are loaded before they are compared.

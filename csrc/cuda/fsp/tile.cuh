@@ -72,8 +72,6 @@ FASTKD_DEVICE void store_positions(A* tile, int c, int s, int channels, int posi
   }
 }
 
-constexpr int kInFlight = 4;  // loads that a thread starts before it waits for the first
-
 // 16 bytes of positions at a time.
 template <typename A, typename T, bool PANELS>
 FASTKD_DEVICE void stage_positions(const Operand& x, const T* from, A* tile, int c0, int channels, int s0,
@@ -168,7 +166,9 @@ FASTKD_DEVICE void stage_channels(const Operand& x, const T* from, A* tile, int 
     FASTKD_ROLLED
     for (int i = begin; i < end; ++i) {
       A v[P] = {};
-      if (i < share.given) load_pooled<A, T, P>(x, from + i * P * x.stride_c, box, v);
+      const T* channel = from + i * P * x.stride_c;
+      if (i < share.given && x.pool == Pool::kSpread) load_spread<A, T, P>(x, channel, box, v);
+      if (i < share.given && x.pool != Pool::kSpread) load_pooled<A, T, P>(x, channel, box, v);
       FASTKD_UNROLL
       for (int j = 0; j < P; ++j) tile[staged<PANELS>(i * P + j, s, channels, positions)] = v[j];
     }

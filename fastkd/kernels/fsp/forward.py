@@ -175,7 +175,7 @@ class _Loss:
                 tickets += units
             else:
                 if added_up(how, sizes[0] == sizes[1]):
-                    cut = owned(cut, many, more)
+                    cut = owned(cut, many, rows, more)
                 cuts.append((*cut, int(sizes[0] == sizes[1]), 0, len(self.shapes[i]) == 2))
                 row_tiles, column_tiles = math.ceil(rows / cut[0]), math.ceil(more / cut[1])
                 units = samples * (column_tiles if columns else row_tiles * column_tiles)

@@ -26,6 +26,7 @@ from fastkd.kernels.fsp.view import (
     mode,
     options,
     owned,
+    tight,
     tile,
     view,
     warps,
@@ -127,10 +128,12 @@ class _Gradients:
                 item(i, [term], ONES, (at, *term.common))
             self.spread.append((at, list(range(len(sizes) - len(terms), len(sizes))), places))
         many, items, programs = warps(cuts, how), [], 0
+        scarce = tight(cuts, how, many, through=any(kind == 2 for _, kind, *_ in kinds))
         for at, ((channels, positions), cut) in enumerate(zip(sizes, cuts)):
             first, count = cut[3], cut[4] + cut[5]
-            if added_up(how, any(kind for _, kind, *_ in kinds[first : first + count])):
-                cuts[at] = cut = owned(cut, many, positions)
+            made = {kind for _, kind, *_ in kinds[first : first + count]}
+            if added_up(how, any(made)):
+                cuts[at] = cut = owned(cut, many, channels, positions, through=2 in made)
             blocks = math.ceil(positions / cut[1])
             tiles = math.ceil(channels / cut[0]) * blocks
             items.append((programs, tiles, blocks))
@@ -152,7 +155,7 @@ class _Gradients:
             len(items),
             how,
             interpreting(),
-            **options(how, many, backward=True),
+            **options(how, many, tight=scarce),
         )
 
     def run(self, grad: Tensor | None, features: Sequence[Tensor], ms: Sequence[Tensor]) -> list[Tensor]:

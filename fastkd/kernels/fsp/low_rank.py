@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from fastkd.kernels.common.tile import last_of
-from fastkd.kernels.fsp.tile import across, along, extent, part, product, read, sample, zeros
+from fastkd.kernels.fsp.tile import across, along, extent, part, product, product_apart, read, sample, zeros
 
 
 @triton.jit
@@ -60,9 +60,10 @@ def channel_sums(
     s += sample(s_view, V, A, n)
     t += sample(t_view, V, A + 2, n)
     c = tl.arange(0, C[J][2])
-    sum00 = zeros(k, other)
-    sum01 = zeros(k, other)
-    sum11 = zeros(k, other)
+    zero = zeros(k, other)
+    sum00, left00, right00 = zero, zero, zero
+    sum01, left01, right01 = zero, zero, zero
+    sum11, left11, right11 = zero, zero, zero
     for first in range(begin, tl.minimum(end, channels), C[J][2]):
         channel = first + c
         own = (channel < channels)[:, None]
@@ -85,10 +86,16 @@ def channel_sums(
                 other_x, other_y = other_x - other_y, other_y
             else:
                 other_x, other_y = other_x, other_x - other_y
-        sum00 = product(tl.trans(x), other_x, sum00, MODE, UPCAST, X_EXACT, X_EXACT)
-        sum01 = product(tl.trans(x), other_y, sum01, MODE, UPCAST, X_EXACT, Y_EXACT)
-        sum11 = product(tl.trans(y), other_y, sum11, MODE, UPCAST, Y_EXACT, Y_EXACT)
-    return sum00, sum01, sum11
+        sum00, left00, right00 = product_apart(
+            tl.trans(x), other_x, sum00, left00, right00, MODE, UPCAST, X_EXACT, X_EXACT
+        )
+        sum01, left01, right01 = product_apart(
+            tl.trans(x), other_y, sum01, left01, right01, MODE, UPCAST, X_EXACT, Y_EXACT
+        )
+        sum11, left11, right11 = product_apart(
+            tl.trans(y), other_y, sum11, left11, right11, MODE, UPCAST, Y_EXACT, Y_EXACT
+        )
+    return left00 + right00 + sum00, left01 + right01 + sum01, left11 + right11 + sum11
 
 
 @triton.jit

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 
 @triton.jit
@@ -121,10 +122,19 @@ def _narrow_product(a, b, total, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _ten_bits(x):
-    """x rounded to nearest as tf32 holds it: tensor cores cut off, all in one direction. A NaN stays."""
+def _ten_bits(x, UPCAST: tl.constexpr):
+    """x rounded to nearest as tf32 holds it: tensor cores cut off, all in one direction. A NaN stays.
+
+    sm_90 and later round ties to even, in one instruction. Before, ties go away from zero: fewer operations.
+    """
+    if not UPCAST and cuda_capability_geq(9):
+        bits = tl.inline_asm_elementwise(
+            "cvt.rn.tf32.f32 $0, $1;", "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1
+        )
+        return bits.to(tl.float32, bitcast=True)
     bits = x.to(tl.int32, bitcast=True)
-    return tl.where(x == x, ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True), x)
+    half = 0xFFF + (bits >> 13 & 1) if UPCAST else 0x1000  # the interpreter rounds as sm_90 does
+    return tl.where(x == x, ((bits + half) & -0x2000).to(tl.float32, bitcast=True), x)
 
 
 @triton.jit
@@ -146,9 +156,38 @@ def product(
             total = _narrow_product(a_high, _low(b, b_high), total, UPCAST)
         return _narrow_product(a_high, b_high, total, UPCAST)
     elif MODE == "tf32":
-        return tl.dot(_ten_bits(a), _ten_bits(b), total, input_precision="tf32")
+        return tl.dot(_ten_bits(a, UPCAST), _ten_bits(b, UPCAST), total, input_precision="tf32")
     else:
         return tl.dot(a, b, total, input_precision=MODE)
+
+
+@triton.jit
+def product_apart(
+    a,
+    b,
+    total,
+    a_rest,
+    b_rest,
+    MODE: tl.constexpr,
+    UPCAST: tl.constexpr,
+    A_EXACT: tl.constexpr,
+    B_EXACT: tl.constexpr,
+):
+    """(total, a_rest, b_rest): their sum is what ``product`` makes; that of a low part has a tile of its own.
+
+    Triton divides a tile that several products of a step are added to along its rows alone, and on sm_90 a
+    tile of 64 rows has no parts for eight warps.
+    """
+    if MODE == "bf16":
+        a_high = a.to(tl.bfloat16)
+        b_high = b.to(tl.bfloat16)
+        if not A_EXACT:
+            a_rest = _narrow_product(_low(a, a_high), b_high, a_rest, UPCAST)
+        if not B_EXACT:
+            b_rest = _narrow_product(a_high, _low(b, b_high), b_rest, UPCAST)
+        return _narrow_product(a_high, b_high, total, UPCAST), a_rest, b_rest
+    else:
+        return product(a, b, total, MODE, UPCAST, A_EXACT, B_EXACT), a_rest, b_rest
 
 
 @triton.jit

@@ -106,7 +106,7 @@ class Tiles(NamedTuple):
 
     block: int  # rows, and columns
     depth: int  # of what is multiplied at a time
-    stages: int  # blocks of depth that are in shared memory or on the way to it, for launches of eight warps
+    stages: int  # blocks of depth that are in shared memory or on the way to it
 
 
 TILES = {
@@ -158,23 +158,27 @@ def dual_tile(positions: int, how: str, *, register_heavy: bool = False) -> Size
 
 
 @functools.cache
+def _capability() -> int:
+    """The device's, as 10 times its major number and its minor one; 0 where kernels are interpreted."""
+    arch = 0 if interpreting() else triton.runtime.driver.active.get_current_target().arch
+    return arch if isinstance(arch, int) else 0
+
+
 def _joins_warps() -> bool:
-    """Whether the device multiplies tiles of 64 rows by groups of four warps, as sm_90 and later do, rather
-    than by single ones.
+    """Whether the device multiplies tiles of 64 rows by groups of four warps (sm_90) or by none at all
+    (sm_100), rather than by single ones.
     """
-    if interpreting():
-        return False
-    arch = triton.runtime.driver.active.get_current_target().arch
-    return isinstance(arch, int) and arch >= 90
+    return 90 <= _capability() < 120
 
 
 def most_warps(t: Size) -> int:
-    """How many warps can have a part of tile t of their own.
+    """How many warps can have a part of tile t of their own, where several products are added to it.
 
-    Triton divides a tile to which several products are added along its longer side alone, and a warp's part
-    is 16 rows or 8 columns at least. More warps compute the same numbers again.
+    Triton divides such a tile along its longer side alone; along its rows, where warps multiply in groups. A
+    warp's part is 16 rows or 8 columns at least. More warps compute the same numbers again.
     """
-    return t[0] // 16 if t[0] >= t[1] else t[1] // 8
+    by_rows = t[0] >= t[1] or (t[0] >= 64 and _joins_warps())
+    return t[0] // 16 if by_rows else t[1] // 8
 
 
 def warps(tiles: Sequence[Size], how: str, dual: Sequence[Size] = ()) -> int:
@@ -183,14 +187,21 @@ def warps(tiles: Sequence[Size], how: str, dual: Sequence[Size] = ()) -> int:
     return 4 if how == "ieee" else min(4, max(most_warps(t) for t in tiles))
 
 
-def options(how: str, count: int, *, backward: bool = False) -> dict[str, int]:
-    """Of a launch of ``count`` warps a program. Those of four share a multiprocessor, and have no registers
-    to spare.
+def options(how: str, count: int, *, tight: bool = False) -> dict[str, int]:
+    """Of a launch of ``count`` warps a program; tight: two stages of its loads leave too few registers."""
+    return {"num_warps": count, "num_stages": 1 if tight else TILES[how].stages}
 
-    Nor have gradients of bfloat16 on sm_100, where two stages spilled.
+
+def tight(cuts: Sequence[Size], how: str, count: int, *, through: bool = False) -> bool:
+    """Of gradients: where ptxas spilled with two stages. ``cuts``: those of _Gradients; through: see `owned`.
+
+    Four warps hold two sums of 64 x 64, or eight a matrix that is made on the way. On sm_100 eight have half
+    of the registers.
     """
-    pipelined = count == 8 and not (backward and how == "bf16")
-    return {"num_warps": count, "num_stages": TILES[how].stages if pipelined else 1}
+    two_sums = any(c[0] * c[1] >= 64 * 64 and c[4] and c[5] for c in cuts)
+    if count <= 4:
+        return two_sums
+    return through or (how == "bf16" and 100 <= _capability() < 120)
 
 
 def added_up(how: str, several: bool) -> bool:
@@ -200,16 +211,26 @@ def added_up(how: str, several: bool) -> bool:
     return how in ("bf16", "tf32x3") or (how == "tf32" and several)
 
 
-def owned(t: Size, count: int, columns: int) -> Size:
-    """Tile t, or one near it of which each of ``count`` warps can have a part of its own; columns: of the
-    matrix.
+def owned(t: Size, count: int, rows: int, columns: int, *, through: bool = False) -> Size:
+    """Tile t, or one near it of which each of ``count`` warps can have a part of its own.
+
+    rows, columns: of the whole. through: a tile of as many rows, and of t's depth as columns, is made on the
+    way and multiplied.
     """
-    if t[0] >= 64 and _joins_warps():
+    high, wide, deep = t[:3]
+    joins = high >= 64 and _joins_warps()
+    if joins and _capability() >= 100:  # a single thread starts all its products
         return t
-    high, wide = t[:2]
-    for rows, more in ((high, wide), (high, 2 * wide), (high // 2, wide), (high // 2, 2 * wide)):
-        if rows >= 16 and more <= max(power_of_two(columns), wide) and most_warps((rows, more)) >= count:
-            return rows, more, *t[2:]
+    shapes = [(high, wide), (high, 2 * wide), (high // 2, wide), (high // 2, 2 * wide)]
+    if joins:  # tiles of fewer than 64 rows are multiplied by single warps
+        taller = [(2 * high, wide)] if through and rows >= 2 * high else []
+        shapes = [(high, wide), *taller, (high // 2, 2 * wide), (high // 2, wide)]
+    widest = max(power_of_two(columns), wide)
+    for depth in (deep, 32, 64) if through else (deep,):
+        for one, other in shapes:
+            tiles = [(one, other), *([(one, depth)] if through else [])]
+            if one >= 16 and other <= widest and min(map(most_warps, tiles)) >= count:
+                return one, other, depth, *t[3:]
     return t
 
 
