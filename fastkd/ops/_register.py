@@ -108,7 +108,7 @@ def define(
 
 
 def part_of(public: str, schema: str, fake: Callable[..., Any]) -> None:
-    """Declare an operator without a derivative, which an operator of the function ``public`` runs on a CPU."""
+    """Declare an operator without a derivative, which one of the function ``public`` runs on a CPU."""
     define(schema, fake, only_cpu=True)
     name = schema.partition("(")[0]
     _PART_OF[f"fastkd::{name}"] = public
