@@ -91,7 +91,7 @@ class ReviewKD(Distiller):
         super().__init__(context, options)
         self.options, self.teacher_points = options, Points.PREACT if options.before_relu else Points.MAPS
         beta = published_weight(context) if options.beta is None else options.beta
-        self.settled = {"beta": beta}
+        self.settled = {"beta": beta} if options.beta is None else {}
         teacher = context.teacher_shapes.preact if options.before_relu else context.teacher_shapes
         paired_stages("reviewkd", context.student_shapes.stages, teacher.stages)
         widths: list[list[Any]] = [

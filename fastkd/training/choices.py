@@ -154,6 +154,8 @@ class Choices:
             "torch": str(torch.__version__),
         }
 
+    settled: dict[str, Any]  # options left open, whose values the networks and the data decided
+
     def options(self) -> list[str]:
         """The options of the method that were changed, as the command line has them: "at.beta=500.0"."""
         return [f"{key}={written(value)}" for key, value in self.method.changes.items()]

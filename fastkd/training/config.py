@@ -74,6 +74,7 @@ class Config(Choices):
                 )
         self.settings = settings = dataclasses.replace(settings, method=self.method.name)
         self.calls: dict[str, list[Call]] = {}
+        self.settled: dict[str, Any] = {}  # options left open, by the networks and the data
         self.student_parameters = 0  # of the student that a method has changed
         self.kept: dict[str, int] = {}  # bytes that a method keeps beside what is trained
         if distributed.leads():  # the others write nothing, and may have no such folder on their machine
@@ -114,7 +115,8 @@ class Config(Choices):
         try:
             trial = self.distillation("student", student, teacher, self.method, fold=False)
             self.calls = trial.check(self.recipe.batch_size if self.method.whole_batches else 2)
-            self.method = dataclasses.replace(self.method, changes={**self.method.changes, **trial.settled()})
+            self.settled = trial.settled()
+            self.method = dataclasses.replace(self.method, changes={**self.method.changes, **self.settled})
             self.kept = {
                 name: sum(buffer.nbytes for buffer in module.buffers())
                 for name, module in trial.methods.items()

@@ -28,7 +28,9 @@ def row_of(
     """The run as a row of the table, without its number."""
     settings, best, last = config.settings, trainer.best(), trainer.history[-1]
     taught, file = teacher_acc is not None, settings.teacher_checkpoint
-    changed = config.options() if role == "student" else []
+    words = config.options() if role == "student" else []
+    settled = [word for word in words if word.partition("=")[0] in config.settled]
+    changed = [word for word in words if word not in settled]
     return {
         "method": run.config["trained"],
         "dataset": config.data.name,
@@ -63,6 +65,7 @@ def row_of(
         "environment": " ".join(environment()),
         "teacher_checkpoint": file if taught and file is not None else "",
         "student_checkpoint": settings.student_checkpoint or "" if role == "student" else "",
+        "settled": " ".join(settled),
         "folder": run.folder.name,
     }
 

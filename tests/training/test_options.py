@@ -139,3 +139,15 @@ def test_a_run_of_a_method_with_all_that_one_may_own(toys, small_main, tmp_path,
     best = torch.load(tmp_path / row["folder"] / "best.pt", weights_only=True)
     assert "neck.conv.weight" in best["model"]
     assert state["history"][0]["scheduled"] == 0 < state["history"][1]["scheduled"]
+
+
+def test_what_the_networks_settle_is_no_change_and_has_a_column(small_main, tmp_path):
+    """CRD's negatives are a third of the images, and ReviewKD's weight that of the pair, unless given."""
+    flags = ["--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--epochs", "1"]
+    flags += ["--device", "cpu", "--no-pictures", "--output", str(tmp_path)]
+    for method, words in (("crd+reviewkd", []), ("crd+reviewkd", ["crd.k=5", "reviewkd.beta=2"])):
+        assert small_main(["--method", method, *flags, *(f"--option={word}" for word in words)]) == 0
+    rows = [row for row in rows_of(tmp_path) if row["method"] == "crd+reviewkd"]
+    settled, given = ([word.partition("=")[0] for word in row["settled"].split()] for row in rows)
+    assert settled == ["crd.k", "reviewkd.beta"] and given == []
+    assert changes(rows[0]) == [] and changes(rows[1]) == ["crd.k=5", "reviewkd.beta=2.0"]
