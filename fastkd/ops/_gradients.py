@@ -27,8 +27,8 @@ class Scaled(torch.autograd.Function):
 
 
 def save(ctx: Any, grads: Sequence[Tensor], sides: Sequence[Tensor], needs: Sequence[bool]) -> None:
-    """Saves for :func:`scaled` what has a gradient. Of a teacher nothing: it may be made under inference mode,
-    whose tensors autograd does not save.
+    """Saves for :func:`scaled` what has a gradient, and nothing of a teacher: autograd does not save tensors
+    that were made under inference mode.
     """
     ctx.needs = needs
     pairs = zip(grads, sides, needs, strict=True)

@@ -109,13 +109,11 @@ def test_a_small_probability_keeps_its_digits_in_float32():
 
 
 def test_a_teacher_and_banks_under_inference_mode_are_constants():
-    student, *constants = unit(torch.randn(4, 6)).requires_grad_(), *(unit(torch.randn(n, 6)) for n in (4, 9, 9))
-    rows = torch.randint(9, (4, 5))
+    student = unit(torch.randn(4, 6)).requires_grad_()
+    constants = [*(unit(torch.randn(n, 6)) for n in (4, 9, 9)), torch.randint(9, (4, 5))]
     with torch.inference_mode():
-        made = [x.clone() for x in (*constants, rows)]
-    found = [
-        torch.autograd.grad(fastkd.crd_loss(student, *given)[0], student) for given in (made, (*constants, rows))
-    ]
+        made = [x.clone() for x in constants]
+    found = [torch.autograd.grad(fastkd.crd_loss(student, *x)[0], student) for x in (made, constants)]
     assert torch.equal(*(x for (x,) in found))
 
 
