@@ -90,9 +90,8 @@ class FSPLossFunction(torch.autograd.Function):
     chain itself: dA = upstream M B / S, dB = upstream M^T A / S, and a middle stage adds the terms of its two
     pairs. Where M would be larger than the features, Triton keeps less and needs both chains' features of
     that pair (`kernels/fsp/saved.py`). On a CPU, for the upstream gradient that is expected
-    (:mod:`fastkd.ops._grad_prefetch`), it makes the gradients of a student that needs all of them too, sample
-    by sample, while the sample's maps are in the cache; the backward hands those out, once, if it is given
-    just that.
+    (:mod:`fastkd.ops._grad_prefetch`), it makes the student's gradients too, sample by sample, while the
+    sample's maps are in the cache; the backward hands those out, once, if it is given just that.
     """
 
     @staticmethod
@@ -108,8 +107,7 @@ class FSPLossFunction(torch.autograd.Function):
             checks.tokens("fsp_loss", student, teacher)
         options |= _WITH_GRAD
         upstream, ctx.expected = None, None
-        whole = len(needed) >= stages and needed[stages - 1] == stages - 1
-        if whole and impl.prefetches and not saved_tensors_hooked():
+        if needed[0] < stages and impl.prefetches and not saved_tensors_hooked():
             ctx.expected = _prefetch.expect()
             upstream = ctx.expected[1]
         if upstream is None:
@@ -119,7 +117,7 @@ class FSPLossFunction(torch.autograd.Function):
         loss, matrix_grads, ctx.prepared = impl.run(
             "fsp_loss", student, teacher, options, [upstream, *numbers]
         )
-        if impl.keeps_matrices and whole and len(needed) == stages:  # the common case
+        if impl.keeps_matrices and len(needed) == stages == needed[-1] + 1:  # the student's, as is common
             places, frozen = needed, dict[int, Tensor]()
             ctx.save_for_backward(*matrix_grads, *tensors)
         else:
@@ -133,9 +131,9 @@ class FSPLossFunction(torch.autograd.Function):
         saved = ctx.saved_tensors
         prepared = _grad_prefetch.take(ctx, grad, _prefetch)
         needed = ctx.call[3]
-        if len(prepared) == len(needed):  # the common case
+        if len(prepared) == len(needed) == needed[-1] + 1:  # the student's, as is common
             return None, *prepared
-        made = dict(zip(needed, prepared))
+        made = {i: prepared[i] for i in needed if i < len(prepared)}
         return None, *_chain_gradients(ctx, saved, grad, ctx.needs_input_grad[1:], made)
 
 

@@ -38,9 +38,9 @@ WIDE = {
     },
     "7x7": {"loss_kernel": {"ld": 2 * 8}, "gradient_kernel": {"ld": 8, "st": 8}},
     "7x7 bf16": {"loss_kernel": {"ld": 2 * 4}, "gradient_kernel": {"ld": 4, "st": 4}},
-    "map": {"_map": {"ld": 8}, "_map_gradient": {"ld": 8, "st": 8}},
-    "map bf16": {"_map": {"ld": 4}, "_map_gradient": {"ld": 4, "st": 4}},
-    "map channels_last bf16": {"_map": {"ld": 4}, "_map_gradient": {"ld": 4, "st": 4}},
+    "map": {"map_kernel": {"ld": 8}, "map_gradient_kernel": {"ld": 8, "st": 8}},
+    "map bf16": {"map_kernel": {"ld": 4}, "map_gradient_kernel": {"ld": 4, "st": 4}},
+    "map channels_last bf16": {"map_kernel": {"ld": 4}, "map_gradient_kernel": {"ld": 4, "st": 4}},
 }
 # what FSP's products are made of; None: no tensor cores
 PRODUCTS = {
@@ -148,7 +148,15 @@ def test_kernels_fit_and_do_not_spill(cases):
             ), (name, kernel)
             assert kernel["fp_fusion"] is True
     fsp = {"fsp_matrix_kernel", "fsp_loss_kernel", "fsp_gradient_kernel", "_spread"}
-    assert seen == {"loss_kernel", "gradient_kernel", "_map", "_map_gradient", "_pool", "_unpool", *fsp}
+    assert seen == {
+        "loss_kernel",
+        "gradient_kernel",
+        "map_kernel",
+        "map_gradient_kernel",
+        "_pool",
+        "_unpool",
+        *fsp,
+    }
 
 
 @pytest.mark.slow
@@ -174,9 +182,8 @@ def test_launches_are_few_and_skip_the_binder_from_the_second_call_on(cases):
     for name, case in cases.items():
         assert case["relaunched"], name
         if "map" in name:
-            assert case["launches"] == ["_map", "_map_gradient", "_map", "_map_gradient", "_map_gradient"], (
-                name
-            )
+            forward, backward = "map_kernel", "map_gradient_kernel"
+            assert case["launches"] == [forward, backward, forward, backward, backward], name
         elif name == "matrix tf32":
             assert case["launches"] == ["fsp_matrix_kernel", "fsp_gradient_kernel"], name
         elif is_fsp(name):
@@ -247,7 +254,7 @@ def test_partial_sums_are_read_by_all_threads_before_one_writes_their_total(case
     """
     for case in cases.values():
         for kernel in case["kernels"]:
-            if kernel["name"] in ("loss_kernel", "_map"):
+            if kernel["name"] in ("loss_kernel", "map_kernel"):
                 assert kernel["unguarded"] == 0, (case["case"], kernel)
 
 

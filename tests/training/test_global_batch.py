@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fastkd.report import command as report
-from fastkd.report import curves
+from fastkd.report import curves, tables
 from fastkd.training import RECIPES, results
 from fastkd.training.config import Config, Settings
 from fastkd.training.groups import changes, groups
@@ -39,7 +39,7 @@ def test_a_change_is_what_differs_from_the_recipe(overrides, processes, changed)
     short = "epochs=" in overrides
     row = {**RUN, "overrides": overrides, "processes": processes, "nepoch": "24" if short else "240"}
     assert changes(row) == changed
-    lines = report.lines_of(report.TABLES[2], dict(report.TABLES[2].rows)["AT"], groups([row]))
+    lines = tables.lines_of(tables.TABLES[2], dict(tables.TABLES[2].rows)["AT"], groups([row]))
     figures = ["–"] if changed else ["–", "71.00"] if short else ["71.00 (+0.29)"]
     assert [cells[0] for _, cells in lines] == figures
     assert curves.Curve({**row, "finished": "yes"}, []).label == ", ".join(
