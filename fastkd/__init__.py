@@ -6,8 +6,8 @@ Functions :func:`attention_map`, :func:`attention_transfer_loss`, :func:`fsp_mat
 feature's way through the network; modules :class:`AttentionTransfer`, :class:`FSP`, :class:`KD`,
 :class:`RKD`, :class:`CRD`, :class:`OFD`, :class:`HCL`, :class:`SAKD` with the published variants as presets;
 :class:`Distillation`, which joins student, teacher and method, and :func:`extract`, which takes features of
-any network, with :func:`tokens_to_map` for transformers; :mod:`fastkd.reference`, the same in plain
-PyTorch.
+any network, with :func:`tokens_to_map` for transformers; :mod:`fastkd.reference`, all of it in
+plain PyTorch.
 """
 
 import importlib

@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
+import textwrap
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     ]
     lines += ["", "compiled libraries"]
     for name, library in facts["native"].items():
-        lines.append(f"  {name:<10} {'yes' if library['available'] else 'no ':<4} {library['reason']}")
+        lines += _entry(name, library)
         details = {
             key.replace("_", " "): value
             for key, value in library.items()
@@ -69,11 +70,17 @@ def _lines(facts: dict[str, Any]) -> list[str]:
             for key, value in details.items()
         ]
     lines += ["", "backends"]
-    lines += [
-        f"  {name:<10} {'yes' if entry['available'] else 'no ':<4} {entry['reason']}"
-        for name, entry in facts["backends"].items()
-    ]
+    for name, entry in facts["backends"].items():
+        lines += _entry(name, entry)
     return lines
+
+
+def _entry(name: str, entry: dict[str, Any]) -> list[str]:
+    """Whether something is there and why, in lines of at most 100 columns where its words allow that."""
+    text = f"  {name:<10} {'yes' if entry['available'] else 'no ':<4} {entry['reason']}"
+    return textwrap.wrap(
+        text, 100, subsequent_indent=" " * 18, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def main() -> None:

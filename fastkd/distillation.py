@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd import backends
+from fastkd import backends, checks
 from fastkd.methods import (
     Batch,
     BuildContext,
@@ -130,6 +130,19 @@ class Distillation(nn.Module):
         teacher_normalization: Normalization | None = None,
     ):
         super().__init__()
+        checks.distillation(
+            student,
+            teacher,
+            classifier=classifier,
+            image_shape=image_shape,
+            autocast=autocast,
+            num_classes=num_classes,
+            batch_size=batch_size,
+            epochs=epochs,
+            seed=seed,
+        )
+        if not isinstance(method, (str, Definition)):
+            raise TypeError(f"method is {method!r}, wanted a name, or what fastkd.methods.define returns")
         self.definition = (
             define(method, preset=preset, options=options) if isinstance(method, str) else method
         )
@@ -183,16 +196,17 @@ class Distillation(nn.Module):
         }
         self._changes_logits = [name for name in kinds if overrides(kinds[name], "logits")]
         self.register_buffer("weights", first.new_ones(len(kinds), dtype=torch.float32), persistent=False)
-        scale, shift = renormalized(normalization, teacher_normalization, len(image_shape))
+        scale, shift = renormalized(normalization, teacher_normalization, image_shape)
         self.register_buffer("teacher_scale", scale, persistent=False)
         self.register_buffer("teacher_shift", shift, persistent=False)
         # in a tuple, which nn.Module does not look into: the teacher, and the copy that answers in eval mode
         self._outside: tuple[nn.Module, ...] = (teacher,) if teacher is not None and distillers else ()
         for asked, view, role in zip(self.points, self._observed, ("student", "teacher"), strict=True):
             if asked and view is not None and not view.points:
+                given = student_points if role == "student" else teacher_points
                 raise ValueError(
-                    f"{role}_points is None, but method {self.definition.name!r} reads maps of the {role}:"
-                    " name submodules"
+                    f"{role}_points is {given!r}, but method {self.definition.name!r} reads maps of the"
+                    f" {role}: name submodules"
                 )
         self._folds = fold
         self.fold()
@@ -201,8 +215,16 @@ class Distillation(nn.Module):
     def _features(self, teacher: nn.Module, batches: Iterable[Any]) -> Iterator[Features]:
         """The teacher's features of all ``batches``, of images or of tuples that begin with them."""
         device, observed = next(teacher.parameters()).device, self._observed[1] or teacher
-        for batch in batches:
-            images = batch if isinstance(batch, Tensor) else batch[0]
+        if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+            raise TypeError(f"train_images is {type(batches).__name__}, wanted batches, as of a DataLoader")
+        for i, batch in enumerate(batches):
+            images = batch[0] if isinstance(batch, Sequence) and batch else batch
+            if not isinstance(images, Tensor) or not images.is_floating_point():
+                what = checks.describe(images) if isinstance(images, Tensor) else type(images).__name__
+                raise TypeError(
+                    f"train_images[{i}] is {what}, wanted images of floating point, or a tuple that begins"
+                    " with them"
+                )
             with self._autocast():
                 yield observed(images.to(device), features="both")[0]
 

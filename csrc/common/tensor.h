@@ -1,5 +1,5 @@
 // What the operators of both libraries share on the host side: views of tensors as plain structs, checks,
-// allocation. csrc/tensor.cpp is compiled into each library, for its own kind of device.
+// allocation. csrc/common/tensor.cpp is compiled into each library, for its own kind of device.
 //
 // Kernels of the CPU (*.inl) are compiled once per instruction set. An inline function or a template of this
 // header that such a file used would be emitted there as a weak symbol holding, say, AVX-512 code, and the

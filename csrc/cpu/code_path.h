@@ -5,7 +5,7 @@
 //
 // Rules for the .inl files there: use only what is defined in this namespace, raw pointers, the plain structs
 // of host.h, compiler builtins, intrinsics and functions of libm. No std:: templates, no inline functions of
-// headers (see common.h).
+// headers (see common/tensor.h).
 #pragma once
 
 #include "cpu/dispatch.h"

@@ -67,6 +67,7 @@ def known_to_graph(value: object) -> bool:
 
 
 _LEAST = {"p": 1.0, "eps": 0.0}
+_NUMBERS = ("eps", "weight", "distance_weight", "angle_weight")
 
 
 def constant(name: str, value: object) -> float:
@@ -105,7 +106,7 @@ def option(name: str, value: Any) -> Any:
         return power(value)
     if name == "channel_dim" and value not in (1, -1):
         raise ValueError(f"channel_dim is {value!r}, wanted 1 or, for the last dimension, -1")
-    return number(name, value, at_least=_LEAST.get(name)) if name in ("eps", "weight") else value
+    return number(name, value, at_least=_LEAST.get(name)) if name in _NUMBERS else value
 
 
 def power(p: object) -> float:

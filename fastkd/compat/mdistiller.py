@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd import losses, reference
+from fastkd import checks, losses, reference
 from fastkd.checks import Features, stages
 from fastkd.methods import connectors
 from fastkd.ops.attention import attention_transfer_loss
@@ -72,6 +72,8 @@ def feat_loss(source: Tensor, target: Tensor, margin: Tensor) -> Tensor:
     ``source``, ``target``: (N, C, H, W) before the ReLU, of equal shape; ``margin``: C numbers, as (C,) or as
     the original's (1, C, 1, 1).
     """
+    if checks.floating("margin", margin).numel() != max(margin.shape, default=0):
+        raise ValueError(f"margin is {checks.describe(margin)}, wanted (C,) or (1, C, 1, 1)")
     return reference.ofd_loss([source], [target], [margin.flatten()], weights=[1.0], weight=1.0)
 
 
@@ -89,8 +91,8 @@ class ConvReg(connectors.ConvReg):
 
     def __init__(self, s_shape: Sequence[int], t_shape: Sequence[int], use_relu: bool = True) -> None:
         for name, shape in (("s_shape", s_shape), ("t_shape", t_shape)):
-            if len(shape) != 4:
-                raise ValueError(f"{name} is {tuple(shape)}, wanted (N, C, H, W)")
+            if not isinstance(shape, Sequence) or len(shape) != 4:
+                raise ValueError(f"{name} is {shape}, wanted (N, C, H, W)")
         super().__init__(s_shape[1:], t_shape[1:], use_relu)
 
 
@@ -114,6 +116,9 @@ class CRD(nn.Module):
         temperature: float = 0.07,
     ) -> None:
         super().__init__()
+        for name, count in (("feat_dim", feat_dim), ("num_data", num_data), ("k", k)):
+            if count < 1:
+                raise ValueError(f"{name} is {count}, wanted at least 1")
         self.k, self.momentum = k, momentum
         self.embed_s = nn.Linear(feat_s_channel, feat_dim)
         self.embed_t = nn.Linear(feat_t_channel, feat_dim)
@@ -122,6 +127,11 @@ class CRD(nn.Module):
         self.contrast = losses.CRD(*banks, temperature=temperature)
 
     def forward(self, f_s: Tensor, f_t: Tensor, idx: Tensor, contrast_idx: Tensor) -> Tensor:
+        checks.image_numbers("idx", idx, len(f_s))
+        if not torch.compiler.is_compiling():
+            checks.crd_rows(idx, len(self.contrast.student_bank), "idx")
+        if not isinstance(contrast_idx, Tensor):
+            raise TypeError(f"contrast_idx is {type(contrast_idx).__name__}, wanted a tensor (N, k + 1)")
         if contrast_idx.shape[1:] != (self.k + 1,):
             raise ValueError(f"contrast_idx is {tuple(contrast_idx.shape)}, wanted (N, k + 1), k = {self.k}")
         s = F.normalize(self.embed_s(f_s.flatten(1)))

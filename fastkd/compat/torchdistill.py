@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastkd import reference
+from fastkd import checks, reference
 from fastkd.ops.attention import attention_transfer_loss
 from fastkd.ops.fsp import fsp_loss
 from fastkd.ops.rkd import rkd_loss
@@ -23,7 +23,25 @@ IO = Mapping[str, Mapping[str, Any]]
 
 
 def _feature(io: IO, place: Mapping[str, str]) -> Tensor:
+    for known, name in ((io, place["path"]), (io.get(place["path"], {}), place["io"])):
+        if name not in known:
+            raise ValueError(
+                f"{place['path']}, {place['io']}: {name!r} is not there, only {', '.join(known)}"
+            )
     return io[place["path"]][place["io"]]
+
+
+def _pairs(name: str, given: Any, ends: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
+    """The pairs of a configuration, each with a place (path, io) at its ``ends`` and a weight."""
+    if not isinstance(given, Mapping) or not given:
+        raise ValueError(f"{name} is {given!r}, wanted pairs by name")
+    for key, pair in given.items():
+        for end in ends:
+            place = pair.get(end) if isinstance(pair, Mapping) else None
+            if not isinstance(place, Mapping) or not {"path", "io"} <= {*place}:
+                raise ValueError(f"{name}[{key!r}] has {place!r} for {end!r}, wanted its path and io")
+        checks.number(f"{name}[{key!r}]['weight']", pair.get("weight", 1))
+    return given
 
 
 def _mean_alone(reduction: str) -> None:
@@ -43,7 +61,7 @@ class FusedATLoss(nn.Module):
         super().__init__()
         if mode not in ("code", "paper"):
             raise ValueError(f"mode is {mode!r}, wanted 'code' or 'paper'")
-        self.at_pairs, self.mode = at_pairs, mode
+        self.at_pairs, self.mode = _pairs("at_pairs", at_pairs, ("student", "teacher")), mode
 
     def forward(self, student_io_dict: IO, teacher_io_dict: IO, *args: Any, **kwargs: Any) -> Tensor:
         pairs = self.at_pairs.values()
@@ -66,7 +84,8 @@ class FusedFSPLoss(nn.Module):
 
     def __init__(self, fsp_pairs: Mapping[str, Mapping[str, Any]], **kwargs: Any) -> None:
         super().__init__()
-        self.fsp_pairs = fsp_pairs
+        ends = [f"{side}_{which}" for side in ("student", "teacher") for which in ("first", "second")]
+        self.fsp_pairs = _pairs("fsp_pairs", fsp_pairs, ends)
 
     def forward(self, student_io_dict: IO, teacher_io_dict: IO, *args: Any, **kwargs: Any) -> Tensor:
         terms = []
@@ -98,6 +117,11 @@ class FusedKDLoss(nn.Module):
         super().__init__()
         if alpha is None and beta is None:
             raise ValueError("alpha and beta are None, wanted one of them: beta is 1 - alpha by default")
+        for name, value in (("alpha", alpha), ("beta", beta)):
+            if value is not None:
+                checks.number(name, value)
+        checks.above_zero("temperature", temperature)
+        checks.switch("reduction", reduction, checks.KD_REDUCTION)
         self.student = {"path": student_module_path, "io": student_module_io}
         self.teacher = {"path": teacher_module_path, "io": teacher_module_io}
         self.temperature, self.alpha, self.reduction = temperature, alpha, reduction
@@ -169,8 +193,8 @@ class FusedHierarchicalContextLoss(nn.Module):
     ) -> None:
         super().__init__()
         _mean_alone(reduction)
-        if output_sizes is not None and [*output_sizes] != [4, 2, 1]:
-            raise ValueError(f"output_sizes is {[*output_sizes]}, wanted [4, 2, 1]")
+        if output_sizes is not None and output_sizes not in ([4, 2, 1], (4, 2, 1)):
+            raise ValueError(f"output_sizes is {output_sizes}, wanted [4, 2, 1]")
         self.student = {"path": student_module_path, "io": student_module_io}
         self.teacher = {"path": teacher_module_path, "io": teacher_module_io}
 

@@ -79,9 +79,8 @@ class CRD(Loss):
     its arguments as attributes.
 
     ``forward(student, teacher, rows=None)``: (N, D) twice and (N, K + 1) -> (scalar, times ``weight``,
-    normalizers (2,)). It changes
-    nothing: :meth:`update` does, after the optimizer's step. ``rows`` of the constructor stand in where
-    ``forward`` gets none.
+    normalizers (2,)). It changes nothing: :meth:`update` does, after the optimizer's step. ``rows`` of the
+    constructor stand in where ``forward`` gets none.
 
     Presets, ``CRD.preset("kdzoo", student_bank=..., teacher_bank=...)``: ``repdistiller``, ``mdistiller``:
     temperature 0.07, weight 0.8; ``kdzoo``: 0.1 and 0.8, its weight for CIFAR-100 (0.2 for CIFAR-10).
@@ -142,8 +141,8 @@ class CRD(Loss):
         """Moves the rows ``index`` (N,) of the banks to ``momentum * row + (1 - momentum) * embedding``,
         brought to length 1.
 
-        ``normalizers`` (2,) are taken where there are none yet. Of an index that occurs twice the last row
-        stays.
+        ``normalizers`` (2,) are taken where there are none yet. Of an index that occurs twice, the last row
+        is the one that stays.
         """
         places = torch.arange(len(index), device=index.device)
         # written several times by several threads, a row must be the same each time

@@ -62,6 +62,8 @@ class CRD(Distiller):
                 raise ValueError(f"temperature is {self.temperature}, wanted a number above 0")
             if not 0 <= self.momentum < 1:
                 raise ValueError(f"momentum is {self.momentum}, wanted at least 0 and less than 1")
+            if self.negatives != "queue" and self.queue != MOST:
+                raise ValueError(f"queue is {self.queue}, but negatives is {self.negatives}: leave it out")
             if self.negatives != "bank" and (self.k is not None or self.positive != "exact"):
                 what = f"k is {self.k}" if self.k is not None else f"positive is {self.positive}"
                 raise ValueError(
@@ -105,7 +107,8 @@ class CRD(Distiller):
                 "train_labels is None, wanted the labels of the training set: crd keeps two embeddings of"
                 " each image, but with negatives=queue or negatives=batch"
             )
-        labels, self.seed = context.train_labels.cpu(), torch.initial_seed()
+        labels = checks.image_numbers("train_labels", context.train_labels).cpu()
+        self.seed = torch.initial_seed()
         self.positive, self.k = options.positive, options.k
         if options.k is None:
             self.k = max(1, min(MOST, len(labels) // 3))
@@ -159,15 +162,16 @@ class CRD(Distiller):
         if self.function is None:
             loss, normalizers = self.recent(*units)
         else:
-            loss, normalizers = self.function(*units, self.draw(self._places(batch.index)))
+            loss, normalizers = self.function(*units, self.draw(self._places(batch.index, len(units[0]))))
         return loss, (units[0].detach(), units[1].detach(), normalizers.expand(len(units[0]), 2))
 
-    def _places(self, index: Tensor | None) -> Tensor:
+    def _places(self, index: Tensor | None, images: int) -> Tensor:
         if index is None:
             raise ValueError(
                 "index is None, wanted where each image stands in train_labels: crd keeps two embeddings of"
                 " each image"
             )
+        index = checks.image_numbers("index", index, images)
         if not torch.compiler.is_compiling():
             checks.crd_rows(index, len(self.labels), "index")
         return index

@@ -191,6 +191,8 @@ def _given(
     sections: Mapping[str, type], options: Mapping[str, Mapping[str, Any]], words: Iterable[str]
 ) -> Nested:
     """Options as Python values and as words of the command line, by section."""
+    if not isinstance(options, Mapping):
+        raise TypeError(f'options is {options!r}, wanted them by term: {{"at": {{"beta": 500}}}}')
     for section, values in options.items():
         if not isinstance(values, Mapping):
             raise ValueError(

@@ -37,8 +37,9 @@ class Parts(NamedTuple):
             network.neck = neck
             return
         (name, side), own = self.final, "neck" if not hasattr(network, "neck") else "distillation_neck"
-        network.add_module(own, neck)
         module, hook = network.get_submodule(name), NeckHook(neck, side)
+        # a Sequential would call it as its last layer
+        (module if isinstance(network, nn.Sequential) else network).add_module(own, neck)
         if side == "input":
             module.register_forward_pre_hook(hook)
         else:

@@ -150,13 +150,13 @@ def places_of(
 def find(network: nn.Module, name: str, argument: str, owner: str = "model") -> nn.Module:
     """The submodule ``name``. Raises ValueError, with the nearest names, and where hooks would be silent."""
     modules = dict(network.named_modules(remove_duplicate=False))
-    if name not in modules:
+    if name not in modules and not _private.is_compiled(network):
         near = difflib.get_close_matches(name, modules, 3) or [key for key in modules if key][:3]
         raise ValueError(
             f"{argument}: {owner} has no submodule {name!r}, wanted one such as {', '.join(near)}"
         )
     parts = name.split(".") if name else []
-    for each in [".".join(parts[:i]) for i in range(len(parts) + 1)]:
+    for each in [".".join(parts[:i]) for i in range(len(parts) + 1)]:  # the network itself is ""
         if _private.is_compiled(modules[each]):
             what = f"its submodule {each!r}" if each else f"{owner} itself"
             raise ValueError(

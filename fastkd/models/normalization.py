@@ -12,7 +12,7 @@ Normalization = tuple[Sequence[float], Sequence[float]]
 
 
 def renormalized(
-    own: Normalization | None, teachers: Normalization | None, dimensions: int
+    own: Normalization | None, teachers: Normalization | None, image_shape: Sequence[int]
 ) -> tuple[Tensor | None, Tensor | None]:
     """(factor, summand) that make the teacher's images of the student's; None where they are the same."""
     if (own is None) != (teachers is None):
@@ -21,10 +21,25 @@ def renormalized(
     if own is None or teachers is None:
         return None, None
     (mean, std), (their_mean, their_std) = (
-        [torch.as_tensor(x, dtype=torch.float64) for x in side] for side in (own, teachers)
+        _numbers(name, side, image_shape[0])
+        for name, side in (("normalization", own), ("teacher_normalization", teachers))
     )
     scale, shift = std / their_std, (mean - their_mean) / their_std
     if bool((scale == 1).all() and (shift == 0).all()):
         return None, None
-    form = (-1, *[1] * (dimensions - 1))
+    form = (-1, *[1] * (len(image_shape) - 1))
     return scale.float().view(form), shift.float().view(form)
+
+
+def _numbers(name: str, given: Normalization, channels: int) -> list[Tensor]:
+    """Mean and standard deviation; (channels,) each, or (1,)."""
+    try:
+        found = [torch.as_tensor(x, dtype=torch.float64).reshape(-1) for x in given]
+    except (TypeError, ValueError):
+        found = []
+    right = len(found) == 2 and all(len(x) in (1, channels) for x in found)
+    if not right or not bool((found[1] > 0).all()):
+        raise ValueError(
+            f"{name} is {given!r}, wanted (mean, std) of {channels} channels, each deviation above 0"
+        )
+    return found

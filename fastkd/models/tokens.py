@@ -26,6 +26,8 @@ def tokens_to_map(x: Tensor, grid: Sequence[int] | None = None, prefix: int = 0)
     if isinstance(prefix, bool) or not isinstance(prefix, int):
         raise TypeError(f"prefix is {prefix!r}, wanted a whole number")
     count = x.shape[1] - prefix
+    if not x.shape[1]:
+        raise ValueError(f"x is {tuple(x.shape)}, wanted at least one token")
     if prefix < 0 or count < 1:
         raise ValueError(f"prefix is {prefix}, wanted 0 to {x.shape[1] - 1}: x has {x.shape[1]} tokens")
     if grid is None:
@@ -35,8 +37,12 @@ def tokens_to_map(x: Tensor, grid: Sequence[int] | None = None, prefix: int = 0)
                 f"grid is None, and {count} tokens after a prefix of {prefix} are no square: give grid=(H, W)"
             )
         grid = (side, side)
+    if isinstance(grid, str) or not isinstance(grid, Sequence):
+        raise TypeError(f"grid is {grid!r}, wanted (H, W)")
+    if len(grid) != 2 or any(isinstance(side, bool) or not isinstance(side, int) for side in grid):
+        raise ValueError(f"grid is {grid!r}, wanted two whole numbers (H, W)")
     height, width = grid
-    if height * width != count:
+    if height * width != count or height < 1:
         raise ValueError(
             f"grid is {(height, width)}, wanted {count} positions: x has {x.shape[1]} tokens, {prefix} of"
             " them before the map"

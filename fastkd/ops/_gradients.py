@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,3 +24,22 @@ class Scaled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         refuse_second_derivative(ctx.operator)
+
+
+def save(ctx: Any, grads: Sequence[Tensor], sides: Sequence[Tensor], needs: Sequence[bool]) -> None:
+    """Saves for :func:`scaled` what has a gradient, and nothing of a teacher: autograd does not save tensors
+    that were made under inference mode.
+    """
+    ctx.needs = needs
+    pairs = zip(grads, sides, needs, strict=True)
+    ctx.save_for_backward(*(x for *pair, need in pairs if need for x in pair))
+    ctx.set_materialize_grads(False)
+
+
+def scaled(ctx: Any, operator: str, upstream: Tensor | None) -> list[Tensor | None]:
+    """The gradients times ``upstream``, None where nobody needs one."""
+    saved = iter(ctx.saved_tensors)
+    return [
+        Scaled.apply(operator, upstream, next(saved), next(saved)) if need and upstream is not None else None
+        for need in ctx.needs
+    ]

@@ -234,27 +234,24 @@ def attention_transfer_loss(
     student_is_map: bool = False,
     channel_dim: int = 1,
 ) -> Tensor:
-    """Attention-transfer loss: the distance of student and teacher attention maps, over all stages in one
-    call.
+    """Attention-transfer loss: the distance of the attention maps of student and teacher, over all stages.
 
     Args:
         student, teacher: a tensor, or several, one a stage, (N, C, *S): a list, a tuple, a dict (its values)
-        or a generator, in its order.
-            C, dtype and spatial size may differ between the two.
+            or a generator, in its order. C, dtype and spatial size may differ between the two.
         p, channel_reduce, signed, eps, eps_mode: of the maps, as in :func:`attention_map`.
         pool, pool_mode: where spatial sizes differ, both are pooled (adaptively, "avg" or "max") to the
-        smaller size in each dimension,
-            "before" or "after" the power and the channel reduction.
+            smaller size in each dimension, "before" or "after" the power and the channel reduction.
         difference: "squared", the mean over N and S of the squared difference, or "l2", the mean over N of
-        its l2 norm.
+            its l2 norm.
         stage_reduce, weights: "sum" or "mean" of the stages' terms, each multiplied by its weight.
         weight: multiplies the loss. The published 1000 belongs here: it is applied in float32, before a
-        half-precision gradient is rounded.
+            half-precision gradient is rounded.
         teacher_is_map: ``teacher`` holds normalized maps (N, *S), no larger than the student's features: a
-        normalized map is not pooled.
+            normalized map is not pooled.
         student_is_map: ``student`` does, as :func:`tap` and :func:`relu_tap` make them; no larger than the
-        teacher's features, and of equal
-            size where both are maps. The switches of the maps then hold for the other side alone.
+            teacher's features, and of equal size where both are maps. The switches of the maps then hold for
+            the other side alone.
         channel_dim: where C stands: 1, or -1 for views (N, *S, C) and tokens (N, L, C), without a copy. Maps
             have no channels.
 

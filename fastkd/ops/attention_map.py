@@ -42,8 +42,8 @@ class AttentionMapFunction(torch.autograd.Function):
     """``apply(impl, x, p, channel_reduce, signed, normalize, eps, eps_mode)`` -> map.
 
     With q = reduce_c |x|^p, n = ||q||, y = q / max(n, eps) and g the incoming gradient:
-    dq = (g - y <g, y>) / n where n > eps, g / eps elsewhere;  dx = p sign(x) |x|^(p-1) dq, divided by C for
-    "mean".
+    dq = (g - y <g, y>) / n where n > eps, g / eps elsewhere;
+    dx = p sign(x) |x|^(p-1) dq, divided by C for "mean".
     """
 
     @staticmethod

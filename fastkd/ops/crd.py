@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastkd import checks, reference
 from fastkd._private import transforming
-from fastkd.ops._gradients import Scaled
+from fastkd.ops._gradients import save, scaled
 from fastkd.ops._register import autograd, define, implement
 from fastkd.reference.common import no_autocast
 
@@ -173,18 +173,12 @@ def _chunks(bank: Tensor, rows: Tensor) -> tuple[list[slice], bool]:
 
 
 def _context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[2:], *inputs[:2])
-    ctx.set_materialize_grads(False)
+    save(ctx, output[2:], inputs[:2], inputs[-2:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _gradients(ctx: Any, upstream: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
-    grads, sides = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
-    found = [
-        Scaled.apply("crd_loss", upstream, grad, x) if upstream is not None and grad.numel() else None
-        for grad, x in zip(grads, sides, strict=True)
-    ]
-    return (*found, *[None] * 9)
+    return (*scaled(ctx, "crd_loss", upstream), *[None] * 9)
 
 
 define(

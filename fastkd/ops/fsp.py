@@ -220,12 +220,11 @@ def fsp_loss(
 
     Args:
         student, teacher: L >= 2 features (N, C, *S), equal channels stage by stage; the L - 1 consecutive
-        ones are pairs. A list, a
-            tuple, a dict (its values) or a generator, in its order.
+            ones are pairs. A list, a tuple, a dict (its values) or a generator, in its order.
         pool_mode, precision: as in :func:`fsp_matrix`; student and teacher pool each for itself.
         distance: "squared", the mean over N, Ca and Cb of the squared difference; "frobenius", the mean over
-        N of the squared Frobenius
-            norm; "column_l2", the mean over N of the summed l2 norms of the columns (index Cb).
+            N of the squared Frobenius norm; "column_l2", the mean over N of the summed l2 norms of the
+            columns (index Cb).
         pair_reduce, weights: "sum" or "mean" of the pairs' terms, each multiplied by its weight.
         weight: multiplies the loss, in float32, before a half-precision gradient is rounded.
         channel_dim: as in :func:`fsp_matrix`.

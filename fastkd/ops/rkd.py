@@ -10,10 +10,14 @@ from torch import Tensor
 
 from fastkd import checks, native, reference
 from fastkd._private import transforming
-from fastkd.ops._gradients import Scaled
+from fastkd.ops._gradients import save, scaled
 from fastkd.ops._register import autograd, define, implement, part_of
 from fastkd.reference.common import no_autocast, widen
 
+NEAR = 2.0**-13
+"""Below this share of the largest sample two samples are near: a cosine of inner products in float64 would be
+off by more than float32's rounding.
+"""
 NUMBERS = 2**16
 """Of a chunk's differences and cosines. Some vertices are taken at once where the batch is small; one makes
 (B, B) and (B, D).
@@ -63,7 +67,9 @@ def _loss(
     """(loss, its gradient for s, for t); a gradient that nobody needs has no elements."""
     with no_autocast(s):
         if native.CPU.available and s.device.type == "cpu" and s.dtype == torch.float32:
-            return _by_products(s, t, distance, angle, (need_s, need_t))
+            found = _by_products(s, t, distance, angle, (need_s, need_t))
+            if found is not None:
+                return found
         grads = [torch.zeros_like(x) if need else x.new_empty(0) for x, need in ((s, need_s), (t, need_t))]
         loss = s.new_zeros(())
         pulls: list[Tensor | None] = [None, None]
@@ -77,15 +83,18 @@ def _loss(
 
 def _by_products(
     s: Tensor, t: Tensor, distance: float, angle: float, needs: tuple[bool, bool]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """The same by the library's kernels, in float64 but for the samples: with the inner products of all pairs
-    a triple costs some twenty operations, whatever D is.
+    a triple costs some twenty operations, whatever D is. None where samples are too near for that.
 
     A gradient is a matrix over the pairs times the samples. Its rows add up to 0, since what moves all
     samples alike changes nothing.
     """
-    sides = [(x - x.mean(0)).double() for x in (s, t)]
     lengths = [torch.ops.fastkd.rkd_lengths.default(x.contiguous()) for x in (s, t)]
+    sides = [x.double() for x in (s, t)]
+    sides = [x - x.mean(0) for x in sides]  # not in float32, whose rounding turns differences of near samples
+    if angle and any(_near(x, y) for x, y in zip(sides, lengths, strict=True)):
+        return None
     loss = sides[0].new_zeros(())
     pulls: list[Tensor | None] = [None, None]
     if distance:
@@ -119,6 +128,12 @@ def _by_products(
         matrix.diagonal().copy_(-matrix.sum(1))
         grads.append((matrix @ side).to(x.dtype))
     return loss.to(s.dtype), grads[0], grads[1]
+
+
+def _near(x: Tensor, lengths: Tensor) -> bool:
+    """Whether two samples that are not equal are near, for their size."""
+    shortest = lengths.masked_fill(lengths == 0, torch.inf).min()
+    return bool(shortest < NEAR * torch.linalg.vector_norm(x, dim=1).max())
 
 
 def _fake(
@@ -203,19 +218,13 @@ def _vertices(
     return loss
 
 
-def _context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output[1:], *inputs[:2])
-    ctx.set_materialize_grads(False)
+def _context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    save(ctx, output[1:], inputs[:2], inputs[-2:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _gradients(ctx: Any, upstream: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
-    grads, sides = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
-    found = [
-        Scaled.apply("rkd_loss", upstream, grad, x) if upstream is not None and grad.numel() else None
-        for grad, x in zip(grads, sides, strict=True)
-    ]
-    return *found, None, None, None, None
+    return (*scaled(ctx, "rkd_loss", upstream), *[None] * 4)
 
 
 define(

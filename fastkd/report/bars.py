@@ -53,9 +53,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def figure(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """A panel for each place of ``rows`` with two methods or more; None where there is none. Raises
-    UserError.
-    """
+    """A panel for each place of ``rows`` with two methods or more, else None. Raises UserError."""
     figure_class = figures.wanted("--bars")
     panels = places(rows)
     if not panels:

@@ -279,3 +279,64 @@ def test_importing_registers_where_torchdistill_is(monkeypatch):
         "FusedRKDLoss",
         "FusedHierarchicalContextLoss",
     ]
+
+
+PLACE = {"path": "l", "io": "output"}
+PAIR = {"student": PLACE, "teacher": PLACE}
+
+
+def crd(**options):
+    sizes = {"feat_s_channel": 6, "feat_t_channel": 7, "feat_dim": 8, "num_data": 9, "k": 2}
+    return mdistiller.CRD(**{**sizes, **options})
+
+
+def crd_loss(idx, contrast_idx=None):
+    contrast_idx = torch.zeros(3, 3, dtype=torch.int64) if contrast_idx is None else contrast_idx
+    return crd()(torch.randn(3, 6), torch.randn(3, 7), idx, contrast_idx)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: mdistiller.feat_loss(*torch.zeros(2, 4, 6, 8, 8), [0.0] * 6), "margin is list"),
+        (
+            lambda: mdistiller.feat_loss(*torch.zeros(2, 4, 6, 8, 8), torch.zeros(2, 3)),
+            r"margin is \(2, 3\) float32 on cpu, wanted \(C,\)",
+        ),
+        (lambda: mdistiller.ConvReg(6, 10), r"s_shape is 6, wanted \(N, C, H, W\)"),
+        (lambda: crd(feat_dim=0), "feat_dim is 0, wanted at least 1"),
+        (lambda: crd(k=0), "k is 0, wanted at least 1"),
+        (lambda: crd_loss(torch.arange(2)), r"idx is \(2,\) int64 on cpu, wanted \(3,\)"),
+        (lambda: crd_loss(torch.arange(3.0)), r"idx is \(3,\) float32 on cpu, wanted int64"),
+        (lambda: crd_loss(torch.arange(3) + 8), "idx has 10, wanted rows 0 to 8 of the bank"),
+        (lambda: crd_loss(torch.arange(3), [1]), "contrast_idx is list, wanted a tensor"),
+        (lambda: torchdistill.FusedATLoss([PAIR]), "at_pairs is .*, wanted pairs by name"),
+        (lambda: torchdistill.FusedFSPLoss({}), "fsp_pairs is {}, wanted pairs by name"),
+        (
+            lambda: torchdistill.FusedATLoss({"a": {"student": PLACE}}),
+            r"at_pairs\['a'\] has None for 'teacher', wanted its path and io",
+        ),
+        (
+            lambda: torchdistill.FusedATLoss({"a": {**PAIR, "weight": "x"}}),
+            r"at_pairs\['a'\]\['weight'\] is 'x' \(str\), wanted a number",
+        ),
+        (
+            lambda: torchdistill.FusedATLoss({"a": PAIR})({"m": {}}, {"m": {}}),
+            "l, output: 'l' is not there, only m",
+        ),
+        (
+            lambda: torchdistill.FusedATLoss({"a": PAIR})({"l": {"input": 0}}, {}),
+            "l, output: 'output' is not there, only input",
+        ),
+        (lambda: torchdistill.FusedKDLoss(*"abcd", 4.0, alpha="x"), r"alpha is 'x' \(str\), wanted a number"),
+        (lambda: torchdistill.FusedKDLoss(*"abcd", 0, alpha=0.1), "temperature is 0, wanted a finite number"),
+        (
+            lambda: torchdistill.FusedKDLoss(*"abcd", 4.0, alpha=0.1, reduction="x"),
+            "reduction is 'x', wanted one of",
+        ),
+    ],
+)
+def test_misuse_is_one_line(call, words):
+    with pytest.raises((TypeError, ValueError), match=f"^{words}") as caught:
+        call()
+    assert "\n" not in str(caught.value)

@@ -108,6 +108,15 @@ def test_a_small_probability_keeps_its_digits_in_float32():
     torch.testing.assert_close(found[2].double(), exact[2], rtol=1e-4, atol=1e-6)
 
 
+def test_a_teacher_and_banks_under_inference_mode_are_constants():
+    student = unit(torch.randn(4, 6)).requires_grad_()
+    constants = [*(unit(torch.randn(n, 6)) for n in (4, 9, 9)), torch.randint(9, (4, 5))]
+    with torch.inference_mode():
+        made = [x.clone() for x in constants]
+    found = [torch.autograd.grad(fastkd.crd_loss(student, *x)[0], student) for x in (made, constants)]
+    assert torch.equal(*(x for (x,) in found))
+
+
 def test_only_wanted_gradients_are_computed_and_one_only():
     student, teacher, *rest = case()
     student.requires_grad_()

@@ -137,6 +137,25 @@ def test_near_duplicates_far_from_the_origin_keep_their_gradient():
         assert (got - want).norm() < 1e-3 * want.norm()
 
 
+@pytest.mark.parametrize("apart", [1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
+def test_near_samples_are_as_exact_as_others(apart):
+    student, teacher = torch.randn(9, 8), torch.randn(9, 5)
+    for x in (student, teacher):
+        x[1] = x[0] + apart * torch.randn(len(x[0]))
+    found = gradients(fastkd.rkd_loss, student, teacher)
+    exact = gradients(reference.rkd_loss, student.double(), teacher.double())
+    for got, want in zip(found, exact, strict=True):
+        assert (got - want).norm() < 1e-6 * want.norm()
+
+
+def test_a_teacher_under_inference_mode_is_a_teacher():
+    student, teacher = torch.randn(5, 4, requires_grad=True), torch.randn(5, 3)
+    with torch.inference_mode():
+        made = teacher.clone()
+    found = [torch.autograd.grad(fastkd.rkd_loss(student, x), student) for x in (made, teacher)]
+    assert torch.equal(*(x for (x,) in found))
+
+
 def test_only_wanted_gradients_are_computed_and_one_only():
     student, teacher = (
         torch.randn(4, 3, dtype=torch.float64, requires_grad=True),

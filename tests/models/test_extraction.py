@@ -267,8 +267,9 @@ def test_a_compiled_model_is_refused():
         if not hasattr(compiled, "_orig_mod"):
             compiled.compile(backend="eager")
         name = "_orig_mod.layer1" if hasattr(compiled, "_orig_mod") else "layer1"
-        with pytest.raises(ValueError, match="is compiled, where hooks stay silent"):
-            fastkd.extract(compiled, [name])
+        for names in ([name], ["layer1"]):
+            with pytest.raises(ValueError, match="is compiled, where hooks stay silent"):
+                fastkd.extract(compiled, names)
     part = network()
     part.layer1.compile(backend="eager")
     with pytest.raises(ValueError, match="names: its submodule 'layer1' is compiled"):
@@ -301,8 +302,15 @@ def test_tokens_become_a_map(grid, prefix, size):
         (torch.zeros(2, 16, 5), {"prefix": 1.0}, TypeError, "prefix is 1.0, wanted a whole number"),
         (torch.zeros(2, 16), {}, ValueError, r"x is \(2, 16\), wanted tokens \(N, L, C\)"),
         ([1], {}, TypeError, "x is list, wanted a tensor of tokens"),
+        (torch.zeros(2, 0, 5), {}, ValueError, r"x is \(2, 0, 5\), wanted at least one token"),
+        (torch.zeros(2, 16, 5), {"grid": 4}, TypeError, r"grid is 4, wanted \(H, W\)"),
+        (torch.zeros(2, 16, 5), {"grid": "44"}, TypeError, r"grid is '44', wanted \(H, W\)"),
+        (torch.zeros(2, 16, 5), {"grid": (4.0, 4.0)}, ValueError, r"grid is \(4.0, 4.0\), wanted two whole"),
+        (torch.zeros(2, 16, 5), {"grid": (2, 2, 4)}, ValueError, r"grid is \(2, 2, 4\), wanted two whole"),
+        (torch.zeros(2, 16, 5), {"grid": (-4, -4)}, ValueError, r"grid is \(-4, -4\), wanted 16 positions"),
     ],
 )
 def test_what_are_no_tokens_is_one_line(x, options, error, words):
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=words) as caught:
         fastkd.tokens_to_map(x, **options)
+    assert "\n" not in str(caught.value)

@@ -111,3 +111,13 @@ def test_wrong_flag() -> None:
     done = run("-m", "fastkd", "--yaml")
     assert done.returncode == 2
     assert "--yaml" in done.stderr
+
+
+def test_a_long_reason_goes_on_in_the_next_line() -> None:
+    from fastkd.__main__ import _entry
+
+    words = "triton 3.8.0 is installed, but PyTorch sees no CUDA device (" + "interpreted " * 4 + "slowly)"
+    lines = _entry("triton", {"available": False, "reason": words})
+    assert lines[0].startswith("  triton     no   triton 3.8.0") and len(lines) == 2
+    assert max(map(len, lines)) <= 100 and " ".join(line.strip() for line in lines).endswith(words)
+    assert _entry("cpu", {"available": True, "reason": "loaded " + "x" * 200})[-1].strip() == "x" * 200

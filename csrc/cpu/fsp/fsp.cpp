@@ -1,5 +1,5 @@
 // fsp_matrix and fsp_loss with their backward operators: checks and allocation. The division into units of
-// work is in fsp_plan.cpp, the arithmetic in fsp/fsp.inl.
+// work is in plan.cpp, the arithmetic in fsp.inl.
 #include <cstring>
 #include <numeric>
 #include <tuple>

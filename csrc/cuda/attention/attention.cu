@@ -1,5 +1,5 @@
 // The attention-transfer loss for CUDA: checks, allocation and launches. The kernels are in
-// attention_loss.cuh and attention_gradient.cuh, the schemas in fastkd/ops/attention.py.
+// loss.cuh and gradient.cuh, the schemas in fastkd/ops/attention.py.
 #include <tuple>
 
 #include "common/attention_options.h"

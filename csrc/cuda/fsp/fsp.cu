@@ -1,12 +1,12 @@
 // fsp_matrix and fsp_loss with their backward operators, on a GPU: checks and allocation. The division into
-// launches is in fsp_plan.cu, the arithmetic in fsp_forward.cuh and fsp_backward.cuh.
+// launches is in plan.cu, the arithmetic in forward.cuh and backward.cuh.
 //
 // Forward, one launch: a block makes a tile of a pair's dloss/dG of one sample: of G_s - G_t = (A_s - A_t)
 // B_s^T + A_t (B_s - B_t)^T where student and teacher have equal sizes after pooling, so that what they share
 // is subtracted before it is multiplied and rounded; of both products where they have not. Backward, one
 // launch: dA = upstream M B / S and dB = upstream M^T A / S, both terms of a middle stage at once. Pooling is
 // done where a feature is read, or by a launch before; the gradient of averaging where the other factor is
-// read, or, like that of maxima, by windows from a gradient that a launch before has made (fsp_gradient.cu).
+// read, or, like that of maxima, by windows from a gradient that a launch before has made (gradient.cu).
 #include <numeric>
 #include <tuple>
 

@@ -1,6 +1,4 @@
-"""Gradients of FSP matrices and of the FSP loss: all features of a chain in one launch, as `fsp/forward.py`
-says.
-"""
+"""Gradients of FSP matrices and of the FSP loss: one launch for all features of a chain, see `forward.py`."""
 
 from __future__ import annotations
 

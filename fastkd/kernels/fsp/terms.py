@@ -34,9 +34,7 @@ class Term:
 
     @property
     def kind(self) -> int:
-        """Of a matrix that was saved (0), of squares (1), or of a matrix recomputed (2):
-        `fsp/gradient_kernels.py`.
-        """
+        """Of a matrix saved (0), of squares (1), of a matrix recomputed (2): `fsp/gradient_kernels.py`."""
         return 1 if self.strides else 2 if self.factors else 0
 
 

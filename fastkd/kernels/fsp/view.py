@@ -30,9 +30,7 @@ Size = tuple[int, ...]
 
 @dataclass(frozen=True)
 class View:
-    """What a kernel gets of a feature (``numbers``), and what of that is constant (``config``, flat: see
-    common/tile.py).
-    """
+    """What a kernel gets of a feature: ``numbers``, and constants (``config``, flat: see common/tile.py)."""
 
     numbers: Size
     config: tuple[bool | int, ...]
@@ -54,9 +52,7 @@ def three(size: Sequence[int]) -> Size:
 
 
 def window(own: Sequence[int], common: Sequence[int], *, max_pool: bool) -> Size | None:
-    """(d, h, w) that a feature of size ``own`` is averaged over where it is read; None if it is to be pooled
-    before.
-    """
+    """(d, h, w) over which a feature of size ``own`` is averaged where it is read; None: pooled before."""
     if tuple(own) == tuple(common):
         return ONES
     found = tuple(a // b for a, b in zip(three(own), three(common)))
@@ -67,9 +63,7 @@ def window(own: Sequence[int], common: Sequence[int], *, max_pool: bool) -> Size
 def view(
     shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, of: Size = ONES, parts: Size = ONES
 ) -> View:
-    """Of a feature pooled over windows ``of``, on a grid at each position of which ``parts`` pooled numbers
-    lie.
-    """
+    """Of a feature pooled over windows ``of``, on a grid with ``parts`` pooled numbers at each position."""
     exact = dtype == torch.bfloat16 and of == ONES
     far = sum((size + 128) * stride for size, stride in zip(shape[1:], strides[1:])) >= FAR
     if of == parts == ONES:
@@ -205,9 +199,7 @@ def tight(cuts: Sequence[Size], how: str, count: int, *, through: bool = False) 
 
 
 def added_up(how: str, several: bool) -> bool:
-    """Whether several products are added to a tile at each step: of the parts of a number, or of ``several``
-    factors.
-    """
+    """Whether a step adds several products to a tile: of a number's parts, or of ``several`` factors."""
     return how in ("bf16", "tf32x3") or (how == "tf32" and several)
 
 

@@ -1,0 +1,50 @@
+"""What a :class:`fastkd.Distillation` is built of, and the numbers of a batch's images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.checks.tensors import describe
+
+
+def distillation(
+    student: object,
+    teacher: object,
+    *,
+    classifier: object = None,
+    image_shape: object = None,
+    autocast: object = None,
+    **counts: object,
+) -> None:
+    """The kinds of the arguments. ``counts``: whole numbers, or None."""
+    for name, network in (("student", student), ("teacher", teacher)):
+        if not isinstance(network, nn.Module) and not (name == "teacher" and network is None):
+            raise TypeError(f"{name} is {type(network).__name__}, wanted a torch.nn.Module")
+    pair = classifier if isinstance(classifier, tuple) else (classifier, classifier)
+    if len(pair) != 2 or not all(name is None or isinstance(name, str) for name in pair):
+        raise TypeError(f"classifier is {classifier!r}, wanted the name of a submodule, or a pair of them")
+    if image_shape is not None and not (isinstance(image_shape, Sequence) and all(map(_whole, image_shape))):
+        raise TypeError(f"image_shape is {image_shape!r}, wanted (C, H, W)")
+    if autocast is not None and not isinstance(autocast, torch.autocast):
+        raise TypeError(f"autocast is {autocast!r}, wanted a torch.autocast or None")
+    for name, count in counts.items():
+        if count is not None and not _whole(count):
+            raise TypeError(f"{name} is {count!r}, wanted a whole number")
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def image_numbers(name: str, value: object, count: int | None = None) -> Tensor:
+    """Labels or places of images: (N,) whole numbers, ``count`` of them where that is given."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {type(value).__name__}, wanted a tensor (N,) of int64")
+    if value.dtype != torch.int64:
+        raise TypeError(f"{name} is {describe(value)}, wanted int64")
+    if value.dim() != 1 or count not in (None, len(value)):
+        raise ValueError(f"{name} is {describe(value)}, wanted ({'N' if count is None else count},)")
+    return value

@@ -1,0 +1,109 @@
+"""What Distillation is built of and called with: misuse is one line before any training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fastkd
+
+POINTS = {"student_points": ["2", "5"], "teacher_points": ["2", "5"]}
+MEAN, STD = (0.5,) * 3, (0.2,) * 3
+
+
+def network():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1),
+        nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+    )  # fmt: skip
+
+
+def run(method="at", student=None, teacher=None, index=None, images=None, **options):
+    student, teacher = student or network(), teacher or network()
+    distillation = fastkd.Distillation(student, teacher, method, **{**POINTS, **options})
+    images = torch.randn(4, 3, 32, 32) if images is None else images
+    return distillation(images, torch.arange(len(images)), index)
+
+
+def data_margins(batches):
+    return {"method": "ofd", "options": {"ofd": {"margin": "data"}}, "train_images": batches}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"method": ["at"]}, TypeError, r"method is \['at'\], wanted a name"),
+        ({"student": len}, TypeError, "student is builtin_function_or_method, wanted a torch.nn.Module"),
+        ({"teacher": 3}, TypeError, "teacher is int, wanted a torch.nn.Module"),
+        ({"options": "beta=3"}, TypeError, "options is 'beta=3', wanted them by term"),
+        ({"student_points": []}, ValueError, r"student_points is \[\], but method 'at' reads maps"),
+        ({"classifier": 8}, TypeError, "classifier is 8, wanted the name of a submodule, or a pair"),
+        ({"classifier": ("8", "8", "8")}, TypeError, "classifier is .*, wanted the name of a submodule"),
+        ({"image_shape": 32}, TypeError, r"image_shape is 32, wanted \(C, H, W\)"),
+        ({"autocast": True}, TypeError, "autocast is True, wanted a torch.autocast or None"),
+        ({"seed": "a"}, TypeError, "seed is 'a', wanted a whole number"),
+        ({"epochs": 1.5}, TypeError, "epochs is 1.5, wanted a whole number"),
+        (
+            {"normalization": (MEAN[:2], STD[:2]), "teacher_normalization": (MEAN, STD)},
+            ValueError,
+            r"normalization is \(\(0.5, 0.5\), .*, wanted \(mean, std\) of 3 channels, each",
+        ),
+        (
+            {"normalization": (MEAN, STD), "teacher_normalization": (MEAN, (0, 0, 0))},
+            ValueError,
+            "teacher_normalization is .* each deviation above 0",
+        ),
+        (
+            {"normalization": "imagenet", "teacher_normalization": "cifar"},
+            ValueError,
+            r"normalization is 'imagenet', wanted \(mean, std\)",
+        ),
+        (data_margins(torch.randn(4, 3, 32, 32)), TypeError, "train_images is Tensor, wanted batches"),
+        (data_margins(3), TypeError, "train_images is int, wanted batches"),
+        (data_margins([{}]), TypeError, r"train_images\[0\] is dict, wanted images of floating point"),
+        (
+            data_margins([torch.zeros(2, 3, 32, 32).byte()]),
+            TypeError,
+            r"train_images\[0\] is \(2, 3, 32, 32\) uint8",
+        ),
+        (data_margins([torch.full((2, 3, 32, 32), torch.nan)]), ValueError, r"margins\[0\] has nan"),
+    ],
+)
+def test_what_it_is_built_of_is_told_in_one_line(options, error, words):
+    with pytest.raises(error, match=f"^{words}") as caught:
+        run(**options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"index": torch.arange(4.0)}, TypeError, r"index is \(4,\) float32 on cpu, wanted int64"),
+        ({"index": torch.arange(3)}, ValueError, r"index is \(3,\) int64 on cpu, wanted \(4,\)"),
+        ({"index": [0, 1, 2, 3]}, TypeError, r"index is list, wanted a tensor \(N,\) of int64"),
+        ({"train_labels": [0, 1]}, TypeError, r"train_labels is list, wanted a tensor \(N,\) of int64"),
+        (
+            {"train_labels": torch.rand(40)},
+            TypeError,
+            r"train_labels is \(40,\) float32 on cpu, wanted int64",
+        ),
+        ({"train_labels": torch.zeros(4, 2).long()}, ValueError, r"train_labels is \(4, 2\) int64 on cpu"),
+        (
+            {"options": {"crd": {"negatives": "batch", "queue": 5}}},
+            ValueError,
+            "option crd: queue is 5, but negatives is batch: leave it out",
+        ),
+    ],
+)
+def test_numbers_of_images_are_told_in_one_line(options, error, words):
+    given = {"train_labels": torch.arange(40) % 10, "index": torch.arange(4), **options}
+    with pytest.raises(error, match=f"^{words}") as caught:
+        run("crd", **given)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["simkd", "norm"])
+def test_a_neck_in_a_sequential_is_no_last_layer(method):
+    losses = run(method)
+    assert losses.total.isfinite() and losses.student_logits.shape == (4, 10)
