@@ -18,6 +18,7 @@ from fastkd import losses, reference
 from fastkd.checks import Features, stages
 from fastkd.methods import connectors
 from fastkd.ops.attention import attention_transfer_loss
+from fastkd.ops.ofd import ofd_loss
 from fastkd.ops.rkd import rkd_loss as _rkd_loss
 
 __all__ = [
@@ -72,7 +73,7 @@ def feat_loss(source: Tensor, target: Tensor, margin: Tensor) -> Tensor:
     ``source``, ``target``: (N, C, H, W) before the ReLU, of equal shape; ``margin``: C numbers, as (C,) or as
     the original's (1, C, 1, 1).
     """
-    return reference.ofd_loss([source], [target], [margin.flatten()], weights=[1.0], weight=1.0)
+    return ofd_loss([source], [target], [margin.flatten()], weights=[1.0], weight=1.0)
 
 
 def hcl_loss(fstudent: Features, fteacher: Features) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastkd import checks, graphs
 from fastkd.checks import Features
-from fastkd.reference.common import combined, no_autocast, widen
+from fastkd.reference.common import combined, no_autocast, stage_factors, widen
 
 
 def batch_norm(
@@ -61,22 +61,7 @@ def ofd_loss(
     weight: float = 1e-3,
     channel_dim: int = 1,
 ) -> Tensor:
-    """Squared difference of maps before the ReLU, where the teacher's is raised to a margin.
-
-    Args:
-        student, teacher: (N, C, *S) floating point with one to three spatial dimensions, or several, one a
-            stage; pairs of one shape.
-        margins: (C,), or one for each stage; :func:`fastkd.ofd_margin` gives them. None may be above 0, which
-            is checked on a CPU alone.
-        weights: one factor a stage; None: 1 for the last stage, 1/2 for the one before it, and so on.
-        weight: multiplies the result.
-        channel_dim: where C stands: 1, or -1 for views (N, *S, C) and tokens (N, L, C), without a copy.
-
-    Returns: a scalar; float32, float64 if any input is float64. With ``target = max(t, margin)`` each stage
-    is ``((s - target) ** 2)[(s > target) | (target > 0)].sum() / N``.
-    Raises: TypeError, ValueError for what is not such a pair.
-    Source: Heo et al., *A comprehensive overhaul of feature distillation*, ICCV 2019, and its code.
-    """
+    """See :func:`fastkd.ofd_loss`."""
     student, teacher = (checks.channels_second(side, channel_dim) for side in (student, teacher))
     students, teachers, bounds = checks.ofd_loss(student, teacher, margins, weights, weight)
     count = len(students)
@@ -88,12 +73,7 @@ def ofd_loss(
             s, target = graphs.save_constants(s, torch.maximum(t, margin.view(-1, *[1] * (t.dim() - 2))))
             reached = (s <= target) & (target <= 0)  # in this form a NaN stays one
             terms.append((s - target).masked_fill(reached, 0).square().sum() / s.shape[0])
-        return combined(
-            terms,
-            [0.5 ** (count - 1 - i) for i in range(count)] if weights is None else weights,
-            "sum",
-            weight,
-        )
+        return combined(terms, stage_factors(count) if weights is None else weights, "sum", weight)
 
 
 def hcl_loss(

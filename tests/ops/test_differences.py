@@ -1,0 +1,207 @@
+"""The kernels of the losses of differences against the reference in float64, and what they may not do: depend
+on threads, keep what they need not, or take a tensor that they would misread.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from recorder import Recorder
+
+import fastkd
+from fastkd import native, reference
+
+MARGINS = torch.tensor([-0.3, 0.0, -1.5, -0.01, -0.7])
+
+
+def ofd(module, *pairs):
+    count = len(pairs) // 2
+    margins = [MARGINS[: x.shape[1]].to(x.dtype if x.dtype == torch.float64 else None) for x in pairs[:count]]
+    return module.ofd_loss(list(pairs[:count]), list(pairs[count:]), margins, weight=0.25)
+
+
+LOSSES = {
+    "ofd_loss": (ofd, [(2, 5, 3, 3), (3, 5, 32, 33), (2, 3, 50), (1, 1, 1), (2, 2, 3, 4, 5), (4, 5, 1, 1)])
+}
+every_loss = pytest.mark.parametrize("name", LOSSES)
+
+
+def tensors(name, dtype=torch.float32, last=False):
+    """The stages of every shape that the loss has, by the number of dimensions."""
+    for shape in LOSSES[name][1]:
+        pair = [torch.randn(shape).to(dtype) for _ in range(2)]
+        if last:
+            pair = [x.movedim(1, -1).contiguous().movedim(-1, 1) for x in pair]
+        yield pair
+
+
+def gradients(loss, *given):
+    leaves = [x.detach().requires_grad_() for x in given]
+    out = loss(*leaves)
+    return [out, *torch.autograd.grad(out, leaves)]
+
+
+@pytest.fixture
+def each_path():
+    """The code paths that this processor has, one after the other."""
+    if not native.CPU.available:
+        pytest.skip(native.CPU.reason)
+    before = native.cpu_path()
+
+    def paths():
+        for path in native.cpu_paths():
+            native.set_cpu_path(path)
+            yield path
+
+    yield paths()
+    native.set_cpu_path(before)
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("last", [False, True], ids=["planes", "channels-last"])
+def test_the_kernels_match_float64_on_every_code_path(each_path, name, dtype, last):
+    loss = LOSSES[name][0]
+    cases = [*tensors(name, dtype, last)]
+    exact = [gradients(lambda *x: loss(reference, *x), *(x.double() for x in pair)) for pair in cases]
+    tolerance = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 8e-3}[dtype]
+    for _ in each_path:
+        for pair, wanted in zip(cases, exact, strict=True):
+            with Recorder() as ran:
+                found = gradients(lambda *x: loss(fastkd, *x), *pair)
+            assert ran.fused == [name] and found[0].dtype == torch.float32
+            torch.testing.assert_close(found[0].double(), wanted[0], rtol=2e-6, atol=1e-9)
+            for x, got, want in zip(pair, found[1:], wanted[1:], strict=True):
+                assert got.dtype == dtype and got.stride() == torch.empty_like(x).stride()
+                torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=1e-6)
+
+
+@every_loss
+def test_bits_do_not_depend_on_threads_or_on_what_is_wanted(each_path, name):
+    loss, threads = LOSSES[name][0], torch.get_num_threads()
+    cases = [*tensors(name)]
+    for _ in each_path:
+        for student, teacher in cases:
+            found = []
+            for count in (1, 3):
+                torch.set_num_threads(count)
+                found.append(gradients(lambda *x: loss(fastkd, *x), student, teacher))
+            torch.set_num_threads(threads)
+            assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+            for alone in (0, 1):
+                sides = [student.clone(), teacher.clone()]
+                sides[alone].requires_grad_()
+                value = loss(fastkd, *sides)
+                assert torch.equal(value, found[0][0])
+                assert torch.equal(torch.autograd.grad(value, sides[alone])[0], found[0][1 + alone])
+            assert torch.equal(loss(fastkd, student, teacher), found[0][0])
+
+
+@every_loss
+def test_upstream_gradients_and_further_passes(cpp, name):
+    """The gradient is handed out by the last pass alone; every pass has its own factor."""
+    loss = LOSSES[name][0]
+    student, teacher = next(tensors(name))
+    _, wanted, _ = gradients(lambda *x: loss(fastkd, *x), student, teacher)
+    student.requires_grad_()
+    value = loss(fastkd, student, teacher)
+    for factor in (1.0, -3.0):
+        (found,) = torch.autograd.grad(value, student, torch.tensor(factor), retain_graph=True)
+        torch.testing.assert_close(found, factor * wanted)
+        found.zero_()
+    value.backward(torch.tensor(2.0))
+    torch.testing.assert_close(student.grad, 2 * wanted)
+    with pytest.raises(RuntimeError, match="a second time"):
+        value.backward()
+    (grad,) = torch.autograd.grad(loss(fastkd, student, teacher), student, create_graph=True)
+    with pytest.raises(RuntimeError, match=rf"fastkd\.reference\.{name}"):
+        grad.sum().backward()
+
+
+@every_loss
+def test_hooks_keep_what_they_were_given(cpp, name):
+    loss, held = LOSSES[name][0], []
+    student, teacher = next(tensors(name))
+    student.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x) or x, lambda x: x):
+        value = loss(fastkd, student, teacher)
+    before = [x.clone() for x in held]
+    value.backward(torch.tensor(3.0))
+    assert all(map(torch.equal, held, before)) and {x.data_ptr() for x in held} >= {student.data_ptr()}
+    assert sum(x.numel() for x in held) == 2 * student.numel()  # its gradient, and itself as it is
+
+
+@every_loss
+def test_it_is_one_graph(name):
+    loss = LOSSES[name][0]
+    pair = next(tensors(name))
+    wanted = gradients(lambda *x: loss(fastkd, *x), *pair)
+    for backend in ("auto", "cpp") if native.CPU.available else ("auto",):
+        torch._dynamo.reset()
+        with fastkd.use_backend(backend):
+            compiled = torch.compile(lambda *x: loss(fastkd, *x), fullgraph=True, backend="aot_eager")
+            torch.testing.assert_close(gradients(compiled, *pair), wanted)
+
+
+@every_loss
+def test_what_the_kernels_do_not_take_goes_by_the_reference(cpp, name):
+    loss = LOSSES[name][0]
+    student, teacher = torch.randn(2, 5, 8, 8), torch.randn(2, 5, 8, 8)
+    for pair in (
+        (student.double(), teacher.double()),
+        (student, teacher.half()),
+        (student.transpose(2, 3), teacher),
+        (student[:, :, ::2, ::2], teacher[:, :, :4, :4]),
+        (student[:1].expand(2, -1, -1, -1), teacher),
+    ):
+        with Recorder() as ran:
+            found = gradients(lambda *x: loss(fastkd, *x), *pair)
+        assert not ran.fused
+        torch.testing.assert_close(found, gradients(lambda *x: loss(reference, *x), *pair))
+    with Recorder() as ran, fastkd.use_backend("reference"):
+        loss(fastkd, student, teacher)
+    assert not ran.fused
+
+
+@every_loss
+def test_the_operator_refuses_what_it_would_misread(cpp, name):
+    rest = {"ofd_loss": ([MARGINS], [1.0])}[name]
+    x = torch.randn(2, 5, 8, 8)
+    op = getattr(torch.ops.fastkd, name)
+    for pair, words in (
+        ((x.double(), x.double()), "student must be float16, bfloat16 or float32"),
+        ((x, x.half()), "teacher must have the shape and dtype"),
+        ((x, x[:1]), "teacher must have the shape and dtype"),
+        ((x, x.transpose(2, 3)), "dense, and lie in memory alike"),
+        ((x, x.to(memory_format=torch.channels_last)), "dense, and lie in memory alike"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            op(*([y] for y in pair), *rest, True, True)
+    with pytest.raises(RuntimeError, match="teachers must be as many"):
+        op([x], [x, x], *rest, True, True)
+    for inputs in ([x.clone().requires_grad_()], [x]):
+        torch.library.opcheck(op, (inputs, [x + 1], *rest, True, False))
+
+
+def test_ofd_keeps_nan_and_infinity_and_halves_ties(each_path):
+    """A NaN of either side stays one, and a number equal to its margin shares its gradient with it."""
+    nan, inf = float("nan"), float("inf")
+    s = torch.tensor([nan, 1.0, inf, -inf, 2.0, -5.0, 0.5, 0.0] * 5).view(1, 1, 40)
+    t = torch.tensor([-2.0, nan, 1.0, 1.0, -0.5, -0.5, inf, -0.5] * 5).view(1, 1, 40)
+    margin = torch.tensor([-0.5])
+
+    def loss(module):
+        return lambda s, t: module.ofd_loss(s, t, margin, weight=1.0)
+
+    for _ in each_path:
+        found, wanted = (gradients(loss(module), s, t) for module in (fastkd, reference))
+        torch.testing.assert_close(found, wanted, equal_nan=True)
+        assert found[0].isnan() and found[2][0, 0, 4] == -2.5 and found[1][0, 0, 5] == 0
+
+
+def test_ofd_wants_margins_that_it_can_read(cpp):
+    x, margins = torch.randn(2, 5, 8), MARGINS.clone().requires_grad_()
+    assert fastkd.ofd_loss(x, x + 1, margins).requires_grad  # by the reference
+    for given in (MARGINS[:4], MARGINS.double(), torch.cat([MARGINS, MARGINS])[::2], MARGINS[None]):
+        with pytest.raises(RuntimeError, match="margins must be float32, dense, one number a channel"):
+            torch.ops.fastkd.ofd_loss([x], [x], [given], [1.0], False, False)
