@@ -18,6 +18,7 @@ from fastkd import losses, reference
 from fastkd.checks import Features, stages
 from fastkd.methods import connectors
 from fastkd.ops.attention import attention_transfer_loss
+from fastkd.ops.hcl import hcl_loss as _hcl_loss
 from fastkd.ops.ofd import ofd_loss
 from fastkd.ops.rkd import rkd_loss as _rkd_loss
 
@@ -79,7 +80,7 @@ def feat_loss(source: Tensor, target: Tensor, margin: Tensor) -> Tensor:
 def hcl_loss(fstudent: Features, fteacher: Features) -> Tensor:
     """ReviewKD's hierarchical context loss, summed over the levels (N, C, H, W)."""
     pairs = [*zip(stages("fstudent", fstudent), stages("fteacher", fteacher))]
-    return reference.hcl_loss([s for s, _ in pairs], [t for _, t in pairs])
+    return _hcl_loss([s for s, _ in pairs], [t for _, t in pairs])
 
 
 class ConvReg(connectors.ConvReg):

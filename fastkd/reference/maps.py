@@ -84,29 +84,18 @@ def hcl_loss(
     weight: float = 1.0,
     channel_dim: int = 1,
 ) -> Tensor:
-    """The hierarchical context loss of ReviewKD: mean squared differences at full size and of averages over
-    coarser grids.
-
-    Args:
-        student, teacher: a tensor (N, C, H, W) or several, one a level; the shapes of a pair are the same.
-            Any floating dtype.
-        weights: one factor a level, 1 by default.
-        weight: multiplies the result.
-        channel_dim: where C stands: 1, or -1 for views (N, H, W, C), without a copy.
-
-    Returns: a scalar; float32, float64 if any input is float64. The levels are summed.
-    Of one level: ``mean((s - t)^2)`` with factor 1, then the same of both averaged to 4x4, 2x2 and 1x1. A
-    grid is used where its side is smaller than H; the first that is used has the factor 1/2, each next one
-    half of that. The sum is divided by that of the factors.
-    Raises: TypeError, ValueError for what are not such pairs.
-    Source: Chen, Liu, Zhao, Jia, *Distilling knowledge via knowledge review*, CVPR 2021.
-    """
+    """See :func:`fastkd.hcl_loss`."""
     student, teacher = (checks.channels_second(side, channel_dim) for side in (student, teacher))
     students, teachers = checks.hcl_loss(student, teacher, weights, weight)
     with no_autocast(students[0]):
         wide = widen(*students, *teachers)
         terms = [_hcl_level(s - t) for s, t in zip(wide[: len(students)], wide[len(students) :], strict=True)]
         return combined(terms, weights, "sum", weight)
+
+
+def hcl_factors(height: int) -> list[float]:
+    """Of the full size and of the grids that are used."""
+    return [0.5**i for i in range(1 + sum(side < height for side in (4, 2, 1)))]
 
 
 def _hcl_level(difference: Tensor) -> Tensor:

@@ -20,8 +20,15 @@ def ofd(module, *pairs):
     return module.ofd_loss(list(pairs[:count]), list(pairs[count:]), margins, weight=0.25)
 
 
+def hcl(module, *pairs):
+    count = len(pairs) // 2
+    return module.hcl_loss(pairs[:count], pairs[count:], weight=0.5)
+
+
+HCL_SHAPES = [(2, 5, 8, 8), (3, 2, 32, 32), (2, 3, 12, 28), (1, 2, 4, 4), (2, 3, 4, 16), (4, 37, 1, 1)]
 LOSSES = {
-    "ofd_loss": (ofd, [(2, 5, 3, 3), (3, 5, 32, 33), (2, 3, 50), (1, 1, 1), (2, 2, 3, 4, 5), (4, 5, 1, 1)])
+    "hcl_loss": (hcl, HCL_SHAPES),
+    "ofd_loss": (ofd, [(2, 5, 3, 3), (3, 5, 32, 33), (2, 3, 50), (1, 1, 1), (2, 2, 3, 4, 5), (4, 5, 1, 1)]),
 }
 every_loss = pytest.mark.parametrize("name", LOSSES)
 
@@ -69,10 +76,11 @@ def test_the_kernels_match_float64_on_every_code_path(each_path, name, dtype, la
         for pair, wanted in zip(cases, exact, strict=True):
             with Recorder() as ran:
                 found = gradients(lambda *x: loss(fastkd, *x), *pair)
-            assert ran.fused == [name] and found[0].dtype == torch.float32
+            planes_only = last and name == "hcl_loss" and pair[0].shape[2:].numel() > 1
+            assert ran.fused == ([] if planes_only else [name]) and found[0].dtype == torch.float32
             torch.testing.assert_close(found[0].double(), wanted[0], rtol=2e-6, atol=1e-9)
             for x, got, want in zip(pair, found[1:], wanted[1:], strict=True):
-                assert got.dtype == dtype and got.stride() == torch.empty_like(x).stride()
+                assert got.dtype == dtype and (planes_only or got.stride() == torch.empty_like(x).stride())
                 torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=1e-6)
 
 
@@ -165,7 +173,7 @@ def test_what_the_kernels_do_not_take_goes_by_the_reference(cpp, name):
 
 @every_loss
 def test_the_operator_refuses_what_it_would_misread(cpp, name):
-    rest = {"ofd_loss": ([MARGINS], [1.0])}[name]
+    rest = {"ofd_loss": ([MARGINS], [1.0]), "hcl_loss": ([1.0],)}[name]
     x = torch.randn(2, 5, 8, 8)
     op = getattr(torch.ops.fastkd, name)
     for pair, words in (
@@ -205,3 +213,28 @@ def test_ofd_wants_margins_that_it_can_read(cpp):
     for given in (MARGINS[:4], MARGINS.double(), torch.cat([MARGINS, MARGINS])[::2], MARGINS[None]):
         with pytest.raises(RuntimeError, match="margins must be float32, dense, one number a channel"):
             torch.ops.fastkd.ofd_loss([x], [x], [given], [1.0], False, False)
+
+
+def test_hcl_divides_the_levels(cpp):
+    """Each goes the way that it can; float64 in one makes all float64, as in the reference."""
+    shapes = [(2, 3, 8, 8), (2, 3, 7, 7), (2, 3, 2, 2), (2, 3, 16, 12), (2, 3, 1, 1), (2, 3, 1, 4)]
+    sides = [[torch.randn(shape) for shape in shapes] for _ in range(2)]
+    weights = [1.0, 0.5, 2.0, 3.0, 4.0, 5.0]
+
+    def loss(module):
+        return lambda *x: module.hcl_loss(x[:6], x[6:], weights=weights, weight=0.5)
+
+    with Recorder() as ran:
+        found = gradients(loss(fastkd), *sides[0], *sides[1])
+    assert ran.fused == ["hcl_loss"]
+    exact = gradients(loss(reference), *(x.double() for side in sides for x in side))
+    torch.testing.assert_close([x.double() for x in found], exact, rtol=1e-5, atol=1e-7)
+    with Recorder() as ran:
+        mixed = fastkd.hcl_loss([sides[0][0], sides[0][1].double()], sides[1][:2])
+    assert not ran.fused and mixed.dtype == torch.float64
+    for x, words in (
+        (torch.ones(2, 3, 6, 8), "sides that can be divided by 4"),
+        (torch.ones(2, 3, 8, 8).to(memory_format=torch.channels_last), "must be contiguous"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            torch.ops.fastkd.hcl_loss([x], [x], [1.0], False, False)

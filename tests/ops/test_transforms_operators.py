@@ -72,7 +72,9 @@ def operators(ops):
             False,
         )
         made["crd_loss"] = lambda x: ops.crd_loss(x.flatten(1), unit, *banks), a
-        made["ofd_loss"] = lambda x: ops.ofd_loss([x], [b], [-w], [1.0], True, False), a
+        planes, square = b.contiguous(), torch.randn(2, 4, 8, 8)
+        made["ofd_loss"] = (lambda x: ops.ofd_loss([x.contiguous()], [planes], [-w], [1.0], True, False)), a
+        made["hcl_loss"] = (lambda x: ops.hcl_loss([x.contiguous()], [square], [1.0], True, False)), -square
         made["add_relu_"] = lambda x: ops.add_relu_(x * 1, b), a
     return made
 
@@ -143,13 +145,12 @@ def test_an_operator_under_vmap_runs_once_a_sample(namespace, operator):
             func.vmap(f)(torch.stack(samples))
         return
     wanted = [torch.stack(same) for same in zip(*(flat(f(y)) for y in samples))]
-    dense = "norm" in operator or operator == "ofd_loss"  # these want samples that lie as they were
-    dims = (0,) if dense else (0, 1)
+    dims = (0,) if "norm" in operator else (0, 1)  # a batch norm wants samples that are dense
     for found in (func.vmap(f, dim)(torch.stack(samples, dim)) for dim in dims):
         for a, b in zip(flat(found), wanted, strict=True):
             assert torch.equal(a, b)
     twice = func.vmap(
-        lambda factor: func.vmap(lambda x: f(x) if dense else f((x * factor).contiguous()))(
+        lambda factor: func.vmap(lambda x: f((x * factor).contiguous()) if "norm" not in operator else f(x))(
             torch.stack(samples)
         )
     )(torch.ones(2))

@@ -65,12 +65,12 @@ Pair pair_of(const Tensor& student, const Tensor& teacher, double slope, bool ne
   return pair;
 }
 
-// The sum of what run(begin, end) leaves in the `pieces` sums of args.
+// The sum of what run(begin, end, scratch) leaves in the `pieces` sums of args.
 template <class F>
-double sum_of(DifferenceArgs& args, int64_t pieces, const F& run) {
+double sum_of(DifferenceArgs& args, int64_t pieces, size_t scratch, const F& run) {
   std::vector<double> sums(static_cast<size_t>(pieces));
   args.sums = sums.data();
-  parallel_units(pieces, args.length, 0, [&](int64_t begin, int64_t end, void*) { run(begin, end); });
+  parallel_units(pieces, args.length, scratch, run);
   return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
@@ -91,7 +91,8 @@ double ofd_stage(Pair pair, const Tensor& margin, double factor) {
     args.margins = margins.data();
   }
   const auto run = kernels().difference.ofd;
-  return factor * sum_of(args.of, pieces, [&](int64_t begin, int64_t end) { run(args, begin, end); });
+  return factor *
+         sum_of(args.of, pieces, 0, [&](int64_t begin, int64_t end, void*) { run(args, begin, end); });
 }
 
 void check_count(size_t count, size_t wanted, const char* name) {
@@ -112,7 +113,44 @@ std::tuple<Tensor, std::vector<Tensor>> ofd_loss(std::vector<Tensor> students, s
   return result.all();
 }
 
+double squares_of(DifferenceArgs args, int64_t pieces, int64_t copies, double factor) {
+  SquaresArgs squares = {args, copies};
+  const auto run = kernels().difference.squares;
+  return factor *
+         sum_of(squares.of, pieces, 0, [&](int64_t begin, int64_t end, void*) { run(squares, begin, end); });
+}
+
+double hcl_level(Pair pair, double factor) {
+  const Feature& x = pair.shape;
+  if (x.positions == 1) {
+    pair.args.length = x.channels;
+    return squares_of(pair.args, x.batch, 1, factor);
+  }
+  STD_TORCH_CHECK(pair.planes, "student and teacher must be contiguous");
+  STD_TORCH_CHECK(x.size[0] == 1 && x.size[1] % 4 == 0 && x.size[2] % 4 == 0,
+                  "student must have sides that can be divided by 4, or one position");
+  HclArgs args = {pair.args, x.size[1], x.size[2]};
+  args.of.length = x.positions;
+  const auto run = kernels().difference.hcl;
+  return factor * sum_of(args.of, x.batch * x.channels, hcl_scratch(args),
+                         [&](int64_t begin, int64_t end, void* scratch) { run(args, begin, end, scratch); });
+}
+
+std::tuple<Tensor, std::vector<Tensor>> hcl_loss(std::vector<Tensor> students, std::vector<Tensor> teachers,
+                                                 std::vector<double> factors, bool need_s, bool need_t) {
+  check_count(teachers.size(), students.size(), "teachers");
+  check_count(factors.size(), students.size(), "factors");
+  Result result;
+  for (size_t i = 0; i < students.size(); ++i)
+    result.loss +=
+        hcl_level(pair_of(students[i], teachers[i], 2 * factors[i], need_s, need_t, result), factors[i]);
+  return result.all();
+}
+
 }  // namespace
 }  // namespace fastkd
 
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { m.impl("ofd_loss", TORCH_BOX(&fastkd::ofd_loss)); }
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
+  m.impl("ofd_loss", TORCH_BOX(&fastkd::ofd_loss));
+  m.impl("hcl_loss", TORCH_BOX(&fastkd::hcl_loss));
+}

@@ -24,8 +24,26 @@ struct OfdArgs {
   bool repeated;
 };
 
+// A piece is a map of one channel, whose sides can be divided by 4.
+struct HclArgs {
+  DifferenceArgs of;
+  int64_t height, width;
+};
+// Bytes of scratch memory that a map takes.
+static inline size_t hcl_scratch(const HclArgs& args) {
+  return static_cast<size_t>((args.height + 8) * args.width) * sizeof(float);
+}
+
+// Each of the teacher's pieces is compared with `copies` of the student's, one after the other.
+struct SquaresArgs {
+  DifferenceArgs of;
+  int64_t copies;
+};
+
 struct DifferenceKernels {
   void (*ofd)(const OfdArgs&, int64_t begin, int64_t end);  // of the pieces in there
+  void (*hcl)(const HclArgs&, int64_t begin, int64_t end, void* scratch);
+  void (*squares)(const SquaresArgs&, int64_t begin, int64_t end);  // of the student's pieces
 };
 
 }  // namespace fastkd

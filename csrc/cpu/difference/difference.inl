@@ -107,4 +107,124 @@ static void ofd(const OfdArgs& args, int64_t begin, int64_t end) {
   });
 }
 
-extern const DifferenceKernels difference_kernels = {ofd};
+template <bool kStudent, bool kTeacher, typename T, typename V>
+FASTKD_INLINE void put_gradients(const Piece<T>& piece, int64_t i, V grad) {
+  if constexpr (kStudent) put(piece.s_grad + i, grad);
+  if constexpr (kTeacher) put(piece.t_grad + i, -grad);
+}
+
+// The differences of a map and, by rows folded so that they fill vectors, what is summed and added by
+// columns.
+struct HclMap {
+  int64_t height, width, folded;  // `folded` numbers, of one or more rows of a quarter of the map
+  float *apart, *columns;
+
+  FASTKD_INLINE HclMap of(const HclArgs& args, void* scratch) {
+    const int64_t rows = args.height / 4;
+    int64_t fold = 1;
+    while (args.width * fold % kLanes<float> != 0 && rows % (2 * fold) == 0 && fold < 4) fold *= 2;
+    if (args.width * fold % kLanes<float> != 0) fold = 1;
+    float* apart = static_cast<float*>(scratch);
+    return {args.height, args.width, args.width * fold, apart, apart + args.height * args.width};
+  }
+};
+
+// f(i, V) over the numbers [0, count).
+template <typename F>
+FASTKD_INLINE void over(int64_t count, const F& f) {
+  int64_t i = 0;
+  for (; i + kLanes<float> <= count; i += kLanes<float>) f(i, VecF{});
+  for (; i < count; ++i) f(i, float{});
+}
+
+// Sums of the differences in the 4 x 4 parts of the map.
+static void hcl_cells(const HclMap& map, double* cells) {
+  const int64_t quarter = map.height / 4 * map.width, part = map.width / 4;
+  for (int64_t band = 0; band < 4; ++band) {
+    const float* apart = map.apart + band * quarter;
+    over(map.folded, [&](int64_t i, auto zero) {
+      for (int64_t row = i; row < quarter; row += map.folded) zero += at(apart + row, decltype(zero){});
+      put(map.columns + i, zero);
+    });
+    for (int64_t i = 0; i < map.folded; i += part) {
+      double total = 0;
+      for (int64_t j = i; j < i + part; ++j) total += map.columns[j];
+      cells[band * 4 + i % map.width / part] += total;
+    }
+  }
+}
+
+// What the coarser grids add to the sum of squares; leaves in the cells what they add to each difference
+// there.
+static double hcl_grids(const HclMap& map, double* cells) {
+  const double numbers = static_cast<double>(map.height * map.width);
+  double added[16] = {}, total = 0, factor = 1;
+  for (int64_t side = 4; side >= 1; side /= 2) {
+    if (side >= map.height) continue;
+    factor /= 2;
+    const int64_t step = 4 / side;
+    for (int64_t part = 0; part < side * side; ++part) {
+      const int64_t first = part / side * step * 4 + part % side * step;
+      double whole = 0;
+      for (int64_t y = 0; y < step; ++y)
+        for (int64_t x = 0; x < step; ++x) whole += cells[first + 4 * y + x];
+      const double mean = whole * static_cast<double>(side * side) / numbers;
+      total += factor * whole * mean;
+      for (int64_t y = 0; y < step; ++y)
+        for (int64_t x = 0; x < step; ++x) added[first + 4 * y + x] += factor * mean;
+    }
+  }
+  for (int64_t i = 0; i < 16; ++i) cells[i] = added[i];
+  return total;
+}
+
+template <bool kStudent, bool kTeacher, typename T>
+static double hcl_of(const HclMap& map, const Piece<T>& piece, float slope) {
+  double cells[16] = {};
+  const double squares = sum_over(map.height * map.width, [&](int64_t i, auto zero) {
+    const auto apart = at(piece.s + i, zero) - at(piece.t + i, zero);
+    put(map.apart + i, apart);
+    return apart * apart;
+  });
+  hcl_cells(map, cells);
+  const double total = squares + hcl_grids(map, cells);
+  if constexpr (!kStudent && !kTeacher) return total;
+  const int64_t quarter = map.height / 4 * map.width, part = map.width / 4;
+  for (int64_t band = 0; band < 4; ++band) {
+    for (int64_t i = 0; i < map.folded; i += part)
+      for (int64_t j = i; j < i + part; ++j)
+        map.columns[j] = static_cast<float>(cells[band * 4 + i % map.width / part]);
+    for (int64_t row = band * quarter; row < (band + 1) * quarter; row += map.folded)
+      over(map.folded, [&](int64_t i, auto zero) {
+        const auto grad = slope * (at(map.apart + row + i, zero) + at(map.columns + i, zero));
+        put_gradients<kStudent, kTeacher>(piece, row + i, grad);
+      });
+  }
+  return total;
+}
+
+static void hcl(const HclArgs& args, int64_t begin, int64_t end, void* scratch) {
+  const HclMap map = HclMap::of(args, scratch);
+  with_wanted(args.of, [&](auto type, auto student, auto teacher) {
+    for (int64_t index = begin; index < end; ++index)
+      args.of.sums[index] = hcl_of<decltype(student)::value, decltype(teacher)::value>(
+          map, Piece<decltype(type)>::of(args.of, index), args.of.slope);
+  });
+}
+
+static void squares(const SquaresArgs& args, int64_t begin, int64_t end) {
+  with_wanted(args.of, [&](auto type, auto student, auto teacher) {
+    using T = decltype(type);
+    for (int64_t index = begin; index < end; ++index) {
+      auto piece = Piece<T>::of(args.of, index);
+      piece.t = static_cast<const T*>(args.of.teacher) + index / args.copies * args.of.length;
+      args.of.sums[index] = sum_over(args.of.length, [&](int64_t i, auto zero) {
+        const auto apart = at(piece.s + i, zero) - at(piece.t + i, zero);
+        put_gradients<decltype(student)::value, decltype(teacher)::value>(piece, i, args.of.slope * apart);
+        return apart * apart;
+      });
+    }
+  });
+}
+
+extern const DifferenceKernels difference_kernels = {ofd, hcl, squares};
