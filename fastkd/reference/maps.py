@@ -1,4 +1,4 @@
-"""Losses that compare maps number by number, OFD and HCL; and batch norm."""
+"""Losses that compare maps number by number, OFD, HCL and NORM; and batch norm."""
 
 from __future__ import annotations
 
@@ -116,3 +116,12 @@ def _grid(x: Tensor, side: int) -> Tensor:
     if all(size % side == 0 for size in x.shape[2:]):
         return F.avg_pool2d(x, [size // side for size in x.shape[2:]])
     return F.adaptive_avg_pool2d(x, side)
+
+
+def norm_loss(u: Tensor, target: Tensor, copies: int) -> Tensor:
+    """See :func:`fastkd.ops.norm.norm_loss`."""
+    if target.shape[2:] != u.shape[2:]:
+        target = F.adaptive_max_pool2d(target, u.shape[2:])
+    wide, narrow = widen(u, target)
+    each = wide.unflatten(1, (copies, target.shape[1]))
+    return copies * F.mse_loss(each, narrow[:, None].expand_as(each))

@@ -10,6 +10,7 @@ from recorder import Recorder
 
 import fastkd
 from fastkd import native, reference
+from fastkd.ops.norm import norm_loss
 
 MARGINS = torch.tensor([-0.3, 0.0, -1.5, -0.01, -0.7])
 
@@ -185,7 +186,7 @@ def test_the_operator_refuses_what_it_would_misread(cpp, name):
     ):
         with pytest.raises(RuntimeError, match=words):
             op(*([y] for y in pair), *rest, True, True)
-    with pytest.raises(RuntimeError, match="teachers must be as many"):
+    with pytest.raises(RuntimeError, match="teachers must be as many as there are pairs"):
         op([x], [x, x], *rest, True, True)
     for inputs in ([x.clone().requires_grad_()], [x]):
         torch.library.opcheck(op, (inputs, [x + 1], *rest, True, False))
@@ -238,3 +239,49 @@ def test_hcl_divides_the_levels(cpp):
     ):
         with pytest.raises(RuntimeError, match=words):
             torch.ops.fastkd.hcl_loss([x], [x], [1.0], False, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("last", [False, True], ids=["planes", "channels-last"])
+@pytest.mark.parametrize(("copies", "shape"), [(8, (2, 5, 8, 8)), (3, (2, 20, 3, 3)), (1, (1, 2, 1, 1))])
+def test_norm_matches_float64_on_every_code_path(each_path, copies, shape, last, dtype):
+    u, target = torch.randn(shape[0], copies * shape[1], *shape[2:]), torch.randn(shape)
+    if last:
+        u, target = (x.to(memory_format=torch.channels_last) for x in (u, target))
+    u, target = u.to(dtype).requires_grad_(), target.to(dtype)
+    exact = reference.norm_loss(x := u.detach().double().requires_grad_(), target.double(), copies)
+    (wanted,) = torch.autograd.grad(3 * exact, x)
+    tolerance = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 8e-3}[dtype]
+    for _ in each_path:
+        with Recorder() as ran:
+            loss = norm_loss(u, target, copies)
+            (found,) = torch.autograd.grad(3 * loss, u)
+        assert ran.fused == ["norm_loss"] and found.dtype == dtype and found.stride() == u.stride()
+        torch.testing.assert_close(loss.double(), exact, rtol=2e-6, atol=1e-9)
+        torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=1e-6)
+        assert torch.equal(norm_loss(u.detach(), target, copies), loss)
+
+
+def test_norm_takes_what_it_can_read(cpp):
+    u, target = torch.randn(2, 6, 4, 4), torch.randn(2, 3, 4, 4)
+    for pair in ((u, target.clone().requires_grad_()), (u.double(), target), (u.transpose(2, 3), target)):
+        with Recorder() as ran:
+            found = norm_loss(*pair, 2)
+        assert not ran.fused and torch.equal(found, reference.norm_loss(*pair, 2))
+    op = torch.ops.fastkd.norm_loss
+    for args, words in (
+        (([u], [target], 3, True, False), "`copies` times the teacher's channels"),
+        (([u], [target], 2, True, True), "the teacher's gradient is not among"),
+        (([u], [target.half()], 2, True, False), "float16, bfloat16 or float32, and alike"),
+        (([u], [target[:, :, :2]], 2, True, False), "differ in batch or spatial size"),
+        (([u], [target.transpose(2, 3)], 2, True, False), "dense, and lie in memory alike"),
+        (([u, u], [target], 2, True, False), "students must be as many"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            op(*args)
+    torch.library.opcheck(op, ([u.requires_grad_()], [target], 2, True, False))
+    (grad,) = torch.autograd.grad(norm_loss(u, target, 2), u, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"fastkd\.reference\.norm_loss"):
+        grad.sum().backward()
+    compiled = torch.compile(lambda u: norm_loss(u, target, 2), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(u), norm_loss(u, target, 2))

@@ -96,7 +96,7 @@ double ofd_stage(Pair pair, const Tensor& margin, double factor) {
 }
 
 void check_count(size_t count, size_t wanted, const char* name) {
-  STD_TORCH_CHECK(count == wanted, name, " must be as many as students");
+  STD_TORCH_CHECK(count == wanted, name, " must be as many as there are pairs");
 }
 
 std::tuple<Tensor, std::vector<Tensor>> ofd_loss(std::vector<Tensor> students, std::vector<Tensor> teachers,
@@ -147,10 +147,38 @@ std::tuple<Tensor, std::vector<Tensor>> hcl_loss(std::vector<Tensor> students, s
   return result.all();
 }
 
+// One pair of tensors, in lists as the other losses have them.
+std::tuple<Tensor, std::vector<Tensor>> norm_loss(std::vector<Tensor> students, std::vector<Tensor> teachers,
+                                                  int64_t copies, bool need_s, bool need_t) {
+  check_count(teachers.size(), 1, "teachers");
+  check_count(students.size(), 1, "students");
+  STD_TORCH_CHECK(!need_t, "the teacher's gradient is not among what this makes");
+  const TensorView s = view_of(students[0], "student"), t = view_of(teachers[0], "teacher");
+  const Feature u = feature_of(s, "student"), target = feature_of(t, "teacher");
+  check_same(u, target, "student and teacher");
+  STD_TORCH_CHECK(s.dtype == t.dtype && s.dtype != DType::kDouble,
+                  "student and teacher must be float16, bfloat16 or float32, and alike");
+  STD_TORCH_CHECK(copies > 0 && u.channels == copies * target.channels,
+                  "student must have `copies` times the teacher's channels");
+  const bool planes = by_planes(u) && by_planes(target);
+  STD_TORCH_CHECK(planes || (by_positions(u) && by_positions(target)),
+                  "student and teacher must be dense, and lie in memory alike");
+  const int64_t length = planes ? target.channels * target.positions : target.channels;
+  const int64_t pieces = u.batch * u.channels * u.positions / length;
+  const double factor = static_cast<double>(copies) / static_cast<double>(u.batch * u.channels * u.positions);
+  Result result;
+  DifferenceArgs args = {s.dtype, length, s.data, t.data, nullptr, nullptr, static_cast<float>(2 * factor),
+                         nullptr};
+  if (need_s) args.student_grad = gradient_of(students[0], s, result.student);
+  result.loss = squares_of(args, pieces, copies, factor);
+  return result.all();
+}
+
 }  // namespace
 }  // namespace fastkd
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   m.impl("ofd_loss", TORCH_BOX(&fastkd::ofd_loss));
   m.impl("hcl_loss", TORCH_BOX(&fastkd::hcl_loss));
+  m.impl("norm_loss", TORCH_BOX(&fastkd::norm_loss));
 }
