@@ -22,9 +22,12 @@ from fastkd.ops.attention import attention_map, attention_transfer_loss
 from fastkd.ops.crd import crd_loss
 from fastkd.ops.feature_map import relu_tap, tap
 from fastkd.ops.fsp import fsp_loss, fsp_matrix
+from fastkd.ops.hcl import hcl_loss
+from fastkd.ops.norm import norm_loss as _norm_loss  # so that its operator is there  # noqa: F401
+from fastkd.ops.ofd import ofd_loss
 from fastkd.ops.rkd import rkd_loss
 from fastkd.ops.sakd import sakd_loss, sakd_map
-from fastkd.reference import hcl_loss, kd_loss, ofd_loss, ofd_margin
+from fastkd.reference import kd_loss, ofd_margin
 
 if TYPE_CHECKING:
     from fastkd import distillation as distillation

@@ -37,6 +37,9 @@ in_torch_func: Callable[[], bool] = find(torch, "_C._are_functorch_transforms_ac
 # Batched gradients of torch.autograd go through an older vmap, of which only its tensors tell.
 _in_older_vmap: Callable[[Tensor], bool] = find(torch, "_C._functorch.is_legacy_batchedtensor")
 _top_hooks: Callable[[bool], Any] = find(torch, "_C._autograd._top_saved_tensors_default_hooks")
+_keep_graph: Callable[[], bool] = getattr(
+    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
+)
 _dispatch_modes: Callable[[], int] = find(torch, "_C._len_torch_dispatch_stack")
 # Hooks of all modules, registered by torch.nn.modules.module.register_module_forward_hook and so on.
 _GLOBAL_HOOKS = [
@@ -78,6 +81,11 @@ def batched(grad: Tensor | None, other: Tensor | None = None) -> bool:
 def saved_tensors_hooked() -> bool:
     """Whether what is saved now goes through hooks: checkpointing (runs forward twice) or offloading."""
     return _top_hooks(False) is not None
+
+
+def keeps_graph() -> bool:
+    """Whether the backward pass at work leaves its graph for another one, or may do so."""
+    return _keep_graph()
 
 
 def dispatch_watched() -> bool:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 import fastkd
 from fastkd.methods.afd import Attention, differences
-from fastkd.methods.norm import norm_loss
 from fastkd.methods.reviewkd import ABF, review
 from fastkd.methods.semckd import Embedding, Regressor, calibration, similarities
 from fastkd.methods.simkd import to_smaller
+from fastkd.ops.norm import norm_loss
 from speed import published
 from speed.cases import SEED
 from speed.measure import Row, peak_memory

@@ -4,6 +4,7 @@
 #include "cpu/attention/attention.h"
 #include "cpu/fsp/fsp.h"
 #include "cpu/batch_norm/batch_norm.h"
+#include "cpu/difference/difference.h"
 #include "cpu/rkd/rkd.h"
 #include "cpu/attention/tap.h"
 
@@ -24,16 +25,18 @@ struct KernelTable {
   const TapKernels& tap;
   const NormKernels& norm;
   const RkdKernels& rkd;
+  const DifferenceKernels& difference;
 };
 
 // Defined at the end of the .inl files, by way of each operation's kernels.cpp.
-#define FASTKD_CODE_PATH(path)                     \
-  namespace path {                                 \
-  extern const AttentionKernels attention_kernels; \
-  extern const FspKernels fsp_kernels;             \
-  extern const TapKernels tap_kernels;             \
-  extern const NormKernels norm_kernels;           \
-  extern const RkdKernels rkd_kernels;             \
+#define FASTKD_CODE_PATH(path)                       \
+  namespace path {                                   \
+  extern const AttentionKernels attention_kernels;   \
+  extern const DifferenceKernels difference_kernels; \
+  extern const FspKernels fsp_kernels;               \
+  extern const TapKernels tap_kernels;               \
+  extern const NormKernels norm_kernels;             \
+  extern const RkdKernels rkd_kernels;               \
   }
 FASTKD_CODE_PATH(portable)
 FASTKD_CODE_PATH(avx2)

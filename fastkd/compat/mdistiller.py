@@ -18,6 +18,8 @@ from fastkd import checks, losses, reference
 from fastkd.checks import Features, stages
 from fastkd.methods import connectors
 from fastkd.ops.attention import attention_transfer_loss
+from fastkd.ops.hcl import hcl_loss as _hcl_loss
+from fastkd.ops.ofd import ofd_loss
 from fastkd.ops.rkd import rkd_loss as _rkd_loss
 
 __all__ = [
@@ -74,13 +76,13 @@ def feat_loss(source: Tensor, target: Tensor, margin: Tensor) -> Tensor:
     """
     if checks.floating("margin", margin).numel() != max(margin.shape, default=0):
         raise ValueError(f"margin is {checks.describe(margin)}, wanted (C,) or (1, C, 1, 1)")
-    return reference.ofd_loss([source], [target], [margin.flatten()], weights=[1.0], weight=1.0)
+    return ofd_loss([source], [target], [margin.flatten()], weights=[1.0], weight=1.0)
 
 
 def hcl_loss(fstudent: Features, fteacher: Features) -> Tensor:
     """ReviewKD's hierarchical context loss, summed over the levels (N, C, H, W)."""
     pairs = [*zip(stages("fstudent", fstudent), stages("fteacher", fteacher))]
-    return reference.hcl_loss([s for s, _ in pairs], [t for _, t in pairs])
+    return _hcl_loss([s for s, _ in pairs], [t for _, t in pairs])
 
 
 class ConvReg(connectors.ConvReg):

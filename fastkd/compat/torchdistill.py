@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastkd import checks, reference
 from fastkd.ops.attention import attention_transfer_loss
 from fastkd.ops.fsp import fsp_loss
+from fastkd.ops.hcl import hcl_loss
 from fastkd.ops.rkd import rkd_loss
 
 IO = Mapping[str, Mapping[str, Any]]
@@ -200,7 +201,7 @@ class FusedHierarchicalContextLoss(nn.Module):
 
     def forward(self, student_io_dict: IO, teacher_io_dict: IO, *args: Any, **kwargs: Any) -> Tensor:
         student: Any = _feature(student_io_dict, self.student)
-        return reference.hcl_loss(student[0], _feature(teacher_io_dict, self.teacher))
+        return hcl_loss(student[0], _feature(teacher_io_dict, self.teacher))
 
 
 try:

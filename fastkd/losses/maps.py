@@ -11,8 +11,9 @@ from fastkd.checks import Features
 from fastkd.losses.base import Loss
 from fastkd.ops.attention import attention_transfer_loss
 from fastkd.ops.fsp import fsp_loss
+from fastkd.ops.hcl import hcl_loss
+from fastkd.ops.ofd import ofd_loss
 from fastkd.ops.sakd import sakd_loss
-from fastkd.reference import hcl_loss, ofd_loss
 
 # x.pow(p), as these write it, and abs(x)**p are one at p = 2; `signed` keeps another p true to them
 _SQUARED_MAPS = {"signed": True, "weight": 1000.0}

@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.methods.base import Batch, Beside, BuildContext, Distiller, Output, Points, Preset, option
 from fastkd.models import Neck
+from fastkd.ops.norm import norm_loss
 
 _FACTORS = ((10, 0.1), (20, 0.5), (180, 1.0), (210, 0.5), (math.inf, 0.1))
 """Of the published 241 epochs, counted from 0, those before the first number have the second."""
@@ -35,20 +35,6 @@ class Pair(Neck):
         if record is not None:
             record.neck = u
         return self.bn2(self.conv2(u)) + x
-
-
-def norm_loss(u: Tensor, target: Tensor, copies: int) -> Tensor:
-    """``copies`` times the mean squared difference of u (N, copies * C, H, W) and ``copies`` repeats of
-    ``target``, one after the other.
-
-    A larger target (N, C, H', W') is max-pooled to H x W. The repeats are never made. float32, float64 if
-    either is float64.
-    """
-    if target.shape[2:] != u.shape[2:]:
-        target = F.adaptive_max_pool2d(target, u.shape[2:])
-    dtype = torch.promote_types(torch.promote_types(u.dtype, target.dtype), torch.float32)
-    each = u.to(dtype).unflatten(1, (copies, target.shape[1]))
-    return copies * F.mse_loss(each, target.to(dtype)[:, None].expand_as(each))
 
 
 class NORM(Distiller):

@@ -12,7 +12,8 @@ from fastkd import checks
 from fastkd.losses import OFD as OFDLoss
 from fastkd.methods.base import Batch, BuildContext, Distiller, Output, Points, Preset, option, paired_stages
 from fastkd.methods.connectors import pointwise
-from fastkd.reference import ofd_loss, ofd_margin
+from fastkd.ops.ofd import ofd_loss
+from fastkd.reference import ofd_margin
 from fastkd.reference.common import widen
 
 # on purpose, and better in the paper's table 8

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkd._implementations import refuse_second_derivative
+from fastkd._private import batched, keeps_graph
 
 
 class Scaled(torch.autograd.Function):
@@ -43,3 +44,15 @@ def scaled(ctx: Any, operator: str, upstream: Tensor | None) -> list[Tensor | No
         Scaled.apply(operator, upstream, next(saved), next(saved)) if need and upstream is not None else None
         for need in ctx.needs
     ]
+
+
+def handed_out(operator: str, upstream: Tensor, grad: Tensor, x: Tensor, spare: bool) -> Tensor:
+    """``grad * upstream`` in the dtype of ``x``, in the memory of ``grad`` where ``spare`` and nobody needs
+    it any more: after a backward pass that keeps no graph.
+    """
+    # a second derivative is wanted, the call is traced, or upstream stands for several
+    if torch.is_grad_enabled() or type(upstream) is not Tensor or batched(upstream):
+        return Scaled.apply(operator, upstream, grad, x).to(x.dtype)
+    if keeps_graph() or not spare:
+        return (grad * upstream).to(x.dtype)
+    return (grad if upstream.item() == 1 else grad.mul_(upstream)).to(x.dtype)

@@ -7,6 +7,6 @@ whatever autocast says. The kernels are tested against these formulas in float64
 
 from fastkd.reference.attention import attention_map, attention_transfer_loss, relu_tap, tap
 from fastkd.reference.fsp import fsp_loss, fsp_matrix
-from fastkd.reference.maps import batch_norm, hcl_loss, ofd_loss, ofd_margin
+from fastkd.reference.maps import batch_norm, hcl_loss, norm_loss, ofd_loss, ofd_margin
 from fastkd.reference.sakd import sakd_loss, sakd_map
 from fastkd.reference.vectors import crd_loss, kd_loss, rkd_loss

@@ -65,6 +65,11 @@ def normalized_map(q: Tensor, eps: float, eps_mode: str) -> Tensor:
     return q / (norm.clamp_min(float(eps)) if eps_mode == "clamp" else norm + float(eps))
 
 
+def stage_factors(count: int) -> list[float]:
+    """1 for the last stage, 1/2 for the one before it, and so on."""
+    return [0.5 ** (count - 1 - i) for i in range(count)]
+
+
 def combined(terms: list[Tensor], weights: Sequence[float] | None, reduce: str, weight: float) -> Tensor:
     if weights is not None:
         terms = [float(w) * term for w, term in zip(weights, terms, strict=True)]

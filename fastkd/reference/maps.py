@@ -1,4 +1,4 @@
-"""Losses that compare maps number by number, OFD and HCL; and batch norm."""
+"""Losses that compare maps number by number, OFD, HCL and NORM; and batch norm."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastkd import checks, graphs
 from fastkd.checks import Features
-from fastkd.reference.common import combined, no_autocast, widen
+from fastkd.reference.common import combined, no_autocast, stage_factors, widen
 
 
 def batch_norm(
@@ -61,22 +61,7 @@ def ofd_loss(
     weight: float = 1e-3,
     channel_dim: int = 1,
 ) -> Tensor:
-    """Squared difference of maps before the ReLU, where the teacher's is raised to a margin.
-
-    Args:
-        student, teacher: (N, C, *S) floating point with one to three spatial dimensions, or several, one a
-            stage; pairs of one shape.
-        margins: (C,), or one for each stage; :func:`fastkd.ofd_margin` gives them. None may be above 0, which
-            is checked on a CPU alone.
-        weights: one factor a stage; None: 1 for the last stage, 1/2 for the one before it, and so on.
-        weight: multiplies the result.
-        channel_dim: where C stands: 1, or -1 for views (N, *S, C) and tokens (N, L, C), without a copy.
-
-    Returns: a scalar; float32, float64 if any input is float64. With ``target = max(t, margin)`` each stage
-    is ``((s - target) ** 2)[(s > target) | (target > 0)].sum() / N``.
-    Raises: TypeError, ValueError for what is not such a pair.
-    Source: Heo et al., *A comprehensive overhaul of feature distillation*, ICCV 2019, and its code.
-    """
+    """See :func:`fastkd.ofd_loss`."""
     student, teacher = (checks.channels_second(side, channel_dim) for side in (student, teacher))
     students, teachers, bounds = checks.ofd_loss(student, teacher, margins, weights, weight)
     count = len(students)
@@ -88,12 +73,7 @@ def ofd_loss(
             s, target = graphs.save_constants(s, torch.maximum(t, margin.view(-1, *[1] * (t.dim() - 2))))
             reached = (s <= target) & (target <= 0)  # in this form a NaN stays one
             terms.append((s - target).masked_fill(reached, 0).square().sum() / s.shape[0])
-        return combined(
-            terms,
-            [0.5 ** (count - 1 - i) for i in range(count)] if weights is None else weights,
-            "sum",
-            weight,
-        )
+        return combined(terms, stage_factors(count) if weights is None else weights, "sum", weight)
 
 
 def hcl_loss(
@@ -104,29 +84,18 @@ def hcl_loss(
     weight: float = 1.0,
     channel_dim: int = 1,
 ) -> Tensor:
-    """The hierarchical context loss of ReviewKD: mean squared differences at full size and of averages over
-    coarser grids.
-
-    Args:
-        student, teacher: a tensor (N, C, H, W) or several, one a level; the shapes of a pair are the same.
-            Any floating dtype.
-        weights: one factor a level, 1 by default.
-        weight: multiplies the result.
-        channel_dim: where C stands: 1, or -1 for views (N, H, W, C), without a copy.
-
-    Returns: a scalar; float32, float64 if any input is float64. The levels are summed.
-    Of one level: ``mean((s - t)^2)`` with factor 1, then the same of both averaged to 4x4, 2x2 and 1x1. A
-    grid is used where its side is smaller than H; the first that is used has the factor 1/2, each next one
-    half of that. The sum is divided by that of the factors.
-    Raises: TypeError, ValueError for what are not such pairs.
-    Source: Chen, Liu, Zhao, Jia, *Distilling knowledge via knowledge review*, CVPR 2021.
-    """
+    """See :func:`fastkd.hcl_loss`."""
     student, teacher = (checks.channels_second(side, channel_dim) for side in (student, teacher))
     students, teachers = checks.hcl_loss(student, teacher, weights, weight)
     with no_autocast(students[0]):
         wide = widen(*students, *teachers)
         terms = [_hcl_level(s - t) for s, t in zip(wide[: len(students)], wide[len(students) :], strict=True)]
         return combined(terms, weights, "sum", weight)
+
+
+def hcl_factors(height: int) -> list[float]:
+    """Of the full size and of the grids that are used."""
+    return [0.5**i for i in range(1 + sum(side < height for side in (4, 2, 1)))]
 
 
 def _hcl_level(difference: Tensor) -> Tensor:
@@ -147,3 +116,12 @@ def _grid(x: Tensor, side: int) -> Tensor:
     if all(size % side == 0 for size in x.shape[2:]):
         return F.avg_pool2d(x, [size // side for size in x.shape[2:]])
     return F.adaptive_avg_pool2d(x, side)
+
+
+def norm_loss(u: Tensor, target: Tensor, copies: int) -> Tensor:
+    """See :func:`fastkd.ops.norm.norm_loss`."""
+    if target.shape[2:] != u.shape[2:]:
+        target = F.adaptive_max_pool2d(target, u.shape[2:])
+    wide, narrow = widen(u, target)
+    each = wide.unflatten(1, (copies, target.shape[1]))
+    return copies * F.mse_loss(each, narrow[:, None].expand_as(each))

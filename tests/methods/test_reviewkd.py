@@ -12,7 +12,6 @@ import torch
 from review_cases import reviewed
 
 import fastkd
-from fastkd import reference
 from fastkd.methods.reviewkd import ABF
 
 
@@ -224,6 +223,6 @@ def test_options_that_cannot_be_are_refused(option, words):
 
 def test_it_is_differentiable_and_a_module():
     x, y = (torch.randn(2, 1, 5, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(fastkd.hcl_loss, (x, y)) and fastkd.hcl_loss is reference.hcl_loss
+    assert torch.autograd.gradcheck(fastkd.hcl_loss, (x, y))
     torch.testing.assert_close(fastkd.HCL(weights=[3.0], weight=2.0)(x, y), 6 * fastkd.hcl_loss(x, y))
     assert fastkd.HCL.preset("reviewkd").weight == 1

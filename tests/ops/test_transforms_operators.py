@@ -72,6 +72,11 @@ def operators(ops):
             False,
         )
         made["crd_loss"] = lambda x: ops.crd_loss(x.flatten(1), unit, *banks), a
+        planes, square = b.contiguous(), torch.randn(2, 4, 8, 8)
+        few = planes[:, :2].contiguous()
+        made["ofd_loss"] = (lambda x: ops.ofd_loss([x.contiguous()], [planes], [-w], [1.0], True, False)), a
+        made["hcl_loss"] = (lambda x: ops.hcl_loss([x.contiguous()], [square], [1.0], True, False)), -square
+        made["norm_loss"] = ((lambda x: ops.norm_loss([x.contiguous()], [few], 2, True, False)), a)
         made["add_relu_"] = lambda x: ops.add_relu_(x * 1, b), a
     return made
 

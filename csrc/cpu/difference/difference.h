@@ -1,0 +1,49 @@
+// What difference.cpp hands to the kernels of difference.inl: two features of one dtype, each in pieces that
+// lie dense one after the other.
+#pragma once
+
+#include "cpu/host.h"
+
+namespace fastkd {
+
+struct DifferenceArgs {
+  DType dtype;     // float16, bfloat16 or float32
+  int64_t length;  // numbers of a piece
+  const void *student, *teacher;
+  float *student_grad, *teacher_grad;  // null where none is wanted
+  float slope;                         // a gradient by the difference, divided by it
+  double* sums;                        // of each piece, without the factor of the loss
+};
+
+// A piece is a map of one channel, with its margin; or with `repeated` some positions of all channels, with
+// `length` margins for every piece.
+struct OfdArgs {
+  DifferenceArgs of;
+  const float* margins;
+  int64_t channels;
+  bool repeated;
+};
+
+// A piece is a map of one channel, whose sides can be divided by 4.
+struct HclArgs {
+  DifferenceArgs of;
+  int64_t height, width;
+};
+// Bytes of scratch memory that a map takes.
+static inline size_t hcl_scratch(const HclArgs& args) {
+  return static_cast<size_t>((args.height + 8) * args.width) * sizeof(float);
+}
+
+// Each of the teacher's pieces is compared with `copies` of the student's, one after the other.
+struct SquaresArgs {
+  DifferenceArgs of;
+  int64_t copies;
+};
+
+struct DifferenceKernels {
+  void (*ofd)(const OfdArgs&, int64_t begin, int64_t end);  // of the pieces in there
+  void (*hcl)(const HclArgs&, int64_t begin, int64_t end, void* scratch);
+  void (*squares)(const SquaresArgs&, int64_t begin, int64_t end);  // of the student's pieces
+};
+
+}  // namespace fastkd

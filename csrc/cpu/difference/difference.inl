@@ -1,0 +1,230 @@
+// Losses of differences, each with its gradients in the same pass over both features. Arithmetic is in float;
+// squares are added in float over kBlock numbers, then in double, in an order that depends on nothing.
+
+constexpr int64_t kBlock = 1024;
+
+// A vector, or one number V, from a place on.
+template <typename T>
+FASTKD_INLINE VecF at(const T* p, VecF) {
+  return load<T, float>(p);
+}
+template <typename T>
+FASTKD_INLINE float at(const T* p, float) {
+  return to_acc<T, float>(*p);
+}
+FASTKD_INLINE void put(float* p, VecF v) { store<float, float>(p, v); }
+FASTKD_INLINE void put(float* p, float v) { *p = v; }
+FASTKD_INLINE VecF chosen(IntF where, VecF yes, VecF no) { return where ? yes : no; }
+FASTKD_INLINE float chosen(bool where, float yes, float no) { return where ? yes : no; }
+
+// The sum of square(i, V) over the numbers [0, count), vectors V of them where there are enough.
+template <typename F>
+FASTKD_INLINE double sum_over(int64_t count, const F& square) {
+  constexpr int64_t W = kLanes<float>;
+  VecD total = {}, low, high;
+  double rest = 0;
+  int64_t i = 0;
+  while (i + W <= count) {
+    const int64_t end = min_of(count, i + kBlock);
+    VecF part[4] = {};
+    for (; i + 4 * W <= end; i += 4 * W)
+      for (int64_t j = 0; j < 4; ++j) part[j] += square(i + j * W, VecF{});
+    for (; i + W <= end; i += W) part[0] += square(i, VecF{});
+    widen((part[0] + part[1]) + (part[2] + part[3]), low, high);
+    total += low + high;
+  }
+  for (; i < count; ++i) rest += square(i, float{});
+  return sum(total) + rest;
+}
+
+// The two features and the wanted gradients from one piece on.
+template <typename T>
+struct Piece {
+  const T *s, *t;
+  float *s_grad, *t_grad;
+
+  FASTKD_INLINE Piece of(const DifferenceArgs& args, int64_t index) {
+    const int64_t first = index * args.length;
+    return {static_cast<const T*>(args.student) + first, static_cast<const T*>(args.teacher) + first,
+            args.student_grad ? args.student_grad + first : nullptr,
+            args.teacher_grad ? args.teacher_grad + first : nullptr};
+  }
+};
+
+// f(T{}, a constant whether the student's gradient is wanted, the same of the teacher's).
+template <bool kValue>
+struct Flag {
+  static constexpr bool value = kValue;
+};
+template <typename F>
+FASTKD_INLINE void with_wanted(const DifferenceArgs& args, const F& f) {
+  with_type<float>(args.dtype, [&](auto type) {
+    if (args.student_grad && args.teacher_grad) {
+      f(type, Flag<true>{}, Flag<true>{});
+    } else if (args.student_grad) {
+      f(type, Flag<true>{}, Flag<false>{});
+    } else if (args.teacher_grad) {
+      f(type, Flag<false>{}, Flag<true>{});
+    } else {
+      f(type, Flag<false>{}, Flag<false>{});
+    }
+  });
+}
+
+// The squared difference to the teacher's number raised to the margin, 0 where that is at most 0 and not
+// below the student's. A NaN stays one. Where number and margin are equal, either has half of the gradient,
+// as in torch.maximum.
+template <bool kStudent, bool kTeacher, typename T, typename V>
+FASTKD_INLINE V ofd_at(const Piece<T>& piece, int64_t i, V margin, float slope) {
+  const V s = at(piece.s + i, V{}), t = at(piece.t + i, V{}), zero = {};
+  const V target = chosen((t > margin) | (t != t), t, margin);
+  const V apart = chosen((s <= target) & (target <= zero), zero, s - target);
+  const V grad = slope * apart;
+  if constexpr (kStudent) put(piece.s_grad + i, grad);
+  if constexpr (kTeacher)
+    put(piece.t_grad + i, chosen(t < margin, zero, chosen(t == margin, -0.5f * grad, -grad)));
+  return apart * apart;
+}
+
+static void ofd(const OfdArgs& args, int64_t begin, int64_t end) {
+  with_wanted(args.of, [&](auto type, auto student, auto teacher) {
+    using T = decltype(type);
+    constexpr bool kStudent = decltype(student)::value, kTeacher = decltype(teacher)::value;
+    const float slope = args.of.slope;
+    for (int64_t index = begin; index < end; ++index) {
+      const auto piece = Piece<T>::of(args.of, index);
+      if (args.repeated) {
+        args.of.sums[index] = sum_over(args.of.length, [&](int64_t i, auto zero) {
+          return ofd_at<kStudent, kTeacher>(piece, i, at(args.margins + i, zero), slope);
+        });
+      } else {
+        const float margin = args.margins[index % args.channels];
+        args.of.sums[index] = sum_over(args.of.length, [&](int64_t i, auto zero) {
+          return ofd_at<kStudent, kTeacher>(piece, i, margin - zero, slope);
+        });
+      }
+    }
+  });
+}
+
+template <bool kStudent, bool kTeacher, typename T, typename V>
+FASTKD_INLINE void put_gradients(const Piece<T>& piece, int64_t i, V grad) {
+  if constexpr (kStudent) put(piece.s_grad + i, grad);
+  if constexpr (kTeacher) put(piece.t_grad + i, -grad);
+}
+
+// The differences of a map and, by rows folded so that they fill vectors, what is summed and added by
+// columns.
+struct HclMap {
+  int64_t height, width, folded;  // `folded` numbers, of one or more rows of a quarter of the map
+  float *apart, *columns;
+
+  FASTKD_INLINE HclMap of(const HclArgs& args, void* scratch) {
+    const int64_t rows = args.height / 4;
+    int64_t fold = 1;
+    while (args.width * fold % kLanes<float> != 0 && rows % (2 * fold) == 0 && fold < 4) fold *= 2;
+    if (args.width * fold % kLanes<float> != 0) fold = 1;
+    float* apart = static_cast<float*>(scratch);
+    return {args.height, args.width, args.width * fold, apart, apart + args.height * args.width};
+  }
+};
+
+// f(i, V) over the numbers [0, count).
+template <typename F>
+FASTKD_INLINE void over(int64_t count, const F& f) {
+  int64_t i = 0;
+  for (; i + kLanes<float> <= count; i += kLanes<float>) f(i, VecF{});
+  for (; i < count; ++i) f(i, float{});
+}
+
+// Sums of the differences in the 4 x 4 parts of the map.
+static void hcl_cells(const HclMap& map, double* cells) {
+  const int64_t quarter = map.height / 4 * map.width, part = map.width / 4;
+  for (int64_t band = 0; band < 4; ++band) {
+    const float* apart = map.apart + band * quarter;
+    over(map.folded, [&](int64_t i, auto zero) {
+      for (int64_t row = i; row < quarter; row += map.folded) zero += at(apart + row, decltype(zero){});
+      put(map.columns + i, zero);
+    });
+    for (int64_t i = 0; i < map.folded; i += part) {
+      double total = 0;
+      for (int64_t j = i; j < i + part; ++j) total += map.columns[j];
+      cells[band * 4 + i % map.width / part] += total;
+    }
+  }
+}
+
+// What the coarser grids add to the sum of squares; leaves in the cells what they add to each difference
+// there.
+static double hcl_grids(const HclMap& map, double* cells) {
+  const double numbers = static_cast<double>(map.height * map.width);
+  double added[16] = {}, total = 0, factor = 1;
+  for (int64_t side = 4; side >= 1; side /= 2) {
+    if (side >= map.height) continue;
+    factor /= 2;
+    const int64_t step = 4 / side;
+    for (int64_t part = 0; part < side * side; ++part) {
+      const int64_t first = part / side * step * 4 + part % side * step;
+      double whole = 0;
+      for (int64_t y = 0; y < step; ++y)
+        for (int64_t x = 0; x < step; ++x) whole += cells[first + 4 * y + x];
+      const double mean = whole * static_cast<double>(side * side) / numbers;
+      total += factor * whole * mean;
+      for (int64_t y = 0; y < step; ++y)
+        for (int64_t x = 0; x < step; ++x) added[first + 4 * y + x] += factor * mean;
+    }
+  }
+  for (int64_t i = 0; i < 16; ++i) cells[i] = added[i];
+  return total;
+}
+
+template <bool kStudent, bool kTeacher, typename T>
+static double hcl_of(const HclMap& map, const Piece<T>& piece, float slope) {
+  double cells[16] = {};
+  const double squares = sum_over(map.height * map.width, [&](int64_t i, auto zero) {
+    const auto apart = at(piece.s + i, zero) - at(piece.t + i, zero);
+    put(map.apart + i, apart);
+    return apart * apart;
+  });
+  hcl_cells(map, cells);
+  const double total = squares + hcl_grids(map, cells);
+  if constexpr (!kStudent && !kTeacher) return total;
+  const int64_t quarter = map.height / 4 * map.width, part = map.width / 4;
+  for (int64_t band = 0; band < 4; ++band) {
+    for (int64_t i = 0; i < map.folded; i += part)
+      for (int64_t j = i; j < i + part; ++j)
+        map.columns[j] = static_cast<float>(cells[band * 4 + i % map.width / part]);
+    for (int64_t row = band * quarter; row < (band + 1) * quarter; row += map.folded)
+      over(map.folded, [&](int64_t i, auto zero) {
+        const auto grad = slope * (at(map.apart + row + i, zero) + at(map.columns + i, zero));
+        put_gradients<kStudent, kTeacher>(piece, row + i, grad);
+      });
+  }
+  return total;
+}
+
+static void hcl(const HclArgs& args, int64_t begin, int64_t end, void* scratch) {
+  const HclMap map = HclMap::of(args, scratch);
+  with_wanted(args.of, [&](auto type, auto student, auto teacher) {
+    for (int64_t index = begin; index < end; ++index)
+      args.of.sums[index] = hcl_of<decltype(student)::value, decltype(teacher)::value>(
+          map, Piece<decltype(type)>::of(args.of, index), args.of.slope);
+  });
+}
+
+static void squares(const SquaresArgs& args, int64_t begin, int64_t end) {
+  with_wanted(args.of, [&](auto type, auto student, auto teacher) {
+    using T = decltype(type);
+    for (int64_t index = begin; index < end; ++index) {
+      auto piece = Piece<T>::of(args.of, index);
+      piece.t = static_cast<const T*>(args.of.teacher) + index / args.copies * args.of.length;
+      args.of.sums[index] = sum_over(args.of.length, [&](int64_t i, auto zero) {
+        const auto apart = at(piece.s + i, zero) - at(piece.t + i, zero);
+        put_gradients<decltype(student)::value, decltype(teacher)::value>(piece, i, args.of.slope * apart);
+        return apart * apart;
+      });
+    }
+  });
+}
+
+extern const DifferenceKernels difference_kernels = {ofd, hcl, squares};

@@ -1,0 +1,14 @@
+// Losses of the differences of two features.
+#include "cpu/code_path.h"
+
+#ifdef FASTKD_PATH_BUILT
+namespace fastkd {
+namespace FASTKD_PATH {
+
+#include "cpu/simd/vec.inl"
+#include "cpu/difference/difference.inl"
+
+}  // namespace FASTKD_PATH
+}  // namespace fastkd
+FASTKD_PATH_END
+#endif

@@ -1,0 +1,90 @@
+"""What the losses of differences share: which tensors their kernels serve, and what autograd does with the
+gradients that the forward pass has made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd import backends, native
+from fastkd._private import saved_tensors_hooked, transforming
+from fastkd.ops._gradients import handed_out
+from fastkd.ops._register import autograd, define
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def fused(first: Tensor) -> bool:
+    """Whether a call whose first tensor is this one may go to the kernels: a graph is left to its compiler,
+    unless ``use_backend("cpp")`` says otherwise.
+    """
+    name = backends.current()
+    wanted = name == "cpp" or (name == "auto" and not torch.compiler.is_compiling())
+    on_cpu = native.CPU.available and first.device.type == "cpu"
+    return wanted and on_cpu and not transforming() and not backends.is_wrapper(first)
+
+
+def served(s: Tensor, t: Tensor) -> bool:
+    """Whether the kernels take this pair: float16, bfloat16 or float32, dense, in memory alike."""
+    if s.dtype not in _DTYPES or t.dtype != s.dtype or s.dim() > 5 or not s.numel():
+        return False
+    return all(x.is_contiguous() for x in (s, t)) or all(x.movedim(1, -1).is_contiguous() for x in (s, t))
+
+
+def wanted(*sides: Sequence[Tensor]) -> list[bool]:
+    """Of each side, whether autograd records one of its tensors."""
+    followed = torch.is_grad_enabled()
+    return [followed and any(x.requires_grad for x in side) for side in sides]
+
+
+def _fake(students: list[Tensor], teachers: list[Tensor], *rest: Any) -> tuple[Tensor, list[Tensor]]:
+    grads = [x for side, need in ((students, rest[-2]), (teachers, rest[-1])) if need for x in side]
+    loss = students[0].new_empty((), dtype=torch.float32)
+    return loss, [torch.empty_like(x, dtype=torch.float32) for x in grads]
+
+
+def _context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor]]) -> None:
+    ctx.mark_non_differentiable(*output[1])
+    ctx.set_materialize_grads(False)
+    sides = [*inputs[0]] * inputs[-2] + [*inputs[1]] * inputs[-1]
+    ctx.needed = [i for i, x in enumerate(sides) if x.requires_grad]
+    ctx.without = [[None] * len(x) if _tensors(x) else None for x in inputs[2:]]
+    ctx.needs = inputs[-2:]
+    ctx.spare = not saved_tensors_hooked()  # whoever sets hooks may hold what they were given
+    ctx.save_for_backward(*[output[1][i] for i in ctx.needed], *[sides[i] for i in ctx.needed])
+    ctx.count = len(inputs[0])
+
+
+def _tensors(x: Any) -> bool:
+    return isinstance(x, (list, tuple)) and isinstance(x[0], Tensor)
+
+
+def _rule(name: str) -> Callable[..., tuple]:
+    def gradients(ctx: Any, upstream: Tensor | None, *unused: Any) -> tuple:
+        saved, count = ctx.saved_tensors, len(ctx.needed)
+        found: list[Tensor | None] = [None] * (2 * ctx.count)
+        for place, grad, x in zip(ctx.needed, saved[:count], saved[count:], strict=True):
+            if upstream is not None:
+                at = place if ctx.needs[0] else place + ctx.count
+                found[at] = handed_out(name, upstream, grad, x, ctx.spare)
+        sides = found[: ctx.count], found[ctx.count :]
+        return (*sides, *ctx.without)
+
+    return gradients
+
+
+def difference_loss(name: str, rest: str) -> None:
+    """Declare ``fastkd::name(student, teacher, rest, need_s, need_t)`` -> (float32 loss, the gradients of the
+    students and then of the teachers that are needed, in float32).
+    """
+    define(
+        f"{name}(Tensor[] student, Tensor[] teacher, {rest}, bool need_s, bool need_t) -> (Tensor loss,"
+        " Tensor[] gradients)",
+        _fake,
+        only_cpu=True,
+    )
+    autograd(name, _rule(name), _context, only_cpu=True)

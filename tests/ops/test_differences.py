@@ -1,0 +1,287 @@
+"""The kernels of the losses of differences against the reference in float64, and what they may not do: depend
+on threads, keep what they need not, or take a tensor that they would misread.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from recorder import Recorder
+
+import fastkd
+from fastkd import native, reference
+from fastkd.ops.norm import norm_loss
+
+MARGINS = torch.tensor([-0.3, 0.0, -1.5, -0.01, -0.7])
+
+
+def ofd(module, *pairs):
+    count = len(pairs) // 2
+    margins = [MARGINS[: x.shape[1]].to(x.dtype if x.dtype == torch.float64 else None) for x in pairs[:count]]
+    return module.ofd_loss(list(pairs[:count]), list(pairs[count:]), margins, weight=0.25)
+
+
+def hcl(module, *pairs):
+    count = len(pairs) // 2
+    return module.hcl_loss(pairs[:count], pairs[count:], weight=0.5)
+
+
+HCL_SHAPES = [(2, 5, 8, 8), (3, 2, 32, 32), (2, 3, 12, 28), (1, 2, 4, 4), (2, 3, 4, 16), (4, 37, 1, 1)]
+LOSSES = {
+    "hcl_loss": (hcl, HCL_SHAPES),
+    "ofd_loss": (ofd, [(2, 5, 3, 3), (3, 5, 32, 33), (2, 3, 50), (1, 1, 1), (2, 2, 3, 4, 5), (4, 5, 1, 1)]),
+}
+every_loss = pytest.mark.parametrize("name", LOSSES)
+
+
+def tensors(name, dtype=torch.float32, last=False):
+    """The stages of every shape that the loss has, by the number of dimensions."""
+    for shape in LOSSES[name][1]:
+        pair = [torch.randn(shape).to(dtype) for _ in range(2)]
+        if last:
+            pair = [x.movedim(1, -1).contiguous().movedim(-1, 1) for x in pair]
+        yield pair
+
+
+def gradients(loss, *given):
+    leaves = [x.detach().requires_grad_() for x in given]
+    out = loss(*leaves)
+    return [out, *torch.autograd.grad(out, leaves)]
+
+
+@pytest.fixture
+def each_path():
+    """The code paths that this processor has, one after the other."""
+    if not native.CPU.available:
+        pytest.skip(native.CPU.reason)
+    before = native.cpu_path()
+
+    def paths():
+        for path in native.cpu_paths():
+            native.set_cpu_path(path)
+            yield path
+
+    yield paths()
+    native.set_cpu_path(before)
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("last", [False, True], ids=["planes", "channels-last"])
+def test_the_kernels_match_float64_on_every_code_path(each_path, name, dtype, last):
+    loss = LOSSES[name][0]
+    cases = [*tensors(name, dtype, last)]
+    exact = [gradients(lambda *x: loss(reference, *x), *(x.double() for x in pair)) for pair in cases]
+    tolerance = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 8e-3}[dtype]
+    for _ in each_path:
+        for pair, wanted in zip(cases, exact, strict=True):
+            with Recorder() as ran:
+                found = gradients(lambda *x: loss(fastkd, *x), *pair)
+            planes_only = last and name == "hcl_loss" and pair[0].shape[2:].numel() > 1
+            assert ran.fused == ([] if planes_only else [name]) and found[0].dtype == torch.float32
+            torch.testing.assert_close(found[0].double(), wanted[0], rtol=2e-6, atol=1e-9)
+            for x, got, want in zip(pair, found[1:], wanted[1:], strict=True):
+                assert got.dtype == dtype and (planes_only or got.stride() == torch.empty_like(x).stride())
+                torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=1e-6)
+
+
+@every_loss
+def test_bits_do_not_depend_on_threads_or_on_what_is_wanted(each_path, name):
+    loss, threads = LOSSES[name][0], torch.get_num_threads()
+    cases = [*tensors(name)]
+    for _ in each_path:
+        for student, teacher in cases:
+            found = []
+            for count in (1, 3):
+                torch.set_num_threads(count)
+                found.append(gradients(lambda *x: loss(fastkd, *x), student, teacher))
+            torch.set_num_threads(threads)
+            assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+            for alone in (0, 1):
+                sides = [student.clone(), teacher.clone()]
+                sides[alone].requires_grad_()
+                value = loss(fastkd, *sides)
+                assert torch.equal(value, found[0][0])
+                assert torch.equal(torch.autograd.grad(value, sides[alone])[0], found[0][1 + alone])
+            assert torch.equal(loss(fastkd, student, teacher), found[0][0])
+
+
+@every_loss
+def test_upstream_gradients_and_further_passes(cpp, name):
+    """The gradient is handed out by the last pass alone; every pass has its own factor."""
+    loss = LOSSES[name][0]
+    student, teacher = next(tensors(name))
+    _, wanted, _ = gradients(lambda *x: loss(fastkd, *x), student, teacher)
+    student.requires_grad_()
+    value = loss(fastkd, student, teacher)
+    for factor in (1.0, -3.0):
+        (found,) = torch.autograd.grad(value, student, torch.tensor(factor), retain_graph=True)
+        torch.testing.assert_close(found, factor * wanted)
+        found.zero_()
+    value.backward(torch.tensor(2.0))
+    torch.testing.assert_close(student.grad, 2 * wanted)
+    with pytest.raises(RuntimeError, match="a second time"):
+        value.backward()
+    (grad,) = torch.autograd.grad(loss(fastkd, student, teacher), student, create_graph=True)
+    with pytest.raises(RuntimeError, match=rf"fastkd\.reference\.{name}"):
+        grad.sum().backward()
+
+
+@every_loss
+def test_hooks_keep_what_they_were_given(cpp, name):
+    loss, held = LOSSES[name][0], []
+    student, teacher = next(tensors(name))
+    student.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x) or x, lambda x: x):
+        value = loss(fastkd, student, teacher)
+    before = [x.clone() for x in held]
+    value.backward(torch.tensor(3.0))
+    assert all(map(torch.equal, held, before)) and {x.data_ptr() for x in held} >= {student.data_ptr()}
+    assert sum(x.numel() for x in held) == 2 * student.numel()  # its gradient, and itself as it is
+
+
+@every_loss
+def test_it_is_one_graph(name):
+    loss = LOSSES[name][0]
+    pair = next(tensors(name))
+    wanted = gradients(lambda *x: loss(fastkd, *x), *pair)
+    for backend in ("auto", "cpp") if native.CPU.available else ("auto",):
+        torch._dynamo.reset()
+        with fastkd.use_backend(backend):
+            compiled = torch.compile(lambda *x: loss(fastkd, *x), fullgraph=True, backend="aot_eager")
+            torch.testing.assert_close(gradients(compiled, *pair), wanted)
+
+
+@every_loss
+def test_what_the_kernels_do_not_take_goes_by_the_reference(cpp, name):
+    loss = LOSSES[name][0]
+    student, teacher = torch.randn(2, 5, 8, 8), torch.randn(2, 5, 8, 8)
+    for pair in (
+        (student.double(), teacher.double()),
+        (student, teacher.half()),
+        (student.transpose(2, 3), teacher),
+        (student[:, :, ::2, ::2], teacher[:, :, :4, :4]),
+        (student[:1].expand(2, -1, -1, -1), teacher),
+    ):
+        with Recorder() as ran:
+            found = gradients(lambda *x: loss(fastkd, *x), *pair)
+        assert not ran.fused
+        torch.testing.assert_close(found, gradients(lambda *x: loss(reference, *x), *pair))
+    with Recorder() as ran, fastkd.use_backend("reference"):
+        loss(fastkd, student, teacher)
+    assert not ran.fused
+
+
+@every_loss
+def test_the_operator_refuses_what_it_would_misread(cpp, name):
+    rest = {"ofd_loss": ([MARGINS], [1.0]), "hcl_loss": ([1.0],)}[name]
+    x = torch.randn(2, 5, 8, 8)
+    op = getattr(torch.ops.fastkd, name)
+    for pair, words in (
+        ((x.double(), x.double()), "student must be float16, bfloat16 or float32"),
+        ((x, x.half()), "teacher must have the shape and dtype"),
+        ((x, x[:1]), "teacher must have the shape and dtype"),
+        ((x, x.transpose(2, 3)), "dense, and lie in memory alike"),
+        ((x, x.to(memory_format=torch.channels_last)), "dense, and lie in memory alike"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            op(*([y] for y in pair), *rest, True, True)
+    with pytest.raises(RuntimeError, match="teachers must be as many as there are pairs"):
+        op([x], [x, x], *rest, True, True)
+    for inputs in ([x.clone().requires_grad_()], [x]):
+        torch.library.opcheck(op, (inputs, [x + 1], *rest, True, False))
+
+
+def test_ofd_keeps_nan_and_infinity_and_halves_ties(each_path):
+    """A NaN of either side stays one, and a number equal to its margin shares its gradient with it."""
+    nan, inf = float("nan"), float("inf")
+    s = torch.tensor([nan, 1.0, inf, -inf, 2.0, -5.0, 0.5, 0.0] * 5).view(1, 1, 40)
+    t = torch.tensor([-2.0, nan, 1.0, 1.0, -0.5, -0.5, inf, -0.5] * 5).view(1, 1, 40)
+    margin = torch.tensor([-0.5])
+
+    def loss(module):
+        return lambda s, t: module.ofd_loss(s, t, margin, weight=1.0)
+
+    for _ in each_path:
+        found, wanted = (gradients(loss(module), s, t) for module in (fastkd, reference))
+        torch.testing.assert_close(found, wanted, equal_nan=True)
+        assert found[0].isnan() and found[2][0, 0, 4] == -2.5 and found[1][0, 0, 5] == 0
+
+
+def test_ofd_wants_margins_that_it_can_read(cpp):
+    x, margins = torch.randn(2, 5, 8), MARGINS.clone().requires_grad_()
+    assert fastkd.ofd_loss(x, x + 1, margins).requires_grad  # by the reference
+    for given in (MARGINS[:4], MARGINS.double(), torch.cat([MARGINS, MARGINS])[::2], MARGINS[None]):
+        with pytest.raises(RuntimeError, match="margins must be float32, dense, one number a channel"):
+            torch.ops.fastkd.ofd_loss([x], [x], [given], [1.0], False, False)
+
+
+def test_hcl_divides_the_levels(cpp):
+    """Each goes the way that it can; float64 in one makes all float64, as in the reference."""
+    shapes = [(2, 3, 8, 8), (2, 3, 7, 7), (2, 3, 2, 2), (2, 3, 16, 12), (2, 3, 1, 1), (2, 3, 1, 4)]
+    sides = [[torch.randn(shape) for shape in shapes] for _ in range(2)]
+    weights = [1.0, 0.5, 2.0, 3.0, 4.0, 5.0]
+
+    def loss(module):
+        return lambda *x: module.hcl_loss(x[:6], x[6:], weights=weights, weight=0.5)
+
+    with Recorder() as ran:
+        found = gradients(loss(fastkd), *sides[0], *sides[1])
+    assert ran.fused == ["hcl_loss"]
+    exact = gradients(loss(reference), *(x.double() for side in sides for x in side))
+    torch.testing.assert_close([x.double() for x in found], exact, rtol=1e-5, atol=1e-7)
+    with Recorder() as ran:
+        mixed = fastkd.hcl_loss([sides[0][0], sides[0][1].double()], sides[1][:2])
+    assert not ran.fused and mixed.dtype == torch.float64
+    for x, words in (
+        (torch.ones(2, 3, 6, 8), "sides that can be divided by 4"),
+        (torch.ones(2, 3, 8, 8).to(memory_format=torch.channels_last), "must be contiguous"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            torch.ops.fastkd.hcl_loss([x], [x], [1.0], False, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("last", [False, True], ids=["planes", "channels-last"])
+@pytest.mark.parametrize(("copies", "shape"), [(8, (2, 5, 8, 8)), (3, (2, 20, 3, 3)), (1, (1, 2, 1, 1))])
+def test_norm_matches_float64_on_every_code_path(each_path, copies, shape, last, dtype):
+    u, target = torch.randn(shape[0], copies * shape[1], *shape[2:]), torch.randn(shape)
+    if last:
+        u, target = (x.to(memory_format=torch.channels_last) for x in (u, target))
+    u, target = u.to(dtype).requires_grad_(), target.to(dtype)
+    exact = reference.norm_loss(x := u.detach().double().requires_grad_(), target.double(), copies)
+    (wanted,) = torch.autograd.grad(3 * exact, x)
+    tolerance = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 8e-3}[dtype]
+    for _ in each_path:
+        with Recorder() as ran:
+            loss = norm_loss(u, target, copies)
+            (found,) = torch.autograd.grad(3 * loss, u)
+        assert ran.fused == ["norm_loss"] and found.dtype == dtype and found.stride() == u.stride()
+        torch.testing.assert_close(loss.double(), exact, rtol=2e-6, atol=1e-9)
+        torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=1e-6)
+        assert torch.equal(norm_loss(u.detach(), target, copies), loss)
+
+
+def test_norm_takes_what_it_can_read(cpp):
+    u, target = torch.randn(2, 6, 4, 4), torch.randn(2, 3, 4, 4)
+    for pair in ((u, target.clone().requires_grad_()), (u.double(), target), (u.transpose(2, 3), target)):
+        with Recorder() as ran:
+            found = norm_loss(*pair, 2)
+        assert not ran.fused and torch.equal(found, reference.norm_loss(*pair, 2))
+    op = torch.ops.fastkd.norm_loss
+    for args, words in (
+        (([u], [target], 3, True, False), "`copies` times the teacher's channels"),
+        (([u], [target], 2, True, True), "the teacher's gradient is not among"),
+        (([u], [target.half()], 2, True, False), "float16, bfloat16 or float32, and alike"),
+        (([u], [target[:, :, :2]], 2, True, False), "differ in batch or spatial size"),
+        (([u], [target.transpose(2, 3)], 2, True, False), "dense, and lie in memory alike"),
+        (([u, u], [target], 2, True, False), "students must be as many"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            op(*args)
+    torch.library.opcheck(op, ([u.requires_grad_()], [target], 2, True, False))
+    (grad,) = torch.autograd.grad(norm_loss(u, target, 2), u, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"fastkd\.reference\.norm_loss"):
+        grad.sum().backward()
+    compiled = torch.compile(lambda u: norm_loss(u, target, 2), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(u), norm_loss(u, target, 2))
