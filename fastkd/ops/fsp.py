@@ -90,8 +90,9 @@ class FSPLossFunction(torch.autograd.Function):
     chain itself: dA = upstream M B / S, dB = upstream M^T A / S, and a middle stage adds the terms of its two
     pairs. Where M would be larger than the features, Triton keeps less and needs both chains' features of
     that pair (`kernels/fsp/saved.py`). On a CPU, for the upstream gradient that is expected
-    (:mod:`fastkd.ops._grad_prefetch`), it makes the student's gradients too, sample by sample, while the
-    sample's maps are in the cache; the backward hands those out, once, if it is given just that.
+    (:mod:`fastkd.ops._grad_prefetch`), it makes the gradients of a student that needs all of them too, sample
+    by sample, while the sample's maps are in the cache; the backward hands those out, once, if it is given
+    just that.
     """
 
     @staticmethod
@@ -107,7 +108,8 @@ class FSPLossFunction(torch.autograd.Function):
             checks.tokens("fsp_loss", student, teacher)
         options |= _WITH_GRAD
         upstream, ctx.expected = None, None
-        if needed[0] < stages and impl.prefetches and not saved_tensors_hooked():
+        whole = len(needed) >= stages and needed[stages - 1] == stages - 1
+        if whole and impl.prefetches and not saved_tensors_hooked():
             ctx.expected = _prefetch.expect()
             upstream = ctx.expected[1]
         if upstream is None:

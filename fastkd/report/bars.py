@@ -10,7 +10,7 @@ from fastkd.errors import UserError
 from fastkd.io import figures
 from fastkd.methods import title_of
 from fastkd.report.curves import COLOURS
-from fastkd.training.groups import DATASET_NAMES, Group, groups
+from fastkd.training.groups import DATASET_NAMES, Group, changes, groups
 from fastkd.training.recipes import RECIPES
 
 PLACE = ("dataset", "student", "recipe", "nepoch", "precision")
@@ -40,8 +40,11 @@ def places(rows: Sequence[Mapping[str, Any]]) -> list[tuple[tuple[str, ...], lis
 
 
 def label_of(group: Group) -> str:
-    changed = [word for word in group.cells[-1].split() if not word.startswith("epochs=")]
-    return ", ".join([title_of(group.key["method"]), *changed])
+    return ", ".join([title_of(group.key["method"]), *changes(group.key)])
+
+
+def colour_of(method: str) -> str:
+    return COLOURS.get(method, COLOURS.get(method.partition("+")[0], "black"))
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -85,7 +88,7 @@ def draw(axis: Any, place: tuple[str, ...], bars: list[Group]) -> None:
     for i, group in enumerate(bars):
         values = group.values("acc")
         mean = sum(values) / len(values)
-        axis.barh(i, mean, color=COLOURS.get(group.key["method"], "black"), height=0.72)
+        axis.barh(i, mean, color=colour_of(group.key["method"]), height=0.72)
         if len(values) > 1:
             axis.plot([min(values), max(values)], [i, i], color="black", linewidth=1.2, marker="|")
         axis.annotate(
@@ -95,7 +98,9 @@ def draw(axis: Any, place: tuple[str, ...], bars: list[Group]) -> None:
             axis.axvline(mean, color="#333333", linestyle="--", linewidth=1)
     axis.set_yticks(range(len(bars)), [label_of(group) for group in bars], fontsize=8)
     margin = max(highest - lowest, 0.5)
-    axis.set_xlim(max(0.0, lowest - 0.5 * margin), min(100.0 + margin, highest + 0.35 * margin))
-    axis.set_xlabel("best test accuracy, %; the axis does not begin at 0; dashed: baseline", fontsize=8)
+    begin = max(0.0, lowest - 0.5 * margin)
+    axis.set_xlim(begin, min(100.0 + margin, highest + 0.35 * margin))
+    text = "best test accuracy, %" + "; the axis does not begin at 0" * (begin > 0)
+    axis.set_xlabel(f"{text}; dashed: baseline", fontsize=8)
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)

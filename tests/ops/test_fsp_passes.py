@@ -77,11 +77,13 @@ def test_gradients_made_in_the_forward_are_those_of_the_backward_to_the_bit(
             )
         return [result.output, *(g for g in result.grads if g is not None)], seen.fused
 
+    # the gradients of a student that needs some of them only are left to the backward pass
+    sides = any(needs[:4]) + any(needs[4:])
     made, calls = gradients(0.75)
-    assert calls == ["fsp_loss"] + (["fsp_loss_backward"] if needs[4] else [])
+    assert calls == ["fsp_loss"] + ["fsp_loss_backward"] * (sides - all(needs[:4]))
     for expected in (None, 1.0, -0.75):
         computed, calls = gradients(expected)
-        assert calls == ["fsp_loss"] + ["fsp_loss_backward"] * (2 if needs[4] else 1)
+        assert calls == ["fsp_loss"] + ["fsp_loss_backward"] * sides
         assert all(map(torch.equal, made, computed))
 
 
