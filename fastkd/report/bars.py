@@ -44,7 +44,8 @@ def label_of(group: Group) -> str:
 
 
 def colour_of(method: str) -> str:
-    return COLOURS.get(method, COLOURS.get(method.partition("+")[0], "black"))
+    found = COLOURS.get(method) or COLOURS.get(method.partition("+")[0])
+    return found or "black"
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
