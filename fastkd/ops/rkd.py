@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd import checks, native, reference
+from fastkd import checks, reference
 from fastkd._private import transforming
+from fastkd.ops._differences import fused
 from fastkd.ops._gradients import save, scaled
 from fastkd.ops._register import autograd, define, implement, part_of
 from fastkd.reference.common import no_autocast, widen
@@ -66,7 +67,7 @@ def _loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, its gradient for s, for t); a gradient that nobody needs has no elements."""
     with no_autocast(s):
-        if native.CPU.available and s.device.type == "cpu" and s.dtype == torch.float32:
+        if fused(s) and s.dtype == torch.float32:
             found = _by_products(s, t, distance, angle, (need_s, need_t))
             if found is not None:
                 return found

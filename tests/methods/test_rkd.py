@@ -313,3 +313,11 @@ def test_the_kernels_refuse_what_they_would_misread(each_path):
     ):
         with pytest.raises(RuntimeError, match=words):
             call()
+
+
+def test_the_kernels_are_left_alone_where_another_backend_is_asked_for(each_path):
+    student, teacher = torch.randn(5, 4), torch.randn(5, 3)
+    for name, wanted in (("auto", True), ("cpp", True), ("reference", False)):
+        with fastkd.use_backend(name), torch.profiler.profile() as found:
+            fastkd.rkd_loss(student, teacher)
+        assert ("fastkd::rkd_angles" in {event.key for event in found.key_averages()}) == wanted, name
