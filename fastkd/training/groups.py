@@ -88,7 +88,7 @@ def changes(row: Mapping[str, Any]) -> list[str]:
     given.pop("epochs", None)
     if recipe is None:
         return [f"{key}={value}" for key, value in given.items()]
-    brought = _brought(str(row.get("method") or ""), str(row["recipe"]))
+    brought = _brought(str(row["method"]), str(row["recipe"]))
     given = {key: value for key, value in given.items() if value != brought.get(key)}
     processes = int(number(row.get("processes")) or 1)
     batch = given.pop("batch_size", None) or recipe.batch_size
