@@ -24,6 +24,7 @@ from fastkd.io.files import as_path
 from fastkd.models import MODELS, WeightsError, create_model, load_student, load_weights, read_checkpoint
 from fastkd.training.device import find_device
 from fastkd.training.evaluation import evaluate, placed
+from fastkd.training.recipes import NORMALIZATIONS, normalization_of
 
 
 class Result(NamedTuple):
@@ -45,11 +46,13 @@ def test(
     data: str | Path = "data",
     device: str | None = None,
     batch_size: int = 250,
+    normalization: str | None = None,
 ) -> Result:
     """Tests the weights in ``file``: of a run (its folder will do), or alone, of the network ``model``.
 
     A run's student has what its method has put into it: SimKD's projector and classifier, NORM's pair.
-    ``dataset`` is by default that of the run. Raises UserError, one line.
+    ``dataset`` and ``normalization``, the name of a recipe's constants, are by default those of the run, or
+    the set's own. Raises UserError, one line.
     """
     path = as_path(file)
     path = path / "best.pt" if path.is_dir() else path
@@ -67,11 +70,15 @@ def test(
         network = _network(path, name, whole.classes, bool(known) and model in (None, known.get("model")))
     except WeightsError as error:
         raise UserError(str(error)) from None
+    constants = normalization or known.get("normalization") or "own"
+    if constants != "own" and (constants, whole.name) not in NORMALIZATIONS:
+        raise UserError(
+            f"--normalization is {constants}, which has no constants for {whole.name}: wanted own"
+        )
     where = find_device(device)
     network = placed(network, where)
-    batches = Batches(
-        whole.test_images, whole.test_labels, whole.mean, whole.std, batch_size=batch_size, device=where
-    )
+    mean, std = normalization_of(constants, whole)
+    batches = Batches(whole.test_images, whole.test_labels, mean, std, batch_size=batch_size, device=where)
     autocast = torch.autocast(where.type, enabled=False)
     first = next(batches.test())[0]
     with torch.no_grad():
@@ -114,6 +121,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--data", type=Path, default=Path("data"), metavar="DIR", help="where the sets lie (data)"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is one")
+    parser.add_argument(
+        "--normalization", choices=("own", "ofd", "repdistiller"), help="that of the run, else the set's own"
+    )
     parser.add_argument("--batch-size", type=int, default=250, metavar="N")
     flags: dict[str, Any] = vars(parser.parse_args(arguments))
     try:

@@ -18,7 +18,7 @@ from fastkd.models import WeightsError, create_model, load_student, load_weights
 from fastkd.training import attention_maps
 from fastkd.training.device import find_device
 from fastkd.training.evaluation import placed
-from fastkd.training.recipes import NORMALIZATIONS
+from fastkd.training.recipes import normalization_of
 from fastkd.training.settings import from_config
 
 
@@ -32,8 +32,7 @@ def redraw(folder: Path, data: Path | None) -> list[Path]:
         ) from None
     settings, fields = from_config(about, folder.parent), about["fields"]
     dataset = load_dataset(about["dataset"], data or settings.data)
-    own = dataset.mean, dataset.std
-    normalization = NORMALIZATIONS.get((fields["normalization"], dataset.name), own)
+    normalization = normalization_of(fields["normalization"], dataset)
     device, teacher, row = find_device(None), None, {**about, "nepoch": fields["epochs"]}
     try:
         student = load_student(folder, file="best.pt" if fields["report"] == "best" else "last.pt")

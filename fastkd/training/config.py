@@ -23,7 +23,7 @@ from fastkd.training import distributed, results
 from fastkd.training.choices import Choices
 from fastkd.training.device import can_compile, fast_bfloat16, find_device
 from fastkd.training.recipe_options import decided_options, options_of
-from fastkd.training.recipes import NORMALIZATIONS, Recipe, get_recipe
+from fastkd.training.recipes import Recipe, get_recipe, normalization_of
 from fastkd.training.settings import PRECISIONS, Settings, recipe_of, resolve
 
 WORTH_COMPILING = 500_000
@@ -180,9 +180,7 @@ class Config(Choices):
 
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """(mean, std) a channel."""
-        return NORMALIZATIONS.get(
-            (self.recipe.normalization, self.data.name), (self.data.mean, self.data.std)
-        )
+        return normalization_of(self.recipe.normalization, self.data)
 
     def batches(self, role: str) -> tuple[Batches, Batches]:
         """The training and test batches of the student's or the teacher's training."""

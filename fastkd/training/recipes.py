@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastkd.data.base import Dataset
 from fastkd.data.loader import PAD_MODES
 from fastkd.errors import UserError
 
@@ -129,6 +130,11 @@ NORMALIZATIONS = {
     ("ofd", "cifar100"): _OFD,
     ("repdistiller", "cifar100"): ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
+
+
+def normalization_of(name: str, dataset: Dataset) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) a channel, by a recipe's field ``normalization``; else the set's own."""
+    return NORMALIZATIONS.get((name, dataset.name), (dataset.mean, dataset.std))
 
 
 def get_recipe(name: str, overrides: dict[str, Any]) -> Recipe:

@@ -10,6 +10,7 @@ import torch
 
 from fastkd.evaluate import main
 from fastkd.models import create_model
+from fastkd.training.recipes import NORMALIZATIONS
 
 FLAGS = [
     "--dataset",
@@ -47,6 +48,25 @@ def test_a_run_is_tested_with_what_its_method_has_put_in(small_main, tmp_path, c
         )
         assert found and float(found[1]) == pytest.approx(float(row["acc"]), abs=0.006)
         assert int(found[3].replace(",", "")) == parameters and int(found[4].replace(",", "")) > 0
+
+
+def test_images_are_normalized_as_in_the_run_or_as_asked(small_main, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(NORMALIZATIONS, ("ofd", "digits"), ((0.9,) * 3, (0.05,) * 3))
+    flags = ["--method", "baseline", *FLAGS, "--no-pictures", "--normalization", "ofd"]
+    assert small_main([*flags, "--output", str(tmp_path)]) == 0
+    with open(tmp_path / "results.csv", newline="") as file:
+        row = [*csv.DictReader(file)][-1]
+    folder = tmp_path / row["folder"]
+    torch.save(torch.load(folder / "best.pt", weights_only=True)["model"], tmp_path / "bare.pt")
+    bare = [str(tmp_path / "bare.pt"), "--model", "resnet8", "--dataset", "digits", "--device", "cpu"]
+    found = []
+    for arguments in ([str(folder), "--device", "cpu"], [*bare, "--normalization", "ofd"], bare):
+        capsys.readouterr()
+        assert main(arguments) == 0
+        found.append(float(capsys.readouterr().out.split()[3]))
+    assert found[:2] == [pytest.approx(float(row["acc"]), abs=0.006)] * 2 and found[2] != found[0]
+    assert main([*bare, "--normalization", "repdistiller"]) == 2
+    assert "--normalization is repdistiller, which has no constants for digits" in capsys.readouterr().err
 
 
 def test_what_cannot_be_tested_is_one_line(tmp_path, capsys):
