@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastkd.errors import UserError
 from fastkd.io import figures
 from fastkd.io.files import write
 from fastkd.report import bars, curves
@@ -90,9 +89,10 @@ def image(content: bytes, kind: str, caption: str) -> str:
 def drawn(make: Any, otherwise: str) -> str:
     """A figure that ``make`` returns, or one line that says why there is none."""
     try:
-        figure = make()
-    except UserError as error:
-        return f"<p>{html.escape(str(error).partition(' ')[2]).capitalize()}.</p>"
+        figures.figure_class()
+    except ImportError:
+        return "<p>Figures take matplotlib (pip install matplotlib).</p>"
+    figure = make()
     if figure is None:
         return f"<p>There is none: {otherwise}.</p>"
     return image(figures.rendered(figure, "svg"), "svg+xml", "")

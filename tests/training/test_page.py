@@ -120,7 +120,16 @@ def test_without_runs_and_without_matplotlib_it_says_so(tmp_path, monkeypatch):
     assert "There are no finished runs." in text and "attention maps." in text and Page(text).open == []
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
-    assert page.page([], [tmp_path], {}).count("Takes matplotlib (pip install matplotlib).") == 2
+    assert page.page([], [tmp_path], {}).count("Figures take matplotlib (pip install matplotlib).") == 2
+
+
+def test_a_log_that_cannot_be_read_is_named(output, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    (output / "at-run" / "epochs.csv").write_text("epoch,loss\n1,many\n")
+    assert report.main([str(output), "--html", str(tmp_path / "x.html")]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "at-run" in err and "epochs.csv cannot be read" in err
+    assert not (tmp_path / "x.html").exists()
 
 
 def test_bars_of_one_method_are_one_line(output, capsys, tmp_path):
