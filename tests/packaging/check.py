@@ -10,6 +10,7 @@ Needs PyTorch, setuptools, ninja and pytest. Works in copies of the tree; a comp
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -95,6 +96,7 @@ def check_compiler(name: str, folder: Path) -> str:
         "-m",
         "pytest",
         "-q",
+        *(["-n", "auto"] if importlib.util.find_spec("xdist") else []),
         *KERNEL_TESTS,
         "-k",
         "cpp or code_path",
