@@ -45,7 +45,16 @@ def redraw(folder: Path, data: Path | None) -> list[Path]:
     except WeightsError as error:
         raise UserError(str(error)) from None
     taught = None if teacher is None else placed(teacher, device)
-    return attention_maps.draw(folder, row, dataset, normalization, placed(student, device), taught)
+    return attention_maps.draw(
+        folder,
+        row,
+        dataset,
+        normalization,
+        placed(student, device),
+        taught,
+        about.get("points", (None, None)),  # runs of older versions have neither
+        about.get("sides", (32, 32)),
+    )
 
 
 @screens()

@@ -17,11 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.data import Dataset
-from fastkd.data.loader import Batches
+from fastkd import extract
+from fastkd.data import Folder
+from fastkd.data.feed import AnyDataset
+from fastkd.data.files import for_testing, read
 from fastkd.io import figures
 from fastkd.io.console import say
 from fastkd.io.files import write
+from fastkd.models.observed import shows_features
 from fastkd.training.groups import described
 
 # file's stem: (what the map is, the map of features (N, C, H, W), what else the reader should know)
@@ -54,24 +57,28 @@ def available() -> bool:
 def draw(
     folder: Path,
     about: Mapping[str, Any],
-    data: Dataset,
+    data: AnyDataset,
     normalization: tuple[tuple[float, ...], tuple[float, ...]],
     student: nn.Module,
     teacher: nn.Module | None,
+    points: Sequence[Sequence[str] | None] = (None, None),
+    sides: Sequence[int] = (32, 32),
 ) -> list[Path]:
     """The sheets of a run in its folder, one a variant; on failure none, and one line that says why.
 
-    ``about``: method, dataset, student, teacher and nepoch, as in the table. Models are left in eval mode.
+    ``about``: method, dataset, student, teacher and nepoch, as in the table. ``points``, ``sides``: of the
+    student and of the teacher, their stages and the size of a folder's images. Models are left in eval mode.
     """
     if not available():
         return []
     try:
-        images, labels = examples(data.name, data.classes, data.test_images, data.test_labels)
-        device, count = next(student.parameters()).device, len(images)
-        batches = Batches(images, torch.arange(count), *normalization, batch_size=count, device=device)
-        batch = next(batches.test())[0]
-        models = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
-        features = {name: stages(model, batch) for name, model in models.items()}
+        models = {"student": (student, points[0], sides[0])}
+        if teacher is not None:
+            models = {"teacher": (teacher, points[1], sides[1]), **models}
+        features = {}
+        for name, (model, names, side) in models.items():
+            images, labels = examples(data, side)  # the student's are the last, and are drawn
+            features[name] = stages(model, normalized(images, normalization, model), names)
         title, paths = described(about), []
         for stem, (formula, reduce, remark) in VARIANTS.items():
             maps = {name: [reduce(x) for x in found] for name, found in features.items()}
@@ -83,19 +90,41 @@ def draw(
         return []
 
 
-def examples(name: str, classes: int, images: Tensor, labels: Tensor) -> tuple[Tensor, list[str]]:
-    """The first test image of each class to show, (N, 3, H, W) uint8, and the names of the classes."""
-    wanted = CLASSES.get(name) or {i * classes // 6: f"class {i * classes // 6}" for i in range(6)}
-    places = {label: (labels == label).nonzero() for label in wanted}
+def examples(data: AnyDataset, side: int = 32) -> tuple[Tensor, list[str]]:
+    """The first test image of each class to show, (N, 3, H, W) uint8, and the names of the classes.
+
+    ``side``: of the images of a folder; those of a set in memory have their own.
+    """
+    numbers = {i * data.classes // 6 for i in range(6)}
+    named = data.class_names if isinstance(data, Folder) else [f"class {i}" for i in range(data.classes)]
+    wanted = CLASSES.get(data.name) or {i: named[i] for i in sorted(numbers)}
+    places = {label: (data.test_labels == label).nonzero() for label in wanted}
     there = [label for label in wanted if len(places[label])]
-    return images[[int(places[label][0]) for label in there]], [wanted[label] for label in there]
+    which = [int(places[label][0]) for label in there]
+    if isinstance(data, Folder):
+        found = [for_testing(read(data.test[i]), side).permute(2, 0, 1) for i in which]
+        return torch.stack(found), [wanted[label] for label in there]
+    return data.test_images[which], [wanted[label] for label in there]
 
 
-def stages(model: nn.Module, batch: Tensor) -> list[Tensor]:
-    """The stages' outputs (N, C, H, W) on the CPU, in float32, by running averages."""
+def normalized(images: Tensor, normalization: tuple[Any, Any], model: nn.Module) -> Tensor:
+    """uint8 images (N, 3, H, W) as a network gets them, where it is."""
+    mean, std = (torch.tensor(part)[:, None, None] for part in normalization)
+    return ((images / 255 - mean) / std).to(next(model.parameters()).device)
+
+
+def stages(model: nn.Module, batch: Tensor, points: Sequence[str] | None = None) -> list[Tensor]:
+    """The stages' outputs (N, C, H, W) on the CPU, in float32, by running averages; ``points`` name them
+    where a network shows none.
+    """
     with torch.no_grad():
-        features, _ = model.eval()(batch, features=True)
-    return [x.float().cpu() for x in features.stages]
+        if points is not None:
+            found, _ = extract(model.eval(), points)(batch)
+        elif shows_features(model):
+            found = model.eval()(batch, features=True)[0].stages
+        else:
+            raise ValueError(f"no points of {type(model).__name__} are known: name them by --student-points")
+    return [x.float().cpu() for x in found]
 
 
 def sheet(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.data.loader import Batches
+from fastkd.data.loader import AnyBatches
 from fastkd.distillation import Distillation
 from fastkd.errors import UserError
 from fastkd.io.console import counted
@@ -36,14 +36,14 @@ class Trainer:
     def __init__(
         self,
         distillation: Distillation,
-        train: Batches,
-        test: Batches | None,
+        train: AnyBatches,
+        test: AnyBatches | None,
         recipe: Recipe,
         autocast: torch.autocast,
         compiled: bool = False,
         captured: bool = False,
     ):
-        self.device = train.pixels.device
+        self.device = train.device
         self.distillation = placed(distillation, self.device)
         self.student, self.method, self.teacher = (
             distillation.student,
