@@ -240,6 +240,11 @@ class Distillation(nn.Module):
     def teacher(self) -> nn.Module | None:
         return self._outside[0] if self._outside else None
 
+    @property
+    def views(self) -> tuple[Observed | None, Observed | None]:
+        """What shows the features of student and teacher, where those are none of ours."""
+        return self._observed
+
     def fold(self) -> None:
         """Copies the teacher once more if a copy stands for it; call it after changing weights in place."""
         if self._folds and self._outside and self.teacher_mode == "eval" and self._observed[1] is None:

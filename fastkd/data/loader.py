@@ -48,8 +48,10 @@ class AnyBatches(ABC):
         """(images, labels, index, perhaps the teacher's images), as ``fastkd.Distillation`` takes them."""
 
     @abstractmethod
-    def test(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images in order, none changed at random: (images, labels)."""
+    def test(self, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images in order, none changed at random: (images, labels). Of several processes (``share``:
+        which, of how many) each takes every so-manieth batch.
+        """
 
 
 class Batches(AnyBatches):
@@ -130,9 +132,10 @@ class Batches(AnyBatches):
         """The (images, labels) of ``epoch``."""
         return map(self.take, self.draw(epoch))
 
-    def test(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def test(self, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor, Tensor]]:
         """All images in order, as they are: (images, labels)."""
-        for begin in range(0, self.count - (self.batch_size - 1) * self.drop_last, self.batch_size):
+        begins = range(0, self.count - (self.batch_size - 1) * self.drop_last, self.batch_size)
+        for begin in begins[share[0] :: share[1]]:
             part = slice(begin, min(begin + self.batch_size, self.count))
             raw = self.pixels[part.start * SIDE * SIDE : part.stop * SIDE * SIDE]
             yield self._normalized(raw), self.labels[part]

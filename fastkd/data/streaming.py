@@ -152,10 +152,11 @@ class StreamedBatches(AnyBatches):
         images, labels, *_ = self.inputs(drawn)
         return images, labels
 
-    def test(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def test(self, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor, Tensor]]:
         """All images in order, their centres: (images, labels)."""
         whole = self.count - self.count % self.batch_size * self.drop_last
         keys = [[(0, i) for i in part.tolist()] for part in self.order[:whole].split(self.batch_size)]
+        keys = keys[share[0] :: share[1]]
         for drawn in self._read(self._loading(self.sides[-1:], lasting=False), keys):
             if len(drawn):
                 yield self.take(drawn)

@@ -41,6 +41,7 @@ class Observed:
             network, image_shape, {place.name for place in stages} | {classifier or ""} - {""}, role
         )
         self.points, self.name = [place.key for place in stages], type(network).__name__
+        self.names = [place.name for place in stages]
         self.classifier = classifier or probe.classifier()
         pooled = None if self.classifier is None else _flat(probe.taken_by(self.classifier))
         self.final = None if pooled is None else probe.final(pooled)

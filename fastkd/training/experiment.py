@@ -13,6 +13,7 @@ from fastkd.training.phases import train
 from fastkd.training.run_summary import describe
 from fastkd.training.settings import Settings
 from fastkd.training.teacher import find_teacher
+from fastkd.training.trial import trial
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -22,6 +23,11 @@ def run(settings: Settings) -> dict[str, Any]:
     Raises UserError for whatever the user can mend, Interrupted after Ctrl-C.
     """
     config = shared_config(settings)
+    if settings.dry_run:
+        with screens():
+            say(describe(config))
+            say(trial(config))
+        return {}
     row, folder = distributed.from_first(lambda: resume.choose(config))
     if row is not None:
         done = f"row {row['no']} of {settings.output / 'results.csv'}, {row['reported_acc']} %"

@@ -57,6 +57,8 @@ def train(
                     f"{label} epoch {epoch}/{recipe.epochs}  {trainer.summary()}  {clock(progress.left())}"
                     " left"
                 )
+                for text in trainer.reading.lines():
+                    progress.line(f"{label} epoch {epoch}: {text}")
             if main:
                 row = distributed.from_first(partial(record, config, role, run, trainer, teacher_acc))
         except KeyboardInterrupt as stop:

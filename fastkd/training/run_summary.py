@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from typing import Any
 
 import torch
 
 import fastkd
+from fastkd.data import Dataset
 from fastkd.io.console import counted
 from fastkd.methods import title_of
 from fastkd.models import create_model
@@ -16,13 +18,23 @@ from fastkd.training.config import Config
 from fastkd.training.device import device_name, fast_bfloat16
 from fastkd.training.recipes import RECIPES
 
+WIDTH = 100
+"""Columns of the screen at a run's start."""
+TOGETHER = "\u00a0"
+"""A space at which no line is broken."""
+
 
 def describe(config: Config) -> str:
     """One screen for the start of the run."""
     settings, models, data = config.settings, config.models, config.data
     student = sum(parameter.numel() for parameter in create_model(models.student, data.classes).parameters())
     teacher = sum(parameter.numel() for parameter in create_model(models.teacher, data.classes).parameters())
-    fields = [f"{key} {_plain(value)}" for key, value in dataclasses.asdict(config.recipe).items()]
+    unread = () if isinstance(data, Dataset) else ("pad_mode",)
+    fields = [
+        f"{key}{TOGETHER}{_plain(value)}".replace(" ", TOGETHER)
+        for key, value in dataclasses.asdict(config.recipe).items()
+        if key not in unread
+    ]
     phases = [
         f"{counted(recipe.epochs, 'epoch')} of {' + '.join(method.names)}"
         for _, recipe, method in config.phases(config.method)
@@ -56,33 +68,60 @@ def describe(config: Config) -> str:
         )
     begun = f", begun with {settings.student_checkpoint}" * (settings.student_checkpoint is not None)
     lines = [
-        f"fastkd   {fastkd.__version__}, torch {torch.__version__}",
-        f"method   {settings.method}: {'; '.join(phases)}",
-        f"student  {models.student}, {student:,} parameters{added}{begun}",
-        (
-            f"teacher  {models.teacher}, {teacher:,} parameters"
-            if config.method.needs_teacher
-            else "teacher  none"
-        ),
-        (
-            f"data     {data.name} ({config.why}), {len(data.train_labels):,} training and"
-            f" {len(data.test_labels):,} test images"
-        ),
-        f"recipe   {config.recipe_name}: {', '.join(fields[:9])},",
-        f"         {', '.join(fields[9:16])},",
-        f"         {', '.join(fields[16:])}",
-        f"device   {', '.join(device)}",
-        *(f"note     {text}" for text in _notes(config)),
-        f"losses   {_implementations(config)}",
+        ("fastkd", f"{fastkd.__version__}, torch {torch.__version__}"),
+        ("method", f"{settings.method}: {'; '.join(phases)}"),
+        ("student", f"{models.student}, {student:,} parameters{added}{begun}"),
+        ("teacher", f"{models.teacher}, {teacher:,} parameters" if config.method.needs_teacher else "none"),
+        *_points(config),
+        ("data", _images(config)),
+        ("recipe", f"{config.recipe_name}: {', '.join(fields)}"),
+        ("device", ", ".join(device)),
+        *(("note", text) for text in _notes(config)),
+        ("losses", _implementations(config)),
         *(
-            f"memory   {title_of(name)} keeps {size / 1e6:.1f} MB"
+            ("memory", f"{title_of(name)} keeps {size / 1e6:.1f} MB")
             for name, size in config.kept.items()
             if size > 1e6
         ),
-        f"output   {settings.output}: tables, and a folder with {_records(config)}",
-        "time     expected at the end of the first epoch",
+        ("output", f"{settings.output}: tables, and a folder with {_records(config)}"),
+        ("time", "expected at the end of the first epoch"),
     ]
-    return "\n".join(lines)
+    return "\n".join(fitted(name, text) for name, text in lines)
+
+
+def fitted(name: str, text: str) -> str:
+    """A line of the screen, and more below it where it is wider than 100 columns; a path is never cut."""
+    return textwrap.fill(
+        text,
+        WIDTH,
+        initial_indent=f"{name:<9}",
+        subsequent_indent=" " * 9,
+        break_long_words=False,
+        break_on_hyphens=False,
+    ).replace(TOGETHER, " ")
+
+
+def _points(config: Config) -> list[tuple[str, str]]:
+    """The stages of networks that do not show their own."""
+    if not config.method.needs_teacher:
+        return []
+    told = [f"{role} {', '.join(points)}" for role, points in config.points.items() if points is not None]
+    return [("points", "; ".join(told))] if told else []
+
+
+def _images(config: Config) -> str:
+    data = config.data
+    counts = f"{len(data.train_labels):,} training and {len(data.test_labels):,} test images"
+    if isinstance(data, Dataset):
+        return f"{data.name} ({config.why}), {counts}"
+    sides = [f"{side}×{side}" for side in config.feed("student").sides]
+    size = sides[0] if len(sides) == 1 else f"{sides[0]} for the student, {sides[1]} for the teacher"
+    bad = config.feed("student").on_bad
+    workers = counted(config.workers, "worker") + " in each process" * (config.processes > 1)
+    return (
+        f"{data.title} ({config.settings.data}), {counts} of {data.classes} classes, {size}, read by"
+        f" {workers}; a bad image: {bad}"
+    )
 
 
 def _notes(config: Config) -> list[str]:
