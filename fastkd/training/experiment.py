@@ -10,7 +10,7 @@ from fastkd.training import collectives, distributed, resume, run_dir
 from fastkd.training.config import Config
 from fastkd.training.device import determinism
 from fastkd.training.phases import train
-from fastkd.training.run_summary import describe
+from fastkd.training.run_summary import describe, fitted
 from fastkd.training.settings import Settings
 from fastkd.training.teacher import find_teacher
 from fastkd.training.trial import trial
@@ -25,8 +25,8 @@ def run(settings: Settings) -> dict[str, Any]:
     config = shared_config(settings)
     if settings.dry_run:
         with screens():
-            say(describe(config))
-            say(trial(config))
+            say(fitted(describe(config)))
+            say(fitted(trial(config)))
         return {}
     row, folder = distributed.from_first(lambda: resume.choose(config))
     if row is not None:
@@ -36,7 +36,7 @@ def run(settings: Settings) -> dict[str, Any]:
     # the student's folder is there before the teacher's training begins, so that --resume finds the run
     # whenever it was killed
     with screens(), determinism(settings.deterministic), run_dir.opened(config, "student", folder) as student:
-        say(describe(config))
+        say(fitted(describe(config)))
         if config.device.type == "cpu" and not native.CPU.available:
             say(f"no compiled kernels, plain PyTorch instead: {native.CPU.reason}")
         teacher, accuracy = find_teacher(config) if config.method.needs_teacher else (None, None)

@@ -29,6 +29,8 @@ READ = {
 }  # fmt: skip
 """The columns of results.md, and what they are called there; the others are in results.csv."""
 WIDTH = 120
+NAMES = ("dataset", "student", "teacher", "method", "recipe")
+"""What is shortened where a line is wider: no number ever is."""
 NUMBERS = ("acc", "epoch", "nepoch", "lr", "batch_size", "last_acc", "seed", "reported_acc")
 
 
@@ -156,25 +158,29 @@ def markdown(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
 def fitted_markdown(columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> str:
     """``rows`` as a Markdown table that reads well as it is: aligned, and at most 120 columns wide.
 
-    ``columns``: their heads by name. The longest cells are shortened for that, the changes of a recipe first.
+    ``columns``: their heads by name. Names are shortened for that, and before them the changes of a recipe.
     """
     lines = [list(columns.values())]
     lines += [[str(row.get(name, "")).replace("|", "\\|") for name in columns] for row in rows]
     widths = dict(zip(columns, [max(3, *map(len, cells)) for cells in zip(*lines, strict=True)], strict=True))
-    while sum(widths.values()) + 3 * len(widths) + 1 > WIDTH and max(widths.values()) > 3:
-        longest = (
-            "overrides" if widths.get("overrides", 0) > 12 else max(widths, key=lambda name: widths[name])
+    while sum(widths.values()) + 3 * len(widths) + 1 > WIDTH:
+        cut = (
+            "overrides"
+            if widths.get("overrides", 0) > 12
+            else max(NAMES, key=lambda name: widths.get(name, 0))
         )
-        widths[longest] -= 1
+        if widths.get(cut, 0) <= 3:
+            break
+        widths[cut] -= 1
     lines.insert(1, ["-" * width for width in widths.values()])
-    return "".join(
-        f"| {' | '.join(_shortened(cell, *each) for cell, each in zip(line, widths.items(), strict=True))} |\n"
-        for line in lines
+    shown = (
+        [_shortened(*each) for each in zip(line, widths, widths.values(), strict=True)] for line in lines
     )
+    return "".join(f"| {' | '.join(line)} |\n" for line in shown)
 
 
 def _shortened(cell: str, name: str, width: int) -> str:
-    if len(cell) > width and name in ("dataset", "student", "teacher"):  # whose ends tell them apart
+    if len(cell) > width and name in NAMES[:3]:  # whose ends tell them apart
         cell = "…" + cell[1 - width :]
     elif len(cell) > width:
         cell = cell[: width - 1].rstrip("\\") + "…"

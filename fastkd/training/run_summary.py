@@ -25,7 +25,7 @@ TOGETHER = "\u00a0"
 
 
 def describe(config: Config) -> str:
-    """One screen for the start of the run."""
+    """One screen for the start of the run, which :func:`fitted` breaks into short lines."""
     settings, models, data = config.settings, config.models, config.data
     student = sum(parameter.numel() for parameter in create_model(models.student, data.classes).parameters())
     teacher = sum(parameter.numel() for parameter in create_model(models.teacher, data.classes).parameters())
@@ -86,19 +86,15 @@ def describe(config: Config) -> str:
         ("output", f"{settings.output}: tables, and a folder with {_records(config)}"),
         ("time", "expected at the end of the first epoch"),
     ]
-    return "\n".join(fitted(name, text) for name, text in lines)
+    return "\n".join(f"{name:<9}{text}" for name, text in lines)
 
 
-def fitted(name: str, text: str) -> str:
-    """A line of the screen, and more below it where it is wider than 100 columns; a path is never cut."""
-    return textwrap.fill(
-        text,
-        WIDTH,
-        initial_indent=f"{name:<9}",
-        subsequent_indent=" " * 9,
-        break_long_words=False,
-        break_on_hyphens=False,
-    ).replace(TOGETHER, " ")
+def fitted(screen: str) -> str:
+    """The lines of a screen, broken where they are wider than 100 columns. A path is never cut."""
+    whole: Any = {"subsequent_indent": " " * 9, "break_long_words": False, "break_on_hyphens": False}
+    return "\n".join(textwrap.fill(line, WIDTH, **whole) for line in screen.splitlines()).replace(
+        TOGETHER, " "
+    )
 
 
 def _points(config: Config) -> list[tuple[str, str]]:

@@ -14,7 +14,6 @@ from fastkd.training.config import Config
 from fastkd.training.device import determinism
 from fastkd.training.phases import phase_trainer
 from fastkd.training.progress import Progress, clock
-from fastkd.training.run_summary import fitted
 from fastkd.training.trainer import Trainer
 
 STEPS = 3
@@ -47,7 +46,7 @@ def trial(config: Config) -> str:
         ("step", f"{figures}; {rest} {clock(epoch * config.recipe.epochs)}, tests and teacher aside"),
         ("dry run", "nothing was written"),
     ]
-    return "\n".join(fitted(name, text) for name, text in lines)
+    return "\n".join(f"{name:<9}{text}" for name, text in lines)
 
 
 def features(trainer: Trainer) -> list[str]:

@@ -6,6 +6,7 @@ import csv
 import errno
 import io
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,7 +119,8 @@ def test_the_three_maps_are_what_they_are_called():
 def test_the_first_test_image_of_each_class_is_shown():
     labels = torch.tensor([9, 0, 1, 5, 5, 3, 0, 8, 7])
     images = torch.arange(9, dtype=torch.uint8)[:, None, None, None].expand(9, 3, 32, 32)
-    shown, names = examples("cifar10", 10, images, labels)
+    data = SimpleNamespace(name="cifar10", classes=10, test_images=images, test_labels=labels)
+    shown, names = examples(data)
     assert shown[:, 0, 0, 0].tolist() == [1, 2, 5, 3, 8, 7] and names == [
         "airplane",
         "automobile",
@@ -127,7 +129,8 @@ def test_the_first_test_image_of_each_class_is_shown():
         "horse",
         "ship",
     ]
-    shown, names = examples("another", 10, images, labels)
+    data.name = "another"
+    shown, names = examples(data)
     assert shown[:, 0, 0, 0].tolist() == [1, 2, 5, 3, 7] and names == [
         "class 0",
         "class 1",
