@@ -33,7 +33,8 @@ def redraw(folder: Path, data: Path | None) -> list[Path]:
     settings, fields = from_config(about, folder.parent), about["fields"]
     dataset = load_dataset(about["dataset"], data or settings.data)
     normalization = normalization_of(fields["normalization"], dataset)
-    device, teacher, row = find_device(None), None, {**about, "nepoch": fields["epochs"]}
+    device, teacher = find_device(None), None
+    row = {**about, "dataset": dataset.title, "nepoch": fields["epochs"]}
     try:
         student = load_student(folder, file="best.pt" if fields["report"] == "best" else "last.pt")
         if settings.method == "baseline":
