@@ -96,6 +96,19 @@ def test_its_student_is_loaded_tested_and_drawn_again(ran, monkeypatch, capsys):
         assert (folder / "maps-plain-sum.png").read_bytes() == before
 
 
+def test_simkds_student_is_loaded_with_what_was_put_into_it(ran, main, tmp_path):
+    teacher = str(*(ran[0] / "teachers").glob("*.pt"))
+    flags = ["--method", "simkd", *FLAGS, "--epochs", "1", "--workers", "0", "--no-pictures"]
+    assert main([*flags, "--teacher-checkpoint", teacher, "--output", str(tmp_path)]) == 0
+    folder = next(tmp_path.glob("simkd-*"))
+    student = load_student(folder)
+    assert torch.equal(student.head.weight, load(teacher)["model"]["head.weight"])
+    assert (
+        student(torch.zeros(2, 3, 16, 16)).shape == (2, 3)
+        and evaluate.test(folder, data="images").images == 6
+    )
+
+
 def test_a_run_that_was_stopped_ends_with_the_same_bits(ran, main, monkeypatch, tmp_path):
     output, _ = ran
     shutil.copytree(output / "teachers", tmp_path / "teachers")
