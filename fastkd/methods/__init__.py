@@ -20,9 +20,9 @@ from fastkd.methods.base import (
     Preset,
     option,
     overrides,
-    undisturbed,
     union,
 )
+from fastkd.methods.context import undisturbed
 from fastkd.methods.definition import Definition, Term
 from fastkd.models.observed import views
 

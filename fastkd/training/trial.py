@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastkd.methods.base import shapes
+from fastkd.methods.context import shapes
 from fastkd.models.observed import shows_features
 from fastkd.training.config import Config
 from fastkd.training.device import determinism
