@@ -16,7 +16,7 @@ from run_cases import error_of, rows_of
 from runs import bits, load
 
 from fastkd import evaluate
-from fastkd.models import create_model, load_student
+from fastkd.models import load_student
 from fastkd.report import maps
 from fastkd.training import trainer as loops
 
@@ -200,17 +200,3 @@ def test_a_package_that_is_missing_is_one_line(main, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, f"{package}.models", None)
         told = error_of(main, capsys, ["--method", "at", *FLAGS, "--student", f"{package}:resnet18"])
         assert f"--student {package}:resnet18: {package} " in told and f"pip install {package}" in told
-
-
-@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18"])
-def test_networks_of_other_packages_have_no_weights_of_theirs(name, monkeypatch):
-    pytest.importorskip(name.partition(":")[0])
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *args, **kw: pytest.fail("downloads"))
-    network = create_model(name, 3)
-    assert network.train()(torch.zeros(2, 3, 64, 64)).shape == (2, 3)
-
-
-def test_an_unknown_network_of_a_package_names_the_nearest():
-    pytest.importorskip("torchvision")
-    with pytest.raises(ValueError, match=r"torchvision has no network 'resnet81', wanted one such as resnet"):
-        create_model("torchvision:resnet81")
