@@ -67,6 +67,13 @@ def stages_of(network: nn.Module) -> tuple[str, ...] | None:
     return tuple(info["module"] for info in last) if halved else None
 
 
+def declared_normalization(network: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """(mean, std) by which timm says that images are normalized for this network's published weights."""
+    declared = getattr(network, "pretrained_cfg", None)
+    mean, std = (declared.get(name) if isinstance(declared, dict) else None for name in ("mean", "std"))
+    return None if mean is None or std is None else (tuple(mean), tuple(std))
+
+
 def suggested(network: nn.Module, image_shape: Sequence[int]) -> list[str]:
     """Points for a network that has no usual ones: the last submodule at each size of map, but the first and
     those of one position.

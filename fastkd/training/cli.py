@@ -25,9 +25,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     from fastkd.methods import METHODS
-    from fastkd.models import MODELS
-    from fastkd.models.specs import FORMS
     from fastkd.training import DATASETS, PRECISIONS, RECIPES, SETTINGS, Recipe
+    from fastkd.training.own_flags import add_networks, add_own
 
     text = "Train a teacher, distil a student from it, record the result."
     parser = OneLineParser(prog=program(), description=text, allow_abbrev=False)
@@ -52,9 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--setting", choices=tuple(SETTINGS), help=f"teacher > student on cifar100 by recipe sakd: {letters}"
     )
-    known = f"resnet20; known: {', '.join(MODELS)}, and {FORMS}"
-    parser.add_argument("--teacher", type=model_name, metavar="NAME", help=known)
-    parser.add_argument("--student", type=model_name, metavar="NAME", help="resnet20; as for the teacher")
+    add_networks(parser)
     parser.add_argument(
         "--teacher-checkpoint", type=Path, metavar="FILE", help="the teacher's weights, RepDistiller's layout"
     )
@@ -130,38 +127,6 @@ def build_parser() -> argparse.ArgumentParser:
     for field in dataclasses.fields(Recipe):
         add_field(group, field)
     return parser
-
-
-def add_own(group: argparse._ArgumentGroup) -> None:
-    """Flags for networks that are none of fastkd's, and for a folder of images."""
-    points = "names of submodules, in the order of the forward pass: layer2,layer3,layer4"
-    group.add_argument("--teacher-points", type=names, metavar="A,B,...", help=points)
-    group.add_argument("--student-points", type=names, metavar="A,B,...", help="as for the teacher")
-    group.add_argument("--image-size", type=int, metavar="N", help="side of a folder's images (224)")
-    for role in ("teacher", "student"):
-        text = f"that of the {role}'s images; crop and flip are the same for both"
-        group.add_argument(f"--{role}-size", type=int, metavar="N", help=text)
-    group.add_argument("--workers", type=int, metavar="N", help="processes that read a folder's images")
-    bad = "a file that is no whole image ends the run (stop, default), or is named and left out"
-    group.add_argument("--on-bad-image", choices=("stop", "skip"), help=bad)
-
-
-def names(text: str) -> tuple[str, ...]:
-    """The names in "layer1,layer2"."""
-    found = tuple(part.strip() for part in text.split(","))
-    if not all(found):
-        raise argparse.ArgumentTypeError(f"{text!r} has an empty name, wanted names with commas between them")
-    return found
-
-
-def model_name(text: str) -> str:
-    from fastkd.models import MODELS
-    from fastkd.models.specs import FORMS, is_spec
-
-    if text not in MODELS and not is_spec(text):
-        known = ", ".join(map(repr, MODELS))
-        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {known}, or {FORMS})")
-    return text
 
 
 def method_name(text: str) -> str:

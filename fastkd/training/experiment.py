@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from fastkd import native
-from fastkd.io.console import say, screens
+from fastkd.io.console import fitted, say, screens
 from fastkd.training import collectives, distributed, resume, run_dir
 from fastkd.training.config import Config
 from fastkd.training.device import determinism
 from fastkd.training.phases import train
-from fastkd.training.run_summary import describe, fitted
+from fastkd.training.run_summary import describe
 from fastkd.training.settings import Settings
 from fastkd.training.teacher import find_teacher
 from fastkd.training.trial import trial

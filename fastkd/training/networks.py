@@ -18,7 +18,7 @@ from fastkd.distillation import Distillation
 from fastkd.errors import UserError
 from fastkd.methods import Definition
 from fastkd.models import create_model, load_weights
-from fastkd.models.specs import is_spec, stages_of, suggested
+from fastkd.models.specs import declared_normalization, is_spec, stages_of, suggested
 from fastkd.seeds import seeded
 from fastkd.training import distributed
 from fastkd.training.choices import Choices
@@ -31,13 +31,15 @@ SIDE = 32
 class Networks(Choices):
     """What of the settings concerns the networks, and what is built of them."""
 
+    declared: dict[str, tuple[tuple[float, ...], tuple[float, ...]] | None]
+    """By role how timm says that images are normalized for a network's published weights."""
     calls: dict[str, list[Call]]
     student_parameters: int  # of the student that a method has changed
     kept: dict[str, int]  # bytes that a method keeps beside what is trained
 
     def find_points(self) -> None:
         """The points of both networks, given or usual. Raises UserError for what cannot be."""
-        self.points = {}
+        self.points, self.declared = {}, {}
         for role in ROLES:
             given = getattr(self.settings, f"{role}_points")
             try:
@@ -45,6 +47,7 @@ class Networks(Choices):
             except ValueError as error:
                 raise UserError(f"--{role} {self.model_name(role)}: {error}") from None
             self.points[role] = stages_of(network) if given is None else given
+            self.declared[role] = declared_normalization(network)
         for name in ("image_size", "student_size", "teacher_size"):
             size = getattr(self.settings, name)
             if size is not None and size < 8:

@@ -149,8 +149,8 @@ def _locked(config: Config, role: str, folder: Path | None) -> Iterator[RunDir]:
 def new_run(config: Config, role: str) -> RunDir:
     identity, started = config.identity(role), time.strftime("%Y-%m-%d %H:%M:%S")
     stamp = started.translate({ord("-"): None, ord(":"): None, ord(" "): "-"})
-    model = file_name(identity["model"])
-    name = f"{identity['trained']}-{identity['dataset']}-{model}-seed{identity['seed']}-{stamp}"
+    parts = identity["trained"], identity["dataset"], file_name(identity["model"]), f"seed{identity['seed']}"
+    name = "-".join([*parts, stamp])
     folder = new_folder(config.settings.output, name)
     about = {"trained": identity["trained"], "model": identity["model"], "command": command(config)}
     if role == "student" and config.method.needs_teacher and config.settings.teacher_checkpoint is None:

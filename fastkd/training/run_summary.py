@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import textwrap
 from typing import Any
 
 import torch
 
 import fastkd
 from fastkd.data import Dataset
-from fastkd.io.console import counted
+from fastkd.io.console import TOGETHER, counted
 from fastkd.methods import title_of
 from fastkd.models import create_model
 from fastkd.training import attention_maps, tensorboard
@@ -18,14 +17,9 @@ from fastkd.training.config import Config
 from fastkd.training.device import device_name, fast_bfloat16
 from fastkd.training.recipes import RECIPES
 
-WIDTH = 100
-"""Columns of the screen at a run's start."""
-TOGETHER = "\u00a0"
-"""A space at which no line is broken."""
-
 
 def describe(config: Config) -> str:
-    """One screen for the start of the run, which :func:`fitted` breaks into short lines."""
+    """One screen for the start of the run, which ``console.fitted`` breaks into short lines."""
     settings, models, data = config.settings, config.models, config.data
     student = sum(parameter.numel() for parameter in create_model(models.student, data.classes).parameters())
     teacher = sum(parameter.numel() for parameter in create_model(models.teacher, data.classes).parameters())
@@ -89,14 +83,6 @@ def describe(config: Config) -> str:
     return "\n".join(f"{name:<9}{text}" for name, text in lines)
 
 
-def fitted(screen: str) -> str:
-    """The lines of a screen, broken where they are wider than 100 columns. A path is never cut."""
-    whole: Any = {"subsequent_indent": " " * 9, "break_long_words": False, "break_on_hyphens": False}
-    return "\n".join(textwrap.fill(line, WIDTH, **whole) for line in screen.splitlines()).replace(
-        TOGETHER, " "
-    )
-
-
 def _points(config: Config) -> list[tuple[str, str]]:
     """The stages of networks that do not show their own."""
     if not config.method.needs_teacher:
@@ -127,6 +113,13 @@ def _notes(config: Config) -> list[str]:
         notes.append(
             f"{config.method.name} is built for whole batches: an epoch's last, smaller one is left out"
         )
+    for role, given in config.declared.items():
+        file = getattr(config.settings, f"{role}_checkpoint")
+        if file is not None and given is not None and given != config.normalization():
+            notes.append(
+                f"images are normalized by {_pair(config.normalization())}, and timm's own weights of"
+                f" {config.model_name(role)} want {_pair(given)}"
+            )
     together = recipe.batch_size * config.processes
     if together != known.batch_size:
         text = (
@@ -188,6 +181,11 @@ def _records(config: Config) -> str:
             "pictures" if attention_maps.available() else "no pictures (matplotlib is not installed)"
         )
     return ", ".join(parts)
+
+
+def _pair(normalization: tuple[tuple[float, ...], tuple[float, ...]]) -> str:
+    mean, std = (" ".join(f"{x:g}" for x in part) for part in normalization)
+    return f"mean {mean}, deviation {std}"
 
 
 def _plain(value: Any) -> Any:

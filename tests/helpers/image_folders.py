@@ -9,15 +9,21 @@ NETWORKS = '''
 from torch import nn
 
 
+class Twice(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
 class Small(nn.Module):
     def __init__(self, classes, widths):
         super().__init__()
         self.layer1 = nn.Sequential(nn.Conv2d(3, widths[0], 3, 2, 1), nn.BatchNorm2d(widths[0]), nn.ReLU())
         self.layer2 = nn.Sequential(nn.Conv2d(widths[0], widths[1], 3, 2, 1), nn.ReLU())
+        self.twice, self.spare = Twice(), nn.Identity()
         self.head = nn.Linear(widths[1], classes)
 
     def forward(self, x):
-        return self.head(self.layer2(self.layer1(x)).mean((2, 3)))
+        return self.head(self.twice(self.layer2(self.layer1(x)))[0].mean((2, 3)))
 
 
 def student(num_classes):

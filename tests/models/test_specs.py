@@ -54,7 +54,8 @@ def test_usual_points_are_found_and_others_are_suggested(tmp_path):
 def test_a_network_of_timm_names_its_stages():
     pytest.importorskip("timm")
     assert specs.stages_of(create_model("timm:convnext_atto", 3)) == tuple(f"stages.{i}" for i in range(4))
-    assert specs.stages_of(create_model("timm:vit_tiny_patch16_224", 3)) is None
+    vit = create_model("timm:vit_tiny_patch16_224", 3)
+    assert specs.stages_of(vit) is None and specs.declared_normalization(vit) == ((0.5,) * 3, (0.5,) * 3)
     for name in ("timm:hf-hub:some/thing", "timm:some/thing"):  # which timm would look up in a network
         with pytest.raises(ValueError, match="is not known|has no network"):
             create_model(name, 3)

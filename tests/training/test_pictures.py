@@ -14,7 +14,8 @@ import torch
 from fastkd.models import create_model
 from fastkd.report import maps as redraw
 from fastkd.training import attention_maps
-from fastkd.training.attention_maps import CELL, GAP, GROUP, VARIANTS, examples, sheet, stages
+from fastkd.training.attention_maps import CELL, GAP, GROUP, VARIANTS, sheet
+from fastkd.training.examples import examples, stages
 
 QUICK = "--dataset digits --teacher resnet8 --student resnet8 --batch-size 32 --device cpu --epochs 1".split()
 NAMES = {f"{stem}.png" for stem in VARIANTS}
