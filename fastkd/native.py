@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 CPU_PATHS = ("portable", "neon", "avx2", "avx512")
-"""The code paths of the CPU library, slowest first. Every processor has the first, aarch64 also "neon", x86-64
-(unless clang is older than 16) also "avx2" and "avx512".
+"""The code paths of the CPU library, slowest first. Every processor has the first, aarch64 also "neon", and
+x86-64 (unless clang is older than 16) also "avx2" and "avx512".
 """
 
 _MARKER = b"fastkd-build-info:"
