@@ -29,6 +29,7 @@ from fastkd.methods.definition import Definition, Term
 # after, by name
 _TABLE = (
     "kd",
+    "dkd",
     "fitnet",
     "at",
     "fsp",
