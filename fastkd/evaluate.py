@@ -17,11 +17,13 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import nn
 
-from fastkd.data import DATASETS, choose_dataset, load_dataset
+from fastkd import data as datasets
+from fastkd import plugins
+from fastkd.data import choose_dataset, load_dataset
 from fastkd.data.loader import Batches
 from fastkd.errors import UserError
 from fastkd.io.files import as_path
-from fastkd.models import MODELS, WeightsError, create_model, load_student, load_weights, read_checkpoint
+from fastkd.models import WeightsError, create_model, load_student, load_weights, read_checkpoint
 from fastkd.training.device import find_device
 from fastkd.training.evaluation import evaluate, placed
 from fastkd.training.recipes import NORMALIZATIONS, normalization_of
@@ -96,9 +98,10 @@ def test(
 def _network(path: Path, name: str, classes: int, of_run: bool) -> nn.Module:
     if of_run:
         return load_student(path.parent, file=path.name)
-    if name not in MODELS:
-        raise UserError(f"--model {name!r} is not known; known: {', '.join(MODELS)}")
-    network = create_model(name, classes)
+    try:
+        network = create_model(name, classes)
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
     load_weights(network, path)
     return network
 
@@ -116,7 +119,9 @@ def main(arguments: list[str] | None = None) -> int:
         "file", type=Path, metavar="FILE", help="a run's folder, its best.pt or last.pt, or weights alone"
     )
     parser.add_argument("--model", metavar="NAME", help="the network, where FILE is of no run")
-    parser.add_argument("--dataset", choices=("auto", *DATASETS), help="that of the run")
+    parser.add_argument(
+        "--dataset", metavar="NAME", help=f"that of the run; known: auto, {', '.join(datasets.DATASETS)}"
+    )
     parser.add_argument(
         "--data", type=Path, default=Path("data"), metavar="DIR", help="where the sets lie (data)"
     )
@@ -124,9 +129,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--normalization", choices=("own", "ofd", "repdistiller"), help="that of the run, else the set's own"
     )
+    plugin = "what registers the run's method, model or data set; as often as needed"
+    parser.add_argument("--plugin", action="append", default=[], metavar="FILE.py", help=plugin)
     parser.add_argument("--batch-size", type=int, default=250, metavar="N")
     flags: dict[str, Any] = vars(parser.parse_args(arguments))
     try:
+        for file in flags.pop("plugin"):
+            plugins.load(file)
         found = test(flags.pop("file"), **flags)
     except UserError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)

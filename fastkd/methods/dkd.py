@@ -9,16 +9,16 @@ from torch import Tensor
 
 from fastkd.losses import DKD as DKDLoss
 from fastkd.methods.base import Batch, BuildContext, Distiller, Output, Preset, option
-from fastkd.models import ResNet, WideResNet
+from fastkd.models import WideResNet
 
 
 class DKD(Distiller):
     """``fastkd.DKD`` on the logits, beside cross-entropy.
 
-    The loss grows over the first ``warmup`` of the run, from its first step in the first epoch. ``beta`` left
-    open is its authors' for the pair: 2 for ResNet-56 and ResNet-20 or ResNet-110 and ResNet-32, 6 for wide
-    ResNets, 8 for those of four times the width. Other ResNets get 2, a ResNet beside a wide one 6, networks
-    that are none of ours 8, the default of their code.
+    The loss grows over the first ``warmup`` of the run; the first epoch already has a part of it. ``beta``
+    left open is its authors' for the pair: 2 for ResNet-56 and ResNet-20 or ResNet-110 and ResNet-32, 6 for
+    wide ResNets, 8 for those of four times the width. Other networks that end in 64 numbers get 2, those
+    beside a wide ResNet 6, all others 8, the default of their code.
     """
 
     @dataclass(frozen=True)
@@ -64,5 +64,4 @@ def published_beta(context: BuildContext) -> float:
     networks, shapes = (context.student, context.teacher), (context.student_shapes, context.teacher_shapes)
     if any(isinstance(network, WideResNet) for network in networks):
         return 6.0
-    ours = all(isinstance(network, ResNet) for network in networks)
-    return 2.0 if ours and all(side.pooled[0] == 64 for side in shapes) else 8.0
+    return 2.0 if all(side.pooled[0] == 64 for side in shapes) else 8.0

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import fastkd
+from fastkd import plugins
 from fastkd.data import Dataset
 from fastkd.errors import UserError
 from fastkd.methods import Definition
@@ -103,6 +104,8 @@ class Choices:
             "cuda_graph": self.captured,
             "processes": self.processes,
         }
+        if self.added(role):
+            identity["plugins"] = self.added(role)
         if role != "teacher" and self.method.needs_teacher:
             identity |= {"teacher": self.models.teacher, "teacher_weights": self.teacher_weights}
             if self.teacher_seed is not None:
@@ -112,6 +115,15 @@ class Choices:
         if role != "teacher" and self.method.changes:
             identity["options"] = {key: written(value) for key, value in self.method.changes.items()}
         return identity
+
+    def added(self, role: str) -> dict[str, str]:
+        """What this training has from elsewhere, and where from: {"method vector": "my_file.py 1a2b3c4d"}."""
+        used = [("dataset", self.data.name), ("model", self.model_name(role))]
+        if role == "student":
+            used += [("method", term.name) for term in self.method.terms]
+            used += [("model", self.models.teacher)] * self.method.needs_teacher
+        found = {f"{kind} {name}": plugins.origin(kind, name) for kind, name in used}
+        return {key: where for key, where in found.items() if where is not None}
 
     @cached_property
     def teacher_weights(self) -> str | None:

@@ -41,6 +41,7 @@ def command(config: Config) -> str:
         "student": config.models.student,
         "teacher_checkpoint": settings.teacher_checkpoint if taught else None,
         "student_checkpoint": settings.student_checkpoint,
+        "plugin": list(settings.plugins),
         "recipe": config.recipe_name,
         **settings.overrides,
         "option": config.options(),

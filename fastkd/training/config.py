@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fastkd
+from fastkd import plugins
 from fastkd.backends import Call
 from fastkd.data import Dataset, choose_dataset, load_dataset
 from fastkd.data.loader import Batches
@@ -39,6 +40,8 @@ class Config(Choices):
     """
 
     def __init__(self, settings: Settings):
+        for file in settings.plugins:
+            plugins.load(file)
         self.settings, self.models = settings, resolve(settings)
         name, self.why = choose_dataset(self.models.dataset, settings.data)
         self.recipe_name = recipe_of(settings, name)

@@ -66,6 +66,7 @@ def row_of(
         "teacher_checkpoint": file if taught and file is not None else "",
         "student_checkpoint": settings.student_checkpoint or "" if role == "student" else "",
         "settled": " ".join(settled),
+        "plugins": ", ".join(f"{key} of {where}" for key, where in config.added(role).items()),
         "folder": run.folder.name,
     }
 

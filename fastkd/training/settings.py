@@ -30,7 +30,8 @@ class Settings:
     ("at.beta=500",); ``compile``, ``cuda_graph`` None: where it saves time; ``resume``: "" looks for the
     unfinished run, "auto" begins it where there is none, anything else is its folder. ``teacher_seed`` None:
     that of the run; ``pictures``: the sheets of attention maps at the end, where matplotlib is there. Paths
-    may be strings, and begin with ``~``. The constructor raises UserError for what is no path.
+    may be strings, and begin with ``~``. ``plugins``: files or modules that register methods, models or data
+    sets. The constructor raises UserError for what is no path.
     """
 
     method: str
@@ -54,6 +55,7 @@ class Settings:
     resume: str | None = None
     pictures: bool = True
     student_checkpoint: Path | None = None
+    plugins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("data", "output", "teacher_checkpoint", "student_checkpoint", "resume"):
