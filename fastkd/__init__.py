@@ -6,8 +6,8 @@ Functions :func:`attention_map`, :func:`attention_transfer_loss`, :func:`fsp_mat
 attention map on the feature's way through the network; modules :class:`AttentionTransfer`, :class:`FSP`,
 :class:`KD`, :class:`DKD`, :class:`RKD`, :class:`CRD`, :class:`OFD`, :class:`HCL`, :class:`SAKD` with the
 published variants as presets; :class:`Distillation`, which joins student, teacher and method, and
-:func:`extract`, which takes features of any network, with :func:`tokens_to_map` for transformers;
-:mod:`fastkd.reference`, all of it in plain PyTorch.
+:class:`SeveralTeachers`; :func:`extract`, which takes features of any network, with :func:`tokens_to_map` for
+transformers; :mod:`fastkd.reference`, all of it in plain PyTorch.
 """
 
 import importlib
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fastkd import distillation as distillation
     from fastkd import methods as methods
     from fastkd.distillation import Distillation, Losses
+    from fastkd.several_teachers import SeveralTeachers
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"fastkd.{name}")
     if name in ("Distillation", "Losses"):
         return getattr(importlib.import_module("fastkd.distillation"), name)
+    if name == "SeveralTeachers":
+        return importlib.import_module("fastkd.several_teachers").SeveralTeachers
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -59,6 +62,7 @@ __all__ = [
     "BackendError",
     "Distillation",
     "Losses",
+    "SeveralTeachers",
     "attention_map",
     "attention_transfer_loss",
     "backends",

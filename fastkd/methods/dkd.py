@@ -34,6 +34,7 @@ class DKD(Distiller):
                 raise ValueError(f"warmup is {self.warmup}, wanted a fraction of the run, 0 to 1")
 
     title, colour = "DKD", "#44aa99"
+    reads_logits_alone = True
     canonical = "mdistiller"
     presets = {
         "mdistiller": Preset({"alpha": 1.0, "temperature": 4.0}),

@@ -37,6 +37,7 @@ class KD(Distiller):
             return KDLoss(**asdict(self))
 
     title, colour = "KD", "#009e73"
+    reads_logits_alone = True
     canonical = "repdistiller"
     presets = {
         "hankyul2": Preset(KDLoss.presets["hankyul2"], Beside(1.0, 0.9)),

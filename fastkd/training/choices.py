@@ -110,6 +110,8 @@ class Choices:
             identity |= {"teacher": self.models.teacher, "teacher_weights": self.teacher_weights}
             if self.teacher_seed is not None:
                 identity["teacher_seed"] = self.teacher_seed
+            if self.settings.more_teachers:
+                identity |= {"more_teachers": self.more_weights, "join_teachers": self.join_teachers}
         if role != "teacher" and self.student_weights is not None:
             identity["student_weights"] = self.student_weights
         if role != "teacher" and self.method.changes:
@@ -121,7 +123,8 @@ class Choices:
         used = [("dataset", self.data.name), ("model", self.model_name(role))]
         if role == "student":
             used += [("method", term.name) for term in self.method.terms]
-            used += [("model", self.models.teacher)] * self.method.needs_teacher
+            names = [self.models.teacher, *(name for name, _ in self.settings.more_teachers)]
+            used += [("model", name) for name in names] * self.method.needs_teacher
         found = {f"{kind} {name}": plugins.origin(kind, name) for kind, name in used}
         return {key: where for key, where in found.items() if where is not None}
 
@@ -129,6 +132,19 @@ class Choices:
     def teacher_weights(self) -> str | None:
         """The fingerprint of what ``--teacher-checkpoint`` holds; None without one. Raises UserError."""
         return self._fingerprint(self.models.teacher, self.settings.teacher_checkpoint)
+
+    @cached_property
+    def more_weights(self) -> list[list[str | None]]:
+        """(model, fingerprint) of each teacher but the first. Raises UserError."""
+        return [[name, self._fingerprint(name, file)] for name, file in self.settings.more_teachers]
+
+    @property
+    def join_teachers(self) -> str:
+        return self.settings.join_teachers or "losses"
+
+    def teachers(self) -> str:
+        """The names of all teachers: "resnet56 + resnet110"."""
+        return " + ".join([self.models.teacher, *(name for name, _ in self.settings.more_teachers)])
 
     @cached_property
     def student_weights(self) -> str | None:
@@ -151,6 +167,7 @@ class Choices:
             key: str(value) if isinstance(value, Path) else value
             for key, value in dataclasses.asdict(self.settings).items()
         }
+        settings["more_teachers"] = [[name, str(file)] for name, file in self.settings.more_teachers]
         resolved = {
             **dataclasses.asdict(self.models),
             "dataset": self.data.name,

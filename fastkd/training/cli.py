@@ -68,12 +68,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     models = (*MODELS, *plugins.known("model"))
     parser.add_argument(
-        "--teacher", choices=models, metavar="NAME", help=f"resnet20; known: {', '.join(models)}"
+        "--teacher",
+        choices=models,
+        action="append",
+        metavar="NAME",
+        help=f"resnet20; known: {', '.join(models)}; several times, each with its checkpoint: their mean",
     )
     parser.add_argument("--student", choices=models, metavar="NAME", help="resnet20; the same names")
     parser.add_argument(
-        "--teacher-checkpoint", type=Path, metavar="FILE", help="the teacher's weights, RepDistiller's layout"
+        "--teacher-checkpoint",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="the teacher's weights, RepDistiller's layout; as often as --teacher",
     )
+    mean = "of several teachers, what the mean is of: losses (default), or logits, for kd and dkd"
+    parser.add_argument("--join-teachers", choices=("losses", "logits"), help=mean)
     parser.add_argument(
         "--student-checkpoint", type=Path, metavar="FILE", help="weights that the student begins with"
     )
@@ -144,6 +154,26 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def all_teachers(names: list[str] | None, files: list[Path] | None) -> dict[str, Any]:
+    """What ``Settings`` says of ``--teacher`` and ``--teacher-checkpoint``, each given as often as there are
+    teachers; one name is that of all. Raises UserError.
+    """
+    from fastkd.errors import UserError
+
+    names, files = names or [], files or []
+    if len(names) == 1 < len(files):
+        names = names * len(files)
+    if max(len(names), len(files)) < 2:
+        return {"teacher": next(iter(names), None), "teacher_checkpoint": next(iter(files), None)}
+    if len(names) != len(files):
+        raise UserError(
+            f"--teacher is given {len(names)} times, --teacher-checkpoint {len(files)} times: of several"
+            " teachers each wants a checkpoint"
+        )
+    more = tuple(zip(names[1:], files[1:], strict=True))
+    return {"teacher": names[0], "teacher_checkpoint": files[0], "more_teachers": more}
+
+
 def method_name(text: str) -> str:
     from fastkd.methods import full_name
 
@@ -194,6 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
         fields = {field.name: flags.pop(field.name) for field in dataclasses.fields(Recipe)}
         try:
             times = flags.pop("repeats")
+            flags |= all_teachers(flags.pop("teacher"), flags.pop("teacher_checkpoint"))
             flags["options"], flags["plugins"] = tuple(flags["options"]), tuple(flags.pop("plugin"))
             repeat(
                 Settings(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 import fastkd
-from fastkd import plugins
 from fastkd.backends import Call
 from fastkd.data import Dataset, choose_dataset, load_dataset
 from fastkd.data.loader import Batches
@@ -20,6 +20,7 @@ from fastkd.io.files import make_folder
 from fastkd.methods import Definition, define
 from fastkd.models import create_model, load_weights
 from fastkd.seeds import generator, seeded
+from fastkd.several_teachers import SeveralTeachers, check_join, kept_bytes
 from fastkd.training import distributed, results
 from fastkd.training.choices import Choices
 from fastkd.training.device import can_compile, fast_bfloat16, find_device
@@ -40,8 +41,6 @@ class Config(Choices):
     """
 
     def __init__(self, settings: Settings):
-        for file in settings.plugins:
-            plugins.load(file)
         self.settings, self.models = settings, resolve(settings)
         name, self.why = choose_dataset(self.models.dataset, settings.data)
         self.recipe_name = recipe_of(settings, name)
@@ -110,20 +109,33 @@ class Config(Choices):
             raise UserError("--cuda-graph is for one process on a GPU")
         return compiled, cuda and self.processes == 1 if settings.cuda_graph is None else settings.cuda_graph
 
+    def _check_teachers(self) -> None:
+        """That the method can have as many teachers as are given. Raises UserError."""
+        more = self.settings.more_teachers
+        if self.settings.join_teachers is not None and not more:
+            raise UserError("--join-teachers is given, but there is one teacher: wanted several --teacher")
+        if more and self.settings.teacher_checkpoint is None:
+            raise UserError("--teacher-checkpoint is missing: of several teachers each wants one")
+        if more:
+            check_join(self.method, self.join_teachers)
+            self.more_weights  # noqa: B018 - reads the files before any training
+
+    def new_teacher(self) -> nn.Module:
+        """An untrained teacher, or a ModuleList of all."""
+        first = create_model(self.models.teacher, self.data.classes)
+        more = [create_model(name, self.data.classes) for name, _ in self.settings.more_teachers]
+        return nn.ModuleList([first, *more]) if more else first
+
     def _check_fit(self) -> None:
-        student, teacher = (
-            create_model(self.model_name(role), self.data.classes).to(self.device)
-            for role in ("student", "teacher")
-        )
+        student = create_model(self.model_name("student"), self.data.classes).to(self.device)
         try:
+            self._check_teachers()
+            teacher = self.new_teacher().to(self.device)
             trial = self.distillation("student", student, teacher, self.method, fold=False)
             self.calls = trial.check(self.recipe.batch_size if self.method.whole_batches else 2)
             self.settled = trial.settled()
             self.method = dataclasses.replace(self.method, changes={**self.method.changes, **self.settled})
-            self.kept = {
-                name: sum(buffer.nbytes for buffer in module.buffers())
-                for name, module in trial.methods.items()
-            }
+            self.kept = kept_bytes(trial)
             self.student_parameters = sum(parameter.numel() for parameter in trial.student.parameters())
         except fastkd.BackendError as error:
             raise UserError(" ".join(str(error).split())) from None
@@ -146,7 +158,9 @@ class Config(Choices):
 
         Without ``train_images`` it is one to be looked at: two blank images stand for the training set.
         """
-        return Distillation(
+        several = isinstance(teacher, nn.ModuleList) and method.needs_teacher
+        kind: Any = partial(SeveralTeachers, join=self.join_teachers) if several else Distillation
+        made: Distillation = kind(
             student,
             teacher if method.needs_teacher else None,
             method,
@@ -160,6 +174,7 @@ class Config(Choices):
             seed=self.seed_of(role),
             fold=fold,
         )
+        return made
 
     def new_model(self, role: str) -> nn.Module:
         """The untrained "student" or "teacher", its weights drawn from (seed, role), or a student's from

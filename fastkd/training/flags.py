@@ -27,7 +27,7 @@ def refuse_idle(settings: Settings) -> None:
     idle = {
         f"{method} has no teacher": (
             not definition.needs_teacher,
-            ("teacher_checkpoint", "teacher_seed", "teacher_mode", "preset"),
+            ("teacher_checkpoint", "teacher_seed", "teacher_mode", "preset", "join_teachers"),
         ),
         "--teacher-checkpoint needs no training": (
             settings.teacher_checkpoint is not None,

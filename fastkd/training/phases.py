@@ -68,9 +68,8 @@ def train(
         # after the row: nothing that fails here can lose it
         if role == "student" and config.settings.pictures:
             trainer.student.load_state_dict(trainer.weights()[0])
-            attention_maps.draw(
-                run.folder, row, config.data, config.normalization(), trainer.student, teacher
-            )
+            seen = teacher[0] if isinstance(teacher, nn.ModuleList) else teacher
+            attention_maps.draw(run.folder, row, config.data, config.normalization(), trainer.student, seen)
         say(ending(config, role, row, results.COLUMNS[:11], run.folder))
     return row
 

@@ -21,7 +21,8 @@ def describe(config: Config) -> str:
     """One screen for the start of the run."""
     settings, models, data = config.settings, config.models, config.data
     student = sum(parameter.numel() for parameter in create_model(models.student, data.classes).parameters())
-    teacher = sum(parameter.numel() for parameter in create_model(models.teacher, data.classes).parameters())
+    teacher = sum(parameter.numel() for parameter in config.new_teacher().parameters())
+    joined = f"; the mean of their {config.join_teachers}" * bool(settings.more_teachers)
     fields = [f"{key} {_plain(value)}" for key, value in dataclasses.asdict(config.recipe).items()]
     phases = [
         f"{counted(recipe.epochs, 'epoch')} of {' + '.join(method.names)}"
@@ -60,7 +61,7 @@ def describe(config: Config) -> str:
         f"method   {settings.method}: {'; '.join(phases)}",
         f"student  {models.student}, {student:,} parameters{added}{begun}",
         (
-            f"teacher  {models.teacher}, {teacher:,} parameters"
+            f"teacher  {config.teachers()}, {teacher:,} parameters{joined}"
             if config.method.needs_teacher
             else "teacher  none"
         ),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastkd import plugins
 from fastkd.errors import UserError
 from fastkd.io.files import as_path
 from fastkd.training.recipes import SETTINGS
@@ -31,7 +32,9 @@ class Settings:
     unfinished run, "auto" begins it where there is none, anything else is its folder. ``teacher_seed`` None:
     that of the run; ``pictures``: the sheets of attention maps at the end, where matplotlib is there. Paths
     may be strings, and begin with ``~``. ``plugins``: files or modules that register methods, models or data
-    sets. The constructor raises UserError for what is no path.
+    sets, imported by the constructor. ``more_teachers``: (model, checkpoint) of each teacher but the first;
+    ``join_teachers`` "losses" (None) or "logits": what the mean is of. The constructor raises UserError for
+    what is no path.
     """
 
     method: str
@@ -56,8 +59,15 @@ class Settings:
     pictures: bool = True
     student_checkpoint: Path | None = None
     plugins: tuple[str, ...] = ()
+    more_teachers: tuple[tuple[str, Path], ...] = ()
+    join_teachers: str | None = None
 
     def __post_init__(self) -> None:
+        for file in self.plugins:
+            plugins.load(file)
+        if self.more_teachers:
+            more = tuple((name, as_path(file)) for name, file in self.more_teachers)
+            object.__setattr__(self, "more_teachers", more)
         for name in ("data", "output", "teacher_checkpoint", "student_checkpoint", "resume"):
             value = getattr(self, name)
             if value is None and name not in ("data", "output"):
@@ -96,6 +106,9 @@ def from_config(config: dict[str, Any], output: Path) -> Settings:
             "student_checkpoint": None if begun is None else Path(begun),
             "teacher_seed": teacher_seed,
             "overrides": overrides,
+            "plugins": tuple(config.get("plugins") or ()),
+            "more_teachers": tuple((name, Path(file)) for name, file in config.get("more_teachers") or ()),
+            "join_teachers": config.get("join_teachers"),
         }
         return Settings(**given, **common, options=options, data=Path(config["data"]), output=output)
     except (KeyError, TypeError, AttributeError) as error:
