@@ -60,7 +60,7 @@ class SeveralTeachers(nn.Module):
         self.methods = nn.ModuleList(part.methods for part in self._parts[: 1 if join == "logits" else None])
         first = self._parts[0]
         self.names, self.points, self.teacher_mode = self.definition.names, first.points, first.teacher_mode
-        self.image_shape = first.image_shape
+        self.image_shape, self.teacher_image_shape = first.image_shape, first.teacher_image_shape
         counts = [int(self._logits_of(part).shape[1]) for part in self._parts]
         if len(set(counts)) > 1:
             raise ValueError(f"teachers have {', '.join(map(str, counts))} classes, wanted the same number")
@@ -102,9 +102,17 @@ class SeveralTeachers(nn.Module):
         for part in self._parts:
             part.set_epoch(epoch, epochs)
 
-    def forward(self, images: Tensor, labels: Tensor | None = None, index: Tensor | None = None) -> Losses:
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        index: Tensor | None = None,
+        teacher_images: Tensor | None = None,
+    ) -> Losses:
         first, batch = self._parts[0], Batch(images, labels, index)
-        answers = [part._teachers(images) for part in self._parts]
+        answers = [
+            part._teachers(images if teacher_images is None else teacher_images) for part in self._parts
+        ]
         with first._autocast():
             student = first._students(images)
         losses: dict[str, Tensor] = {}
@@ -146,7 +154,7 @@ class SeveralTeachers(nn.Module):
         return calls
 
     def _logits_of(self, part: Distillation) -> Tensor:
-        blank = next(self.student.parameters()).new_zeros(1, *self.image_shape)
+        blank = next(self.student.parameters()).new_zeros(1, *self.teacher_image_shape)
         teacher: Any = part.teacher
         with undisturbed(teacher):
             found: Tensor = teacher(blank)

@@ -34,6 +34,11 @@ class Dataset:
     test_images: Tensor
     test_labels: Tensor
 
+    @property
+    def title(self) -> str:
+        """What tables call it."""
+        return self.name
+
 
 def checked(name: str, found: Any) -> Dataset:
     """What somebody's own function returned, if it is a whole set under that name. Raises UserError."""

@@ -23,9 +23,12 @@ from fastkd.training.recipes import RECIPES, SETTINGS, Recipe
 HEAD = """# Recipes
 
 Made by `python -m fastkd.report.recipes`, from what a run reads itself. `hankyul2` is the default, on digits
-`digits`. Every field has a flag, and the results' row names those that were given. With other `--epochs`,
-milestones and a first phase stay at their fractions of the run. An explicit `--recipe` wins over what a
-method changes in it.
+`digits`, on a folder `imagenet`. Every field has a flag, and the results' row names those that were given.
+With other `--epochs`, milestones and a first phase stay at their fractions of the run. An explicit `--recipe`
+wins over what a method changes in it.
+
+`imagenet` is that of AT's authors (`imagenet.py` of szagoruyko/attention-transfer), who compare the four
+stages of ResNet-34 and ResNet-18. Images of a folder are not padded: a random part of each is resized.
 """
 METHODS_TEXT = """## Methods
 

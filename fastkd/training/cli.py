@@ -38,8 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     from fastkd import plugins
     from fastkd.data import DATASETS
     from fastkd.methods import METHODS
-    from fastkd.models import MODELS
     from fastkd.training import PRECISIONS, RECIPES, SETTINGS, Recipe
+    from fastkd.training.own_flags import add_networks, add_own
 
     text = "Train a teacher, distil a student from it, record the result."
     parser = OneLineParser(prog=program(), description=text, allow_abbrev=False)
@@ -66,24 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--setting", choices=tuple(SETTINGS), help=f"teacher > student on cifar100 by recipe sakd: {letters}"
     )
-    models = (*MODELS, *plugins.known("model"))
-    parser.add_argument(
-        "--teacher",
-        choices=models,
-        action="append",
-        metavar="NAME",
-        help=f"resnet20; known: {', '.join(models)}; several times, each with its checkpoint: their mean",
-    )
-    parser.add_argument("--student", choices=models, metavar="NAME", help="resnet20; the same names")
-    parser.add_argument(
-        "--teacher-checkpoint",
-        type=Path,
-        action="append",
-        metavar="FILE",
-        help="the teacher's weights, RepDistiller's layout; as often as --teacher",
-    )
-    mean = "of several teachers, what the mean is of: losses (default), or logits, for kd and dkd"
-    parser.add_argument("--join-teachers", choices=("losses", "logits"), help=mean)
+    add_networks(parser)
     parser.add_argument(
         "--student-checkpoint", type=Path, metavar="FILE", help="weights that the student begins with"
     )
@@ -148,30 +131,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--option", action="append", default=[], dest="options", metavar="NAME=VALUE", help=option
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="the plan, the sizes of features, memory and time of a step; writes nothing",
+    )
+    add_own(parser.add_argument_group("networks and images of your own"))
     group = parser.add_argument_group("fields of the recipe")
     for field in dataclasses.fields(Recipe):
         add_field(group, field)
     return parser
-
-
-def all_teachers(names: list[str] | None, files: list[Path] | None) -> dict[str, Any]:
-    """What ``Settings`` says of ``--teacher`` and ``--teacher-checkpoint``, each given as often as there are
-    teachers; one name is that of all. Raises UserError.
-    """
-    from fastkd.errors import UserError
-
-    names, files = names or [], files or []
-    if len(names) == 1 < len(files):
-        names = names * len(files)
-    if max(len(names), len(files)) < 2:
-        return {"teacher": next(iter(names), None), "teacher_checkpoint": next(iter(files), None)}
-    if len(names) != len(files):
-        raise UserError(
-            f"--teacher is given {len(names)} times, --teacher-checkpoint {len(files)} times: of several"
-            " teachers each wants a checkpoint"
-        )
-    more = tuple(zip(names[1:], files[1:], strict=True))
-    return {"teacher": names[0], "teacher_checkpoint": files[0], "more_teachers": more}
 
 
 def method_name(text: str) -> str:
@@ -211,6 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
         from fastkd.io.console import screens
         from fastkd.training import Interrupted, Recipe, Settings, UserError, repeat
         from fastkd.training.distributed import MeetingError
+        from fastkd.training.own_flags import all_teachers
         from fastkd.training.signals import terminable
 
         stack.enter_context(screens())

@@ -14,7 +14,7 @@ import fastkd
 from fastkd.io.console import counted
 from fastkd.training.config import Config
 from fastkd.training.launch import launched
-from fastkd.training.settings import environment
+from fastkd.training.settings import FOLDERS, POINTS, environment
 
 COMMAND = "command.sh"
 INSTALLED = "fastkd-train"
@@ -45,6 +45,7 @@ def command(config: Config) -> str:
         "join_teachers": config.join_teachers if taught and more else None,
         "student_checkpoint": settings.student_checkpoint,
         "plugin": list(settings.plugins),
+        **{name: getattr(settings, name) for name in (*POINTS, *FOLDERS)},
         "recipe": config.recipe_name,
         **settings.overrides,
         "option": config.options(),

@@ -36,7 +36,7 @@ def row_of(
         changed.append(f"join_teachers={config.join_teachers}")
     return {
         "method": run.config["trained"],
-        "dataset": config.data.name,
+        "dataset": config.data.title,
         "student": run.config["model"],
         "teacher": config.teachers() if taught else "",
         "start_time": run.started,
@@ -59,7 +59,11 @@ def row_of(
         "train_acc": f"{last['train_acc']:.2f}",
         "losses": " ".join(f"{term}={last[term]:.4g}" for term in trainer.distillation.names),
         "overrides": " ".join(
-            [*(f"{key}={written(value)}" for key, value in settings.overrides.items()), *changed]
+            [
+                *(f"{key}={written(value)}" for key, value in settings.overrides.items()),
+                *changed,
+                *config.own_words(role),
+            ]
         ),
         "teacher_seed": config.seed_of("teacher") if taught and file is None else "",
         "deterministic": "yes" if settings.deterministic else "no",

@@ -14,6 +14,9 @@ from fastkd.io.files import as_path
 from fastkd.training.recipes import SETTINGS
 
 PRECISIONS = ("fp32", "bf16")
+POINTS = ("student_points", "teacher_points")
+FOLDERS = ("image_size", "student_size", "teacher_size", "workers", "on_bad_image")
+"""Settings that only a folder of images has a use for."""
 AUTO = "auto"
 """The value of ``resume`` with which a queue starts a job again and again until it is finished."""
 VARIABLES = ("FASTKD_BACKEND", "FASTKD_CPU", "FASTKD_AMX", "OMP_NUM_THREADS")
@@ -33,8 +36,14 @@ class Settings:
     that of the run; ``pictures``: the sheets of attention maps at the end, where matplotlib is there. Paths
     may be strings, and begin with ``~``. ``plugins``: files or modules that register methods, models or data
     sets, imported by the constructor. ``more_teachers``: (model, checkpoint) of each teacher but the first;
-    ``join_teachers`` "losses" (None) or "logits": what the mean is of. The constructor raises UserError for
-    what is no path.
+    ``join_teachers`` "losses" (None) or "logits": what the mean is of.
+
+    ``student_points``, ``teacher_points``: names of submodules whose outputs are a network's stages; None:
+    the usual ones. For the data set "folder": ``image_size`` (224) of both networks, ``student_size`` and
+    ``teacher_size`` of one; ``workers``, processes that read images; ``on_bad_image`` "stop" (None) or
+    "skip". ``dry_run``: the plan and one step, and nothing is written.
+
+    The constructor raises UserError for what is no path.
     """
 
     method: str
@@ -58,6 +67,14 @@ class Settings:
     resume: str | None = None
     pictures: bool = True
     student_checkpoint: Path | None = None
+    student_points: tuple[str, ...] | None = None
+    teacher_points: tuple[str, ...] | None = None
+    image_size: int | None = None
+    student_size: int | None = None
+    teacher_size: int | None = None
+    workers: int | None = None
+    on_bad_image: str | None = None
+    dry_run: bool = False
     plugins: tuple[str, ...] = ()
     more_teachers: tuple[tuple[str, Path], ...] = ()
     join_teachers: str | None = None
@@ -106,6 +123,8 @@ def from_config(config: dict[str, Any], output: Path) -> Settings:
             "student_checkpoint": None if begun is None else Path(begun),
             "teacher_seed": teacher_seed,
             "overrides": overrides,
+            **{name: config.get(name) for name in FOLDERS},
+            **{name: None if config.get(name) is None else tuple(config[name]) for name in POINTS},
             "plugins": tuple(config.get("plugins") or ()),
             "more_teachers": tuple((name, Path(file)) for name, file in config.get("more_teachers") or ()),
             "join_teachers": config.get("join_teachers"),
@@ -140,6 +159,6 @@ def recipe_of(settings: Settings, dataset: str) -> str:
     """The recipe's name: the settings a to j are SAKD's table."""
     if settings.recipe is not None:
         return settings.recipe
-    if dataset == "digits":
-        return "digits"
+    if dataset in ("digits", "folder"):
+        return {"folder": "imagenet"}.get(dataset, dataset)
     return "sakd" if settings.setting is not None else "hankyul2"
