@@ -182,7 +182,7 @@ def test_the_status_reaches_the_shell(tmp_path):
         ([*QUICK, "--batch-size", "2000"], "only 64 images"),
         ([*QUICK, "--device", "cuda"], "no such GPU"),
         ([*QUICK, "--preset", "nobody"], "nobody"),
-        ([*QUICK, "--teacher", "wrn_16_2"], "does not fit wrn_16_2"),
+        ("--dataset digits --student resnet8 --teacher wrn_16_2".split(), "does not fit wrn_16_2"),
         ([*QUICK, "--teacher-checkpoint", "{tmp}/none.pth"], "none.pth: No such file"),
         ([*QUICK, "--teacher-checkpoint", "{tmp}/other.pth"], "other.pth: another layout"),
         (
