@@ -29,7 +29,7 @@ def refuse_idle(settings: Settings) -> None:
     idle = {
         f"{method} has no teacher": (
             not definition.needs_teacher,
-            (*taught, "teacher_points", "teacher_size"),
+            (*taught, "teacher_points", "teacher_size", "join_teachers"),
         ),
         "it is for --dataset folder": (dataset != "folder", FOLDERS),
         "images of a folder are not padded": (dataset == "folder", ("pad_mode",)),

@@ -76,7 +76,7 @@ def train(
                 config.data,
                 config.normalization(),
                 trainer.student,
-                teacher,
+                teacher[0] if isinstance(teacher, nn.ModuleList) else teacher,
                 [config.points["student"], config.points["teacher"]],
                 [config.side("student"), config.side("teacher")],
             )
