@@ -100,8 +100,10 @@ def test_its_student_is_loaded_tested_and_drawn_again(ran, monkeypatch, capsys):
 def test_simkds_student_is_loaded_with_what_was_put_into_it(ran, main, tmp_path):
     teacher = str(*(ran[0] / "teachers").glob("*.pt"))
     flags = ["--method", "simkd", *FLAGS, "--epochs", "1", "--workers", "0", "--no-pictures"]
+    flags += ["--student-points", "layer1,layer2"]
     assert main([*flags, "--teacher-checkpoint", teacher, "--output", str(tmp_path)]) == 0
     folder = next(tmp_path.glob("simkd-*"))
+    assert "teacher_size=24 student_points=layer1,layer2" in rows_of(tmp_path)[0]["overrides"]
     student = load_student(folder)
     assert torch.equal(student.head.weight, load(teacher)["model"]["head.weight"])
     assert (
