@@ -20,6 +20,7 @@ from fastkd.methods import (
     Definition,
     Distiller,
     Output,
+    Points,
     define,
     overrides,
     undisturbed,
@@ -27,7 +28,7 @@ from fastkd.methods import (
 )
 from fastkd.models import Features
 from fastkd.models.extract import Point
-from fastkd.models.folding import fold_for_inference
+from fastkd.models.folding import fold_for_inference, foldable
 from fastkd.models.normalization import Normalization, renormalized
 from fastkd.models.observed import Observed, image_shape_of, views
 from fastkd.reference.common import widen
@@ -97,8 +98,9 @@ class Distillation(nn.Module):
             ``(images * std + mean - its mean) / its std``.
 
     ``forward`` takes images (N, C, H, W), labels (N,) int64 or None (no cross-entropy then) and, for methods
-    that need it, ``index`` (N,) int64. It is one graph under ``torch.compile(fullgraph=True)``. Raises
-    ValueError for what a method does not know or fit.
+    that need it, ``index`` (N,) int64. ``taught`` is what :meth:`ask` returned for these images, else the
+    teacher is asked. It is one graph under ``torch.compile(fullgraph=True)``. Raises ValueError for what a
+    method does not know or fit.
     """
 
     weights: Tensor
@@ -242,6 +244,35 @@ class Distillation(nn.Module):
                     dtype = torch.get_autocast_dtype(kind)
             self._outside = teacher, fold_for_inference(teacher, self.points[1].argument, dtype)
 
+    def ask(self, images: Tensor) -> Output | None:
+        """The teacher's answer to ``images``, as ``taught`` of :meth:`forward`; None without a teacher.
+
+        Several students of one teacher may share it. See :meth:`answer_key` and :meth:`ask_for`.
+        """
+        return self._teachers(images)
+
+    def answer_key(self) -> tuple[Any, ...]:
+        """Distillations of teachers with equal weights and equal keys get the same bits from them, whichever
+        of their points are asked for together.
+
+        It is the teacher's mode and the layers that are folded for the features asked for.
+        """
+        teacher, asked, mode = self._outside[0], self.points[1], self.teacher_mode
+        if mode == "train" or self._observed[1] is not None:
+            return (mode,)
+        folded = foldable(teacher, asked.argument)
+        return (
+            mode,
+            *folded,
+            *[asked] * (folded != foldable(teacher, (Points.MAPS | Points.PREACT).argument)),
+        )
+
+    def ask_for(self, points: Points) -> None:
+        """:meth:`ask` gives the features ``points`` too from now on, of a folded teacher in eval mode."""
+        self.points[1] |= points
+        self._folds = True
+        self.fold()
+
     def train(self, mode: bool = True) -> Distillation:
         """As ever; the teacher is in train mode only where ``teacher_mode`` says so."""
         super().train(mode)
@@ -278,10 +309,16 @@ class Distillation(nn.Module):
             ended = epoch >= self._until.get(name, epochs)
             self.weights[place].fill_(0.0 if ended else self._distiller(name).weight_at(epoch, epochs))
 
-    def forward(self, images: Tensor, labels: Tensor | None = None, index: Tensor | None = None) -> Losses:
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        index: Tensor | None = None,
+        taught: Output | None = None,
+    ) -> Losses:
         batch = Batch(images, labels, index)
         losses: dict[str, Tensor] = {}
-        teacher = self._teachers(images)
+        teacher = self._teachers(images) if taught is None else taught
         with self._autocast():
             student = self._students(images)
         if labels is not None and self.definition.ce:

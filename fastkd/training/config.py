@@ -35,10 +35,11 @@ WORTH_COMPILING = 500_000
 class Config(Choices):
     """The settings with every choice made, the data in memory, and what is built of them.
 
-    The constructor raises UserError for whatever cannot work.
+    The constructor raises UserError for whatever cannot work. ``data``: the set that ``settings`` name, where
+    it is in memory.
     """
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, data: Dataset | None = None):
         self.settings, self.models = settings, resolve(settings)
         name, self.why = choose_dataset(self.models.dataset, settings.data)
         self.recipe_name = recipe_of(settings, name)
@@ -79,7 +80,7 @@ class Config(Choices):
         self.kept: dict[str, int] = {}  # bytes that a method keeps beside what is trained
         if distributed.leads():  # the others write nothing, and may have no such folder on their machine
             results.read_rows(settings.output)
-        self.data: Dataset = load_dataset(name, settings.data)
+        self.data: Dataset = load_dataset(name, settings.data) if data is None else data
         if self.method.needs_teacher:
             self._check_fit()
         self.compiled, self.captured = self._how()
@@ -182,6 +183,10 @@ class Config(Choices):
         """(mean, std) a channel."""
         return normalization_of(self.recipe.normalization, self.data)
 
+    def drops_last(self, role: str) -> bool:
+        """Whether a training leaves out an epoch's last, smaller batch."""
+        return self.recipe.drop_last or (role == "student" and self.method.whole_batches)
+
     def batches(self, role: str) -> tuple[Batches, Batches]:
         """The training and test batches of the student's or the teacher's training."""
         data, recipe, (mean, std) = self.data, self.recipe, self.normalization()
@@ -193,10 +198,7 @@ class Config(Choices):
             "flip": data.flip,
             "pad_mode": recipe.pad_mode,
         }
-        random |= {
-            "share": distributed.share(),
-            "drop_last": recipe.drop_last or (role == "student" and self.method.whole_batches),
-        }
+        random |= {"share": distributed.share(), "drop_last": self.drops_last(role)}
         train = Batches(
             data.train_images, data.train_labels, batch_size=recipe.batch_size, **random, **common
         )

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,18 @@ from torch import Tensor
 from fastkd.data.loader import Batches
 from fastkd.distillation import Distillation, Losses
 from fastkd.errors import UserError
+from fastkd.methods import Output
 from fastkd.training import collectives
 from fastkd.training.progress import Progress
+
+
+class Shared(NamedTuple):
+    """A batch that several students take: its numbers, its images, and the teacher's answer, if any."""
+
+    augment_params: Tensor
+    images: Tensor
+    labels: Tensor
+    taught: Output | None
 
 
 class TrainStep:
@@ -55,10 +65,14 @@ class TrainStep:
             self.rate = torch.zeros((), device=batches.pixels.device)
         self.compiling = 0.0  # seconds, once
 
-    def __call__(self, augment_params: Tensor, images: int, progress: Progress) -> None:
-        """A step on one of ``Batches.draw``, this process's part of a batch of so many ``images``."""
-        if len(augment_params) < self.batches.batch_size:
-            self._run(augment_params, images, self.distillation)
+    def __call__(
+        self, augment_params: Tensor, images: int, progress: Progress, shared: Shared | None = None
+    ) -> None:
+        """A step on one of ``Batches.draw``, this process's part of a batch of so many ``images``; ``shared``
+        is what was made of it for several students, whose steps are all eager.
+        """
+        if shared is not None or len(augment_params) < self.batches.batch_size:
+            self._run(augment_params, images, self.distillation, shared)
         elif self.compiled and not self.compiling:
             self._compile(augment_params, images, progress)
         elif self.graph is not None:
@@ -81,12 +95,22 @@ class TrainStep:
     def _whole(self, augment_params: Tensor) -> None:
         self._run(augment_params, self.batches.joined, self.forward)
 
-    def _run(self, augment_params: Tensor, together: int, forward: Callable[..., Losses]) -> None:
+    def _run(
+        self,
+        augment_params: Tensor,
+        together: int,
+        forward: Callable[..., Losses],
+        shared: Shared | None = None,
+    ) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         index, records = augment_params[:, 0], dict[str, Any]()
         if len(augment_params):  # a small batch may have no part for everybody
-            images, labels = self.batches.take(augment_params)
-            losses = forward(images, labels, index)
+            if shared is None:
+                images, labels = self.batches.take(augment_params)
+                losses = forward(images, labels, index)
+            else:
+                labels = shared.labels
+                losses = forward(shared.images, labels, index, shared.taught)
             losses.total.backward()
             records = losses.records
             right = (losses.student_logits.detach().argmax(1) == labels).sum()

@@ -1,0 +1,218 @@
+"""Several students of one seed side by side: one draw of every batch, and one pass of the teacher for all
+that can share it.
+
+Each student is a generator (:func:`fastkd.training.phases.training`) that stops before each of its steps and
+is sent the batch. It has its own folder, log, random numbers and row, as when it is trained alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd import native
+from fastkd.data.loader import Batches
+from fastkd.errors import UserError
+from fastkd.io.console import noted_in, say, screens
+from fastkd.training import distributed, resume, run_dir
+from fastkd.training.config import Config
+from fastkd.training.device import determinism
+from fastkd.training.passes import Passes
+from fastkd.training.phases import training
+from fastkd.training.run_summary import describe
+from fastkd.training.signals import Interrupted
+from fastkd.training.step import Shared
+from fastkd.training.sweep import labels
+from fastkd.training.teacher import find_teacher
+from fastkd.training.trainer import Wanted
+
+
+class Student:
+    """One of the students: what it wants next, the state of PyTorch's generators, and how it ended."""
+
+    def __init__(self, config: Config, place: int, title: str):
+        self.config, self.place, self.title, self.files = config, place, title, ExitStack()
+        self.wants: Wanted | None = None
+        self.row: dict[str, Any] = {}
+        self.error: UserError | None = None
+
+    def open(self) -> None:
+        """Opens its folder, an unfinished one or a new one. Raises UserError."""
+        folder = distributed.from_first(lambda: resume.choose(self.config)[1])
+        self.run = self.files.enter_context(run_dir.opened(self.config, "student", folder))
+        self.random = random_state(self.config.device)
+
+    def begin(self, taught: tuple[nn.Module | None, float | None], batches: tuple[Batches, Batches]) -> None:
+        """Goes to its first step. Raises UserError."""
+        (teacher, accuracy), method = taught, self.config.method
+        if teacher is not None and self.config.recipe.teacher_mode == "train":
+            teacher = copy.deepcopy(teacher)  # its running averages will change
+        self.steps = training(
+            self.config, "student", self.run, method, teacher, accuracy, batches, self.place, self.title
+        )
+        self.go_on(None)
+        if self.error is not None:
+            raise self.error
+
+    def go_on(self, batch: Shared | None) -> None:
+        """Takes its step with ``batch`` and goes to the next one. An error of its own ends it alone."""
+        with self.at_work():
+            try:
+                self.wants = self.steps.send(batch)
+                return
+            except StopIteration as end:
+                self.wants, self.row = None, end.value
+            except distributed.PeerError:
+                raise
+            except UserError as error:
+                self.wants, self.error = None, error
+        self.close(self.error)
+
+    def stop(self, why: BaseException) -> str:
+        """Ends it as a signal does; returns how far it came, or "" if it has ended already."""
+        line = ""
+        if self.wants is not None:
+            with self.at_work(), suppress(StopIteration, KeyboardInterrupt):
+                try:
+                    self.steps.throw(why)
+                except Interrupted as end:
+                    line = str(end)
+        self.close(Interrupted(line) if line else why)
+        return line
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Inside, its log alone gets what is said, and random numbers are its own."""
+        device, others = self.config.device, random_state(self.config.device)
+        set_random_state(self.random, device)
+        try:
+            with noted_in([self.run.folder]):
+                yield
+        finally:
+            self.random = random_state(device)
+            set_random_state(others, device)
+
+    def close(self, error: BaseException | None) -> None:
+        """Ends its log, with ``error`` if that ended it, and lets go of its folder. A second call does
+        nothing.
+        """
+        self.files.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
+
+
+def random_state(device: torch.device) -> list[Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def set_random_state(state: Sequence[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    for other in state[1:]:
+        torch.cuda.set_rng_state(other, device)
+
+
+def groups(configs: Sequence[Config]) -> list[list[int]]:
+    """Which of ``configs``, by their places, are trained side by side: those of one seed that see the same
+    batches, where a pass of the teacher can be shared. Each of the others is alone.
+    """
+    found: dict[tuple[Any, ...], list[int]] = {}
+    for i, config in enumerate(configs):
+        recipe, settings = config.recipe, config.settings
+        fields = recipe.batch_size, recipe.pad_mode, recipe.normalization, recipe.drop_last_test
+        key = (i,) if config.compiled or config.captured else (config.data.name, settings.seed, *fields)
+        found.setdefault(key, []).append(i)
+    parts = []
+    for places in found.values():
+        shared = sum(configs[i].method.needs_teacher for i in places) > 1
+        parts += [places] if shared else [[i] for i in places]
+    return sorted(parts)
+
+
+def run(configs: Sequence[Config]) -> list[dict[str, Any]]:
+    """Trains the students of ``configs``, one of :func:`groups`; returns their rows in this order.
+
+    An error of one student does not end the others: it is raised after them. Raises UserError, Interrupted.
+    """
+    titles = labels([config.settings for config in configs])
+    students = [Student(*each) for each in zip(configs, range(len(configs)), titles, strict=True)]
+    with screens(), determinism(configs[0].settings.deterministic):
+        try:
+            for student in students:
+                student.open()
+            introduce(students)
+            train(students)
+        except (KeyboardInterrupt, Interrupted) as stop:
+            status = getattr(stop, "status", 130)
+            lines = [str(stop)] if isinstance(stop, Interrupted) else []
+            lines += [student.stop(KeyboardInterrupt()) for student in students]
+            if not any(lines):
+                raise
+            raise Interrupted("\n".join(filter(None, lines)), status) from None
+        except BaseException as error:
+            for student in students:
+                student.close(error)
+            raise
+    failed = [f"{student.title}: {student.error}" for student in students if student.error is not None]
+    if failed:
+        kept = f"the other {len(students) - len(failed)} of {len(students)} students are finished"
+        raise UserError(f"{'; '.join(failed)}; {kept}")
+    return [student.row for student in students]
+
+
+def introduce(students: Sequence[Student]) -> None:
+    """What each of them is, whole in its log; on the screen what differs from the first."""
+    say(f"{len(students)} students side by side: {', '.join(student.title for student in students)}")
+    known: list[str] = []
+    for student in students:
+        text = describe(student.config)
+        with noted_in([student.run.folder]):
+            say(text, shown="\n".join(line for line in text.splitlines() if line not in known))
+        known = known or text.splitlines()
+    if not native.CPU.available and students[0].config.device.type == "cpu":
+        say(f"no compiled kernels, plain PyTorch instead: {native.CPU.reason}")
+
+
+def train(students: Sequence[Student]) -> None:
+    """Finds their teachers, then trains all of them to the end. Raises UserError, Interrupted."""
+    batches, passes = students[0].config.batches("student"), Passes()
+    teachers: dict[Path, tuple[nn.Module | None, float | None]] = {}
+    for student in students:
+        config = student.config
+        if config.method.needs_teacher and taught_by(config) not in teachers:
+            same = [
+                other.run.folder
+                for other in students
+                if other.config.method.needs_teacher and taught_by(other.config) == taught_by(config)
+            ]
+            with noted_in(same):
+                teachers[taught_by(config)] = find_teacher(config)
+    for student in students:
+        taught = teachers[taught_by(student.config)] if student.config.method.needs_teacher else (None, None)
+        student.begin(taught, batches)
+    said: set[str] = set()
+    while waiting := [student for student in students if student.wants is not None]:
+        first = min(turn(student.wants) for student in waiting)
+        served = [student for student in waiting if turn(student.wants) == first]
+        wanted = [(student.wants, student.run.taught_by) for student in served if student.wants is not None]
+        batch = passes.batch(wanted)
+        titles = dict(zip((want.trainer for want, _ in wanted), (each.title for each in served), strict=True))
+        once = "; once for ".join(", ".join(titles[each] for each in group) for group in passes.shared)
+        if once and once not in said:
+            said.add(once)
+            say(f"the teacher answers to each batch once for {once}")
+        for student, each in zip(served, batch, strict=True):
+            student.go_on(each)
+
+
+def taught_by(config: Config) -> Path:
+    return config.settings.teacher_checkpoint or config.teacher_path()
+
+
+def turn(wanted: Wanted | None) -> tuple[bool, int, int]:
+    """Whose step comes first: a first phase before the main one, which alone is tested, then by epoch."""
+    assert wanted is not None
+    return wanted.trainer.test_batches is not None, wanted.epoch, wanted.step
