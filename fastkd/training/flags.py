@@ -59,9 +59,9 @@ def idle_flags(settings: Settings) -> dict[str, str]:
         f"{recipe.normalization} has no constants for {dataset}": (not constants, ("normalization",)),
         "teacher, student, data set and recipe are given": (None not in implied, ("setting",)),
     }
-    return {
-        name: why
-        for why, (unread, names) in idle.items()
-        for name in names
-        if unread and (name in settings.overrides or getattr(settings, name, None) is not None)
-    }
+    found: dict[str, str] = {}
+    for why, (unread, names) in idle.items():
+        for name in names:
+            if unread and (name in settings.overrides or getattr(settings, name, None) is not None):
+                found.setdefault(name, why)
+    return found
