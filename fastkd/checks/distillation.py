@@ -17,6 +17,7 @@ def distillation(
     classifier: object = None,
     image_shape: object = None,
     autocast: object = None,
+    teacher_mode: object = "eval",
     **counts: object,
 ) -> None:
     """The kinds of the arguments. ``counts``: whole numbers, or None."""
@@ -30,6 +31,8 @@ def distillation(
         raise TypeError(f"image_shape is {image_shape!r}, wanted (C, H, W)")
     if autocast is not None and not isinstance(autocast, torch.autocast):
         raise TypeError(f"autocast is {autocast!r}, wanted a torch.autocast or None")
+    if teacher_mode not in ("eval", "train"):
+        raise ValueError(f"teacher_mode is {teacher_mode!r}, wanted 'eval' or 'train'")
     for name, count in counts.items():
         if count is not None and not _whole(count):
             raise TypeError(f"{name} is {count!r}, wanted a whole number")

@@ -20,9 +20,9 @@ from fastkd.methods.base import (
     Preset,
     option,
     overrides,
-    undisturbed,
     union,
 )
+from fastkd.methods.context import undisturbed
 from fastkd.methods.definition import Definition, Term
 
 # the order of the published table, and of the terms of a sum (but KD is last there); what is not in it comes
