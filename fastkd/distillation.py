@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd import backends, checks
-from fastkd.methods import Batch, BuildContext, Definition, Distiller, Output, Points, define, undisturbed
+from fastkd.methods import Batch, BuildContext, Definition, Distiller, Output, define, undisturbed
 from fastkd.methods.context import features_of
 from fastkd.methods.sum import MethodSum
 from fastkd.models import Features
 from fastkd.models.extract import Point
-from fastkd.models.folding import fold_for_inference, foldable
+from fastkd.models.folding import fold_for_inference
 from fastkd.models.normalization import Normalization, renormalized
 from fastkd.models.observed import Observed, image_shape_of, views
 
@@ -149,13 +149,8 @@ class Distillation(nn.Module):
                 raise ValueError(f"teacher is None, but method {self.definition.name!r} learns from one")
             teacher.requires_grad_(False)
             look = None if train_images is None else partial(self._features, teacher, train_images)
-            rest = {
-                "train_labels": train_labels,
-                "teacher_features": look,
-                "num_classes": num_classes,
-                "batch_size": batch_size,
-                "epochs": epochs,
-            }
+            rest: dict[str, Any] = {"train_labels": train_labels, "teacher_features": look}
+            rest |= {"num_classes": num_classes, "batch_size": batch_size, "epochs": epochs}
             points = student_points, teacher_points
             with undisturbed(student, teacher):
                 self._observed = views((student, teacher), points, classifier, image_shape)
@@ -177,7 +172,7 @@ class Distillation(nn.Module):
         self.register_buffer("teacher_shift", shift, persistent=False)
         # in a tuple, which nn.Module does not look into: the teacher, and the copy that answers in eval mode
         self._outside: tuple[nn.Module, ...] = (teacher,) if teacher is not None and distillers else ()
-        self._folds = fold
+        self.folds = fold
         self.fold()
         self._set_teachers_mode()
 
@@ -196,42 +191,13 @@ class Distillation(nn.Module):
 
     def fold(self) -> None:
         """Copies the teacher once more if a copy stands for it; call it after changing weights in place."""
-        if self._folds and self._outside and self.teacher_mode == "eval" and self._observed[1] is None:
+        if self.folds and self._outside and self.teacher_mode == "eval" and self._observed[1] is None:
             teacher, dtype = self._outside[0], None
             with self._autocast():
                 kind = next(teacher.parameters()).device.type
                 if self.autocast is not None and torch.is_autocast_enabled(kind):
                     dtype = torch.get_autocast_dtype(kind)
             self._outside = teacher, fold_for_inference(teacher, self.points[1].argument, dtype)
-
-    def ask(self, images: Tensor) -> Output | None:
-        """The teacher's answer to ``images``, as ``taught`` of :meth:`forward`; None without a teacher.
-
-        Several students of one teacher may share it. See :meth:`answer_key` and :meth:`ask_for`.
-        """
-        return self._teachers(images)
-
-    def answer_key(self) -> tuple[Any, ...]:
-        """Distillations of teachers with equal weights and equal keys get the same bits from them, whichever
-        of their points are asked for together.
-
-        It is the teacher's mode and the layers that are folded for the features asked for.
-        """
-        teacher, asked, mode = self._outside[0], self.points[1], self.teacher_mode
-        if mode == "train" or self._observed[1] is not None:
-            return (mode,)
-        folded = foldable(teacher, asked.argument)
-        return (
-            mode,
-            *folded,
-            *[asked] * (folded != foldable(teacher, (Points.MAPS | Points.PREACT).argument)),
-        )
-
-    def ask_for(self, points: Points) -> None:
-        """:meth:`ask` gives the features ``points`` too from now on, of a folded teacher in eval mode."""
-        self.points[1] |= points
-        self._folds = True
-        self.fold()
 
     def train(self, mode: bool = True) -> Distillation:
         """As ever; the teacher is in train mode only where ``teacher_mode`` says so."""
@@ -270,7 +236,7 @@ class Distillation(nn.Module):
     ) -> Losses:
         batch = Batch(images, labels, index)
         losses: dict[str, Tensor] = {}
-        teacher = self._teachers(images) if taught is None else taught
+        teacher = self.ask(images) if taught is None else taught
         with self._autocast():
             student = self._students(images)
         if labels is not None and self.definition.ce:
@@ -293,9 +259,7 @@ class Distillation(nn.Module):
     @torch.no_grad()
     def update(self, index: Tensor, records: Mapping[str, Any]) -> None:
         """After the optimizer's step: hands ``records`` of :class:`Losses` back to their methods, with the
-        ``index`` of their images.
-
-        With several processes the rows of all are to be joined first, in the order of the processes.
+        ``index`` of their images. Several processes join their rows before, in their order.
         """
         self.methods.hand_back(index, records)
 
@@ -308,8 +272,8 @@ class Distillation(nn.Module):
         labels = blank.new_zeros(images, dtype=torch.int64)
         batch = Batch(blank, labels, labels.add(1).cumsum(0) - 1)
         with undisturbed(self, *self._outside):
-            student, teacher = map(self._as_seen, (self._students(blank), self._teachers(blank)))
-            calls: dict[str, list[backends.Call]] = {}
+            student, teacher = map(self._as_seen, (self._students(blank), self.ask(blank)))
+            calls = dict[str, list[backends.Call]]()
             for name in self.methods:
                 with backends.record_calls() as calls[name]:
                     self.methods.losses(batch, student, teacher, self._autocast(), [name])
@@ -320,7 +284,8 @@ class Distillation(nn.Module):
             return Output(self.student(images), None)  # type: ignore[arg-type]
         return self.points[0].observe(self._observed[0] or self.student, images)
 
-    def _teachers(self, images: Tensor) -> Output | None:
+    def ask(self, images: Tensor) -> Output | None:
+        """The teacher's answer to ``images``, for several students of one teacher; None without a teacher."""
         if not self._outside:
             return None
         if self.teacher_scale is not None and self.teacher_shift is not None:

@@ -9,7 +9,8 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from fastkd.distillation import Distillation
-from fastkd.methods import union
+from fastkd.methods import Points, union
+from fastkd.models.folding import foldable
 from fastkd.training.step import Shared
 from fastkd.training.trainer import Trainer, Wanted
 
@@ -51,7 +52,7 @@ class Passes:
                 distillation, whole = trainer.distillation, len(trainer.batches)
                 # in train mode the running averages depend on the steps of an epoch
                 steps = whole if distillation.teacher_mode == "train" else 0
-                self.keys[trainer] = (weights, steps, *distillation.answer_key())
+                self.keys[trainer] = (weights, steps, *answer_key(distillation))
             groups.setdefault(self.keys[trainer], []).append(trainer)
         return groups
 
@@ -61,13 +62,26 @@ class Passes:
         if asker.teacher_mode == "eval":
             asker = self.askers.get(key, asker)
         if key not in self.askers or points not in asker.points[1]:
-            asker.ask_for(points)
+            asker.points[1] |= points
+            asker.folds = True
+            asker.fold()
             self.askers[key] = asker
         answer = asker.ask(images)
         if asker.teacher_mode == "train":
             for other in group:
                 same_buffers(asker.teacher, other.teacher)
         return answer
+
+
+def answer_key(distillation: Distillation) -> tuple[Any, ...]:
+    """Teachers of equal weights and equal keys give the same bits, whichever of their points are asked for
+    together: the mode, and the layers that are folded for the features asked for.
+    """
+    teacher, asked, mode = distillation.teacher, distillation.points[1], distillation.teacher_mode
+    if teacher is None or mode == "train":
+        return (mode,)
+    folded, least = (foldable(teacher, points.argument) for points in (asked, Points.MAPS | Points.PREACT))
+    return (mode, *folded, *([] if folded == least else [asked]))
 
 
 def same_buffers(source: nn.Module | None, target: nn.Module | None) -> None:
