@@ -140,9 +140,9 @@ class Distillation(nn.Module):
             define(method, preset=preset, options=options) if isinstance(method, str) else method
         )
         self._observed: tuple[Observed | None, Observed | None] = (None, None)
-        self.autocast, self.teacher_mode = autocast, teacher_mode
+        self.autocast, self.teacher_mode, self.batch_size = autocast, teacher_mode, batch_size
         image_shape = image_shape_of(student, teacher) if image_shape is None else image_shape
-        self.image_shape, self.batch_size = image_shape, batch_size
+        self.image_shape = image_shape
         distillers: dict[str, Distiller] = {}
         if self.definition.needs_teacher:
             if teacher is None:
@@ -160,8 +160,7 @@ class Distillation(nn.Module):
                 with undisturbed(student):
                     self._observed = self._observed[0].refreshed(), self._observed[1]
         self.student = student
-        first = next(student.parameters()).detach()
-        self.methods = MethodSum(distillers, self.definition).to(first.device)
+        self.methods = MethodSum(distillers, self.definition).to(next(student.parameters()).device)
         self.names = self.definition.names
         self.points = [
             self.methods.points("student", self._observed[0], student_points),
