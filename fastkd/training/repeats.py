@@ -76,7 +76,8 @@ def checked(each: Sequence[Settings]) -> list[Settings]:
     """Checks every run before the first is trained, and decides for all whether their steps are compiled: a
     compiled step has the teacher's pass within it, where it cannot be shared. Raises UserError.
     """
-    if find_device(each[0].device).type == "cpu" and each[0].compile is None:
+    shares = sum(one.method != "baseline" for one in each) > 1
+    if shares and each[0].compile is None and find_device(each[0].device).type == "cpu":
         each = [dataclasses.replace(one, compile=False) for one in each]
     configs = configured(each)
     same: dict[str, str] = {}
