@@ -116,8 +116,8 @@ def train(students: Sequence[Student]) -> None:
         if once and once not in said:
             said.add(once)
             say(f"the teacher answers to each batch once for {once}")
-        for student, each in zip(served, batch, strict=True):
-            student.go_on(each)
+        for student in served:
+            student.go_on(batch.pop(0))
 
 
 def taught_by(config: Config) -> Path:

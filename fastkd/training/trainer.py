@@ -118,6 +118,7 @@ class Trainer:
             shared = yield Wanted(self, epoch, step)
             augment_params = next(own) if shared is None else shared.augment_params
             self.train_step(augment_params, images, progress, shared)
+            shared = None  # the next batch's features are made while this waits
             self.seen += len(augment_params)
             progress.advance(lambda: self._describe(epoch, time.perf_counter() - begun))
 
