@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from fastkd.data import cifar, digits, fashion_mnist
+from fastkd.data import cifar, digits, fashion_mnist, folder
 from fastkd.data.base import Dataset, MissingFiles
+from fastkd.data.folder import Folder
 from fastkd.data.indexed import Indexed
 from fastkd.errors import UserError
 from fastkd.io.files import as_path
 
-_LOADERS: dict[str, Callable[[str | os.PathLike[str]], Dataset]] = {
+_LOADERS: dict[str, Callable[[str | os.PathLike[str]], Dataset | Folder]] = {
     "cifar10": lambda root: cifar.load(as_path(root), "cifar10"),
     "cifar100": lambda root: cifar.load(as_path(root), "cifar100"),
     "fashion-mnist": lambda root: fashion_mnist.load(as_path(root)),
     "digits": lambda root: digits.load(),
+    "folder": lambda root: folder.load(as_path(root)),
 }
 
 DATASETS = tuple(_LOADERS)
@@ -36,9 +38,12 @@ def choose_dataset(name: str, root: str | os.PathLike[str]) -> tuple[str, str]:
     return name, "as asked"
 
 
-def load_dataset(name: str, root: str | os.PathLike[str]) -> Dataset:
-    """The whole set, one of ``DATASETS``, from ``root``; downloaded if missing. Raises UserError."""
+def load_dataset(name: str, root: str | os.PathLike[str]) -> Dataset | Folder:
+    """The whole set, one of ``DATASETS``, from ``root``; downloaded if missing. Raises UserError.
+
+    A :class:`Folder` holds the names of its files, the others their images.
+    """
     return _LOADERS[name](root)
 
 
-__all__ = ["DATASETS", "Dataset", "Indexed", "choose_dataset", "load_dataset"]
+__all__ = ["DATASETS", "Dataset", "Folder", "Indexed", "choose_dataset", "load_dataset"]

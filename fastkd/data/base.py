@@ -32,6 +32,11 @@ class Dataset:
     test_images: Tensor
     test_labels: Tensor
 
+    @property
+    def title(self) -> str:
+        """What tables call it."""
+        return self.name
+
 
 class MissingFiles(Exception):
     """No layout of the set is complete under the folder; the message says what was looked for."""

@@ -24,6 +24,7 @@ from fastkd.methods.base import (
 )
 from fastkd.methods.context import undisturbed
 from fastkd.methods.definition import Definition, Term
+from fastkd.models.observed import views
 
 # the order of the published table, and of the terms of a sum (but KD is last there); what is not in it comes
 # after, by name
@@ -112,7 +113,14 @@ def create_method(
 def wrapped(student: nn.Module, teacher: nn.Module, run: Mapping[str, Any]) -> nn.Module:
     """The student as the method of a run changes it; ``run`` is the run's config.json."""
     found = define(run["method"], preset=run["fields"]["preset"], words=run["options"])
-    return found.wrap(BuildContext.of(student, teacher)) if found.wraps else student
+    if not found.wraps:
+        return student
+    points, sides = run.get("points", (None, None)), run.get("sides", (32, 32))  # older runs have neither
+    shapes = (3, sides[0], sides[0]), (3, sides[1], sides[1])
+    with undisturbed(student, teacher):
+        observed = views((student, teacher), tuple(points), None, shapes)
+    context = BuildContext.of(student, teacher, shapes[0], observed, teacher_image_shape=shapes[1])
+    return found.wrap(context)
 
 
 def title_of(name: str) -> str:

@@ -52,15 +52,18 @@ class BuildContext:
         teacher: nn.Module,
         image_shape: tuple[int, ...] = (3, 32, 32),
         observed: tuple[Observed | None, Observed | None] = (None, None),
+        *,
+        teacher_image_shape: tuple[int, ...] | None = None,
         **rest: Any,
     ) -> BuildContext:
         """Finds the shapes, and the number of classes unless given, in one forward pass of each network.
 
         ``observed``: what shows the features of a network that does not do so itself.
+        ``teacher_image_shape``: where the teacher's images are others than the student's.
         """
         found = [
-            shapes(network, image_shape, view)
-            for network, view in zip((student, teacher), observed, strict=True)
+            shapes(student, image_shape, observed[0]),
+            shapes(teacher, teacher_image_shape or image_shape, observed[1]),
         ]
         if rest.get("num_classes") is None:
             rest["num_classes"] = found[1][1]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from fastkd.models import students
+from fastkd.models import specs, students
 from fastkd.models.features import Features, Neck
 from fastkd.models.resnet import ResNet
 from fastkd.models.weights import WeightsError, fingerprint, load_weights, read_checkpoint
@@ -38,17 +38,22 @@ MODELS = tuple(_BUILDERS)
 
 
 def create_model(name: str, num_classes: int = 10) -> nn.Module:
-    """A freshly initialized model by its name (one of ``MODELS``), for (N, 3, 32, 32) images. Raises
+    """A freshly initialized model by its name, one of ``MODELS``, for (N, 3, 32, 32) images. Raises
     ValueError for an unknown name.
 
     ``model(x)`` gives logits; with ``features`` True, "preact", "both" or "pooled" it gives ``(Features,
     logits)``. ``model.neck`` and ``model.fc`` may be exchanged; ``model.norms_before_relu()`` are the batch
     norms of ``preact.stages``.
+
+    Other names make other networks: "torchvision:NAME" and "timm:NAME" those of these packages, without
+    weights, and "path/to/file.py:FACTORY" what ``FACTORY(num_classes=...)`` of that file returns.
     """
-    if name not in _BUILDERS:
-        raise ValueError(f"model {name!r} is not known; known: {', '.join(MODELS)}")
     if num_classes < 1:
         raise ValueError(f"num_classes is {num_classes}, wanted at least 1")
+    if specs.is_spec(name):
+        return specs.create(name, num_classes)
+    if name not in _BUILDERS:
+        raise ValueError(f"model {name!r} is not known; known: {', '.join(MODELS)}, or {specs.FORMS}")
     return _BUILDERS[name](num_classes)
 
 

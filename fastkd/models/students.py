@@ -19,7 +19,8 @@ def load_student(
     path = Path(folder).expanduser() / file
     checkpoint = read_checkpoint(path)
     try:
-        about, classes = checkpoint["config"], len(checkpoint["model"]["fc.weight"])
+        about = checkpoint["config"]
+        classes = about.get("classes") or len(checkpoint["model"]["fc.weight"])  # older runs say no number
         with seeded(0, "load_student"):  # leaves the random numbers of the caller alone
             network = create(about["identity"]["model"], classes)
             if about["trained"] not in ("teacher", "baseline"):

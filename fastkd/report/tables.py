@@ -164,8 +164,8 @@ def tables(rows: Sequence[dict[str, str]]) -> list[tuple[str, list[str], list[li
 
 
 NOTES = (
-    "Ours: mean ± sample standard deviation [seeds] (ours minus published), of the epoch that the recipe"
-    " reports; – is not run; n/a is not published."
+    "Ours: mean ± sample standard deviation [seeds] (ours minus published), of the epoch that the recipe\n"
+    "reports; – is not run; n/a is not published."
 )
 
 

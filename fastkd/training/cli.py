@@ -25,8 +25,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     from fastkd.methods import METHODS
-    from fastkd.models import MODELS
     from fastkd.training import DATASETS, PRECISIONS, RECIPES, SETTINGS, Recipe
+    from fastkd.training.own_flags import add_networks, add_own
 
     text = "Train a teacher, distil a student from it, record the result."
     parser = OneLineParser(prog=program(), description=text, allow_abbrev=False)
@@ -51,10 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--setting", choices=tuple(SETTINGS), help=f"teacher > student on cifar100 by recipe sakd: {letters}"
     )
-    parser.add_argument(
-        "--teacher", choices=MODELS, metavar="NAME", help=f"resnet20; known: {', '.join(MODELS)}"
-    )
-    parser.add_argument("--student", choices=MODELS, metavar="NAME", help="resnet20; the same names")
+    add_networks(parser)
     parser.add_argument(
         "--teacher-checkpoint", type=Path, metavar="FILE", help="the teacher's weights, RepDistiller's layout"
     )
@@ -120,6 +117,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--option", action="append", default=[], dest="options", metavar="NAME=VALUE", help=option
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="the plan, the sizes of features, memory and time of a step; writes nothing",
+    )
+    add_own(parser.add_argument_group("networks and images of your own"))
     group = parser.add_argument_group("fields of the recipe")
     for field in dataclasses.fields(Recipe):
         add_field(group, field)

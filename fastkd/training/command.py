@@ -14,7 +14,7 @@ import fastkd
 from fastkd.io.console import counted
 from fastkd.training.config import Config
 from fastkd.training.launch import launched
-from fastkd.training.settings import environment
+from fastkd.training.settings import FOLDERS, POINTS, environment
 
 COMMAND = "command.sh"
 INSTALLED = "fastkd-train"
@@ -41,6 +41,7 @@ def command(config: Config) -> str:
         "student": config.models.student,
         "teacher_checkpoint": settings.teacher_checkpoint if taught else None,
         "student_checkpoint": settings.student_checkpoint,
+        **{name: getattr(settings, name) for name in (*POINTS, *FOLDERS)},
         "recipe": config.recipe_name,
         **settings.overrides,
         "option": config.options(),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fastkd import native
-from fastkd.data import Dataset
-from fastkd.io.console import say, screens
+from fastkd.data.feed import AnyDataset
+from fastkd.io.console import fitted, say, screens
 from fastkd.training import collectives, distributed, resume, run_dir
 from fastkd.training.config import Config
 from fastkd.training.device import determinism
@@ -14,6 +14,7 @@ from fastkd.training.phases import train
 from fastkd.training.run_summary import describe
 from fastkd.training.settings import Settings
 from fastkd.training.teacher import find_teacher
+from fastkd.training.trial import trial
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -23,6 +24,11 @@ def run(settings: Settings) -> dict[str, Any]:
     Raises UserError for whatever the user can mend, Interrupted after Ctrl-C.
     """
     config = shared_config(settings)
+    if settings.dry_run:
+        with screens():
+            say(fitted(describe(config)))
+            say(fitted(trial(config)))
+        return {}
     row, folder = distributed.from_first(lambda: resume.choose(config))
     if row is not None:
         done = f"row {row['no']} of {settings.output / 'results.csv'}, {row['reported_acc']} %"
@@ -31,14 +37,14 @@ def run(settings: Settings) -> dict[str, Any]:
     # the student's folder is there before the teacher's training begins, so that --resume finds the run
     # whenever it was killed
     with screens(), determinism(settings.deterministic), run_dir.opened(config, "student", folder) as student:
-        say(describe(config))
+        say(fitted(describe(config)))
         if config.device.type == "cpu" and not native.CPU.available:
             say(f"no compiled kernels, plain PyTorch instead: {native.CPU.reason}")
         teacher, accuracy = find_teacher(config) if config.method.needs_teacher else (None, None)
         return train(config, "student", student, config.method, teacher, accuracy)
 
 
-def shared_config(settings: Settings, data: Dataset | None = None) -> Config:
+def shared_config(settings: Settings, data: AnyDataset | None = None) -> Config:
     """The first process decides, for instance what ``--precision auto`` is, and fetches the data; the others
     take its settings. ``data``: the set that ``settings`` name, where it is in memory.
     """

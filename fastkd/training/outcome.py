@@ -33,7 +33,7 @@ def row_of(
     changed = [word for word in words if word not in settled]
     return {
         "method": run.config["trained"],
-        "dataset": config.data.name,
+        "dataset": config.data.title,
         "student": run.config["model"],
         "teacher": config.models.teacher if taught else "",
         "start_time": run.started,
@@ -56,7 +56,11 @@ def row_of(
         "train_acc": f"{last['train_acc']:.2f}",
         "losses": " ".join(f"{term}={last[term]:.4g}" for term in trainer.distillation.names),
         "overrides": " ".join(
-            [*(f"{key}={written(value)}" for key, value in settings.overrides.items()), *changed]
+            [
+                *(f"{key}={written(value)}" for key, value in settings.overrides.items()),
+                *changed,
+                *config.own_words(role),
+            ]
         ),
         "teacher_seed": config.seed_of("teacher") if taught and file is None else "",
         "deterministic": "yes" if settings.deterministic else "no",

@@ -20,7 +20,7 @@ class Passes:
 
     def __init__(self) -> None:
         self.epoch: tuple[str, int] | None = None
-        self.drawn: Iterator[Tensor] = iter(())
+        self.drawn: Iterator[Any] = iter(())
         self.keys: WeakKeyDictionary[Trainer, tuple[Any, ...]] = WeakKeyDictionary()
         self.askers: dict[tuple[Any, ...], Distillation] = {}  # the one whose folded teacher answers for all
         self.shared: list[list[Trainer]] = []  # of the last batch: those that got one answer
@@ -32,15 +32,15 @@ class Passes:
         batches = max((trainer.batches for trainer in trainers), key=len)
         if self.epoch != (epoch := (batches.stream, wanted[0][0].epoch)):
             self.epoch, self.drawn = epoch, batches.draw(epoch[1])
-        params = next(self.drawn)
-        if not len(params):  # of several processes one may have no part of a small batch
-            return [Shared(params, params, params, None)] * len(trainers)
-        images, labels = batches.take(params)
-        groups, answers = self.grouped(wanted), dict[Trainer, Any]()
-        self.shared = list(groups.values())
-        for key, group in groups.items():
-            answers |= dict.fromkeys(group, self.answer(key, group, images))
-        return [Shared(params, images, labels, answers.get(trainer)) for trainer in trainers]
+        drawn = next(self.drawn)
+        inputs = batches.inputs(drawn)
+        images, answers = inputs[3] if len(inputs) > 3 else inputs[0], dict[Trainer, Any]()
+        if len(images):  # of several processes one may have no part of a small batch
+            groups = self.grouped(wanted)
+            self.shared = list(groups.values())
+            for key, group in groups.items():
+                answers |= dict.fromkeys(group, self.answer(key, group, images))
+        return [Shared(drawn, inputs, answers.get(trainer)) for trainer in trainers]
 
     def grouped(self, wanted: Sequence[tuple[Wanted, str | None]]) -> dict[tuple[Any, ...], list[Trainer]]:
         """The trainers that have a teacher, by what makes its answers the same bits."""

@@ -36,6 +36,8 @@ def _repeat(settings: Settings, times: int) -> list[dict[str, Any]]:
     if times < 1:
         raise UserError(f"--repeats is {times}, wanted at least 1")
     each = without_idle(points(settings))
+    if settings.dry_run:
+        return [run(one) for one in each]
     if len(each) * times == 1:
         return [run(each[0])]
     if settings.resume and settings.resume != AUTO:

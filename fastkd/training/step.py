@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.data.loader import Batches
+from fastkd.data.loader import AnyBatches
 from fastkd.distillation import Distillation, Losses
 from fastkd.errors import UserError
 from fastkd.methods import Output
@@ -20,11 +20,10 @@ from fastkd.training.progress import Progress
 
 
 class Shared(NamedTuple):
-    """A batch that several students take: its numbers, its images, and the teacher's answer, if any."""
+    """A batch for several students: what was ``drawn``, its ``inputs``, and the teacher's answer, if any."""
 
-    augment_params: Tensor
-    images: Tensor
-    labels: Tensor
+    drawn: Any
+    inputs: tuple[Tensor, ...]
     taught: Output | None
 
 
@@ -41,7 +40,7 @@ class TrainStep:
         self,
         distillation: Distillation,
         optimizer: torch.optim.SGD,
-        batches: Batches,
+        batches: AnyBatches,
         compiled: bool,
         captured: bool,
     ):
@@ -53,16 +52,14 @@ class TrainStep:
         )
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         # on the device, and read about once a second
-        self.sums = torch.zeros(
-            len(distillation.names) + 1, device=batches.pixels.device, dtype=torch.float64
-        )
+        self.sums = torch.zeros(len(distillation.names) + 1, device=batches.device, dtype=torch.float64)
         self.forward: Callable[..., Losses] = distillation
         if compiled:
             self.forward = torch.compile(distillation, dynamic=False, fullgraph=True)
         self.graph = Replayed(self._whole) if captured else None
         self.rate: Tensor | None = None
         if captured:  # a graph would keep a number for ever
-            self.rate = torch.zeros((), device=batches.pixels.device)
+            self.rate = torch.zeros((), device=batches.device)
         self.compiling = 0.0  # seconds, once
 
     def __call__(
@@ -103,14 +100,14 @@ class TrainStep:
         shared: Shared | None = None,
     ) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        index, records = augment_params[:, 0], dict[str, Any]()
+        inputs = self.batches.inputs(augment_params) if shared is None else shared.inputs
+        images, labels, index, *teachers = inputs
+        records: dict[str, Any] = {}
         if len(augment_params):  # a small batch may have no part for everybody
             if shared is None:
-                images, labels = self.batches.take(augment_params)
-                losses = forward(images, labels, index)
+                losses = forward(images, labels, index, *teachers)
             else:
-                labels = shared.labels
-                losses = forward(shared.images, labels, index, shared.taught)
+                losses = forward(images, labels, index, taught=shared.taught)
             losses.total.backward()
             records = losses.records
             right = (losses.student_logits.detach().argmax(1) == labels).sum()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.data.loader import Batches
+from fastkd.data.loader import AnyBatches
 from fastkd.errors import UserError
 from fastkd.io.console import noted_in
 from fastkd.training import distributed, resume, run_dir
@@ -36,7 +36,9 @@ class Student:
         self.run = self.files.enter_context(run_dir.opened(self.config, "student", folder))
         self.random = random_state(self.config.device)
 
-    def begin(self, taught: tuple[nn.Module | None, float | None], batches: tuple[Batches, Batches]) -> None:
+    def begin(
+        self, taught: tuple[nn.Module | None, float | None], batches: tuple[AnyBatches, AnyBatches]
+    ) -> None:
         """Goes to its first step. Raises UserError."""
         (teacher, accuracy), method = taught, self.config.method
         if teacher is not None and self.config.recipe.teacher_mode == "train":

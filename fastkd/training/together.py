@@ -15,7 +15,7 @@ from torch import nn
 
 from fastkd import native
 from fastkd.errors import UserError
-from fastkd.io.console import noted_in, say, screens
+from fastkd.io.console import fitted, noted_in, say, screens
 from fastkd.training.config import Config
 from fastkd.training.device import determinism
 from fastkd.training.passes import Passes
@@ -34,7 +34,8 @@ def groups(configs: Sequence[Config]) -> list[list[int]]:
     found: dict[tuple[Any, ...], list[int]] = {}
     for i, config in enumerate(configs):
         recipe, settings = config.recipe, config.settings
-        fields = recipe.batch_size, recipe.pad_mode, recipe.normalization, recipe.drop_last_test
+        images = recipe.pad_mode, recipe.normalization, config.feed("student").sides
+        fields = recipe.batch_size, recipe.drop_last_test, *images
         key = (i,) if config.compiled or config.captured else (config.data.name, settings.seed, *fields)
         found.setdefault(key, []).append(i)
     parts = []
@@ -80,7 +81,7 @@ def introduce(students: Sequence[Student]) -> None:
     say(f"{len(students)} students side by side: {', '.join(student.title for student in students)}")
     known: list[str] = []
     for student in students:
-        text = describe(student.config)
+        text = fitted(describe(student.config))
         with noted_in([student.run.folder]):
             say(text, shown="\n".join(line for line in text.splitlines() if line not in known))
         known = known or text.splitlines()

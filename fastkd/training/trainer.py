@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.data.loader import Batches
+from fastkd.data.loader import AnyBatches
 from fastkd.distillation import Distillation
 from fastkd.errors import UserError
 from fastkd.io.console import counted
@@ -18,6 +18,7 @@ from fastkd.seeds import generator
 from fastkd.training import collectives
 from fastkd.training.evaluation import evaluate, placed
 from fastkd.training.progress import Progress
+from fastkd.training.reading import Reading
 from fastkd.training.recipes import Recipe, drops, learning_rate
 from fastkd.training.step import Shared, TrainStep
 
@@ -44,27 +45,21 @@ class Trainer:
     def __init__(
         self,
         distillation: Distillation,
-        train: Batches,
-        test: Batches | None,
+        train: AnyBatches,
+        test: AnyBatches | None,
         recipe: Recipe,
         autocast: torch.autocast,
         compiled: bool = False,
         captured: bool = False,
     ):
-        self.device = train.pixels.device
+        self.device = train.device
         self.distillation = placed(distillation, self.device)
         self.student, self.method = distillation.student, distillation.methods
         self.teacher = distillation.teacher
         self.batches, self.test_batches, self.recipe, self.autocast = train, test, recipe, autocast
         self.parameters = [parameter for parameter in distillation.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.SGD(
-            self.parameters,
-            recipe.lr,
-            recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            nesterov=recipe.nesterov,
-            fused=True,
-        )
+        rest = {"weight_decay": recipe.weight_decay, "nesterov": recipe.nesterov, "fused": True}
+        self.optimizer = torch.optim.SGD(self.parameters, recipe.lr, recipe.momentum, **rest)
         self.train_step = TrainStep(distillation, self.optimizer, train, compiled, captured)
         self.history: list[dict[str, float]] = []
         self.best_weights: dict[str, Tensor] = {}
@@ -94,11 +89,12 @@ class Trainer:
         collectives.same_buffers(self.student, self.method, self.teacher)
         means = self._means(epoch)
         seconds = time.perf_counter() - begun - (self.train_step.compiling - compiling)
+        self.reading = Reading(self.batches, seconds)
         if self.test_batches is not None:
             means["test_acc"] = evaluate(self.student, self.test_batches, self.autocast, self.batches.share)
         pace = {"seconds": seconds, "images_per_second": self.seen / seconds}
         rate = learning_rate(self.recipe, epoch * len(self.batches) - 1, self.steps)
-        self.history.append({"epoch": epoch, "lr": rate, **means, **pace})
+        self.history.append({"epoch": epoch, "lr": rate, **means, **pace, **self.reading.figures()})
         if self.test_batches is not None and self.best() is self.history[-1]:
             weights = self.student.state_dict()
             self.best_weights = {name: value.detach().clone() for name, value in weights.items()}
@@ -116,7 +112,7 @@ class Trainer:
             self.step = step
             self._set_rate((epoch - 1) * len(self.batches) + step - 1)
             shared = yield Wanted(self, epoch, step)
-            augment_params = next(own) if shared is None else shared.augment_params
+            augment_params = next(own) if shared is None else shared.drawn
             self.train_step(augment_params, images, progress, shared)
             shared = None  # the next batch's features are made while this waits
             self.seen += len(augment_params)
