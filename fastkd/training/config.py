@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastkd.data import choose_dataset, load_dataset
+from fastkd.data import Dataset, choose_dataset, load_dataset
 from fastkd.data.feed import AnyDataset, testing, training
 from fastkd.data.loader import AnyBatches
 from fastkd.errors import UserError

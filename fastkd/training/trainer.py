@@ -58,7 +58,11 @@ class Trainer:
         self.teacher = distillation.teacher
         self.batches, self.test_batches, self.recipe, self.autocast = train, test, recipe, autocast
         self.parameters = [parameter for parameter in distillation.parameters() if parameter.requires_grad]
-        rest = {"weight_decay": recipe.weight_decay, "nesterov": recipe.nesterov, "fused": True}
+        rest: dict[str, Any] = {
+            "weight_decay": recipe.weight_decay,
+            "nesterov": recipe.nesterov,
+            "fused": True,
+        }
         self.optimizer = torch.optim.SGD(self.parameters, recipe.lr, recipe.momentum, **rest)
         self.train_step = TrainStep(distillation, self.optimizer, train, compiled, captured)
         self.history: list[dict[str, float]] = []
