@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ import torch
 from fastkd.distillation import Distillation
 from fastkd.training import Batches, Trainer, get_recipe
 from fastkd.training.progress import Progress
+from fastkd.training.step import after_each
 from speed import toolkit
 from speed.measure import Row
 from speed.stock import Stock
@@ -101,10 +101,7 @@ def _ours(what: Steps, name: str) -> tuple[Iterator[None], list[float]]:
 
     def run() -> Iterator[None]:
         for epoch in range(1, 240):
-            steps = loop.train_steps(epoch, Progress("", 1, silent=True))
-            next(steps)  # it stops before each step, here after
-            for _ in itertools.chain(steps, [None]):
-                yield
+            yield from after_each(loop.train_steps(epoch, Progress("", 1, silent=True)))
 
     return run(), spent
 

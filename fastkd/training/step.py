@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,13 @@ class Shared(NamedTuple):
     drawn: Any
     inputs: tuple[Tensor, ...]
     taught: Output | None
+
+
+def after_each(steps: Iterator[Any]) -> Iterator[None]:
+    """``Trainer.train_steps``, which stops before each step, as one that stops after it."""
+    next(steps)
+    for _ in itertools.chain(steps, [None]):
+        yield
 
 
 class TrainStep:
