@@ -17,7 +17,9 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import nn
 
-from fastkd.data import DATASETS, choose_dataset, load_dataset
+from fastkd import data as datasets
+from fastkd import plugins
+from fastkd.data import choose_dataset, load_dataset
 from fastkd.data.feed import Feed, testing
 from fastkd.errors import UserError
 from fastkd.io.files import as_path
@@ -120,7 +122,9 @@ def main(arguments: list[str] | None = None) -> int:
         "file", type=Path, metavar="FILE", help="a run's folder, its best.pt or last.pt, or weights alone"
     )
     parser.add_argument("--model", metavar="NAME", help="the network, where FILE is of no run")
-    parser.add_argument("--dataset", choices=("auto", *DATASETS), help="that of the run")
+    parser.add_argument(
+        "--dataset", metavar="NAME", help=f"that of the run; known: auto, {', '.join(datasets.DATASETS)}"
+    )
     parser.add_argument(
         "--data", type=Path, default=Path("data"), metavar="DIR", help="where the sets lie (data)"
     )
@@ -134,9 +138,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--workers", type=int, default=0, metavar="N", help="processes that read a folder's images"
     )
+    plugin = "what registers the run's method, model or data set; as often as needed"
+    parser.add_argument("--plugin", action="append", default=[], metavar="FILE.py", help=plugin)
     parser.add_argument("--batch-size", type=int, default=250, metavar="N")
     flags: dict[str, Any] = vars(parser.parse_args(arguments))
     try:
+        for file in flags.pop("plugin"):
+            plugins.load(file)
         found = test(flags.pop("file"), **flags)
     except UserError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -218,7 +219,16 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
+def _silent(*error: Any) -> None:
+    pass
+
+
 def _unsignalled(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal; the main one ends its workers."""
+    """Ctrl-C reaches all processes of a terminal; the main one ends its workers.
+
+    What a worker raises reaches the main process. The thread that hands tensors over would print, beside
+    that, where a run was stopped while it took one.
+    """
+    sys.excepthook = _silent
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

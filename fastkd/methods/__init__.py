@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
+from fastkd import plugins
 from fastkd.methods import definition
 from fastkd.methods.base import (
     Batch,
@@ -30,6 +31,7 @@ from fastkd.models.observed import views
 # after, by name
 _TABLE = (
     "kd",
+    "dkd",
     "fitnet",
     "at",
     "fsp",
@@ -58,9 +60,15 @@ def _kinds() -> dict[str, type[Distiller]]:
                 and value.__module__ == module.__name__ != Distiller.__module__
             ):
                 found[name] = value
+    return _in_order(found)
+
+
+def _in_order(found: Mapping[str, type[Distiller]]) -> dict[str, type[Distiller]]:
     return {
         name: found[name]
-        for name in sorted(found, key=lambda name: _TABLE.index(name) if name in _TABLE else len(_TABLE))
+        for name in sorted(
+            found, key=lambda name: (_TABLE.index(name) if name in _TABLE else len(_TABLE), name)
+        )
     }
 
 
@@ -68,6 +76,47 @@ _KINDS = _kinds()
 
 METHODS = ("baseline", *_KINDS)
 """The names of the single methods; several are joined by "+"."""
+
+
+def register(name: str) -> Callable[[type[Distiller]], type[Distiller]]:
+    """A decorator that adds a :class:`Distiller` of your own as the method ``name``:
+
+        @fastkd.methods.register("vector")
+        class Vector(fastkd.methods.Distiller): ...
+
+    Raises ValueError for a name that is there already, TypeError for what is no whole Distiller. An entry
+    point of the group "fastkd.methods" does the same.
+    """
+
+    def add(kind: type[Distiller]) -> type[Distiller]:
+        _register(name, kind)
+        return kind
+
+    return add
+
+
+def _register(name: str, kind: Any, package: str = "") -> None:
+    global METHODS
+    if not isinstance(kind, type) or not issubclass(kind, Distiller):
+        raise TypeError(f"method {name!r} is {kind!r}, wanted a subclass of fastkd.methods.Distiller")
+    lacking = [part for part in ("title", "presets", "canonical") if not hasattr(kind, part)]
+    if lacking or kind.canonical not in kind.presets:
+        wanted = f"a field {lacking[0]!r}" if lacking else f"its preset {kind.canonical!r} among its presets"
+        raise TypeError(f"method {name!r} is {kind.__name__}, wanted {wanted}")
+    if "+" in name or name in ("ce", "baseline"):
+        raise ValueError(f"method name is {name!r}, wanted another one")
+    plugins.register("method", _KINDS, name, kind, package)
+    ordered = _in_order(_KINDS)
+    _KINDS.clear()
+    _KINDS.update(ordered)
+    METHODS = ("baseline", *_KINDS)
+
+
+def _found(name: str) -> dict[str, type[Distiller]]:
+    """All methods, those of installed packages that ``name`` asks for among them."""
+    for part in name.split("+") if name != "baseline" else ():
+        plugins.find("method", _KINDS, part, _register)
+    return _KINDS
 
 
 def define(
@@ -85,12 +134,12 @@ def define(
     cross-entropy. Raises ValueError for a name, a preset or an option that is not known, and where terms of a
     sum are published with different values of what they share.
     """
-    return definition.define(_KINDS, name, preset, options, words)
+    return definition.define(_found(name), name, preset, options, words)
 
 
 def full_name(name: str) -> str:
     """A method's name with the terms of a sum in their order. Raises ValueError for one that is not known."""
-    return "+".join(definition.names_of(_KINDS, name)) or "baseline"
+    return "+".join(definition.names_of(_found(name), name)) or "baseline"
 
 
 def create_method(
@@ -136,5 +185,5 @@ def colour_of(name: str) -> str | None:
 __all__ = [
     "METHODS", "Batch", "Beside", "BuildContext", "Definition", "Distiller", "Output", "Points", "Preset",
     "Term", "colour_of", "create_method", "define", "definition", "full_name", "option", "overrides",
-    "title_of", "undisturbed", "union",
+    "register", "title_of", "undisturbed", "union",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import fastkd
+from fastkd import plugins
 from fastkd.data import Folder
 from fastkd.data.feed import AnyDataset
 from fastkd.errors import UserError
@@ -110,6 +111,8 @@ class Choices:
             "cuda_graph": self.captured,
             "processes": self.processes,
         }
+        if self.added(role):
+            identity["plugins"] = self.added(role)
         if isinstance(self.data, Folder):
             identity |= {"images": self.data.fingerprint, "image_size": self.side(role)}
         if role != "teacher" and self.method.needs_teacher:
@@ -117,11 +120,23 @@ class Choices:
             identity |= {"teacher": self.models.teacher, "teacher_weights": self.teacher_weights}
             if self.teacher_seed is not None:
                 identity["teacher_seed"] = self.teacher_seed
+            if self.settings.more_teachers:
+                identity |= {"more_teachers": self.more_weights, "join_teachers": self.join_teachers}
         if role != "teacher" and self.student_weights is not None:
             identity["student_weights"] = self.student_weights
         if role != "teacher" and self.method.changes:
             identity["options"] = {key: written(value) for key, value in self.method.changes.items()}
         return identity
+
+    def added(self, role: str) -> dict[str, str]:
+        """What this training has from elsewhere, and where from: {"method vector": "my_file.py 1a2b3c4d"}."""
+        used = [("dataset", self.data.name), ("model", self.model_name(role))]
+        if role == "student":
+            used += [("method", term.name) for term in self.method.terms]
+            names = [self.models.teacher, *(name for name, _ in self.settings.more_teachers)]
+            used += [("model", name) for name in names] * self.method.needs_teacher
+        found = {f"{kind} {name}": plugins.origin(kind, name) for kind, name in used}
+        return {key: where for key, where in found.items() if where is not None}
 
     def side(self, role: str) -> int:
         raise NotImplementedError
@@ -139,6 +154,19 @@ class Choices:
     def teacher_weights(self) -> str | None:
         """The fingerprint of what ``--teacher-checkpoint`` holds; None without one. Raises UserError."""
         return self._fingerprint(self.models.teacher, self.settings.teacher_checkpoint)
+
+    @cached_property
+    def more_weights(self) -> list[list[str | None]]:
+        """(model, fingerprint) of each teacher but the first. Raises UserError."""
+        return [[name, self._fingerprint(name, file)] for name, file in self.settings.more_teachers]
+
+    @property
+    def join_teachers(self) -> str:
+        return self.settings.join_teachers or "losses"
+
+    def teachers(self) -> str:
+        """The names of all teachers: "resnet56 + resnet110"."""
+        return " + ".join([self.models.teacher, *(name for name, _ in self.settings.more_teachers)])
 
     @cached_property
     def student_weights(self) -> str | None:
@@ -161,6 +189,7 @@ class Choices:
             key: str(value) if isinstance(value, Path) else value
             for key, value in dataclasses.asdict(self.settings).items()
         }
+        settings["more_teachers"] = [[name, str(file)] for name, file in self.settings.more_teachers]
         resolved = {
             **dataclasses.asdict(self.models),
             "dataset": self.data.name,

@@ -48,7 +48,7 @@ def idle_flags(settings: Settings) -> dict[str, str]:
     idle = {
         f"{method} has no teacher": (
             not definition.needs_teacher,
-            (*taught, "teacher_points", "teacher_size"),
+            (*taught, "teacher_points", "teacher_size", "join_teachers"),
         ),
         "it is for --dataset folder": (dataset != "folder", FOLDERS),
         "images of a folder are not padded": (dataset == "folder", ("pad_mode",)),

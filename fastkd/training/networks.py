@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from fastkd.methods import Definition
 from fastkd.models import create_model, load_weights
 from fastkd.models.specs import declared_normalization, is_spec, stages_of, suggested
 from fastkd.seeds import seeded
+from fastkd.several_teachers import SeveralTeachers, check_join, kept_bytes
 from fastkd.training import distributed
 from fastkd.training.choices import Choices
 
@@ -109,19 +111,33 @@ class Networks(Choices):
         if told != (2, self.data.classes):
             raise UserError(f"--{role} {name} gives {told} for 2 images, wanted {(2, self.data.classes)}")
 
+    def _check_teachers(self) -> None:
+        """That the method can have as many teachers as are given. Raises UserError, ValueError."""
+        more = self.settings.more_teachers
+        if self.settings.join_teachers is not None and not more:
+            raise UserError("--join-teachers is given, but there is one teacher: wanted several --teacher")
+        if more and self.settings.teacher_checkpoint is None:
+            raise UserError("--teacher-checkpoint is missing: of several teachers each wants one")
+        if more:
+            check_join(self.method, self.join_teachers)
+            self.more_weights  # noqa: B018 - reads the files before any training
+
+    def new_teacher(self) -> nn.Module:
+        """An untrained teacher, or a ModuleList of all."""
+        first = create_model(self.models.teacher, self.data.classes)
+        more = [create_model(name, self.data.classes) for name, _ in self.settings.more_teachers]
+        return nn.ModuleList([first, *more]) if more else first
+
     def _check_fit(self) -> None:
-        student, teacher = (
-            create_model(self.model_name(role), self.data.classes).to(self.device) for role in ROLES
-        )
+        student = create_model(self.model_name("student"), self.data.classes).to(self.device)
         try:
+            self._check_teachers()
+            teacher = self.new_teacher().to(self.device)
             trial = self.distillation("student", student, teacher, self.method, fold=False)
             self.calls = trial.check(self.recipe.batch_size if self.method.whole_batches else 2)
             self.settled = trial.settled()
             self.method = dataclasses.replace(self.method, changes={**self.method.changes, **self.settled})
-            self.kept = {
-                name: sum(buffer.nbytes for buffer in module.buffers())
-                for name, module in trial.methods.items()
-            }
+            self.kept = kept_bytes(trial)
             self.student_parameters = sum(parameter.numel() for parameter in trial.student.parameters())
         except fastkd.BackendError as error:
             raise UserError(" ".join(str(error).split())) from None
@@ -159,7 +175,9 @@ class Networks(Choices):
         Without ``train_images`` it is one to be looked at: two blank images stand for the training set.
         """
         shape = self.image_shape("teacher")
-        return Distillation(
+        several = isinstance(teacher, nn.ModuleList) and method.needs_teacher
+        kind: Any = partial(SeveralTeachers, join=self.join_teachers) if several else Distillation
+        made: Distillation = kind(
             student,
             teacher if method.needs_teacher else None,
             method,
@@ -177,6 +195,7 @@ class Networks(Choices):
             image_shape=self.image_shape(role),
             teacher_image_shape=shape if role == "student" else None,
         )
+        return made
 
     def new_model(self, role: str) -> nn.Module:
         """The untrained "student" or "teacher", its weights drawn from (seed, role), or a student's from

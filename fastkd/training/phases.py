@@ -108,7 +108,7 @@ def training(
                 config.data,
                 config.normalization(),
                 trainer.student,
-                teacher,
+                teacher[0] if isinstance(teacher, nn.ModuleList) else teacher,
                 [config.points["student"], config.points["teacher"]],
                 [config.side("student"), config.side("teacher")],
             )

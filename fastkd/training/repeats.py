@@ -78,7 +78,7 @@ def checked(each: Sequence[Settings]) -> list[Settings]:
     """Checks every run before the first is trained, and decides for all whether their steps are compiled: a
     compiled step has the teacher's pass within it, where it cannot be shared. Raises UserError.
     """
-    shares = sum(one.method != "baseline" for one in each) > 1
+    shares = sum(one.method != "baseline" for one in each) > 1 and not each[0].more_teachers
     if shares and each[0].compile is None and find_device(each[0].device).type == "cpu":
         each = [dataclasses.replace(one, compile=False) for one in each]
     configs = configured(each)
@@ -88,7 +88,9 @@ def checked(each: Sequence[Settings]) -> list[Settings]:
         if other != name:
             raise UserError(f"{name} is the same run as {other}: give each value once")
     taught = [config for config in configs if config.method.needs_teacher]
-    if len(taught) > 1 and all(config.compiled or config.captured for config in taught):
+    if len(taught) > 1 and each[0].more_teachers:
+        say("one student after the other: the passes of several teachers are not shared")
+    elif len(taught) > 1 and all(config.compiled or config.captured for config in taught):
         what = "compiled" if taught[0].compiled else "a CUDA graph"
         say(
             f"one student after the other: each step is {what} with the teacher's pass in it, which is not"

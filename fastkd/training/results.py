@@ -19,7 +19,7 @@ COLUMNS = (
     "batch_size", "last_acc", "seed", "recipe", "precision", "device", "seconds", "images_per_second",
     "fastkd", "processes", "reported_acc", "teacher_acc", "train_acc", "losses", "overrides", "teacher_seed",
     "deterministic", "compiled", "cuda_graph", "environment", "teacher_checkpoint", "student_checkpoint",
-    "settled", "folder",
+    "settled", "plugins", "folder",
 )  # fmt: skip
 
 

@@ -22,7 +22,8 @@ def describe(config: Config) -> str:
     """One screen for the start of the run, which ``console.fitted`` breaks into short lines."""
     settings, models, data = config.settings, config.models, config.data
     student = sum(parameter.numel() for parameter in create_model(models.student, data.classes).parameters())
-    teacher = sum(parameter.numel() for parameter in create_model(models.teacher, data.classes).parameters())
+    teacher = sum(parameter.numel() for parameter in config.new_teacher().parameters())
+    joined = f"; the mean of their {config.join_teachers}" * bool(settings.more_teachers)
     unread = () if isinstance(data, Dataset) else ("pad_mode",)
     fields = [
         f"{key}{TOGETHER}{_plain(value)}".replace(" ", TOGETHER)
@@ -65,7 +66,10 @@ def describe(config: Config) -> str:
         ("fastkd", f"{fastkd.__version__}, torch {torch.__version__}"),
         ("method", f"{settings.method}: {'; '.join(phases)}"),
         ("student", f"{models.student}, {student:,} parameters{added}{begun}"),
-        ("teacher", f"{models.teacher}, {teacher:,} parameters" if config.method.needs_teacher else "none"),
+        (
+            "teacher",
+            f"{config.teachers()}, {teacher:,} parameters{joined}" if config.method.needs_teacher else "none",
+        ),
         *_points(config),
         ("data", _images(config)),
         ("recipe", f"{config.recipe_name}: {', '.join(fields)}"),

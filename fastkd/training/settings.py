@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastkd import plugins
 from fastkd.errors import UserError
 from fastkd.io.files import as_path
 from fastkd.training.recipes import SETTINGS
@@ -33,7 +34,9 @@ class Settings:
     ("at.beta=500",); ``compile``, ``cuda_graph`` None: where it saves time; ``resume``: "" looks for the
     unfinished run, "auto" begins it where there is none, anything else is its folder. ``teacher_seed`` None:
     that of the run; ``pictures``: the sheets of attention maps at the end, where matplotlib is there. Paths
-    may be strings, and begin with ``~``.
+    may be strings, and begin with ``~``. ``plugins``: files or modules that register methods, models or data
+    sets, imported by the constructor. ``more_teachers``: (model, checkpoint) of each teacher but the first;
+    ``join_teachers`` "losses" (None) or "logits": what the mean is of.
 
     ``student_points``, ``teacher_points``: names of submodules whose outputs are a network's stages; None:
     the usual ones. For the data set "folder": ``image_size`` (224) of both networks, ``student_size`` and
@@ -72,8 +75,16 @@ class Settings:
     workers: int | None = None
     on_bad_image: str | None = None
     dry_run: bool = False
+    plugins: tuple[str, ...] = ()
+    more_teachers: tuple[tuple[str, Path], ...] = ()
+    join_teachers: str | None = None
 
     def __post_init__(self) -> None:
+        for file in self.plugins:
+            plugins.load(file)
+        if self.more_teachers:
+            more = tuple((name, as_path(file)) for name, file in self.more_teachers)
+            object.__setattr__(self, "more_teachers", more)
         for name in ("data", "output", "teacher_checkpoint", "student_checkpoint", "resume"):
             value = getattr(self, name)
             if value is None and name not in ("data", "output"):
@@ -114,6 +125,9 @@ def from_config(config: dict[str, Any], output: Path) -> Settings:
             "overrides": overrides,
             **{name: config.get(name) for name in FOLDERS},
             **{name: None if config.get(name) is None else tuple(config[name]) for name in POINTS},
+            "plugins": tuple(config.get("plugins") or ()),
+            "more_teachers": tuple((name, Path(file)) for name, file in config.get("more_teachers") or ()),
+            "join_teachers": config.get("join_teachers"),
         }
         return Settings(**given, **common, options=options, data=Path(config["data"]), output=output)
     except (KeyError, TypeError, AttributeError) as error:

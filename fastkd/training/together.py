@@ -36,7 +36,8 @@ def groups(configs: Sequence[Config]) -> list[list[int]]:
         recipe, settings = config.recipe, config.settings
         images = recipe.pad_mode, recipe.normalization, config.feed("student").sides
         fields = recipe.batch_size, recipe.drop_last_test, *images
-        key = (i,) if config.compiled or config.captured else (config.data.name, settings.seed, *fields)
+        own = config.compiled or config.captured or settings.more_teachers
+        key = (i,) if own else (config.data.name, settings.seed, *fields)
         found.setdefault(key, []).append(i)
     parts = []
     for places in found.values():

@@ -18,6 +18,7 @@ from runs import bits, load
 from fastkd import evaluate
 from fastkd.models import load_student
 from fastkd.report import maps
+from fastkd.training import Settings, config
 from fastkd.training import trainer as loops
 
 pytest.importorskip("PIL")
@@ -202,3 +203,16 @@ def test_a_package_that_is_missing_is_one_line(main, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, f"{package}.models", None)
         told = error_of(main, capsys, ["--method", "at", *FLAGS, "--student", f"{package}:resnet18"])
         assert f"--student {package}:resnet18: {package} " in told and f"pip install {package}" in told
+
+
+def test_a_network_of_the_users_is_compiled_when_asked_alone(main, monkeypatch):
+    """It may hold what does not compile as one graph."""
+    monkeypatch.setattr(config, "WORTH_COMPILING", 1)
+    monkeypatch.setattr(config, "can_compile", lambda device: True)
+
+    def compiled(**fields):
+        return config.Config(Settings("baseline", "folder", data="images", device="cpu", **fields)).compiled
+
+    assert compiled(student="resnet8", overrides={"batch_size": 6})
+    own = {"student": "nets.py:student", "overrides": {"batch_size": 6}}
+    assert not compiled(**own) and compiled(**own, compile=True)

@@ -136,3 +136,15 @@ def test_a_terminal_sees_progress_and_a_file_sees_none(monkeypatch, capsys, bar)
 
 def test_clock():
     assert [clock(s) for s in (0.4, 70, 3700)] == ["0:00", "1:10", "1:01:40"]
+
+
+def test_a_log_gets_lines_within_a_long_epoch(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
+    bar = Progress("at", 4)
+    bar.advance(lambda: "loss 1.0")
+    assert capsys.readouterr().out == ""  # two minutes have not passed
+    monkeypatch.setattr("fastkd.training.progress.LOGGED", 0)
+    bar.advance(lambda: "loss 0.5")
+    out, err = capsys.readouterr()
+    assert out.startswith("at: step 2 of 4, loss 0.5, 0:0") and out.endswith(" left\n")
+    assert "\r" not in out and err == ""
