@@ -72,6 +72,7 @@ def operators(ops):
             False,
         )
         made["crd_loss"] = lambda x: ops.crd_loss(x.flatten(1), unit, *banks), a
+        made["crd_pass"] = lambda x: ops.crd_pass(x.flatten(1), unit, *banks), a
         planes, square = b.contiguous(), torch.randn(2, 4, 8, 8)
         few = planes[:, :2].contiguous()
         made["ofd_loss"] = (lambda x: ops.ofd_loss([x.contiguous()], [planes], [-w], [1.0], True, False)), a
@@ -100,8 +101,13 @@ DIFFERENTIABLE = {  # of several outputs, those that have a derivative
     "relu_tap": [0, 1],
     "batch_norm": [0],
     "rkd_angles": [0, 1, 2],
+    "crd_pass": [0, 1, 2, 3],
 }
-PARTS = {"rkd_lengths": "rkd_loss", "rkd_angles": "rkd_loss"}  # of whose derivative an error speaks
+PARTS = {
+    "rkd_lengths": "rkd_loss",
+    "rkd_angles": "rkd_loss",
+    "crd_pass": "crd_loss",
+}  # of whose derivative an error speaks
 
 
 @compiled
