@@ -25,7 +25,9 @@ enum Status { kOk = 0, kUnknown = 1, kUnsupported = 2, kNotBuilt = 3 };
    path::norm_kernels,       \
    path::rkd_kernels,        \
    path::difference_kernels, \
-   path::crd_kernels}
+   path::crd_kernels,        \
+   path::sakd_kernels,       \
+   path::pooled_kernels}
 constexpr KernelTable kPortable = FASTKD_TABLE(portable);
 #ifdef FASTKD_X86
 constexpr KernelTable kAvx2 = FASTKD_TABLE(avx2);

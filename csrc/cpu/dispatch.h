@@ -6,7 +6,9 @@
 #include "cpu/batch_norm/batch_norm.h"
 #include "cpu/crd/crd.h"
 #include "cpu/difference/difference.h"
+#include "cpu/pooled/pooled.h"
 #include "cpu/rkd/rkd.h"
+#include "cpu/sakd/sakd.h"
 #include "cpu/attention/tap.h"
 
 namespace fastkd {
@@ -28,6 +30,8 @@ struct KernelTable {
   const RkdKernels& rkd;
   const DifferenceKernels& difference;
   const CrdKernels& crd;
+  const SakdKernels& sakd;
+  const PooledKernels& pooled;
 };
 
 // Defined at the end of the .inl files, by way of each operation's kernels.cpp.
@@ -35,6 +39,8 @@ struct KernelTable {
   namespace path {                                   \
   extern const AttentionKernels attention_kernels;   \
   extern const CrdKernels crd_kernels;               \
+  extern const SakdKernels sakd_kernels;             \
+  extern const PooledKernels pooled_kernels;         \
   extern const DifferenceKernels difference_kernels; \
   extern const FspKernels fsp_kernels;               \
   extern const TapKernels tap_kernels;               \

@@ -6,6 +6,7 @@ namespace fastkd {
 namespace FASTKD_PATH {
 
 #include "cpu/simd/vec.inl"
+#include "cpu/simd/functions.inl"
 #include "cpu/crd/crd.inl"
 
 }  // namespace FASTKD_PATH
