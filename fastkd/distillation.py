@@ -83,12 +83,14 @@ class Distillation(nn.Module):
         seed: the methods' first weights depend on it and on the method's name.
         fold: whether a teacher in eval mode is folded.
         image_shape: (C, H, W) of the images; None: what one of the networks is built for, else (3, 32, 32).
+        teacher_image_shape: that of the teacher's, where ``forward`` gets ``teacher_images``.
         normalization, teacher_normalization: (mean, std) of each channel by which the images are normalized,
             and by which the teacher wants them. Where they differ it gets
             ``(images * std + mean - its mean) / its std``.
 
     ``forward`` takes images (N, C, H, W), labels (N,) int64 or None (no cross-entropy then) and, for methods
-    that need it, ``index`` (N,) int64. It is one graph under ``torch.compile(fullgraph=True)``. Raises
+    that need it, ``index`` (N,) int64. ``teacher_images``: the same images for the teacher, where it takes
+    another size. It is one graph under ``torch.compile(fullgraph=True)``. Raises
     ValueError for what a method does not know or fit.
     """
 
@@ -117,6 +119,7 @@ class Distillation(nn.Module):
         seed: int = 0,
         fold: bool = True,
         image_shape: tuple[int, ...] | None = None,
+        teacher_image_shape: tuple[int, ...] | None = None,
         normalization: Normalization | None = None,
         teacher_normalization: Normalization | None = None,
     ):
@@ -126,6 +129,7 @@ class Distillation(nn.Module):
             teacher,
             classifier=classifier,
             image_shape=image_shape,
+            teacher_image_shape=teacher_image_shape,
             autocast=autocast,
             teacher_mode=teacher_mode,
             num_classes=num_classes,
@@ -142,6 +146,7 @@ class Distillation(nn.Module):
         self.autocast, self.teacher_mode = autocast, teacher_mode
         image_shape = image_shape_of(student, teacher) if image_shape is None else image_shape
         self.image_shape, self.batch_size = image_shape, batch_size
+        self.teacher_image_shape = teacher_image_shape or image_shape
         distillers: dict[str, Distiller] = {}
         if self.definition.needs_teacher:
             if teacher is None:
@@ -157,8 +162,11 @@ class Distillation(nn.Module):
             }
             points = student_points, teacher_points
             with undisturbed(student, teacher):
-                self._observed = views((student, teacher), points, classifier, image_shape)
-                context = BuildContext.of(student, teacher, image_shape, self._observed, **rest)
+                image_shapes = image_shape, self.teacher_image_shape
+                self._observed = views((student, teacher), points, classifier, image_shapes)
+                context = BuildContext.of(
+                    student, teacher, image_shape, self._observed, teacher_image_shape=image_shapes[1], **rest
+                )
                 distillers, student = self.definition.build(context, seed)
             if self.definition.wraps and self._observed[0] is not None:
                 with undisturbed(student):
@@ -192,6 +200,11 @@ class Distillation(nn.Module):
     @property
     def teacher(self) -> nn.Module | None:
         return self._outside[0] if self._outside else None
+
+    @property
+    def views(self) -> tuple[Observed | None, Observed | None]:
+        """What shows the features of student and teacher, where those are none of ours."""
+        return self._observed
 
     def fold(self) -> None:
         """Copies the teacher once more if a copy stands for it; call it after changing weights in place."""
@@ -231,10 +244,16 @@ class Distillation(nn.Module):
         """
         self.methods.begin_epoch(epoch, epochs)
 
-    def forward(self, images: Tensor, labels: Tensor | None = None, index: Tensor | None = None) -> Losses:
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        index: Tensor | None = None,
+        teacher_images: Tensor | None = None,
+    ) -> Losses:
         batch = Batch(images, labels, index)
         losses: dict[str, Tensor] = {}
-        teacher = self._teachers(images)
+        teacher = self._teachers(images if teacher_images is None else teacher_images)
         with self._autocast():
             student = self._students(images)
         if labels is not None and self.definition.ce:
@@ -272,7 +291,8 @@ class Distillation(nn.Module):
         labels = blank.new_zeros(images, dtype=torch.int64)
         batch = Batch(blank, labels, labels.add(1).cumsum(0) - 1)
         with undisturbed(self, *self._outside):
-            student, teacher = map(self._as_seen, (self._students(blank), self._teachers(blank)))
+            theirs = blank.new_zeros(images, *self.teacher_image_shape)
+            student, teacher = map(self._as_seen, (self._students(blank), self._teachers(theirs)))
             calls: dict[str, list[backends.Call]] = {}
             for name in self.methods:
                 with backends.record_calls() as calls[name]:

@@ -16,6 +16,7 @@ def distillation(
     *,
     classifier: object = None,
     image_shape: object = None,
+    teacher_image_shape: object = None,
     autocast: object = None,
     teacher_mode: object = "eval",
     **counts: object,
@@ -27,8 +28,9 @@ def distillation(
     pair = classifier if isinstance(classifier, tuple) else (classifier, classifier)
     if len(pair) != 2 or not all(name is None or isinstance(name, str) for name in pair):
         raise TypeError(f"classifier is {classifier!r}, wanted the name of a submodule, or a pair of them")
-    if image_shape is not None and not (isinstance(image_shape, Sequence) and all(map(_whole, image_shape))):
-        raise TypeError(f"image_shape is {image_shape!r}, wanted (C, H, W)")
+    for name, shape in (("image_shape", image_shape), ("teacher_image_shape", teacher_image_shape)):
+        if shape is not None and not (isinstance(shape, Sequence) and all(map(_whole, shape))):
+            raise TypeError(f"{name} is {shape!r}, wanted (C, H, W)")
     if autocast is not None and not isinstance(autocast, torch.autocast):
         raise TypeError(f"autocast is {autocast!r}, wanted a torch.autocast or None")
     if teacher_mode not in ("eval", "train"):

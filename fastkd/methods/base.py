@@ -71,7 +71,10 @@ def paired_stages(
         raise ValueError(
             f"student has {len(student)} stages, teacher has {len(teacher)}: {method} wanted the same number"
         )
-    wanted = {"size": (slice(1, None), "maps of one size"), "channels": (slice(1), "equal channels")}
+    wanted = {
+        "size": (slice(1, None), "maps of one size"),
+        "channels": (slice(1), "equal channels, or adapter=1x1"),
+    }
     pairs = list(zip(student, teacher, strict=True))
     for i, (mine, theirs) in enumerate(pairs, first):
         if same and mine[wanted[same][0]] != theirs[wanted[same][0]]:
@@ -128,6 +131,7 @@ class Distiller(nn.Module):
     student_points: Points = Points.NONE
     teacher_points: Points = Points.NONE
     whole_batches: ClassVar[bool] = False  # a short last batch is dropped
+    reads_logits_alone: ClassVar[bool] = False  # so that the mean of several teachers' logits may stand in
     # options left open whose value the networks decide: a run writes them into its row
     settled: Mapping[str, Any] = {}
     initializes: ClassVar[bool] = False  # what :meth:`begins` says

@@ -30,6 +30,7 @@ class BuildContext:
     size of a bank. ``batch_size`` counts the images of ONE process in a step. ``teacher_features()``, where
     it is there, goes once through the training images, and gives the teacher's features, ``preact`` included,
     batch by batch. ``student_view`` and ``teacher_view`` show the features of a network that is none of ours.
+    ``class_counts``: how many logits the student has, and the teacher.
     """
 
     student: nn.Module
@@ -44,6 +45,7 @@ class BuildContext:
     teacher_features: Callable[[], Iterator[Features]] | None = None
     student_view: Observed | None = None
     teacher_view: Observed | None = None
+    class_counts: tuple[int, int] | None = None
 
     @classmethod
     def of(
@@ -52,18 +54,22 @@ class BuildContext:
         teacher: nn.Module,
         image_shape: tuple[int, ...] = (3, 32, 32),
         observed: tuple[Observed | None, Observed | None] = (None, None),
+        *,
+        teacher_image_shape: tuple[int, ...] | None = None,
         **rest: Any,
     ) -> BuildContext:
         """Finds the shapes, and the number of classes unless given, in one forward pass of each network.
 
         ``observed``: what shows the features of a network that does not do so itself.
+        ``teacher_image_shape``: where the teacher's images are others than the student's.
         """
         found = [
-            shapes(network, image_shape, view)
-            for network, view in zip((student, teacher), observed, strict=True)
+            shapes(student, image_shape, observed[0]),
+            shapes(teacher, teacher_image_shape or image_shape, observed[1]),
         ]
         if rest.get("num_classes") is None:
             rest["num_classes"] = found[1][1]
+        rest["class_counts"] = found[0][1], found[1][1]
         rest.update(student_view=observed[0], teacher_view=observed[1])
         return cls(student, teacher, found[0][0], found[1][0], image_shape=image_shape, **rest)
 
@@ -74,6 +80,14 @@ class BuildContext:
                 view = view.refreshed()
         found = shapes(student, self.image_shape, view)[0]
         return dataclasses.replace(self, student=student, student_shapes=found, student_view=view)
+
+    def same_classes(self, method: str) -> None:
+        """Raises ValueError where a method that compares logits would get different numbers of them."""
+        if self.class_counts is not None and len({*self.class_counts}) > 1:
+            mine, theirs = self.class_counts
+            raise ValueError(
+                f"student has {mine} classes, teacher has {theirs}: {method} compares logits, wanted as many"
+            )
 
     def student_parts(self) -> Parts:
         """Where the student's neck and classifier are. Raises ValueError where it has none."""
