@@ -77,7 +77,8 @@ def operators(ops):
         few = planes[:, :2].contiguous()
         made["ofd_loss"] = (lambda x: ops.ofd_loss([x.contiguous()], [planes], [-w], [1.0], True, False)), a
         made["hcl_loss"] = (lambda x: ops.hcl_loss([x.contiguous()], [square], [1.0], True, False)), -square
-        made["sakd_loss"] = (lambda x: ops.sakd_loss([x.contiguous()], [square], [1.0], True, False)), -square
+        sakd = [square], [1.0], True, False
+        made["sakd_loss"] = (lambda x: ops.sakd_loss([x.contiguous()], *sakd)), -square
         made["pooled_map"] = lambda x: ops.pooled_map(x.contiguous()), a
         made["pooled_map_backward"] = (
             lambda x: ops.pooled_map_backward(None, torch.ones(2, 4), x.contiguous()),
