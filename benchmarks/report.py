@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from speed import table, verdicts
+from speed import quiet, table, verdicts
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
@@ -110,14 +110,14 @@ def short(result: dict[str, Any]) -> list[str]:
 
 def full(result: dict[str, Any]) -> str:
     """speed.md."""
-    lines = [
-        "# Speed",
-        "",
-        origin(result),
-        "",
-        "Medians of interleaved rounds in milliseconds. One thread: process time; more: wall time.",
-        "",
-    ]
+    why = quiet.why_not_judged(result)
+    lines = ["# Speed", "", *([f"**{why}.**", ""] if why else []), origin(result), ""]
+    if why:
+        result = quiet.trusted(result)
+        for left, (heads, rows) in ((6, table.grid(result)), (3, table.methods(result))):
+            lines += [*markdown(*table.ratios(heads, rows, left), left - 1), ""] if rows else []
+        return "\n".join(lines)
+    lines += ["Medians of interleaved rounds in milliseconds. One thread: process time; more: wall time.", ""]
     heads, rows = table.grid(result)
     lines += [*markdown(heads, rows, 5), ""]
     heads, rows = table.steps(result)
@@ -239,6 +239,9 @@ def main(arguments: list[str] | None = None) -> None:
     source = (options.file or newest()).resolve()
     result = json.loads(source.read_text(encoding="utf-8"))
     write(source.with_suffix(".md"), full(result))
+    if why := quiet.why_not_judged(result):
+        print(f"a table of ratios only, neither plot nor README: {why}")
+        return
     lines = [
         origin(result),
         "Float32, NCHW, forward and backward, all threads, medians in milliseconds:",
