@@ -18,6 +18,7 @@
 | `session.py`    | one run: groups measured when first asked for, rows handed to pytest-benchmark|
 | `goals.py`      | the goals, and in `verdicts.py` geometric means against them                  |
 | `table.py`      | the table at the end                                                          |
+| `figure.py`     | the table and the figure of docs/speed.md                                     |
 | `machine.py`    | what ran it                                                                   |
 | `plugin.py`     | the options, and the hooks of pytest                                          |
 """

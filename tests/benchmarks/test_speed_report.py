@@ -126,6 +126,35 @@ def test_a_busy_machine_judges_nothing_and_shows_one_thread_alone(result: dict[s
         assert first in page and "milliseconds" not in page and page.count("| AT |") == 1
 
 
+def test_docs_have_a_line_and_a_bar_for_each_loss(result: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = {
+        "published": {"milliseconds": 300, "extra_memory": 4_000_000},
+        "fastkd": {"milliseconds": 20, "extra_memory": 500_000},
+    }
+    crd = {"method": "crd", "case": "N 9", "threads": 1, "clock": "process", "rows": rows}
+    fast = copy.deepcopy({**crd, "method": "ofd", "case": "batch 64"})
+    fast["rows"]["fastkd"]["milliseconds"] = 3
+    at = record("attention", "resnet20-128", {"eager": 14, "cpp": 2}, threads=1, clock="process")
+    result["groups"] += [crd, fast, at]
+    page, file = tmp_path / "page.md", tmp_path / "speed.json"
+    page.write_text("above\n<!-- speed:begin -->old<!-- speed:end -->\nbelow\n")
+    file.write_text(json.dumps(result))
+    report.main([str(file), "--docs", str(page)])
+    text = page.read_text()
+    first, second, third = (line for line in text.splitlines() if line.startswith(("| ofd", "| crd", "| at")))
+    assert first == "| ofd | batch 64 | 300 | 3.00 | 100 | 4 | 4.0 | 0.5 |"
+    assert second == "| crd | N 9 | 300 | 20.0 | 15.0 (short) | 20 | 4.0 | 0.5 |"
+    assert third == "| at | resnet20-128 | 14.0 | 2.00 | 7.00 | 7 |  |  |"
+    assert text.startswith("above") and text.endswith("below\n") and "old" not in text
+    assert "<svg" in page.with_suffix(".svg").read_text() and not file.with_suffix(".md").exists()
+    for measured in result["groups"]:
+        measured |= {"waiting": 2.0, "spread": 1.0}
+    file.write_text(json.dumps(result))
+    report.main([str(file), "--docs", str(page), "--no-plot"])
+    assert "| crd | N 9 | 15.0 | 20 | 4.0 | 0.5 |" in page.read_text() and "NOT QUIET" in page.read_text()
+
+
 def test_a_thread_that_waits_for_a_processor_is_noticed() -> None:
     """Clocks of our own: the processor's goes on by a millisecond a look, the wall's by so many."""
 
