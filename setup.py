@@ -30,7 +30,6 @@ from setuptools.command.editable_wheel import editable_wheel
 sys.path.insert(0, str(Path(__file__).parent / "csrc"))
 import toolchain
 
-CODE_PATHS = {"portable": 16, "avx2": 32, "avx512": 64}  # bytes of a vector
 FLAGS = ["-O3", "-std=c++17", "-DNDEBUG", f"-DTORCH_TARGET_VERSION={toolchain.TARGET_BYTES}", "-Icsrc"]
 HOST_FLAGS = ["-fPIC", "-g0", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
 HOST_FLAGS += ["-Wall", "-Wno-unknown-pragmas"]
@@ -44,7 +43,7 @@ class Libraries(toolchain.NinjaFile):
 
     def __init__(self, folder: Path, cuda: toolchain.Cuda) -> None:
         super().__init__(folder)
-        self.cxx, compiler = toolchain.cxx()
+        self.cxx, compiler, self.code_paths = toolchain.cxx()
         torch, version = toolchain.torch()
         # Isolated builds have PyTorch in a new folder each time: under this name ninja finds nothing new.
         self.torch = folder / f"torch-{version}"
@@ -83,7 +82,7 @@ class Libraries(toolchain.NinjaFile):
             if Path(source).name != "kernels.cpp":
                 objects.append(self.compile(source, f"{name}/{source}.o", command))
                 continue
-            for path, size in CODE_PATHS.items():
+            for path, size in self.code_paths.items():
                 own = [f"-DFASTKD_PATH={path}", f"-DFASTKD_VECTOR_BYTES={size}"]
                 objects.append(self.compile(source, f"{name}/{source}.{path}.o", [*command, *own]))
         torch = MAC if sys.platform == "darwin" else [*ELF, f"-L{self.torch}/lib", "-ltorch_cpu"]

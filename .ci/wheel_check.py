@@ -1,10 +1,9 @@
 """One wheel for every PyTorch: builds it beside one version, looks at its tag and symbols, and runs the
 operations beside others.
 
-    python .ci/wheel_check.py                                            beside this interpreter's PyTorch and
-    2.13.0 python .ci/wheel_check.py --run 2.11.0 2.13.0 newest current         the oldest, a small CPU-only
-    one, the newest, this one python .ci/wheel_check.py --build 2.11.0                             built
-    beside the oldest instead
+    python .ci/wheel_check.py                               beside this interpreter's PyTorch and 2.13.0
+    python .ci/wheel_check.py --run 2.11.0 2.13.0 newest    the oldest, a small CPU-only one, the newest
+    python .ci/wheel_check.py --build 2.11.0                built beside the oldest instead
 
 ``current`` is the PyTorch of the interpreter that runs this file; every other version gets a fresh virtual
 environment of its own.
@@ -22,6 +21,7 @@ import sys
 import tempfile
 import venv
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -212,7 +212,10 @@ def main() -> None:
         return operations()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        known = {version: Beside(version, work) for version in dict.fromkeys([options.build, *options.run])}
+        versions = [*dict.fromkeys([options.build, *options.run])]
+        with ThreadPoolExecutor(len(versions)) as pool:  # pip fetches and unpacks on one CPU
+            made = pool.map(lambda version: Beside(version, work), versions)
+            known = dict(zip(versions, made, strict=True))
         wheel = build(known[options.build], work)
         check_wheel(wheel, work)
         for version in options.run:

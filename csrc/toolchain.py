@@ -20,6 +20,10 @@ TORCH_TARGET = "2.11"  # the oldest PyTorch served
 TARGET_BYTES = "0x020b000000000000"  # the same for its headers
 PURE = "FASTKD_BUILD=0 to install without compiling (Triton on a GPU, the PyTorch reference on the CPU)"
 OLDEST_GCC, OLDEST_CLANG = 10, 16  # clang of all code paths
+CODE_PATHS = {  # by the compiler's macro for the processor: bytes of a vector
+    "__x86_64__": {"portable": 16, "avx2": 32, "avx512": 64},
+    "__aarch64__": {"portable": 16, "neon": 16},
+}
 ARCHITECTURES = ["8.0", "9.0", "10.0"]
 NAMED = {  # as in torch.utils.cpp_extension, which the tests compare
     "Kepler": "3.5+PTX",
@@ -86,8 +90,10 @@ def jobs() -> int:
     return cpus
 
 
-def cxx() -> tuple[list[str], str]:
-    """The C++ compiler's command, CXX or the first of the usual names that is there; its name and version."""
+def cxx() -> tuple[list[str], str, dict[str, int]]:
+    """The C++ compiler's command, CXX or the first of the usual names that is there; its name and version;
+    the code paths for the processor it compiles for.
+    """
     named = os.environ.get("CXX")
     usual = [name for name in ("c++", "g++", "clang++") if shutil.which(name)] or ["c++"]
     command = shlex.split(named) if named else usual[:1]
@@ -110,7 +116,8 @@ def cxx() -> tuple[list[str], str]:
             f"fastkd: {version} builds the portable code path only, clang {OLDEST_CLANG} and GCC all three",
             file=sys.stderr,
         )
-    return command, version
+    here = [paths for macro, paths in CODE_PATHS.items() if macro in macros]
+    return command, version, here[0] if here else {"portable": 16}
 
 
 def torch() -> tuple[Path, str]:

@@ -14,23 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd import backends, checks
-from fastkd.methods import (
-    Batch,
-    BuildContext,
-    Definition,
-    Distiller,
-    Output,
-    define,
-    overrides,
-    undisturbed,
-    union,
-)
+from fastkd.methods import Batch, BuildContext, Definition, Distiller, Output, define, undisturbed
+from fastkd.methods.context import features_of
+from fastkd.methods.sum import MethodSum
 from fastkd.models import Features
 from fastkd.models.extract import Point
 from fastkd.models.folding import fold_for_inference
 from fastkd.models.normalization import Normalization, renormalized
 from fastkd.models.observed import Observed, image_shape_of, views
-from fastkd.reference.common import widen
 
 
 class Losses(NamedTuple):
@@ -92,16 +83,18 @@ class Distillation(nn.Module):
         seed: the methods' first weights depend on it and on the method's name.
         fold: whether a teacher in eval mode is folded.
         image_shape: (C, H, W) of the images; None: what one of the networks is built for, else (3, 32, 32).
+        teacher_image_shape: that of the teacher's, where ``forward`` gets ``teacher_images``.
         normalization, teacher_normalization: (mean, std) of each channel by which the images are normalized,
             and by which the teacher wants them. Where they differ it gets
             ``(images * std + mean - its mean) / its std``.
 
     ``forward`` takes images (N, C, H, W), labels (N,) int64 or None (no cross-entropy then) and, for methods
-    that need it, ``index`` (N,) int64. It is one graph under ``torch.compile(fullgraph=True)``. Raises
+    that need it, ``index`` (N,) int64. ``teacher_images``: the same images for the teacher, where it takes
+    another size. It is one graph under ``torch.compile(fullgraph=True)``. Raises
     ValueError for what a method does not know or fit.
     """
 
-    weights: Tensor
+    methods: MethodSum
     teacher_scale: Tensor | None
     teacher_shift: Tensor | None
 
@@ -126,6 +119,7 @@ class Distillation(nn.Module):
         seed: int = 0,
         fold: bool = True,
         image_shape: tuple[int, ...] | None = None,
+        teacher_image_shape: tuple[int, ...] | None = None,
         normalization: Normalization | None = None,
         teacher_normalization: Normalization | None = None,
     ):
@@ -135,7 +129,9 @@ class Distillation(nn.Module):
             teacher,
             classifier=classifier,
             image_shape=image_shape,
+            teacher_image_shape=teacher_image_shape,
             autocast=autocast,
+            teacher_mode=teacher_mode,
             num_classes=num_classes,
             batch_size=batch_size,
             epochs=epochs,
@@ -146,91 +142,69 @@ class Distillation(nn.Module):
         self.definition = (
             define(method, preset=preset, options=options) if isinstance(method, str) else method
         )
-        if teacher_mode not in ("eval", "train"):
-            raise ValueError(f"teacher_mode is {teacher_mode!r}, wanted 'eval' or 'train'")
-        if image_shape is None:
-            image_shape = image_shape_of(student, teacher)
         self._observed: tuple[Observed | None, Observed | None] = (None, None)
-        self.autocast, self.teacher_mode, self.image_shape, self.batch_size = (
-            autocast,
-            teacher_mode,
-            image_shape,
-            batch_size,
-        )
+        self.autocast, self.teacher_mode = autocast, teacher_mode
+        image_shape = image_shape_of(student, teacher) if image_shape is None else image_shape
+        self.image_shape, self.batch_size = image_shape, batch_size
+        self.teacher_image_shape = teacher_image_shape or image_shape
         distillers: dict[str, Distiller] = {}
         if self.definition.needs_teacher:
             if teacher is None:
                 raise ValueError(f"teacher is None, but method {self.definition.name!r} learns from one")
             teacher.requires_grad_(False)
+            look = None if train_images is None else partial(self._features, teacher, train_images)
             rest = {
                 "train_labels": train_labels,
-                "teacher_features": None
-                if train_images is None
-                else partial(self._features, teacher, train_images),
+                "teacher_features": look,
                 "num_classes": num_classes,
                 "batch_size": batch_size,
                 "epochs": epochs,
             }
             points = student_points, teacher_points
             with undisturbed(student, teacher):
-                self._observed = views((student, teacher), points, classifier, image_shape)
-                context = BuildContext.of(student, teacher, image_shape, self._observed, **rest)
+                image_shapes = image_shape, self.teacher_image_shape
+                self._observed = views((student, teacher), points, classifier, image_shapes)
+                context = BuildContext.of(
+                    student, teacher, image_shape, self._observed, teacher_image_shape=image_shapes[1], **rest
+                )
                 distillers, student = self.definition.build(context, seed)
             if self.definition.wraps and self._observed[0] is not None:
                 with undisturbed(student):
                     self._observed = self._observed[0].refreshed(), self._observed[1]
         self.student = student
         first = next(student.parameters()).detach()
-        self.methods = nn.ModuleDict(distillers).to(first.device)
+        self.methods = MethodSum(distillers, self.definition).to(first.device)
         self.names = self.definition.names
         self.points = [
-            union(getattr(distiller, f"{role}_points") for distiller in distillers.values())
-            for role in ("student", "teacher")
+            self.methods.points("student", self._observed[0], student_points),
+            self.methods.points("teacher", self._observed[1], teacher_points),
         ]
-        kinds = {name: type(distiller) for name, distiller in distillers.items()}
-        self._until = {term.name: term.until for term in self.definition.terms if term.until is not None}
-        self._scheduled = {
-            name: i
-            for i, name in enumerate(kinds)
-            if overrides(kinds[name], "weight_at") or name in self._until
-        }
-        self._changes_logits = [name for name in kinds if overrides(kinds[name], "logits")]
-        self.register_buffer("weights", first.new_ones(len(kinds), dtype=torch.float32), persistent=False)
         scale, shift = renormalized(normalization, teacher_normalization, image_shape)
         self.register_buffer("teacher_scale", scale, persistent=False)
         self.register_buffer("teacher_shift", shift, persistent=False)
         # in a tuple, which nn.Module does not look into: the teacher, and the copy that answers in eval mode
         self._outside: tuple[nn.Module, ...] = (teacher,) if teacher is not None and distillers else ()
-        for asked, view, role in zip(self.points, self._observed, ("student", "teacher"), strict=True):
-            if asked and view is not None and not view.points:
-                given = student_points if role == "student" else teacher_points
-                raise ValueError(
-                    f"{role}_points is {given!r}, but method {self.definition.name!r} reads maps of the"
-                    f" {role}: name submodules"
-                )
         self._folds = fold
         self.fold()
         self._set_teachers_mode()
 
     def _features(self, teacher: nn.Module, batches: Iterable[Any]) -> Iterator[Features]:
         """The teacher's features of all ``batches``, of images or of tuples that begin with them."""
-        device, observed = next(teacher.parameters()).device, self._observed[1] or teacher
-        if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
-            raise TypeError(f"train_images is {type(batches).__name__}, wanted batches, as of a DataLoader")
-        for i, batch in enumerate(batches):
-            images = batch[0] if isinstance(batch, Sequence) and batch else batch
-            if not isinstance(images, Tensor) or not images.is_floating_point():
-                what = checks.describe(images) if isinstance(images, Tensor) else type(images).__name__
-                raise TypeError(
-                    f"train_images[{i}] is {what}, wanted images of floating point, or a tuple that begins"
-                    " with them"
-                )
+
+        def network(images: Tensor, features: bool | str) -> Any:
             with self._autocast():
-                yield observed(images.to(device), features="both")[0]
+                return (self._observed[1] or teacher)(images, features=features)
+
+        return features_of(network, batches, next(teacher.parameters()).device)
 
     @property
     def teacher(self) -> nn.Module | None:
         return self._outside[0] if self._outside else None
+
+    @property
+    def views(self) -> tuple[Observed | None, Observed | None]:
+        """What shows the features of student and teacher, where those are none of ours."""
+        return self._observed
 
     def fold(self) -> None:
         """Copies the teacher once more if a copy stands for it; call it after changing weights in place."""
@@ -260,11 +234,7 @@ class Distillation(nn.Module):
 
     def settled(self) -> dict[str, Any]:
         """Options left open whose values the networks decided, by name: {"reviewkd.beta": 1.0}."""
-        return {
-            f"{name}.{key}": value
-            for name in self.methods
-            for key, value in self._distiller(name).settled.items()
-        }
+        return self.methods.settled_options()
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Tells the methods that ``epoch`` (from 0) of ``epochs`` begins, and sets the factors of those that
@@ -272,25 +242,30 @@ class Distillation(nn.Module):
 
         Until then the factors are 1.
         """
-        for name in self.methods:
-            self._distiller(name).set_epoch(epoch, epochs)
-        for name, place in self._scheduled.items():
-            ended = epoch >= self._until.get(name, epochs)
-            self.weights[place].fill_(0.0 if ended else self._distiller(name).weight_at(epoch, epochs))
+        self.methods.begin_epoch(epoch, epochs)
 
-    def forward(self, images: Tensor, labels: Tensor | None = None, index: Tensor | None = None) -> Losses:
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        index: Tensor | None = None,
+        teacher_images: Tensor | None = None,
+    ) -> Losses:
         batch = Batch(images, labels, index)
         losses: dict[str, Tensor] = {}
-        teacher = self._teachers(images)
+        teacher = self._teachers(images if teacher_images is None else teacher_images)
         with self._autocast():
             student = self._students(images)
         if labels is not None and self.definition.ce:
             # on a cast of its own: half-precision gradients are rounded before they are added, as in
             # published code
-            losses["ce"] = F.cross_entropy(self._seen(student.logits).float(), labels) * self.definition.ce
+            seen = self.methods.seen_logits(student.logits)
+            losses["ce"] = F.cross_entropy(seen.float(), labels) * self.definition.ce
         student, teacher = self._as_seen(student), self._as_seen(teacher)
-        found, records = self._terms(batch, student, teacher, self.methods)
-        losses.update(found)
+        records: dict[str, Any] = {}
+        if teacher is not None:
+            found, records = self.methods.losses(batch, student, teacher, self._autocast())
+            losses.update(found)
         if not losses:
             raise ValueError(
                 f"labels are None, and method {self.definition.name!r} has no loss but cross-entropy"
@@ -305,8 +280,7 @@ class Distillation(nn.Module):
 
         With several processes the rows of all are to be joined first, in the order of the processes.
         """
-        for name, record in records.items():
-            self._distiller(name).update(index, record)
+        self.methods.hand_back(index, records)
 
     def check(self, images: int = 2) -> dict[str, list[backends.Call]]:
         """Tries all of it on so many blank images, before hours of training: what does not fit raises here.
@@ -317,10 +291,12 @@ class Distillation(nn.Module):
         labels = blank.new_zeros(images, dtype=torch.int64)
         batch = Batch(blank, labels, labels.add(1).cumsum(0) - 1)
         with undisturbed(self, *self._outside):
-            student, teacher, calls = self._students(blank), self._teachers(blank), {}
-            for name in self.methods if teacher is not None else ():
+            theirs = blank.new_zeros(images, *self.teacher_image_shape)
+            student, teacher = map(self._as_seen, (self._students(blank), self._teachers(theirs)))
+            calls: dict[str, list[backends.Call]] = {}
+            for name in self.methods:
                 with backends.record_calls() as calls[name]:
-                    self._terms(batch, self._as_seen(student), self._as_seen(teacher), [name])
+                    self.methods.losses(batch, student, teacher, self._autocast(), [name])
         return calls
 
     def _students(self, images: Tensor) -> Output:
@@ -336,46 +312,8 @@ class Distillation(nn.Module):
         with torch.no_grad(), self._autocast():
             return self.points[1].observe(self._observed[1] or self._outside[-1], images)
 
-    def _terms(
-        self, batch: Batch, student: Output, teacher: Output | None, names: Iterable[str]
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(losses, records) of the methods ``names``."""
-        losses: dict[str, Tensor] = {}
-        records: dict[str, Any] = {}
-        if teacher is None:
-            return losses, records
-        with self._autocast():
-            connected = {name: self._distiller(name).connect(batch, student, teacher) for name in names}
-        with _no_autocast(batch.images):
-            for name, links in connected.items():
-                found = self._distiller(name).loss(batch, student, teacher, links)
-                if isinstance(found, tuple):
-                    found, records[name] = found
-                losses[name] = (
-                    found * self.weights[self._scheduled[name]] if name in self._scheduled else found
-                )
-        return losses, records
-
     def _as_seen(self, output: Output | None) -> Any:
-        return None if output is None else output._replace(logits=self._seen(output.logits))
-
-    def _seen(self, z: Tensor) -> Tensor:
-        """Logits as every loss of the sum sees them: in float32 at least, and as a method may change them."""
-        (z,) = widen(z)
-        for name in self._changes_logits:
-            z = self._distiller(name).logits(z)
-        return z
-
-    def _distiller(self, name: str) -> Distiller:
-        return self.methods[name]  # type: ignore[return-value]
+        return None if output is None else output._replace(logits=self.methods.seen_logits(output.logits))
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.autocast is None else self.autocast
-
-
-def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    return (
-        torch.autocast(x.device.type, enabled=False)
-        if torch.is_autocast_enabled(x.device.type)
-        else nullcontext()
-    )

@@ -17,11 +17,13 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import nn
 
-from fastkd.data import DATASETS, choose_dataset, load_dataset
-from fastkd.data.loader import Batches
+from fastkd import data as datasets
+from fastkd import plugins
+from fastkd.data import choose_dataset, load_dataset
+from fastkd.data.feed import Feed, testing
 from fastkd.errors import UserError
 from fastkd.io.files import as_path
-from fastkd.models import MODELS, WeightsError, create_model, load_student, load_weights, read_checkpoint
+from fastkd.models import WeightsError, create_model, load_student, load_weights, read_checkpoint
 from fastkd.training.device import find_device
 from fastkd.training.evaluation import evaluate, placed
 from fastkd.training.recipes import NORMALIZATIONS, normalization_of
@@ -47,12 +49,14 @@ def test(
     device: str | None = None,
     batch_size: int = 250,
     normalization: str | None = None,
+    image_size: int | None = None,
+    workers: int = 0,
 ) -> Result:
     """Tests the weights in ``file``: of a run (its folder will do), or alone, of the network ``model``.
 
     A run's student has what its method has put into it: SimKD's projector and classifier, NORM's pair.
-    ``dataset`` and ``normalization``, the name of a recipe's constants, are by default those of the run, or
-    the set's own. Raises UserError, one line.
+    ``dataset``, ``normalization``, the name of a recipe's constants, and ``image_size``, that of a folder's
+    images, are by default those of the run, or the set's own and 224. Raises UserError, one line.
     """
     path = as_path(file)
     path = path / "best.pt" if path.is_dir() else path
@@ -67,6 +71,7 @@ def test(
             flag = "--model" if name is None else "--dataset"
             raise UserError(f"{path} is of no run, wanted {flag}")
         whole = load_dataset(choose_dataset(dataset, data)[0], data)
+        side = image_size or int(known.get("image_size") or 224)
         network = _network(path, name, whole.classes, bool(known) and model in (None, known.get("model")))
     except WeightsError as error:
         raise UserError(str(error)) from None
@@ -77,8 +82,8 @@ def test(
         )
     where = find_device(device)
     network = placed(network, where)
-    mean, std = normalization_of(constants, whole)
-    batches = Batches(whole.test_images, whole.test_labels, mean, std, batch_size=batch_size, device=where)
+    feed, constants_of = Feed((side,), workers), normalization_of(constants, whole)
+    batches = testing(whole, constants_of, feed, batch_size=batch_size, device=where)
     autocast = torch.autocast(where.type, enabled=False)
     first = next(batches.test())[0]
     with torch.no_grad():
@@ -96,9 +101,10 @@ def test(
 def _network(path: Path, name: str, classes: int, of_run: bool) -> nn.Module:
     if of_run:
         return load_student(path.parent, file=path.name)
-    if name not in MODELS:
-        raise UserError(f"--model {name!r} is not known; known: {', '.join(MODELS)}")
-    network = create_model(name, classes)
+    try:
+        network = create_model(name, classes)
+    except ValueError as error:
+        raise UserError(f"--{error}" if f"{error}".startswith("model ") else f"--model: {error}") from None
     load_weights(network, path)
     return network
 
@@ -116,7 +122,9 @@ def main(arguments: list[str] | None = None) -> int:
         "file", type=Path, metavar="FILE", help="a run's folder, its best.pt or last.pt, or weights alone"
     )
     parser.add_argument("--model", metavar="NAME", help="the network, where FILE is of no run")
-    parser.add_argument("--dataset", choices=("auto", *DATASETS), help="that of the run")
+    parser.add_argument(
+        "--dataset", metavar="NAME", help=f"that of the run; known: auto, {', '.join(datasets.DATASETS)}"
+    )
     parser.add_argument(
         "--data", type=Path, default=Path("data"), metavar="DIR", help="where the sets lie (data)"
     )
@@ -124,9 +132,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--normalization", choices=("own", "ofd", "repdistiller"), help="that of the run, else the set's own"
     )
+    parser.add_argument(
+        "--image-size", type=int, metavar="N", help="of a folder's images: that of the run, or 224"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that read a folder's images"
+    )
+    plugin = "what registers the run's method, model or data set; as often as needed"
+    parser.add_argument("--plugin", action="append", default=[], metavar="FILE.py", help=plugin)
     parser.add_argument("--batch-size", type=int, default=250, metavar="N")
     flags: dict[str, Any] = vars(parser.parse_args(arguments))
     try:
+        for file in flags.pop("plugin"):
+            plugins.load(file)
         found = test(flags.pop("file"), **flags)
     except UserError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)

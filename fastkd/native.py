@@ -20,14 +20,18 @@ from typing import Any
 
 import torch
 
-CPU_PATHS = ("portable", "avx2", "avx512")
-"""The code paths of the CPU library, slowest first. Off x86-64, and of clang older than 16, it has the first
-only.
+CPU_PATHS = ("portable", "neon", "avx2", "avx512")
+"""The code paths of the CPU library, slowest first. Every processor has the first, aarch64 also "neon", and
+x86-64 (unless clang is older than 16) also "avx2" and "avx512".
 """
 
 _MARKER = b"fastkd-build-info:"
 # by the numbers of fastkd_find_cpu_path
-_LACKS = {2: "this processor lacks it", 3: "it was not built, which takes GCC or clang 16 on x86-64"}
+_LACKS = {
+    2: "this processor lacks it",
+    3: "it was not built, which takes GCC or clang 16",
+    4: "it is for another kind of processor",
+}
 
 
 @dataclass(frozen=True)
@@ -188,10 +192,10 @@ def cpu_paths() -> list[str]:
 
 
 def _missing_cpu_paths() -> list[str]:
-    """The code paths that cannot run here, and why."""
+    """The code paths for this kind of processor that cannot run here, and why."""
     functions = _functions()
     found = {name: functions.fastkd_find_cpu_path(name.encode()) for name in CPU_PATHS}
-    return [f"{name} ({_LACKS[status]})" for name, status in found.items() if status]
+    return [f"{name} ({_LACKS[status]})" for name, status in found.items() if status in (2, 3)]
 
 
 def amx() -> bool:

@@ -148,7 +148,7 @@ class LoopGroup:
             return
         small = replace(self.steps, batch=min(self.steps.batch, 16))
         loop = small.loop(row.name)
-        images, labels = loop.batches.take(next(loop.batches.draw(1)))
+        images, labels = loop.batches.inputs(next(loop.batches.draw(1)))[:2]
         ours = loop.train_step.forward(images, labels).total.item()
         networks = toolkit.network(small.student, 1), toolkit.network(small.teacher, 2).eval()
         with torch.no_grad():

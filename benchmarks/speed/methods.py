@@ -74,6 +74,12 @@ def crd(draw: Draw, batch: int, size: int, k: int, width: int = 128) -> Problem:
     )
 
 
+def dkd(draw: Draw, batch: int, classes: int) -> Problem:
+    s, t = draw(batch, classes, grad=True), draw(batch, classes)
+    labels = draw.rows(batch, classes, 1)[:, 0]
+    return Problem([s], lambda: published.dkd(s, t, labels), lambda: fastkd.dkd_loss(s, t, labels))
+
+
 def rkd(draw: Draw, batch: int, width: int) -> Problem:
     s, t = draw(batch, width, grad=True), draw(batch, width)
     return Problem([s], lambda: published.rkd(s, t), lambda: fastkd.rkd_loss(s, t))
@@ -159,6 +165,7 @@ PROBLEMS: tuple[tuple[Make, str, dict[str, Any], dict[str, Any]], ...] = (
         {"batch": 64, "size": 50_000, "k": 16_384},
         {"batch": 3, "size": 20, "k": 7, "width": 5},
     ),
+    (dkd, "batch 64, 100 classes", {"batch": 64, "classes": 100}, {"batch": 4, "classes": 5}),
     (rkd, "batch 64, width 64", {"batch": 64, "width": 64}, {"batch": 4, "width": 5}),
     (rkd, "batch 256, width 512", {"batch": 256, "width": 512}, {"batch": 5, "width": 3}),
     (afd, "batch 64", {"batch": 64, "blocks": (3, 9)}, {"batch": 3, "blocks": (1, 2)}),

@@ -38,6 +38,21 @@ def crd(
     return total
 
 
+def dkd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """mdistiller: two masks, masked sums of probabilities, and two softmaxes of each network."""
+    total, temperature = student.new_zeros(()), 4.0
+    mine = torch.zeros_like(student).scatter_(1, labels[:, None], 1).bool()
+    rest = torch.ones_like(student).scatter_(1, labels[:, None], 0).bool()
+    pairs = []
+    for x in (student, teacher):
+        p = F.softmax(x / temperature, dim=1)
+        pairs.append(torch.cat([(p * mine).sum(1, keepdim=True), (p * rest).sum(1, keepdim=True)], 1))
+    total = total + F.kl_div(pairs[0].log(), pairs[1], reduction="sum")
+    others = F.log_softmax(student / temperature - 1000.0 * mine, dim=1)
+    wanted = F.softmax(teacher / temperature - 1000.0 * mine, dim=1)
+    return (total + 8 * F.kl_div(others, wanted, reduction="sum")) * (temperature**2 / len(labels))
+
+
 def _distances(x: Tensor) -> Tensor:
     squares = x.pow(2).sum(1)
     found = (squares[:, None] + squares[None] - 2 * x @ x.T).clamp(min=1e-12).sqrt()

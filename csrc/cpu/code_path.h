@@ -1,6 +1,6 @@
 // The head of the files in kernels/. setup.py compiles each of them once per code path, with FASTKD_PATH
-// (portable, avx2 or avx512) and FASTKD_VECTOR_BYTES. Headers stand before the target, so that nothing of
-// theirs is compiled for this instruction set. A file's kernels stand in the namespace FASTKD_PATH, and
+// (portable, neon, avx2 or avx512) and FASTKD_VECTOR_BYTES. Headers stand before the target, so that nothing
+// of theirs is compiled for this instruction set. A file's kernels stand in the namespace FASTKD_PATH, and
 // FASTKD_PATH_END behind them.
 //
 // Rules for the .inl files there: use only what is defined in this namespace, raw pointers, the plain structs
@@ -12,6 +12,16 @@
 
 #ifdef FASTKD_X86
 #include <immintrin.h>
+#endif
+
+// FASTKD_NEON is defined where FASTKD_PATH is neon. #if cannot compare names, so the name becomes the end of
+// a macro's: one that is 1, or one that is unknown, which counts as 0.
+#define FASTKD_IS_NEON_neon 1
+#define FASTKD_JOINED(a, b) a##b
+#define FASTKD_IS_NEON(path) FASTKD_JOINED(FASTKD_IS_NEON_, path)
+#if defined(FASTKD_ARM) && FASTKD_IS_NEON(FASTKD_PATH)
+#define FASTKD_NEON 1
+#include <arm_neon.h>
 #endif
 
 #include <cmath>

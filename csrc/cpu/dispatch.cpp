@@ -15,7 +15,7 @@
 namespace fastkd {
 namespace {
 
-enum Status { kOk = 0, kUnknown = 1, kUnsupported = 2, kNotBuilt = 3 };
+enum Status { kOk = 0, kUnknown = 1, kUnsupported = 2, kNotBuilt = 3, kForeign = 4 };
 
 #define FASTKD_TABLE(path)  \
   {#path,                   \
@@ -26,6 +26,9 @@ enum Status { kOk = 0, kUnknown = 1, kUnsupported = 2, kNotBuilt = 3 };
    path::rkd_kernels,       \
    path::difference_kernels}
 constexpr KernelTable kPortable = FASTKD_TABLE(portable);
+#ifdef FASTKD_ARM
+constexpr KernelTable kNeon = FASTKD_TABLE(neon);
+#endif
 #ifdef FASTKD_X86
 constexpr KernelTable kAvx2 = FASTKD_TABLE(avx2);
 constexpr KernelTable kAvx512 = FASTKD_TABLE(avx512);
@@ -63,26 +66,57 @@ bool cpu_has_amx() {
 }
 #endif
 
+bool always() { return true; }
+
+// A code path: its table, and whether this CPU runs it; or no table, and why there is none.
+struct Path {
+  const char* name;
+  const KernelTable* table;
+  bool (*runs)();
+  Status without;
+};
+#ifdef __x86_64__
+constexpr Status kNoAvx = kNotBuilt;  // for lack of a compiler that can
+#else
+constexpr Status kNoAvx = kForeign;
+#endif
+#ifdef __aarch64__
+constexpr Status kNoNeon = kNotBuilt;
+#else
+constexpr Status kNoNeon = kForeign;
+#endif
+constexpr Path kPaths[] = {
+// the best first
+#ifdef FASTKD_X86
+    {"avx512", &kAvx512, cpu_has_avx512, kOk},
+    {"avx2", &kAvx2, cpu_has_avx2, kOk},
+#else
+    {"avx512", nullptr, always, kNoAvx},
+    {"avx2", nullptr, always, kNoAvx},
+#endif
+#ifdef FASTKD_ARM
+    {"neon", &kNeon, always, kOk},
+#else
+    {"neon", nullptr, always, kNoNeon},
+#endif
+    {"portable", &kPortable, always, kOk},
+};
+
 Status find(const char* name, const KernelTable** found) {
-  if (std::strcmp(name, "portable") == 0) {
-    *found = &kPortable;
+  for (const Path& path : kPaths) {
+    if (std::strcmp(name, path.name) != 0) continue;
+    if (path.table == nullptr) return path.without;
+    if (!path.runs()) return kUnsupported;
+    *found = path.table;
     return kOk;
   }
-  const bool is_avx2 = std::strcmp(name, "avx2") == 0;
-  if (!is_avx2 && std::strcmp(name, "avx512") != 0) return kUnknown;
-#ifdef FASTKD_X86
-  if (is_avx2 ? !cpu_has_avx2() : !cpu_has_avx512()) return kUnsupported;
-  *found = is_avx2 ? &kAvx2 : &kAvx512;
-  return kOk;
-#else
-  return kNotBuilt;
-#endif
+  return kUnknown;
 }
 
 const KernelTable* best() {
-  const KernelTable* table = nullptr;
-  if (find("avx512", &table) != kOk && find("avx2", &table) != kOk) table = &kPortable;
-  return table;
+  for (const Path& path : kPaths)
+    if (path.table != nullptr && path.runs()) return path.table;
+  return &kPortable;
 }
 
 // The table FASTKD_CPU asks for; nullptr if it asks for none that can be had. Read once: the environment is
@@ -116,9 +150,10 @@ bool tiles_available() {
 
 const KernelTable& kernels() {
   const KernelTable* table = current().load(std::memory_order_relaxed);
-  STD_TORCH_CHECK(table != nullptr,
-                  "FASTKD_CPU must be portable, avx2 or avx512, and a code path that this CPU can run, got ",
-                  std::getenv("FASTKD_CPU"));
+  STD_TORCH_CHECK(
+      table != nullptr,
+      "FASTKD_CPU must be portable, neon, avx2 or avx512, and a code path that this CPU can run, got ",
+      std::getenv("FASTKD_CPU"));
   return *table;
 }
 
@@ -131,7 +166,8 @@ extern "C" __attribute__((visibility("default"))) const char* fastkd_cpu_path() 
   return table == nullptr ? nullptr : table->name;
 }
 
-// Whether a code path can run here: 0 yes, 1 there is no such name, 2 this CPU lacks it, 3 this build does.
+// Whether a code path can run here: 0 yes, 1 there is no such name, 2 this CPU lacks it, 3 this build
+// does, 4 it is for another kind of processor.
 extern "C" __attribute__((visibility("default"))) int fastkd_find_cpu_path(const char* name) {
   const fastkd::KernelTable* table = nullptr;
   return fastkd::find(name, &table);

@@ -18,8 +18,13 @@ namespace fastkd {
 #endif
 #endif
 
+// The path "neon" exists on aarch64.
+#if defined(__aarch64__) && defined(__GNUC__) && !defined(__AARCH64EB__)
+#define FASTKD_ARM 1
+#endif
+
 struct KernelTable {
-  const char* name;  // "portable", "avx2", "avx512"
+  const char* name;  // "portable", "neon", "avx2", "avx512"
   const AttentionKernels& attention;
   const FspKernels& fsp;
   const TapKernels& tap;
@@ -39,6 +44,7 @@ struct KernelTable {
   extern const RkdKernels rkd_kernels;               \
   }
 FASTKD_CODE_PATH(portable)
+FASTKD_CODE_PATH(neon)
 FASTKD_CODE_PATH(avx2)
 FASTKD_CODE_PATH(avx512)
 

@@ -49,4 +49,13 @@ from fastkd.checks.tensors import (
     stage_pairs,
     stages,
 )
-from fastkd.checks.vectors import ACTIVATION, KD_REDUCTION, crd_banks, crd_loss, crd_rows, kd_loss, rkd_loss
+from fastkd.checks.vectors import (
+    ACTIVATION,
+    KD_REDUCTION,
+    crd_banks,
+    crd_loss,
+    crd_rows,
+    dkd_loss,
+    kd_loss,
+    rkd_loss,
+)

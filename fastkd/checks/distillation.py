@@ -16,7 +16,9 @@ def distillation(
     *,
     classifier: object = None,
     image_shape: object = None,
+    teacher_image_shape: object = None,
     autocast: object = None,
+    teacher_mode: object = "eval",
     **counts: object,
 ) -> None:
     """The kinds of the arguments. ``counts``: whole numbers, or None."""
@@ -26,10 +28,13 @@ def distillation(
     pair = classifier if isinstance(classifier, tuple) else (classifier, classifier)
     if len(pair) != 2 or not all(name is None or isinstance(name, str) for name in pair):
         raise TypeError(f"classifier is {classifier!r}, wanted the name of a submodule, or a pair of them")
-    if image_shape is not None and not (isinstance(image_shape, Sequence) and all(map(_whole, image_shape))):
-        raise TypeError(f"image_shape is {image_shape!r}, wanted (C, H, W)")
+    for name, shape in (("image_shape", image_shape), ("teacher_image_shape", teacher_image_shape)):
+        if shape is not None and not (isinstance(shape, Sequence) and all(map(_whole, shape))):
+            raise TypeError(f"{name} is {shape!r}, wanted (C, H, W)")
     if autocast is not None and not isinstance(autocast, torch.autocast):
         raise TypeError(f"autocast is {autocast!r}, wanted a torch.autocast or None")
+    if teacher_mode not in ("eval", "train"):
+        raise ValueError(f"teacher_mode is {teacher_mode!r}, wanted 'eval' or 'train'")
     for name, count in counts.items():
         if count is not None and not _whole(count):
             raise TypeError(f"{name} is {count!r}, wanted a whole number")

@@ -1,4 +1,4 @@
-"""The arguments of losses of logits and of embeddings: KD, RKD, CRD."""
+"""The arguments of losses of logits and of embeddings: KD, DKD, RKD, CRD."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from fastkd.checks.numbers import above_zero, known_to_graph, number, switch
 from fastkd.checks.tensors import describe, floating, same_batch
 
-ACTIVATION = ("softmax", "sigmoid")
+ACTIVATION = ("softmax", "sigmoid", "identity")
 KD_REDUCTION = ("batchmean", "mean", "sum", "none")
 
 
@@ -56,6 +56,39 @@ def kd_loss(
             f"mask is {describe(mask)}, student_logits is {describe(student_logits)}: wanted its shape"
             " without the classes, on its device"
         )
+
+
+def dkd_loss(
+    student_logits: object,
+    teacher_logits: object,
+    labels: object,
+    temperature: object,
+    alpha: object,
+    beta: object,
+    weight: object,
+) -> None:
+    number("alpha", alpha)
+    number("beta", beta)
+    kd_loss(student_logits, teacher_logits, temperature, "batchmean", weight)
+    assert isinstance(student_logits, Tensor)
+    count, classes = student_logits.shape
+    if classes == 2:
+        raise ValueError(
+            f"student_logits is {describe(student_logits)}: of two classes one alone is left beside the"
+            " label, wanted at least three, or kd_loss"
+        )
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        given = describe(labels) if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels is {given}, wanted a tensor of int64")
+    if labels.shape != (count,) or labels.device != student_logits.device:
+        raise ValueError(f"labels is {describe(labels)}, wanted ({count},) on {student_logits.device}")
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        least, most = (int(x) for x in labels.aminmax())
+        if least < 0 or most >= classes:
+            raise ValueError(
+                f"labels has {least if least < 0 else most}, wanted 0 to {classes - 1}: there are {classes}"
+                " classes"
+            )
 
 
 def rkd_loss(

@@ -1,7 +1,7 @@
 """Drop-in for the losses in ``mdistiller.distillers`` of megvii-research/mdistiller.
 
-The functions have the names, arguments and results of the originals: ``kd_loss``, ``at_loss`` and
-``single_stage_at_loss``, ``rkd_loss``, ``feat_loss`` (OFD) and ``hcl_loss`` (ReviewKD). FitNet's
+The functions have the names, arguments and results of the originals: ``kd_loss``, ``dkd_loss``, ``at_loss``
+and ``single_stage_at_loss``, ``rkd_loss``, ``feat_loss`` (OFD) and ``hcl_loss`` (ReviewKD). FitNet's
 :class:`ConvReg` and :class:`CRD`, whose losses have a state, are modules. As there, no weight of the
 configuration file is applied; where student and teacher bring lists of different length, the shorter decides.
 """
@@ -26,6 +26,7 @@ __all__ = [
     "CRD",
     "ConvReg",
     "at_loss",
+    "dkd_loss",
     "feat_loss",
     "hcl_loss",
     "kd_loss",
@@ -37,6 +38,22 @@ __all__ = [
 def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:
     """T^2 KL of logits (N, K), summed over classes, mean over the batch."""
     return reference.kd_loss(logits_student, logits_teacher, temperature)
+
+
+def dkd_loss(
+    logits_student: Tensor,
+    logits_teacher: Tensor,
+    target: Tensor,
+    alpha: float,
+    beta: float,
+    temperature: float,
+) -> Tensor:
+    """The decoupled loss of logits (N, K) and labels (N,), mean over the batch.
+
+    The original takes the logarithm of summed probabilities, and gives infinity where one underflows; here it
+    stays finite.
+    """
+    return reference.dkd_loss(logits_student, logits_teacher, target, temperature, alpha=alpha, beta=beta)
 
 
 def single_stage_at_loss(f_s: Tensor, f_t: Tensor, p: float) -> Tensor:

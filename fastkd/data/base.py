@@ -8,10 +8,12 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastkd.checks import describe
 from fastkd.errors import UserError
 from fastkd.io.console import say
 
@@ -31,6 +33,30 @@ class Dataset:
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
+
+    @property
+    def title(self) -> str:
+        """What tables call it."""
+        return self.name
+
+
+def checked(name: str, found: Any) -> Dataset:
+    """What somebody's own function returned, if it is a whole set under that name. Raises UserError."""
+    if not isinstance(found, Dataset):
+        raise UserError(f"dataset {name!r} gives {type(found).__name__}, wanted a fastkd.data.Dataset")
+    if found.name != name:
+        raise UserError(f"dataset {name!r} has the name {found.name!r}, wanted the one it is registered by")
+    for part in ("train", "test"):
+        images, labels = getattr(found, f"{part}_images"), getattr(found, f"{part}_labels")
+        told = f"dataset {name!r}: {part}_images is {describe(images)}, {part}_labels is {describe(labels)}"
+        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1:] != (3, 32, 32):
+            raise UserError(f"{told}: wanted images (N, 3, 32, 32) uint8")
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1] or not len(labels):
+            raise UserError(f"{told}: wanted labels (N,) int64, one an image")
+        low, high = (int(x) for x in labels.aminmax())
+        if low < 0 or high >= found.classes:
+            raise UserError(f"{told}: labels from {low} to {high}, wanted 0 to {found.classes - 1}")
+    return found
 
 
 class MissingFiles(Exception):

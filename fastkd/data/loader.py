@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,46 @@ SIDE, PAD = 32, 4
 PAD_MODES = ("reflect", "zero")
 
 
-class Batches:
+class AnyBatches(ABC):
+    """What a training loop asks of its batches, wherever the images lie. ``joined``: images of all processes
+    in a step.
+    """
+
+    count: int
+    batch_size: int
+    joined: int
+    drop_last: bool
+    share: tuple[int, int]
+    seed: int
+    stream: str
+    dtype: torch.dtype
+    device: torch.device
+
+    def __len__(self) -> int:
+        whole, rest = divmod(self.count, self.joined)
+        # a batch norm needs two images in each process
+        return whole + (not self.drop_last and rest >= 2 * self.share[1])
+
+    def sizes(self) -> list[int]:
+        """Images of all processes together in each step of an epoch."""
+        return [min(self.joined, self.count - i * self.joined) for i in range(len(self))]
+
+    @abstractmethod
+    def draw(self, epoch: int) -> Iterator[Any]:
+        """The training batches of ``epoch``, for :meth:`inputs`: from (seed, stream, epoch) alone."""
+
+    @abstractmethod
+    def inputs(self, drawn: Any) -> tuple[Tensor, ...]:
+        """(images, labels, index, perhaps the teacher's images), as ``fastkd.Distillation`` takes them."""
+
+    @abstractmethod
+    def test(self, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images in order, none changed at random: (images, labels). Of several processes (``share``:
+        which, of how many) each takes every so-manieth batch.
+        """
+
+
+class Batches(AnyBatches):
     """Normalized batches, channels_last and of the step's dtype, from uint8 images (N, 3, 32, 32) that stay
     on the device.
 
@@ -53,19 +94,10 @@ class Batches:
         # one row of three bytes a pixel: a crop with flip is then a single gather of rows, whose result is
         # channels_last already
         self.pixels = images.permute(0, 2, 3, 1).contiguous().view(-1, 3).to(device)
-        self.labels = labels.to(device)
+        self.device, self.labels = self.pixels.device, labels.to(device)
         # whole maps and not three numbers, so that the arithmetic runs over long rows
         self.scale = (1 / (255 * torch.tensor(std))).to(device).expand(SIDE, SIDE, 3).contiguous()
         self.shift = (-torch.tensor(mean) / torch.tensor(std)).to(device).expand(SIDE, SIDE, 3).contiguous()
-
-    def __len__(self) -> int:
-        whole, rest = divmod(self.count, self.joined)
-        # a batch norm needs two images in each process
-        return whole + (not self.drop_last and rest >= 2 * self.share[1])
-
-    def sizes(self) -> list[int]:
-        """Images of all processes together in each step of an epoch."""
-        return [min(self.joined, self.count - i * self.joined) for i in range(len(self))]
 
     def draw(self, epoch: int) -> Iterator[Tensor]:
         """The batches of ``epoch`` as :meth:`take` wants them, on the device: from (seed, stream, epoch)
@@ -92,13 +124,18 @@ class Batches:
         columns = torch.where(flipped[:, None] == 1, SIDE - 1 - line, line) + (left - PAD)[:, None]
         return self._gather(which, rows, columns), self.labels[which]
 
+    def inputs(self, params: Tensor) -> tuple[Tensor, ...]:
+        """(images, labels, index) of one batch of :meth:`draw`, as ``fastkd.Distillation`` takes them."""
+        return (*self.take(params), params[:, 0])
+
     def train(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The (images, labels) of ``epoch``."""
         return map(self.take, self.draw(epoch))
 
-    def test(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def test(self, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor, Tensor]]:
         """All images in order, as they are: (images, labels)."""
-        for begin in range(0, self.count - (self.batch_size - 1) * self.drop_last, self.batch_size):
+        begins = range(0, self.count - (self.batch_size - 1) * self.drop_last, self.batch_size)
+        for begin in begins[share[0] :: share[1]]:
             part = slice(begin, min(begin + self.batch_size, self.count))
             raw = self.pixels[part.start * SIDE * SIDE : part.stop * SIDE * SIDE]
             yield self._normalized(raw), self.labels[part]

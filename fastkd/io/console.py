@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,10 @@ from typing import Any
 from fastkd.errors import UserError
 
 LOG = "log.txt"
+WIDTH = 100
+"""Columns of the screen at a run's start."""
+TOGETHER = "\u00a0"
+"""A space at which no line is broken."""
 
 _logs: list[Path] = []  # a teacher is trained within its student's run: both keep what is said
 _silent = False  # of several processes those that are not the first say nothing
@@ -23,6 +28,14 @@ _untold: list[str] = []  # of a screen that was given up before there was a log
 def counted(number: int, what: str) -> str:
     """1, "epoch" -> "1 epoch"; 2 -> "2 epochs"."""
     return f"{number} {what}{'s' * (number != 1)}"
+
+
+def fitted(screen: str) -> str:
+    """The lines of a screen, broken where they are wider than 100 columns. A path is never cut."""
+    whole: Any = {"subsequent_indent": " " * 9, "break_long_words": False, "break_on_hyphens": False}
+    return "\n".join(textwrap.fill(line, WIDTH, **whole) for line in screen.splitlines()).replace(
+        TOGETHER, " "
+    )
 
 
 def say(text: str) -> None:

@@ -85,7 +85,7 @@ def owned(path: Path) -> Iterator[bool]:
 
     Where the file system has no such locks (Lustre and NFS, as they are mounted), see :func:`marked`.
     """
-    with _lock_file(path) as file:
+    with _lock_file(path) as file, _kept_from_children(file):
         reason = "" if fcntl is None else None
         try:
             if fcntl is not None:
@@ -100,6 +100,28 @@ def owned(path: Path) -> Iterator[bool]:
         else:
             with marked(path, reason) as mine:
                 yield mine
+
+
+_held: set[IO[bytes]] = set()
+
+
+def _close_held() -> None:
+    for file in _held:
+        file.close()
+
+
+if hasattr(os, "register_at_fork"):
+    # a forked process, such as one that reads images, would hold the lock of a killed one until it ends too
+    os.register_at_fork(after_in_child=_close_held)
+
+
+@contextmanager
+def _kept_from_children(file: IO[bytes]) -> Iterator[None]:
+    _held.add(file)
+    try:
+        yield
+    finally:
+        _held.discard(file)
 
 
 def _lock_file(path: Path) -> IO[bytes]:

@@ -13,7 +13,8 @@
 | `fsp/gradient.py`, `terms.py`, `gradient_kernels.py`, `term_kernels.py` | and backward |
 | `fsp/low_rank.py` | what those do where the matrix would be larger than the features |
 | `fsp/saved.py` | where that is; without Triton |
-| `fsp/tile.py` | features averaged over windows, products and differences |
+| `fsp/tile.py`, `products.py` | features averaged over windows; their products and differences |
+| `fsp/fields.py` | names of places in the tuples that FSP's kernels take |
 | `fsp/view.py` | how FSP sees a feature, and the tiles of its products |
 | `fsp/pool.py` | the gradient of unusual pooling |
 

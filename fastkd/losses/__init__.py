@@ -7,6 +7,6 @@ AberHu/Knowledge-Distillation-Zoo, hankyul2/KnowledgeDistillation, torchdistill,
 
 from fastkd.losses.base import NumbersAsFloats
 from fastkd.losses.maps import FSP, HCL, OFD, SAKD, AttentionTransfer
-from fastkd.losses.vectors import CRD, KD, RKD
+from fastkd.losses.vectors import CRD, DKD, KD, RKD
 
-__all__ = ["CRD", "FSP", "HCL", "KD", "OFD", "RKD", "SAKD", "AttentionTransfer", "NumbersAsFloats"]
+__all__ = ["CRD", "DKD", "FSP", "HCL", "KD", "OFD", "RKD", "SAKD", "AttentionTransfer", "NumbersAsFloats"]

@@ -1,4 +1,4 @@
-"""Losses of logits and of embeddings: KD, RKD, CRD."""
+"""Losses of logits and of embeddings: KD, DKD, RKD, CRD."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastkd import checks
 from fastkd.losses.base import Loss
 from fastkd.ops.crd import crd_loss
 from fastkd.ops.rkd import rkd_loss
-from fastkd.reference import kd_loss
+from fastkd.reference import dkd_loss, kd_loss
 
 
 class KD(Loss):
@@ -47,6 +47,30 @@ class KD(Loss):
 
     def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
         return kd_loss(student, teacher, mask=mask, **{name: getattr(self, name) for name in self._options})
+
+
+class DKD(Loss):
+    """:func:`fastkd.dkd_loss` with its further arguments fixed; each is an attribute.
+
+    ``forward(student_logits, teacher_logits, labels)``: (N, K) twice and (N,) -> scalar, times ``weight``.
+
+    Presets, both of mdistiller, its authors' code: ``mdistiller``, for CIFAR, T = 4, alpha 1, beta 8 (a
+    pair's own is in the method ``dkd``); ``imagenet``: T = 1, alpha 1, beta 0.5.
+    """
+
+    def __init__(
+        self, temperature: float = 4.0, *, alpha: float = 1.0, beta: float = 8.0, weight: float = 1.0
+    ) -> None:
+        super().__init__(temperature=temperature, alpha=alpha, beta=beta, weight=weight)
+
+    function = staticmethod(dkd_loss)
+    presets = {
+        "mdistiller": {"temperature": 4.0, "alpha": 1.0, "beta": 8.0},
+        "imagenet": {"temperature": 1.0, "alpha": 1.0, "beta": 0.5},
+    }
+
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
+        return dkd_loss(student, teacher, labels, **{name: getattr(self, name) for name in self._options})
 
 
 class RKD(Loss):

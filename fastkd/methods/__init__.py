@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
+from fastkd import plugins
 from fastkd.methods import definition
 from fastkd.methods.base import (
     Batch,
@@ -20,15 +21,17 @@ from fastkd.methods.base import (
     Preset,
     option,
     overrides,
-    undisturbed,
     union,
 )
+from fastkd.methods.context import undisturbed
 from fastkd.methods.definition import Definition, Term
+from fastkd.models.observed import views
 
 # the order of the published table, and of the terms of a sum (but KD is last there); what is not in it comes
 # after, by name
 _TABLE = (
     "kd",
+    "dkd",
     "fitnet",
     "at",
     "fsp",
@@ -57,9 +60,15 @@ def _kinds() -> dict[str, type[Distiller]]:
                 and value.__module__ == module.__name__ != Distiller.__module__
             ):
                 found[name] = value
+    return _in_order(found)
+
+
+def _in_order(found: Mapping[str, type[Distiller]]) -> dict[str, type[Distiller]]:
     return {
         name: found[name]
-        for name in sorted(found, key=lambda name: _TABLE.index(name) if name in _TABLE else len(_TABLE))
+        for name in sorted(
+            found, key=lambda name: (_TABLE.index(name) if name in _TABLE else len(_TABLE), name)
+        )
     }
 
 
@@ -67,6 +76,47 @@ _KINDS = _kinds()
 
 METHODS = ("baseline", *_KINDS)
 """The names of the single methods; several are joined by "+"."""
+
+
+def register(name: str) -> Callable[[type[Distiller]], type[Distiller]]:
+    """A decorator that adds a :class:`Distiller` of your own as the method ``name``:
+
+        @fastkd.methods.register("vector")
+        class Vector(fastkd.methods.Distiller): ...
+
+    Raises ValueError for a name that is there already, TypeError for what is no whole Distiller. An entry
+    point of the group "fastkd.methods" does the same.
+    """
+
+    def add(kind: type[Distiller]) -> type[Distiller]:
+        _register(name, kind)
+        return kind
+
+    return add
+
+
+def _register(name: str, kind: Any, package: str = "") -> None:
+    global METHODS
+    if not isinstance(kind, type) or not issubclass(kind, Distiller):
+        raise TypeError(f"method {name!r} is {kind!r}, wanted a subclass of fastkd.methods.Distiller")
+    lacking = [part for part in ("title", "presets", "canonical") if not hasattr(kind, part)]
+    if lacking or kind.canonical not in kind.presets:
+        wanted = f"a field {lacking[0]!r}" if lacking else f"its preset {kind.canonical!r} among its presets"
+        raise TypeError(f"method {name!r} is {kind.__name__}, wanted {wanted}")
+    if "+" in name or name in ("ce", "baseline"):
+        raise ValueError(f"method name is {name!r}, wanted another one")
+    plugins.register("method", _KINDS, name, kind, package)
+    ordered = _in_order(_KINDS)
+    _KINDS.clear()
+    _KINDS.update(ordered)
+    METHODS = ("baseline", *_KINDS)
+
+
+def _found(name: str) -> dict[str, type[Distiller]]:
+    """All methods, those of installed packages that ``name`` asks for among them."""
+    for part in name.split("+") if name != "baseline" else ():
+        plugins.find("method", _KINDS, part, _register)
+    return _KINDS
 
 
 def define(
@@ -84,12 +134,12 @@ def define(
     cross-entropy. Raises ValueError for a name, a preset or an option that is not known, and where terms of a
     sum are published with different values of what they share.
     """
-    return definition.define(_KINDS, name, preset, options, words)
+    return definition.define(_found(name), name, preset, options, words)
 
 
 def full_name(name: str) -> str:
     """A method's name with the terms of a sum in their order. Raises ValueError for one that is not known."""
-    return "+".join(definition.names_of(_KINDS, name)) or "baseline"
+    return "+".join(definition.names_of(_found(name), name)) or "baseline"
 
 
 def create_method(
@@ -112,7 +162,14 @@ def create_method(
 def wrapped(student: nn.Module, teacher: nn.Module, run: Mapping[str, Any]) -> nn.Module:
     """The student as the method of a run changes it; ``run`` is the run's config.json."""
     found = define(run["method"], preset=run["fields"]["preset"], words=run["options"])
-    return found.wrap(BuildContext.of(student, teacher)) if found.wraps else student
+    if not found.wraps:
+        return student
+    points, sides = run.get("points", (None, None)), run.get("sides", (32, 32))  # older runs have neither
+    shapes = (3, sides[0], sides[0]), (3, sides[1], sides[1])
+    with undisturbed(student, teacher):
+        observed = views((student, teacher), tuple(points), None, shapes)
+    context = BuildContext.of(student, teacher, shapes[0], observed, teacher_image_shape=shapes[1])
+    return found.wrap(context)
 
 
 def title_of(name: str) -> str:
@@ -128,5 +185,5 @@ def colour_of(name: str) -> str | None:
 __all__ = [
     "METHODS", "Batch", "Beside", "BuildContext", "Definition", "Distiller", "Output", "Points", "Preset",
     "Term", "colour_of", "create_method", "define", "definition", "full_name", "option", "overrides",
-    "title_of", "undisturbed", "union",
+    "register", "title_of", "undisturbed", "union",
 ]  # fmt: skip

@@ -114,6 +114,8 @@ class Definition:
         """
         built: dict[str, Distiller] = {}
         for term in sorted(self.terms, key=lambda term: not overrides(term.kind, "wrap_student")):
+            if term.kind.reads_logits_alone:
+                context.same_classes(term.name)
             with seeded(seed, "method", term.name):
                 made = built[term.name] = term.kind(context, term.options)
             stored = {

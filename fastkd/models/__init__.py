@@ -6,10 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from fastkd.models import students
+from fastkd import plugins
+from fastkd.models import specs, students
 from fastkd.models.features import Features, Neck
 from fastkd.models.resnet import ResNet
 from fastkd.models.weights import WeightsError, fingerprint, load_weights, read_checkpoint
@@ -37,19 +39,53 @@ _BUILDERS: dict[str, Callable[[int], nn.Module]] = {
 MODELS = tuple(_BUILDERS)
 
 
+def register(name: str) -> Callable[[Callable[[int], nn.Module]], Callable[[int], nn.Module]]:
+    """A decorator that adds a function ``(num_classes) -> nn.Module`` of your own as the model ``name``:
+
+        @fastkd.models.register("small")
+        def small(num_classes): ...
+
+    Raises ValueError for a name that is there already. An entry point of the group "fastkd.models" does the
+    same.
+    """
+
+    def add(build: Callable[[int], nn.Module]) -> Callable[[int], nn.Module]:
+        _register(name, build)
+        return build
+
+    return add
+
+
+def _register(name: str, build: Any, package: str = "") -> None:
+    global MODELS
+    if not callable(build):
+        raise TypeError(f"model {name!r} is {build!r}, wanted a function of the number of classes")
+    plugins.register("model", _BUILDERS, name, build, package)
+    MODELS = tuple(_BUILDERS)
+
+
 def create_model(name: str, num_classes: int = 10) -> nn.Module:
-    """A freshly initialized model by its name (one of ``MODELS``), for (N, 3, 32, 32) images. Raises
+    """A freshly initialized model by its name, one of ``MODELS``, for (N, 3, 32, 32) images. Raises
     ValueError for an unknown name.
 
     ``model(x)`` gives logits; with ``features`` True, "preact", "both" or "pooled" it gives ``(Features,
     logits)``. ``model.neck`` and ``model.fc`` may be exchanged; ``model.norms_before_relu()`` are the batch
     norms of ``preact.stages``.
+
+    Other names make other networks: "torchvision:NAME" and "timm:NAME" those of these packages, without
+    weights, and "path/to/file.py:FACTORY" what ``FACTORY(num_classes=...)`` of that file returns.
     """
-    if name not in _BUILDERS:
-        raise ValueError(f"model {name!r} is not known; known: {', '.join(MODELS)}")
     if num_classes < 1:
         raise ValueError(f"num_classes is {num_classes}, wanted at least 1")
-    return _BUILDERS[name](num_classes)
+    if specs.is_spec(name):
+        return specs.create(name, num_classes)
+    plugins.find("model", _BUILDERS, name, _register)
+    if name not in _BUILDERS:
+        raise ValueError(f"model {name!r} is not known; known: {', '.join(MODELS)}, or {specs.FORMS}")
+    network = _BUILDERS[name](num_classes)
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"model {name!r} gives {type(network).__name__}, wanted a torch.nn.Module")
+    return network
 
 
 def load_student(folder: str | Path, *, file: str = "best.pt") -> nn.Module:
@@ -75,4 +111,5 @@ __all__ = [
     "load_student",
     "load_weights",
     "read_checkpoint",
+    "register",
 ]

@@ -41,6 +41,7 @@ class Observed:
             network, image_shape, {place.name for place in stages} | {classifier or ""} - {""}, role
         )
         self.points, self.name = [place.key for place in stages], type(network).__name__
+        self.names = [place.name for place in stages]
         self.classifier = classifier or probe.classifier()
         pooled = None if self.classifier is None else _flat(probe.taken_by(self.classifier))
         self.final = None if pooled is None else probe.final(pooled)
@@ -125,9 +126,12 @@ def views(
     networks: tuple[nn.Module, nn.Module],
     points: tuple[Sequence[Point] | None, Sequence[Point] | None],
     classifier: str | tuple[str | None, str | None] | None,
-    image_shape: Sequence[int],
+    image_shapes: tuple[Sequence[int], Sequence[int]],
 ) -> tuple[Observed | None, Observed | None]:
-    """What shows the features of both networks, where they are none of ours or other points are named."""
+    """What shows the features of both networks, where they are none of ours or other points are named.
+
+    All pairs have the student's part first.
+    """
     foreign = [points[i] is not None or not shows_features(networks[i]) for i in range(2)]
     names = classifier if isinstance(classifier, tuple) else (classifier, classifier)
     if isinstance(classifier, str):
@@ -137,7 +141,7 @@ def views(
         if any(has):
             names = tuple(classifier if each else None for each in has)  # type: ignore[assignment]
     found = [
-        Observed(network, points[i], names[i], image_shape, role) if foreign[i] else None
+        Observed(network, points[i], names[i], image_shapes[i], role) if foreign[i] else None
         for i, (network, role) in enumerate(zip(networks, ("student", "teacher"), strict=True))
     ]
     return found[0], found[1]

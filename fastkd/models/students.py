@@ -19,7 +19,8 @@ def load_student(
     path = Path(folder).expanduser() / file
     checkpoint = read_checkpoint(path)
     try:
-        about, classes = checkpoint["config"], len(checkpoint["model"]["fc.weight"])
+        about = checkpoint["config"]
+        classes = about.get("classes") or len(checkpoint["model"]["fc.weight"])  # older runs say no number
         with seeded(0, "load_student"):  # leaves the random numbers of the caller alone
             network = create(about["identity"]["model"], classes)
             if about["trained"] not in ("teacher", "baseline"):
@@ -28,6 +29,11 @@ def load_student(
                 network = methods.wrapped(network, create(about["teacher"], classes), about)
     except (KeyError, TypeError, ValueError) as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        identity = checkpoint.get("config", {}).get("identity", {})
+        if identity.get("plugins"):
+            why += (
+                f"; it has {', '.join(f'{key} of {origin}' for key, origin in identity['plugins'].items())}"
+            )
         raise WeightsError(f"{path}: not the weights of a run of this version ({why})") from None
     load_weights(network, path)
     return network.eval()

@@ -9,4 +9,4 @@ from fastkd.reference.attention import attention_map, attention_transfer_loss, r
 from fastkd.reference.fsp import fsp_loss, fsp_matrix
 from fastkd.reference.maps import batch_norm, hcl_loss, norm_loss, ofd_loss, ofd_margin
 from fastkd.reference.sakd import sakd_loss, sakd_map
-from fastkd.reference.vectors import crd_loss, kd_loss, rkd_loss
+from fastkd.reference.vectors import crd_loss, dkd_loss, kd_loss, rkd_loss

@@ -1,4 +1,4 @@
-"""Losses of logits and of embeddings: KD, RKD, CRD."""
+"""Losses of logits and of embeddings: KD, DKD, RKD, CRD."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from fastkd import checks, graphs
 from fastkd.reference.common import no_autocast, widen
+
+_EXCLUDED = -1e30
+"""In place of a logit of -inf."""
 
 
 def kd_loss(
@@ -34,7 +37,8 @@ def kd_loss(
         weight: multiplies the result.
         activation: "softmax", or "sigmoid" for classes that exclude none of each other: the binary divergence
             of each class, ``p log(p / q) + (1 - p) log((1 - p) / (1 - q))`` with p = sigmoid(t / T) and
-            q = sigmoid(s / T). K may be 1 then.
+            q = sigmoid(s / T). "identity" is for regression: the squared difference of each output, whatever
+            T. With these two K may be 1.
         mask: bool, (N,) for (N, K), (N, L) for (N, L, K). Where it is False neither sum nor mean counts the
             sample or token, whatever its logits; a mean over none is 0.
 
@@ -46,20 +50,24 @@ def kd_loss(
     checks.kd_loss(student_logits, teacher_logits, temperature, reduction, weight, activation, mask)
     temperature, weight = float(temperature), float(weight)
     with no_autocast(student_logits):
-        softened = [x / temperature for x in widen(student_logits, teacher_logits)]
+        factor, softened = weight, widen(student_logits, teacher_logits)
+        if activation != "identity":
+            factor, softened = weight * temperature**2, [x / temperature for x in softened]
         if mask is not None:  # equal answers, so that neither the sum nor a gradient sees what is masked
             softened = [x.masked_fill(~mask.unsqueeze(-1), 0) for x in softened]
-        s, t = graphs.save_constants(*(_log_probabilities(x, activation) for x in softened))
-        # A class that the teacher excludes (a logit of -inf) has no part in the sum, whatever the student's
-        # logit. In the others a probability that underflows stays above zero, so that a student's -inf makes
-        # the loss infinite, not NaN. The teacher's logarithms, not its probabilities, so that a vanishing one
-        # has a gradient.
-        excluded = t == -math.inf
-        p = t.exp().clamp_min(torch.finfo(t.dtype).tiny)
-        kl = p * (t.masked_fill(excluded, 0) - s.masked_fill(excluded, 0))
+        s, t = graphs.save_constants(*(_compared(x, activation) for x in softened))
+        if activation == "identity":
+            kl = (s - t).square()
+        else:
+            # A class that the teacher excludes (a logit of -inf) has no part in the sum, whatever the
+            # student's logit. In the others a probability that underflows stays above zero, so that a
+            # student's -inf makes the loss infinite, not NaN. The teacher's logarithms, not its
+            # probabilities, so that a vanishing one has a gradient.
+            excluded = t == -math.inf
+            p = t.exp().clamp_min(torch.finfo(t.dtype).tiny)
+            kl = p * (t.masked_fill(excluded, 0) - s.masked_fill(excluded, 0))
         if activation == "sigmoid":
             kl = kl.sum(-1)
-        factor = weight * temperature**2
         if reduction in ("none", "sum"):
             return (kl if reduction == "none" else kl.sum()) * factor
         if mask is None:
@@ -68,11 +76,73 @@ def kd_loss(
         return kl.sum() / count * factor
 
 
-def _log_probabilities(x: Tensor, activation: str) -> Tensor:
-    """Of all classes (..., K), or of each class and its opposite (..., K, 2)."""
+def _compared(x: Tensor, activation: str) -> Tensor:
+    """Outputs as they are, or logarithms of probabilities: of all classes (..., K), or of each class and its
+    opposite (..., K, 2).
+    """
+    if activation == "identity":
+        return x
     if activation == "softmax":
         return F.log_softmax(x, -1)
     return torch.stack([F.logsigmoid(x), F.logsigmoid(-x)], -1)
+
+
+def dkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    temperature: float = 4.0,
+    *,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    weight: float = 1.0,
+) -> Tensor:
+    """Decoupled distillation: the softened divergence in two parts, each with its own factor.
+
+    ``alpha`` belongs to the divergence between "the labelled class" and "another class", ``beta`` to that
+    among the other classes alone. With ``alpha`` 1 and, for each sample, the teacher's probability of another
+    class in place of ``beta``, the sum would be :func:`fastkd.kd_loss`.
+
+    Args:
+        student_logits, teacher_logits: (N, K) floating point, of any dtypes, K >= 3. A logit of -inf counts
+            as -1e30 T: a class that the teacher excludes adds nothing.
+        labels: (N,) int64, from 0 to K - 1.
+        temperature: T, above 0; both parts are multiplied by its square.
+        alpha, beta: factors of the two parts; one that is 0 is not computed.
+        weight: multiplies the result.
+
+    Returns: a scalar, the mean over N; float32, float64 if any input is float64. With F the functions of
+    ``torch.nn.functional``, s and t the logits / T, p = softmax(s) of the label, q = softmax(t) of it, and
+    s', t' the logits of the other classes, it equals ``T * T`` times the mean over N of
+    ``alpha * (q * log(q / p) + (1 - q) * log((1 - q) / (1 - p)))
+    + beta * F.kl_div(F.log_softmax(s', 1), F.softmax(t', 1), reduction="none").sum(1)``.
+    Raises: TypeError, ValueError for what is not such a pair of logits with its labels.
+    Source: Zhao, Cui, Song, Qiu, Liang, *Decoupled knowledge distillation*, 2022.
+    """
+    checks.dkd_loss(student_logits, teacher_logits, labels, temperature, alpha, beta, weight)
+    temperature, place = float(temperature), labels.unsqueeze(1)
+    with no_autocast(student_logits):
+        # what is excluded, by a logit of -inf or here the label itself, gets a number so low that it has the
+        # probability 0, and that 0 times its logarithm is 0
+        sides = [(x / temperature).clamp_min(_EXCLUDED) for x in widen(student_logits, teacher_logits)]
+        others = [x.scatter(1, place, _EXCLUDED) for x in sides]
+        logs = [F.log_softmax(x, 1) for x in others]
+        loss = sides[0].new_zeros(())
+        if alpha:
+            # log-odds of the label: its logit less log(sum(exp(the others))), which is any of those less its
+            # logarithm; of the largest, that is exact
+            odds = []
+            for x, y, log in zip(sides, others, logs, strict=True):
+                best = y.argmax(1, True)
+                odds.append(x.gather(1, place) - y.gather(1, best) + log.gather(1, best))
+            s, t = graphs.save_constants(*odds)
+            p = t.sigmoid()  # cross-entropy, less the teacher's entropy
+            first, least = (F.binary_cross_entropy_with_logits(x, p, reduction="sum") for x in (s, t))
+            loss = loss + float(alpha) * (first - least)
+        if beta:
+            s, t = graphs.save_constants(*logs)
+            loss = loss + float(beta) * torch.dot(t.exp().flatten(), (t - s).flatten())
+        return loss * (float(weight) * temperature**2 / len(labels))
 
 
 def rkd_loss(

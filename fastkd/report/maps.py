@@ -33,7 +33,8 @@ def redraw(folder: Path, data: Path | None) -> list[Path]:
     settings, fields = from_config(about, folder.parent), about["fields"]
     dataset = load_dataset(about["dataset"], data or settings.data)
     normalization = normalization_of(fields["normalization"], dataset)
-    device, teacher, row = find_device(None), None, {**about, "nepoch": fields["epochs"]}
+    device, teacher = find_device(None), None
+    row = {**about, "dataset": dataset.title, "nepoch": fields["epochs"]}
     try:
         student = load_student(folder, file="best.pt" if fields["report"] == "best" else "last.pt")
         if settings.method == "baseline":
@@ -45,7 +46,16 @@ def redraw(folder: Path, data: Path | None) -> list[Path]:
     except WeightsError as error:
         raise UserError(str(error)) from None
     taught = None if teacher is None else placed(teacher, device)
-    return attention_maps.draw(folder, row, dataset, normalization, placed(student, device), taught)
+    return attention_maps.draw(
+        folder,
+        row,
+        dataset,
+        normalization,
+        placed(student, device),
+        taught,
+        about.get("points", (None, None)),  # runs of older versions have neither
+        about.get("sides", (32, 32)),
+    )
 
 
 @screens()

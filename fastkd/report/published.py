@@ -171,3 +171,33 @@ SAKD = Published(
 )
 
 TABLES = (SELF, NOTE, SAKD)
+
+UNKNOWN = "not stated"
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a published figure is: of how many runs the mean, whether with a spread, and of which epoch."""
+
+    source: str
+    figures: str
+    runs: str = UNKNOWN
+    spread: str = UNKNOWN
+    epoch: str = UNKNOWN
+
+
+# of the tables above, then of the projects whose presets and recipes are here
+MEANINGS = (
+    Meaning(SELF.source, "AT, FSP", "3", "each run is published", "best"),
+    Meaning(SELF.source, "the other rows", "3", epoch="best"),
+    Meaning("experiment note", "all"),
+    Meaning(SAKD.source, "SAKD", epoch="best"),
+    Meaning(SAKD.source, "the other rows, from several papers"),
+    Meaning("HobbitLong/RepDistiller", "its README", "5", epoch="last"),
+    Meaning("clovaai/overhaul-distillation", "OFD on CIFAR", "5", epoch="last, the median run"),
+    Meaning("megvii-research/mdistiller", "what it prints", epoch="best"),
+    Meaning("dvlab-research/ReviewKD", "what it prints", epoch="best"),
+    Meaning("DefangChen/SimKD", "what it prints", epoch="best"),
+    Meaning("OSVAI/NORM", "NORM: the best of four gamma", "3", epoch="best"),
+    Meaning("szagoruyko/attention-transfer, KD-Zoo", "all"),
+)

@@ -15,7 +15,7 @@ from typing import Any
 from fastkd.errors import UserError
 from fastkd.methods import title_of
 from fastkd.models import create_model
-from fastkd.report.published import NOTE, TABLES, Entry, Published
+from fastkd.report.published import MEANINGS, NOTE, TABLES, Entry, Published
 from fastkd.training import results
 from fastkd.training.groups import Group, changes, groups, mean_and_spread, number
 from fastkd.training.recipes import RECIPES
@@ -125,6 +125,8 @@ def tables(rows: Sequence[dict[str, str]]) -> list[tuple[str, list[str], list[li
                 lines,
             )
         )
+    meant = [[m.source, m.figures, m.runs, m.spread, m.epoch] for m in MEANINGS]
+    made.append(("What a published figure is", ["source", "figures", "runs", "spread", "epoch"], meant))
     if found:
         heads = [
             "method",
@@ -164,8 +166,8 @@ def tables(rows: Sequence[dict[str, str]]) -> list[tuple[str, list[str], list[li
 
 
 NOTES = (
-    "Ours: mean ± sample standard deviation [seeds] (ours minus published), of the epoch that the recipe"
-    " reports; – is not run; n/a is not published."
+    "Ours: mean ± sample standard deviation [seeds] (ours minus published), of the epoch that the recipe\n"
+    "reports; – is not run; n/a is not published."
 )
 
 

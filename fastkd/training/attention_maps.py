@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.data import Dataset
-from fastkd.data.loader import Batches
+from fastkd.data.feed import AnyDataset
 from fastkd.io import figures
 from fastkd.io.console import say
 from fastkd.io.files import write
+from fastkd.training.examples import examples, normalized, stages
 from fastkd.training.groups import described
 
 # file's stem: (what the map is, the map of features (N, C, H, W), what else the reader should know)
@@ -33,13 +33,6 @@ VARIANTS: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
         " The mean times the channels: the same colours.",
     ),
     "maps-plain-sum": ("Sum over channels of x", lambda x: x.sum(1), ""),
-}
-# classes apart from each other, by label; of a set that is not here six labels at even distances
-CLASSES: dict[str, dict[int, str]] = {
-    "cifar10": {0: "airplane", 1: "automobile", 3: "cat", 5: "dog", 7: "horse", 8: "ship"},
-    "cifar100": {8: "bicycle", 13: "bus", 15: "camel", 17: "castle", 53: "orange", 88: "tiger"},
-    "fashion-mnist": {0: "T-shirt", 1: "trouser", 2: "pullover", 5: "sandal", 8: "bag", 9: "ankle boot"},
-    "digits": {i: str(i) for i in (0, 2, 3, 5, 7, 9)},
 }
 CELL, GAP, GROUP = 120, 5, 18  # pixels: a picture, between two, between stages
 UNSIGNED = "Each map from 0 (dark) to its own largest value (bright), over the grey image."
@@ -54,24 +47,28 @@ def available() -> bool:
 def draw(
     folder: Path,
     about: Mapping[str, Any],
-    data: Dataset,
+    data: AnyDataset,
     normalization: tuple[tuple[float, ...], tuple[float, ...]],
     student: nn.Module,
     teacher: nn.Module | None,
+    points: Sequence[Sequence[str] | None] = (None, None),
+    sides: Sequence[int] = (32, 32),
 ) -> list[Path]:
     """The sheets of a run in its folder, one a variant; on failure none, and one line that says why.
 
-    ``about``: method, dataset, student, teacher and nepoch, as in the table. Models are left in eval mode.
+    ``about``: method, dataset, student, teacher and nepoch, as in the table. ``points``, ``sides``: of the
+    student and of the teacher, their stages and the size of a folder's images. Models are left in eval mode.
     """
     if not available():
         return []
     try:
-        images, labels = examples(data.name, data.classes, data.test_images, data.test_labels)
-        device, count = next(student.parameters()).device, len(images)
-        batches = Batches(images, torch.arange(count), *normalization, batch_size=count, device=device)
-        batch = next(batches.test())[0]
-        models = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
-        features = {name: stages(model, batch) for name, model in models.items()}
+        models = {"student": (student, points[0], sides[0])}
+        if teacher is not None:
+            models = {"teacher": (teacher, points[1], sides[1]), **models}
+        features = {}
+        for name, (model, names, side) in models.items():
+            images, labels = examples(data, side)  # the student's are the last, and are drawn
+            features[name] = stages(model, normalized(images, normalization, model), names)
         title, paths = described(about), []
         for stem, (formula, reduce, remark) in VARIANTS.items():
             maps = {name: [reduce(x) for x in found] for name, found in features.items()}
@@ -81,21 +78,6 @@ def draw(
     except Exception as error:  # the run is finished and recorded, whatever matplotlib or the disk say
         say(f"pictures: none ({' '.join(str(error).split()) or type(error).__name__})")
         return []
-
-
-def examples(name: str, classes: int, images: Tensor, labels: Tensor) -> tuple[Tensor, list[str]]:
-    """The first test image of each class to show, (N, 3, H, W) uint8, and the names of the classes."""
-    wanted = CLASSES.get(name) or {i * classes // 6: f"class {i * classes // 6}" for i in range(6)}
-    places = {label: (labels == label).nonzero() for label in wanted}
-    there = [label for label in wanted if len(places[label])]
-    return images[[int(places[label][0]) for label in there]], [wanted[label] for label in there]
-
-
-def stages(model: nn.Module, batch: Tensor) -> list[Tensor]:
-    """The stages' outputs (N, C, H, W) on the CPU, in float32, by running averages."""
-    with torch.no_grad():
-        features, _ = model.eval()(batch, features=True)
-    return [x.float().cpu() for x in features.stages]
 
 
 def sheet(

@@ -11,13 +11,16 @@ from typing import Any
 import torch
 
 import fastkd
-from fastkd.data import Dataset
+from fastkd import plugins
+from fastkd.data import Folder
+from fastkd.data.feed import AnyDataset
 from fastkd.errors import UserError
 from fastkd.methods import Definition
 from fastkd.methods.options import written
 from fastkd.models import WeightsError, create_model, fingerprint, load_weights
+from fastkd.models.specs import file_name
 from fastkd.training.recipes import RECIPES, Recipe
-from fastkd.training.settings import Models, Settings, environment
+from fastkd.training.settings import POINTS, Models, Settings, environment
 
 ALONE = ("epochs", "teacher_mode", "preset", "init_epochs", "init_lr", "init_milestones")
 """Fields that a teacher's own training has no use for, or whose value stands in its file's name already."""
@@ -41,7 +44,9 @@ class Choices:
     recipe_name: str
     recipe: Recipe
     method: Definition
-    data: Dataset
+    data: AnyDataset
+    points: dict[str, tuple[str, ...] | None]
+    """By role the submodules whose outputs are the stages of a network; None: it shows its own."""
     device: torch.device
     processes: int
     compiled: bool
@@ -70,9 +75,12 @@ class Choices:
         }
         changed = {key: value for key, value in changed.items() if key not in ALONE}
         changed |= {key: identity[key] for key, usual in USUAL.items() if identity[key] != usual}
+        data = self.data.name
+        if isinstance(self.data, Folder):
+            data, changed["image_size"] = f"{data}-{self.data.fingerprint[:8]}", identity["image_size"]
         name = [
-            self.data.name,
-            self.models.teacher,
+            data,
+            file_name(self.models.teacher),
             self.recipe_name,
             f"{self.recipe.epochs}epochs",
             f"seed{self.seed_of('teacher')}",
@@ -103,20 +111,62 @@ class Choices:
             "cuda_graph": self.captured,
             "processes": self.processes,
         }
+        if self.added(role):
+            identity["plugins"] = self.added(role)
+        if isinstance(self.data, Folder):
+            identity |= {"images": self.data.fingerprint, "image_size": self.side(role)}
         if role != "teacher" and self.method.needs_teacher:
+            identity |= self._differing()
             identity |= {"teacher": self.models.teacher, "teacher_weights": self.teacher_weights}
             if self.teacher_seed is not None:
                 identity["teacher_seed"] = self.teacher_seed
+            if self.settings.more_teachers:
+                identity |= {"more_teachers": self.more_weights, "join_teachers": self.join_teachers}
         if role != "teacher" and self.student_weights is not None:
             identity["student_weights"] = self.student_weights
         if role != "teacher" and self.method.changes:
             identity["options"] = {key: written(value) for key, value in self.method.changes.items()}
         return identity
 
+    def added(self, role: str) -> dict[str, str]:
+        """What this training has from elsewhere, and where from: {"method vector": "my_file.py 1a2b3c4d"}."""
+        used = [("dataset", self.data.name), ("model", self.model_name(role))]
+        if role == "student":
+            used += [("method", term.name) for term in self.method.terms]
+            names = [self.models.teacher, *(name for name, _ in self.settings.more_teachers)]
+            used += [("model", name) for name in names] * self.method.needs_teacher
+        found = {f"{kind} {name}": plugins.origin(kind, name) for kind, name in used}
+        return {key: where for key, where in found.items() if where is not None}
+
+    def side(self, role: str) -> int:
+        raise NotImplementedError
+
+    def _differing(self) -> dict[str, Any]:
+        """Of a student's identity, what only networks and images of the user's own have."""
+        found: dict[str, Any] = {
+            f"{role}_points": list(points) for role, points in self.points.items() if points is not None
+        }
+        if self.side("teacher") != self.side("student"):
+            found["teacher_size"] = self.side("teacher")
+        return found
+
     @cached_property
     def teacher_weights(self) -> str | None:
         """The fingerprint of what ``--teacher-checkpoint`` holds; None without one. Raises UserError."""
         return self._fingerprint(self.models.teacher, self.settings.teacher_checkpoint)
+
+    @cached_property
+    def more_weights(self) -> list[list[str | None]]:
+        """(model, fingerprint) of each teacher but the first. Raises UserError."""
+        return [[name, self._fingerprint(name, file)] for name, file in self.settings.more_teachers]
+
+    @property
+    def join_teachers(self) -> str:
+        return self.settings.join_teachers or "losses"
+
+    def teachers(self) -> str:
+        """The names of all teachers: "resnet56 + resnet110"."""
+        return " + ".join([self.models.teacher, *(name for name, _ in self.settings.more_teachers)])
 
     @cached_property
     def student_weights(self) -> str | None:
@@ -139,11 +189,15 @@ class Choices:
             key: str(value) if isinstance(value, Path) else value
             for key, value in dataclasses.asdict(self.settings).items()
         }
+        settings["more_teachers"] = [[name, str(file)] for name, file in self.settings.more_teachers]
         resolved = {
             **dataclasses.asdict(self.models),
             "dataset": self.data.name,
             "recipe": self.recipe_name,
             "device": str(self.device),
+            "classes": self.data.classes,
+            "points": [self.points["student"], self.points["teacher"]],
+            "sides": [self.side("student"), self.side("teacher")],
         }
         return {
             **settings,
@@ -153,6 +207,12 @@ class Choices:
             "fastkd": fastkd.__version__,
             "torch": str(torch.__version__),
         }
+
+    def own_words(self, role: str) -> list[str]:
+        """What was said of networks and images of one's own and changes the result: ["image_size=64"]."""
+        names = [f"{role}_size", "image_size", *["teacher_size", *POINTS] * (role == "student")]
+        given = {name: getattr(self.settings, name) for name in dict.fromkeys(names)}
+        return [f"{name}={written(value)}" for name, value in given.items() if value is not None]
 
     settled: dict[str, Any]  # options left open, whose values the networks and the data decided
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,10 +23,23 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n" if is_first() else None)
 
 
+def load_plugins(arguments: list[str] | None) -> None:
+    """Imports what ``--plugin`` names: the parser knows what it registers. Raises UserError."""
+    from fastkd import plugins
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--plugin", action="append", default=[])
+    with suppress(argparse.ArgumentError):  # a flag without its value, of which the whole parser tells
+        for file in first.parse_known_args(arguments)[0].plugin:
+            plugins.load(file)
+
+
 def build_parser() -> argparse.ArgumentParser:
+    from fastkd import plugins
+    from fastkd.data import DATASETS
     from fastkd.methods import METHODS
-    from fastkd.models import MODELS
-    from fastkd.training import DATASETS, PRECISIONS, RECIPES, SETTINGS, Recipe
+    from fastkd.training import PRECISIONS, RECIPES, SETTINGS, Recipe
+    from fastkd.training.own_flags import add_networks, add_own
 
     text = "Train a teacher, distil a student from it, record the result."
     parser = OneLineParser(prog=program(), description=text, allow_abbrev=False)
@@ -38,7 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"{', '.join(METHODS)}, or a sum such as at+kd",
     )
     parser.add_argument(
-        "--dataset", choices=("auto", *DATASETS), help="auto (default): CIFAR-10 if under --data, else digits"
+        "--dataset",
+        choices=("auto", *DATASETS, *plugins.known("dataset")),
+        help="auto (default): CIFAR-10 if under --data, else digits",
     )
     parser.add_argument(
         "--data",
@@ -51,16 +66,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--setting", choices=tuple(SETTINGS), help=f"teacher > student on cifar100 by recipe sakd: {letters}"
     )
-    parser.add_argument(
-        "--teacher", choices=MODELS, metavar="NAME", help=f"resnet20; known: {', '.join(MODELS)}"
-    )
-    parser.add_argument("--student", choices=MODELS, metavar="NAME", help="resnet20; the same names")
-    parser.add_argument(
-        "--teacher-checkpoint", type=Path, metavar="FILE", help="the teacher's weights, RepDistiller's layout"
-    )
+    add_networks(parser)
     parser.add_argument(
         "--student-checkpoint", type=Path, metavar="FILE", help="weights that the student begins with"
     )
+    plugin = "imports it first: it may register methods, models and data sets; as often as needed"
+    parser.add_argument("--plugin", action="append", default=[], metavar="FILE.py", help=plugin)
     parser.add_argument(
         "--recipe",
         choices=tuple(RECIPES),
@@ -120,6 +131,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--option", action="append", default=[], dest="options", metavar="NAME=VALUE", help=option
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="the plan, the sizes of features, memory and time of a step; writes nothing",
+    )
+    add_own(parser.add_argument_group("networks and images of your own"))
     group = parser.add_argument_group("fields of the recipe")
     for field in dataclasses.fields(Recipe):
         add_field(group, field)
@@ -163,15 +180,22 @@ def main(arguments: list[str] | None = None) -> int:
         from fastkd.io.console import screens
         from fastkd.training import Interrupted, Recipe, Settings, UserError, repeat
         from fastkd.training.distributed import MeetingError
+        from fastkd.training.own_flags import all_teachers
         from fastkd.training.signals import terminable
 
         stack.enter_context(screens())
         stack.enter_context(terminable())
+        try:
+            load_plugins(arguments)
+        except UserError as error:
+            tell(f"error: {error}", is_first())
+            return 2
         flags = vars(build_parser().parse_args(arguments))
         fields = {field.name: flags.pop(field.name) for field in dataclasses.fields(Recipe)}
         try:
             times = flags.pop("repeats")
-            flags["options"] = tuple(flags["options"])
+            flags |= all_teachers(flags.pop("teacher"), flags.pop("teacher_checkpoint"))
+            flags["options"], flags["plugins"] = tuple(flags["options"]), tuple(flags.pop("plugin"))
             repeat(
                 Settings(
                     **flags, overrides={name: value for name, value in fields.items() if value is not None}

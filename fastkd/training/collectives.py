@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -59,6 +59,16 @@ def add(values: Tensor) -> Tensor:
         meet()
         _sum(values)
     return values
+
+
+def gathered(mine: list[T]) -> list[T]:
+    """The lists of all processes, one after the other: plain values, through the CPU."""
+    world = distributed.share()[1]
+    parts: list[Any] = [mine] * world
+    if world > 1:
+        with distributed.meeting():
+            dist.all_gather_object(parts, mine)
+    return [value for part in parts for value in part]
 
 
 def _sum(values: Tensor) -> Tensor:

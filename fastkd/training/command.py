@@ -14,7 +14,7 @@ import fastkd
 from fastkd.io.console import counted
 from fastkd.training.config import Config
 from fastkd.training.launch import launched
-from fastkd.training.settings import environment
+from fastkd.training.settings import FOLDERS, POINTS, environment
 
 COMMAND = "command.sh"
 INSTALLED = "fastkd-train"
@@ -33,14 +33,19 @@ def command(config: Config) -> str:
     Every choice that changes bits is in it, be it a flag or a variable of the environment.
     """
     settings, taught = config.settings, config.method.needs_teacher
+    more = settings.more_teachers
+    files = filter(None, [settings.teacher_checkpoint, *(path for _, path in more)])
     flags: dict[str, Any] = {
         "method": settings.method,
         "dataset": config.data.name,
         "data": settings.data,
-        "teacher": config.models.teacher if taught else None,
+        "teacher": [config.models.teacher, *(name for name, _ in more)] if taught else None,
         "student": config.models.student,
-        "teacher_checkpoint": settings.teacher_checkpoint if taught else None,
+        "teacher_checkpoint": list(map(str, files)) if taught else None,
+        "join_teachers": config.join_teachers if taught and more else None,
         "student_checkpoint": settings.student_checkpoint,
+        "plugin": list(settings.plugins),
+        **{name: getattr(settings, name) for name in (*POINTS, *FOLDERS)},
         "recipe": config.recipe_name,
         **settings.overrides,
         "option": config.options(),

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
 
-import fastkd
-from fastkd.backends import Call
 from fastkd.data import Dataset, choose_dataset, load_dataset
-from fastkd.data.loader import Batches
-from fastkd.distillation import Distillation
+from fastkd.data.feed import testing, training
+from fastkd.data.loader import AnyBatches
 from fastkd.errors import UserError
 from fastkd.io.files import make_folder
 from fastkd.methods import Definition, define
-from fastkd.models import create_model, load_weights
-from fastkd.seeds import generator, seeded
+from fastkd.models.specs import is_spec
+from fastkd.seeds import generator
 from fastkd.training import distributed, results
-from fastkd.training.choices import Choices
 from fastkd.training.device import can_compile, fast_bfloat16, find_device
+from fastkd.training.networks import Networks
 from fastkd.training.recipe_options import decided_options, options_of
 from fastkd.training.recipes import Recipe, get_recipe, normalization_of
 from fastkd.training.settings import PRECISIONS, Settings, recipe_of, resolve
@@ -32,7 +28,7 @@ WORTH_COMPILING = 500_000
 """
 
 
-class Config(Choices):
+class Config(Networks):
     """The settings with every choice made, the data in memory, and what is built of them.
 
     The constructor raises UserError for whatever cannot work.
@@ -63,8 +59,6 @@ class Config(Choices):
                 changed = self.method.recipe(dataclasses.asdict(self.recipe), settings.overrides)
                 settings = dataclasses.replace(settings, overrides={**changed, **settings.overrides})
                 self.recipe = get_recipe(self.recipe_name, settings.overrides)
-            for model in (self.models.teacher, self.models.student):
-                create_model(model)
         except ValueError as error:
             raise UserError(f"{error} (--recipe {self.recipe_name}, --preset {self.recipe.preset})") from None
         for term in self.method.terms:
@@ -73,15 +67,11 @@ class Config(Choices):
                     f"--init-epochs is 0, but {term.name}.phases is {term.options.phases}: wanted at least 1"
                 )
         self.settings = settings = dataclasses.replace(settings, method=self.method.name)
-        self.calls: dict[str, list[Call]] = {}
-        self.settled: dict[str, Any] = {}  # options left open, by the networks and the data
-        self.student_parameters = 0  # of the student that a method has changed
-        self.kept: dict[str, int] = {}  # bytes that a method keeps beside what is trained
+        self.find_points()
         if distributed.leads():  # the others write nothing, and may have no such folder on their machine
             results.read_rows(settings.output)
-        self.data: Dataset = load_dataset(name, settings.data)
-        if self.method.needs_teacher:
-            self._check_fit()
+        self.data = load_dataset(name, settings.data)
+        self.check_networks()
         self.compiled, self.captured = self._how()
         parts = [len(self.data.train_labels) // self.processes] * self.recipe.drop_last
         smallest = min([*parts, *[len(self.data.test_labels)] * self.recipe.drop_last_test], default=2**62)
@@ -91,82 +81,24 @@ class Config(Choices):
                 f"--batch-size is {self.recipe.batch_size}, but {name} has parts of only {smallest}"
                 f" images{each}"
             )
-        if distributed.leads():
+        if distributed.leads() and not settings.dry_run:
             make_folder(settings.output)  # last: a command that cannot run leaves none
 
     def _how(self) -> tuple[bool, bool]:
         """Whether steps are compiled, and replayed as a CUDA graph. Bits depend on it. Raises UserError."""
         settings, cuda = self.settings, self.device.type == "cuda"
         images = self.recipe.epochs * len(self.data.train_labels) / self.processes
+        ours = not any(is_spec(name) for name in (self.models.student, self.models.teacher))
         compiled = (
-            images >= WORTH_COMPILING and can_compile(self.device)
+            # others may hold what does not compile as one graph
+            images >= WORTH_COMPILING and ours and can_compile(self.device)
             if settings.compile is None
             else settings.compile
         )
-        if settings.cuda_graph and (not cuda or self.processes > 1):
-            raise UserError("--cuda-graph is for one process on a GPU")
-        return compiled, cuda and self.processes == 1 if settings.cuda_graph is None else settings.cuda_graph
-
-    def _check_fit(self) -> None:
-        student, teacher = (
-            create_model(self.model_name(role), self.data.classes).to(self.device)
-            for role in ("student", "teacher")
-        )
-        try:
-            trial = self.distillation("student", student, teacher, self.method, fold=False)
-            self.calls = trial.check(self.recipe.batch_size if self.method.whole_batches else 2)
-            self.settled = trial.settled()
-            self.method = dataclasses.replace(self.method, changes={**self.method.changes, **self.settled})
-            self.kept = {
-                name: sum(buffer.nbytes for buffer in module.buffers())
-                for name, module in trial.methods.items()
-            }
-            self.student_parameters = sum(parameter.numel() for parameter in trial.student.parameters())
-        except fastkd.BackendError as error:
-            raise UserError(" ".join(str(error).split())) from None
-        except (ValueError, TypeError) as error:
-            pair = f"{self.models.teacher} as teacher and {self.models.student} as student"
-            raise UserError(
-                f"method {self.settings.method} does not fit {pair}: {' '.join(str(error).split())}"
-            ) from None
-
-    def distillation(
-        self,
-        role: str,
-        student: nn.Module,
-        teacher: nn.Module | None,
-        method: Definition,
-        fold: bool = True,
-        train_images: Iterable[Any] | None = None,
-    ) -> Distillation:
-        """What trains ``student`` by ``method``; both networks are on the device.
-
-        Without ``train_images`` it is one to be looked at: two blank images stand for the training set.
-        """
-        return Distillation(
-            student,
-            teacher if method.needs_teacher else None,
-            method,
-            train_labels=self.data.train_labels,
-            train_images=[torch.zeros(2, 3, 32, 32)] if train_images is None else train_images,
-            num_classes=self.data.classes,
-            batch_size=self.recipe.batch_size,
-            epochs=self.recipe.epochs,
-            autocast=self.autocast(),
-            teacher_mode=self.recipe.teacher_mode,
-            seed=self.seed_of(role),
-            fold=fold,
-        )
-
-    def new_model(self, role: str) -> nn.Module:
-        """The untrained "student" or "teacher", its weights drawn from (seed, role), or a student's from
-        ``--student-checkpoint``.
-        """
-        with seeded(self.seed_of(role), role, "weights"):
-            network = create_model(self.model_name(role), self.data.classes)
-        if role == "student" and self.settings.student_checkpoint is not None:
-            load_weights(network, self.settings.student_checkpoint)
-        return network
+        can = cuda and self.processes == 1 and isinstance(self.data, Dataset)
+        if settings.cuda_graph and not can:
+            raise UserError("--cuda-graph is for one process on a GPU, and images in memory")
+        return compiled, can if settings.cuda_graph is None else settings.cuda_graph
 
     def phases(self, method: Definition) -> list[tuple[str, Recipe, Definition]]:
         """(name, recipe, method) of the phases of a training: "main", perhaps after "init"."""
@@ -182,33 +114,24 @@ class Config(Choices):
         """(mean, std) a channel."""
         return normalization_of(self.recipe.normalization, self.data)
 
-    def batches(self, role: str) -> tuple[Batches, Batches]:
+    def batches(self, role: str) -> tuple[AnyBatches, AnyBatches]:
         """The training and test batches of the student's or the teacher's training."""
-        data, recipe, (mean, std) = self.data, self.recipe, self.normalization()
+        data, recipe, normalization, feed = self.data, self.recipe, self.normalization(), self.feed(role)
         dtype = torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
-        common: dict[str, Any] = {"mean": mean, "std": std, "device": self.device, "dtype": dtype}
+        common: dict[str, Any] = {"device": self.device, "dtype": dtype}
         random: dict[str, Any] = {
             "seed": self.seed_of(role),
             "stream": role,
             "flip": data.flip,
             "pad_mode": recipe.pad_mode,
-        }
-        random |= {
             "share": distributed.share(),
             "drop_last": recipe.drop_last or (role == "student" and self.method.whole_batches),
         }
-        train = Batches(
-            data.train_images, data.train_labels, batch_size=recipe.batch_size, **random, **common
-        )
+        train = training(data, normalization, feed, batch_size=recipe.batch_size, **random, **common)
         # an accuracy over all images does not depend on the batch; one over whole batches does
-        size, images, labels = 500, data.test_images, data.test_labels
+        size, order, tested = self.test_batch, None, feed._replace(sides=(self.side(role),))
         if recipe.drop_last_test:  # a set may be sorted, and what is left out must not be of one class
-            order = torch.randperm(len(labels), generator=generator(0, "test order"))
-            size, images, labels = recipe.batch_size, images[order], labels[order]
-        return train, Batches(images, labels, batch_size=size, drop_last=recipe.drop_last_test, **common)
-
-    def autocast(self) -> torch.autocast:
-        """What the models' forward passes run under; the losses do not."""
-        return torch.autocast(
-            self.device.type, dtype=torch.bfloat16, enabled=self.settings.precision == "bf16"
-        )
+            order = torch.randperm(len(data.test_labels), generator=generator(0, "test order"))
+            size = recipe.batch_size
+        fields: dict[str, Any] = {"batch_size": size, "drop_last": recipe.drop_last_test, **common}
+        return train, testing(data, normalization, tested, order, **fields)

@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from fastkd.data.loader import Batches
+from fastkd.data.loader import AnyBatches
 from fastkd.models.folding import channels_last
 from fastkd.training import collectives
 
@@ -21,7 +21,7 @@ def placed(model: M, device: torch.device) -> M:
 
 
 def evaluate(
-    model: nn.Module, batches: Batches, autocast: torch.autocast, share: tuple[int, int] = (0, 1)
+    model: nn.Module, batches: AnyBatches, autocast: torch.autocast, share: tuple[int, int] = (0, 1)
 ) -> float:
     """Accuracy in percent over ``batches.test()``, done together by processes of which ``share`` says (which,
     how many).
@@ -29,12 +29,11 @@ def evaluate(
     The model is left in eval mode.
     """
     model.eval()
-    counts = torch.zeros(2, dtype=torch.int64, device=batches.pixels.device)
+    counts = torch.zeros(2, dtype=torch.int64, device=batches.device)
     with torch.no_grad(), autocast:
-        for i, (images, labels) in enumerate(batches.test()):
-            if i % share[1] == share[0]:
-                counts[0] += (model(images).argmax(1) == labels).sum()
-                counts[1] += len(labels)
+        for images, labels in batches.test(share):
+            counts[0] += (model(images).argmax(1) == labels).sum()
+            counts[1] += len(labels)
     if share[1] > 1:
         collectives.add(counts)
     right, seen = counts.tolist()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastkd import native
-from fastkd.io.console import say, screens
+from fastkd.io.console import fitted, say, screens
 from fastkd.training import collectives, distributed, resume, run_dir
 from fastkd.training.config import Config
 from fastkd.training.device import determinism
@@ -13,6 +13,7 @@ from fastkd.training.phases import train
 from fastkd.training.run_summary import describe
 from fastkd.training.settings import Settings
 from fastkd.training.teacher import find_teacher
+from fastkd.training.trial import trial
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -22,6 +23,11 @@ def run(settings: Settings) -> dict[str, Any]:
     Raises UserError for whatever the user can mend, Interrupted after Ctrl-C.
     """
     config = shared_config(settings)
+    if settings.dry_run:
+        with screens():
+            say(fitted(describe(config)))
+            say(fitted(trial(config)))
+        return {}
     row, folder = distributed.from_first(lambda: resume.choose(config))
     if row is not None:
         done = f"row {row['no']} of {settings.output / 'results.csv'}, {row['reported_acc']} %"
@@ -30,7 +36,7 @@ def run(settings: Settings) -> dict[str, Any]:
     # the student's folder is there before the teacher's training begins, so that --resume finds the run
     # whenever it was killed
     with screens(), determinism(settings.deterministic), run_dir.opened(config, "student", folder) as student:
-        say(describe(config))
+        say(fitted(describe(config)))
         if config.device.type == "cpu" and not native.CPU.available:
             say(f"no compiled kernels, plain PyTorch instead: {native.CPU.reason}")
         teacher, accuracy = find_teacher(config) if config.method.needs_teacher else (None, None)

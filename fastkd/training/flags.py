@@ -6,7 +6,7 @@ from fastkd.data import choose_dataset
 from fastkd.errors import UserError
 from fastkd.methods import define
 from fastkd.training.recipes import NORMALIZATIONS, get_recipe
-from fastkd.training.settings import Settings, recipe_of, resolve
+from fastkd.training.settings import FOLDERS, Settings, recipe_of, resolve
 
 
 def refuse_idle(settings: Settings) -> None:
@@ -24,11 +24,16 @@ def refuse_idle(settings: Settings) -> None:
     implied = (settings.teacher, settings.student, settings.dataset, settings.recipe)
     constants = recipe.normalization == "own" or (recipe.normalization, dataset) in NORMALIZATIONS
     rates = recipe.milestones or (phases and recipe.init_epochs and recipe.init_milestones)
+    taught = ("teacher_checkpoint", "teacher_seed", "teacher_mode", "preset")
+    both = None not in (settings.student_size, settings.teacher_size)
     idle = {
         f"{method} has no teacher": (
             not definition.needs_teacher,
-            ("teacher_checkpoint", "teacher_seed", "teacher_mode", "preset"),
+            (*taught, "teacher_points", "teacher_size", "join_teachers"),
         ),
+        "it is for --dataset folder": (dataset != "folder", FOLDERS),
+        "images of a folder are not padded": (dataset == "folder", ("pad_mode",)),
+        "--student-size and --teacher-size are given": (both, ("image_size",)),
         "--teacher-checkpoint needs no training": (
             settings.teacher_checkpoint is not None,
             ("teacher_seed",),

@@ -28,14 +28,17 @@ def row_of(
     """The run as a row of the table, without its number."""
     settings, best, last = config.settings, trainer.best(), trainer.history[-1]
     taught, file = teacher_acc is not None, settings.teacher_checkpoint
+    files = [each for each in (file, *(path for _, path in settings.more_teachers)) if each is not None]
     words = config.options() if role == "student" else []
     settled = [word for word in words if word.partition("=")[0] in config.settled]
     changed = [word for word in words if word not in settled]
+    if taught and settings.more_teachers:
+        changed.append(f"join_teachers={config.join_teachers}")
     return {
         "method": run.config["trained"],
-        "dataset": config.data.name,
+        "dataset": config.data.title,
         "student": run.config["model"],
-        "teacher": config.models.teacher if taught else "",
+        "teacher": config.teachers() if taught else "",
         "start_time": run.started,
         "acc": f"{best['test_acc']:.2f}",
         "epoch": best["epoch"],
@@ -56,16 +59,21 @@ def row_of(
         "train_acc": f"{last['train_acc']:.2f}",
         "losses": " ".join(f"{term}={last[term]:.4g}" for term in trainer.distillation.names),
         "overrides": " ".join(
-            [*(f"{key}={written(value)}" for key, value in settings.overrides.items()), *changed]
+            [
+                *(f"{key}={written(value)}" for key, value in settings.overrides.items()),
+                *changed,
+                *config.own_words(role),
+            ]
         ),
         "teacher_seed": config.seed_of("teacher") if taught and file is None else "",
         "deterministic": "yes" if settings.deterministic else "no",
         "compiled": "yes" if config.compiled else "no",
         "cuda_graph": "yes" if config.captured else "no",
         "environment": " ".join(environment()),
-        "teacher_checkpoint": file if taught and file is not None else "",
+        "teacher_checkpoint": " + ".join(str(each) for each in files) if taught else "",
         "student_checkpoint": settings.student_checkpoint or "" if role == "student" else "",
         "settled": " ".join(settled),
+        "plugins": ", ".join(f"{key} of {where}" for key, where in config.added(role).items()),
         "folder": run.folder.name,
     }
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from fastkd.data.loader import Batches
+from fastkd.data.loader import AnyBatches
 from fastkd.errors import UserError
 from fastkd.io.console import say
 from fastkd.methods import Definition
@@ -57,6 +57,8 @@ def train(
                     f"{label} epoch {epoch}/{recipe.epochs}  {trainer.summary()}  {clock(progress.left())}"
                     " left"
                 )
+                for text in trainer.reading.lines():
+                    progress.line(f"{label} epoch {epoch}: {text}")
             if main:
                 row = distributed.from_first(partial(record, config, role, run, trainer, teacher_acc))
         except KeyboardInterrupt as stop:
@@ -69,7 +71,14 @@ def train(
         if role == "student" and config.settings.pictures:
             trainer.student.load_state_dict(trainer.weights()[0])
             attention_maps.draw(
-                run.folder, row, config.data, config.normalization(), trainer.student, teacher
+                run.folder,
+                row,
+                config.data,
+                config.normalization(),
+                trainer.student,
+                teacher[0] if isinstance(teacher, nn.ModuleList) else teacher,
+                [config.points["student"], config.points["teacher"]],
+                [config.side("student"), config.side("teacher")],
             )
         say(ending(config, role, row, results.COLUMNS[:11], run.folder))
     return row
@@ -81,7 +90,7 @@ def phase_trainer(
     phase: tuple[str, Recipe, Definition],
     student: nn.Module,
     teacher: nn.Module | None,
-    batches: tuple[Batches, Batches],
+    batches: tuple[AnyBatches, AnyBatches],
 ) -> Trainer:
     """What trains ``student`` in ``phase`` (of ``config.phases``); only the main one is tested."""
     name, recipe, method = phase

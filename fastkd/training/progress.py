@@ -10,6 +10,9 @@ from typing import Any
 from fastkd.io import console
 from fastkd.io.console import say
 
+LOGGED = 120.0
+"""Seconds between two lines of a long epoch in a log."""
+
 
 def clock(seconds: float) -> str:
     """70 -> 1:10, 3700 -> 1:01:40."""
@@ -19,7 +22,7 @@ def clock(seconds: float) -> str:
 
 class Progress:
     """Lines go to stdout; on a terminal stderr shows a bar over the whole run: tqdm's, or without tqdm a line
-    every ten seconds.
+    every ten seconds. Elsewhere stdout and the log get such a line every two minutes, within long epochs.
 
     When stderr is no terminal it stays empty, so that what is in it are errors.
     """
@@ -36,18 +39,19 @@ class Progress:
         """One step more. ``describe`` is called about once a second only, since it waits for the device."""
         self.done += 1
         now = time.perf_counter()
-        if not self.terminal or now - self.shown < (1 if self.bar is not None else 10):
+        pause = 1 if self.bar is not None else 10 if self.terminal else LOGGED
+        if self.silent or now - self.shown < pause:
             return
         self.shown = now
         if self.bar is not None:
             self.bar.set_postfix_str(describe(), refresh=False)
             self.bar.update(self.done - self.bar.n)
+            return
+        text = f"{self.title}: step {self.done} of {self.steps}, {describe()}, {clock(self.left())} left"
+        if self.terminal:
+            print(text, file=sys.stderr, flush=True)
         else:
-            print(
-                f"{self.title}: step {self.done} of {self.steps}, {describe()}, {clock(self.left())} left",
-                file=sys.stderr,
-                flush=True,
-            )
+            say(text)
 
     def wait(self, seconds: float) -> None:
         """So long nothing was trained, which says nothing of the pace."""

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastkd.data.base import Dataset
+from fastkd.data.feed import AnyDataset
 from fastkd.data.loader import PAD_MODES
 from fastkd.errors import UserError
 
@@ -98,6 +98,11 @@ RECIPES: dict[str, Recipe] = {
         weight_decay=5e-4, teacher_mode="train", normalization="ofd", preset="sakd",
         init_epochs=30, init_lr=0.05,
     ),
+    # szagoruyko/attention-transfer's imagenet.py: AT at the four stages of ResNets, momenta set to zero at
+    # each drop
+    "imagenet": Recipe(
+        100, 256, milestones=_at(100, 30, 60, 90), new_optimizer=True, preset="zagoruyko",
+    ),
     # small batches, since an epoch of 1,437 images has few steps
     "digits": Recipe(
         8, 32, 0.05, (0.5, 0.8), nesterov=True, weight_decay=5e-4, pad_mode="zero", drop_last=True
@@ -132,7 +137,7 @@ NORMALIZATIONS = {
 }
 
 
-def normalization_of(name: str, dataset: Dataset) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalization_of(name: str, dataset: AnyDataset) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, std) a channel, by a recipe's field ``normalization``; else the set's own."""
     return NORMALIZATIONS.get((name, dataset.name), (dataset.mean, dataset.std))
 

@@ -29,7 +29,7 @@ def _repeat(settings: Settings, times: int) -> list[dict[str, Any]]:
     if times < 1:
         raise UserError(f"--repeats is {times}, wanted at least 1")
     refuse_idle(settings)
-    if times == 1:
+    if times == 1 or settings.dry_run:
         return [run(settings)]
     if settings.resume and settings.resume != AUTO:
         raise UserError("--resume FOLDER is one run; with --repeats leave the folder out")

@@ -1,4 +1,4 @@
-"""The table of finished runs: results.csv, and the same for people in results.md."""
+"""The table of finished runs: results.csv, and what people want to see of it in results.md."""
 
 from __future__ import annotations
 
@@ -19,10 +19,18 @@ COLUMNS = (
     "batch_size", "last_acc", "seed", "recipe", "precision", "device", "seconds", "images_per_second",
     "fastkd", "processes", "reported_acc", "teacher_acc", "train_acc", "losses", "overrides", "teacher_seed",
     "deterministic", "compiled", "cuda_graph", "environment", "teacher_checkpoint", "student_checkpoint",
-    "settled", "folder",
+    "settled", "plugins", "folder",
 )  # fmt: skip
 
 
+READ = {
+    **{name: name for name in ("no", "method", "dataset", "student", "teacher", "recipe")},
+    "nepoch": "epochs", "seed": "seed", "acc": "best", "reported_acc": "reported", "overrides": "changed",
+}  # fmt: skip
+"""The columns of results.md, and what they are called there; the others are in results.csv."""
+WIDTH = 120
+NAMES = ("dataset", "student", "teacher", "method", "recipe")
+"""What is shortened where a line is wider: no number ever is."""
 NUMBERS = ("acc", "epoch", "nepoch", "lr", "batch_size", "last_acc", "seed", "reported_acc")
 
 
@@ -101,7 +109,7 @@ def append(output: Path, row: dict[str, Any]) -> dict[str, Any]:
                 half.unlink(missing_ok=True)
             columns, rows = read_rows(output)
             row = {"no": len(rows) + 1, **row}
-            write(output / "results.md", markdown(columns, [*rows, row]) + means([*rows, row]))
+            write(output / "results.md", fitted_markdown(READ, [*rows, row]) + means([*rows, row]))
             # last: a run with a row here is finished
             write(output / "results.csv", table(columns, [*rows, row]))
     except UserError as error:
@@ -120,8 +128,9 @@ def append(output: Path, row: dict[str, Any]) -> dict[str, Any]:
 def means(rows: Sequence[Mapping[str, Any]]) -> str:
     """Means over the seeds of each configuration, as a section in Markdown; nothing if all have one seed."""
     lines = [dict(zip(SHOWN, cells(group), strict=True)) for group in groups(rows) if len(group.rows) > 1]
+    heads = {name: READ.get(name, name) for name in SHOWN}
     return (
-        f"\n## Means over seeds\n\nMean ± sample standard deviation.\n\n{markdown(SHOWN, lines)}"
+        f"\n## Means over seeds\n\nMean ± sample standard deviation.\n\n{fitted_markdown(heads, lines)}"
         if lines
         else ""
     )
@@ -144,3 +153,35 @@ def markdown(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
         for row in rows
     ]
     return "\n".join(lines) + "\n"
+
+
+def fitted_markdown(columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> str:
+    """``rows`` as a Markdown table that reads well as it is: aligned, and at most 120 columns wide.
+
+    ``columns``: their heads by name. Names are shortened for that, and before them the changes of a recipe.
+    """
+    lines = [list(columns.values())]
+    lines += [[str(row.get(name, "")).replace("|", "\\|") for name in columns] for row in rows]
+    widths = dict(zip(columns, [max(3, *map(len, cells)) for cells in zip(*lines, strict=True)], strict=True))
+    while sum(widths.values()) + 3 * len(widths) + 1 > WIDTH:
+        cut = (
+            "overrides"
+            if widths.get("overrides", 0) > 12
+            else max(NAMES, key=lambda name: widths.get(name, 0))
+        )
+        if widths.get(cut, 0) <= 3:
+            break
+        widths[cut] -= 1
+    lines.insert(1, ["-" * width for width in widths.values()])
+    shown = (
+        [_shortened(*each) for each in zip(line, widths, widths.values(), strict=True)] for line in lines
+    )
+    return "".join(f"| {' | '.join(line)} |\n" for line in shown)
+
+
+def _shortened(cell: str, name: str, width: int) -> str:
+    if len(cell) > width and name in NAMES[:3]:  # whose ends tell them apart
+        cell = "…" + cell[1 - width :]
+    elif len(cell) > width:
+        cell = cell[: width - 1].rstrip("\\") + "…"
+    return cell.ljust(width)

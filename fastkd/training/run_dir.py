@@ -16,6 +16,7 @@ from fastkd.errors import UserError
 from fastkd.io.console import LOG, logged, say
 from fastkd.io.files import make_folder, owned, save, sweep, write
 from fastkd.models import WeightsError, read_checkpoint
+from fastkd.models.specs import file_name
 from fastkd.training import distributed, results
 from fastkd.training.command import COMMAND, command, command_file
 from fastkd.training.config import Config
@@ -148,7 +149,8 @@ def _locked(config: Config, role: str, folder: Path | None) -> Iterator[RunDir]:
 def new_run(config: Config, role: str) -> RunDir:
     identity, started = config.identity(role), time.strftime("%Y-%m-%d %H:%M:%S")
     stamp = started.translate({ord("-"): None, ord(":"): None, ord(" "): "-"})
-    name = f"{identity['trained']}-{identity['dataset']}-{identity['model']}-seed{identity['seed']}-{stamp}"
+    parts = identity["trained"], identity["dataset"], file_name(identity["model"]), f"seed{identity['seed']}"
+    name = "-".join([*parts, stamp])
     folder = new_folder(config.settings.output, name)
     about = {"trained": identity["trained"], "model": identity["model"], "command": command(config)}
     if role == "student" and config.method.needs_teacher and config.settings.teacher_checkpoint is None:

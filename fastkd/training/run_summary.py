@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 import fastkd
-from fastkd.io.console import counted
+from fastkd.data import Dataset
+from fastkd.io.console import TOGETHER, counted
 from fastkd.methods import title_of
 from fastkd.models import create_model
 from fastkd.training import attention_maps, tensorboard
@@ -18,11 +19,17 @@ from fastkd.training.recipes import RECIPES
 
 
 def describe(config: Config) -> str:
-    """One screen for the start of the run."""
+    """One screen for the start of the run, which ``console.fitted`` breaks into short lines."""
     settings, models, data = config.settings, config.models, config.data
     student = sum(parameter.numel() for parameter in create_model(models.student, data.classes).parameters())
-    teacher = sum(parameter.numel() for parameter in create_model(models.teacher, data.classes).parameters())
-    fields = [f"{key} {_plain(value)}" for key, value in dataclasses.asdict(config.recipe).items()]
+    teacher = sum(parameter.numel() for parameter in config.new_teacher().parameters())
+    joined = f"; the mean of their {config.join_teachers}" * bool(settings.more_teachers)
+    unread = () if isinstance(data, Dataset) else ("pad_mode",)
+    fields = [
+        f"{key}{TOGETHER}{_plain(value)}".replace(" ", TOGETHER)
+        for key, value in dataclasses.asdict(config.recipe).items()
+        if key not in unread
+    ]
     phases = [
         f"{counted(recipe.epochs, 'epoch')} of {' + '.join(method.names)}"
         for _, recipe, method in config.phases(config.method)
@@ -56,33 +63,51 @@ def describe(config: Config) -> str:
         )
     begun = f", begun with {settings.student_checkpoint}" * (settings.student_checkpoint is not None)
     lines = [
-        f"fastkd   {fastkd.__version__}, torch {torch.__version__}",
-        f"method   {settings.method}: {'; '.join(phases)}",
-        f"student  {models.student}, {student:,} parameters{added}{begun}",
+        ("fastkd", f"{fastkd.__version__}, torch {torch.__version__}"),
+        ("method", f"{settings.method}: {'; '.join(phases)}"),
+        ("student", f"{models.student}, {student:,} parameters{added}{begun}"),
         (
-            f"teacher  {models.teacher}, {teacher:,} parameters"
-            if config.method.needs_teacher
-            else "teacher  none"
+            "teacher",
+            f"{config.teachers()}, {teacher:,} parameters{joined}" if config.method.needs_teacher else "none",
         ),
-        (
-            f"data     {data.name} ({config.why}), {len(data.train_labels):,} training and"
-            f" {len(data.test_labels):,} test images"
-        ),
-        f"recipe   {config.recipe_name}: {', '.join(fields[:9])},",
-        f"         {', '.join(fields[9:16])},",
-        f"         {', '.join(fields[16:])}",
-        f"device   {', '.join(device)}",
-        *(f"note     {text}" for text in _notes(config)),
-        f"losses   {_implementations(config)}",
+        *_points(config),
+        ("data", _images(config)),
+        ("recipe", f"{config.recipe_name}: {', '.join(fields)}"),
+        ("device", ", ".join(device)),
+        *(("note", text) for text in _notes(config)),
+        ("losses", _implementations(config)),
         *(
-            f"memory   {title_of(name)} keeps {size / 1e6:.1f} MB"
+            ("memory", f"{title_of(name)} keeps {size / 1e6:.1f} MB")
             for name, size in config.kept.items()
             if size > 1e6
         ),
-        f"output   {settings.output}: tables, and a folder with {_records(config)}",
-        "time     expected at the end of the first epoch",
+        ("output", f"{settings.output}: tables, and a folder with {_records(config)}"),
+        ("time", "expected at the end of the first epoch"),
     ]
-    return "\n".join(lines)
+    return "\n".join(f"{name:<9}{text}" for name, text in lines)
+
+
+def _points(config: Config) -> list[tuple[str, str]]:
+    """The stages of networks that do not show their own."""
+    if not config.method.needs_teacher:
+        return []
+    told = [f"{role} {', '.join(points)}" for role, points in config.points.items() if points is not None]
+    return [("points", "; ".join(told))] if told else []
+
+
+def _images(config: Config) -> str:
+    data = config.data
+    counts = f"{len(data.train_labels):,} training and {len(data.test_labels):,} test images"
+    if isinstance(data, Dataset):
+        return f"{data.name} ({config.why}), {counts}"
+    sides = [f"{side}×{side}" for side in config.feed("student").sides]
+    size = sides[0] if len(sides) == 1 else f"{sides[0]} for the student, {sides[1]} for the teacher"
+    bad = config.feed("student").on_bad
+    workers = counted(config.workers, "worker") + " in each process" * (config.processes > 1)
+    return (
+        f"{data.title} ({config.settings.data}), {counts} of {data.classes} classes, {size}, read by"
+        f" {workers}; a bad image: {bad}"
+    )
 
 
 def _notes(config: Config) -> list[str]:
@@ -92,6 +117,13 @@ def _notes(config: Config) -> list[str]:
         notes.append(
             f"{config.method.name} is built for whole batches: an epoch's last, smaller one is left out"
         )
+    for role, given in config.declared.items():
+        file = getattr(config.settings, f"{role}_checkpoint")
+        if file is not None and given is not None and given != config.normalization():
+            notes.append(
+                f"images are normalized by {_pair(config.normalization())}, and timm's own weights of"
+                f" {config.model_name(role)} want {_pair(given)}"
+            )
     together = recipe.batch_size * config.processes
     if together != known.batch_size:
         text = (
@@ -153,6 +185,11 @@ def _records(config: Config) -> str:
             "pictures" if attention_maps.available() else "no pictures (matplotlib is not installed)"
         )
     return ", ".join(parts)
+
+
+def _pair(normalization: tuple[tuple[float, ...], tuple[float, ...]]) -> str:
+    mean, std = (" ".join(f"{x:g}" for x in part) for part in normalization)
+    return f"mean {mean}, deviation {std}"
 
 
 def _plain(value: Any) -> Any:

@@ -8,11 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastkd import plugins
 from fastkd.errors import UserError
 from fastkd.io.files import as_path
 from fastkd.training.recipes import SETTINGS
 
 PRECISIONS = ("fp32", "bf16")
+POINTS = ("student_points", "teacher_points")
+FOLDERS = ("image_size", "student_size", "teacher_size", "workers", "on_bad_image")
+"""Settings that only a folder of images has a use for."""
 AUTO = "auto"
 """The value of ``resume`` with which a queue starts a job again and again until it is finished."""
 VARIABLES = ("FASTKD_BACKEND", "FASTKD_CPU", "FASTKD_AMX", "OMP_NUM_THREADS")
@@ -30,7 +34,16 @@ class Settings:
     ("at.beta=500",); ``compile``, ``cuda_graph`` None: where it saves time; ``resume``: "" looks for the
     unfinished run, "auto" begins it where there is none, anything else is its folder. ``teacher_seed`` None:
     that of the run; ``pictures``: the sheets of attention maps at the end, where matplotlib is there. Paths
-    may be strings, and begin with ``~``. The constructor raises UserError for what is no path.
+    may be strings, and begin with ``~``. ``plugins``: files or modules that register methods, models or data
+    sets, imported by the constructor. ``more_teachers``: (model, checkpoint) of each teacher but the first;
+    ``join_teachers`` "losses" (None) or "logits": what the mean is of.
+
+    ``student_points``, ``teacher_points``: names of submodules whose outputs are a network's stages; None:
+    the usual ones. For the data set "folder": ``image_size`` (224) of both networks, ``student_size`` and
+    ``teacher_size`` of one; ``workers``, processes that read images; ``on_bad_image`` "stop" (None) or
+    "skip". ``dry_run``: the plan and one step, and nothing is written.
+
+    The constructor raises UserError for what is no path.
     """
 
     method: str
@@ -54,8 +67,24 @@ class Settings:
     resume: str | None = None
     pictures: bool = True
     student_checkpoint: Path | None = None
+    student_points: tuple[str, ...] | None = None
+    teacher_points: tuple[str, ...] | None = None
+    image_size: int | None = None
+    student_size: int | None = None
+    teacher_size: int | None = None
+    workers: int | None = None
+    on_bad_image: str | None = None
+    dry_run: bool = False
+    plugins: tuple[str, ...] = ()
+    more_teachers: tuple[tuple[str, Path], ...] = ()
+    join_teachers: str | None = None
 
     def __post_init__(self) -> None:
+        for file in self.plugins:
+            plugins.load(file)
+        if self.more_teachers:
+            more = tuple((name, as_path(file)) for name, file in self.more_teachers)
+            object.__setattr__(self, "more_teachers", more)
         for name in ("data", "output", "teacher_checkpoint", "student_checkpoint", "resume"):
             value = getattr(self, name)
             if value is None and name not in ("data", "output"):
@@ -94,6 +123,11 @@ def from_config(config: dict[str, Any], output: Path) -> Settings:
             "student_checkpoint": None if begun is None else Path(begun),
             "teacher_seed": teacher_seed,
             "overrides": overrides,
+            **{name: config.get(name) for name in FOLDERS},
+            **{name: None if config.get(name) is None else tuple(config[name]) for name in POINTS},
+            "plugins": tuple(config.get("plugins") or ()),
+            "more_teachers": tuple((name, Path(file)) for name, file in config.get("more_teachers") or ()),
+            "join_teachers": config.get("join_teachers"),
         }
         return Settings(**given, **common, options=options, data=Path(config["data"]), output=output)
     except (KeyError, TypeError, AttributeError) as error:
@@ -125,6 +159,6 @@ def recipe_of(settings: Settings, dataset: str) -> str:
     """The recipe's name: the settings a to j are SAKD's table."""
     if settings.recipe is not None:
         return settings.recipe
-    if dataset == "digits":
-        return "digits"
+    if dataset in ("digits", "folder"):
+        return {"folder": "imagenet"}.get(dataset, dataset)
     return "sakd" if settings.setting is not None else "hankyul2"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.data.loader import Batches
+from fastkd.data.loader import AnyBatches
 from fastkd.distillation import Distillation, Losses
 from fastkd.errors import UserError
 from fastkd.training import collectives
@@ -31,7 +31,7 @@ class TrainStep:
         self,
         distillation: Distillation,
         optimizer: torch.optim.SGD,
-        batches: Batches,
+        batches: AnyBatches,
         compiled: bool,
         captured: bool,
     ):
@@ -43,20 +43,18 @@ class TrainStep:
         )
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         # on the device, and read about once a second
-        self.sums = torch.zeros(
-            len(distillation.names) + 1, device=batches.pixels.device, dtype=torch.float64
-        )
+        self.sums = torch.zeros(len(distillation.names) + 1, device=batches.device, dtype=torch.float64)
         self.forward: Callable[..., Losses] = distillation
         if compiled:
             self.forward = torch.compile(distillation, dynamic=False, fullgraph=True)
         self.graph = Replayed(self._whole) if captured else None
         self.rate: Tensor | None = None
         if captured:  # a graph would keep a number for ever
-            self.rate = torch.zeros((), device=batches.pixels.device)
+            self.rate = torch.zeros((), device=batches.device)
         self.compiling = 0.0  # seconds, once
 
     def __call__(self, augment_params: Tensor, images: int, progress: Progress) -> None:
-        """A step on one of ``Batches.draw``, this process's part of a batch of so many ``images``."""
+        """A step on one of ``draw`` of the batches, this process's part of a batch of so many ``images``."""
         if len(augment_params) < self.batches.batch_size:
             self._run(augment_params, images, self.distillation)
         elif self.compiled and not self.compiling:
@@ -83,10 +81,10 @@ class TrainStep:
 
     def _run(self, augment_params: Tensor, together: int, forward: Callable[..., Losses]) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        index, records = augment_params[:, 0], dict[str, Any]()
+        images, labels, index, *teachers = self.batches.inputs(augment_params)
+        records: dict[str, Any] = {}
         if len(augment_params):  # a small batch may have no part for everybody
-            images, labels = self.batches.take(augment_params)
-            losses = forward(images, labels, index)
+            losses = forward(images, labels, index, *teachers)
             losses.total.backward()
             records = losses.records
             right = (losses.student_logits.detach().argmax(1) == labels).sum()

@@ -22,7 +22,19 @@ from fastkd.training.phases import train
 
 
 def find_teacher(config: Config) -> tuple[nn.Module, float]:
-    """The trained teacher and its test accuracy: from --teacher-checkpoint, an earlier run, or trained."""
+    """The trained teacher and its test accuracy: from --teacher-checkpoint, an earlier run, or trained.
+
+    Several teachers are a ModuleList, with the mean of their accuracies.
+    """
+    first, accuracy = _first_teacher(config)
+    teachers, accuracies = [first], [accuracy]
+    for name, path in config.settings.more_teachers:
+        teachers.append(create_model(name, config.data.classes))
+        accuracies.append(_load(config, teachers[-1], path, name))
+    return (nn.ModuleList(teachers) if len(teachers) > 1 else first), sum(accuracies) / len(accuracies)
+
+
+def _first_teacher(config: Config) -> tuple[nn.Module, float]:
     settings = config.settings
     path = settings.teacher_checkpoint or config.teacher_path()
     with teacher_lock(config, path):
@@ -37,9 +49,14 @@ def find_teacher(config: Config) -> tuple[nn.Module, float]:
             with run_dir.opened(config, "teacher", folder) as opened:
                 train(config, "teacher", opened, define("baseline"), None, None)
     teacher = create_model(config.models.teacher, config.data.classes)
-    weights, accuracy = distributed.from_first(lambda: load_teacher(config, teacher, path))
+    return teacher, _load(config, teacher, path, config.models.teacher)
+
+
+def _load(config: Config, teacher: nn.Module, path: Path, name: str) -> float:
+    """Gives all processes the weights in ``path``, and returns their accuracy."""
+    weights, accuracy = distributed.from_first(lambda: load_teacher(config, teacher, path, name))
     teacher.load_state_dict(weights)
-    return teacher, accuracy
+    return float(accuracy)
 
 
 @contextmanager
@@ -62,7 +79,7 @@ def teacher_lock(config: Config, path: Path) -> Iterator[None]:
         yield
 
 
-def load_teacher(config: Config, teacher: nn.Module, path: Path) -> tuple[dict[str, Any], float]:
+def load_teacher(config: Config, teacher: nn.Module, path: Path, name: str) -> tuple[dict[str, Any], float]:
     """Loads ``path`` into ``teacher``, says what it is, returns weights and accuracy. Raises UserError."""
     try:
         about = load_weights(teacher, path, say=say).get("config")
@@ -86,7 +103,7 @@ def load_teacher(config: Config, teacher: nn.Module, path: Path) -> tuple[dict[s
             f" seed {found.get('seed')}"
         )
         how = f" (trained on {where}, {found.get('precision')}, {found.get('device')})"
-    say(f"teacher: {config.models.teacher} from {path}{how}, {accuracy:.2f} % on {whole}")
+    say(f"teacher: {name} from {path}{how}, {accuracy:.2f} % on {whole}")
     chance = 1 / config.data.classes
     # what guessing reaches, and its spread
     if accuracy / 100 <= chance + 2 * (chance * (1 - chance) / images) ** 0.5:

@@ -18,6 +18,7 @@ _TAGS = {  # every other column is the loss of a term
     "train_acc": "accuracy/train",
     "test_acc": "accuracy/test",
     "lr": "lr",
+    "skipped_images": "skipped images",
     "images_per_second": "images_per_second",
 }
 _OTHERS = ("epoch", "seconds")

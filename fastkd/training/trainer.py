@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.data.loader import Batches
+from fastkd.data.loader import AnyBatches
 from fastkd.distillation import Distillation
 from fastkd.errors import UserError
 from fastkd.io.console import counted
@@ -18,6 +18,7 @@ from fastkd.seeds import generator
 from fastkd.training import collectives
 from fastkd.training.evaluation import evaluate, placed
 from fastkd.training.progress import Progress
+from fastkd.training.reading import Reading
 from fastkd.training.recipes import Recipe, drops, learning_rate
 from fastkd.training.step import TrainStep
 
@@ -36,14 +37,14 @@ class Trainer:
     def __init__(
         self,
         distillation: Distillation,
-        train: Batches,
-        test: Batches | None,
+        train: AnyBatches,
+        test: AnyBatches | None,
         recipe: Recipe,
         autocast: torch.autocast,
         compiled: bool = False,
         captured: bool = False,
     ):
-        self.device = train.pixels.device
+        self.device = train.device
         self.distillation = placed(distillation, self.device)
         self.student, self.method, self.teacher = (
             distillation.student,
@@ -110,11 +111,12 @@ class Trainer:
         collectives.same_buffers(self.student, self.method, self.teacher)
         means = self._means(epoch)
         seconds = time.perf_counter() - begun - (self.train_step.compiling - compiling)
+        self.reading = Reading(self.batches, seconds)
         if self.test_batches is not None:
             means["test_acc"] = evaluate(self.student, self.test_batches, self.autocast, self.batches.share)
         pace = {"seconds": seconds, "images_per_second": self.seen / seconds}
         rate = learning_rate(self.recipe, epoch * len(self.batches) - 1, self.steps)
-        self.history.append({"epoch": epoch, "lr": rate, **means, **pace})
+        self.history.append({"epoch": epoch, "lr": rate, **means, **pace, **self.reading.figures()})
         if self.test_batches is not None and self.best() is self.history[-1]:
             self.best_weights = {
                 name: value.detach().clone() for name, value in self.student.state_dict().items()

@@ -233,12 +233,12 @@ def test_a_ticket_is_taken_between_barriers(cases):
             if kernel["name"] in ("loss_kernel", "fsp_loss_kernel"):
                 # of AT's samples and of all; of FSP's all, and of the columns of its three pairs or of sums
                 # over parts of the channels
-                dual = case["case"].startswith(("fsp resnet50", "fsp wide"))
+                low_rank = case["case"].startswith(("fsp resnet50", "fsp wide"))
                 count = (
                     4
                     if case["case"].endswith("columns")
                     else 2
-                    if dual or kernel["name"] == "loss_kernel"
+                    if low_rank or kernel["name"] == "loss_kernel"
                     else 1
                 )
                 assert kernel["tickets"] == ["bar", "atom.acq_rel.gpu", "bar"] * count, (

@@ -209,6 +209,20 @@ def column_norms(s: Sequence[Tensor], t: Sequence[Tensor]) -> Tensor:
     return sum((x - y).norm(dim=1).sum() / x.shape[0] for x, y in zip(bmm_fsp(s, "max"), bmm_fsp(t, "max")))
 
 
+def mdistiller_dkd(s: Tensor, t: Tensor, labels: Tensor, alpha: float, beta: float, T: float) -> Tensor:
+    """mdistiller: masked sums of probabilities, then softmaxes with 1000 taken from the label's logit."""
+    mask = F.one_hot(labels, s.shape[1])
+    pairs = []
+    for x in (s, t):
+        p = F.softmax(x / T, 1)
+        pairs.append(torch.cat([(p * mask).sum(1, True), (p * (1 - mask)).sum(1, True)], 1))
+    first = F.kl_div(pairs[0].log(), pairs[1], reduction="sum")
+    second = F.kl_div(
+        F.log_softmax(s / T - 1000 * mask, 1), F.softmax(t / T - 1000 * mask, 1), reduction="sum"
+    )
+    return (alpha * first + beta * second) * T**2 / len(s)
+
+
 def hinton(s: Tensor, t: Tensor, temperature: float = 4.0) -> Tensor:
     return (
         F.kl_div(F.log_softmax(s / temperature, 1), F.softmax(t / temperature, 1), reduction="sum")

@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import imported_ahead  # noqa: F401
 import torch
 import toy_methods
 from distributed_worker import loop

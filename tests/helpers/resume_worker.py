@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import imported_ahead  # noqa: F401
 from support_data import small_digits
 
 

@@ -64,6 +64,7 @@ def hcl(s, t):
     "function, wanted",
     [
         (mdistiller.kd_loss, ["logits_student", "logits_teacher", "temperature"]),
+        (mdistiller.dkd_loss, ["logits_student", "logits_teacher", "target", "alpha", "beta", "temperature"]),
         (mdistiller.single_stage_at_loss, ["f_s", "f_t", "p"]),
         (mdistiller.at_loss, ["g_s", "g_t", "p"]),
         (mdistiller.rkd_loss, ["f_s", "f_t", "squared", "eps", "distance_weight", "angle_weight"]),
@@ -84,6 +85,12 @@ def test_signatures_are_mdistillers(function, wanted):
 
 def test_mdistillers_losses_of_logits_and_maps():
     same(lambda s, t: mdistiller.kd_loss(s, t, 4), formulas.hinton, maps((5, 7), (5, 7)))
+    labels, (teacher,) = torch.tensor([6, 0, 3, 3, 1]), maps((5, 7))
+    same(
+        lambda s: mdistiller.dkd_loss(s, teacher, labels, 1.5, 6, 4),
+        lambda s: formulas.mdistiller_dkd(s, teacher, labels, 1.5, 6, 4),
+        maps((5, 7)),
+    )
     s, t = maps((2, 3, 9, 9), (2, 4, 5, 5)), maps((2, 4, 9, 9), (2, 4, 8, 8))
     (more,) = maps((2, 6, 4, 4))  # the shorter list decides
 

@@ -151,6 +151,7 @@ def test_what_it_cannot_do_is_one_line():
     for index, words in (
         (None, "index is None, wanted where"),
         (torch.tensor([0, 12]), "index has 12, wanted rows 0 to 11 of the bank"),
+        (torch.tensor([0, -1]), "index has -1, wanted rows 0 to 11 of the bank"),  # not the last row
     ):
         with pytest.raises(ValueError, match=words):
             distillation(torch.randn(2, 3, 32, 32), None, index)

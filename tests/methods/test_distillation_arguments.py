@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import fastkd
+from fastkd.models import create_model
 
 POINTS = {"student_points": ["2", "5"], "teacher_points": ["2", "5"]}
 MEAN, STD = (0.5,) * 3, (0.2,) * 3
@@ -107,3 +108,14 @@ def test_numbers_of_images_are_told_in_one_line(options, error, words):
 def test_a_neck_in_a_sequential_is_no_last_layer(method):
     losses = run(method)
     assert losses.total.isfinite() and losses.student_logits.shape == (4, 10)
+
+
+@pytest.mark.parametrize("method", ["kd", "dkd", "at+kd", "sakd"])
+def test_other_class_counts_are_told_before_the_first_step(method):
+    student, teacher = create_model("resnet8", 5), create_model("resnet8", 7)
+    name = "dkd" if method == "dkd" else "kd"
+    words = f"student has 5 classes, teacher has 7: {name} compares logits, wanted as many"
+    with pytest.raises(ValueError, match=words):
+        fastkd.Distillation(student, teacher, method)
+    images, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 4])
+    assert fastkd.Distillation(student, teacher, "at")(images, labels).total.isfinite()  # compares maps alone

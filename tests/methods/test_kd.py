@@ -173,7 +173,24 @@ def test_the_sigmoid_is_finite_where_a_probability_underflows():
     torch.testing.assert_close(loss, torch.tensor(600 + 0.6931472))
 
 
-@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("classes", [1, 3])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.float64), (torch.bfloat16, torch.float32)], ids=lambda p: name(p[0])
+)
+def test_the_identity_is_the_squared_error_of_outputs(classes, dtypes):
+    s, t = (values((5, classes), dtype).requires_grad_() for dtype in dtypes)
+    x, y = s.detach().double(), t.detach().double()
+    exact = (x - y) ** 2
+    for reduction, wanted in (("sum", exact.sum()), ("mean", exact.mean()), ("batchmean", exact.sum() / 5)):
+        loss = fastkd.kd_loss(s, t, 3.0, activation="identity", reduction=reduction, weight=0.5)
+        torch.testing.assert_close(loss.double(), wanted * 0.5, rtol=1e-6, atol=1e-12)
+    (grad,) = torch.autograd.grad(loss, s)  # of the last, the mean over the batch
+    torch.testing.assert_close(grad.double(), (x - y) / 5, rtol=2 * torch.finfo(s.dtype).eps, atol=1e-12)
+    every = fastkd.kd_loss(s, t, activation="identity", reduction="none")
+    torch.testing.assert_close(every.double(), exact, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid", "identity"])
 @pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum", "none"])
 @pytest.mark.parametrize("shape", [(6, 5), (3, 4, 5)], ids=name)
 def test_what_is_masked_counts_nowhere(shape, reduction, activation):
@@ -202,9 +219,40 @@ def test_what_is_masked_counts_nowhere(shape, reduction, activation):
 def test_a_mask_and_a_sigmoid_are_one_graph():
     torch._dynamo.reset()
     s, t, mask = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.tensor([[True, False, True]] * 2)
-    loss = fastkd.KD(activation="sigmoid")
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(s, t, mask=mask), loss(s, t, mask=mask))
+    for activation in ("sigmoid", "identity"):
+        loss = fastkd.KD(activation=activation)
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(s, t, mask=mask), loss(s, t, mask=mask))
+
+
+class Head(torch.nn.Module):
+    """A head of one output on the mean of an image."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.fc = torch.nn.Linear(3, outputs)
+
+    def forward(self, x):
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(("outputs", "activation"), [(1, "identity"), (1, "sigmoid"), (3, "sigmoid")])
+def test_the_method_takes_heads_of_regression_and_of_several_right_classes(outputs, activation):
+    student, teacher = Head(outputs), Head(outputs)
+    options = {"kd": {"activation": activation, "reduction": "mean", "weight": 2.0}}
+    distillation = fastkd.Distillation(student, teacher, "kd", options=options)
+    assert distillation.definition.changes["kd.activation"] == activation
+    images = torch.randn(4, 3, 8, 8)
+    losses = distillation(images)  # no labels, no cross-entropy
+    wanted = fastkd.kd_loss(
+        student(images), teacher(images), activation=activation, reduction="mean", weight=2.0
+    )
+    torch.testing.assert_close(losses.total, wanted)
+    assert [*losses.terms] == ["kd"]
+    with pytest.raises(
+        ValueError, match="option kd.activation is 'relu', wanted one of softmax, sigmoid, id"
+    ):
+        fastkd.methods.define("kd", words=["kd.activation=relu"])
 
 
 @pytest.mark.parametrize(

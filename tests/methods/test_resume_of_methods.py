@@ -15,7 +15,7 @@ from fastkd.models import load_student
 # the terms of a sum do not meet, so one run stands for several methods
 SUM = ["--recipe", "digits", "--option", "ce.weight=1", "--option", "kd.weight=1"]
 RUNS = {
-    "fitnet+at+ofd+rkd+crd+kd": [*SUM, "--option", "crd.k=20", "--teacher-mode", "train"],
+    "dkd+fitnet+at+ofd+rkd+crd+kd": [*SUM, "--option", "crd.k=20", "--teacher-mode", "train"],
     "reviewkd+srrl+afd+semckd+sakd": [*SUM, "--new-optimizer", "--option", "semckd.beta=4"],
     "simkd": [],
     "norm+kd": [],

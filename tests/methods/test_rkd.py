@@ -137,6 +137,20 @@ def test_near_duplicates_far_from_the_origin_keep_their_gradient():
         assert (got - want).norm() < 1e-3 * want.norm()
 
 
+@forms
+@pytest.mark.parametrize("images", [25, 64])  # torch.cdist multiplies matrices beyond 25 rows
+def test_vectors_far_from_the_origin_keep_their_distances(rkd_loss, images):
+    """There ``torch.cdist`` finds a vector up to 0.9 away from itself, and others up to 40 % too near or
+    far.
+    """
+    student, teacher = (100 + 0.1 * torch.randn(images, 128) for _ in range(2))
+    exact = gradients(reference.rkd_loss, student.double(), teacher.double())
+    for got, want in zip(gradients(rkd_loss, student, teacher), exact, strict=True):
+        assert (got - want).norm() < 1e-3 * want.norm()
+    assert rkd_loss(student, student.clone()) < 1e-12
+    assert rkd_loss(student.bfloat16(), teacher.bfloat16()).isfinite()  # where cdist has no kernel
+
+
 @pytest.mark.parametrize("apart", [1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
 def test_near_samples_are_as_exact_as_others(apart):
     student, teacher = torch.randn(9, 8), torch.randn(9, 5)

@@ -132,7 +132,7 @@ def test_cpu_path_can_be_forced() -> None:
         for name in sorted({*native.CPU_PATHS} - {*native.cpu_paths()}):
             with pytest.raises(ValueError, match=f"'{name}' cannot run here"):
                 native.set_cpu_path(name)
-        with pytest.raises(ValueError, match=r"'mmx'.*'portable', 'avx2', 'avx512'"):
+        with pytest.raises(ValueError, match=r"'mmx'.*'portable', 'neon', 'avx2', 'avx512'"):
             native.set_cpu_path("mmx")
     finally:
         native.set_cpu_path(usual)
@@ -151,7 +151,7 @@ def test_fastkd_cpu_with_an_unknown_name_stops_the_import() -> None:
     assert done.returncode == 1
     assert (
         done.stderr.splitlines()[-1]
-        == "ValueError: FASTKD_CPU is 'mmx', wanted one of 'portable', 'avx2', 'avx512'"
+        == "ValueError: FASTKD_CPU is 'mmx', wanted one of 'portable', 'neon', 'avx2', 'avx512'"
     )
 
 
@@ -210,7 +210,7 @@ def test_a_code_path_that_was_not_built_is_told_from_one_that_the_processor_lack
     class Library:
         """Of clang 15, on a processor without AVX-512."""
 
-        status = {b"portable": 0, b"avx2": 3, b"avx512": 2}
+        status = {b"portable": 0, b"neon": 4, b"avx2": 3, b"avx512": 2}
 
         def fastkd_find_cpu_path(self, name: bytes) -> int:
             return self.status.get(name, 1)
@@ -219,11 +219,14 @@ def test_a_code_path_that_was_not_built_is_told_from_one_that_the_processor_lack
 
     monkeypatch.setattr(native, "_functions", Library)
     assert native.cpu_paths() == ["portable"]
-    built = "it was not built, which takes GCC or clang 16 on x86-64"
+    built = "it was not built, which takes GCC or clang 16"
     with pytest.raises(ValueError, match=rf"'avx2' cannot run here: {built}; these can: 'portable'"):
         native.set_cpu_path("avx2")
     with pytest.raises(
         ValueError, match="'avx512' cannot run here: this processor lacks it; these can: 'portable'"
     ):
         native.set_cpu_path("avx512")
+    with pytest.raises(ValueError, match="'neon' cannot run here: it is for another kind of processor"):
+        native.set_cpu_path("neon")
+    # which no report need mention
     assert native._missing_cpu_paths() == [f"avx2 ({built})", "avx512 (this processor lacks it)"]

@@ -87,7 +87,7 @@ def library(tree: Path, added: str) -> Path:
     if not compiler or not native.CPU.available:
         pytest.skip(f"no compiler, or no compiled library: {native.CPU.reason}")
     top = Path(torch.__file__).parent
-    flags = ["-O3", "-std=c++17", "-DNDEBUG", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Icsrc", "-fPIC"]
+    flags = ["-O1", "-std=c++17", "-DNDEBUG", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Icsrc", "-fPIC"]
     flags += ["-g0", "-fvisibility=hidden", "-Wall", "-Werror", "-isystem", str(top / "include")]
 
     def compiled(source: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import pytest
@@ -25,11 +26,11 @@ def test_there_are_examples() -> None:
 
 @pytest.fixture
 def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder "images/train" of the documents: two classes of four random images."""
+    """The folder "images" of the documents: in "train" and "val" two classes of four random images."""
     monkeypatch.chdir(tmp_path)
     image = pytest.importorskip("PIL.Image")
-    for i in range(8):
-        path = tmp_path / "images" / "train" / ("cat", "dog")[i % 2] / f"{i}.png"
+    for i in range(16):
+        path = tmp_path / "images" / ("train", "val")[i // 8] / ("cat", "dog")[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.effect_noise((80, 70), 60).convert("RGB").save(path)
 
@@ -44,6 +45,18 @@ def test_example_runs(code: str, request: pytest.FixtureRequest) -> None:
     exec(compile(code, "example", "exec"), names)
     if "loss" in names:
         assert all(x.grad is not None and x.grad.isfinite().all() for x in names["student"])  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["docs/own-networks.md"])
+def test_the_command_beside_the_loop_runs(name: str, images: None, one_thread: None) -> None:
+    for package in ("timm", "torchvision"):
+        pytest.importorskip(package)
+    written = re.findall(r"```bash\n(python train\.py .*?)```", TEXTS[name], re.DOTALL)
+    assert len(written) == 1
+    words = shlex.split(written[0].replace("\\\n", " "))[2:]
+    main = runpy.run_path(str(ROOT / "train.py"))["main"]
+    assert main([*words, "--workers", "0", "--no-pictures", "--output", "runs"]) == 0
+    assert "torchvision:resnet34" in Path("runs/results.csv").read_text(encoding="utf-8").splitlines()[-1]
 
 
 def test_readme_is_short() -> None:

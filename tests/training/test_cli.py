@@ -17,31 +17,41 @@ import torch
 from fastkd.models import create_model, load_weights
 
 ROOT = Path(__file__).resolve().parents[2]
+SMALL = """
+import sys
+from support_data import small_digits
+from train import main
+small_digits()
+sys.exit(main(sys.argv[1:]))
+"""
 QUICK = ["--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8"]
 
 
 def environment(**extra):
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(
+        filter(None, [str(ROOT), str(ROOT / "tests" / "helpers"), os.environ.get("PYTHONPATH")])
+    )
     # one thread: on a busy machine two wait for each other at every operation, and these models are small
     return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", **extra}
 
 
-def command(*arguments):
-    return [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+def command(*arguments, small=False):
+    return [sys.executable, *(["-c", SMALL] if small else [str(ROOT / "train.py")]), *map(str, arguments)]
 
 
-def start(*arguments, **extra):
+def start(*arguments, small=False, **extra):
     return subprocess.run(
-        command(*arguments), capture_output=True, text=True, env=environment(**extra), timeout=300
+        command(*arguments, small=small),
+        capture_output=True,
+        text=True,
+        env=environment(**extra),
+        timeout=300,
     )
 
 
 @pytest.fixture
-def main(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    import train
-
-    return train.main
+def main(small_main):
+    return small_main
 
 
 def rows_of(output):
@@ -65,9 +75,8 @@ def test_a_whole_run_leaves_teacher_student_tables_and_checkpoints(tmp_path):
         and "78,042 parameters" in first.stdout
         and "at+kd epoch 1/1" in first.stdout
     )
-    second = start(
-        *flags, "--lr", 0.01, "--precision", "bf16", "--teacher-checkpoint", *output.glob("teachers/*.pt")
-    )
+    changed = ["--lr", 0.01, "--precision", "bf16", "--teacher-checkpoint", *output.glob("teachers/*.pt")]
+    second = start(*flags, *changed, small=True)
     assert (second.returncode, second.stderr) == (0, "")
     assert "training it first" not in second.stdout
 
@@ -107,7 +116,7 @@ def test_a_whole_run_leaves_teacher_student_tables_and_checkpoints(tmp_path):
 def test_ctrl_c_leaves_everything_whole_and_says_how_far_it_came(tmp_path):
     flags = ["--method", "baseline", *QUICK, "--epochs", 300, "--output", tmp_path]
     process = subprocess.Popen(
-        command(*flags),
+        command(*flags, small=True),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -170,10 +179,10 @@ def test_the_status_reaches_the_shell(tmp_path):
         (["--dataset", "fashion-mnist"], "fashion-mnist: neither"),
         ([*QUICK, "--epochs", "0"], "--epochs is 0"),
         ([*QUICK, "--lr", "1e30"], "no longer finite"),
-        ([*QUICK, "--batch-size", "2000"], "only 1437 images"),
+        ([*QUICK, "--batch-size", "2000"], "only 64 images"),
         ([*QUICK, "--device", "cuda"], "no such GPU"),
         ([*QUICK, "--preset", "nobody"], "nobody"),
-        ([*QUICK, "--teacher", "wrn_16_2"], "does not fit wrn_16_2"),
+        ("--dataset digits --student resnet8 --teacher wrn_16_2".split(), "does not fit wrn_16_2"),
         ([*QUICK, "--teacher-checkpoint", "{tmp}/none.pth"], "none.pth: No such file"),
         ([*QUICK, "--teacher-checkpoint", "{tmp}/other.pth"], "other.pth: another layout"),
         (
@@ -222,8 +231,7 @@ def test_every_field_of_a_recipe_has_its_flag(main, tmp_path, capsys):
         " --weight-decay 0 --epochs 1"
     )
     assert (
-        main(["--method", "kd", *QUICK, "--output", str(tmp_path), "--batch-size", "100", *flags.split()])
-        == 0
+        main(["--method", "kd", *QUICK, "--output", str(tmp_path), "--batch-size", "32", *flags.split()]) == 0
     )
     config = json.loads(next(tmp_path.glob("*/config.json")).read_text())
     wanted = {

@@ -48,6 +48,25 @@ def no_locks(request, monkeypatch):
     return request.param
 
 
+def test_a_child_that_outlives_its_parent_holds_no_lock(tmp_path):
+    """As a process that reads images does for a moment, when the run is killed."""
+    pytest.importorskip("fcntl")
+    (ours, theirs), (begun, begins) = os.pipe(), os.pipe()
+    with owned(tmp_path / ".lock") as mine:
+        child = os.fork()
+        if child == 0:
+            os.close(theirs)
+            os.write(begins, b"1")
+            os.read(ours, 1)  # until the parent lets it go
+            os._exit(0)
+        os.read(begun, 1)
+    with owned(tmp_path / ".lock") as again:
+        assert mine and again
+    for end in (ours, theirs, begun, begins):
+        os.close(end)
+    assert os.waitpid(child, 0)[1] == 0
+
+
 def test_a_run_needs_no_file_locks(small_main, no_locks, tmp_path, capsys):
     assert small_main(["--method", "kd", *QUICK, "--epochs", "1", "--output", str(tmp_path)]) == 0
     out, err = capsys.readouterr()

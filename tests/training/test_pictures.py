@@ -6,6 +6,7 @@ import csv
 import errno
 import io
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ import torch
 from fastkd.models import create_model
 from fastkd.report import maps as redraw
 from fastkd.training import attention_maps
-from fastkd.training.attention_maps import CELL, GAP, GROUP, VARIANTS, examples, sheet, stages
+from fastkd.training.attention_maps import CELL, GAP, GROUP, VARIANTS, sheet
+from fastkd.training.examples import examples, stages
 
 QUICK = "--dataset digits --teacher resnet8 --student resnet8 --batch-size 32 --device cpu --epochs 1".split()
 NAMES = {f"{stem}.png" for stem in VARIANTS}
@@ -118,7 +120,8 @@ def test_the_three_maps_are_what_they_are_called():
 def test_the_first_test_image_of_each_class_is_shown():
     labels = torch.tensor([9, 0, 1, 5, 5, 3, 0, 8, 7])
     images = torch.arange(9, dtype=torch.uint8)[:, None, None, None].expand(9, 3, 32, 32)
-    shown, names = examples("cifar10", 10, images, labels)
+    data = SimpleNamespace(name="cifar10", classes=10, test_images=images, test_labels=labels)
+    shown, names = examples(data)
     assert shown[:, 0, 0, 0].tolist() == [1, 2, 5, 3, 8, 7] and names == [
         "airplane",
         "automobile",
@@ -127,7 +130,8 @@ def test_the_first_test_image_of_each_class_is_shown():
         "horse",
         "ship",
     ]
-    shown, names = examples("another", 10, images, labels)
+    data.name = "another"
+    shown, names = examples(data)
     assert shown[:, 0, 0, 0].tolist() == [1, 2, 5, 3, 7] and names == [
         "class 0",
         "class 1",

@@ -14,6 +14,7 @@ import distributed_worker
 import pytest
 import torch
 import toy_methods
+from image_folders import NETWORKS, make_images
 from runs import of_two
 
 from fastkd.training import UserError, distributed, launch
@@ -65,6 +66,35 @@ def test_a_classifier_that_the_loss_never_reaches_is_not_decayed(start, tmp_path
             one.optimizer.state
         )
         torch.testing.assert_close(two["model"], one.student.state_dict(), rtol=1e-5, atol=1e-7)
+
+
+def test_two_processes_read_the_images_of_one(start, tmp_path, one_thread):
+    """Each its part, by workers of its own, and the same part of an image as one process cuts out."""
+    pytest.importorskip("PIL")
+    root = make_images(tmp_path / "images")
+    (tmp_path / "nets.py").write_text(NETWORKS)
+    flags = ["--method", "baseline", "--dataset", "folder", "--data", str(root), "--image-size", "16"]
+    flags += [
+        "--student",
+        f"{tmp_path / 'nets.py'}:plain",
+        "--epochs",
+        "2",
+        "--device",
+        "cpu",
+        "--no-pictures",
+    ]
+    two = [*flags, "--batch-size", "3", "--workers", "1", "--output", str(tmp_path / "two")]
+    answer, logs = start(of_two(), flags=two)
+    assert answer["statuses"] == [0, 0], logs
+    main = runpy.run_path(str(ROOT / "train.py"))["main"]
+    assert main([*flags, "--batch-size", "6", "--workers", "0", "--output", str(tmp_path / "one")]) == 0
+    found = []
+    for output in (tmp_path / "two", tmp_path / "one"):
+        with open(output / "results.csv", newline="") as file:
+            row = next(csv.DictReader(file))
+        found.append(torch.load(output / row["folder"] / "last.pt", weights_only=True))
+    torch.testing.assert_close(found[0]["model"], found[1]["model"], rtol=1e-4, atol=1e-6)
+    assert found[0]["history"][-1]["test_acc"] == found[1]["history"][-1]["test_acc"]
 
 
 def test_rows_of_all_processes_reach_a_method_that_keeps_them(start, tmp_path, one_thread):

@@ -72,7 +72,7 @@ def test_every_method_has_a_row_that_its_runs_fill():
     """Setting a, two of 240 epochs: the cell of a run is in its method's row, in no other one."""
     run = {**RUN, "dataset": "cifar100", "student": "resnet20", "teacher": "resnet56", "recipe": "sakd"}
     labels = {entry.method: label for label, entries in TABLES[2].rows for entry in entries}
-    assert set(labels) == {"teacher", "norm+kd", *METHODS} - {"fsp", "norm"}
+    assert set(labels) == {"teacher", "norm+kd", *METHODS} - {"dkd", "fsp", "norm"}
     for method, label in labels.items():
         own = {"student": "resnet56"} if method == "teacher" else {}
         row = {**run, **own, "method": method, "nepoch": "2", "overrides": "epochs=2"}
@@ -259,3 +259,23 @@ def test_what_the_report_cannot_do_is_one_line(committed, tmp_path, monkeypatch,
         "epochs": "epochs.csv cannot be read",
     }
     assert len(err.splitlines()) == 1 and words[what] in err and not (tmp_path / "x.png").exists()
+
+
+def test_the_report_says_what_a_published_figure_is():
+    """Runs, spread and epoch of each source, "not stated" where it says nothing; before our own runs."""
+    made = report.tables([RUN])
+    caption, heads, rows = made[-2]
+    assert caption == "What a published figure is" and heads == [
+        "source",
+        "figures",
+        "runs",
+        "spread",
+        "epoch",
+    ]
+    assert {table.source for table in TABLES if table is not TABLES[1]} <= {row[0] for row in rows}
+    found = {(source, figures): rest for source, figures, *rest in rows}
+    assert found["hankyul2/KnowledgeDistillation", "AT, FSP"] == ["3", "each run is published", "best"]
+    assert found["HobbitLong/RepDistiller", "its README"] == ["5", "not stated", "last"]
+    assert found["experiment note", "all"] == ["not stated"] * 3
+    assert all(entry.runs for entry in dict(SELF.rows)["AT"] + dict(SELF.rows)["FSP"])
+    assert "| HobbitLong/RepDistiller | its README | 5 | not stated | last |" in report.markdown([RUN])

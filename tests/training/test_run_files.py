@@ -46,7 +46,7 @@ def test_a_folder_that_cannot_be_is_told(tmp_path):
 def test_rows_are_numbered_appended_and_kept_whole(tmp_path):
     for i in range(3):
         assert (
-            append(tmp_path, {"method": "at", "acc": "91.80", "seed": 0, "lr": 0.1, "device": "a|b"})["no"]
+            append(tmp_path, {"method": "at", "acc": "91.80", "seed": 0, "lr": 0.1, "recipe": "a|b"})["no"]
             == i + 1
         )
     with open(tmp_path / "results.csv", newline="") as file:
@@ -67,6 +67,22 @@ def test_rows_are_numbered_appended_and_kept_whole(tmp_path):
         and len({line.replace("\\|", "").count("|") for line in lines}) == 1
         and "a\\|b" in lines[-1]
     )
+
+
+def test_results_md_fits_120_columns(tmp_path):
+    long = {
+        "method": "at+kd",
+        "student": "torchvision:resnet18",
+        "teacher": "torchvision:resnet34",
+        "lr": 0.1,
+    }
+    for changed in ("epochs=2", "epochs=2 batch_size=8 image_size=64 at.beta=500.0"):
+        append(tmp_path, {**long, "dataset": "folder:imagenette", "acc": "91.80", "overrides": changed})
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    assert {len(line) for line in lines} == {max(map(len, lines))} and len(lines[0]) <= 120
+    # the ends of names tell them apart, and the list of changes is shortened first
+    assert "resnet34 |" in lines[-1] and "epochs=2 " in lines[-2] and "…" in lines[-1].split("|")[-2]
+    assert "at.beta=500.0" in (tmp_path / "results.csv").read_text()
 
 
 def test_columns_of_another_version_are_kept(tmp_path):
@@ -120,3 +136,15 @@ def test_a_terminal_sees_progress_and_a_file_sees_none(monkeypatch, capsys, bar)
 
 def test_clock():
     assert [clock(s) for s in (0.4, 70, 3700)] == ["0:00", "1:10", "1:01:40"]
+
+
+def test_a_log_gets_lines_within_a_long_epoch(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
+    bar = Progress("at", 4)
+    bar.advance(lambda: "loss 1.0")
+    assert capsys.readouterr().out == ""  # two minutes have not passed
+    monkeypatch.setattr("fastkd.training.progress.LOGGED", 0)
+    bar.advance(lambda: "loss 0.5")
+    out, err = capsys.readouterr()
+    assert out.startswith("at: step 2 of 4, loss 0.5, 0:0") and out.endswith(" left\n")
+    assert "\r" not in out and err == ""

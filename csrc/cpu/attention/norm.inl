@@ -41,8 +41,7 @@ static Norm norm_of(const double* map, int64_t count, const AttentionSide& side,
 template <typename A>
 FASTKD_INLINE VecD normalized(const double* q, const Norm& norm) {
   if constexpr (sizeof(A) == sizeof(double)) return load<double, double>(q) / norm.divisor;
-  return __builtin_convertvector(__builtin_convertvector(load<double, double>(q) * norm.reciprocal, HalfF),
-                                 VecD);
+  return widened(__builtin_convertvector(load<double, double>(q) * norm.reciprocal, HalfF));
 }
 
 // y of all the map's numbers. Writes `count` numbers and not one more.

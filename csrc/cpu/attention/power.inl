@@ -39,6 +39,12 @@ FASTKD_INLINE VecD root_of(VecD x) { return (VecD)_mm512_sqrt_pd((__m512d)x); }
 #elif FASTKD_VECTOR_BYTES == 32
 FASTKD_INLINE VecF root_of(VecF x) { return (VecF)_mm256_sqrt_ps((__m256)x); }
 FASTKD_INLINE VecD root_of(VecD x) { return (VecD)_mm256_sqrt_pd((__m256d)x); }
+#elif defined(FASTKD_NEON)
+FASTKD_INLINE VecF root_of(VecF x) { return (VecF)vsqrtq_f32((float32x4_t)x); }
+FASTKD_INLINE VecD root_of(VecD x) { return (VecD)vsqrtq_f64((float64x2_t)x); }
+#elif defined(FASTKD_X86)
+FASTKD_INLINE VecF root_of(VecF x) { return (VecF)_mm_sqrt_ps((__m128)x); }
+FASTKD_INLINE VecD root_of(VecD x) { return (VecD)_mm_sqrt_pd((__m128d)x); }
 #else
 template <typename V>
 FASTKD_INLINE V root_of(V x) {

@@ -9,13 +9,12 @@
 // panels: storing a copy would cost as much as half of the products.
 
 // Rows and columns of a tile: its sums fill half of the registers and make whole vectors.
-constexpr int kDotRows = FASTKD_VECTOR_BYTES == 64 ? 8 : 4, kDotColumns = 2;
+constexpr int kDotRows = kManyRegisters ? 8 : 4, kDotColumns = 2;
 
 FASTKD_INLINE int64_t panel_elements(int64_t rows, int64_t depth, bool dual) {
   return round_up(rows, kDotRows) * depth * (dual ? 2 : 1);
 }
 
-#if FASTKD_VECTOR_BYTES >= 32
 // Vectors x and y of `Segment` lanes a sum -> one vector of half as many lanes a sum, in the same order.
 template <int Segment, typename A>
 FASTKD_INLINE Vec<A> fold(Vec<A> x, Vec<A> y) {
@@ -35,25 +34,14 @@ FASTKD_INLINE Vec<A> fold_all(const Vec<A>* v) {
     return fold_all<A, Count / 2>(half);
   }
 }
-#endif
 
 // to[i] = the sum of the lanes of v[i].
 template <typename A, int Count>
 FASTKD_INLINE void fold_sums(const Vec<A>* v, A* to) {
   constexpr int W = int(kLanes<A>);
-#if FASTKD_VECTOR_BYTES >= 32
   static_assert(Count % W == 0, "tiles fill whole vectors of sums");
 #pragma GCC unroll 4
   for (int i = 0; i < Count; i += W) store<A, A>(to + i, fold_all<A, W>(v + i));
-#else
-  for (int i = 0; i < Count; ++i) {
-    A lanes[W];
-    store<A, A>(lanes, v[i]);
-    for (int n = W / 2; n > 0; n /= 2)
-      for (int j = 0; j < n; ++j) lanes[j] += lanes[j + n];
-    to[i] = lanes[0];
-  }
-#endif
 }
 
 // A row of the left factor, in a register: read once for all columns, where the compiler would rather read it

@@ -16,8 +16,8 @@ FASTKD_INLINE void for_lines(const PoolPlan& plan, const F& f) {
 // Whether windows are 2x2 and lines whole vectors: the case of every CIFAR network, worth its own loops.
 template <typename A>
 FASTKD_INLINE bool is_quartered(const PoolPlan& plan) {
-  return FASTKD_VECTOR_BYTES >= 32 && plan.in[0] == plan.out[0] && plan.in[1] == 2 * plan.out[1] &&
-         plan.in[2] == 2 * plan.out[2] && plan.in[2] % kLanes<A> == 0 && plan.out_positions % kLanes<A> == 0;
+  return plan.in[0] == plan.out[0] && plan.in[1] == 2 * plan.out[1] && plan.in[2] == 2 * plan.out[2] &&
+         plan.in[2] % kLanes<A> == 0 && plan.out_positions % kLanes<A> == 0;
 }
 
 // The upper of two lines, a vector at a time, in pairs of lines from the top of a plane.
@@ -38,7 +38,6 @@ FASTKD_INLINE T* next_vector(LinePairs<T>& lines) {
   return at;
 }
 
-#if FASTKD_VECTOR_BYTES >= 32
 // v's and w's elements 0, 2, ... plus their right neighbours.
 template <typename A>
 FASTKD_INLINE Vec<A> neighbours(Vec<A> v, Vec<A> w) {
@@ -78,21 +77,13 @@ static void spread_quarters(const A* grad, const PoolPlan& plan, A* plane) {
     }
   }
 }
-#else
-template <typename T, typename A>
-static void average_quarters(const T*, const PoolPlan&, A*) {}
-template <bool Add, typename A>
-static void spread_quarters(const A*, const PoolPlan&, A*) {}
-#endif
 
 // out[i] = x[2 i] + x[2 i + 1].
 template <typename A>
 FASTKD_INLINE void add_neighbours(const A* x, int64_t count, A* out) {
   int64_t i = 0;
-#if FASTKD_VECTOR_BYTES >= 32
   for (; i + kLanes<A> <= count; i += kLanes<A>)
     store<A, A>(out + i, neighbours<A>(load<A, A>(x + 2 * i), load<A, A>(x + 2 * i + kLanes<A>)));
-#endif
   for (; i < count; ++i) out[i] = x[2 * i] + x[2 * i + 1];
 }
 

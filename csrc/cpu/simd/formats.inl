@@ -65,10 +65,15 @@ struct Number<double, A> {
 };
 template <typename A>
 struct Number<Half, A> {
+#ifdef FASTKD_NEON
+  FASTKD_INLINE A get(Half x) { return static_cast<A>(bit_copy<__fp16>(x.bits)); }
+  FASTKD_INLINE Half put(A x) { return {bit_copy<uint16_t>(static_cast<__fp16>(static_cast<float>(x)))}; }
+#else
   FASTKD_INLINE A get(Half x) { return float_of_half_bits<float, uint32_t>(x.bits); }
   FASTKD_INLINE Half put(A x) {
     return {static_cast<uint16_t>(half_bits_of_float<float, uint32_t>(static_cast<float>(x)))};
   }
+#endif
 };
 template <typename A>
 struct Number<BFloat16, A> {

@@ -36,11 +36,24 @@ struct Gemm {
 // Rows of the register tile: enough independent sums to hide the latency of a multiply-add, few enough for
 // the register file. A tile one vector wide needs more rows. double is not tuned: it keeps the code small.
 template <typename T, int NV>
-constexpr int kTileRows = sizeof(T) == 8 ? 8 / NV
-                          : NV == 1      ? (FASTKD_VECTOR_BYTES == 64 ? 16 : 8)
-                                         : (FASTKD_VECTOR_BYTES == 64   ? 12
-                                            : FASTKD_VECTOR_BYTES == 32 ? 6
-                                                                        : 4);
+constexpr int kTileRows = sizeof(T) == 8              ? 8 / NV
+                          : NV == 1                   ? (kManyRegisters ? 16 : 8)
+                          : kManyRegisters            ? 12
+                          : FASTKD_VECTOR_BYTES == 32 ? 6
+                                                      : 4;
+
+// A number of the left factor. On NEON it is read by an instruction of its own: GCC would read a whole column
+// of them first, and keep sums in memory for want of registers.
+FASTKD_INLINE double left_number(const double* p) { return *p; }
+FASTKD_INLINE float left_number(const float* p) {
+#ifdef FASTKD_NEON
+  float x;
+  asm volatile("ldr %s0, %1" : "=w"(x) : "m"(*p));
+  return x;
+#else
+  return *p;
+#endif
+}
 
 // One tile of MR x NV vectors over l in [0, k). `columns` is how many of its columns exist in C.
 template <typename T, int MR, int NV, bool Dual, bool UnitRow>
@@ -63,11 +76,13 @@ static void gemm_tile(const Gemm<T>& g, const T* a, const T* a2, const T* b, con
     }
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) {
+      const T left = left_number(a + r * a_row);
 #pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) sum[r][v] += a[r * a_row] * right[v];
+      for (int v = 0; v < NV; ++v) sum[r][v] += left * right[v];
       if (Dual) {
+        const T left2 = left_number(a2 + r);
 #pragma GCC unroll 2
-        for (int v = 0; v < NV; ++v) sum[r][v] += a2[r] * change[v];
+        for (int v = 0; v < NV; ++v) sum[r][v] += left2 * change[v];
       }
     }
     a += a_col;

@@ -47,7 +47,6 @@ static void transpose_square(const A* from, int64_t from_row, A* to, int64_t to_
   }
 }
 
-#if FASTKD_VECTOR_BYTES >= 32
 // Quarters of a vector are put together by loads, which leaves half of the shuffles of the usual scheme. Four
 // (two) rows are read to the end before the next: rows 4 KiB apart, as those of 32x32 maps, compete for the
 // same eight lines of the first-level cache.
@@ -66,18 +65,23 @@ static void transpose_square(const float* from, int64_t from_row, float* to, int
       x = _mm512_insertf32x4(x, _mm_loadu_ps(p + 4 * from_row), 1);
       x = _mm512_insertf32x4(x, _mm_loadu_ps(p + 8 * from_row), 2);
       v[i][q] = (VecF)_mm512_insertf32x4(x, _mm_loadu_ps(p + 12 * from_row), 3);
-#else
+#elif FASTKD_VECTOR_BYTES == 32
       v[i][q] = (VecF)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)),
                                            _mm_loadu_ps(p + 4 * from_row), 1);
+#else
+      v[i][q] = load<float, float>(p);
 #endif
     }
   }
 #if FASTKD_VECTOR_BYTES == 64
   const IntF low = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29}, high = low + 2;
   const IntD low2 = {0, 8, 2, 10, 4, 12, 6, 14}, high2 = low2 + 1;
-#else
+#elif FASTKD_VECTOR_BYTES == 32
   const IntF low = {0, 8, 1, 9, 4, 12, 5, 13}, high = low + 2;
   const IntD low2 = {0, 4, 2, 6}, high2 = low2 + 1;
+#else
+  const IntF low = {0, 4, 1, 5}, high = low + 2;
+  const IntD low2 = {0, 2}, high2 = low2 + 1;
 #endif
 #pragma GCC unroll 4
   for (int q = 0; q < kQuarters; ++q) {
@@ -95,7 +99,6 @@ static void transpose_square(const float* from, int64_t from_row, float* to, int
     }
   }
 }
-#endif
 
 template <bool Minus, typename T, typename A>
 static void transpose_block(const T* from, int64_t column, int64_t rows, int64_t columns, A* to,

@@ -19,6 +19,7 @@ typedef VecF VecFU __attribute__((aligned(4), may_alias));
 typedef VecD VecDU __attribute__((aligned(8), may_alias));
 typedef BitsH BitsHU __attribute__((aligned(2), may_alias));
 typedef HalfF HalfFU __attribute__((aligned(4), may_alias));
+typedef BitsF BitsFU __attribute__((aligned(2), may_alias));
 
 template <typename A>
 struct VecOf;
@@ -39,7 +40,23 @@ using Mask = typename VecOf<A>::mask;
 template <typename A>
 static constexpr int64_t kLanes = FASTKD_VECTOR_BYTES / static_cast<int64_t>(sizeof(A));
 
+// Whether there are 32 vector registers, or 16.
+#if FASTKD_VECTOR_BYTES == 64 || defined(FASTKD_NEON)
+constexpr bool kManyRegisters = true;
+#else
+constexpr bool kManyRegisters = false;
+#endif
+
 #include "cpu/simd/formats.inl"
+
+// Half a vector to a whole one. GCC 12 makes one number after the other of this for vectors of 16 bytes.
+#ifdef FASTKD_NEON
+FASTKD_INLINE VecD widened(HalfF v) { return (VecD)vcvt_f64_f32((float32x2_t)v); }
+FASTKD_INLINE BitsF widened(BitsH v) { return (BitsF)vmovl_u16((uint16x4_t)v); }
+#else
+FASTKD_INLINE VecD widened(HalfF v) { return __builtin_convertvector(v, VecD); }
+FASTKD_INLINE BitsF widened(BitsH v) { return __builtin_convertvector(v, BitsF); }
+#endif
 
 // The general case goes lane by lane: 16-bit storage with double accumulation, which only mixed calls with
 // float64 use. Too rare for its conversions to be compiled into every loop.
@@ -66,9 +83,7 @@ struct Memory<double, double> {
 };
 template <>
 struct Memory<float, double> {
-  FASTKD_INLINE VecD load(const float* p) {
-    return __builtin_convertvector(*reinterpret_cast<const HalfFU*>(p), VecD);
-  }
+  FASTKD_INLINE VecD load(const float* p) { return widened(*reinterpret_cast<const HalfFU*>(p)); }
   FASTKD_INLINE void store(float* p, VecD v) {
     *reinterpret_cast<HalfFU*>(p) = __builtin_convertvector(v, HalfF);
   }
@@ -76,7 +91,7 @@ struct Memory<float, double> {
 template <>
 struct Memory<BFloat16, float> {
   FASTKD_INLINE VecF load(const BFloat16* p) {
-    return (VecF)(__builtin_convertvector(*reinterpret_cast<const BitsHU*>(p), BitsF) << 16);
+    return (VecF)(widened(*reinterpret_cast<const BitsHU*>(p)) << 16);
   }
   FASTKD_INLINE void store(BFloat16* p, VecF v) {
     *reinterpret_cast<BitsHU*>(p) = __builtin_convertvector(bfloat16_bits_of_float<VecF, BitsF>(v), BitsH);
@@ -98,10 +113,16 @@ struct Memory<Half, float> {
   FASTKD_INLINE void store(Half* p, VecF v) {
     *reinterpret_cast<BitsHU*>(p) = (BitsH)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
   }
+#elif defined(FASTKD_NEON)  // GCC 12 converts a vector of __fp16 number by number
+  FASTKD_INLINE VecF load(const Half* p) {
+    return (VecF)vcvt_f32_f16((float16x4_t) * reinterpret_cast<const BitsHU*>(p));
+  }
+  FASTKD_INLINE void store(Half* p, VecF v) {
+    *reinterpret_cast<BitsHU*>(p) = (BitsH)vcvt_f16_f32((float32x4_t)v);
+  }
 #else
   FASTKD_INLINE VecF load(const Half* p) {
-    return float_of_half_bits<VecF, BitsF>(
-        __builtin_convertvector(*reinterpret_cast<const BitsHU*>(p), BitsF));
+    return float_of_half_bits<VecF, BitsF>(widened(*reinterpret_cast<const BitsHU*>(p)));
   }
   FASTKD_INLINE void store(Half* p, VecF v) {
     *reinterpret_cast<BitsHU*>(p) = __builtin_convertvector(half_bits_of_float<VecF, BitsF>(v), BitsH);
@@ -148,11 +169,10 @@ struct InPairs {
 };
 template <>
 struct InPairs<BFloat16, float> {
-  static constexpr bool value = FASTKD_VECTOR_BYTES > 16;
+  static constexpr bool value = true;
 };
 template <typename T, typename A>
 static constexpr bool kInPairs = InPairs<T, A>::value;
-typedef BitsF BitsFU __attribute__((aligned(2), may_alias));
 
 FASTKD_INLINE void load_pair(const BFloat16* p, VecF& even, VecF& odd) {
   const BitsF bits = *reinterpret_cast<const BitsFU*>(p);
@@ -222,6 +242,12 @@ FASTKD_INLINE void widen(VecF v, VecD& low, VecD& high) {
 #elif FASTKD_VECTOR_BYTES == 32
   low = (VecD)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v));
   high = (VecD)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1));
+#elif defined(FASTKD_NEON)
+  low = (VecD)vcvt_f64_f32(vget_low_f32((float32x4_t)v));
+  high = (VecD)vcvt_high_f64_f32((float32x4_t)v);
+#elif defined(FASTKD_X86)
+  low = (VecD)_mm_cvtps_pd((__m128)v);
+  high = (VecD)_mm_cvtps_pd(_mm_movehl_ps((__m128)v, (__m128)v));
 #else
   low = VecD{v[0], v[1]}, high = VecD{v[2], v[3]};
 #endif

@@ -1,6 +1,6 @@
 """The attention-transfer loss over a list of stages, in one launch forward and one backward.
 
-Forward: a program sums the energies of some channels over a block of positions, of one sample, stage and
+Forward: a program sums the powers of some channels over a block of positions, of one sample, stage and
 side, into scratch memory, and takes a ticket. The last program of a (sample, stage) adds the parts in their
 order, normalizes both maps, compares them and writes the coefficients that the backward pass streams; the
 last of these adds up the loss. Student, teacher, normalization and comparison are thus one pass over the
@@ -65,7 +65,7 @@ class _Side:
 
     def __init__(self, x: Tensor, is_map: bool, size: Sequence[int], p: float, options: int) -> None:
         own, channels = x.shape[1 if is_map else 2 :], 1 if is_map else x.shape[1]
-        # an energy or a map is taken as it is, and the gradient of an energy is still that of the power
+        # a power sum or a map is taken as it is, and the gradient of a power sum is still that of the power
         # before it
         self.pooled = "" if tuple(own) == tuple(size) else "before" if options & POOL_BEFORE else "after"
         raw = is_map or self.pooled == "after"

@@ -16,7 +16,7 @@ from fastkd.kernels.common.tile import (
     row_step,
     rows_of,
     slope,
-    sum_energies,
+    sum_powers,
 )
 
 
@@ -75,20 +75,22 @@ def loss_kernel(
     if t_out is not None:
         t_coefficients = t_out[0]
     for i in tl.static_range(STAGES):
-        # (first program, positions; of each side: programs of a sample, blocks, steps, parts, where its sums
-        # are)
-        of = stages[i]
-        local = pid - of[0]
-        each = of[2] + of[7]
+        # the program that begins the stage, and its positions; of each side its programs of a sample, blocks,
+        # steps and parts, and where its sums begin
+        begin, count, s_own, s_blocks, s_steps, s_of, s_begin, t_own, t_blocks, t_steps, t_of, t_begin = (
+            stages[i]
+        )
+        local = pid - begin
+        each = s_own + t_own
         if (local >= 0) & (local < samples * each):
             n = (local // each).to(tl.int64)
             stage = tl.full((), i, tl.int32)
-            positions = tl.full((), 0, tl.int32) + of[1]
+            positions = tl.full((), 0, tl.int32) + count
             programs = tl.full((), 0, tl.int32) + each
-            s_parts = tl.full((), 0, tl.int32) + of[5]
-            t_parts = tl.full((), 0, tl.int32) + of[10]
-            s_at = of[6] + n * s_parts * positions
-            t_at = of[11] + n * t_parts * positions
+            s_parts = tl.full((), 0, tl.int32) + s_of
+            t_parts = tl.full((), 0, tl.int32) + t_of
+            s_at = s_begin + n * s_parts * positions
+            t_at = t_begin + n * t_parts * positions
             s_div = gains[i][0]
             t_div = gains[i][2]
             s_gain = gains[i][1]
@@ -99,27 +101,27 @@ def loss_kernel(
             if t_out is not None:
                 t_coefficients = t_out[i]
             mine = local % each
-            if mine < of[2]:
-                sum_energies(
+            if mine < s_own:
+                sum_powers(
                     students[i],
                     s_views[i],
                     n,
-                    mine % of[3],
-                    mine // of[3],
-                    of[4],
+                    mine % s_blocks,
+                    mine // s_blocks,
+                    s_steps,
                     scratch + s_at,
                     S_CONFIG,
                     i,
                 )
             else:
-                mine -= of[2]
-                sum_energies(
+                mine -= s_own
+                sum_powers(
                     teachers[i],
                     t_views[i],
                     n,
-                    mine % of[8],
-                    mine // of[8],
-                    of[9],
+                    mine % t_blocks,
+                    mine // t_blocks,
+                    t_steps,
                     scratch + t_at,
                     T_CONFIG,
                     i,
@@ -220,23 +222,25 @@ def gradient_kernel(
     pid = tl.program_id(0)
     upstream = tl.load(grad).to(tl.float32)
     for i in tl.static_range(ITEMS):
-        # (first program, programs of a sample, blocks, steps, positions)
-        of = items[i]
-        local = pid - of[0]
-        if (local >= 0) & (local < samples * of[1]):
-            n = (local // of[1]).to(tl.int64)
-            mine = local % of[1]
+        begin, programs, blocks, steps, positions = items[i]  # programs of a sample
+        local = pid - begin
+        if (local >= 0) & (local < samples * programs):
+            n = (local // programs).to(tl.int64)
+            mine = local % programs
             ROWS: tl.constexpr = CONFIG[i][3]
             BLOCK: tl.constexpr = CONFIG[i][4]
             rows_count, length = rows_of(x_views[i], CONFIG, i)
             rows = tl.arange(0, ROWS)
-            position = (mine % of[2]) * BLOCK + tl.arange(0, BLOCK)
+            position = (mine % blocks) * BLOCK + tl.arange(0, BLOCK)
             inside = position < length
-            k = tl.load(coefficients[i] + n * of[4] + position % of[4], mask=inside, other=0) * upstream
-            first = (mine // of[2]) * of[3] * ROWS
+            k = (
+                tl.load(coefficients[i] + n * positions + position % positions, mask=inside, other=0)
+                * upstream
+            )
+            first = (mine // blocks) * steps * ROWS
             at = xs[i] + places(x_views[i], CONFIG, i, n, first, rows, position)
             to = outs[i] + places(out_views[i], CONFIG, i, n, first, rows, position)
-            for row in range(first, tl.minimum(first + of[3] * ROWS, rows_count), ROWS):
+            for row in range(first, tl.minimum(first + steps * ROWS, rows_count), ROWS):
                 mask = (row + rows < rows_count)[:, None] & inside[None, :]
                 x = tl.load(at, mask=mask, other=0).to(tl.float32)
                 tl.store(to, (slope(x, CONFIG, i) * k[None, :]).to(outs[i].dtype.element_ty), mask=mask)

@@ -1,7 +1,7 @@
 """The attention map and its backward pass; with a ReLU before and a gradient added, those of the taps
 (`attention/tap.py`). One launch each.
 
-Forward: as in `attention/loss.py`, programs sum energies of some channels over a block of positions, and the
+Forward: as in `attention/loss.py`, programs sum the powers of some channels over a block of positions; the
 last program of a sample normalizes its map; without tickets where a sample is one program's. Backward: dx = g
 + k h(x), tile by tile; each program computes the <g, y> of its sample itself, from 25 KiB of the second-level
 cache for 56x56 positions where it streams two or three times 256 KiB.
@@ -70,7 +70,7 @@ class _Common:
 _plans, _gradient_plans = Plans(), Plans()
 
 
-def energies(
+def power_sums(
     x: Tensor,
     residual: Tensor | None,
     relu: bool,
@@ -195,7 +195,7 @@ def attention_map(
     x: Tensor, p: float, channel_reduce: str, signed: bool, normalize: bool, eps: float, eps_mode: str
 ) -> tuple[Tensor, Tensor]:
     """See ``torch.ops.fastkd.attention_map``."""
-    return energies(x, None, False, p, channel_reduce, signed, normalize, eps, eps_mode)[1:]
+    return power_sums(x, None, False, p, channel_reduce, signed, normalize, eps, eps_mode)[1:]
 
 
 def attention_map_backward(grad: Tensor, x: Tensor, y: Tensor, norm: Tensor, *options: Any) -> Tensor:

@@ -15,7 +15,7 @@ from fastkd.kernels.common.tile import (
     row_step,
     rows_of,
     slope,
-    sum_energies,
+    sum_powers,
 )
 
 # not specialized: a new size need not be a new kernel
@@ -50,7 +50,7 @@ def map_kernel(
     n = (pid // programs).to(tl.int64)
     mine = pid % programs
     sums = scratch + n * parts * positions
-    sum_energies(
+    sum_powers(
         x,
         x_view,
         n,

@@ -6,14 +6,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastkd.kernels.attention.map import energies, gradient
+from fastkd.kernels.attention.map import gradient, power_sums
 
 
 def relu_tap(
     x: Tensor, residual: Tensor | None, p: float, channel_reduce: str, signed: bool, eps: float, eps_mode: str
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """See ``torch.ops.fastkd.relu_tap``."""
-    return energies(x, residual, True, p, channel_reduce, signed, True, eps, eps_mode)
+    return power_sums(x, residual, True, p, channel_reduce, signed, True, eps, eps_mode)
 
 
 def tap_backward(

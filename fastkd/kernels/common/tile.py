@@ -42,7 +42,7 @@ def real_power(x, P: tl.constexpr, PARITY: tl.constexpr, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def energy(x, CONFIG: tl.constexpr, ITEM: tl.constexpr):
+def channel_power(x, CONFIG: tl.constexpr, ITEM: tl.constexpr):
     """|x|^p, x^p if signed."""
     if CONFIG[ITEM][5] == 0:
         return real_power(x, CONFIG[ITEM][8], CONFIG[ITEM][9], CONFIG[ITEM][7])
@@ -127,7 +127,7 @@ def row_step(view, CONFIG: tl.constexpr, ITEM: tl.constexpr):
 
 
 @triton.jit
-def sum_energies(
+def sum_powers(
     x,
     view,
     n,
@@ -142,10 +142,10 @@ def sum_energies(
     residual=None,
     residual_view=None,
 ):
-    """Writes a program's sums of energies, a number for each position of its block.
+    """Writes a program's sums of powers, a number for each position of its block.
 
     ``out`` holds, for each chunk, a row of sums; a folded row is as many rows of positions as channels were
-    folded into one. With y, the energies are those of y = relu(x + residual), written on the way and rounded
+    folded into one. With y, the powers are those of y = relu(x + residual), written on the way and rounded
     to its dtype.
     """
     ROWS: tl.constexpr = CONFIG[ITEM][3]
@@ -174,7 +174,7 @@ def sum_energies(
             tl.store(y_at, rounded, mask=mask)
             y_at += row_step(y_view, CONFIG, ITEM)
             v = rounded.to(tl.float32)
-        total += energy(v, CONFIG, ITEM)
+        total += channel_power(v, CONFIG, ITEM)
     tl.store(out + chunk * length + position, tl.sum(total, 0), mask=inside)
 
 

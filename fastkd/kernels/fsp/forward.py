@@ -54,7 +54,17 @@ from fastkd.kernels.common.launch import Launch, Plans, key_of, power_of_two
 from fastkd.kernels.fsp.forward_kernels import fsp_loss_kernel, fsp_matrix_kernel
 from fastkd.kernels.fsp.gradient import fsp_loss_backward
 from fastkd.kernels.fsp.saved import common_size, saved_shape, wide_stages
-from fastkd.kernels.fsp.view import Sources, added_up, checked, dual_tile, mode, options, owned, tile, warps
+from fastkd.kernels.fsp.view import (
+    Sources,
+    added_up,
+    checked,
+    low_rank_tile,
+    mode,
+    options,
+    owned,
+    tile,
+    warps,
+)
 
 BLOCK = 256  # of the loss's last sum
 PAIR_MEAN, WITH_GRAD, PREPARE = FSP.bits("pair_reduce", "mean"), FSP.bits("with_grad"), FSP.bits("prepare")
@@ -130,7 +140,7 @@ class _Loss:
                 views.append(seen)
             register_heavy = any(v.register_heavy for v in views[-4:])
             if len(self.shapes[i]) == 4:
-                cut = dual_tile(math.prod(sizes[0]), how, register_heavy=register_heavy)
+                cut = low_rank_tile(math.prod(sizes[0]), how, register_heavy=register_heavy)
             else:
                 alone = not columns and sizes[0] == sizes[1]
                 widest = (

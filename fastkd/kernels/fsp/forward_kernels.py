@@ -6,8 +6,10 @@ import triton
 import triton.language as tl
 
 from fastkd.kernels.common.tile import added_up, last_of
-from fastkd.kernels.fsp.low_rank import dual_program
-from fastkd.kernels.fsp.tile import difference, extent, products, zeros
+from fastkd.kernels.fsp.fields import FACTORS_ALONE, KIND, TILE_COLUMNS, TILE_ROWS
+from fastkd.kernels.fsp.low_rank import low_rank_program
+from fastkd.kernels.fsp.products import difference, products
+from fastkd.kernels.fsp.tile import extent, zeros
 
 
 # counts and places are not specialized, where Triton heeds that (not within tuples): a new batch size need
@@ -30,8 +32,8 @@ def fsp_matrix_kernel(
     pid = tl.program_id(0)
     n = (pid // tiles).to(tl.int64)
     tile = pid % tiles
-    row = tile // columns * C[0][0] + tl.arange(0, C[0][0])
-    column = tile % columns * C[0][1] + tl.arange(0, C[0][1])
+    row = tile // columns * C[0][TILE_ROWS] + tl.arange(0, C[0][TILE_ROWS])
+    column = tile % columns * C[0][TILE_COLUMNS] + tl.arange(0, C[0][TILE_COLUMNS])
     total = zeros(row, column)
     total = products(
         total, a, b, None, None, a_view, b_view, None, None, n, row, column, V, 0, C, 0, MODE, UPCAST
@@ -67,12 +69,13 @@ def _matrix_program(
     tickets of columns are, positions). C[J]: (row block, column block, depth, whether features are
     subtracted, 0, whether factors of columns alone are saved).
     """
-    FACTORS: tl.constexpr = C[J][5]
-    n = (local // of[1]).to(tl.int64)
-    tile = local % of[1]
-    column_tile = tile % of[2]
-    row = tile // of[2] * C[J][0] + tl.arange(0, C[J][0])
-    column = column_tile * C[J][1] + tl.arange(0, C[J][1])
+    _, tiles, column_tiles, shares_at, _, squares_at, tickets_at, s_positions, t_positions = of
+    FACTORS: tl.constexpr = C[J][FACTORS_ALONE]
+    n = (local // tiles).to(tl.int64)
+    tile = local % tiles
+    column_tile = tile % column_tiles
+    row = tile // column_tiles * C[J][TILE_ROWS] + tl.arange(0, C[J][TILE_ROWS])
+    column = column_tile * C[J][TILE_COLUMNS] + tl.arange(0, C[J][TILE_COLUMNS])
     d = difference(
         operands[4 * J],
         operands[4 * J + 1],
@@ -85,13 +88,13 @@ def _matrix_program(
         n,
         row,
         column,
-        of[7],
-        of[8],
+        s_positions,
+        t_positions,
         V,
         4 * J,
         C,
         J,
-        C[J][3],
+        C[J][KIND],
         MODE,
         UPCAST,
     )
@@ -106,15 +109,19 @@ def _matrix_program(
         else:
             to = outs[J] + (n * a_channels + row)[:, None] * b_channels + column[None, :]
     if COLUMNS:
-        at = scratch + of[5] + n * (of[1] // of[2]) * b_channels + column
-        tl.store(at + (tile // of[2]).to(tl.int64) * b_channels, tl.sum(squares, 0), mask=column < b_channels)
+        at = scratch + squares_at + n * (tiles // column_tiles) * b_channels + column
+        tl.store(
+            at + (tile // column_tiles).to(tl.int64) * b_channels,
+            tl.sum(squares, 0),
+            mask=column < b_channels,
+        )
         if outs is not None and not FACTORS:
             tl.store(to, d, mask=mask)
-        done = last_of(tickets + of[6] + n * of[2] + column_tile, of[1] // of[2])
+        done = last_of(tickets + tickets_at + n * column_tiles + column_tile, tiles // column_tiles)
         if done:
             # .cg: other multiprocessors wrote them
             sums = tl.zeros(column.shape, tl.float64)
-            for k in range(0, of[1] // of[2]):
+            for k in range(0, tiles // column_tiles):
                 more = tl.load(
                     at + tl.cast(k, tl.int64) * b_channels,
                     mask=column < b_channels,
@@ -123,14 +130,14 @@ def _matrix_program(
                 )
                 sums += more.to(tl.float64)
             norm = tl.sqrt(sums).to(tl.float32)
-            tl.store(scratch + of[3] + n * of[2] + column_tile, tl.sum(norm, 0))
+            tl.store(scratch + shares_at + n * column_tiles + column_tile, tl.sum(norm, 0))
             if outs is not None:
                 scale = tl.where(norm == 0, 0.0, factor / norm)
                 if FACTORS:
                     tl.store(factors_to, scale, mask=column < b_channels)
                 else:
-                    for first in range(0, a_channels, C[J][0]):
-                        row = first + tl.arange(0, C[J][0])
+                    for first in range(0, a_channels, C[J][TILE_ROWS]):
+                        row = first + tl.arange(0, C[J][TILE_ROWS])
                         mask = (row < a_channels)[:, None] & (column < b_channels)[None, :]
                         to = outs[J] + (n * a_channels + row)[:, None] * b_channels + column[None, :]
                         tl.store(
@@ -139,11 +146,11 @@ def _matrix_program(
                             mask=mask,
                         )
     else:
-        tl.store(scratch + of[3] + local, tl.sum(squares))
+        tl.store(scratch + shares_at + local, tl.sum(squares))
         if outs is not None:
             if FACTORS:
                 # by the sample's first row of tiles
-                ours = tl.where(tile < of[2], b_channels, 0)
+                ours = tl.where(tile < column_tiles, b_channels, 0)
                 tl.store(factors_to, tl.zeros(column.shape, tl.float32) + 2 * factor, mask=column < ours)
             else:
                 tl.store(to, d * (2 * factor), mask=mask)
@@ -179,9 +186,9 @@ def fsp_loss_kernel(
     for i in tl.static_range(PAIRS):
         local = pid - pairs[i][0]
         if (local >= 0) & (local < samples * pairs[i][1]):
-            DUAL: tl.constexpr = C[i][3] == 2
-            if DUAL:
-                done = dual_program(
+            LOW_RANK: tl.constexpr = C[i][KIND] == 2
+            if LOW_RANK:
+                done = low_rank_program(
                     operands,
                     outs,
                     scratch,

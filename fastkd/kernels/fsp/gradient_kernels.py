@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastkd.kernels.fsp.low_rank import dual_term
+from fastkd.kernels.fsp.fields import COARSE_TERMS, FINE_TERMS, FIRST_TERM, TILE_COLUMNS, TILE_ROWS
+from fastkd.kernels.fsp.low_rank import low_rank_term
 from fastkd.kernels.fsp.term_kernels import recomputed_term, saved_term
 from fastkd.kernels.fsp.tile import across, along, extent, part, sample, zeros
 
@@ -32,7 +33,7 @@ def _any_term(
     MODE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """K[T]: (place of its first tensor and view, 0) or that of ``dual_term`` or ``recomputed_term``."""
+    """K[T]: (place of its first tensor and view, 0) or that of ``low_rank_term`` or ``recomputed_term``."""
     A: tl.constexpr = K[T][0]
     if K[T][1] == 0:
         return saved_term(
@@ -56,7 +57,7 @@ def _any_term(
             UPCAST,
         )
     elif K[T][1] == 1:
-        return dual_term(
+        return low_rank_term(
             total,
             xs[A],
             xs[A + 1],
@@ -143,21 +144,20 @@ def fsp_gradient_kernel(
     if grad is not None:
         upstream = tl.load(grad).to(tl.float32)
     for i in tl.static_range(ITEMS):
-        # (first program, tiles of a sample, position blocks)
-        of = items[i]
-        local = pid - of[0]
-        if (local >= 0) & (local < samples * of[1]):
-            n = (local // of[1]).to(tl.int64)
-            tile = local % of[1]
-            row = tile // of[2] * C[i][0] + tl.arange(0, C[i][0])
-            position = tile % of[2] * C[i][1] + tl.arange(0, C[i][1])
+        first_program, tiles, position_blocks = items[i]
+        local = pid - first_program
+        if (local >= 0) & (local < samples * tiles):
+            n = (local // tiles).to(tl.int64)
+            tile = local % tiles
+            row = tile // position_blocks * C[i][TILE_ROWS] + tl.arange(0, C[i][TILE_ROWS])
+            position = tile % position_blocks * C[i][TILE_COLUMNS] + tl.arange(0, C[i][TILE_COLUMNS])
             rows, length = extent(out_views[i], W, i)
             inside = position < length
             mask = (row < rows)[:, None] & inside[None, :]
             to = across(out_views[i], W, i, row)[:, None] + along(out_views[i], W, i, position)[None, :]
-            FIRST: tl.constexpr = C[i][3]
-            COARSE: tl.constexpr = C[i][4]
-            FINE: tl.constexpr = C[i][5]
+            FIRST: tl.constexpr = C[i][FIRST_TERM]
+            COARSE: tl.constexpr = C[i][COARSE_TERMS]
+            FINE: tl.constexpr = C[i][FINE_TERMS]
             coarse = zeros(row, position)
             for k in tl.static_range(COARSE):
                 coarse = _any_term(

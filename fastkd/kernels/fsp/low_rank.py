@@ -26,7 +26,9 @@ import triton
 import triton.language as tl
 
 from fastkd.kernels.common.tile import last_of
-from fastkd.kernels.fsp.tile import across, along, extent, part, product, product_apart, read, sample, zeros
+from fastkd.kernels.fsp.fields import IS_EXACT, ONE_TILE, PART_CHANNELS, TILE_COLUMNS, TILE_DEPTH, TILE_ROWS
+from fastkd.kernels.fsp.products import product, product_apart
+from fastkd.kernels.fsp.tile import across, along, extent, part, read, sample, zeros
 
 
 @triton.jit
@@ -53,18 +55,18 @@ def channel_sums(
     s and t: the feature of student and teacher; V[A], V[A + 2]: what is constant of them. C[J]:
     fsp/forward.py's of the pair.
     """
-    X_EXACT: tl.constexpr = V[A][9] and not LEFT
-    Y_EXACT: tl.constexpr = V[A + 2][9] and LEFT
-    ONE: tl.constexpr = C[J][5]
+    X_EXACT: tl.constexpr = V[A][IS_EXACT] and not LEFT
+    Y_EXACT: tl.constexpr = V[A + 2][IS_EXACT] and LEFT
+    ONE: tl.constexpr = C[J][ONE_TILE]
     channels, positions = extent(s_view, V, A)
     s += sample(s_view, V, A, n)
     t += sample(t_view, V, A + 2, n)
-    c = tl.arange(0, C[J][2])
+    c = tl.arange(0, C[J][TILE_DEPTH])
     zero = zeros(k, other)
     sum00, left00, right00 = zero, zero, zero
     sum01, left01, right01 = zero, zero, zero
     sum11, left11, right11 = zero, zero, zero
-    for first in range(begin, tl.minimum(end, channels), C[J][2]):
+    for first in range(begin, tl.minimum(end, channels), C[J][TILE_DEPTH]):
         channel = first + c
         own = (channel < channels)[:, None]
         s_rows = across(s_view, V, A, channel)[:, None]
@@ -115,7 +117,7 @@ def _added(at, parts, STEP: tl.constexpr):
 
 
 @triton.jit
-def dual_program(
+def low_rank_program(
     operands,
     outs,
     scratch,
@@ -137,22 +139,23 @@ def dual_program(
     and tickets are, positions, parts of A). C[J]: (row block, column block, depth, 2, channels of a part,
     whether one square tile is all).
     """
-    HIGH: tl.constexpr = C[J][0]
-    WIDE: tl.constexpr = C[J][1]
+    _, programs, column_tiles, shares_at, _, sums_at, tickets_at, positions, left_parts = of
+    HIGH: tl.constexpr = C[J][TILE_ROWS]
+    WIDE: tl.constexpr = C[J][TILE_COLUMNS]
     SIZE: tl.constexpr = HIGH * WIDE
-    CHANNELS: tl.constexpr = C[J][4]
-    n = (local // of[1]).to(tl.int64)
-    tiles = (of[7] + HIGH - 1) // HIGH * of[2]
-    tile = local % of[1] % tiles
-    i = local % of[1] // tiles
-    parts = of[1] // tiles
+    CHANNELS: tl.constexpr = C[J][PART_CHANNELS]
+    n = (local // programs).to(tl.int64)
+    tiles = (positions + HIGH - 1) // HIGH * column_tiles
+    tile = local % programs % tiles
+    i = local % programs // tiles
+    parts = programs // tiles
     row = tl.arange(0, HIGH)
     column = tl.arange(0, WIDE)
     place = row[:, None] * WIDE + column[None, :]
-    k = tile // of[2] * HIGH + row
-    other = tile % of[2] * WIDE + column
-    at = scratch + tl.cast(of[5], tl.int64) * 32 + (n * tiles + tile) * parts * (3 * SIZE)
-    if i < of[8]:
+    k = tile // column_tiles * HIGH + row
+    other = tile % column_tiles * WIDE + column
+    at = scratch + tl.cast(sums_at, tl.int64) * 32 + (n * tiles + tile) * parts * (3 * SIZE)
+    if i < left_parts:
         sum00, sum01, sum11 = channel_sums(
             operands[4 * J],
             operands[4 * J + 2],
@@ -173,7 +176,7 @@ def dual_program(
         )
         _written(at + i * (3 * SIZE), sum00, sum01, sum11, place, SIZE)
     else:
-        first = (i - of[8]) * CHANNELS
+        first = (i - left_parts) * CHANNELS
         sum00, sum01, sum11 = channel_sums(
             operands[4 * J + 1],
             operands[4 * J + 3],
@@ -194,13 +197,12 @@ def dual_program(
         )
         _written(at + i * (3 * SIZE), sum00, sum01, sum11, place, SIZE)
 
-    done = last_of(tickets + of[6] + n * tiles + tile, parts)
+    done = last_of(tickets + tickets_at + n * tiles + tile, parts)
     if done:
-        positions = of[7]
         total = tl.full((), 0.0, tl.float64)
         for j in tl.static_range(3):
-            p = _added(at + j * SIZE + place, of[8], 3 * SIZE)
-            q = _added(at + of[8] * (3 * SIZE) + j * SIZE + place, parts - of[8], 3 * SIZE)
+            p = _added(at + j * SIZE + place, left_parts, 3 * SIZE)
+            q = _added(at + left_parts * (3 * SIZE) + j * SIZE + place, parts - left_parts, 3 * SIZE)
             total += tl.sum(p.to(tl.float64) * q.to(tl.float64)) * (2 if j == 1 else 1)
             if outs is not None:
                 scale = 2 * factor / positions
@@ -208,12 +210,12 @@ def dual_program(
                 to = outs[J] + ((6 * n + j) * positions + k[:, None]) * positions + other[None, :]
                 tl.store(to, p * scale, mask=mask)
                 tl.store(to + 3 * positions * positions, q * scale, mask=mask)
-        tl.store(scratch + of[3] + n * tiles + tile, (total / positions / positions).to(tl.float32))
+        tl.store(scratch + shares_at + n * tiles + tile, (total / positions / positions).to(tl.float32))
     return done
 
 
 @triton.jit
-def dual_term(
+def low_rank_term(
     total,
     s,
     t,
@@ -248,10 +250,10 @@ def dual_term(
     """
     LEFT: tl.constexpr = K[T][2]
     SIGN: tl.constexpr = K[T][3]
-    X_EXACT: tl.constexpr = V[A][9] and not LEFT
-    Y_EXACT: tl.constexpr = V[A + 1][9] and LEFT
+    X_EXACT: tl.constexpr = V[A][IS_EXACT] and not LEFT
+    Y_EXACT: tl.constexpr = V[A + 1][IS_EXACT] and LEFT
     count, _ = extent(view, V, A + 2)
-    i = tl.arange(0, C[J][2])
+    i = tl.arange(0, C[J][TILE_DEPTH])
     own = row < rows
     s += sample(s_view, V, A, n)
     t += sample(t_view, V, A + 1, n)
@@ -260,7 +262,7 @@ def dual_term(
     saved += sample(view, V, A + 2, n) + offsets[0]
     columns = (along(view, V, A + 2, position) + part(view, V, A + 2, j))[None, :]
     turned_columns = (along(turned, V, A + 3, position) + part(turned, V, A + 3, j))[None, :]
-    for first in range(0, count, C[J][2]):
+    for first in range(0, count, C[J][TILE_DEPTH]):
         o = first + i
         given = o < count
         mask = own[:, None] & given[None, :]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastkd.kernels.fsp.tile import across, along, difference, extent, part, product, read, sample
+from fastkd.kernels.fsp.fields import IS_EXACT, TILE_DEPTH
+from fastkd.kernels.fsp.products import difference, product
+from fastkd.kernels.fsp.tile import across, along, extent, part, read, sample
 
 
 @triton.jit
@@ -30,14 +32,14 @@ def saved_term(
     UPCAST: tl.constexpr,
 ):
     """total + scale m x, summed over x's channels. m_strides: sample, channel of the gradient, of x."""
-    EXACT: tl.constexpr = V[T][9]
+    EXACT: tl.constexpr = V[T][IS_EXACT]
     count, _ = extent(view, V, T)
-    k = tl.arange(0, C[J][2])
+    k = tl.arange(0, C[J][TILE_DEPTH])
     own = row < rows
     m_at = m + n * m_strides[0] + row.to(tl.int64)[:, None] * m_strides[1]
     x += sample(view, V, T, n)
     x_columns = (along(view, V, T, position) + part(view, V, T, j))[None, :]
-    for first in range(0, count, C[J][2]):
+    for first in range(0, count, C[J][TILE_DEPTH]):
         o = first + k
         given = o < count
         v = (
@@ -92,14 +94,14 @@ def recomputed_term(
     a_less, b_less. K[T]: (A, 2, LEFT, whether sizes are the same).
     """
     LEFT: tl.constexpr = K[T][2]
-    EXACT: tl.constexpr = V[A][9]
+    EXACT: tl.constexpr = V[A][IS_EXACT]
     SAME: tl.constexpr = K[T][3]
     count, _ = extent(x_view, V, A)
-    k = tl.arange(0, C[J][2])
+    k = tl.arange(0, C[J][TILE_DEPTH])
     saved += n * numbers[0]
     x += sample(x_view, V, A, n)
     x_columns = (along(x_view, V, A, position) + part(x_view, V, A, j))[None, :]
-    for first in range(0, count, C[J][2]):
+    for first in range(0, count, C[J][TILE_DEPTH]):
         o = first + k
         given = o < count
         m = difference(

@@ -138,7 +138,7 @@ def tile(
     return block, min(other, widest), min(max(power_of_two(depth), 16), deepest)
 
 
-def dual_tile(positions: int, how: str, *, register_heavy: bool = False) -> Size:
+def low_rank_tile(positions: int, how: str, *, register_heavy: bool = False) -> Size:
     """The same of the products over channels, three at a time (`fsp/low_rank.py`)."""
     if how == "ieee":
         block = min(max(power_of_two(positions), 16), 32)
@@ -175,8 +175,8 @@ def most_warps(t: Size) -> int:
     return t[0] // 16 if by_rows else t[1] // 8
 
 
-def warps(tiles: Sequence[Size], how: str, dual: Sequence[Size] = ()) -> int:
-    if any(t[0] * t[1] > 64 * 64 for t in tiles) or any(t[0] == 64 for t in dual):
+def warps(tiles: Sequence[Size], how: str, low_rank: Sequence[Size] = ()) -> int:
+    if any(t[0] * t[1] > 64 * 64 for t in tiles) or any(t[0] == 64 for t in low_rank):
         return 8  # fewer would not have the registers
     return 4 if how == "ieee" else min(4, max(most_warps(t) for t in tiles))
 

@@ -1,0 +1,165 @@
+"""Networks of other libraries and of users' files, each by one name: "torchvision:resnet34", "timm:resnet18",
+"nets.py:small". No weights are fetched.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import importlib
+import importlib.util
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastkd.models.observed import shows_features
+from fastkd.models.probe import Probe
+
+FORMS = "torchvision:NAME, timm:NAME or path/to/file.py:FACTORY"
+# arguments without which these two give a tuple in train mode, in place of logits
+_SINGLE = {name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")}
+
+
+def is_spec(name: str) -> bool:
+    """Whether ``name`` is of another library or file, and not of ``fastkd.models``."""
+    return ":" in name
+
+
+def create(spec: str, num_classes: int) -> nn.Module:
+    """A freshly initialized network for ``num_classes``. Raises ValueError, one line."""
+    source, _, name = spec.rpartition(":")
+    if source == "torchvision":
+        network = _of_torchvision(name, num_classes)
+    elif source == "timm":
+        network = _of_timm(name, num_classes)
+    elif source.endswith(".py"):
+        network = _of_file(Path(source).expanduser(), name, num_classes)
+    else:
+        raise ValueError(f"model {spec!r} is not known, wanted {FORMS}")
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"model {spec!r} gives {type(network).__name__}, wanted a torch.nn.Module")
+    return network
+
+
+def stages_of(network: nn.Module) -> tuple[str, ...] | None:
+    """The points that stand in where none are named; None where there are no usual ones.
+
+    They are ``layer1`` to ``layer4`` of a ResNet and its kin, or what a network of timm declares: the last
+    four of its stages, if each halves the map. A network of ``fastkd.models`` shows its own.
+    """
+    if shows_features(network):
+        return None
+    names = dict(network.named_modules())
+    layers = tuple(f"layer{i}" for i in range(1, 5) if f"layer{i}" in names)
+    if len(layers) > 1:
+        return layers
+    declared = getattr(network, "feature_info", None)
+    if not isinstance(declared, Sequence) or not all(isinstance(info, dict) for info in declared):
+        return None
+    last = [info for info in declared if info.get("module") in names][-4:]
+    halved = len({info.get("reduction") for info in last}) == len(last) > 1
+    return tuple(info["module"] for info in last) if halved else None
+
+
+def declared_normalization(network: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """(mean, std) by which timm says that images are normalized for this network's published weights."""
+    declared = getattr(network, "pretrained_cfg", None)
+    mean, std = (declared.get(name) if isinstance(declared, dict) else None for name in ("mean", "std"))
+    return None if mean is None or std is None else (tuple(mean), tuple(std))
+
+
+def suggested(network: nn.Module, image_shape: Sequence[int]) -> list[str]:
+    """Points for a network that has no usual ones: the last submodule at each size of map, but the first and
+    those of one position.
+    """
+    network.eval()
+    last: dict[tuple[int, ...], str] = {}
+    for call in Probe(network, image_shape, (), "network").calls:
+        if isinstance(call.given, Tensor) and call.given.dim() == 4 and call.given.shape[2:].numel() > 1:
+            last[tuple(call.given.shape[2:])] = call.name
+    return list(last.values())[1:]
+
+
+def file_name(name: str) -> str:
+    """A model's name as a part of a file's name, another one for each file of a user."""
+    if not is_spec(name):
+        return name
+    plain = re.sub(r"[^\w.-]+", "-", name.rpartition("/")[2])
+    folder = name.rpartition("/")[0]
+    return plain + (f"-{hashlib.blake2b(folder.encode(), digest_size=3).hexdigest()}" if folder else "")
+
+
+def _of_torchvision(name: str, num_classes: int) -> nn.Module:
+    models = _library("torchvision.models")
+    known = models.list_models(module=models)
+    if name not in known:
+        raise ValueError(_unknown("torchvision", name, known))
+    return models.get_model(name, weights=None, num_classes=num_classes, **_SINGLE.get(name, {}))
+
+
+def _of_timm(name: str, num_classes: int) -> nn.Module:
+    timm = _library("timm")
+    if "/" in name or not timm.is_model(name):  # a name with a slash would be looked up in a network
+        raise ValueError(_unknown("timm", name, timm.list_models()))
+    return timm.create_model(name, pretrained=False, num_classes=num_classes)
+
+
+def _library(name: str) -> Any:
+    package = name.partition(".")[0]
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == package
+        why = "is not installed" if missing else f"cannot be imported ({' '.join(str(error).split())})"
+        raise ValueError(f"{package} {why}: pip install {package}") from None
+
+
+def _unknown(package: str, name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, 3)
+    return f"{package} has no network {name!r}" + (f", wanted one such as {', '.join(near)}" if near else "")
+
+
+def _of_file(path: Path, name: str, num_classes: int) -> Any:
+    try:
+        module = _module(path.resolve())
+    except Exception as error:  # whatever a user's file does
+        raise ValueError(f"{path} cannot be imported: {_said(error)}") from None
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        found = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ValueError(f"{path} has no function {name!r}; it has {', '.join(found) or 'none'}")
+    try:
+        return factory(num_classes=num_classes)
+    except Exception as error:
+        raise ValueError(f"{path}: {name}(num_classes={num_classes}) fails: {_said(error)}") from None
+
+
+@functools.cache
+def _module(path: Path) -> ModuleType:
+    """The file as a module, imported once. It may import files that lie beside it."""
+    if not path.is_file():
+        raise FileNotFoundError("no such file")
+    named = f"fastkd_user_{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
+    spec = importlib.util.spec_from_file_location(named, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[named] = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[named]
+        raise
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def _said(error: Exception) -> str:
+    text = " ".join(str(error).split())[:200]
+    return text if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {text}"

@@ -1,0 +1,132 @@
+"""Methods, models and data sets that others add: by a decorator, a file or an entry point of their package.
+
+The table of each kind stands where it always did; what is added goes into it, and its origin is kept here.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import re
+import sys
+import traceback
+from collections.abc import Callable, Collection, MutableMapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from fastkd.errors import UserError
+
+GROUPS = {"method": "fastkd.methods", "model": "fastkd.models", "dataset": "fastkd.data"}
+"""The group of entry points of each kind."""
+
+_origins: dict[tuple[str, str], tuple[str, str]] = {}  # what is told, and the file
+_NAME = re.compile(r"[a-z][a-z0-9_-]*")
+
+
+def register(kind: str, table: MutableMapping[str, Any], name: str, value: Any, package: str = "") -> None:
+    """Puts ``value`` into ``table``; ``package``: name and version of what brings it.
+
+    A file that is read again replaces what it added before. Raises ValueError for a name that cannot be, or
+    is there already.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(f"{kind} name is {name!r}, wanted small letters, digits, - and _")
+    told, file = _origin(value)
+    before, earlier = _origins.get((kind, name), ("fastkd itself", ""))
+    if name in table and file != earlier:
+        raise ValueError(f"{kind} {name!r} is there already, from {before}: wanted another name")
+    table[name] = value
+    _origins[kind, name] = f"{package}, {told}" if package else told, file
+
+
+def find(kind: str, table: Collection[str], name: str, add: Callable[[str, Any, str], None]) -> None:
+    """If ``table`` lacks ``name`` and an installed package has an entry point of that name: loads it.
+
+    What it leads to may register itself; else ``add(name, value, package)`` is called. Raises ValueError for
+    one that cannot be loaded.
+    """
+    if name in table:
+        return
+    for point in importlib.metadata.entry_points(group=GROUPS[kind], name=name):
+        package = "" if point.dist is None else f"{point.dist.name} {point.dist.version}"
+        try:
+            value = point.load()
+            if name not in table:
+                add(name, value, package)
+        except Exception as error:
+            raise ValueError(f"{kind} {name!r} of {package} cannot be loaded: {_said(error)}") from None
+        return
+
+
+def known(kind: str) -> list[str]:
+    """Names of the entry points of a kind, loaded or not."""
+    return sorted({point.name for point in importlib.metadata.entry_points(group=GROUPS[kind])})
+
+
+def load(file: str | Path) -> ModuleType:
+    """Imports a file ``my_file.py``, or a module by its name, once; what it registers is there from then on.
+
+    Raises UserError, one line with the place of the error.
+    """
+    try:
+        path = Path(file).expanduser()
+        return _module(path.resolve()) if path.suffix == ".py" else importlib.import_module(str(file))
+    except Exception as error:
+        raise UserError(f"plugin {file} cannot be loaded: {_said(error)}") from None
+
+
+def origin(kind: str, name: str) -> str | None:
+    """Where something was added from: "my_file.py 1a2b3c4d", the file's name and a hash of its text.
+
+    None for what belongs to fastkd.
+    """
+    return _origins.get((kind, name), (None, ""))[0]
+
+
+@functools.cache
+def _module(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise FileNotFoundError("no such file")
+    name = f"fastkd_plugin_{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))  # it may import files that lie beside it
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def _origin(value: Any) -> tuple[str, str]:
+    """(the name of the file that ``value`` comes from and a hash of its text, the whole path).
+
+    Of an object that was typed in, its module stands for both.
+    """
+    name = getattr(value, "__module__", type(value).__module__)
+    file = getattr(sys.modules.get(name), "__file__", None)
+    if file is None or not Path(file).is_file():
+        return name, name
+    text = hashlib.blake2b(Path(file).read_bytes(), digest_size=4).hexdigest()
+    return f"{Path(file).name} {text}", str(file)
+
+
+def _said(error: Exception) -> str:
+    """What went wrong in one line, and in which line of the file."""
+    text = " ".join(str(error).split())[:200]
+    if isinstance(error, (FileNotFoundError, SyntaxError, UserError)):
+        return text
+    ours = (str(Path(__file__).parent), "<frozen")
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)
+    ]
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {text}{where}"

@@ -1,0 +1,184 @@
+"""One student of several teachers: the mean of the losses, or the loss of the mean logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastkd import backends
+from fastkd.distillation import Distillation, Losses
+from fastkd.methods import Batch, Definition, define, undisturbed
+
+JOINS = ("losses", "logits")
+
+
+class SeveralTeachers(nn.Module):
+    """A :class:`fastkd.Distillation` of several teachers, with the same calls.
+
+        distillation = fastkd.SeveralTeachers(student, [first, second], "kd", join="logits")
+
+    Args:
+        teachers: two networks or more, of one number of classes.
+        join: "losses": each method is built for each teacher, with what it learns, and its loss is their
+            mean. "logits": the methods see the mean of the teachers' logits, which only ``kd`` and ``dkd``
+            read alone. A network of a different width or family may stand among the teachers in both.
+        options, rest: as for :class:`fastkd.Distillation`; ``teacher_points`` and the like are those of every
+            teacher.
+
+    ``terms`` and ``total`` of its losses are the means; ``teacher_logits`` is the mean of the logits. Raises
+    ValueError for a method that changes the student, as SimKD and NORM do.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teachers: Sequence[nn.Module],
+        method: str | Definition = "kd",
+        *,
+        join: str = "losses",
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+        preset: str | None = None,
+        **rest: Any,
+    ):
+        super().__init__()
+        teachers = list(teachers)
+        if len(teachers) < 2 or any(not isinstance(each, nn.Module) for each in teachers):
+            raise ValueError(f"teachers has {len(teachers)} networks, wanted at least two")
+        if join not in JOINS:
+            raise ValueError(f"join is {join!r}, wanted one of {', '.join(JOINS)}")
+        self.definition = (
+            define(method, preset=preset, options=options) if isinstance(method, str) else method
+        )
+        check_join(self.definition, join)
+        # in a tuple, which nn.Module does not look into: each holds the student
+        self._parts = tuple(Distillation(student, teacher, self.definition, **rest) for teacher in teachers)
+        self.student, self.join = student, join
+        self.methods = nn.ModuleList(part.methods for part in self._parts[: 1 if join == "logits" else None])
+        first = self._parts[0]
+        self.names, self.points, self.teacher_mode = self.definition.names, first.points, first.teacher_mode
+        self.image_shape, self.teacher_image_shape = first.image_shape, first.teacher_image_shape
+        counts = [int(self._logits_of(part).shape[1]) for part in self._parts]
+        if len(set(counts)) > 1:
+            raise ValueError(f"teachers have {', '.join(map(str, counts))} classes, wanted the same number")
+
+    @property
+    def teacher(self) -> nn.ModuleList:
+        """The teachers, which are not in ``modules()``, ``parameters()`` or ``state_dict()``."""
+        return nn.ModuleList(part.teacher for part in self._parts if part.teacher is not None)
+
+    def fold(self) -> None:
+        """See :meth:`fastkd.Distillation.fold`."""
+        for part in self._parts:
+            part.fold()
+
+    def train(self, mode: bool = True) -> SeveralTeachers:
+        super().train(mode)
+        for part in self._parts:
+            part.train(mode)
+        return self
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SeveralTeachers:
+        super()._apply(fn, recurse)
+        for part in self._parts:
+            part._apply(fn, recurse)
+        return self
+
+    def settled(self) -> dict[str, Any]:
+        """Options left open that the networks decided. Raises ValueError where teachers disagree."""
+        found = [part.settled() for part in self._parts[: len(self.methods)]]
+        for key, value in found[0].items():
+            values = [each[key] for each in found]
+            if any(other != value for other in values):
+                told = ", ".join(map(str, values))
+                raise ValueError(f"option {key} is left open, the teachers decide {told}: give it")
+        return found[0]
+
+    def set_epoch(self, epoch: int, epochs: int) -> None:
+        """See :meth:`fastkd.Distillation.set_epoch`."""
+        for part in self._parts:
+            part.set_epoch(epoch, epochs)
+
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        index: Tensor | None = None,
+        teacher_images: Tensor | None = None,
+    ) -> Losses:
+        first, batch = self._parts[0], Batch(images, labels, index)
+        answers = [
+            part._teachers(images if teacher_images is None else teacher_images) for part in self._parts
+        ]
+        with first._autocast():
+            student = first._students(images)
+        losses: dict[str, Tensor] = {}
+        if labels is not None and self.definition.ce:
+            losses["ce"] = (
+                F.cross_entropy(first.methods.seen_logits(student.logits).float(), labels)
+                * self.definition.ce
+            )
+        student, teachers = first._as_seen(student), [first._as_seen(answer) for answer in answers]
+        logits = torch.stack([teacher.logits for teacher in teachers]).mean(0)
+        records: dict[str, Any] = {}
+        if self.join == "logits":
+            mean = teachers[0]._replace(logits=logits)
+            found, records = first.methods.losses(batch, student, mean, first._autocast())
+            losses.update(found)
+        else:
+            each = []
+            for i, (part, teacher) in enumerate(zip(self._parts, teachers, strict=True)):
+                found, own = part.methods.losses(batch, student, teacher, part._autocast())
+                each.append(found)
+                records.update({f"{i}.{name}": record for name, record in own.items()})
+            losses.update({name: torch.stack([found[name] for found in each]).mean() for name in each[0]})
+        return Losses(torch.stack(list(losses.values())).sum(), losses, student.logits, logits, records)
+
+    @torch.no_grad()
+    def update(self, index: Tensor, records: Mapping[str, Any]) -> None:
+        """See :meth:`fastkd.Distillation.update`."""
+        for key, record in records.items():
+            place, point, name = key.partition(".")
+            part = self._parts[int(place) if point else 0]
+            part.update(index, {name if point else key: record})
+
+    def check(self, images: int = 2) -> dict[str, list[backends.Call]]:
+        """See :meth:`fastkd.Distillation.check`."""
+        calls: dict[str, list[backends.Call]] = {}
+        for part in self._parts:
+            for name, found in part.check(images).items():
+                calls[name] = calls.get(name, []) + found
+        return calls
+
+    def _logits_of(self, part: Distillation) -> Tensor:
+        blank = next(self.student.parameters()).new_zeros(1, *self.teacher_image_shape)
+        teacher: Any = part.teacher
+        with undisturbed(teacher):
+            found: Tensor = teacher(blank)
+        return found
+
+
+def kept_bytes(distillation: Distillation | SeveralTeachers) -> dict[str, int]:
+    """What each method keeps in buffers, for all teachers together."""
+    methods, found = distillation.methods, dict[str, int]()
+    sums: Any = methods if isinstance(methods, nn.ModuleList) else [methods]
+    for each in sums:
+        for name, module in each.items():
+            found[name] = found.get(name, 0) + sum(buffer.nbytes for buffer in module.buffers())
+    return found
+
+
+def check_join(definition: Definition, join: str) -> None:
+    """Raises ValueError where a method of the sum cannot have several teachers."""
+    if not definition.terms:
+        raise ValueError(f"method {definition.name!r} has no teacher, but several are given")
+    if definition.wraps:
+        raise ValueError(f"method {definition.name!r} changes the student, so it can have one teacher only")
+    features = [term.name for term in definition.terms if not term.kind.reads_logits_alone]
+    if join == "logits" and features:
+        raise ValueError(
+            f"join is 'logits', but {features[0]} reads more of a teacher than its logits, wanted 'losses'"
+        )

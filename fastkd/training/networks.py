@@ -1,0 +1,214 @@
+"""The networks of a run: where their features are, what images they take, and whether a method fits them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+import fastkd
+from fastkd.backends import Call
+from fastkd.data import Dataset
+from fastkd.data.feed import Feed
+from fastkd.distillation import Distillation
+from fastkd.errors import UserError
+from fastkd.methods import Definition
+from fastkd.models import create_model, load_weights
+from fastkd.models.specs import declared_normalization, is_spec, stages_of, suggested
+from fastkd.seeds import seeded
+from fastkd.several_teachers import SeveralTeachers, check_join, kept_bytes
+from fastkd.training import distributed
+from fastkd.training.choices import Choices
+
+ROLES = ("student", "teacher")
+SIDE = 32
+"""Of the images of all sets in memory."""
+
+
+class Networks(Choices):
+    """What of the settings concerns the networks, and what is built of them."""
+
+    declared: dict[str, tuple[tuple[float, ...], tuple[float, ...]] | None]
+    """By role how timm says that images are normalized for a network's published weights."""
+    calls: dict[str, list[Call]]
+    student_parameters: int  # of the student that a method has changed
+    kept: dict[str, int]  # bytes that a method keeps beside what is trained
+
+    def find_points(self) -> None:
+        """The points of both networks, given or usual. Raises UserError for what cannot be."""
+        self.points, self.declared = {}, {}
+        for role in ROLES:
+            given = getattr(self.settings, f"{role}_points")
+            try:
+                network = create_model(self.model_name(role))
+            except ValueError as error:
+                raise UserError(f"--{role} {self.model_name(role)}: {error}") from None
+            self.points[role] = stages_of(network) if given is None else given
+            self.declared[role] = declared_normalization(network)
+        for name in ("image_size", "student_size", "teacher_size"):
+            size = getattr(self.settings, name)
+            if size is not None and size < 8:
+                raise UserError(f"--{name.replace('_', '-')} is {size}, wanted at least 8")
+        if (self.settings.workers or 0) < 0:
+            raise UserError(f"--workers is {self.settings.workers}, wanted at least 0")
+
+    def side(self, role: str) -> int:
+        """Of the square images that the student or the teacher gets."""
+        if isinstance(self.data, Dataset):
+            return SIDE
+        own = self.settings.student_size if role == "student" else self.settings.teacher_size
+        return own or self.settings.image_size or 224
+
+    def image_shape(self, role: str) -> tuple[int, int, int]:
+        return 3, self.side(role), self.side(role)
+
+    def feed(self, role: str) -> Feed:
+        """How the images of this role's training are read: a student's with the teacher's beside them, where
+        those have another size.
+        """
+        sides = [self.side(role)]
+        if role == "student" and self.method.needs_teacher and self.side("teacher") != sides[0]:
+            sides.append(self.side("teacher"))
+        return Feed(tuple(sides), self.workers, self.settings.on_bad_image or "stop")
+
+    @property
+    def workers(self) -> int:
+        """Processes that read files, for each process that trains."""
+        if self.settings.workers is not None:
+            return self.settings.workers
+        there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, min(8, there // distributed.share()[1]))
+
+    @property
+    def test_batch(self) -> int:
+        """Images of a test batch: about as many pixels, whatever the size of the images."""
+        return max(50, 500 * SIDE**2 // self.side("student") ** 2)
+
+    def check_networks(self) -> None:
+        """Tries the networks on blank images, and the method on both. Raises UserError."""
+        self.calls, self.settled, self.student_parameters, self.kept = {}, {}, 0, {}
+        for role in ROLES[: 1 + self.method.needs_teacher]:
+            if is_spec(self.model_name(role)):
+                self._check_logits(role)
+        if self.method.needs_teacher:
+            self._check_fit()
+
+    def _check_logits(self, role: str) -> None:
+        name, shape = self.model_name(role), self.image_shape(role)
+        network = create_model(name, self.data.classes).eval()
+        try:
+            with torch.no_grad():
+                logits = network(torch.zeros(2, *shape))
+        except Exception as error:  # whatever a network does with images that it is not made for
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise UserError(f"--{role} {name} does not take images {shape} ({why})") from None
+        told = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        if told != (2, self.data.classes):
+            raise UserError(f"--{role} {name} gives {told} for 2 images, wanted {(2, self.data.classes)}")
+
+    def _check_teachers(self) -> None:
+        """That the method can have as many teachers as are given. Raises UserError, ValueError."""
+        more = self.settings.more_teachers
+        if self.settings.join_teachers is not None and not more:
+            raise UserError("--join-teachers is given, but there is one teacher: wanted several --teacher")
+        if more and self.settings.teacher_checkpoint is None:
+            raise UserError("--teacher-checkpoint is missing: of several teachers each wants one")
+        if more:
+            check_join(self.method, self.join_teachers)
+            self.more_weights  # noqa: B018 - reads the files before any training
+
+    def new_teacher(self) -> nn.Module:
+        """An untrained teacher, or a ModuleList of all."""
+        first = create_model(self.models.teacher, self.data.classes)
+        more = [create_model(name, self.data.classes) for name, _ in self.settings.more_teachers]
+        return nn.ModuleList([first, *more]) if more else first
+
+    def _check_fit(self) -> None:
+        student = create_model(self.model_name("student"), self.data.classes).to(self.device)
+        try:
+            self._check_teachers()
+            teacher = self.new_teacher().to(self.device)
+            trial = self.distillation("student", student, teacher, self.method, fold=False)
+            self.calls = trial.check(self.recipe.batch_size if self.method.whole_batches else 2)
+            self.settled = trial.settled()
+            self.method = dataclasses.replace(self.method, changes={**self.method.changes, **self.settled})
+            self.kept = kept_bytes(trial)
+            self.student_parameters = sum(parameter.numel() for parameter in trial.student.parameters())
+        except fastkd.BackendError as error:
+            raise UserError(" ".join(str(error).split())) from None
+        except (ValueError, TypeError) as error:
+            pair = f"{self.models.teacher} as teacher and {self.models.student} as student"
+            text = " ".join(str(error).split())
+            raise UserError(
+                f"method {self.settings.method} does not fit {pair}: {text}{self._points_in_words(text)}"
+            ) from None
+
+    def _points_in_words(self, error: str) -> str:
+        """What the points are, or might be, behind an error about networks that are none of fastkd's."""
+        told = []
+        for role in ROLES:
+            points = self.points[role]
+            if points is None and is_spec(self.model_name(role)) and f"{role}_points" in error:
+                network = create_model(self.model_name(role), self.data.classes)
+                found = suggested(network, self.image_shape(role))
+                told.append(f"--{role}-points, such as {','.join(found) or 'A,B,C'}")
+            elif points is not None:
+                told.append(f"--{role}-points {','.join(points)}")
+        return f" ({'; '.join(told)})" if told else ""
+
+    def distillation(
+        self,
+        role: str,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        method: Definition,
+        fold: bool = True,
+        train_images: Iterable[Any] | None = None,
+    ) -> Distillation:
+        """What trains ``student`` by ``method``; both networks are on the device.
+
+        Without ``train_images`` it is one to be looked at: two blank images stand for the training set.
+        """
+        shape = self.image_shape("teacher")
+        several = isinstance(teacher, nn.ModuleList) and method.needs_teacher
+        kind: Any = partial(SeveralTeachers, join=self.join_teachers) if several else Distillation
+        made: Distillation = kind(
+            student,
+            teacher if method.needs_teacher else None,
+            method,
+            student_points=self.points["student"] if method.needs_teacher else None,
+            teacher_points=self.points["teacher"] if method.needs_teacher else None,
+            train_labels=self.data.train_labels,
+            train_images=[torch.zeros(2, *shape)] if train_images is None else train_images,
+            num_classes=self.data.classes,
+            batch_size=self.recipe.batch_size,
+            epochs=self.recipe.epochs,
+            autocast=self.autocast(),
+            teacher_mode=self.recipe.teacher_mode,
+            seed=self.seed_of(role),
+            fold=fold,
+            image_shape=self.image_shape(role),
+            teacher_image_shape=shape if role == "student" else None,
+        )
+        return made
+
+    def new_model(self, role: str) -> nn.Module:
+        """The untrained "student" or "teacher", its weights drawn from (seed, role), or a student's from
+        ``--student-checkpoint``.
+        """
+        with seeded(self.seed_of(role), role, "weights"):
+            network = create_model(self.model_name(role), self.data.classes)
+        if role == "student" and self.settings.student_checkpoint is not None:
+            load_weights(network, self.settings.student_checkpoint)
+        return network
+
+    def autocast(self) -> torch.autocast:
+        """What the models' forward passes run under; the losses do not."""
+        return torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.settings.precision == "bf16"
+        )

@@ -1,0 +1,74 @@
+"""The flags that name networks, fastkd's and any other, and those for a folder of images."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from fastkd import models, plugins
+from fastkd.errors import UserError
+from fastkd.models.specs import FORMS, is_spec
+
+
+def add_networks(parser: argparse.ArgumentParser) -> None:
+    known = f"resnet20; known: {', '.join(_models())}, and {FORMS}"
+    several = "; several times, each with its checkpoint: they teach together"
+    parser.add_argument("--teacher", type=model_name, action="append", metavar="NAME", help=known + several)
+    parser.add_argument("--student", type=model_name, metavar="NAME", help="resnet20; as for the teacher")
+    weights = "the teacher's weights, RepDistiller's layout; as often as --teacher"
+    parser.add_argument("--teacher-checkpoint", type=Path, action="append", metavar="FILE", help=weights)
+    mean = "of several teachers, what the mean is of: losses (default), or logits, for kd and dkd"
+    parser.add_argument("--join-teachers", choices=("losses", "logits"), help=mean)
+
+
+def _models() -> list[str]:
+    """Names of models, those that others have registered or their packages offer among them."""
+    return list(dict.fromkeys([*models.MODELS, *plugins.known("model")]))
+
+
+def all_teachers(names: list[str] | None, files: list[Path] | None) -> dict[str, Any]:
+    """What ``Settings`` says of ``--teacher`` and ``--teacher-checkpoint``, each given as often as there are
+    teachers; one name is that of all. Raises UserError.
+    """
+    names, files = names or [], files or []
+    if len(names) == 1 < len(files):
+        names = names * len(files)
+    if max(len(names), len(files)) < 2:
+        return {"teacher": next(iter(names), None), "teacher_checkpoint": next(iter(files), None)}
+    if len(names) != len(files):
+        raise UserError(
+            f"--teacher is given {len(names)} times, --teacher-checkpoint {len(files)} times: of several"
+            " teachers each wants a checkpoint"
+        )
+    more = tuple(zip(names[1:], files[1:], strict=True))
+    return {"teacher": names[0], "teacher_checkpoint": files[0], "more_teachers": more}
+
+
+def add_own(group: argparse._ArgumentGroup) -> None:
+    """Flags for networks that are none of fastkd's, and for a folder of images."""
+    points = "names of submodules, in the order of the forward pass: layer2,layer3,layer4"
+    group.add_argument("--teacher-points", type=names, metavar="A,B,...", help=points)
+    group.add_argument("--student-points", type=names, metavar="A,B,...", help="as for the teacher")
+    group.add_argument("--image-size", type=int, metavar="N", help="side of a folder's images (224)")
+    for role in ("teacher", "student"):
+        text = f"that of the {role}'s images; crop and flip are the same for both"
+        group.add_argument(f"--{role}-size", type=int, metavar="N", help=text)
+    group.add_argument("--workers", type=int, metavar="N", help="processes that read a folder's images")
+    bad = "a file that is no whole image ends the run (stop, default), or is named and left out"
+    group.add_argument("--on-bad-image", choices=("stop", "skip"), help=bad)
+
+
+def names(text: str) -> tuple[str, ...]:
+    """The names in "layer1,layer2"."""
+    found = tuple(part.strip() for part in text.split(","))
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty name, wanted names with commas between them")
+    return found
+
+
+def model_name(text: str) -> str:
+    if text not in _models() and not is_spec(text):
+        known = ", ".join(map(repr, _models()))
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {known}, or {FORMS})")
+    return text
