@@ -111,9 +111,7 @@ class SeveralTeachers(nn.Module):
         teacher_images: Tensor | None = None,
     ) -> Losses:
         first, batch = self._parts[0], Batch(images, labels, index)
-        answers = [
-            part._teachers(images if teacher_images is None else teacher_images) for part in self._parts
-        ]
+        answers = [part.ask(images if teacher_images is None else teacher_images) for part in self._parts]
         with first._autocast():
             student = first._students(images)
         losses: dict[str, Tensor] = {}
