@@ -71,7 +71,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--student-checkpoint", type=Path, metavar="FILE", help="weights that the student begins with"
     )
     plugin = "imports it first: it may register methods, models and data sets; as often as needed"
-    parser.add_argument("--plugin", action="append", default=[], metavar="FILE.py", help=plugin)
+    parser.add_argument(
+        "--plugin", action="append", default=[], dest="plugins", metavar="FILE.py", help=plugin
+    )
     parser.add_argument(
         "--recipe",
         choices=tuple(RECIPES),
@@ -195,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             times = flags.pop("repeats")
             flags |= all_teachers(flags.pop("teacher"), flags.pop("teacher_checkpoint"))
-            flags["options"], flags["plugins"] = tuple(flags["options"]), tuple(flags.pop("plugin"))
+            flags["options"], flags["plugins"] = tuple(flags["options"]), tuple(flags["plugins"])
             repeat(
                 Settings(
                     **flags, overrides={name: value for name, value in fields.items() if value is not None}
