@@ -33,7 +33,8 @@ from fastkd.reference import dkd_loss, kd_loss, ofd_margin
 if TYPE_CHECKING:
     from fastkd import distillation as distillation
     from fastkd import methods as methods
-    from fastkd.distillation import Distillation, Losses
+    from fastkd.distillation import Distillation
+    from fastkd.methods.sum import Losses
     from fastkd.several_teachers import SeveralTeachers
 
 __version__ = "0.1.0"
