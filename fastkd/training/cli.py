@@ -46,9 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--method",
         required=True,
-        type=method_name,
-        metavar="NAME",
-        help=f"{', '.join(METHODS)}, or a sum such as at+kd",
+        type=method_names,
+        metavar="NAME[,NAME...]",
+        help=f"{', '.join(METHODS)}, or a sum such as at+kd; several are trained side by side",
     )
     parser.add_argument(
         "--dataset",
@@ -71,7 +71,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--student-checkpoint", type=Path, metavar="FILE", help="weights that the student begins with"
     )
     plugin = "imports it first: it may register methods, models and data sets; as often as needed"
-    parser.add_argument("--plugin", action="append", default=[], metavar="FILE.py", help=plugin)
+    parser.add_argument(
+        "--plugin", action="append", default=[], dest="plugins", metavar="FILE.py", help=plugin
+    )
     parser.add_argument(
         "--recipe",
         choices=tuple(RECIPES),
@@ -126,7 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     option = (
         "of the method, as often as needed: at.beta=500, or beta=500 where one term alone has it; 0.5:0.75 is"
-        " a tuple"
+        " a tuple, at.beta=250,500 a grid with a run for each"
     )
     parser.add_argument(
         "--option", action="append", default=[], dest="options", metavar="NAME=VALUE", help=option
@@ -143,11 +145,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def method_name(text: str) -> str:
+def method_names(text: str) -> str:
     from fastkd.methods import full_name
 
     try:
-        return full_name(text)
+        return ",".join(map(full_name, text.split(",")))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"invalid choice: {text!r}: {error}") from None
 
@@ -195,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             times = flags.pop("repeats")
             flags |= all_teachers(flags.pop("teacher"), flags.pop("teacher_checkpoint"))
-            flags["options"], flags["plugins"] = tuple(flags["options"]), tuple(flags.pop("plugin"))
+            flags["options"], flags["plugins"] = tuple(flags["options"]), tuple(flags["plugins"])
             repeat(
                 Settings(
                     **flags, overrides={name: value for name, value in fields.items() if value is not None}

@@ -20,6 +20,7 @@ from fastkd.io.console import logged, say
 from fastkd.models import create_model
 from fastkd.training import Recipe, command, results
 from fastkd.training.config import Config, Settings
+from fastkd.training.own_flags import all_teachers
 
 
 def test_screen_and_log_say_what_happens(small_main, tmp_path, capsys):
@@ -150,6 +151,7 @@ def test_the_command_says_all_that_was_asked_for(small_main, monkeypatch, tmp_pa
         given = vars(train.build_parser().parse_args(arguments))
         fields = {field.name: given.pop(field.name) for field in dataclasses.fields(Recipe)}
         assert given.pop("repeats") == 1
+        given |= all_teachers(given.pop("teacher"), given.pop("teacher_checkpoint"))
         return Config(
             Settings(**given, overrides={name: value for name, value in fields.items() if value is not None})
         )
