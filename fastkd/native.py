@@ -214,19 +214,16 @@ def set_amx(wanted: bool) -> None:
     _functions().fastkd_set_amx(wanted)
 
 
-MEMORY_PLANS = tuple(f"{planes},{writes}" for planes in (1, 2, 8) for writes in ("cached", "streamed"))
-"""How the CPU kernels may read and write large features: channels of a feature read side by side, and large
-gradients written in the caches or past them. All give the same bits.
-"""
+MEMORY_PLANS = ("cached", "streamed")
+"""How the CPU kernels may write large gradients: in the caches or past them. Both give the same bits."""
 
 
 def memory_plan() -> str:
-    """One of ``MEMORY_PLANS``: what a measurement of some 50 ms found fastest here, made now if no large
-    feature asked for it before, or what ``set_memory_plan`` chose. RuntimeError if the library is not
+    """One of ``MEMORY_PLANS``: what a measurement of some 50 ms found faster here, made now if no large
+    gradient asked for it before, or what ``set_memory_plan`` chose. RuntimeError if the library is not
     available.
     """
-    planes, streamed = divmod(_functions().fastkd_memory_plan(), 2)
-    return f"{planes},{'streamed' if streamed else 'cached'}"
+    return MEMORY_PLANS[_functions().fastkd_memory_plan() - 1]
 
 
 def set_memory_plan(plan: str | None) -> None:
@@ -236,8 +233,7 @@ def set_memory_plan(plan: str | None) -> None:
     """
     if plan is not None and plan not in MEMORY_PLANS:
         raise ValueError(f"memory plan is {plan!r}, wanted one of {', '.join(map(repr, MEMORY_PLANS))}")
-    planes, _, writes = (plan or "0,cached").partition(",")
-    _functions().fastkd_set_memory_plan(2 * int(planes) + (writes == "streamed"))
+    _functions().fastkd_set_memory_plan(0 if plan is None else 1 + MEMORY_PLANS.index(plan))
 
 
 def report() -> dict[str, dict[str, Any]]:

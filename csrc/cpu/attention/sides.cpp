@@ -11,7 +11,6 @@ namespace fastkd {
 constexpr int64_t kChunkElements = 16384, kChunkGroup = 8, kLargestGrouped = 65536;
 
 AttentionSide side_of(const Feature& x, const PoolPlan& pool) {
-  plan_memory(bytes_of(x));
   int64_t chunk = kChunkElements / x.positions;
   if (x.positions <= kLargestGrouped)
     chunk = chunk < kChunkGroup ? kChunkGroup : chunk / kChunkGroup * kChunkGroup;
