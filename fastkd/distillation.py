@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,27 +16,12 @@ from torch import Tensor, nn
 from fastkd import backends, checks
 from fastkd.methods import Batch, BuildContext, Definition, Distiller, Output, define, undisturbed
 from fastkd.methods.context import features_of
-from fastkd.methods.sum import MethodSum
+from fastkd.methods.sum import Losses, MethodSum
 from fastkd.models import Features
 from fastkd.models.extract import Point
 from fastkd.models.folding import fold_for_inference
 from fastkd.models.normalization import Normalization, renormalized
 from fastkd.models.observed import Observed, image_shape_of, views
-
-
-class Losses(NamedTuple):
-    """What a batch gives. ``total`` is the sum of ``terms``, scalars by name: "ce" where there are labels,
-    then one a method.
-
-    ``student_logits`` and ``teacher_logits`` are as the losses see them, in float32 at least. ``records`` are
-    what :meth:`Distillation.update` wants after the optimizer's step, by name; most methods have none.
-    """
-
-    total: Tensor
-    terms: dict[str, Tensor]
-    student_logits: Tensor
-    teacher_logits: Tensor | None
-    records: dict[str, Any]
 
 
 class Distillation(nn.Module):
@@ -151,7 +136,7 @@ class Distillation(nn.Module):
             if teacher is None:
                 raise ValueError(f"teacher is None, but method {self.definition.name!r} learns from one")
             teacher.requires_grad_(False)
-            look = None if train_images is None else partial(self._features, teacher, train_images)
+            look = None if train_images is None else partial(self._teachers_features, teacher, train_images)
             rest: dict[str, Any] = {"train_labels": train_labels, "teacher_features": look}
             rest |= {"num_classes": num_classes, "batch_size": batch_size, "epochs": epochs}
             points = student_points, teacher_points
@@ -181,14 +166,8 @@ class Distillation(nn.Module):
         self.fold()
         self._set_teachers_mode()
 
-    def _features(self, teacher: nn.Module, batches: Iterable[Any]) -> Iterator[Features]:
-        """The teacher's features of all ``batches``, of images or of tuples that begin with them."""
-
-        def network(images: Tensor, features: bool | str) -> Any:
-            with self._autocast():
-                return (self._observed[1] or teacher)(images, features=features)
-
-        return features_of(network, batches, next(teacher.parameters()).device)
+    def _teachers_features(self, teacher: nn.Module, batches: Any) -> Iterator[Features]:
+        return features_of(teacher, self._observed[1], batches, self._autocast)
 
     @property
     def teacher(self) -> nn.Module | None:

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd import backends
-from fastkd.distillation import Distillation, Losses
+from fastkd.distillation import Distillation
 from fastkd.methods import Batch, Definition, define, undisturbed
+from fastkd.methods.sum import Losses
 
 JOINS = ("losses", "logits")
 

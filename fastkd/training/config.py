@@ -69,6 +69,7 @@ class Config(Networks):
                 )
         self.settings = settings = dataclasses.replace(settings, method=self.method.name)
         self.find_points()
+        self.check_images()
         if distributed.leads():  # the others write nothing, and may have no such folder on their machine
             results.read_rows(settings.output)
         self.data = load_dataset(name, settings.data) if data is None else data

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from fastkd.data.loader import AnyBatches
-from fastkd.distillation import Distillation, Losses
+from fastkd.distillation import Distillation
 from fastkd.errors import UserError
 from fastkd.methods import Output
+from fastkd.methods.sum import Losses
 from fastkd.training import collectives
 from fastkd.training.progress import Progress
 
