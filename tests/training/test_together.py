@@ -11,7 +11,10 @@ from run_cases import error_of
 from runs import bits, load
 
 from fastkd.distillation import Distillation
+from fastkd.methods import union
+from fastkd.models import create_model
 from fastkd.training import Trainer
+from fastkd.training.passes import answer_key
 from fastkd.training.step import TrainStep
 
 COMMON = (
@@ -205,3 +208,28 @@ def test_compiled_steps_share_nothing_and_say_so(small_main, tmp_path, monkeypat
 def test_what_cannot_be_is_one_line_before_any_training(small_main, tmp_path, capsys, flags, words):
     assert words in error_of(small_main, capsys, [*COMMON, *flags, "--output", str(tmp_path)])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("teacher", ["resnet8", "wrn_16_2"])
+def test_a_pass_is_shared_where_each_gets_the_bits_of_its_own(teacher):
+    """The stem of a wide ResNet is folded too where nobody asks for its map."""
+    torch.manual_seed(0)
+    network, images = create_model(teacher, 10), torch.randn(4, 3, 32, 32)
+    for norm in network.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+    methods = ("kd", "rkd", "at", "ofd")
+    made = [Distillation(create_model(teacher, 10), network, method) for method in methods]
+    keys, own = [answer_key(each) for each in made], [each.ask(images) for each in made]
+    together = [{"kd", "rkd", "at", "ofd"}] if teacher == "resnet8" else [{"kd", "rkd"}, {"at", "ofd"}]
+    assert [{m for m, key in zip(methods, keys) if key == one} for one in dict.fromkeys(keys)] == together
+    for key in dict.fromkeys(keys):
+        group = [i for i, other in enumerate(keys) if other == key]
+        asker = made[group[0]]
+        asker.points[1] = union(made[i].points[1] for i in group)
+        asker.fold()
+        answer = asker.ask(images)
+        for i in group:
+            assert torch.equal(answer.logits, own[i].logits), methods[i]
+            assert torch.equal(answer.features.pooled, own[i].features.pooled), methods[i]
