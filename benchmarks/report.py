@@ -3,6 +3,7 @@
     python benchmarks/report.py                        of the newest results: speed.md and speed.svg beside
     speed.json python benchmarks/report.py FILE --readme          of FILE; the short table and the plot go
     into README, between its markers too
+    python benchmarks/report.py --docs                 the methods' table and figure of docs/speed.md
 
 The plot needs matplotlib (the extra `dev`).
 """
@@ -15,7 +16,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from speed import table, verdicts
+from speed import figure, quiet, table, verdicts
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
@@ -110,14 +111,14 @@ def short(result: dict[str, Any]) -> list[str]:
 
 def full(result: dict[str, Any]) -> str:
     """speed.md."""
-    lines = [
-        "# Speed",
-        "",
-        origin(result),
-        "",
-        "Medians of interleaved rounds in milliseconds. One thread: process time; more: wall time.",
-        "",
-    ]
+    why = quiet.why_not_judged(result)
+    lines = ["# Speed", "", *([f"**{why}.**", ""] if why else []), origin(result), ""]
+    if why:
+        result = quiet.trusted(result)
+        for left, (heads, rows) in ((6, table.grid(result)), (3, table.methods(result))):
+            lines += [*markdown(*table.ratios(heads, rows, left), left - 1), ""] if rows else []
+        return "\n".join(lines)
+    lines += ["Medians of interleaved rounds in milliseconds. One thread: process time; more: wall time.", ""]
     heads, rows = table.grid(result)
     lines += [*markdown(heads, rows, 5), ""]
     heads, rows = table.steps(result)
@@ -210,14 +211,33 @@ def write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def into_readme(readme: Path, lines: list[str]) -> None:
+def between_markers(page: Path, lines: list[str]) -> None:
     """Replace what stands between the markers."""
-    text = readme.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise SystemExit(f"{readme} has no {BEGIN} ... {END} to write between")
-    write(readme, "\n".join([before + BEGIN, *lines, END]) + after)
+        raise SystemExit(f"{page} has no {BEGIN} ... {END} to write between")
+    write(page, "\n".join([before + BEGIN, *lines, END]) + after)
+
+
+def into_docs(page: Path, result: dict[str, Any], with_figure: bool) -> None:
+    """The methods' table between the markers, and their figure beside the page."""
+    found = figure.lines(result)
+    if not found:
+        raise SystemExit("no loss was measured on one thread: run pytest --benchmark first, or name a file")
+    picture = page.with_suffix(".svg")
+    if with_figure:
+        figure.draw(found, picture)
+    why = quiet.why_not_judged(result)
+    text = [
+        origin(result),
+        *([f"{why}."] if why else []),
+        "",
+        *markdown(*figure.cells(found, why is None), 2),
+        "",
+    ]
+    between_markers(page, [*text, f"![Times faster than the published form]({picture.name})"])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -234,11 +254,24 @@ def main(arguments: list[str] | None = None) -> None:
         type=written,
         help="write the short table into README.md",
     )
+    parser.add_argument(
+        "--docs",
+        nargs="?",
+        const=ROOT / "docs" / "speed.md",
+        type=written,
+        help="write the methods' table into docs/speed.md, and speed.svg beside it, and nothing else",
+    )
     parser.add_argument("--no-plot", action="store_true", help="tables only")
     options = parser.parse_args(arguments)
     source = (options.file or newest()).resolve()
     result = json.loads(source.read_text(encoding="utf-8"))
+    if options.docs:
+        into_docs(options.docs.resolve(), result, not options.no_plot)
+        return
     write(source.with_suffix(".md"), full(result))
+    if why := quiet.why_not_judged(result):
+        print(f"a table of ratios only, neither plot nor README: {why}")
+        return
     lines = [
         origin(result),
         "Float32, NCHW, forward and backward, all threads, medians in milliseconds:",
@@ -257,7 +290,7 @@ def main(arguments: list[str] | None = None) -> None:
         if source.with_suffix(".svg").exists():
             lines += [f"![Times of the losses]({links['.svg']})", ""]
         lines += [f"All of it: [{source.stem}.md]({links['.md']})."]
-        into_readme(readme, lines)
+        between_markers(readme, lines)
 
 
 if __name__ == "__main__":

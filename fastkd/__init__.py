@@ -25,6 +25,7 @@ from fastkd.ops.fsp import fsp_loss, fsp_matrix
 from fastkd.ops.hcl import hcl_loss
 from fastkd.ops.norm import norm_loss as _norm_loss  # so that its operator is there  # noqa: F401
 from fastkd.ops.ofd import ofd_loss
+from fastkd.ops.pooled import pooled_map as _pooled_map  # so that its operators are there  # noqa: F401
 from fastkd.ops.rkd import rkd_loss
 from fastkd.ops.sakd import sakd_loss, sakd_map
 from fastkd.reference import dkd_loss, kd_loss, ofd_margin
@@ -32,7 +33,8 @@ from fastkd.reference import dkd_loss, kd_loss, ofd_margin
 if TYPE_CHECKING:
     from fastkd import distillation as distillation
     from fastkd import methods as methods
-    from fastkd.distillation import Distillation, Losses
+    from fastkd.distillation import Distillation
+    from fastkd.methods.sum import Losses
     from fastkd.several_teachers import SeveralTeachers
 
 __version__ = "0.1.0"

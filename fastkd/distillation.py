@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,27 +16,12 @@ from torch import Tensor, nn
 from fastkd import backends, checks
 from fastkd.methods import Batch, BuildContext, Definition, Distiller, Output, define, undisturbed
 from fastkd.methods.context import features_of
-from fastkd.methods.sum import MethodSum
+from fastkd.methods.sum import Losses, MethodSum
 from fastkd.models import Features
 from fastkd.models.extract import Point
 from fastkd.models.folding import fold_for_inference
 from fastkd.models.normalization import Normalization, renormalized
 from fastkd.models.observed import Observed, image_shape_of, views
-
-
-class Losses(NamedTuple):
-    """What a batch gives. ``total`` is the sum of ``terms``, scalars by name: "ce" where there are labels,
-    then one a method.
-
-    ``student_logits`` and ``teacher_logits`` are as the losses see them, in float32 at least. ``records`` are
-    what :meth:`Distillation.update` wants after the optimizer's step, by name; most methods have none.
-    """
-
-    total: Tensor
-    terms: dict[str, Tensor]
-    student_logits: Tensor
-    teacher_logits: Tensor | None
-    records: dict[str, Any]
 
 
 class Distillation(nn.Module):
@@ -90,8 +75,8 @@ class Distillation(nn.Module):
 
     ``forward`` takes images (N, C, H, W), labels (N,) int64 or None (no cross-entropy then) and, for methods
     that need it, ``index`` (N,) int64. ``teacher_images``: the same images for the teacher, where it takes
-    another size. It is one graph under ``torch.compile(fullgraph=True)``. Raises
-    ValueError for what a method does not know or fit.
+    another size; ``taught``: what :meth:`ask` returned for them. It is one graph under
+    ``torch.compile(fullgraph=True)``. Raises ValueError for what a method does not know or fit.
     """
 
     methods: MethodSum
@@ -143,23 +128,17 @@ class Distillation(nn.Module):
             define(method, preset=preset, options=options) if isinstance(method, str) else method
         )
         self._observed: tuple[Observed | None, Observed | None] = (None, None)
-        self.autocast, self.teacher_mode = autocast, teacher_mode
+        self.autocast, self.teacher_mode, self.batch_size = autocast, teacher_mode, batch_size
         image_shape = image_shape_of(student, teacher) if image_shape is None else image_shape
-        self.image_shape, self.batch_size = image_shape, batch_size
-        self.teacher_image_shape = teacher_image_shape or image_shape
+        self.image_shape, self.teacher_image_shape = image_shape, teacher_image_shape or image_shape
         distillers: dict[str, Distiller] = {}
         if self.definition.needs_teacher:
             if teacher is None:
                 raise ValueError(f"teacher is None, but method {self.definition.name!r} learns from one")
             teacher.requires_grad_(False)
-            look = None if train_images is None else partial(self._features, teacher, train_images)
-            rest = {
-                "train_labels": train_labels,
-                "teacher_features": look,
-                "num_classes": num_classes,
-                "batch_size": batch_size,
-                "epochs": epochs,
-            }
+            look = None if train_images is None else partial(self._teachers_features, teacher, train_images)
+            rest: dict[str, Any] = {"train_labels": train_labels, "teacher_features": look}
+            rest |= {"num_classes": num_classes, "batch_size": batch_size, "epochs": epochs}
             points = student_points, teacher_points
             with undisturbed(student, teacher):
                 image_shapes = image_shape, self.teacher_image_shape
@@ -172,8 +151,7 @@ class Distillation(nn.Module):
                 with undisturbed(student):
                     self._observed = self._observed[0].refreshed(), self._observed[1]
         self.student = student
-        first = next(student.parameters()).detach()
-        self.methods = MethodSum(distillers, self.definition).to(first.device)
+        self.methods = MethodSum(distillers, self.definition).to(next(student.parameters()).device)
         self.names = self.definition.names
         self.points = [
             self.methods.points("student", self._observed[0], student_points),
@@ -184,18 +162,12 @@ class Distillation(nn.Module):
         self.register_buffer("teacher_shift", shift, persistent=False)
         # in a tuple, which nn.Module does not look into: the teacher, and the copy that answers in eval mode
         self._outside: tuple[nn.Module, ...] = (teacher,) if teacher is not None and distillers else ()
-        self._folds = fold
+        self.folds = fold
         self.fold()
         self._set_teachers_mode()
 
-    def _features(self, teacher: nn.Module, batches: Iterable[Any]) -> Iterator[Features]:
-        """The teacher's features of all ``batches``, of images or of tuples that begin with them."""
-
-        def network(images: Tensor, features: bool | str) -> Any:
-            with self._autocast():
-                return (self._observed[1] or teacher)(images, features=features)
-
-        return features_of(network, batches, next(teacher.parameters()).device)
+    def _teachers_features(self, teacher: nn.Module, batches: Any) -> Iterator[Features]:
+        return features_of(teacher, self._observed[1], batches, self._autocast)
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -208,7 +180,7 @@ class Distillation(nn.Module):
 
     def fold(self) -> None:
         """Copies the teacher once more if a copy stands for it; call it after changing weights in place."""
-        if self._folds and self._outside and self.teacher_mode == "eval" and self._observed[1] is None:
+        if self.folds and self._outside and self.teacher_mode == "eval" and self._observed[1] is None:
             teacher, dtype = self._outside[0], None
             with self._autocast():
                 kind = next(teacher.parameters()).device.type
@@ -250,10 +222,11 @@ class Distillation(nn.Module):
         labels: Tensor | None = None,
         index: Tensor | None = None,
         teacher_images: Tensor | None = None,
+        taught: Output | None = None,
     ) -> Losses:
         batch = Batch(images, labels, index)
         losses: dict[str, Tensor] = {}
-        teacher = self._teachers(images if teacher_images is None else teacher_images)
+        teacher = self.ask(images if teacher_images is None else teacher_images) if taught is None else taught
         with self._autocast():
             student = self._students(images)
         if labels is not None and self.definition.ce:
@@ -276,9 +249,7 @@ class Distillation(nn.Module):
     @torch.no_grad()
     def update(self, index: Tensor, records: Mapping[str, Any]) -> None:
         """After the optimizer's step: hands ``records`` of :class:`Losses` back to their methods, with the
-        ``index`` of their images.
-
-        With several processes the rows of all are to be joined first, in the order of the processes.
+        ``index`` of their images. Several processes join their rows before, in their order.
         """
         self.methods.hand_back(index, records)
 
@@ -292,8 +263,8 @@ class Distillation(nn.Module):
         batch = Batch(blank, labels, labels.add(1).cumsum(0) - 1)
         with undisturbed(self, *self._outside):
             theirs = blank.new_zeros(images, *self.teacher_image_shape)
-            student, teacher = map(self._as_seen, (self._students(blank), self._teachers(theirs)))
-            calls: dict[str, list[backends.Call]] = {}
+            student, teacher = map(self._as_seen, (self._students(blank), self.ask(theirs)))
+            calls = dict[str, list[backends.Call]]()
             for name in self.methods:
                 with backends.record_calls() as calls[name]:
                     self.methods.losses(batch, student, teacher, self._autocast(), [name])
@@ -304,7 +275,8 @@ class Distillation(nn.Module):
             return Output(self.student(images), None)  # type: ignore[arg-type]
         return self.points[0].observe(self._observed[0] or self.student, images)
 
-    def _teachers(self, images: Tensor) -> Output | None:
+    def ask(self, images: Tensor) -> Output | None:
+        """The teacher's answer to ``images``, for several students of one teacher; None without a teacher."""
         if not self._outside:
             return None
         if self.teacher_scale is not None and self.teacher_shift is not None:

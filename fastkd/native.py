@@ -159,6 +159,7 @@ def _functions() -> ctypes.CDLL:
     functions.fastkd_find_cpu_path.argtypes = [ctypes.c_char_p]
     functions.fastkd_set_cpu_path.argtypes = [ctypes.c_char_p]
     functions.fastkd_set_amx.argtypes = [ctypes.c_int]
+    functions.fastkd_set_memory_plan.argtypes = [ctypes.c_int]
     return functions
 
 
@@ -213,6 +214,32 @@ def set_amx(wanted: bool) -> None:
     _functions().fastkd_set_amx(wanted)
 
 
+MEMORY_PLANS = tuple(f"{planes},{writes}" for planes in (1, 2, 8) for writes in ("cached", "streamed"))
+"""How the CPU kernels may read and write large features: channels of a feature read side by side, and large
+gradients written in the caches or past them. All give the same bits.
+"""
+
+
+def memory_plan() -> str:
+    """One of ``MEMORY_PLANS``: what a measurement of some 50 ms found fastest here, made now if no large
+    feature asked for it before, or what ``set_memory_plan`` chose. RuntimeError if the library is not
+    available.
+    """
+    planes, streamed = divmod(_functions().fastkd_memory_plan(), 2)
+    return f"{planes},{'streamed' if streamed else 'cached'}"
+
+
+def set_memory_plan(plan: str | None) -> None:
+    """Choose one of ``MEMORY_PLANS`` for the whole process; None lets a measurement choose again.
+
+    Raises: ValueError for another plan, RuntimeError if the library is not available.
+    """
+    if plan is not None and plan not in MEMORY_PLANS:
+        raise ValueError(f"memory plan is {plan!r}, wanted one of {', '.join(map(repr, MEMORY_PLANS))}")
+    planes, _, writes = (plan or "0,cached").partition(",")
+    _functions().fastkd_set_memory_plan(2 * int(planes) + (writes == "streamed"))
+
+
 def report() -> dict[str, dict[str, Any]]:
     """For ``cpu`` and ``cuda``: available, reason, path, and what the library was built with; for ``cpu`` the
     code paths too.
@@ -223,7 +250,12 @@ def report() -> dict[str, dict[str, Any]]:
         facts = {k: v for k, v in _build_info(library.path).items() if k != "cuda"}
         parts[key] = {"available": library.available, "reason": library.reason, "path": library.path, **facts}
     if CPU.available:
-        parts["cpu"] |= {"code_path": cpu_path(), "code_paths": cpu_paths(), "amx": amx()}
+        parts["cpu"] |= {
+            "code_path": cpu_path(),
+            "code_paths": cpu_paths(),
+            "amx": amx(),
+            "memory": memory_plan(),
+        }
         if _missing_cpu_paths():
             parts["cpu"]["other_code_paths"] = _missing_cpu_paths()
     return parts
@@ -247,6 +279,14 @@ def _force_amx(value: str) -> None:
             raise ValueError(f"FASTKD_AMX is '1', but AMX cannot be had here on the code path {cpu_path()!r}")
 
 
+def _force_memory_plan(plan: str) -> None:
+    """FASTKD_MEMORY, likewise."""
+    if plan not in MEMORY_PLANS:
+        raise ValueError(f"FASTKD_MEMORY is {plan!r}, wanted one of {', '.join(map(repr, MEMORY_PLANS))}")
+    if CPU.available:
+        set_memory_plan(plan)
+
+
 CPU = _load("_C")
 CUDA = _load_cuda()
 EMULATED: Library | None = None  # by emulate()
@@ -254,3 +294,5 @@ if os.environ.get("FASTKD_CPU"):
     _force_cpu_path(os.environ["FASTKD_CPU"])
 if os.environ.get("FASTKD_AMX"):
     _force_amx(os.environ["FASTKD_AMX"])
+if os.environ.get("FASTKD_MEMORY"):
+    _force_memory_plan(os.environ["FASTKD_MEMORY"])

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd import backends
-from fastkd.distillation import Distillation, Losses
+from fastkd.distillation import Distillation
 from fastkd.methods import Batch, Definition, define, undisturbed
+from fastkd.methods.sum import Losses
 
 JOINS = ("losses", "logits")
 
@@ -110,9 +111,7 @@ class SeveralTeachers(nn.Module):
         teacher_images: Tensor | None = None,
     ) -> Losses:
         first, batch = self._parts[0], Batch(images, labels, index)
-        answers = [
-            part._teachers(images if teacher_images is None else teacher_images) for part in self._parts
-        ]
+        answers = [part.ask(images if teacher_images is None else teacher_images) for part in self._parts]
         with first._autocast():
             student = first._students(images)
         losses: dict[str, Tensor] = {}

@@ -13,10 +13,12 @@
 | `gpu_plan.py`   | what `benchmarks/gpu.py` runs; `gpu_parts.py`, `gpu_tiles.py`: its processes  |
 | `gpu_step.py`   | steps of ResNet-50 and ResNet-20 on a GPU                                     |
 | `measure.py`    | interleaved rounds, peak memory                                               |
+| `quiet.py`      | whether the machine was quiet enough to judge a goal                          |
 | `stock.py`      | eager under the stock allocator, in a process of its own                      |
 | `session.py`    | one run: groups measured when first asked for, rows handed to pytest-benchmark|
 | `goals.py`      | the goals, and in `verdicts.py` geometric means against them                  |
 | `table.py`      | the table at the end                                                          |
+| `figure.py`     | the table and the figure of docs/speed.md                                     |
 | `machine.py`    | what ran it                                                                   |
 | `plugin.py`     | the options, and the hooks of pytest                                          |
 """

@@ -15,6 +15,7 @@ import torch
 from fastkd.distillation import Distillation
 from fastkd.training import Batches, Trainer, get_recipe
 from fastkd.training.progress import Progress
+from fastkd.training.step import after_each
 from speed import toolkit
 from speed.measure import Row
 from speed.stock import Stock
@@ -100,7 +101,7 @@ def _ours(what: Steps, name: str) -> tuple[Iterator[None], list[float]]:
 
     def run() -> Iterator[None]:
         for epoch in range(1, 240):
-            yield from loop.train_steps(epoch, Progress("", 1, silent=True))
+            yield from after_each(loop.train_steps(epoch, Progress("", 1, silent=True)))
 
     return run(), spent
 

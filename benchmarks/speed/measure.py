@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from speed import quiet
+
 Clock = Callable[[], float]
 CLOCKS: dict[str, Clock] = {"process": time.process_time, "wall": time.perf_counter}
 
@@ -64,13 +66,15 @@ def threads(count: int) -> Any:
             gc.enable()
 
 
-def interleave(rows: list[Row], clock: str, budget: float, bounds: tuple[int, int] = ROUNDS) -> None:
+def interleave(rows: list[Row], clock: str, budget: float, bounds: tuple[int, int] = ROUNDS) -> list[float]:
     """Fill ``seconds`` of every row: round after round, each row takes its turn, the first one moving on by
     one from round to round.
 
     ``budget`` in seconds decides the number of rounds, within ``bounds``. A row that raises is left out with
-    the reason in ``failed``.
+    the reason in ``failed``. Returns how long this thread waited for a processor, once a round
+    (``quiet.waiting``).
     """
+    waits: list[float] = []
     plan: dict[str, tuple[int, bool]] = {}
     cost = 0.0
     for row in rows:
@@ -92,9 +96,11 @@ def interleave(rows: list[Row], clock: str, budget: float, bounds: tuple[int, in
     for number in range(rounds):
         if number >= least and time.perf_counter() - begun > 2 * budget:
             break  # something else keeps the machine busy
+        waits.append(quiet.waiting())
         first = number % max(len(running), 1)
         for row in running[first:] + running[:first]:
             row.seconds.append(row.take_turn(*plan[row.name], clock))
+    return waits
 
 
 def peak_memory(run: Callable[[], Any]) -> int:

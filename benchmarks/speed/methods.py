@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fastkd
-from fastkd.methods.afd import Attention, differences
+from fastkd.methods.afd import Attention, weighted
 from fastkd.methods.reviewkd import ABF, review
 from fastkd.methods.semckd import Embedding, Regressor, calibration, similarities
 from fastkd.methods.simkd import to_smaller
@@ -90,11 +90,11 @@ def afd(draw: Draw, batch: int, blocks: tuple[int, int]) -> Problem:
     mine, theirs = ([x.shape[1] for x in side] for side in (students, teachers))
     attention = Attention(mine, theirs, 128).to(draw.dtype)
 
-    def ours() -> Tensor:
-        shares = attention(students, teachers)
-        return 200 * (shares * differences(students, teachers)).sum((1, 2)).mean()
-
-    return Problem(students, lambda: published.afd(attention, students, teachers), ours)
+    return Problem(
+        students,
+        lambda: published.afd(attention, students, teachers),
+        lambda: 200 * weighted(attention, students, teachers),
+    )
 
 
 def _levels(draw: Draw, batch: int, grad: bool) -> list[Tensor]:
@@ -112,10 +112,12 @@ def reviewkd(draw: Draw, batch: int) -> Problem:
     widths = [x.shape[1] for x in s]
     levels = nn.ModuleList(ABF(c, 64, c, i < len(s) - 1) for i, c in enumerate(widths)).to(draw.dtype)
 
-    def reviewed() -> list[Tensor]:
-        return review(levels, s, [x.shape[2:] for x in t])
-
-    return Problem(s, lambda: published.hcl(reviewed(), t), lambda: fastkd.hcl_loss(reviewed(), t))
+    sizes = [x.shape[2:] for x in t]
+    return Problem(
+        s,
+        lambda: published.hcl(published.review([*levels], s, sizes), t),
+        lambda: fastkd.hcl_loss(review(levels, s, sizes), t),
+    )
 
 
 def semckd(draw: Draw, batch: int) -> Problem:
@@ -123,9 +125,10 @@ def semckd(draw: Draw, batch: int) -> Problem:
     regressors = [[Regressor(a.shape[1], b.shape[1]).to(draw.dtype) for b in t] for a in s]
     queries, keys = ([Embedding(batch, batch // 4).to(draw.dtype) for _ in side] for side in (s, t))
 
-    def inputs() -> tuple[list[list[Tensor]], Tensor]:
+    def inputs(regress: Callable[[Regressor, Tensor], Tensor]) -> tuple[list[list[Tensor]], Tensor]:
         connected = [
-            [layer(to_smaller(x, y.shape[2:])) for layer, y in zip(row, t)] for row, x in zip(regressors, s)
+            [regress(layer, to_smaller(x, y.shape[2:])) for layer, y in zip(row, t)]
+            for row, x in zip(regressors, s)
         ]
         mine, theirs = (
             torch.stack([layer(similarities(x)) for layer, x in zip(layers, side)], 1)
@@ -133,11 +136,17 @@ def semckd(draw: Draw, batch: int) -> Problem:
         )
         return connected, (mine @ theirs.mT).softmax(2)
 
-    def form(loss: Callable[..., Tensor], weight: float) -> Tensor:
-        connected, shares = inputs()
+    def form(
+        regress: Callable[[Regressor, Tensor], Tensor], loss: Callable[..., Tensor], weight: float
+    ) -> Tensor:
+        connected, shares = inputs(regress)
         return weight * loss(connected, t, shares)
 
-    return Problem(s, lambda: form(published.calibration, 1), lambda: form(calibration, 400))
+    return Problem(
+        s,
+        lambda: form(nn.Sequential.forward, published.calibration, 1),  # layer by layer
+        lambda: form(Regressor.__call__, calibration, 400),
+    )
 
 
 def sakd(draw: Draw, batch: int) -> Problem:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -128,7 +129,8 @@ def afd(attention: nn.Module, students: Sequence[Tensor], teachers: Sequence[Ten
 
     ``attention``: fastkd's module, whose layers are the authors'; its weights are (N, T, S).
     """
-    shares, energies = attention(students, teachers), _energies(students)
+    shares = attention(*([x.mean((2, 3)) for x in side] for side in (students, teachers)))
+    energies = _energies(students)
     total = shares.new_zeros(())
     for i, t in enumerate(_energies(teachers)):
         target = F.normalize(t.flatten(1))
@@ -137,6 +139,23 @@ def afd(attention: nn.Module, students: Sequence[Tensor], teachers: Sequence[Ten
         apart = (mine - target[:, None]).pow(2).mean(2)
         total = total + (shares[:, i] * apart).sum(1).mean()
     return 200 * total
+
+
+def review(levels: Sequence[Any], maps: Sequence[Tensor], sizes: Sequence[torch.Size]) -> list[Tensor]:
+    """ReviewKD's levels, which have fastkd's layers: each joins its map with the deeper level's, resized, and
+    makes two attention maps of both.
+    """
+    found: list[Tensor] = []
+    deeper: Tensor | None = None
+    for level, x, size in reversed(list(zip(levels, maps, sizes))):
+        x = level.conv1(x)
+        if level.attention is not None and deeper is not None:
+            deeper = F.interpolate(deeper, x.shape[2:], mode="nearest")
+            z = level.attention(torch.cat([x, deeper], 1)).sigmoid()
+            x = x * z[:, 0].view(len(x), 1, *x.shape[2:]) + deeper * z[:, 1].view(len(x), 1, *x.shape[2:])
+        deeper = F.interpolate(x, size, mode="nearest") if x.shape[2:] != size else x
+        found.insert(0, level.conv2(deeper))
+    return found
 
 
 def calibration(connected: Sequence[Sequence[Tensor]], teachers: Sequence[Tensor], shares: Tensor) -> Tensor:

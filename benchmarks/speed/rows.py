@@ -71,7 +71,8 @@ def row_names(case: Case, full: bool, one_thread: bool) -> list[str]:
         names.append(STOCK)
     names.append(TUNED)
     some = case.plain or (full and case.direction == BOTH and case.shape == "resnet20-128")
-    if (full or case.upstream == 1) and some and (not one_thread or case.shape in ("resnet20-64", "small")):
+    with_one = case.operation == "attention" or case.shape in ("resnet20-64", "small")
+    if (full or case.upstream == 1) and some and (not one_thread or with_one):
         names.append(COMPILED)
     if case.operation == "fsp" and case.plain and case.shape in ("resnet20-64", "small"):
         names += [BROADCAST, BROADCAST_COMPILED]

@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import Any, Protocol
 
 import pytest
 import torch
 
-from speed import machine, table, verdicts
+from speed import machine, quiet, table, verdicts
 from speed.measure import ROUNDS, Row, interleave, threads
 from speed.stock import Stock, raise_malloc_thresholds
 
@@ -144,13 +144,16 @@ class Session:
             for row in rows.values():
                 self._check(entry.group, built, row)
             prepared = time.perf_counter()
-            interleave(
+            waits = interleave(
                 [row for row in rows.values() if not row.failed],
                 clock,
                 SECONDS,
                 getattr(entry.group, "rounds", ROUNDS),
             )
         record = {"device": "cpu", "threads": count, "clock": clock, **entry.group.describe(), "rows": {}}
+        if waits:
+            spread = quiet.spread([row.seconds for row in rows.values()])
+            record |= {"waiting": round(median(waits), 3), "spread": round(spread, 3)}
         for name, row in rows.items():
             record["rows"][name] = (
                 {"failed": row.failed} if row.failed else self._summary(entry.group, rows, row)
@@ -208,5 +211,8 @@ def save(result: dict[str, Any], folder: Path | None) -> str:
 
 
 def summary(result: dict[str, Any]) -> list[str]:
-    """What a person reads at the end."""
+    """What a person reads at the end; its first line says so if the machine was not quiet."""
+    why = quiet.why_not_judged(result)
+    if why is not None:
+        return [why, *table.ratio_lines(quiet.trusted(result))]
     return [*table.lines(result), "", *verdicts.lines(result)]

@@ -165,14 +165,34 @@ def text(heads: Sequence[str], rows: list[list[str]], left: int) -> list[str]:
     ]
 
 
+def heading(result: dict[str, Any]) -> str:
+    """What ran it, in a line."""
+    versions, machine = result["versions"], result["machine"]
+    return (
+        f"{result['device']}, {machine['cores']} cores, torch {versions['torch']}, "
+        f"fastkd {versions['fastkd']} ({result['cpu_path']}), {result['date']}"
+    )
+
+
+def ratios(heads: list[str], rows: list[list[str]], left: int) -> tuple[list[str], list[list[str]]]:
+    """Of a table, the first ``left`` columns and those that hold multiples of the first backend's time."""
+    kept = [i for i, head in enumerate(heads) if i < left or head.startswith(("÷", "×"))]
+    return [heads[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
+def ratio_lines(result: dict[str, Any]) -> list[str]:
+    """The tables of losses and methods without a time: what may be said of a busy machine."""
+    out = [heading(result), ""]
+    for left, (heads, rows) in ((6, grid(result)), (3, methods(result))):
+        if rows:
+            out += [*text(*ratios(heads, rows, left), left - 1), ""]
+    return out
+
+
 def lines(result: dict[str, Any]) -> list[str]:
     """The tables, with what ran them above."""
-    versions, machine = result["versions"], result["machine"]
     out = [
-        (
-            f"{result['device']}, {machine['cores']} cores, torch {versions['torch']}, "
-            f"fastkd {versions['fastkd']} ({result['cpu_path']}), {result['date']}"
-        ),
+        heading(result),
         (
             "medians of interleaved rounds in milliseconds; 1 thread: process time, more: wall time; ÷:"
             " multiples of the first backend's time"

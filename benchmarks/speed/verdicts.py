@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from speed import quiet
 from speed.goals import BACKEND, GOALS, Goal, time_of
 
 
@@ -40,7 +41,9 @@ class Verdict:
 
 
 def verdicts(result: dict[str, Any]) -> list[Verdict]:
-    """The goals that the result has figures for."""
+    """The goals that the result has figures for; none where the machine was not quiet."""
+    if quiet.why_not_judged(result) is not None:
+        return []
     groups = [{"device": "cpu", **record} for record in result["groups"]]
     most = max((record["threads"] for record in groups), default=0)
     out = []

@@ -17,14 +17,17 @@ namespace {
 
 enum Status { kOk = 0, kUnknown = 1, kUnsupported = 2, kNotBuilt = 3, kForeign = 4 };
 
-#define FASTKD_TABLE(path)  \
-  {#path,                   \
-   path::attention_kernels, \
-   path::fsp_kernels,       \
-   path::tap_kernels,       \
-   path::norm_kernels,      \
-   path::rkd_kernels,       \
-   path::difference_kernels}
+#define FASTKD_TABLE(path)   \
+  {#path,                    \
+   path::attention_kernels,  \
+   path::fsp_kernels,        \
+   path::tap_kernels,        \
+   path::norm_kernels,       \
+   path::rkd_kernels,        \
+   path::difference_kernels, \
+   path::crd_kernels,        \
+   path::sakd_kernels,       \
+   path::pooled_kernels}
 constexpr KernelTable kPortable = FASTKD_TABLE(portable);
 #ifdef FASTKD_ARM
 constexpr KernelTable kNeon = FASTKD_TABLE(neon);

@@ -4,8 +4,11 @@
 #include "cpu/attention/attention.h"
 #include "cpu/fsp/fsp.h"
 #include "cpu/batch_norm/batch_norm.h"
+#include "cpu/crd/crd.h"
 #include "cpu/difference/difference.h"
+#include "cpu/pooled/pooled.h"
 #include "cpu/rkd/rkd.h"
+#include "cpu/sakd/sakd.h"
 #include "cpu/attention/tap.h"
 
 namespace fastkd {
@@ -31,12 +34,18 @@ struct KernelTable {
   const NormKernels& norm;
   const RkdKernels& rkd;
   const DifferenceKernels& difference;
+  const CrdKernels& crd;
+  const SakdKernels& sakd;
+  const PooledKernels& pooled;
 };
 
 // Defined at the end of the .inl files, by way of each operation's kernels.cpp.
 #define FASTKD_CODE_PATH(path)                       \
   namespace path {                                   \
   extern const AttentionKernels attention_kernels;   \
+  extern const CrdKernels crd_kernels;               \
+  extern const SakdKernels sakd_kernels;             \
+  extern const PooledKernels pooled_kernels;         \
   extern const DifferenceKernels difference_kernels; \
   extern const FspKernels fsp_kernels;               \
   extern const TapKernels tap_kernels;               \

@@ -25,6 +25,18 @@ int64_t bytes_of(const Feature& x) {
   return x.batch * x.channels * x.positions * size;
 }
 
+bool lies_by_planes(const Feature& x) {
+  return (x.positions == 1 || (x.layout == Layout::kPlanes)) &&
+         (x.channels == 1 || x.stride_c == x.positions) &&
+         (x.batch == 1 || x.stride_n == x.channels * x.positions);
+}
+
+bool lies_by_positions(const Feature& x) {
+  return (x.channels == 1 || x.stride_c == 1) &&
+         (x.positions == 1 || (x.layout != Layout::kGeneric && x.stride_s == x.channels)) &&
+         (x.batch == 1 || x.stride_n == x.channels * x.positions);
+}
+
 double scalar_of(const Tensor& tensor, const char* name) {
   const TensorView view = view_of(tensor, name);
   for (int32_t d = 0; d < view.dim; ++d) STD_TORCH_CHECK(view.sizes[d] == 1, name, " must hold one number");

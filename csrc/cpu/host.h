@@ -38,6 +38,11 @@ PoolTables make_pool(const int64_t* in, const int64_t* out, bool max);
 constexpr int64_t kStreamingBytes = 1 << 20;
 int64_t bytes_of(const Feature& x);
 
+// Whether a feature lies dense in memory, the positions of a channel one after the other; or the channels of
+// a position.
+bool lies_by_planes(const Feature& x);
+bool lies_by_positions(const Feature& x);
+
 // The value of a 0-dim (or one-element) tensor.
 double scalar_of(const Tensor& tensor, const char* name);
 

@@ -7,7 +7,7 @@ import shlex
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,14 @@ def fitted(screen: str) -> str:
     )
 
 
-def say(text: str) -> None:
-    """Prints ``text`` and adds it to every open log."""
+def say(text: str, shown: str | None = None) -> None:
+    """Prints ``text`` and adds it to every open log. ``shown``: what is printed in its place; "" is
+    nothing.
+    """
     if _silent:
         return
-    print(text, flush=True)
+    if shown != "":
+        print(text if shown is None else shown, flush=True)
     for path in list(_logs):
         _note(path, text)
 
@@ -96,6 +99,18 @@ def logged(folder: Path) -> Iterator[None]:
     finally:
         if path in _logs:
             _logs.remove(path)
+
+
+@contextmanager
+def noted_in(folders: Collection[Path]) -> Iterator[None]:
+    """Inside, of the open logs only those in ``folders`` get what is said: several runs are under way."""
+    before, mine = list(_logs), [path for path in _logs if path.parent in folders]
+    _logs[:] = mine
+    try:
+        yield
+    finally:
+        given_up = [path for path in mine if path not in _logs]
+        _logs[:] = [path for path in before if path not in given_up]
 
 
 class Screen:

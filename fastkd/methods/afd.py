@@ -14,18 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.methods.base import Batch, Beside, BuildContext, Distiller, Output, Points, Preset, option
+from fastkd.methods.connectors import averaged
 from fastkd.models import Features, ResNet, WideResNet
-from fastkd.ops.attention import attention_map
-from fastkd.reference.common import widen
+from fastkd.ops.pooled import pooled_map
 
 _RESNET110 = 54  # blocks
 
 
 class Attention(nn.Module):
-    """(student maps, teacher maps) -> (N, T, S), the weights of the student's maps for each of the teacher's;
-    they add up to 1.
+    """(means of the student's maps over space, those of the teacher's) -> (N, T, S), the weights of the
+    student's maps for each of the teacher's; they add up to 1.
 
-    A map's mean over space gives, by a linear layer and batch norm, the query of a teacher's map and, with a
+    A mean gives, by a linear layer and batch norm, the query of a teacher's map and, with a
     ReLU, the key of a student's. One more linear layer and batch norm, over the rows of all keys together,
     make a key for each pair. The softmax is over the inner products of keys and queries and of learned
     positions, divided by the root of ``width``.
@@ -49,23 +49,35 @@ class Attention(nn.Module):
     def forward(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
         queries, keys = _vectors(self.queries, teachers), _vectors(self.keys, students)
         pairs = self.bilinear(keys.flatten(0, 1)).view(*keys.shape[:2], len(teachers), self.width)
-        scores = torch.einsum("nstd,ntd->nts", pairs, queries) + self.p_t @ self.p_s.T
+        scores = (pairs * queries[:, None]).sum(3).mT + self.p_t @ self.p_s.T
         return (scores / self.width**0.5).softmax(2)
 
 
-def _vectors(layers: nn.ModuleList, maps: Sequence[Tensor]) -> Tensor:
+def _vectors(layers: nn.ModuleList, means: Sequence[Tensor]) -> Tensor:
     """(N, number of maps, width)"""
-    return torch.stack([layer(widen(x)[0].mean((2, 3))) for layer, x in zip(layers, maps, strict=True)], 1)
+    return torch.stack([layer(x) for layer, x in zip(layers, means, strict=True)], 1)
+
+
+def weighted(attention: Attention, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
+    """The differences of all pairs times their weights, summed, mean of the images. Each feature (N, C, H, W)
+    is read once.
+    """
+    ours, theirs = ([pooled_map(x) for x in side] for side in (students, teachers))
+    shares = attention([mean for _, mean in ours], [mean for _, mean in theirs])
+    apart = differences([energy for energy, _ in ours], [energy for energy, _ in theirs])
+    return (shares * apart).sum((1, 2)).mean()
 
 
 def differences(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
-    """(N, T, S): mean squared differences of attention maps, mean of squares over channels, of length 1.
+    """(N, T, S): mean squared differences of attention maps of length 1, from the means of squares over
+    channels, (N, H, W).
 
     A student's map is averaged to the teacher's size after the squaring; a smaller one is repeated. By inner
     products, all pairs of two sizes at once: of vectors, |s - t|^2 = |s|^2 + |t|^2 - 2 <s, t>.
     """
-    ours, mine = _by_size([attention_map(x, normalize=False) for x in students])
-    theirs, order = _by_size([attention_map(x) for x in teachers])
+    ours, mine = _by_size(students)
+    theirs, order = _by_size(teachers)
+    theirs = [F.normalize(x.flatten(2), dim=2).view_as(x) for x in theirs]
     rows = [torch.cat([_distances(s, t) for s in ours], 2) for t in theirs]
     return torch.cat(rows, 1)[:, order][:, :, mine]
 
@@ -90,7 +102,7 @@ def _distances(s: Tensor, t: Tensor) -> Tensor:
         # the root of the repeats times as large
         t = F.avg_pool2d(t, repeats) * math.prod(repeats) ** 0.5
     elif own != size:
-        s = F.adaptive_avg_pool2d(s, tuple(size))  # type: ignore[arg-type]
+        s = averaged(s, size)
     s = F.normalize(s.flatten(2), dim=2)
     products = t.flatten(2) @ s.mT
     return (squares[:, :, None] + s.square().sum(2)[:, None] - 2 * products) / size.numel()
@@ -143,10 +155,7 @@ class AFD(Distiller):
 
     def loss(self, batch: Batch, student: Output, teacher: Output, connected: Any) -> Tensor:
         students, teachers = self.blocks(student.features, 0), self.blocks(teacher.features, 1)
-        return (
-            self.beta
-            * (self.attention(students, teachers) * differences(students, teachers)).sum((1, 2)).mean()
-        )
+        return self.beta * weighted(self.attention, students, teachers)
 
     def blocks(self, features: Features, role: int) -> list[Tensor]:
         """The maps of the student (0) or the teacher (1)."""

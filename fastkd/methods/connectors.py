@@ -4,8 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def for_convolutions(x: Tensor) -> Tensor:
+    """``x`` (N, C, H, W), on a CPU in channels_last, where convolutions of few channels take half of the time
+    and those of 1x1 a fifth.
+    """
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+
+
+def averaged(x: Tensor, size: Sequence[int]) -> Tensor:
+    """``x`` (N, C, H, W), adaptively averaged to ``size``. Whole multiples of it go by the pooling that gives
+    the same bits in half of the time.
+    """
+    steps = [mine // wanted for mine, wanted in zip(x.shape[2:], size, strict=True)]
+    if all(step * wanted == mine for step, wanted, mine in zip(steps, size, x.shape[2:], strict=True)):
+        return F.avg_pool2d(x, steps)
+    return F.adaptive_avg_pool2d(x, tuple(size))  # type: ignore[arg-type]
+
+
+def laid_as(x: Tensor, given: Tensor) -> Tensor:
+    """``x``, contiguous where ``given`` is: losses read a student's and a teacher's map faster alike."""
+    return x.contiguous() if given.is_contiguous() else x
 
 
 def pointwise(width_in: int, width: int, relu: bool = False) -> nn.Sequential:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,11 +140,17 @@ def shapes(
     )
 
 
-def features_of(network: Network, batches: Iterable[Any], device: torch.device) -> Iterator[Features]:
+def features_of(
+    network: nn.Module,
+    view: Network | None,
+    batches: Iterable[Any],
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> Iterator[Features]:
     """The network's features of each of ``batches``: images, or tuples that begin with them.
 
-    Raises TypeError.
+    ``view`` shows those of a network that is none of ours. Raises TypeError.
     """
+    device = next(network.parameters()).device
     if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
         raise TypeError(f"train_images is {type(batches).__name__}, wanted batches, as of a DataLoader")
     for i, batch in enumerate(batches):
@@ -155,4 +161,6 @@ def features_of(network: Network, batches: Iterable[Any], device: torch.device) 
                 f"train_images[{i}] is {what}, wanted images of floating point, or a tuple that begins"
                 " with them"
             )
-        yield network(images.to(device), features="both")[0]
+        with autocast():
+            features, _ = (view or network)(images.to(device), features="both")
+        yield features

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastkd.losses import HCL
 from fastkd.methods.base import Batch, BuildContext, Distiller, Output, Points, Preset, option, paired_stages
+from fastkd.methods.connectors import for_convolutions, laid_as
 from fastkd.models import Features, ResNet, WideResNet
 
 
@@ -37,13 +38,17 @@ class ABF(nn.Module):
         self.attention = nn.Conv2d(2 * middle, 2, 1) if fuses else None
 
     def forward(self, x: Tensor, deeper: Tensor | None, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-        x = self.conv1(x)
+        given = x
+        x = self.conv1(for_convolutions(x))
         if self.attention is not None and deeper is not None:
-            deeper = _resized(deeper, x.shape[2:])
-            z = self.attention(torch.cat([x, deeper], 1)).sigmoid()
-            x = x * z[:, :1] + deeper * z[:, 1:]
+            # the convolution of both as a sum: nothing is joined, and what is resized has two channels
+            weight, size_here = self.attention.weight, x.shape[2:]
+            mine = F.conv2d(x, weight[:, : x.shape[1]], self.attention.bias)
+            theirs = F.conv2d(deeper, weight[:, x.shape[1] :])
+            z = (mine + _resized(theirs, size_here)).sigmoid()
+            x = x * z[:, :1] + _resized(deeper, size_here) * z[:, 1:]
         x = _resized(x, size)
-        return self.conv2(x), x
+        return laid_as(self.conv2(x), given), x
 
 
 def _resized(x: Tensor, size: Sequence[int]) -> Tensor:

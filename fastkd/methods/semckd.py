@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.methods.base import Batch, Beside, BuildContext, Distiller, Output, Points, Preset, option
+from fastkd.methods.connectors import for_convolutions, laid_as
 from fastkd.methods.simkd import to_smaller
+from fastkd.ops.batch_norm import conv_norm
 
 
 class Regressor(nn.Sequential):
@@ -29,6 +31,12 @@ class Regressor(nn.Sequential):
             nn.ReLU(inplace=True),
             nn.Conv2d(middle, width, 1, bias=False),
         )
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, norm, _, second, second_norm, _, last = self
+        y = conv_norm(first, norm, for_convolutions(x), relu=True)
+        y = conv_norm(second, second_norm, y, relu=True)
+        return laid_as(last(y), x)
 
 
 class Embedding(nn.Sequential):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.methods.base import Batch, Beside, BuildContext, Distiller, Output, Preset, option
+from fastkd.methods.connectors import averaged
 from fastkd.reference.common import widen
 
 
@@ -37,7 +38,7 @@ class Projector(nn.Module):
 def to_smaller(x: Tensor, size: Sequence[int]) -> Tensor:
     """``x``, averaged to ``size`` where it is larger."""
     height, width = (min(a, b) for a, b in zip(x.shape[2:], size, strict=True))
-    return x if x.shape[2:] == (height, width) else F.adaptive_avg_pool2d(x, (height, width))
+    return x if x.shape[2:] == (height, width) else averaged(x, (height, width))
 
 
 class SimKD(Distiller):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,21 @@ from fastkd.methods.definition import Definition
 from fastkd.models.extract import Point
 from fastkd.models.observed import Observed
 from fastkd.reference.common import widen
+
+
+class Losses(NamedTuple):
+    """What a batch gives. ``total`` is the sum of ``terms``, scalars by name: "ce" where there are labels,
+    then one a method.
+
+    ``student_logits`` and ``teacher_logits`` are as the losses see them, in float32 at least. ``records`` are
+    what :meth:`fastkd.Distillation.update` wants after the optimizer's step, by name; most methods have none.
+    """
+
+    total: Tensor
+    terms: dict[str, Tensor]
+    student_logits: Tensor
+    teacher_logits: Tensor | None
+    records: dict[str, Any]
 
 
 class MethodSum(nn.ModuleDict):

@@ -35,6 +35,11 @@ def served(s: Tensor, t: Tensor) -> bool:
     return all(x.is_contiguous() for x in (s, t)) or all(x.movedim(1, -1).is_contiguous() for x in (s, t))
 
 
+def dense(x: Tensor) -> bool:
+    """Whether the kernels that take a feature by itself take this one."""
+    return served(x, x)
+
+
 def wanted(*sides: Sequence[Tensor]) -> list[bool]:
     """Of each side, whether autograd records one of its tensors."""
     followed = torch.is_grad_enabled()

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fastkd import checks, reference
 from fastkd._private import transforming
+from fastkd.ops._differences import fused
 from fastkd.ops._gradients import save, scaled
-from fastkd.ops._register import autograd, define, implement
+from fastkd.ops._register import autograd, define, implement, part_of
 from fastkd.reference.common import no_autocast
 
 NUMBERS = 2**22
@@ -52,9 +53,10 @@ def crd_loss(
     Returns: (the scalar, the two normalizers (2,) that were used, without gradient); float32, float64 if any
     input is float64. Each direction, with ``P = exp(embedding @ bank[row] / T) / Z`` and ``c = K / M``, is
     ``-1 / N`` times the sum of ``log(P / (P + c + eps))`` over the positives and of ``log(c / (P + c +
-    eps))`` over the negatives; the loss is the sum of both. Scores come from one product with the whole bank
-    where enough of it is drawn, else a chunk of samples at a time, and the gradients are found with them:
-    memory is O(N M) at most, never (N, K + 1, D).
+    eps))`` over the negatives; the loss is the sum of both. The gradients are found with the scores, and
+    memory is never (N, K + 1, D). On a CPU and in float32 a kernel sorts the drawn rows by where they lie in
+    the bank and reads each once for score, loss and gradient: memory is O(N K). Elsewhere scores come from
+    one product with the whole bank where enough of it is drawn, else from a chunk of samples at a time.
     Raises: TypeError, ValueError for what does not fit. A second derivative raises RuntimeError;
     ``fastkd.reference`` has one.
     Source: Tian, Krishnan, Isola, *Contrastive representation distillation*, ICLR 2020.
@@ -93,6 +95,9 @@ def _loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, normalizers, the loss's gradient for s, for t); a gradient that nobody needs has no elements."""
     checks.crd_rows(rows, len(s_bank))
+    if fused(s) and s.dtype == torch.float32:
+        tensors = [x.contiguous() for x in (s, t, s_bank, t_bank, rows)]
+        return torch.ops.fastkd.crd_pass.default(*tensors, given, temperature, eps, weight, need_s, need_t)
     with no_autocast(s):
         sides = [
             _direction(x, bank, rows, z, temperature, eps, weight, need)
@@ -181,12 +186,12 @@ def _gradients(ctx: Any, upstream: Tensor | None, *unused: Any) -> tuple[Tensor 
     return (*scaled(ctx, "crd_loss", upstream), *[None] * 9)
 
 
-define(
-    "crd_loss(Tensor s, Tensor t, Tensor s_bank, Tensor t_bank, Tensor rows, Tensor given, float temperature,"
+_ARGUMENTS = (
+    "(Tensor s, Tensor t, Tensor s_bank, Tensor t_bank, Tensor rows, Tensor given, float temperature,"
     " float eps, float weight, bool need_s, bool need_t) -> (Tensor loss, Tensor normalizers, Tensor s_grad,"
-    " Tensor t_grad)",
-    _fake,
-    only_cpu=True,
+    " Tensor t_grad)"
 )
+define(f"crd_loss{_ARGUMENTS}", _fake, only_cpu=True)
 implement("crd_loss", _loss)
 autograd("crd_loss", _gradients, _context, only_cpu=True)
+part_of("crd_loss", f"crd_pass{_ARGUMENTS}", _fake)

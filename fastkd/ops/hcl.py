@@ -36,8 +36,8 @@ def hcl_loss(
     Returns: a scalar; float32, float64 if any input is float64. The levels are summed.
     Of one level: ``mean((s - t)^2)`` with factor 1, then the same of both averaged to 4x4, 2x2 and 1x1. A
     grid is used where its side is smaller than H; the first that is used has the factor 1/2, each next one
-    half of that. The sum is divided by that of the factors. On a CPU, contiguous levels of one dtype but
-    float64 whose sides can be divided by 4 are read once, for the loss and the gradients.
+    half of that. The sum is divided by that of the factors. On a CPU, levels of one dtype but float64, which
+    lie dense and alike in memory, are read once for the loss and the gradients.
     Raises: TypeError, ValueError for what are not such pairs. A second derivative of what was read once
     raises RuntimeError; ``fastkd.reference`` has one.
     Source: Chen, Liu, Zhao, Jia, *Distilling knowledge via knowledge review*, CVPR 2021.
@@ -47,7 +47,7 @@ def hcl_loss(
     used = [float(w) for w in (weights or [1.0] * len(students))]
     levels = [*zip(students, teachers, used, strict=True)]
     mixed = any(x.dtype == torch.float64 for x in (*students, *teachers))
-    here = [fused(s) and not mixed and _regular(s, t) for s, t, _ in levels]
+    here = [fused(s) and not mixed and served(s, t) for s, t, _ in levels]
     rest = [level for level, is_here in zip(levels, here, strict=True) if not is_here]
     total: Tensor | None = None
     if rest:
@@ -63,10 +63,3 @@ def hcl_loss(
         total = loss if total is None else total + loss
     assert total is not None
     return total
-
-
-def _regular(s: Tensor, t: Tensor) -> bool:
-    height, width = s.shape[2:]
-    if height == width == 1:
-        return served(s, t)
-    return height % 4 == 0 and width % 4 == 0 and s.is_contiguous() and t.is_contiguous() and served(s, t)

@@ -1,4 +1,6 @@
-"""Self-attention distillation: maps by the attention kernels, the rest on (N, H, H) in plain PyTorch."""
+"""Self-attention distillation: on a CPU loss and gradients in one pass over each feature; else maps by the
+attention kernels, the rest on (N, H, H) in plain PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,11 @@ from torch import Tensor
 
 from fastkd import checks, reference
 from fastkd.checks import Features
+from fastkd.ops._differences import dense, difference_loss, fused, wanted
 from fastkd.ops.attention_map import attention_map
-from fastkd.reference.common import no_autocast
+from fastkd.reference.common import no_autocast, stage_factors
+
+difference_loss("sakd_loss", "float[] factors")
 
 
 def sakd_map(x: Tensor, *, channel_dim: int = 1) -> Tensor:
@@ -51,7 +56,8 @@ def sakd_loss(
         channel_dim: as in :func:`sakd_map`.
 
     Returns: a scalar; float32, float64 if any input is float64. With y the maps divided by max(norm, 1e-12),
-    sample by sample, ``weight * sum(w * (y_s - y_t).square().mean() for each stage)``.
+    sample by sample, ``weight * sum(w * (y_s - y_t).square().mean() for each stage)``. On a CPU, features
+    that lie dense in memory are read once for the loss and the gradients, but in float64.
     Raises: TypeError, ValueError for what does not fit. A second derivative raises RuntimeError;
     ``fastkd.reference`` has one.
     Source: github.com/CRGuan/SAKD, with its connector first: ``fastkd.methods.sakd``.
@@ -59,6 +65,15 @@ def sakd_loss(
     student, teacher = (checks.channels_second(side, channel_dim) for side in (student, teacher))
     students, teachers = checks.sakd_loss(student, teacher, weights, weight)
     tensors = students + teachers
+    if fused(students[0]) and all(dense(x) for x in tensors):
+        factors = [
+            float(weight) * float(w) / (x.shape[0] * x.shape[2] ** 2)
+            for w, x in zip(weights or stage_factors(len(students)), students, strict=True)
+        ]
+        loss: Tensor = torch.ops.fastkd.sakd_loss.default(
+            students, teachers, factors, *wanted(students, teachers)
+        )[0]
+        return loss
     if any(x.dtype == torch.float64 for x in tensors):
         tensors = [x.double() for x in tensors]
     with no_autocast(tensors[0]):

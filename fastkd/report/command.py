@@ -20,6 +20,7 @@ from fastkd.io.console import delivered, screens
 from fastkd.io.files import as_path, write
 from fastkd.report import bars, curves, page
 from fastkd.report.tables import NOTES, markdown, plain, read, tables
+from fastkd.training import by_option
 
 BEGIN, END = "<!-- experiments:begin -->", "<!-- experiments:end -->"
 
@@ -109,7 +110,10 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             print(
                 "\n\n".join(
-                    [f"{caption}\n\n{plain(heads, lines)}" for caption, heads, lines in tables(rows)]
+                    [
+                        f"{caption}\n\n{plain(heads, lines)}"
+                        for caption, heads, lines in [*tables(rows), *by_option.tables(rows)]
+                    ]
                     + [NOTES]
                 )
             )

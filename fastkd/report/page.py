@@ -12,6 +12,7 @@ from fastkd.io import figures
 from fastkd.io.files import write
 from fastkd.report import bars, curves
 from fastkd.report.tables import NOTES, tables
+from fastkd.training import by_option
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -43,7 +44,7 @@ def page(rows: Sequence[dict[str, str]], folders: Sequence[Path], wanted: Mappin
     made = tables(rows)
     published, own = made[:-1] if rows else made, made[-1:] if rows else []
     parts = {
-        "runs": "".join(map(table, own)) or "<p>There are no finished runs.</p>",
+        "runs": "".join(map(table, [*own, *by_option.tables(rows)])) or "<p>There are no finished runs.</p>",
         "accuracy by method": drawn(lambda: bars.figure(rows), "no two methods were run alike"),
         "curves": drawn(lambda: curves.figure(folders, wanted), "no run has a log of its epochs"),
         "published figures": f"<p>{html.escape(NOTES)}</p>" + "".join(map(table, published)),

@@ -16,7 +16,7 @@ from fastkd.errors import UserError
 from fastkd.methods import title_of
 from fastkd.models import create_model
 from fastkd.report.published import MEANINGS, NOTE, TABLES, Entry, Published
-from fastkd.training import results
+from fastkd.training import by_option, results
 from fastkd.training.groups import Group, changes, groups, mean_and_spread, number
 from fastkd.training.recipes import RECIPES
 
@@ -188,7 +188,7 @@ def wide(text: str) -> int:
 
 def markdown(rows: Sequence[dict[str, str]]) -> str:
     parts = [NOTES]
-    for caption, heads, lines in tables(rows):
+    for caption, heads, lines in [*tables(rows), *by_option.tables(rows)]:
         names = [head or " " * i for i, head in enumerate(heads)]  # two without a name
         parts += [
             f"**{caption}**",

@@ -20,7 +20,7 @@ from fastkd.methods.options import written
 from fastkd.models import WeightsError, create_model, fingerprint, load_weights
 from fastkd.models.specs import file_name
 from fastkd.training.recipes import RECIPES, Recipe
-from fastkd.training.settings import POINTS, Models, Settings, environment
+from fastkd.training.settings import Models, Settings, environment
 
 ALONE = ("epochs", "teacher_mode", "preset", "init_epochs", "init_lr", "init_milestones")
 """Fields that a teacher's own training has no use for, or whose value stands in its file's name already."""
@@ -207,12 +207,6 @@ class Choices:
             "fastkd": fastkd.__version__,
             "torch": str(torch.__version__),
         }
-
-    def own_words(self, role: str) -> list[str]:
-        """What was said of networks and images of one's own and changes the result: ["image_size=64"]."""
-        names = [f"{role}_size", "image_size", *["teacher_size", *POINTS] * (role == "student")]
-        given = {name: getattr(self.settings, name) for name in dict.fromkeys(names)}
-        return [f"{name}={written(value)}" for name, value in given.items() if value is not None]
 
     settled: dict[str, Any]  # options left open, whose values the networks and the data decided
 

@@ -46,9 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--method",
         required=True,
-        type=method_name,
-        metavar="NAME",
-        help=f"{', '.join(METHODS)}, or a sum such as at+kd",
+        type=method_names,
+        metavar="NAME[,NAME...]",
+        help=f"{', '.join(METHODS)}, or a sum such as at+kd; several are trained side by side",
     )
     parser.add_argument(
         "--dataset",
@@ -126,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     option = (
         "of the method, as often as needed: at.beta=500, or beta=500 where one term alone has it; 0.5:0.75 is"
-        " a tuple"
+        " a tuple, at.beta=250,500 a grid with a run for each"
     )
     parser.add_argument(
         "--option", action="append", default=[], dest="options", metavar="NAME=VALUE", help=option
@@ -143,11 +143,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def method_name(text: str) -> str:
+def method_names(text: str) -> str:
     from fastkd.methods import full_name
 
     try:
-        return full_name(text)
+        return ",".join(map(full_name, text.split(",")))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"invalid choice: {text!r}: {error}") from None
 

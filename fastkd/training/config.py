@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastkd.data import Dataset, choose_dataset, load_dataset
-from fastkd.data.feed import testing, training
+from fastkd.data.feed import AnyDataset, testing, training
 from fastkd.data.loader import AnyBatches
 from fastkd.errors import UserError
 from fastkd.io.files import make_folder
@@ -31,10 +31,11 @@ WORTH_COMPILING = 500_000
 class Config(Networks):
     """The settings with every choice made, the data in memory, and what is built of them.
 
-    The constructor raises UserError for whatever cannot work.
+    The constructor raises UserError for whatever cannot work. ``data``: the set that ``settings`` name, where
+    it is in memory.
     """
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, data: AnyDataset | None = None):
         self.settings, self.models = settings, resolve(settings)
         name, self.why = choose_dataset(self.models.dataset, settings.data)
         self.recipe_name = recipe_of(settings, name)
@@ -68,9 +69,10 @@ class Config(Networks):
                 )
         self.settings = settings = dataclasses.replace(settings, method=self.method.name)
         self.find_points()
+        self.check_images()
         if distributed.leads():  # the others write nothing, and may have no such folder on their machine
             results.read_rows(settings.output)
-        self.data = load_dataset(name, settings.data)
+        self.data = load_dataset(name, settings.data) if data is None else data
         self.check_networks()
         self.compiled, self.captured = self._how()
         parts = [len(self.data.train_labels) // self.processes] * self.recipe.drop_last
@@ -114,6 +116,10 @@ class Config(Networks):
         """(mean, std) a channel."""
         return normalization_of(self.recipe.normalization, self.data)
 
+    def drops_last(self, role: str) -> bool:
+        """Whether a training leaves out an epoch's last, smaller batch."""
+        return self.recipe.drop_last or (role == "student" and self.method.whole_batches)
+
     def batches(self, role: str) -> tuple[AnyBatches, AnyBatches]:
         """The training and test batches of the student's or the teacher's training."""
         data, recipe, normalization, feed = self.data, self.recipe, self.normalization(), self.feed(role)
@@ -125,7 +131,7 @@ class Config(Networks):
             "flip": data.flip,
             "pad_mode": recipe.pad_mode,
             "share": distributed.share(),
-            "drop_last": recipe.drop_last or (role == "student" and self.method.whole_batches),
+            "drop_last": self.drops_last(role),
         }
         train = training(data, normalization, feed, batch_size=recipe.batch_size, **random, **common)
         # an accuracy over all images does not depend on the batch; one over whole batches does

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastkd import native
+from fastkd.data.feed import AnyDataset
 from fastkd.io.console import fitted, say, screens
 from fastkd.training import collectives, distributed, resume, run_dir
 from fastkd.training.config import Config
@@ -43,12 +44,12 @@ def run(settings: Settings) -> dict[str, Any]:
         return train(config, "student", student, config.method, teacher, accuracy)
 
 
-def shared_config(settings: Settings) -> Config:
+def shared_config(settings: Settings, data: AnyDataset | None = None) -> Config:
     """The first process decides, for instance what ``--precision auto`` is, and fetches the data; the others
-    take its settings.
+    take its settings. ``data``: the set that ``settings`` name, where it is in memory.
     """
-    config = Config(settings) if distributed.leads() else None
+    config = Config(settings, data) if distributed.leads() else None
     decided = distributed.from_first(lambda: settings if config is None else config.settings)
-    config = config or Config(decided)
+    config = config or Config(decided, data)
     collectives.meet()  # nothing is written before all are ready
     return config

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
 from fastkd.data import choose_dataset
 from fastkd.errors import UserError
 from fastkd.methods import define
@@ -9,17 +13,32 @@ from fastkd.training.recipes import NORMALIZATIONS, get_recipe
 from fastkd.training.settings import FOLDERS, Settings, recipe_of, resolve
 
 
-def refuse_idle(settings: Settings) -> None:
-    """Raises UserError for a flag that is given and that such a run does not read.
+def without_idle(each: Sequence[Settings]) -> list[Settings]:
+    """Runs of one command, each without the flags that it does not read. Raises UserError for a flag that
+    none of them reads.
 
     ``--teacher`` is no such flag: a baseline is that of a pair; nor ``--data``, which is where to look.
     """
+    idle = [idle_flags(one) for one in each]
+    for name, why in idle[0].items():
+        if all(name in others for others in idle):
+            raise UserError(f"--{name.replace('_', '-')} does nothing here: {why}")
+    left = []
+    for one, unread in zip(each, idle, strict=True):
+        read = {key: value for key, value in one.overrides.items() if key not in unread}
+        changed: dict[str, Any] = {name: None for name in unread if name not in one.overrides}
+        left.append(dataclasses.replace(one, overrides=read, **changed))
+    return left
+
+
+def idle_flags(settings: Settings) -> dict[str, str]:
+    """The flags that are given and that such a run does not read, by name, and why. Raises UserError."""
     dataset = choose_dataset(resolve(settings).dataset, settings.data)[0]
     recipe = get_recipe(recipe_of(settings, dataset), settings.overrides)
     try:
         definition = define(settings.method, preset=recipe.preset, words=settings.options)
     except ValueError:
-        return  # Config says what is known
+        return {}  # Config says what is known
     method, phases = f"--method {settings.method}", definition.initializes
     implied = (settings.teacher, settings.student, settings.dataset, settings.recipe)
     constants = recipe.normalization == "own" or (recipe.normalization, dataset) in NORMALIZATIONS
@@ -45,7 +64,9 @@ def refuse_idle(settings: Settings) -> None:
         f"{recipe.normalization} has no constants for {dataset}": (not constants, ("normalization",)),
         "teacher, student, data set and recipe are given": (None not in implied, ("setting",)),
     }
+    found: dict[str, str] = {}
     for why, (unread, names) in idle.items():
         for name in names:
             if unread and (name in settings.overrides or getattr(settings, name, None) is not None):
-                raise UserError(f"--{name.replace('_', '-')} does nothing here: {why}")
+                found.setdefault(name, why)
+    return found

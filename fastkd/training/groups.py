@@ -79,12 +79,7 @@ def changes(row: Mapping[str, Any]) -> list[str]:
 
     The batch is that of all processes together: 2 processes of 32 images take the steps of a recipe with 64.
     """
-    recipe, given = RECIPES.get(str(row["recipe"])), dict[str, str]()
-    name = ""
-    for word in str(row.get("overrides") or "").split():  # "milestones=0.25 0.5 lr=0.2"
-        key, equals, value = word.partition("=")
-        name = key if equals else name
-        given[name] = f"{given[name]} {word}" if not equals and name in given else value
+    recipe, given = RECIPES.get(str(row["recipe"])), given_of(row)
     given.pop("epochs", None)
     if recipe is None:
         return [f"{key}={value}" for key, value in given.items()]
@@ -98,6 +93,16 @@ def changes(row: Mapping[str, Any]) -> list[str]:
     if int(number(batch) or 0) * processes != recipe.batch_size:
         changed.append(f"batch_size={batch}" + f"×{processes}" * (processes > 1))
     return changed
+
+
+def given_of(row: Mapping[str, Any]) -> dict[str, str]:
+    """The column ``overrides`` by name: "milestones=0.25 0.5 at.beta=500.0" has two."""
+    given, name = dict[str, str](), ""
+    for word in str(row.get("overrides") or "").split():
+        key, equals, value = word.partition("=")
+        name = key if equals else name
+        given[name] = f"{given[name]} {word}" if not equals and name in given else value
+    return given
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -13,8 +12,6 @@ from torch import nn
 
 import fastkd
 from fastkd.backends import Call
-from fastkd.data import Dataset
-from fastkd.data.feed import Feed
 from fastkd.distillation import Distillation
 from fastkd.errors import UserError
 from fastkd.methods import Definition
@@ -22,15 +19,12 @@ from fastkd.models import create_model, load_weights
 from fastkd.models.specs import declared_normalization, is_spec, stages_of, suggested
 from fastkd.seeds import seeded
 from fastkd.several_teachers import SeveralTeachers, check_join, kept_bytes
-from fastkd.training import distributed
-from fastkd.training.choices import Choices
+from fastkd.training.images import Images
 
 ROLES = ("student", "teacher")
-SIDE = 32
-"""Of the images of all sets in memory."""
 
 
-class Networks(Choices):
+class Networks(Images):
     """What of the settings concerns the networks, and what is built of them."""
 
     declared: dict[str, tuple[tuple[float, ...], tuple[float, ...]] | None]
@@ -50,44 +44,6 @@ class Networks(Choices):
                 raise UserError(f"--{role} {self.model_name(role)}: {error}") from None
             self.points[role] = stages_of(network) if given is None else given
             self.declared[role] = declared_normalization(network)
-        for name in ("image_size", "student_size", "teacher_size"):
-            size = getattr(self.settings, name)
-            if size is not None and size < 8:
-                raise UserError(f"--{name.replace('_', '-')} is {size}, wanted at least 8")
-        if (self.settings.workers or 0) < 0:
-            raise UserError(f"--workers is {self.settings.workers}, wanted at least 0")
-
-    def side(self, role: str) -> int:
-        """Of the square images that the student or the teacher gets."""
-        if isinstance(self.data, Dataset):
-            return SIDE
-        own = self.settings.student_size if role == "student" else self.settings.teacher_size
-        return own or self.settings.image_size or 224
-
-    def image_shape(self, role: str) -> tuple[int, int, int]:
-        return 3, self.side(role), self.side(role)
-
-    def feed(self, role: str) -> Feed:
-        """How the images of this role's training are read: a student's with the teacher's beside them, where
-        those have another size.
-        """
-        sides = [self.side(role)]
-        if role == "student" and self.method.needs_teacher and self.side("teacher") != sides[0]:
-            sides.append(self.side("teacher"))
-        return Feed(tuple(sides), self.workers, self.settings.on_bad_image or "stop")
-
-    @property
-    def workers(self) -> int:
-        """Processes that read files, for each process that trains."""
-        if self.settings.workers is not None:
-            return self.settings.workers
-        there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, min(8, there // distributed.share()[1]))
-
-    @property
-    def test_batch(self) -> int:
-        """Images of a test batch: about as many pixels, whatever the size of the images."""
-        return max(50, 500 * SIDE**2 // self.side("student") ** 2)
 
     def check_networks(self) -> None:
         """Tries the networks on blank images, and the method on both. Raises UserError."""

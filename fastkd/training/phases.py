@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Generator
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,8 @@ from fastkd.training.progress import Progress, clock
 from fastkd.training.recipes import Recipe
 from fastkd.training.run_dir import RunDir
 from fastkd.training.signals import Interrupted
-from fastkd.training.trainer import Trainer
+from fastkd.training.step import Shared
+from fastkd.training.trainer import Trainer, Wanted
 
 
 def train(
@@ -37,21 +39,51 @@ def train(
 
     The checkpoint, the best weights and the log are on disk after every epoch. Raises UserError, Interrupted.
     """
-    title, state, phases = run.config["trained"], run.state or {}, config.phases(method)
+    steps = training(config, role, run, method, teacher, teacher_acc, config.batches(role))
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return dict(end.value)
+
+
+def training(
+    config: Config,
+    role: str,
+    run: RunDir,
+    method: Definition,
+    teacher: nn.Module | None,
+    teacher_acc: float | None,
+    batches: tuple[AnyBatches, AnyBatches],
+    place: int | None = None,
+    title: str = "",
+) -> Generator[Wanted, Shared | None, dict[str, Any]]:
+    """:func:`train` with ``batches``, which stops before each step: see :meth:`Trainer.train_steps`.
+
+    ``place``: which of the students that are trained side by side it is; the first has the bar on a terminal.
+    ``title``: what its lines begin with.
+    """
+    title, state, phases = title or run.config["trained"], run.state or {}, config.phases(method)
     run.begin([name for name, _, _ in phases], None if teacher is None else fingerprint(teacher))
-    student, batches = config.new_model(role), config.batches(role)
+    student = config.new_model(role)
     for phase in phases[run.finished_phases :]:
         name, recipe, main = phase[0], phase[1], phase[0] == "main"
-        trainer = phase_trainer(config, role, phase, student, teacher, batches)
+        trainer = phase_trainer(config, role, phase, student, teacher, batches, fold=place is None)
         label = title if main else f"{title} {name}"
         if state.get("phase") == name:
             run.restore(trainer)
             say(f"{label}: {run.folder} goes on after epoch {len(trainer.history)} of {recipe.epochs}")
         elif run.state is None and name == phases[0][0]:
             say(f"{label}: begins in {run.folder}")
-        progress = Progress(label, trainer.steps, len(trainer.history) * len(trainer.batches))
+        progress = Progress(
+            label, trainer.steps, len(trainer.history) * len(trainer.batches), bar=place in (None, 0)
+        )
         try:
-            for epoch in trainer.fit(progress):
+            for epoch in range(len(trainer.history) + 1, recipe.epochs + 1):
+                if place is None:
+                    trainer.train_epoch(epoch, progress)
+                else:
+                    yield from trainer.epoch_steps(epoch, progress)
                 run.save_epoch(name, trainer)
                 progress.line(
                     f"{label} epoch {epoch}/{recipe.epochs}  {trainer.summary()}  {clock(progress.left())}"
@@ -91,14 +123,18 @@ def phase_trainer(
     student: nn.Module,
     teacher: nn.Module | None,
     batches: tuple[AnyBatches, AnyBatches],
+    fold: bool = True,
 ) -> Trainer:
-    """What trains ``student`` in ``phase`` (of ``config.phases``); only the main one is tested."""
+    """What trains ``student`` in ``phase`` (of ``config.phases``); only the main one is tested. ``fold``:
+    whether the teacher is folded here.
+    """
     name, recipe, method = phase
     train, test = copy.copy(batches[0]), batches[1] if name == "main" else None
     train.stream = role if name == "main" else f"{role} {name}"
+    train.drop_last = config.drops_last(role)
     taught = None if teacher is None else placed(teacher, config.device)
     distillation = config.distillation(
-        role, placed(student, config.device), taught, method, train_images=train.test()
+        role, placed(student, config.device), taught, method, fold=fold, train_images=train.test()
     )
     return Trainer(distillation, train, test, recipe, config.autocast(), config.compiled, config.captured)
 

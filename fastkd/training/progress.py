@@ -24,14 +24,15 @@ class Progress:
     """Lines go to stdout; on a terminal stderr shows a bar over the whole run: tqdm's, or without tqdm a line
     every ten seconds. Elsewhere stdout and the log get such a line every two minutes, within long epochs.
 
-    When stderr is no terminal it stays empty, so that what is in it are errors.
+    When stderr is no terminal it stays empty, so that what is in it are errors; without ``bar`` on one too.
     """
 
-    def __init__(self, title: str, steps: int, done: int = 0, silent: bool = False):
+    def __init__(self, title: str, steps: int, done: int = 0, silent: bool = False, bar: bool = True):
         self.title, self.steps, self.done, self.first = title, steps, done, done
         self.shown = self.begun = time.perf_counter()
         self.silent = silent or console.silent()
-        self.terminal, self.bar = sys.stderr is not None and sys.stderr.isatty() and not self.silent, None
+        seen = bar and not self.silent
+        self.terminal, self.bar = seen and sys.stderr is not None and sys.stderr.isatty(), None
         if self.terminal:
             self.bar = _bar(title, steps, done)
 

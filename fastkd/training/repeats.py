@@ -1,25 +1,32 @@
-"""One configuration with several seeds: its rows, their mean and their spread."""
+"""The runs of one command: several methods, points of a grid and seeds; their rows, means and spread."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from fastkd.errors import UserError
 from fastkd.io.console import say, screens
-from fastkd.training import distributed, results, resume
+from fastkd.training import distributed, results, resume, together
 from fastkd.training.config import Config
-from fastkd.training.experiment import run
-from fastkd.training.flags import refuse_idle
+from fastkd.training.device import find_device
+from fastkd.training.experiment import run, shared_config
+from fastkd.training.flags import without_idle
 from fastkd.training.groups import mean_and_spread
 from fastkd.training.settings import AUTO, Settings
+from fastkd.training.sweep import labels, points
 
 
-def repeat(settings: Settings, times: int) -> list[dict[str, Any]]:
+def repeat(settings: Settings, times: int = 1) -> list[dict[str, Any]]:
     """``run`` with seed, seed + 1, ... and one teacher, as the published tables have it: that of the first
     seed. Returns the rows.
 
-    With ``resume`` finished seeds are not run again. Raises UserError, Interrupted.
+    ``settings.method`` may be several with commas between them, and an option may have several values: each
+    seed then has a run for every method and every point of the grid, side by side where that saves time
+    (:mod:`fastkd.training.together`). With ``resume`` finished runs are not run again. Raises UserError,
+    Interrupted.
     """
     with screens(), distributed.group(settings.device):
         return _repeat(settings, times)
@@ -28,51 +35,131 @@ def repeat(settings: Settings, times: int) -> list[dict[str, Any]]:
 def _repeat(settings: Settings, times: int) -> list[dict[str, Any]]:
     if times < 1:
         raise UserError(f"--repeats is {times}, wanted at least 1")
-    refuse_idle(settings)
-    if times == 1 or settings.dry_run:
-        return [run(settings)]
+    each = without_idle(points(settings))
+    if settings.dry_run:
+        return [run(one) for one in each]
+    if len(each) * times == 1:
+        return [run(each[0])]
     if settings.resume and settings.resume != AUTO:
-        raise UserError("--resume FOLDER is one run; with --repeats leave the folder out")
-    teacher_seed = settings.seed if settings.teacher_seed is None else settings.teacher_seed
-    each = [
-        dataclasses.replace(settings, seed=settings.seed + i, teacher_seed=teacher_seed) for i in range(times)
-    ]
-    done: dict[int, dict[str, Any]] = {}
+        several = "--repeats" if times > 1 else "several methods or values of an option"
+        raise UserError(f"--resume FOLDER is one run; with {several} leave the folder out")
+    if len(each) > 1:
+        each = checked(each)
+    if times > 1:
+        teacher_seed = settings.seed if settings.teacher_seed is None else settings.teacher_seed
+        each = [
+            dataclasses.replace(one, seed=settings.seed + i, teacher_seed=teacher_seed)
+            for i in range(times)
+            for one in each
+        ]
+    names, done = labels(each), dict[int, dict[str, Any]]()
     if settings.resume is not None:
         each, done = distributed.from_first(lambda: resumed(each))
-    for i, one in enumerate(each, 1):
-        if one.seed in done:
-            row = done[one.seed]
-            say(f"seed {one.seed}, run {i} of {times}: finished, row {row['no']}, {row['reported_acc']} %\n")
-        else:
-            say(f"seed {one.seed}, run {i} of {times}")
-            done[one.seed] = run(one)
+    for i, (seed, part) in enumerate(itertools.groupby(range(len(each)), lambda i: each[i].seed), 1):
+        places = list(part)
+        seeds = f"seed {seed}, run {i} of {times}"
+        for place in places:
+            if place in done:
+                row = done[place]
+                what = seeds if len(places) == 1 else f"{seeds}, {names[place]}"
+                say(f"{what}: finished, row {row['no']}, {row['reported_acc']} %\n")
+        left = [place for place in places if place not in done]
+        if left:
+            if times > 1:
+                say(seeds)
+            done |= zip(left, side_by_side([each[place] for place in left]), strict=True)
             say("")
-    rows = [done[one.seed] for one in each]
-    figures = (
-        f"{name} {mean_and_spread([float(row[name]) for row in rows])} %" for name in ("acc", "reported_acc")
-    )
-    seeds = " ".join(str(one.seed) for one in each)
-    say(
-        f"{times} runs, seeds {seeds}: {', '.join(figures)} (mean ± sample standard deviation); kept in"
-        f" {settings.output / 'results.md'}"
-    )
+    rows = [done[i] for i in range(len(each))]
+    summarize(each, names, rows, times)
     return rows
 
 
-def resumed(each: list[Settings]) -> tuple[list[Settings], dict[int, dict[str, Any]]]:
-    """(settings, rows of finished seeds): each seed goes on, begins or is finished. Raises UserError where
-    nothing had begun at all.
+def checked(each: Sequence[Settings]) -> list[Settings]:
+    """Checks every run before the first is trained, and decides for all whether their steps are compiled: a
+    compiled step has the teacher's pass within it, where it cannot be shared. Raises UserError.
+    """
+    shares = sum(one.method != "baseline" for one in each) > 1 and not each[0].more_teachers
+    if shares and each[0].compile is None and find_device(each[0].device).type == "cpu":
+        each = [dataclasses.replace(one, compile=False) for one in each]
+    configs = configured(each)
+    same: dict[str, str] = {}
+    for name, config in zip(labels(each), configs, strict=True):
+        other = same.setdefault(repr(config.identity("student")), name)
+        if other != name:
+            raise UserError(f"{name} is the same run as {other}: give each value once")
+    taught = [config for config in configs if config.method.needs_teacher]
+    if len(taught) > 1 and each[0].more_teachers:
+        say("one student after the other: the passes of several teachers are not shared")
+    elif len(taught) > 1 and all(config.compiled or config.captured for config in taught):
+        what = "compiled" if taught[0].compiled else "a CUDA graph"
+        say(
+            f"one student after the other: each step is {what} with the teacher's pass in it, which is not"
+            " shared; --no-compile --no-cuda-graph trains them side by side"
+        )
+    return list(each)
+
+
+def configured(each: Sequence[Settings]) -> list[Config]:
+    """The configurations of runs that read the same data set, which is in memory once."""
+    first = shared_config(each[0])
+    return [first, *(shared_config(one, first.data) for one in each[1:])]
+
+
+def side_by_side(each: Sequence[Settings]) -> list[dict[str, Any]]:
+    """The rows of runs of one seed, which are trained side by side where a pass of the teacher is shared."""
+    if len(each) == 1:
+        return [run(each[0])]
+    configs = configured(each)
+    rows: dict[int, dict[str, Any]] = {}
+    for places in together.groups(configs):
+        some = [configs[i] for i in places]
+        rows |= zip(places, together.run(some) if len(some) > 1 else [run(each[places[0]])], strict=True)
+    return [rows[i] for i in range(len(each))]
+
+
+def summarize(
+    each: Sequence[Settings], names: Sequence[str], rows: Sequence[dict[str, Any]], times: int
+) -> None:
+    """The last lines: each point, its figures over the seeds, and where they are kept."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, row in zip(names, rows, strict=True):
+        found.setdefault(name, []).append(row)
+    kept = f"kept in {each[0].output / 'results.md'}"
+    seeds = (
+        f"seeds {' '.join(str(one.seed) for one in each[:: len(found)])}"
+        if times > 1
+        else f"seed {each[0].seed}"
+    )
+    spread = " (mean ± sample standard deviation)" * (times > 1)
+    if len(found) == 1:
+        say(f"{times} runs, {seeds}: {figures(rows)}{spread}; {kept}")
+        return
+    width = max(map(len, found))
+    for name, some in found.items():
+        say(f"{name.ljust(width)}  {figures(some)}")
+    say(f"{len(rows)} runs, {seeds}{spread}; {kept}")
+
+
+def figures(rows: Sequence[dict[str, Any]]) -> str:
+    return ", ".join(
+        f"{name} {mean_and_spread([float(row[name]) for row in rows])} %" for name in ("acc", "reported_acc")
+    )
+
+
+def resumed(each: Sequence[Settings]) -> tuple[list[Settings], dict[int, dict[str, Any]]]:
+    """(settings, rows of finished runs by their places): each run goes on, begins or is finished. Raises
+    UserError where nothing had begun at all.
     """
     rows = {row.get("folder"): row for row in results.read_rows(each[0].output)[1]}
     done: dict[int, dict[str, Any]] = {}
-    settings, begun = [], False
-    for one in each:
-        config = Config(one)
+    settings, begun, data = [], False, None
+    for place, one in enumerate(each):
+        config = Config(one, data)
+        data = config.data
         unfinished, finished = resume.runs_of(one.output, config.identity("student"))
         waits = bool(unfinished or resume.unfinished_teachers(config))
         if finished and not unfinished:
-            done[one.seed] = dict(rows[finished[-1].name])
+            done[place] = dict(rows[finished[-1].name])
         settings.append(dataclasses.replace(one, resume=one.resume if waits else None))
         begun = begun or waits or bool(finished)
     if not begun and each[0].resume != AUTO:

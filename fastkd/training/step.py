@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastkd.data.loader import AnyBatches
-from fastkd.distillation import Distillation, Losses
+from fastkd.distillation import Distillation
 from fastkd.errors import UserError
+from fastkd.methods import Output
+from fastkd.methods.sum import Losses
 from fastkd.training import collectives
 from fastkd.training.progress import Progress
+
+
+class Shared(NamedTuple):
+    """A batch for several students: what was ``drawn``, its ``inputs``, and the teacher's answer, if any."""
+
+    drawn: Any
+    inputs: tuple[Tensor, ...]
+    taught: Output | None
+
+
+def after_each(steps: Iterator[Any]) -> Iterator[None]:
+    """``Trainer.train_steps``, which stops before each step, as one that stops after it."""
+    next(steps)
+    for _ in itertools.chain(steps, [None]):
+        yield
 
 
 class TrainStep:
@@ -53,10 +71,14 @@ class TrainStep:
             self.rate = torch.zeros((), device=batches.device)
         self.compiling = 0.0  # seconds, once
 
-    def __call__(self, augment_params: Tensor, images: int, progress: Progress) -> None:
-        """A step on one of ``draw`` of the batches, this process's part of a batch of so many ``images``."""
-        if len(augment_params) < self.batches.batch_size:
-            self._run(augment_params, images, self.distillation)
+    def __call__(
+        self, augment_params: Tensor, images: int, progress: Progress, shared: Shared | None = None
+    ) -> None:
+        """A step on one of ``Batches.draw``, this process's part of a batch of so many ``images``; ``shared``
+        is what was made of it for several students, whose steps are all eager.
+        """
+        if shared is not None or len(augment_params) < self.batches.batch_size:
+            self._run(augment_params, images, self.distillation, shared)
         elif self.compiled and not self.compiling:
             self._compile(augment_params, images, progress)
         elif self.graph is not None:
@@ -79,12 +101,22 @@ class TrainStep:
     def _whole(self, augment_params: Tensor) -> None:
         self._run(augment_params, self.batches.joined, self.forward)
 
-    def _run(self, augment_params: Tensor, together: int, forward: Callable[..., Losses]) -> None:
+    def _run(
+        self,
+        augment_params: Tensor,
+        together: int,
+        forward: Callable[..., Losses],
+        shared: Shared | None = None,
+    ) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        images, labels, index, *teachers = self.batches.inputs(augment_params)
+        inputs = self.batches.inputs(augment_params) if shared is None else shared.inputs
+        images, labels, index, *teachers = inputs
         records: dict[str, Any] = {}
         if len(augment_params):  # a small batch may have no part for everybody
-            losses = forward(images, labels, index, *teachers)
+            if shared is None:
+                losses = forward(images, labels, index, *teachers)
+            else:
+                losses = forward(images, labels, index, taught=shared.taught)
             losses.total.backward()
             records = losses.records
             right = (losses.student_logits.detach().argmax(1) == labels).sum()

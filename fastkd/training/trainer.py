@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Generator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,15 @@ from fastkd.training.evaluation import evaluate, placed
 from fastkd.training.progress import Progress
 from fastkd.training.reading import Reading
 from fastkd.training.recipes import Recipe, drops, learning_rate
-from fastkd.training.step import TrainStep
+from fastkd.training.step import Shared, TrainStep
+
+
+class Wanted(NamedTuple):
+    """The step that ``trainer`` takes next: ``step`` (from 1) of ``epoch``."""
+
+    trainer: Trainer
+    epoch: int
+    step: int
 
 
 class Trainer:
@@ -46,21 +54,16 @@ class Trainer:
     ):
         self.device = train.device
         self.distillation = placed(distillation, self.device)
-        self.student, self.method, self.teacher = (
-            distillation.student,
-            distillation.methods,
-            distillation.teacher,
-        )
+        self.student, self.method = distillation.student, distillation.methods
+        self.teacher = distillation.teacher
         self.batches, self.test_batches, self.recipe, self.autocast = train, test, recipe, autocast
         self.parameters = [parameter for parameter in distillation.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.SGD(
-            self.parameters,
-            recipe.lr,
-            recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            nesterov=recipe.nesterov,
-            fused=True,
-        )
+        rest: dict[str, Any] = {
+            "weight_decay": recipe.weight_decay,
+            "nesterov": recipe.nesterov,
+            "fused": True,
+        }
+        self.optimizer = torch.optim.SGD(self.parameters, recipe.lr, recipe.momentum, **rest)
         self.train_step = TrainStep(distillation, self.optimizer, train, compiled, captured)
         self.history: list[dict[str, float]] = []
         self.best_weights: dict[str, Tensor] = {}
@@ -70,42 +73,21 @@ class Trainer:
     def steps(self) -> int:
         return self.recipe.epochs * len(self.batches)
 
-    def fit(self, progress: Progress) -> Iterator[int]:
-        """Trains the epochs that are left; yields the number of each after it, to save :meth:`state`."""
-        for epoch in range(len(self.history) + 1, self.recipe.epochs + 1):
-            self.train_epoch(epoch, progress)
-            yield epoch
-
     def train_epoch(self, epoch: int, progress: Progress) -> None:
         """One epoch (from 1) and the test after it, appended to ``history``. Raises UserError when the loss
         is no longer a number.
         """
+        for _ in self.epoch_steps(epoch, progress):
+            pass
+
+    def epoch_steps(self, epoch: int, progress: Progress) -> Generator[Wanted, Shared | None, None]:
+        """:meth:`train_epoch`, which stops before each step; see :meth:`train_steps`."""
+        begun, compiling = time.perf_counter(), self.train_step.compiling
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             # for a method that draws numbers: those of an epoch do not depend on the epochs before it
             purpose = ("steps", epoch, *self.batches.share) if self.batches.share[1] > 1 else ("steps", epoch)
             torch.manual_seed(generator(self.batches.seed, self.batches.stream, *purpose).initial_seed())
-            self._train_epoch(epoch, progress)
-
-    def train_steps(self, epoch: int, progress: Progress) -> Iterator[None]:
-        """The training steps of an epoch, one after the other."""
-        self.distillation.train()
-        self.distillation.set_epoch(epoch - 1, self.recipe.epochs)
-        self.train_step.sums.zero_()
-        self.seen, begun = 0, time.perf_counter()
-        for step, (augment_params, images) in enumerate(
-            zip(self.batches.draw(epoch), self.batches.sizes(), strict=True), 1
-        ):
-            self.step = step
-            self._set_rate((epoch - 1) * len(self.batches) + step - 1)
-            self.train_step(augment_params, images, progress)
-            self.seen += len(augment_params)
-            progress.advance(lambda: self._describe(epoch, time.perf_counter() - begun))
-            yield
-
-    def _train_epoch(self, epoch: int, progress: Progress) -> None:
-        begun, compiling = time.perf_counter(), self.train_step.compiling
-        for _ in self.train_steps(epoch, progress):
-            pass
+            yield from self.train_steps(epoch, progress)
         self.seen = sum(self.batches.sizes())
         collectives.add(self.train_step.sums)
         collectives.same_buffers(self.student, self.method, self.teacher)
@@ -118,10 +100,27 @@ class Trainer:
         rate = learning_rate(self.recipe, epoch * len(self.batches) - 1, self.steps)
         self.history.append({"epoch": epoch, "lr": rate, **means, **pace, **self.reading.figures()})
         if self.test_batches is not None and self.best() is self.history[-1]:
-            self.best_weights = {
-                name: value.detach().clone() for name, value in self.student.state_dict().items()
-            }
+            weights = self.student.state_dict()
+            self.best_weights = {name: value.detach().clone() for name, value in weights.items()}
         self.step = 0
+
+    def train_steps(self, epoch: int, progress: Progress) -> Generator[Wanted, Shared | None, None]:
+        """The training steps of an epoch: stops before each one, which takes the batch that is then sent to
+        it, or its own.
+        """
+        self.distillation.train()
+        self.distillation.set_epoch(epoch - 1, self.recipe.epochs)
+        self.train_step.sums.zero_()
+        self.seen, begun, own = 0, time.perf_counter(), self.batches.draw(epoch)
+        for step, images in enumerate(self.batches.sizes(), 1):
+            self.step = step
+            self._set_rate((epoch - 1) * len(self.batches) + step - 1)
+            shared = yield Wanted(self, epoch, step)
+            augment_params = next(own) if shared is None else shared.drawn
+            self.train_step(augment_params, images, progress, shared)
+            shared = None  # the next batch's features are made while this waits
+            self.seen += len(augment_params)
+            progress.advance(lambda: self._describe(epoch, time.perf_counter() - begun))
 
     def _set_rate(self, step: int) -> None:
         if self.recipe.new_optimizer and drops(self.recipe, step, self.steps) != drops(

@@ -14,6 +14,7 @@ from fastkd.training.config import Config
 from fastkd.training.device import determinism
 from fastkd.training.phases import phase_trainer
 from fastkd.training.progress import Progress, clock
+from fastkd.training.step import after_each
 from fastkd.training.trainer import Trainer
 
 STEPS = 3
@@ -28,7 +29,7 @@ def trial(config: Config) -> str:
         student, batches = config.new_model("student"), config.batches("student")
         trainer = phase_trainer(config, "student", phase, student, teacher, batches)
         steps, last = list[float](), time.perf_counter()
-        running = trainer.train_steps(1, Progress("dry run", trainer.steps, silent=True))
+        running = after_each(trainer.train_steps(1, Progress("dry run", trainer.steps, silent=True)))
         for _ in zip(range(STEPS), running, strict=False):
             _wait(config.device)
             steps.append(time.perf_counter() - last - trainer.train_step.compiling * (not steps))

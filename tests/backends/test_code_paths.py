@@ -119,6 +119,44 @@ def test_amx_is_a_part_of_one_code_path_and_can_be_switched_off(cpp):
     assert wrong.returncode != 0 and "FASTKD_AMX is 'yes'" in wrong.stderr
 
 
+@pytest.fixture
+def memory_plan(cpp):
+    """Sets a plan; the one before comes back."""
+    before = native.memory_plan()
+    yield native.set_memory_plan
+    native.set_memory_plan(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+def test_every_way_through_memory_gives_the_same_bits(path, memory_plan, dtype):
+    # more than 1 MiB each, where the plan counts: planes a whole number of KiB apart, and others
+    shapes = (1, 180, 64, 48), (1, 190, 3072), (1, 6600, 9, 9)
+    students, teachers = ([make(shape, dtype) for shape in shapes] for _ in range(2))
+    for features in (students, teachers):
+        features[1] = features[1][..., :2867]
+    students = [x.detach().requires_grad_() for x in students]
+    found = {}
+    for plan in native.MEMORY_PLANS:
+        memory_plan(plan)
+        assert native.memory_plan() == plan == native.report()["cpu"]["memory"]
+        loss = fastkd.attention_transfer_loss(students, teachers)
+        found[plan] = [loss, *torch.autograd.grad(loss, students)]
+    first = next(iter(found.values()))
+    assert all(torch.equal(a, b) for other in found.values() for a, b in zip(first, other))
+    check_loss("cpp", "attention_transfer_loss", [x.detach() for x in students], teachers)
+
+
+def test_environment_forces_a_way_through_memory(memory_plan):
+    code = "import fastkd; from fastkd import native; print(native.memory_plan())"
+    assert python(code, FASTKD_MEMORY="2,cached").stdout.strip() == "2,cached"
+    wrong = python("import fastkd", FASTKD_MEMORY="3,cached")
+    assert wrong.returncode != 0 and "FASTKD_MEMORY is '3,cached', wanted one of" in wrong.stderr
+    with pytest.raises(ValueError, match="memory plan is 'fast', wanted one of"):
+        memory_plan("fast")
+    memory_plan(None)  # measured again
+    assert native.memory_plan() in native.MEMORY_PLANS
+
+
 HALF = (33, 14), (64, 14), (17, 7)
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import report
-from speed import machine, table, verdicts
-from speed.session import save
+from speed import machine, quiet, table, verdicts
+from speed.session import save, summary
 
 
 def record(operation: str, shape: str, times: dict[str, float], **other: Any) -> dict[str, Any]:
@@ -92,9 +93,12 @@ def test_goals(result: dict[str, Any]) -> None:
         and eager.reached
     )
     compiled = found["AT, CIFAR chains: torch.compile ÷ cpp"]
-    assert compiled.mean == pytest.approx(8**0.5) and compiled.reached and not compiled.shortfalls
-    floor = found["AT, CIFAR chains: cpp ÷ streaming floor"]
+    assert compiled.mean == pytest.approx(8**0.5) and compiled.reached
+    assert compiled.shortfalls == {"resnet20-64": 2}
+    floor = found["AT, CIFAR chains at batch 128: cpp ÷ plain add"]
     assert not floor.reached and floor.shortfalls == {"resnet20-128": 2}
+    # one thread is judged apart
+    assert found["AT, CIFAR chains, 1 thread: eager ÷ cpp"].values == {"resnet20-64": 0.03}
     assert found["AT: channels_last ÷ NCHW"].values == {"resnet20-64": 1.5}
     assert found["AT: extra memory"].mean == pytest.approx(1.5)
     assert found["FSP: eager broadcast form ÷ cpp"].mean == pytest.approx(100)
@@ -103,6 +107,65 @@ def test_goals(result: dict[str, Any]) -> None:
     assert not found["AT training: the loss's share of a step, float32"].reached
     lines = "\n".join(verdicts.lines(result))
     assert "NOT REACHED; short: resnet20-128 2.00" in lines
+
+
+def test_a_busy_machine_judges_nothing_and_shows_one_thread_alone(result: dict[str, Any]) -> None:
+    for record in result["groups"]:
+        record |= {"waiting": 1.01, "spread": 1.1}
+    assert quiet.why_not_judged(result) is None and verdicts.lines(result)
+    for key, value in (("waiting", 1.3), ("spread", 1.5)):
+        busy = copy.deepcopy(result)
+        for record in busy["groups"]:
+            record[key] = value
+        first, *lines = summary(busy)
+        assert first.startswith("THE MACHINE WAS NOT QUIET") and f"{value:.2f}" in first
+        assert verdicts.verdicts(busy) == [] and "goals" not in "".join(lines)
+        (row,) = (line.split() for line in lines if line.startswith("AT "))
+        assert row == ["AT", "resnet20-64", "fp32", "nchw", "fwd+bwd", "1", "0.03"]
+        page = report.full(busy)
+        assert first in page and "milliseconds" not in page and page.count("| AT |") == 1
+
+
+def test_docs_have_a_line_and_a_bar_for_each_loss(result: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = {
+        "published": {"milliseconds": 300, "extra_memory": 4_000_000},
+        "fastkd": {"milliseconds": 20, "extra_memory": 500_000},
+    }
+    crd = {"method": "crd", "case": "N 9", "threads": 1, "clock": "process", "rows": rows}
+    fast = copy.deepcopy({**crd, "method": "ofd", "case": "batch 64"})
+    fast["rows"]["fastkd"]["milliseconds"] = 3
+    at = record("attention", "resnet20-128", {"eager": 14, "cpp": 2}, threads=1, clock="process")
+    result["groups"] += [crd, fast, at]
+    page, file = tmp_path / "page.md", tmp_path / "speed.json"
+    page.write_text("above\n<!-- speed:begin -->old<!-- speed:end -->\nbelow\n")
+    file.write_text(json.dumps(result))
+    report.main([str(file), "--docs", str(page)])
+    text = page.read_text()
+    first, second, third = (line for line in text.splitlines() if line.startswith(("| ofd", "| crd", "| at")))
+    assert first == "| ofd | batch 64 | 300 | 3.00 | 100 | 4 | 4.0 | 0.5 |"
+    assert second == "| crd | N 9 | 300 | 20.0 | 15.0 (short) | 20 | 4.0 | 0.5 |"
+    assert third == "| at | resnet20-128 | 14.0 | 2.00 | 7.00 | 7 |  |  |"
+    assert text.startswith("above") and text.endswith("below\n") and "old" not in text
+    assert "<svg" in page.with_suffix(".svg").read_text() and not file.with_suffix(".md").exists()
+    for measured in result["groups"]:
+        measured |= {"waiting": 2.0, "spread": 1.0}
+    file.write_text(json.dumps(result))
+    report.main([str(file), "--docs", str(page), "--no-plot"])
+    assert "| crd | N 9 | 15.0 | 20 | 4.0 | 0.5 |" in page.read_text() and "NOT QUIET" in page.read_text()
+
+
+def test_a_thread_that_waits_for_a_processor_is_noticed() -> None:
+    """Clocks of our own: the processor's goes on by a millisecond a look, the wall's by so many."""
+
+    def clock(step: float) -> Any:
+        readings = itertools.count()
+        return lambda: step * next(readings)
+
+    # the processor's clock is looked at three times between two looks at the wall's
+    assert quiet.waiting(clock(0.001), clock(0.002)) == pytest.approx(1)
+    assert quiet.waiting(clock(0.001), clock(0.006)) == pytest.approx(3)
+    assert quiet.spread([[1.0] * 9, [1.0, 2.0, 3.0, 4.0, 5.0], [7.0]]) == pytest.approx((1 + 4 / 2) / 2)
 
 
 def test_table(result: dict[str, Any]) -> None:

@@ -137,6 +137,15 @@ def test_order_and_crops_depend_on_seed_epoch_and_index_alone(images):
     assert torch.equal(labels, alone.labels[index])
 
 
+def test_each_image_has_a_crop_of_its_own_in_each_epoch(images):
+    same = files.Paths(images / "train", ["cat/0.jpg"] * 6)
+    batches = StreamedBatches(same, torch.zeros(6, dtype=torch.int64), folder.MEAN, folder.STD,
+                              batch_size=6, sides=(16,))  # fmt: skip
+    first, second = drawn(batches, 1)[1], drawn(batches, 2)[1]
+    found = [x for part in (first, second) for x in part]
+    assert all(not torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])
+
+
 def test_the_test_pass_goes_through_all_images_in_order(images):
     found = [*batches_of(images, workers=2).test()]
     assert [len(y) for _, y in found] == [4, 4, 4, 4, 2]

@@ -15,7 +15,7 @@ from fastkd.methods.connectors import ConvReg
 from fastkd.models import Features, create_model
 from fastkd.training import Settings, UserError
 from fastkd.training.config import Config
-from fastkd.training.flags import refuse_idle
+from fastkd.training.flags import without_idle
 
 
 def worked(shape, a):
@@ -219,10 +219,9 @@ def test_two_phases_are_asked_for():
     with pytest.raises(
         UserError, match="--init-epochs does nothing here: --method fitnet has no first phase"
     ):
-        refuse_idle(Settings("fitnet", "digits", overrides={"init_epochs": 2}))
-    refuse_idle(
-        Settings("fitnet", "digits", options=["phases=2"], overrides={"init_epochs": 2, "init_lr": 0.1})
-    )
+        without_idle([Settings("fitnet", "digits", overrides={"init_epochs": 2})])
+    read = {"init_epochs": 2, "init_lr": 0.1}
+    without_idle([Settings("fitnet", "digits", options=["phases=2"], overrides=read)])
     pytest.importorskip("sklearn")
     with pytest.raises(UserError, match="--init-epochs is 0, but fitnet.phases is 2: wanted at least 1"):
         Config(Settings("fitnet", "digits", options=["phases=2"]))

@@ -72,10 +72,18 @@ def operators(ops):
             False,
         )
         made["crd_loss"] = lambda x: ops.crd_loss(x.flatten(1), unit, *banks), a
+        made["crd_pass"] = lambda x: ops.crd_pass(x.flatten(1), unit, *banks), a
         planes, square = b.contiguous(), torch.randn(2, 4, 8, 8)
         few = planes[:, :2].contiguous()
         made["ofd_loss"] = (lambda x: ops.ofd_loss([x.contiguous()], [planes], [-w], [1.0], True, False)), a
         made["hcl_loss"] = (lambda x: ops.hcl_loss([x.contiguous()], [square], [1.0], True, False)), -square
+        sakd = [square], [1.0], True, False
+        made["sakd_loss"] = (lambda x: ops.sakd_loss([x.contiguous()], *sakd)), -square
+        made["pooled_map"] = lambda x: ops.pooled_map(x.contiguous()), a
+        made["pooled_map_backward"] = (
+            lambda x: ops.pooled_map_backward(None, torch.ones(2, 4), x.contiguous()),
+            a,
+        )
         made["norm_loss"] = ((lambda x: ops.norm_loss([x.contiguous()], [few], 2, True, False)), a)
         made["add_relu_"] = lambda x: ops.add_relu_(x * 1, b), a
     return made
@@ -100,8 +108,16 @@ DIFFERENTIABLE = {  # of several outputs, those that have a derivative
     "relu_tap": [0, 1],
     "batch_norm": [0],
     "rkd_angles": [0, 1, 2],
+    "crd_pass": [0, 1, 2, 3],
+    "pooled_map": [0, 1],
 }
-PARTS = {"rkd_lengths": "rkd_loss", "rkd_angles": "rkd_loss"}  # of whose derivative an error speaks
+PARTS = {
+    "rkd_lengths": "rkd_loss",
+    "rkd_angles": "rkd_loss",
+    "crd_pass": "crd_loss",
+    "pooled_map": "attention_map",
+    "pooled_map_backward": "attention_map",
+}  # of whose derivative an error speaks
 
 
 @compiled

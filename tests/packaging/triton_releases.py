@@ -5,7 +5,7 @@
     python tests/packaging/triton_releases.py --few      of sm_80 and sm_90 only as much as holds every kernel
 
 Prints a line for each release and architecture and fails if one fails. Needs PyTorch and pip; a release takes
-200 MB and some minutes. What is compiled is in tests/helpers/triton_compile.py: all its cases for sm_90,
+200 MB and some minutes. What is compiled is in tests/helpers/triton_cases.py: all its cases for sm_90,
 enough of them for every kernel elsewhere. Triton's cache keeps what was compiled: a run that was stopped soon
 comes to where it was.
 """

@@ -15,7 +15,7 @@ from fastkd.report import command as report
 from fastkd.report import maps as redraw
 from fastkd.training import Settings, choose_dataset, get_recipe
 from fastkd.training.config import Config
-from fastkd.training.flags import refuse_idle
+from fastkd.training.flags import without_idle
 from fastkd.training.run_summary import describe
 
 QUICK = ["--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8", "--device", "cpu"]
@@ -111,7 +111,7 @@ def test_a_flag_that_does_nothing_is_refused(small_main, capsys, tmp_path, flags
     ids=lambda settings: f"{settings.method} {settings.overrides}",
 )
 def test_a_flag_that_does_something_is_not(settings):
-    refuse_idle(settings)
+    without_idle([settings])
 
 
 @pytest.mark.parametrize(

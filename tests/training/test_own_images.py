@@ -15,7 +15,7 @@ from record_files import interrupt
 from run_cases import error_of, rows_of
 from runs import bits, load
 
-from fastkd import evaluate
+from fastkd import Distillation, evaluate
 from fastkd.models import load_student
 from fastkd.report import maps
 from fastkd.training import Settings, config
@@ -100,14 +100,33 @@ def test_its_student_is_loaded_tested_and_drawn_again(ran, monkeypatch, capsys):
 def test_simkds_student_is_loaded_with_what_was_put_into_it(ran, main, tmp_path):
     teacher = str(*(ran[0] / "teachers").glob("*.pt"))
     flags = ["--method", "simkd", *FLAGS, "--epochs", "1", "--workers", "0", "--no-pictures"]
+    flags += ["--student-points", "layer1,layer2"]
     assert main([*flags, "--teacher-checkpoint", teacher, "--output", str(tmp_path)]) == 0
     folder = next(tmp_path.glob("simkd-*"))
+    assert "teacher_size=24 student_points=layer1,layer2" in rows_of(tmp_path)[0]["overrides"]
     student = load_student(folder)
     assert torch.equal(student.head.weight, load(teacher)["model"]["head.weight"])
     assert (
         student(torch.zeros(2, 3, 16, 16)).shape == (2, 3)
         and evaluate.test(folder, data="images").images == 6
     )
+
+
+def test_the_teacher_gets_the_size_that_is_its_own(ran, main, monkeypatch, tmp_path):
+    teacher, seen = str(*(ran[0] / "teachers").glob("*.pt")), set()
+    whole = Distillation.forward
+
+    def forward(self, images, labels, index, teacher_images):
+        losses = whole(self, images, labels, index, teacher_images)
+        with torch.no_grad():
+            assert torch.equal(losses.teacher_logits, self.teacher(teacher_images))
+        seen.add((images.shape[2:], teacher_images.shape[2:]))
+        return losses
+
+    monkeypatch.setattr(Distillation, "forward", forward)
+    flags = ["--method", "kd", *FLAGS, "--epochs", "1", "--workers", "0", "--no-pictures"]
+    assert main([*flags, "--teacher-checkpoint", teacher, "--output", str(tmp_path)]) == 0
+    assert seen == {((16, 16), (24, 24))}
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_bits(ran, main, monkeypatch, tmp_path):

@@ -15,7 +15,7 @@ import pytest
 import torch
 import toy_methods
 from image_folders import NETWORKS, make_images
-from runs import of_two
+from runs import bits, load, of_two, rows_of
 
 from fastkd.training import UserError, distributed, launch
 from fastkd.training.command import command, command_file
@@ -233,6 +233,16 @@ def test_a_run_of_two_processes_says_so_in_its_records_and_its_command(start, tm
     again = next(line for line in logs[0].splitlines() if line.startswith("again")).split(None, 1)[1]
     for text in (script, again, json.loads((folder / "config.json").read_text())["command"]):
         assert "torchrun --standalone --nproc-per-node 2 train.py --method baseline " in text, text
+
+
+def test_students_side_by_side_in_two_processes_have_the_bits_of_their_own_runs(start, tmp_path):
+    for method in ("kd,crd", "crd"):
+        flags = [*FLAGS, "--method", method, "--epochs", "1", "--output", str(tmp_path)]
+        answer, logs = start(of_two(), flags=flags)
+        assert answer["statuses"] == [0, 0] and logs[1] == "", logs
+    assert [row["method"] for row in rows_of(tmp_path)] == ["teacher", "kd", "crd", "crd"]
+    together, alone = (load(tmp_path / row["folder"] / "last.pt") for row in rows_of(tmp_path)[2:])
+    assert bits(together) == bits(alone)
 
 
 def started(monkeypatch, **variables):

@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "cpu/dispatch.h"
+#include "cpu/memory.h"
 
 namespace fastkd {
 
@@ -139,7 +140,7 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& stud
     if (prepare) {
       gradients.push_back(empty_like(student[i], views[i]));
       stage.gradient = feature_of(view_of(gradients[i], "gradient"), "gradient");
-      stage.streaming = bytes_of(stage.gradient) >= kStreamingBytes;
+      stage.streaming = streams_past_caches(bytes_of(stage.gradient));
     }
     size_t bytes = 3 * scratch_piece(stage.student.pool.out_positions, sizeof(double));
     for (const AttentionSide* side : {&stage.student, &stage.teacher}) {
@@ -237,7 +238,7 @@ Tensors attention_transfer_loss_backward(const Tensor& grad, const Tensors& feat
     const size_t bytes = scratch_of(item.side, 2, in_place, size_of(args.accumulation));
     scratch_bytes = bytes > scratch_bytes ? bytes : scratch_bytes;
     elements += x.channels * x.positions;
-    item.streaming = bytes_of(item.dx) >= kStreamingBytes;
+    item.streaming = streams_past_caches(bytes_of(item.dx));
   }
   args.items = items.data();
   args.item_count = static_cast<int64_t>(count);

@@ -1,5 +1,6 @@
 // Attention maps, the loss over them, and the taps, which share most of their loops.
 #include "cpu/code_path.h"
+#include "cpu/memory.h"
 
 #ifdef FASTKD_PATH_BUILT
 namespace fastkd {

@@ -3,36 +3,54 @@
 // attention/last.inl has them for channels-last.
 //
 // Rounding errors grow with the number of additions: a running sum over thousands of channels would lose two
-// or three bits of float. So channels are summed in blocks, and the sums of the blocks are added in double.
+// or three bits of float. So channels are summed in blocks, one after the other, and the sums of the blocks
+// are added in double.
 
-// Eight channels are read side by side: enough streams to keep the memory busy, and their sum is a tree.
-constexpr int64_t kStreams = 8;
-// How many channels a block has, for a sum over so many: a power of two, at least kStreams. Small blocks are
-// more exact, large ones take less time. Blocks of double are added in double too, so there are fewer of
-// them.
+// Channels of a block. Blocks of double are added in double too, so there are fewer of them.
 template <typename A>
-FASTKD_INLINE int64_t block_of(int64_t channels) {
-  if (sizeof(A) == sizeof(double) || channels >= 512) return 128;
-  return channels >= 128 ? 64 : 32;
-}
+static constexpr int64_t kBlockChannels = sizeof(A) == sizeof(double) ? 128 : 32;
+
 // Positions handled before going on to the next channels, so that their running energies stay in the
 // first-level cache.
 constexpr int64_t kBlock = 2048;
 
-template <typename A>
-FASTKD_INLINE Vec<A> tree_of(const Vec<A>* e) {
-  return ((e[0] + e[1]) + (e[2] + e[3])) + ((e[4] + e[5]) + (e[6] + e[7]));
-}
-
-template <typename T, typename A, typename P>
-FASTKD_INLINE Vec<A> energy_of_streams(const T* x, int64_t stride_c, const P& power) {
-  Vec<A> e[kStreams];
-  for (int64_t i = 0; i < kStreams; ++i) {
-    // The eight channels that follow: eight pages, of which the hardware notices each too late.
-    __builtin_prefetch(x + (kStreams + i) * stride_c);
-    e[i] = P::energy(power, load<T, A>(x + i * stride_c));
+// How many planes are read side by side, and what is asked for ahead of them. Which is fastest depends on the
+// processor (cpu/memory.h chooses); the order of the additions, and so each bit, is the same for all.
+template <int64_t kPlanes>
+struct Reading {
+  static constexpr int64_t planes = kPlanes;
+  // One plane: a few lines ahead in it. Several: the same place in each of the planes that follow, whose
+  // pages the hardware notices too late.
+  template <typename T>
+  FASTKD_INLINE void prefetch(const T* x, int64_t stride_c) {
+    if constexpr (kPlanes == 1) {
+      __builtin_prefetch(reinterpret_cast<const char*>(x) + 512);
+    } else {
+      __builtin_prefetch(x + kPlanes * stride_c);
+    }
   }
-  return tree_of<A>(e);
+};
+
+// The most planes side by side.
+constexpr int64_t kLargestGroup = 8;
+
+// Planes at distances of whole KiB share a few sets of the first-level cache, where eight of them and those
+// asked for drive each other out. Others are read by the largest group, and so are small ones: the loop over
+// one plane costs more than its memory.
+constexpr int64_t kSharedSets = 1024, kSmallPlane = 256;
+
+// f(Reading) for planes of so many positions, so many bytes apart. Only what everyone uses has a choice,
+// float and p = 2: each reading is compiled into every loop.
+template <typename A, typename P, typename F>
+FASTKD_INLINE void with_reading(int64_t positions, int64_t stride_bytes, const F& f) {
+  if constexpr (IsSquare<P>::value && sizeof(A) == sizeof(float)) {
+    if (positions >= kSmallPlane && stride_bytes % kSharedSets == 0) {
+      const int32_t planes = __atomic_load_n(&planes_side_by_side, __ATOMIC_RELAXED);
+      if (planes == 1) return f(Reading<1>{});
+      if (planes == 2) return f(Reading<2>{});
+    }
+  }
+  return f(Reading<kLargestGroup>{});
 }
 
 // q[i] (+)= v[i] for the lanes i of v.
@@ -60,15 +78,16 @@ struct Variable {
   bool value;
 };
 
-// f(c, grouped, opens, closes) step by step: channel c of the part and the seven that follow if `grouped`,
-// else c alone; whether the step opens and closes a block.
-template <typename A, typename F>
+// f(c, grouped, opens, closes) step by step: channel c of the part and the others of a group of kGroup if
+// `grouped`, else c alone; whether the step opens and closes a block.
+template <typename A, int64_t kGroup, typename F>
 FASTKD_INLINE void for_steps(const Channels& part, const F& f) {
-  const int64_t within = block_of<A>(part.total) - 1;
+  constexpr int64_t kWithin = kBlockChannels<A> - 1;
   for (int64_t c = 0; c < part.count;) {
-    const bool grouped = c + kStreams <= part.count;
-    const int64_t begin = part.first + c, end = begin + (grouped ? kStreams : 1);
-    const bool opens = (begin & within) == 0, closes = (end & within) == 0 || end == part.total;
+    const int64_t begin = part.first + c;
+    const bool grouped = c + kGroup <= part.count && begin % kGroup == 0;
+    const int64_t end = begin + (grouped ? kGroup : 1);
+    const bool opens = (begin & kWithin) == 0, closes = (end & kWithin) == 0 || end == part.total;
     if (!grouped) {
       f(c, Constant<false>{}, Variable{opens}, Variable{closes});
     } else if (opens) {
@@ -84,35 +103,27 @@ FASTKD_INLINE void for_steps(const Channels& part, const F& f) {
 
 // energy_planes for bfloat16 and a count of whole pairs of vectors: two vectors at a time, which costs half.
 // The running energies lie in the order of load_pair until their block ends.
-template <typename P>
+template <typename R, typename P>
 static void energy_planes_in_pairs(const BFloat16* x, const Channels& part, int64_t stride_c, int64_t count,
                                    float* block, double* q, const P& power) {
   constexpr int64_t W = kLanes<float>;
   for (int64_t begin = 0; begin < count; begin += kBlock) {
     const int64_t end = min_of(begin + kBlock, count);
-    for_steps<float>(part, [&](int64_t c, auto grouped, auto opens, auto closes) {
+    for_steps<float, R::planes>(part, [&](int64_t c, auto grouped, auto opens, auto closes) {
       const BFloat16* row = x + c * stride_c;
-      const bool accumulate = part.first + c >= block_of<float>(part.total);
+      const bool accumulate = part.first + c >= kBlockChannels<float>;
       for (int64_t s = begin; s < end; s += 2 * W) {
-        VecF low, high;
-        if constexpr (grouped.value) {
-          VecF l[kStreams], h[kStreams];
-          for (int64_t i = 0; i < kStreams; ++i) {
-            __builtin_prefetch(row + (kStreams + i) * stride_c + s);
-            load_pair(row + i * stride_c + s, l[i], h[i]);
-            l[i] = P::energy(power, l[i]);
-            h[i] = P::energy(power, h[i]);
-          }
-          low = tree_of<float>(l);
-          high = tree_of<float>(h);
-        } else {
-          load_pair(row + s, low, high);
-          low = P::energy(power, low);
-          high = P::energy(power, high);
-        }
+        VecF low = {}, high = {};
         if (!opens.value) {
-          low += load<float, float>(block + s);
-          high += load<float, float>(block + s + W);
+          low = load<float, float>(block + s);
+          high = load<float, float>(block + s + W);
+        }
+        for (int64_t i = 0; i < (grouped.value ? R::planes : 1); ++i) {
+          VecF even, odd;
+          R::prefetch(row + i * stride_c + s, stride_c);
+          load_pair(row + i * stride_c + s, even, odd);
+          low += P::energy(power, even);
+          high += P::energy(power, odd);
         }
         if (closes.value) {
           interleave(low, high);
@@ -131,9 +142,9 @@ static void energy_planes_in_pairs(const BFloat16* x, const Channels& part, int6
 // those of the blocks that end within it. The running energies of a block that does not end there stay in
 // `block`, `count` numbers and a vector, for the part that follows; q is complete once the last channel was
 // added.
-template <typename T, typename A, typename P>
-static void energy_planes(const T* x, const Channels& part, int64_t stride_c, int64_t count, A* block,
-                          double* q, const P& power) {
+template <typename R, typename T, typename A, typename P>
+static void energy_planes_by(const T* x, const Channels& part, int64_t stride_c, int64_t count, A* block,
+                             double* q, const P& power) {
   constexpr int64_t W = kLanes<A>;
   if (count < W) {
     for (int64_t s = 0; s < count; ++s) {
@@ -145,17 +156,16 @@ static void energy_planes(const T* x, const Channels& part, int64_t stride_c, in
   }
   // The vectors [begin, end) of x, whose running energies are `running` and whose sums are `sums`.
   const auto add = [&](const T* from, int64_t begin, int64_t end, A* running, double* sums) {
-    for_steps<A>(part, [&](int64_t c, auto grouped, auto opens, auto closes) {
+    for_steps<A, R::planes>(part, [&](int64_t c, auto grouped, auto opens, auto closes) {
       const T* row = from + c * stride_c;
-      const bool accumulate = part.first + c >= block_of<A>(part.total);
+      const bool accumulate = part.first + c >= kBlockChannels<A>;
       for (int64_t s = begin; s < end; s += W) {
-        Vec<A> v;
-        if constexpr (grouped.value) {
-          v = energy_of_streams<T, A>(row + s, stride_c, power);
-        } else {
-          v = P::energy(power, load<T, A>(row + s));
+        Vec<A> v = {};
+        if (!opens.value) v = load<A, A>(running + s);
+        for (int64_t i = 0; i < (grouped.value ? R::planes : 1); ++i) {
+          R::prefetch(row + i * stride_c + s, stride_c);
+          v += P::energy(power, load<T, A>(row + i * stride_c + s));
         }
-        if (!opens.value) v += load<A, A>(running + s);
         if (closes.value) {
           add_block(sums + s, v, accumulate);
         } else {
@@ -175,11 +185,19 @@ static void energy_planes(const T* x, const Channels& part, int64_t stride_c, in
   int64_t pairs = 0;
   if constexpr (kInPairs<T, A>) {
     pairs = count / (2 * W) * (2 * W);
-    energy_planes_in_pairs(x, part, stride_c, pairs, block, q, power);
+    energy_planes_in_pairs<R>(x, part, stride_c, pairs, block, q, power);
   }
   for (int64_t begin = pairs; begin < whole; begin += kBlock)
     add(x, begin, min_of(begin + kBlock, whole), block, q);
   if (whole < count) __builtin_memcpy(q + count - W, tail, sizeof(tail));
+}
+
+template <typename T, typename A, typename P>
+static void energy_planes(const T* x, const Channels& part, int64_t stride_c, int64_t count, A* block,
+                          double* q, const P& power) {
+  with_reading<A, P>(count, stride_c * static_cast<int64_t>(sizeof(T)), [&](auto reading) {
+    energy_planes_by<decltype(reading), T, A>(x, part, stride_c, count, block, q, power);
+  });
 }
 
 // gradient_planes for bfloat16 and a count of whole pairs of vectors.

@@ -10,6 +10,15 @@ struct Square {
   FASTKD_INLINE A slope1(const Square&, A x) { return x; }
 };
 
+template <typename P>
+struct IsSquare {
+  static constexpr bool value = false;
+};
+template <typename A>
+struct IsSquare<Square<A>> {
+  static constexpr bool value = true;
+};
+
 FASTKD_INLINE VecF abs_of(VecF x) { return (VecF)((IntF)x & 0x7FFFFFFF); }
 FASTKD_INLINE VecD abs_of(VecD x) { return (VecD)((IntD)x & 0x7FFFFFFFFFFFFFFF); }
 FASTKD_INLINE VecF with_sign_of(VecF magnitude, VecF x) {

@@ -1,6 +1,8 @@
 // What all operators of attention maps hand to the kernels: a feature, its scratch memory, its gradient.
 #include "cpu/attention/attention.h"
 
+#include "cpu/memory.h"
+
 namespace fastkd {
 
 // Numbers of a feature that are brought to scratch memory at a time, where it cannot be read as it lies: 64
@@ -9,6 +11,7 @@ namespace fastkd {
 constexpr int64_t kChunkElements = 16384, kChunkGroup = 8, kLargestGrouped = 65536;
 
 AttentionSide side_of(const Feature& x, const PoolPlan& pool) {
+  plan_memory(bytes_of(x));
   int64_t chunk = kChunkElements / x.positions;
   if (x.positions <= kLargestGrouped)
     chunk = chunk < kChunkGroup ? kChunkGroup : chunk / kChunkGroup * kChunkGroup;
@@ -52,7 +55,7 @@ AttentionMapBackwardArgs map_backward_args(const Tensor& grad, const TensorView&
     args.norm.stride_n = norm_view.strides[0];
   }
   args.dx = feature_of(view_of(out, "gradient"), "gradient");
-  args.streaming = bytes_of(args.dx) >= kStreamingBytes;
+  args.streaming = streams_past_caches(bytes_of(args.dx));
   return args;
 }
 

@@ -62,7 +62,7 @@ static void relu_energies(const ReluTapArgs& args, int64_t n, double* q, Bump bu
     const int64_t count = planes ? y.positions : y.channels;
     // Whole groups, so that sums do not depend on the division; shorter runs than a vector are summed in
     // another way, all at once.
-    const int64_t group = planes ? kStreams : kLanes<A>;
+    const int64_t group = planes ? kLargestGroup : kLanes<A>;
     const int64_t step = count < kLanes<A> ? rows : round_up(1 + kPiece / count, group);
     const T* x_row = static_cast<const T*>(x.data) + n * x.stride_n;
     const T* r_row = kSum ? static_cast<const T*>(r.data) + n * r.stride_n : nullptr;

@@ -23,18 +23,6 @@ struct Result {
   }
 };
 
-bool by_planes(const Feature& x) {
-  return (x.positions == 1 || (x.layout == Layout::kPlanes)) &&
-         (x.channels == 1 || x.stride_c == x.positions) &&
-         (x.batch == 1 || x.stride_n == x.channels * x.positions);
-}
-
-bool by_positions(const Feature& x) {
-  return (x.channels == 1 || x.stride_c == 1) &&
-         (x.positions == 1 || (x.layout != Layout::kGeneric && x.stride_s == x.channels)) &&
-         (x.batch == 1 || x.stride_n == x.channels * x.positions);
-}
-
 // A float32 tensor that lies in memory as x does.
 float* gradient_of(const Tensor& x, TensorView view, std::vector<Tensor>& grads) {
   view.dtype = DType::kFloat;
@@ -57,8 +45,8 @@ Pair pair_of(const Tensor& student, const Tensor& teacher, double slope, bool ne
                true};
   STD_TORCH_CHECK(s.dtype != DType::kDouble, "student must be float16, bfloat16 or float32");
   const Feature other = feature_of(t, "teacher");
-  pair.planes = by_planes(pair.shape) && by_planes(other);
-  STD_TORCH_CHECK(pair.planes || (by_positions(pair.shape) && by_positions(other)),
+  pair.planes = lies_by_planes(pair.shape) && lies_by_planes(other);
+  STD_TORCH_CHECK(pair.planes || (lies_by_positions(pair.shape) && lies_by_positions(other)),
                   "student and teacher must be dense, and lie in memory alike");
   if (need_s) pair.args.student_grad = gradient_of(student, s, result.student);
   if (need_t) pair.args.teacher_grad = gradient_of(teacher, t, result.teacher);
@@ -126,13 +114,11 @@ double hcl_level(Pair pair, double factor) {
     pair.args.length = x.channels;
     return squares_of(pair.args, x.batch, 1, factor);
   }
-  STD_TORCH_CHECK(pair.planes, "student and teacher must be contiguous");
-  STD_TORCH_CHECK(x.size[0] == 1 && x.size[1] % 4 == 0 && x.size[2] % 4 == 0,
-                  "student must have sides that can be divided by 4, or one position");
-  HclArgs args = {pair.args, x.size[1], x.size[2]};
-  args.of.length = x.positions;
+  STD_TORCH_CHECK(x.size[0] == 1, "student must have two spatial dimensions");
+  HclArgs args = {pair.args, x.size[1], x.size[2], pair.planes ? 1 : x.channels};
+  args.of.length = x.positions * args.channels;
   const auto run = kernels().difference.hcl;
-  return factor * sum_of(args.of, x.batch * x.channels, hcl_scratch(args),
+  return factor * sum_of(args.of, x.batch * x.channels / args.channels, hcl_scratch(args),
                          [&](int64_t begin, int64_t end, void* scratch) { run(args, begin, end, scratch); });
 }
 
@@ -160,8 +146,8 @@ std::tuple<Tensor, std::vector<Tensor>> norm_loss(std::vector<Tensor> students, 
                   "student and teacher must be float16, bfloat16 or float32, and alike");
   STD_TORCH_CHECK(copies > 0 && u.channels == copies * target.channels,
                   "student must have `copies` times the teacher's channels");
-  const bool planes = by_planes(u) && by_planes(target);
-  STD_TORCH_CHECK(planes || (by_positions(u) && by_positions(target)),
+  const bool planes = lies_by_planes(u) && lies_by_planes(target);
+  STD_TORCH_CHECK(planes || (lies_by_positions(u) && lies_by_positions(target)),
                   "student and teacher must be dense, and lie in memory alike");
   const int64_t length = planes ? target.channels * target.positions : target.channels;
   const int64_t pieces = u.batch * u.channels * u.positions / length;

@@ -24,14 +24,16 @@ struct OfdArgs {
   bool repeated;
 };
 
-// A piece is a map of one channel, whose sides can be divided by 4.
+// A piece is a map of one channel, or of all channels of a sample, which then lie beside each other.
 struct HclArgs {
   DifferenceArgs of;
-  int64_t height, width;
+  int64_t height, width, channels;
 };
-// Bytes of scratch memory that a map takes.
+// Bytes of scratch memory that a map takes: two of each lane, for as many lanes as a vector of any code path
+// has.
 static inline size_t hcl_scratch(const HclArgs& args) {
-  return static_cast<size_t>((args.height + 8) * args.width) * sizeof(float);
+  const int64_t lanes = args.channels > 1 ? 16 : 1;
+  return static_cast<size_t>(2 * (args.height + 8) * args.width * lanes) * sizeof(float) + 64;
 }
 
 // Each of the teacher's pieces is compared with `copies` of the student's, one after the other.

@@ -3,17 +3,6 @@
 
 constexpr int64_t kBlock = 1024;
 
-// A vector, or one number V, from a place on.
-template <typename T>
-FASTKD_INLINE VecF at(const T* p, VecF) {
-  return load<T, float>(p);
-}
-template <typename T>
-FASTKD_INLINE float at(const T* p, float) {
-  return to_acc<T, float>(*p);
-}
-FASTKD_INLINE void put(float* p, VecF v) { store<float, float>(p, v); }
-FASTKD_INLINE void put(float* p, float v) { *p = v; }
 FASTKD_INLINE VecF chosen(IntF where, VecF yes, VecF no) { return where ? yes : no; }
 FASTKD_INLINE float chosen(bool where, float yes, float no) { return where ? yes : no; }
 
@@ -106,6 +95,13 @@ static void ofd(const OfdArgs& args, int64_t begin, int64_t end) {
     }
   });
 }
+
+FASTKD_INLINE double lanes_sum(VecF v) {
+  VecD low, high;
+  widen(v, low, high);
+  return sum(low + high);
+}
+FASTKD_INLINE double lanes_sum(float x) { return x; }
 
 template <bool kStudent, bool kTeacher, typename T, typename V>
 FASTKD_INLINE void put_gradients(const Piece<T>& piece, int64_t i, V grad) {
@@ -203,12 +199,79 @@ static double hcl_of(const HclMap& map, const Piece<T>& piece, float slope) {
   return total;
 }
 
+// The same for maps of any size and for channels that lie beside each other: a vector V has a lane a channel.
+// Windows of the coarser grids are those of adaptive pooling, and overlap where a side cannot be divided.
+template <bool kStudent, bool kTeacher, typename T, typename V>
+static double hcl_lanes(const HclArgs& args, const Piece<T>& piece, void* scratch) {
+  const int64_t height = args.height, width = args.width, step = args.channels;
+  V *apart = static_cast<V*>(scratch), *added = apart + height * width;
+  double total = 0;
+  for (int64_t y = 0; y < height; ++y) {
+    V squares = {};
+    for (int64_t p = y * width; p < (y + 1) * width; ++p) {
+      const V d = at(piece.s + p * step, V{}) - at(piece.t + p * step, V{});
+      squares += d * d;
+      apart[p] = d;
+      added[p] = d;
+    }
+    total += lanes_sum(squares);
+  }
+  float factor = 1;
+  for (int64_t side = 4; side >= 1; side /= 2) {
+    if (side >= height) continue;
+    factor /= 2;
+    for (int64_t cell = 0; cell < side * side; ++cell) {
+      const int64_t i = cell / side, j = cell % side;
+      const int64_t top = i * height / side, bottom = ((i + 1) * height + side - 1) / side;
+      const int64_t left = j * width / side, right = ((j + 1) * width + side - 1) / side;
+      V whole = {};
+      for (int64_t y = top; y < bottom; ++y)
+        for (int64_t x = left; x < right; ++x) whole += apart[y * width + x];
+      const float count = static_cast<float>((bottom - top) * (right - left));
+      // how many positions a number of this grid stands for, which are those of its window unless they
+      // overlap
+      const float positions = static_cast<float>(height * width) / static_cast<float>(side * side);
+      const V mean = whole * (1 / count), more = mean * (factor * positions / count);
+      total += static_cast<double>(factor * positions) * lanes_sum(mean * mean);
+      if constexpr (kStudent || kTeacher)
+        for (int64_t y = top; y < bottom; ++y)
+          for (int64_t x = left; x < right; ++x) added[y * width + x] += more;
+    }
+  }
+  if constexpr (kStudent || kTeacher)
+    for (int64_t p = 0; p < height * width; ++p)
+      put_gradients<kStudent, kTeacher>(piece, p * step, args.of.slope * added[p]);
+  return total;
+}
+
+// Lanes of a map of one channel that can be divided: the positions.
+template <bool kStudent, bool kTeacher, typename T>
+static double hcl_piece(const HclArgs& args, Piece<T> piece, void* scratch) {
+  constexpr int64_t W = kLanes<float>;
+  if (args.channels == 1) {
+    if (args.height % 4 == 0 && args.width % 4 == 0)
+      return hcl_of<kStudent, kTeacher>(HclMap::of(args, scratch), piece, args.of.slope);
+    return hcl_lanes<kStudent, kTeacher, T, float>(args, piece, scratch);
+  }
+  double total = 0;
+  for (int64_t c = 0; c < args.channels;) {
+    const int64_t lanes = c + W <= args.channels ? W : 1;
+    total += lanes == W ? hcl_lanes<kStudent, kTeacher, T, VecF>(args, piece, scratch)
+                        : hcl_lanes<kStudent, kTeacher, T, float>(args, piece, scratch);
+    c += lanes;
+    piece.s += lanes;
+    piece.t += lanes;
+    if constexpr (kStudent) piece.s_grad += lanes;
+    if constexpr (kTeacher) piece.t_grad += lanes;
+  }
+  return total;
+}
+
 static void hcl(const HclArgs& args, int64_t begin, int64_t end, void* scratch) {
-  const HclMap map = HclMap::of(args, scratch);
   with_wanted(args.of, [&](auto type, auto student, auto teacher) {
     for (int64_t index = begin; index < end; ++index)
-      args.of.sums[index] = hcl_of<decltype(student)::value, decltype(teacher)::value>(
-          map, Piece<decltype(type)>::of(args.of, index), args.of.slope);
+      args.of.sums[index] = hcl_piece<decltype(student)::value, decltype(teacher)::value>(
+          args, Piece<decltype(type)>::of(args.of, index), scratch);
   });
 }
 

@@ -6,6 +6,7 @@ namespace fastkd {
 namespace FASTKD_PATH {
 
 #include "cpu/simd/vec.inl"
+#include "cpu/simd/functions.inl"
 #include "cpu/difference/difference.inl"
 
 }  // namespace FASTKD_PATH

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "cpu/memory.h"
+
 namespace fastkd {
 namespace {
 
@@ -38,7 +40,7 @@ bool streams(const FspStage& stage) {
   can = can && (stage.channels_last ? x.channels % line == 0 && x.stride_s % line == 0
                                     : x.positions % line == 0 && x.stride_c % line == 0);
   for (int t = 0; t < stage.terms; ++t) can = can && stage.term[t].other.x.channels <= kGemmDepth;
-  return can && bytes_of(x) >= kStreamingBytes;
+  return can && streams_past_caches(bytes_of(x));
 }
 
 // AMX: fewer channels leave most of a tile empty; what a unit packs at a time, in numbers of one chain, and

@@ -1,0 +1,118 @@
+"""docs/speed.md's table and figure: each loss against the form in which it is published, on one thread in
+processor time.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from speed import table
+from speed.goals import BACKEND, GOALS, PLAIN, Record
+
+# what stands beside a loss that has backends: the form that its users have
+AGAINST = {("attention", "resnet20-128"): "eager", ("fsp", "resnet20-64"): "eager, broadcast"}
+NAMES = {"attention": "at"}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A loss: milliseconds and extra bytes of the published form and of ours; the goal of their ratio."""
+
+    loss: str
+    case: str
+    milliseconds: tuple[float, float]
+    memory: tuple[int, int] | None
+    goal: float | None
+
+    @property
+    def ratio(self) -> float:
+        return self.milliseconds[0] / self.milliseconds[1]
+
+    @property
+    def short(self) -> bool:
+        return self.goal is not None and self.ratio < self.goal
+
+
+def _goal(record: Record) -> float | None:
+    """Of the published form's time over ours, on one thread."""
+    fields = {"method", "operation"}
+    found = [
+        goal.bound
+        for goal in GOALS
+        if goal.clock == "process"
+        and goal.title.endswith(("published ÷ fastkd", f"eager ÷ {BACKEND}"))
+        # the memory's goals have the same end, after a comma
+        and not goal.title.endswith("memory, published ÷ fastkd")
+        and fields & goal.where.keys() & record.keys()
+        and all(record.get(key) in wanted for key, wanted in goal.where.items())
+    ]
+    return found[0] if found else None
+
+
+def lines(result: dict[str, Any]) -> list[Line]:
+    """A line a method and case that was measured on one thread, the largest ratio first."""
+    out = []
+    for record in result["groups"]:
+        if record["clock"] != "process":
+            continue
+        key = record.get("operation"), record.get("shape")
+        if "method" in record:
+            names, about = ("published", "fastkd"), (record["method"], record["case"])
+        elif key in AGAINST and all(record[field] in wanted for field, wanted in PLAIN.items()):
+            names, about = (AGAINST[key], BACKEND), (NAMES.get(key[0], key[0]), key[1])
+        else:
+            continue
+        rows = [record["rows"].get(name, {}) for name in names]
+        times, memory = ([row.get(field) for row in rows] for field in ("milliseconds", "extra_memory"))
+        if all(times):
+            sizes = (memory[0], memory[1]) if None not in memory else None
+            out.append(Line(*about, (times[0], times[1]), sizes, _goal(record)))
+    return sorted(out, key=lambda line: -line.ratio)
+
+
+def cells(found: list[Line], judged: bool = True) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the table; no time, and nothing called short, of a machine that was not quiet."""
+    heads = ["loss", "case", "published, ms", "fastkd, ms", "÷", "goal", "published, MB", "fastkd, MB"]
+    rows = []
+    for line in found:
+        ratio = table.figure(line.ratio) + (" (short)" if judged and line.short else "")
+        sizes = [f"{size / 1e6:.1f}" for size in line.memory] if line.memory else ["", ""]
+        goal = "" if line.goal is None else f"{line.goal:g}"
+        rows.append([line.loss, line.case, *map(table.figure, line.milliseconds), ratio, goal, *sizes])
+    if not judged:
+        heads, rows = heads[:2] + heads[4:], [row[:2] + row[4:] for row in rows]
+    return heads, rows
+
+
+def draw(found: list[Line], target: Path) -> None:
+    """Bars on a logarithmic scale, one a line, with a mark at each goal. Needs matplotlib."""
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, where it is unknown, would end the import
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "fastkd", "font.size": 9})
+    from matplotlib import pyplot
+
+    cases = [line.loss for line in found]
+    labels = [line.loss if cases.count(line.loss) == 1 else f"{line.loss}, {line.case}" for line in found]
+    figure, axis = pyplot.subplots(figsize=(8, 0.6 + 0.3 * len(found)))
+    places = range(len(found))
+    drawn = axis.barh(places, [line.ratio for line in found], 0.7, color="#2a6fbb")
+    axis.bar_label(drawn, [f"{line.ratio:.1f}" for line in found], fontsize=7, padding=3)
+    goals = [(place, line.goal) for place, line in zip(places, found) if line.goal is not None]
+    axis.plot(
+        [goal for _, goal in goals], [place for place, _ in goals], "|", color="black", ms=14, label="goal"
+    )
+    axis.set_yticks(places, labels)
+    axis.invert_yaxis()
+    axis.set_xscale("log")
+    axis.set_xlabel("times faster than the published form: loss and gradient, float32, one thread")
+    axis.axvline(1, color="#8f8f8f", lw=0.8)
+    axis.legend(frameon=False, loc="lower right")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(target, format="svg", metadata={"Date": None})
+    pyplot.close(figure)

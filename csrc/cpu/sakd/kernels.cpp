@@ -1,0 +1,15 @@
+// Self-attention distillation.
+#include "cpu/code_path.h"
+
+#ifdef FASTKD_PATH_BUILT
+namespace fastkd {
+namespace FASTKD_PATH {
+
+#include "cpu/simd/vec.inl"
+#include "cpu/simd/functions.inl"
+#include "cpu/sakd/sakd.inl"
+
+}  // namespace FASTKD_PATH
+}  // namespace fastkd
+FASTKD_PATH_END
+#endif

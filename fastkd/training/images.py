@@ -1,0 +1,67 @@
+"""The images of a run: their sizes, and how those of a folder are read."""
+
+from __future__ import annotations
+
+import os
+
+from fastkd.data import Dataset
+from fastkd.data.feed import Feed
+from fastkd.errors import UserError
+from fastkd.training import distributed
+from fastkd.training.choices import Choices
+from fastkd.training.settings import POINTS
+
+SIDE = 32
+"""Of the images of all sets in memory."""
+
+
+class Images(Choices):
+    """What of the settings concerns the images."""
+
+    def check_images(self) -> None:
+        """Raises UserError for a number that cannot be."""
+        for name in ("image_size", "student_size", "teacher_size"):
+            size = getattr(self.settings, name)
+            if size is not None and size < 8:
+                raise UserError(f"--{name.replace('_', '-')} is {size}, wanted at least 8")
+        if (self.settings.workers or 0) < 0:
+            raise UserError(f"--workers is {self.settings.workers}, wanted at least 0")
+
+    def side(self, role: str) -> int:
+        """Of the square images that the student or the teacher gets."""
+        if isinstance(self.data, Dataset):
+            return SIDE
+        own = self.settings.student_size if role == "student" else self.settings.teacher_size
+        return own or self.settings.image_size or 224
+
+    def image_shape(self, role: str) -> tuple[int, int, int]:
+        return 3, self.side(role), self.side(role)
+
+    def feed(self, role: str) -> Feed:
+        """How the images of this role's training are read: a student's with the teacher's beside them, where
+        those have another size.
+        """
+        sides = [self.side(role)]
+        if role == "student" and self.method.needs_teacher and self.side("teacher") != sides[0]:
+            sides.append(self.side("teacher"))
+        return Feed(tuple(sides), self.workers, self.settings.on_bad_image or "stop")
+
+    @property
+    def workers(self) -> int:
+        """Processes that read files, for each process that trains."""
+        if self.settings.workers is not None:
+            return self.settings.workers
+        there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, min(8, there // distributed.share()[1]))
+
+    @property
+    def test_batch(self) -> int:
+        """Images of a test batch: about as many pixels, whatever the size of the images."""
+        return max(50, 500 * SIDE**2 // self.side("student") ** 2)
+
+    def own_words(self, role: str) -> list[str]:
+        """What was said of networks and images of one's own and changes the result: ["image_size=64"]."""
+        names = [f"{role}_size", "image_size", *["teacher_size", *POINTS] * (role == "student")]
+        given = {name: getattr(self.settings, name) for name in dict.fromkeys(names)}
+        said = {name: ",".join(value) if isinstance(value, tuple) else value for name, value in given.items()}
+        return [f"{name}={value}" for name, value in said.items() if value is not None]
