@@ -60,6 +60,7 @@ def faults(assembly: str) -> list[str]:
 
 def compile_all() -> None:
     flags = ["-std=c++17", "-DNDEBUG", f"-DTORCH_TARGET_VERSION={toolchain.TARGET_BYTES}", "-Icsrc", "-fPIC"]
+    flags += ["-fvisibility=hidden", "-fvisibility-inlines-hidden"]
     flags += ["-Wall", "-Wno-unknown-pragmas", "-Werror", "-isystem", str(toolchain.torch()[0] / "include")]
     flags += ["-DFASTKD_PATH=neon", "-DFASTKD_VECTOR_BYTES=16", '-DFASTKD_BUILD_INFO=""']
 
