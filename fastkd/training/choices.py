@@ -153,12 +153,13 @@ class Choices:
     @cached_property
     def teacher_weights(self) -> str | None:
         """The fingerprint of what ``--teacher-checkpoint`` holds; None without one. Raises UserError."""
-        return self._fingerprint(self.models.teacher, self.settings.teacher_checkpoint)
+        return self._fingerprint("teacher", self.models.teacher, self.settings.teacher_checkpoint)
 
     @cached_property
     def more_weights(self) -> list[list[str | None]]:
         """(model, fingerprint) of each teacher but the first. Raises UserError."""
-        return [[name, self._fingerprint(name, file)] for name, file in self.settings.more_teachers]
+        more = self.settings.more_teachers
+        return [[name, self._fingerprint("teacher", name, file)] for name, file in more]
 
     @property
     def join_teachers(self) -> str:
@@ -171,16 +172,16 @@ class Choices:
     @cached_property
     def student_weights(self) -> str | None:
         """The fingerprint of what ``--student-checkpoint`` holds; None without one. Raises UserError."""
-        return self._fingerprint(self.models.student, self.settings.student_checkpoint)
+        return self._fingerprint("student", self.models.student, self.settings.student_checkpoint)
 
-    def _fingerprint(self, model: str, file: Path | None) -> str | None:
+    def _fingerprint(self, role: str, model: str, file: Path | None) -> str | None:
         if file is None:
             return None
         network = create_model(model, self.data.classes)
         try:
             load_weights(network, file)
         except WeightsError as error:
-            raise UserError(str(error)) from None
+            raise UserError(f"--{role}-checkpoint {error}") from None
         return fingerprint(network)
 
     def config(self) -> dict[str, Any]:

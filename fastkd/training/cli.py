@@ -167,7 +167,10 @@ def add_field(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
 
 def fractions(text: str) -> tuple[float, ...]:
     """0.5,0.75 as a tuple; nothing is an empty one."""
-    return tuple(float(part) for part in text.split(",") if part.strip())
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, wanted fractions with commas: 0.5,0.75") from None
 
 
 def tell(text: str, speaks: bool) -> None:

@@ -39,7 +39,7 @@ class Networks(Images):
         for role in ROLES:
             given = getattr(self.settings, f"{role}_points")
             try:
-                network = create_model(self.model_name(role))
+                network = create_model(self.model_name(role), self.data.classes)
             except ValueError as error:
                 raise UserError(f"--{role} {self.model_name(role)}: {error}") from None
             self.points[role] = stages_of(network) if given is None else given
