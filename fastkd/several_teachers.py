@@ -149,9 +149,9 @@ class SeveralTeachers(nn.Module):
             part = self._parts[int(place) if point else 0]
             part.update(index, {name if point else key: record})
 
-    def check(self, images: int = 2) -> dict[str, list[backends.Call]]:
+    def check(self, images: int = 2) -> dict[str, list[backends.Call | backends.KernelCall]]:
         """See :meth:`fastkd.Distillation.check`."""
-        calls: dict[str, list[backends.Call]] = {}
+        calls: dict[str, list[backends.Call | backends.KernelCall]] = {}
         for part in self._parts:
             for name, found in part.check(images).items():
                 calls[name] = calls.get(name, []) + found
