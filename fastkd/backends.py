@@ -122,7 +122,7 @@ def is_wrapper(x: object) -> bool:
     return type(x) is not Tensor and hasattr(type(x), "__tensor_flatten__")
 
 
-_recorded: list[Call] | None = None
+_recorded: list[Call | KernelCall] | None = None
 Limits = Callable[[tuple, tuple], str]
 """Why the CUDA library's kernels do not serve a call over ``arguments`` with ``options``, or "" where they
 do.
@@ -149,6 +149,20 @@ class Call(NamedTuple):
         ).name
 
 
+class KernelCall:
+    """A call that the CPU library's kernels have served, of an operation that has no other backend."""
+
+    def backend(self, batch: int, compiled: bool) -> str:
+        """As :meth:`Call.backend`."""
+        return "reference" if compiled and current() == "auto" else "cpp"
+
+
+def record(call: KernelCall) -> None:
+    """Adds ``call`` to those that :func:`record_calls` gives."""
+    if _recorded is not None:
+        _recorded.append(call)
+
+
 def _resized(argument: object, batch: int) -> object:
     if isinstance(argument, (list, tuple)):
         return [_resized(x, batch) for x in argument]
@@ -156,7 +170,7 @@ def _resized(argument: object, batch: int) -> object:
 
 
 @contextmanager
-def record_calls() -> Iterator[list[Call]]:
+def record_calls() -> Iterator[list[Call | KernelCall]]:
     """The calls of the package's operations that are made inside, in this process."""
     global _recorded
     before, _recorded = _recorded, []

@@ -253,7 +253,7 @@ class Distillation(nn.Module):
         """
         self.methods.hand_back(index, records)
 
-    def check(self, images: int = 2) -> dict[str, list[backends.Call]]:
+    def check(self, images: int = 2) -> dict[str, list[backends.Call | backends.KernelCall]]:
         """Tries all of it on so many blank images, before hours of training: what does not fit raises here.
 
         Returns for each method the calls of the package's operations that it makes.
@@ -264,7 +264,7 @@ class Distillation(nn.Module):
         with undisturbed(self, *self._outside):
             theirs = blank.new_zeros(images, *self.teacher_image_shape)
             student, teacher = map(self._as_seen, (self._students(blank), self.ask(theirs)))
-            calls = dict[str, list[backends.Call]]()
+            calls = dict[str, list[backends.Call | backends.KernelCall]]()
             for name in self.methods:
                 with backends.record_calls() as calls[name]:
                     self.methods.losses(batch, student, teacher, self._autocast(), [name])

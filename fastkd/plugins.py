@@ -72,11 +72,16 @@ def load(file: str | Path) -> ModuleType:
 
     Raises UserError, one line with the place of the error.
     """
+    name, path = str(file), Path(file).expanduser()
+    if path.suffix != ".py" and not all(part.isidentifier() for part in name.split(".")):
+        raise UserError(f"plugin {name!r} is no file and no module, wanted my_file.py or a module's name")
     try:
-        path = Path(file).expanduser()
-        return _module(path.resolve()) if path.suffix == ".py" else importlib.import_module(str(file))
-    except Exception as error:
+        module = _module(path.resolve()) if path.suffix == ".py" else importlib.import_module(name)
+    except (Exception, SystemExit) as error:
         raise UserError(f"plugin {file} cannot be loaded: {_said(error)}") from None
+    if getattr(module, "__file__", None) is None and name not in sys.builtin_module_names:
+        raise UserError(f"plugin {name!r} is a folder, wanted my_file.py or a module's name")
+    return module
 
 
 def origin(kind: str, name: str) -> str | None:
@@ -119,12 +124,12 @@ def _origin(value: Any) -> tuple[str, str]:
     return f"{Path(file).name} {text}", str(file)
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     """What went wrong in one line, and in which line of the file."""
     text = " ".join(str(error).split())[:200]
     if isinstance(error, (FileNotFoundError, SyntaxError, UserError)):
         return text
-    ours = (str(Path(__file__).parent), "<frozen")
+    ours = (str(Path(__file__).parent), str(importlib.__file__), "<frozen")
     frames = [
         frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)
     ]

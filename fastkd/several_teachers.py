@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastkd import backends
 from fastkd.distillation import Distillation
+from fastkd.io.console import counted
 from fastkd.methods import Batch, Definition, define, undisturbed
 from fastkd.methods.sum import Losses
 
@@ -46,9 +47,13 @@ class SeveralTeachers(nn.Module):
         **rest: Any,
     ):
         super().__init__()
-        teachers = list(teachers)
-        if len(teachers) < 2 or any(not isinstance(each, nn.Module) for each in teachers):
-            raise ValueError(f"teachers has {len(teachers)} networks, wanted at least two")
+        if not isinstance(teachers, (Sequence, nn.ModuleList)) or isinstance(teachers, str):
+            raise TypeError(f"teachers is {type(teachers).__name__}, wanted a list of networks")
+        for i, each in enumerate(teachers := list(teachers)):
+            if not isinstance(each, nn.Module):
+                raise TypeError(f"teachers[{i}] is {type(each).__name__}, wanted a torch.nn.Module")
+        if len(teachers) < 2:
+            raise ValueError(f"teachers has {counted(len(teachers), 'network')}, wanted at least two")
         if join not in JOINS:
             raise ValueError(f"join is {join!r}, wanted one of {', '.join(JOINS)}")
         self.definition = (
@@ -144,9 +149,9 @@ class SeveralTeachers(nn.Module):
             part = self._parts[int(place) if point else 0]
             part.update(index, {name if point else key: record})
 
-    def check(self, images: int = 2) -> dict[str, list[backends.Call]]:
+    def check(self, images: int = 2) -> dict[str, list[backends.Call | backends.KernelCall]]:
         """See :meth:`fastkd.Distillation.check`."""
-        calls: dict[str, list[backends.Call]] = {}
+        calls: dict[str, list[backends.Call | backends.KernelCall]] = {}
         for part in self._parts:
             for name, found in part.check(images).items():
                 calls[name] = calls.get(name, []) + found

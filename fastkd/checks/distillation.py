@@ -24,7 +24,12 @@ def distillation(
     """The kinds of the arguments. ``counts``: whole numbers, or None."""
     for name, network in (("student", student), ("teacher", teacher)):
         if not isinstance(network, nn.Module) and not (name == "teacher" and network is None):
-            raise TypeError(f"{name} is {type(network).__name__}, wanted a torch.nn.Module")
+            several = " (SeveralTeachers takes a list)" * (
+                name == "teacher" and isinstance(network, (list, tuple))
+            )
+            raise TypeError(f"{name} is {type(network).__name__}, wanted a torch.nn.Module{several}")
+    if teacher is student:  # it would be frozen
+        raise ValueError("teacher is the student itself, wanted a network of its own, such as a copy")
     pair = classifier if isinstance(classifier, tuple) else (classifier, classifier)
     if len(pair) != 2 or not all(name is None or isinstance(name, str) for name in pair):
         raise TypeError(f"classifier is {classifier!r}, wanted the name of a submodule, or a pair of them")

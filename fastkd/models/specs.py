@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fastkd.models.observed import shows_features
 from fastkd.models.probe import Probe
@@ -44,6 +45,9 @@ def create(spec: str, num_classes: int) -> nn.Module:
         raise ValueError(f"model {spec!r} is not known, wanted {FORMS}")
     if not isinstance(network, nn.Module):
         raise ValueError(f"model {spec!r} gives {type(network).__name__}, wanted a torch.nn.Module")
+    lazy = [key for key, value in network.named_parameters() if is_lazy(value)]
+    if lazy:
+        raise ValueError(f"model {spec!r} has lazy parameters ({lazy[0]}), wanted parameters with shapes")
     return network
 
 
@@ -128,7 +132,7 @@ def _unknown(package: str, name: str, known: Sequence[str]) -> str:
 def _of_file(path: Path, name: str, num_classes: int) -> Any:
     try:
         module = _module(path.resolve())
-    except Exception as error:  # whatever a user's file does
+    except (Exception, SystemExit) as error:  # whatever a user's file does
         raise ValueError(f"{path} cannot be imported: {_said(error)}") from None
     factory = getattr(module, name, None)
     if not callable(factory):
@@ -136,7 +140,7 @@ def _of_file(path: Path, name: str, num_classes: int) -> Any:
         raise ValueError(f"{path} has no function {name!r}; it has {', '.join(found) or 'none'}")
     try:
         return factory(num_classes=num_classes)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{path}: {name}(num_classes={num_classes}) fails: {_said(error)}") from None
 
 
@@ -160,6 +164,6 @@ def _module(path: Path) -> ModuleType:
     return module
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     text = " ".join(str(error).split())[:200]
     return text if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {text}"

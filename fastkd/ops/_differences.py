@@ -25,7 +25,10 @@ def fused(first: Tensor) -> bool:
     name = backends.current()
     wanted = name == "cpp" or (name == "auto" and not torch.compiler.is_compiling())
     on_cpu = native.CPU.available and first.device.type == "cpu"
-    return wanted and on_cpu and not transforming() and not backends.is_wrapper(first)
+    here = wanted and on_cpu and not transforming() and not backends.is_wrapper(first)
+    if here:
+        backends.record(backends.KernelCall())
+    return here
 
 
 def served(s: Tensor, t: Tensor) -> bool:

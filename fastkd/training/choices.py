@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,12 @@ import torch
 import fastkd
 from fastkd import plugins
 from fastkd.data import Folder
-from fastkd.data.feed import AnyDataset
-from fastkd.errors import UserError
 from fastkd.methods import Definition
 from fastkd.methods.options import written
-from fastkd.models import WeightsError, create_model, fingerprint, load_weights
 from fastkd.models.specs import file_name
+from fastkd.training.given_weights import Given
 from fastkd.training.recipes import RECIPES, Recipe
-from fastkd.training.settings import Models, Settings, environment
+from fastkd.training.settings import environment
 
 ALONE = ("epochs", "teacher_mode", "preset", "init_epochs", "init_lr", "init_milestones")
 """Fields that a teacher's own training has no use for, or whose value stands in its file's name already."""
@@ -36,15 +33,12 @@ USUAL = {
 """What a teacher's file does not say in its name."""
 
 
-class Choices:
+class Choices(Given):
     """The settings, and all that was chosen where they left it open. ``role`` is "student" or "teacher"."""
 
-    settings: Settings
-    models: Models
     recipe_name: str
     recipe: Recipe
     method: Definition
-    data: AnyDataset
     points: dict[str, tuple[str, ...] | None]
     """By role the submodules whose outputs are the stages of a network; None: it shows its own."""
     device: torch.device
@@ -150,16 +144,6 @@ class Choices:
             found["teacher_size"] = self.side("teacher")
         return found
 
-    @cached_property
-    def teacher_weights(self) -> str | None:
-        """The fingerprint of what ``--teacher-checkpoint`` holds; None without one. Raises UserError."""
-        return self._fingerprint(self.models.teacher, self.settings.teacher_checkpoint)
-
-    @cached_property
-    def more_weights(self) -> list[list[str | None]]:
-        """(model, fingerprint) of each teacher but the first. Raises UserError."""
-        return [[name, self._fingerprint(name, file)] for name, file in self.settings.more_teachers]
-
     @property
     def join_teachers(self) -> str:
         return self.settings.join_teachers or "losses"
@@ -167,21 +151,6 @@ class Choices:
     def teachers(self) -> str:
         """The names of all teachers: "resnet56 + resnet110"."""
         return " + ".join([self.models.teacher, *(name for name, _ in self.settings.more_teachers)])
-
-    @cached_property
-    def student_weights(self) -> str | None:
-        """The fingerprint of what ``--student-checkpoint`` holds; None without one. Raises UserError."""
-        return self._fingerprint(self.models.student, self.settings.student_checkpoint)
-
-    def _fingerprint(self, model: str, file: Path | None) -> str | None:
-        if file is None:
-            return None
-        network = create_model(model, self.data.classes)
-        try:
-            load_weights(network, file)
-        except WeightsError as error:
-            raise UserError(str(error)) from None
-        return fingerprint(network)
 
     def config(self) -> dict[str, Any]:
         """All of it in plain values, for the records."""

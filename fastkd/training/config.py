@@ -11,7 +11,6 @@ from fastkd.data import Dataset, choose_dataset, load_dataset
 from fastkd.data.feed import AnyDataset, testing, training
 from fastkd.data.loader import AnyBatches
 from fastkd.errors import UserError
-from fastkd.io.files import make_folder
 from fastkd.methods import Definition, define
 from fastkd.models.specs import is_spec
 from fastkd.seeds import generator
@@ -68,14 +67,14 @@ class Config(Networks):
                     f"--init-epochs is 0, but {term.name}.phases is {term.options.phases}: wanted at least 1"
                 )
         self.settings = settings = dataclasses.replace(settings, method=self.method.name)
-        self.find_points()
         self.check_images()
         if distributed.leads():  # the others write nothing, and may have no such folder on their machine
             results.read_rows(settings.output)
         self.data = load_dataset(name, settings.data) if data is None else data
+        self.find_points()
         self.check_networks()
         self.compiled, self.captured = self._how()
-        parts = [len(self.data.train_labels) // self.processes] * self.recipe.drop_last
+        parts = [len(self.data.train_labels) // self.processes] * self.drops_last("student")
         smallest = min([*parts, *[len(self.data.test_labels)] * self.recipe.drop_last_test], default=2**62)
         if self.recipe.batch_size > smallest:
             each = f" for each of {self.processes} processes" * (self.processes > 1)
@@ -83,8 +82,8 @@ class Config(Networks):
                 f"--batch-size is {self.recipe.batch_size}, but {name} has parts of only {smallest}"
                 f" images{each}"
             )
-        if distributed.leads() and not settings.dry_run:
-            make_folder(settings.output)  # last: a command that cannot run leaves none
+        if distributed.leads():
+            self.identity("student")  # reads the checkpoints that are given
 
     def _how(self) -> tuple[bool, bool]:
         """Whether steps are compiled, and replayed as a CUDA graph. Bits depend on it. Raises UserError."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fastkd
-from fastkd.backends import Call
+from fastkd.backends import Call, KernelCall
 from fastkd.distillation import Distillation
 from fastkd.errors import UserError
 from fastkd.methods import Definition
@@ -29,7 +29,7 @@ class Networks(Images):
 
     declared: dict[str, tuple[tuple[float, ...], tuple[float, ...]] | None]
     """By role how timm says that images are normalized for a network's published weights."""
-    calls: dict[str, list[Call]]
+    calls: dict[str, list[Call | KernelCall]]
     student_parameters: int  # of the student that a method has changed
     kept: dict[str, int]  # bytes that a method keeps beside what is trained
 
@@ -39,7 +39,7 @@ class Networks(Images):
         for role in ROLES:
             given = getattr(self.settings, f"{role}_points")
             try:
-                network = create_model(self.model_name(role))
+                network = create_model(self.model_name(role), self.data.classes)
             except ValueError as error:
                 raise UserError(f"--{role} {self.model_name(role)}: {error}") from None
             self.points[role] = stages_of(network) if given is None else given

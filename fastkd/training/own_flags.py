@@ -8,6 +8,7 @@ from typing import Any
 
 from fastkd import models, plugins
 from fastkd.errors import UserError
+from fastkd.io.console import counted
 from fastkd.models.specs import FORMS, is_spec
 
 
@@ -38,8 +39,8 @@ def all_teachers(names: list[str] | None, files: list[Path] | None) -> dict[str,
         return {"teacher": next(iter(names), None), "teacher_checkpoint": next(iter(files), None)}
     if len(names) != len(files):
         raise UserError(
-            f"--teacher is given {len(names)} times, --teacher-checkpoint {len(files)} times: of several"
-            " teachers each wants a checkpoint"
+            f"--teacher is given {counted(len(names), 'time')}, --teacher-checkpoint"
+            f" {counted(len(files), 'time')}: of several teachers each wants a checkpoint"
         )
     more = tuple(zip(names[1:], files[1:], strict=True))
     return {"teacher": names[0], "teacher_checkpoint": files[0], "more_teachers": more}
@@ -64,6 +65,9 @@ def names(text: str) -> tuple[str, ...]:
     found = tuple(part.strip() for part in text.split(","))
     if not all(found):
         raise argparse.ArgumentTypeError(f"{text!r} has an empty name, wanted names with commas between them")
+    again = next((name for i, name in enumerate(found) if name in found[:i]), None)
+    if again is not None:
+        raise argparse.ArgumentTypeError(f"{text!r} has {again} twice, wanted each submodule once")
     return found
 
 

@@ -111,9 +111,18 @@ def side_by_side(each: Sequence[Settings]) -> list[dict[str, Any]]:
         return [run(each[0])]
     configs = configured(each)
     rows: dict[int, dict[str, Any]] = {}
+    errors = []
     for places in together.groups(configs):
         some = [configs[i] for i in places]
-        rows |= zip(places, together.run(some) if len(some) > 1 else [run(each[places[0]])], strict=True)
+        try:
+            rows |= zip(places, together.run(some) if len(some) > 1 else [run(each[places[0]])], strict=True)
+        except UserError as error:
+            if configs[0].processes > 1:  # it ends all of them
+                raise
+            title = f"{labels(each)[places[0]]}: " if len(places) == 1 else ""  # several have theirs
+            errors.append(f"{title}{error}")
+    if errors:
+        raise UserError("; ".join(errors))
     return [rows[i] for i in range(len(each))]
 
 

@@ -150,8 +150,8 @@ def new_run(config: Config, role: str) -> RunDir:
     identity, started = config.identity(role), time.strftime("%Y-%m-%d %H:%M:%S")
     stamp = started.translate({ord("-"): None, ord(":"): None, ord(" "): "-"})
     parts = identity["trained"], identity["dataset"], file_name(identity["model"]), f"seed{identity['seed']}"
-    name = "-".join([*parts, stamp])
-    folder = new_folder(config.settings.output, name)
+    make_folder(config.settings.output)  # no earlier: a command that cannot run leaves none
+    folder = new_folder(config.settings.output, "-".join([*parts, stamp]))
     about = {"trained": identity["trained"], "model": identity["model"], "command": command(config)}
     if role == "student" and config.method.needs_teacher and config.settings.teacher_checkpoint is None:
         about["teacher_file"] = config.teacher_path().name
@@ -178,10 +178,8 @@ def load_run(folder: Path, identity: dict[str, Any]) -> RunDir:
     if not isinstance(state.get("config"), dict) or state["config"].get("identity") != config["identity"]:
         raise UserError(f"{path}: not the checkpoint of this run")
     if config["torch"] != str(torch.__version__):
-        say(
-            f"resume: begun with torch {config['torch']}, continued with {torch.__version__}: the last bits"
-            " may differ"
-        )
+        both = f"begun with torch {config['torch']}, continued with {torch.__version__}"
+        say(f"resume: {both}: the last bits may differ")
     if config.get("environment", environment()) != environment():
         words = [" ".join(one) or "none of its variables" for one in (config["environment"], environment())]
         say(f"resume: begun with {words[0]}, continued with {words[1]}: the last bits may differ")

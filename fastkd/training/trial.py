@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastkd.io.console import counted
 from fastkd.methods.context import shapes
 from fastkd.models.observed import shows_features
 from fastkd.training.config import Config
@@ -40,7 +41,7 @@ def trial(config: Config) -> str:
     memory = _memory(config.device) / 2**20
     what = "of tensors on the GPU" if config.device.type == "cuda" else "of this process"
     figures = f"{step * 1000:.0f} ms, of which the last {len(timed)} of {len(steps)} were timed"
-    rest = f"an epoch's {len(trainer.batches)} steps {clock(epoch)}, {config.recipe.epochs} epochs"
+    rest = f"an epoch's {len(trainer.batches)} steps {clock(epoch)}, {counted(config.recipe.epochs, 'epoch')}"
     lines = [
         *(("features", text) for text in features(trainer)),
         ("memory", f"{memory:,.0f} MiB, the peak {what}" if memory else "unknown on this system"),

@@ -47,6 +47,14 @@ def broken(num_classes):
     raise RuntimeError("no weights here")
 
 
+def leaves(num_classes):
+    raise SystemExit(num_classes)
+
+
+def lazy(num_classes):
+    return nn.Sequential(nn.LazyConv2d(4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+
 number = 3
 '''
 

@@ -124,7 +124,7 @@ def test_a_folded_teacher_answers_as_the_teacher_and_is_folded_anew():
 
 # the terms of a sum do not meet, so one graph stands for several methods
 GRAPHS = (
-    "fitnet+at+fsp+ofd+rkd+crd+kd",
+    "fitnet+at+fsp+ofd+rkd+crd+kd+dkd",
     "reviewkd+srrl+afd+semckd+sakd+kd",
     "simkd",
     "norm",

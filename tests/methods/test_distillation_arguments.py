@@ -36,7 +36,8 @@ def data_margins(batches):
     [
         ({"method": ["at"]}, TypeError, r"method is \['at'\], wanted a name"),
         ({"student": len}, TypeError, "student is builtin_function_or_method, wanted a torch.nn.Module"),
-        ({"teacher": 3}, TypeError, "teacher is int, wanted a torch.nn.Module"),
+        ({"teacher": 3}, TypeError, "teacher is int, wanted a torch.nn.Module$"),
+        ({"teacher": [network()]}, TypeError, r"teacher is list, .* \(SeveralTeachers takes a list\)"),
         ({"options": "beta=3"}, TypeError, "options is 'beta=3', wanted them by term"),
         ({"student_points": []}, ValueError, r"student_points is \[\], but method 'at' reads maps"),
         ({"classifier": 8}, TypeError, "classifier is 8, wanted the name of a submodule, or a pair"),
@@ -119,3 +120,11 @@ def test_other_class_counts_are_told_before_the_first_step(method):
         fastkd.Distillation(student, teacher, method)
     images, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 4])
     assert fastkd.Distillation(student, teacher, "at")(images, labels).total.isfinite()  # compares maps alone
+
+
+def test_a_teacher_is_not_the_student():
+    """Frozen as the teacher, it would learn nothing."""
+    student = network()
+    with pytest.raises(ValueError, match="teacher is the student itself, wanted a network of its own"):
+        run(student=student, teacher=student)
+    assert all(parameter.requires_grad for parameter in student.parameters())

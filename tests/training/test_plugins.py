@@ -93,6 +93,7 @@ def test_a_run_has_all_three_from_one_file(small_main, file, tmp_path, capsys):
     ("text", "words"),
     [
         ("import missing_module", r"my_parts.py cannot be loaded: ModuleNotFoundError: No"),
+        ("raise SystemExit(3)", r"my_parts.py cannot be loaded: SystemExit: 3 \(my_parts.py, line 1\)"),
         ("\n\nx = 1 / 0", r"ZeroDivisionError: division by zero \(my_parts.py, line 3\)"),
         ("def f(:", r"my_parts.py cannot be loaded: invalid syntax \(my_parts.py, line 1\)"),
         ("import fastkd\nfastkd.models.register('resnet20')(print)", "model 'resnet20' is there already"),
@@ -110,6 +111,22 @@ def test_a_file_that_cannot_be_loaded_is_one_line(small_main, tmp_path, capsys, 
     assert re.search(words, error) and error.count("\n") == 1, error
     assert small_main(["--plugin", str(tmp_path / "none.py"), "--method", "kd"]) == 2
     assert "none.py cannot be loaded: no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("", "plugin '' is no file and no module, wanted my_file.py"),
+        (".", "plugin '.' is no file and no module, wanted my_file.py"),
+        ("a_folder", "plugin 'a_folder' is a folder, wanted my_file.py"),
+        ("none_such", r"No module named 'none_such'$"),
+    ],
+)
+def test_a_plugin_is_a_file_or_a_module(tmp_path, monkeypatch, name, words):
+    (tmp_path / "a_folder").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(plugins.UserError, match=words):
+        plugins.load(name)
 
 
 def test_two_files_with_one_name_clash_and_one_file_replaces_itself(tmp_path):

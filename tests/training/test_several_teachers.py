@@ -83,8 +83,15 @@ def test_what_cannot_be_is_one_line(method, options, words):
     student, *teachers = networks("resnet8", "resnet8", "resnet8x4")
     with pytest.raises(ValueError, match=words):
         fastkd.SeveralTeachers(student, teachers, method, **options).settled()
-    with pytest.raises(ValueError, match="teachers has 1 networks, wanted at least two"):
+    with pytest.raises(ValueError, match="teachers has 1 network, wanted at least two"):
         fastkd.SeveralTeachers(student, teachers[:1], "kd")
+    for given, words in (
+        (None, "teachers is NoneType, wanted a list of networks"),
+        (torch.nn.Sequential(*teachers), "teachers is Sequential, wanted a list of networks"),
+        ([teachers[0], "resnet8"], r"teachers\[1\] is str, wanted a torch.nn.Module"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            fastkd.SeveralTeachers(student, given, "kd")
     other = networks("resnet8", classes=5)
     with pytest.raises(ValueError, match="classes"):
         fastkd.SeveralTeachers(student, [teachers[0], *other], "kd")

@@ -144,6 +144,14 @@ def test_a_compiled_run_names_what_its_graph_holds(cpp, tmp_path, backend, field
     assert eager.endswith("at by " + ("reference" if backend == "reference" else "cpp"))
 
 
+@pytest.mark.parametrize("method", ["rkd", "crd", "ofd", "reviewkd", "norm"])
+def test_losses_that_have_kernels_on_a_cpu_alone_are_named_too(cpp, tmp_path, method):
+    assert f"{method} by cpp" in losses_line(tmp_path, method, "cpu", "auto")
+    assert f"{method} by plain PyTorch" in losses_line(tmp_path, method, "cpu", "reference")
+    compiled = losses_line(tmp_path, method, "cpu", "auto", compile=True)
+    assert f"{method} by reference in the compiled step" in compiled
+
+
 @pytest.mark.parametrize(
     ("features", "fast"),
     [

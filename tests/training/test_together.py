@@ -11,6 +11,7 @@ from run_cases import error_of
 from runs import bits, load
 
 from fastkd.distillation import Distillation
+from fastkd.errors import UserError
 from fastkd.methods import union
 from fastkd.models import create_model
 from fastkd.training import Trainer
@@ -182,16 +183,21 @@ def test_an_error_of_one_student_ends_it_alone(small_main, tmp_path, capsys):
 def test_compiled_steps_share_nothing_and_say_so(small_main, tmp_path, monkeypatch, capsys):
     from fastkd.training import repeats
 
-    trained = []
+    trained, failing = [], []
 
     def run(settings):
         trained.append((settings.method, settings.compile))
+        if settings.method in failing:
+            raise UserError("the loss is no longer finite")
         return {"acc": "1", "reported_acc": "1"}
 
     monkeypatch.setattr(repeats, "run", run)
     assert small_main([*command(tmp_path, "kd", "crd"), "--compile"]) == 0
     assert trained == [("kd", True), ("crd", True)]
     assert "one student after the other: each step is compiled" in capsys.readouterr().out
+    failing.append("kd")  # an error ends one of them alone here too
+    told = error_of(small_main, capsys, [*command(tmp_path, "kd", "crd"), "--compile"])
+    assert told.endswith("error: kd: the loss is no longer finite\n") and trained[2:] == trained[:2]
 
 
 @pytest.mark.parametrize(

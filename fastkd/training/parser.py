@@ -1,0 +1,157 @@
+"""The flags of ``python train.py``, with their types and their help."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fastkd.training.command import program
+from fastkd.training.launch import is_first
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse prints its usage before an error; here one line says what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n" if is_first() else None)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    from fastkd import plugins
+    from fastkd.data import DATASETS
+    from fastkd.methods import METHODS
+    from fastkd.training import PRECISIONS, RECIPES, SETTINGS, Recipe
+    from fastkd.training.own_flags import add_networks, add_own
+
+    text = "Train a teacher, distil a student from it, record the result."
+    parser = OneLineParser(prog=program(), description=text, allow_abbrev=False)
+    parser.add_argument(
+        "--method",
+        required=True,
+        type=method_names,
+        metavar="NAME[,NAME...]",
+        help=f"{', '.join(METHODS)}, or a sum such as at+kd; several are trained side by side",
+    )
+    parser.add_argument(
+        "--dataset",
+        choices=("auto", *DATASETS, *plugins.known("dataset")),
+        help="auto (default): CIFAR-10 if under --data, else digits",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path("data"),
+        metavar="DIR",
+        help="where the sets lie, or are downloaded to (data)",
+    )
+    letters = ", ".join(f"{letter} {teacher} > {student}" for letter, (teacher, student) in SETTINGS.items())
+    parser.add_argument(
+        "--setting", choices=tuple(SETTINGS), help=f"teacher > student on cifar100 by recipe sakd: {letters}"
+    )
+    add_networks(parser)
+    parser.add_argument(
+        "--student-checkpoint", type=Path, metavar="FILE", help="weights that the student begins with"
+    )
+    plugin = "imports it first: it may register methods, models and data sets; as often as needed"
+    parser.add_argument(
+        "--plugin", action="append", default=[], dest="plugins", metavar="FILE.py", help=plugin
+    )
+    parser.add_argument(
+        "--recipe",
+        choices=tuple(RECIPES),
+        help="hankyul2 (digits on digits); the flags below override its fields",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--teacher-seed", type=int, metavar="N", help="that of the run")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=1,
+        metavar="R",
+        help="seeds N, N+1, ..., one teacher: mean and standard deviation",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is one")
+    faster = (
+        "fp32 (default); auto: bf16 where the device has instructions for it (a CPU: AMX or AVX512-BF16),"
+        " else fp32"
+    )
+    parser.add_argument("--precision", default="fp32", choices=("auto", *PRECISIONS), help=faster)
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="PyTorch's deterministic algorithms: on a GPU runs repeat bit by bit",
+    )
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="the step by torch.compile: in long runs",
+    )
+    graph = "the step as a CUDA graph: on a GPU, in one process"
+    parser.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction, default=None, help=graph)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs"),
+        metavar="DIR",
+        help="where tables, runs and teachers go (runs)",
+    )
+    resume = (
+        "go on with the unfinished run of these very flags; auto: begin it where there is none, end where it"
+        " is finished"
+    )
+    parser.add_argument("--resume", nargs="?", const="", metavar="FOLDER|auto", help=resume)
+    pictures = argparse.BooleanOptionalAction
+    parser.add_argument(
+        "--pictures",
+        action=pictures,
+        default=True,
+        help="sheets of attention maps at the end (where matplotlib is there)",
+    )
+    option = (
+        "of the method, as often as needed: at.beta=500, or beta=500 where one term alone has it; 0.5:0.75 is"
+        " a tuple, at.beta=250,500 a grid with a run for each"
+    )
+    parser.add_argument(
+        "--option", action="append", default=[], dest="options", metavar="NAME=VALUE", help=option
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="the plan, the sizes of features, memory and time of a step; writes nothing",
+    )
+    add_own(parser.add_argument_group("networks and images of your own"))
+    group = parser.add_argument_group("fields of the recipe")
+    for field in dataclasses.fields(Recipe):
+        add_field(group, field)
+    return parser
+
+
+def method_names(text: str) -> str:
+    from fastkd.methods import full_name
+
+    try:
+        return ",".join(map(full_name, text.split(",")))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r}: {error}") from None
+
+
+def add_field(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
+    """A flag for one field of the recipe, with its type and its help."""
+    flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
+    if field.type == "bool":
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+    else:
+        kind: Any = {"int": int, "float": float, "str": str, "tuple[float, ...]": fractions}[str(field.type)]
+        choices = field.metadata["choices"]
+        group.add_argument(flag, type=kind, choices=choices, metavar=None if choices else "X", help=text)
+
+
+def fractions(text: str) -> tuple[float, ...]:
+    """0.5,0.75 as a tuple; nothing is an empty one."""
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, wanted fractions with commas: 0.5,0.75") from None
