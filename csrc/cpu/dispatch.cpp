@@ -78,15 +78,16 @@ struct Path {
   bool (*runs)();
   Status without;
 };
+// why a path has no table; where all have one, these are unused
 #ifdef __x86_64__
-constexpr Status kNoAvx = kNotBuilt;  // for lack of a compiler that can
+[[maybe_unused]] constexpr Status kNoAvx = kNotBuilt;  // for lack of a compiler that can
 #else
-constexpr Status kNoAvx = kForeign;
+[[maybe_unused]] constexpr Status kNoAvx = kForeign;
 #endif
 #ifdef __aarch64__
-constexpr Status kNoNeon = kNotBuilt;
+[[maybe_unused]] constexpr Status kNoNeon = kNotBuilt;
 #else
-constexpr Status kNoNeon = kForeign;
+[[maybe_unused]] constexpr Status kNoNeon = kForeign;
 #endif
 constexpr Path kPaths[] = {
 // the best first
