@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from speed import against, cases, measure, rows
+from speed import against, cases, measure, quiet, rows
 from speed.measure import Row
 from speed.session import Replay
 from speed.stock import Stock
@@ -90,7 +90,8 @@ def test_a_run_is_recorded(tmp_path: Path) -> None:
         row = group["rows"][next(name for name in group["rows"] if bench["name"].endswith(f"-{name}]"))]
         assert 1e3 * bench["stats"]["median"] == pytest.approx(row["milliseconds"])
         assert bench["stats"]["rounds"] == row["rounds"] >= 5 and bench["extra_info"]["threads"] == 1
-    assert "AT" in done.stdout and "above torch.relu" in done.stdout
+    why = quiet.why_not_judged(ours)  # other tests may keep the machine busy
+    assert "AT" in done.stdout and ("above torch.relu" if why is None else why) in done.stdout
 
 
 def test_interleaved_rounds() -> None:
