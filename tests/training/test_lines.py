@@ -68,12 +68,12 @@ def test_one_of_something_is_singular(small_main, capsys, tmp_path):
 
 def test_a_teacher_at_chance_gets_one_warning(small_main, tmp_path, capsys):
     """One that knows nothing, and one that knows the answers."""
-    plan = Config(settings_of(tmp_path, teacher_checkpoint=tmp_path / "t.pt"))
-    model = plan.new_model("teacher")
+    model = Config(settings_of(tmp_path)).new_model("teacher")
     with torch.no_grad():
         model.fc.weight.zero_()
         model.fc.bias.copy_(torch.eye(10)[0])
     torch.save(model.state_dict(), tmp_path / "t.pt")
+    plan = Config(settings_of(tmp_path, teacher_checkpoint=tmp_path / "t.pt"))
     find_teacher(plan)
     warning = "teacher: warning: that is chance for 10 classes: there is nothing to learn from it\n"
     out = capsys.readouterr().out

@@ -171,7 +171,7 @@ def stopped(nursery, tmp_path_factory):
     the run's folder).
     """
     output = tmp_path_factory.mktemp("stopped") / "runs"
-    assert nursery.run(output, AT, die_at=17)[0] == -signal.SIGKILL
+    assert nursery.run(output, AT, die_at=18)[0] == -signal.SIGKILL
     folder = next(output.glob("at-*"))
     assert (folder / "last.pt").exists()
     return output, folder
