@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd import backends, checks
@@ -225,15 +224,10 @@ class Distillation(nn.Module):
         taught: Output | None = None,
     ) -> Losses:
         batch = Batch(images, labels, index)
-        losses: dict[str, Tensor] = {}
         teacher = self.ask(images if teacher_images is None else teacher_images) if taught is None else taught
         with self._autocast():
             student = self._students(images)
-        if labels is not None and self.definition.ce:
-            # on a cast of its own: half-precision gradients are rounded before they are added, as in
-            # published code
-            seen = self.methods.seen_logits(student.logits)
-            losses["ce"] = F.cross_entropy(seen.float(), labels) * self.definition.ce
+        losses = self.methods.cross_entropy(student.logits, labels)
         student, teacher = self._as_seen(student), self._as_seen(teacher)
         records: dict[str, Any] = {}
         if teacher is not None:

@@ -58,7 +58,7 @@ def find(kind: str, table: Collection[str], name: str, add: Callable[[str, Any, 
             if name not in table:
                 add(name, value, package)
         except Exception as error:
-            raise ValueError(f"{kind} {name!r} of {package} cannot be loaded: {_said(error)}") from None
+            raise ValueError(f"{kind} {name!r} of {package} cannot be loaded: {said(error)}") from None
         return
 
 
@@ -76,9 +76,9 @@ def load(file: str | Path) -> ModuleType:
     if path.suffix != ".py" and not all(part.isidentifier() for part in name.split(".")):
         raise UserError(f"plugin {name!r} is no file and no module, wanted my_file.py or a module's name")
     try:
-        module = _module(path.resolve()) if path.suffix == ".py" else importlib.import_module(name)
+        module = of_file(path.resolve()) if path.suffix == ".py" else importlib.import_module(name)
     except (Exception, SystemExit) as error:
-        raise UserError(f"plugin {file} cannot be loaded: {_said(error)}") from None
+        raise UserError(f"plugin {file} cannot be loaded: {said(error)}") from None
     if getattr(module, "__file__", None) is None and name not in sys.builtin_module_names:
         raise UserError(f"plugin {name!r} is a folder, wanted my_file.py or a module's name")
     return module
@@ -93,14 +93,15 @@ def origin(kind: str, name: str) -> str | None:
 
 
 @functools.cache
-def _module(path: Path) -> ModuleType:
+def of_file(path: Path) -> ModuleType:
+    """The file as a module, imported once. It may import files beside it; raises whatever it does."""
     if not path.is_file():
         raise FileNotFoundError("no such file")
-    name = f"fastkd_plugin_{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
+    name = f"fastkd_user_{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent))  # it may import files that lie beside it
+    sys.path.insert(0, str(path.parent))
     try:
         spec.loader.exec_module(module)
     except BaseException:
@@ -124,7 +125,7 @@ def _origin(value: Any) -> tuple[str, str]:
     return f"{Path(file).name} {text}", str(file)
 
 
-def _said(error: BaseException) -> str:
+def said(error: BaseException) -> str:
     """What went wrong in one line, and in which line of the file."""
     text = " ".join(str(error).split())[:200]
     if isinstance(error, (FileNotFoundError, SyntaxError, UserError)):

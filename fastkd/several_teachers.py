@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd import backends
@@ -119,12 +118,7 @@ class SeveralTeachers(nn.Module):
         answers = [part.ask(images if teacher_images is None else teacher_images) for part in self._parts]
         with first._autocast():
             student = first._students(images)
-        losses: dict[str, Tensor] = {}
-        if labels is not None and self.definition.ce:
-            losses["ce"] = (
-                F.cross_entropy(first.methods.seen_logits(student.logits).float(), labels)
-                * self.definition.ce
-            )
+        losses = first.methods.cross_entropy(student.logits, labels)
         student, teachers = first._as_seen(student), [first._as_seen(answer) for answer in answers]
         logits = torch.stack([teacher.logits for teacher in teachers]).mean(0)
         records: dict[str, Any] = {}

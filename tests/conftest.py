@@ -183,6 +183,24 @@ def cpp() -> str:
 
 
 @pytest.fixture
+def each_path():
+    """The code paths of the CPU library that this processor has, one after the other."""
+    from fastkd import native
+
+    if not native.CPU.available:
+        pytest.skip(native.CPU.reason)
+    before = native.cpu_path()
+
+    def paths():
+        for path in native.cpu_paths():
+            native.set_cpu_path(path)
+            yield path
+
+    yield paths()
+    native.set_cpu_path(before)
+
+
+@pytest.fixture
 def small_main(monkeypatch: pytest.MonkeyPatch, one_thread):
     """``train.py``'s main on 64 digits; its flags must choose digits."""
     pytest.importorskip("sklearn")

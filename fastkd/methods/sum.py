@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.methods.base import Batch, Distiller, Output, Points, overrides, union
@@ -40,7 +41,7 @@ class MethodSum(nn.ModuleDict):
 
     def __init__(self, distillers: Mapping[str, Distiller], definition: Definition):
         super().__init__(distillers)
-        self._name = definition.name
+        self._name, self._ce = definition.name, definition.ce
         kinds = {name: type(distiller) for name, distiller in distillers.items()}
         self._until = {term.name: term.until for term in definition.terms if term.until is not None}
         self._scheduled = {
@@ -85,6 +86,14 @@ class MethodSum(nn.ModuleDict):
         for name in self._changes_logits:
             z = self._distiller(name).logits(z)
         return z
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+        """The student's loss on ``labels`` as "ce", times its weight; nothing where it has none."""
+        if labels is None or not self._ce:
+            return {}
+        # on a cast of its own: half-precision gradients are rounded before they are added, as in published
+        # code
+        return {"ce": F.cross_entropy(self.seen_logits(logits).float(), labels) * self._ce}
 
     def losses(
         self,

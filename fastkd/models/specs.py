@@ -5,20 +5,17 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import hashlib
 import importlib
-import importlib.util
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fastkd import plugins
 from fastkd.models.observed import shows_features
 from fastkd.models.probe import Probe
 
@@ -131,9 +128,9 @@ def _unknown(package: str, name: str, known: Sequence[str]) -> str:
 
 def _of_file(path: Path, name: str, num_classes: int) -> Any:
     try:
-        module = _module(path.resolve())
+        module = plugins.of_file(path.resolve())
     except (Exception, SystemExit) as error:  # whatever a user's file does
-        raise ValueError(f"{path} cannot be imported: {_said(error)}") from None
+        raise ValueError(f"{path} cannot be imported: {plugins.said(error)}") from None
     factory = getattr(module, name, None)
     if not callable(factory):
         found = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -141,29 +138,4 @@ def _of_file(path: Path, name: str, num_classes: int) -> Any:
     try:
         return factory(num_classes=num_classes)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"{path}: {name}(num_classes={num_classes}) fails: {_said(error)}") from None
-
-
-@functools.cache
-def _module(path: Path) -> ModuleType:
-    """The file as a module, imported once. It may import files that lie beside it."""
-    if not path.is_file():
-        raise FileNotFoundError("no such file")
-    named = f"fastkd_user_{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
-    spec = importlib.util.spec_from_file_location(named, path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[named] = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent))
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[named]
-        raise
-    finally:
-        sys.path.remove(str(path.parent))
-    return module
-
-
-def _said(error: BaseException) -> str:
-    text = " ".join(str(error).split())[:200]
-    return text if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {text}"
+        raise ValueError(f"{path}: {name}(num_classes={num_classes}) fails: {plugins.said(error)}") from None

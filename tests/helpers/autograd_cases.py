@@ -1,4 +1,4 @@
-"""Chains of features that learn."""
+"""Chains of features that learn, and a loss with its gradients."""
 
 from __future__ import annotations
 
@@ -19,3 +19,10 @@ TRAINING = {  # name -> (module with the functions, student, teacher) -> scalar
 def agree(got, want, rtol=2e-5):
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a.to(b.dtype), b, rtol=rtol, atol=rtol * b.abs().max().item())
+
+
+def gradients(loss, *tensors):
+    """[the loss of ``tensors``, its gradient in each of them]"""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    out = loss(*leaves)
+    return [out, *torch.autograd.grad(out, leaves)]

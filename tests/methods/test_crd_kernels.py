@@ -9,23 +9,7 @@ import torch
 from crd_cases import by_hand, case, unit
 
 import fastkd
-from fastkd import native, reference
-
-
-@pytest.fixture
-def each_path():
-    """The code paths that this processor has, one after the other."""
-    if not native.CPU.available:
-        pytest.skip(native.CPU.reason)
-    before = native.cpu_path()
-
-    def paths():
-        for path in native.cpu_paths():
-            native.set_cpu_path(path)
-            yield path
-
-    yield paths()
-    native.set_cpu_path(before)
+from fastkd import reference
 
 
 def gradients(loss, student, teacher, *rest, **options):

@@ -4,31 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from autograd_cases import gradients
 
 import fastkd
-from fastkd import native, reference
-
-
-def gradients(loss, *tensors):
-    leaves = [x.detach().requires_grad_() for x in tensors]
-    out = loss(*leaves)
-    return [out, *torch.autograd.grad(out, leaves)]
-
-
-@pytest.fixture
-def each_path():
-    """The code paths that this processor has, one after the other."""
-    if not native.CPU.available:
-        pytest.skip(native.CPU.reason)
-    before = native.cpu_path()
-
-    def paths():
-        for path in native.cpu_paths():
-            native.set_cpu_path(path)
-            yield path
-
-    yield paths()
-    native.set_cpu_path(before)
+from fastkd import reference
 
 
 @pytest.mark.parametrize("weights", [(25.0, 50.0), (3.0, 0.0), (0.0, 7.0)], ids=str)

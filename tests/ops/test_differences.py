@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from autograd_cases import gradients
 from recorder import Recorder
 
 import fastkd
@@ -51,28 +52,6 @@ def tensors(name, dtype=torch.float32, last=False):
         if last:
             pair = [x.movedim(1, -1).contiguous().movedim(-1, 1) for x in pair]
         yield pair
-
-
-def gradients(loss, *given):
-    leaves = [x.detach().requires_grad_() for x in given]
-    out = loss(*leaves)
-    return [out, *torch.autograd.grad(out, leaves)]
-
-
-@pytest.fixture
-def each_path():
-    """The code paths that this processor has, one after the other."""
-    if not native.CPU.available:
-        pytest.skip(native.CPU.reason)
-    before = native.cpu_path()
-
-    def paths():
-        for path in native.cpu_paths():
-            native.set_cpu_path(path)
-            yield path
-
-    yield paths()
-    native.set_cpu_path(before)
 
 
 @every_loss

@@ -7,26 +7,9 @@ import torch
 from recorder import Recorder
 
 import fastkd
-from fastkd import native
 from fastkd.ops.pooled import pooled_map
 
 SHAPES = [(2, 5, 8, 8), (1, 37, 7, 7), (3, 16, 32, 33), (2, 8, 1, 1), (1, 1, 3, 5), (2, 9, 2, 20)]
-
-
-@pytest.fixture
-def each_path():
-    """The code paths that this processor has, one after the other."""
-    if not native.CPU.available:
-        pytest.skip(native.CPU.reason)
-    before = native.cpu_path()
-
-    def paths():
-        for path in native.cpu_paths():
-            native.set_cpu_path(path)
-            yield path
-
-    yield paths()
-    native.set_cpu_path(before)
 
 
 def gradients(x, upstreams, which=(0, 1)):

@@ -32,7 +32,7 @@ def registries(monkeypatch):
         monkeypatch.setattr(module, names, getattr(module, names))
     monkeypatch.setattr(plugins, "_origins", {})
     yield
-    plugins._module.cache_clear()
+    plugins.of_file.cache_clear()
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def file(tmp_path):
 
 def forget():
     """As a new process begins: nothing is registered."""
-    plugins._module.cache_clear()
+    plugins.of_file.cache_clear()
     plugins._origins.clear()
     methods._KINDS.pop("logits", None), models._BUILDERS.pop("thin", None), data._LOADERS.pop("shades", None)
 
@@ -134,7 +134,7 @@ def test_two_files_with_one_name_clash_and_one_file_replaces_itself(tmp_path):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "mine.py").write_text(FILE, encoding="utf-8")
     plugins.load(tmp_path / "a" / "mine.py")
-    plugins._module.cache_clear()
+    plugins.of_file.cache_clear()
     plugins.load(tmp_path / "a" / "mine.py")  # as a notebook does
     with pytest.raises(plugins.UserError, match="method 'logits' is there already, from mine.py"):
         plugins.load(tmp_path / "b" / "mine.py")
