@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastkd.kernels.common.fields import TILE_LENGTH, TILE_ROWS
 from fastkd.kernels.common.tile import (
     added_up,
     along_gradient,
@@ -91,10 +92,7 @@ def loss_kernel(
             t_parts = tl.full((), 0, tl.int32) + t_of
             s_at = s_begin + n * s_parts * positions
             t_at = t_begin + n * t_parts * positions
-            s_div = gains[i][0]
-            t_div = gains[i][2]
-            s_gain = gains[i][1]
-            t_gain = gains[i][3]
+            s_div, s_gain, t_div, t_gain = gains[i]
             factor = factors[i]
             if s_out is not None:
                 s_coefficients = s_out[i]
@@ -227,8 +225,8 @@ def gradient_kernel(
         if (local >= 0) & (local < samples * programs):
             n = (local // programs).to(tl.int64)
             mine = local % programs
-            ROWS: tl.constexpr = CONFIG[i][3]
-            BLOCK: tl.constexpr = CONFIG[i][4]
+            ROWS: tl.constexpr = CONFIG[i][TILE_ROWS]
+            BLOCK: tl.constexpr = CONFIG[i][TILE_LENGTH]
             rows_count, length = rows_of(x_views[i], CONFIG, i)
             rows = tl.arange(0, ROWS)
             position = (mine % blocks) * BLOCK + tl.arange(0, BLOCK)

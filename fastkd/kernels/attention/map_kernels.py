@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastkd.kernels.common.fields import TILE_LENGTH, TILE_ROWS
 from fastkd.kernels.common.tile import (
     along_gradient,
     collapse,
@@ -112,8 +113,8 @@ def map_gradient_kernel(
     pid = tl.program_id(0)
     n = (pid // programs).to(tl.int64)
     mine = pid % programs
-    ROWS: tl.constexpr = CONFIG[0][3]
-    LENGTH: tl.constexpr = CONFIG[0][4]
+    ROWS: tl.constexpr = CONFIG[0][TILE_ROWS]
+    LENGTH: tl.constexpr = CONFIG[0][TILE_LENGTH]
     rows_count, length = rows_of(x_view, CONFIG, 0)
     rows = tl.arange(0, ROWS)
     position = (mine % blocks) * LENGTH + tl.arange(0, LENGTH)

@@ -23,6 +23,7 @@ from fastkd.kernels.common.windows import (
     empty_pooled,
     largest_window,
     offset,
+    place_in,
     sent,
     spatial,
     step,
@@ -50,14 +51,15 @@ def _pool(
     n, c, d, h, w = element(flat, channels, to, POSITION_FIRST)
     best = tl.zeros((256,), tl.float32)
     where = tl.zeros((256,), tl.int32)
-    for i in range(0, largest[0] * largest[1] * largest[2]):
+    deep, high, wide = largest
+    for i in range(0, deep * high * wide):
         dd, hh, ww, inside = step(d, h, w, i, size, to, largest, mask)
         v = tl.load(x + offset(n, c, dd, hh, ww, x_strides), mask=inside, other=0).to(tl.float32)
         if MAX:
             # the first of equal ones; a NaN is larger than anything
             better = inside & ((v > best) | (v != v) | (i == 0))
             best = tl.where(better, v, best)
-            where = tl.where(better, ((dd * size[1] + hh) * size[2] + ww).to(tl.int32), where)
+            where = tl.where(better, place_in(dd, hh, ww, size), where)
         else:
             best += v
     if not MAX:
@@ -89,11 +91,14 @@ def _unpool(
     flat = tl.program_id(0).to(tl.int64) * 256 + tl.arange(0, 256)
     mask = flat < elements
     n, c, d, h, w = element(flat, channels, size, POSITION_FIRST)
+    of_d, of_h, of_w = of
     total = tl.zeros((256,), tl.float32)
-    for i in range(0, largest[0] * largest[1] * largest[2]):
+    deep, high, wide = largest
+    for i in range(0, deep * high * wide):
         dd, hh, ww, inside = step(d, h, w, i, of, size, largest, mask)
         at = offset(n, c, dd, hh, ww, strides)
-        v = tl.load(coefficients + ((n * of[0] + dd) * of[1] + hh) * of[2] + ww, mask=inside, other=0)
+        here = coefficients + ((n * of_d + dd) * of_h + hh) * of_w + ww
+        v = tl.load(here, mask=inside, other=0)
         if grad is not None:
             v *= tl.load(grad).to(tl.float32)
         v *= slope(tl.load(pooled + at, mask=inside, other=0), CONFIG, 0)

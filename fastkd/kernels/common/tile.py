@@ -17,6 +17,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastkd.kernels.common.fields import (
+    HALF,
+    HEIGHT,
+    IS_FLAT,
+    IS_SIGNED,
+    LENGTH,
+    LINE_STRIDE,
+    PARITY,
+    PLANE_STRIDE,
+    POSITION_STRIDE,
+    POWER,
+    ROW_STRIDE,
+    ROWS,
+    ROWS_INNER,
+    SAMPLE_STRIDE,
+    TILE_LENGTH,
+    TILE_ROWS,
+    UNIT,
+    WHOLE,
+    WIDTH,
+)
+
 
 @triton.jit
 def raised(x, WHOLE: tl.constexpr, HALF: tl.constexpr):
@@ -44,48 +66,50 @@ def real_power(x, P: tl.constexpr, PARITY: tl.constexpr, SIGNED: tl.constexpr):
 @triton.jit
 def channel_power(x, CONFIG: tl.constexpr, ITEM: tl.constexpr):
     """|x|^p, x^p if signed."""
-    if CONFIG[ITEM][5] == 0:
-        return real_power(x, CONFIG[ITEM][8], CONFIG[ITEM][9], CONFIG[ITEM][7])
-    elif CONFIG[ITEM][7] or (CONFIG[ITEM][5] == 2 and not CONFIG[ITEM][6]):
-        return raised(x, CONFIG[ITEM][5], CONFIG[ITEM][6])
+    if CONFIG[ITEM][WHOLE] == 0:
+        return real_power(x, CONFIG[ITEM][POWER], CONFIG[ITEM][PARITY], CONFIG[ITEM][IS_SIGNED])
+    elif CONFIG[ITEM][IS_SIGNED] or (CONFIG[ITEM][WHOLE] == 2 and not CONFIG[ITEM][HALF]):
+        return raised(x, CONFIG[ITEM][WHOLE], CONFIG[ITEM][HALF])
     else:
-        return raised(tl.abs(x), CONFIG[ITEM][5], CONFIG[ITEM][6])
+        return raised(tl.abs(x), CONFIG[ITEM][WHOLE], CONFIG[ITEM][HALF])
 
 
 @triton.jit
 def slope(x, CONFIG: tl.constexpr, ITEM: tl.constexpr):
     """sign(x) |x|^(p-1), x^(p-1) if signed; at p = 1 that of 0 and of NaN is 0, as in PyTorch."""
-    if CONFIG[ITEM][5] == 0:
-        if CONFIG[ITEM][7]:
+    if CONFIG[ITEM][WHOLE] == 0:
+        if CONFIG[ITEM][IS_SIGNED]:
             # one less turns odd (1) into even (2) and back
-            return real_power(x, CONFIG[ITEM][8] - 1, (3 - CONFIG[ITEM][9]) if CONFIG[ITEM][9] else 0, True)
+            return real_power(
+                x, CONFIG[ITEM][POWER] - 1, (3 - CONFIG[ITEM][PARITY]) if CONFIG[ITEM][PARITY] else 0, True
+            )
         else:
-            y = real_power(x, CONFIG[ITEM][8] - 1, 0, False)
+            y = real_power(x, CONFIG[ITEM][POWER] - 1, 0, False)
             return tl.where(x < 0, -y, y)
-    elif CONFIG[ITEM][5] == 1:
-        if CONFIG[ITEM][6]:
+    elif CONFIG[ITEM][WHOLE] == 1:
+        if CONFIG[ITEM][HALF]:
             y = tl.sqrt_rn(tl.abs(x))
             return tl.where(x < 0, -y, y)
-        elif CONFIG[ITEM][7]:
+        elif CONFIG[ITEM][IS_SIGNED]:
             return tl.full(x.shape, 1.0, tl.float32)
         else:
             return tl.where(x > 0, 1.0, 0.0) - tl.where(x < 0, 1.0, 0.0)
-    elif CONFIG[ITEM][7]:
-        return raised(x, CONFIG[ITEM][5] - 1, CONFIG[ITEM][6])
-    elif CONFIG[ITEM][5] == 2 and not CONFIG[ITEM][6]:
+    elif CONFIG[ITEM][IS_SIGNED]:
+        return raised(x, CONFIG[ITEM][WHOLE] - 1, CONFIG[ITEM][HALF])
+    elif CONFIG[ITEM][WHOLE] == 2 and not CONFIG[ITEM][HALF]:
         return x
     else:
-        y = raised(tl.abs(x), CONFIG[ITEM][5] - 1, CONFIG[ITEM][6])
+        y = raised(tl.abs(x), CONFIG[ITEM][WHOLE] - 1, CONFIG[ITEM][HALF])
         return tl.where(x < 0, -y, y)
 
 
 @triton.jit
 def rows_of(view, CONFIG: tl.constexpr, ITEM: tl.constexpr):
     """The number of rows, and the length of one. ``view``: MatrixView.numbers."""
-    if CONFIG[ITEM][1]:
-        return view[0] * CONFIG[ITEM][2], view[1]
+    if CONFIG[ITEM][ROWS_INNER]:
+        return view[ROWS] * CONFIG[ITEM][UNIT], view[LENGTH]
     else:
-        return view[0], view[1] * CONFIG[ITEM][2]
+        return view[ROWS], view[LENGTH] * CONFIG[ITEM][UNIT]
 
 
 @triton.jit
@@ -93,24 +117,24 @@ def places(view, CONFIG: tl.constexpr, ITEM: tl.constexpr, n, row, rows, positio
     """Offsets of a tile: sample n, rows ``row + rows``, positions ``position``. In int64: strides may be as
     large as the tensor.
     """
-    if CONFIG[ITEM][0]:
-        if CONFIG[ITEM][1]:
-            sample = n.to(tl.int64) * view[4] * CONFIG[ITEM][2]
+    if CONFIG[ITEM][IS_FLAT]:
+        if CONFIG[ITEM][ROWS_INNER]:
+            sample = n.to(tl.int64) * view[SAMPLE_STRIDE] * CONFIG[ITEM][UNIT]
             across = (row + rows).to(tl.int64)
-            along = position.to(tl.int64) * view[8] * CONFIG[ITEM][2]
+            along = position.to(tl.int64) * view[POSITION_STRIDE] * CONFIG[ITEM][UNIT]
         else:
-            sample = n.to(tl.int64) * view[4] * CONFIG[ITEM][2]
-            across = (row + rows).to(tl.int64) * view[5] * CONFIG[ITEM][2]
-            along = position.to(tl.int64) * view[8]
+            sample = n.to(tl.int64) * view[SAMPLE_STRIDE] * CONFIG[ITEM][UNIT]
+            across = (row + rows).to(tl.int64) * view[ROW_STRIDE] * CONFIG[ITEM][UNIT]
+            along = position.to(tl.int64) * view[POSITION_STRIDE]
     else:
-        sample = n.to(tl.int64) * view[4]
-        across = (row + rows).to(tl.int64) * view[5]
-        line = position // view[3]
-        plane = line // view[2]
+        sample = n.to(tl.int64) * view[SAMPLE_STRIDE]
+        across = (row + rows).to(tl.int64) * view[ROW_STRIDE]
+        line = position // view[WIDTH]
+        plane = line // view[HEIGHT]
         along = (
-            plane.to(tl.int64) * view[6]
-            + (line % view[2]).to(tl.int64) * view[7]
-            + (position % view[3]).to(tl.int64) * view[8]
+            plane.to(tl.int64) * view[PLANE_STRIDE]
+            + (line % view[HEIGHT]).to(tl.int64) * view[LINE_STRIDE]
+            + (position % view[WIDTH]).to(tl.int64) * view[POSITION_STRIDE]
         )
     return sample + across[:, None] + along[None, :]
 
@@ -118,12 +142,12 @@ def places(view, CONFIG: tl.constexpr, ITEM: tl.constexpr, n, row, rows, positio
 @triton.jit
 def row_step(view, CONFIG: tl.constexpr, ITEM: tl.constexpr):
     """How far the next tile of rows is. A tensor always: Triton 3.7 does not compile a returned constant."""
-    if CONFIG[ITEM][1]:
-        return tl.cast(CONFIG[ITEM][3], tl.int64)
-    elif CONFIG[ITEM][0]:
-        return tl.cast(view[5], tl.int64) * (CONFIG[ITEM][2] * CONFIG[ITEM][3])
+    if CONFIG[ITEM][ROWS_INNER]:
+        return tl.cast(CONFIG[ITEM][TILE_ROWS], tl.int64)
+    elif CONFIG[ITEM][IS_FLAT]:
+        return tl.cast(view[ROW_STRIDE], tl.int64) * (CONFIG[ITEM][UNIT] * CONFIG[ITEM][TILE_ROWS])
     else:
-        return tl.cast(view[5], tl.int64) * CONFIG[ITEM][3]
+        return tl.cast(view[ROW_STRIDE], tl.int64) * CONFIG[ITEM][TILE_ROWS]
 
 
 @triton.jit
@@ -148,20 +172,20 @@ def sum_powers(
     folded into one. With y, the powers are those of y = relu(x + residual), written on the way and rounded
     to its dtype.
     """
-    ROWS: tl.constexpr = CONFIG[ITEM][3]
-    BLOCK: tl.constexpr = CONFIG[ITEM][4]
+    ROW_BLOCK: tl.constexpr = CONFIG[ITEM][TILE_ROWS]
+    BLOCK: tl.constexpr = CONFIG[ITEM][TILE_LENGTH]
     rows_count, length = rows_of(view, CONFIG, ITEM)
-    rows = tl.arange(0, ROWS)
+    rows = tl.arange(0, ROW_BLOCK)
     position = block * BLOCK + tl.arange(0, BLOCK)
     inside = position < length
-    first = chunk * steps * ROWS
+    first = chunk * steps * ROW_BLOCK
     at = x + places(view, CONFIG, ITEM, n, first, rows, position)
     if y is not None:
         y_at = y + places(y_view, CONFIG, ITEM, n, first, rows, position)
     if residual is not None:
         residual_at = residual + places(residual_view, CONFIG, ITEM, n, first, rows, position)
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for row in range(first, tl.minimum(first + steps * ROWS, rows_count), ROWS):
+    total = tl.zeros((ROW_BLOCK, BLOCK), tl.float32)
+    for row in range(first, tl.minimum(first + steps * ROW_BLOCK, rows_count), ROW_BLOCK):
         mask = (row + rows < rows_count)[:, None] & inside[None, :]
         v = tl.load(at, mask=mask, other=0).to(tl.float32)
         at += row_step(view, CONFIG, ITEM)

@@ -19,7 +19,8 @@ BLOCK = 256  # elements a program
 @triton.jit
 def element(flat, channels, size, POSITION_FIRST: tl.constexpr):
     """(sample, channel, d, h, w) of an element, channels innermost if POSITION_FIRST. size: (D, H, W)."""
-    positions = tl.cast(size[0], tl.int64) * size[1] * size[2]
+    depth, height, width = size
+    positions = tl.cast(depth, tl.int64) * height * width
     n = flat // (channels * positions)
     rest = flat % (channels * positions)
     if POSITION_FIRST:
@@ -28,12 +29,20 @@ def element(flat, channels, size, POSITION_FIRST: tl.constexpr):
     else:
         c = rest // positions
         s = rest % positions
-    return n, c, s // (size[1] * size[2]), s // size[2] % size[1], s % size[2]
+    return n, c, s // (height * width), s // width % height, s % width
+
+
+@triton.jit
+def place_in(d, h, w, size):
+    """The number of position (d, h, w) in a grid of ``size``."""
+    _, height, width = size
+    return ((d * height + h) * width + w).to(tl.int32)
 
 
 @triton.jit
 def offset(n, c, d, h, w, strides):
-    return n * strides[0] + c * strides[1] + d * strides[2] + h * strides[3] + w * strides[4]
+    stride_n, stride_c, stride_d, stride_h, stride_w = strides
+    return n * stride_n + c * stride_c + d * stride_d + h * stride_h + w * stride_w
 
 
 @triton.jit
@@ -41,21 +50,26 @@ def step(d, h, w, i, size, of, extent, mask):
     """Position i of the windows, over a grid of ``size``, of the outputs (d, h, w) of ``of``, and whether it
     lies within each.
     """
-    dd = d * size[0] // of[0] + i // (extent[1] * extent[2])
-    hh = h * size[1] // of[1] + i // extent[2] % extent[1]
-    ww = w * size[2] // of[2] + i % extent[2]
-    d_in = dd < ((d + 1) * size[0] + of[0] - 1) // of[0]
-    h_in = hh < ((h + 1) * size[1] + of[1] - 1) // of[1]
-    w_in = ww < ((w + 1) * size[2] + of[2] - 1) // of[2]
+    depth, height, width = size
+    of_d, of_h, of_w = of
+    _, high, wide = extent
+    dd = d * depth // of_d + i // (high * wide)
+    hh = h * height // of_h + i // wide % high
+    ww = w * width // of_w + i % wide
+    d_in = dd < ((d + 1) * depth + of_d - 1) // of_d
+    h_in = hh < ((h + 1) * height + of_h - 1) // of_h
+    w_in = ww < ((w + 1) * width + of_w - 1) // of_w
     return dd, hh, ww, mask & d_in & h_in & w_in
 
 
 @triton.jit
 def volume(d, h, w, size, of):
     """How many positions the window of output (d, h, w) of ``of`` covers, over a grid of ``size``."""
-    deep = ((d + 1) * size[0] + of[0] - 1) // of[0] - d * size[0] // of[0]
-    high = ((h + 1) * size[1] + of[1] - 1) // of[1] - h * size[1] // of[1]
-    wide = ((w + 1) * size[2] + of[2] - 1) // of[2] - w * size[2] // of[2]
+    depth, height, width = size
+    of_d, of_h, of_w = of
+    deep = ((d + 1) * depth + of_d - 1) // of_d - d * depth // of_d
+    high = ((h + 1) * height + of_h - 1) // of_h - h * height // of_h
+    wide = ((w + 1) * width + of_w - 1) // of_w - w * width // of_w
     return (deep * high * wide).to(tl.float32)
 
 
@@ -63,8 +77,7 @@ def volume(d, h, w, size, of):
 def sent(v, place, at, inside, d, h, w, dd, hh, ww, size, of):
     """What window (dd, hh, ww) sends of v to (d, h, w): its share, or all to the place of the maximum."""
     if place is not None:
-        here = ((d * size[1] + h) * size[2] + w).to(tl.int32)
-        inside = inside & (tl.load(place + at, mask=inside, other=-1) == here)
+        inside = inside & (tl.load(place + at, mask=inside, other=-1) == place_in(d, h, w, size))
     else:
         v = v / volume(dd, hh, ww, size, of)
     return tl.where(inside, v, 0.0)

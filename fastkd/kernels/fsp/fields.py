@@ -13,7 +13,8 @@ UNIT = tl.constexpr(2)  # a number that divides all offsets
 WINDOW_D = tl.constexpr(3)  # numbers of the pooling window along depth, height and width
 WINDOW_H = tl.constexpr(4)
 WINDOW_W = tl.constexpr(5)
-PARTS_H = tl.constexpr(7)  # pooled numbers at one position of a coarser grid, along height and width
+PARTS_D = tl.constexpr(6)  # pooled numbers at one position of a coarser grid, along each axis
+PARTS_H = tl.constexpr(7)
 PARTS_W = tl.constexpr(8)
 IS_EXACT = tl.constexpr(9)  # bfloat16 holds what is read
 IS_FAR = tl.constexpr(10)  # offsets within a sample need int64
@@ -48,3 +49,16 @@ ONE_TILE = tl.constexpr(5)  # for KIND 2: one square tile is all
 FIRST_TERM = tl.constexpr(3)
 COARSE_TERMS = tl.constexpr(4)  # on the grid of the products
 FINE_TERMS = tl.constexpr(5)  # on the feature's own grid
+
+# of a pair in the forward pass: pairs[J][FIRST_PROGRAM]
+FIRST_PROGRAM = tl.constexpr(0)
+PROGRAMS = tl.constexpr(1)  # of a sample
+SHARES_AT = tl.constexpr(3)  # where its numbers of the loss are
+SHARES = tl.constexpr(4)
+
+# of a term of a gradient: K[T][TERM_KIND]
+TERM_VIEW = tl.constexpr(0)  # the place of its first tensor and view
+TERM_KIND = tl.constexpr(1)  # of a matrix saved (0), of squares (1), of a matrix recomputed (2)
+TERM_LEFT = tl.constexpr(2)  # whether the gradient is that of the pair's first feature
+TERM_SIGN = tl.constexpr(3)  # of squares: the sign of the second one, or 0 where there is none
+TERM_SAME = tl.constexpr(3)  # of a matrix recomputed: student and teacher have one size

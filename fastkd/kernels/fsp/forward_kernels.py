@@ -6,7 +6,16 @@ import triton
 import triton.language as tl
 
 from fastkd.kernels.common.tile import added_up, last_of
-from fastkd.kernels.fsp.fields import FACTORS_ALONE, KIND, TILE_COLUMNS, TILE_ROWS
+from fastkd.kernels.fsp.fields import (
+    FACTORS_ALONE,
+    FIRST_PROGRAM,
+    KIND,
+    PROGRAMS,
+    SHARES,
+    SHARES_AT,
+    TILE_COLUMNS,
+    TILE_ROWS,
+)
 from fastkd.kernels.fsp.low_rank import low_rank_program
 from fastkd.kernels.fsp.products import difference, products
 from fastkd.kernels.fsp.tile import extent, zeros
@@ -184,8 +193,8 @@ def fsp_loss_kernel(
     pid = tl.program_id(0)
     done = pid < 0
     for i in tl.static_range(PAIRS):
-        local = pid - pairs[i][0]
-        if (local >= 0) & (local < samples * pairs[i][1]):
+        local = pid - pairs[i][FIRST_PROGRAM]
+        if (local >= 0) & (local < samples * pairs[i][PROGRAMS]):
             LOW_RANK: tl.constexpr = C[i][KIND] == 2
             if LOW_RANK:
                 done = low_rank_program(
@@ -225,5 +234,7 @@ def fsp_loss_kernel(
         if last_of(tickets, units):
             total = tl.full((), 0.0, tl.float64)
             for i in tl.static_range(PAIRS):
-                total += added_up(scratch + pairs[i][3], pairs[i][4], BLOCK) * tl.cast(factors[i], tl.float64)
+                total += added_up(scratch + pairs[i][SHARES_AT], pairs[i][SHARES], BLOCK) * tl.cast(
+                    factors[i], tl.float64
+                )
             tl.store(loss, total.to(tl.float32))

@@ -5,7 +5,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastkd.kernels.fsp.fields import COARSE_TERMS, FINE_TERMS, FIRST_TERM, TILE_COLUMNS, TILE_ROWS
+from fastkd.kernels.fsp.fields import (
+    COARSE_TERMS,
+    FINE_TERMS,
+    FIRST_TERM,
+    PARTS_D,
+    PARTS_H,
+    PARTS_W,
+    TERM_KIND,
+    TERM_VIEW,
+    TILE_COLUMNS,
+    TILE_ROWS,
+)
 from fastkd.kernels.fsp.low_rank import low_rank_term
 from fastkd.kernels.fsp.term_kernels import recomputed_term, saved_term
 from fastkd.kernels.fsp.tile import across, along, extent, part, sample, zeros
@@ -33,9 +44,9 @@ def _any_term(
     MODE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """K[T]: (place of its first tensor and view, 0) or that of ``low_rank_term`` or ``recomputed_term``."""
-    A: tl.constexpr = K[T][0]
-    if K[T][1] == 0:
+    """Term T, of whichever kind. K[T]: see fsp/fields.py."""
+    A: tl.constexpr = K[T][TERM_VIEW]
+    if K[T][TERM_KIND] == 0:
         return saved_term(
             total,
             ms[T],
@@ -56,7 +67,7 @@ def _any_term(
             MODE,
             UPCAST,
         )
-    elif K[T][1] == 1:
+    elif K[T][TERM_KIND] == 1:
         return low_rank_term(
             total,
             xs[A],
@@ -182,7 +193,7 @@ def fsp_gradient_kernel(
                     UPCAST,
                 )
             # what lies in one pooling window shares the terms that were pooled
-            for j in range(0, W[i][6] * W[i][7] * W[i][8]):
+            for j in range(0, W[i][PARTS_D] * W[i][PARTS_H] * W[i][PARTS_W]):
                 total = coarse
                 for k in tl.static_range(FINE):
                     total = _any_term(

@@ -26,7 +26,16 @@ import triton
 import triton.language as tl
 
 from fastkd.kernels.common.tile import last_of
-from fastkd.kernels.fsp.fields import IS_EXACT, ONE_TILE, PART_CHANNELS, TILE_COLUMNS, TILE_DEPTH, TILE_ROWS
+from fastkd.kernels.fsp.fields import (
+    IS_EXACT,
+    ONE_TILE,
+    PART_CHANNELS,
+    TERM_LEFT,
+    TERM_SIGN,
+    TILE_COLUMNS,
+    TILE_DEPTH,
+    TILE_ROWS,
+)
 from fastkd.kernels.fsp.products import product, product_apart
 from fastkd.kernels.fsp.tile import across, along, extent, part, read, sample, zeros
 
@@ -245,11 +254,10 @@ def low_rank_term(
     or two neighbours' sum.
 
     V[A] and the next three are what is constant of s, t and a saved square, as it is and transposed; offsets:
-    where M0 begins and from one square to the next. K[T]: (A, whether a term of this kind, LEFT, the sign of
-    the second square or 0).
+    where M0 begins and from one square to the next. K[T]: see fsp/fields.py.
     """
-    LEFT: tl.constexpr = K[T][2]
-    SIGN: tl.constexpr = K[T][3]
+    LEFT: tl.constexpr = K[T][TERM_LEFT]
+    SIGN: tl.constexpr = K[T][TERM_SIGN]
     X_EXACT: tl.constexpr = V[A][IS_EXACT] and not LEFT
     Y_EXACT: tl.constexpr = V[A + 1][IS_EXACT] and LEFT
     count, _ = extent(view, V, A + 2)
@@ -259,7 +267,8 @@ def low_rank_term(
     t += sample(t_view, V, A + 1, n)
     s_rows = across(s_view, V, A, row)[:, None]
     t_rows = across(t_view, V, A + 1, row)[:, None]
-    saved += sample(view, V, A + 2, n) + offsets[0]
+    first_square, next_square = offsets
+    saved += sample(view, V, A + 2, n) + first_square
     columns = (along(view, V, A + 2, position) + part(view, V, A + 2, j))[None, :]
     turned_columns = (along(turned, V, A + 3, position) + part(turned, V, A + 3, j))[None, :]
     for first in range(0, count, C[J][TILE_DEPTH]):
@@ -274,12 +283,12 @@ def low_rank_term(
             x, y = x, x - y
         mask = given[:, None] & inside[None, :]
         at = saved + (across(view, V, A + 2, o)[:, None] + columns)
-        turned_at = saved + offsets[1] + (across(turned, V, A + 3, o)[:, None] + turned_columns)
+        turned_at = saved + next_square + (across(turned, V, A + 3, o)[:, None] + turned_columns)
         m0 = tl.load(at, mask=mask, other=0)
         m1 = tl.load(turned_at, mask=mask, other=0)
         if SIGN != 0:
-            m0 += SIGN * tl.load(at + offsets[1], mask=mask, other=0)
-            m1 += SIGN * tl.load(turned_at + offsets[1], mask=mask, other=0)
+            m0 += SIGN * tl.load(at + next_square, mask=mask, other=0)
+            m1 += SIGN * tl.load(turned_at + next_square, mask=mask, other=0)
         total = product(x, m0 * scale, total, MODE, UPCAST, X_EXACT, False)
         total = product(y, m1 * scale, total, MODE, UPCAST, Y_EXACT, False)
     return total

@@ -19,7 +19,8 @@ from fastkd.kernels.common.windows import BLOCK, element, largest_window, offset
 def _gathered(term, place, mask, n, c, d, h, w, size, of, strides, largest):
     """What the windows over each position send of ``term``."""
     total = tl.zeros((256,), tl.float32)
-    for i in range(0, largest[0] * largest[1] * largest[2]):
+    deep, high, wide = largest
+    for i in range(0, deep * high * wide):
         dd, hh, ww, inside = step(d, h, w, i, of, size, largest, mask)
         at = offset(n, c, dd, hh, ww, strides)
         total += sent(

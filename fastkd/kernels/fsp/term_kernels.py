@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastkd.kernels.fsp.fields import IS_EXACT, TILE_DEPTH
+from fastkd.kernels.fsp.fields import IS_EXACT, TERM_LEFT, TERM_SAME, TILE_DEPTH
 from fastkd.kernels.fsp.products import difference, product
 from fastkd.kernels.fsp.tile import across, along, extent, part, read, sample
 
@@ -36,7 +36,8 @@ def saved_term(
     count, _ = extent(view, V, T)
     k = tl.arange(0, C[J][TILE_DEPTH])
     own = row < rows
-    m_at = m + n * m_strides[0] + row.to(tl.int64)[:, None] * m_strides[1]
+    stride_n, stride_row, stride_channel = m_strides
+    m_at = m + n * stride_n + row.to(tl.int64)[:, None] * stride_row
     x += sample(view, V, T, n)
     x_columns = (along(view, V, T, position) + part(view, V, T, j))[None, :]
     for first in range(0, count, C[J][TILE_DEPTH]):
@@ -44,7 +45,7 @@ def saved_term(
         given = o < count
         v = (
             tl.load(
-                m_at + o.to(tl.int64)[None, :] * m_strides[2], mask=own[:, None] & given[None, :], other=0
+                m_at + o.to(tl.int64)[None, :] * stride_channel, mask=own[:, None] & given[None, :], other=0
             ).to(tl.float32)
             * scale
         )
@@ -91,14 +92,15 @@ def recomputed_term(
 
     a: the student's feature whose gradient this is, or the teacher's is, and b the pair's other. numbers:
     strides of ``saved``, positions of student and teacher. V[A] is what is constant of x, the next of a, b,
-    a_less, b_less. K[T]: (A, 2, LEFT, whether sizes are the same).
+    a_less, b_less. K[T]: see fsp/fields.py.
     """
-    LEFT: tl.constexpr = K[T][2]
+    LEFT: tl.constexpr = K[T][TERM_LEFT]
     EXACT: tl.constexpr = V[A][IS_EXACT]
-    SAME: tl.constexpr = K[T][3]
+    SAME: tl.constexpr = K[T][TERM_SAME]
     count, _ = extent(x_view, V, A)
     k = tl.arange(0, C[J][TILE_DEPTH])
-    saved += n * numbers[0]
+    stride_n, stride_channel, positions, less_positions = numbers
+    saved += n * stride_n
     x += sample(x_view, V, A, n)
     x_columns = (along(x_view, V, A, position) + part(x_view, V, A, j))[None, :]
     for first in range(0, count, C[J][TILE_DEPTH]):
@@ -116,8 +118,8 @@ def recomputed_term(
             n,
             row,
             o,
-            numbers[2],
-            numbers[3],
+            positions,
+            less_positions,
             V,
             A + 1,
             C,
@@ -129,9 +131,9 @@ def recomputed_term(
         # an idle channel's product with an infinity is none
         m = tl.where(given[None, :], m, 0.0)
         if LEFT:
-            m = m * tl.load(saved + o * numbers[1], mask=given, other=0)[None, :]
+            m = m * tl.load(saved + o * stride_channel, mask=given, other=0)[None, :]
         else:
-            m = m * tl.load(saved + row * numbers[1], mask=row < rows, other=0)[:, None]
+            m = m * tl.load(saved + row * stride_channel, mask=row < rows, other=0)[:, None]
         y = read(
             x + (across(x_view, V, A, o)[:, None] + x_columns), given[:, None] & inside[None, :], x_view, V, A
         )

@@ -57,12 +57,12 @@ def term_of(
         n, a, b = m.stride()
         return Term(common, (other,), pair, (n, a, b) if left else (n, b, a), tensors[other].shape[1])
     if m.dim() == 2:
-        of = [[places[stage][chain] for stage in (i, other)] for chain in (0, 1)]
-        factors = tuple([common_size(*(tensors[j] for j in side)) for side in of])
+        student, of_teacher = ([places[stage][chain] for stage in (i, other)] for chain in (0, 1))
+        factors = tuple([common_size(*(tensors[j] for j in side)) for side in (student, of_teacher)])
         numbers = (*m.stride(), *(math.prod(size) for size in factors))
         return Term(
             common,
-            (other, *of[0], *of[1]),
+            (other, *student, *of_teacher),
             pair,
             numbers,
             tensors[other].shape[1],

@@ -21,6 +21,7 @@ from fastkd.kernels import interpreting, own_precision
 from fastkd.kernels.common.launch import matrix_view, power_of_two, served
 from fastkd.kernels.common.pool import pool
 from fastkd.kernels.common.windows import pooled_strides
+from fastkd.kernels.fsp.fields import COARSE_TERMS, FINE_TERMS, STRIDE_C, UNIT
 
 ONES = (1, 1, 1)
 LARGEST_WINDOW = 4
@@ -38,12 +39,12 @@ class View:
     @property
     def register_heavy(self) -> bool:
         """Whether its addresses take many registers: windows, or rows that are no multiples of a vector."""
-        return self.config[2] == 1
+        return self.config[UNIT.value] == 1
 
     @property
     def scalar(self) -> bool:
         """Whether it is even read number by number."""
-        return self.register_heavy and self.numbers[5] != 1
+        return self.register_heavy and self.numbers[STRIDE_C.value] != 1
 
 
 def three(size: Sequence[int]) -> Size:
@@ -171,12 +172,13 @@ def most_warps(t: Size) -> int:
     Triton divides such a tile along its longer side alone; along its rows, where warps multiply in groups. A
     warp's part is 16 rows or 8 columns at least. More warps compute the same numbers again.
     """
-    by_rows = t[0] >= t[1] or (t[0] >= 64 and _joins_warps())
-    return t[0] // 16 if by_rows else t[1] // 8
+    rows, columns = t[:2]
+    by_rows = rows >= columns or (rows >= 64 and _joins_warps())
+    return rows // 16 if by_rows else columns // 8
 
 
 def warps(tiles: Sequence[Size], how: str, low_rank: Sequence[Size] = ()) -> int:
-    if any(t[0] * t[1] > 64 * 64 for t in tiles) or any(t[0] == 64 for t in low_rank):
+    if any(math.prod(t[:2]) > 64 * 64 for t in tiles) or any(t[0] == 64 for t in low_rank):
         return 8  # fewer would not have the registers
     return 4 if how == "ieee" else min(4, max(most_warps(t) for t in tiles))
 
@@ -192,7 +194,9 @@ def tight(cuts: Sequence[Size], how: str, count: int, *, through: bool = False) 
     Four warps hold two sums of 64 x 64, or eight a matrix that is made on the way. On sm_100 eight have half
     of the registers.
     """
-    two_sums = any(c[0] * c[1] >= 64 * 64 and c[4] and c[5] for c in cuts)
+    two_sums = any(
+        math.prod(c[:2]) >= 64 * 64 and c[COARSE_TERMS.value] and c[FINE_TERMS.value] for c in cuts
+    )
     if count <= 4:
         return two_sums
     return through or (how == "bf16" and 100 <= _capability() < 120)
