@@ -4,6 +4,9 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "common/tensor.h"
+#include "cpu/processor.h"
+
 #ifdef FASTKD_X86
 #include <cpuid.h>
 #endif
@@ -13,21 +16,23 @@
 #endif
 
 namespace fastkd {
+
+#define FASTKD_KERNELS(operation, Kernels, path) extern const Kernels operation##_kernels;
+#define FASTKD_CODE_PATH(path)            \
+  namespace path {                        \
+  FASTKD_OPERATIONS(FASTKD_KERNELS, path) \
+  }
+FASTKD_CODE_PATH(portable)
+FASTKD_CODE_PATH(neon)
+FASTKD_CODE_PATH(avx2)
+FASTKD_CODE_PATH(avx512)
+
 namespace {
 
 enum Status { kOk = 0, kUnknown = 1, kUnsupported = 2, kNotBuilt = 3, kForeign = 4 };
 
-#define FASTKD_TABLE(path)   \
-  {#path,                    \
-   path::attention_kernels,  \
-   path::fsp_kernels,        \
-   path::tap_kernels,        \
-   path::norm_kernels,       \
-   path::rkd_kernels,        \
-   path::difference_kernels, \
-   path::crd_kernels,        \
-   path::sakd_kernels,       \
-   path::pooled_kernels}
+#define FASTKD_ENTRY(operation, Kernels, path) path::operation##_kernels,
+#define FASTKD_TABLE(path) {#path, FASTKD_OPERATIONS(FASTKD_ENTRY, path)}
 constexpr KernelTable kPortable = FASTKD_TABLE(portable);
 #ifdef FASTKD_ARM
 constexpr KernelTable kNeon = FASTKD_TABLE(neon);

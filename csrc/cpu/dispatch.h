@@ -1,61 +1,32 @@
-// The table of kernels of one CPU code path, and the choice among the paths.
+// The table of kernels of one CPU code path, and the choice among the paths. It names the operations' kernels
+// only, so that a change in an operation's header compiles that operation again and no other.
 #pragma once
 
-#include "cpu/attention/attention.h"
-#include "cpu/fsp/fsp.h"
-#include "cpu/batch_norm/batch_norm.h"
-#include "cpu/crd/crd.h"
-#include "cpu/difference/difference.h"
-#include "cpu/pooled/pooled.h"
-#include "cpu/rkd/rkd.h"
-#include "cpu/sakd/sakd.h"
-#include "cpu/attention/tap.h"
+// X(operation, the type of its kernels, path) for each operation. `operation`_kernels of that type stands at
+// the end of the operation's .inl file, once in each path's namespace.
+#define FASTKD_OPERATIONS(X, path)       \
+  X(attention, AttentionKernels, path)   \
+  X(crd, CrdKernels, path)               \
+  X(difference, DifferenceKernels, path) \
+  X(fsp, FspKernels, path)               \
+  X(norm, NormKernels, path)             \
+  X(pooled, PooledKernels, path)         \
+  X(rkd, RkdKernels, path)               \
+  X(sakd, SakdKernels, path)             \
+  X(tap, TapKernels, path)
 
 namespace fastkd {
 
-// Code paths with AVX exist on x86-64, for GCC and for clang from 16 on. AMX is asked of Linux.
-#if defined(__x86_64__) && defined(__GNUC__) && (!defined(__clang__) || __clang_major__ >= 16)
-#define FASTKD_X86 1
-#if defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
-#define FASTKD_AMX 1
-#endif
-#endif
-
-// The path "neon" exists on aarch64.
-#if defined(__aarch64__) && defined(__GNUC__) && !defined(__AARCH64EB__)
-#define FASTKD_ARM 1
-#endif
+#define FASTKD_DECLARED(operation, Kernels, path) struct Kernels;
+FASTKD_OPERATIONS(FASTKD_DECLARED, )
+#undef FASTKD_DECLARED
 
 struct KernelTable {
   const char* name;  // "portable", "neon", "avx2", "avx512"
-  const AttentionKernels& attention;
-  const FspKernels& fsp;
-  const TapKernels& tap;
-  const NormKernels& norm;
-  const RkdKernels& rkd;
-  const DifferenceKernels& difference;
-  const CrdKernels& crd;
-  const SakdKernels& sakd;
-  const PooledKernels& pooled;
+#define FASTKD_FIELD(operation, Kernels, path) const Kernels& operation;
+  FASTKD_OPERATIONS(FASTKD_FIELD, )
+#undef FASTKD_FIELD
 };
-
-// Defined at the end of the .inl files, by way of each operation's kernels.cpp.
-#define FASTKD_CODE_PATH(path)                       \
-  namespace path {                                   \
-  extern const AttentionKernels attention_kernels;   \
-  extern const CrdKernels crd_kernels;               \
-  extern const SakdKernels sakd_kernels;             \
-  extern const PooledKernels pooled_kernels;         \
-  extern const DifferenceKernels difference_kernels; \
-  extern const FspKernels fsp_kernels;               \
-  extern const TapKernels tap_kernels;               \
-  extern const NormKernels norm_kernels;             \
-  extern const RkdKernels rkd_kernels;               \
-  }
-FASTKD_CODE_PATH(portable)
-FASTKD_CODE_PATH(neon)
-FASTKD_CODE_PATH(avx2)
-FASTKD_CODE_PATH(avx512)
 
 // The path in use: FASTKD_CPU, or what fastkd_set_cpu_path() chose, or else the best one that this CPU runs.
 // Throws if FASTKD_CPU names no usable path.

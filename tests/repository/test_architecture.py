@@ -55,3 +55,28 @@ def test_no_file_imports_from_a_floor_above_its_own():
                 assert floor(other) <= floor(path), f"{path} imports {name}"
                 checked += 1
     assert checked > 200
+
+
+def headers_of(source: Path) -> set[str]:
+    """The files of csrc that a C++ file includes, by way of others too."""
+    found: set[str] = set()
+    left = [source.relative_to(ROOT / "csrc").as_posix()]
+    while left:
+        text = (ROOT / "csrc" / left.pop()).read_text(encoding="utf-8")
+        new = set(re.findall(r'^#include "([^"]+)"', text, re.MULTILINE)) - found
+        found |= new
+        left += new
+    return found
+
+
+def test_kernels_include_no_other_operations_headers():
+    """An edit of a header then compiles its own operation's kernels again, and no others, which take long."""
+    kernels = sorted((ROOT / "csrc" / "cpu").glob("*/kernels.cpp"))
+    assert len(kernels) > 5
+    for source in [*kernels, ROOT / "csrc" / "cpu" / "dispatch.h"]:
+        others = {
+            name
+            for name in headers_of(source)
+            if name.count("/") > 1 and not name.startswith((f"cpu/{source.parent.name}/", "cpu/simd/"))
+        }
+        assert not others, f"{source.relative_to(ROOT)} includes {', '.join(sorted(others))}"

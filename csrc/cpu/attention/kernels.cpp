@@ -1,4 +1,6 @@
 // Attention maps, the loss over them, and the taps, which share most of their loops.
+#include "cpu/attention/tap.h"
+
 #include "cpu/code_path.h"
 
 #ifdef FASTKD_PATH_BUILT

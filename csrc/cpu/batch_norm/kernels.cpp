@@ -1,4 +1,6 @@
 // Batch norms in training.
+#include "cpu/batch_norm/batch_norm.h"
+
 #include "cpu/code_path.h"
 
 #ifdef FASTKD_PATH_BUILT

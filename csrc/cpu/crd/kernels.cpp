@@ -1,4 +1,6 @@
 // Contrastive distillation against drawn rows of a bank.
+#include "cpu/crd/crd.h"
+
 #include "cpu/code_path.h"
 
 #ifdef FASTKD_PATH_BUILT

@@ -1,5 +1,7 @@
 // Losses of the differences of two features on a CPU: checks, allocation and the division among threads. The
 // passes are in difference.inl, the schemas in fastkd/ops/.
+#include "cpu/difference/difference.h"
+
 #include <numeric>
 #include <tuple>
 

@@ -1,4 +1,6 @@
 // Losses of the differences of two features.
+#include "cpu/difference/difference.h"
+
 #include "cpu/code_path.h"
 
 #ifdef FASTKD_PATH_BUILT

@@ -1,4 +1,6 @@
 // FSP matrices and the loss over them.
+#include "cpu/fsp/fsp.h"
+
 #include "cpu/code_path.h"
 
 #ifdef FASTKD_PATH_BUILT

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/dispatch.h"
+#include "cpu/fsp/fsp.h"
 
 namespace fastkd {
 

@@ -1,4 +1,6 @@
 // Channel power maps of a feature with its mean over space.
+#include "cpu/pooled/pooled.h"
+
 #include "cpu/code_path.h"
 
 #ifdef FASTKD_PATH_BUILT

@@ -1,4 +1,6 @@
 // Relations between the samples of a batch.
+#include "cpu/rkd/rkd.h"
+
 #include "cpu/code_path.h"
 
 #ifdef FASTKD_PATH_BUILT

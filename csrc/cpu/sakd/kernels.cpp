@@ -1,4 +1,6 @@
 // Self-attention distillation.
+#include "cpu/sakd/sakd.h"
+
 #include "cpu/code_path.h"
 
 #ifdef FASTKD_PATH_BUILT
