@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from fastkd import native
+from fastkd.io.files import locked
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = [
@@ -54,6 +55,15 @@ def build() -> Path | None:
     library = ROOT / "build" / "emulated" / digest.hexdigest() / "_C_emulated.so"
     if library.exists():
         return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with locked(library.parent / ".lock"):  # one of pytest's processes compiles, the others wait for it
+        if not library.exists():
+            compile_to(library, compiler, sources)
+    return library
+
+
+def compile_to(library: Path, compiler: list[str], sources: list[Path]) -> None:
+    """Compiles ``sources`` side by side, and renames what was linked to ``library``. Raises RuntimeError."""
     top = Path(torch.__file__).parent
     search = [f"-I{ROOT / 'csrc'}", "-isystem", str(top / "include")]
     objects = library.parent / str(os.getpid())
@@ -82,7 +92,6 @@ def build() -> Path | None:
     run(["-shared", *made, f"-L{top / 'lib'}", "-ltorch_cpu", "-o", str(objects / library.name)])
     os.replace(objects / library.name, library)
     shutil.rmtree(objects)
-    return library
 
 
 def load() -> None:

@@ -8,7 +8,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,17 +17,22 @@ from fastkd import native
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"```(?:python|py|cpp)\n(?:#|//) (add to )?(\S+\.(?:py|cpp))\n(.*?)```", re.DOTALL)
-TRAIN = """
-import sys
+OPERATION = """
+import sys, pytest, torch
+torch.ops.load_library(sys.argv[1])
+status = pytest.main(["-q", sys.argv[2]])
+import fastkd
+print("public", fastkd.squared_distance.__name__, fastkd.reference.squared_distance.__name__)
+sys.exit(status)
+"""
+METHOD = """
+import sys, pytest
+if status := pytest.main(["-q", sys.argv[1]]):
+    sys.exit(status)
 from support_data import small_digits
 from train import main
 small_digits()
-sys.exit(main(sys.argv[1:]))
-"""
-TEST = """
-import sys, pytest, torch
-torch.ops.load_library(sys.argv[1])
-sys.exit(pytest.main(["-q", *sys.argv[2:]]))
+sys.exit(main(sys.argv[2:]))
 """
 
 
@@ -48,6 +52,10 @@ def follow(steps: list[tuple[bool, str, str]], tree: Path) -> None:
         shutil.copy(ROOT / path, tree)
     for library in (ROOT / "fastkd").glob("_C*.so"):
         (tree / "fastkd" / library.name).symlink_to(library)
+    emulated = ROOT / "build" / "emulated"  # CUDA kernels for a CPU, which tests/helpers would compile anew
+    emulated.mkdir(parents=True, exist_ok=True)
+    (tree / "build").mkdir()
+    (tree / "build" / "emulated").symlink_to(emulated)
     for added, name, lines in steps:
         path = tree / name
         if not added:
@@ -90,15 +98,11 @@ def library(tree: Path, added: str) -> Path:
     flags = ["-O1", "-std=c++17", "-DNDEBUG", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Icsrc", "-fPIC"]
     flags += ["-g0", "-fvisibility=hidden", "-Wall", "-Werror", "-isystem", str(top / "include")]
 
-    def compiled(source: str) -> str:
-        to = Path(source).with_suffix(".o").name
-        subprocess.run([*compiler, *flags, "-c", source, "-o", to], cwd=tree, check=True)
-        return to
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, (added, "csrc/cpu/host.cpp", "csrc/common/tensor.cpp")))
-    link = ["-shared", *objects, f"-L{top / 'lib'}", "-ltorch_cpu", "-o", "added.so"]
-    subprocess.run([*compiler, *link], cwd=tree, check=True)
+    # as one file, which reads PyTorch's headers once; the added one first, lest others include for it
+    whole = "".join(f'#include "{source}"\n' for source in (added, "cpu/host.cpp", "common/tensor.cpp"))
+    (tree / "added.cpp").write_text(whole, encoding="utf-8")
+    link = ["-shared", f"-L{top / 'lib'}", "-ltorch_cpu", "-o", "added.so"]
+    subprocess.run([*compiler, *flags, "added.cpp", *link], cwd=tree, check=True)
     return tree / "added.so"
 
 
@@ -114,11 +118,10 @@ def test_an_operation_is_added_by_the_files_that_the_page_shows(tmp_path):
         "tests/ops/test_distance.py",
     ]
     follow(steps, tmp_path)
-    added = library(tmp_path, "csrc/cpu/distance/distance.cpp")
-    said = run(tmp_path, "-c", TEST, str(added), "tests/ops/test_distance.py")
+    added = library(tmp_path, "cpu/distance/distance.cpp")
+    said = run(tmp_path, "-c", OPERATION, str(added), "tests/ops/test_distance.py")
     assert "9 passed" in said and "skipped" not in said
-    public = "import fastkd; x = fastkd.reference.squared_distance; print(fastkd.squared_distance.__name__)"
-    assert run(tmp_path, "-c", public) == "squared_distance\n"
+    assert said.endswith("public squared_distance squared_distance\n")
     if shutil.which("ruff"):
         files = [name for _, name, _ in steps if name.endswith(".py")]
         subprocess.run(["ruff", "check", "-q", *files], cwd=tmp_path, check=True)
@@ -129,10 +132,10 @@ def test_a_method_is_added_by_the_files_that_the_page_shows(tmp_path):
     steps = section("A method")
     assert [name for _, name, _ in steps] == ["fastkd/methods/vector.py", "tests/methods/test_vector.py"]
     follow(steps, tmp_path)
-    assert "1 passed" in run(tmp_path, "-m", "pytest", "-q", "tests/methods/test_vector.py")
     flags = "--method kd+vector --dataset digits --option beta=5 --epochs 1 --no-pictures".split()
     flags += "--teacher resnet8 --student resnet8".split()
-    shown = run(tmp_path, "-c", TRAIN, *flags)
+    shown = run(tmp_path, "-c", METHOD, "tests/methods/test_vector.py", *flags)
+    assert "1 passed" in shown
     assert "method   vector+kd: 1 epoch of ce + vector + kd" in shown and "vector.beta=5.0" in shown
     rows = (tmp_path / "runs" / "results.csv").read_text().splitlines()
     assert ",vector+kd,digits," not in rows[1]
