@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
+from child_process import python
 from support import KERNELS, place, ref
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -100,4 +98,5 @@ def test_formulas_wait_for_the_counter():
             fastkd.fsp_matrix(x, x)
         assert counter.get_total_flops() == 2 * 2 * 2 * 3
     """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = python(code)
+    assert done.returncode == 0, done.stderr

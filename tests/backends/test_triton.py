@@ -5,13 +5,11 @@ and large tensors.
 from __future__ import annotations
 
 import itertools
-import os
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
+from child_process import python
 from recorder import fused_only
 from support import dtypes, evaluate, gpu, make, missing, ref, values
 
@@ -88,7 +86,7 @@ def test_importing_fastkd_does_not_import_triton():
         "import sys, torch; before = 'triton' in sys.modules; import fastkd; assert before or 'triton' not in"
         " sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True)
+    done = python(code)
     assert done.returncode == 0, done.stderr
 
 

@@ -1,13 +1,87 @@
-"""Python code in a process of its own."""
+"""Python code in processes of its own, forked from one that has imported PyTorch, which takes seconds.
+
+fastkd is not imported there: what its import does, and what the environment makes of it, is for the code.
+"""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import functools
+import json
 import os
+import select
+import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
+
+SERVER = Path(__file__).with_name("fork_server.py")
+SECONDS = 240
 
 
-def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own, where Triton does not interpret."""
-    env = {**os.environ, "TRITON_INTERPRET": "0", **env}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
+@functools.cache
+def _server(owner: int) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # it is read when PyTorch is imported
+    server = subprocess.Popen(
+        [sys.executable, str(SERVER)],
+        stdin=pipe,
+        stdout=pipe,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+    atexit.register(_end, server)
+    return server
+
+
+def _end(server: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)  # and what it has forked
+
+
+def python(code: str, *arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
+    """``python -c code *arguments`` with one thread, where Triton does not interpret; ``env``: variables
+    beyond those of this process.
+    """
+    variables = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1", **env}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    if not hasattr(os, "fork"):
+        return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=SECONDS)
+    server = _server(os.getpid())
+    with tempfile.TemporaryDirectory() as folder:
+        files = [os.path.join(folder, name) for name in ("out", "err")]
+        job = {"code": code, "argv": command[1:2] + command[3:], "env": variables, "files": files}
+        assert server.stdin and server.stdout
+        server.stdin.write(json.dumps({**job, "cwd": os.getcwd()}) + "\n")
+        server.stdin.flush()
+        if not select.select([server.stdout], [], [], SECONDS)[0]:
+            _end(server)
+            _server.cache_clear()
+            raise subprocess.TimeoutExpired(command, SECONDS)
+        status = int(server.stdout.readline())
+        return subprocess.CompletedProcess(command, status, *(Path(file).read_text() for file in files))
+
+
+RANKS = """
+import importlib, os, sys
+main = importlib.import_module(sys.argv[1]).main
+children = []
+for rank in range(int(sys.argv[2])):
+    child = os.fork()
+    if child == 0:
+        os.environ["RANK"] = str(rank)
+        main(*sys.argv[3:])
+        sys.exit()
+    children.append(child)
+sys.exit(max(abs(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) for child in children))
+"""
+
+
+def ranks(count: int, module: str, *arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
+    """``main(*arguments)`` of a module of this folder in ``count`` processes, each with its RANK in the
+    environment; the module is imported once.
+    """
+    return python(RANKS, module, count, *arguments, **env, WORLD_SIZE=str(count))

@@ -57,7 +57,3 @@ def main() -> None:
         )
     print(f"rank {rank} agrees")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

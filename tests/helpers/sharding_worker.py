@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import os
 
 import torch
 import torch.distributed as dist
@@ -78,9 +78,9 @@ def check_distributed_tensors(mesh: object) -> None:
                 raise AssertionError(f"{name}: cpp took a DTensor")
 
 
-def main() -> None:
-    store, rank = sys.argv[1], int(sys.argv[2])
-    torch.manual_seed(int(sys.argv[3]))
+def main(store: str, seed: str) -> None:
+    rank = int(os.environ["RANK"])
+    torch.manual_seed(int(seed))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
@@ -89,7 +89,3 @@ def main() -> None:
     check_distributed_tensors(mesh)
     print(f"rank {rank} agrees")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -5,13 +5,12 @@ the user's line.
 from __future__ import annotations
 
 import inspect
-import subprocess
-import sys
 import warnings
 from collections import OrderedDict
 
 import pytest
 import torch
+from child_process import python
 from support import cpp_missing, values
 
 import fastkd
@@ -168,7 +167,7 @@ run()
 
 
 def test_fastkd_can_be_imported_twice_in_a_process():
-    done = subprocess.run([sys.executable, "-c", IMPORTED_TWICE], capture_output=True, text=True)
+    done = python(IMPORTED_TWICE)
     assert done.returncode == 0, done.stderr
 
 

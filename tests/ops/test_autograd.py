@@ -4,16 +4,13 @@ mode, several processes.
 
 from __future__ import annotations
 
-import os
 import random
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from autograd_cases import TRAINING, agree
+from child_process import ranks
 from support import evaluate, make, ref, values
 
 import fastkd
@@ -213,29 +210,9 @@ def test_two_processes_under_ddp_agree_with_one():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    script = str(Path(__file__).parents[1] / "helpers" / "ddp_worker.py")
-    env = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1",
-        "SEED": str(random.randrange(2**31)),
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, script],
-            env={**env, "RANK": str(r)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for r in range(2)
-    ]
-    for process in ranks:
-        out, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, out
-        assert "agrees" in out
+    seed = str(random.randrange(2**31))
+    done = ranks(2, "ddp_worker", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, SEED=seed)
+    assert done.returncode == 0 and done.stdout.count("agrees") == 2, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("loss", ["attention_transfer_loss", "fsp_loss"])

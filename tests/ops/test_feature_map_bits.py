@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
+from child_process import python
 from support import DENSE, make
 
 import fastkd
@@ -68,12 +66,5 @@ for dtype, tolerance in dict(float16=1e-2, bfloat16=5e-2, float32=1e-5, float64=
                     absolute = tolerance * max(1, want.abs().max().item())
                     torch.testing.assert_close(got, want, rtol=tolerance, atol=absolute)
 """
-    env = {**os.environ, "FASTKD_CPU": path, "OMP_NUM_THREADS": "1", "FASTKD_BACKEND": "cpp"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(random.randrange(2**31))],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = python(code, random.randrange(2**31), FASTKD_CPU=path, FASTKD_BACKEND="cpp")
     assert done.returncode == 0, done.stderr

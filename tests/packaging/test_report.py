@@ -12,27 +12,25 @@ from unittest import mock
 
 import pytest
 import torch
+from child_process import python
 
 import fastkd
 from fastkd import backends, native
 
-RUN = "import runpy, sys; sys.argv = ['fastkd', '--json']; runpy.run_module('fastkd', run_name='__main__')"
+RUN = "import runpy; runpy.run_module('fastkd', run_name='__main__')"
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(fastkd.__file__).parent.parent)}
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", *arguments],
-        env=environment,
-        text=True,
-        capture_output=True,
-        timeout=300,
-    )
+def run(*flags: str, before: str = "") -> subprocess.CompletedProcess[str]:
+    """The module as it runs by ``-m``, after some lines."""
+    interpret = os.environ.get("TRITON_INTERPRET", "0")  # as in this process, whose answers are compared
+    return python(f"{before}\n{RUN}", *flags, TRITON_INTERPRET=interpret)
 
 
 @pytest.fixture(scope="module")
 def report() -> dict:
-    done = run("-m", "fastkd", "--json")
+    environment = {**os.environ, "PYTHONPATH": str(Path(fastkd.__file__).parent.parent)}
+    command = [sys.executable, "-W", "ignore", "-m", "fastkd", "--json"]
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -52,7 +50,7 @@ def test_triton(report: dict) -> None:
         assert report["triton"] is None
     else:
         assert report["triton"] == triton.__version__
-    without = run("-c", "import torch, sys; sys.modules['triton'] = None; " + RUN)
+    without = run("--json", before="import sys; sys.modules['triton'] = None")
     assert json.loads(without.stdout)["triton"] is None
 
 
@@ -84,9 +82,8 @@ def test_backends(report: dict) -> None:
 
 
 def test_a_pytorch_without_cuda() -> None:
-    done = run(
-        "-c", "import torch; torch.version.cuda = None; torch.cuda.is_available = lambda: False; " + RUN
-    )
+    none = "import torch; torch.version.cuda = None; torch.cuda.is_available = lambda: False"
+    done = run("--json", before=none)
     report = json.loads(done.stdout)
     assert report["cuda"] == {"torch": None, "devices": []}
     assert not report["native"]["cuda"]["available"]
@@ -95,7 +92,7 @@ def test_a_pytorch_without_cuda() -> None:
 
 
 def test_text_says_the_same(report: dict) -> None:
-    done = run("-m", "fastkd")
+    done = run()
     assert done.returncode == 0, done.stderr
     assert f"fastkd {report['fastkd']}, Python {report['python']}, torch {report['torch']}" in done.stdout
     for name, entry in [*report["native"].items(), *report["backends"].items()]:
@@ -108,7 +105,7 @@ def test_text_says_the_same(report: dict) -> None:
 
 
 def test_wrong_flag() -> None:
-    done = run("-m", "fastkd", "--yaml")
+    done = run("--yaml")
     assert done.returncode == 2
     assert "--yaml" in done.stderr
 
