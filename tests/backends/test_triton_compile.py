@@ -8,6 +8,7 @@ import ast
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -65,33 +66,30 @@ def is_fsp(case: str) -> bool:
     return case.startswith(("fsp", "matrix"))
 
 
-def report(stop: threading.Event, capability: int) -> dict:
+def reports(stop: threading.Event) -> dict[int, dict]:
     env = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        str(Path(__file__).parents[1] / "helpers" / "triton_compile.py"),
-        str(capability),
-        *(() if capability == 90 else ("few",)),
-    ]
+    script = Path(__file__).parents[1] / "helpers" / "triton_compile.py"
+    command = [sys.executable, str(script), ",".join(map(str, CAPABILITIES))]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
-        with subprocess.Popen(command, env=env, stdout=out, stderr=errors) as process:
+        with subprocess.Popen(command, env=env, stdout=out, stderr=errors, start_new_session=True) as process:
             while process.poll() is None:
                 if stop.wait(0.1):
-                    process.kill()
+                    os.killpg(process.pid, signal.SIGKILL)
+                    break
         for file in (out, errors):
             file.seek(0)
         assert process.returncode == 0, errors.read()
-        return {case["case"]: case for case in json.load(out)}
+        found = [{case["case"]: case for case in json.loads(line)} for line in out]
+        return dict(zip(CAPABILITIES, found, strict=True))
 
 
-REPORTS: dict[int, Future[dict]] = {}
+REPORTS: list[Future[dict[int, dict]]] = []
 
 
 def beforehand() -> Callable[[], None]:
     """Compile, on an idle core, while tests before these run: without Triton's cache it takes two minutes."""
     stop, pool = threading.Event(), ThreadPoolExecutor(1)
-    for capability in CAPABILITIES:
-        REPORTS[capability] = pool.submit(report, stop, capability)
+    REPORTS.append(pool.submit(reports, stop))
 
     def end() -> None:
         stop.set()
@@ -104,7 +102,7 @@ def beforehand() -> Callable[[], None]:
 def cases(request):
     if not REPORTS:
         request.config.add_cleanup(beforehand())
-    return REPORTS[request.param].result(timeout=900)
+    return REPORTS[0].result(timeout=1800)[request.param]
 
 
 def test_no_kernel_function_returns_a_bare_constant():
