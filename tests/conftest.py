@@ -27,6 +27,18 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
+# files of tests that begin before all others, the longest first
+LONGEST = (
+    "test_triton_compile.py",
+    "test_distributed.py",
+    "test_processes.py",
+    "test_together.py",
+    "test_resume.py",
+    "test_accuracy.py",
+    "test_compile_inference.py",
+)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """The whole suite runs in as many processes as there are CPUs, where pytest-xdist is there; ``-n 0``
@@ -63,8 +75,9 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]):
-    if hasattr(config, "workerinput"):  # the longest file first, lest one process end with it alone
-        items.sort(key=lambda item: item.path.name != "test_triton_compile.py")
+    if hasattr(config, "workerinput"):  # lest one process end with one of them alone
+        place = {name: i for i, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 def pytest_collection_finish(session: pytest.Session):
