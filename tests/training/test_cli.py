@@ -59,16 +59,16 @@ def rows_of(output):
         return list(csv.DictReader(file))
 
 
-def test_a_whole_run_leaves_teacher_student_tables_and_checkpoints(tmp_path):
+def test_a_whole_run_leaves_teacher_student_tables_and_checkpoints(main, capsys, tmp_path):
     """Without torchvision and Triton, from an empty folder; then again, with the teacher found."""
     blocked = tmp_path / "blocked"
     blocked.mkdir()
     for name in ("torchvision", "triton"):
         (blocked / f"{name}.py").write_text(f"raise ImportError('{name} is blocked')\n")
-    paths = os.pathsep.join(filter(None, [str(blocked), str(ROOT), os.environ.get("PYTHONPATH")]))
+    paths = os.pathsep.join([str(blocked), environment()["PYTHONPATH"]])
     output = tmp_path / "runs"
     flags = ["--method", "at+kd", *QUICK, "--epochs", 1, "--output", output, "--data", tmp_path, "--seed", 3]
-    first = start(*flags, PYTHONPATH=paths)
+    first = start(*flags, small=True, PYTHONPATH=paths)
     assert (first.returncode, first.stderr) == (0, "")
     assert (
         "training it first" in first.stdout
@@ -76,9 +76,9 @@ def test_a_whole_run_leaves_teacher_student_tables_and_checkpoints(tmp_path):
         and "at+kd epoch 1/1" in first.stdout
     )
     changed = ["--lr", 0.01, "--precision", "bf16", "--teacher-checkpoint", *output.glob("teachers/*.pt")]
-    second = start(*flags, *changed, small=True)
-    assert (second.returncode, second.stderr) == (0, "")
-    assert "training it first" not in second.stdout
+    assert main([*map(str, [*flags, *changed])]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and "training it first" not in out
 
     rows = rows_of(output)
     assert [row["method"] for row in rows] == ["teacher", "at+kd", "at+kd"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import distributed_worker
 import pytest
 import torch
+from runs import of_two
 from support_data import small_digits
 
 from fastkd import data as datasets
@@ -89,14 +90,13 @@ def left(output):
 
 
 @pytest.mark.slow
-def test_one_process_writes_and_a_run_is_taken_up_to_the_same_bits(tmp_path):
-    done = start(2, "command", *FLAGS, "--output", tmp_path / "whole")
-    assert done.returncode == 0, done.stderr
-    assert (
-        done.stdout.count("method   at") == 1
-        and "2 processes of 16 images a step each, 32 together" in done.stdout
-    )
-    assert done.stdout.count("at epoch 2/2") == 1 and "Traceback" not in done.stderr
+def test_one_process_writes_and_a_run_is_taken_up_to_the_same_bits(group, tmp_path):
+    # without torchrun, which takes longer
+    answer, logs = group.run(tmp_path, of_two(), flags=[*FLAGS, "--output", str(tmp_path / "whole")])
+    said = "".join(logs)
+    assert answer["statuses"] == [0, 0] and "Traceback" not in said, said
+    assert said.count("method   at") == 1 and said.count("at epoch 2/2") == 1
+    assert "2 processes of 16 images a step each, 32 together" in said
     rows, states = left(tmp_path / "whole")
     assert [row["method"] for row in rows] == ["teacher", "at"]
 
