@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from child_process import python
 from speed import against, cases, measure, quiet, rows
 from speed.measure import Row
 from speed.session import Replay
@@ -20,16 +20,15 @@ from fastkd import reference
 ROOT = Path(__file__).resolve().parents[2]
 
 
+PYTEST = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+
+
 def run_pytest(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
-    }
-    environment.pop("TRITON_INTERPRET", None)  # of these tests, not of who runs the command
-    # a run of its own
-    environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_XDIST")}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, text=True, capture_output=True, timeout=300)
+    """A run of its own, whose environment is not that of these tests but of who runs the command."""
+    foreign: dict[str, str | None] = {name: None for name in os.environ if name.startswith("PYTEST_XDIST")}
+    foreign |= {"TRITON_INTERPRET": None, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return python(PYTEST, "-p", "no:cacheprovider", *arguments, cwd=cwd, PYTHONPATH=path, **foreign)
 
 
 @pytest.mark.parametrize("place", [".", "tests", "/"])

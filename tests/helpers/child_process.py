@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 SERVER = Path(__file__).with_name("fork_server.py")
-SECONDS = 240
+SECONDS = 300
 
 
 @functools.cache
@@ -42,20 +42,25 @@ def _end(server: subprocess.Popen[str]) -> None:
         os.killpg(server.pid, signal.SIGKILL)  # and what it has forked
 
 
-def python(code: str, *arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
+def python(
+    code: str, *arguments: object, cwd: str | os.PathLike[str] | None = None, **env: str | None
+) -> subprocess.CompletedProcess[str]:
     """``python -c code *arguments`` with one thread, where Triton does not interpret; ``env``: variables
-    beyond those of this process.
+    beyond those of this process, None for one that is not to be there.
     """
-    variables = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1", **env}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
+    wanted = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1", **env}
+    variables = {name: value for name, value in wanted.items() if value is not None}
+    command, folder = [sys.executable, "-c", code, *map(str, arguments)], str(cwd or os.getcwd())
     if not hasattr(os, "fork"):
-        return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=SECONDS)
+        return subprocess.run(
+            command, capture_output=True, text=True, env=variables, cwd=folder, timeout=SECONDS
+        )
     server = _server(os.getpid())
-    with tempfile.TemporaryDirectory() as folder:
-        files = [os.path.join(folder, name) for name in ("out", "err")]
+    with tempfile.TemporaryDirectory() as place:
+        files = [os.path.join(place, name) for name in ("out", "err")]
         job = {"code": code, "argv": command[1:2] + command[3:], "env": variables, "files": files}
         assert server.stdin and server.stdout
-        server.stdin.write(json.dumps({**job, "cwd": os.getcwd()}) + "\n")
+        server.stdin.write(json.dumps({**job, "cwd": folder}) + "\n")
         server.stdin.flush()
         if not select.select([server.stdout], [], [], SECONDS)[0]:
             _end(server)
@@ -84,4 +89,5 @@ def ranks(count: int, module: str, *arguments: object, **env: str) -> subprocess
     """``main(*arguments)`` of a module of this folder in ``count`` processes, each with its RANK in the
     environment; the module is imported once.
     """
-    return python(RANKS, module, count, *arguments, **env, WORLD_SIZE=str(count))
+    path = os.pathsep.join(filter(None, [str(SERVER.parent), os.environ.get("PYTHONPATH")]))
+    return python(RANKS, module, count, *arguments, **env, WORLD_SIZE=str(count), PYTHONPATH=path)

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch  # noqa: F401 - for those that are forked
 
+given = {os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep)}
+OTHERS = [path for path in sys.path[1:] if os.path.abspath(path) not in given]
+
 
 def next_job() -> dict[str, Any]:
     """Returns in a new process alone."""
@@ -31,5 +34,6 @@ os.chdir(job["cwd"])
 os.environ.clear()
 os.environ.update(job["env"])
 sys.argv = job["argv"]
-sys.path[:0] = [""]  # as -c has it; the folder of this file stays
+# as -c has it
+sys.path[:] = ["", *filter(None, job["env"].get("PYTHONPATH", "").split(os.pathsep)), *OTHERS]
 exec(compile(job["code"], "<string>", "exec"), {"__name__": "__main__"})

@@ -110,13 +110,14 @@ print(json.dumps([time.perf_counter() - begin, started]))
 
 
 def test_imports_and_works_with_pytorch_alone() -> None:
-    output(f"""
+    code = f"""
 import sys
 for name in ("torchvision", "triton", "numpy", "sklearn", "tqdm", "matplotlib"):
     sys.modules[name] = None
 import torch, fastkd, fastkd.models, fastkd.methods, fastkd.compat.kdzoo, fastkd.compat.repdistiller
 {OPERATION}
-""")
+"""
+    output(code, new=True)
 
 
 @needs_cpu_library
