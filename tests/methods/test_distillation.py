@@ -7,30 +7,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from distillation_cases import batch, distillation_of, networks
 from toy_methods import define
 
 import fastkd
-from fastkd.methods import METHODS, Points
-from fastkd.models import create_model
-
-
-def networks(student="resnet8", teacher="resnet8", dtype=torch.float32):
-    torch.manual_seed(3)
-    return [create_model(name, 7).to(dtype) for name in (student, teacher)]
-
-
-def batch(n=4, dtype=torch.float32):
-    return torch.randn(n, 3, 32, 32, dtype=dtype), torch.arange(n) % 7, torch.tensor([5, 0, 3, 8, 1, 2])[:n]
-
-
-def distillation_of(name, pair=None, **options):
-    if {*name.split("+")} <= {*METHODS}:
-        words = ["ce.weight=1", "kd.weight=1"] if name.count("+") > 1 else []
-        method = fastkd.methods.define(name, preset="repdistiller" if words else None, words=words)
-    else:
-        method = define(name, words=["ce.weight=1"])
-    options = {"train_labels": torch.arange(9) % 7, "batch_size": 4, "epochs": 10, **options}
-    return fastkd.Distillation(*(pair or networks()), method, **options)
+from fastkd.methods import Points
 
 
 def test_a_loop_of_ones_own_learns():
@@ -120,42 +101,6 @@ def test_a_folded_teacher_answers_as_the_teacher_and_is_folded_anew():
             teacher.fc.bias += 1
         distillation.fold()
     assert torch.equal(plain(images).teacher_logits, teacher(images))
-
-
-# the terms of a sum do not meet, so one graph stands for several methods
-GRAPHS = (
-    "fitnet+at+fsp+ofd+rkd+crd+kd+dkd",
-    "reviewkd+srrl+afd+semckd+sakd+kd",
-    "simkd",
-    "norm",
-    "wrapping",
-    "scheduled+bank+normed+toy",
-)
-
-
-def test_every_method_is_in_one_of_the_graphs():
-    assert {*METHODS[1:]} <= {term for name in GRAPHS for term in name.split("+")}
-
-
-@pytest.mark.parametrize("name", GRAPHS)
-def test_a_step_is_one_graph(name):
-    torch._dynamo.reset()
-    distillation = distillation_of(name)
-    images, labels, index = batch()
-    compiled = torch.compile(copy.deepcopy(distillation), fullgraph=True, backend="aot_eager")
-    for epoch in range(2):  # a weight that changes is no other graph
-        results = []
-        for module, forward in ((distillation, distillation), (compiled._orig_mod, compiled)):
-            module.set_epoch(epoch, 4)
-            module.zero_grad()
-            with torch._dynamo.config.patch(error_on_recompile=epoch > 0):
-                losses = forward(images, labels, index)
-            losses.total.backward()
-            module.update(index, losses.records)
-            results.append(
-                [losses, [p.grad for p in module.parameters() if p.grad is not None], list(module.buffers())]
-            )
-        torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
 
 
 def test_a_wrapped_student_is_trained_and_seen_by_the_others():
