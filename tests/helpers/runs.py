@@ -90,6 +90,16 @@ def of_two(count=2, **variables):
     return [{"RANK": str(i), **common} for i in range(count)]
 
 
+def ours(logs):
+    """The lines of the command, and tracebacks, in what each process printed."""
+    return [
+        line
+        for log in logs
+        for line in log.splitlines()
+        if line.startswith("train.py: ") or "Traceback" in line
+    ]
+
+
 def rows_of(output):
     with open(output / "results.csv", newline="") as file:
         return list(csv.DictReader(file))
