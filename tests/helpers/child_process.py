@@ -40,6 +40,7 @@ def _server(owner: int) -> subprocess.Popen[str]:
 def _end(server: subprocess.Popen[str]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGKILL)  # and what it has forked
+    server.wait()
 
 
 def python(
