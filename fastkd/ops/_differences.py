@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from fastkd import backends, native
+from fastkd._implementations import CPP
 from fastkd._private import saved_tensors_hooked, transforming
 from fastkd.ops._gradients import handed_out
-from fastkd.ops._register import autograd, define
+from fastkd.ops._register import autograd, define, wanting_gradients
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -96,3 +97,44 @@ def difference_loss(name: str, rest: str) -> None:
         only_cpu=True,
     )
     autograd(name, _rule(name), _context, only_cpu=True)
+
+
+class DifferenceFunction(torch.autograd.Function):
+    """``apply((name, student, teacher, rest, needed), *tensors)`` -> loss, for lists of features of which
+    ``tensors``, those at the places ``needed`` in ``[*student, *teacher]``, need a gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: tuple[str, Sequence[Tensor], Sequence[Tensor], tuple[Any, ...], Sequence[int]],
+        *tensors: Tensor,
+    ) -> Tensor:
+        # one argument, since autograd looks at each
+        ctx.name, student, teacher, rest, needed = call
+        count = len(student)
+        sides = needed[0] < count, needed[-1] >= count
+        loss, made = CPP.run(ctx.name, student, teacher, *rest, *sides)
+        first = 0 if sides[0] else count
+        ctx.spare = not saved_tensors_hooked()
+        ctx.save_for_backward(*[made[i - first] for i in needed], *tensors)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        saved, count = ctx.saved_tensors, len(ctx.saved_tensors) // 2
+        pairs = zip(saved[:count], saved[count:], strict=True)
+        return None, *[handed_out(ctx.name, upstream, grad, x, ctx.spare) for grad, x in pairs]
+
+
+def difference(name: str, student: Sequence[Tensor], teacher: Sequence[Tensor], *rest: Any) -> Tensor:
+    """The loss of the operator that :func:`difference_loss` has declared under that name."""
+    if torch.compiler.is_compiling():
+        operator = getattr(torch.ops.fastkd, name).default
+        found: Tensor = operator(student, teacher, *rest, *wanted(student, teacher))[0]
+        return found
+    needed, tensors = wanting_gradients(student, teacher)
+    if tensors:
+        loss: Tensor = DifferenceFunction.apply((name, student, teacher, rest, needed), *tensors)
+        return loss
+    return CPP.run(name, student, teacher, *rest, False, False)[0]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastkd import checks, reference
 from fastkd.checks import Features
-from fastkd.ops._differences import difference_loss, fused, served, wanted
+from fastkd.ops._differences import difference, difference_loss, fused, served
 from fastkd.reference.maps import hcl_factors
 
 difference_loss("hcl_loss", "float[] factors")
@@ -59,7 +59,7 @@ def hcl_loss(
             float(weight) * factor / (sum(hcl_factors(x.shape[2])) * x.numel())
             for x, factor in zip(s, w, strict=True)
         ]
-        loss: Tensor = torch.ops.fastkd.hcl_loss.default(s, t, factors, *wanted(s, t))[0]
+        loss = difference("hcl_loss", s, t, factors)
         total = loss if total is None else total + loss
     assert total is not None
     return total

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd import reference
-from fastkd.ops._differences import difference_loss, fused, served, wanted
+from fastkd.ops._differences import difference, difference_loss, fused, served
 
 difference_loss("norm_loss", "int copies")
 
@@ -22,9 +22,8 @@ def norm_loss(u: Tensor, target: Tensor, copies: int) -> Tensor:
     """
     if target.shape[2:] != u.shape[2:]:
         target = F.adaptive_max_pool2d(target, u.shape[2:])
-    needs = wanted([u], [target])
     fits = u.shape[0] == target.shape[0] and u.shape[1] == copies * target.shape[1]
-    if needs[1] or not fits or not fused(u) or not served(u, target):
+    followed = target.requires_grad and torch.is_grad_enabled()
+    if followed or not fits or not fused(u) or not served(u, target):
         return reference.norm_loss(u, target, copies)
-    loss: Tensor = torch.ops.fastkd.norm_loss.default([u], [target], copies, *needs)[0]
-    return loss
+    return difference("norm_loss", [u], [target], copies)

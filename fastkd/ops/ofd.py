@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastkd import checks, reference
 from fastkd.checks import Features
-from fastkd.ops._differences import difference_loss, fused, served, wanted
+from fastkd.ops._differences import difference, difference_loss, fused, served
 from fastkd.reference.common import stage_factors
 
 difference_loss("ofd_loss", "Tensor[] margins, float[] factors")
@@ -52,9 +52,7 @@ def ofd_loss(
     used = stage_factors(len(students)) if weights is None else weights
     factors = [float(weight) * float(w) / s.shape[0] for w, s in zip(used, students, strict=True)]
     numbers = [m.to(torch.float32).contiguous() for m in bounds]
-    needs = wanted(students, teachers)
-    loss: Tensor = torch.ops.fastkd.ofd_loss.default(students, teachers, numbers, factors, *needs)[0]
-    return loss
+    return difference("ofd_loss", students, teachers, numbers, factors)
 
 
 def _is_constant(margin: Tensor) -> bool:

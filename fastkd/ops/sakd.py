@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastkd import checks, reference
 from fastkd.checks import Features
-from fastkd.ops._differences import dense, difference_loss, fused, wanted
+from fastkd.ops._differences import dense, difference, difference_loss, fused
 from fastkd.ops.attention_map import attention_map
 from fastkd.reference.common import no_autocast, stage_factors
 
@@ -70,10 +70,7 @@ def sakd_loss(
             float(weight) * float(w) / (x.shape[0] * x.shape[2] ** 2)
             for w, x in zip(weights or stage_factors(len(students)), students, strict=True)
         ]
-        loss: Tensor = torch.ops.fastkd.sakd_loss.default(
-            students, teachers, factors, *wanted(students, teachers)
-        )[0]
-        return loss
+        return difference("sakd_loss", students, teachers, factors)
     if any(x.dtype == torch.float64 for x in tensors):
         tensors = [x.double() for x in tensors]
     with no_autocast(tensors[0]):
