@@ -124,12 +124,23 @@ def _energies(maps: Sequence[Tensor]) -> list[Tensor]:
     return [x.pow(2).mean(1, keepdim=True) for x in maps]
 
 
+def _afd_shares(attention: Any, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
+    queries, keys = (
+        torch.stack([layer(x.mean((2, 3))) for layer, x in zip(layers, side)], 1)
+        for layers, side in ((attention.queries, teachers), (attention.keys, students))
+    )
+    pairs = attention.bilinear(keys.flatten(0, 1)).view(*keys.shape[:2], len(teachers), -1)
+    scores = torch.einsum("nstd,ntd->nts", pairs, queries) + attention.p_t @ attention.p_s.T
+    return (scores / queries.shape[2] ** 0.5).softmax(2)
+
+
 def afd(attention: nn.Module, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
     """AFD: for each of the teacher's maps every student's map brought to its size, and all differences.
 
-    ``attention``: fastkd's module, whose layers are the authors'; its weights are (N, T, S).
+    ``attention``: fastkd's module, whose layers are the authors' and run one by one; its weights are (N, T,
+    S).
     """
-    shares = attention(*([x.mean((2, 3)) for x in side] for side in (students, teachers)))
+    shares = _afd_shares(attention, students, teachers)
     energies = _energies(students)
     total = shares.new_zeros(())
     for i, t in enumerate(_energies(teachers)):

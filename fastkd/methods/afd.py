@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastkd.methods.base import Batch, Beside, BuildContext, Distiller, Output, Points, Preset, option
 from fastkd.methods.connectors import averaged
 from fastkd.models import Features, ResNet, WideResNet
+from fastkd.ops.batch_norm import untouched
 from fastkd.ops.pooled import pooled_map
 
 _RESNET110 = 54  # blocks
@@ -28,7 +29,8 @@ class Attention(nn.Module):
     A mean gives, by a linear layer and batch norm, the query of a teacher's map and, with a
     ReLU, the key of a student's. One more linear layer and batch norm, over the rows of all keys together,
     make a key for each pair. The softmax is over the inner products of keys and queries and of learned
-    positions, divided by the root of ``width``.
+    positions, divided by the root of ``width``. In training the keys of pairs are never made, see
+    :func:`products_with_normed`.
     """
 
     def __init__(self, students: Sequence[int], teachers: Sequence[int], width: int):
@@ -48,9 +50,46 @@ class Attention(nn.Module):
 
     def forward(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
         queries, keys = _vectors(self.queries, teachers), _vectors(self.keys, students)
-        pairs = self.bilinear(keys.flatten(0, 1)).view(*keys.shape[:2], len(teachers), self.width)
-        scores = (pairs * queries[:, None]).sum(3).mT + self.p_t @ self.p_s.T
-        return (scores / self.width**0.5).softmax(2)
+        linear, norm = self.bilinear
+        if plainly_normed(norm) and untouched(linear, nn.Linear) and keys[..., 0].numel() > 1:
+            products = products_with_normed(linear, norm, keys, queries)
+        else:
+            pairs = self.bilinear(keys.flatten(0, 1)).view(*keys.shape[:2], len(teachers), self.width)
+            products = (pairs * queries[:, None]).sum(3).mT
+        return ((products + self.p_t @ self.p_s.T) / self.width**0.5).softmax(2)
+
+
+def plainly_normed(norm: nn.Module) -> bool:
+    """Whether PyTorch's own batch norm of one dimension takes the batch's moments and averages them."""
+    own = untouched(norm, nn.BatchNorm1d) and norm.training
+    return own and norm.affine and norm.track_running_stats and norm.momentum is not None
+
+
+def products_with_normed(linear: Any, norm: Any, keys: Tensor, queries: Tensor) -> Tensor:
+    """(N, T, S): the inner products of ``norm(linear(keys))``, (N S, T D) for ``keys`` (N, S, D), with
+    ``queries`` (N, T, D). The running averages are updated.
+
+    The norm is linear once the moments of its rows are known, and those of w x + b follow from those of x: w
+    times the mean, and w C w for the covariance C. So each query goes back through the layer once, instead of
+    each key through T of them: D D T products an image instead of D D T S, and nothing of the size of all
+    pairs.
+    """
+    count, width = queries.shape[1:]
+    mean = keys.mean((0, 1))
+    centred = keys - mean
+    rows = centred.flatten(0, 1)
+    weight = linear.weight
+    variance = ((weight @ (rows.mT @ rows / len(rows))) * weight).sum(1).clamp_min(0)
+    with torch.no_grad():
+        norm.running_mean.lerp_((weight @ mean + linear.bias).to(norm.running_mean), norm.momentum)
+        unbiased = variance * (len(rows) / (len(rows) - 1))
+        norm.running_var.lerp_(unbiased.to(norm.running_var), norm.momentum)
+        norm.num_batches_tracked.add_(1)
+    slope = (norm.weight * (variance + norm.eps).rsqrt()).view(count, width)
+    # the layer's bias goes with the mean: its gradient is 0, where none would spare it the weight decay
+    shift = (norm.bias + (linear.bias - linear.bias)).view(count, width)
+    back = (queries * slope).transpose(0, 1) @ weight.view(count, width, width)  # (T, N, D)
+    return back.transpose(0, 1) @ centred.mT + (queries * shift).sum(2, keepdim=True)
 
 
 def _vectors(layers: nn.ModuleList, means: Sequence[Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import random
 
@@ -10,7 +11,7 @@ import torch
 
 import fastkd
 from fastkd.methods import BuildContext, define
-from fastkd.methods.afd import AFD, Attention, differences, weighted
+from fastkd.methods.afd import AFD, Attention, differences, products_with_normed, weighted
 from fastkd.models import Features, create_model
 from fastkd.ops.pooled import pooled_map
 
@@ -139,6 +140,39 @@ def test_values_and_gradients_by_hand(seed):
     grads = torch.autograd.grad(found, [*students, *teachers, *leaves_of(attention)])
     exact = torch.autograd.grad(wanted, [*students, *teachers, *flat(weights)])
     torch.testing.assert_close(grads, exact, rtol=1e-6, atol=1e-8)
+
+
+def attended(attention, students, teachers, layer_by_layer):
+    """The weights, the gradients of all parameters and means, and the running averages after the call."""
+    attention = copy.deepcopy(attention)
+    if layer_by_layer:
+        attention.bilinear[0].register_forward_hook(lambda *call: None)  # who looks on sees the layers
+    means = [x.clone().requires_grad_() for x in (*students, *teachers)]
+    found = attention(means[: len(students)], means[len(students) :])
+    weights = torch.linspace(1, 2, found.numel(), dtype=found.dtype).view_as(found)
+    grads = torch.autograd.grad((found * weights).sum(), [*means, *attention.parameters()])
+    return [found, *grads, *attention.buffers()]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_keys_of_pairs_that_are_never_made_are_those_of_the_layers(training, monkeypatch):
+    """Weights, gradients and running averages of the batch norm, also where a hook sees the layers."""
+    attention = Attention([3, 4], [5, 2, 6], 7).double()
+    for norm in (attention.bilinear[1], *(layer[1] for layer in attention.keys)):
+        torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    sides = [[torch.randn(9, size).double() for size in sizes] for sizes in ((3, 4), (5, 2, 6))]
+    attention(*sides)  # averages that are not those of the beginning
+    attention.train(training)
+    called = []
+    monkeypatch.setattr(
+        "fastkd.methods.afd.products_with_normed",
+        lambda *inputs: called.append(inputs) or products_with_normed(*inputs),
+    )
+    found = attended(attention, *sides, layer_by_layer=False)
+    assert len(called) == training
+    wanted = attended(attention, *sides, layer_by_layer=True)
+    assert len(called) == training
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
 
 
 def test_half_precision_is_computed_in_float32():

@@ -1,0 +1,44 @@
+"""NORM's kernel against the formula in float64, on every code path."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from recorder import Recorder
+
+from fastkd.ops.norm import norm_loss
+
+SIZES = ((2, 5, 3, 8, 8), (3, 2, 4, 7, 5), (1, 33, 2, 1, 1), (40, 16, 8, 3, 4))  # N, C, copies, H, W
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("last", [False, True], ids=["planes", "channels-last"])
+def test_loss_and_gradient_match_float64_on_every_code_path(each_path, dtype, last):
+    """With an upstream gradient that is not 1, and the same bits by any number of threads."""
+    layout = torch.channels_last if last else torch.contiguous_format
+    cases = []
+    for n, width, copies, *size in SIZES:
+        u, target = (
+            torch.randn(n, c, *size).to(dtype, memory_format=layout) for c in (copies * width, width)
+        )
+        apart = u.double() - target.double().repeat(1, copies, 1, 1)
+        wanted = copies * apart.square().mean(), 3 * copies * 2 * apart / apart.numel()
+        cases.append((u, target, copies, wanted))
+    threads, rounding = torch.get_num_threads(), torch.finfo(dtype).eps
+    for _ in each_path:
+        for u, target, copies, (exact, slopes) in cases:
+            results = []
+            for count in (1, 3):
+                torch.set_num_threads(count)
+                leaf = u.clone().requires_grad_()
+                with Recorder() as ran:
+                    loss = norm_loss(leaf, target, copies)
+                    (loss * 3).backward()
+                assert ran.fused == ["norm_loss"]
+                results.append((loss.detach(), leaf.grad))
+            torch.set_num_threads(threads)
+            assert all(map(torch.equal, *results))
+            loss, grad = results[0]
+            torch.testing.assert_close(loss.double(), exact, rtol=2e-6, atol=0)
+            # next to zero float16 has steps of 6e-8
+            torch.testing.assert_close(grad.double(), slopes, rtol=4 * rounding, atol=1e-7)
