@@ -59,10 +59,10 @@ class Attention(nn.Module):
         return ((products + self.p_t @ self.p_s.T) / self.width**0.5).softmax(2)
 
 
-def plainly_normed(norm: nn.Module) -> bool:
+def plainly_normed(norm: Any) -> bool:
     """Whether PyTorch's own batch norm of one dimension takes the batch's moments and averages them."""
     own = untouched(norm, nn.BatchNorm1d) and norm.training
-    return own and norm.affine and norm.track_running_stats and norm.momentum is not None
+    return bool(own and norm.affine and norm.track_running_stats and norm.momentum is not None)
 
 
 def products_with_normed(linear: Any, norm: Any, keys: Tensor, queries: Tensor) -> Tensor:
