@@ -2,12 +2,11 @@
 a network.
 
     python benchmarks/gpu.py --minutes 8 --data DIR     results into benchmarks/results/<device>/
-    python benchmarks/gpu.py --rehearse                 the same plan and limits without a GPU; nothing is
-    measured
+    python benchmarks/gpu.py --rehearse                 the same plan without a GPU; nothing is measured
 
-Nothing needs to be installed but PyTorch, Triton and pytest (pytest-xdist runs tests side by side,
-pytest-benchmark measures): in a clone with both compiled libraries in fastkd/, PYTHONPATH is set for every
-part. docs/gpu.md says what to carry and how to read what comes back.
+Nothing needs to be installed but PyTorch, Triton and pytest (pytest-xdist runs tests side by side): in a
+clone with both compiled libraries in fastkd/, PYTHONPATH is set for every part. docs/gpu.md says what to
+carry and how to read what comes back.
 
 Parts run one after the other, the most telling first, each in a process group of its own and within a limit
 of its own; a training run goes on in the background until measuring begins. Whatever stops the command, what
@@ -34,11 +33,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from speed.gpu_plan import Part, plan, training
+from speed.gpu_plan import Part, left_out, plan, training
 
 ROOT = Path(__file__).resolve().parent.parent
 GRACE = 8  # seconds after SIGINT in which pytest says what failed, before SIGKILL
 CLOSING = 4  # seconds kept for the last packing
+STOPPING = 2  # seconds that a part has where the command itself is stopped
 PACK_EVERY = 5  # seconds after which what a part has printed so far is packed
 
 
@@ -76,9 +76,9 @@ class Run:
             "FASTKD_GPU_OUT": str(self.staging),
             "PYTHONUNBUFFERED": "1",
         }
-        variables["PYTHONPATH"] = os.pathsep.join(
-            (str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests" / "helpers"))
-        )
+        # after ours: packages that were carried along without an installation
+        folders = (ROOT, ROOT / "benchmarks", ROOT / "tests" / "helpers", os.environ.get("PYTHONPATH"))
+        variables["PYTHONPATH"] = os.pathsep.join(str(folder) for folder in folders if folder)
         if self.rehearse:
             variables["FASTKD_GPU_REHEARSAL"] = variables["TRITON_INTERPRET"] = "1"
         # tests and benchmarks are found from the clone, and what a part writes lies in the staging folder
@@ -106,13 +106,19 @@ class Run:
             return
         begun = self.passed()
         self.current, output = self.start(part)
+        status: int | str = "stopped"
         try:
-            status: int | str = self.wait(self.current, limit)
-        except subprocess.TimeoutExpired:
-            end(self.current, min(GRACE, max(self.left(), 1)))
-            status = "stopped at its limit"
-        self.current = None
-        self.found(part, status, self.passed() - begun, limit, output)
+            try:
+                status = self.wait(self.current, limit)
+            except subprocess.TimeoutExpired:
+                end(self.current, min(GRACE, max(self.left(), 1)))
+                status = "stopped at its limit"
+        except KeyboardInterrupt:  # what it found until now is part of the results
+            end(self.current, STOPPING)
+            raise
+        finally:
+            self.current = None
+            self.found(part, status, self.passed() - begun, limit, output)
 
     def wait(self, process: subprocess.Popen[bytes], limit: float) -> int:
         """Its exit status, or TimeoutExpired. Packs now and then: nobody announces SIGKILL."""
@@ -267,13 +273,20 @@ def main() -> int:
         import emulated
 
         emulated.build()
-    run = Run(flags.out or ROOT / "benchmarks" / "results" / device, flags.minutes, flags.rehearse)
+    out = flags.out or ROOT / "benchmarks" / "results" / device
+    try:
+        run = Run(out, flags.minutes, flags.rehearse)
+    except OSError as error:
+        parser.error(f"--out is {str(out)!r}, wanted a folder to write into: {error.strerror}")
 
     def stop(number: int, frame: Any) -> None:
         run.stopped = True
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, stop)
+    for line in left_out(flags.data, flags.rehearse):
+        run.say(line)
     try:
         execute(run, parts, None if flags.only else training(flags.data, flags.rehearse))
     except KeyboardInterrupt:

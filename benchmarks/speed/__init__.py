@@ -20,5 +20,5 @@
 | `table.py`      | the table at the end                                                          |
 | `figure.py`     | the table and the figure of docs/speed.md                                     |
 | `machine.py`    | what ran it                                                                   |
-| `plugin.py`     | the options, and the hooks of pytest                                          |
+| `plugin.py`     | the options, and the hooks of pytest; `stand_in.py` for pytest-benchmark      |
 """

@@ -9,6 +9,7 @@ CUDA kernels emulated.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import itertools
@@ -54,12 +55,17 @@ def facts() -> None:
             "l2_bytes": properties.L2_cache_size,
             "count": torch.cuda.device_count(),
         }
-    if shutil.which("nvidia-smi"):
-        done = subprocess.run(
-            ["nvidia-smi", "-q", "-d", "CLOCK,PERFORMANCE,POWER"], capture_output=True, text=True
-        )
-        found["nvidia_smi"] = done.stdout.splitlines()
     save("facts", found)
+    if shutil.which("nvidia-smi"):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            done = subprocess.run(
+                ["nvidia-smi", "-q", "-d", "CLOCK,PERFORMANCE,POWER"],
+                capture_output=True,
+                text=True,
+                timeout=5,
+            )
+            found["nvidia_smi"] = done.stdout.splitlines()
+            save("facts", found)
     print(
         f"{found.get('gpu', {}).get('name', 'no GPU')}, torch {torch.__version__}, triton {found['triton']},"
         f" {found['backends']}"
@@ -99,38 +105,47 @@ def smoke(backend: str) -> int:
     wrong = count = 0
     table: dict[str, Any] = {}
     exact_forms, forms = operations(reference), operations(fastkd)
-    for dtype, layout in itertools.product(DTYPES, LAYOUTS):
-        torch.manual_seed(0)
-        students, teachers = (
-            [torch.randn(4, c, n, n).to(DTYPES[dtype]).to(memory_format=LAYOUTS[layout]) for c, n in SIZES]
-            for _ in range(2)
-        )
-        for name, form in forms.items():
-            wide = [x.double().requires_grad_() for x in students]
-            value = exact_forms[name](wide, [x.double() for x in teachers])
-            exact = torch.autograd.grad(value, wide, allow_unused=True)
-            label = f"{backend} {name} {dtype} {layout}"
-            count += 1
-            try:
-                given = [x.to(DEVICE).requires_grad_() for x in students]
-                with fastkd.use_backend(backend):
-                    ours = form(given, [x.to(DEVICE) for x in teachers])
-                    grads = torch.autograd.grad(ours, given, allow_unused=True)
-                errors = [abs(ours.item() / value.item() - 1)]
-                errors += [
-                    ((g.double().cpu() - e).abs().max() / e.abs().max()).item()
-                    for g, e in zip(grads, exact)
-                    if e is not None
+    try:
+        for dtype, layout in itertools.product(DTYPES, LAYOUTS):
+            torch.manual_seed(0)
+            students, teachers = (
+                [
+                    torch.randn(4, c, n, n).to(DTYPES[dtype]).to(memory_format=LAYOUTS[layout])
+                    for c, n in SIZES
                 ]
-                good = all(error <= ALLOWED[dtype] for error in errors)  # not so for NaN
-                told = f"{'ok' if good else 'WRONG'}: loss {errors[0]:.1e}, gradient {max(errors[1:]):.1e}"
-            except Exception as error:  # the next may still work, and each is worth its line
-                good, told = False, f"FAILED: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            wrong += not good
-            table[label] = told
-            print(f"{label}: {told}", flush=True)
-            save(f"smoke-{backend}", table)
-    print(f"{count - wrong} of {count} are right")
+                for _ in range(2)
+            )
+            for name, form in forms.items():
+                wide = [x.double().requires_grad_() for x in students]
+                value = exact_forms[name](wide, [x.double() for x in teachers])
+                exact = torch.autograd.grad(value, wide, allow_unused=True)
+                label = f"{backend} {name} {dtype} {layout}"
+                try:
+                    given = [x.to(DEVICE).requires_grad_() for x in students]
+                    with fastkd.use_backend(backend):
+                        ours = form(given, [x.to(DEVICE) for x in teachers])
+                        grads = torch.autograd.grad(ours, given, allow_unused=True)
+                    errors = [abs(ours.item() / value.item() - 1)]
+                    errors += [
+                        ((g.double().cpu() - e).abs().max() / e.abs().max()).item()
+                        for g, e in zip(grads, exact)
+                        if e is not None
+                    ]
+                    good = all(error <= ALLOWED[dtype] for error in errors)  # not so for NaN
+                    told = (
+                        f"{'ok' if good else 'WRONG'}: loss {errors[0]:.1e}, gradient {max(errors[1:]):.1e}"
+                    )
+                except Exception as error:  # the next may still work, and each is worth its line
+                    good, told = (
+                        False,
+                        f"FAILED: {type(error).__name__}: {' '.join(str(error).split())[:200]}",
+                    )
+                count, wrong = count + 1, wrong + (not good)
+                table[label] = told
+                print(f"{label}: {told}", flush=True)
+                save(f"smoke-{backend}", table)
+    finally:  # at its limit too
+        print(f"{count - wrong} of {count} are right")
     return wrong
 
 
@@ -230,12 +245,18 @@ def main() -> int:
             # of the tests: bfloat16 would be cut off, not rounded
             importlib.import_module("interpreter").mend()
     name, *rest = sys.argv[1:]
-    if name == "smoke":
-        return min(smoke(*rest), 1)
-    {"facts": facts, "small-set": small_set, "launches": launches, "rates": rates, "tiles": tiles}[name](
-        *rest
-    )
-    return 0
+    named: dict[str, Callable[..., Any]] = {
+        "facts": facts,
+        "smoke": smoke,
+        "small-set": small_set,
+        "launches": launches,
+        "rates": rates,
+        "tiles": tiles,
+    }
+    try:
+        return min(named[name](*rest) or 0, 1)
+    except KeyboardInterrupt:
+        return 130  # at its limit: its last line is what it found
 
 
 if __name__ == "__main__":

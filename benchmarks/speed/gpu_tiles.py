@@ -41,12 +41,10 @@ def tiles(seconds: str = "60") -> None:
                     _fsp_seconds(how, students, teachers) * 1e3
                 )
             except Exception as error:
-                print(
-                    f"{how} {tuple(tried)}: {type(error).__name__}: {' '.join(str(error).split())[:120]}",
-                    flush=True,
-                )
+                why = " ".join(str(error).split())[:120]
+                print(f"{how} ({_numbers(tried)}): {type(error).__name__}: {why}", flush=True)
                 continue
-            print(f"{how} {tuple(tried)}: {found[how][_tile_line(how, tried)]:.3f} ms", flush=True)
+            print(f"{how} ({_numbers(tried)}): {found[how][_tile_line(how, tried)]:.3f} ms", flush=True)
             save("tiles", found)
     finally:
         view.TILES.update(present)
@@ -56,8 +54,13 @@ def tiles(seconds: str = "60") -> None:
         print(f"{best}  # {times[best]:.3f} ms; at present {next(iter(times.values())):.3f}")
 
 
+def _numbers(tried: tuple[int, ...]) -> str:
+    """Those of a line of the table: the last is left out where gradients have no stages of their own."""
+    return ", ".join(map(str, tried if tried[-1] else tried[:-1]))
+
+
 def _tile_line(how: str, tried: tuple[int, ...]) -> str:
-    return f'    "{how}": Tiles({", ".join(map(str, tried))}),'
+    return f'    "{how}": Tiles({_numbers(tried)}),'
 
 
 def _forget_plans() -> None:

@@ -46,14 +46,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     options = config.option
+    plugins = config.pluginmanager
+    if not plugins.hasplugin("benchmark") and not plugins.hasplugin("pytest_benchmark"):
+        from speed import stand_in
+
+        plugins.register(stand_in, "speed.stand_in")
+        config.addinivalue_line("markers", "benchmark: how pytest-benchmark measures, where it is installed")
     if not _full(config):
         if hasattr(options, "benchmark_disable"):
             options.benchmark_disable = True  # each body once; --benchmark-enable has the last word
         return
-    if not config.pluginmanager.hasplugin("benchmark") and not config.pluginmanager.hasplugin(
-        "pytest_benchmark"
-    ):
-        raise pytest.UsageError("--benchmark needs pytest-benchmark: pip install -e '.[test]'")
     if getattr(options, "benchmark_disable", False):
         raise pytest.UsageError(
             "--benchmark measures and --benchmark-disable does not: leave out one of them"

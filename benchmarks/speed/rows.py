@@ -42,8 +42,8 @@ EXACT: dict[str, Callable[..., Tensor]] = {
 
 @functools.cache
 def available_backends(operation: str = "attention", device: str = "cpu", full: bool = True) -> list[str]:
-    """The compiled backends that serve an operation on the device; ``full``: such as are worth measuring,
-    which an interpreter is not.
+    """The compiled backends that serve an operation on the device, or fail at it; ``full``: such as are worth
+    measuring, which an interpreter is not.
     """
     names = []
     x = [torch.ones(1, 1, 2, 2, device=device)] * 2
@@ -54,6 +54,8 @@ def available_backends(operation: str = "attention", device: str = "cpu", full: 
                     FUSED[operation](x, x)
             except fastkd.BackendError:
                 continue
+            except Exception:  # its rows say so when they are checked, and the other rows are measured
+                pass
             names.append(name)
     return names
 

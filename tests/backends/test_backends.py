@@ -10,6 +10,7 @@ import itertools
 import threading
 import warnings
 
+import kernel_backends
 import pytest
 import torch
 from child_process import python
@@ -50,6 +51,16 @@ def test_use_backend_holds_in_its_own_async_task_only():
         return await asyncio.gather(*map(task, ("reference", "cpp", "triton")))
 
     assert asyncio.run(both()) == ["reference", "cpp", "triton"]
+
+
+def test_the_tests_of_a_backend_whose_first_kernel_fails_are_there_to_say_so(monkeypatch, capsys):
+    def broken(*tensors):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(fastkd, "attention_map", broken)
+    assert kernel_backends.missing.__wrapped__("cpp") == ""
+    said = capsys.readouterr().err
+    assert "the first kernel of backend 'cpp' fails: RuntimeError: Failed to find C compiler" in said
 
 
 def test_an_unknown_backend_is_refused_with_the_known_names():

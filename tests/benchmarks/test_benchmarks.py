@@ -12,7 +12,7 @@ import torch
 from child_process import python
 from speed import against, cases, measure, quiet, rows
 from speed.measure import Row
-from speed.session import Replay
+from speed.session import Replay, Session
 from speed.stock import Stock
 
 from fastkd import reference
@@ -93,6 +93,22 @@ def test_a_run_is_recorded(tmp_path: Path) -> None:
     assert "AT" in done.stdout and ("above torch.relu" if why is None else why) in done.stdout
 
 
+@pytest.mark.slow
+def test_rows_are_measured_without_pytest_benchmark(tmp_path: Path) -> None:
+    chosen = "tiny and forward-1-thread"
+    done = run_pytest(
+        "-p", "no:benchmark", "--benchmark", "-q", "-k", chosen, f"--benchmark-results={tmp_path}"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (group,) = json.loads((tmp_path / "speed.json").read_text())["groups"]
+    assert len(group["rows"]) > 2 and all(row["milliseconds"] > 0 for row in group["rows"].values())
+
+
+def test_an_ordinary_run_goes_without_pytest_benchmark() -> None:
+    done = run_pytest("-p", "no:benchmark", "-q", "benchmarks/test_attention.py", "-k", "small and eager")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_interleaved_rounds() -> None:
     turns: list[str] = []
 
@@ -103,6 +119,21 @@ def test_interleaved_rounds() -> None:
     measure.interleave(made, "wall", budget=1)
     assert [len(r.seconds) for r in made] == [5, 5, 5]
     assert "".join(turns[-15:]) == "abc" + "bca" + "cab" + "abc" + "bca"
+
+
+def test_a_backend_whose_first_kernel_fails_has_rows_that_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(students: object, teachers: object) -> torch.Tensor:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setitem(rows.FUSED, "attention", broken)
+    monkeypatch.setattr(rows.backends, "availability", lambda: {"cpp": (True, ""), "reference": (True, "")})
+    assert rows.available_backends() == ["cpp"]
+    session, said = Session(False, lambda line: None), "RuntimeError: Failed to find C compiler"
+    group = rows.LossGroup(cases.Case("attention", "small"), False)
+    row = rows.Row("cpp", lambda: broken([], []))
+    monkeypatch.setattr(group, "check", lambda built, row: row.run())
+    session._check(group, None, row)
+    assert row.failed == said
 
 
 def test_a_row_that_raises_is_left_out() -> None:

@@ -15,7 +15,13 @@ from pathlib import Path
 
 import gpu
 import pytest
+import torch
+from _pytest.mark.expression import Expression
 from gpu import Part, Run, execute
+from speed import gpu as speed_gpu
+from speed import gpu_plan, gpu_step
+from speed.gpu import GPUGroup
+from speed.session import DEVICE, Entry, Group
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX's")
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,6 +77,23 @@ def test_each_part_is_packed_and_a_failure_stops_nothing(tmp_path: Path) -> None
     )
     with tarfile.open(tmp_path / "gpu-results.tar.gz") as archive:
         assert "gpu-results/rates.json" in archive.getnames()
+
+
+def test_parts_find_packages_that_were_carried_along(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "carried"))
+    run = Run(tmp_path / "out", 1, rehearse=True)
+    execute(run, [python("path", "import os; print(os.environ['PYTHONPATH'])")], None)
+    folders = summary(tmp_path / "out")["parts"][0]["last"].split(os.pathsep)
+    assert folders[0] == str(ROOT) and folders[-1] == str(tmp_path / "carried")
+
+
+def test_a_test_file_that_lacks_a_package_keeps_no_other_from_running(tmp_path: Path) -> None:
+    (tmp_path / "test_lacks.py").write_text("import a_package_that_is_not_there")
+    (tmp_path / "test_runs.py").write_text("def test_it(): pass")
+    part = gpu_plan.pytest_part("tests", 20, "-c", "/dev/null", str(tmp_path))
+    run = Run(tmp_path / "out", 1, rehearse=True)
+    execute(run, [part], None)
+    assert summary(tmp_path / "out")["parts"][0]["last"].startswith("1 passed, 1 error in")
 
 
 def test_a_part_at_its_limit_may_still_say_what_it_found(tmp_path: Path) -> None:
@@ -137,12 +160,20 @@ def test_training_goes_on_until_something_is_measured(tmp_path: Path, short: Non
     assert found == [("facts", 0), ("test", 0), ("training", "stopped before measuring"), ("rates", 0)]
 
 
-def test_a_command_that_is_stopped_keeps_what_it_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda n: n.name)
+def test_a_command_that_is_stopped_keeps_what_it_found(tmp_path: Path, number: int) -> None:
     code = f"""
 import pathlib, sys
 sys.path.insert(0, {str(ROOT / "benchmarks")!r})
 import gpu
-sleep = "import pathlib, time; pathlib.Path({str(tmp_path / "began")!r}).touch(); time.sleep(60)"
+sleep = '''
+import pathlib, time
+try:
+    pathlib.Path({str(tmp_path / "began")!r}).touch()
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("half of it")
+'''
 gpu.plan = lambda rehearse: [
     gpu.Part("first", (sys.executable, "-S", "-c", "print('found')"), 20),
     gpu.Part("second", (sys.executable, "-S", "-c", sleep), 30),
@@ -157,10 +188,34 @@ sys.exit(gpu.main())
     while not (tmp_path / "began").exists():
         assert process.poll() is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     said, _ = process.communicate(timeout=30)
     assert process.returncode == 1 and "stopped; what was found is kept" in said
-    assert summary(tmp_path / "out")["parts"][0]["last"] == "found"
+    found = [(part["status"], part["last"]) for part in summary(tmp_path / "out")["parts"]]
+    assert found == [(0, "found"), ("stopped", "half of it")]
+    assert "half of it" in (tmp_path / "out" / "gpu-outputs.txt").read_text()
+
+
+def test_what_this_machine_lacks_is_told(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(gpu_plan, "CUDA", ())
+    monkeypatch.setattr(gpu_plan, "find_spec", lambda name: None)
+    words = ("compute-sanitizer", "--data", "pytest", "xdist")
+    for line, word in zip(gpu_plan.left_out(tmp_path, rehearse=False), words, strict=True):
+        assert word in line
+    names = [part.name for part in gpu_plan.plan(rehearse=False)]
+    assert "memcheck" not in names and "smoke cuda" in names
+
+
+def test_facts_need_no_tools(tmp_path: Path) -> None:
+    """Neither git nor nvidia-smi, and no compiler."""
+    folders = [str(ROOT / name) for name in (".", "benchmarks", "tests/helpers")]
+    env = {"PATH": str(tmp_path), "PYTHONPATH": os.pathsep.join(folders), "FASTKD_GPU_REHEARSAL": "1"}
+    env |= {"FASTKD_GPU_OUT": str(tmp_path), "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "speed.gpu_parts", "facts"]
+    done = subprocess.run(command, env=env, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "facts.json").read_text())["commit"] is None
 
 
 def test_eight_minutes_reach_the_first_measurements() -> None:
@@ -178,6 +233,25 @@ def test_eight_minutes_reach_the_first_measurements() -> None:
     )
 
 
+@pytest.mark.parametrize("rehearse", [True, False])
+def test_each_speed_part_has_groups_to_measure(rehearse: bool, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: not rehearse)
+    device = "cpu" if rehearse else "cuda"
+    groups: dict[str, list[Group]] = {
+        name: [GPUGroup(case, not rehearse) for case in speed_gpu.cases(name, not rehearse)]
+        for name in ("attention", "fsp")
+    }
+    models = (gpu_step.RESNET20, gpu_step.RESNET50)
+    groups["step"] = [gpu_step.GPUStepGroup(model, device, not rehearse) for model in models]
+    parts = [part for part in gpu_plan.plan(rehearse) if part.name.startswith("speed: ")]
+    assert len(parts) == len(gpu_plan.SPEED)
+    for part in parts:
+        words = Expression.compile(part.command[part.command.index("-k") + 1])
+        file = Path(part.command[-1]).stem.removeprefix("test_")
+        ids = [Entry(group, DEVICE, "eager").id for group in groups[file]]
+        assert any(words.evaluate(lambda word, id=id: word in id) for id in ids), (part.name, ids)
+
+
 def test_a_wrong_argument_is_one_line(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--rehearse", "--out", str(tmp_path)]
     for arguments, word in ((["--only", "tests of rocm"], "tests of cuda"), (["--minutes", "0"], "above 0")):
@@ -188,11 +262,11 @@ def test_a_wrong_argument_is_one_line(tmp_path: Path) -> None:
 def test_the_fastest_tiles_are_printed_and_the_table_is_as_it_was(
     tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    view = pytest.importorskip("fastkd.kernels.fsp.view", exc_type=ImportError)
+    view = pytest.importorskip("fastkd.kernels.fsp.view")
     from speed import gpu_tiles
 
     def seconds(how: str, *features: object) -> float:
-        block, depth, stages = view.TILES[how]
+        block, depth, stages = view.TILES[how][:3]
         if stages == 4:
             raise RuntimeError("out of resource: shared memory")
         return 1.0 if (block, depth, stages) == (64, 32, 3) and how == "tf32" else 2.0

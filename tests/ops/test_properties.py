@@ -7,12 +7,14 @@ import random
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, seed, settings
-from hypothesis import strategies as st
 from seed import SEED
 from support import DTYPES, check, check_loss, ref, values
 
 import fastkd
+
+pytest.importorskip("hypothesis")
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
 
 pytestmark = pytest.mark.usefixtures("cpp", "one_thread")
 relaxed = settings(deadline=None, max_examples=15, suppress_health_check=list(HealthCheck), database=None)
