@@ -1,5 +1,4 @@
-"""The most that can be proven and measured on a machine with a GPU in a few minutes, in one command, without
-a network.
+"""The most that can be proven and measured with a GPU in a few minutes, by one command without a network.
 
     python benchmarks/gpu.py --minutes 8 --data DIR     results into benchmarks/results/<device>/
     python benchmarks/gpu.py --rehearse                 the same plan without a GPU; nothing is measured

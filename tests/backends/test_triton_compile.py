@@ -50,6 +50,7 @@ PRODUCTS = {
     "fsp resnet32x4 tf32": "tf32",
     "fsp resnet32x4 bf16": "bf16",
     "fsp resnet50 channels_last bf16": "bf16",
+    "fsp cifar": None,
     "fsp cifar tf32x3": "tf32",
     "fsp wide tf32x3": "tf32",
     "fsp again": "tf32",
@@ -300,8 +301,13 @@ def test_numbers_are_rounded_to_tf32_in_one_instruction_from_sm_90_on(cases):
 # None: two stages would leave too few registers.
 COPIES = {
     "fsp cifar bf16": (8, 16),
-    "fsp resnet32x4 tf32": (170, None),
-    "fsp resnet32x4 bf16": (8, None),
+    "fsp cifar": (None, 100),
+    "fsp cifar tf32x3": (None, 130),
+    "fsp resnet50": (None, 280),
+    "fsp wide tf32x3": (None, 180),
+    "fsp columns": (None, 40),
+    "fsp resnet32x4 tf32": (170, 120),
+    "fsp resnet32x4 bf16": (8, 20),
     "fsp resnet50 tf32": (350, 180),
     "fsp resnet50 channels_last bf16": (60, 100),
     "fsp again": (80, 170),

@@ -18,6 +18,7 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(bool(missing("triton")), reason=missing("triton")),
 ]
+gradient = pytest.importorskip("fastkd.kernels.fsp.gradient")
 CIFAR = ((16, 16, 16), (32, 8, 8), (9, 4, 4))
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 
@@ -46,6 +47,21 @@ def test_each_precision_is_as_near_as_it_claims(triton, dtype, precision):
     allowed = {torch.float32: 2e-3 if rounded else 2e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
     for got, want in zip(ours.grads, exact.grads):
         assert (got.double() - want).norm() / want.norm() < allowed
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
+def test_a_stage_between_two_grids_has_narrow_tiles_and_right_gradients(triton, monkeypatch, precision):
+    """Four warps hold no two sums of 64 x 64 and two stages of loads."""
+    cuts, narrowed = [], gradient.narrowed
+    monkeypatch.setattr(gradient, "narrowed", lambda *given: (cuts.append(narrowed(*given)), cuts[-1])[1])
+    sizes = ((8, 32), (70, 16), (8, 8))
+    s, t = ([make((1, c, n, n)) for c, n in sizes] for _ in range(2))
+    given = [triton(x) for x in (*s, *t)]
+    ours = fetched(evaluate(lambda *x: fastkd.fsp_loss(x[:3], x[3:], precision=precision), given))
+    exact = evaluate(lambda *x: ref.fsp_loss(x[:3], x[3:]), [x.double() for x in (*s, *t)])
+    for got, want in zip(ours.grads, exact.grads):
+        assert (got.double() - want).norm() / want.norm() < 1e-6
+    assert (64, 32) in [cut[:2] for cut in cuts]
 
 
 def test_tf32_rounds_and_the_others_do_not(triton):

@@ -95,10 +95,9 @@ def test_a_run_is_recorded(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_rows_are_measured_without_pytest_benchmark(tmp_path: Path) -> None:
-    chosen = "tiny and forward-1-thread"
-    done = run_pytest(
-        "-p", "no:benchmark", "--benchmark", "-q", "-k", chosen, f"--benchmark-results={tmp_path}"
-    )
+    chosen = ("benchmarks/test_attention.py", "-k", "tiny and forward-1-thread")
+    results = f"--benchmark-results={tmp_path}"
+    done = run_pytest("-p", "no:benchmark", "--benchmark", "-q", *chosen, results)
     assert done.returncode == 0, done.stdout + done.stderr
     (group,) = json.loads((tmp_path / "speed.json").read_text())["groups"]
     assert len(group["rows"]) > 2 and all(row["milliseconds"] > 0 for row in group["rows"].values())

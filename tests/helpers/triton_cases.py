@@ -155,6 +155,7 @@ CASES = {
     "map channels_last bf16": lambda: maps((8, 256, 56, 56), torch.bfloat16, True),
     "map of one program": lambda: maps((8, 16, 8, 8), torch.float32),
     "fsp cifar bf16": lambda: fsp(CIFAR, torch.bfloat16, 128, None),
+    "fsp cifar": lambda: fsp(CIFAR, torch.float32, 128, "ieee"),
     "fsp cifar tf32x3": lambda: fsp(CIFAR, torch.float32, 128, "tf32x3"),
     "fsp resnet32x4 tf32": lambda: fsp(RESNET32X4, torch.float32, 64, "tf32"),
     "fsp resnet32x4 bf16": lambda: fsp(RESNET32X4, torch.bfloat16, 64, None),

@@ -22,6 +22,7 @@ from fastkd.kernels.fsp.view import (
     added_up,
     checked,
     mode,
+    narrowed,
     options,
     owned,
     tight,
@@ -126,7 +127,8 @@ class _Gradients:
                 item(i, [term], ONES, (at, *term.common))
             self.spread.append((at, list(range(len(sizes) - len(terms), len(sizes))), places))
         many, items, programs = warps(cuts, how), [], 0
-        scarce = tight(cuts, how, many, through=any(kind == 2 for _, kind, *_ in kinds))
+        cuts = [narrowed(cut, many) for cut in cuts]
+        scarce = tight(how, many, through=any(kind == 2 for _, kind, *_ in kinds))
         for at, ((channels, positions), cut) in enumerate(zip(sizes, cuts)):
             first, count = cut[3], cut[4] + cut[5]
             made = {kind for _, kind, *_ in kinds[first : first + count]}
@@ -153,7 +155,7 @@ class _Gradients:
             len(items),
             how,
             interpreting(),
-            **options(how, many, tight=scarce),
+            **options(how, many, gradient=True, tight=scarce),
         )
 
     def run(self, grad: Tensor | None, features: Sequence[Tensor], ms: Sequence[Tensor]) -> list[Tensor]:

@@ -102,12 +102,13 @@ class Tiles(NamedTuple):
     block: int  # rows, and columns
     depth: int  # of what is multiplied at a time
     stages: int  # blocks of depth that are in shared memory or on the way to it
+    gradient_stages: int = 0  # of gradients, where these are others
 
 
 TILES = {
-    "ieee": Tiles(64, 16, 1),
+    "ieee": Tiles(64, 16, 1, gradient_stages=2),
     "tf32": Tiles(128, 32, 2),
-    "tf32x3": Tiles(64, 16, 1),
+    "tf32x3": Tiles(64, 16, 1, gradient_stages=2),
     "bf16": Tiles(128, 32, 2),
 }
 """By mode; `python -m speed.gpu_parts tiles` in benchmarks/ tries others on a GPU and prints the lines to put
@@ -124,7 +125,7 @@ def tile(
     register_heavy: addresses of what is multiplied take many registers; widest: of the column block, where
     there are more of those, or two sums at a time. The bounds below are where ptxas no longer spills.
     """
-    most, deepest, _ = TILES[how]
+    most, deepest = TILES[how].block, TILES[how].depth
     if how == "ieee":  # without tensor cores a thread holds its rows and columns of both blocks
         return (
             min(max(power_of_two(rows), 16), most),
@@ -183,23 +184,28 @@ def warps(tiles: Sequence[Size], how: str, low_rank: Sequence[Size] = ()) -> int
     return 4 if how == "ieee" else min(4, max(most_warps(t) for t in tiles))
 
 
-def options(how: str, count: int, *, tight: bool = False) -> dict[str, int]:
+def options(how: str, count: int, *, gradient: bool = False, tight: bool = False) -> dict[str, int]:
     """Of a launch of ``count`` warps a program; tight: two stages of its loads leave too few registers."""
-    return {"num_warps": count, "num_stages": 1 if tight else TILES[how].stages}
+    tiles = TILES[how]
+    stages = (tiles.gradient_stages if gradient else 0) or tiles.stages
+    return {"num_warps": count, "num_stages": 1 if tight else stages}
 
 
-def tight(cuts: Sequence[Size], how: str, count: int, *, through: bool = False) -> bool:
-    """Of gradients: where ptxas spilled with two stages. ``cuts``: those of _Gradients; through: see `owned`.
+def tight(how: str, count: int, *, through: bool = False) -> bool:
+    """Of gradients: where ptxas spilled with two stages. through: see `owned`.
 
-    Four warps hold two sums of 64 x 64, or eight a matrix that is made on the way. On sm_100 eight have half
-    of the registers.
+    Eight warps do not hold a matrix that is made on the way. On sm_100 eight have half of the registers.
     """
-    two_sums = any(
-        math.prod(c[:2]) >= 64 * 64 and c[COARSE_TERMS.value] and c[FINE_TERMS.value] for c in cuts
-    )
-    if count <= 4:
-        return two_sums
-    return through or (how == "bf16" and 100 <= _capability() < 120)
+    return count > 4 and (through or (how == "bf16" and 100 <= _capability() < 120))
+
+
+def narrowed(cut: Size, count: int) -> Size:
+    """A cut of _Gradients of half as many columns, where four warps have no registers for two sums of 64 x 64
+    and for two stages of loads.
+    """
+    rows, columns, *rest = cut
+    two_sums = cut[COARSE_TERMS.value] and cut[FINE_TERMS.value]
+    return (rows, columns // 2, *rest) if count <= 4 and two_sums and rows * columns >= 64 * 64 else cut
 
 
 def added_up(how: str, several: bool) -> bool:
