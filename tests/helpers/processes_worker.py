@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import distributed_worker
 import imported_ahead  # noqa: F401
 import torch
 import toy_methods
@@ -116,6 +117,21 @@ def answers(path: str) -> None:
     with distributed.group("cpu"):
         found = distributed.from_first(lambda: [distributed.busy(), distributed.busy(), 7][-1])
         torch.save(found, f"{path}-{distributed.share()[0]}.pt")
+
+
+def torchrun(*arguments: str) -> None:
+    """The command of distributed_worker.py in two processes of torchrun, forked and not started anew."""
+    from torch.distributed import run
+
+    launch = run.elastic_launch
+
+    def forked(config: Any, entrypoint: object) -> Any:
+        config.start_method = "fork"
+        return lambda *_: launch(config, distributed_worker.main)()
+
+    run.elastic_launch = forked
+    sys.argv[1:] = ["command", *arguments]
+    run.main(["--standalone", "--nproc-per-node", "2", "distributed_worker.py"])
 
 
 def child(job: dict[str, Any], rank: int) -> int:
