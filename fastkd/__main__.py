@@ -16,6 +16,7 @@ import torch
 
 import fastkd
 from fastkd import backends, native
+from fastkd.io.console import screens
 
 
 def _triton() -> str | None:
@@ -83,6 +84,7 @@ def _entry(name: str, entry: dict[str, Any]) -> list[str]:
     )
 
 
+@screens()
 def main() -> None:
     text = "What is installed, what works here, and why the rest does not."
     parser = argparse.ArgumentParser(prog="python -m fastkd", description=text, allow_abbrev=False)

@@ -126,6 +126,18 @@ def is_compiled(module: nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
+def saveable(x: Any) -> Any:
+    """``x``, tuples and all, with copies of tensors made under ``torch.inference_mode``: no backward pass may
+    keep those.
+    """
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return x
+    if isinstance(x, tuple):
+        parts = [saveable(part) for part in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+    return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
+
+
 def version(x: Tensor) -> int | None:
     """A number that changes with each change in place; None where PyTorch does not count them."""
     return None if x.is_inference() else x._version

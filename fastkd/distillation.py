@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd import backends, checks
+from fastkd import _private, backends, checks
 from fastkd.methods import Batch, BuildContext, Definition, Distiller, Output, define, undisturbed
 from fastkd.methods.context import features_of
 from fastkd.methods.sum import Losses, MethodSum
@@ -211,7 +211,7 @@ class Distillation(nn.Module):
         """Tells the methods that ``epoch`` (from 0) of ``epochs`` begins, and sets the factors of those that
         have a schedule.
 
-        Until then the factors are 1.
+        Until then the factors are 1. Raises ValueError for an epoch outside ``range(epochs)``.
         """
         self.methods.begin_epoch(epoch, epochs)
 
@@ -224,7 +224,11 @@ class Distillation(nn.Module):
         taught: Output | None = None,
     ) -> Losses:
         batch = Batch(images, labels, index)
-        teacher = self.ask(images if teacher_images is None else teacher_images) if taught is None else taught
+        teacher = (
+            self.ask(images if teacher_images is None else teacher_images)
+            if taught is None
+            else _private.saveable(taught)
+        )
         with self._autocast():
             student = self._students(images)
         losses = self.methods.cross_entropy(student.logits, labels)

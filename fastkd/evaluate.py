@@ -22,6 +22,7 @@ from fastkd import plugins
 from fastkd.data import choose_dataset, load_dataset
 from fastkd.data.feed import Feed, testing
 from fastkd.errors import UserError
+from fastkd.io.console import screens
 from fastkd.io.files import as_path
 from fastkd.models import WeightsError, create_model, load_student, load_weights, read_checkpoint
 from fastkd.training.device import find_device
@@ -114,6 +115,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+@screens()
 def main(arguments: list[str] | None = None) -> int:
     parser = _Parser(
         prog="python -m fastkd.evaluate", description="Tests trained weights.", allow_abbrev=False

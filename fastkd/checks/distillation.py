@@ -45,6 +45,15 @@ def distillation(
             raise TypeError(f"{name} is {count!r}, wanted a whole number")
 
 
+def epoch_of(epoch: object, epochs: object) -> None:
+    """An epoch of so many, from 0: the last one is ``epochs - 1``."""
+    for name, count in (("epoch", epoch), ("epochs", epochs)):
+        if not _whole(count):
+            raise TypeError(f"{name} is {count!r}, wanted a whole number")
+    if not 0 <= epoch < epochs:  # type: ignore[operator]
+        raise ValueError(f"epoch is {epoch} of {epochs}, wanted one from 0 to epochs - 1")
+
+
 def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

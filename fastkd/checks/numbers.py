@@ -92,6 +92,12 @@ def above_zero(name: str, value: object) -> float:
     return result
 
 
+def channels_stand(channel_dim: object) -> None:
+    """Refuses whatever is not the number 1 or -1: True is equal to 1, and whoever gives it means -1."""
+    if isinstance(channel_dim, (bool, float)) or channel_dim not in (1, -1):
+        raise ValueError(f"channel_dim is {channel_dim!r}, wanted 1 or, for the last dimension, -1")
+
+
 def option(name: str, value: Any) -> Any:
     """What a module holds of the argument ``name``: numbers as floats, anything else as it was given.
 
@@ -104,8 +110,8 @@ def option(name: str, value: Any) -> Any:
         return above_zero(name, value)
     if name == "p":
         return power(value)
-    if name == "channel_dim" and value not in (1, -1):
-        raise ValueError(f"channel_dim is {value!r}, wanted 1 or, for the last dimension, -1")
+    if name == "channel_dim":
+        channels_stand(value)
     return number(name, value, at_least=_LEAST.get(name)) if name in _NUMBERS else value
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.checks.numbers import number, stage_weights
+from fastkd.checks.numbers import channels_stand, number, stage_weights
 
 Features = Tensor | Sequence[Tensor] | Mapping[Any, Tensor] | Iterable[Tensor]
 """One feature, or those of several stages in their order."""
@@ -64,8 +64,7 @@ def channels_second(value: Any, channel_dim: object) -> Any:
 
     What is no such feature stays as it is, for the checks that come after to name.
     """
-    if channel_dim not in (1, -1):
-        raise ValueError(f"channel_dim is {channel_dim!r}, wanted 1 or, for the last dimension, -1")
+    channels_stand(channel_dim)
     value = listed(value)
     if channel_dim == 1 or not isinstance(value, (Tensor, list, tuple)):
         return value

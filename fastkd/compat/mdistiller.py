@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd import checks, losses, reference
+from fastkd import _private, checks, losses, reference
 from fastkd.checks import Features, stages
 from fastkd.methods import connectors
 from fastkd.ops.attention import attention_transfer_loss
@@ -154,7 +154,7 @@ class CRD(nn.Module):
         if contrast_idx.shape[1:] != (self.k + 1,):
             raise ValueError(f"contrast_idx is {tuple(contrast_idx.shape)}, wanted (N, k + 1), k = {self.k}")
         s = F.normalize(self.embed_s(f_s.flatten(1)))
-        t = F.normalize(self.embed_t(f_t.flatten(1)))
+        t = F.normalize(self.embed_t(_private.saveable(f_t).flatten(1)))
         loss, normalizers = self.contrast(s, t, contrast_idx)
         self.contrast.update(idx, s.detach(), t.detach(), normalizers, self.momentum)
         return loss

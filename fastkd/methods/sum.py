@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastkd import checks
 from fastkd.methods.base import Batch, Distiller, Output, Points, overrides, union
 from fastkd.methods.definition import Definition
 from fastkd.models.extract import Point
@@ -74,6 +75,7 @@ class MethodSum(nn.ModuleDict):
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         """See :meth:`fastkd.Distillation.set_epoch`."""
+        checks.epoch_of(epoch, epochs)
         for name in self:
             self._distiller(name).set_epoch(epoch, epochs)
         for name, place in self._scheduled.items():

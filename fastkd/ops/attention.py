@@ -263,7 +263,7 @@ def attention_transfer_loss(
     implementations (see the presets).
     """
     student, teacher = checks.listed(student), checks.listed(teacher)
-    if channel_dim != 1:
+    if channel_dim != 1 or type(channel_dim) is not int:
         student = student if student_is_map else checks.channels_second(student, channel_dim)
         teacher = teacher if teacher_is_map else checks.channels_second(teacher, channel_dim)
     given = (

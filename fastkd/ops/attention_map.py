@@ -105,7 +105,7 @@ def attention_map(
     Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
     Source: Zagoruyko, Komodakis, *Paying more attention to attention*, ICLR 2017.
     """
-    if channel_dim != 1:
+    if channel_dim != 1 or type(channel_dim) is not int:
         x = checks.channels_second(x, channel_dim)
     impl = backends.select("attention_map", (x,), _cuda_limits.attention_map, (p,))
     if impl.name == "reference":

@@ -239,7 +239,7 @@ def fsp_loss(
     (see the presets).
     """
     student, teacher = checks.listed(student), checks.listed(teacher)
-    if channel_dim != 1:
+    if channel_dim != 1 or type(channel_dim) is not int:
         student, teacher = (checks.channels_second(side, channel_dim) for side in (student, teacher))
     impl = backends.select("fsp_loss", (student, teacher), _cuda_limits.fsp_loss)
     if impl.name == "reference":

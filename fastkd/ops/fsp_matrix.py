@@ -93,7 +93,7 @@ def fsp_matrix(
     Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
     Source: Yim et al., *A gift from knowledge distillation*, CVPR 2017.
     """
-    if channel_dim != 1:
+    if channel_dim != 1 or type(channel_dim) is not int:
         a, b = checks.channels_second((a, b), channel_dim)
     impl = backends.select("fsp_matrix", (a, b), _cuda_limits.none)
     if impl.name == "reference":

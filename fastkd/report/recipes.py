@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastkd.io.console import screens
 from fastkd.methods import METHODS, BuildContext, Definition, Distiller, define
 from fastkd.methods.context import shapes
 from fastkd.methods.options import written
@@ -181,4 +182,5 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 if __name__ == "__main__":
-    print(markdown(), end="")
+    with screens():
+        print(markdown(), end="")

@@ -128,3 +128,33 @@ def test_a_teacher_is_not_the_student():
     with pytest.raises(ValueError, match="teacher is the student itself, wanted a network of its own"):
         run(student=student, teacher=student)
     assert all(parameter.requires_grad for parameter in student.parameters())
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ((-1, 4), ValueError, "epoch is -1 of 4, wanted one from 0 to epochs - 1"),
+        ((4, 4), ValueError, "epoch is 4 of 4, wanted one from 0 to epochs - 1"),
+        ((0, 0), ValueError, "epoch is 0 of 0, wanted one from 0 to epochs - 1"),
+        ((1.0, 4), TypeError, "epoch is 1.0, wanted a whole number"),
+        ((0, None), TypeError, "epochs is None, wanted a whole number"),
+    ],
+)
+@pytest.mark.parametrize("method", ["at", "reviewkd"])  # without a schedule, and with one
+def test_an_epoch_outside_the_run_is_one_line(method, given, error, words):
+    distillation = fastkd.Distillation(network(), network(), method)
+    with pytest.raises(error, match=f"^{words}$"):
+        distillation.set_epoch(*given)
+
+
+@pytest.mark.parametrize("method", ["fitnet", "crd", "srrl", "simkd", "norm"])  # which learn on the teacher's
+def test_what_a_teacher_said_in_inference_mode_is_learned_from(method):
+    student, teacher = create_model("resnet8"), create_model("resnet8")
+    made = fastkd.Distillation(student, teacher, method, train_labels=torch.arange(40) % 10)
+    images, rest = torch.randn(4, 3, 32, 32), (torch.arange(4), torch.arange(4))
+    with torch.inference_mode():
+        taught = made.ask(images)
+    assert taught.logits.is_inference()
+    losses = made.eval()(images, *rest, taught=taught)
+    losses.total.backward()
+    assert torch.equal(losses.total, made(images, *rest).total)

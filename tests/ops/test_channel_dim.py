@@ -107,7 +107,7 @@ def test_tokens_are_not_copied(cpp, one_thread, name):
 
 @pytest.mark.parametrize("module", [fastkd, reference], ids=["ops", "reference"])
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("value", [0, 2, "last", None])
+@pytest.mark.parametrize("value", [0, 2, "last", None, True, 1.0])
 def test_another_dimension_is_one_line(module, name, value):
     x, y = values(MAPS, F64), values(MAPS, F64)
     with pytest.raises(
@@ -121,8 +121,9 @@ def test_what_is_no_feature_is_named_as_ever():
         fastkd.attention_transfer_loss([torch.ones(MAPS), "x"], [torch.ones(MAPS)] * 2, channel_dim=-1)
     with pytest.raises(ValueError, match=r"x is \(5,\).*wanted \(N, C, \*S\)"):
         fastkd.attention_map(torch.ones(5), channel_dim=-1)
-    with pytest.raises(ValueError, match="channel_dim is 3"):
-        fastkd.FSP(channel_dim=3)
+    for value in (3, True):
+        with pytest.raises(ValueError, match=f"channel_dim is {value}"):
+            fastkd.FSP(channel_dim=value)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -35,6 +35,21 @@ def report() -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.mark.parametrize("arguments", [["--json"], []])
+def test_a_reader_that_goes_away_is_no_error(arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)  # as ``| head`` does once it has read enough
+    with os.fdopen(writer, "wb") as closed:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "fastkd", *arguments],
+            env={**os.environ, "PYTHONPATH": str(Path(fastkd.__file__).parent.parent)},
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            timeout=300,
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_versions(report: dict) -> None:
     assert report["fastkd"] == fastkd.__version__
     assert report["python"] == platform.python_version()
