@@ -131,6 +131,10 @@ class Distillation(nn.Module):
         image_shape = image_shape_of(student, teacher) if image_shape is None else image_shape
         self.image_shape, self.teacher_image_shape = image_shape, teacher_image_shape or image_shape
         distillers: dict[str, Distiller] = {}
+        # first: a method may look at the teacher's features while it is built
+        scale, shift = renormalized(normalization, teacher_normalization, self.teacher_image_shape)
+        self.register_buffer("teacher_scale", scale, persistent=False)
+        self.register_buffer("teacher_shift", shift, persistent=False)
         if self.definition.needs_teacher:
             if teacher is None:
                 raise ValueError(f"teacher is None, but method {self.definition.name!r} learns from one")
@@ -156,9 +160,6 @@ class Distillation(nn.Module):
             self.methods.points("student", self._observed[0], student_points),
             self.methods.points("teacher", self._observed[1], teacher_points),
         ]
-        scale, shift = renormalized(normalization, teacher_normalization, image_shape)
-        self.register_buffer("teacher_scale", scale, persistent=False)
-        self.register_buffer("teacher_shift", shift, persistent=False)
         # in a tuple, which nn.Module does not look into: the teacher, and the copy that answers in eval mode
         self._outside: tuple[nn.Module, ...] = (teacher,) if teacher is not None and distillers else ()
         self.folds = fold
@@ -166,7 +167,7 @@ class Distillation(nn.Module):
         self._set_teachers_mode()
 
     def _teachers_features(self, teacher: nn.Module, batches: Any) -> Iterator[Features]:
-        return features_of(teacher, self._observed[1], batches, self._autocast)
+        return features_of(teacher, self._observed[1], batches, self._autocast, self._as_the_teacher_wants)
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -277,10 +278,16 @@ class Distillation(nn.Module):
         """The teacher's answer to ``images``, for several students of one teacher; None without a teacher."""
         if not self._outside:
             return None
-        if self.teacher_scale is not None and self.teacher_shift is not None:
-            images = images * self.teacher_scale + self.teacher_shift
+        images = self._as_the_teacher_wants(images)
         with torch.no_grad(), self._autocast():
             return self.points[1].observe(self._observed[1] or self._outside[-1], images)
+
+    def _as_the_teacher_wants(self, images: Tensor) -> Tensor:
+        """Images normalized as the teacher's are."""
+        if self.teacher_scale is None or self.teacher_shift is None:
+            return images
+        scale, shift = self.teacher_scale.to(images.device), self.teacher_shift.to(images.device)
+        return (images * scale + shift).to(images.dtype)
 
     def _as_seen(self, output: Output | None) -> Any:
         return None if output is None else output._replace(logits=self.methods.seen_logits(output.logits))

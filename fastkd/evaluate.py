@@ -20,14 +20,17 @@ from torch import nn
 from fastkd import data as datasets
 from fastkd import plugins
 from fastkd.data import choose_dataset, load_dataset
-from fastkd.data.feed import Feed, testing
+from fastkd.data.feed import AnyDataset, Feed, testing
 from fastkd.errors import UserError
 from fastkd.io.console import screens
 from fastkd.io.files import as_path
 from fastkd.models import WeightsError, create_model, load_student, load_weights, read_checkpoint
+from fastkd.models.normalization import Normalization
+from fastkd.models.specs import declared_normalization, is_spec
 from fastkd.training.device import find_device
 from fastkd.training.evaluation import evaluate, placed
 from fastkd.training.recipes import NORMALIZATIONS, normalization_of
+from fastkd.training.teacher_images import in_words, parsed
 
 
 class Result(NamedTuple):
@@ -39,6 +42,7 @@ class Result(NamedTuple):
     images: int
     parameters: int
     speed: float
+    normalized: str = ""  # the images' mean and deviation, where they are not the set's own
 
 
 def test(
@@ -56,8 +60,9 @@ def test(
     """Tests the weights in ``file``: of a run (its folder will do), or alone, of the network ``model``.
 
     A run's student has what its method has put into it: SimKD's projector and classifier, NORM's pair.
-    ``dataset``, ``normalization``, the name of a recipe's constants, and ``image_size``, that of a folder's
-    images, are by default those of the run, or the set's own and 224. Raises UserError, one line.
+    ``dataset``, ``normalization``, the name of a recipe's constants or "MEAN/STD", and ``image_size``, that
+    of a folder's images, are by default those of the run. Weights of no run have the normalization that timm
+    or torchvision declare for the network, else the set's own, and images of 224. Raises UserError, one line.
     """
     path = as_path(file)
     path = path / "best.pt" if path.is_dir() else path
@@ -71,20 +76,18 @@ def test(
         if name is None or dataset is None:
             flag = "--model" if name is None else "--dataset"
             raise UserError(f"{path} is of no run, wanted {flag}")
+        if isinstance(about, dict):
+            _check_plugins(path, about, known)
         whole = load_dataset(choose_dataset(dataset, data)[0], data)
         side = image_size or int(known.get("image_size") or 224)
         network = _network(path, name, whole.classes, bool(known) and model in (None, known.get("model")))
     except WeightsError as error:
         raise UserError(str(error)) from None
-    constants = normalization or known.get("normalization") or "own"
-    if constants != "own" and (constants, whole.name) not in NORMALIZATIONS:
-        raise UserError(
-            f"--normalization is {constants}, which has no constants for {whole.name}: wanted own"
-        )
+    constants = _constants(normalization, known, whole, declared_normalization(network, name))
     where = find_device(device)
     network = placed(network, where)
-    feed, constants_of = Feed((side,), workers), normalization_of(constants, whole)
-    batches = testing(whole, constants_of, feed, batch_size=batch_size, device=where)
+    feed = Feed((side,), workers)
+    batches = testing(whole, constants, feed, batch_size=batch_size, device=where)
     autocast = torch.autocast(where.type, enabled=False)
     first = next(batches.test())[0]
     with torch.no_grad():
@@ -96,7 +99,46 @@ def test(
     seconds = time.perf_counter() - begun
     count = len(whole.test_labels)
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    return Result(name, whole.name, accuracy, count, parameters, count / seconds)
+    normalized = in_words(constants) if constants != (whole.mean, whole.std) else ""
+    return Result(name, whole.name, accuracy, count, parameters, count / seconds, normalized)
+
+
+def _constants(
+    asked: str | None, known: dict[str, Any], data: AnyDataset, declared: Normalization | None
+) -> Normalization:
+    """(mean, std) of the images. Raises UserError."""
+    if asked is not None and "/" in asked:
+        try:
+            return parsed(asked) or (data.mean, data.std)
+        except ValueError:
+            raise UserError(
+                f"--normalization is {asked!r}, wanted MEAN/STD: 0.5,0.5,0.5/0.5,0.5,0.5"
+            ) from None
+    if asked is None and not known and declared is not None:
+        return declared
+    name = asked or known.get("normalization") or "own"
+    if name != "own" and (name, data.name) not in NORMALIZATIONS:
+        raise UserError(
+            f"--normalization is {name}, which has no constants for {data.name}: wanted own, or MEAN/STD"
+        )
+    return normalization_of(name, data)
+
+
+def _check_plugins(path: Path, about: dict[str, Any], known: dict[str, Any]) -> None:
+    """That the files that a run was given by --plugin are there. No file is imported for its name in a
+    checkpoint. Raises UserError.
+    """
+    added: dict[str, str] = known.get("plugins") or {}
+    missing = [
+        key
+        for key in added
+        if not is_spec(key)
+        and plugins.origin(*key.split(" ", 1)) is None  # type: ignore[arg-type]
+        and key.split(" ", 1)[1] not in plugins.known(key.split(" ", 1)[0])
+    ]
+    if missing and about.get("plugins"):
+        flags = " ".join(f"--plugin {file}" for file in about["plugins"])
+        raise UserError(f"{path} has {' and '.join(missing)} of a file of its own: give {flags}")
 
 
 def _network(path: Path, name: str, classes: int, of_run: bool) -> nn.Module:
@@ -132,7 +174,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is one")
     parser.add_argument(
-        "--normalization", choices=("own", "ofd", "repdistiller"), help="that of the run, else the set's own"
+        "--normalization",
+        metavar="NAME|MEAN/STD",
+        help="own, ofd, repdistiller, or 0.5,0.5,0.5/0.5,0.5,0.5: that of the run, else what timm or"
+        " torchvision declare for the network, else the set's own",
     )
     parser.add_argument(
         "--image-size", type=int, metavar="N", help="of a folder's images: that of the run, or 224"
@@ -154,6 +199,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(
         f"{found.model} on {found.dataset}: {found.accuracy:.2f} % of {found.images:,} test images,"
         f" {found.parameters:,} parameters, {found.speed:,.0f} images/s"
+        + f"; images normalized by {found.normalized}"
+        * bool(found.normalized)
     )
     return 0
 

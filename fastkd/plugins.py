@@ -23,6 +23,9 @@ from fastkd.errors import UserError
 GROUPS = {"method": "fastkd.methods", "model": "fastkd.models", "dataset": "fastkd.data"}
 """The group of entry points of each kind."""
 
+IMPORTED = "_fastkd_text"
+"""Where a module of :func:`of_file` has :func:`text_of` the text that was imported."""
+
 _origins: dict[tuple[str, str], tuple[str, str]] = {}  # what is told, and the file
 _NAME = re.compile(r"[a-z][a-z0-9_-]*")
 
@@ -92,11 +95,17 @@ def origin(kind: str, name: str) -> str | None:
     return _origins.get((kind, name), (None, ""))[0]
 
 
+def text_of(path: Path) -> str:
+    """The file's name and a hash of its text: "nets.py 1a2b3c4d"."""
+    return f"{path.name} {hashlib.blake2b(path.read_bytes(), digest_size=4).hexdigest()}"
+
+
 @functools.cache
 def of_file(path: Path) -> ModuleType:
     """The file as a module, imported once. It may import files beside it; raises whatever it does."""
     if not path.is_file():
         raise FileNotFoundError("no such file")
+    text = text_of(path)
     name = f"fastkd_user_{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -109,6 +118,7 @@ def of_file(path: Path) -> ModuleType:
         raise
     finally:
         sys.path.remove(str(path.parent))
+    module.__dict__[IMPORTED] = text  # the file may be changed while this process runs
     return module
 
 
@@ -121,8 +131,7 @@ def _origin(value: Any) -> tuple[str, str]:
     file = getattr(sys.modules.get(name), "__file__", None)
     if file is None or not Path(file).is_file():
         return name, name
-    text = hashlib.blake2b(Path(file).read_bytes(), digest_size=4).hexdigest()
-    return f"{Path(file).name} {text}", str(file)
+    return text_of(Path(file)), str(file)
 
 
 def said(error: BaseException) -> str:

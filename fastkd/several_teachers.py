@@ -27,8 +27,9 @@ class SeveralTeachers(nn.Module):
         join: "losses": each method is built for each teacher, with what it learns, and its loss is their
             mean. "logits": the methods see the mean of the teachers' logits, which only ``kd`` and ``dkd``
             read alone. A network of a different width or family may stand among the teachers in both.
-        options, rest: as for :class:`fastkd.Distillation`; ``teacher_points`` and the like are those of every
-            teacher.
+        teacher_points, teacher_normalization: as for :class:`fastkd.Distillation`, of every teacher; or a
+            list with one such value, or None, for each.
+        options, rest: as there, and of every teacher.
 
     ``terms`` and ``total`` of its losses are the means; ``teacher_logits`` is the mean of the logits. Raises
     ValueError for a method that changes the student, as SimKD and NORM do.
@@ -43,6 +44,8 @@ class SeveralTeachers(nn.Module):
         join: str = "losses",
         options: Mapping[str, Mapping[str, Any]] | None = None,
         preset: str | None = None,
+        teacher_points: Sequence[Any] | None = None,
+        teacher_normalization: Sequence[Any] | None = None,
         **rest: Any,
     ):
         super().__init__()
@@ -60,7 +63,23 @@ class SeveralTeachers(nn.Module):
         )
         check_join(self.definition, join)
         # in a tuple, which nn.Module does not look into: each holds the student
-        self._parts = tuple(Distillation(student, teacher, self.definition, **rest) for teacher in teachers)
+        given = zip(
+            teachers,
+            _for_each("teacher_points", teacher_points, len(teachers), _is_list_of_points),
+            _for_each("teacher_normalization", teacher_normalization, len(teachers), _is_pair),
+            strict=True,
+        )
+        self._parts = tuple(
+            Distillation(
+                student,
+                teacher,
+                self.definition,
+                teacher_points=points,
+                teacher_normalization=normalization,
+                **rest,
+            )
+            for teacher, points, normalization in given
+        )
         self.student, self.join = student, join
         self.methods = nn.ModuleList(part.methods for part in self._parts[: 1 if join == "logits" else None])
         first = self._parts[0]
@@ -69,6 +88,11 @@ class SeveralTeachers(nn.Module):
         counts = [int(self._logits_of(part).shape[1]) for part in self._parts]
         if len(set(counts)) > 1:
             raise ValueError(f"teachers have {', '.join(map(str, counts))} classes, wanted the same number")
+
+    @property
+    def parts(self) -> tuple[Distillation, ...]:
+        """The distillation of each teacher, all of the one student."""
+        return self._parts
 
     @property
     def teacher(self) -> nn.ModuleList:
@@ -157,6 +181,31 @@ class SeveralTeachers(nn.Module):
         with undisturbed(teacher):
             found: Tensor = teacher(blank)
         return found
+
+
+def _for_each(name: str, given: Any, teachers: int, of_one: Callable[[Any], bool]) -> Sequence[Any]:
+    """``given`` for each teacher; ``of_one`` tells whether it is the value of one, and so that of all."""
+    if given is None or isinstance(given, str) or not isinstance(given, Sequence) or of_one(given):
+        return [given] * teachers
+    if len(given) != teachers:
+        raise ValueError(
+            f"{name} has {counted(len(given), 'value')}, and there are {teachers} teachers: wanted one for"
+            " all of them, or a list with one for each"
+        )
+    return given
+
+
+def _is_list_of_points(given: Sequence[Any]) -> bool:
+    """Whether its elements are points: names, or pairs of a name and a function."""
+    return all(isinstance(x, str) or (isinstance(x, tuple) and callable(x[-1:] and x[-1])) for x in given)
+
+
+def _is_pair(given: Sequence[Any]) -> bool:
+    """Whether it is a (mean, deviation), each a sequence of numbers, and not one such pair a teacher."""
+    return len(given) == 2 and not any(
+        x is None or (isinstance(x, (tuple, list)) and x and isinstance(x[0], (tuple, list, Tensor)))
+        for x in given
+    )
 
 
 def kept_bytes(distillation: Distillation | SeveralTeachers) -> dict[str, int]:

@@ -145,10 +145,12 @@ def features_of(
     view: Network | None,
     batches: Iterable[Any],
     autocast: Callable[[], AbstractContextManager[Any]],
+    changed: Callable[[Tensor], Tensor] = lambda images: images,
 ) -> Iterator[Features]:
     """The network's features of each of ``batches``: images, or tuples that begin with them.
 
-    ``view`` shows those of a network that is none of ours. Raises TypeError.
+    ``changed``: what makes the network's images of them. ``view`` shows those of a network that is none of
+    ours. Raises TypeError.
     """
     device = next(network.parameters()).device
     if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
@@ -162,5 +164,5 @@ def features_of(
                 " with them"
             )
         with autocast():
-            features, _ = (view or network)(images.to(device), features="both")
+            features, _ = (view or network)(changed(images.to(device)), features="both")
         yield features

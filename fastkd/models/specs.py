@@ -48,6 +48,14 @@ def create(spec: str, num_classes: int) -> nn.Module:
     return network
 
 
+def origin(spec: str) -> str | None:
+    """Of a network in a user's file, the file's name and a hash of its text; None for any other."""
+    source = spec.rpartition(":")[0]
+    if not source.endswith(".py"):
+        return None
+    return str(getattr(plugins.of_file(Path(source).expanduser().resolve()), plugins.IMPORTED))
+
+
 def stages_of(network: nn.Module) -> tuple[str, ...] | None:
     """The points that stand in where none are named; None where there are no usual ones.
 
@@ -68,9 +76,20 @@ def stages_of(network: nn.Module) -> tuple[str, ...] | None:
     return tuple(info["module"] for info in last) if halved else None
 
 
-def declared_normalization(network: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """(mean, std) by which timm says that images are normalized for this network's published weights."""
+def declared_normalization(
+    network: nn.Module, spec: str = ""
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """(mean, std) by which timm, or torchvision for the network ``spec``, says that images are normalized for
+    its published weights.
+    """
     declared = getattr(network, "pretrained_cfg", None)
+    source, _, name = spec.rpartition(":")
+    if source == "torchvision":
+        try:
+            prepared = _library("torchvision.models").get_model_weights(name).DEFAULT.transforms()
+            declared = {"mean": prepared.mean, "std": prepared.std}
+        except (AttributeError, ValueError):  # a network without published weights
+            return None
     mean, std = (declared.get(name) if isinstance(declared, dict) else None for name in ("mean", "std"))
     return None if mean is None or std is None else (tuple(mean), tuple(std))
 

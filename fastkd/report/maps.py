@@ -20,6 +20,7 @@ from fastkd.training.device import find_device
 from fastkd.training.evaluation import placed
 from fastkd.training.recipes import normalization_of
 from fastkd.training.settings import from_config
+from fastkd.training.teacher_images import SAME, parsed
 
 
 def redraw(folder: Path, data: Path | None) -> list[Path]:
@@ -33,6 +34,7 @@ def redraw(folder: Path, data: Path | None) -> list[Path]:
     settings, fields = from_config(about, folder.parent), about["fields"]
     dataset = load_dataset(about["dataset"], data or settings.data)
     normalization = normalization_of(fields["normalization"], dataset)
+    theirs = parsed((settings.teacher_normalization or (SAME,))[0])
     device, teacher = find_device(None), None
     row = {**about, "dataset": dataset.title, "nepoch": fields["epochs"]}
     try:
@@ -50,7 +52,7 @@ def redraw(folder: Path, data: Path | None) -> list[Path]:
         folder,
         row,
         dataset,
-        normalization,
+        (normalization, theirs or normalization),
         placed(student, device),
         taught,
         about.get("points", (None, None)),  # runs of older versions have neither

@@ -21,6 +21,7 @@ from fastkd.data.feed import AnyDataset
 from fastkd.io import figures
 from fastkd.io.console import say
 from fastkd.io.files import write
+from fastkd.models.normalization import Normalization
 from fastkd.training.examples import examples, normalized, stages
 from fastkd.training.groups import described
 
@@ -48,7 +49,7 @@ def draw(
     folder: Path,
     about: Mapping[str, Any],
     data: AnyDataset,
-    normalization: tuple[tuple[float, ...], tuple[float, ...]],
+    normalizations: Sequence[Normalization],
     student: nn.Module,
     teacher: nn.Module | None,
     points: Sequence[Sequence[str] | None] = (None, None),
@@ -56,17 +57,18 @@ def draw(
 ) -> list[Path]:
     """The sheets of a run in its folder, one a variant; on failure none, and one line that says why.
 
-    ``about``: method, dataset, student, teacher and nepoch, as in the table. ``points``, ``sides``: of the
-    student and of the teacher, their stages and the size of a folder's images. Models are left in eval mode.
+    ``about``: method, dataset, student, teacher and nepoch, as in the table. ``normalizations``, ``points``,
+    ``sides``: of the student and of the teacher, (mean, std), their stages and the size of a folder's images.
+    Models are left in eval mode.
     """
     if not available():
         return []
     try:
-        models = {"student": (student, points[0], sides[0])}
+        models = {"student": (student, points[0], sides[0], normalizations[0])}
         if teacher is not None:
-            models = {"teacher": (teacher, points[1], sides[1]), **models}
+            models = {"teacher": (teacher, points[1], sides[1], normalizations[1]), **models}
         features = {}
-        for name, (model, names, side) in models.items():
+        for name, (model, names, side, normalization) in models.items():
             images, labels = examples(data, side)  # the student's are the last, and are drawn
             features[name] = stages(model, normalized(images, normalization, model), names)
         title, paths = described(about), []

@@ -14,10 +14,13 @@ from fastkd import plugins
 from fastkd.data import Folder
 from fastkd.methods import Definition
 from fastkd.methods.options import written
+from fastkd.models import specs
+from fastkd.models.normalization import Normalization
 from fastkd.models.specs import file_name
 from fastkd.training.given_weights import Given
 from fastkd.training.recipes import RECIPES, Recipe
 from fastkd.training.settings import environment
+from fastkd.training.teacher_images import written as normalization_written
 
 ALONE = ("epochs", "teacher_mode", "preset", "init_epochs", "init_lr", "init_milestones")
 """Fields that a teacher's own training has no use for, or whose value stands in its file's name already."""
@@ -41,6 +44,11 @@ class Choices(Given):
     method: Definition
     points: dict[str, tuple[str, ...] | None]
     """By role the submodules whose outputs are the stages of a network; None: it shows its own."""
+    more_points: list[tuple[str, ...] | None]
+    """Those of each teacher but the first."""
+    teacher_normalizations: list[Normalization | None]
+    """By what the images of each teacher are normalized, where that is not as the student's are."""
+    asked_normalization: tuple[str, ...] | None
     device: torch.device
     processes: int
     compiled: bool
@@ -129,7 +137,12 @@ class Choices(Given):
             used += [("method", term.name) for term in self.method.terms]
             names = [self.models.teacher, *(name for name, _ in self.settings.more_teachers)]
             used += [("model", name) for name in names] * self.method.needs_teacher
-        found = {f"{kind} {name}": plugins.origin(kind, name) for kind, name in used}
+        found = {
+            f"{kind} {name}": specs.origin(name)
+            if kind == "model" and specs.is_spec(name)
+            else plugins.origin(kind, name)
+            for kind, name in used
+        }
         return {key: where for key, where in found.items() if where is not None}
 
     def side(self, role: str) -> int:
@@ -142,6 +155,23 @@ class Choices(Given):
         }
         if self.side("teacher") != self.side("student"):
             found["teacher_size"] = self.side("teacher")
+        if any(points != self.points["teacher"] for points in self.more_points):
+            found["more_points"] = [points and list(points) for points in self.more_points]
+        if any(self.teacher_normalizations):
+            found["teacher_normalization"] = [*map(normalization_written, self.teacher_normalizations)]
+        return found
+
+    def words_of_teachers(self) -> dict[str, list[str]]:
+        """The flags that are given once for each teacher, as often as the command that repeats the run has
+        them.
+        """
+        found, settings = dict[str, list[str]](), self.settings
+        if settings.more_points and settings.teacher_points:
+            found["teacher_points"] = [
+                ",".join(points) for points in (settings.teacher_points, *settings.more_points)
+            ]
+        if self.asked_normalization or any(self.teacher_normalizations):
+            found["teacher_normalization"] = [*map(normalization_written, self.teacher_normalizations)]
         return found
 
     @property

@@ -54,7 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
         fields = {field.name: flags.pop(field.name) for field in dataclasses.fields(Recipe)}
         try:
             times = flags.pop("repeats")
-            flags |= all_teachers(flags.pop("teacher"), flags.pop("teacher_checkpoint"))
+            given = (flags.pop(name) for name in ("teacher", "teacher_checkpoint", "teacher_points"))
+            flags |= all_teachers(*given)
             flags["options"], flags["plugins"] = tuple(flags["options"]), tuple(flags["plugins"])
             repeat(
                 Settings(

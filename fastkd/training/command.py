@@ -46,6 +46,7 @@ def command(config: Config) -> str:
         "student_checkpoint": settings.student_checkpoint,
         "plugin": list(settings.plugins),
         **{name: getattr(settings, name) for name in (*POINTS, *FOLDERS)},
+        **config.words_of_teachers(),
         "recipe": config.recipe_name,
         **settings.overrides,
         "option": config.options(),

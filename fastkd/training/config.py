@@ -12,6 +12,7 @@ from fastkd.data.feed import AnyDataset, testing, training
 from fastkd.data.loader import AnyBatches
 from fastkd.errors import UserError
 from fastkd.methods import Definition, define
+from fastkd.models.normalization import Normalization
 from fastkd.models.specs import is_spec
 from fastkd.seeds import generator
 from fastkd.training import distributed, results
@@ -72,6 +73,7 @@ class Config(Networks):
             results.read_rows(settings.output)
         self.data = load_dataset(name, settings.data) if data is None else data
         self.find_points()
+        self.settings = settings = self.find_normalizations()
         self.check_networks()
         self.compiled, self.captured = self._how()
         parts = [len(self.data.train_labels) // self.processes] * self.drops_last("student")
@@ -119,9 +121,12 @@ class Config(Networks):
         """Whether a training leaves out an epoch's last, smaller batch."""
         return self.recipe.drop_last or (role == "student" and self.method.whole_batches)
 
-    def batches(self, role: str) -> tuple[AnyBatches, AnyBatches]:
-        """The training and test batches of the student's or the teacher's training."""
-        data, recipe, normalization, feed = self.data, self.recipe, self.normalization(), self.feed(role)
+    def batches(self, role: str, normalization: Normalization | None = None) -> tuple[AnyBatches, AnyBatches]:
+        """The training and test batches of the student's or the teacher's training, normalized in its way or
+        by ``normalization``.
+        """
+        data, recipe, feed = self.data, self.recipe, self.feed(role)
+        normalization = normalization or self.normalization()
         dtype = torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
         common: dict[str, Any] = {"device": self.device, "dtype": dtype}
         random: dict[str, Any] = {

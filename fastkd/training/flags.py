@@ -44,18 +44,20 @@ def idle_flags(settings: Settings) -> dict[str, str]:
     constants = recipe.normalization == "own" or (recipe.normalization, dataset) in NORMALIZATIONS
     rates = recipe.milestones or (phases and recipe.init_epochs and recipe.init_milestones)
     taught = ("teacher_checkpoint", "teacher_seed", "teacher_mode", "preset")
+    of_teachers = ("teacher_points", "more_points", "teacher_size", "join_teachers", "teacher_normalization")
     both = None not in (settings.student_size, settings.teacher_size)
     idle = {
-        f"{method} has no teacher": (
-            not definition.needs_teacher,
-            (*taught, "teacher_points", "teacher_size", "join_teachers"),
-        ),
+        f"{method} has no teacher": (not definition.needs_teacher, (*taught, *of_teachers)),
         "it is for --dataset folder": (dataset != "folder", FOLDERS),
         "images of a folder are not padded": (dataset == "folder", ("pad_mode",)),
         "--student-size and --teacher-size are given": (both, ("image_size",)),
         "--teacher-checkpoint needs no training": (
             settings.teacher_checkpoint is not None,
             ("teacher_seed",),
+        ),
+        "a teacher that the run trains gets the images as they are": (
+            settings.teacher_checkpoint is None,
+            ("teacher_normalization",),
         ),
         f"{method} has no first phase": (not phases, ("init_epochs", "init_lr", "init_milestones")),
         "--init-epochs is 0": (not recipe.init_epochs, ("init_lr", "init_milestones")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from fastkd.data.feed import AnyDataset
 from fastkd.errors import UserError
@@ -18,28 +19,45 @@ class Given:
     models: Models
     data: AnyDataset
 
-    @cached_property
-    def teacher_weights(self) -> str | None:
-        """The fingerprint of what ``--teacher-checkpoint`` holds; None without one. Raises UserError."""
-        return self._fingerprint("teacher", self.models.teacher, self.settings.teacher_checkpoint)
+    @property
+    def all_teachers(self) -> list[tuple[str, Path | None]]:
+        """(model, checkpoint) of each teacher."""
+        return [(self.models.teacher, self.settings.teacher_checkpoint), *self.settings.more_teachers]
 
     @cached_property
+    def teacher_files(self) -> list[tuple[str | None, dict[str, Any]]]:
+        """Of each teacher the fingerprint of what its ``--teacher-checkpoint`` holds, None without one, and
+        what that says of the run that trained it. Raises UserError.
+        """
+        return [self._read("teacher", name, file) for name, file in self.all_teachers]
+
+    @property
+    def teacher_weights(self) -> str | None:
+        """The fingerprint of the first teacher's weights; None where the run trains it. Raises UserError."""
+        return self.teacher_files[0][0]
+
+    @property
     def more_weights(self) -> list[list[str | None]]:
         """(model, fingerprint) of each teacher but the first. Raises UserError."""
-        more = self.settings.more_teachers
-        return [[name, self._fingerprint("teacher", name, file)] for name, file in more]
+        names = [name for name, _ in self.settings.more_teachers]
+        return [[name, found] for name, (found, _) in zip(names, self.teacher_files[1:], strict=True)]
 
     @cached_property
     def student_weights(self) -> str | None:
         """The fingerprint of what ``--student-checkpoint`` holds; None without one. Raises UserError."""
-        return self._fingerprint("student", self.models.student, self.settings.student_checkpoint)
+        return self._read("student", self.models.student, self.settings.student_checkpoint)[0]
 
-    def _fingerprint(self, role: str, model: str, file: Path | None) -> str | None:
+    def _read(self, role: str, model: str, file: Path | None) -> tuple[str | None, dict[str, Any]]:
         if file is None:
-            return None
+            return None, {}
         network = create_model(model, self.data.classes)
         try:
-            load_weights(network, file)
+            about = load_weights(network, file, say=_nothing).get("config")
         except WeightsError as error:
             raise UserError(f"--{role}-checkpoint {error}") from None
-        return fingerprint(network)
+        identity = about.get("identity") if isinstance(about, dict) else None
+        return fingerprint(network), identity if isinstance(identity, dict) else {}
+
+
+def _nothing(text: str) -> None:
+    """Which of several sets of weights is taken is told once, when the network gets them."""

@@ -63,5 +63,7 @@ class Images(Choices):
         """What was said of networks and images of one's own and changes the result: ["image_size=64"]."""
         names = [f"{role}_size", "image_size", *["teacher_size", *POINTS] * (role == "student")]
         given = {name: getattr(self.settings, name) for name in dict.fromkeys(names)}
+        if role == "student":
+            given |= {name: "+".join(words) for name, words in self.words_of_teachers().items()}
         said = {name: ",".join(value) if isinstance(value, tuple) else value for name, value in given.items()}
         return [f"{name}={value}" for name, value in said.items() if value is not None]

@@ -16,10 +16,13 @@ from fastkd.distillation import Distillation
 from fastkd.errors import UserError
 from fastkd.methods import Definition
 from fastkd.models import create_model, load_weights
+from fastkd.models.normalization import Normalization
 from fastkd.models.specs import declared_normalization, is_spec, stages_of, suggested
 from fastkd.seeds import seeded
 from fastkd.several_teachers import SeveralTeachers, check_join, kept_bytes
 from fastkd.training.images import Images
+from fastkd.training.settings import Settings
+from fastkd.training.teacher_images import for_each, parsed, recorded, written
 
 ROLES = ("student", "teacher")
 
@@ -27,23 +30,61 @@ ROLES = ("student", "teacher")
 class Networks(Images):
     """What of the settings concerns the networks, and what is built of them."""
 
-    declared: dict[str, tuple[tuple[float, ...], tuple[float, ...]] | None]
-    """By role how timm says that images are normalized for a network's published weights."""
+    declared: dict[str, list[Normalization | None]]
+    """By role how its package says that images are normalized for a network's published weights, a teacher
+    after the other.
+    """
     calls: dict[str, list[Call | KernelCall]]
     student_parameters: int  # of the student that a method has changed
     kept: dict[str, int]  # bytes that a method keeps beside what is trained
 
     def find_points(self) -> None:
         """The points of both networks, given or usual. Raises UserError for what cannot be."""
-        self.points, self.declared = {}, {}
-        for role in ROLES:
-            given = getattr(self.settings, f"{role}_points")
+        settings, found = self.settings, dict[str, list[tuple[str, ...] | None]]()
+        common, self.declared = settings.teacher_points, {}
+        own = settings.more_points or [common] * len(settings.more_teachers)
+        asked = {"student": [(self.models.student, settings.student_points)]}
+        names = [name for name, _ in self.all_teachers]
+        asked["teacher"] = [*zip(names, [common, *own], strict=True)]
+        for role, networks in asked.items():
+            found[role], self.declared[role] = [], []
+            for name, given in networks:
+                try:
+                    network = create_model(name, self.data.classes)
+                except ValueError as error:
+                    raise UserError(f"--{role} {name}: {error}") from None
+                found[role].append(stages_of(network) if given is None else given)
+                self.declared[role].append(declared_normalization(network, name))
+        self.points = {role: each[0] for role, each in found.items()}
+        self.more_points = found["teacher"][1:]
+
+    def find_normalizations(self) -> Settings:
+        """How the teachers' images are normalized, as asked for or as their weights declare it; returns the
+        settings that say so. Raises UserError.
+        """
+        settings, own, teachers = self.settings, self.normalization(), self.all_teachers
+        self.asked_normalization = asked = settings.teacher_normalization
+        found: list[Normalization | None] = [None] * len(teachers)
+        if not self.method.needs_teacher or settings.teacher_checkpoint is None:
+            self.teacher_normalizations = found
+            return settings
+        if asked:
             try:
-                network = create_model(self.model_name(role), self.data.classes)
+                found = [*map(parsed, for_each("--teacher-normalization", asked, len(teachers)))]
             except ValueError as error:
-                raise UserError(f"--{role} {self.model_name(role)}: {error}") from None
-            self.points[role] = stages_of(network) if given is None else given
-            self.declared[role] = declared_normalization(network)
+                raise UserError(f"--teacher-normalization is {error}") from None
+        else:  # a run of ours has recorded it; what a package declares is that of its own weights
+            found = [
+                recorded(identity, self.data) if identity else declared
+                for (_, identity), declared in zip(self.teacher_files, self.declared["teacher"], strict=True)
+            ]
+        self.teacher_normalizations = [None if each == own else each for each in found]
+        return dataclasses.replace(
+            settings, teacher_normalization=tuple(map(written, self.teacher_normalizations))
+        )
+
+    def normalization(self) -> Normalization:
+        raise NotImplementedError
 
     def check_networks(self) -> None:
         """Tries the networks on blank images, and the method on both. Raises UserError."""
@@ -133,12 +174,20 @@ class Networks(Images):
         shape = self.image_shape("teacher")
         several = isinstance(teacher, nn.ModuleList) and method.needs_teacher
         kind: Any = partial(SeveralTeachers, join=self.join_teachers) if several else Distillation
+        points: Any = self.points["teacher"]
+        if several and self.more_points:
+            points = [self.points["teacher"], *self.more_points]
+        rest: dict[str, Any] = {}
+        if method.needs_teacher and any(self.teacher_normalizations):
+            theirs = [each or self.normalization() for each in self.teacher_normalizations]
+            rest["normalization"] = self.normalization()
+            rest["teacher_normalization"] = theirs if several else theirs[0]
         made: Distillation = kind(
             student,
             teacher if method.needs_teacher else None,
             method,
             student_points=self.points["student"] if method.needs_teacher else None,
-            teacher_points=self.points["teacher"] if method.needs_teacher else None,
+            teacher_points=points if method.needs_teacher else None,
             train_labels=self.data.train_labels,
             train_images=[torch.zeros(2, *shape)] if train_images is None else train_images,
             num_classes=self.data.classes,
@@ -150,6 +199,7 @@ class Networks(Images):
             fold=fold,
             image_shape=self.image_shape(role),
             teacher_image_shape=shape if role == "student" else None,
+            **rest,
         )
         return made
 

@@ -10,6 +10,7 @@ from fastkd import models, plugins
 from fastkd.errors import UserError
 from fastkd.io.console import counted
 from fastkd.models.specs import FORMS, is_spec
+from fastkd.training.teacher_images import FORM, for_each, parsed, written
 
 
 def add_networks(parser: argparse.ArgumentParser) -> None:
@@ -28,11 +29,20 @@ def _models() -> list[str]:
     return list(dict.fromkeys([*models.MODELS, *plugins.known("model")]))
 
 
-def all_teachers(names: list[str] | None, files: list[Path] | None) -> dict[str, Any]:
-    """What ``Settings`` says of ``--teacher`` and ``--teacher-checkpoint``, each given as often as there are
-    teachers; one name is that of all. Raises UserError.
+def all_teachers(
+    names: list[str] | None, files: list[Path] | None, points: list[tuple[str, ...]] | None = None
+) -> dict[str, Any]:
+    """What ``Settings`` says of ``--teacher``, ``--teacher-checkpoint`` and ``--teacher-points``, each given
+    as often as there are teachers; one name, or one list of points, is that of all. Raises UserError.
     """
-    names, files = names or [], files or []
+    found = _named(names or [], files or [])
+    if points:
+        each = for_each("--teacher-points", tuple(points), 1 + len(found.get("more_teachers", ())))
+        found |= {"teacher_points": each[0], "more_points": tuple(each[1:]) if len(points) > 1 else None}
+    return found
+
+
+def _named(names: list[str], files: list[Path]) -> dict[str, Any]:
     if len(names) == 1 < len(files):
         names = names * len(files)
     if max(len(names), len(files)) < 2:
@@ -49,9 +59,19 @@ def all_teachers(names: list[str] | None, files: list[Path] | None) -> dict[str,
 def add_own(group: argparse._ArgumentGroup) -> None:
     """Flags for networks that are none of fastkd's, and for a folder of images."""
     points = "names of submodules, in the order of the forward pass: layer2,layer3,layer4"
-    group.add_argument("--teacher-points", type=names, metavar="A,B,...", help=points)
+    group.add_argument(
+        "--teacher-points",
+        type=names,
+        action="append",
+        metavar="A,B,...",
+        help=f"{points}; of several teachers those of all, or given once for each",
+    )
     group.add_argument("--student-points", type=names, metavar="A,B,...", help="as for the teacher")
     group.add_argument("--image-size", type=int, metavar="N", help="side of a folder's images (224)")
+    wants = f"how the images of a --teacher-checkpoint were normalized: {FORM}; by default as it declares"
+    group.add_argument(
+        "--teacher-normalization", type=normalization, action=Tuple, metavar="MEAN/STD", help=wants
+    )
     for role in ("teacher", "student"):
         text = f"that of the {role}'s images; crop and flip are the same for both"
         group.add_argument(f"--{role}-size", type=int, metavar="N", help=text)
@@ -69,6 +89,20 @@ def names(text: str) -> tuple[str, ...]:
     if again is not None:
         raise argparse.ArgumentTypeError(f"{text!r} has {again} twice, wanted each submodule once")
     return found
+
+
+class Tuple(argparse.Action):
+    """A flag that may be given several times, as a tuple."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        setattr(namespace, self.dest, (*(getattr(namespace, self.dest) or ()), values))
+
+
+def normalization(text: str) -> str:
+    try:
+        return written(parsed(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def model_name(text: str) -> str:

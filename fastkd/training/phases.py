@@ -106,7 +106,7 @@ def training(
                 run.folder,
                 row,
                 config.data,
-                config.normalization(),
+                (config.normalization(), config.teacher_normalizations[0] or config.normalization()),
                 trainer.student,
                 teacher[0] if isinstance(teacher, nn.ModuleList) else teacher,
                 [config.points["student"], config.points["teacher"]],

@@ -27,7 +27,14 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> Differences:
 
 
 def in_words(other: Differences) -> str:
-    return ", ".join(f"{key} {found} instead of {wanted}" for key, (found, wanted) in other.items())
+    """One after the other; of dicts, such as what comes from files of the user's, only what differs."""
+    parts = []
+    for key, (found, wanted) in other.items():
+        if isinstance(found, dict) and isinstance(wanted, dict):
+            parts.append(in_words(differences(found, wanted)))
+        else:
+            parts.append(f"{key} {found} instead of {wanted}")
+    return ", ".join(parts)
 
 
 def differences_of(folder: Path, config: dict[str, Any], identity: dict[str, Any]) -> Differences:

@@ -16,6 +16,7 @@ from fastkd.training import attention_maps, tensorboard
 from fastkd.training.config import Config
 from fastkd.training.device import device_name, fast_bfloat16
 from fastkd.training.recipes import RECIPES
+from fastkd.training.teacher_images import in_words
 
 
 def describe(config: Config) -> str:
@@ -92,6 +93,11 @@ def _points(config: Config) -> list[tuple[str, str]]:
     if not config.method.needs_teacher:
         return []
     told = [f"{role} {', '.join(points)}" for role, points in config.points.items() if points is not None]
+    if any(points != config.points["teacher"] for points in config.more_points):
+        told += [
+            f"teacher {place} {', '.join(points or ('its own',))}"
+            for place, points in enumerate(config.more_points, 2)
+        ]
     return [("points", "; ".join(told))] if told else []
 
 
@@ -117,12 +123,18 @@ def _notes(config: Config) -> list[str]:
         notes.append(
             f"{config.method.name} is built for whole batches: an epoch's last, smaller one is left out"
         )
-    for role, given in config.declared.items():
-        file = getattr(config.settings, f"{role}_checkpoint")
-        if file is not None and given is not None and given != config.normalization():
+    declared, own = config.declared["student"][0], config.normalization()
+    if config.settings.student_checkpoint is not None and declared not in (None, own):
+        notes.append(
+            f"images are normalized by {in_words(own)}, and the published weights of"
+            f" {config.models.student} want {in_words(declared)}"
+        )
+    for (name, _), theirs in zip(config.all_teachers, config.teacher_normalizations, strict=True):
+        if theirs is not None:
+            why = "as asked for" if config.asked_normalization else "as its weights declare"
             notes.append(
-                f"images are normalized by {_pair(config.normalization())}, and timm's own weights of"
-                f" {config.model_name(role)} want {_pair(given)}"
+                f"the images of the teacher {name} are normalized by {in_words(theirs)}, {why}, those of the"
+                f" student by {in_words(own)}; --teacher-normalization data makes them the same"
             )
     together = recipe.batch_size * config.processes
     if together != known.batch_size:
@@ -185,11 +197,6 @@ def _records(config: Config) -> str:
             "pictures" if attention_maps.available() else "no pictures (matplotlib is not installed)"
         )
     return ", ".join(parts)
-
-
-def _pair(normalization: tuple[tuple[float, ...], tuple[float, ...]]) -> str:
-    mean, std = (" ".join(f"{x:g}" for x in part) for part in normalization)
-    return f"mean {mean}, deviation {std}"
 
 
 def _plain(value: Any) -> Any:

@@ -36,7 +36,10 @@ class Settings:
     that of the run; ``pictures``: the sheets of attention maps at the end, where matplotlib is there. Paths
     may be strings, and begin with ``~``. ``plugins``: files or modules that register methods, models or data
     sets, imported by the constructor. ``more_teachers``: (model, checkpoint) of each teacher but the first;
-    ``join_teachers`` "losses" (None) or "logits": what the mean is of.
+    ``join_teachers`` "losses" (None) or "logits": what the mean is of. ``more_points``: the points of each
+    teacher but the first; None: ``teacher_points`` are those of all. ``teacher_normalization``: by what the
+    images of a teacher with a checkpoint are normalized, "0.5,0.5,0.5/0.5,0.5,0.5" (mean, deviation) or
+    "data", one for all teachers or one for each; None: what its weights declare.
 
     ``student_points``, ``teacher_points``: names of submodules whose outputs are a network's stages; None:
     the usual ones. For the data set "folder": ``image_size`` (224) of both networks, ``student_size`` and
@@ -78,6 +81,8 @@ class Settings:
     plugins: tuple[str, ...] = ()
     more_teachers: tuple[tuple[str, Path], ...] = ()
     join_teachers: str | None = None
+    more_points: tuple[tuple[str, ...], ...] | None = None
+    teacher_normalization: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for file in self.plugins:
@@ -128,6 +133,8 @@ def from_config(config: dict[str, Any], output: Path) -> Settings:
             "plugins": tuple(config.get("plugins") or ()),
             "more_teachers": tuple((name, Path(file)) for name, file in config.get("more_teachers") or ()),
             "join_teachers": config.get("join_teachers"),
+            "more_points": tuple(map(tuple, config.get("more_points") or ())) or None,
+            "teacher_normalization": tuple(config.get("teacher_normalization") or ()) or None,
         }
         return Settings(**given, **common, options=options, data=Path(config["data"]), output=output)
     except (KeyError, TypeError, AttributeError) as error:

@@ -28,9 +28,9 @@ def find_teacher(config: Config) -> tuple[nn.Module, float]:
     """
     first, accuracy = _first_teacher(config)
     teachers, accuracies = [first], [accuracy]
-    for name, path in config.settings.more_teachers:
+    for place, (name, path) in enumerate(config.settings.more_teachers, 1):
         teachers.append(create_model(name, config.data.classes))
-        accuracies.append(_load(config, teachers[-1], path, name))
+        accuracies.append(_load(config, teachers[-1], path, name, place))
     return (nn.ModuleList(teachers) if len(teachers) > 1 else first), sum(accuracies) / len(accuracies)
 
 
@@ -52,9 +52,9 @@ def _first_teacher(config: Config) -> tuple[nn.Module, float]:
     return teacher, _load(config, teacher, path, config.models.teacher)
 
 
-def _load(config: Config, teacher: nn.Module, path: Path, name: str) -> float:
-    """Gives all processes the weights in ``path``, and returns their accuracy."""
-    weights, accuracy = distributed.from_first(lambda: load_teacher(config, teacher, path, name))
+def _load(config: Config, teacher: nn.Module, path: Path, name: str, place: int = 0) -> float:
+    """Gives all processes the weights in ``path``, and returns their accuracy; ``place``: which teacher."""
+    weights, accuracy = distributed.from_first(lambda: load_teacher(config, teacher, path, name, place))
     teacher.load_state_dict(weights)
     return float(accuracy)
 
@@ -79,7 +79,9 @@ def teacher_lock(config: Config, path: Path) -> Iterator[None]:
         yield
 
 
-def load_teacher(config: Config, teacher: nn.Module, path: Path, name: str) -> tuple[dict[str, Any], float]:
+def load_teacher(
+    config: Config, teacher: nn.Module, path: Path, name: str, place: int = 0
+) -> tuple[dict[str, Any], float]:
     """Loads ``path`` into ``teacher``, says what it is, returns weights and accuracy. Raises UserError."""
     try:
         about = load_weights(teacher, path, say=say).get("config")
@@ -92,7 +94,7 @@ def load_teacher(config: Config, teacher: nn.Module, path: Path, name: str) -> t
             f"{path} is another teacher: {resume.in_words(other)}; move it away, or name it by"
             " --teacher-checkpoint"
         )
-    batches = config.batches("teacher")[1]
+    batches = config.batches("teacher", config.teacher_normalizations[place])[1]
     accuracy = evaluate(placed(teacher, config.device), batches, config.autocast())
     images = len(batches) * batches.batch_size if batches.drop_last else batches.count
     whole = "the test set" if images == batches.count else f"{images:,} images of the test set"

@@ -11,6 +11,8 @@ import torch
 from fastkd.io.console import counted
 from fastkd.methods.context import shapes
 from fastkd.models.observed import shows_features
+from fastkd.seeds import seeded
+from fastkd.several_teachers import SeveralTeachers
 from fastkd.training.config import Config
 from fastkd.training.device import determinism
 from fastkd.training.phases import phase_trainer
@@ -24,7 +26,8 @@ STEPS = 3
 
 def trial(config: Config) -> str:
     """A few training steps on the set's images, by an untrained teacher, and what they take."""
-    teacher = config.new_model("teacher") if config.method.needs_teacher else None
+    with seeded(config.seed_of("teacher"), "teacher", "weights"):
+        teacher = config.new_teacher() if config.method.needs_teacher else None
     phase = config.phases(config.method)[-1]
     with determinism(config.settings.deterministic):
         student, batches = config.new_model("student"), config.batches("student")
@@ -53,10 +56,11 @@ def trial(config: Config) -> str:
 
 def features(trainer: Trainer) -> list[str]:
     """The sizes of each network's stages and of its pooled vector, a line a network."""
-    made = trainer.distillation
+    made: Any = trainer.distillation
+    parts = made.parts if isinstance(made, SeveralTeachers) else (made,)
     both: list[tuple[str, Any, Any, tuple[int, ...]]] = [
-        ("student", trainer.student, made.views[0], made.image_shape),
-        ("teacher", trainer.teacher, made.views[1], made.teacher_image_shape),
+        ("student", trainer.student, parts[0].views[0], made.image_shape),
+        *(("teacher", part.teacher, part.views[1], made.teacher_image_shape) for part in parts),
     ]
     lines = []
     for role, network, view, image_shape in both:

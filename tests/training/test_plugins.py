@@ -75,11 +75,16 @@ def test_a_run_has_all_three_from_one_file(small_main, file, tmp_path, capsys):
     file.write_text(FILE.replace("2.0 *", "3.0 *"), encoding="utf-8")
     assert small_main([*flags, "--output", str(runs), "--resume"]) == 2
     error = capsys.readouterr().err
-    assert f"the nearest is {folder.name}: plugins {{" in error and error.count("\n") == 1
+    assert f"the nearest is {folder.name}: dataset shades {origin} instead of my_parts.py " in error
+    assert f"method logits {origin} instead of" in error and error.count("\n") == 1
     # a command that tests the run wants the file too
     forget()
     assert evaluate.main([str(folder), "--data", str(tmp_path)]) == 2
-    assert "shades" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"model thin and dataset shades of a file of its own: give --plugin {file}\n" in told or (
+        f"dataset shades and model thin and method logits of a file of its own: give --plugin {file}\n"
+        in told
+    )
     assert (
         evaluate.main([str(folder), "--data", str(tmp_path), "--plugin", str(file), "--device", "cpu"]) == 0
     )

@@ -1,0 +1,59 @@
+"""How each teacher's images are normalized, where that is not as the student's are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastkd.data.feed import AnyDataset
+from fastkd.errors import UserError
+from fastkd.io.console import counted
+from fastkd.models.normalization import Normalization
+from fastkd.training.recipes import NORMALIZATIONS, normalization_of
+
+SAME = "data"
+"""What ``--teacher-normalization`` says of a teacher that gets the student's images as they are."""
+FORM = f"{SAME}, or MEAN/STD of each channel: 0.5,0.5,0.5/0.5,0.5,0.5"
+
+
+def parsed(text: str) -> Normalization | None:
+    """(mean, std) of "0.5,0.5,0.5/0.5,0.5,0.5" or "0.5/0.5"; None for ``SAME``. Raises ValueError."""
+    if text == SAME:
+        return None
+    try:
+        mean, std = (tuple(float(part) for part in side.split(",")) for side in text.split("/"))
+    except ValueError:
+        mean, std = (), ()
+    finite = all(abs(x) < float("inf") for x in (*mean, *std))
+    if {len(mean), len(std)} - {1, 3} or not finite or min(std) <= 0:
+        raise ValueError(f"{text!r}, wanted {FORM}, each deviation above 0")
+    return tuple(mean * (4 - len(mean)))[:3], tuple(std * (4 - len(std)))[:3]
+
+
+def written(normalization: Normalization | None) -> str:
+    """What :func:`parsed` reads as these very numbers."""
+    if normalization is None:
+        return SAME
+    return "/".join(",".join(repr(float(x)) for x in side) for side in normalization)
+
+
+def in_words(normalization: Normalization) -> str:
+    mean, std = (" ".join(f"{x:g}" for x in part) for part in normalization)
+    return f"mean {mean}, deviation {std}"
+
+
+def recorded(identity: dict[str, Any], data: AnyDataset) -> Normalization | None:
+    """The figures by which a run of ours has trained these weights; None where nothing says so."""
+    name, dataset = identity.get("normalization"), identity.get("dataset")
+    if dataset == data.name and isinstance(name, str):
+        return normalization_of(name, data)
+    return NORMALIZATIONS.get((str(name), str(dataset)))
+
+
+def for_each(flag: str, given: tuple[Any, ...], teachers: int) -> list[Any]:
+    """What a flag gives to each teacher: one value is that of all. Raises UserError."""
+    if len(given) not in (1, teachers):
+        raise UserError(
+            f"{flag} is given {counted(len(given), 'time')}, and there are {counted(teachers, 'teacher')}:"
+            " wanted it once, for all of them, or once for each"
+        )
+    return [*given] * (teachers if len(given) == 1 else 1)
