@@ -15,7 +15,19 @@ _said: set[str] = set()
 
 
 class UserError(Exception):
-    """Something that the user can mend, told in one line; a command ends with status 2."""
+    """Something that the user can mend, told in one line; a command ends with ``status``."""
+
+    status = 2
+
+
+class TeacherError(UserError):
+    """What several runs wait for is not there."""
+
+
+class PartlyFailedError(UserError):
+    """Some runs of a command failed, and the others are finished."""
+
+    status = 1
 
 
 def warn_once(message: str, key: str | None = None) -> None:

@@ -133,7 +133,7 @@ def _check_plugins(path: Path, about: dict[str, Any], known: dict[str, Any]) -> 
         key
         for key in added
         if not is_spec(key)
-        and plugins.origin(*key.split(" ", 1)) is None  # type: ignore[arg-type]
+        and plugins.origin(*key.split(" ", 1)) is None
         and key.split(" ", 1)[1] not in plugins.known(key.split(" ", 1)[0])
     ]
     if missing and about.get("plugins"):

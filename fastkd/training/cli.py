@@ -1,6 +1,7 @@
 """The command line of ``python train.py`` in a clone and of ``fastkd-train`` where fastkd is installed.
 
-Exit status 0; 2 for what the caller can mend, with one line on stderr; 130 after Ctrl-C, 143 after SIGTERM.
+Exit status 0; 2 for what the caller can mend, with one line on stderr; 1 where some of several runs failed
+and the others are finished; 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
         except UserError as error:
             tell(f"error: {error}", is_first() or isinstance(error, MeetingError))
-            return 2
+            return error.status
         except Interrupted as stop:
             tell(str(stop), is_first())
             return stop.status

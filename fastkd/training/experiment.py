@@ -17,13 +17,13 @@ from fastkd.training.teacher import find_teacher
 from fastkd.training.trial import trial
 
 
-def run(settings: Settings) -> dict[str, Any]:
+def run(settings: Settings, config: Config | None = None) -> dict[str, Any]:
     """Trains or loads the teacher if the method needs one, trains the student, adds its row to the table and
-    returns it.
+    returns it. ``config``: what :func:`shared_config` has made of ``settings``.
 
     Raises UserError for whatever the user can mend, Interrupted after Ctrl-C.
     """
-    config = shared_config(settings)
+    config = shared_config(settings) if config is None else config
     if settings.dry_run:
         with screens():
             say(fitted(describe(config)))

@@ -7,8 +7,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from fastkd.errors import UserError
-from fastkd.io.console import say, screens
+from fastkd.errors import PartlyFailedError, TeacherError, UserError
+from fastkd.io.console import counted, say, screens
 from fastkd.training import distributed, results, resume, together
 from fastkd.training.config import Config
 from fastkd.training.device import find_device
@@ -25,8 +25,8 @@ def repeat(settings: Settings, times: int = 1) -> list[dict[str, Any]]:
 
     ``settings.method`` may be several with commas between them, and an option may have several values: each
     seed then has a run for every method and every point of the grid, side by side where that saves time
-    (:mod:`fastkd.training.together`). With ``resume`` finished runs are not run again. Raises UserError,
-    Interrupted.
+    (:mod:`fastkd.training.together`). With ``resume`` finished runs are not run again. A run that fails does
+    not end the others. Raises UserError, Interrupted.
     """
     with screens(), distributed.group(settings.device):
         return _repeat(settings, times)
@@ -53,6 +53,7 @@ def _repeat(settings: Settings, times: int) -> list[dict[str, Any]]:
             for one in each
         ]
     names, done = labels(each), dict[int, dict[str, Any]]()
+    failed: list[str] = []
     if settings.resume is not None:
         each, done = distributed.from_first(lambda: resumed(each))
     for i, (seed, part) in enumerate(itertools.groupby(range(len(each)), lambda i: each[i].seed), 1):
@@ -67,11 +68,20 @@ def _repeat(settings: Settings, times: int) -> list[dict[str, Any]]:
         if left:
             if times > 1:
                 say(seeds)
-            done |= zip(left, side_by_side([each[place] for place in left]), strict=True)
+            for place, found in zip(left, side_by_side([each[place] for place in left]), strict=True):
+                if isinstance(found, UserError):
+                    which = [names[place]] * (len(places) > 1) + [f"seed {seed}"] * (times > 1)
+                    failed.append(f"{', '.join(which)}: {found}")
+                else:
+                    done[place] = found
             say("")
-    rows = [done[i] for i in range(len(each))]
-    summarize(each, names, rows, times)
-    return rows
+    if done:
+        there = sorted(done)
+        summarize([each[i] for i in there], [names[i] for i in there], [done[i] for i in there])
+    if failed:
+        kept = f"the other {len(done)} of {len(each)} runs are finished"
+        raise (PartlyFailedError if done else UserError)(f"{'; '.join(failed)}; {kept}")
+    return [done[i] for i in range(len(each))]
 
 
 def checked(each: Sequence[Settings]) -> list[Settings]:
@@ -105,43 +115,36 @@ def configured(each: Sequence[Settings]) -> list[Config]:
     return [first, *(shared_config(one, first.data) for one in each[1:])]
 
 
-def side_by_side(each: Sequence[Settings]) -> list[dict[str, Any]]:
-    """The rows of runs of one seed, which are trained side by side where a pass of the teacher is shared."""
-    if len(each) == 1:
-        return [run(each[0])]
+def side_by_side(each: Sequence[Settings]) -> list[dict[str, Any] | UserError]:
+    """The rows of runs of one seed, which are trained side by side where a pass of the teacher is shared; an
+    error in place of the row of one that failed. Raises UserError for what none of them can do without.
+    """
     configs = configured(each)
-    rows: dict[int, dict[str, Any]] = {}
-    errors = []
+    found: dict[int, dict[str, Any] | UserError] = {}
     for places in together.groups(configs):
         some = [configs[i] for i in places]
         try:
-            rows |= zip(places, together.run(some) if len(some) > 1 else [run(each[places[0]])], strict=True)
+            one = len(some) == 1
+            found |= zip(places, [run(each[places[0]], some[0])] if one else together.run(some), strict=True)
         except UserError as error:
-            if configs[0].processes > 1:  # it ends all of them
+            if configs[0].processes > 1 or isinstance(error, TeacherError):
                 raise
-            title = f"{labels(each)[places[0]]}: " if len(places) == 1 else ""  # several have theirs
-            errors.append(f"{title}{error}")
-    if errors:
-        raise UserError("; ".join(errors))
-    return [rows[i] for i in range(len(each))]
+            found |= dict.fromkeys(places, error)
+    return [found[i] for i in range(len(each))]
 
 
-def summarize(
-    each: Sequence[Settings], names: Sequence[str], rows: Sequence[dict[str, Any]], times: int
-) -> None:
+def summarize(each: Sequence[Settings], names: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
     """The last lines: each point, its figures over the seeds, and where they are kept."""
+    all_seeds = list(dict.fromkeys(one.seed for one in each))
+    times = len(all_seeds)
     found: dict[str, list[dict[str, Any]]] = {}
     for name, row in zip(names, rows, strict=True):
         found.setdefault(name, []).append(row)
     kept = f"kept in {each[0].output / 'results.md'}"
-    seeds = (
-        f"seeds {' '.join(str(one.seed) for one in each[:: len(found)])}"
-        if times > 1
-        else f"seed {each[0].seed}"
-    )
+    seeds = f"seed{'s' * (times > 1)} {' '.join(map(str, all_seeds))}"
     spread = " (mean ± sample standard deviation)" * (times > 1)
     if len(found) == 1:
-        say(f"{times} runs, {seeds}: {figures(rows)}{spread}; {kept}")
+        say(f"{counted(len(rows), 'run')}, {seeds}: {figures(rows)}{spread}; {kept}")
         return
     width = max(map(len, found))
     for name, some in found.items():

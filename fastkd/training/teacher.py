@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fastkd.errors import UserError
+from fastkd.errors import TeacherError, UserError
 from fastkd.io.console import counted, say
 from fastkd.io.files import locked
 from fastkd.methods import define
@@ -24,8 +24,18 @@ from fastkd.training.phases import train
 def find_teacher(config: Config) -> tuple[nn.Module, float]:
     """The trained teacher and its test accuracy: from --teacher-checkpoint, an earlier run, or trained.
 
-    Several teachers are a ModuleList, with the mean of their accuracies.
+    Several teachers are a ModuleList, with the mean of their accuracies. Raises TeacherError for what no run
+    with such a teacher can do without.
     """
+    try:
+        return _find_teacher(config)
+    except UserError as error:
+        if type(error) is not UserError:  # such as another process's
+            raise
+        raise TeacherError(str(error)) from None
+
+
+def _find_teacher(config: Config) -> tuple[nn.Module, float]:
     first, accuracy = _first_teacher(config)
     teachers, accuracies = [first], [accuracy]
     for place, (name, path) in enumerate(config.settings.more_teachers, 1):

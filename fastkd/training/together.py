@@ -46,10 +46,11 @@ def groups(configs: Sequence[Config]) -> list[list[int]]:
     return sorted(parts)
 
 
-def run(configs: Sequence[Config]) -> list[dict[str, Any]]:
+def run(configs: Sequence[Config]) -> list[dict[str, Any] | UserError]:
     """Trains the students of ``configs``, one of :func:`groups`; returns their rows in this order.
 
-    An error of one student does not end the others: it is raised after them. Raises UserError, Interrupted.
+    An error of one student stands in the place of its row, and does not end the others. Raises UserError,
+    Interrupted.
     """
     titles = labels([config.settings for config in configs])
     students = [Student(*each) for each in zip(configs, range(len(configs)), titles, strict=True)]
@@ -70,11 +71,7 @@ def run(configs: Sequence[Config]) -> list[dict[str, Any]]:
             for student in students:
                 student.close(error)
             raise
-    failed = [f"{student.title}: {student.error}" for student in students if student.error is not None]
-    if failed:
-        kept = f"the other {len(students) - len(failed)} of {len(students)} students are finished"
-        raise UserError(f"{'; '.join(failed)}; {kept}")
-    return [student.row for student in students]
+    return [student.row if student.error is None else student.error for student in students]
 
 
 def introduce(students: Sequence[Student]) -> None:

@@ -24,10 +24,10 @@ def settings_of(output, method="kd", **changes):
     return Settings(method, output=output, overrides=overrides, **{**common, **changes})
 
 
-def error_of(main, capsys, flags):
-    """The one line of a command that ends with status 2."""
+def error_of(main, capsys, flags, status=2):
+    """The one line of a command that ends with status 2, or another one."""
     capsys.readouterr()
-    assert main(flags) == 2
+    assert main(flags) == status
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith("train.py: error: ")
     return err

@@ -8,6 +8,7 @@ import shlex
 import pytest
 import torch
 from record_files import interrupt, rows_of
+from run_cases import error_of
 from support_data import QUICK
 
 from fastkd.training import UserError, repeat
@@ -146,3 +147,41 @@ def test_a_shared_teacher_makes_another_run_of_a_seed(small_main, tmp_path):
     assert not torch.equal(first, other)
     alone = [Config(Settings("baseline", teacher_seed=seed, **common)) for seed in (None, 0)]
     assert alone[0].identity("student") == alone[1].identity("student")
+
+
+def test_a_seed_that_fails_does_not_end_the_others(small_main, tmp_path, monkeypatch, capsys):
+    """Of three seeds the second one's loss is no number; the others are there, and --resume does it again."""
+    from fastkd.training import Trainer
+
+    means, broken = Trainer._means, [1]
+
+    def failing(self, epoch):
+        if self.teacher is not None and self.batches.seed in broken:
+            raise UserError("the loss is no longer finite")
+        return means(self, epoch)
+
+    monkeypatch.setattr(Trainer, "_means", failing)
+    flags = ["--method", "kd", *QUICK, "--epochs", "1", "--output", str(tmp_path), "--repeats", "3"]
+    told = error_of(small_main, capsys, flags, status=1)
+    assert told.endswith("seed 1: the loss is no longer finite; the other 2 of 3 runs are finished\n")
+    assert [row["seed"] for row in rows_of(tmp_path)] == ["0", "0", "2"]
+    broken.clear()
+    assert small_main([*flags, "--resume", "auto"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("finished, row") == 2 and "3 runs, seeds 0 1 2: acc " in out
+    broken[:] = [7, 8]  # of which no seed is finished
+    flags = [*flags[:-2], "--seed", "7", "--repeats", "2", "--teacher-seed", "0"]
+    told = error_of(small_main, capsys, flags)
+    assert told.count("the loss is no longer finite") == 2 and "the other 0 of 2 runs are finished" in told
+
+
+def test_a_teacher_that_fails_ends_all_seeds(small_main, tmp_path, monkeypatch, capsys):
+    from fastkd.training import Trainer
+
+    def failing(self, epoch):
+        raise UserError("the loss is no longer finite")
+
+    monkeypatch.setattr(Trainer, "_means", failing)
+    flags = ["--method", "kd", *QUICK, "--epochs", "1", "--output", str(tmp_path), "--repeats", "3"]
+    told = error_of(small_main, capsys, flags)
+    assert told.endswith("error: the loss is no longer finite\n")

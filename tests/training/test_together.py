@@ -174,8 +174,9 @@ def test_teachers_in_train_mode_share_a_pass_and_their_averages(small_main, tmp_
 
 def test_an_error_of_one_student_ends_it_alone(small_main, tmp_path, capsys):
     flags = [*command(tmp_path, "kd", "crd"), "--option", "kd.weight=1e38"]
-    assert "kd: the loss is no longer finite in epoch 1" in (err := error_of(small_main, capsys, flags))
-    assert err.endswith("the other 1 of 2 students are finished\n")
+    err = error_of(small_main, capsys, flags, status=1)
+    assert "kd: the loss is no longer finite in epoch 1" in err
+    assert err.endswith("the other 1 of 2 runs are finished\n")
     assert [row["method"] for row in rows_of(tmp_path)] == ["teacher", "crd"]
     assert not list(tmp_path.glob("kd-*"))  # nothing was saved of it
 
@@ -185,7 +186,7 @@ def test_compiled_steps_share_nothing_and_say_so(small_main, tmp_path, monkeypat
 
     trained, failing = [], []
 
-    def run(settings):
+    def run(settings, config):
         trained.append((settings.method, settings.compile))
         if settings.method in failing:
             raise UserError("the loss is no longer finite")
@@ -196,8 +197,9 @@ def test_compiled_steps_share_nothing_and_say_so(small_main, tmp_path, monkeypat
     assert trained == [("kd", True), ("crd", True)]
     assert "one student after the other: each step is compiled" in capsys.readouterr().out
     failing.append("kd")  # an error ends one of them alone here too
-    told = error_of(small_main, capsys, [*command(tmp_path, "kd", "crd"), "--compile"])
-    assert told.endswith("error: kd: the loss is no longer finite\n") and trained[2:] == trained[:2]
+    told = error_of(small_main, capsys, [*command(tmp_path, "kd", "crd"), "--compile"], status=1)
+    assert told.endswith("error: kd: the loss is no longer finite; the other 1 of 2 runs are finished\n")
+    assert trained[2:] == trained[:2]
 
 
 @pytest.mark.parametrize(
