@@ -245,3 +245,50 @@ def test_a_network_of_the_users_is_compiled_when_asked_alone(main, monkeypatch):
     assert compiled(student="resnet8", overrides={"batch_size": 6})
     own = {"student": "nets.py:student", "overrides": {"batch_size": 6}}
     assert not compiled(**own) and compiled(**own, compile=True)
+
+
+def test_students_side_by_side_have_the_bits_of_their_own_runs(ran, main, tmp_path, capsys):
+    """Of a folder: one teacher's pass over images of its own size, banks, and workers of another number."""
+    common = [*FLAGS, "--no-pictures", "--teacher-checkpoint", str(*(ran[0] / "teachers").glob("*.pt"))]
+    methods = ("kd", "at", "crd")
+    rest = ["--option", "crd.k=5"]
+    together = [*common, "--workers", "1", *rest, "--output", str(tmp_path / "together")]
+    assert main(["--method", ",".join(methods), *together]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "3 students side by side" in said and "answers to each batch once for kd, at, crd" in said
+    rows = {row["method"]: row for row in rows_of(tmp_path / "together")}
+    for method in methods:
+        alone = [*common, "--workers", "0", *rest * (method == "crd"), "--output", str(tmp_path / "alone")]
+        assert main(["--method", method, "--no-compile", *alone]) == 0
+        row = rows_of(tmp_path / "alone")[-1]
+        folders = tmp_path / "together" / rows[method]["folder"], tmp_path / "alone" / row["folder"]
+        ours, theirs = (load(folder / "last.pt") for folder in folders)
+        for key in ("model", "method", "optimizer"):
+            assert bits(ours[key]) == bits(theirs[key]), (method, key)
+        assert (row["acc"], row["losses"]) == (rows[method]["acc"], rows[method]["losses"])
+
+
+def test_a_file_of_networks_belongs_to_the_run_by_its_text(ran, main, place, monkeypatch, tmp_path, capsys):
+    from fastkd import plugins
+
+    shutil.copytree(place / "images", tmp_path / "images")
+    (tmp_path / "nets.py").write_text(NETWORKS)
+    monkeypatch.chdir(tmp_path)
+    flags = ["--method", "kd", *FLAGS, "--workers", "0", "--no-pictures"]
+    mended = interrupt(monkeypatch, 3)  # after the teacher
+    assert main(flags) == 130
+    mended()
+    (folder,) = tmp_path.glob("runs/kd-*")
+    found = json.loads((folder / "config.json").read_text())["identity"]["plugins"]
+    assert [*found] == ["model nets.py:student", "model nets.py:teacher"]
+    (tmp_path / "nets.py").write_text(NETWORKS + "# changed\n")
+    plugins.of_file.cache_clear()  # as in another process
+    told = error_of(main, capsys, [*flags, "--resume"])
+    origin = found["model nets.py:student"]
+    assert f"the nearest is {folder.name}: model nets.py:student {origin} instead of nets.py " in told
+    # a teacher of the other text is another one
+    told = error_of(main, capsys, flags)
+    assert "is another teacher: model nets.py:teacher nets.py " in told
+    (tmp_path / "nets.py").write_text(NETWORKS)
+    plugins.of_file.cache_clear()
+    assert main([*flags, "--resume"]) == 0
