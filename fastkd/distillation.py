@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd import _private, backends, checks
+from fastkd import _private, backends, checks, errors
 from fastkd.methods import Batch, BuildContext, Definition, Distiller, Output, define, undisturbed
 from fastkd.methods.context import features_of
 from fastkd.methods.sum import Losses, MethodSum
@@ -160,6 +160,14 @@ class Distillation(nn.Module):
             self.methods.points("student", self._observed[0], student_points),
             self.methods.points("teacher", self._observed[1], teacher_points),
         ]
+        told = [
+            view.misordered()
+            for view, asked in zip(self._observed, self.points, strict=True)
+            if view and asked
+        ]
+        self.notes = [text for text in told if text is not None]
+        for text in self.notes:
+            errors.warn_once(text)
         # in a tuple, which nn.Module does not look into: the teacher, and the copy that answers in eval mode
         self._outside: tuple[nn.Module, ...] = (teacher,) if teacher is not None and distillers else ()
         self.folds = fold

@@ -85,6 +85,7 @@ class SeveralTeachers(nn.Module):
         first = self._parts[0]
         self.names, self.points, self.teacher_mode = self.definition.names, first.points, first.teacher_mode
         self.image_shape, self.teacher_image_shape = first.image_shape, first.teacher_image_shape
+        self.notes = list(dict.fromkeys(text for part in self._parts for text in part.notes))
         counts = [int(self._logits_of(part).shape[1]) for part in self._parts]
         if len(set(counts)) > 1:
             raise ValueError(f"teachers have {', '.join(map(str, counts))} classes, wanted the same number")

@@ -40,6 +40,8 @@ class Observed:
         probe = Probe(
             network, image_shape, {place.name for place in stages} | {classifier or ""} - {""}, role
         )
+        runs = {call.name: i for i, call in enumerate(probe.calls)}  # of several calls the last counts
+        self.in_order = sorted((place.name for place in stages), key=lambda name: runs.get(name, -1))
         self.points, self.name = [place.key for place in stages], type(network).__name__
         self.names = [place.name for place in stages]
         self.classifier = classifier or probe.classifier()
@@ -87,6 +89,16 @@ class Observed:
     def refreshed(self) -> Observed:
         """The same of a network to which something was added."""
         return Observed(self.network, *self._arguments)
+
+    def misordered(self) -> str | None:
+        """That the points stand in another order than the network runs them, in one line; None if not."""
+        if self.names == self.in_order or len({*self.names}) < len(self.names):
+            return None
+        return (
+            f"{self.role}_points are {', '.join(self.names)}, and {self.role} {self.name} runs them as"
+            f" {', '.join(self.in_order)}: stages are paired by their places, and the last counts as the"
+            " deepest"
+        )
 
     def parts(self) -> Parts:
         """Where a neck and another classifier may be put."""

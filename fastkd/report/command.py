@@ -19,7 +19,7 @@ from fastkd.errors import UserError
 from fastkd.io.console import delivered, screens
 from fastkd.io.files import as_path, write
 from fastkd.report import bars, curves, page
-from fastkd.report.tables import NOTES, markdown, plain, read, tables
+from fastkd.report.tables import NOTES, concerned, markdown, plain, read, tables
 from fastkd.training import by_option
 
 BEGIN, END = "<!-- experiments:begin -->", "<!-- experiments:end -->"
@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
                         f"{caption}\n\n{plain(heads, lines)}"
                         for caption, heads, lines in [*tables(rows), *by_option.tables(rows)]
                     ]
-                    + [NOTES]
+                    + [NOTES] * concerned(rows)
                 )
             )
             delivered()

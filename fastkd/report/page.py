@@ -47,7 +47,9 @@ def page(rows: Sequence[dict[str, str]], folders: Sequence[Path], wanted: Mappin
         "runs": "".join(map(table, [*own, *by_option.tables(rows)])) or "<p>There are no finished runs.</p>",
         "accuracy by method": drawn(lambda: bars.figure(rows), "no two methods were run alike"),
         "curves": drawn(lambda: curves.figure(folders, wanted), "no run has a log of its epochs"),
-        "published figures": f"<p>{html.escape(NOTES)}</p>" + "".join(map(table, published)),
+        "published figures": f"<p>{html.escape(NOTES)}</p>" + "".join(map(table, published))
+        if published
+        else "<p>There are none of these data sets.</p>",
         "attention maps": maps(folders, rows) or "<p>No run has sheets of attention maps.</p>",
     }
     anchors = {title: title.replace(" ", "-") for title in parts}

@@ -102,9 +102,12 @@ def cell(entry: Entry, group: Group | None, whole: bool, digits: int) -> str:
 
 
 def tables(rows: Sequence[dict[str, str]]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(caption, heads, rows of cells) of every published table and of our own means."""
+    """(caption, heads, rows of cells) of every published table, with what its figures mean, and of our own
+    means; of runs on other data sets than those tables have, our means alone.
+    """
     found, made = groups(rows), []
-    for table in TABLES:
+    shown = TABLES if concerned(rows) else ()
+    for table in shown:
         lines = []
         if table is NOTE:
             counts = [
@@ -125,8 +128,9 @@ def tables(rows: Sequence[dict[str, str]]) -> list[tuple[str, list[str], list[li
                 lines,
             )
         )
-    meant = [[m.source, m.figures, m.runs, m.spread, m.epoch] for m in MEANINGS]
-    made.append(("What a published figure is", ["source", "figures", "runs", "spread", "epoch"], meant))
+    if shown:
+        meant = [[m.source, m.figures, m.runs, m.spread, m.epoch] for m in MEANINGS]
+        made.append(("What a published figure is", ["source", "figures", "runs", "spread", "epoch"], meant))
     if found:
         heads = [
             "method",
@@ -165,6 +169,11 @@ def tables(rows: Sequence[dict[str, str]]) -> list[tuple[str, list[str], list[li
     return made
 
 
+def concerned(rows: Sequence[dict[str, str]]) -> bool:
+    """Whether there are published figures of a data set of the runs, or no runs."""
+    return not rows or any(row.get("dataset") in table.dataset for row in rows for table in TABLES)
+
+
 NOTES = (
     "Ours: mean ± sample standard deviation [seeds] (ours minus published), of the epoch that the recipe\n"
     "reports; – is not run; n/a is not published."
@@ -187,7 +196,7 @@ def wide(text: str) -> int:
 
 
 def markdown(rows: Sequence[dict[str, str]]) -> str:
-    parts = [NOTES]
+    parts = [NOTES] * concerned(rows)
     for caption, heads, lines in [*tables(rows), *by_option.tables(rows)]:
         names = [head or " " * i for i, head in enumerate(heads)]  # two without a name
         parts += [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -34,6 +35,7 @@ class Networks(Images):
     """By role how its package says that images are normalized for a network's published weights, a teacher
     after the other.
     """
+    notes: list[str]  # what the first screen says of the choices
     calls: dict[str, list[Call | KernelCall]]
     student_parameters: int  # of the student that a method has changed
     kept: dict[str, int]  # bytes that a method keeps beside what is trained
@@ -130,7 +132,10 @@ class Networks(Images):
         try:
             self._check_teachers()
             teacher = self.new_teacher().to(self.device)
-            trial = self.distillation("student", student, teacher, self.method, fold=False)
+            with warnings.catch_warnings():  # what it notes is on the first screen
+                warnings.simplefilter("ignore")
+                trial = self.distillation("student", student, teacher, self.method, fold=False)
+            self.notes = [*self.notes, *trial.notes]
             self.calls = trial.check(self.recipe.batch_size if self.method.whole_batches else 2)
             self.settled = trial.settled()
             self.method = dataclasses.replace(self.method, changes={**self.method.changes, **self.settled})

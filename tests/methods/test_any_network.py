@@ -10,6 +10,7 @@ from plain_networks import Foreign
 from torch import nn
 
 import fastkd
+from fastkd import errors
 from fastkd.methods import METHODS
 from fastkd.models import create_model
 
@@ -113,3 +114,15 @@ def test_a_step_is_one_graph(method):
         losses.total.backward()
         results.append([losses, [p.grad for p in module.parameters() if p.grad is not None]])
     torch.testing.assert_close(*results, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(("method", "said"), [("at", True), ("kd", False)])  # which reads no stages
+def test_points_in_another_order_are_told_once(method, said, recwarn):
+    errors._said.clear()
+    student, teacher = (create_model("resnet8") for _ in range(2))
+    given = {"student_points": ["layer2", "layer1"], "teacher_points": ["layer1", "layer2"]}
+    for _ in range(2):
+        made = fastkd.Distillation(student, teacher, method, **given)
+    told = [str(warning.message) for warning in recwarn if "points" in str(warning.message)]
+    text = "student_points are layer2, layer1, and student ResNet runs them as layer1, layer2"
+    assert [each.partition(":")[0] for each in told] == [text] * said and made.notes == told

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from crd_cases import by_hand, case, unit
+from torch import nn
 
 import fastkd
 from fastkd.methods import BuildContext, create_method, define
@@ -215,3 +216,19 @@ def test_of_an_image_that_occurs_twice_the_last_row_stays():
                 bank[place], torch.nn.functional.normalize((old[place] + row) / 2, dim=0)
             )
         assert torch.equal(bank[[0, 2, 4]], old[[0, 2, 4]])
+
+
+def test_a_compiled_step_takes_minus_one_for_the_last_row():
+    """As docs/own-networks.md says: in eager mode it is refused, and a compiled step has no check in it."""
+    torch.manual_seed(0)
+    student, teacher = (nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.Linear(4, 3)) for _ in range(2))
+    # of two images the one is the other's only negative, so that nothing is left to be drawn
+    given = {"train_labels": torch.tensor([0, 1]), "options": {"crd": {"k": 1}}, "image_shape": (3, 2, 2)}
+    made = fastkd.Distillation(student, teacher, "crd", **given)
+    images, labels = torch.randn(2, 3, 2, 2), torch.tensor([1, 0])
+    last, behind = torch.tensor([1, 0]), torch.tensor([-1, 0])
+    with pytest.raises(ValueError, match="index has -1, wanted rows 0 to 1"):
+        made(images, labels, behind)
+    wanted = made(images, labels, last)
+    found = torch.compile(made, fullgraph=True)(images, labels, behind)
+    torch.testing.assert_close(found.terms["crd"], wanted.terms["crd"])

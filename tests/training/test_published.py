@@ -9,7 +9,7 @@ import pytest
 from fastkd.methods import METHODS
 from fastkd.models import MODELS
 from fastkd.report import command as report
-from fastkd.report import curves
+from fastkd.report import curves, page, tables
 from fastkd.report.published import SELF, TABLES
 from fastkd.training import DATASETS, RECIPES
 from fastkd.training.results import COLUMNS, table
@@ -114,7 +114,8 @@ def test_whole_runs_are_a_mean_a_spread_and_a_difference():
     ids=str,
 )
 def test_another_configuration_does_not_count(change):
-    assert lines([{**RUN, **change}])["AT"] == lines([])["AT"]
+    others = [{**RUN, **change}, {**RUN, "method": "other"}]
+    assert lines(others)["AT"] == lines([])["AT"]
 
 
 def test_shortened_runs_other_stems_and_precisions_have_lines_of_their_own():
@@ -279,3 +280,15 @@ def test_the_report_says_what_a_published_figure_is():
     assert found["experiment note", "all"] == ["not stated"] * 3
     assert all(entry.runs for entry in dict(SELF.rows)["AT"] + dict(SELF.rows)["FSP"])
     assert "| HobbitLong/RepDistiller | its README | 5 | not stated | last |" in report.markdown([RUN])
+
+
+def test_runs_on_other_data_have_no_published_tables(tmp_path, capsys):
+    row = {**RUN, "dataset": "folder:images", "no": "1"}
+    (tmp_path / "results.csv").write_text(table(COLUMNS, [row]))
+    assert report.main([str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("All runs: ") and "ublished" not in out
+    assert "ublished" not in tables.markdown([row])
+    assert "<p>There are none of these data sets.</p>" in page.page([row], [tmp_path], {})
+    both = [caption for caption, *_ in tables.tables([row, RUN])]
+    assert len(both) > len(TABLES) and "What a published figure is" in both
