@@ -117,8 +117,8 @@ def load_teacher(
         how = f" (trained on {where}, {found.get('precision')}, {found.get('device')})"
     say(f"teacher: {name} from {path}{how}, {accuracy:.2f} % on {whole}")
     chance = 1 / config.data.classes
-    # what guessing reaches, and its spread
-    if accuracy / 100 <= chance + 2 * (chance * (1 - chance) / images) ** 0.5:
+    # what guessing reaches, and its spread; of a few images it may reach all
+    if accuracy / 100 <= chance + 2 * (chance * (1 - chance) / images) ** 0.5 and accuracy < 100:
         say(
             f"teacher: warning: that is chance for {config.data.classes} classes: there is nothing to learn"
             " from it"
