@@ -27,15 +27,14 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
-# files of tests that begin before all others, the longest first
+# long files of tests, which begin before all others
 LONGEST = (
     "test_triton_compile.py",
+    "test_adding.py",
     "test_distributed.py",
     "test_processes.py",
     "test_together.py",
     "test_resume.py",
-    "test_accuracy.py",
-    "test_compile_inference.py",
 )
 
 
