@@ -12,7 +12,7 @@ from image_folders import NETWORKS, make_images
 from run_cases import error_of, rows_of
 
 import fastkd
-from fastkd import Distillation
+from fastkd import Distillation, evaluate
 from fastkd.models import create_model
 from fastkd.report import maps
 from fastkd.training import Settings, attention_maps, config
@@ -213,3 +213,20 @@ def test_a_method_that_looks_at_the_teacher_first_sees_its_images(one_thread):
     assert names
     for name in names:
         torch.testing.assert_close(margins[0][name], margins[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_bare_weights_are_tested_on_images_as_declared_or_as_asked(place, capsys):
+    bare = ["weights.pt", "--model", "nets.py:halved", "--dataset", "folder", "--data", "images"]
+    bare += ["--image-size", "16", "--device", "cpu"]
+    half = "; images normalized by mean 0.5 0.5 0.5, deviation 0.5 0.5 0.5\n"
+    for flags, wanted in (
+        ([], half),
+        (["--normalization", "own"], "images/s\n"),
+        (["--normalization", "0.5/0.5"], half),
+    ):
+        assert evaluate.main([*bare, *flags]) == 0
+        assert capsys.readouterr().out.endswith(wanted)
+    for wrong, words in (("0.5/0", "wanted MEAN/STD"), ("ofd", "has no constants for folder: wanted own")):
+        assert evaluate.main([*bare, "--normalization", wrong]) == 2
+        told = capsys.readouterr().err
+        assert words in told and told.count("\n") == 1
