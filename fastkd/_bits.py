@@ -65,7 +65,8 @@ ATTENTION = Packing(
 )
 
 # Of the loss: with_grad keeps dloss/dG for the backward pass, prepare makes the student's gradients. Of its
-# backward pass: negate, for the teacher's. Of a matrix's backward pass: a_grad, b_grad.
+# backward pass: negate, for the teacher's. Of a matrix's backward pass: a_grad, b_grad. Of the loss again:
+# teacher_grad, whether the teacher's gradients will be asked for too.
 FSP = Packing(
     {
         "pool_mode": ("avg", "max"),
@@ -77,5 +78,6 @@ FSP = Packing(
         "negate": _SWITCH,
         "a_grad": _SWITCH,
         "b_grad": _SWITCH,
+        "teacher_grad": _SWITCH,
     }
 )

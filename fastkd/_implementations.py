@@ -40,9 +40,6 @@ class Backend:
     for.
     """
 
-    keeps_matrices = True
-    """Whether the FSP loss keeps dloss/dG of every pair, however large."""
-
     def __init__(self, name: str, namespace: str = "fastkd") -> None:
         self.name = name
         self._namespace = namespace
@@ -75,8 +72,6 @@ class CppBackend(Backend):
 
 class TritonBackend(Backend):
     """Eager calls go straight to a launcher, past the dispatcher and its host cost."""
-
-    keeps_matrices = False
 
     def run(self, operator: str, *args: Any) -> Any:
         if dispatch_watched() and not kernels.interpreting():

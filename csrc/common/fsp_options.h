@@ -10,19 +10,20 @@ namespace fastkd {
 // Bits of one integer; fastkd/_bits.py has the same table.
 struct FspOption {
   enum : int64_t {
-    kMaxPool = 1,    // pool_mode: "max", else "avg"
-    kPairMean = 2,   // pair_reduce: "mean", else "sum"
-    kFrobenius = 4,  // distance: "frobenius"
-    kColumnL2 = 8,   // distance: "column_l2"
-    kIeee = 16,      // precision: "ieee"
-    kTf32 = 32,      // precision: "tf32"
-    kTf32x3 = 48,    // precision: "tf32x3"
-    kWithGrad = 64,  // with_grad
-    kPrepare = 128,  // prepare
-    kNegate = 256,   // negate
-    kAGrad = 512,    // a_grad
-    kBGrad = 1024,   // b_grad
-    kEnd = 2048,
+    kMaxPool = 1,         // pool_mode: "max", else "avg"
+    kPairMean = 2,        // pair_reduce: "mean", else "sum"
+    kFrobenius = 4,       // distance: "frobenius"
+    kColumnL2 = 8,        // distance: "column_l2"
+    kIeee = 16,           // precision: "ieee"
+    kTf32 = 32,           // precision: "tf32"
+    kTf32x3 = 48,         // precision: "tf32x3"
+    kWithGrad = 64,       // with_grad
+    kPrepare = 128,       // prepare
+    kNegate = 256,        // negate
+    kAGrad = 512,         // a_grad
+    kBGrad = 1024,        // b_grad
+    kTeacherGrad = 2048,  // teacher_grad
+    kEnd = 4096,
   };
 };
 
@@ -34,7 +35,7 @@ struct FspOptions {
   bool pair_mean;  // of the pairs' terms, else the sum
   FspDistance distance;
   FspPrecision precision;
-  bool with_grad, prepare, negate, a_grad, b_grad;
+  bool with_grad, prepare, negate, a_grad, b_grad, teacher_grad;
 };
 
 static inline FspOptions fsp_options(int64_t bits) {
@@ -52,6 +53,7 @@ static inline FspOptions fsp_options(int64_t bits) {
   o.negate = (bits & FspOption::kNegate) != 0;
   o.a_grad = (bits & FspOption::kAGrad) != 0;
   o.b_grad = (bits & FspOption::kBGrad) != 0;
+  o.teacher_grad = (bits & FspOption::kTeacherGrad) != 0;
   return o;
 }
 

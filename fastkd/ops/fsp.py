@@ -14,7 +14,7 @@ from fastkd._bits import FSP
 from fastkd._implementations import Backend
 from fastkd._private import batched, saved_tensors_hooked
 from fastkd.checks import Features
-from fastkd.kernels.fsp.saved import saved_shape, wide_stages
+from fastkd.kernels.fsp.saved import saved_shape, saved_shape_on_cpu, wide_stages
 from fastkd.ops import _batched_grads, _cuda_limits, _grad_prefetch, flops
 from fastkd.ops._options import FSPOptions, OperatorOptions, fsp_options
 from fastkd.ops._register import (
@@ -28,7 +28,9 @@ from fastkd.ops._register import (
 from fastkd.ops.fsp_matrix import FSPMatrixFunction as FSPMatrixFunction
 from fastkd.ops.fsp_matrix import fsp_matrix as fsp_matrix
 
-_WITH_GRAD, _PREPARE, _NEGATE = (FSP.bits(name) for name in ("with_grad", "prepare", "negate"))
+_WITH_GRAD, _PREPARE, _NEGATE, _TEACHER_GRAD = (
+    FSP.bits(name) for name in ("with_grad", "prepare", "negate", "teacher_grad")
+)
 
 
 def _loss_fake(
@@ -45,14 +47,15 @@ def _loss_fake(
 def _loss_fake_by_device(
     student: list[Tensor], teacher: list[Tensor], options: int, numbers: Any
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """On CUDA tensors Triton's, which may keep less."""
+    """On CUDA tensors Triton's, on others the C++ kernels': each may keep less."""
     loss, matrix_grads, gradients = _loss_fake(student, teacher, options, numbers)
+    distance, teacher_grad = FSP.value(options, "distance"), FSP.value(options, "teacher_grad")
+    pairs = [(student[i : i + 2], teacher[i : i + 2]) for i in range(len(matrix_grads))]
     if loss.device.type == "cuda":
-        distance = FSP.value(options, "distance")
-        shapes = [
-            saved_shape(student[i : i + 2], teacher[i : i + 2], distance) for i in range(len(matrix_grads))
-        ]
-        matrix_grads = [loss.new_empty(shape) for shape in shapes]
+        shapes = [saved_shape(*pair, distance) for pair in pairs]
+    else:
+        shapes = [saved_shape_on_cpu(*pair, distance, teacher_grad) for pair in pairs]
+    matrix_grads = [loss.new_empty(shape) for shape in shapes]
     return loss, matrix_grads, gradients
 
 
@@ -88,11 +91,11 @@ class FSPLossFunction(torch.autograd.Function):
     ``needed``: the places of those in ``[*student, *teacher]``. The forward saves M = dloss/dG of the student
     for each pair, for an upstream gradient of 1 (the teacher's is -M), so a chain's gradients need only the
     chain itself: dA = upstream M B / S, dB = upstream M^T A / S, and a middle stage adds the terms of its two
-    pairs. Where M would be larger than the features, Triton keeps less and needs both chains' features of
-    that pair (`kernels/fsp/saved.py`). On a CPU, for the upstream gradient that is expected
-    (:mod:`fastkd.ops._grad_prefetch`), it makes the gradients of a student that needs all of them too, sample
-    by sample, while the sample's maps are in the cache; the backward hands those out, once, if it is given
-    just that.
+    pairs. Where M would be larger than the features, or dearer than products over channels, Triton and the
+    C++ kernels keep less and need both chains' features of that pair (`kernels/fsp/saved.py`). On a CPU, for
+    the upstream gradient that is expected (:mod:`fastkd.ops._grad_prefetch`), it makes the gradients of a
+    student that needs all of them too, sample by sample, while the sample's maps are in the cache; the
+    backward hands those out, once, if it is given just that.
     """
 
     @staticmethod
@@ -106,7 +109,7 @@ class FSPLossFunction(torch.autograd.Function):
         stages = len(student)
         if student[0].dim() == 3:
             checks.tokens("fsp_loss", student, teacher)
-        options |= _WITH_GRAD
+        options |= _WITH_GRAD if needed[-1] < stages else _WITH_GRAD | _TEACHER_GRAD
         upstream, ctx.expected = None, None
         whole = len(needed) >= stages and needed[stages - 1] == stages - 1
         if whole and impl.prefetches and not saved_tensors_hooked():
@@ -119,7 +122,8 @@ class FSPLossFunction(torch.autograd.Function):
         loss, matrix_grads, ctx.prepared = impl.run(
             "fsp_loss", student, teacher, options, [upstream, *numbers]
         )
-        if impl.keeps_matrices and len(needed) == stages == needed[-1] + 1:  # the student's, as is common
+        common = len(needed) == stages == needed[-1] + 1  # the student's gradients alone
+        if common and all(x.dim() == 3 for x in matrix_grads):
             places, frozen = needed, dict[int, Tensor]()
             ctx.save_for_backward(*matrix_grads, *tensors)
         else:
@@ -277,5 +281,7 @@ def _loss_in_graph(impl: Backend, student: Features, teacher: Features, given: F
     students, teachers = checks.fsp_loss(student, teacher, *given._replace(weight=1.0))
     if torch.is_grad_enabled() and any(x.requires_grad for x in students + teachers):
         options |= _WITH_GRAD
+        if any(x.requires_grad for x in teachers):
+            options |= _TEACHER_GRAD
     # the weight outside: a number among an operator's arguments is a constant of the graph
     return impl.graph_op("fsp_loss")(students, teachers, options, [0.0, 1.0, *weights])[0] * weight

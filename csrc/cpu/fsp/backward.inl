@@ -8,6 +8,7 @@ struct BackwardScratch {
   A *other, *rows, *m;  // the other map, pooled; one depth of its positions; the gradient by G
   int64_t grad_row, pooled_row, m_row;
   TileBackward tiles;
+  LowRankScratch<A> low_rank[2];  // a term
 };
 
 template <typename A>
@@ -24,7 +25,8 @@ static BackwardScratch<A> backward_scratch_of(const FspStage& stage, Arena& aren
     }
     other = max_of(other, pooled_elements(term.other, co));
     plane = max_of(plane, plane_elements(term.other));
-    if (term.tiles) continue;
+    if (term.low_rank) m = max_of(m, 2 * term.positions * round_up(term.positions, kPad));
+    if (term.tiles || term.low_rank) continue;
     rows = max_of(rows, stage.channels_last ? depth * round_up(co, kPad) : co * depth);
     m = max_of(m, co * (padded + kGemmRows));
   }
@@ -36,15 +38,27 @@ static BackwardScratch<A> backward_scratch_of(const FspStage& stage, Arena& aren
   s.rows = arena.take<A>(rows);
   s.m = arena.take<A>(m);
   s.tiles = tile_backward_of(stage, arena);
+  for (int32_t t = 0; t < stage.terms; ++t) {
+    const FspTerm& term = stage.term[t];
+    if (!term.low_rank) continue;
+    s.low_rank[t] =
+        low_rank_scratch_of<A>(term.own_chains, term.own_chains, stage.channels, term.positions, arena);
+  }
   return s;
 }
 
 // to = scale * sum over o of m[c][o] other[o][position], plus `sum` if there is one, for `channels` channels
 // from c on; to[c][position], or to[position][c] if channels_last.
 template <typename A>
-static void multiply_term(const FspTerm& term, bool channels_last, int64_t n, int64_t c, int64_t channels,
+static void multiply_term(const FspStage& stage, int32_t t, int64_t n, int64_t c, int64_t channels,
                           BackwardScratch<A>& s, A* to, int64_t to_row, const A* sum, int64_t sum_row,
                           bool stream) {
+  const FspTerm& term = stage.term[t];
+  const bool channels_last = stage.channels_last != 0;
+  if (term.low_rank) {
+    return multiply_term_low_rank<A>(term, channels_last, n, c, channels, s.low_rank[t], s.m, to, to_row, sum,
+                                     sum_row, stream);
+  }
   if constexpr (sizeof(A) == sizeof(float)) {
     if (term.tiles) {
       return multiply_term_tiles(term, channels_last, n, c, channels, s.plane, s.other, s.tiles, to, to_row,
@@ -129,7 +143,7 @@ static void backward_unit(const FspStage& stage, int64_t n, int64_t c, void* scr
     const FspTerm& term = stage.term[t];
     if (!term.own.active) continue;
     const int64_t row = last ? padded : term.positions;
-    multiply_term<A>(term, last, n, c, channels, s, s.pooled, row, nullptr, 0, false);
+    multiply_term<A>(stage, t, n, c, channels, s, s.pooled, row, nullptr, 0, false);
     if (!add && (term.own.max || !tiles_exactly(term.own))) {
       const int64_t count = last ? out.positions : channels, width = last ? channels : out.positions;
       for (int64_t r = 0; r < count; ++r)
@@ -153,7 +167,7 @@ static void backward_unit(const FspStage& stage, int64_t n, int64_t c, void* scr
   for (int32_t t = 0; t < stage.terms; ++t) {
     if (stage.term[t].own.active) continue;
     const bool final = --direct == 0, stream = final && stage.stream;
-    multiply_term<A>(stage.term[t], last, n, c, channels, s, final ? to : work, final ? to_row : work_row,
+    multiply_term<A>(stage, t, n, c, channels, s, final ? to : work, final ? to_row : work_row,
                      add ? work : nullptr, work_row, stream);
     add = true;
   }

@@ -1,5 +1,6 @@
 // fsp_matrix and fsp_loss with their backward operators: checks and allocation. The division into units of
 // work is in plan.cpp, the arithmetic in fsp.inl.
+#include <algorithm>
 #include <cstring>
 #include <numeric>
 #include <tuple>
@@ -55,7 +56,7 @@ Tensor fsp_matrix(const Tensor& a, const Tensor& b, int64_t bits) {
   const int64_t sizes[3] = {chain[0].batch, chain[0].channels, chain[1].channels};
   Tensor out = empty(sizes, 3, accumulate);
   Pools pools;
-  std::vector<FspPair> pairs{plan_pair(chain, nullptr, options.max, FspResult::kMatrix, pools)};
+  std::vector<FspPair> pairs{plan_pair(chain, nullptr, options.max, FspResult::kMatrix, false, pools)};
   pairs[0].out = out.data_ptr();
   run_forward(ForwardPlan(pairs, sizes[0]), accumulate);
   return out;
@@ -93,9 +94,30 @@ struct ChainGradients {
   Pools pools;
 };
 
+// A term of the student's feature at `side` of a pair (0: the left factor) from saved squares; `teacher`: the
+// teacher's feature there.
+void take_squares(FspTerm& term, const FspOperand& own, const Feature& teacher, const TensorView& m,
+                  int side) {
+  term.low_rank = 1;
+  term.right = side;
+  term.own_chains[0] = own;
+  term.own_chains[1] = {teacher, own.pool};
+  term.m_n = m.strides[0];
+}
+
+// Squares as the forward pass saves them, of the pair's common positions.
+void check_squares(const TensorView& m, int64_t batch, int64_t positions, DType accumulate) {
+  STD_TORCH_CHECK(m.dtype == accumulate && m.dim == 4 && m.sizes[0] == batch &&
+                      m.sizes[1] == kLowRankSquares && m.sizes[2] == positions && m.sizes[3] == positions &&
+                      m.strides[3] == 1 && m.strides[2] == positions && m.strides[1] == positions * positions,
+                  "matrix_grads must hold a contiguous tensor of shape (", batch, ", ", kLowRankSquares, ", ",
+                  positions, ", ", positions, ") here, as the forward pass saved it");
+}
+
+// `other`: the features of the other chain, the teacher's, as far as pairs have squares.
 void plan_chain(ChainGradients& chain, const std::vector<Tensor>& features, const std::vector<Feature>& f,
-                const std::vector<Tensor>& matrix_grads, const std::vector<int64_t>& stages, double upstream,
-                bool max, DType accumulate) {
+                const std::vector<Feature>& other, const std::vector<Tensor>& matrix_grads,
+                const std::vector<int64_t>& stages, double upstream, bool max, DType accumulate) {
   std::vector<TensorView> m;
   std::vector<FspOperand> as_a(matrix_grads.size()), as_b(matrix_grads.size());
   std::vector<int64_t> positions;
@@ -106,17 +128,24 @@ void plan_chain(ChainGradients& chain, const std::vector<Tensor>& features, cons
   for (size_t p = 0; p < matrix_grads.size(); ++p) {
     check_alike(features[0], features[p + 1], "features");
     m.push_back(view_of(matrix_grads[p], "matrix_grads"));
-    check_matrix_grad(m[p], f[p].batch, f[p].channels, f[p + 1].channels, "matrix_grads");
     positions.push_back(join(f[p], f[p + 1], max, chain.pools, as_a[p], as_b[p]));
+    if (m[p].dim == 4) {
+      check_squares(m[p], f[p].batch, positions[p], accumulate);
+    } else {
+      check_matrix_grad(m[p], f[p].batch, f[p].channels, f[p + 1].channels, "matrix_grads");
+    }
   }
   for (int64_t i : stages) {
     STD_TORCH_CHECK(i >= 0 && i < int64_t(f.size()), "stages must be indices of features, got ", i);
     FspStage plan{};
-    if (i > 0)
-      plan.term[plan.terms++] =
-          plan_term(as_a[i - 1], as_b[i - 1].pool, positions[i - 1], upstream, m[i - 1], 2);
-    if (i < int64_t(m.size()))
-      plan.term[plan.terms++] = plan_term(as_b[i], as_a[i].pool, positions[i], upstream, m[i], 1);
+    for (int side = 1; side >= 0; --side) {
+      const int64_t p = i - side;
+      if (p < 0 || p >= int64_t(m.size())) continue;
+      const FspOperand& own = (side ? as_b : as_a)[p];
+      FspTerm& term = plan.term[plan.terms++];
+      term = plan_term((side ? as_a : as_b)[p], own.pool, positions[p], upstream, m[p], side ? 2 : 1);
+      if (m[p].dim == 4) take_squares(term, own, other[i], m[p], side);
+    }
     chain.out.push_back(plan_stage(plan, features[i], accumulate));
     chain.plans.push_back(plan);
   }
@@ -153,11 +182,13 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fsp_loss(const std:
     const double products =
         options.distance == FspDistance::kSquared ? double(sizes[1]) * double(sizes[2]) : 1.0;
     factors.push_back(pair_factor(options, given, p, count) / double(sizes[0]) / products);
-    pairs.push_back(
-        plan_pair(&s[p], &t[p], options.max, columns ? FspResult::kColumnNorms : FspResult::kSquares, pools));
+    pairs.push_back(plan_pair(&s[p], &t[p], options.max,
+                              columns ? FspResult::kColumnNorms : FspResult::kSquares, !options.teacher_grad,
+                              pools));
     pairs.back().slope = columns ? factors.back() : 2.0 * factors.back();
     if (!options.with_grad) continue;
-    grads.push_back(empty(sizes, 3, accumulate));
+    const int64_t k = pairs.back().positions[0], squares[4] = {sizes[0], kLowRankSquares, k, k};
+    grads.push_back(pairs.back().low_rank ? empty(squares, 4, accumulate) : empty(sizes, 3, accumulate));
     pairs.back().out = grads.back().data_ptr();
   }
   STD_TORCH_CHECK(options.with_grad || !options.prepare, "prepare wants with_grad");
@@ -165,7 +196,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> fsp_loss(const std:
   if (options.prepare) {
     std::vector<int64_t> stages(count + 1);
     std::iota(stages.begin(), stages.end(), 0);
-    plan_chain(gradients, student, s, grads, stages, given.upstream, options.max, accumulate);
+    plan_chain(gradients, student, s, t, grads, stages, given.upstream, options.max, accumulate);
   }
   const ForwardPlan forward(pairs, s[0].batch);
   run_training(forward, BackwardPlan(gradients.plans), accumulate);
@@ -183,15 +214,34 @@ std::vector<Tensor> fsp_loss_backward(const Tensor& grad, const std::vector<Tens
   const FspOptions options = fsp_options(bits);
   STD_TORCH_CHECK(features.size() >= 2 && matrix_grads.size() == features.size() - 1,
                   "matrix_grads must hold one matrix a pair of features");
-  STD_TORCH_CHECK(others.empty(),
-                  "others must be empty: with a matrix a pair, a chain's gradients need that chain alone");
   const double upstream = options.negate ? -scalar_of(grad, "grad") : scalar_of(grad, "grad");
   const std::vector<Feature> f = features_of(features, "features");
   DType accumulate = accumulation_of(f, DType::kFloat);
   for (const Tensor& m : matrix_grads)
     accumulate = accumulation(accumulate, view_of(m, "matrix_grads").dtype);
+  // the other chain's features of the pairs whose matrices were not saved
+  const std::vector<Feature> given = features_of(others, "others");
+  STD_TORCH_CHECK(!options.negate || given.empty(),
+                  "others must be empty for the teacher's gradients, which want a loss with teacher_grad");
+  std::vector<Feature> other(f.size());
+  size_t used = 0;
+  for (size_t i = 0; i < f.size(); ++i) {
+    if (!(i > 0 && matrix_grads[i - 1].dim() == 4) &&
+        !(i < matrix_grads.size() && matrix_grads[i].dim() == 4))
+      continue;
+    STD_TORCH_CHECK(used < given.size(), "others must hold the other chain's feature of stage ", i,
+                    ", whose matrix was not saved");
+    other[i] = given[used++];
+    STD_TORCH_CHECK(other[i].batch == f[i].batch && other[i].channels == f[i].channels &&
+                        std::equal(f[i].size, f[i].size + 3, other[i].size),
+                    "others must have the shapes of features, and differs in stage ", i);
+    accumulate = accumulation(accumulate, other[i].dtype);
+  }
+  STD_TORCH_CHECK(used == given.size(),
+                  "others must hold the features of pairs whose matrices were not saved: ", used, ", got ",
+                  given.size());
   ChainGradients gradients;
-  plan_chain(gradients, features, f, matrix_grads, stages, upstream, options.max, accumulate);
+  plan_chain(gradients, features, f, other, matrix_grads, stages, upstream, options.max, accumulate);
   run_backward(BackwardPlan(gradients.plans), accumulate);
   return std::move(gradients.out);
 }

@@ -8,6 +8,9 @@ namespace fastkd {
 // Products this deep are summed in registers and written once (gemm.inl).
 constexpr int64_t kGemmDepth = 256;
 
+// Matrices of positions x positions from which a pair's gradients follow (fsp/low_rank.inl).
+constexpr int64_t kLowRankSquares = 4;
+
 // A feature map as one pair sees it: pooled to the pair's common size where it is larger.
 struct FspOperand {
   Feature x;
@@ -24,12 +27,15 @@ struct FspPair {
   int32_t fused;          // the difference as (A_s - A_t) B_s^T + A_t (B_s - B_t)^T
   int32_t planes;         // multiplied along the positions, which lie together (fsp/dot.inl)
   int32_t tiles;          // multiplied by AMX (fsp/amx.inl)
+  int32_t low_rank;       // by products over channels, positions x positions (fsp/low_rank.inl)
   FspResult result;
   int64_t positions[2];
   int64_t rows, row_blocks;  // of G: rows a unit, units a sample
-  int64_t depth;             // positions taken at a time; tiles, where maps are averaged: lines of windows
+  int64_t depth;             // positions taken at a time; tiles, where maps are averaged: lines of windows;
+                             // low_rank: channels
   double slope;              // d loss / d G = slope * difference (or its column, normalized)
-  void* out;                 // (N, Ca, Cb) contiguous: G, or d loss / d G; null if not wanted
+  void* out;                 // (N, Ca, Cb) contiguous: G, or d loss / d G; null if not wanted. low_rank: the
+                             // squares, (N, kLowRankSquares, positions, positions)
 };
 
 struct FspForward {
@@ -52,6 +58,11 @@ struct FspTerm {
   int64_t positions;
   int64_t depth;
   int32_t tiles;  // multiplied by AMX
+  // From products over channels, m (fsp/low_rank.inl): the feature itself in the student and in the teacher;
+  // the right factor of its pair or the left one.
+  int32_t low_rank;
+  FspOperand own_chains[2];
+  int32_t right;
 };
 
 // One feature whose gradient is wanted. A unit of work is one sample and one block of channels.

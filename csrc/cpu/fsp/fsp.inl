@@ -34,6 +34,8 @@ FASTKD_INLINE void multiply_term_tiles(const FspTerm&, bool, int64_t, int64_t, i
                                        const TileBackward&, float*, int64_t, const float*, int64_t) {}
 #endif
 
+#include "cpu/fsp/low_rank.inl"
+
 template <typename A>
 struct ForwardScratch {
   A *pooled_a[2], *pooled_b[2], *plane;
@@ -42,6 +44,7 @@ struct ForwardScratch {
   A* g[2];         // rows of G: of the student or the difference, if `out` does not take them; of the teacher
   double* columns;
   TileForward tiles;
+  LowRankScratch<A> low_rank;  // with its sums in a
 };
 
 template <typename A>
@@ -53,6 +56,13 @@ static ForwardScratch<A> forward_scratch_of(const FspPair& pair, Arena& arena) {
   if (pair.tiles) {
     if (!pair.out) s.g[0] = arena.take<A>(pair.rows * cb);
     s.tiles = tile_forward_of(pair, arena);
+    return s;
+  }
+  if (pair.low_rank) {
+    const int64_t k = pair.positions[0];
+    s.low_rank = low_rank_scratch_of<A>(pair.a, pair.b, pair.depth, k, arena);
+    s.a[0] = arena.take<A>(2 * k * factors_row(k, 3));
+    s.a[1] = arena.take<A>(2 * k * factors_row(k, 2));
     return s;
   }
   for (int32_t i = 0; i < pair.chains; ++i) {
@@ -183,14 +193,6 @@ static double squares(A* c, int64_t count, A positions, const A* other, A other_
   return rest;
 }
 
-// x = slope * x.
-template <typename A>
-static void scale(A* x, int64_t count, A slope) {
-  int64_t i = 0;
-  for (; i + kLanes<A> <= count; i += kLanes<A>) store<A, A>(x + i, load<A, A>(x + i) * slope);
-  for (; i < count; ++i) x[i] *= slope;
-}
-
 // The sum of the norms of d's columns; d becomes slope * d / norm of its column, and 0 where the norm is 0.
 template <typename A>
 static double column_norms(A* d, int64_t rows, int64_t columns, A slope, bool gradient, double* norms) {
@@ -215,6 +217,7 @@ template <typename A>
 static double forward_unit(const FspPair& pair, int64_t n, int64_t i, void* scratch) {
   Arena arena = {static_cast<char*>(scratch), 0};
   ForwardScratch<A> s = forward_scratch_of<A>(pair, arena);
+  if (pair.low_rank) return forward_low_rank<A>(pair, n, s.low_rank, s.a);
   const int64_t ca = pair.a[0].x.channels, cb = pair.b[0].x.channels, rows = min_of(pair.rows, ca - i);
   A* c = pair.out ? static_cast<A*>(pair.out) + (n * ca + i) * cb : s.g[0];
   const A* other = pair.chains == 2 && !pair.fused ? s.g[1] : nullptr;

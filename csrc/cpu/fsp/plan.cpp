@@ -31,6 +31,27 @@ bool is_planes(const FspOperand& operand) {
 // more elements than those is worth transposing the maps.
 constexpr int64_t kPlanePositions = 64, kPlaneProducts = 2048;
 
+// Channels whose products are summed in registers before they are added to the others: like numbers, added
+// one after the other, round in one direction.
+constexpr int64_t kLowRankDepth = 32;
+
+// Whether a pair's loss and gradients are made from products over channels, positions x positions
+// (fsp/low_rank.inl): with the gradients about 6 Ca K^2 + 4 Cb K^2 multiplications a sample and no matrix,
+// where the matrix takes 4 Ca Cb K. fastkd/kernels/fsp/saved.py has the same rule.
+bool takes_low_rank(const FspPair& pair) {
+  if (pair.chains != 2 || !pair.fused || pair.result != FspResult::kSquares) return false;
+  for (int chain = 0; chain < 2; ++chain) {
+    for (const FspOperand* operand : {&pair.a[chain], &pair.b[chain]}) {
+      const Feature& x = operand->x;
+      if (x.dtype != DType::kFloat && x.dtype != DType::kDouble) return false;
+      // one channel seen many times: the sums over channels would round in one direction
+      if (x.stride_c == 0 && x.channels > 1) return false;
+    }
+  }
+  const int64_t ca = pair.a[0].x.channels, cb = pair.b[0].x.channels;
+  return 5 * (ca + cb) * pair.positions[0] <= 3 * ca * cb;
+}
+
 // Whether the gradient is written past the caches: it is too large to stay there, and gemm() can (see
 // Gemm::stream).
 bool streams(const FspStage& stage) {
@@ -39,7 +60,10 @@ bool streams(const FspStage& stage) {
   bool can = reinterpret_cast<uintptr_t>(x.data) % 64 == 0 && x.stride_n % line == 0;
   can = can && (stage.channels_last ? x.channels % line == 0 && x.stride_s % line == 0
                                     : x.positions % line == 0 && x.stride_c % line == 0);
-  for (int t = 0; t < stage.terms; ++t) can = can && stage.term[t].other.x.channels <= kGemmDepth;
+  for (int t = 0; t < stage.terms; ++t) {
+    const FspTerm& term = stage.term[t];
+    can = can && (term.low_rank ? 2 * term.positions : term.other.x.channels) <= kGemmDepth;
+  }
   return can && streams_past_caches(bytes_of(x));
 }
 
@@ -89,7 +113,8 @@ int64_t join(const Feature& a, const Feature& b, bool max, Pools& pools, FspOper
   return positions;
 }
 
-FspPair plan_pair(const Feature* student, const Feature* teacher, bool max, FspResult result, Pools& pools) {
+FspPair plan_pair(const Feature* student, const Feature* teacher, bool max, FspResult result,
+                  bool may_low_rank, Pools& pools) {
   FspPair pair{};
   pair.chains = teacher ? 2 : 1;
   pair.positions[0] = join(student[0], student[1], max, pools, pair.a[0], pair.b[0]);
@@ -98,9 +123,15 @@ FspPair plan_pair(const Feature* student, const Feature* teacher, bool max, FspR
     pair.fused = same_size(student[0], teacher[0]) && same_size(student[1], teacher[1]);
   }
   pair.result = result;
+  const int64_t ca = student[0].channels, cb = student[1].channels;
+  pair.low_rank = may_low_rank && takes_low_rank(pair);
+  if (pair.low_rank) {
+    pair.rows = ca, pair.row_blocks = 1;
+    pair.depth = std::min(kLowRankDepth, std::max(ca, cb));
+    return pair;
+  }
   // A unit's rows of G stay in the second-level cache (256 KiB of floats) while the products are added up.
   // The norms of columns need all rows.
-  const int64_t ca = student[0].channels, cb = student[1].channels;
   pair.tiles = takes_tiles(pair);
   pair.rows = result == FspResult::kColumnNorms
                   ? ca

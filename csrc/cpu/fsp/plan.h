@@ -19,8 +19,10 @@ struct Pools {
 // Both maps of a pair as the pair sees them; returns the number of common positions.
 int64_t join(const Feature& a, const Feature& b, bool max, Pools& pools, FspOperand& as_a, FspOperand& as_b);
 
-// student and teacher: the features of both stages; teacher is null for a plain matrix.
-FspPair plan_pair(const Feature* student, const Feature* teacher, bool max, FspResult result, Pools& pools);
+// student and teacher: the features of both stages; teacher is null for a plain matrix. may_low_rank: not
+// where the teacher's gradients are wanted (fsp/low_rank.inl).
+FspPair plan_pair(const Feature* student, const Feature* teacher, bool max, FspResult result,
+                  bool may_low_rank, Pools& pools);
 
 // channel_dim: the dimension of m that holds the channels of the feature whose gradient this is; 3 -
 // channel_dim holds the other's.

@@ -1,4 +1,4 @@
-"""What the FSP loss on a GPU keeps of a pair for its backward pass: shapes alone, for launchers and for
+"""What the FSP loss keeps of a pair for its backward pass: shapes alone, for launchers and for
 fakes, without Triton.
 
 Of a pair of features A (Ca, K) and B (Cb, K) that is dloss/dG, (N, Ca, Cb), where it is no larger than the
@@ -10,6 +10,9 @@ multiplied by, (N, Cb), and the backward pass makes G_s - G_t again, tile by til
 "column_l2", whose gradient divides each column by its norm, which needs all the sums over A before those over
 B are made; and for student and teacher of different sizes, where nothing is subtracted before it is
 multiplied and the loss would be what is left of three large numbers.
+
+That is Triton's rule. On a CPU, memory for a matrix is there, and four such products, from which the
+student's gradients follow, are kept where they take less work (`csrc/cpu/fsp/low_rank.inl`).
 """
 
 from __future__ import annotations
@@ -18,9 +21,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-SQUARES = 6
+SQUARES, SQUARES_ON_CPU = 6, 4
 
 
 def common_size(a: Tensor, b: Tensor) -> tuple[Any, ...]:
@@ -46,6 +50,22 @@ def saved_shape(student: Sequence[Tensor], teacher: Sequence[Tensor], distance: 
             return samples, SQUARES, positions, positions
     if 4 * rows * columns > sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in (*student, *teacher)):
         return samples, columns
+    return samples, rows, columns
+
+
+def saved_shape_on_cpu(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], distance: str, teacher_grad: bool
+) -> tuple[Any, ...]:
+    """The same of the C++ kernels; csrc/cpu/fsp/plan.cpp has the rule, by the work of either way."""
+    samples, rows, columns = matrix_shape(student)
+    every = (*student, *teacher)
+    single = all(x.dtype in (torch.float32, torch.float64) for x in every)
+    expanded = any(x.stride(1) == 0 and x.shape[1] > 1 for x in every)
+    alike = all(s.shape[2:] == t.shape[2:] for s, t in zip(student, teacher))
+    positions = math.prod(common_size(*student))
+    served = single and alike and not expanded and distance != "column_l2" and not teacher_grad
+    if served and 5 * (rows + columns) * positions <= 3 * rows * columns:
+        return samples, SQUARES_ON_CPU, positions, positions
     return samples, rows, columns
 
 
