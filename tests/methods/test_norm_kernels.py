@@ -6,6 +6,7 @@ import pytest
 import torch
 from recorder import Recorder
 
+from fastkd import native
 from fastkd.ops.norm import norm_loss
 
 SIZES = ((2, 5, 3, 8, 8), (3, 2, 4, 7, 5), (1, 33, 2, 1, 1), (40, 16, 8, 3, 4))  # N, C, copies, H, W
@@ -42,3 +43,21 @@ def test_loss_and_gradient_match_float64_on_every_code_path(each_path, dtype, la
             torch.testing.assert_close(loss.double(), exact, rtol=2e-6, atol=0)
             # next to zero float16 has steps of 6e-8
             torch.testing.assert_close(grad.double(), slopes, rtol=4 * rounding, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(9, 64, 16, 16), (3, 37, 61, 13)], ids=["whole lines", "others"])
+def test_every_way_through_memory_gives_the_same_bits(each_path, shape):
+    """Gradients of more than 1 MiB, for which the ways differ; samples begin a line of the cache or not."""
+    n, width, *size = shape
+    u, target = torch.randn(n, 4 * width, *size, requires_grad=True), torch.randn(shape)
+    before, found = native.memory_plan(), []
+    for _ in each_path:
+        for plan in native.MEMORY_PLANS:
+            native.set_memory_plan(plan)
+            u.grad = None
+            norm_loss(u, target, 4).backward()
+            found.append(u.grad)
+            apart = u.detach().double() - target.double().repeat(1, 4, 1, 1)
+            torch.testing.assert_close(u.grad.double(), 8 * apart / u.numel(), rtol=1e-6, atol=1e-12)
+        native.set_memory_plan(before)
+    assert all(torch.equal(grad, found[0]) for grad in found)

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "cpu/dispatch.h"
+#include "cpu/memory.h"
 
 namespace fastkd {
 namespace {
@@ -104,7 +105,10 @@ std::tuple<Tensor, std::vector<Tensor>> ofd_loss(std::vector<Tensor> students, s
 }
 
 double squares_of(DifferenceArgs args, int64_t pieces, int64_t copies, double factor) {
-  SquaresArgs squares = {args, copies};
+  const int64_t bytes = args.length * static_cast<int64_t>(sizeof(float));
+  const bool in_lines = bytes % 64 == 0 && reinterpret_cast<uintptr_t>(args.student_grad) % 64 == 0;
+  const bool alone = args.student_grad && !args.teacher_grad;
+  SquaresArgs squares = {args, copies, alone && in_lines && streams_past_caches(pieces * bytes)};
   const auto run = kernels().difference.squares;
   return factor *
          sum_of(squares.of, pieces, 0, [&](int64_t begin, int64_t end, void*) { run(squares, begin, end); });

@@ -36,10 +36,12 @@ static inline size_t hcl_scratch(const HclArgs& args) {
   return static_cast<size_t>(2 * (args.height + 8) * args.width * lanes) * sizeof(float) + 64;
 }
 
-// Each of the teacher's pieces is compared with `copies` of the student's, one after the other.
+// Each of the teacher's pieces is compared with `copies` of the student's, one after the other. `streaming`:
+// the student's gradient is the only one, is written past the caches, and each piece of it begins a line.
 struct SquaresArgs {
   DifferenceArgs of;
   int64_t copies;
+  bool streaming;
 };
 
 struct DifferenceKernels {
