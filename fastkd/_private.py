@@ -46,7 +46,18 @@ _GLOBAL_HOOKS = [
     find(_modules, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")
 ]
 _get_proxy_mode: Callable[[], Any] = find(proxy_tensor, "get_proxy_mode")
+find(torch.autograd.Function, "_backward_cls.apply")
 find(forward_ad, "_current_level")  # read by each call
+
+
+def few_frames(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """Decorates an ``autograd.Function`` that never runs inside torch.func: its ``apply`` and its backward pass
+    go past the three Python functions that PyTorch puts around them, which look for torch.func and for other
+    ways to write a Function.
+    """
+    function.apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    function._backward_cls.apply = function.backward  # type: ignore[attr-defined]
+    return function
 
 
 def transforming() -> bool:

@@ -10,87 +10,29 @@ import torch
 from torch import Tensor
 
 from fastkd import backends, checks, reference
-from fastkd._bits import ATTENTION
 from fastkd._implementations import Backend
-from fastkd._private import batched, saved_tensors_hooked
+from fastkd._private import batched, few_frames, saved_tensors_hooked
 from fastkd.checks import Features
 from fastkd.ops import _batched_grads, _cuda_limits, _grad_prefetch
-from fastkd.ops._options import AttentionOptions, OperatorOptions, attention_options
-from fastkd.ops._register import (
-    accumulator,
-    autograd,
-    define,
-    differentiable_once,
-    one_device,
-    smaller,
-    wanting_gradients,
+from fastkd.ops._attention_operators import (
+    POOL_BEFORE,
+    PREPARE,
+    STUDENT_GRAD,
+    STUDENT_IS_MAP,
+    TEACHER_GRAD,
+    TEACHER_IS_MAP,
 )
+from fastkd.ops._options import AttentionOptions, OperatorOptions, attention_options
+from fastkd.ops._register import autograd, wanting_gradients
 from fastkd.ops.attention_map import AttentionMapFunction, attention_map
 
 __all__ = ["AttentionMapFunction", "AttentionTransferFunction", "attention_map", "attention_transfer_loss"]
 
 
-_POOL_BEFORE = ATTENTION.bits("pool", "before")
-_STUDENT_IS_MAP, _TEACHER_IS_MAP, _STUDENT_GRAD, _TEACHER_GRAD, _PREPARE = (
-    ATTENTION.bits(name)
-    for name in ("student_is_map", "teacher_is_map", "student_grad", "teacher_grad", "prepare")
-)
-
-
-def _coefficient_size(x: Tensor, is_map: bool, other: Sequence[int], options: int) -> list[int]:
-    if is_map:
-        return list(x.shape)
-    return [x.shape[0], *(smaller(x.shape[2:], other) if options & _POOL_BEFORE else x.shape[2:])]
-
-
-def _loss_fake(
-    student: list[Tensor], teacher: list[Tensor], options: int, numbers: Any
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    one_device(student + teacher)
-    dtype = accumulator(student + teacher)
-    s_map, t_map = bool(options & _STUDENT_IS_MAP), bool(options & _TEACHER_IS_MAP)
-    sizes = []
-    if options & _STUDENT_GRAD:
-        sizes += [
-            _coefficient_size(s, s_map, t.shape[1 if t_map else 2 :], options)
-            for s, t in zip(student, teacher)
-        ]
-    if options & _TEACHER_GRAD:
-        sizes += [
-            _coefficient_size(t, t_map, s.shape[1 if s_map else 2 :], options)
-            for s, t in zip(student, teacher)
-        ]
-    prepares = options & _PREPARE and options & _STUDENT_GRAD and not s_map
-    return (
-        student[0].new_empty((), dtype=dtype),
-        [student[0].new_empty(size, dtype=dtype) for size in sizes],
-        [torch.empty_like(x) for x in student] if prepares else [],
-    )
-
-
-def _loss_backward_fake(
-    grad: Tensor, features: list[Tensor], coefficients: list[Tensor], *rest: Any
-) -> list[Tensor]:
-    return [torch.empty_like(x) for x in features]
-
-
-define(
-    # numbers: the upstream gradient to prepare for, p, eps, weight, and the weights of the stages or none
-    "attention_transfer_loss(Tensor[] student, Tensor[] teacher, int options, float[] numbers) -> (Tensor"
-    " loss, Tensor[] coefficients, Tensor[] gradients)",
-    _loss_fake,
-)
-define(
-    "attention_transfer_loss_backward(Tensor grad, Tensor[] features, Tensor[] coefficients, float p, int"
-    " options) -> Tensor[]",
-    _loss_backward_fake,
-)
-differentiable_once("attention_transfer_loss_backward")
-
-
 _prefetch = _grad_prefetch.GradPrefetch()
 
 
+@few_frames
 class AttentionTransferFunction(torch.autograd.Function):
     """``apply((impl, options, student, teacher, needed), *tensors)`` -> loss, for lists of features of which
     ``tensors`` need a gradient.
@@ -111,17 +53,17 @@ class AttentionTransferFunction(torch.autograd.Function):
         impl, (options, numbers), student, teacher, needed = call
         stages = len(student)
         if needed[-1] >= stages:
-            options |= _TEACHER_GRAD
+            options |= TEACHER_GRAD
         upstream, ctx.expected = None, None
         if needed[0] < stages:
-            options |= _STUDENT_GRAD
-            if impl.prefetches and not options & _STUDENT_IS_MAP and not saved_tensors_hooked():
+            options |= STUDENT_GRAD
+            if impl.prefetches and not options & STUDENT_IS_MAP and not saved_tensors_hooked():
                 ctx.expected = _prefetch.expect()
                 upstream = ctx.expected[1]
         if upstream is None:
             upstream = 0.0
         else:
-            options |= _PREPARE
+            options |= PREPARE
         loss, coefficients, ctx.prepared = impl.run(
             "attention_transfer_loss", student, teacher, options, [upstream, *numbers]
         )
@@ -129,7 +71,7 @@ class AttentionTransferFunction(torch.autograd.Function):
         ctx.call = impl, options, numbers[0], needed, stages
         # only what needs a gradient: a teacher made under inference_mode cannot be saved
         if len(needed) < len(coefficients):
-            first = 0 if options & _STUDENT_GRAD else stages
+            first = 0 if options & STUDENT_GRAD else stages
             coefficients = [coefficients[i - first] for i in needed]
         ctx.save_for_backward(*tensors, *coefficients)
         return loss
@@ -153,7 +95,7 @@ def _warn(
         checks.tokens("attention_transfer_loss", student, teacher, *_are_maps(options))
     # counted on the coefficients, one a position, since this costs the least; they are as many as before a
     # pooling that comes after
-    if options & _POOL_BEFORE:
+    if options & POOL_BEFORE:
         batch = student[0].shape[0]
         for k in coefficients:
             if k.numel() == batch:
@@ -165,7 +107,7 @@ def _warn(
 
 def _are_maps(options: int) -> tuple[bool, bool]:
     """(teacher_is_map, student_is_map)"""
-    return bool(options & _TEACHER_IS_MAP), bool(options & _STUDENT_IS_MAP)
+    return bool(options & TEACHER_IS_MAP), bool(options & STUDENT_IS_MAP)
 
 
 def _loss_gradients(
@@ -191,8 +133,8 @@ def _graph_loss_context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tens
     ctx.mark_non_differentiable(*output[1], *output[2])
     stages = len(student)
     needed = [
-        *(range(stages) if options & _STUDENT_GRAD else ()),
-        *(range(stages, 2 * stages) if options & _TEACHER_GRAD else ()),
+        *(range(stages) if options & STUDENT_GRAD else ()),
+        *(range(stages, 2 * stages) if options & TEACHER_GRAD else ()),
     ]
     ctx.call = ctx.impl, options, numbers[1], needed, stages
     ctx.save_for_backward(*[[*student, *teacher][i] for i in needed], *output[1])
@@ -305,7 +247,7 @@ def attention_transfer_loss(
 def _loss_in_graph(impl: Backend, student: Features, teacher: Features, given: AttentionOptions) -> Tensor:
     options, (p, eps, weight, *weights) = given.validated()
     students, teachers = checks.attention_transfer(student, teacher, *given[:2], *given[3:])  # type: ignore[arg-type]
-    for tensors, bit in ((students, _STUDENT_GRAD), (teachers, _TEACHER_GRAD)):
+    for tensors, bit in ((students, STUDENT_GRAD), (teachers, TEACHER_GRAD)):
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             options |= bit
     # the weight outside, since it may be a number that only the graph knows, and a number among an operator's

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastkd import backends, checks, reference
 from fastkd._implementations import Backend
-from fastkd._private import batched
+from fastkd._private import batched, few_frames
 from fastkd.ops import _batched_grads, _cuda_limits
 from fastkd.ops._register import accumulator, autograd, define, differentiable_once
 
@@ -38,6 +38,7 @@ define(
 differentiable_once("attention_map_backward")
 
 
+@few_frames
 class AttentionMapFunction(torch.autograd.Function):
     """``apply(impl, x, p, channel_reduce, signed, normalize, eps, eps_mode)`` -> map.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastkd import backends, native, reference
 from fastkd._implementations import CPP
-from fastkd._private import batched, has_hooks, recorded_elsewhere, transforming
+from fastkd._private import batched, few_frames, has_hooks, recorded_elsewhere, transforming
 from fastkd.ops._register import autograd, define, differentiable_once, not_differentiable
 
 
@@ -79,6 +79,7 @@ def _gradients(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> tuple[T
 autograd("batch_norm", _gradients, _context, only_cpu=True)
 
 
+@few_frames
 class BatchNormFunction(torch.autograd.Function):
     """``apply(x, residual, weight, bias, relu, eps)`` -> y, mean, unbiased variance, 1 / sqrt(variance +
     eps); only y has a gradient.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastkd import backends, checks, reference
 from fastkd._implementations import Backend
-from fastkd._private import batched
+from fastkd._private import batched, few_frames
 from fastkd.ops import _batched_grads, _cuda_limits
 from fastkd.ops._register import accumulator, autograd, define, differentiable_once, one_device
 
@@ -68,6 +68,7 @@ def _unchanged(ctx: Any, sentence: str) -> None:
         raise RuntimeError(f"{sentence} before the backward pass, which needs it as it was")
 
 
+@few_frames
 class TapFunction(torch.autograd.Function):
     """``apply(impl, x, p, channel_reduce, signed, eps, eps_mode)`` -> x, map.
 
@@ -121,6 +122,7 @@ def _sum_in_pytorch(ctx: Any, grad: Tensor | None, map_grad: Tensor, x: Tensor) 
     return dx if grad is None else grad + dx
 
 
+@few_frames
 class ReluTapFunction(torch.autograd.Function):
     """``apply(impl, x, residual, p, channel_reduce, signed, eps, eps_mode)`` -> y = relu(x + residual), map
     of y.

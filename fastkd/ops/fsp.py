@@ -12,7 +12,7 @@ from torch import Tensor
 from fastkd import backends, checks, kernels, reference
 from fastkd._bits import FSP
 from fastkd._implementations import Backend
-from fastkd._private import batched, saved_tensors_hooked
+from fastkd._private import batched, few_frames, saved_tensors_hooked
 from fastkd.checks import Features
 from fastkd.kernels.fsp.saved import saved_shape, saved_shape_on_cpu, wide_stages
 from fastkd.ops import _batched_grads, _cuda_limits, _grad_prefetch, flops
@@ -84,6 +84,7 @@ flops.register()
 _prefetch = _grad_prefetch.GradPrefetch()
 
 
+@few_frames
 class FSPLossFunction(torch.autograd.Function):
     """``apply((impl, options, student, teacher, needed), *tensors)`` -> loss, for lists of features of which
     ``tensors`` need a gradient.

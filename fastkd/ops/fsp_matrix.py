@@ -12,7 +12,7 @@ from torch import Tensor
 from fastkd import backends, checks, kernels, reference
 from fastkd._bits import FSP
 from fastkd._implementations import Backend
-from fastkd._private import batched
+from fastkd._private import batched, few_frames
 from fastkd.ops import _batched_grads, _cuda_limits
 from fastkd.ops._register import accumulator, autograd, define, differentiable_once, one_device
 
@@ -33,6 +33,7 @@ define("fsp_matrix_backward(Tensor grad, Tensor a, Tensor b, int options) -> Ten
 differentiable_once("fsp_matrix_backward")
 
 
+@few_frames
 class FSPMatrixFunction(torch.autograd.Function):
     """``apply(impl, options, a, b)`` -> G = A B^T / S; dA = M B / S and dB = M^T A / S for an incoming M."""
 
