@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,26 @@ def _coefficient_size(x: Tensor, is_map: bool, other: Sequence[int], options: in
     return [x.shape[0], *(smaller(x.shape[2:], other) if options & POOL_BEFORE else x.shape[2:])]
 
 
+def _are_joined(student: Sequence[Tensor], teacher: Sequence[Tensor], options: int) -> bool:
+    """Whether the coefficients come in one tensor: beside prepared gradients, where no teacher wants its own,
+    and every stage of the student has several positions and is not pooled.
+    """
+    if not options & PREPARE or options & TEACHER_GRAD:
+        return False
+    first = 1 if options & TEACHER_IS_MAP else 2
+    return all(
+        list(s.shape[2:]) == smaller(s.shape[2:], t.shape[first:]) and math.prod(s.shape[2:]) > 1
+        for s, t in zip(student, teacher)
+    )
+
+
+def apart(coefficients: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
+    """Coefficients that came in one tensor, feature by feature."""
+    sizes = [(x.shape[0], *x.shape[2:]) for x in features]
+    pieces = coefficients.split([math.prod(size) for size in sizes])
+    return [piece.view(size) for piece, size in zip(pieces, sizes, strict=True)]
+
+
 def _loss_fake(
     student: list[Tensor], teacher: list[Tensor], options: int, numbers: Any
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -42,6 +63,8 @@ def _loss_fake(
             for s, t in zip(student, teacher)
         ]
     prepares = options & PREPARE and options & STUDENT_GRAD and not s_map
+    if prepares and _are_joined(student, teacher, options):
+        sizes = [[sum(map(math.prod, sizes))]]
     return (
         student[0].new_empty((), dtype=dtype),
         [student[0].new_empty(size, dtype=dtype) for size in sizes],
@@ -56,7 +79,8 @@ def _loss_backward_fake(
 
 
 define(
-    # numbers: the upstream gradient to prepare for, p, eps, weight, and the weights of the stages or none
+    # numbers: the upstream gradient to prepare for, p, eps, weight, and the weights of the stages or none.
+    # coefficients: one tensor a feature, or the student's in one, see _are_joined
     "attention_transfer_loss(Tensor[] student, Tensor[] teacher, int options, float[] numbers) -> (Tensor"
     " loss, Tensor[] coefficients, Tensor[] gradients)",
     _loss_fake,

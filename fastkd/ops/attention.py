@@ -21,6 +21,7 @@ from fastkd.ops._attention_operators import (
     STUDENT_IS_MAP,
     TEACHER_GRAD,
     TEACHER_IS_MAP,
+    apart,
 )
 from fastkd.ops._options import AttentionOptions, OperatorOptions, attention_options
 from fastkd.ops._register import autograd, wanting_gradients
@@ -67,7 +68,13 @@ class AttentionTransferFunction(torch.autograd.Function):
         loss, coefficients, ctx.prepared = impl.run(
             "attention_transfer_loss", student, teacher, options, [upstream, *numbers]
         )
-        _warn(student, teacher, options, coefficients)
+        if coefficients[0].dim() > 1:
+            _warn(student, teacher, options, coefficients)
+        else:  # all in one
+            if student[0].dim() == 3:
+                checks.tokens("attention_transfer_loss", student, teacher, *_are_maps(options))
+            if len(needed) < stages:
+                coefficients = apart(coefficients[0], student)
         ctx.call = impl, options, numbers[0], needed, stages
         # only what needs a gradient: a teacher made under inference_mode cannot be saved
         if len(needed) < len(coefficients):
@@ -121,7 +128,10 @@ def _loss_gradients(
     out = [made.get(place) if need else None for place, need in zip(needed, needs)]
     left = [i for i, need in enumerate(needs) if need and out[i] is None]
     if left:
-        rest = [saved[i] for i in left], [saved[count + i] for i in left], p, options
+        coefficients = saved[count:]
+        if coefficients[0].dim() == 1:
+            coefficients = apart(coefficients[0], saved[:count])
+        rest = [saved[i] for i in left], [coefficients[i] for i in left], p, options
         run = functools.partial(_batched_grads.scaled, impl) if batched(grad) else impl.run_backward
         for i, dx in zip(left, run("attention_transfer_loss_backward", grad, *rest), strict=True):
             out[i] = dx

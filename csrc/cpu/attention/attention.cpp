@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "cpu/dispatch.h"
+#include "cpu/few.h"
 #include "cpu/memory.h"
 
 namespace fastkd {
@@ -54,6 +55,22 @@ Tensor attention_map_backward(const Tensor& grad, const Tensor& x, const Tensor&
   return out;
 }
 
+// The coefficients of all the student's stages in one tensor, stage by stage: of several, each costs the host
+// more than its arithmetic. Only beside prepared gradients, where the backward pass hardly ever reads them.
+Tensor join_coefficients(Few<AttentionStage>& stages, size_t count, DType dtype) {
+  int64_t total = 0;
+  for (size_t i = 0; i < count; ++i)
+    total += stages[i].student.x.batch * stages[i].student.pool.out_positions;
+  Tensor out = empty(&total, 1, dtype);
+  char* next = static_cast<char*>(out.mutable_data_ptr());
+  for (size_t i = 0; i < count; ++i) {
+    AttentionSide& side = stages[i].student;
+    side.coefficients = next;
+    next += static_cast<size_t>(side.x.batch * side.pool.out_positions) * size_of(dtype);
+  }
+  return out;
+}
+
 // A map of coefficients for a side, at x's own size or, if x is pooled before the power, at the pooled size.
 Tensor make_coefficients(AttentionSide& side, const TensorView& view, bool is_map, bool pool_before,
                          DType dtype) {
@@ -93,7 +110,7 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& stud
   const bool max = options & kPoolMax;
   const double share = options & kStageMean ? given.weight / static_cast<double>(count) : given.weight;
 
-  std::vector<TensorView> views(2 * count);  // student's, then teacher's
+  Few<TensorView> views(2 * count);  // student's, then teacher's
   args.accumulation = DType::kFloat;
   for (size_t i = 0; i < count; ++i) {
     views[i] = view_of(student[i], "student");
@@ -101,10 +118,11 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& stud
     args.accumulation = accumulation(args.accumulation, accumulation(views[i].dtype, views[count + i].dtype));
   }
   const size_t size = size_of(args.accumulation);
-  std::vector<AttentionStage> stages(count);
-  std::vector<PoolTables> pools(2 * count);
+  Few<AttentionStage> stages(count);
+  Few<PoolTables> pools(2 * count);
   Tensors gradients;
   const bool prepare = options & kPrepare && student_grad && !student_is_map;
+  bool joined = prepare && !teacher_grad;  // fastkd/ops/_attention_operators.py has the same rule
   if (prepare) gradients.reserve(count);
   args.upstream = given.upstream;
   int64_t elements = 0;
@@ -136,6 +154,7 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& stud
                          (args.l2 ? 1.0 : static_cast<double>(stage.student.pool.out_positions));
     stage.factor = share * (given.weights ? given.weights[i] : 1.0) / terms;
     elements += s.channels * s.positions + t.channels * t.positions;
+    joined = joined && !stage.student.pool.active && s.positions > 1;
     stage.gradient.data = nullptr;
     if (prepare) {
       gradients.push_back(empty_like(student[i], views[i]));
@@ -154,7 +173,8 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& stud
 
   Tensors coefficients;
   coefficients.reserve((student_grad ? count : 0) + (teacher_grad ? count : 0));
-  for (size_t i = 0; student_grad && i < count; ++i) {
+  if (joined) coefficients.push_back(join_coefficients(stages, count, args.accumulation));
+  for (size_t i = 0; student_grad && !joined && i < count; ++i) {
     coefficients.push_back(
         make_coefficients(stages[i].student, views[i], student_is_map, args.pool_before, args.accumulation));
   }
@@ -200,8 +220,8 @@ Tensors attention_transfer_loss_backward(const Tensor& grad, const Tensors& feat
   args.grad = scalar_of(grad, "grad");
   const bool max = options & kPoolMax;
 
-  std::vector<AttentionGradient> items(count);
-  std::vector<PoolTables> pools(count);
+  Few<AttentionGradient> items(count);
+  Few<PoolTables> pools(count);
   Tensors out;
   out.reserve(count);
   int64_t elements = 0;

@@ -1,0 +1,27 @@
+// Small arrays on the host side of the CPU operators. Not for kernels, see tensor.h.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+namespace fastkd {
+
+// `count` objects, those of a usual call on the stack: a block of a kilobyte from the heap makes glibc tidy
+// up all that was freed before, which then serves nobody quickly.
+template <class T>
+class Few {
+ public:
+  explicit Few(size_t count) : many_(count > kFew ? count : 0), data_(count > kFew ? many_.data() : few_) {}
+  Few(const Few&) = delete;
+  Few& operator=(const Few&) = delete;
+  T& operator[](size_t i) { return data_[i]; }
+  T* data() { return data_; }
+
+ private:
+  static constexpr size_t kFew = 8;
+  T few_[kFew];
+  std::vector<T> many_;
+  T* data_;
+};
+
+}  // namespace fastkd
