@@ -26,15 +26,13 @@ SIZES = {
 }
 
 
-def run(sizes, dtype=torch.float32, **switches):
-    student, teacher = ([make((3, 4, *size), dtype) for size in side] for side in sizes[:2])
+def features(sizes, dtype=torch.float32):
+    return [[make((3, 4, *size), dtype) for size in side] for side in sizes[:2]]
+
+
+def run(student, teacher, **switches):
     options = ATTENTION.pack(channel_reduce="mean", student_grad=True, **switches)
-    return (
-        student,
-        teacher,
-        options,
-        torch.ops.fastkd.attention_transfer_loss(student, teacher, options, NUMBERS),
-    )
+    return options, torch.ops.fastkd.attention_transfer_loss(student, teacher, options, NUMBERS)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
@@ -42,7 +40,8 @@ def run(sizes, dtype=torch.float32, **switches):
 def test_a_graph_knows_every_result(sizes, dtype):
     for pool, prepare, teacher_grad in itertools.product(("before", "after"), *[(False, True)] * 2):
         switches = dict(pool=pool, prepare=prepare, teacher_grad=teacher_grad)
-        student, teacher, options, found = run(sizes, dtype, **switches)
+        student, teacher = features(sizes, dtype)
+        options, found = run(student, teacher, **switches)
         known = _loss_fake(student, teacher, options, NUMBERS)
         for a, b in zip(found, known, strict=True):
             a, b = ([x] if isinstance(x, torch.Tensor) else x for x in (a, b))
@@ -54,8 +53,9 @@ def test_a_graph_knows_every_result(sizes, dtype):
     "sizes", [x for x in SIZES.values() if x[2]], ids=[k for k, x in SIZES.items() if x[2]]
 )
 def test_coefficients_in_one_tensor_are_those_of_the_stages(sizes):
-    student, _, _, (loss, (joined,), _) = run(sizes, pool="before", prepare=True)
-    *_, (same_loss, separate, _) = run(sizes, pool="before")
+    student, teacher = features(sizes)
+    _, (loss, (joined,), _) = run(student, teacher, pool="before", prepare=True)
+    _, (same_loss, separate, _) = run(student, teacher, pool="before")
     assert torch.equal(loss, same_loss)
     for a, b in zip(apart(joined, student), separate, strict=True):
         assert torch.equal(a, b)
