@@ -58,7 +58,8 @@ class AttentionTransferFunction(torch.autograd.Function):
         upstream, ctx.expected = None, None
         if needed[0] < stages:
             options |= STUDENT_GRAD
-            if impl.prefetches and not options & STUDENT_IS_MAP and not saved_tensors_hooked():
+            whole = len(needed) >= stages and needed[stages - 1] == stages - 1
+            if whole and impl.prefetches and not options & STUDENT_IS_MAP and not saved_tensors_hooked():
                 ctx.expected = _prefetch.expect()
                 upstream = ctx.expected[1]
         if upstream is None:
@@ -73,8 +74,6 @@ class AttentionTransferFunction(torch.autograd.Function):
         else:  # all in one
             if student[0].dim() == 3:
                 checks.tokens("attention_transfer_loss", student, teacher, *_are_maps(options))
-            if len(needed) < stages:
-                coefficients = apart(coefficients[0], student)
         ctx.call = impl, options, numbers[0], needed, stages
         # only what needs a gradient: a teacher made under inference_mode cannot be saved
         if len(needed) < len(coefficients):
