@@ -129,8 +129,9 @@ def memory_plan(cpp):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
 def test_every_way_through_memory_gives_the_same_bits(path, memory_plan, dtype):
-    # more than 1 MiB each, where the plan counts: planes a whole number of KiB apart, and others
-    shapes = (1, 180, 64, 48), (1, 190, 3072), (1, 6600, 9, 9)
+    # more than 1 MiB each, where the plan counts: planes of whole cache lines, in pairs and with one left
+    # over, with gaps between them, and of numbers that fill no line
+    shapes = (3, 60, 64, 48), (3, 64, 3072), (3, 61, 64, 48), (3, 2201, 9, 9)
     students, teachers = ([make(shape, dtype) for shape in shapes] for _ in range(2))
     for features in (students, teachers):
         features[1] = features[1][..., :2867]

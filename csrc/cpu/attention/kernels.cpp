@@ -11,6 +11,7 @@ namespace FASTKD_PATH {
 #include "cpu/simd/pool.inl"
 #include "cpu/attention/power.inl"
 #include "cpu/attention/planes.inl"
+#include "cpu/attention/planes_gradient.inl"
 #include "cpu/attention/last.inl"
 #include "cpu/attention/norm.inl"
 #include "cpu/attention/sample.inl"

@@ -1,5 +1,5 @@
 // The two passes over a feature that attention needs, for channels-last (lanes along channels): the energy of
-// each position, and the gradient. attention/planes.inl has them for planes.
+// each position, and the gradient. planes.inl and planes_gradient.inl have them for planes.
 
 // even/odd lanes of two vectors, one after the other
 template <typename V, typename I>
@@ -30,9 +30,9 @@ FASTKD_INLINE void store_sums(VecD* v, int64_t n, double* q) {
   store<double, double>(q, v[0]);
 }
 
-// How far ahead of a pass over consecutive memory its lines are fetched: past the end of the page, where the
-// hardware stops.
-constexpr int64_t kAhead = 8192;
+// How far ahead of a pass over consecutive memory its lines are fetched: more than what is on its way, and
+// mostly past the end of the page, where the hardware stops.
+constexpr int64_t kAhead = 2048;
 
 template <int64_t Bytes>
 FASTKD_INLINE void prefetch_stream(const void* p) {
@@ -105,7 +105,21 @@ static int64_t energy_of_two(const BFloat16* x, int64_t count, double* q, const 
   return s;
 }
 
-template <bool kIsWide, typename T, typename A, typename P>
+// The energies of W positions of at least W channels each.
+template <bool kIsWide, int64_t kVectors, typename T, typename A, typename P>
+FASTKD_INLINE void energies_of_group(const T* x, int64_t channels, int64_t stride_s, Mask<A> mask, double* q,
+                                     const P& power) {
+  constexpr int64_t W = kLanes<A>;
+  Vec<A> rows[W];
+  for (int64_t i = 0; i < W; ++i)
+    rows[i] =
+        energy_of_row<kIsWide, T, A>(x + i * stride_s, kVectors > 0 ? kVectors * W : channels, mask, power);
+  store_sums(rows, W, q);
+}
+
+// kVectors: how many vectors a position's channels fill, where the loop over them is compiled for that, else
+// 0.
+template <bool kIsWide, int64_t kVectors, typename T, typename A, typename P>
 static void energy_of_rows(const T* x, int64_t channels, int64_t stride_s, int64_t count, double* q,
                            const P& power) {
   constexpr int64_t W = kLanes<A>;
@@ -115,15 +129,23 @@ static void energy_of_rows(const T* x, int64_t channels, int64_t stride_s, int64
   if constexpr (kInPairs<T, A>) {
     if (channels == W && stride_s == W) s = energy_of_two(x, count, q, power);
   }
+  const auto group = [&](int64_t at) {
+    energies_of_group<kIsWide, kVectors, T, A>(x + at * stride_s, channels, stride_s, mask, q + at, power);
+  };
+  if (channels >= W) {
+    // Both halves of the positions side by side: the hardware fetches ahead in each.
+    const int64_t half = (count - s) / (2 * W) * W, end = s + half;
+    for (; s < end; s += W) {
+      group(s);
+      group(s + half);
+    }
+    s += half;
+  }
   // With fewer channels than lanes a vector reaches into the positions behind; stop while there are such.
   for (; s + W <= count &&
          (channels >= W || (stride_s > 0 && (s + W - 1) * stride_s + W <= (count - 1) * stride_s + channels));
-       s += W) {
-    Vec<A> rows[W];
-    for (int64_t i = 0; i < W; ++i)
-      rows[i] = energy_of_row<kIsWide, T, A>(x + (s + i) * stride_s, channels, mask, power);
-    store_sums(rows, W, q + s);
-  }
+       s += W)
+    group(s);
   for (; s < count; ++s) {
     const T* row = x + s * stride_s;
     if (channels >= W) {
@@ -144,11 +166,15 @@ static void energy_of_rows(const T* x, int64_t channels, int64_t stride_s, int64
 template <typename T, typename A, typename P>
 static void energy_channels_last(const T* x, int64_t channels, int64_t stride_s, int64_t count, double* q,
                                  const P& power) {
-  if (channels >= kWide * kLanes<A>) {
-    energy_of_rows<true, T, A>(x, channels, stride_s, count, q, power);
-  } else {
-    energy_of_rows<false, T, A>(x, channels, stride_s, count, q, power);
+  constexpr int64_t W = kLanes<A>;
+  if (channels >= kWide * W) return energy_of_rows<true, 0, T, A>(x, channels, stride_s, count, q, power);
+  if constexpr (P::kFrequent && sizeof(A) == sizeof(float)) {
+    // the widths of CIFAR's networks, where the loop over channels is short
+    if (channels == 2 * W) return energy_of_rows<false, 2, T, A>(x, channels, stride_s, count, q, power);
+    if (channels == 4 * W) return energy_of_rows<false, 4, T, A>(x, channels, stride_s, count, q, power);
+    if (channels == 8 * W) return energy_of_rows<false, 8, T, A>(x, channels, stride_s, count, q, power);
   }
+  energy_of_rows<false, 0, T, A>(x, channels, stride_s, count, q, power);
 }
 
 // One position's gradient, for a whole number of vectors (pairs of vectors where they go in pairs).

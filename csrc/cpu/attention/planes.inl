@@ -1,6 +1,6 @@
-// The two passes over a feature that attention needs, for planes (lanes along positions): the energy of each
-// position (the sum over channels of |x|^p), and the gradient (a coefficient for each position times h(x)).
-// attention/last.inl has them for channels-last.
+// The first of the two passes over a feature that attention needs, for planes (lanes along positions): the
+// energy of each position, the sum over channels of |x|^p. planes_gradient.inl has the second; last.inl has
+// both for channels-last.
 //
 // Rounding errors grow with the number of additions: a running sum over thousands of channels would lose two
 // or three bits of float. So channels are summed in blocks, and the sums of the blocks are added in double.
@@ -143,111 +143,42 @@ static void energy_planes(const T* x, const Channels& part, int64_t stride_c, in
     }
     return;
   }
-  // The vectors [begin, end) of x, whose running energies are `running` and whose sums are `sums`.
-  const auto add = [&](const T* from, int64_t begin, int64_t end, A* running, double* sums) {
-    for_steps<A>(part, [&](int64_t c, auto grouped, auto opens, auto closes) {
-      const T* row = from + c * stride_c;
-      const bool accumulate = part.first + c >= block_of<A>(part.total);
-      for (int64_t s = begin; s < end; s += W) {
-        Vec<A> v;
-        if constexpr (grouped.value) {
-          v = energy_of_streams<T, A>(row + s, stride_c, power);
-        } else {
-          v = P::energy(power, load<T, A>(row + s));
-        }
-        if (!opens.value) v += load<A, A>(running + s);
-        if (closes.value) {
-          add_block(sums + s, v, accumulate);
-        } else {
-          store<A, A>(running + s, v);
-        }
-      }
-    });
+  // A vector of the step that begins at `row`.
+  const auto add = [&](const T* row, A* running, double* sums, bool accumulate, auto grouped, auto opens,
+                       auto closes) {
+    Vec<A> v;
+    if constexpr (grouped.value) {
+      v = energy_of_streams<T, A>(row, stride_c, power);
+    } else {
+      v = P::energy(power, load<T, A>(row));
+    }
+    if (!opens.value) v += load<A, A>(running);
+    if (closes.value) {
+      add_block(sums, v, accumulate);
+    } else {
+      store<A, A>(running, v);
+    }
   };
-  // The last vector ends at the last position and may overlap the one before it; it is computed first, from q
-  // as given, and stored last.
+  // The last vector ends at the last position and may overlap the one before it; it is computed from q as
+  // given, and stored last. It goes along with the others, so that memory is read once.
   const int64_t whole = count / W * W;
   double tail[W] = {};
-  if (whole < count) {
-    if (part.first > 0) __builtin_memcpy(tail, q + count - W, sizeof(tail));
-    add(x + count - W, 0, W, block + count, tail);
-  }
-  int64_t pairs = 0;
+  if (whole < count && part.first > 0) __builtin_memcpy(tail, q + count - W, sizeof(tail));
+  int64_t begin = 0;
   if constexpr (kInPairs<T, A>) {
-    pairs = count / (2 * W) * (2 * W);
-    energy_planes_in_pairs(x, part, stride_c, pairs, block, q, power);
+    begin = count / (2 * W) * (2 * W);
+    energy_planes_in_pairs(x, part, stride_c, begin, block, q, power);
   }
-  for (int64_t begin = pairs; begin < whole; begin += kBlock)
-    add(x, begin, min_of(begin + kBlock, whole), block, q);
+  for (int64_t end; begin < count; begin = end < whole ? end : count) {
+    end = min_of(begin + kBlock, whole);
+    for_steps<A>(part, [&](int64_t c, auto grouped, auto opens, auto closes) {
+      const T* row = x + c * stride_c;
+      const bool accumulate = part.first + c >= block_of<A>(part.total);
+      for (int64_t s = begin; s < end; s += W)
+        add(row + s, block + s, q + s, accumulate, grouped, opens, closes);
+      if (end == whole && whole < count)
+        add(row + count - W, block + count, tail, accumulate, grouped, opens, closes);
+    });
+  }
   if (whole < count) __builtin_memcpy(q + count - W, tail, sizeof(tail));
-}
-
-// gradient_planes for bfloat16 and a count of whole pairs of vectors.
-template <typename P>
-static void gradient_planes_in_pairs(const BFloat16* x, int64_t channels, int64_t stride_c, int64_t count,
-                                     const float* coefficient, BFloat16* dx, int64_t dx_stride_c,
-                                     bool streaming, const P& power) {
-  constexpr int64_t W = kLanes<float>;
-  for (int64_t begin = 0; begin < count; begin += kBlock) {
-    const int64_t block = min_of(kBlock, count - begin);
-    float pairs[kBlock];  // the coefficients in the order of load_pair
-    for (int64_t s = 0; s < block; s += 2 * W) {
-      VecF low = load<float, float>(coefficient + begin + s),
-           high = load<float, float>(coefficient + begin + s + W);
-      deinterleave(low, high);
-      store<float, float>(pairs + s, low);
-      store<float, float>(pairs + s + W, high);
-    }
-    for (int64_t c = channels - 1; c >= 0; --c) {
-      const BFloat16* from = x + c * stride_c + begin;
-      BFloat16* to = dx + c * dx_stride_c + begin;
-      for (int64_t s = 0; s < block; s += 2 * W) {
-        VecF low, high;
-        load_pair(from + s, low, high);
-        low = P::slope(power, low) * load<float, float>(pairs + s);
-        high = P::slope(power, high) * load<float, float>(pairs + s + W);
-        store_pair(to + s, low, high, streaming);
-      }
-    }
-  }
-}
-
-// dx[c * dx_stride_c + s] = coefficient[s] * h(x[c * stride_c + s]). From the last channel to the first:
-// those that were read last are still in the cache.
-template <typename T, typename A, typename P>
-static void gradient_planes(const T* x, int64_t channels, int64_t stride_c, int64_t count,
-                            const A* coefficient, T* dx, int64_t dx_stride_c, bool streaming,
-                            const P& power) {
-  constexpr int64_t W = kLanes<A>;
-  streaming = streaming && is_line(dx) && is_line(dx + dx_stride_c);
-  if constexpr (kInPairs<T, A>) {
-    const int64_t pairs = count / (2 * W) * (2 * W);
-    if (pairs > 0) {
-      gradient_planes_in_pairs(x, channels, stride_c, pairs, coefficient, dx, dx_stride_c, streaming, power);
-      if (pairs == count) return;
-      const int64_t begin = min_of(pairs, count - W);
-      x += begin, dx += begin, coefficient += begin, count -= begin;
-    }
-  }
-  for (int64_t c = channels - 1; c >= 0; --c) {
-    const T* from = x + c * stride_c;
-    T* to = dx + c * dx_stride_c;
-    if (count < W) {
-      for (int64_t s = 0; s < count; ++s)
-        to[s] = from_acc<T, A>(P::slope1(power, to_acc<T, A>(from[s])) * coefficient[s]);
-      continue;
-    }
-    int64_t s = 0;
-    if (streaming) {
-      for (; s + W <= count; s += W)
-        stream<T, A>(to + s, P::slope(power, load<T, A>(from + s)) * load<A, A>(coefficient + s));
-    } else {
-      for (; s + W <= count; s += W)
-        store<T, A>(to + s, P::slope(power, load<T, A>(from + s)) * load<A, A>(coefficient + s));
-    }
-    // The last vector overlaps the one before it: the same values again.
-    s = count - W;
-    if (count % W != 0)
-      store<T, A>(to + s, P::slope(power, load<T, A>(from + s)) * load<A, A>(coefficient + s));
-  }
 }

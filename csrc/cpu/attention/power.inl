@@ -4,6 +4,7 @@
 
 template <typename A>
 struct Square {
+  static constexpr bool kFrequent = true;  // worth compiling for some widths
   FASTKD_INLINE Vec<A> energy(const Square&, Vec<A> x) { return x * x; }
   FASTKD_INLINE Vec<A> slope(const Square&, Vec<A> x) { return x; }
   FASTKD_INLINE A energy1(const Square&, A x) { return x * x; }
@@ -48,6 +49,7 @@ FASTKD_INLINE V root_of(V x) {
 // is; so it is for NaN, as in PyTorch.
 template <typename A>
 struct SmallPower {
+  static constexpr bool kFrequent = false;
   int32_t whole, half, is_signed;
 
   template <typename V>
@@ -92,6 +94,7 @@ static __attribute__((noinline)) Vec<A> powers_of(Vec<A> x, A p) {
 
 template <typename A>
 struct RealPower {
+  static constexpr bool kFrequent = false;
   A p;
   int32_t is_signed;
 
