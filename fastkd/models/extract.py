@@ -166,15 +166,22 @@ def find(network: nn.Module, name: str, argument: str, owner: str = "model") -> 
 
 
 def _declared(network: nn.Module, name: str) -> Callable[[Any], Tensor] | None:
-    """What makes (N, C, H, W) of the feature ``name``, where a network of timm declares it (N, H, W, C)."""
-    if getattr(network, "output_fmt", None) != "NHWC":
-        return None
-    known = getattr(network, "feature_info", None)
-    known = known if isinstance(known, Sequence) else ()
-    channels = [
-        info.get("num_chs") for info in known if isinstance(info, dict) and info.get("module") == name
-    ]
-    return _ChannelsFirst(channels[0]) if channels else None
+    """What makes (N, C, H, W) of the feature ``name``, where a network of timm declares it (N, H, W, C).
+
+    That network may lie anywhere around the feature, in DistributedDataParallel or a module of the user's.
+    """
+    parts = name.split(".")
+    for i in reversed(range(len(parts))):  # the innermost network that declares the feature decides
+        owner, own_name = network.get_submodule(".".join(parts[:i])), ".".join(parts[i:])
+        known = getattr(owner, "feature_info", None)
+        known = getattr(known, "info", known)  # with features_only it is a FeatureInfo
+        for info in known if isinstance(known, Sequence) else ():
+            # with features_only layers.0 is called layers_0
+            module = info.get("module") if isinstance(info, dict) else None
+            if isinstance(module, str) and own_name in (module, module.replace(".", "_")):
+                last = getattr(owner, "output_fmt", None) == "NHWC"
+                return _ChannelsFirst(info.get("num_chs")) if last else None
+    return None
 
 
 class _ChannelsFirst:

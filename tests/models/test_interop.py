@@ -44,17 +44,44 @@ def test_timms_norms_count_their_batches_and_stay_in_eval_mode(timm):
     assert not torch.equal(model.layer1[0].bn1.running_mean, before["layer1.0.bn1.running_mean"])
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilevit_xxs", "mobilenetv3_small_050"])
+TWINS = [(f"blocks.{i}.1", fastkd.tokens_to_map) for i in range(4)]
+# (points, None for those that timm declares; pixels; options): most of them torchvision's extractor cannot
+# trace
+TIMMS = {
+    "resnet18": (None, 64, {}),
+    "mobilenetv3_small_050": (None, 64, {}),
+    "mobilevit_xxs": (None, 64, {}),
+    "mobilevitv2_050": (None, 64, {}),
+    "efficientvit_b0": (None, 64, {}),
+    "efficientvit_m0": (None, 224, {}),
+    "tiny_vit_5m_224": (None, 64, {}),
+    # the names that timm declares for these two are of no submodules
+    "twins_svt_small": (TWINS, 64, {"depths": (2, 2, 2, 2)}),
+    "hrnet_w18_small": (["act1", *(f"incre_modules.{i}" for i in range(4))], 64, {}),
+}
+
+
+@pytest.mark.parametrize("name", TIMMS)
 def test_features_in_eval_mode_are_timms_own_to_the_bit(timm, name):
     torch.manual_seed(0)
-    model, x = timm.create_model(name, num_classes=7).eval(), images(64)
+    points, pixels, options = TIMMS[name]
+    model, x = timm.create_model(name, num_classes=7, **options).eval(), images(pixels)
+    points = points or [info["module"] for info in model.feature_info]
     with torch.no_grad():
         wanted = model.forward_intermediates(x, intermediates_only=True)
-        points = [info["module"] for info in model.feature_info]
         features, logits = fastkd.extract(model, points)(x)
         assert torch.equal(logits, model(x))
-    matched = [any(f.shape == w.shape and torch.equal(f, w) for w in wanted) for f in features]
-    assert len(matched) >= 4 and all(matched[1:])
+    assert len(features) == len(wanted) >= 3
+    assert all(torch.equal(*pair) for pair in zip(features, wanted, strict=True))
+
+
+def test_a_name_that_timm_declares_for_no_submodule_is_one_line(timm):
+    model = timm.create_model("hrnet_w18_small", num_classes=7)
+    with pytest.raises(
+        ValueError, match="names: model has no submodule 'stem', wanted one such as "
+    ) as caught:
+        fastkd.extract(model, ["stem"])
+    assert "\n" not in str(caught.value)
 
 
 def test_maps_of_timms_swin_have_their_channels_first(timm):
@@ -65,6 +92,57 @@ def test_maps_of_timms_swin_have_their_channels_first(timm):
         wanted = model.forward_intermediates(images(224, 1), intermediates_only=True)
     assert [tuple(x.shape) for x in features] == [(1, 96, 56, 56), (1, 192, 28, 28), (1, 96, 56, 56)]
     assert wanted[0].shape == features[0].shape
+
+
+class Wrapped(nn.Module):
+    """As DistributedDataParallel and users' own modules do, it keeps the network as a submodule."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x)
+
+
+@pytest.mark.parametrize(
+    ("options", "wrap", "names"),
+    [
+        ({"features_only": True}, False, ["layers_0", "layers_1"]),
+        ({"features_only": True}, True, ["module.layers_0", "module.layers_1"]),
+        ({"features_only": True, "feature_cls": "hook"}, False, ["layers_0", "layers_1"]),
+        ({"features_only": True, "feature_cls": "getter"}, False, ["model.layers.0", "model.layers.1"]),
+        ({"num_classes": 7}, True, ["module.layers.0", "module.layers.1"]),
+    ],
+)
+def test_a_swin_that_is_wrapped_has_its_channels_first_too(timm, options, wrap, names):
+    model = timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1), **options).eval()
+    model, x = Wrapped(model) if wrap else model, images(224, 1)
+    with torch.no_grad():
+        features, output = fastkd.extract(model, names)(x)
+    assert [tuple(x.shape) for x in features] == [(1, 96, 56, 56), (1, 192, 28, 28)]
+    if options.get("feature_cls") == "getter":  # which declares its own output, not its submodules', NCHW
+        assert torch.equal(features[1], output[1])
+
+
+def test_a_swin_inside_distributed_data_parallel_has_its_channels_first(timm, tmp_path):
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'met'}", rank=0, world_size=1)
+    try:
+        swin = timm.create_model("swin_tiny_patch4_window7_224", num_classes=7, depths=(1, 1, 1, 1))
+        parallel = nn.parallel.DistributedDataParallel(swin)
+        with torch.no_grad():
+            (feature,), _ = fastkd.extract(parallel, ["module.layers.0"])(images(224, 1))
+    finally:
+        distributed.destroy_process_group()
+    assert tuple(feature.shape) == (1, 96, 56, 56)
+
+
+def test_torchvisions_swin_is_turned_by_a_function(torchvision):
+    model = torchvision.models.swin_t(weights=None, num_classes=7).eval()
+    with torch.no_grad():
+        (turned,), _ = fastkd.extract(model, [("features.1", lambda x: x.permute(0, 3, 1, 2))])(images(64))
+    assert tuple(turned.shape) == (2, 96, 16, 16)
 
 
 def test_a_model_of_features_only_may_be_passed(timm):
@@ -95,13 +173,21 @@ def test_torchvisions_features_are_as_they_left_the_module(torchvision):
         ("swin_t", "features.1.0.attn.proj", {}),
         ("vit_b_16", "encoder.layers.encoder_layer_0.self_attention.out_proj", {"image_size": 32}),
         ("googlenet", "aux1", {"init_weights": False, "aux_logits": True}),
+        ("inception_v3", "AuxLogits", {"init_weights": False, "aux_logits": True}),
     ],
 )
 def test_points_that_never_run_are_named(torchvision, name, point, options):
     model = getattr(torchvision.models, name)(weights=None, num_classes=7, **options).eval()
     with torch.no_grad(), pytest.raises(ValueError, match=rf"names\[0\] '{point}' did not run") as caught:
-        fastkd.extract(model, [point])(images())
+        fastkd.extract(model, [point])(images(options.get("image_size", 96)))
     assert "\n" not in str(caught.value)
+
+
+def test_all_points_that_did_not_run_are_named_in_one_line(torchvision):
+    model = torchvision.models.googlenet(weights=None, num_classes=7, init_weights=False, aux_logits=True)
+    wanted = r"^names\[0\] 'aux1', names\[2\] 'aux2' did not run in this forward pass of GoogLeNet"
+    with torch.no_grad(), pytest.raises(ValueError, match=wanted):
+        fastkd.extract(model.eval(), ["aux1", "conv1", "aux2"])(images())
 
 
 def test_timms_fused_attention_has_no_dropout_to_look_at(timm):
