@@ -29,6 +29,7 @@ import toy_methods
 from distributed_worker import loop
 from methods_worker import every_method  # noqa: F401 - a call
 from support_data import small_digits
+from teacher_cases import buffers_of_processes  # noqa: F401 - a call
 
 from fastkd.training import Interrupted, UserError, collectives, distributed
 from fastkd.training.progress import Progress

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -11,16 +13,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from teacher_cases import MEAN, STEPS, VARIANCE, seen_much, statistics
+
+import fastkd
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
+@pytest.fixture
+def trained(monkeypatch):
+    """The examples' teacher has statistics as training leaves them: a reset would show."""
+    models = pytest.importorskip("torchvision.models")
+    new = models.resnet34
+    monkeypatch.setattr(models, "resnet34", lambda **options: seen_much(new(**options)))
+
+
 def example(name, **arguments):
     return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"](**arguments)
-
-
-def buffers_of(network):
-    return {name: buffer.clone() for name, buffer in network.named_buffers()}
 
 
 def check(distillation):
@@ -28,37 +37,52 @@ def check(distillation):
     teacher = distillation.teacher
     assert teacher not in set(distillation.modules()) and len(list(teacher.parameters())) > 100
     assert all(name.startswith(("student.", "methods.")) for name in distillation.state_dict())
-    assert teacher.bn1.num_batches_tracked == 0 and not teacher.training
+    assert statistics(teacher) == [{MEAN}, {VARIANCE}, {STEPS}] and not teacher.training
     assert distillation.student.bn1.num_batches_tracked == 4
     assert all(p.grad is not None for p in distillation.student.parameters())
 
 
-def test_a_plain_loop():
-    pytest.importorskip("torchvision")
-    distillation = example("plain_loop")
-    check(distillation)
-    # whatever looks for batch norms to reset finds none of the teacher's
-    before = buffers_of(distillation.teacher)
-    images = torch.randn(4, 3, 32, 32)
-    torch.optim.swa_utils.update_bn([(images,)], distillation)
-    assert distillation.student.bn1.num_batches_tracked == 1
-    after = buffers_of(distillation.teacher)
-    assert all(torch.equal(before[name], after[name]) for name in before)
+def test_a_plain_loop(trained, monkeypatch):
+    """Whose autocast is entered anew in each step: it keeps copies of the weights as long as it is on."""
+    on = {"forward": [], "step": []}
+    forward, step = fastkd.Distillation.forward, torch.optim.SGD.step
+
+    def watch(name, whole):
+        def watched(self, *arguments, **options):
+            on[name].append(torch.is_autocast_enabled("cpu"))
+            return whole(self, *arguments, **options)
+
+        return watched
+
+    monkeypatch.setattr(fastkd.Distillation, "forward", watch("forward", forward))
+    monkeypatch.setattr(torch.optim.SGD, "step", watch("step", step))
+    check(example("plain_loop"))
+    assert on == {"forward": [True] * 4, "step": [False] * 4}
 
 
-def test_accelerate():
-    pytest.importorskip("torchvision")
+def test_no_example_holds_its_loop_in_one_region_of_autocast():
+    """Nor a loop of docs/own-networks.md, which does without: a `with` around a `for` is one."""
+    page = (EXAMPLES.parent / "docs" / "own-networks.md").read_text(encoding="utf-8")
+    texts = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    texts += [file.read_text(encoding="utf-8") for file in EXAMPLES.glob("*.py")]
+    assert sum("backward(" in text for text in texts) >= 4
+    for text in texts:
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.With) and "autocast" in ast.unparse(node.items[0]):
+                assert not any(isinstance(inner, (ast.For, ast.While)) for inner in ast.walk(node))
+
+
+def test_accelerate(trained):
     pytest.importorskip("accelerate")
     check(example("with_accelerate"))
 
 
-def test_lightning(tmp_path):
-    pytest.importorskip("torchvision")
+def test_lightning(trained, tmp_path):
     lightning = pytest.importorskip("lightning")
     averaging = lightning.pytorch.callbacks.StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
     model = example("with_lightning", epochs=3, callbacks=[averaging], default_root_dir=tmp_path)
     assert not [name for name in model.state_dict() if "teacher" in name]
-    assert model.distillation.teacher.bn1.num_batches_tracked == 0
+    assert statistics(model.distillation.teacher) == [{MEAN}, {VARIANCE}, {STEPS}]
     clone = copy.deepcopy(model.distillation.eval())
     assert clone.teacher is not model.distillation.teacher
 

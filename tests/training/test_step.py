@@ -58,6 +58,21 @@ def test_weights_cast_once_are_those_that_autocast_casts():
     } == {torch.float32}
 
 
+def test_autocast_is_entered_in_each_step_and_left_before_the_weights_change():
+    """It keeps copies of the weights as long as it is on."""
+    loop = loop_of("kd", torch.bfloat16, count=24)
+    on = {"student": [], "step": []}
+
+    def note(place, while_training=True):
+        if while_training:
+            on[place].append(torch.is_autocast_enabled("cpu"))
+
+    loop.student.register_forward_pre_hook(lambda network, *_: note("student", network.training))
+    loop.optimizer.register_step_pre_hook(lambda *_: note("step"))
+    trained(loop, (1,))
+    assert on == {"student": [True] * 3, "step": [False] * 3}
+
+
 def test_what_cannot_be_followed_keeps_its_batch_norms():
     class Moody(torch.nn.Module):
         def __init__(self):
