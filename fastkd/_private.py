@@ -137,6 +137,13 @@ def is_compiled(module: nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
+def casts_are_kept() -> bool:
+    """Whether inductor rounds where a graph casts to fewer bits and back."""
+    from torch._inductor import config
+
+    return bool(config.emulate_precision_casts)
+
+
 def saveable(x: Any) -> Any:
     """``x``, tuples and all, with copies of tensors made under ``torch.inference_mode``: no backward pass may
     keep those.

@@ -6,8 +6,10 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from fastkd import _private, errors
 from fastkd.models.exchange import Parts, neck_hooks
 from fastkd.models.extract import Outputs, Place, Point, find, places_of
 from fastkd.models.features import Absent, Features, Record
@@ -40,6 +42,7 @@ class Observed:
         probe = Probe(
             network, image_shape, {place.name for place in stages} | {classifier or ""} - {""}, role
         )
+        self.casts = None if probe.rounded is None else _told_of_casts(role, network, probe.rounded)
         runs = {call.name: i for i, call in enumerate(probe.calls)}  # of several calls the last counts
         self.in_order = sorted((place.name for place in stages), key=lambda name: runs.get(name, -1))
         self.points, self.name = [place.key for place in stages], type(network).__name__
@@ -66,6 +69,8 @@ class Observed:
         self.outputs, self.necks = Outputs(network, places), neck_hooks(network)
 
     def __call__(self, images: Tensor, features: bool | str = True) -> tuple[Features, Tensor]:
+        if self.casts is not None and torch.compiler.is_compiling():
+            _warn_of_casts(self.casts)
         record = Record(features=False, tap=None)
         for hook in self.necks:
             hook.record = record
@@ -125,6 +130,22 @@ class Observed:
             f"{self.role} {self.name} has no map (N, C, H, W) whose mean is what its classifier"
             f" {self.classifier!r} takes"
         )
+
+
+def _told_of_casts(role: str, network: nn.Module, dtype: torch.dtype) -> str:
+    """What becomes of numbers that a network rounds on purpose, once it is compiled, in one line."""
+    # called while a graph is traced, and not in it; not marked above, which would import the compiler
+    torch.compiler.assume_constant_result(_warn_of_casts)
+    return (
+        f"{role} {type(network).__name__} rounds by a cast to {str(dtype).removeprefix('torch.')} and back,"
+        " which inductor leaves out: set torch._inductor.config.emulate_precision_casts = True before"
+    )
+
+
+def _warn_of_casts(text: str) -> bool:
+    if not _private.casts_are_kept():
+        errors.warn_once(text)
+    return True
 
 
 def _flat(x: Any) -> Any:

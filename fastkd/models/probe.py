@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Call(NamedTuple):
@@ -33,6 +34,7 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 class Probe:
     """One forward pass of ``network`` on two random images: the calls of ``names`` and of all submodules that
     have no children, in the order in which they end. The network is in the mode in which it is given.
+    ``rounded``: the dtype to which it rounds numbers on purpose, by casting them there and back, or None.
     """
 
     def __init__(self, network: nn.Module, image_shape: Sequence[int], names: Collection[str], role: str):
@@ -52,7 +54,7 @@ class Probe:
         parameter = next(network.parameters(), torch.zeros(()))
         images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(parameter)
         try:
-            with _differentiable(network), torch.enable_grad():
+            with _differentiable(network), torch.enable_grad(), _Casts() as casts:
                 self.output = network(images)
         except Exception as error:
             why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
@@ -63,6 +65,7 @@ class Probe:
         finally:
             for handle in handles:
                 handle.remove()
+        self.rounded = casts.rounded
         if not isinstance(self.output, Tensor) or self.output.dim() != 2:
             told = tuple(self.output.shape) if isinstance(self.output, Tensor) else type(self.output).__name__
             raise ValueError(f"{role} {type(network).__name__} gives {told}, wanted logits (N, K)")
@@ -131,6 +134,25 @@ class Probe:
                 return None
             node = node.next_functions[0][0]
         return None
+
+
+class _Casts(TorchDispatchMode):
+    """Looks for ``x.to(bfloat16).float()`` among the operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rounded: torch.dtype | None = None
+        self.narrow: list[Tensor] = []  # held, so that no other tensor has the address of one of them
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default:
+            bits = [torch.finfo(x.dtype).bits if x.is_floating_point() else 0 for x in (args[0], found)]
+            if 0 < bits[1] < bits[0]:
+                self.narrow.append(found)
+            elif 0 < bits[0] < bits[1] and any(x is args[0] for x in self.narrow):
+                self.rounded = args[0].dtype
+        return found
 
 
 def _parent(module: nn.Module) -> bool:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
+from plain_networks import Foreign
 from torch import nn
 
 import fastkd
+from fastkd import errors
 from fastkd.models import create_model
 
 
@@ -194,3 +197,55 @@ def test_stages_of_other_shapes_and_numbers_are_told():
     fastkd.Distillation(
         student, teacher, "ofd", options=options, student_points=POINTS, teacher_points=POINTS
     )
+
+
+class Rounding(nn.Module):
+    """As fake quantization does, it computes with numbers of fewer bits."""
+
+    def __init__(self, rounds=True):
+        super().__init__()
+        self.rounds, self.head = rounds, nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.head(x.to(torch.bfloat16).float() if self.rounds else x.to(torch.float64).float())
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_network_that_rounds_on_purpose_is_told_once_it_is_compiled(role, monkeypatch):
+    """Inductor leaves the casts out, unless it is told not to."""
+    from torch._inductor import config
+
+    monkeypatch.setattr(errors, "_said", set())
+    networks = {"student": Rounding(role == "student"), "teacher": Rounding(role == "teacher")}
+    made = fastkd.Distillation(*networks.values(), "kd", image_shape=(3, 2, 2))
+    images, labels = torch.randn(4, 3, 2, 2), torch.arange(4) % 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made(images, labels)  # eagerly nothing is lost
+        with config.patch(emulate_precision_casts=True):
+            torch.compile(made, fullgraph=True, backend="eager")(images, labels)
+    torch.compiler.reset()
+    told = f"{role} Rounding rounds by a cast to bfloat16 and back, which inductor leaves out: set torch._ind"
+    with pytest.warns(UserWarning, match=told):
+        torch.compile(made, fullgraph=True, backend="eager")(images, labels)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("method", ["simkd", "norm"])
+def test_what_a_method_has_changed_loads_into_the_same_distillation(method):
+    """Of networks that are none of ours: the neck and the classifier have names of their own."""
+    names = ["layer1", "layer2", "layer3"]
+    first, second = (
+        fastkd.Distillation(
+            Foreign(), Foreign(), method, seed=seed, student_points=names, teacher_points=names
+        ).eval()
+        for seed in (0, 1)
+    )
+    with torch.no_grad():
+        for parameter in first.student.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    images = batch()[0]
+    assert not torch.equal(first.student(images), second.student(images))
+    second.student.load_state_dict(first.student.state_dict())
+    assert torch.equal(first.student(images), second.student(images))
