@@ -19,7 +19,7 @@ from fastkd.checks.attention import (
     sakd_map,
     tokens,
 )
-from fastkd.checks.distillation import distillation, epoch_of, image_numbers
+from fastkd.checks.distillation import distillation, epoch_of, image_numbers, label_values, train_labels
 from fastkd.checks.fsp import DISTANCE, PRECISION, fsp_loss, fsp_matrix, fsp_options
 from fastkd.checks.maps import hcl_loss, ofd_loss, ofd_margin, ofd_margins
 from fastkd.checks.numbers import (

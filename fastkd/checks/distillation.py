@@ -67,3 +67,29 @@ def image_numbers(name: str, value: object, count: int | None = None) -> Tensor:
     if value.dim() != 1 or count not in (None, len(value)):
         raise ValueError(f"{name} is {describe(value)}, wanted ({'N' if count is None else count},)")
     return value
+
+
+def train_labels(value: object) -> Tensor:
+    """The classes of the training set's images: (M,) whole numbers, none below 0."""
+    labels = image_numbers("train_labels", value)
+    least = int(labels.min()) if len(labels) else 0
+    if least < 0:
+        raise ValueError(f"train_labels has {least}, wanted classes from 0 on")
+    return labels
+
+
+IGNORED = -100
+"""The label that PyTorch's cross-entropy leaves out."""
+
+
+def label_values(labels: Tensor, classes: int) -> None:
+    """That the labels (N,) of a batch are classes, or ``IGNORED``; not in a graph, and not on a GPU, which it
+    would have to wait for.
+    """
+    if labels.is_floating_point() or labels.device.type != "cpu" or not labels.numel():
+        return
+    least, most = (int(x) for x in labels.aminmax())
+    if least < 0 or most >= classes:
+        wrong = labels[((labels < 0) & (labels != IGNORED)) | (labels >= classes)]
+        if len(wrong):
+            raise ValueError(f"labels has {int(wrong[0])}, wanted 0 to {classes - 1}, or {IGNORED} for none")

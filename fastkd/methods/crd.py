@@ -108,7 +108,7 @@ class CRD(Distiller):
                 "train_labels is None, wanted the labels of the training set: crd keeps two embeddings of"
                 " each image, but with negatives=queue or negatives=batch"
             )
-        labels = checks.image_numbers("train_labels", context.train_labels).cpu()
+        labels = checks.train_labels(context.train_labels).cpu()
         self.seed = torch.initial_seed()
         self.positive, self.k = options.positive, options.k
         if options.k is None:
@@ -184,6 +184,7 @@ class CRD(Distiller):
         if self.function is None:
             self.recent.update(student, teacher, normalizers.mean(0))
         else:
+            index = self._places(index, len(student))
             self.function.update(index, student, teacher, normalizers.mean(0), self.momentum)
 
     def draw(self, index: Tensor) -> Tensor:

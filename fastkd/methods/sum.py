@@ -93,6 +93,8 @@ class MethodSum(nn.ModuleDict):
         """The student's loss on ``labels`` as "ce", times its weight; nothing where it has none."""
         if labels is None or not self._ce:
             return {}
+        if not torch.compiler.is_compiling():
+            checks.label_values(labels, logits.shape[1])
         # on a cast of its own: half-precision gradients are rounded before they are added, as in published
         # code
         return {"ce": F.cross_entropy(self.seen_logits(logits).float(), labels) * self._ce}

@@ -142,6 +142,7 @@ def test_what_it_cannot_do_is_one_line():
     for labels, words in (
         (None, "train_labels is None"),
         (torch.zeros(5).long(), "train_labels has 1 class, wanted at least two"),
+        (torch.tensor([0, -1, 2]), "train_labels has -1, wanted classes from 0 on"),
     ):
         with pytest.raises(ValueError, match=words) as caught:
             method_of(labels)
@@ -156,6 +157,10 @@ def test_what_it_cannot_do_is_one_line():
     ):
         with pytest.raises(ValueError, match=words):
             distillation(torch.randn(2, 3, 32, 32), None, index)
+    bank, rows = distillation.methods["crd"].function.student_bank.clone(), torch.ones(1, 128)
+    with pytest.raises(ValueError, match="index has -1, wanted rows 0 to 11 of the bank"):
+        distillation.update(torch.tensor([-1]), {"crd": (rows, rows, torch.ones(1, 2))})
+    assert torch.equal(distillation.methods["crd"].function.student_bank, bank)
     for options, words in (
         ({"k": 0}, "k is 0"),
         ({"temperature": 0.0}, "temperature is 0.0"),
@@ -216,6 +221,24 @@ def test_of_an_image_that_occurs_twice_the_last_row_stays():
                 bank[place], torch.nn.functional.normalize((old[place] + row) / 2, dim=0)
             )
         assert torch.equal(bank[[0, 2, 4]], old[[0, 2, 4]])
+
+
+@pytest.mark.slow  # it compiles
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_an_image_that_occurs_twice_the_last_row_stays_in_a_compiled_update(dtype):
+    """Of rows in bfloat16 for a bank in float32, too, which compiled kernels would take as they are."""
+    torch.manual_seed(0)
+    banks = [unit(torch.randn(40, 128)) for _ in range(2)]
+    rows, index = [unit(torch.randn(1024, 128)).to(dtype) for _ in range(2)], torch.randint(0, 30, (1024,))
+    loss = fastkd.CRD(*banks)
+    torch.compile(loss.update, fullgraph=True)(index, *rows, torch.ones(2))
+    last = {int(place): i for i, place in enumerate(index)}
+    for bank, old, found in zip((loss.student_bank, loss.teacher_bank), banks, rows, strict=True):
+        places = torch.tensor([*last])
+        wanted = unit((old[places] + found[torch.tensor([*last.values()])].float()) / 2)
+        torch.testing.assert_close(bank[places], wanted, rtol=1e-5, atol=1e-6)
+        assert torch.equal(bank[30:], old[30:]) and bank.dtype == torch.float32
+    torch.compiler.reset()
 
 
 def test_a_row_of_minus_one_is_refused_in_a_compiled_step_too(cpp):

@@ -158,3 +158,19 @@ def test_what_a_teacher_said_in_inference_mode_is_learned_from(method):
     losses = made.eval()(images, *rest, taught=taught)
     losses.total.backward()
     assert torch.equal(losses.total, made(images, *rest).total)
+
+
+@pytest.mark.parametrize(("label", "told"), [(-1, "-1"), (10, "10"), (-99, "-99")])
+def test_labels_that_are_no_classes_are_one_line(label, told):
+    distillation = fastkd.Distillation(network(), network(), "kd")
+    labels = torch.tensor([3, -100, label, 9])
+    with pytest.raises(ValueError, match=f"^labels has {told}, wanted 0 to 9, or -100 for none$"):
+        distillation(torch.randn(4, 3, 32, 32), labels)
+
+
+def test_labels_that_cross_entropy_takes_are_taken():
+    distillation, images = fastkd.Distillation(network(), network(), "rkd").eval(), torch.randn(4, 3, 32, 32)
+    some, shares = torch.tensor([3, -100, 0, 9]), torch.randn(4, 10).softmax(1)
+    for labels in (some, shares):
+        wanted = torch.nn.functional.cross_entropy(distillation.student(images), labels)
+        torch.testing.assert_close(distillation(images, labels).terms["ce"], wanted)
