@@ -83,7 +83,7 @@ def test(
         network = _network(path, name, whole.classes, bool(known) and model in (None, known.get("model")))
     except WeightsError as error:
         raise UserError(str(error)) from None
-    constants = _constants(normalization, known, whole, declared_normalization(network, name))
+    constants = _constants(normalization, known, whole, declared_normalization(network, name, path))
     where = find_device(device)
     network = placed(network, where)
     feed = Feed((side,), workers)

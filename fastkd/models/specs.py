@@ -77,21 +77,43 @@ def stages_of(network: nn.Module) -> tuple[str, ...] | None:
 
 
 def declared_normalization(
-    network: nn.Module, spec: str = ""
+    network: nn.Module, spec: str = "", file: Path | None = None
 ) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """(mean, std) by which timm, or torchvision for the network ``spec``, says that images are normalized for
-    its published weights.
+    its published weights: for those in ``file`` where it is one of torchvision's, else for the usual ones.
     """
     declared = getattr(network, "pretrained_cfg", None)
     source, _, name = spec.rpartition(":")
     if source == "torchvision":
         try:
-            prepared = _library("torchvision.models").get_model_weights(name).DEFAULT.transforms()
+            published = _library("torchvision.models").get_model_weights(name)
+            prepared = _weights_in(file, published).transforms()
             declared = {"mean": prepared.mean, "std": prepared.std}
         except (AttributeError, ValueError):  # a network without published weights
             return None
     mean, std = (declared.get(name) if isinstance(declared, dict) else None for name in ("mean", "std"))
     return None if mean is None or std is None else (tuple(mean), tuple(std))
+
+
+def _weights_in(file: Path | None, published: Any) -> Any:
+    """The one of torchvision's ``published`` weights that ``file`` holds, whatever its name, else the usual.
+
+    Their names there end in the beginning of the file's SHA-256. It is read only where that matters.
+    """
+    images = [each.transforms() for each in published]
+    if file is None or len({(tuple(each.mean), tuple(each.std)) for each in images}) < 2:
+        return published.DEFAULT
+    sha = hashlib.sha256()
+    try:
+        with file.open("rb") as content:
+            while block := content.read(1 << 20):
+                sha.update(block)
+    except OSError:  # which is told where the weights are loaded
+        return published.DEFAULT
+    for each in published:
+        if sha.hexdigest().startswith(each.url.removesuffix(".pth").rpartition("-")[2]):
+            return each
+    return published.DEFAULT
 
 
 def suggested(network: nn.Module, image_shape: Sequence[int]) -> list[str]:

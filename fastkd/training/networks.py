@@ -45,18 +45,19 @@ class Networks(Images):
         settings, found = self.settings, dict[str, list[tuple[str, ...] | None]]()
         common, self.declared = settings.teacher_points, {}
         own = settings.more_points or [common] * len(settings.more_teachers)
-        asked = {"student": [(self.models.student, settings.student_points)]}
-        names = [name for name, _ in self.all_teachers]
-        asked["teacher"] = [*zip(names, [common, *own], strict=True)]
+        asked = {"student": [(self.models.student, settings.student_checkpoint, settings.student_points)]}
+        asked["teacher"] = [
+            (*each, points) for each, points in zip(self.all_teachers, [common, *own], strict=True)
+        ]
         for role, networks in asked.items():
             found[role], self.declared[role] = [], []
-            for name, given in networks:
+            for name, file, given in networks:
                 try:
                     network = create_model(name, self.data.classes)
                 except ValueError as error:
                     raise UserError(f"--{role} {name}: {error}") from None
                 found[role].append(stages_of(network) if given is None else given)
-                self.declared[role].append(declared_normalization(network, name))
+                self.declared[role].append(declared_normalization(network, name, file))
         self.points = {role: each[0] for role, each in found.items()}
         self.more_points = found["teacher"][1:]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import shlex
 from pathlib import Path
@@ -14,8 +16,9 @@ from run_cases import error_of, rows_of
 import fastkd
 from fastkd import Distillation, evaluate
 from fastkd.models import create_model
+from fastkd.models.specs import declared_normalization
 from fastkd.report import maps
-from fastkd.training import Settings, attention_maps, config
+from fastkd.training import Settings, attention_maps, config, networks
 from fastkd.training.teacher_images import parsed, written
 
 pytest.importorskip("PIL")
@@ -124,12 +127,30 @@ def test_what_trained_the_weights_is_asked_before_what_a_package_declares(place)
 
 def test_torchvision_declares_it_too(place):
     models = pytest.importorskip("torchvision.models")
-    from fastkd.models.specs import declared_normalization
-
     assert declared_normalization(None, "torchvision:efficientnet_v2_l") == ((0.5,) * 3, (0.5,) * 3)
     mean, std = declared_normalization(None, "torchvision:resnet34")
     torch.testing.assert_close((torch.tensor(mean), torch.tensor(std)), tuple(x.flatten() for x in OWN))
     assert models.get_model_weights("resnet34") and declared_normalization(None, "torchvision:none") is None
+
+
+def test_torchvisions_other_weights_are_known_by_their_file(place, monkeypatch):
+    """By its SHA-256, in which the published name ends; the weights themselves are not fetched here."""
+    vgg = pytest.importorskip("torchvision.models.vgg")
+    (place / "mine.pth").write_bytes(b"features")
+    digest, spec = hashlib.sha256(b"features").hexdigest(), "torchvision:vgg16"
+    usual = declared_normalization(None, spec)
+    assert usual[0] == (0.485, 0.456, 0.406)
+    for file in (place / "mine.pth", place / "nowhere.pth"):  # of none of them
+        assert declared_normalization(None, spec, file) == usual
+    url = f"https://download.pytorch.org/models/vgg16_features-amdegroot-{digest[:8]}.pth"
+    features = vgg.VGG16_Weights.IMAGENET1K_FEATURES
+    monkeypatch.setattr(features, "_value_", dataclasses.replace(features.value, url=url))
+    wanted = (0.48235, 0.45882, 0.40784), (1 / 255,) * 3
+    assert declared_normalization(None, spec, place / "mine.pth") == wanted
+    asked, file = [], place / "weights.pt"
+    monkeypatch.setattr(networks, "declared_normalization", lambda _, *rest: asked.append(rest))
+    planned(teacher_checkpoint=file)
+    assert asked == [("nets.py:student", None), ("nets.py:halved", file)]
 
 
 def test_each_of_several_teachers_has_its_own_images_and_points(main, place, monkeypatch, capsys):
