@@ -6,7 +6,8 @@ import hashlib
 import math
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +80,26 @@ def pillow() -> Any:
     return Image
 
 
+@contextmanager
+def _whole_alone() -> Iterator[None]:
+    """Pillow refuses a file whose end is missing, whatever else in this process has told it to fill up."""
+    from PIL import ImageFile
+
+    told = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = told
+
+
 def read(path: str) -> Any:
     """The image as Pillow has it, in RGB. Raises OSError or ValueError that names the file, also where only a
     part of it is there.
     """
     image = pillow()
     try:
-        with warnings.catch_warnings():
+        with _whole_alone(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata, and of sizes that are read all the same
             with image.open(path) as file:
                 return file.convert("RGB")

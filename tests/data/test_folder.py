@@ -188,6 +188,20 @@ def test_a_damaged_image_is_named_and_counted_or_stops_the_run(tmp_path, capsys,
         drawn(skipping, 3)
 
 
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+@pytest.mark.parametrize("filled", [False, True])
+def test_half_an_image_is_damaged_though_pillow_may_fill_it_up(tmp_path, monkeypatch, ending, filled):
+    """Somebody's file may tell Pillow so, and the lower half would be grey or black."""
+    module, path = pytest.importorskip("PIL.ImageFile"), tmp_path / f"half.{ending}"
+    Image.effect_noise((64, 64), 90).convert("RGB").save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    monkeypatch.setattr(module, "LOAD_TRUNCATED_IMAGES", filled)
+    with pytest.raises(ValueError, match=f"half.{ending}: .*truncated"):
+        files.read(str(path))
+    assert module.LOAD_TRUNCATED_IMAGES is filled
+
+
 def test_the_time_that_steps_wait_is_measured(images, monkeypatch):
     batches, read = batches_of(images), files.read
     drawn(batches)
