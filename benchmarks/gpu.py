@@ -203,9 +203,6 @@ def end(process: subprocess.Popen[bytes], grace: float) -> None:
 
 
 def execute(run: Run, parts: list[Part], background: Part | None) -> None:
-    # of nohup or a shell's &, which the parts would inherit
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     behind: tuple[Part, float, subprocess.Popen[bytes], Path] | None = None
 
     def finish(grace: float) -> None:
@@ -282,8 +279,11 @@ def main() -> int:
         run.stopped = True
         raise KeyboardInterrupt
 
+    # an ignored SIGINT, as of a shell's &, would be inherited by the parts, which it ends at their limit; an
+    # ignored SIGHUP stays so: nohup is to outlive the terminal
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, stop)
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, stop)
     for line in left_out(flags.data, flags.rehearse):
         run.say(line)
     try:

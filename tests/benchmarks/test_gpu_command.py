@@ -31,6 +31,13 @@ def python(name: str, code: str, seconds: float = 20, measures: bool = False) ->
     return Part(name, (sys.executable, "-S", "-c", code), seconds, measures=measures)
 
 
+@pytest.fixture(autouse=True)
+def interruptible() -> None:
+    """As :func:`gpu.main` leaves it: behind a shell's & it is ignored, by the parts too."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "GRACE", 0.5)
@@ -160,8 +167,10 @@ def test_training_goes_on_until_something_is_measured(tmp_path: Path, short: Non
     assert found == [("facts", 0), ("test", 0), ("training", "stopped before measuring"), ("rates", 0)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda n: n.name)
-def test_a_command_that_is_stopped_keeps_what_it_found(tmp_path: Path, number: int) -> None:
+def started(tmp_path: Path, *before: str) -> subprocess.Popen[str]:
+    """The command with two parts, in the second, which ends once there is a file "enough"; ``before``: words
+    of the command line that start it.
+    """
     code = f"""
 import pathlib, sys
 sys.path.insert(0, {str(ROOT / "benchmarks")!r})
@@ -170,7 +179,9 @@ sleep = '''
 import pathlib, time
 try:
     pathlib.Path({str(tmp_path / "began")!r}).touch()
-    time.sleep(60)
+    while not pathlib.Path({str(tmp_path / "enough")!r}).exists():
+        time.sleep(0.02)
+    print("all of it")
 except KeyboardInterrupt:
     print("half of it")
 '''
@@ -184,16 +195,33 @@ sys.modules["emulated"].build = lambda: None
 sys.argv = ["gpu.py", "--rehearse", "--out", {str(tmp_path / "out")!r}]
 sys.exit(gpu.main())
 """
-    process = subprocess.Popen([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE, text=True)
+    command = [*before, sys.executable, "-S", "-c", code]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     while not (tmp_path / "began").exists():
         assert process.poll() is None
         time.sleep(0.02)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda n: n.name)
+def test_a_command_that_is_stopped_keeps_what_it_found(tmp_path: Path, number: int) -> None:
+    process = started(tmp_path)
     process.send_signal(number)
     said, _ = process.communicate(timeout=30)
     assert process.returncode == 1 and "stopped; what was found is kept" in said
     found = [(part["status"], part["last"]) for part in summary(tmp_path / "out")["parts"]]
     assert found == [(0, "found"), ("stopped", "half of it")]
     assert "half of it" in (tmp_path / "out" / "gpu-outputs.txt").read_text()
+
+
+def test_behind_nohup_the_command_outlives_its_terminal(tmp_path: Path) -> None:
+    process = started(tmp_path, "sh", "-c", "trap '' HUP; exec \"$@\"", "sh")
+    process.send_signal(signal.SIGHUP)
+    (tmp_path / "enough").touch()
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 0 and "stopped" not in said
+    found = [(part["status"], part["last"]) for part in summary(tmp_path / "out")["parts"]]
+    assert found == [(0, "found"), (0, "all of it")]
 
 
 def test_what_this_machine_lacks_is_told(tmp_path: Path, monkeypatch) -> None:
@@ -257,27 +285,3 @@ def test_a_wrong_argument_is_one_line(tmp_path: Path) -> None:
     for arguments, word in ((["--only", "tests of rocm"], "tests of cuda"), (["--minutes", "0"], "above 0")):
         done = subprocess.run([*command, *arguments], capture_output=True, text=True)
         assert done.returncode == 2 and word in done.stderr.splitlines()[-1]
-
-
-def test_the_fastest_tiles_are_printed_and_the_table_is_as_it_was(
-    tmp_path: Path, monkeypatch, capsys
-) -> None:
-    view = pytest.importorskip("fastkd.kernels.fsp.view")
-    from speed import gpu_tiles
-
-    def seconds(how: str, *features: object) -> float:
-        block, depth, stages = view.TILES[how][:3]
-        if stages == 4:
-            raise RuntimeError("out of resource: shared memory")
-        return 1.0 if (block, depth, stages) == (64, 32, 3) and how == "tf32" else 2.0
-
-    before = dict(view.TILES)
-    monkeypatch.setattr(gpu_tiles, "_fsp_seconds", seconds)
-    monkeypatch.setattr(gpu_tiles, "features", lambda case: ([], []))
-    monkeypatch.setenv("FASTKD_GPU_OUT", str(tmp_path))
-    gpu_tiles.tiles("60")
-    said = capsys.readouterr().out
-    assert '    "tf32": Tiles(64, 32, 3),  # 1000.000 ms; at present 2000.000' in said
-    assert '    "bf16": Tiles(128, 32, 2),  # 2000.000 ms' in said
-    assert "bf16 (128, 32, 4): RuntimeError: out of resource" in said
-    assert before == view.TILES and "tf32" in json.loads((tmp_path / "tiles.json").read_text())
