@@ -38,16 +38,18 @@ def _server(owner: int) -> subprocess.Popen[str]:
 
 
 def _end(server: subprocess.Popen[str]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(server.pid, signal.SIGKILL)  # and what it has forked
-    server.wait()
+    if server.poll() is None:  # else its number may be another's by now
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)  # and what it has forked
+        server.wait()
 
 
 def python(
     code: str, *arguments: object, cwd: str | os.PathLike[str] | None = None, **env: str | None
 ) -> subprocess.CompletedProcess[str]:
     """``python -c code *arguments`` with one thread, where Triton does not interpret; ``env``: variables
-    beyond those of this process, None for one that is not to be there.
+    beyond those of this process, None for one that is not to be there. Raises TimeoutExpired, which has what
+    was printed.
     """
     wanted = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1", **env}
     variables = {name: value for name, value in wanted.items() if value is not None}
@@ -61,14 +63,20 @@ def python(
         files = [os.path.join(place, name) for name in ("out", "err")]
         job = {"code": code, "argv": command[1:2] + command[3:], "env": variables, "files": files}
         assert server.stdin and server.stdout
-        server.stdin.write(json.dumps({**job, "cwd": folder}) + "\n")
-        server.stdin.flush()
-        if not select.select([server.stdout], [], [], SECONDS)[0]:
-            _end(server)
+        with contextlib.suppress(BrokenPipeError):  # its stdout then tells the same
+            server.stdin.write(json.dumps({**job, "cwd": folder}) + "\n")
+            server.stdin.flush()
+        answered = bool(select.select([server.stdout], [], [], SECONDS)[0])
+        answer = server.stdout.readline() if answered else ""
+        if not answer:  # the next one gets a new server
             _server.cache_clear()
-            raise subprocess.TimeoutExpired(command, SECONDS)
-        status = int(server.stdout.readline())
-        return subprocess.CompletedProcess(command, status, *(Path(file).read_text() for file in files))
+        if not answered:
+            _end(server)
+            printed = (Path(file).read_text() if os.path.exists(file) else "" for file in files)
+            raise subprocess.TimeoutExpired(command, SECONDS, *printed)
+        if not answer:
+            raise RuntimeError(f"{SERVER.name} ended with status {server.wait()}")
+        return subprocess.CompletedProcess(command, int(answer), *(Path(file).read_text() for file in files))
 
 
 RANKS = """
