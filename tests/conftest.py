@@ -184,6 +184,14 @@ def one_thread():
 
 
 @pytest.fixture
+def set_threads():
+    """``torch.set_num_threads``; the number before comes back."""
+    threads = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def cpp() -> str:
     """The compiled CPU kernels; a test that asks for them is skipped where they are not built."""
     from support import cpp_missing
@@ -192,6 +200,16 @@ def cpp() -> str:
     if reason:
         pytest.skip(f"backend cpp: {reason}")
     return "cpp"
+
+
+@pytest.fixture
+def memory_plan(cpp):
+    """``native.set_memory_plan``; the plan before comes back."""
+    from fastkd import native
+
+    before = native.memory_plan()
+    yield native.set_memory_plan
+    native.set_memory_plan(before)
 
 
 @pytest.fixture

@@ -119,14 +119,6 @@ def test_amx_is_a_part_of_one_code_path_and_can_be_switched_off(cpp):
     assert wrong.returncode != 0 and "FASTKD_AMX is 'yes'" in wrong.stderr
 
 
-@pytest.fixture
-def memory_plan(cpp):
-    """Sets a plan; the one before comes back."""
-    before = native.memory_plan()
-    yield native.set_memory_plan
-    native.set_memory_plan(before)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
 def test_every_way_through_memory_gives_the_same_bits(path, memory_plan, dtype):
     # more than 1 MiB each, where the plan counts: planes of whole cache lines, in pairs and with one left

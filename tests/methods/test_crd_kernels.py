@@ -85,15 +85,13 @@ def test_what_is_no_number_or_too_large_comes_out_as_in_plain_pytorch(each_path,
             assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf())
 
 
-def test_the_bits_do_not_depend_on_threads_or_on_what_is_wanted(each_path):
+def test_the_bits_do_not_depend_on_threads_or_on_what_is_wanted(each_path, set_threads):
     tensors = case(9, 700, size=6000, width=70, dtype=torch.float32)
-    threads = torch.get_num_threads()
     for _ in each_path:
         found = []
         for count in (1, 3):
-            torch.set_num_threads(count)
+            set_threads(count)
             found.append(gradients(fastkd.crd_loss, *tensors))
-        torch.set_num_threads(threads)
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
         x = tensors[0].clone().requires_grad_()
         (alone,) = torch.autograd.grad(fastkd.crd_loss(x, *tensors[1:])[0], x)

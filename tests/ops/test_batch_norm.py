@@ -115,20 +115,17 @@ def test_a_mean_far_from_zero_costs_no_digits_and_chunks_are_joined():
 
 @compiled
 @switches
-def test_results_do_not_depend_on_threads(residual, relu):
+def test_results_do_not_depend_on_threads(set_threads, residual, relu):
     x, grad, added = (
         feature((32, 24, 20, 20)),
         feature((32, 24, 20, 20)),
         feature((32, 24, 20, 20)) if residual else None,
     )
     norm, _ = norms(24)
-    results, before = [], torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(answers(copy.deepcopy(norm), x, added, relu, grad))
-    finally:
-        torch.set_num_threads(before)
+    results = []
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        results.append(answers(copy.deepcopy(norm), x, added, relu, grad))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
 

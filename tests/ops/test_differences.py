@@ -74,16 +74,15 @@ def test_the_kernels_match_float64_on_every_code_path(each_path, name, dtype, la
 
 
 @every_loss
-def test_bits_do_not_depend_on_threads_or_on_what_is_wanted(each_path, name):
-    loss, threads = LOSSES[name][0], torch.get_num_threads()
+def test_bits_do_not_depend_on_threads_or_on_what_is_wanted(each_path, set_threads, name):
+    loss = LOSSES[name][0]
     cases = [*tensors(name)]
     for _ in each_path:
         for student, teacher in cases:
             found = []
             for count in (1, 3):
-                torch.set_num_threads(count)
+                set_threads(count)
                 found.append(gradients(lambda *x: loss(fastkd, *x), student, teacher))
-            torch.set_num_threads(threads)
             assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
             for alone in (0, 1):
                 sides = [student.clone(), teacher.clone()]

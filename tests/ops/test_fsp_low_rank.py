@@ -11,6 +11,7 @@ from support import LAYOUTS, check_loss, evaluate, make, name, ref, values
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastkd
+from fastkd import native
 from fastkd._bits import FSP
 from fastkd.kernels.fsp.saved import saved_shape_on_cpu
 from fastkd.ops import fsp
@@ -87,10 +88,14 @@ def test_loss_matches_the_reference(of, layout, dtype):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_large_gradients_match_the_reference(layout):
-    """Written past the caches, where they are one term's and lie well."""
+def test_large_gradients_match_the_reference(layout, memory_plan):
+    """By ordinary stores, and past the caches, where they are one term's and lie well."""
     s, t = ([make((16, c, 4, 4), torch.float32, layout, "relu") for c in (1024, 1040)] for _ in range(2))
-    check_loss("cpp", "fsp_loss", s, t, needs=[True, True, False, False])
+    found = []
+    for plan in native.MEMORY_PLANS:
+        memory_plan(plan)
+        found.append(check_loss("cpp", "fsp_loss", s, t, needs=[True, True, False, False]).grads[:2])
+    assert all(torch.equal(a, b) for other in found for a, b in zip(found[0], other))
 
 
 @pytest.mark.parametrize(
@@ -143,6 +148,7 @@ def test_a_nan_is_not_lost():
     want = evaluate(lambda *x: ref.fsp_loss(x[:2], x[2:]), [*s, *t], needs)
     assert got.output.isnan()
     assert all((a.isnan() >= b.isnan()).all() for a, b in zip(got.grads[:2], want.grads))
+    assert all(a[0].isfinite().all() for a in got.grads[:2])  # of the sample without one
 
 
 @pytest.mark.parametrize("n", [3, 16], ids=name)

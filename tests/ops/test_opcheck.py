@@ -49,6 +49,10 @@ def samples():
             ops.attention_transfer_loss.default,
             (plain[:2], plain[2:], *at_options(True, False, upstream=-2.5, pool="after")),
         )
+        same = [leaf(2, 4, 5, 4).detach(), leaf(2, 5, 3, 7).detach()]
+        options = at_options(True, False, upstream=-2.5)  # of equal sizes: the coefficients are in one tensor
+        yield ops.attention_transfer_loss.default, (plain[:2], same, *options)
+        assert len(ops.attention_transfer_loss(plain[:2], same, *options)[1]) == 1
         options = at_options(True, True)
         loss, coefficients, _ = ops.attention_transfer_loss(plain[:2], plain[2:], *options)
         yield (
