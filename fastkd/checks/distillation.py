@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from fastkd.checks.numbers import whole
 from fastkd.checks.tensors import describe
 
 
@@ -34,28 +36,26 @@ def distillation(
     if len(pair) != 2 or not all(name is None or isinstance(name, str) for name in pair):
         raise TypeError(f"classifier is {classifier!r}, wanted the name of a submodule, or a pair of them")
     for name, shape in (("image_shape", image_shape), ("teacher_image_shape", teacher_image_shape)):
-        if shape is not None and not (isinstance(shape, Sequence) and all(map(_whole, shape))):
+        if shape is not None and not (isinstance(shape, Sequence) and all(map(whole, shape))):
             raise TypeError(f"{name} is {shape!r}, wanted (C, H, W)")
     if autocast is not None and not isinstance(autocast, torch.autocast):
         raise TypeError(f"autocast is {autocast!r}, wanted a torch.autocast or None")
     if teacher_mode not in ("eval", "train"):
         raise ValueError(f"teacher_mode is {teacher_mode!r}, wanted 'eval' or 'train'")
     for name, count in counts.items():
-        if count is not None and not _whole(count):
+        if count is not None and not whole(count):
             raise TypeError(f"{name} is {count!r}, wanted a whole number")
 
 
-def epoch_of(epoch: object, epochs: object) -> None:
-    """An epoch of so many, from 0: the last one is ``epochs - 1``."""
+def epoch_of(epoch: object, epochs: object) -> tuple[int, int]:
+    """An epoch of so many, from 0, as Python's numbers: the last one is ``epochs - 1``."""
     for name, count in (("epoch", epoch), ("epochs", epochs)):
-        if not _whole(count):
+        if not whole(count):
             raise TypeError(f"{name} is {count!r}, wanted a whole number")
-    if not 0 <= epoch < epochs:  # type: ignore[operator]
-        raise ValueError(f"epoch is {epoch} of {epochs}, wanted one from 0 to epochs - 1")
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    which, count = operator.index(epoch), operator.index(epochs)  # type: ignore[arg-type]
+    if not 0 <= which < count:
+        raise ValueError(f"epoch is {which} of {count}, wanted one from 0 to epochs - 1")
+    return which, count
 
 
 def image_numbers(name: str, value: object, count: int | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,6 +51,19 @@ def number(name: str, value: object, *, at_least: float | None = None) -> float:
     return result
 
 
+def whole(value: object) -> bool:
+    """Whether it is a whole number, of Python's or NumPy's; a truth value and a tensor are none."""
+    if isinstance(value, int):
+        return not isinstance(value, bool)
+    if isinstance(value, Tensor) or type(value).__name__ in ("bool", "bool_"):  # NumPy's
+        return False
+    try:
+        operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return True
+
+
 def _from_numpy(value: object) -> bool:
     """Whether it is one of NumPy's numbers; told by names, since NumPy need not be there."""
     kind = type(value)
@@ -94,7 +108,7 @@ def above_zero(name: str, value: object) -> float:
 
 def channels_stand(channel_dim: object) -> None:
     """Refuses whatever is not the number 1 or -1: True is equal to 1, and whoever gives it means -1."""
-    if isinstance(channel_dim, (bool, float)) or channel_dim not in (1, -1):
+    if not whole(channel_dim) or channel_dim not in (1, -1):
         raise ValueError(f"channel_dim is {channel_dim!r}, wanted 1 or, for the last dimension, -1")
 
 

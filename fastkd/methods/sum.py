@@ -75,7 +75,7 @@ class MethodSum(nn.ModuleDict):
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         """See :meth:`fastkd.Distillation.set_epoch`."""
-        checks.epoch_of(epoch, epochs)
+        epoch, epochs = checks.epoch_of(epoch, epochs)
         for name in self:
             self._distiller(name).set_epoch(epoch, epochs)
         for name, place in self._scheduled.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -138,6 +139,11 @@ def test_a_teacher_is_not_the_student():
         ((0, 0), ValueError, "epoch is 0 of 0, wanted one from 0 to epochs - 1"),
         ((1.0, 4), TypeError, "epoch is 1.0, wanted a whole number"),
         ((0, None), TypeError, "epochs is None, wanted a whole number"),
+        ((True, 4), TypeError, "epoch is True, wanted a whole number"),
+        ((np.True_, 4), TypeError, f"epoch is {np.True_!r}, wanted a whole number"),
+        ((np.float64(1), 4), TypeError, r"epoch is .*1\.0.*, wanted a whole number"),
+        ((torch.tensor(1), 4), TypeError, r"epoch is tensor\(1\), wanted a whole number"),
+        ((np.int64(4), np.uint8(4)), ValueError, "epoch is 4 of 4, wanted one from 0 to epochs - 1"),
     ],
 )
 @pytest.mark.parametrize("method", ["kd", "reviewkd"])  # without a schedule, and with one
@@ -145,6 +151,16 @@ def test_an_epoch_outside_the_run_is_one_line(method, given, error, words):
     distillation = fastkd.Distillation(create_model("resnet8"), create_model("resnet8"), method)
     with pytest.raises(error, match=f"^{words}$"):
         distillation.set_epoch(*given)
+
+
+def test_epochs_and_sizes_may_be_numpys_numbers():
+    networks = create_model("resnet8"), create_model("resnet8")
+    given = {"batch_size": np.int64(4), "image_shape": (np.int32(3), np.int64(32), 32)}
+    distillation, same = (fastkd.Distillation(*networks, "dkd", **rest) for rest in (given, {}))
+    distillation.set_epoch(np.int64(3), np.uint8(200))
+    same.set_epoch(3, 200)
+    assert torch.equal(distillation.methods.weights, same.methods.weights)
+    assert not torch.equal(same.methods.weights, torch.ones_like(same.methods.weights))
 
 
 @pytest.mark.parametrize("method", ["fitnet", "crd", "srrl", "simkd", "norm"])  # which learn on the teacher's

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 
+import numpy as np
 import pytest
 import torch
 from support import values
@@ -107,13 +109,21 @@ def test_tokens_are_not_copied(cpp, one_thread, name):
 
 @pytest.mark.parametrize("module", [fastkd, reference], ids=["ops", "reference"])
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("value", [0, 2, "last", None, True, 1.0])
+@pytest.mark.parametrize("value", [0, 2, "last", None, True, 1.0, np.True_, np.float32(1)], ids=repr)
 def test_another_dimension_is_one_line(module, name, value):
     x, y = values(MAPS, F64), values(MAPS, F64)
     with pytest.raises(
-        ValueError, match=f"channel_dim is {value!r}, wanted 1 or, for the last dimension, -1"
+        ValueError, match=re.escape(f"channel_dim is {value!r}, wanted 1 or, for the last dimension, -1")
     ):
         LOSSES[name][0](module, x, y, channel_dim=value)
+
+
+@pytest.mark.parametrize("module", [fastkd, reference], ids=["ops", "reference"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_dimension_may_be_numpys_number(module, name):
+    x, y = values(MAPS, F64), values(MAPS, F64)
+    one, other = (LOSSES[name][0](module, x, y, channel_dim=kind(-1)) for kind in (int, np.int64))
+    assert torch.equal(one, other)
 
 
 def test_what_is_no_feature_is_named_as_ever():
