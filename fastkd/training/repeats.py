@@ -79,8 +79,10 @@ def _repeat(settings: Settings, times: int) -> list[dict[str, Any]]:
         there = sorted(done)
         summarize([each[i] for i in there], [names[i] for i in there], [done[i] for i in there])
     if failed:
+        if not done:
+            raise UserError("; ".join(failed))
         kept = f"the other {len(done)} of {len(each)} runs are finished"
-        raise (PartlyFailedError if done else UserError)(f"{'; '.join(failed)}; {kept}")
+        raise PartlyFailedError(f"{'; '.join(failed)}; {kept}")
     return [done[i] for i in range(len(each))]
 
 

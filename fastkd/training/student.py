@@ -51,7 +51,8 @@ class Student:
             raise self.error
 
     def go_on(self, batch: Shared | None) -> None:
-        """Takes its step with ``batch`` and goes to the next one. An error of its own ends it alone.
+        """Takes its step with ``batch`` and goes to the next one. An error of its own ends it alone, but is
+        raised where several processes train: it may be of this one only, and the others wait in a sum.
 
         Raises Interrupted, PeerError, and what is no UserError.
         """
@@ -68,6 +69,8 @@ class Student:
             except UserError as error:
                 self.wants, self.error = None, error
         self.close(self.error)
+        if self.error is not None and self.config.processes > 1:
+            raise self.error
 
     def stop(self, why: BaseException) -> str:
         """Ends it as a signal does; returns how far it came, or "" if it has ended already."""

@@ -133,6 +133,15 @@ def test_a_failure_of_one_process_ends_all_at_once_with_one_line(start, tmp_path
         assert answer["seconds"] < 10
 
 
+@pytest.mark.parametrize("methods", ["kd", "kd,crd"])
+def test_a_loss_that_is_no_number_ends_all_students_and_seeds(start, tmp_path, methods):
+    flags = [*FLAGS, "--method", methods, "--option", "kd.weight=1e38", "--repeats", "2"]
+    answer, logs = start(of_two(), flags=[*flags, "--output", str(tmp_path)])
+    assert answer["statuses"] in ([2, 0], [2, 1], [2, 2]), (answer, logs)
+    assert len(ours(logs)) == 1 and "the loss is no longer finite in epoch 1" in ours(logs)[0], logs
+    assert "runs are finished" not in logs[0] and "run 2 of 2" not in logs[0]
+
+
 def test_a_failure_of_the_last_of_three_is_told_by_the_first(start, tmp_path):
     flags = [*FLAGS, "--method", "baseline", "--output", str(tmp_path / "runs")]
     answer, logs = start(of_two(3), flags=flags, **fails(2, "fastkd.training.collectives:_sum", 1))
