@@ -30,7 +30,7 @@ from fastkd.models.specs import declared_normalization, is_spec
 from fastkd.training.device import find_device
 from fastkd.training.evaluation import evaluate, placed
 from fastkd.training.recipes import NORMALIZATIONS, normalization_of
-from fastkd.training.teacher_images import in_words, parsed
+from fastkd.training.teacher_images import identity_of, in_words, parsed, recorded, written
 
 
 class Result(NamedTuple):
@@ -69,21 +69,20 @@ def test(
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}, wanted at least 1")
     try:
-        about = read_checkpoint(path).get("config")
-        identity = about.get("identity") if isinstance(about, dict) else None
-        known = identity if isinstance(identity, dict) else {}
+        found = read_checkpoint(path).get("config")
+        about = found if isinstance(found, dict) else {}
+        known = identity_of(about)
         name, dataset = model or known.get("model"), dataset or known.get("dataset")
         if name is None or dataset is None:
             flag = "--model" if name is None else "--dataset"
             raise UserError(f"{path} is of no run, wanted {flag}")
-        if isinstance(about, dict):
-            _check_plugins(path, about, known)
+        _check_plugins(path, about, known)
         whole = load_dataset(choose_dataset(dataset, data)[0], data)
         side = image_size or int(known.get("image_size") or 224)
         network = _network(path, name, whole.classes, bool(known) and model in (None, known.get("model")))
     except WeightsError as error:
         raise UserError(str(error)) from None
-    constants = _constants(normalization, known, whole, declared_normalization(network, name, path))
+    constants = _constants(normalization, about, whole, declared_normalization(network, name, path))
     where = find_device(device)
     network = placed(network, where)
     feed = Feed((side,), workers)
@@ -99,12 +98,12 @@ def test(
     seconds = time.perf_counter() - begun
     count = len(whole.test_labels)
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    normalized = in_words(constants) if constants != (whole.mean, whole.std) else ""
+    normalized = "" if written(constants) == written((whole.mean, whole.std)) else in_words(constants)
     return Result(name, whole.name, accuracy, count, parameters, count / seconds, normalized)
 
 
 def _constants(
-    asked: str | None, known: dict[str, Any], data: AnyDataset, declared: Normalization | None
+    asked: str | None, about: dict[str, Any], data: AnyDataset, declared: Normalization | None
 ) -> Normalization:
     """(mean, std) of the images. Raises UserError."""
     if asked is not None and "/" in asked:
@@ -114,8 +113,10 @@ def _constants(
             raise UserError(
                 f"--normalization is {asked!r}, wanted MEAN/STD: 0.5,0.5,0.5/0.5,0.5,0.5"
             ) from None
-    if asked is None and not known and declared is not None:
-        return declared
+    known = identity_of(about)
+    found = recorded(about, data) if known else declared
+    if asked is None and found is not None:
+        return found
     name = asked or known.get("normalization") or "own"
     if name != "own" and (name, data.name) not in NORMALIZATIONS:
         raise UserError(

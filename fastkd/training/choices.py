@@ -20,6 +20,7 @@ from fastkd.models.specs import file_name
 from fastkd.training.given_weights import Given
 from fastkd.training.recipes import RECIPES, Recipe
 from fastkd.training.settings import environment
+from fastkd.training.teacher_images import RECORD
 from fastkd.training.teacher_images import written as normalization_written
 
 ALONE = ("epochs", "teacher_mode", "preset", "init_epochs", "init_lr", "init_milestones")
@@ -77,6 +78,8 @@ class Choices(Given):
         }
         changed = {key: value for key, value in changed.items() if key not in ALONE}
         changed |= {key: identity[key] for key, usual in USUAL.items() if identity[key] != usual}
+        if "plugins" in identity:  # teachers of other texts of the user's files lie side by side
+            changed["files"] = _hash(repr(sorted(identity["plugins"].items())), 4)
         data = self.data.name
         if isinstance(self.data, Folder):
             data, changed["image_size"] = f"{data}-{self.data.fingerprint[:8]}", identity["image_size"]
@@ -89,7 +92,7 @@ class Choices(Given):
         ]
         extra = "-".join(f"{key}={value}" for key, value in sorted(changed.items()))
         if len(extra) > 100:  # a file's name ends at 255 bytes
-            extra = hashlib.blake2b(extra.encode(), digest_size=8).hexdigest()
+            extra = _hash(extra, 8)
         return self.settings.output / "teachers" / f"{'-'.join(filter(None, [*name, extra]))}.pt"
 
     def identity(self, role: str) -> dict[str, Any]:
@@ -148,6 +151,9 @@ class Choices(Given):
     def side(self, role: str) -> int:
         raise NotImplementedError
 
+    def normalization(self) -> Normalization:
+        raise NotImplementedError
+
     def _differing(self) -> dict[str, Any]:
         """Of a student's identity, what only networks and images of the user's own have."""
         found: dict[str, Any] = {
@@ -197,6 +203,7 @@ class Choices(Given):
             "classes": self.data.classes,
             "points": [self.points["student"], self.points["teacher"]],
             "sides": [self.side("student"), self.side("teacher")],
+            RECORD: normalization_written(self.normalization()),
         }
         return {
             **settings,
@@ -212,3 +219,7 @@ class Choices(Given):
     def options(self) -> list[str]:
         """The options of the method that were changed, as the command line has them: "at.beta=500.0"."""
         return [f"{key}={written(value)}" for key, value in self.method.changes.items()]
+
+
+def _hash(text: str, size: int) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=size).hexdigest()

@@ -10,6 +10,7 @@ from fastkd.data.feed import AnyDataset
 from fastkd.errors import UserError
 from fastkd.models import WeightsError, create_model, fingerprint, load_weights
 from fastkd.training.settings import Models, Settings
+from fastkd.training.teacher_images import identity_of
 
 
 class Given:
@@ -27,7 +28,7 @@ class Given:
     @cached_property
     def teacher_files(self) -> list[tuple[str | None, dict[str, Any]]]:
         """Of each teacher the fingerprint of what its ``--teacher-checkpoint`` holds, None without one, and
-        what that says of the run that trained it. Raises UserError.
+        the config of the run of ours that trained it, else {}. Raises UserError.
         """
         return [self._read("teacher", name, file) for name, file in self.all_teachers]
 
@@ -55,8 +56,7 @@ class Given:
             about = load_weights(network, file, say=_nothing).get("config")
         except WeightsError as error:
             raise UserError(f"--{role}-checkpoint {error}") from None
-        identity = about.get("identity") if isinstance(about, dict) else None
-        return fingerprint(network), identity if isinstance(identity, dict) else {}
+        return fingerprint(network), about if isinstance(about, dict) and identity_of(about) else {}
 
 
 def _nothing(text: str) -> None:

@@ -23,7 +23,7 @@ from fastkd.seeds import seeded
 from fastkd.several_teachers import SeveralTeachers, check_join, kept_bytes
 from fastkd.training.images import Images
 from fastkd.training.settings import Settings
-from fastkd.training.teacher_images import for_each, parsed, recorded, written
+from fastkd.training.teacher_images import for_each, identity_of, parsed, recorded, written
 
 ROLES = ("student", "teacher")
 
@@ -78,16 +78,30 @@ class Networks(Images):
                 raise UserError(f"--teacher-normalization is {error}") from None
         else:  # a run of ours has recorded it; what a package declares is that of its own weights
             found = [
-                recorded(identity, self.data) if identity else declared
-                for (_, identity), declared in zip(self.teacher_files, self.declared["teacher"], strict=True)
+                recorded(trained, self.data) if trained else declared
+                for (_, trained), declared in zip(self.teacher_files, self.declared["teacher"], strict=True)
             ]
-        self.teacher_normalizations = [None if each == own else each for each in found]
+            self.notes = [*self.notes, *self._unrecorded(found)]
+        self.teacher_normalizations = [
+            None if each is None or written(each) == written(own) else each for each in found
+        ]
         return dataclasses.replace(
             settings, teacher_normalization=tuple(map(written, self.teacher_normalizations))
         )
 
-    def normalization(self) -> Normalization:
-        raise NotImplementedError
+    def _unrecorded(self, found: list[Normalization | None]) -> list[str]:
+        """Notes on teachers of other images, whose runs have not recorded how those were normalized."""
+        notes = []
+        for (name, file), (_, trained), known in zip(
+            self.all_teachers, self.teacher_files, found, strict=True
+        ):
+            dataset = identity_of(trained).get("dataset")
+            if trained and known is None and dataset != self.data.name:
+                notes.append(
+                    f"the teacher {name} was trained on {dataset}, and {file} does not say how those images"
+                    f" were normalized: it gets this run's; --teacher-normalization gives others"
+                )
+        return notes
 
     def check_networks(self) -> None:
         """Tries the networks on blank images, and the method on both. Raises UserError."""

@@ -129,9 +129,15 @@ def _notes(config: Config) -> list[str]:
             f"images are normalized by {in_words(own)}, and the published weights of"
             f" {config.models.student} want {in_words(declared)}"
         )
-    for (name, _), theirs in zip(config.all_teachers, config.teacher_normalizations, strict=True):
+    for place, ((name, _), theirs) in enumerate(
+        zip(config.all_teachers, config.teacher_normalizations, strict=True)
+    ):
         if theirs is not None:
-            why = "as asked for" if config.asked_normalization else "as its weights declare"
+            why = "as its weights declare"
+            if config.asked_normalization:
+                why = "as asked for"
+            elif config.teacher_files[place][1]:
+                why = "as in the run that trained it"
             notes.append(
                 f"the images of the teacher {name} are normalized by {in_words(theirs)}, {why}, those of the"
                 f" student by {in_words(own)}; --teacher-normalization data makes them the same"

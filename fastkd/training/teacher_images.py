@@ -10,6 +10,8 @@ from fastkd.io.console import counted
 from fastkd.models.normalization import Normalization
 from fastkd.training.recipes import NORMALIZATIONS, normalization_of
 
+RECORD = "images_normalized"
+"""Under which a run's config has the figures by which its images were normalized, as :func:`written`."""
 SAME = "data"
 """What ``--teacher-normalization`` says of a teacher that gets the student's images as they are."""
 FORM = f"{SAME}, or MEAN/STD of each channel: 0.5,0.5,0.5/0.5,0.5,0.5"
@@ -41,12 +43,25 @@ def in_words(normalization: Normalization) -> str:
     return f"mean {mean}, deviation {std}"
 
 
-def recorded(identity: dict[str, Any], data: AnyDataset) -> Normalization | None:
-    """The figures by which a run of ours has trained these weights; None where nothing says so."""
-    name, dataset = identity.get("normalization"), identity.get("dataset")
+def recorded(config: dict[str, Any], data: AnyDataset) -> Normalization | None:
+    """The figures by which a run of ours has trained these weights; None where its ``config`` does not say
+    so, as an older one of another data set.
+    """
+    if isinstance(config.get(RECORD), str):
+        try:
+            return parsed(config[RECORD])
+        except ValueError:  # edited by hand
+            pass
+    name, dataset = identity_of(config).get("normalization"), identity_of(config).get("dataset")
     if dataset == data.name and isinstance(name, str):
         return normalization_of(name, data)
     return NORMALIZATIONS.get((str(name), str(dataset)))
+
+
+def identity_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Of what a checkpoint says of its run; {} where it is of none."""
+    identity = config.get("identity")
+    return identity if isinstance(identity, dict) else {}
 
 
 def for_each(flag: str, given: tuple[Any, ...], teachers: int) -> list[Any]:

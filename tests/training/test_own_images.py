@@ -286,9 +286,13 @@ def test_a_file_of_networks_belongs_to_the_run_by_its_text(ran, main, place, mon
     told = error_of(main, capsys, [*flags, "--resume"])
     origin = found["model nets.py:student"]
     assert f"the nearest is {folder.name}: model nets.py:student {origin} instead of nets.py " in told
-    # a teacher of the other text is another one
-    told = error_of(main, capsys, flags)
-    assert "is another teacher: model nets.py:teacher nets.py " in told
+    # a teacher of the other text is another one, which lies beside it
+    (first,) = tmp_path.glob("runs/teachers/*.pt")
+    before = first.read_bytes()
+    assert main([*flags, "--epochs", "2"]) == 0
+    assert "is not there yet; training it first" in capsys.readouterr().out
+    assert len([*tmp_path.glob("runs/teachers/*.pt")]) == 2 and first.read_bytes() == before
     (tmp_path / "nets.py").write_text(NETWORKS)
     plugins.of_file.cache_clear()
     assert main([*flags, "--resume"]) == 0
+    assert f"teacher: nets.py:teacher from {first.relative_to(tmp_path)}" in capsys.readouterr().out

@@ -12,6 +12,7 @@ import pytest
 import torch
 from image_folders import NETWORKS, make_images
 from run_cases import error_of, rows_of
+from support_data import QUICK
 
 import fastkd
 from fastkd import Distillation, evaluate
@@ -19,7 +20,8 @@ from fastkd.models import create_model
 from fastkd.models.specs import declared_normalization
 from fastkd.report import maps
 from fastkd.training import Settings, attention_maps, config, networks
-from fastkd.training.teacher_images import parsed, written
+from fastkd.training.run_summary import describe
+from fastkd.training.teacher_images import in_words, parsed, written
 
 pytest.importorskip("PIL")
 HALF = "0.5,0.5,0.5/0.5,0.5,0.5"
@@ -114,15 +116,43 @@ def test_what_trained_the_weights_is_asked_before_what_a_package_declares(place)
     assert "teacher_normalization" not in refused.identity("student")
     # a run of ours, which normalizes as the data's are, whatever the network declares
     state = {"model": torch.load("weights.pt")}
-    for identity, wanted in (
-        ({"normalization": "own", "dataset": "folder"}, None),
-        ({"normalization": "ofd", "dataset": "cifar10"}, ((0.5071, 0.4865, 0.4409), None)),
+    ofd = tuple(x / 255 for x in (125.3, 123.0, 113.9)), tuple(x / 255 for x in (63.0, 62.1, 66.7))
+    own, kept = ((0.4, 0.5, 0.6), (0.25, 0.2, 0.3)), {"images_normalized": "0.4,0.5,0.6/0.25,0.2,0.3"}
+    folders = {"images_normalized": "0.485,0.456,0.406/0.229,0.224,0.225"}
+    for rest, normalization, dataset, wanted, told in (
+        ({}, "own", "folder", None, False),
+        ({}, "ofd", "cifar10", ofd, False),
+        ({}, "own", "cifar10", None, True),  # of an older version: the figures are nowhere
+        (kept, "own", "cifar10", own, False),
+        (kept, "own", "folder", own, False),
+        (folders, "own", "cifar10", None, False),  # the same as this run's
+        ({"images_normalized": "0.4"}, "own", "folder", None, False),
     ):
-        torch.save({**state, "config": {"identity": identity}}, "recorded.pt")
-        (found,) = planned(teacher_checkpoint="recorded.pt").teacher_normalizations
-        assert (found is None) == (wanted is None)
+        about = {"identity": {"normalization": normalization, "dataset": dataset}, **rest}
+        torch.save({**state, "config": about}, "recorded.pt")
+        plan = planned(teacher_checkpoint="recorded.pt")
+        (found,) = plan.teacher_normalizations
+        assert found == wanted
+        screen = describe(plan)
+        assert ("was trained on cifar10, and recorded.pt does not say how" in screen) == told
+        assert ("as in the run that trained it" in screen) == (wanted is not None)
     plan = planned(teacher_checkpoint="plain.pt", teacher="nets.py:teacher")
     assert plan.teacher_normalizations == [None] and plan.words_of_teachers() == {}
+
+
+def test_figures_of_another_data_set_come_with_its_teacher(small_main, tmp_path, monkeypatch):
+    from fastkd.data import digits
+
+    monkeypatch.chdir(tmp_path)
+    make_images(tmp_path / "images", classes=[f"class{i}" for i in range(10)], train=1, test=1)
+    assert small_main(["--method", "baseline", *QUICK, "--epochs", "1", "--output", "trained"]) == 0
+    (trained,) = tmp_path.glob("trained/*/best.pt")
+    theirs = digits.load()
+    plan = planned(teacher="resnet8", student="resnet8", teacher_checkpoint=trained)
+    (found,) = plan.teacher_normalizations
+    assert found == (theirs.mean, theirs.std) != plan.normalization()
+    tested = evaluate.test(trained, dataset="folder", data="images", image_size=32, device="cpu")
+    assert tested.normalized == in_words(found)
 
 
 def test_torchvision_declares_it_too(place):
