@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd import checks
+from fastkd import _private, checks
 from fastkd.methods.base import Batch, Distiller, Output, Points, overrides, union
 from fastkd.methods.definition import Definition
 from fastkd.models.extract import Point
@@ -93,7 +93,7 @@ class MethodSum(nn.ModuleDict):
         """The student's loss on ``labels`` as "ce", times its weight; nothing where it has none."""
         if labels is None or not self._ce:
             return {}
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not _without_values():
             checks.label_values(labels, logits.shape[1])
         # on a cast of its own: half-precision gradients are rounded before they are added, as in published
         # code
@@ -135,6 +135,11 @@ class MethodSum(nn.ModuleDict):
 
     def _distiller(self, name: str) -> Distiller:
         return self[name]  # type: ignore[return-value]
+
+
+def _without_values() -> bool:
+    """Whether a tracer, a transform or a mode is at work, whose tensors may have no values to look at."""
+    return _private.recorded_elsewhere() or _private.dispatch_watched()
 
 
 def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import fastkd
 from fastkd.models import create_model
@@ -190,3 +191,14 @@ def test_labels_that_cross_entropy_takes_are_taken():
     for labels in (some, shares):
         wanted = torch.nn.functional.cross_entropy(distillation.student(images), labels)
         torch.testing.assert_close(distillation(images, labels).terms["ce"], wanted)
+
+
+def test_labels_without_values_are_not_looked_at():
+    """Under torch.func, where each sample has its own, and as fake tensors."""
+    methods = fastkd.Distillation(network(), network(), "rkd").methods
+    logits, labels = torch.randn(4, 10), torch.tensor([3, 0, 9, 1])
+    each = torch.func.vmap(lambda z, y: methods.cross_entropy(z[None], y[None])["ce"])(logits, labels)
+    wanted = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(each, wanted)
+    with FakeTensorMode():
+        assert methods.cross_entropy(torch.randn(4, 10), torch.zeros(4).long())["ce"].shape == ()
