@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import zlib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,20 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         os.environ["FASTKD_TEST_SEED"] = str(SEED)  # for all processes
 
 
+INTEROP = ("timm", "torchvision", "accelerate", "lightning", "torchdistill")
+"""The packages of the extra ``interop``: each is a fixture, and who takes one has the mark of that name."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("FASTKD_INTEROP") and (missing := [name for name in INTEROP if not find_spec(name)]):
+        raise pytest.UsageError(f"FASTKD_INTEROP is set, but {', '.join(missing)} cannot be imported")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if not {*INTEROP}.isdisjoint(getattr(item, "fixturenames", ())):
+        item.add_marker("interop")
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     return f"fastkd: inputs drawn from FASTKD_TEST_SEED={SEED}, torch {torch.__version__}"
 
@@ -91,6 +106,9 @@ def pytest_collection_finish(session: pytest.Session):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     report = yield
+    if report.skipped and item.get_closest_marker("interop") and os.environ.get("FASTKD_INTEROP"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome, report.longrepr = "failed", f"FASTKD_INTEROP is set, but this is skipped: {reason}"
     if report.failed:
         report.sections.append(
             (
@@ -172,6 +190,31 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         Launch, "__call__", lambda self, *args: (names.append(self.kernel.__name__), run(self, *args))[1]
     )
     return names
+
+
+@pytest.fixture
+def timm():
+    return pytest.importorskip("timm")
+
+
+@pytest.fixture
+def torchvision():
+    return pytest.importorskip("torchvision")
+
+
+@pytest.fixture
+def accelerate():
+    return pytest.importorskip("accelerate")
+
+
+@pytest.fixture
+def lightning():
+    return pytest.importorskip("lightning")
+
+
+@pytest.fixture
+def torchdistill():
+    return pytest.importorskip("torchdistill")
 
 
 @pytest.fixture

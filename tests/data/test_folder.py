@@ -76,8 +76,9 @@ def test_a_folder_that_cannot_be_used_is_one_line(tmp_path, spoil, told):
     assert "\n" not in str(error.value) and str(root) in str(error.value)
 
 
-def test_a_test_image_has_the_bits_of_torchvisions(images):
-    v2 = pytest.importorskip("torchvision.transforms.v2")
+def test_a_test_image_has_the_bits_of_torchvisions(images, torchvision):
+    from torchvision.transforms import v2
+
     for name in ("0.jpg", "5.jpg"):
         for turned in (False, True):
             image = files.read(str(images / "train" / "cat" / name))
@@ -88,8 +89,9 @@ def test_a_test_image_has_the_bits_of_torchvisions(images):
             assert torch.equal(files.for_testing(image, 16).permute(2, 0, 1), wanted)
 
 
-def test_a_training_image_is_a_random_part_of_it_resized(images):
-    v2 = pytest.importorskip("torchvision.transforms.v2")
+def test_a_training_image_is_a_random_part_of_it_resized(images, torchvision):
+    from torchvision.transforms import v2
+
     image = files.read(str(images / "train" / "cat" / "5.jpg"))
     flips = 0
     for seed in range(40):

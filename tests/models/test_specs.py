@@ -12,16 +12,16 @@ from torch import nn
 from fastkd.models import create_model, specs
 
 
+@pytest.mark.interop
 @pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18"])
-def test_networks_of_other_packages_have_no_weights_of_theirs(name, monkeypatch):
-    pytest.importorskip(name.partition(":")[0])
+def test_networks_of_other_packages_have_no_weights_of_theirs(name, request, monkeypatch):
+    request.getfixturevalue(name.partition(":")[0])
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *args, **kw: pytest.fail("downloads"))
     network = create_model(name, 3)
     assert network.train()(torch.zeros(2, 3, 64, 64)).shape == (2, 3)
 
 
-def test_an_unknown_network_of_a_package_names_the_nearest():
-    pytest.importorskip("torchvision")
+def test_an_unknown_network_of_a_package_names_the_nearest(torchvision):
     with pytest.raises(ValueError, match=r"torchvision has no network 'resnet81', wanted one such as resnet"):
         create_model("torchvision:resnet81")
 
@@ -51,8 +51,7 @@ def test_usual_points_are_found_and_others_are_suggested(tmp_path):
     assert specs.stages_of(declared) is None
 
 
-def test_a_network_of_timm_names_its_stages():
-    pytest.importorskip("timm")
+def test_a_network_of_timm_names_its_stages(timm):
     assert specs.stages_of(create_model("timm:convnext_atto", 3)) == tuple(f"stages.{i}" for i in range(4))
     vit = create_model("timm:vit_tiny_patch16_224", 3)
     assert specs.stages_of(vit) is None and specs.declared_normalization(vit) == ((0.5,) * 3, (0.5,) * 3)

@@ -95,8 +95,9 @@ def test_a_traced_network_has_the_arguments_it_was_traced_with(name):
 
 @networks
 @modes
-def test_torchvisions_feature_extractor_traces_the_networks(name, train):
-    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+def test_torchvisions_feature_extractor_traces_the_networks(name, train, torchvision):
+    from torchvision.models import feature_extraction as extraction
+
     model, x = network(name, train), images()
     if name == "resnet8":
         nodes = ["layer1", "layer2", "layer3", "layer1.0.bn1", "layer1.0.bn2", "layer2.0.downsample.1"]

@@ -13,8 +13,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in DOCUMENTS}
+OTHERS = re.compile(r"^(?:import|from) (timm|torchvision)\b", re.MULTILINE)
 EXAMPLES = [
-    pytest.param(code, id=f"{name}-{i}")
+    pytest.param(code, id=f"{name}-{i}", marks=[pytest.mark.interop] if OTHERS.search(code) else [])
     for name, text in TEXTS.items()
     for i, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
 ]
@@ -22,6 +23,8 @@ EXAMPLES = [
 
 def test_there_are_examples() -> None:
     assert len(EXAMPLES) >= 6
+    foreign = [example.id for example in EXAMPLES if example.marks]
+    assert len(foreign) >= 2 and all(name.startswith("docs/own-networks") for name in foreign)
 
 
 @pytest.fixture
@@ -37,8 +40,8 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("code", EXAMPLES)
 def test_example_runs(code: str, request: pytest.FixtureRequest) -> None:
-    for package in re.findall(r"^(?:import|from) (timm|torchvision)\b", code, re.MULTILINE):
-        pytest.importorskip(package)
+    for package in OTHERS.findall(code):
+        request.getfixturevalue(package)
     if '"images/train"' in code:
         request.getfixturevalue("images")
     names: dict[str, object] = {}
@@ -48,9 +51,8 @@ def test_example_runs(code: str, request: pytest.FixtureRequest) -> None:
 
 
 @pytest.mark.parametrize("name", ["docs/own-networks.md"])
-def test_the_command_beside_the_loop_runs(name: str, images: None, one_thread: None) -> None:
-    for package in ("timm", "torchvision"):
-        pytest.importorskip(package)
+@pytest.mark.usefixtures("timm", "torchvision", "images", "one_thread")
+def test_the_command_beside_the_loop_runs(name: str) -> None:
     written = re.findall(r"```bash\n(python train\.py .*?)```", TEXTS[name], re.DOTALL)
     assert len(written) == 1
     words = shlex.split(written[0].replace("\\\n", " "))[2:]

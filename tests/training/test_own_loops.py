@@ -21,9 +21,9 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 @pytest.fixture
-def trained(monkeypatch):
+def trained(torchvision, monkeypatch):
     """The examples' teacher has statistics as training leaves them: a reset would show."""
-    models = pytest.importorskip("torchvision.models")
+    models = torchvision.models
     new = models.resnet34
     monkeypatch.setattr(models, "resnet34", lambda **options: seen_much(new(**options)))
 
@@ -72,13 +72,11 @@ def test_no_example_holds_its_loop_in_one_region_of_autocast():
                 assert not any(isinstance(inner, (ast.For, ast.While)) for inner in ast.walk(node))
 
 
-def test_accelerate(trained):
-    pytest.importorskip("accelerate")
+def test_accelerate(trained, accelerate):
     check(example("with_accelerate"))
 
 
-def test_lightning(trained, tmp_path):
-    lightning = pytest.importorskip("lightning")
+def test_lightning(trained, lightning, tmp_path):
     averaging = lightning.pytorch.callbacks.StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
     model = example("with_lightning", epochs=3, callbacks=[averaging], default_root_dir=tmp_path)
     assert not [name for name in model.state_dict() if "teacher" in name]
@@ -87,21 +85,47 @@ def test_lightning(trained, tmp_path):
     assert clone.teacher is not model.distillation.teacher
 
 
-@pytest.mark.slow
-def test_several_processes(tmp_path):
-    pytest.importorskip("torchvision")
+# what torchrun starts: the example's own main, then what each process has
+WORKER = """
+import runpy, sys, torch
+from torch import distributed
+
+made = runpy.run_path(sys.argv[1])["main"]()
+weights = torch.cat([parameter.detach().flatten() for parameter in made.student.parameters()])
+others = [torch.empty_like(weights) for _ in range(distributed.get_world_size())]
+distributed.all_gather(others, weights)
+counts = made.student.bn1.num_batches_tracked.item(), made.teacher.bn1.num_batches_tracked.item()
+equal = all(torch.equal(weights, x) for x in others)
+print(f"rank {distributed.get_rank()}: students equal {equal},", *counts)
+distributed.destroy_process_group()
+"""
+
+
+def in_two_processes(folder, *arguments):
+    """What each of two says of itself, in order."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
     done = subprocess.run(
-        [*command, str(EXAMPLES / "with_ddp.py")],
+        [*command, *map(str, arguments)],
         capture_output=True,
         text=True,
-        cwd=tmp_path,
-        env=variables,
+        cwd=folder,
+        env={**variables, "ACCELERATE_USE_CPU": "true"},
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert sorted(line for line in done.stdout.splitlines() if line.startswith("rank")) == [
-        "rank 0: students equal True",
-        "rank 1: students equal True",
-    ]
+    return sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
+
+
+@pytest.mark.slow
+def test_several_processes(torchvision, tmp_path):
+    found = in_two_processes(tmp_path, EXAMPLES / "with_ddp.py")
+    assert found == ["rank 0: students equal True", "rank 1: students equal True"]
+
+
+@pytest.mark.slow
+def test_accelerate_in_two_processes(torchvision, accelerate, tmp_path):
+    """Which refuse a teacher that is prepared alone. Each has four of the eight images: a batch an epoch."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    found = in_two_processes(tmp_path, "worker.py", EXAMPLES / "with_accelerate.py")
+    assert found == [f"rank {rank}: students equal True, 2 0" for rank in (0, 1)]

@@ -155,17 +155,19 @@ def test_figures_of_another_data_set_come_with_its_teacher(small_main, tmp_path,
     assert tested.normalized == in_words(found)
 
 
-def test_torchvision_declares_it_too(place):
-    models = pytest.importorskip("torchvision.models")
+def test_torchvision_declares_it_too(place, torchvision):
     assert declared_normalization(None, "torchvision:efficientnet_v2_l") == ((0.5,) * 3, (0.5,) * 3)
     mean, std = declared_normalization(None, "torchvision:resnet34")
     torch.testing.assert_close((torch.tensor(mean), torch.tensor(std)), tuple(x.flatten() for x in OWN))
-    assert models.get_model_weights("resnet34") and declared_normalization(None, "torchvision:none") is None
+    assert (
+        torchvision.models.get_model_weights("resnet34")
+        and declared_normalization(None, "torchvision:none") is None
+    )
 
 
-def test_torchvisions_other_weights_are_known_by_their_file(place, monkeypatch):
+def test_torchvisions_other_weights_are_known_by_their_file(place, torchvision, monkeypatch):
     """By its SHA-256, in which the published name ends; the weights themselves are not fetched here."""
-    vgg = pytest.importorskip("torchvision.models.vgg")
+    vgg = torchvision.models.vgg
     (place / "mine.pth").write_bytes(b"features")
     digest, spec = hashlib.sha256(b"features").hexdigest(), "torchvision:vgg16"
     usual = declared_normalization(None, spec)

@@ -31,9 +31,7 @@ def test_update_bn_leaves_the_teachers_statistics(foreign):
 
 
 @pytest.mark.parametrize("foreign", [False, True])
-def test_lightnings_averaging_leaves_them_too(tmp_path, foreign):
-    lightning = pytest.importorskip("lightning")
-
+def test_lightnings_averaging_leaves_them_too(lightning, tmp_path, foreign):
     class Module(lightning.LightningModule):
         def __init__(self):
             super().__init__()
