@@ -84,6 +84,31 @@ def test_the_student_comes_out_as_it_went_in(method):
     torch.testing.assert_close(clone(images, labels, index).terms, distillation(images, labels, index).terms)
 
 
+@pytest.mark.parametrize("method", ["simkd", "norm"])
+def test_a_student_that_was_changed_is_loaded_into_the_same_distillation(method, tmp_path):
+    """Elsewhere, by networks of other weights; a bare network has no place for what was added."""
+
+    def made(seed):
+        torch.manual_seed(seed)
+        return distillation_of(method, (Foreign(), Foreign(widths=WIDE)))
+
+    trained = made(0)
+    optimizer = torch.optim.SGD(trained.parameters(), 0.05)
+    for _ in range(2):
+        images, labels, index = batch()
+        trained.train()(images, labels, index).total.backward()
+        optimizer.step()
+    torch.save(trained.student.state_dict(), tmp_path / "student.pt")
+    saved = torch.load(tmp_path / "student.pt", weights_only=True)
+    other, images = made(1), batch()[0]
+    answers = [each.student.eval()(images) for each in (trained, other)]
+    assert not torch.allclose(*answers)
+    other.student.load_state_dict(saved)
+    assert torch.equal(other.student(images), answers[0])
+    with pytest.raises(RuntimeError, match="neck"):
+        Foreign().load_state_dict(saved)
+
+
 def test_a_relu_that_all_stages_share_tells_no_maps_before_it():
     """Its last call is not the stage's: the stage itself stands in, and no norm before it is found."""
     torch.manual_seed(0)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import OrderedDict
 
 import pytest
 import torch
 from support_data import small_digits
+from torch import nn
 
+import fastkd
 from fastkd import data as datasets
 from fastkd.distillation import Distillation
 from fastkd.methods import METHODS, define
 from fastkd.models import create_model
+from fastkd.models.specs import stages_of
 from fastkd.training import RECIPES, Batches, Settings, Trainer, UserError, get_recipe, run
 from fastkd.training.config import Config
 from fastkd.training.progress import Progress
@@ -32,6 +36,16 @@ def batches(count=64, batch_size=32, **options):
     return Batches(images, labels, (0.5,) * 3, (0.25,) * 3, batch_size=batch_size, **options)
 
 
+def four_stages(width):
+    """A network with the stages of a ResNet for ImageNet, by their names there."""
+    torch.manual_seed(width)
+    parts = [nn.Sequential(nn.Conv2d(3 if i == 0 else width, width, 3, 2, 1), nn.ReLU()) for i in range(4)]
+    stages = {f"layer{i}": part for i, part in enumerate(parts, 1)}
+    return nn.Sequential(
+        OrderedDict(**stages, pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(width, 3))
+    )
+
+
 # per recipe: the rate of the first epoch after each published drop, in epochs from 0
 @pytest.mark.parametrize(
     ("name", "rates"),
@@ -42,11 +56,12 @@ def batches(count=64, batch_size=32, **options):
         ("mdistiller", {149: 0.05, 150: 0.005, 180: 0.0005, 210: 0.00005}),
         ("kdzoo", {99: 0.1, 100: 0.01, 150: 0.001}),
         ("sakd", {149: 0.05, 150: 0.005, 180: 0.0005, 210: 0.00005}),
+        ("imagenet", {0: 0.1, 29: 0.1, 30: 0.01, 59: 0.01, 60: 0.001, 89: 0.001, 90: 0.0001, 99: 0.0001}),
     ],
 )
 def test_rates_drop_where_they_were_published_to(name, rates):
     recipe = get_recipe(name, {})
-    for steps in (390, 391, 781, 782):
+    for steps in (390, 391, 781, 782, 5004, 5005):
         for epoch, rate in rates.items():
             total = recipe.epochs * steps
             assert learning_rate(recipe, epoch * steps, total) == pytest.approx(rate)
@@ -62,6 +77,7 @@ def test_rates_drop_where_they_were_published_to(name, rates):
         ("mdistiller", (0.1, 0.9), (0.1, 0.9)),
         ("kdzoo", (1, 0.1), (1, 0.1)),
         ("sakd", (1, 0.9), (1, 0.9)),
+        (RECIPES["imagenet"].preset, (0.1, 0.9), (0.1, 0.9)),  # its authors', as zagoruyko
     ],
 )
 def test_losses_have_their_published_shares(preset, alone, beside):
@@ -82,6 +98,36 @@ def test_losses_have_their_published_shares(preset, alone, beside):
             if "kd" in found:
                 plain.setdefault("kd", found["kd"] / shares[1])
                 torch.testing.assert_close(found["kd"], plain["kd"] * shares[1])
+
+
+def test_imagenet_is_trained_as_its_authors_did():
+    """szagoruyko/attention-transfer's imagenet.py: plain momentum, AT at the ends of all four stages."""
+    recipe = get_recipe("imagenet", {})
+    assert (recipe.epochs, recipe.batch_size, recipe.lr, recipe.gamma) == (100, 256, 0.1, 0.1)
+    assert (recipe.weight_decay, recipe.momentum, recipe.nesterov, recipe.new_optimizer) == (
+        1e-4,
+        0.9,
+        False,
+        True,
+    )
+    assert recipe.init_epochs == 0 and recipe.teacher_mode == "eval" and not recipe.drop_last
+    student, teacher = four_stages(4), four_stages(8)
+    assert stages_of(student) == stages_of(teacher) == ("layer1", "layer2", "layer3", "layer4")
+    made = Distillation(
+        student,
+        teacher,
+        "at",
+        preset=recipe.preset,
+        student_points=stages_of(student),
+        teacher_points=stages_of(teacher),
+    ).eval()
+    images = torch.randn(3, 3, 64, 64)
+    beta = fastkd.AttentionTransfer.preset("zagoruyko").weight
+    ours, theirs = (fastkd.extract(x, stages_of(x))(images)[0] for x in (student, teacher))
+    pairs = [fastkd.attention_transfer_loss(s, t, weight=beta) for s, t in zip(ours, theirs, strict=True)]
+    found = made(images, torch.arange(3)).terms["at"]
+    torch.testing.assert_close(found, sum(pairs))
+    assert min(pairs) > 0.01 * found  # none of the four is nothing
 
 
 def test_a_new_optimizer_at_a_drop_forgets_its_momenta():
