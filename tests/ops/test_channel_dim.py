@@ -12,6 +12,7 @@ from support import values
 
 import fastkd
 from fastkd import reference
+from fastkd.ops._grad_prefetch import GradPrefetch
 
 F64 = torch.float64
 MAPS, TOKENS = (3, 8, 8, 5), (3, 49, 5)  # (N, H, W, C) and (N, L, C)
@@ -83,28 +84,49 @@ def test_maps_have_no_channels():
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("name", ["attention_transfer_loss", "fsp_loss"])
-def test_tokens_are_not_copied(cpp, one_thread, name):
-    x, y = (torch.randn(16, 196, 384) for _ in range(2))
-    size = x.numel() * 4
-    with (
-        torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        ) as profile,
-        fastkd.use_backend(cpp),
-        torch.no_grad(),
-    ):
-        if name == "fsp_loss":  # of few channels, so that the matrix is small
-            x, y = (side.view(16, -1, 16) for side in (x, y))
-            fastkd.fsp_loss([x, x], [y, y], channel_dim=-1)
-        else:
-            fastkd.attention_transfer_loss(x, y, channel_dim=-1)
+# of what is large the loss itself, without the products of the tests above
+PLAIN = {
+    "attention_map": lambda x, y, **o: fastkd.attention_map(x, **o).sum(),
+    "attention_transfer_loss": fastkd.attention_transfer_loss,
+    "fsp_matrix": lambda x, y, **o: fastkd.fsp_matrix(x, y, **o).sum(),
+    "fsp_loss": lambda x, y, **o: fastkd.fsp_loss([x, x], [y, y], **o),
+    "ofd_loss": lambda x, y, **o: fastkd.ofd_loss(x, y, torch.full((x.shape[-1],), -0.5), **o),
+    "hcl_loss": fastkd.hcl_loss,
+    "sakd_map": lambda x, y, **o: fastkd.sakd_map(x, **o).sum(),
+    "sakd_loss": fastkd.sakd_loss,
+}
+
+
+def peak_of(call):
+    """The most that PyTorch's allocator held at once for it, in bytes."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        call()
     held = peak = 0
     for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
-    assert 0 < peak < size / 2
+    return peak
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES)
+def test_nothing_is_copied(cpp, one_thread, monkeypatch, name, shape):
+    # what other tests' backward passes were given says nothing of this one's
+    monkeypatch.setattr(GradPrefetch, "expect", lambda self: ((0, 1.0), 1.0))
+    channels = 16 if name.startswith("fsp") else 384  # of few channels the matrix is small
+    side = 14 * 14 * 384 // channels
+    sizes = (side,) if shape == TOKENS else (14, side // 14)
+    x, y = (torch.randn(16, *sizes, channels) for _ in range(2))
+    size = x.numel() * 4
+    with fastkd.use_backend(cpp):
+        with torch.no_grad():
+            assert 0 < peak_of(lambda: PLAIN[name](x, y, channel_dim=-1)) < size / 2
+        x.requires_grad_()  # whose gradient is all that is as large
+        peak = peak_of(lambda: PLAIN[name](x, y, channel_dim=-1).backward())
+        assert x.grad.stride() == x.stride() and x.grad.any()
+        allowed = 3 if name == "fsp_loss" else 1  # there x comes twice: two gradients and their sum
+        assert allowed * size <= peak < (allowed + 0.5) * size
 
 
 @pytest.mark.parametrize("module", [fastkd, reference], ids=["ops", "reference"])

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
+from record_files import rows_of
 
+from fastkd import methods
 from fastkd.report import bars, page
 from fastkd.report import command as report
 from fastkd.training.results import COLUMNS, table
 
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "experiments"
 RUN = {
     "method": "at",
     "dataset": "cifar100",
@@ -111,6 +116,25 @@ def test_the_page_is_whole_and_asks_for_nothing(output, tmp_path):
     assert "<b>" not in text and any("lr=<b>" in cell for cell in found.cells)  # what a row says is text
     assert any(cell == "ours, bf16, 2 of 240 epochs" for cell in found.cells)
     assert b"<svg" in (tmp_path / "bars.svg").read_bytes()
+
+
+@pytest.mark.parametrize(("part", "figures"), [(".", 2), ("cifar100", 2), ("fashion-mnist", 1)])
+def test_the_committed_results_make_a_page(part, figures, tmp_path):
+    pytest.importorskip("matplotlib")
+    folder, path = RESULTS / part, tmp_path / "report.html"
+    assert report.main([str(folder), "--html", str(path)]) == 0
+    found, rows = Page(path.read_text(encoding="utf-8")), rows_of(folder)
+    assert found.open == [] and len(rows) > 1
+    cells = {*found.cells}
+    for row in rows:  # one seed each, so that its accuracy is no mean
+        titles = [methods._KINDS[name].title for name in row["method"].split("+") if name in methods._KINDS]
+        assert {row["reported_acc"], "+".join(titles) or row["method"]} <= cells, row["folder"]
+    images = [target for target in found.targets if not target.startswith("#")]
+    kinds = [re.match("data:image/([^;]*);base64,(.*)", target) for target in images]
+    assert all(kinds)
+    drawn = [base64.b64decode(kind[2]) for kind in kinds if kind[1] == "svg+xml"]
+    assert len(drawn) == figures  # curves; accuracy by method where there are two
+    assert all(b"<svg" in picture and len(picture) > 10_000 for picture in drawn)
 
 
 def test_without_runs_and_without_matplotlib_it_says_so(tmp_path, monkeypatch):

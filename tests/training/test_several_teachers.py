@@ -6,7 +6,8 @@ import json
 
 import pytest
 import torch
-from runs import rows_of
+from record_files import interrupt
+from runs import bits, load, rows_of
 from support_data import QUICK
 
 import fastkd
@@ -133,3 +134,49 @@ def test_a_run_of_two_teachers_says_so_and_goes_on(small_main, tmp_path, capsys)
         assert words in error and error.count("\n") == 1
     single = ["--method", "kd", *QUICK, "--join-teachers", "logits", "--output", str(tmp_path / "runs")]
     assert small_main(single) == 2 and "there is one teacher" in capsys.readouterr().err
+
+
+def test_a_run_by_the_mean_of_the_logits_says_so_and_goes_on(small_main, tmp_path, monkeypatch, capsys):
+    files = [tmp_path / "a.pt", tmp_path / "b.pt"]
+    teachers = networks("resnet8", "wrn_16_1", classes=10)
+    for file, network in zip(files, teachers, strict=True):
+        torch.save(network.state_dict(), file)
+    flags = [word for word in QUICK if word not in ("--teacher", "--student", "resnet8")]
+    flags += "--method kd --student resnet8 --teacher resnet8 --teacher wrn_16_1 --epochs 2".split()
+    flags += [word for file in files for word in ("--teacher-checkpoint", str(file))]
+    logits = [*flags, "--join-teachers", "logits"]
+    taught = []
+    whole = fastkd.SeveralTeachers.forward
+
+    def forward(self, images, *arguments):
+        losses = whole(self, images, *arguments)
+        taught.append((images.detach().clone(), losses.teacher_logits.detach().clone()))
+        return losses
+
+    monkeypatch.setattr(fastkd.SeveralTeachers, "forward", forward)
+    assert small_main([*logits, "--output", str(tmp_path / "whole")]) == 0, capsys.readouterr().err
+    assert "the mean of their logits" in capsys.readouterr().out
+    images, found = max(taught, key=lambda step: step[0].square().sum())  # not the blank ones of the plan
+    with torch.no_grad():
+        mean = torch.stack([teacher(images) for teacher in teachers]).mean(0)
+    torch.testing.assert_close(found, mean, rtol=1e-3, atol=1e-3)
+    (row,) = rows_of(tmp_path / "whole")
+    assert row["teacher"] == "resnet8 + wrn_16_1" and "join_teachers=logits" in row["overrides"].split()
+    mended = interrupt(monkeypatch, 2)
+    assert small_main([*logits, "--output", str(tmp_path / "parted")]) == 130
+    mended()
+    capsys.readouterr()
+    # the mean of the losses is another run
+    assert small_main([*flags, "--output", str(tmp_path / "parted"), "--resume"]) == 2
+    assert "join_teachers" in capsys.readouterr().err
+    assert small_main([*logits, "--output", str(tmp_path / "parted"), "--resume"]) == 0
+    assert "goes on after epoch 1 of 2" in capsys.readouterr().out
+    (again,) = rows_of(tmp_path / "parted")
+    assert [row[name] for name in ("acc", "losses", "overrides")] == [
+        again[name] for name in ("acc", "losses", "overrides")
+    ]
+    saved = [
+        load(tmp_path / name / one["folder"] / "last.pt") for name, one in (("whole", row), ("parted", again))
+    ]
+    for key in ("model", "method", "optimizer"):
+        assert bits(saved[0][key]) == bits(saved[1][key]), key

@@ -10,6 +10,7 @@ from record_files import rows_of
 from run_cases import error_of
 from runs import bits, load
 
+from fastkd.data.loader import Batches
 from fastkd.distillation import Distillation
 from fastkd.errors import UserError
 from fastkd.methods import union
@@ -18,6 +19,7 @@ from fastkd.training import Trainer
 from fastkd.training.passes import answer_key
 from fastkd.training.step import TrainStep
 
+OTHERS = ("at", "fsp", "rkd", "srrl", "afd", "reviewkd", "norm", "sakd", "dkd")
 COMMON = (
     "--dataset digits --teacher resnet8 --student resnet8 --device cpu --no-pictures --batch-size 24"
     " --epochs 2 --no-drop-last"
@@ -159,6 +161,50 @@ def test_what_was_stopped_goes_on_together_or_alone(small_main, alone, tmp_path,
         assert run[0] == alone[method][0] and run[3] == alone[method][3], method
     rows = len(rows_of(tmp_path))
     assert small_main(again) == 0 and len(rows_of(tmp_path)) == rows == 6  # all are there
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """What is made once for all: the epochs whose crops and flips are drawn, and the batches that are cut."""
+    drawn, cut = [], []
+    draw, take = Batches.draw, Batches.take
+
+    def drawing(self, epoch):
+        for params in draw(self, epoch):
+            drawn.append((self.stream, epoch))
+            yield params
+
+    def cutting(self, params):
+        cut.append(params.clone())
+        return take(self, params)
+
+    monkeypatch.setattr(Batches, "draw", drawing)
+    monkeypatch.setattr(Batches, "take", cutting)
+    return drawn, cut
+
+
+def test_the_other_methods_too_by_one_augmentation_for_all(small_main, tmp_path, made):
+    """Two steps each, by a teacher of their own."""
+    drawn, cut = made
+    file = tmp_path / "teacher.pt"
+    torch.save(create_model("resnet8", 10).state_dict(), file)
+    short = [word for word in COMMON if word not in ("--epochs", "2", "--batch-size", "24")]
+    short += ["--batch-size", "32", "--epochs", "1", "--teacher-checkpoint", str(file)]
+    for method in OTHERS:
+        assert small_main(["--method", method, *short, "--output", str(tmp_path / "alone")]) == 0
+    steps = [("student", 1)] * 2
+    # as many each in turn, so that one batch for all is what is counted below
+    assert drawn == steps * len(OTHERS) and len(cut) == len(drawn)
+    assert all(torch.equal(params, cut[i % 2]) for i, params in enumerate(cut))
+    two = cut[:2]
+    drawn.clear()
+    cut.clear()
+    assert small_main(["--method", ",".join(OTHERS), *short, "--output", str(tmp_path / "together")]) == 0
+    assert drawn == steps and len(cut) == 2 and all(map(torch.equal, cut, two))
+    alone, together = found(tmp_path / "alone"), found(tmp_path / "together")
+    assert {*alone} == {*OTHERS} == {*together}
+    for method, run in alone.items():
+        assert together[method] == run, method
 
 
 def test_teachers_in_train_mode_share_a_pass_and_their_averages(small_main, tmp_path, passes):
