@@ -52,8 +52,8 @@ find(forward_ad, "_current_level")  # read by each call
 
 def few_frames(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
     """Decorates an ``autograd.Function`` that never runs inside torch.func: its ``apply`` and its backward
-    pass go past the Python functions that PyTorch puts around them, which look for torch.func and for other
-    ways to write a Function.
+    pass go past the Python functions that PyTorch puts around them, which look for torch.func (and undo
+    what a transformation that has ended left around a tensor) and for other ways to write a Function.
     """
     function.apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     function._backward_cls.apply = function.backward  # type: ignore[attr-defined]

@@ -50,19 +50,22 @@ class Attention(nn.Module):
 
     def forward(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
         queries, keys = _vectors(self.queries, teachers), _vectors(self.keys, students)
-        linear, norm = self.bilinear
-        if plainly_normed(norm) and untouched(linear, nn.Linear) and keys[..., 0].numel() > 1:
-            products = products_with_normed(linear, norm, keys, queries)
+        if keys[..., 0].numel() > 1 and untouched(self.bilinear, nn.Sequential) and plain(self.bilinear):
+            products = products_with_normed(*self.bilinear, keys, queries)
         else:
             pairs = self.bilinear(keys.flatten(0, 1)).view(*keys.shape[:2], len(teachers), self.width)
             products = (pairs * queries[:, None]).sum(3).mT
         return ((products + self.p_t @ self.p_s.T) / self.width**0.5).softmax(2)
 
 
-def plainly_normed(norm: Any) -> bool:
-    """Whether PyTorch's own batch norm of one dimension takes the batch's moments and averages them."""
-    own = untouched(norm, nn.BatchNorm1d) and norm.training
-    return bool(own and norm.affine and norm.track_running_stats and norm.momentum is not None)
+def plain(layers: nn.Sequential) -> bool:
+    """Whether they are PyTorch's own linear layer and a batch norm that takes the batch's moments and
+    averages them.
+    """
+    if len(layers) != 2 or not untouched(layers[0], nn.Linear) or not untouched(layers[1], nn.BatchNorm1d):
+        return False
+    norm: Any = layers[1]
+    return bool(norm.training and norm.affine and norm.track_running_stats and norm.momentum is not None)
 
 
 def products_with_normed(linear: Any, norm: Any, keys: Tensor, queries: Tensor) -> Tensor:
@@ -77,11 +80,15 @@ def products_with_normed(linear: Any, norm: Any, keys: Tensor, queries: Tensor) 
     count, width = queries.shape[1:]
     mean = keys.mean((0, 1))
     centred = keys - mean
-    rows = centred.flatten(0, 1)
-    weight = linear.weight
-    variance = ((weight @ (rows.mT @ rows / len(rows))) * weight).sum(1).clamp_min(0)
+    rows, weight = centred.flatten(0, 1), linear.weight
+    # a norm's own moments are float32 whatever precision products are allowed
+    wide = torch.float64 if rows.is_cuda or torch.get_float32_matmul_precision() != "highest" else rows.dtype
+    covariance = rows.mT.to(wide) @ rows.to(wide) / len(rows)
+    variance = ((weight.to(wide) @ covariance) * weight).sum(1).clamp_min(0).to(rows.dtype)
     with torch.no_grad():
-        norm.running_mean.lerp_((weight @ mean + linear.bias).to(norm.running_mean), norm.momentum)
+        norm.running_mean.lerp_(
+            (weight.to(wide) @ mean.to(wide) + linear.bias).to(norm.running_mean), norm.momentum
+        )
         unbiased = variance * (len(rows) / (len(rows) - 1))
         norm.running_var.lerp_(unbiased.to(norm.running_var), norm.momentum)
         norm.num_batches_tracked.add_(1)

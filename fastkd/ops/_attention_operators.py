@@ -63,7 +63,8 @@ def _loss_fake(
             for s, t in zip(student, teacher)
         ]
     prepares = options & PREPARE and options & STUDENT_GRAD and not s_map
-    if prepares and _are_joined(student, teacher, options):
+    # the C++ kernels' coefficients; others give a tensor a feature
+    if prepares and student[0].device.type != "cuda" and _are_joined(student, teacher, options):
         sizes = [[sum(map(math.prod, sizes))]]
     return (
         student[0].new_empty((), dtype=dtype),

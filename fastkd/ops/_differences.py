@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastkd import backends, native
 from fastkd._implementations import CPP
-from fastkd._private import saved_tensors_hooked, transforming
+from fastkd._private import few_frames, saved_tensors_hooked, transforming
 from fastkd.ops._gradients import handed_out
 from fastkd.ops._register import autograd, define, wanting_gradients
 
@@ -99,6 +99,7 @@ def difference_loss(name: str, rest: str) -> None:
     autograd(name, _rule(name), _context, only_cpu=True)
 
 
+@few_frames
 class DifferenceFunction(torch.autograd.Function):
     """``apply((name, student, teacher, rest, needed), *tensors)`` -> loss, for lists of features of which
     ``tensors``, those at the places ``needed`` in ``[*student, *teacher]``, need a gradient.

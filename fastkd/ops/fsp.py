@@ -281,8 +281,8 @@ def _loss_in_graph(impl: Backend, student: Features, teacher: Features, given: F
     # the weight has been looked at, and may be a number that only the graph knows
     students, teachers = checks.fsp_loss(student, teacher, *given._replace(weight=1.0))
     if torch.is_grad_enabled() and any(x.requires_grad for x in students + teachers):
-        options |= _WITH_GRAD
-        if any(x.requires_grad for x in teachers):
-            options |= _TEACHER_GRAD
+        # the matrix, as for a teacher that learns: products over channels would want the teacher's features
+        # saved, and a graph cannot save those of inference mode
+        options |= _WITH_GRAD | _TEACHER_GRAD
     # the weight outside: a number among an operator's arguments is a constant of the graph
     return impl.graph_op("fsp_loss")(students, teachers, options, [0.0, 1.0, *weights])[0] * weight

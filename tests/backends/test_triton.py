@@ -223,7 +223,7 @@ def test_the_operator_gives_what_its_schema_says(triton, pool):
     """The launchers as operators: for graphs, and for whoever calls them directly; with gradients for an
     upstream that is foreseen.
     """
-    from fastkd.ops.attention import _loss_fake
+    from fastkd.ops._attention_operators import _loss_fake
 
     s, t = chains(triton, grad=False)
     t[0] = t[0][..., :5, :6]

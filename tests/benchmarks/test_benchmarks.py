@@ -126,7 +126,7 @@ def test_a_backend_whose_first_kernel_fails_has_rows_that_say_so(monkeypatch: py
 
     monkeypatch.setitem(rows.FUSED, "attention", broken)
     monkeypatch.setattr(rows.backends, "availability", lambda: {"cpp": (True, ""), "reference": (True, "")})
-    assert rows.available_backends() == ["cpp"]
+    assert rows.available_backends.__wrapped__() == ["cpp"]  # not what an earlier call found
     session, said = Session(False, lambda line: None), "RuntimeError: Failed to find C compiler"
     group = rows.LossGroup(cases.Case("attention", "small"), False)
     row = rows.Row("cpp", lambda: broken([], []))

@@ -175,6 +175,36 @@ def test_keys_of_pairs_that_are_never_made_are_those_of_the_layers(training, mon
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
 
 
+def test_what_is_set_upon_the_layers_as_a_whole_is_seen():
+    """A hook of theirs runs, and layers that were wrapped or exchanged are called."""
+    attention, sides = (
+        Attention([3], [5, 2], 7),
+        [[torch.randn(9, size) for size in x] for x in ((3,), (5, 2))],
+    )
+    wanted, called = attention(*sides), []
+    attention.bilinear.register_forward_hook(lambda *inputs: called.append(inputs))
+    torch.testing.assert_close(attention(*sides), wanted)
+    assert len(called) == 1
+    attention.bilinear = torch.nn.Sequential(attention.bilinear, torch.nn.Identity(), torch.nn.Identity())
+    torch.testing.assert_close(attention(*sides), wanted)
+    assert len(called) == 2
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_moments_are_float32_whatever_precision_products_have(precision):
+    linear, norm = Attention([3], [5], 64).bilinear
+    norm.momentum = 1.0
+    keys, queries = torch.randn(99, 1, 64) + 3, torch.randn(99, 1, 64)
+    wanted = (keys[:, 0].double() @ linear.weight.double().T).var(0).float()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        products_with_normed(linear, norm, keys, queries)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    torch.testing.assert_close(norm.running_var, wanted, rtol=1e-5, atol=0)
+
+
 def test_half_precision_is_computed_in_float32():
     maps = [[(200 * torch.randn(3, 4, 4, 4)).to(dtype)] for dtype in (torch.float16, torch.bfloat16)]
     torch.manual_seed(1)

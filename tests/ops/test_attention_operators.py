@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from support import cpp_missing, make
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastkd
 from fastkd._bits import ATTENTION
@@ -47,6 +48,15 @@ def test_a_graph_knows_every_result(sizes, dtype):
             a, b = ([x] if isinstance(x, torch.Tensor) else x for x in (a, b))
             assert [(x.shape, x.dtype) for x in a] == [(x.shape, x.dtype) for x in b], switches
         assert (found[1][0].dim() == 1) == (prepare and not teacher_grad and sizes[2]), switches
+
+
+def test_on_a_gpu_a_graph_knows_a_tensor_a_stage():
+    """Neither library for GPUs puts coefficients in one tensor."""
+    options = ATTENTION.pack(channel_reduce="mean", student_grad=True, prepare=True)
+    with FakeTensorMode():
+        x = [torch.empty(2, 3, 4, 4, device="cuda")]
+        _, coefficients, _ = torch.ops.fastkd.attention_transfer_loss(x, x, options, NUMBERS)
+    assert [tuple(k.shape) for k in coefficients] == [(2, 4, 4)]
 
 
 @pytest.mark.parametrize(

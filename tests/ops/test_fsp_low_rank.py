@@ -133,6 +133,17 @@ def test_a_student_of_another_size_keeps_its_accuracy(factor):
         assert (got.double() - want).norm() / want.norm() < 2e-6
 
 
+def test_a_loss_of_two_factors_that_cancel_is_not_negative():
+    """A network whose stages are rescaled has its teacher's matrix from other features: what is left is a
+    rounding of the matrix's square.
+    """
+    for _ in range(20):
+        a, b = (values((1, 64, 1, 1), torch.float32) for _ in range(2))
+        loss = fastkd.fsp_loss([3 * a, b / 3], [a, b])
+        matrix = ref.fsp_loss([a, b], [torch.zeros_like(a), b])
+        assert 0 <= loss <= 1e-6 * matrix
+
+
 def test_student_equal_to_teacher_has_loss_and_gradient_zero():
     x = chain("after a matrix")
     given = [*x, *(y.clone() for y in x)]

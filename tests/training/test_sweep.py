@@ -77,13 +77,10 @@ def test_a_grid_over_seeds_goes_on_and_is_reported_by_value(small_main, tmp_path
             raise KeyboardInterrupt
         return whole(configs)
 
-    monkeypatch.setattr(repeats.together, "run", stopped)
-    assert small_main(flags) == 130 and len(rows_of(tmp_path)) == 3
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(repeats.together, "run", stopped)
+        assert small_main(flags) == 130 and len(rows_of(tmp_path)) == 3
     capsys.readouterr()
-    from support_data import small_digits
-
-    small_digits()
     assert small_main(flags) == 0
     out = capsys.readouterr().out
     assert out.count("finished, row") == 2 and "2 students side by side: at+kd at.beta=500, at+kd at" in out

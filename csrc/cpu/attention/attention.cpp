@@ -1,5 +1,5 @@
 // The attention operators for the CPU: checks, allocation and the parallel region. The formulas are in
-// attention.inl, the schemas in fastkd/ops/attention.py.
+// attention.inl, the schemas in fastkd/ops/_attention_operators.py.
 #include "cpu/attention/attention.h"
 
 #include <tuple>

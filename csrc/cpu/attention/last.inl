@@ -31,7 +31,7 @@ FASTKD_INLINE void store_sums(VecD* v, int64_t n, double* q) {
 }
 
 // How far ahead of a pass over consecutive memory its lines are fetched: more than what is on its way, and
-// mostly past the end of the page, where the hardware stops.
+// as often as not past the end of the page, where the hardware stops.
 constexpr int64_t kAhead = 2048;
 
 template <int64_t Bytes>

@@ -9,6 +9,9 @@
 // two parts of X^T X, which may cancel, is multiplied by itself. The teacher's gradients, Y^T B_t, would want
 // as much: where they are asked for, the matrix serves.
 //
+// A loss that is small because both factors of it cancel, as where the student's A is c times the teacher's and
+// its B 1 / c times, has the digits of |G|^2 alone: it is at least 0, and right to a rounding of |G|^2.
+//
 // Saved are the factors Y^T B_s and X^T A_s, 2 K x K each, times slope / K. Needs fsp/fsp.inl up to where
 // that includes this file.
 
@@ -169,7 +172,7 @@ static double forward_low_rank(const FspPair& pair, int64_t n, const LowRankScra
       __builtin_memcpy(to + (2 * k + i) * k, sums[0] + i * a_row + 2 * k, static_cast<size_t>(k) * sizeof(A));
     scale<A>(to, kLowRankSquares * k * k, static_cast<A>(pair.slope / static_cast<double>(k)));
   }
-  return total / (static_cast<double>(k) * static_cast<double>(k));
+  return total < 0 ? 0 : total / (static_cast<double>(k) * static_cast<double>(k));  // NaN stays
 }
 
 // As multiply_term() in fsp/backward.inl, for a term from what is saved.

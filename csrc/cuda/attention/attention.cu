@@ -1,5 +1,5 @@
 // The attention-transfer loss for CUDA: checks, allocation and launches. The kernels are in
-// loss.cuh and gradient.cuh, the schemas in fastkd/ops/attention.py.
+// loss.cuh and gradient.cuh, the schemas in fastkd/ops/_attention_operators.py.
 #include <tuple>
 
 #include "common/attention_options.h"
