@@ -1,9 +1,8 @@
 """A Markdown table and a plot from the results of ``pytest --benchmark``.
 
-    python benchmarks/report.py                        of the newest results: speed.md and speed.svg beside
-    speed.json python benchmarks/report.py FILE --readme          of FILE; the short table and the plot go
-    into README, between its markers too
-    python benchmarks/report.py --docs                 the methods' table and figure of docs/speed.md
+    python benchmarks/report.py                 of the newest results: speed.md, speed.svg beside speed.json
+    python benchmarks/report.py FILE --readme   of FILE; the short table and the plot go into README too
+    python benchmarks/report.py --docs          the methods' table and figure of docs/speed.md
 
 The plot needs matplotlib (the extra `dev`).
 """
