@@ -51,7 +51,7 @@ class Attention(nn.Module):
     def forward(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
         queries, keys = _vectors(self.queries, teachers), _vectors(self.keys, students)
         if keys[..., 0].numel() > 1 and untouched(self.bilinear, nn.Sequential) and plain(self.bilinear):
-            products = products_with_normed(*self.bilinear, keys, queries)
+            products = products_with_normed(self.bilinear[0], self.bilinear[1], keys, queries)
         else:
             pairs = self.bilinear(keys.flatten(0, 1)).view(*keys.shape[:2], len(teachers), self.width)
             products = (pairs * queries[:, None]).sum(3).mT
