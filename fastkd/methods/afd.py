@@ -81,8 +81,9 @@ def products_with_normed(linear: Any, norm: Any, keys: Tensor, queries: Tensor) 
     mean = keys.mean((0, 1))
     centred = keys - mean
     rows, weight = centred.flatten(0, 1), linear.weight
-    # a norm's own moments are float32 whatever precision products are allowed
-    wide = torch.float64 if rows.is_cuda or torch.get_float32_matmul_precision() != "highest" else rows.dtype
+    # a norm's own moments are float32 whatever precision products are allowed, which a graph cannot ask
+    surely = not (rows.is_cuda or torch.compiler.is_compiling())
+    wide = rows.dtype if surely and torch.get_float32_matmul_precision() == "highest" else torch.float64
     covariance = rows.mT.to(wide) @ rows.to(wide) / len(rows)
     variance = ((weight.to(wide) @ covariance) * weight).sum(1).clamp_min(0).to(rows.dtype)
     with torch.no_grad():
