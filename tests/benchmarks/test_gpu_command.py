@@ -33,9 +33,11 @@ def python(name: str, code: str, seconds: float = 20, measures: bool = False) ->
 
 @pytest.fixture(autouse=True)
 def interruptible() -> None:
-    """As :func:`gpu.main` leaves it: behind a shell's & it is ignored, by the parts too."""
+    """What a shell's & or nohup has told this process to ignore, and so what it starts, is heard here."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture
