@@ -9,8 +9,8 @@
 // two parts of X^T X, which may cancel, is multiplied by itself. The teacher's gradients, Y^T B_t, would want
 // as much: where they are asked for, the matrix serves.
 //
-// A loss that is small because both factors of it cancel, as where the student's A is c times the teacher's and
-// its B 1 / c times, has the digits of |G|^2 alone: it is at least 0, and right to a rounding of |G|^2.
+// A loss that is small because both factors of it cancel, as where the student's A is c times the teacher's
+// and its B 1 / c times, has the digits of |G|^2 alone: it is at least 0, and right to a rounding of |G|^2.
 //
 // Saved are the factors Y^T B_s and X^T A_s, 2 K x K each, times slope / K. Needs fsp/fsp.inl up to where
 // that includes this file.
