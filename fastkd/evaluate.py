@@ -197,11 +197,10 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
+    normalized = f"; images normalized by {found.normalized}" if found.normalized else ""
     print(
         f"{found.model} on {found.dataset}: {found.accuracy:.2f} % of {found.images:,} test images,"
-        f" {found.parameters:,} parameters, {found.speed:,.0f} images/s"
-        + f"; images normalized by {found.normalized}"
-        * bool(found.normalized)
+        f" {found.parameters:,} parameters, {found.speed:,.0f} images/s{normalized}"
     )
     return 0
 

@@ -192,29 +192,15 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-@pytest.fixture
-def timm():
-    return pytest.importorskip("timm")
+def _package(name: str):
+    @pytest.fixture(name=name)
+    def package():
+        return pytest.importorskip(name)
+
+    return package
 
 
-@pytest.fixture
-def torchvision():
-    return pytest.importorskip("torchvision")
-
-
-@pytest.fixture
-def accelerate():
-    return pytest.importorskip("accelerate")
-
-
-@pytest.fixture
-def lightning():
-    return pytest.importorskip("lightning")
-
-
-@pytest.fixture
-def torchdistill():
-    return pytest.importorskip("torchdistill")
+timm, torchvision, accelerate, lightning, torchdistill = map(_package, INTEROP)
 
 
 @pytest.fixture

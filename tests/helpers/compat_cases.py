@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import formulas
-import pytest
 import torch
 import torch.nn.functional as F
 from support import evaluate, values
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 F64 = torch.float64
 

@@ -13,16 +13,6 @@ import fastkd
 FOUR = ["layer1", "layer2", "layer3", "layer4"]
 
 
-@pytest.fixture
-def timm():
-    return pytest.importorskip("timm")
-
-
-@pytest.fixture
-def torchvision():
-    return pytest.importorskip("torchvision")
-
-
 def images(size=32, n=2):
     return torch.randn(n, 3, size, size)
 
