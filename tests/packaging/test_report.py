@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -110,10 +111,11 @@ def test_text_says_the_same(report: dict) -> None:
     done = run()
     assert done.returncode == 0, done.stderr
     assert f"fastkd {report['fastkd']}, Python {report['python']}, torch {report['torch']}" in done.stdout
+    # an entry's reason may go on in the lines below it, which stand further in; details follow it there
+    entries = [" ".join(text.split()) for text in re.split(r"\n(?=  \S)|\n\n", done.stdout)]
     for name, entry in [*report["native"].items(), *report["backends"].items()]:
-        lines = [line for line in done.stdout.splitlines() if line.split()[:1] == [name]]
-        (line,) = [line for line in lines if line.split(None, 2)[2:] == [entry["reason"]]]
-        assert line.split()[1] == ("yes" if entry["available"] else "no")
+        said = f"{name} {'yes' if entry['available'] else 'no'} {entry['reason']}"
+        assert sum(f"{text} ".startswith(f"{said} ") for text in entries) == 1, said
 
 
 def test_wrong_flag() -> None:
