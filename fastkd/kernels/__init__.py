@@ -9,6 +9,7 @@
 | `attention/loss.py`, `loss_gradient.py`, `loss_kernels.py` | the attention-transfer loss over stages |
 | `attention/map.py`, `map_kernels.py` | the attention map; with a ReLU before and a gradient after |
 | `attention/tap.py` | the taps: the same kernels with those |
+| `crd/loss.py`, `loss_kernels.py` | the CRD loss and its gradients, over drawn rows of two banks |
 | `fsp/forward.py`, `forward_kernels.py` | FSP matrices and the FSP loss over a chain, forward |
 | `fsp/gradient.py`, `terms.py`, `gradient_kernels.py`, `term_kernels.py` | and backward |
 | `fsp/low_rank.py` | what those do where the matrix would be larger than the features |
@@ -38,6 +39,7 @@ LAUNCHERS = {
     "attention_map_backward": "attention.map",
     "attention_transfer_loss": "attention.loss",
     "attention_transfer_loss_backward": "attention.loss_gradient",
+    "crd_pass": "crd.loss",
     "fsp_matrix": "fsp.forward",
     "fsp_matrix_backward": "fsp.gradient",
     "fsp_loss": "fsp.forward",

@@ -16,6 +16,10 @@ def none(arguments: tuple, options: tuple) -> str:
     return ""
 
 
+def no_kernel(arguments: tuple, options: tuple) -> str:
+    return "it has no kernel of this operation"
+
+
 def attention_map(arguments: tuple, options: tuple) -> str:
     p = options[0]
     return "" if p == 2 else f"its kernels take p = 2, not {p}"

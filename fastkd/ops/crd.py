@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd import checks, reference
+from fastkd import backends, checks, reference
+from fastkd._implementations import REFERENCE
 from fastkd._private import transforming
-from fastkd.ops._differences import fused
+from fastkd.ops._cuda_limits import no_kernel
 from fastkd.ops._gradients import save, scaled
-from fastkd.ops._register import autograd, define, implement, part_of
+from fastkd.ops._register import accumulator, autograd, define, implement, part_of
 from fastkd.reference.common import no_autocast
 
 NUMBERS = 2**22
@@ -55,8 +56,11 @@ def crd_loss(
     ``-1 / N`` times the sum of ``log(P / (P + c + eps))`` over the positives and of ``log(c / (P + c +
     eps))`` over the negatives; the loss is the sum of both. The gradients are found with the scores, and
     memory is never (N, K + 1, D). On a CPU and in float32 a kernel sorts the drawn rows by where they lie in
-    the bank and reads each once for score, loss and gradient: memory is O(N K). Elsewhere scores come from
-    one product with the whole bank where enough of it is drawn, else from a chunk of samples at a time.
+    the bank and reads each once for score, loss and gradient: memory is O(N K). On a GPU Triton's kernel does
+    so in the order of ``rows``, from banks of any dtype but float64: memory is O(N D) for some parts of K.
+    Elsewhere scores come from one product with the whole bank where enough of it is drawn, else from a chunk
+    of samples at a time. On a GPU nobody looks at ``rows``: one outside the banks makes loss and gradient
+    NaN, and in plain PyTorch ends in its assertion.
     Raises: TypeError, ValueError for what does not fit. A second derivative raises RuntimeError;
     ``fastkd.reference`` has one.
     Source: Tian, Krishnan, Isola, *Contrastive representation distillation*, ICLR 2020.
@@ -70,14 +74,29 @@ def crd_loss(
             "weight": weight,
         }
         return reference.crd_loss(student, teacher, student_bank, teacher_bank, rows, **options)
-    s, t, s_bank, t_bank, given = reference.vectors.crd_inputs(
-        student, teacher, student_bank, teacher_bank, normalizers
-    )
+    s, t, given, *banks = _inputs(student, teacher, student_bank, teacher_bank, normalizers)
     followed = torch.is_grad_enabled()
     needs = followed and s.requires_grad, followed and t.requires_grad
     numbers = float(temperature), float(eps), float(weight)
-    loss, found, _, _ = torch.ops.fastkd.crd_loss.default(s, t, s_bank, t_bank, rows, given, *numbers, *needs)
+    loss, found, _, _ = torch.ops.fastkd.crd_loss.default(s, t, *banks, rows, given, *numbers, *needs)
     return loss, found
+
+
+def _inputs(
+    student: Tensor,
+    teacher: Tensor,
+    student_bank: Tensor,
+    teacher_bank: Tensor,
+    normalizers: Tensor | Sequence[float] | None,
+) -> list[Tensor]:
+    """Embeddings, normalizers and banks: all in one dtype, but for two banks of half precision, which
+    Triton's kernels read as they are.
+    """
+    given = reference.vectors.crd_normalizers(normalizers, student)
+    embeddings, banks = (student, teacher, given), (student_bank.detach(), teacher_bank.detach())
+    dtype = accumulator((*embeddings, *banks))
+    half = dtype == torch.float32 and banks[0].dtype == banks[1].dtype
+    return [x.to(dtype) for x in embeddings] + [bank if half else bank.to(dtype) for bank in banks]
 
 
 def _loss(
@@ -94,10 +113,13 @@ def _loss(
     need_t: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, normalizers, the loss's gradient for s, for t); a gradient that nobody needs has no elements."""
+    impl = backends.select("crd_pass", (s, t, s_bank, t_bank), no_kernel)
     checks.crd_rows(rows, len(s_bank))
-    if fused(s) and s.dtype == torch.float32:
-        tensors = [x.contiguous() for x in (s, t, s_bank, t_bank, rows)]
-        return torch.ops.fastkd.crd_pass.default(*tensors, given, temperature, eps, weight, need_s, need_t)
+    if impl.name != "triton":
+        s_bank, t_bank = s_bank.to(s.dtype), t_bank.to(s.dtype)
+    if impl is not REFERENCE and s.dtype == torch.float32:
+        tensors = [x.contiguous() for x in (s, t, s_bank, t_bank, rows, given)]
+        return impl.run("crd_pass", *tensors, temperature, eps, weight, need_s, need_t)
     with no_autocast(s):
         sides = [
             _direction(x, bank, rows, z, temperature, eps, weight, need)

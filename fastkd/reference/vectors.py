@@ -180,6 +180,15 @@ def rkd_loss(
         return loss
 
 
+def crd_normalizers(given: Tensor | Sequence[float] | None, like: Tensor) -> Tensor:
+    """As a tensor beside ``like``, without gradient; made on its device, since a copy to a GPU would wait."""
+    if isinstance(given, Tensor):
+        return given.detach()
+    if given is None:
+        return like.new_zeros(2, dtype=torch.float32)
+    return torch.stack([like.new_full((), float(value), dtype=torch.float32) for value in given])
+
+
 def crd_inputs(
     student: Tensor,
     teacher: Tensor,
@@ -188,13 +197,8 @@ def crd_inputs(
     normalizers: Tensor | Sequence[float] | None,
 ) -> list[Tensor]:
     """The five tensors of :func:`fastkd.crd_loss` in one dtype; banks and normalizers as constants."""
-    if normalizers is None:
-        normalizers = (0.0, 0.0)
-    if not isinstance(normalizers, Tensor):
-        normalizers = torch.tensor(
-            [float(value) for value in normalizers], dtype=torch.float32, device=student.device
-        )
-    return widen(student, teacher, student_bank.detach(), teacher_bank.detach(), normalizers.detach())
+    given = crd_normalizers(normalizers, student)
+    return widen(student, teacher, student_bank.detach(), teacher_bank.detach(), given)
 
 
 def crd_loss(

@@ -23,6 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton_cases import CASES, FEW
+from triton_vector_cases import CASES as VECTORS
 
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that a program may use
 
@@ -162,14 +163,15 @@ def report(capability: int, names: Sequence[str]) -> list[dict[str, Any]]:
 
     triton.runtime.jit.JITFunction._do_compile = keep
     found = []
+    every = CASES | VECTORS
     for name in names:
         compiled.clear()
         stand_in.launches.clear()
-        CASES[name]()
+        every[name]()
         first = list(stand_in.launches)
         # the second call of each launcher goes past the binder: to the same kernels with the same arguments
         count = len(compiled)
-        CASES[name]()
+        every[name]()
         second = stand_in.launches[len(first) :]
         same = [
             a[0] is b[0] and len(a[1]) == len(b[1]) and a[1][:3] == b[1][:3] for a, b in zip(first, second)
@@ -203,14 +205,16 @@ def report(capability: int, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """``80 few`` or ``90 "fsp cifar bf16"``: some cases; ``90``: all; ``80,90,100``: a line of JSON for each,
-    all cases for sm_90 and few for the others.
+    """``80 few`` or ``90 "fsp cifar bf16"``: some cases; ``90 vectors``: those of embeddings; ``90``: all;
+    ``80,90,100``: a line of JSON for each, all cases of features for sm_90 and few for the others.
     """
     os.nice(max(10 - os.nice(0), 0))  # other tests go first
-    capabilities, names = sys.argv[1].split(","), sys.argv[2:] or list(CASES)
+    capabilities, names = sys.argv[1].split(","), sys.argv[2:]
     if len(capabilities) == 1:
-        print(json.dumps(report(int(capabilities[0]), FEW if names == ["few"] else names)))
+        sets = {"few": [*FEW, *VECTORS], "vectors": [*VECTORS], "": [*CASES, *VECTORS]}
+        print(json.dumps(report(int(capabilities[0]), sets.get(" ".join(names), names))))
         return
+    names = names or list(CASES)
     for capability in capabilities:  # each in a process that is forked from one with everything imported
         child = os.fork()
         if child == 0:

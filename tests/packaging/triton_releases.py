@@ -3,11 +3,12 @@
     python tests/packaging/triton_releases.py            every release on the index from 3.6.0 on
     python tests/packaging/triton_releases.py 3.7.1      this one
     python tests/packaging/triton_releases.py --few      of sm_80 and sm_90 only as much as holds every kernel
+    python tests/packaging/triton_releases.py --vectors  the kernels of losses of embeddings alone
 
 Prints a line for each release and architecture and fails if one fails. Needs PyTorch and pip; a release takes
 200 MB and some minutes. What is compiled is in tests/helpers/triton_cases.py: all its cases for sm_90,
-enough of them for every kernel elsewhere. Triton's cache keeps what was compiled: a run that was stopped soon
-comes to where it was.
+enough of them for every kernel elsewhere; and all of tests/helpers/triton_vector_cases.py. Triton's cache
+keeps what was compiled: a run that was stopped soon comes to where it was.
 """
 
 from __future__ import annotations
@@ -36,14 +37,13 @@ def releases() -> list[str]:
     return [".".join(map(str, number)) for number in sorted(numbers) if number >= OLDEST]
 
 
-def compiled(site: Path, capability: int, few: bool) -> tuple[list[dict], str]:
+def compiled(site: Path, capability: int, cases: list[str]) -> tuple[list[dict], str]:
     """What triton_compile.py says of each kernel with the Triton in ``site``, or its last error line."""
     env = os.environ | {
         "PYTHONPATH": f"{site}{os.pathsep}{ROOT}",
         "TRITON_INTERPRET": "0",
         "OMP_NUM_THREADS": "1",
     }
-    cases = ["few"] if few or capability != 90 else []
     done = subprocess.run(
         [sys.executable, COMPILE, str(capability), *cases], env=env, capture_output=True, text=True
     )
@@ -53,7 +53,7 @@ def compiled(site: Path, capability: int, few: bool) -> tuple[list[dict], str]:
     return [kernel for case in json.loads(done.stdout) for kernel in case["kernels"]], ""
 
 
-def check(version: str, few: bool) -> bool:
+def check(version: str, few: bool, vectors: bool) -> bool:
     """Prints a line for each architecture; whether all compiled."""
     with tempfile.TemporaryDirectory(prefix="triton-") as folder:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder]
@@ -63,7 +63,8 @@ def check(version: str, few: bool) -> bool:
             return False
         good = True
         for capability in CAPABILITIES[: 2 if few else 3]:
-            kernels, error = compiled(Path(folder), capability, few)
+            cases = ["vectors"] if vectors else ["few"] if few or capability != 90 else []
+            kernels, error = compiled(Path(folder), capability, cases)
             used = [kernel["resources"] for kernel in kernels]
             told = f"FAILED, {error}"
             if not error:
@@ -77,9 +78,10 @@ def check(version: str, few: bool) -> bool:
 def main() -> int:
     import torch
 
-    few, wanted = "--few" in sys.argv[1:], [word for word in sys.argv[1:] if word != "--few"]
+    few, vectors = ("--few" in sys.argv[1:], "--vectors" in sys.argv[1:])
+    wanted = [word for word in sys.argv[1:] if not word.startswith("--")]
     print(f"PyTorch {torch.__version__}, Python {sys.version.split()[0]}", flush=True)
-    failed = [version for version in wanted or releases() if not check(version, few)]
+    failed = [version for version in wanted or releases() if not check(version, few, vectors)]
     return int(bool(failed))
 
 

@@ -1,0 +1,1 @@
+"""Contrastive distillation against drawn rows of two banks."""

@@ -1,0 +1,68 @@
+"""The Triton kernels of losses of embeddings compiled as their launchers would on a GPU, as
+test_triton_compile.py does it with those of features.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+pytestmark = pytest.mark.slow
+LAUNCHES = {"crd": ["crd_odds_kernel", "crd_loss_kernel", "crd_sum_kernel"]}
+# registers of a thread at most: with 80 six programs of 128 threads share a multiprocessor's 65536
+REGISTERS = {"crd": 80, "crd bf16": 80, "crd fp16, student": 80}
+# accesses of 16 bytes that a thread makes for a tile of CRD's rows: 4 of float32 numbers, 2 of half precision
+WIDE = {"crd": 4, "crd bf16": 2, "crd fp16, student": 2, "crd loss": 4, "crd wide": 8}
+
+
+@functools.cache
+def report(capability: int) -> dict[str, dict]:
+    env = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    script = Path(__file__).parents[1] / "helpers" / "triton_compile.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(capability), "vectors"], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return {case["case"]: case for case in json.loads(done.stdout)}
+
+
+@pytest.fixture(params=(80, 90, 100), ids=lambda c: f"sm_{c}")
+def cases(request):
+    return report(request.param)
+
+
+def test_kernels_fit_and_do_not_spill(cases):
+    for name, case in cases.items():
+        assert case["kernels"], name
+        for kernel in case["kernels"]:
+            used = kernel["resources"]
+            # the stack's few bytes come with the calls of float64's logarithm and division
+            assert used["LOCAL"] == 0 and used["STACK"] <= 24, (name, kernel)
+            assert kernel["shared"] <= kernel["shared_limit"] and kernel["fp_fusion"] is True, (name, kernel)
+            assert used["REG"] <= REGISTERS.get(name, 168), (name, kernel)
+
+
+def test_launches_are_few_and_skip_the_binder_from_the_second_call_on(cases):
+    for name, case in cases.items():
+        assert case["relaunched"], name
+        assert case["launches"] == LAUNCHES[name.split()[0]], name
+
+
+def test_rows_of_a_bank_are_read_sixteen_bytes_at_a_time(cases):
+    for name, least in WIDE.items():
+        for kernel in cases[name]["kernels"]:
+            if kernel["name"] in ("crd_loss_kernel", "crd_odds_kernel"):
+                found = kernel["accesses"]
+                assert found.get("ld 128", 0) >= least, (name, kernel["name"], found)
+                # a positive's row may have a number a thread
+                assert found.get("ld 16", 0) <= 1, (name, kernel["name"], found)
