@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from speed import gpu_methods
 from speed.methods import groups
 from speed.plugin import session_of
-from speed.session import REPLAY, Session
+from speed.session import REPLAY, Group, Session
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     session = session_of(metafunc.config)
-    metafunc.parametrize("row", session.add([*groups(session.full)]))
+    every: list[Group] = [*groups(session.full), *gpu_methods.groups(session.full)]
+    metafunc.parametrize("row", session.add(every))
 
 
 @pytest.mark.benchmark(timer=REPLAY)

@@ -23,7 +23,7 @@ import torch
 
 import fastkd
 from fastkd import backends, reference
-from speed import machine
+from speed import gpu_methods, machine
 from speed.cases import Case, features
 from speed.gpu import CHAINS, LARGE
 from speed.gpu_device import DEVICE, REHEARSAL, Features, save, seconds_of, wait
@@ -105,6 +105,9 @@ def smoke(backend: str) -> int:
     wrong = count = 0
     table: dict[str, Any] = {}
     exact_forms, forms = operations(reference), operations(fastkd)
+    if backend == "triton":
+        exact_forms |= gpu_methods.operations(reference)
+        forms |= gpu_methods.operations(fastkd)
     try:
         for dtype, layout in itertools.product(DTYPES, LAYOUTS):
             torch.manual_seed(0)

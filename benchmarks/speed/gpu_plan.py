@@ -19,6 +19,7 @@ SPEED = (
     ("fsp chains", "fsp", "resnet20-128"),
     ("fsp at ResNet-50 stages", "fsp", "resnet50-64"),
     ("resnet20 step", "step", "resnet20"),
+    ("losses of embeddings", "methods", "crd or rkd"),
     ("attention wide chains", "attention", "wrn40_2-128 or resnet32x4-128"),
     ("fsp wide chains", "fsp", "wrn40_2-128 or resnet32x4-128"),
     ("resnet50 step", "step", "resnet50"),

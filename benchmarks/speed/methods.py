@@ -33,19 +33,20 @@ STAGES = ((16, 32), (32, 16), (64, 8))
 
 
 class Draw:
-    """Random tensors, the same for every dtype: drawn in float32, then converted."""
+    """Random tensors, the same for every dtype and device: drawn in float32, then converted."""
 
-    def __init__(self, dtype: torch.dtype):
+    def __init__(self, dtype: torch.dtype, device: str = "cpu"):
         torch.manual_seed(SEED)
         self.dtype, self.generator = dtype, torch.Generator().manual_seed(SEED)
+        self.device = device
 
     def __call__(self, *shape: int, unit: bool = False, grad: bool = False) -> Tensor:
         x = torch.randn(shape, generator=self.generator)
         x = torch.nn.functional.normalize(x) if unit else x
-        return x.to(self.dtype).requires_grad_(grad)
+        return x.to(self.device, self.dtype).requires_grad_(grad)
 
     def rows(self, count: int, size: int, drawn: int) -> Tensor:
-        return torch.randint(size, (count, drawn), generator=self.generator)
+        return torch.randint(size, (count, drawn), generator=self.generator).to(self.device)
 
     def stages(self, batch: int, grad: bool, repeats: int = 1) -> list[Tensor]:
         """The maps of each stage, ``repeats`` blocks a stage, after a ReLU."""
@@ -66,7 +67,7 @@ def crd(draw: Draw, batch: int, size: int, k: int, width: int = 128) -> Problem:
     s, t = draw(batch, width, unit=True, grad=True), draw(batch, width, unit=True, grad=True)
     banks = draw(size, width, unit=True), draw(size, width, unit=True)
     rows, normalizers = draw.rows(batch, size, k + 1), (1.1 * size, 0.9 * size)
-    given = torch.tensor(normalizers, dtype=draw.dtype)
+    given = torch.tensor(normalizers, dtype=draw.dtype, device=draw.device)
     return Problem(
         [s, t],
         lambda: published.crd(s, t, *banks, rows, normalizers),
@@ -217,19 +218,25 @@ class MethodGroup:
 
     def check(self, built: tuple[Problem, Tensor, list[Tensor]], row: Row) -> None:
         """Run the row once: errors and peak memory go into ``facts``, a wrong result into ``failed``."""
-        problem, exact, gradients = built
         row.run()
         values: list[Tensor] = []
         peak = peak_memory(lambda: values.append(row.run())) if self.full else None
-        value = values[0] if values else row.run()
+        if peak is not None:
+            row.facts["extra_memory"] = peak
+        self.compare(built, row, values[0] if values else None)
+
+    def compare(
+        self, built: tuple[Problem, Tensor, list[Tensor]], row: Row, value: Tensor | None = None
+    ) -> None:
+        """Errors of the row's loss, ``value`` where it has run already, and of the gradients that it left."""
+        problem, exact, gradients = built
+        value = row.run() if value is None else value
         found = [x.grad if x.grad is not None else torch.zeros_like(x) for x in problem.leaves]
         errors = {
             "loss": float((value.detach() - exact).abs() / exact.abs()),
             "gradient": max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, gradients)),
         }
         row.facts["error"] = errors
-        if peak is not None:
-            row.facts["extra_memory"] = peak
         assert row.tolerance is not None
         if any(not error <= row.tolerance for error in errors.values()):
             row.failed = f"wrong: relative error {errors}, at most {row.tolerance} allowed"
