@@ -9,34 +9,14 @@ import random
 import emulated
 import pytest
 import torch
-from cuda_graphs import check_captured
+from cuda_cases import chains, step
 from recorder import fused_only
-from support import KERNELS, check_loss, dtypes, gpu, make, place, ref, values
+from support import KERNELS, check_loss, dtypes, make, ref, values
 
 import fastkd
 from fastkd import native
-from fastkd._bits import ATTENTION, FSP
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
-
-
-@pytest.fixture(params=KERNELS[2:])
-def cuda(request):
-    with fastkd.use_backend("cuda"):
-        yield lambda x: place(x, "cuda")
-
-
-def chains(place, dtype=torch.float32, layout="contiguous"):
-    return [
-        [place(make((3, c, n, n), dtype, layout)).requires_grad_(not i) for c, n in ((4, 9), (8, 7), (16, 4))]
-        for i in (0, 1)
-    ]
-
-
-def step(s, t, **switches):
-    loss = fastkd.attention_transfer_loss(s, t, **switches) + fastkd.fsp_loss(s, t)
-    y, attention = fastkd.relu_tap(s[0], t[0])
-    return [loss, y, attention, *torch.autograd.grad(loss + attention[:, 3].sum() + y.sum(), s)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -174,138 +154,10 @@ def test_the_same_tensor_may_stand_at_several_places(cuda):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-SECOND = {
-    "attention_map": lambda x, y: fastkd.attention_map(x).square().sum(),
-    "attention_transfer_loss": lambda x, y: fastkd.attention_transfer_loss([x, x], [y, y]),
-    "fsp_matrix": lambda x, y: fastkd.fsp_matrix(x, y).square().sum(),
-    "fsp_loss": lambda x, y: fastkd.fsp_loss([x, x], [y, y]),
-    "tap": lambda x, y: sum(v.square().sum() for v in fastkd.tap(x)),
-    "relu_tap": lambda x, y: sum(v.square().sum() for v in fastkd.relu_tap(x, y)),
-}
-
-
-@pytest.mark.parametrize("function", SECOND)
-def test_a_second_derivative_is_refused_and_names_the_reference(cuda, function):
-    x, y = (cuda(values((2, 3, 4, 4), torch.float32)).requires_grad_() for _ in range(2))
-    (grad,) = torch.autograd.grad(SECOND[function](x, y), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=f"fastkd.reference.{function},"):
-        grad.square().sum().backward()
-
-
-@pytest.mark.unpoisoned
-@pytest.mark.parametrize("function", ["attention_transfer_loss", "fsp_loss", "relu_tap"])
-def test_operators_stand_in_traced_graphs(cuda, function):
-    torch.compiler.reset()
-    s, t = ([x.detach() for x in chain] for chain in chains(cuda))
-    s = [x.requires_grad_() for x in s]
-
-    def call(s, t):
-        if function == "relu_tap":
-            return sum((v * v).sum() for x, y in zip(s, t) for v in fastkd.relu_tap(x, y))
-        return getattr(fastkd, function)(s, t, weight=3.0)
-
-    graphs = []
-
-    def keep(graph, inputs):
-        graphs.append(graph.code)
-        return graph
-
-    got = torch.autograd.grad(torch.compile(call, backend=keep, fullgraph=True)(s, t), s)
-    assert f"fastkd_cuda.{function}.default" in "".join(graphs)
-    torch.testing.assert_close(got, torch.autograd.grad(call(s, t), s))
-
-
-OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-
-
-@pytest.mark.unpoisoned
-def test_operators_keep_what_their_schemas_say(cuda):
-    ops = torch.ops.fastkd_cuda
-    s, t = chains(cuda)
-    x = s[0].detach().requires_grad_()
-    transfer = ATTENTION.pack(channel_reduce="mean", pool="before", student_grad=True)
-    chain = FSP.pack(precision="ieee", with_grad=True)
-    for operator, args in (
-        (ops.attention_map, (x, 2.0, "mean", False, True, 1e-12, "clamp")),
-        (ops.relu_tap, (x, t[0], 2.0, "mean", False, 1e-12, "clamp")),
-        (ops.attention_transfer_loss, (s, t, transfer, [0.0, 2.0, 1e-12, 3.0])),
-        (ops.fsp_matrix, (x, t[1], FSP.pack(precision="ieee"))),
-        (ops.fsp_loss, (s, t, chain, [0.0, 1.0])),
-    ):
-        torch.library.opcheck(operator.default, args, test_utils=OPCHECKS)
-
-
-# on a GPU
-
-
-@gpu
-@pytest.mark.parametrize("function", ["attention_transfer_loss", "fsp_loss", "relu_tap"])
-def test_a_step_is_captured_in_a_cuda_graph(cuda, function):
-    s, t = ([torch.randn(4, c, n, n, device="cuda") for c, n in ((16, 32), (64, 7))] for _ in range(2))
-    s = [x.requires_grad_() for x in s]
-
-    def run():
-        if function == "relu_tap":
-            return torch.autograd.grad(
-                sum((v * v).sum() for x, y in zip(s, t) for v in fastkd.relu_tap(x, y)), s
-            )
-        return torch.autograd.grad(getattr(fastkd, function)(s, t, weight=1000.0), s)
-
-    check_captured(run, [*s, *t])
-
-
-@gpu
-def test_no_call_waits_for_the_device(cuda):
-    s, t = chains(cuda)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(2):
-            step(s, t)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@gpu
-def test_two_streams_do_not_share_their_tickets(cuda):
-    pairs = [chains(cuda) for _ in range(2)]
-    want = [step(*pair) for pair in pairs]
-    streams = [torch.cuda.Stream() for _ in pairs]
-    torch.cuda.synchronize()
-    for _ in range(20):
-        got = []
-        for stream, pair in zip(streams, pairs):
-            with torch.cuda.stream(stream):
-                got.append(step(*pair))
-        torch.cuda.synchronize()
-        assert all(torch.equal(a, b) for g, w in zip(got, want) for a, b in zip(g, w))
-
-
-@gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
-def test_a_device_that_is_not_current_serves(cuda):
-    s, t = (
-        [torch.randn(4, c, 9, 9, device="cuda:1", requires_grad=True) for c in (16, 24)] for _ in range(2)
-    )
-    with torch.cuda.device(0):
-        got = torch.autograd.grad(fastkd.attention_transfer_loss(s, t) + fastkd.fsp_loss(s, t), s)
-    want = torch.autograd.grad(ref.attention_transfer_loss(s, t) + ref.fsp_loss(s, t), s)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
-
-
-@gpu
-@pytest.mark.large
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_more_than_two_to_the_31_elements(cuda, layout):
-    n, c, size = 172, 4096, 56
-    x = torch.randn(n, c, size, size, device="cuda", dtype=torch.bfloat16)
-    x = x.to(memory_format=torch.channels_last) if layout == "channels_last" else x
-    assert x.numel() > 2**31
-    x.requires_grad_()
-    t = torch.randn(n, 8, size, size, device="cuda")
-    (grad,) = torch.autograd.grad(fastkd.attention_transfer_loss(x, t, weight=1e6), x)
-    for i in (0, n - 1):
-        part = x[i : i + 1].detach().float().requires_grad_()
-        (want,) = torch.autograd.grad(ref.attention_transfer_loss(part, t[i : i + 1], weight=1e6 / n), part)
-        torch.testing.assert_close(
-            grad[i : i + 1].float(), want, rtol=1e-2, atol=1e-2 * want.abs().max().item()
-        )
+@pytest.mark.parametrize("shape", [(1, 1, 2**30 + 1), (1, 2**30 + 1, 1)])
+def test_samples_beyond_what_kernels_count_are_refused(cuda, shape):
+    x = cuda(torch.ones(1, 1, 1)).expand(shape)
+    positions = cuda(torch.ones(1, 1, 1)).expand(1, 1, 2**30 + 1)
+    for call in (lambda: fastkd.attention_map(x), lambda: fastkd.fsp_matrix(positions, positions)):
+        with pytest.raises(RuntimeError, match=f"a sample of {2**30 + 1} positions or channels"):
+            call()

@@ -1,6 +1,4 @@
-"""What is FSP's own in the CUDA library: precisions, pooling where it is read and before, launches, windows,
-the order of threads.
-"""
+"""What is FSP's own in the CUDA library: precisions, launches, the order of threads."""
 
 from __future__ import annotations
 
@@ -11,29 +9,14 @@ import random
 import emulated
 import pytest
 import torch
-from support import KERNELS, LAYOUTS, check_loss, evaluate, fetched, make, place, ref, values
+from cuda_cases import CIFAR, PRECISIONS
+from support import LAYOUTS, check_loss, evaluate, fetched, make, ref, values
 
 import fastkd
 from fastkd import native
 from fastkd._bits import FSP
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CIFAR = ((16, 16, 16), (32, 8, 8), (9, 4, 4))
-PRECISIONS = ("ieee", "tf32", "tf32x3")
-
-
-@pytest.fixture(params=KERNELS[2:])
-def cuda(request):
-    with fastkd.use_backend("cuda"):
-        yield lambda x: place(x, "cuda")
-
-
-@pytest.fixture
-def launched(cuda):
-    if not native.EMULATED:
-        pytest.skip("launches are counted where kernels are emulated")
-    emulated.launched()
-    return emulated.launched
 
 
 # precision
@@ -109,39 +92,39 @@ def test_infinity_stays_and_nan_is_not_lost(cuda, dtype, precision, pool_mode):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_a_chain_takes_one_launch_each_way(launched, layout):
+def test_a_chain_takes_one_launch_each_way(cuda_launches, layout):
     s, t = ([make((2, *shape), torch.float32, layout) for shape in CIFAR] for _ in range(2))
     for x in s:
         x.requires_grad_()
     fastkd.fsp_loss(s, t).backward()
-    assert launched() == ["fsp_forward", "fsp_backward"]
+    assert cuda_launches() == ["fsp_forward", "fsp_backward"]
     torch.autograd.grad(fastkd.fsp_matrix(s[0], s[1]).sum(), s[:2])
-    assert launched() == ["fsp_forward", "fsp_backward"]
+    assert cuda_launches() == ["fsp_forward", "fsp_backward"]
     fastkd.fsp_loss([s[0], s[0]], [t[0], t[0]], pool_mode="max").backward()
-    assert launched() == ["fsp_forward", "fsp_backward"]
+    assert cuda_launches() == ["fsp_forward", "fsp_backward"]
 
 
-def test_maxima_and_wide_neighbours_take_launches_of_their_own(launched):
+def test_maxima_and_wide_neighbours_take_launches_of_their_own(cuda_launches):
     s = [make((1, c, n, n)).requires_grad_() for c, n in ((3, 9), (4, 4), (5, 2))]
     t = [make((1, c, n, n)) for c, n in ((3, 8), (4, 4), (5, 2))]
     fastkd.fsp_loss(s, t, pool_mode="max").backward()
-    assert launched() == ["fsp_forward", "fsp_backward", "fsp_backward"]
+    assert cuda_launches() == ["fsp_forward", "fsp_backward", "fsp_backward"]
     a, b = make((1, 3, 6, 6)).requires_grad_(), make((1, 129, 3, 3)).requires_grad_()
     fastkd.fsp_matrix(a, b).sum().backward()
-    assert launched() == ["fsp_pool", "fsp_forward", "fsp_pool", "fsp_backward"]
+    assert cuda_launches() == ["fsp_pool", "fsp_forward", "fsp_pool", "fsp_backward"]
 
 
-def test_long_chains_take_several_launches(launched):
+def test_long_chains_take_several_launches(cuda_launches):
     """As many stages as are served: eight pairs a launch, five gradients."""
     s, t = ([make((2, 3 + i % 4, 5, 4 + i % 2)) for i in range(16)] for _ in range(2))
     for distance in ("squared", "column_l2"):
         check_loss("cuda", "fsp_loss", s, t, needs=[True] * 16 + [False] * 16, distance=distance)
-        assert launched() == ["fsp_forward"] * 2 + ["fsp_backward"] * 4
+        assert cuda_launches() == ["fsp_forward"] * 2 + ["fsp_backward"] * 4
 
 
 @pytest.mark.parametrize("a, b", [(16, 16), (9, 24), (32, 64), (64, 64), (72, 130)])
 @pytest.mark.parametrize("precision, each", [("tf32", 2), ("tf32x3", 6), ("bfloat16", 1)])
-def test_no_product_is_made_twice(launched, precision, each, a, b):
+def test_no_product_is_made_twice(cuda_launches, precision, each, a, b):
     """Also where a tile has fewer parts than a block has warps."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     x, y = make((2, a, 7, 8), dtype).requires_grad_(), make((2, b, 7, 8), dtype)
@@ -155,96 +138,6 @@ def test_no_product_is_made_twice(launched, precision, each, a, b):
     torch.autograd.grad(matrix.sum(), x)
     # the matrix's gradient is float32, which takes two parts of bfloat16
     assert emulated.products() == count(a, 56, b) * (2 if dtype == torch.bfloat16 else 1)
-
-
-# pooling
-
-
-@pytest.mark.parametrize("pool_mode", ["avg", "max"])
-def test_windows_are_those_of_pytorch(cuda, pool_mode):
-    """Every size up to 20 pooled to every smaller one, read by way of the identity."""
-    pool = {"avg": torch.nn.functional.adaptive_avg_pool1d, "max": torch.nn.functional.adaptive_max_pool1d}[
-        pool_mode
-    ]
-    for size, grid in itertools.combinations(range(1, 21), 2):
-        feature, identity = make((1, 2, grid), torch.float64), torch.eye(size, dtype=torch.float64)[None]
-        got = fastkd.fsp_matrix(cuda(feature), cuda(identity), pool_mode=pool_mode).cpu() * size
-        torch.testing.assert_close(got, pool(feature, size), rtol=1e-14, atol=1e-15)
-
-
-def check_matrix(x, y, pool_mode):
-    args = dict(pool_mode=pool_mode)
-    ours = fetched(evaluate(lambda *x: fastkd.fsp_matrix(*x, **args), [x, y]))
-    exact = evaluate(lambda *x: ref.fsp_matrix(*x, **args), [x.double(), y.double()])
-    near = {torch.float64: 1e-13, torch.float32: 1e-5}
-    for got, want, allowed in zip(
-        (ours.output, *ours.grads), (exact.output, *exact.grads), (1e-5, 1e-2, 1e-2)
-    ):
-        error = (got.double() - want).abs().max() / want.abs().max()
-        assert error < near.get(x.dtype, allowed), error
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "stepped"])
-@pytest.mark.parametrize("pool_mode", ["avg", "max"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("size", [(3, 5), (2, 3, 2)])
-def test_features_of_halved_sizes(launched, size, dtype, pool_mode, layout):
-    """What networks have from stage to stage: windows of 2 x 2, read as a tile is made, or beforehand for
-    many channels.
-    """
-    fine = (*size[:-2], *(2 * n for n in size[-2:]))
-    for channels in (9, 130):
-        x, y = make((2, 16, *fine), dtype, layout), make((2, channels, *size), dtype, layout)
-        check_matrix(x, y, pool_mode)
-        assert launched().count("fsp_pool") == (2 if channels == 130 else 0)
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "stepped"])
-@pytest.mark.parametrize("pool_mode", ["avg", "max"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("window", [(3, 3), (4, 4), (1, 2), (4, 1), (2, 4), (2, 3, 2)], ids=str)
-def test_features_of_other_whole_windows(launched, window, dtype, pool_mode, layout):
-    """Four numbers of a window at a time: whole fours, and what is left of them."""
-    size = (2, 3, 2)[-len(window) :]
-    fine = tuple(n * times for n, times in zip(size, window))
-    for channels in (9, 130):
-        x, y = make((1, 16, *fine), dtype, layout), make((1, channels, *size), dtype, layout)
-        check_matrix(x, y, pool_mode)
-        assert launched().count("fsp_pool") == (2 if channels == 130 else 0)
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "stepped"])
-@pytest.mark.parametrize("pool_mode", ["avg", "max"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_features_that_are_pooled_before(launched, dtype, pool_mode, layout):
-    s, t = (
-        [make((2, c, *size), dtype, layout) for c, size in ((8, (7, 6)), (130, (3, 5)), (12, (6, 5)))]
-        for _ in range(2)
-    )
-    check_loss("cuda", "fsp_loss", s, t, pool_mode=pool_mode, needs=[True] * 3 + [False] * 3)
-    names = launched()
-    assert names[:2] == ["fsp_pool", "fsp_forward"] and "fsp_pool" in names[2:]
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "reversed"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(
-    "size, grid, precision", [((36, 35), (5, 7), "tf32x3"), ((24, 24), (12, 12), "ieee")]
-)
-def test_gradients_of_averages_that_are_made_before(launched, size, grid, precision, dtype, layout):
-    """Too many products to make at each position: coarse gradients that windows, which may overlap, are
-    gathered from.
-    """
-    a, b = (
-        make((1, 512, *size), dtype, layout).requires_grad_(),
-        make((1, 512, *grid), torch.float32 if precision == "ieee" else dtype),
-    )
-    upstream = torch.randn(1, 512, 512)
-    (got,) = torch.autograd.grad(fastkd.fsp_matrix(a, b, precision=precision), a, upstream)
-    assert launched()[-2:] == ["fsp_backward", "fsp_backward"]
-    x = a.detach().double().requires_grad_()
-    (want,) = torch.autograd.grad(ref.fsp_matrix(x, b.double()), x, upstream.double())
-    assert (got.double() - want).abs().max() < (1e-2 if dtype == torch.bfloat16 else 1e-5) * want.abs().max()
 
 
 # bits

@@ -5,7 +5,8 @@ from __future__ import annotations
 import emulated
 import pytest
 import torch
-from support import KERNELS, gpu, make, place
+from cuda_cases import chains
+from support import gpu
 
 import fastkd
 from fastkd import native
@@ -18,17 +19,6 @@ CALLS = {
     "fsp_loss": fastkd.fsp_loss,
     "relu_tap": lambda s, t: sum(y.square().sum() for y in fastkd.relu_tap(s[0], t[0])),
 }
-
-
-@pytest.fixture(params=KERNELS[2:])
-def cuda(request):
-    with fastkd.use_backend("cuda"):
-        yield lambda x: place(x, "cuda")
-
-
-def chains(place, batch=3):
-    shapes = ((4, 9), (8, 7), (16, 4))
-    return [[place(make((batch, c, n, n))).requires_grad_(not i) for c, n in shapes] for i in (0, 1)]
 
 
 def step(call, s, t):
@@ -108,7 +98,7 @@ def test_a_users_memory_pool_keeps_nothing_of_a_call(cuda, call):
 @gpu
 @pytest.mark.parametrize("call", CALLS)
 def test_graphs_are_replayed_side_by_side(cuda, call):
-    pairs = [chains(cuda, 64) for _ in range(3)]
+    pairs = [chains(cuda, batch=64) for _ in range(3)]
     want = [step(call, *pair) for pair in pairs]
     streams, graphs, got = [torch.cuda.Stream() for _ in pairs], [], []
     torch.cuda.synchronize()

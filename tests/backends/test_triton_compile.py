@@ -1,102 +1,21 @@
 """Every Triton kernel compiled as its launcher would on a GPU: `triton_compile.py` does it, in a process of
-its own.
+its own. One file, since all its tests look at the same two minutes of compiling.
 """
 
 from __future__ import annotations
 
-import ast
 import importlib.util
-import json
-import os
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
-
-from fastkd import kernels
+from triton_expected import COPIES, FSP_WIDE, PRODUCTS, WIDE
+from triton_reports import CAPABILITIES, REPORTS, beforehand
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-CAPABILITIES = (80, 90, 100)
-# Accesses of 16 bytes that a thread makes for one tile of each feature: 8 of float32, 4 of half precision,
-# where a tile is full.
-WIDE = {
-    "cifar": {"loss_kernel": {"ld": 6 * 8}, "gradient_kernel": {"ld": 3 * 8, "st": 3 * 8}},
-    "cifar channels_last bf16": {"loss_kernel": {"ld": 6 * 4}, "gradient_kernel": {"ld": 3 * 4, "st": 3 * 4}},
-    "resnet50": {"loss_kernel": {"ld": 8 * 8}, "gradient_kernel": {"ld": 4 * 8, "st": 4 * 8}},
-    "resnet50 bf16": {"loss_kernel": {"ld": 8 * 4}, "gradient_kernel": {"ld": 4 * 4, "st": 4 * 4}},
-    "resnet50 channels_last": {"loss_kernel": {"ld": 8 * 8}, "gradient_kernel": {"ld": 4 * 8, "st": 4 * 8}},
-    "resnet50 channels_last fp16": {
-        "loss_kernel": {"ld": 8 * 4},
-        "gradient_kernel": {"ld": 4 * 4, "st": 4 * 4},
-    },
-    "7x7": {"loss_kernel": {"ld": 2 * 8}, "gradient_kernel": {"ld": 8, "st": 8}},
-    "7x7 bf16": {"loss_kernel": {"ld": 2 * 4}, "gradient_kernel": {"ld": 4, "st": 4}},
-    "map": {"map_kernel": {"ld": 8}, "map_gradient_kernel": {"ld": 8, "st": 8}},
-    "map bf16": {"map_kernel": {"ld": 4}, "map_gradient_kernel": {"ld": 4, "st": 4}},
-    "map channels_last bf16": {"map_kernel": {"ld": 4}, "map_gradient_kernel": {"ld": 4, "st": 4}},
-}
-# what FSP's products are made of; None: no tensor cores
-PRODUCTS = {
-    "fsp resnet50": None,
-    "fsp resnet50 tf32": "tf32",
-    "fsp resnet32x4 tf32": "tf32",
-    "fsp resnet32x4 bf16": "bf16",
-    "fsp resnet50 channels_last bf16": "bf16",
-    "fsp cifar": None,
-    "fsp cifar tf32x3": "tf32",
-    "fsp wide tf32x3": "tf32",
-    "fsp again": "tf32",
-    "fsp cifar bf16": "bf16",
-    "matrix tf32": "tf32",
-}
-# accesses of 16 bytes in each kernel where the layout allows them everywhere, at least so many, and of 4
-# bytes at most: the upstream gradient, shares of the loss and, where squares of 49 positions take a matrix's
-# place, their rows
-FSP_WIDE = {"fsp resnet50 channels_last bf16": (9, 14, 104), "matrix tf32": (8, 16, 8)}
-
 
 def is_fsp(case: str) -> bool:
     return case.startswith(("fsp", "matrix"))
-
-
-def reports(stop: threading.Event) -> dict[int, dict]:
-    env = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
-    script = Path(__file__).parents[1] / "helpers" / "triton_compile.py"
-    command = [sys.executable, str(script), ",".join(map(str, CAPABILITIES))]
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
-        with subprocess.Popen(command, env=env, stdout=out, stderr=errors, start_new_session=True) as process:
-            while process.poll() is None:
-                if stop.wait(0.1):
-                    os.killpg(process.pid, signal.SIGKILL)
-                    break
-        for file in (out, errors):
-            file.seek(0)
-        assert process.returncode == 0, errors.read()
-        found = [{case["case"]: case for case in json.loads(line)} for line in out]
-        return dict(zip(CAPABILITIES, found, strict=True))
-
-
-REPORTS: list[Future[dict[int, dict]]] = []
-
-
-def beforehand() -> Callable[[], None]:
-    """Compile, on an idle core, while tests before these run: without Triton's cache it takes two minutes."""
-    stop, pool = threading.Event(), ThreadPoolExecutor(1)
-    REPORTS.append(pool.submit(reports, stop))
-
-    def end() -> None:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
-
-    return end
 
 
 @pytest.fixture(params=CAPABILITIES, ids=lambda c: f"sm_{c}")
@@ -104,28 +23,6 @@ def cases(request):
     if not REPORTS:
         request.config.add_cleanup(beforehand())
     return REPORTS[0].result(timeout=1800)[request.param]
-
-
-def test_no_kernel_function_returns_a_bare_constant():
-    """Triton 3.7.0 and 3.7.1 do not compile what is done with it; tests/packaging/triton_releases.py asks
-    each release.
-    """
-    for file in Path(kernels.__file__).parent.rglob("*.py"):
-        for function in ast.walk(ast.parse(file.read_text())):
-            if isinstance(function, ast.FunctionDef) and any(
-                "jit" in ast.unparse(by) for by in function.decorator_list
-            ):
-                constants = {
-                    arg.arg
-                    for arg in function.args.args
-                    if arg.annotation and "constexpr" in ast.unparse(arg.annotation)
-                }
-                for node in ast.walk(function):
-                    if isinstance(node, ast.Return) and node.value is not None:
-                        names = {name.id for name in ast.walk(node.value) if isinstance(name, ast.Name)}
-                        assert names - constants, (
-                            f"{file.name}:{node.lineno} returns {ast.unparse(node.value)}"
-                        )
 
 
 @pytest.mark.slow
@@ -295,24 +192,6 @@ def test_numbers_are_rounded_to_tf32_in_one_instruction_from_sm_90_on(cases):
         for kernel in cases[name]["kernels"]:
             if kernel["name"].startswith("fsp"):
                 assert (kernel["roundings"] > 0) == (kernel["capability"] >= 90), (name, kernel)
-
-
-# How many instructions copy to shared memory while others go on, at least, in a loss and in its gradients.
-# None: two stages would leave too few registers.
-COPIES = {
-    "fsp cifar bf16": (8, 16),
-    "fsp cifar": (None, 100),
-    "fsp cifar tf32x3": (None, 130),
-    "fsp resnet50": (None, 280),
-    "fsp wide tf32x3": (None, 180),
-    "fsp columns": (None, 40),
-    "fsp resnet32x4 tf32": (170, 120),
-    "fsp resnet32x4 bf16": (8, 20),
-    "fsp resnet50 tf32": (350, 180),
-    "fsp resnet50 channels_last bf16": (60, 100),
-    "fsp again": (80, 170),
-    "fsp pooled": (40, 40),
-}
 
 
 @pytest.mark.slow
