@@ -112,6 +112,12 @@ Tickets OnDevice::tickets(int64_t count) const {
   return tickets;
 }
 
+void check_count(int64_t count) {
+  constexpr int64_t kMost = 1 << 30;
+  STD_TORCH_CHECK(count <= kMost, "a sample of ", count, " positions or channels is not served, at most ",
+                  kMost);
+}
+
 unsigned grid_of(const char* name, int64_t blocks) {
   STD_TORCH_CHECK(blocks > 0 && blocks < int64_t{1} << 31, name, ": a grid of ", blocks,
                   " blocks is more than a GPU takes");

@@ -52,6 +52,10 @@ class OnDevice {
 #endif
 };
 
+// Refuses a sample of more channels or positions than kernels count, which do so in int32, and beyond the
+// end.
+void check_count(int64_t count);
+
 // A size that a launch can have: blocks in [1, 2^31), else an error that names the kernel.
 unsigned grid_of(const char* name, int64_t blocks);
 #ifndef FASTKD_EMULATE

@@ -1,7 +1,5 @@
 #include "cuda/attention/matrix_view.cuh"
 
-#include <limits>
-
 namespace fastkd {
 namespace {
 
@@ -57,11 +55,6 @@ void cut_by_columns(MatrixView& w, int64_t pack_bytes, int64_t goal) {
   w.units = static_cast<int32_t>(tiles * chunks);
 }
 
-void check_size(int64_t size) {
-  STD_TORCH_CHECK(size <= std::numeric_limits<int32_t>::max(),
-                  "a sample of more than 2^31 positions or channels is not served");
-}
-
 }  // namespace
 
 void check_served(const AttentionOptions& options) {
@@ -90,8 +83,9 @@ MatrixView matrix_view_of(const Feature* const* tensors, int count, int64_t goal
              (fold == 1 ? is_aligned(t, pack, t.channels, t.stride_c)
                         : t.stride_c == t.positions && is_aligned(t, pack, 1, 0));
   }
-  check_size(x.channels);
-  check_size(fold * x.positions);
+  check_count(x.channels);
+  check_count(x.positions);
+  check_count(fold * x.positions);
   MatrixView w{};
   w.dtype = x.dtype;
   w.size[0] = static_cast<int32_t>(x.size[1]);

@@ -10,8 +10,7 @@ constexpr int64_t kFusedTiles = 2;
 int64_t bytes_of(DType dtype) { return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2; }
 
 int32_t narrow(int64_t size) {
-  STD_TORCH_CHECK(size < int64_t{1} << 31, "a feature has ", size,
-                  " channels or positions, more than the CUDA kernels take");
+  check_count(size);
   return static_cast<int32_t>(size);
 }
 

@@ -42,6 +42,9 @@ PROGRAMS = 4 * 132
 LEAST, MOST = 32 * 1024, 512 * 1024  # bytes of a program
 CHUNKS = 16
 SERVED = (torch.float16, torch.bfloat16, torch.float32)
+# kernels count in int32, and beyond the end of what they count
+LARGEST = 2**30
+MOST_PROGRAMS = 2**31 - 1  # of a launch, on any GPU
 # fp_fusion: set, since its default is about to change; sums of products may be contracted
 OPTIONS = {"num_warps": THREADS // 32, "num_stages": 1, "enable_fp_fusion": True}
 
@@ -155,12 +158,8 @@ def matrix_view(
     along = [s[0] if s else 1 for s in spatial]
     rows_inner = channels > 1 and all(o[1] == 1 and (a != 1 or positions == 1) for o, a in zip(outer, along))
     fold = 1
-    if (
-        folded
-        and not rows_inner
-        and channels > 1
-        and all(a == 1 and o[1] == positions for o, a in zip(outer, along))
-    ):
+    foldable = folded and not rows_inner and channels > 1
+    if foldable and all(a == 1 and o[1] == positions for o, a in zip(outer, along)):
         fold = _fold(channels, positions, itemsize)
     rows, length = channels // fold, positions * fold
     outer = [(n, r * fold) for n, r in outer]
@@ -190,6 +189,12 @@ class Grid:
         return self.blocks * self.chunks
 
 
+def fits(*counts: int) -> None:
+    """Refuse a sample of more channels, positions or partial sums than its kernels can count."""
+    if max(counts) > LARGEST:
+        raise ValueError(f"a sample of {max(counts)} positions or channels is not served, at most {LARGEST}")
+
+
 def program_bytes(total: int) -> int:
     """How much a program should read where a launch reads so much in all."""
     return min(max(total // PROGRAMS, LEAST), MOST)
@@ -206,7 +211,9 @@ def grid(w: MatrixView, goal: int) -> Grid:
     tiles = math.ceil(w.rows / row_block)
     wanted = min(math.ceil(w.rows * block * w.itemsize / goal), tiles, CHUNKS)
     steps = math.ceil(tiles / wanted)
-    return Grid(row_block, block, math.ceil(w.length / block), math.ceil(tiles / steps), steps)
+    chunks = math.ceil(tiles / steps)
+    fits(w.rows, chunks * w.length)
+    return Grid(row_block, block, math.ceil(w.length / block), chunks, steps)
 
 
 def power(p: float, signed: bool) -> tuple[int, bool, bool, float, int]:
@@ -263,12 +270,10 @@ class Launch:
     """
 
     def __init__(self, kernel: Any, programs: int, *constants: Any, **options: int) -> None:
-        self.kernel, self.grid, self.constants, self.options = (
-            kernel,
-            (programs, 1, 1),
-            constants,
-            OPTIONS | options,
-        )
+        if programs > MOST_PROGRAMS:
+            raise ValueError(f"{kernel.__name__} would take {programs} programs, more than a launch has")
+        self.kernel, self.grid, self.constants = kernel, (programs, 1, 1), constants
+        self.options = OPTIONS | options
         self.compiled: dict[Any, Callable[..., None]] = {}
 
     def __call__(self, given: Sequence[Tensor], *args: Any) -> None:

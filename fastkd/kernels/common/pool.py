@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.kernels.common.launch import Launch, Plans
+from fastkd.kernels.common.launch import Launch, Plans, fits
 from fastkd.kernels.common.tile import slope
 from fastkd.kernels.common.windows import (
     BLOCK,
@@ -116,6 +116,7 @@ def pool(x: Tensor, target: Sequence[int], *, max_pool: bool) -> tuple[Tensor, T
     key = (x.dtype, x.shape, x.stride(), tuple(target), max_pool)
     launch = _plans.get(key)
     if launch is None:
+        fits(x.shape[1], math.prod(x.shape[2:]))
         (size, own), (to, others) = spatial(x.shape, x.stride()), spatial(target, out.stride())
         elements = out.numel()
         launch = _plans[key] = Launch(

@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from fastkd.kernels import interpreting, own_precision
-from fastkd.kernels.common.launch import matrix_view, power_of_two, served
+from fastkd.kernels.common.launch import fits, matrix_view, power_of_two, served
 from fastkd.kernels.common.pool import pool
 from fastkd.kernels.common.windows import pooled_strides
 from fastkd.kernels.fsp.fields import COARSE_TERMS, FINE_TERMS, STRIDE_C, UNIT
@@ -65,6 +65,7 @@ def view(
     shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, of: Size = ONES, parts: Size = ONES
 ) -> View:
     """Of a feature pooled over windows ``of``, on a grid with ``parts`` pooled numbers at each position."""
+    fits(shape[1], math.prod(shape[2:]))
     exact = dtype == torch.bfloat16 and of == ONES
     far = sum((size + 128) * stride for size, stride in zip(shape[1:], strides[1:])) >= FAR
     if of == parts == ONES:
