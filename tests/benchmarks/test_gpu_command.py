@@ -15,13 +15,7 @@ from pathlib import Path
 
 import gpu
 import pytest
-import torch
-from _pytest.mark.expression import Expression
 from gpu import Part, Run, execute
-from speed import gpu as speed_gpu
-from speed import gpu_plan, gpu_step
-from speed.gpu import GPUGroup
-from speed.session import DEVICE, Entry, Group
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX's")
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,15 +90,6 @@ def test_parts_find_packages_that_were_carried_along(tmp_path: Path, monkeypatch
     text = (tmp_path / "out" / "gpu-outputs.txt").read_text().splitlines()
     folders = [line for line in text if line.startswith(os.sep)]
     assert folders[0] == str(ROOT) and folders[-1] == str(tmp_path / "carried")
-
-
-def test_a_test_file_that_lacks_a_package_keeps_no_other_from_running(tmp_path: Path) -> None:
-    (tmp_path / "test_lacks.py").write_text("import a_package_that_is_not_there")
-    (tmp_path / "test_runs.py").write_text("def test_it(): pass")
-    part = gpu_plan.pytest_part("tests", 20, "-c", "/dev/null", str(tmp_path))
-    run = Run(tmp_path / "out", 1, rehearse=True)
-    execute(run, [part], None)
-    assert summary(tmp_path / "out")["parts"][0]["last"].startswith("1 passed, 1 error in")
 
 
 def test_a_part_at_its_limit_may_still_say_what_it_found(tmp_path: Path) -> None:
@@ -228,17 +213,6 @@ def test_behind_nohup_the_command_outlives_its_terminal(tmp_path: Path) -> None:
     assert found == [(0, "found"), (0, "all of it")]
 
 
-def test_what_this_machine_lacks_is_told(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(gpu_plan, "CUDA", ())
-    monkeypatch.setattr(gpu_plan, "find_spec", lambda name: None)
-    words = ("compute-sanitizer", "--data", "pytest", "xdist")
-    for line, word in zip(gpu_plan.left_out(tmp_path, rehearse=False), words, strict=True):
-        assert word in line
-    names = [part.name for part in gpu_plan.plan(rehearse=False)]
-    assert "memcheck" not in names and "smoke cuda" in names
-
-
 def test_facts_need_no_tools(tmp_path: Path) -> None:
     """Neither git nor nvidia-smi, and no compiler."""
     folders = [str(ROOT / name) for name in (".", "benchmarks", "tests/helpers")]
@@ -248,40 +222,6 @@ def test_facts_need_no_tools(tmp_path: Path) -> None:
     done = subprocess.run(command, env=env, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "facts.json").read_text())["commit"] is None
-
-
-def test_eight_minutes_reach_the_first_measurements() -> None:
-    parts = gpu.plan(rehearse=False)
-    names = [part.name for part in parts]
-    # compute-sanitizer is not on every machine
-    before = sum(part.seconds for part in parts[: names.index("speed: fsp chains")]) + (
-        0 if "memcheck" in names else 90
-    )
-    assert before <= 8 * 60 and names.index("smoke cuda") < names.index("smoke triton") < names.index(
-        "tests of cuda"
-    )
-    assert not any(part.measures for part in parts[: names.index("launches")]) and all(
-        p.measures for p in parts[names.index("launches") :]
-    )
-
-
-@pytest.mark.parametrize("rehearse", [True, False])
-def test_each_speed_part_has_groups_to_measure(rehearse: bool, monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: not rehearse)
-    device = "cpu" if rehearse else "cuda"
-    groups: dict[str, list[Group]] = {
-        name: [GPUGroup(case, not rehearse) for case in speed_gpu.cases(name, not rehearse)]
-        for name in ("attention", "fsp")
-    }
-    models = (gpu_step.RESNET20, gpu_step.RESNET50)
-    groups["step"] = [gpu_step.GPUStepGroup(model, device, not rehearse) for model in models]
-    parts = [part for part in gpu_plan.plan(rehearse) if part.name.startswith("speed: ")]
-    assert len(parts) == len(gpu_plan.SPEED)
-    for part in parts:
-        words = Expression.compile(part.command[part.command.index("-k") + 1])
-        file = Path(part.command[-1]).stem.removeprefix("test_")
-        ids = [Entry(group, DEVICE, "eager").id for group in groups[file]]
-        assert any(words.evaluate(lambda word, id=id: word in id) for id in ids), (part.name, ids)
 
 
 def test_a_wrong_argument_is_one_line(tmp_path: Path) -> None:

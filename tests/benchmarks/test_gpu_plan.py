@@ -1,0 +1,120 @@
+"""What benchmarks/gpu.py would run: each part has something to do, and the whole has time for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import gpu
+import pytest
+import torch
+from _pytest.mark.expression import Expression
+from gpu import Part, Run, execute
+from speed import gpu as speed_gpu
+from speed import gpu_plan, gpu_step
+from speed.gpu import GPUGroup
+from speed.session import DEVICE, Entry, Group
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX's")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def ran(out: Path, part: Part) -> dict:
+    execute(Run(out, 1, rehearse=True), [part], None)
+    return json.loads((out / "gpu-summary.json").read_text())["parts"][0]
+
+
+def test_a_test_file_that_lacks_a_package_keeps_no_other_from_running(tmp_path: Path) -> None:
+    (tmp_path / "test_lacks.py").write_text("import a_package_that_is_not_there")
+    (tmp_path / "test_runs.py").write_text("def test_it(): pass")
+    part = gpu_plan.pytest_part("tests", 20, "-c", "/dev/null", str(tmp_path))
+    assert ran(tmp_path / "out", part)["last"].startswith("1 passed, 1 error in")
+
+
+def test_what_this_machine_lacks_is_told(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(gpu_plan, "CUDA", ())
+    monkeypatch.setattr(gpu_plan, "find_spec", lambda name: None)
+    words = ("compute-sanitizer", "--data", "pytest", "xdist")
+    for line, word in zip(gpu_plan.left_out(tmp_path, rehearse=False), words, strict=True):
+        assert word in line
+    names = [part.name for part in gpu_plan.plan(rehearse=False)]
+    assert "memcheck" not in names and "smoke cuda" in names
+
+
+def test_eight_minutes_reach_the_first_measurements() -> None:
+    parts = gpu.plan(rehearse=False)
+    names = [part.name for part in parts]
+    # compute-sanitizer is not on every machine
+    before = sum(part.seconds for part in parts[: names.index("speed: fsp chains")]) + (
+        0 if "memcheck" in names else 90
+    )
+    assert before <= 8 * 60 and names.index("smoke cuda") < names.index("smoke triton") < names.index(
+        "tests of cuda"
+    )
+    assert not any(part.measures for part in parts[: names.index("launches")]) and all(
+        p.measures for p in parts[names.index("launches") :]
+    )
+
+
+@pytest.mark.parametrize("rehearse", [True, False])
+def test_each_speed_part_has_groups_to_measure(rehearse: bool, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: not rehearse)
+    device = "cpu" if rehearse else "cuda"
+    groups: dict[str, list[Group]] = {
+        name: [GPUGroup(case, not rehearse) for case in speed_gpu.cases(name, not rehearse)]
+        for name in ("attention", "fsp")
+    }
+    models = (gpu_step.RESNET20, gpu_step.RESNET50)
+    groups["step"] = [gpu_step.GPUStepGroup(model, device, not rehearse) for model in models]
+    parts = [part for part in gpu_plan.plan(rehearse) if part.name.startswith("speed: ")]
+    assert len(parts) == len(gpu_plan.SPEED)
+    for part in parts:
+        words = Expression.compile(part.command[part.command.index("-k") + 1])
+        file = Path(part.command[-1]).stem.removeprefix("test_")
+        ids = [Entry(group, DEVICE, "eager").id for group in groups[file]]
+        assert any(words.evaluate(lambda word, id=id: word in id) for id in ids), (part.name, ids)
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_part_that_selects_no_test_has_failed(tmp_path: Path, processes: int) -> None:
+    if processes and not find_spec("xdist"):
+        pytest.skip("pytest-xdist is not installed")
+    (tmp_path / "test_one.py").write_text("def test_one(): pass")
+    place = ("-c", "/dev/null", str(tmp_path))
+    for words, status in (("one", 0), ("another", 5)):
+        part = gpu_plan.pytest_part("tests", 20, *place, "-k", words, processes=processes)
+        assert ran(tmp_path / "out", part)["status"] == status
+
+
+def test_each_part_of_tests_selects_some() -> None:
+    """Of those that need no GPU to be found: there, grids of the operations have the mark too."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only"]
+
+    def collected(*words: str) -> list[str]:
+        done = subprocess.run([*command, *words], cwd=ROOT, text=True, capture_output=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return [line.rpartition("/")[2].lower() for line in done.stdout.splitlines() if "::" in line]
+
+    def chosen(words: str, ids: list[str]) -> list[str]:
+        expression = Expression.compile(words)
+        return [id for id in ids if expression.evaluate(lambda word: word in id)]
+
+    parts = {part.name: part.command for part in gpu_plan.plan(rehearse=False)}
+    marked = collected("-m", "gpu and not large", "tests/backends")
+    for name in ("tests of cuda", "tests of triton"):
+        command_line = parts[name]
+        assert command_line[command_line.index("-m", 3) + 1] == "gpu and not large"
+        assert chosen(command_line[command_line.index("-k") + 1], marked), name
+    assert len(collected("-m", parts["large tensors"][-2], "tests/backends")) >= 2
+    every = [id for id in collected("tests/backends", "tests/ops") if "triton" in id]
+    for word in gpu_plan.ON_DEVICE.split(" or "):
+        assert chosen(word, every), word
+    rehearsed = {part.name: part.command for part in gpu_plan.plan(rehearse=True)}
+    for name in ("tests of cuda", "tests of triton"):
+        file, words = rehearsed[name][-3], rehearsed[name][-1]
+        assert chosen(words, collected(file)), name
