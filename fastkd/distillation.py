@@ -4,8 +4,7 @@ one that users build.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,12 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import _private, backends, checks, errors
+from fastkd.frozen_teacher import FrozenTeacher, entered
 from fastkd.methods import Batch, BuildContext, Definition, Distiller, Output, define, undisturbed
-from fastkd.methods.context import features_of
 from fastkd.methods.sum import Losses, MethodSum
-from fastkd.models import Features
 from fastkd.models.extract import Point
-from fastkd.models.folding import fold_for_inference
 from fastkd.models.normalization import Normalization, renormalized
 from fastkd.models.observed import Observed, image_shape_of, views
 
@@ -79,8 +76,6 @@ class Distillation(nn.Module):
     """
 
     methods: MethodSum
-    teacher_scale: Tensor | None
-    teacher_shift: Tensor | None
 
     def __init__(
         self,
@@ -130,26 +125,36 @@ class Distillation(nn.Module):
         self.autocast, self.teacher_mode, self.batch_size = autocast, teacher_mode, batch_size
         image_shape = image_shape_of(student, teacher) if image_shape is None else image_shape
         self.image_shape, self.teacher_image_shape = image_shape, teacher_image_shape or image_shape
-        distillers: dict[str, Distiller] = {}
-        # first: a method may look at the teacher's features while it is built
         scale, shift = renormalized(normalization, teacher_normalization, self.teacher_image_shape)
-        self.register_buffer("teacher_scale", scale, persistent=False)
-        self.register_buffer("teacher_shift", shift, persistent=False)
+        distillers: dict[str, Distiller] = {}
+        # in a tuple, which nn.Module does not look into
+        self._frozen: tuple[FrozenTeacher, ...] = ()
         if self.definition.needs_teacher:
             if teacher is None:
-                raise ValueError(f"teacher is None, but method {self.definition.name!r} learns from one")
-            teacher.requires_grad_(False)
-            look = None if train_images is None else partial(self._teachers_features, teacher, train_images)
-            rest: dict[str, Any] = {"train_labels": train_labels, "teacher_features": look}
-            rest |= {"num_classes": num_classes, "batch_size": batch_size, "epochs": epochs}
+                raise ValueError(
+                    f"teacher is None, wanted a network: method {self.definition.name!r} learns from one"
+                )
             points = student_points, teacher_points
             with undisturbed(student, teacher):
                 image_shapes = image_shape, self.teacher_image_shape
                 self._observed = views((student, teacher), points, classifier, image_shapes)
+                frozen = FrozenTeacher(teacher, self._observed[1], teacher_mode, autocast, scale, shift)
                 context = BuildContext.of(
-                    student, teacher, image_shape, self._observed, teacher_image_shape=image_shapes[1], **rest
+                    student,
+                    teacher,
+                    image_shape,
+                    self._observed,
+                    teacher_image_shape=self.teacher_image_shape,
+                    # a method may look at the teacher's features while it is built
+                    teacher_features=None if train_images is None else partial(frozen.features, train_images),
+                    train_labels=train_labels,
+                    num_classes=num_classes,
+                    batch_size=batch_size,
+                    epochs=epochs,
                 )
                 distillers, student = self.definition.build(context, seed)
+            if distillers:
+                self._frozen = (frozen,)
             if self.definition.wraps and self._observed[0] is not None:
                 with undisturbed(student):
                     self._observed = self._observed[0].refreshed(), self._observed[1]
@@ -168,18 +173,13 @@ class Distillation(nn.Module):
         self.notes = [text for text in told if text is not None]
         for text in self.notes:
             errors.warn_once(text)
-        # in a tuple, which nn.Module does not look into: the teacher, and the copy that answers in eval mode
-        self._outside: tuple[nn.Module, ...] = (teacher,) if teacher is not None and distillers else ()
         self.folds = fold
         self.fold()
         self._set_teachers_mode()
 
-    def _teachers_features(self, teacher: nn.Module, batches: Any) -> Iterator[Features]:
-        return features_of(teacher, self._observed[1], batches, self._autocast, self._as_the_teacher_wants)
-
     @property
     def teacher(self) -> nn.Module | None:
-        return self._outside[0] if self._outside else None
+        return self._frozen[0].network if self._frozen else None
 
     @property
     def views(self) -> tuple[Observed | None, Observed | None]:
@@ -188,13 +188,9 @@ class Distillation(nn.Module):
 
     def fold(self) -> None:
         """Copies the teacher once more if a copy stands for it; call it after changing weights in place."""
-        if self.folds and self._outside and self.teacher_mode == "eval" and self._observed[1] is None:
-            teacher, dtype = self._outside[0], None
-            with self._autocast():
-                kind = next(teacher.parameters()).device.type
-                if self.autocast is not None and torch.is_autocast_enabled(kind):
-                    dtype = torch.get_autocast_dtype(kind)
-            self._outside = teacher, fold_for_inference(teacher, self.points[1].argument, dtype)
+        if self.folds:
+            for frozen in self._frozen:
+                frozen.fold(self.points[1])
 
     def train(self, mode: bool = True) -> Distillation:
         """As ever; the teacher is in train mode only where ``teacher_mode`` says so."""
@@ -203,13 +199,13 @@ class Distillation(nn.Module):
         return self
 
     def _set_teachers_mode(self) -> None:
-        if self._outside:
-            self._outside[0].train(self.training and self.teacher_mode == "train")
+        for frozen in self._frozen:
+            frozen.train(self.training)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Distillation:
         super()._apply(fn, recurse)
-        for network in self._outside:
-            network._apply(fn, recurse)
+        for frozen in self._frozen:
+            frozen._apply(fn, recurse)
         return self
 
     def settled(self) -> dict[str, Any]:
@@ -238,17 +234,18 @@ class Distillation(nn.Module):
             if taught is None
             else _private.saveable(taught)
         )
-        with self._autocast():
+        with entered(self.autocast):
             student = self._students(images)
         losses = self.methods.cross_entropy(student.logits, labels)
         student, teacher = self._as_seen(student), self._as_seen(teacher)
         records: dict[str, Any] = {}
         if teacher is not None:
-            found, records = self.methods.losses(batch, student, teacher, self._autocast())
+            found, records = self.methods.losses(batch, student, teacher, entered(self.autocast))
             losses.update(found)
         if not losses:
             raise ValueError(
-                f"labels are None, and method {self.definition.name!r} has no loss but cross-entropy"
+                f"labels is None, wanted (N,) int64: method {self.definition.name!r} has no loss but"
+                " cross-entropy"
             )
         total = torch.stack(list(losses.values())).sum()
         return Losses(total, losses, student.logits, None if teacher is None else teacher.logits, records)
@@ -268,37 +265,25 @@ class Distillation(nn.Module):
         blank = next(self.student.parameters()).new_zeros(images, *self.image_shape)
         labels = blank.new_zeros(images, dtype=torch.int64)
         batch = Batch(blank, labels, labels.add(1).cumsum(0) - 1)
-        with undisturbed(self, *self._outside):
+        with undisturbed(self, *self._frozen):
             theirs = blank.new_zeros(images, *self.teacher_image_shape)
             student, teacher = map(self._as_seen, (self._students(blank), self.ask(theirs)))
             calls = dict[str, list[backends.Call | backends.KernelCall]]()
             for name in self.methods:
                 with backends.record_calls() as calls[name]:
-                    self.methods.losses(batch, student, teacher, self._autocast(), [name])
+                    self.methods.losses(batch, student, teacher, entered(self.autocast), [name])
         return calls
 
     def _students(self, images: Tensor) -> Output:
-        if not self._outside:
+        if not self._frozen:
             return Output(self.student(images), None)  # type: ignore[arg-type]
         return self.points[0].observe(self._observed[0] or self.student, images)
 
     def ask(self, images: Tensor) -> Output | None:
         """The teacher's answer to ``images``, for several students of one teacher; None without a teacher."""
-        if not self._outside:
+        if not self._frozen:
             return None
-        images = self._as_the_teacher_wants(images)
-        with torch.no_grad(), self._autocast():
-            return self.points[1].observe(self._observed[1] or self._outside[-1], images)
-
-    def _as_the_teacher_wants(self, images: Tensor) -> Tensor:
-        """Images normalized as the teacher's are."""
-        if self.teacher_scale is None or self.teacher_shift is None:
-            return images
-        scale, shift = self.teacher_scale.to(images.device), self.teacher_shift.to(images.device)
-        return (images * scale + shift).to(images.dtype)
+        return self._frozen[0].ask(images, self.points[1])
 
     def _as_seen(self, output: Output | None) -> Any:
         return None if output is None else output._replace(logits=self.methods.seen_logits(output.logits))
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.autocast is None else self.autocast

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastkd import backends
 from fastkd.distillation import Distillation
+from fastkd.frozen_teacher import entered
 from fastkd.io.console import counted
 from fastkd.methods import Batch, Definition, define, undisturbed
 from fastkd.methods.sum import Losses
@@ -141,7 +142,7 @@ class SeveralTeachers(nn.Module):
     ) -> Losses:
         first, batch = self._parts[0], Batch(images, labels, index)
         answers = [part.ask(images if teacher_images is None else teacher_images) for part in self._parts]
-        with first._autocast():
+        with entered(first.autocast):
             student = first._students(images)
         losses = first.methods.cross_entropy(student.logits, labels)
         student, teachers = first._as_seen(student), [first._as_seen(answer) for answer in answers]
@@ -149,12 +150,12 @@ class SeveralTeachers(nn.Module):
         records: dict[str, Any] = {}
         if self.join == "logits":
             mean = teachers[0]._replace(logits=logits)
-            found, records = first.methods.losses(batch, student, mean, first._autocast())
+            found, records = first.methods.losses(batch, student, mean, entered(first.autocast))
             losses.update(found)
         else:
             each = []
             for i, (part, teacher) in enumerate(zip(self._parts, teachers, strict=True)):
-                found, own = part.methods.losses(batch, student, teacher, part._autocast())
+                found, own = part.methods.losses(batch, student, teacher, entered(part.autocast))
                 each.append(found)
                 records.update({f"{i}.{name}": record for name, record in own.items()})
             losses.update({name: torch.stack([found[name] for found in each]).mean() for name in each[0]})

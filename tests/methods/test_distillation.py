@@ -172,7 +172,7 @@ def test_convolutions_run_under_autocast_and_losses_do_not(how):
     if how == "given":
         losses = distillation(images, labels)
         assert (
-            distillation._outside[1].conv1.weight.dtype == torch.bfloat16
+            distillation._frozen[0].answering.conv1.weight.dtype == torch.bfloat16
             and distillation.teacher.conv1.weight.dtype == torch.float32
         )
     else:
@@ -197,10 +197,10 @@ def test_points_are_the_union_and_each_is_where_it_is_looked_for():
 
 
 def test_what_does_not_fit_is_told():
-    with pytest.raises(ValueError, match="teacher is None, but method 'at' learns from one"):
+    with pytest.raises(ValueError, match="teacher is None, wanted a network: method 'at' learns from one"):
         fastkd.Distillation(networks()[0], None, "at")
     with pytest.raises(
-        ValueError, match="labels are None, and method 'baseline' has no loss but cross-entropy"
+        ValueError, match="labels is None, wanted .N,. int64: method 'baseline' has no loss but cross-entropy"
     ):
         fastkd.Distillation(networks()[0], None, "baseline")(batch()[0])
     with pytest.raises(ValueError, match="channels"):
@@ -250,7 +250,7 @@ def test_a_teacher_gets_images_as_it_was_trained_on():
     same = fastkd.Distillation(
         student, teacher, "at", normalization=own, teacher_normalization=own, fold=False
     )
-    assert same.teacher_scale is None and torch.equal(same.eval()(images).teacher_logits, teacher(images))
+    assert same._frozen[0].scale is None and torch.equal(same.eval()(images).teacher_logits, teacher(images))
     for name, other in (
         ("normalization", "teacher_normalization"),
         ("teacher_normalization", "normalization"),

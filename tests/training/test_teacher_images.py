@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from image_folders import NETWORKS, make_images
-from run_cases import error_of, rows_of
+from record_files import rows_of
+from run_cases import error_of
 from support_data import QUICK
 
 import fastkd
@@ -233,7 +234,7 @@ def test_a_loop_of_your_own_gives_each_teacher_its_own(one_thread):
     wanted = torch.stack([teachers[0](images), teachers[1]((images * 0.2 - 0.1) / 0.5)]).mean(0)
     torch.testing.assert_close(made(images).teacher_logits, wanted, rtol=1e-4, atol=1e-5)
     both = fastkd.SeveralTeachers(student, teachers, "kd", normalization=own, teacher_normalization=half)
-    assert all(part.teacher_scale is not None for part in both.parts)
+    assert all(part._frozen[0].scale is not None for part in both.parts)
     points = {"student_points": ["layer1"], "teacher_points": [["layer2"], None]}
     made = fastkd.SeveralTeachers(student, teachers, "kd", **points)
     assert [part.views[1] is None for part in made.parts] == [False, True]

@@ -1,0 +1,92 @@
+"""The network that a student learns from: it answers without gradients, by a folded copy where one serves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.methods import Output, Points
+from fastkd.methods.context import features_of
+from fastkd.models import Features
+from fastkd.models.folding import fold_for_inference
+from fastkd.models.observed import Observed
+
+
+def entered(autocast: torch.autocast | None) -> AbstractContextManager[Any]:
+    """``autocast``; None leaves on or off what is so where this is entered."""
+    return nullcontext() if autocast is None else autocast
+
+
+class FrozenTeacher(nn.Module):
+    """A teacher whose weights no longer change.
+
+    Args:
+        network: the teacher. Its parameters need no gradients from here on.
+        view: what shows its features; None where ``network(x, features=...)`` does.
+        mode: "eval", or "train": its batch norms take each batch's own statistics.
+        autocast: what it runs under; None: whatever is on where it is asked.
+        scale, shift: (C, 1, 1) float32 each, which make its images of the student's,
+            ``images * scale + shift``; None where both networks get the same ones.
+
+    ``network`` is the teacher as it was given, ``answering`` what answers: the network, or the copy that
+    :meth:`fold` makes. Both are not for a caller to train.
+    """
+
+    scale: Tensor | None
+    shift: Tensor | None
+
+    def __init__(
+        self,
+        network: nn.Module,
+        view: Observed | None,
+        mode: str,
+        autocast: torch.autocast | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+    ):
+        super().__init__()
+        self.network = self.answering = network.requires_grad_(False)
+        self.view, self.mode, self.autocast = view, mode, autocast
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+
+    def fold(self, points: Points) -> None:
+        """Makes the copy that answers, whose batch norms are folded into its convolutions, of the weights as
+        they are; it shows the features ``points``.
+
+        In train mode, and where hooks show the features, the network itself answers.
+        """
+        if self.mode != "eval" or self.view is not None:
+            return
+        dtype = None
+        with entered(self.autocast):
+            kind = next(self.network.parameters()).device.type
+            if self.autocast is not None and torch.is_autocast_enabled(kind):
+                dtype = torch.get_autocast_dtype(kind)
+        self.answering = fold_for_inference(self.network, points.argument, dtype)
+
+    def train(self, mode: bool = True) -> FrozenTeacher:
+        """The network is in train mode where ``mode`` and its own mode both say so; the copy never is."""
+        self.network.train(mode and self.mode == "train")
+        return self
+
+    def ask(self, images: Tensor, points: Points) -> Output:
+        """Logits (N, K) and the features ``points`` of images (N, C, H, W), normalized as the student's."""
+        images = self.as_wanted(images)
+        with torch.no_grad(), entered(self.autocast):
+            return points.observe(self.view or self.answering, images)
+
+    def as_wanted(self, images: Tensor) -> Tensor:
+        """Images normalized as the teacher's are; of the same shape and dtype."""
+        if self.scale is None or self.shift is None:
+            return images
+        scale, shift = self.scale.to(images.device), self.shift.to(images.device)
+        return (images * scale + shift).to(images.dtype)
+
+    def features(self, batches: Any) -> Iterator[Features]:
+        """The network's own features of each of ``batches``, as ``fastkd.methods.context.features_of``."""
+        return features_of(self.network, self.view, batches, lambda: entered(self.autocast), self.as_wanted)
