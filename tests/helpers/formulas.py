@@ -43,7 +43,7 @@ def smaller(a: Sequence[int], b: Sequence[int]) -> list[int]:
     return [min(pair) for pair in zip(a, b)]
 
 
-def energy(x: Tensor, p: float, channel_reduce: str, signed: bool) -> Tensor:
+def channel_power_sum(x: Tensor, p: float, channel_reduce: str, signed: bool) -> Tensor:
     q = torch.zeros_like(x[:, 0])
     for c in range(x.shape[1]):
         q = q + (x[:, c] if signed else x[:, c].abs()) ** p
@@ -59,7 +59,7 @@ def normalized(q: Tensor, eps: float, eps_mode: str) -> Tensor:
 
 
 def attention_map(x, p=2.0, channel_reduce="mean", signed=False, normalize=True, eps=1e-12, eps_mode="clamp"):
-    q = energy(x, p, channel_reduce, signed)
+    q = channel_power_sum(x, p, channel_reduce, signed)
     return normalized(q, eps, eps_mode) if normalize else q
 
 
@@ -92,7 +92,7 @@ def attention_transfer_loss(
         for x in (s,) if teacher_is_map else (s, t):
             if pool_when == "before":
                 x = pool(x, size, pool_mode)
-            q = energy(x, p, channel_reduce, signed)
+            q = channel_power_sum(x, p, channel_reduce, signed)
             maps.append(normalized(pool(q, size, pool_mode), eps, eps_mode))
         d = maps[0] - (t if teacher_is_map else maps[1])
         squares = [sum(v * v for v in sample.flatten().tolist()) for sample in d]

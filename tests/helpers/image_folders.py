@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+FLAGS_WITHOUT_TEACHER = (
+    "--dataset folder --data images --student nets.py:student --image-size 16"
+    " --epochs 2 --batch-size 6 --lr 0.01 --device cpu"
+).split()
+"""Of train.py, in a folder with a file ``nets.py`` of NETWORKS and ``images`` of :func:`make_images`."""
+FLAGS = [*FLAGS_WITHOUT_TEACHER, "--teacher", "nets.py:teacher", "--teacher-size", "24"]
+
 NETWORKS = '''
 """Networks of a user, small enough for a test."""
 from torch import nn

@@ -3,9 +3,10 @@
 They are forked from a process that has imported everything, which takes a fraction of the time of new ones.
 A job is a line of JSON: ``flags`` of train.py, or ``call``, a function of this file with its ``arguments``;
 ``environment``, one dict of variables a process; ``logs``, a file a process; ``fault``: {"rank", "place",
-"call", "error"} raises that error in one process (rank null: in all), or sends it that signal, at the
-so-manieth call of a function. The answer has the exit ``statuses`` (-9: killed after ``limit`` seconds) and
-``seconds``: from the fault, else from the start, to the last one's end.
+"call", "error"} raises that error in one process (rank null: in all), or sends it that signal, when the
+function ``place`` is called for the time that ``call`` counts from 1. The answer has the exit ``statuses``
+(-9: killed after ``limit`` seconds) and ``seconds``: from the fault, else from the start, to the last one's
+end.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ ERRORS: dict[str, type[BaseException]] = {
 
 
 def plant(fault: dict[str, Any], moment: Path) -> None:
-    """Makes a function fail at its so-manieth call, and writes down when."""
+    """Makes a function fail at a call that is counted from 1, and writes down when."""
     module, _, name = fault["place"].partition(":")
     *holders, name = name.split(".")
     holder: Any = importlib.import_module(module)

@@ -3,7 +3,7 @@ everything.
 
 Reads {"flags", "log", "kill_after", "since", "die_at", "disk"} as JSON, a line a run; answers with its exit
 status (-9 when killed). ``kill_after``: seconds since its log holds ``since``; ``die_at``: it kills itself
-within its so-manieth writing of a file; ``disk``: no file may become larger.
+while it writes a file for this number of times; ``disk``: no file may become larger.
 """
 
 from __future__ import annotations

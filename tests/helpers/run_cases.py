@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-
 from fastkd.training import Settings
-
-
-def rows_of(output):
-    with open(output / "results.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def settings_of(output, method="kd", **changes):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
@@ -11,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from record_files import rows_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -98,11 +98,6 @@ def ours(logs):
         for line in log.splitlines()
         if line.startswith("train.py: ") or "Traceback" in line
     ]
-
-
-def rows_of(output):
-    with open(output / "results.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def bits(value):

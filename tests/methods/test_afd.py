@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import csv
 import random
 
 import pytest
 import torch
+from record_files import rows_in, rows_of
 
 import fastkd
 from fastkd.methods import BuildContext, define
@@ -287,9 +287,6 @@ def test_first_weights_options_and_what_comes_with_it():
 def test_two_epochs_on_digits(small_main, tmp_path):
     flags = "--method afd --dataset digits --teacher resnet8 --student resnet8 --epochs 2".split()
     assert small_main([*flags, "--device", "cpu", "--output", str(tmp_path), "--no-pictures"]) == 0
-    with open(tmp_path / "results.csv", newline="") as file:
-        row = [*csv.DictReader(file)][-1]
-    with open(tmp_path / row["folder"] / "epochs.csv", newline="") as file:
-        assert all(
-            float(value) > 0 for line in csv.DictReader(file) for name, value in line.items() if "afd" in name
-        )
+    row = rows_of(tmp_path)[-1]
+    lines = rows_in(tmp_path / row["folder"] / "epochs.csv")
+    assert all(float(value) > 0 for line in lines for name, value in line.items() if "afd" in name)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import random
 
 import pytest
 import torch
 import torch.nn.functional as F
+from record_files import rows_of
 
 import fastkd
 from fastkd.methods import BuildContext, Output, create_method
@@ -236,7 +236,6 @@ def test_a_run(small_main, tmp_path, capsys, extra):
     flags = "--method fitnet --dataset digits --teacher resnet8 --student resnet8 --epochs 2".split()
     assert small_main([*flags, "--device", "cpu", "--output", str(tmp_path), "--no-pictures", *extra]) == 0
     capsys.readouterr()
-    with open(tmp_path / "results.csv", newline="") as file:
-        row = [*csv.DictReader(file)][-1]
+    row = rows_of(tmp_path)[-1]
     state = torch.load(tmp_path / row["folder"] / "last.pt", weights_only=True)
     assert row["method"] == "fitnet" and ("regressor.convolution.weight" in str(state)) == (not extra)

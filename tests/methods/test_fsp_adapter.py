@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from runs import rows_of
+from record_files import rows_of
 from support_data import QUICK
 
 import fastkd

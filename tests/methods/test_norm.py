@@ -4,12 +4,12 @@ with its pair.
 
 from __future__ import annotations
 
-import csv
 import random
 
 import pytest
 import torch
 import torch.nn.functional as F
+from record_files import rows_of
 
 import fastkd
 from fastkd import methods, native
@@ -266,8 +266,7 @@ def test_a_run_tests_and_saves_the_pair_and_is_taken_up(small_main, monkeypatch,
     assert small_main([*flags, "--output", str(tmp_path / "parts"), "--resume"]) == 0
     states = []
     for output in ("whole", "parts"):
-        with open(tmp_path / output / "results.csv", newline="") as file:
-            folder = tmp_path / output / [*csv.DictReader(file)][-1]["folder"]
+        folder = tmp_path / output / rows_of(tmp_path / output)[-1]["folder"]
         states.append(torch.load(folder / "last.pt", weights_only=True))
     torch.testing.assert_close(
         *[{key: state[key] for key in ("model", "best")} for state in states], rtol=0, atol=0

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from collections import OrderedDict
 
 import pytest
 import torch
 import torch.nn.functional as F
 from ofd_cases import by_hand, margin_by_hand
+from record_files import rows_of
 from torch import nn
 
 import fastkd
@@ -130,8 +130,7 @@ def test_a_run_measures_its_margins(small_main, tmp_path):
     flags = "--method ofd --dataset digits --teacher resnet8 --student resnet8 --epochs 1".split()
     flags += ["--device", "cpu", "--output", str(tmp_path), "--no-pictures", "--batch-size", "32"]
     assert small_main([*flags, "--option", "margin=data"]) == 0
-    with open(tmp_path / "results.csv", newline="") as file:
-        rows = [*csv.DictReader(file)]
+    rows = rows_of(tmp_path)
     teacher = load_student(tmp_path / rows[0]["folder"])
     plan = Config(Settings("baseline", "digits", student="resnet8", device="cpu", output=tmp_path))
     images = torch.cat([x for x, _ in plan.batches("student")[0].test()])
@@ -160,8 +159,7 @@ def test_a_run_has_the_teacher_in_train_mode(small_main, tmp_path, capsys):
     flags = "--method ofd --dataset digits --teacher resnet8 --student resnet8 --epochs 2".split()
     assert small_main([*flags, "--device", "cpu", "--output", str(tmp_path), "--no-pictures"]) == 0
     capsys.readouterr()
-    with open(tmp_path / "results.csv", newline="") as file:
-        row = [*csv.DictReader(file)][-1]
+    row = rows_of(tmp_path)[-1]
     folder = tmp_path / row["folder"]
     assert row["method"] == "ofd" and '"teacher_mode": "train"' in (folder / "config.json").read_text()
     state = torch.load(folder / "last.pt", weights_only=True)

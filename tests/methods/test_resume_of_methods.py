@@ -6,7 +6,8 @@ import signal
 
 import pytest
 import torch
-from runs import check_same, rows_of
+from record_files import rows_of
+from runs import check_same
 from support_data import QUICK
 
 from fastkd.methods import METHODS

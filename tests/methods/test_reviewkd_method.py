@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-
 import pytest
 import torch
+from record_files import rows_in, rows_of
 from review_cases import reviewed
 
 import fastkd
@@ -104,15 +103,13 @@ def test_two_epochs_end_with_its_state_and_its_weight_in_the_row(small_main, tmp
     flags = "--method reviewkd --dataset digits --teacher resnet8 --student resnet8 --epochs 2".split()
     assert small_main([*flags, "--device", "cpu", "--output", str(tmp_path), "--no-pictures"]) == 0
     assert "reviewkd.beta=1.0" in capsys.readouterr().out
-    with open(tmp_path / "results.csv", newline="") as file:
-        row = [*csv.DictReader(file)][-1]
+    row = rows_of(tmp_path)[-1]
     assert "reviewkd.beta=1.0" in ",".join(row.values())
     folder = tmp_path / row["folder"]
-    with open(folder / "epochs.csv", newline="") as file:
-        losses = [
-            {name: float(value) for name, value in line.items() if "reviewkd" in name}
-            for line in csv.DictReader(file)
-        ]
+    losses = [
+        {name: float(value) for name, value in line.items() if "reviewkd" in name}
+        for line in rows_in(folder / "epochs.csv")
+    ]
     assert not any(losses[0].values()) and all(losses[1].values())
     best = torch.load(folder / "best.pt", weights_only=True)["model"]
     assert set(best) == set(create_model("resnet8").state_dict())  # the bare student

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import random
@@ -11,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from autograd_cases import gradients
+from record_files import rows_of
 
 import fastkd
 from fastkd import methods, reference
@@ -250,8 +250,7 @@ def test_a_run_is_taken_up_and_an_explicit_recipe_wins(small_main, monkeypatch, 
     assert small_main([*flags, "--output", str(tmp_path / "parts"), "--resume"]) == 0
     states = []
     for output in ("whole", "parts"):
-        with open(tmp_path / output / "results.csv", newline="") as file:
-            folder = tmp_path / output / [*csv.DictReader(file)][-1]["folder"]
+        folder = tmp_path / output / rows_of(tmp_path / output)[-1]["folder"]
         states.append(torch.load(folder / "last.pt", weights_only=True))
     for key in ("model", "method", "teacher", "best"):
         torch.testing.assert_close(states[1][key], states[0][key], rtol=0, atol=0)

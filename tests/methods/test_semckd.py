@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import random
 
 import pytest
 import torch
 import torch.nn.functional as F
+from record_files import rows_of
 
 import fastkd
 from fastkd.methods import BuildContext, create_method, define
@@ -262,6 +262,5 @@ def test_two_epochs_of_whole_batches_and_the_weight_of_digits(small_main, tmp_pa
     out = " ".join(capsys.readouterr().out.split())  # the screen wraps its lines
     noted = "the published 400 is infinite there after a few steps" in out
     assert f"semckd.beta={beta}" in out and noted == (not said)
-    with open(tmp_path / "results.csv", newline="") as file:
-        row = [*csv.DictReader(file)][-1]
+    row = rows_of(tmp_path)[-1]
     assert f"semckd.beta={beta}" in ",".join(row.values()) and float(row["acc"]) > 0

@@ -4,13 +4,13 @@ given.
 
 from __future__ import annotations
 
-import csv
 import json
 import random
 
 import pytest
 import torch
 import torch.nn.functional as F
+from record_files import rows_of
 
 import fastkd
 from fastkd.methods import BuildContext, create_method
@@ -158,8 +158,7 @@ def test_a_run_tests_saves_and_draws_the_changed_student(small_main, tmp_path, c
     out = capsys.readouterr().out
     count = 78_042 + 64 * 16 + 16 * 16 * 9 + 16 * 64 + 2 * (16 + 16 + 64)
     assert f"student  resnet8, 78,042 parameters; {count:,} as simkd trains, tests and saves it" in out
-    with open(tmp_path / "results.csv", newline="") as file:
-        row = [*csv.DictReader(file)][-1]
+    row = rows_of(tmp_path)[-1]
     best = torch.load(tmp_path / row["folder"] / "best.pt", weights_only=True)
     (teacher,) = tmp_path.glob("teachers/*.pt")
     taught = torch.load(teacher, weights_only=True)["model"]

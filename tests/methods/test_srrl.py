@@ -4,11 +4,11 @@ trained.
 
 from __future__ import annotations
 
-import csv
 import random
 
 import pytest
 import torch
+from record_files import rows_of
 
 import fastkd
 from fastkd.methods import BuildContext, Output, create_method
@@ -180,8 +180,7 @@ def test_a_run_saves_the_classifier(small_main, tmp_path, capsys):
     flags = "--method srrl --dataset digits --teacher resnet8 --student resnet8 --epochs 2".split()
     assert small_main([*flags, "--device", "cpu", "--output", str(tmp_path), "--no-pictures"]) == 0
     capsys.readouterr()
-    with open(tmp_path / "results.csv", newline="") as file:
-        row = [*csv.DictReader(file)][-1]
+    row = rows_of(tmp_path)[-1]
     state = torch.load(tmp_path / row["folder"] / "last.pt", weights_only=True)
     (teacher,) = tmp_path.glob("teachers/*.pt")
     taught = torch.load(teacher, weights_only=True)["model"]

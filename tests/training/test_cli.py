@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextvars
-import csv
 import json
 import os
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from record_files import rows_in, rows_of
 
 from fastkd.models import create_model, load_weights
 
@@ -52,11 +52,6 @@ def start(*arguments, small=False, **extra):
 @pytest.fixture
 def main(small_main):
     return small_main
-
-
-def rows_of(output):
-    with open(output / "results.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_a_whole_run_leaves_teacher_student_tables_and_checkpoints(main, capsys, tmp_path):
@@ -104,8 +99,7 @@ def test_a_whole_run_leaves_teacher_student_tables_and_checkpoints(main, capsys,
     last = torch.load(folder / "last.pt", weights_only=True)
     assert {"model", "optimizer", "method", "epoch", "history", "config"} <= set(last) and last["epoch"] == 1
     assert len(last["optimizer"]["state"]) == sum(1 for _ in create_model("resnet8").parameters())
-    with open(folder / "epochs.csv", newline="") as file:
-        epochs = list(csv.DictReader(file))
+    epochs = rows_in(folder / "epochs.csv")
     assert [row["epoch"] for row in epochs] == ["1"]
     for row in epochs:
         assert float(row["loss"]) == pytest.approx(sum(float(row[term]) for term in ("ce", "at", "kd")))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import signal
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import distributed_worker
 import pytest
 import torch
+from record_files import rows_of
 from runs import of_two
 from support_data import small_digits
 
@@ -91,8 +91,7 @@ def test_two_processes_learn_what_one_learns_from_the_joined_batches(tmp_path):
 
 
 def left(output):
-    with open(output / "results.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(output)
     return rows, [torch.load(output / row["folder"] / "last.pt", weights_only=True) for row in rows]
 
 

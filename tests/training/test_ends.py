@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import shutil
 
 import pytest
 import torch
-from record_files import interrupt, rows_of
+from record_files import column, interrupt, rows_of
 from run_cases import error_of
 from runs import bits, load
 from support_data import QUICK
 
 from fastkd.training import Trainer
-
-
-def column(folder, name):
-    with open(folder / "epochs.csv", newline="") as file:
-        return [float(row[name]) for row in csv.DictReader(file)]
 
 
 def test_a_term_that_ends_is_in_the_row_and_goes_on_to_the_same_bits(

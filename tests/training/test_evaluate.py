@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import re
 
 import pytest
 import torch
+from record_files import rows_of
 
 from fastkd.evaluate import main
 from fastkd.models import create_model
@@ -29,8 +29,7 @@ FLAGS = [
 @pytest.mark.parametrize("method", ["simkd", "norm", "baseline"])
 def test_a_run_is_tested_with_what_its_method_has_put_in(small_main, tmp_path, capsys, method):
     assert small_main(["--method", method, *FLAGS, "--no-pictures", "--output", str(tmp_path)]) == 0
-    with open(tmp_path / "results.csv", newline="") as file:
-        row = [*csv.DictReader(file)][-1]
+    row = rows_of(tmp_path)[-1]
     folder = tmp_path / row["folder"]
     saved = torch.load(folder / "best.pt", weights_only=True)["model"]
     if method == "baseline":
@@ -54,8 +53,7 @@ def test_images_are_normalized_as_in_the_run_or_as_asked(small_main, tmp_path, c
     monkeypatch.setitem(NORMALIZATIONS, ("ofd", "digits"), ((0.9,) * 3, (0.05,) * 3))
     flags = ["--method", "baseline", *FLAGS, "--no-pictures", "--normalization", "ofd"]
     assert small_main([*flags, "--output", str(tmp_path)]) == 0
-    with open(tmp_path / "results.csv", newline="") as file:
-        row = [*csv.DictReader(file)][-1]
+    row = rows_of(tmp_path)[-1]
     folder = tmp_path / row["folder"]
     torch.save(torch.load(folder / "best.pt", weights_only=True)["model"], tmp_path / "bare.pt")
     bare = [str(tmp_path / "bare.pt"), "--model", "resnet8", "--dataset", "digits", "--device", "cpu"]

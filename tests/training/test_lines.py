@@ -160,7 +160,7 @@ def table(tmp_path):
 def test_only_lists_what_is_known(table, capsys, only, words):
     assert report.main([str(table), *(word for part in only for word in ("--only", part))]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and err.startswith(f"report: error: {words}")
+    assert out == "" and err.count("\n") == 1 and err.startswith(f"python -m fastkd.report: error: {words}")
 
 
 def test_only_takes_runs_that_there_are(table, capsys):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shlex
 
 import pytest
 import torch
 import toy_methods
+from record_files import rows_of
 
 from fastkd import methods
 from fastkd.training import RECIPES, UserError
@@ -24,11 +24,6 @@ def settings(method, tmp_path, *options, **more):
     return Settings(
         method, "digits", teacher="resnet8", student="resnet8", output=tmp_path, options=options, **more
     )
-
-
-def rows_of(output):
-    with open(output / "results.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_an_option_reaches_the_method_and_all_that_a_run_leaves(small_main, tmp_path, capsys):

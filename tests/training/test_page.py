@@ -162,7 +162,9 @@ def test_bars_of_one_method_are_one_line(output, capsys, tmp_path):
     assert report.main([str(output), *wanted]) == 2
     err = capsys.readouterr().err
     assert (
-        err == "report: error: --bars: no two methods with the same data set, networks, recipe and length\n"
+        err
+        == "python -m fastkd.report: error: --bars: no two methods with the same data set, networks, recipe"
+        " and length\n"
     )
     assert report.main([str(output), "--bars", str(tmp_path / "x.docx")]) == 2
     assert "docx" in capsys.readouterr().err and not (tmp_path / "x.docx").exists()

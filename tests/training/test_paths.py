@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import shlex
 from pathlib import Path
 
 import pytest
 import torch
+from record_files import rows_of
 
 from fastkd.models import create_model, load_weights
 from fastkd.report import command as report
@@ -50,7 +50,7 @@ def test_a_tilde_is_the_home_wherever_a_path_is_given(small_main, home, capsys):
     (home / "runs" / "teachers").mkdir(parents=True)
     torch.save(create_model("resnet8").state_dict(), home / "runs" / "teachers" / "given.pt")
     assert small_main(["--method", "kd", *flags]) == 0
-    (row,) = csv.DictReader((home / "runs" / "results.csv").read_text().splitlines())
+    (row,) = rows_of(home / "runs")
     folder = home / "runs" / row["folder"]
     script = (folder / "command.sh").read_text().splitlines()[-1]
     assert "~" not in script and str(home / "data") in shlex.split(script)

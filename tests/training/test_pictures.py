@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import errno
 import io
 import shutil
@@ -10,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from record_files import rows_of
 
 from fastkd.models import create_model
 from fastkd.report import maps as redraw
@@ -19,11 +19,6 @@ from fastkd.training.examples import examples, stages
 
 QUICK = "--dataset digits --teacher resnet8 --student resnet8 --batch-size 32 --device cpu --epochs 1".split()
 NAMES = {f"{stem}.png" for stem in VARIANTS}
-
-
-def rows_of(output):
-    with open(output / "results.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def read(content):

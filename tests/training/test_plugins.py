@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import rows_of
+from record_files import rows_of
 
 from fastkd import data, evaluate, methods, models, plugins
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import json
 import runpy
@@ -13,7 +12,8 @@ import pytest
 import torch
 import toy_methods
 from image_folders import NETWORKS, make_images
-from runs import bits, load, of_two, ours, rows_of
+from record_files import rows_of
+from runs import bits, load, of_two, ours
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = "--method at --dataset digits --teacher resnet8 --student resnet8 --batch-size 16".split()
@@ -74,8 +74,7 @@ def test_two_processes_read_the_images_of_one(start, tmp_path, one_thread):
     assert main([*flags, "--batch-size", "6", "--workers", "0", "--output", str(tmp_path / "one")]) == 0
     found = []
     for output in (tmp_path / "two", tmp_path / "one"):
-        with open(output / "results.csv", newline="") as file:
-            row = next(csv.DictReader(file))
+        row = rows_of(output)[0]
         found.append(torch.load(output / row["folder"] / "last.pt", weights_only=True))
     torch.testing.assert_close(found[0]["model"], found[1]["model"], rtol=1e-4, atol=1e-6)
     assert found[0]["history"][-1]["test_acc"] == found[1]["history"][-1]["test_acc"]
@@ -199,8 +198,7 @@ def test_a_run_of_two_processes_says_so_in_its_records_and_its_command(start, tm
         of_two(), flags=[*FLAGS, "--method", "baseline", "--epochs", "1", "--output", str(tmp_path / "runs")]
     )
     assert answer["statuses"] == [0, 0] and logs[1] == "", logs
-    with open(tmp_path / "runs" / "results.csv", newline="") as file:
-        (row,) = csv.DictReader(file)
+    (row,) = rows_of(tmp_path / "runs")
     assert (row["processes"], row["batch_size"]) == ("2", "16")
     folder = tmp_path / "runs" / row["folder"]
     script = (folder / "command.sh").read_text().splitlines()[-1]

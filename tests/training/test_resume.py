@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import toy_methods
-from runs import bits, check_same, load, rows_of
+from record_files import rows_of
+from runs import bits, check_same, load
 from support_data import QUICK, small_digits
 
 from fastkd import data as datasets

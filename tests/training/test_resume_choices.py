@@ -8,7 +8,8 @@ import shutil
 
 import pytest
 import torch
-from run_cases import error_of, rows_of, settings_of
+from record_files import rows_of
+from run_cases import error_of, settings_of
 from support_data import QUICK
 
 from fastkd.models import create_model, fingerprint

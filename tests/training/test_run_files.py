@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import errno
 import os
 
 import pytest
 import torch
+from record_files import rows_of
 
 from fastkd.io import files as files_module
 from fastkd.io.files import make_folder, save, write
@@ -49,8 +49,7 @@ def test_rows_are_numbered_appended_and_kept_whole(tmp_path):
             append(tmp_path, {"method": "at", "acc": "91.80", "seed": 0, "lr": 0.1, "recipe": "a|b"})["no"]
             == i + 1
         )
-    with open(tmp_path / "results.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(tmp_path)
     assert (
         [row["no"] for row in rows] == ["1", "2", "3"]
         and rows[2]["acc"] == "91.80"

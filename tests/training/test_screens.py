@@ -4,7 +4,6 @@ replaced.
 
 from __future__ import annotations
 
-import csv
 import io
 import os
 import subprocess
@@ -13,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from record_files import rows_of
 from support_data import QUICK
 
 from fastkd.io.console import screens
@@ -100,8 +100,7 @@ def test_a_command_ends_well_though_its_reader_left(tmp_path):
         assert process.wait(timeout=300) == 0
     assert (tmp_path / "err").read_text() == ""
     assert "stdout cannot be written: Broken pipe" in next(tmp_path.glob("baseline-*/log.txt")).read_text()
-    with open(tmp_path / "results.csv", newline="") as file:
-        assert [row["method"] for row in csv.DictReader(file)] == ["baseline"]
+    assert [row["method"] for row in rows_of(tmp_path)] == ["baseline"]
 
 
 def test_no_file_takes_the_place_of_a_closed_screen(tmp_path):
@@ -137,7 +136,10 @@ def test_a_report_that_could_not_be_written_says_so(monkeypatch, capsys, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", broken("full disk"))
         assert report.main([str(tmp_path)]) == 2
-    assert capsys.readouterr().err == "report: error: stdout cannot be written: No space left on device\n"
+    assert (
+        capsys.readouterr().err
+        == "python -m fastkd.report: error: stdout cannot be written: No space left on device\n"
+    )
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", broken("no reader"))
         assert report.main([str(tmp_path)]) == 0

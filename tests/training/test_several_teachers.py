@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from record_files import interrupt
-from runs import bits, load, rows_of
+from record_files import interrupt, rows_of
+from runs import bits, load
 from support_data import QUICK
 
 import fastkd

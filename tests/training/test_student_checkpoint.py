@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import json
 
 import torch
+from record_files import rows_of
 
 from fastkd.models import create_model
 
 FLAGS = ["--dataset", "digits", "--student", "resnet8", "--device", "cpu", "--no-pictures", "--no-compile"]
-
-
-def rows(output):
-    with open(output / "results.csv", newline="") as file:
-        return [*csv.DictReader(file)]
 
 
 def test_the_student_begins_with_the_weights_and_they_are_part_of_the_run(small_main, tmp_path, capsys):
@@ -37,7 +32,7 @@ def test_the_student_begins_with_the_weights_and_they_are_part_of_the_run(small_
     assert small_main([*command, "--student-checkpoint", str(first)]) == 0
     assert f"begun with {first}" in " ".join(capsys.readouterr().out.split())
     assert small_main(command) == 0
-    one, other = rows(tmp_path / "runs")
+    one, other = rows_of(tmp_path / "runs")
     assert (one["student_checkpoint"], other["student_checkpoint"]) == (str(first), "")
     folder = tmp_path / "runs" / one["folder"]
     saved = torch.load(folder / "best.pt", weights_only=True)["model"]
@@ -50,7 +45,7 @@ def test_the_student_begins_with_the_weights_and_they_are_part_of_the_run(small_
     for file, count in ((first.rename(tmp_path / "moved.pt"), 2), (second, 3)):
         assert small_main([*command, "--student-checkpoint", str(file), "--resume", "auto"]) == 0
         assert ("is finished" in capsys.readouterr().out) == (count == 2)
-        assert len(rows(tmp_path / "runs")) == count
+        assert len(rows_of(tmp_path / "runs")) == count
 
 
 def test_weights_that_do_not_fit_are_one_line(small_main, tmp_path, capsys):

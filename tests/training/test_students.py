@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-
 import pytest
 import torch
+from record_files import rows_of
 
 import fastkd
 from fastkd.models import WeightsError, create_model, load_student
@@ -38,8 +37,7 @@ def test_the_network_of_a_run_answers_as_in_the_run(small_main, monkeypatch, tmp
         *(f"--option={word}" for word in options),
     ]
     assert small_main(flags) == 0
-    with open(tmp_path / "results.csv", newline="") as file:
-        rows = [*csv.DictReader(file)]
+    rows = rows_of(tmp_path)
     if method != "baseline":
         (tmp_path / "teachers").rename(tmp_path / "elsewhere")  # nothing but the file is read
     for row in rows:

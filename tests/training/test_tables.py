@@ -8,6 +8,7 @@ import csv
 import io
 
 import pytest
+from record_files import rows_in
 from support_data import QUICK
 
 from fastkd.report import curves
@@ -128,7 +129,7 @@ def test_a_row_that_finds_its_table_damaged_is_kept_beside_it_and_added_later(
     assert [path.name.split("-")[1] for path in asides] == ["kd", "teacher"]
     assert err.count("\n") == 1 and "line 2, is damaged" in err and f"is kept in {asides[0]}" in err
     assert f"is kept in {asides[1]}" in out and "kd epoch 1/1" in out and "Traceback" not in out
-    rows = [next(csv.DictReader(io.StringIO(path.read_text()))) for path in asides]
+    rows = [rows_in(path)[0] for path in asides]
     assert [row["method"] for row in rows] == ["kd", "teacher"] and all(
         float(row["acc"]) >= 0 for row in rows
     )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import errno
 import resource
 import threading
 
 import pytest
-from record_files import interrupt, rows_of
+from record_files import interrupt, rows_in, rows_of
 from support_data import QUICK
 
 from fastkd.training import tensorboard
@@ -18,8 +17,7 @@ TWO_PHASES = ["--method", "fsp", "--recipe", "sakd", *QUICK, "--epochs", "3", "-
 
 
 def epochs_of(path):
-    with open(path, newline="") as file:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    return [{key: float(value) for key, value in row.items()} for row in rows_in(path)]
 
 
 def points(folder):
