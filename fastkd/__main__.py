@@ -4,9 +4,6 @@ same for programs.
 
 from __future__ import annotations
 
-import argparse
-import importlib.metadata
-import importlib.util
 import json
 import platform
 import textwrap
@@ -15,18 +12,9 @@ from typing import Any
 import torch
 
 import fastkd
-from fastkd import backends, native
+from fastkd import backends, kernels, native
+from fastkd.io.arguments import OneLineParser
 from fastkd.io.console import screens
-
-
-def _triton() -> str | None:
-    """Triton's version, or None. Not imported: that takes long, and it may fail where no kernel is wanted."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def report() -> dict[str, Any]:
@@ -40,7 +28,7 @@ def report() -> dict[str, Any]:
         "fastkd": fastkd.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _triton(),
+        "triton": kernels.triton_version(),
         "cuda": {"torch": torch.version.cuda, "devices": gpus},
         "native": native.report(),
         "backends": {
@@ -87,7 +75,7 @@ def _entry(name: str, entry: dict[str, Any]) -> list[str]:
 @screens()
 def main() -> None:
     text = "What is installed, what works here, and why the rest does not."
-    parser = argparse.ArgumentParser(prog="python -m fastkd", description=text, allow_abbrev=False)
+    parser = OneLineParser(prog="python -m fastkd", description=text, allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="the same as JSON, for programs")
     facts = report()
     print(json.dumps(facts, indent=2) if parser.parse_args().json else "\n".join(_lines(facts)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkd import kernels
-from fastkd._private import BelowAutograd, dispatch_watched
+from fastkd._private import BelowAutograd, dispatch_watched, operator_call
 
 
 def refuse_second_derivative(operator: str) -> NoReturn:
@@ -27,8 +27,7 @@ class _Operators(dict[str, Callable[..., Any]]):
 
     def __missing__(self, name: str) -> Callable[..., Any]:
         operator = getattr(getattr(torch.ops, self.namespace), name).default
-        # what OpOverload's __call__ calls, without a Python frame of its own
-        self[name] = getattr(operator, "_op", operator)
+        self[name] = operator_call(operator)
         return self[name]
 
 

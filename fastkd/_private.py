@@ -7,13 +7,17 @@ could be wrong in silence.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.utils._python_dispatch
+import torch.utils._pytree
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx.experimental import proxy_tensor
 from torch.nn.modules import module as _modules
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def find(owner: Any, path: str) -> Any:
@@ -46,6 +50,18 @@ _GLOBAL_HOOKS = [
     find(_modules, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")
 ]
 _get_proxy_mode: Callable[[], Any] = find(proxy_tensor, "get_proxy_mode")
+# A function of each tensor of nested tuples, named ones too.
+map_tensors: Callable[..., Any] = find(torch.utils, "_pytree.tree_map")
+# Sees the operators that the dispatcher runs.
+if TYPE_CHECKING:
+    from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+else:
+    TorchDispatchMode = find(torch.utils, "_python_dispatch.TorchDispatchMode")
+# An assertion that torch.fx writes into its graphs.
+assert_in_graph: Callable[[Any, str], None] = find(torch, "_assert")
+# Gives a named tuple the name under which torch.export.save writes it.
+_register_named_tuple: Callable[..., None] = find(torch.utils, "_pytree._register_namedtuple")
+find(nn.Module(), "_forward_hooks")
 find(torch.autograd.Function, "_backward_cls.apply")
 find(forward_ad, "_current_level")  # read by each call
 
@@ -159,3 +175,28 @@ def saveable(x: Any) -> Any:
 def version(x: Tensor) -> int | None:
     """A number that changes with each change in place; None where PyTorch does not count them."""
     return None if x.is_inference() else x._version
+
+
+def operator_call(operator: Any) -> Callable[..., Any]:
+    """What a call of ``torch.ops.<namespace>.<name>.default`` calls, without a Python frame of its own."""
+    call: Callable[..., Any] = getattr(operator, "_op", operator)
+    return call
+
+
+def constant_in_graphs(function: F) -> F:
+    """Decorates a function that a graph does not ask: it holds the answer of when it was traced.
+
+    ``torch.compiler.assume_constant_result`` does no more than this, and imports the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def register_named_tuple(kind: type, name: str) -> None:
+    """``torch.export.save`` writes ``kind`` under ``name``; a program that loads it must import fastkd."""
+    _register_named_tuple(kind, serialized_type_name=name)
+
+
+def forward_hooks(module: nn.Module) -> list[Any]:
+    """The hooks that see what goes into a module, then those that see what comes out."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]

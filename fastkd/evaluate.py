@@ -8,11 +8,10 @@ Exit status 0; 2 for what the caller can mend, with one line on stderr.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,6 +21,7 @@ from fastkd import plugins
 from fastkd.data import choose_dataset, load_dataset
 from fastkd.data.feed import AnyDataset, Feed, testing
 from fastkd.errors import UserError
+from fastkd.io.arguments import OneLineParser
 from fastkd.io.console import screens
 from fastkd.io.files import as_path
 from fastkd.models import WeightsError, create_model, load_student, load_weights, read_checkpoint
@@ -153,14 +153,9 @@ def _network(path: Path, name: str, classes: int, of_run: bool) -> nn.Module:
     return network
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 @screens()
 def main(arguments: list[str] | None = None) -> int:
-    parser = _Parser(
+    parser = OneLineParser(
         prog="python -m fastkd.evaluate", description="Tests trained weights.", allow_abbrev=False
     )
     parser.add_argument(

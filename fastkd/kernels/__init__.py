@@ -3,6 +3,7 @@
 | file | what lives there |
 |---|---|
 | `common/launch.py` | how a tensor is seen as a matrix, how work is divided, how a kernel is launched |
+| `common/fields.py` | names of places in the tuples that attention's kernels take |
 | `common/tile.py` | what kernels have in common: powers, positions, sums over channels, normalization |
 | `common/pool.py` | adaptive pooling of features and channel power sums, and its gradient |
 | `common/windows.py` | what pooling and its gradients have in common |
@@ -34,6 +35,8 @@ from typing import Any
 
 import torch
 
+from fastkd._private import constant_in_graphs
+
 LAUNCHERS = {
     "attention_map": "attention.map",
     "attention_map_backward": "attention.map",
@@ -61,14 +64,13 @@ def launcher(operator: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(f"fastkd.kernels.{LAUNCHERS[operator]}"), operator)
 
 
+@constant_in_graphs
 def own_precision() -> str:
-    """What ``precision=None`` means: PyTorch's setting for float32 products on a GPU, "tf32" or "ieee"."""
+    """What ``precision=None`` means: PyTorch's setting for float32 products on a GPU, "tf32" or "ieee".
+
+    A graph holds the setting as it was when the graph was traced.
+    """
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
-# A graph holds what the setting was when it was traced, since it cannot ask:
-# torch.compiler.assume_constant_result does no more than this, and imports the compiler.
-own_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # Found out once, and stored in globals: a graph that is traced reads those, where it could not ask.
@@ -84,7 +86,7 @@ def interpreting() -> bool:
     if _interpreting is None:
         _interpreting = (
             os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
-            and _version() is not None
+            and triton_version() is not None
         )
     return _interpreting
 
@@ -97,7 +99,8 @@ def state() -> tuple[bool, str]:
     return _state
 
 
-def _version() -> str | None:
+def triton_version() -> str | None:
+    """Triton's version, or None. It is not imported: that takes long, and no kernel may be wanted."""
     if importlib.util.find_spec("triton") is None:
         return None
     try:
@@ -107,7 +110,7 @@ def _version() -> str | None:
 
 
 def _find_out() -> tuple[bool, str]:
-    version = _version()
+    version = triton_version()
     if version is None:
         return (
             False,

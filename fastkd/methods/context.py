@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd import checks
+from fastkd import _private, checks
 from fastkd.models import Features
 from fastkd.models.exchange import Parts
 from fastkd.models.observed import Observed
@@ -135,7 +135,7 @@ def shapes(
         images = next(network.parameters()).new_zeros(2, *image_shape)
         features, logits = (observed or network)(images, features="both")
     return (
-        torch.utils._pytree.tree_map(lambda x: x.shape[1:] if isinstance(x, Tensor) else x, features),
+        _private.map_tensors(lambda x: x.shape[1:] if isinstance(x, Tensor) else x, features),
         logits.shape[1],
     )
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from fastkd._private import forward_hooks
 from fastkd.models.features import Neck, Record, through_neck
 
 
@@ -51,9 +52,5 @@ class Parts(NamedTuple):
 
 def neck_hooks(network: nn.Module) -> list[NeckHook]:
     """Those that show something."""
-    hooks = [
-        hook
-        for module in network.modules()
-        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    ]
+    hooks = [hook for module in network.modules() for hook in forward_hooks(module)]
     return [hook for hook in hooks if isinstance(hook, NeckHook) and isinstance(hook.neck, Neck)]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, fx, nn
+
+from fastkd import _private
 
 
 class Features(NamedTuple):
@@ -142,15 +143,11 @@ def fixed(name: str, value: Any, default: Any) -> Any:
     """
     if not isinstance(value, fx.Proxy):
         return value
-    torch._assert(
+    _private.assert_in_graph(
         value == default,
         f"the network was traced with {name}={default}: trace it again with concrete_args to have another",
     )
     return default
 
 
-# The name under which torch.export.save writes it; torch.export.load needs fastkd imported. PyTorch has no
-# public function for this.
-_register = getattr(torch.utils._pytree, "_register_namedtuple", None)
-if _register is not None:
-    _register(Features, serialized_type_name="fastkd.models.Features")
+_private.register_named_tuple(Features, "fastkd.models.Features")

@@ -32,8 +32,14 @@ class Observed:
     ``role`` stands in errors. The network is in eval mode while this is built.
     """
 
-    def __init__(self, network: nn.Module, points: Sequence[Point] | None, classifier: str | None,
-                 image_shape: Sequence[int], role: str):  # fmt: skip
+    def __init__(
+        self,
+        network: nn.Module,
+        points: Sequence[Point] | None,
+        classifier: str | None,
+        image_shape: Sequence[int],
+        role: str,
+    ):
         self.network, self.role = network, role
         self._arguments = (points, classifier, image_shape, role)
         stages = places_of(network, points or (), f"{role}_points", role)
@@ -134,15 +140,15 @@ class Observed:
 
 def _told_of_casts(role: str, network: nn.Module, dtype: torch.dtype) -> str:
     """What becomes of numbers that a network rounds on purpose, once it is compiled, in one line."""
-    # called while a graph is traced, and not in it; not marked above, which would import the compiler
-    torch.compiler.assume_constant_result(_warn_of_casts)
     return (
         f"{role} {type(network).__name__} rounds by a cast to {str(dtype).removeprefix('torch.')} and back,"
         " which inductor leaves out: set torch._inductor.config.emulate_precision_casts = True before"
     )
 
 
+@_private.constant_in_graphs
 def _warn_of_casts(text: str) -> bool:
+    """Warns while a graph is traced, which then holds the answer and no call of this."""
     if not _private.casts_are_kept():
         errors.warn_once(text)
     return True

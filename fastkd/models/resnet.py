@@ -67,7 +67,7 @@ class ResNet(nn.Module):
     ):
         super().__init__()
         if (depth - 2) % 6:
-            raise ValueError(f"depth is {depth}, a CIFAR ResNet has 6n + 2")
+            raise ValueError(f"depth is {depth}, wanted 6n + 2 for a CIFAR ResNet, such as 8, 20 or 56")
         self.conv1 = nn.Conv2d(3, widths[0], stem_kernel, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
         count = (depth - 2) // 6

@@ -63,7 +63,7 @@ class WideResNet(nn.Module):
     def __init__(self, depth: int, factor: int, num_classes: int = 10):
         super().__init__()
         if (depth - 4) % 6:
-            raise ValueError(f"depth is {depth}, a wide ResNet has 6n + 4")
+            raise ValueError(f"depth is {depth}, wanted 6n + 4 for a wide ResNet, such as 16, 28 or 40")
         count, widths = (depth - 4) // 6, (16, 16 * factor, 32 * factor, 64 * factor)
         self.conv1 = nn.Conv2d(3, widths[0], 3, 1, 1, bias=False)
         self.block1 = self._group(widths[0], widths[1], count, 1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastkd import backends, checks, reference
 from fastkd._implementations import Backend
-from fastkd._private import batched, few_frames
+from fastkd._private import batched, few_frames, version
 from fastkd.ops import _batched_grads, _cuda_limits
 from fastkd.ops._register import accumulator, autograd, define, differentiable_once, one_device
 
@@ -58,13 +58,13 @@ def _watch(ctx: Any, x: Tensor) -> None:
     if any(ctx.needs_input_grad):
         ctx.watched = x.detach()
         ctx.watched.data = _EMPTY
-        ctx.version = ctx.watched._version
+        ctx.version = version(ctx.watched)
 
 
 def _unchanged(ctx: Any, sentence: str) -> None:
     # PyTorch's own check says neither whose feature it was nor what to do, and does not see it where hooks
     # keep the saved tensors
-    if ctx.watched is not None and ctx.watched._version != ctx.version:
+    if ctx.watched is not None and version(ctx.watched) != ctx.version:
         raise RuntimeError(f"{sentence} before the backward pass, which needs it as it was")
 
 
@@ -235,9 +235,9 @@ def relu_tap(
     """The ReLU that ends a stage, the addition before it and the attention map of the result, as one
     differentiable operation.
 
-    The forward pass takes the map's energies while it writes y, the backward pass adds the map's gradient
-    while it applies the ReLU's: attention transfer then costs no pass over the feature of its own. y is kept
-    for the backward pass and may not be changed in place.
+    The forward pass takes the map's channel power sums while it writes y. The backward pass adds
+    the map's gradient while it applies the ReLU's. Attention transfer then costs no pass over the feature of
+    its own. y is saved for the backward pass and may not be changed in place.
 
     Args:
         x: (N, C, *S), one to three spatial dimensions, float16, bfloat16, float32 or float64, any strides.

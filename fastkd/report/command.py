@@ -9,13 +9,13 @@ python -m fastkd.report runs --into README.md             writes the tables betw
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastkd.errors import UserError
+from fastkd.io.arguments import OneLineParser
 from fastkd.io.console import delivered, screens
 from fastkd.io.files import as_path, write
 from fastkd.report import bars, curves, page
@@ -67,7 +67,7 @@ def put(path: Path, text: str) -> None:
 @screens()
 def main(arguments: list[str] | None = None) -> int:
     text = "Published tables with our figures; curves."
-    parser = argparse.ArgumentParser(prog="python -m fastkd.report", description=text, allow_abbrev=False)
+    parser = OneLineParser(prog="python -m fastkd.report", description=text, allow_abbrev=False)
     parser.add_argument(
         "folders",
         nargs="+",
@@ -125,6 +125,6 @@ def main(arguments: list[str] | None = None) -> int:
         if flags.html:
             page.save(flags.html, rows, flags.folders, values)
     except UserError as error:
-        print(f"report: error: {error}", file=sys.stderr)
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     return 0

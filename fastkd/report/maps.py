@@ -5,13 +5,13 @@ python -m fastkd.report.maps runs/FOLDER
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 from fastkd.data import load_dataset
 from fastkd.errors import UserError
+from fastkd.io.arguments import OneLineParser
 from fastkd.io.console import screens
 from fastkd.io.files import as_path
 from fastkd.models import WeightsError, create_model, load_student, load_weights
@@ -63,9 +63,7 @@ def redraw(folder: Path, data: Path | None) -> list[Path]:
 @screens()
 def main(arguments: list[str] | None = None) -> int:
     text = "Attention maps of finished runs."
-    parser = argparse.ArgumentParser(
-        prog="python -m fastkd.report.maps", description=text, allow_abbrev=False
-    )
+    parser = OneLineParser(prog="python -m fastkd.report.maps", description=text, allow_abbrev=False)
     parser.add_argument(
         "folders", nargs="+", type=as_path, metavar="FOLDER", help="of a run: runs/at-cifar10-..."
     )
@@ -80,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
             for path in redraw(folder, flags.data):
                 print(path)
     except UserError as error:
-        print(f"redraw: error: {error}", file=sys.stderr)
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     return 0
 

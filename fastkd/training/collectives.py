@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastkd import _private
 from fastkd.training import distributed
 
 T = TypeVar("T")
@@ -93,7 +94,7 @@ def joined_rows(tree: T, rows: int) -> T:
             dist.all_gather(parts, parts[rank].clone())
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
-    return torch.utils._pytree.tree_map(join, tree)
+    return _private.map_tensors(join, tree)
 
 
 def same_buffers(*modules: nn.Module | None) -> None:

@@ -7,15 +7,18 @@ import dataclasses
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fastkd.io.arguments import OneLineParser
 from fastkd.training.command import program
 from fastkd.training.launch import is_first
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """argparse prints its usage before an error; here one line says what is wrong."""
+class FirstsParser(OneLineParser):
+    """Of several processes the first alone says what is wrong."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n" if is_first() else None)
+        if is_first():
+            super().error(message)
+        self.exit(2)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     from fastkd.training.own_flags import add_networks, add_own
 
     text = "Train a teacher, distil a student from it, record the result."
-    parser = OneLineParser(prog=program(), description=text, allow_abbrev=False)
+    parser = FirstsParser(prog=program(), description=text, allow_abbrev=False)
     parser.add_argument(
         "--method",
         required=True,
