@@ -120,7 +120,7 @@ def norm(student: Tensor, teacher: Tensor, copies: int = 8) -> Tensor:
     return copies * F.mse_loss(student, teacher.repeat(1, copies, 1, 1))
 
 
-def _energies(maps: Sequence[Tensor]) -> list[Tensor]:
+def _mean_squares(maps: Sequence[Tensor]) -> list[Tensor]:
     return [x.pow(2).mean(1, keepdim=True) for x in maps]
 
 
@@ -141,11 +141,11 @@ def afd(attention: nn.Module, students: Sequence[Tensor], teachers: Sequence[Ten
     S).
     """
     shares = _afd_shares(attention, students, teachers)
-    energies = _energies(students)
+    means = _mean_squares(students)
     total = shares.new_zeros(())
-    for i, t in enumerate(_energies(teachers)):
+    for i, t in enumerate(_mean_squares(teachers)):
         target = F.normalize(t.flatten(1))
-        resized = [F.adaptive_avg_pool2d(s, (t.shape[2], t.shape[3])).flatten(1) for s in energies]
+        resized = [F.adaptive_avg_pool2d(s, (t.shape[2], t.shape[3])).flatten(1) for s in means]
         mine = F.normalize(torch.stack(resized, 1), dim=2)
         apart = (mine - target[:, None]).pow(2).mean(2)
         total = total + (shares[:, i] * apart).sum(1).mean()

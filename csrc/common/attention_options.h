@@ -24,7 +24,7 @@ enum AttentionSwitch : int64_t {
   kOptionsEnd = 4096,
 };
 
-// h and the map's energy |x|^p (x^p if is_signed), and the normalization.
+// The power |x|^p (x^p if is_signed), which channels are summed of, its slope h, and the normalization.
 struct AttentionOptions {
   double p;
   double eps;

@@ -2,19 +2,22 @@
 // compiler (FASTKD_EMULATE, for the tests alone) emulate.h runs the same kernels on the CPU, so a kernel uses
 // nothing that is not here:
 //
-//   FASTKD_KERNEL(threads) name(args)         a __global__ function for blocks of that many threads (a
-//   multiple of 32) FASTKD_KERNEL_OF(threads, blocks) ...     the same, with as few registers as so many
-//   blocks on a multiprocessor may have FASTKD_DEVICE                             a function called by
-//   kernels; FASTKD_BOTH: by the host too, and so by tests;
-//                                             FASTKD_MEMBER: one of a struct
-//   FASTKD_ARGUMENTS(type) name               a kernel's struct of arguments, read where it is
-//   threadIdx.x, blockIdx.x, gridDim.x        as ever; blocks and grids have one dimension
-//   shared_memory()                           the block's dynamic shared memory, 16-byte aligned; there is no
-//   static one sync_block()                              all threads of the block must come
-//   shuffle_xor(value, mask)                  all 32 lanes must come
-//   is_last(ticket, count)                    the block's last thread to come to a ticket of `count` comers;
-//   see below load_fresh(pointer)                       a number that another block wrote before is_last()
-//   said so
+//   FASTKD_KERNEL(threads) name(args)     a __global__ function for blocks of that many threads (a multiple
+//                                         of 32)
+//   FASTKD_KERNEL_OF(threads, blocks) ... the same, with as few registers as so many blocks on a
+//                                         multiprocessor may have
+//   FASTKD_DEVICE                         a function called by kernels
+//   FASTKD_BOTH                           by the host too, and so by tests
+//   FASTKD_MEMBER                         a function of a struct, called by kernels
+//   FASTKD_ARGUMENTS(type) name           a kernel's struct of arguments, read where it is
+//   threadIdx.x, blockIdx.x, gridDim.x    as ever; blocks and grids have one dimension
+//   shared_memory()                       the block's dynamic shared memory, 16-byte aligned; there is no
+//                                         static one
+//   sync_block()                          all threads of the block must come
+//   shuffle_xor(value, mask)              all 32 lanes must come
+//   is_last(ticket, count)                whether the block is the last of `count` that take this ticket;
+//                                         see below
+//   load_fresh(pointer)                   a number that another block wrote before is_last() said so
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>

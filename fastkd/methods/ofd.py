@@ -14,7 +14,7 @@ from fastkd.methods.base import Batch, BuildContext, Distiller, Output, Points, 
 from fastkd.methods.connectors import pointwise
 from fastkd.ops.ofd import ofd_loss
 from fastkd.reference import ofd_margin
-from fastkd.reference.common import widen
+from fastkd.reference.common import stage_factors, widen
 
 # on purpose, and better in the paper's table 8
 _TRAIN_MODE = {"teacher_mode": "train"}
@@ -58,7 +58,7 @@ class OFD(Distiller):
         count = len(pairs)
         weights = checks.stage_weights(options.weights, count)
         if weights is None:
-            weights = [0.5 ** (count - 1 - i) for i in range(count)]
+            weights = stage_factors(count)
         if options.reduce == "mean":
             weights = [weight / shape.numel() for weight, shape in zip(weights, sides[1], strict=True)]
         self.weights, self.beta = weights, options.beta

@@ -90,7 +90,7 @@ def attention_map(
     eps_mode: str = "clamp",
     channel_dim: int = 1,
 ) -> Tensor:
-    """Attention map of a feature: where its energy lies.
+    """Attention map of a feature: the mean or sum over channels of its powers, at each position.
 
     Args:
         x: (N, C, *S), one to three spatial dimensions, float16, bfloat16, float32 or float64, any strides.

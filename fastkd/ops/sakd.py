@@ -19,7 +19,7 @@ difference_loss("sakd_loss", "float[] factors")
 
 
 def sakd_map(x: Tensor, *, channel_dim: int = 1) -> Tensor:
-    """The energy map of a feature with its self-attention, whose tokens are the map's rows.
+    """The mean of squares over channels with its self-attention, whose tokens are the map's rows.
 
     Args:
         x: (N, C, H, H) floating point; only square maps, since the products are elementwise.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastkd import checks, graphs
 from fastkd.checks import Features
-from fastkd.reference.common import combined, no_autocast, normalized_map, widen
+from fastkd.reference.common import combined, no_autocast, normalized_map, stage_factors, widen
 
 
 def self_attended(g: Tensor) -> Tensor:
@@ -19,12 +19,12 @@ def self_attended(g: Tensor) -> Tensor:
     return g + (rows + rows.mT) * g / math.sqrt(g.shape[2])
 
 
-def sakd_of_maps(energies: list[Tensor], weights: Sequence[float] | None, weight: float) -> Tensor:
-    """The loss from the energy maps, the student's first."""
-    count = len(energies) // 2
-    maps = [normalized_map(self_attended(g), 1e-12, "clamp") for g in energies]
+def sakd_of_maps(squares: list[Tensor], weights: Sequence[float] | None, weight: float) -> Tensor:
+    """The loss from the means of squares over channels, (N, H, H) each, the student's first."""
+    count = len(squares) // 2
+    maps = [normalized_map(self_attended(g), 1e-12, "clamp") for g in squares]
     pairs = [graphs.save_constants(s, t) for s, t in zip(maps[:count], maps[count:], strict=True)]
-    weights = [0.5 ** (count - 1 - i) for i in range(count)] if weights is None else weights
+    weights = stage_factors(count) if weights is None else weights
     return combined([(s - t).square().mean() for s, t in pairs], weights, "sum", weight)
 
 

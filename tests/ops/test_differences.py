@@ -254,7 +254,7 @@ def test_sakd_takes_sides_that_differ_and_empty_maps(each_path):
 
 
 def test_sakd_keeps_nan_and_large_numbers(each_path):
-    """Energies of thousands: a softmax of one row's products, of which e^x by itself would be infinite."""
+    """Power sums of thousands: a softmax of one row's products, of which e^x by itself would be infinite."""
     large, other = 300 * torch.randn(2, 3, 8, 8), torch.randn(2, 5, 8, 8)
     exact = gradients(lambda *x: sakd(reference, *x), large.double(), other.double())
     hole = other.clone()

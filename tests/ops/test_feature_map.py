@@ -195,7 +195,7 @@ def test_a_residual_may_lie_otherwise_than_the_feature(backend, layouts):
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-def test_energies_are_those_of_the_rounded_sum(backend):
+def test_powers_are_those_of_the_rounded_sum(backend):
     """256 + 0.9 is 256 in bfloat16: a map of the unrounded sum would tell the two positions apart."""
     x = torch.full((1, 1, 40), 256.0, dtype=torch.bfloat16)
     residual = torch.linspace(0, 0.9, 40).bfloat16().view(1, 1, 40)

@@ -4,17 +4,17 @@
 
 // One side's map before normalization and what normalizes it: nothing, for a map that comes normalized.
 template <typename A>
-static Energies side_map(const AttentionSide& side, bool is_map, const AttentionLossArgs& args, int64_t n,
-                         Bump& bump, Norm& norm) {
+static PowerSums side_map(const AttentionSide& side, bool is_map, const AttentionLossArgs& args, int64_t n,
+                          Bump& bump, Norm& norm) {
   const int64_t count = side.pool.out_positions;
-  Energies e;
+  PowerSums e;
   if (is_map) {
     norm = {0, 1, 1, 1, 0, false};
     e.map = e.full = take<double>(bump, count);
     load_planes(side.x, n, 0, 1, e.map);
     pad(e.map, count);
   } else {
-    e = make_energies<A>(side, args.pool_before, args.options, n, bump);
+    e = make_power_sums<A>(side, args.pool_before, args.options, n, bump);
     norm = norm_of(e.map, count, side, args.options);
   }
   return e;
@@ -28,8 +28,8 @@ static double loss_unit(const AttentionLossArgs& args, const AttentionStage& sta
 
   // The student last: its gradient begins with what was read last.
   Norm s_norm, t_norm;
-  const Energies t = side_map<A>(stage.teacher, args.teacher_is_map, args, n, bump, t_norm);
-  const Energies s = side_map<A>(stage.student, args.student_is_map, args, n, bump, s_norm);
+  const PowerSums t = side_map<A>(stage.teacher, args.teacher_is_map, args, n, bump, t_norm);
+  const PowerSums s = side_map<A>(stage.student, args.student_is_map, args, n, bump, s_norm);
 
   // Maps become y in place; the difference stays for the coefficients.
   double* difference = take<double>(bump, count);
@@ -83,7 +83,7 @@ static void map_units(const AttentionMapArgs& args, int64_t begin, int64_t end, 
   const int64_t count = args.side.x.positions;
   for (int64_t n = begin; n < end; ++n) {
     Bump bump{static_cast<char*>(scratch)};
-    const Energies e = make_energies<A>(args.side, false, args.options, n, bump);
+    const PowerSums e = make_power_sums<A>(args.side, false, args.options, n, bump);
     Norm norm = {0, reduction(args.side, args.options), 1 / reduction(args.side, args.options), 1, 0, false};
     if (args.normalize) {
       norm = norm_of(e.map, count, args.side, args.options);

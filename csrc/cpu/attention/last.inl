@@ -1,5 +1,6 @@
-// The two passes over a feature that attention needs, for channels-last (lanes along channels): the energy of
-// each position, and the gradient. planes.inl and planes_gradient.inl have them for planes.
+// The two passes over a feature that attention needs, for channels-last (lanes along channels): the
+// channel power sum of each position, and the gradient. planes.inl and planes_gradient.inl have them for
+// planes.
 
 // even/odd lanes of two vectors, one after the other
 template <typename V, typename I>
@@ -43,10 +44,10 @@ FASTKD_INLINE void prefetch_stream(const void* p) {
 // many additions, so that rounding errors do not grow with the number of channels.
 constexpr int64_t kWide = 32, kRun = 32;
 
-// The energies of one position's channels, to be summed over lanes. `mask` keeps the lanes of the last vector
-// that no other vector held.
+// The power sum of one position, still to be added up over the lanes. `mask` keeps the lanes of the last
+// vector that no other vector held.
 template <bool kIsWide, typename T, typename A, typename P>
-FASTKD_INLINE Vec<A> energy_of_row(const T* x, int64_t channels, Mask<A> mask, const P& power) {
+FASTKD_INLINE Vec<A> power_sum_of_row(const T* x, int64_t channels, Mask<A> mask, const P& power) {
   constexpr int64_t W = kLanes<A>;
   const auto add_pair = [&](const T* at, Vec<A>& first, Vec<A>& second) {
     prefetch_stream<2 * W * sizeof(T)>(at);
@@ -57,8 +58,8 @@ FASTKD_INLINE Vec<A> energy_of_row(const T* x, int64_t channels, Mask<A> mask, c
       low = load<T, A>(at);
       high = load<T, A>(at + W);
     }
-    first += P::energy(power, low);
-    second += P::energy(power, high);
+    first += P::power_of(power, low);
+    second += P::power_of(power, high);
   };
   Vec<A> a = {}, b = {};
   int64_t c = 0;
@@ -75,18 +76,18 @@ FASTKD_INLINE Vec<A> energy_of_row(const T* x, int64_t channels, Mask<A> mask, c
   for (; c + 2 * W <= channels; c += 2 * W) add_pair(x + c, a, b);
   if (c + W <= channels) {
     prefetch_stream<W * sizeof(T)>(x + c);
-    a += P::energy(power, load<T, A>(x + c));
+    a += P::power_of(power, load<T, A>(x + c));
     c += W;
   }
   if (c < channels)
-    b += (Vec<A>)((Mask<A>)P::energy(power, load<T, A>(c >= W ? x + channels - W : x)) & mask);
+    b += (Vec<A>)((Mask<A>)P::power_of(power, load<T, A>(c >= W ? x + channels - W : x)) & mask);
   return a + b;
 }
 
-// The energies of adjacent positions of as many channels as a vector has lanes: a pair of vectors holds two
+// The power sums of adjacent positions of as many channels as a vector has lanes: a pair of vectors holds two
 // of them, each in a half.
 template <typename P>
-static int64_t energy_of_two(const BFloat16* x, int64_t count, double* q, const P& power) {
+static int64_t power_sum_of_two(const BFloat16* x, int64_t count, double* q, const P& power) {
   constexpr int64_t W = kLanes<float>;
   int64_t s = 0;
   for (; s + W <= count; s += W) {
@@ -96,7 +97,7 @@ static int64_t energy_of_two(const BFloat16* x, int64_t count, double* q, const 
       prefetch_stream<2 * W * sizeof(BFloat16)>(row);
       VecF even, odd;
       load_pair(row, even, odd);
-      rows[i] = P::energy(power, even) + P::energy(power, odd);
+      rows[i] = P::power_of(power, even) + P::power_of(power, odd);
     }
     // Lanes of the lower halves are summed apart from those of the upper ones: 8 sums of 2 x 8 lanes, in the
     // order of the positions.
@@ -105,32 +106,32 @@ static int64_t energy_of_two(const BFloat16* x, int64_t count, double* q, const 
   return s;
 }
 
-// The energies of W positions of at least W channels each.
+// The power sums of W positions of at least W channels each.
 template <bool kIsWide, int64_t kVectors, typename T, typename A, typename P>
-FASTKD_INLINE void energies_of_group(const T* x, int64_t channels, int64_t stride_s, Mask<A> mask, double* q,
-                                     const P& power) {
+FASTKD_INLINE void power_sums_of_group(const T* x, int64_t channels, int64_t stride_s, Mask<A> mask,
+                                       double* q, const P& power) {
   constexpr int64_t W = kLanes<A>;
   Vec<A> rows[W];
   for (int64_t i = 0; i < W; ++i)
-    rows[i] =
-        energy_of_row<kIsWide, T, A>(x + i * stride_s, kVectors > 0 ? kVectors * W : channels, mask, power);
+    rows[i] = power_sum_of_row<kIsWide, T, A>(x + i * stride_s, kVectors > 0 ? kVectors * W : channels, mask,
+                                              power);
   store_sums(rows, W, q);
 }
 
 // kVectors: how many vectors a position's channels fill, where the loop over them is compiled for that, else
 // 0.
 template <bool kIsWide, int64_t kVectors, typename T, typename A, typename P>
-static void energy_of_rows(const T* x, int64_t channels, int64_t stride_s, int64_t count, double* q,
-                           const P& power) {
+static void power_sum_of_rows(const T* x, int64_t channels, int64_t stride_s, int64_t count, double* q,
+                              const P& power) {
   constexpr int64_t W = kLanes<A>;
   Mask<A> mask;
   for (int64_t i = 0; i < W; ++i) mask[i] = (channels >= W ? i >= W - channels % W : i < channels) ? -1 : 0;
   int64_t s = 0;
   if constexpr (kInPairs<T, A>) {
-    if (channels == W && stride_s == W) s = energy_of_two(x, count, q, power);
+    if (channels == W && stride_s == W) s = power_sum_of_two(x, count, q, power);
   }
   const auto group = [&](int64_t at) {
-    energies_of_group<kIsWide, kVectors, T, A>(x + at * stride_s, channels, stride_s, mask, q + at, power);
+    power_sums_of_group<kIsWide, kVectors, T, A>(x + at * stride_s, channels, stride_s, mask, q + at, power);
   };
   if (channels >= W) {
     // Both halves of the positions side by side: the hardware fetches ahead in each.
@@ -149,32 +150,32 @@ static void energy_of_rows(const T* x, int64_t channels, int64_t stride_s, int64
   for (; s < count; ++s) {
     const T* row = x + s * stride_s;
     if (channels >= W) {
-      Vec<A> rows[W] = {energy_of_row<kIsWide, T, A>(row, channels, mask, power)};
+      Vec<A> rows[W] = {power_sum_of_row<kIsWide, T, A>(row, channels, mask, power)};
       double sums[W];
       store_sums(rows, W, sums);
       q[s] = sums[0];
     } else {
       double total = 0;
-      for (int64_t c = 0; c < channels; ++c) total += P::energy1(power, to_acc<T, A>(row[c]));
+      for (int64_t c = 0; c < channels; ++c) total += P::power_of1(power, to_acc<T, A>(row[c]));
       q[s] = total;
     }
   }
 }
 
-// q[s] = sum over channels of the energy of x[s * stride_s + c]. Nothing is read outside of [x, the last
+// q[s] = sum over channels c of the power of x[s * stride_s + c]. Nothing is read outside of [x, the last
 // element of the last position].
 template <typename T, typename A, typename P>
-static void energy_channels_last(const T* x, int64_t channels, int64_t stride_s, int64_t count, double* q,
-                                 const P& power) {
+static void power_sum_channels_last(const T* x, int64_t channels, int64_t stride_s, int64_t count, double* q,
+                                    const P& power) {
   constexpr int64_t W = kLanes<A>;
-  if (channels >= kWide * W) return energy_of_rows<true, 0, T, A>(x, channels, stride_s, count, q, power);
+  if (channels >= kWide * W) return power_sum_of_rows<true, 0, T, A>(x, channels, stride_s, count, q, power);
   if constexpr (P::kFrequent && sizeof(A) == sizeof(float)) {
     // the widths of CIFAR's networks, where the loop over channels is short
-    if (channels == 2 * W) return energy_of_rows<false, 2, T, A>(x, channels, stride_s, count, q, power);
-    if (channels == 4 * W) return energy_of_rows<false, 4, T, A>(x, channels, stride_s, count, q, power);
-    if (channels == 8 * W) return energy_of_rows<false, 8, T, A>(x, channels, stride_s, count, q, power);
+    if (channels == 2 * W) return power_sum_of_rows<false, 2, T, A>(x, channels, stride_s, count, q, power);
+    if (channels == 4 * W) return power_sum_of_rows<false, 4, T, A>(x, channels, stride_s, count, q, power);
+    if (channels == 8 * W) return power_sum_of_rows<false, 8, T, A>(x, channels, stride_s, count, q, power);
   }
-  energy_of_rows<false, 0, T, A>(x, channels, stride_s, count, q, power);
+  power_sum_of_rows<false, 0, T, A>(x, channels, stride_s, count, q, power);
 }
 
 // One position's gradient, for a whole number of vectors (pairs of vectors where they go in pairs).

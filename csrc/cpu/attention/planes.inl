@@ -1,6 +1,6 @@
 // The first of the two passes over a feature that attention needs, for planes (lanes along positions): the
-// energy of each position, the sum over channels of |x|^p. planes_gradient.inl has the second; last.inl has
-// both for channels-last.
+// channel power sum of each position, the sum over channels of |x|^p. planes_gradient.inl has the second;
+// last.inl has both for channels-last.
 //
 // Rounding errors grow with the number of additions: a running sum over thousands of channels would lose two
 // or three bits of float. So channels are summed in blocks, and the sums of the blocks are added in double.
@@ -15,7 +15,7 @@ FASTKD_INLINE int64_t block_of(int64_t channels) {
   if (sizeof(A) == sizeof(double) || channels >= 512) return 128;
   return channels >= 128 ? 64 : 32;
 }
-// Positions handled before going on to the next channels, so that their running energies stay in the
+// Positions handled before going on to the next channels, so that their running sums stay in the
 // first-level cache.
 constexpr int64_t kBlock = 2048;
 
@@ -25,12 +25,12 @@ FASTKD_INLINE Vec<A> tree_of(const Vec<A>* e) {
 }
 
 template <typename T, typename A, typename P>
-FASTKD_INLINE Vec<A> energy_of_streams(const T* x, int64_t stride_c, const P& power) {
+FASTKD_INLINE Vec<A> power_sum_of_streams(const T* x, int64_t stride_c, const P& power) {
   Vec<A> e[kStreams];
   for (int64_t i = 0; i < kStreams; ++i) {
     // The eight channels that follow: eight pages, of which the hardware notices each too late.
     __builtin_prefetch(x + (kStreams + i) * stride_c);
-    e[i] = P::energy(power, load<T, A>(x + i * stride_c));
+    e[i] = P::power_of(power, load<T, A>(x + i * stride_c));
   }
   return tree_of<A>(e);
 }
@@ -82,11 +82,11 @@ FASTKD_INLINE void for_steps(const Channels& part, const F& f) {
   }
 }
 
-// energy_planes for bfloat16 and a count of whole pairs of vectors: two vectors at a time, which costs half.
-// The running energies lie in the order of load_pair until their block ends.
+// power_sum_planes for bfloat16 and a count of whole pairs of vectors: two vectors at a time, which costs
+// half. The running sums lie in the order of load_pair until their block ends.
 template <typename P>
-static void energy_planes_in_pairs(const BFloat16* x, const Channels& part, int64_t stride_c, int64_t count,
-                                   float* block, double* q, const P& power) {
+static void power_sum_planes_in_pairs(const BFloat16* x, const Channels& part, int64_t stride_c,
+                                      int64_t count, float* block, double* q, const P& power) {
   constexpr int64_t W = kLanes<float>;
   for (int64_t begin = 0; begin < count; begin += kBlock) {
     const int64_t end = min_of(begin + kBlock, count);
@@ -100,15 +100,15 @@ static void energy_planes_in_pairs(const BFloat16* x, const Channels& part, int6
           for (int64_t i = 0; i < kStreams; ++i) {
             __builtin_prefetch(row + (kStreams + i) * stride_c + s);
             load_pair(row + i * stride_c + s, l[i], h[i]);
-            l[i] = P::energy(power, l[i]);
-            h[i] = P::energy(power, h[i]);
+            l[i] = P::power_of(power, l[i]);
+            h[i] = P::power_of(power, h[i]);
           }
           low = tree_of<float>(l);
           high = tree_of<float>(h);
         } else {
           load_pair(row + s, low, high);
-          low = P::energy(power, low);
-          high = P::energy(power, high);
+          low = P::power_of(power, low);
+          high = P::power_of(power, high);
         }
         if (!opens.value) {
           low += load<float, float>(block + s);
@@ -127,18 +127,19 @@ static void energy_planes_in_pairs(const BFloat16* x, const Channels& part, int6
   }
 }
 
-// Adds the energies of a part of the channels, of which x is the first, to q, the sums of `count` positions:
-// those of the blocks that end within it. The running energies of a block that does not end there stay in
+// Adds the powers of a part of the channels, of which x is the first, to q, the sums of `count` positions:
+// those of the blocks that end within it. The running sums of a block that does not end there stay in
 // `block`, `count` numbers and a vector, for the part that follows; q is complete once the last channel was
 // added.
 template <typename T, typename A, typename P>
-static void energy_planes(const T* x, const Channels& part, int64_t stride_c, int64_t count, A* block,
-                          double* q, const P& power) {
+static void power_sum_planes(const T* x, const Channels& part, int64_t stride_c, int64_t count, A* block,
+                             double* q, const P& power) {
   constexpr int64_t W = kLanes<A>;
   if (count < W) {
     for (int64_t s = 0; s < count; ++s) {
       double total = part.first > 0 ? q[s] : 0;
-      for (int64_t c = 0; c < part.count; ++c) total += P::energy1(power, to_acc<T, A>(x[c * stride_c + s]));
+      for (int64_t c = 0; c < part.count; ++c)
+        total += P::power_of1(power, to_acc<T, A>(x[c * stride_c + s]));
       q[s] = total;
     }
     return;
@@ -148,9 +149,9 @@ static void energy_planes(const T* x, const Channels& part, int64_t stride_c, in
                        auto closes) {
     Vec<A> v;
     if constexpr (grouped.value) {
-      v = energy_of_streams<T, A>(row, stride_c, power);
+      v = power_sum_of_streams<T, A>(row, stride_c, power);
     } else {
-      v = P::energy(power, load<T, A>(row));
+      v = P::power_of(power, load<T, A>(row));
     }
     if (!opens.value) v += load<A, A>(running);
     if (closes.value) {
@@ -167,7 +168,7 @@ static void energy_planes(const T* x, const Channels& part, int64_t stride_c, in
   int64_t begin = 0;
   if constexpr (kInPairs<T, A>) {
     begin = count / (2 * W) * (2 * W);
-    energy_planes_in_pairs(x, part, stride_c, begin, block, q, power);
+    power_sum_planes_in_pairs(x, part, stride_c, begin, block, q, power);
   }
   for (int64_t end; begin < count; begin = end < whole ? end : count) {
     end = min_of(begin + kBlock, whole);

@@ -1,13 +1,13 @@
-// The power |x|^p of attention maps, as a type with energy(v) = |x|^p and slope(v) = h = sign(x)|x|^(p-1) for
-// vectors and energy1, slope1 for numbers. p = 2 is what everyone uses; other small multiples of 1/2 take
-// multiplications and a square root; anything else pow. Needs vec.inl.
+// The power |x|^p of attention maps, as a type with power_of(v) = |x|^p and
+// slope(v) = h = sign(x)|x|^(p-1) for vectors and power_of1, slope1 for numbers. p = 2 is what everyone uses;
+// other small multiples of 1/2 take multiplications and a square root; anything else pow. Needs vec.inl.
 
 template <typename A>
 struct Square {
   static constexpr bool kFrequent = true;  // worth compiling for some widths
-  FASTKD_INLINE Vec<A> energy(const Square&, Vec<A> x) { return x * x; }
+  FASTKD_INLINE Vec<A> power_of(const Square&, Vec<A> x) { return x * x; }
   FASTKD_INLINE Vec<A> slope(const Square&, Vec<A> x) { return x; }
-  FASTKD_INLINE A energy1(const Square&, A x) { return x * x; }
+  FASTKD_INLINE A power_of1(const Square&, A x) { return x * x; }
   FASTKD_INLINE A slope1(const Square&, A x) { return x; }
 };
 
@@ -58,10 +58,10 @@ struct SmallPower {
     for (int32_t i = 1; i < exponent; ++i) r *= x;
     return s.half ? r * root_of(x) : r;
   }
-  FASTKD_INLINE Vec<A> energy(const SmallPower& s, Vec<A> x) {
+  FASTKD_INLINE Vec<A> power_of(const SmallPower& s, Vec<A> x) {
     return raised(s, s.is_signed ? x : abs_of(x), s.whole);
   }
-  FASTKD_INLINE A energy1(const SmallPower& s, A x) {
+  FASTKD_INLINE A power_of1(const SmallPower& s, A x) {
     return raised(s, s.is_signed ? x : abs_of(x), s.whole);
   }
   FASTKD_INLINE Vec<A> slope(const SmallPower& s, Vec<A> x) {
@@ -98,11 +98,11 @@ struct RealPower {
   A p;
   int32_t is_signed;
 
-  FASTKD_INLINE A energy1(const RealPower& s, A x) { return pow_of(s.is_signed ? x : abs_of(x), s.p); }
+  FASTKD_INLINE A power_of1(const RealPower& s, A x) { return pow_of(s.is_signed ? x : abs_of(x), s.p); }
   FASTKD_INLINE A slope1(const RealPower& s, A x) {
     return s.is_signed ? pow_of(x, s.p - 1) : with_sign_of(pow_of(abs_of(x), s.p - 1), x);
   }
-  FASTKD_INLINE Vec<A> energy(const RealPower& s, Vec<A> x) {
+  FASTKD_INLINE Vec<A> power_of(const RealPower& s, Vec<A> x) {
     return powers_of<A>(s.is_signed ? x : abs_of(x), s.p);
   }
   FASTKD_INLINE Vec<A> slope(const RealPower& s, Vec<A> x) {

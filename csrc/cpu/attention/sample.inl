@@ -22,24 +22,24 @@ FASTKD_INLINE void clear(A* p, int64_t count) {
 // A sample's map before normalization: sums over channels, which for "mean" still want to be divided (norm_of
 // and normalized do it on the way). `full` differs from `map` only if the map was pooled: the map at the
 // feature's own size.
-struct Energies {
+struct PowerSums {
   double* map;
   double* full;
 };
 
 template <typename A, typename P>
-static void energies_of(const AttentionSide& side, bool pooled, int64_t n, double* q, Bump bump,
-                        const P& power) {
+static void power_sums_of(const AttentionSide& side, bool pooled, int64_t n, double* q, Bump bump,
+                          const P& power) {
   const Feature& x = side.x;
   if (!pooled && x.layout != Layout::kGeneric) {
     with_type<A>(x.dtype, [&](auto t) {
       using T = decltype(t);
       const T* base = static_cast<const T*>(x.data) + n * x.stride_n;
       if (x.layout == Layout::kPlanes) {
-        energy_planes<T, A>(base, {0, x.channels, x.channels}, x.stride_c, x.positions,
-                            take<A>(bump, x.positions), q, power);
+        power_sum_planes<T, A>(base, {0, x.channels, x.channels}, x.stride_c, x.positions,
+                               take<A>(bump, x.positions), q, power);
       } else {
-        energy_channels_last<T, A>(base, x.channels, x.stride_s, x.positions, q, power);
+        power_sum_channels_last<T, A>(base, x.channels, x.stride_s, x.positions, q, power);
       }
     });
     return;
@@ -55,18 +55,18 @@ static void energies_of(const AttentionSide& side, bool pooled, int64_t n, doubl
     } else {
       load_planes(x, n, c, end, planes);
     }
-    energy_planes<A, A>(planes, {c, end - c, x.channels}, positions, positions, block, q, power);
+    power_sum_planes<A, A>(planes, {c, end - c, x.channels}, positions, positions, block, q, power);
   }
 }
 
 template <typename A>
-static Energies make_energies(const AttentionSide& side, bool pool_before, const AttentionOptions& options,
-                              int64_t n, Bump& bump) {
+static PowerSums make_power_sums(const AttentionSide& side, bool pool_before, const AttentionOptions& options,
+                                 int64_t n, Bump& bump) {
   const bool before = side.pool.active && pool_before;
   const int64_t positions = before ? side.pool.out_positions : side.x.positions;
-  Energies e;
+  PowerSums e;
   e.map = e.full = take<double>(bump, positions);
-  with_power<A>(options, [&](const auto& power) { energies_of<A>(side, before, n, e.map, bump, power); });
+  with_power<A>(options, [&](const auto& power) { power_sums_of<A>(side, before, n, e.map, bump, power); });
   int64_t count = positions;
   if (side.pool.active && !pool_before) {
     count = side.pool.out_positions;

@@ -16,7 +16,7 @@ FASTKD_INLINE void with_types(DType dtype, const F& f) {
   }
 }
 
-// Numbers of y written before their energies are taken: few enough to be read from the first-level cache.
+// Numbers of y written before their powers are summed: few enough to be read from the first-level cache.
 constexpr int64_t kPiece = 4096;
 
 // y = relu(x + r) for `rows` runs of `count` numbers. A NaN stays, as in PyTorch.
@@ -44,10 +44,10 @@ static void relu_rows(const T* x, int64_t x_stride, const T* r, int64_t r_stride
   }
 }
 
-// y = relu(x + residual) and q, the sums over channels of the energies of y as rounded to its dtype, for one
+// y = relu(x + residual) and q, the channel power sums of y as rounded to its dtype, for one
 // sample.
 template <bool kSum, typename T, typename A, typename P>
-static void relu_energies(const ReluTapArgs& args, int64_t n, double* q, Bump bump, const P& power) {
+static void relu_power_sums(const ReluTapArgs& args, int64_t n, double* q, Bump bump, const P& power) {
   const Feature& x = args.x;
   const Feature& r = args.residual;
   const Feature& y = args.y.x;
@@ -74,9 +74,9 @@ static void relu_energies(const ReluTapArgs& args, int64_t n, double* q, Bump bu
       relu_rows<kSum, T, A>(x_row + i * x_stride, x_stride, kSum ? r_row + i * r_stride : nullptr, r_stride,
                             to, y_stride, some, count);
       if (planes) {
-        energy_planes<T, A>(to, {i, some, rows}, y_stride, count, block, q, power);
+        power_sum_planes<T, A>(to, {i, some, rows}, y_stride, count, block, q, power);
       } else {
-        energy_channels_last<T, A>(to, count, y_stride, some, q + i, power);
+        power_sum_channels_last<T, A>(to, count, y_stride, some, q + i, power);
       }
     }
     return;
@@ -95,7 +95,7 @@ static void relu_energies(const ReluTapArgs& args, int64_t n, double* q, Bump bu
     convert_out<T, A>(sums, count, rounded_sums);
     convert_in<T, A>(rounded_sums, count, sums);
     store_planes(sums, y, n, c, end);
-    energy_planes<A, A>(sums, {c, end - c, y.channels}, positions, positions, block, q, power);
+    power_sum_planes<A, A>(sums, {c, end - c, y.channels}, positions, positions, block, q, power);
   }
 }
 
@@ -109,9 +109,9 @@ static void relu_tap(const ReluTapArgs& args, int64_t begin, int64_t end, void* 
       double* q = take<double>(bump, count);
       with_power<A>(args.options, [&](const auto& power) {
         if (args.residual.data != nullptr) {
-          relu_energies<true, T, A>(args, n, q, bump, power);
+          relu_power_sums<true, T, A>(args, n, q, bump, power);
         } else {
-          relu_energies<false, T, A>(args, n, q, bump, power);
+          relu_power_sums<false, T, A>(args, n, q, bump, power);
         }
       });
       pad(q, count);

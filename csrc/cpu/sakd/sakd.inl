@@ -1,4 +1,4 @@
-// Self-attention distillation: energy maps of both features, their attention, the loss and the gradients of a
+// Self-attention distillation: power sums of both features, their attention, the loss and the gradients of a
 // sample, while what was read of it is still in the caches. Matrices are square, in float; the columns that
 // fill up their rows are 0.
 
@@ -49,8 +49,8 @@ FASTKD_INLINE double lanes_sum(VecF v) {
   return sum(low + high);
 }
 
-// The softmax of each row, in place. The numbers are products of energies: none is below the 0 that fills
-// rows.
+// The softmax of each row, in place. The numbers are products of power sums: none is below the 0 that
+// fills rows.
 static void softmax(const SakdMatrix& m) {
   constexpr int64_t W = kLanes<float>;
   for (int64_t i = 0; i < m.side; ++i) {
@@ -90,7 +90,7 @@ FASTKD_INLINE void add_squares(const T* x, int64_t positions, bool first, float*
 
 // The mean of squares over the channels, each row of the map at the beginning of one of the matrix.
 template <typename T>
-static void sakd_energies(const SakdSide& side, const T* x, const SakdMatrix& g) {
+static void sakd_power_sums(const SakdSide& side, const T* x, const SakdMatrix& g) {
   constexpr int64_t W = kLanes<float>;
   const int64_t positions = g.side * g.side, channels = side.channels;
   const float share = 1 / static_cast<float>(channels);
@@ -122,8 +122,8 @@ static void sakd_energies(const SakdSide& side, const T* x, const SakdMatrix& g)
   }
 }
 
-// One side of a sample: its energies g, the softmaxes R of the rows of g g^T and their transpose, and the map
-// g + (R + R^T) * g / sqrt(H), divided by its norm.
+// One side of a sample: its channel power sums g, the softmaxes R of the rows of g g^T and their transpose,
+// and the map g + (R + R^T) * g / sqrt(H), divided by its norm.
 struct SakdMap {
   SakdMatrix g, rows, columns, map;
   double norm;
@@ -147,7 +147,7 @@ static void attend(SakdMap& m, const SakdMatrix& spare) {
   each_vector(m.map, [&](int64_t i) { put(m.map, i, vector_of(m.map, i) * inverse); });
 }
 
-// From the gradient of the map y = m / |m|, in `grad`, to that of the energies, there too.
+// From the gradient of the map y = m / |m|, in `grad`, to that of the power sums, there too.
 static void attend_back(const SakdMap& m, const SakdMatrix& grad, const SakdMatrix& one,
                         const SakdMatrix& two) {
   const double norm = m.norm < 1e-12 ? 1e-12 : m.norm;
@@ -234,7 +234,7 @@ static void sakd_samples(const SakdArgs& args, int64_t begin, int64_t end, void*
   const SakdMatrix grad = matrix(), one = matrix(), two = matrix(), apart = matrix();
   for (int64_t n = begin; n < end; ++n) {
     for (int i = 0; i < 2; ++i) {
-      with_sample(*sides[i], positions, n, [&](auto* x) { sakd_energies(*sides[i], x, maps[i].g); });
+      with_sample(*sides[i], positions, n, [&](auto* x) { sakd_power_sums(*sides[i], x, maps[i].g); });
       attend(maps[i], one);
     }
     VecD total = {}, low, high;

@@ -1,10 +1,10 @@
-// The attention-transfer loss over a list of stages, in one launch: each block sums the energies of one unit
+// The attention-transfer loss over a list of stages, in one launch: each block sums the powers of one unit
 // of one side, stage and sample; the last of a (stage, sample) normalizes both maps, compares them and writes
 // the coefficients that the backward pass streams; the last of these adds up the loss. Integer tickets choose
 // who is last, so no sum depends on the order.
 #pragma once
 
-#include "cuda/attention/energy.cuh"
+#include "cuda/attention/power_sum.cuh"
 #include "cuda/attention/norm.cuh"
 
 namespace fastkd {
@@ -37,7 +37,8 @@ struct LossArgs {
 };
 static_assert(sizeof(LossArgs) <= 4096, "more than what a launch takes everywhere");
 
-// Blocks of a sample. Maps are read by the block that compares them, so two maps are a unit without energies.
+// Blocks of a sample. Maps are read by the block that compares them, so two maps are a unit without power
+// sums.
 FASTKD_BOTH int32_t units_of(const LossStage& stage, bool student_is_map, bool teacher_is_map) {
   const int32_t units =
       (student_is_map ? 0 : stage.student.view.units) + (teacher_is_map ? 0 : stage.teacher.view.units);
@@ -129,8 +130,8 @@ loss_kernel(const LossArgs args) {
     const LossSide& side = is_student ? stage.student : stage.teacher;
     A* out = static_cast<A*>(args.sums) + side.sums_at +
              static_cast<int64_t>(sample) * parts_of(side.view) * stage.positions;
-    energies<false, true>(side.view, side.x, nullptr, sample, local % units - (is_student ? 0 : s_units),
-                          shared_numbers<A>(), out);
+    power_sums<false, true>(side.view, side.x, nullptr, sample, local % units - (is_student ? 0 : s_units),
+                            shared_numbers<A>(), out);
   }
   const int64_t at = static_cast<int64_t>(i) * args.samples + sample;
   if (!is_last(args.tickets + 1 + at, static_cast<unsigned>(units))) return;

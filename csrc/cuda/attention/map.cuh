@@ -1,10 +1,10 @@
 // The attention map and the gradient it sends, alone or as taps: one launch each. Forward: each block sums
-// the energies of one unit, on its way past a ReLU if there is one, and the last of a sample normalizes the
+// the powers of one unit, on its way past a ReLU if there is one, and the last of a sample normalizes the
 // map. Backward: each block computes the <g, y> of its sample itself, 25 KiB of the second-level cache for
 // 56x56 positions where it streams two or three times up to 128 KiB.
 #pragma once
 
-#include "cuda/attention/energy.cuh"
+#include "cuda/attention/power_sum.cuh"
 #include "cuda/attention/gradient.cuh"
 
 namespace fastkd {
@@ -28,8 +28,8 @@ map_kernel(const MapArgs args) {
   const int64_t n = static_cast<int32_t>(blockIdx.x) / w.units;
   const int32_t positions = positions_of(w), parts = parts_of(w);
   A* sums = static_cast<A*>(args.sums) + n * parts * positions;
-  energies<kRelu, false>(w, args.x, &args.relu, n, static_cast<int32_t>(blockIdx.x) % w.units,
-                         shared_numbers<A>(), sums);
+  power_sums<kRelu, false>(w, args.x, &args.relu, n, static_cast<int32_t>(blockIdx.x) % w.units,
+                           shared_numbers<A>(), sums);
   if (!is_last(args.tickets + n, static_cast<unsigned>(w.units))) return;
 
   // each thread has the same positions in both passes

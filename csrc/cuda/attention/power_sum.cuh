@@ -1,12 +1,12 @@
-// The energies of a unit, the sums over its rows (by columns) or columns (by rows) of x^2: what a feature's
-// one reading is for.
+// The channel power sums of a unit: the sums over its rows (by columns) or columns (by rows) of x^2. For them
+// a feature is read once.
 #pragma once
 
 #include "cuda/attention/matrix_view.cuh"
 
 namespace fastkd {
 
-// One pass of the network over the same numbers: y = relu(x + residual), of which the energies then are.
+// One pass of the network over the same numbers: y = relu(x + residual), whose power sums are then formed.
 struct Relu {
   Place residual;  // data is null if there is none
   Place y;
@@ -55,8 +55,8 @@ FASTKD_DEVICE A sum_of(const A (&e)[U]) {
 
 // out[column] for the unit's columns. `sums` is shared memory for kThreads * W numbers.
 template <bool kRelu, typename T, typename A, int W>
-FASTKD_DEVICE void energies_by_columns(const MatrixView& w, const Place& x, const Relu* relu, int64_t n,
-                                       const Part& part, A* sums, A* out) {
+FASTKD_DEVICE void power_sums_by_columns(const MatrixView& w, const Place& x, const Relu* relu, int64_t n,
+                                         const Part& part, A* sums, A* out) {
   constexpr int U = kPacks<kRelu>;
   const int across = w.across, groups = w.groups;
   const Step step = {groups, 0};
@@ -97,8 +97,8 @@ FASTKD_DEVICE void energies_by_columns(const MatrixView& w, const Place& x, cons
 
 // out[row] for the unit's rows. All threads go round as often as any: lanes add up by shuffles.
 template <bool kRelu, typename T, typename A, int W>
-FASTKD_DEVICE void energies_by_rows(const MatrixView& w, const Place& x, const Relu* relu, int64_t n,
-                                    const Part& part, A* out) {
+FASTKD_DEVICE void power_sums_by_rows(const MatrixView& w, const Place& x, const Relu* relu, int64_t n,
+                                      const Part& part, A* out) {
   constexpr int U = kPacks<kRelu>;
   const int lanes = w.across, lane = static_cast<int>(threadIdx.x) % lanes;
   const Step step = step_of(w), stride = stride_of(w, U);
@@ -137,17 +137,17 @@ FASTKD_DEVICE void energies_by_rows(const MatrixView& w, const Place& x, const R
 // A unit's sums into `out`, which has parts_of(w) of them for each position of the sample. All threads of the
 // block must come.
 template <bool kRelu, bool kMixed, typename A>
-FASTKD_DEVICE void energies(const MatrixView& w, const Place& x, const Relu* relu, int64_t n, int32_t unit,
-                            A* sums, A* out) {
+FASTKD_DEVICE void power_sums(const MatrixView& w, const Place& x, const Relu* relu, int64_t n, int32_t unit,
+                              A* sums, A* out) {
   const Part part = part_of(w, unit);
   with_format<kMixed, A>(w, [&](auto format) {
     using T = typename decltype(format)::Number;
     constexpr int W = decltype(format)::kWidth;
     if (w.by_rows) {
-      energies_by_rows<kRelu, T, A, W>(w, x, relu, n, part, out);
+      power_sums_by_rows<kRelu, T, A, W>(w, x, relu, n, part, out);
     } else {
-      energies_by_columns<kRelu, T, A, W>(w, x, relu, n, part, sums,
-                                          out + static_cast<int64_t>(unit / w.tiles) * columns_of_sums(w));
+      power_sums_by_columns<kRelu, T, A, W>(w, x, relu, n, part, sums,
+                                            out + static_cast<int64_t>(unit / w.tiles) * columns_of_sums(w));
     }
   });
 }

@@ -16,17 +16,15 @@ Products, and what is claimed for them. All sums are float32's. Blocks of featur
 subtracted and averaged in float32, and then multiplied:
 
 - float32, "ieee": in float32, without tensor cores. As near as eager code, or better: the budget of the
-tests.
+  tests.
 - float32, "tf32": rounded to nearest, to 10 bits, before. In the difference form, for maps 1e-2 apart, the
-loss is 0.03 % off, where the
-  difference of two matrices would be 2 %.
+  loss is 0.03 % off, where the difference of two matrices would be 2 %.
 - float32, "tf32x3": three such products of high and low parts; the tests' budget.
-- bfloat16, whatever ``precision``: bfloat16 products. Features are exact there; differences, averages and
-dloss/dG are split in a high and
-  a low part of 8 bits each, 2^-17 off at most (the difference of two bfloat16 numbers within a factor of 256
-  of each other not at all).
-- float16, alone or with bfloat16: as float32, but "ieee" is "tf32x3". Numbers of either are exact in tf32,
-what is made of them is not.
+- bfloat16, whatever ``precision``: bfloat16 products. Features are exact there; differences, averages
+  and dloss/dG are split in a high and a low part of 8 bits each, 2^-17 off at most (the difference of two
+  bfloat16 numbers within a factor of 256 of each other not at all).
+- float16, alone or with bfloat16: as float32, but "ieee" is "tf32x3". Numbers of either are exact in
+  tf32, what is made of them is not.
 
 ``precision=None`` follows torch.backends.cuda.matmul.
 

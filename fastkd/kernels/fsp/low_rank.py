@@ -6,16 +6,16 @@ X0 = A_s - A_t, X1 = A_t, Y0 = B_s, Y1 = B_s - B_t. With Pij = Xi^T Xj and Qij =
 over channels,
 
     K^2 |G_s - G_t|^2 = <P00, Q00> + 2 <P01, Q01> + <P11, Q11>
-    K (G_s - G_t) B_s   = X0 Q00 + X1 Q01^T                    K (G_s - G_t)^T A_s = Y0 (P00 + P01) + Y1
-    (P01^T + P11) K (G_s - G_t) B_t   = X0 (Q00 - Q01) + X1 (Q01^T - Q11)    K (G_s - G_t)^T A_t = Y0 P01 + Y1
-    P11
+    K (G_s - G_t) B_s   = X0 Q00 + X1 Q01^T
+    K (G_s - G_t) B_t   = X0 (Q00 - Q01) + X1 (Q01^T - Q11)
+    K (G_s - G_t)^T A_s = Y0 (P00 + P01) + Y1 (P01^T + P11)
+    K (G_s - G_t)^T A_t = Y0 P01 + Y1 P11
 
 since A_s = X0 + X1 and B_t = Y0 - Y1. Every term holds a difference of features as often as the result does,
-made before anything is
-multiplied: near the teacher the loss is no difference of large numbers. It is |u|^2 + 2 <u, v> + |v|^2 of u =
-X0 Y0^T and v = X1 Y1^T, so what rounding does is small beside |u|^2 + |v|^2. Only where u and v cancel
-without being small, a student that shrank one feature and stretched the next by as much, is that more than
-beside |u + v|^2.
+made before anything is multiplied: near the teacher the loss is no difference of large numbers. It is
+|u|^2 + 2 <u, v> + |v|^2 of u = X0 Y0^T and v = X1 Y1^T, so what rounding does is small beside |u|^2 + |v|^2.
+It is not small beside |u + v|^2 where u and v cancel without being small themselves: where a student shrank
+one feature and stretched the next by as much.
 
 Saved are P00, P01, P11, Q00, Q01, Q11, in this order, times 2 factor / K.
 """
