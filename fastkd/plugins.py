@@ -1,6 +1,7 @@
 """Methods, models and data sets that others add: by a decorator, a file or an entry point of their package.
 
-The table of each kind stands where it always did; what is added goes into it, and its origin is kept here.
+What is added goes into the table of its kind, in ``fastkd.methods``, ``fastkd.models`` or ``fastkd.data``.
+Here is written down where it came from.
 """
 
 from __future__ import annotations

@@ -51,8 +51,10 @@ def load(root: Path) -> Folder:
         raise UserError(f"--data {root} has no folder {' and no '.join(lacking)}: wanted {wanted}")
     train, test = _part(root / "train"), _part(root / held[0])
     if train.keys() != test.keys():
-        only = {name: sorted(mine.keys() - other.keys())[:5]
-                for name, mine, other in (("train", train, test), (held[0], test, train))}  # fmt: skip
+        only = {
+            name: sorted(mine.keys() - other.keys())[:5]
+            for name, mine, other in (("train", train, test), (held[0], test, train))
+        }
         told = ", ".join(f"{name} alone has {', '.join(found)}" for name, found in only.items() if found)
         raise UserError(f"--data {root}: train and {held[0]} have other classes: {told}")
     if len(train) < 2:

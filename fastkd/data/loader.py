@@ -49,8 +49,8 @@ class AnyBatches(ABC):
 
     @abstractmethod
     def test(self, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images in order, none changed at random: (images, labels). Of several processes (``share``:
-        which, of how many) each takes every so-manieth batch.
+        """All images in order, none changed at random: (images, labels). Of several processes,
+        ``share`` = (i, n), process i of n gets the batches i, i + n, i + 2 n and so on.
         """
 
 

@@ -141,8 +141,9 @@ def test_order_and_crops_depend_on_seed_epoch_and_index_alone(images):
 
 def test_each_image_has_a_crop_of_its_own_in_each_epoch(images):
     same = files.Paths(images / "train", ["cat/0.jpg"] * 6)
-    batches = StreamedBatches(same, torch.zeros(6, dtype=torch.int64), folder.MEAN, folder.STD,
-                              batch_size=6, sides=(16,))  # fmt: skip
+    batches = StreamedBatches(
+        same, torch.zeros(6, dtype=torch.int64), folder.MEAN, folder.STD, batch_size=6, sides=(16,)
+    )
     first, second = drawn(batches, 1)[1], drawn(batches, 2)[1]
     found = [x for part in (first, second) for x in part]
     assert all(not torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])

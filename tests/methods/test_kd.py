@@ -150,9 +150,11 @@ def test_the_sigmoid_takes_each_class_for_itself(classes, temperature):
         loss = fastkd.kd_loss(s, t, temperature, activation="sigmoid", reduction=reduction, weight=0.5)
         torch.testing.assert_close(loss, wanted * 0.5, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(
-            torch.autograd.grad(loss, [s, t]), torch.autograd.grad(wanted * 0.5, [s, t], retain_graph=True),
-            rtol=1e-7, atol=1e-9,
-        )  # fmt: skip
+            torch.autograd.grad(loss, [s, t]),
+            torch.autograd.grad(wanted * 0.5, [s, t], retain_graph=True),
+            rtol=1e-7,
+            atol=1e-9,
+        )
     torch.testing.assert_close(fastkd.KD(temperature, activation="sigmoid")(s, t), exact.sum(1).mean())
 
 

@@ -209,8 +209,9 @@ def test_methods_that_ask_most_of_a_network(timm, torchvision, method):
     student = timm.create_model("resnet18", num_classes=7)
     teacher = torchvision.models.resnet34(num_classes=7)
     names = set(student.state_dict())
-    distillation = fastkd.Distillation(student, teacher, method, student_points=FOUR, teacher_points=FOUR,
-                                       image_shape=(3, 64, 64))  # fmt: skip
+    distillation = fastkd.Distillation(
+        student, teacher, method, student_points=FOUR, teacher_points=FOUR, image_shape=(3, 64, 64)
+    )
     losses = distillation(images(64), torch.arange(2))
     losses.total.backward()
     assert losses.terms[method].isfinite() and student.conv1.weight.grad.any()

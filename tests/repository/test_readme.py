@@ -1,11 +1,10 @@
-"""The documents: their examples run as they stand, and what they name exists."""
+"""The documents: they are short, and what they name exists. Their examples: test_examples.py."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 import runpy
-import shlex
 from pathlib import Path
 
 import pytest
@@ -13,52 +12,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in DOCUMENTS}
-OTHERS = re.compile(r"^(?:import|from) (timm|torchvision)\b", re.MULTILINE)
-EXAMPLES = [
-    pytest.param(code, id=f"{name}-{i}", marks=[pytest.mark.interop] if OTHERS.search(code) else [])
-    for name, text in TEXTS.items()
-    for i, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
-]
-
-
-def test_there_are_examples() -> None:
-    assert len(EXAMPLES) >= 6
-    foreign = [example.id for example in EXAMPLES if example.marks]
-    assert len(foreign) >= 2 and all(name.startswith("docs/own-networks") for name in foreign)
-
-
-@pytest.fixture
-def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder "images" of the documents: in "train" and "val" two classes of four random images."""
-    monkeypatch.chdir(tmp_path)
-    image = pytest.importorskip("PIL.Image")
-    for i in range(16):
-        path = tmp_path / "images" / ("train", "val")[i // 8] / ("cat", "dog")[i % 2] / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.effect_noise((80, 70), 60).convert("RGB").save(path)
-
-
-@pytest.mark.parametrize("code", EXAMPLES)
-def test_example_runs(code: str, request: pytest.FixtureRequest) -> None:
-    for package in OTHERS.findall(code):
-        request.getfixturevalue(package)
-    if '"images/train"' in code:
-        request.getfixturevalue("images")
-    names: dict[str, object] = {}
-    exec(compile(code, "example", "exec"), names)
-    if "loss" in names:
-        assert all(x.grad is not None and x.grad.isfinite().all() for x in names["student"])  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("name", ["docs/own-networks.md"])
-@pytest.mark.usefixtures("timm", "torchvision", "images", "one_thread")
-def test_the_command_beside_the_loop_runs(name: str) -> None:
-    written = re.findall(r"```bash\n(python train\.py .*?)```", TEXTS[name], re.DOTALL)
-    assert len(written) == 1
-    words = shlex.split(written[0].replace("\\\n", " "))[2:]
-    main = runpy.run_path(str(ROOT / "train.py"))["main"]
-    assert main([*words, "--workers", "0", "--no-pictures", "--output", "runs"]) == 0
-    assert "torchvision:resnet34" in Path("runs/results.csv").read_text(encoding="utf-8").splitlines()[-1]
 
 
 def test_readme_is_short() -> None:
@@ -135,3 +88,8 @@ def test_tests_and_files_that_they_name_exist(name: str) -> None:
     built = {"fastkd/_C.abi3.so", "fastkd/_C_cuda.abi3.so"}  # where a compiler was
     missing += [path for path in paths if path not in built and not (ROOT / path).exists()]
     assert not missing, f"{name} names {missing}"
+
+
+def test_readme_leads_to_every_page() -> None:
+    linked = set(re.findall(r"\]\((docs/[\w-]+\.md)\)", TEXTS["README.md"]))
+    assert linked == {name for name in TEXTS if name.startswith("docs/")}
