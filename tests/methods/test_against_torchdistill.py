@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,3 +92,20 @@ def test_hierarchical_context(both):
     for side in (8, 4, 3):  # of a smaller map some levels are left out
         calls = [lambda a, b, f=f: f(io(a=(a, None)), io(b=b)) for f in (ours, theirs)]
         same(*calls, maps((2, 3, side, side), (2, 3, side, side)))
+
+
+def test_the_configuration_of_docs_from_torchdistill(torchdistill):
+    """What its YAML says is built by torchdistill's registry, and is the loss that its comment names."""
+    yaml = pytest.importorskip("yaml")
+    page = Path(__file__).resolve().parents[2] / "docs" / "from-torchdistill.md"
+    (text,) = re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    written = yaml.safe_load(text)
+    registry = importlib.import_module("torchdistill.losses.registry")
+    importlib.import_module("torchdistill.losses")
+    for dependency in written["dependencies"]:
+        importlib.reload(importlib.import_module(dependency["name"]))
+    criterion = written["train"]["stage1"]["criterion"]
+    ours = registry.get_mid_level_loss(criterion)
+    theirs = registry.get_mid_level_loss({**criterion, "key": re.search(r"was '(\w+)'", text)[1]})
+    calls = [lambda a, b, f=f: f(io(layer4=a), io(layer4=b), torch.zeros(3)) for f in (ours, theirs)]
+    same(*calls, maps((3, 4, 5, 5), (3, 7, 5, 5)))
