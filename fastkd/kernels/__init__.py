@@ -19,6 +19,8 @@
 | `fsp/fields.py` | names of places in the tuples that FSP's kernels take |
 | `fsp/view.py` | how FSP sees a feature, and the tiles of its products |
 | `fsp/pool.py` | the gradient of unusual pooling |
+| `rkd/loss.py` | the RKD loss and its gradients |
+| `rkd/pair_kernels.py`, `triple_kernels.py`, `gradient_kernels.py` | its three launches |
 
 A launcher has the name and the arguments of the operator that it implements (``torch.ops.fastkd``).
 """
@@ -47,6 +49,7 @@ LAUNCHERS = {
     "fsp_matrix_backward": "fsp.gradient",
     "fsp_loss": "fsp.forward",
     "fsp_loss_backward": "fsp.gradient",
+    "rkd_pass": "rkd.loss",
     "tap_backward": "attention.tap",
     "relu_tap": "attention.tap",
     "relu_tap_backward": "attention.tap",

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd import checks, reference
+from fastkd import backends, checks, reference
+from fastkd._implementations import CPP, TRITON, Backend
 from fastkd._private import transforming
-from fastkd.ops._differences import fused
-from fastkd.ops._gradients import save, scaled
+from fastkd.ops._cuda_limits import no_kernel
+from fastkd.ops._gradients import handed_out, save, scaled
 from fastkd.ops._register import autograd, define, implement, part_of
 from fastkd.reference.common import no_autocast, widen
 
@@ -55,9 +56,14 @@ def rkd_loss(
         weights = {"distance_weight": distance_weight, "angle_weight": angle_weight, "weight": weight}
         return reference.rkd_loss(student, teacher, **weights)
     factors = [float(weight) * float(factor) for factor in (distance_weight, angle_weight)]
-    s, t = (x.flatten(1) for x in widen(student, teacher))
     followed = torch.is_grad_enabled()
-    needs = followed and s.requires_grad, followed and t.requires_grad
+    needs = followed and student.requires_grad, followed and teacher.requires_grad
+    # what a graph holds chooses when it runs
+    if not torch.compiler.is_compiling() and (student.is_cuda or backends.current() == "triton"):
+        impl = backends.select("rkd_pass", (student, teacher), no_kernel)
+        if impl is TRITON:
+            return RKDFunction.apply(impl, student.flatten(1), teacher.flatten(1), *factors, needs)
+    s, t = (x.flatten(1) for x in widen(student, teacher))
     loss: Tensor = torch.ops.fastkd.rkd_loss.default(s, t, *factors, *needs)[0]
     return loss
 
@@ -66,8 +72,11 @@ def _loss(
     s: Tensor, t: Tensor, distance: float, angle: float, need_s: bool, need_t: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, its gradient for s, for t); a gradient that nobody needs has no elements."""
+    impl = backends.select("rkd_pass", (s, t), no_kernel)
+    if impl is TRITON:
+        return impl.run("rkd_pass", s, t, distance, angle, need_s, need_t)
     with no_autocast(s):
-        if fused(s) and s.dtype == torch.float32:
+        if impl is CPP and s.dtype == torch.float32:
             found = _by_products(s, t, distance, angle, (need_s, need_t))
             if found is not None:
                 return found
@@ -142,6 +151,14 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = [torch.empty_like(x) if need else x.new_empty(0) for x, need in ((s, need_s), (t, need_t))]
     return s.new_empty(()), grads[0], grads[1]
+
+
+def _fake_pass(
+    s: Tensor, t: Tensor, distance: float, angle: float, need_s: bool, need_t: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`_fake`, but in float32 whatever the sides are in."""
+    found = _fake(s, t, distance, angle, need_s, need_t)
+    return found[0].float(), found[1].float(), found[2].float()
 
 
 def _fake_angles(
@@ -219,6 +236,31 @@ def _vertices(
     return loss
 
 
+class RKDFunction(torch.autograd.Function):
+    """``apply(impl, s, t, distance, angle, needs)`` -> loss, of float16, bfloat16 or float32 (N, D) by one
+    launcher, which finds the gradients of the sides that need one too.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, impl: Backend, s: Tensor, t: Tensor, distance: float, angle: float, needs: tuple[bool, bool]
+    ) -> Tensor:
+        loss, *grads = impl.run("rkd_pass", s, t, distance, angle, *needs)
+        save(ctx, grads, (s, t), needs)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        grads = [
+            handed_out("rkd_loss", upstream, next(saved), next(saved), False)
+            if need and upstream is not None
+            else None
+            for need in ctx.needs
+        ]
+        return None, *grads, None, None, None
+
+
 def _context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     save(ctx, output[1:], inputs[:2], inputs[-2:])
     ctx.mark_non_differentiable(*output[1:])
@@ -236,6 +278,12 @@ define(
 )
 implement("rkd_loss", _loss)
 autograd("rkd_loss", _gradients, _context, only_cpu=True)
+part_of(
+    "rkd_loss",
+    "rkd_pass(Tensor s, Tensor t, float distance, float angle, bool need_s, bool need_t)"
+    " -> (Tensor loss, Tensor s_grad, Tensor t_grad)",
+    _fake_pass,
+)
 part_of(
     "rkd_loss",
     "rkd_lengths(Tensor x) -> Tensor",
