@@ -17,7 +17,7 @@ from fastkd import backends
 from speed.gpu import CAPTURED, GRAPH, WALL
 from speed.gpu_clock import Captured, timed
 from speed.measure import Row
-from speed.methods import PUBLISHED, TOLERANCE, Draw, MethodGroup, Problem, crd
+from speed.methods import PUBLISHED, TOLERANCE, Draw, MethodGroup, Problem, crd, rkd
 from speed.stock import Stock
 
 # (how it is made, its sizes)
@@ -25,8 +25,13 @@ PROBLEMS: tuple[tuple[Callable[..., Problem], dict[str, int]], ...] = (
     (crd, {"batch": 64, "size": 50_000, "k": 16_384}),
     (crd, {"batch": 256, "size": 50_000, "k": 16_384}),
     (crd, {"batch": 16, "size": 1_281_167, "k": 16_384}),
+    (rkd, {"batch": 64, "width": 64}),
+    (rkd, {"batch": 256, "width": 512}),
 )
-SMALL: dict[Callable[..., Problem], dict[str, int]] = {crd: {"batch": 3, "size": 20, "k": 7, "width": 5}}
+SMALL: dict[Callable[..., Problem], dict[str, int]] = {
+    crd: {"batch": 3, "size": 20, "k": 7, "width": 5},
+    rkd: {"batch": 5, "width": 3},
+}
 OURS = "fastkd, "
 
 
@@ -122,4 +127,4 @@ def _crd(module: Any, s: list[Tensor], t: list[Tensor]) -> Tensor:
 
 def operations(module: Any) -> dict[str, Callable[[list[Tensor], list[Tensor]], Tensor]]:
     """What gpu_parts.py's smoke asks of a backend with kernels for embeddings, as scalars of features."""
-    return {"crd_loss": functools.partial(_crd, module)}
+    return {"crd_loss": functools.partial(_crd, module), "rkd_loss": lambda s, t: module.rkd_loss(s[0], t[1])}

@@ -37,7 +37,7 @@ def agree(found, wanted, tolerance=1e-6, cancelled=(0, 0, 0)):
 
 
 def on_a_line(x, weight):
-    """There all angles are 0 or 180 degrees, and what a triple pulls at its samples cancels: so much of it."""
+    """All angles are 0 or 180 degrees there, and of what a triple pulls at its samples so much cancels."""
     lengths = torch.cdist(x.double(), x.double())
     return weight * (1 / lengths[lengths > 0]).sum().item() / len(x) ** 2 if x.shape[1] == 1 else 0
 
@@ -180,7 +180,7 @@ def test_memory_is_that_of_pairs(triton, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: made.append(original(*a, **k)) or made[-1])
     student, teacher = triton(torch.randn(40, 300)), triton(torch.randn(40, 300))
     gradients(fastkd.rkd_loss, student, teacher)
-    assert 2 * 48**2 < sum(x.numel() for x in made) < 7 * 48**2
+    assert 2 * 48**2 < max(x.numel() for x in made) < 6 * 48**2
 
 
 def test_what_a_graph_holds_runs_the_kernels_too(triton, launched):

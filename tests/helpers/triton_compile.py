@@ -136,6 +136,11 @@ def tickets(ptx: str) -> list[str]:
     return found
 
 
+def contracted(ptx: str) -> dict[str, int]:
+    """How many fused multiplications and additions of numbers a kernel has, by their type."""
+    return {dtype: len(re.findall(rf"\bfma\.rn(?:\.\w+)*\.{dtype}", ptx)) for dtype in ("f32", "f64")}
+
+
 def unguarded(ptx: str) -> int:
     """How many writes to global memory come after a read past the nearest cache, of what other programs
     wrote, with no barrier between.
@@ -188,6 +193,7 @@ def report(capability: int, names: Sequence[str]) -> list[dict[str, Any]]:
                         "accesses": accesses(k.asm["ptx"]),
                         "tickets": tickets(k.asm["ptx"]),
                         "unguarded": unguarded(k.asm["ptx"]),
+                        "contracted": contracted(k.asm["ptx"]),
                         "products": products(k.asm["ptx"]),
                         "work": work(k),
                         "copies": copies(k.asm["ptx"]) if k.name.startswith("fsp") else 0,
