@@ -46,7 +46,8 @@ def cases(request):
 
 def test_kernels_fit_and_do_not_spill(cases):
     for name, case in cases.items():
-        assert case["kernels"], name
+        # another batch size of RKD's is no new kernel
+        assert bool(case["kernels"]) == (name != "rkd small"), name
         for kernel in case["kernels"]:
             used = kernel["resources"]
             # the stack's few bytes come with the calls of float64's logarithm and division

@@ -141,6 +141,19 @@ def test_equal_networks_have_no_loss_and_no_gradient(triton):
     assert not any(x.any() for x in found)
 
 
+def test_samples_nearer_than_a_double_can_tell_are_equal_in_the_angles(triton):
+    """Where both are near the origin float32 holds differences of 1e-20 times the other distances."""
+    student, teacher = torch.randn(6, 5), torch.randn(6, 4)
+    student[0] = 0
+    wanted = exact(student.index_copy(0, torch.tensor([1]), student[:1]), teacher, distance_weight=0.0)
+    student[1] = 1e-20 * torch.randn(5)
+    found = gradients(
+        lambda s, t: fastkd.rkd_loss(s, t, distance_weight=0.0), triton(student), triton(teacher)
+    )
+    agree(found, wanted)
+    agree(gradients(fastkd.rkd_loss, triton(student), triton(teacher))[:1], exact(student, teacher)[:1], 0.1)
+
+
 @pytest.mark.parametrize("scales", [(1e-22, 1e17), (1e17, 1e-30)], ids=str)
 def test_the_scale_of_the_samples_does_not_matter(triton, scales):
     tensors = [triton(scale * torch.randn(7, 6)) for scale in scales]
@@ -235,6 +248,7 @@ def test_what_the_kernels_do_not_serve_is_refused_by_name(triton):
         (torch.ones(4, 3).double(), torch.ones(4, 3), TypeError, "s must be float16, bfloat16 or float32"),
         (torch.ones(4, 0), torch.ones(4, 3), ValueError, "s is empty"),
         (torch.ones(1, 1).expand(50_000, 1), torch.ones(50_000, 1), ValueError, "s has 50000 samples"),
+        (torch.ones(2, 1), torch.ones(2, 1).expand(2, 2**31), ValueError, "t has 2147483648 numbers"),
     ],
 )
 def test_the_launcher_refuses_what_it_would_misread(triton, student, teacher, error, words):

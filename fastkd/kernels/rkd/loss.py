@@ -37,7 +37,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.kernels.common.launch import Launch, Plans, key_of, power_of_two, served
+from fastkd.kernels.common.launch import LARGEST, Launch, Plans, key_of, power_of_two, served
 from fastkd.kernels.rkd.gradient_kernels import rkd_gradient_kernel
 from fastkd.kernels.rkd.pair_kernels import rkd_pairs_kernel
 from fastkd.kernels.rkd.triple_kernels import rkd_triples_kernel
@@ -61,6 +61,8 @@ class _Plan:
             served(x, name, s.device)
             if x.dim() != 2 or len(x) != len(s):
                 raise ValueError(f"{name} must be ({len(s)}, D), got {tuple(x.shape)}")
+            if x.shape[1] > LARGEST:
+                raise ValueError(f"{name} has {x.shape[1]} numbers a sample, wanted at most {LARGEST}")
         self.count = len(s)
         if self.count > MOST:
             raise ValueError(f"s has {self.count} samples, wanted at most {MOST}")
