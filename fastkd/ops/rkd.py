@@ -75,11 +75,19 @@ def _loss(
     impl = backends.select("rkd_pass", (s, t), no_kernel)
     if impl is TRITON:
         return impl.run("rkd_pass", s, t, distance, angle, need_s, need_t)
-    with no_autocast(s):
-        if impl is CPP and s.dtype == torch.float32:
+    if impl is CPP and s.dtype == torch.float32:
+        with no_autocast(s):
             found = _by_products(s, t, distance, angle, (need_s, need_t))
-            if found is not None:
-                return found
+        if found is not None:
+            return found
+    return _by_vertices(s, t, distance, angle, need_s, need_t)
+
+
+def _by_vertices(
+    s: Tensor, t: Tensor, distance: float, angle: float, need_s: bool, need_t: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in plain PyTorch, by differences from some vertices at a time."""
+    with no_autocast(s):
         grads = [torch.zeros_like(x) if need else x.new_empty(0) for x, need in ((s, need_s), (t, need_t))]
         loss = s.new_zeros(())
         pulls: list[Tensor | None] = [None, None]
@@ -284,6 +292,7 @@ part_of(
     " -> (Tensor loss, Tensor s_grad, Tensor t_grad)",
     _fake_pass,
 )
+implement("rkd_pass", _by_vertices)
 part_of(
     "rkd_loss",
     "rkd_lengths(Tensor x) -> Tensor",

@@ -53,6 +53,7 @@ def operators(ops):
             a,
         )
         made["rkd_loss"] = lambda x: ops.rkd_loss(x.flatten(1), b.flatten(1), 25.0, 50.0, True, False), a
+        made["rkd_pass"] = lambda x: ops.rkd_pass(x.flatten(1), b.flatten(1), 25.0, 50.0, True, False), a
         made["rkd_lengths"] = lambda x: ops.rkd_lengths(x.flatten(1)), a
         pairs = lambda x: x.flatten(1)[:, :2].double().contiguous()  # noqa: E731
         made["rkd_angles"] = lambda x: ops.rkd_angles(*[pairs(x), pairs(b)] * 2, True, False), a
@@ -108,12 +109,14 @@ DIFFERENTIABLE = {  # of several outputs, those that have a derivative
     "relu_tap": [0, 1],
     "batch_norm": [0],
     "rkd_angles": [0, 1, 2],
+    "rkd_pass": [0, 1, 2],
     "crd_pass": [0, 1, 2, 3],
     "pooled_map": [0, 1],
 }
 PARTS = {
     "rkd_lengths": "rkd_loss",
     "rkd_angles": "rkd_loss",
+    "rkd_pass": "rkd_loss",
     "crd_pass": "crd_loss",
     "pooled_map": "attention_map",
     "pooled_map_backward": "attention_map",
