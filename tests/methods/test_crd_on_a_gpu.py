@@ -1,5 +1,5 @@
-"""CRD on a GPU that is not there: with fake tensors on it, reading a number or copying from the CPU, for which
-a host would wait, is seen.
+"""CRD on a GPU that is not there: with fake tensors on it, reading a number or copying from the CPU is seen,
+for which a host would wait.
 """
 
 from __future__ import annotations
