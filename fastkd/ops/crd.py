@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastkd import backends, checks, reference
-from fastkd._implementations import REFERENCE
+from fastkd._implementations import CPP, TRITON, Backend
 from fastkd._private import transforming
 from fastkd.ops._cuda_limits import no_kernel
 from fastkd.ops._gradients import save, scaled
@@ -78,8 +78,15 @@ def crd_loss(
     followed = torch.is_grad_enabled()
     needs = followed and s.requires_grad, followed and t.requires_grad
     numbers = float(temperature), float(eps), float(weight)
-    loss, found, _, _ = torch.ops.fastkd.crd_loss.default(s, t, *banks, rows, given, *numbers, *needs)
-    return loss, found
+    # what a graph holds chooses when it runs
+    if not torch.compiler.is_compiling() and (s.is_cuda or backends.current() == "triton"):
+        impl = backends.select("crd_pass", (s, t, *banks), no_kernel)
+        if impl is TRITON:
+            checks.crd_rows(rows, len(student_bank))
+            found: tuple[Tensor, Tensor] = CRDFunction.apply(impl, s, t, *banks, rows, given, *numbers, needs)
+            return found
+    loss, z, _, _ = torch.ops.fastkd.crd_loss.default(s, t, *banks, rows, given, *numbers, *needs)
+    return loss, z
 
 
 def _inputs(
@@ -115,11 +122,12 @@ def _loss(
     """(loss, normalizers, the loss's gradient for s, for t); a gradient that nobody needs has no elements."""
     impl = backends.select("crd_pass", (s, t, s_bank, t_bank), no_kernel)
     checks.crd_rows(rows, len(s_bank))
-    if impl.name != "triton":
-        s_bank, t_bank = s_bank.to(s.dtype), t_bank.to(s.dtype)
-    if impl is not REFERENCE and s.dtype == torch.float32:
-        tensors = [x.contiguous() for x in (s, t, s_bank, t_bank, rows, given)]
-        return impl.run("crd_pass", *tensors, temperature, eps, weight, need_s, need_t)
+    numbers = temperature, eps, weight, need_s, need_t
+    if impl is TRITON:
+        return _pass(impl, s, t, s_bank, t_bank, rows, given, *numbers)
+    s_bank, t_bank = s_bank.to(s.dtype), t_bank.to(s.dtype)
+    if impl is CPP and s.dtype == torch.float32:
+        return _pass(impl, s, t, s_bank, t_bank, rows, given, *numbers)
     with no_autocast(s):
         sides = [
             _direction(x, bank, rows, z, temperature, eps, weight, need)
@@ -127,6 +135,13 @@ def _loss(
         ]
     losses, found, grads = zip(*sides, strict=True)
     return losses[0] + losses[1], torch.stack(found), *grads
+
+
+def _pass(impl: Backend, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The kernel of a backend; it takes contiguous tensors."""
+    given = (x.contiguous() if isinstance(x, Tensor) else x for x in arguments)
+    made: tuple[Tensor, Tensor, Tensor, Tensor] = impl.run("crd_pass", *given)
+    return made
 
 
 def _fake(
@@ -197,6 +212,24 @@ def _chunks(bank: Tensor, rows: Tensor) -> tuple[list[slice], bool]:
     whole = drawn * CHEAPER >= size and count * drawn >= size
     step = max(64, NUMBERS // size) if whole else max(1, NUMBERS // (drawn * width))
     return [slice(begin, min(begin + step, count)) for begin in range(0, count, step)], whole
+
+
+class CRDFunction(torch.autograd.Function):
+    """``apply(impl, s, t, s_bank, t_bank, rows, given, temperature, eps, weight, needs)`` -> (loss,
+    normalizers), past the dispatcher and its host cost.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, impl: Backend, s: Tensor, t: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        *arguments, needs = rest
+        loss, normalizers, *grads = _pass(impl, s, t, *arguments, *needs)
+        save(ctx, grads, (s, t), needs)
+        ctx.mark_non_differentiable(normalizers)
+        return loss, normalizers
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
+        return None, *scaled(ctx, "crd_loss", upstream), *[None] * 8
 
 
 def _context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:

@@ -205,8 +205,14 @@ def test_the_launcher_refuses_what_it_would_misread(triton):
 
 def test_who_serves_what(triton, launched):
     tensors = given(case(), triton)
-    fastkd.crd_loss(*tensors)
+    loss, normalizers = fastkd.crd_loss(*tensors)
     assert launched == KERNELS
+    # what a graph holds
+    found = torch.ops.fastkd.crd_loss(*tensors, triton(torch.zeros(2)), 0.07, 1e-7, 1.0, False, True)
+    assert torch.equal(found[0], loss) and torch.equal(found[1], normalizers)
+    assert found[2].numel() == 0 and found[3].shape == tensors[1].shape
+    assert launched == 2 * KERNELS
+    launched[3:] = []
     with fastkd.use_backend("reference"):
         fastkd.crd_loss(*tensors)
     with pytest.raises(fastkd.BackendError, match="float64"):

@@ -74,6 +74,23 @@ def test_auto_serves_a_gpu_by_triton_with_the_same_bits_in_each_run():
 
 
 @gpu
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_step_runs_the_kernels(mode, launched):
+    """The operator in the graph chooses when it runs."""
+    torch.compiler.reset()
+    tensors = placed(case(8, 900, size=2000, width=64))
+    student = tensors[0].requires_grad_()
+    compiled = torch.compile(lambda x: fastkd.crd_loss(x * 1, *tensors[1:])[0], fullgraph=True, mode=mode)
+    with fastkd.use_backend("reference"):
+        (wanted,) = torch.autograd.grad(fastkd.crd_loss(*tensors)[0], student)
+    for _ in range(4):
+        (found,) = torch.autograd.grad(compiled(student), student)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    if torch.cuda.get_device_capability() >= (8, 0):
+        assert "crd_loss_kernel" in launched
+
+
+@gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
 def test_a_device_that_is_not_current_serves():
     tensors = placed(case(4, 90, size=70, width=24), device="cuda:1")
