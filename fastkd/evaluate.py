@@ -21,7 +21,7 @@ from fastkd import plugins
 from fastkd.data import choose_dataset, load_dataset
 from fastkd.data.feed import AnyDataset, Feed, testing
 from fastkd.errors import UserError
-from fastkd.io.arguments import OneLineParser
+from fastkd.io.arguments import OneLineParser, whole
 from fastkd.io.console import screens
 from fastkd.io.files import as_path
 from fastkd.models import WeightsError, create_model, load_student, load_weights, read_checkpoint
@@ -176,14 +176,14 @@ def main(arguments: list[str] | None = None) -> int:
         " torchvision declare for the network, else the set's own",
     )
     parser.add_argument(
-        "--image-size", type=int, metavar="N", help="of a folder's images: that of the run, or 224"
+        "--image-size", type=whole, metavar="N", help="of a folder's images: that of the run, or 224"
     )
     parser.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="processes that read a folder's images"
+        "--workers", type=whole, default=0, metavar="N", help="processes that read a folder's images"
     )
     plugin = "what registers the run's method, model or data set; as often as needed"
     parser.add_argument("--plugin", action="append", default=[], metavar="FILE.py", help=plugin)
-    parser.add_argument("--batch-size", type=int, default=250, metavar="N")
+    parser.add_argument("--batch-size", type=whole, default=250, metavar="N")
     flags: dict[str, Any] = vars(parser.parse_args(arguments))
     try:
         for file in flags.pop("plugin"):

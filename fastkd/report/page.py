@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from fastkd.report import bars, curves
 from fastkd.report.tables import NOTES, tables
 from fastkd.training import by_option
 
+NUMBER = re.compile(r"n/a|[-\d.,±+–− \[\]()]*")  # with its deviation, seeds and difference
 STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; }
@@ -22,12 +24,15 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 caption { text-align: left; font-weight: 600; padding: 1rem 0 .4rem; }
+caption span { position: sticky; left: 0; display: inline-block; max-width: calc(100vw - 2rem); }
 th, td { padding: .25rem .7rem; text-align: left; border-bottom: 1px solid #8884; white-space: nowrap; }
+.number { text-align: right; }
+.long { white-space: normal; min-width: 18rem; }
 thead th { border-bottom: 2px solid #888; }
 tr.ours td { font-weight: 600; }
-figure { margin: 1rem 0; background: white; padding: .5rem; }
-figure img { max-width: 100%; height: auto; display: block; }
-figcaption { color: #333; font-size: .85rem; }
+figure { margin: 1rem 0; background: white; padding: .5rem; overflow-x: auto; }
+figure img { max-width: 100%; min-width: 40rem; height: auto; display: block; }
+figcaption { color: #333; font-size: .85rem; position: sticky; left: 0; }
 """
 
 
@@ -45,11 +50,19 @@ def page(rows: Sequence[dict[str, str]], folders: Sequence[Path], wanted: Mappin
     published, own = made[:-1] if rows else made, made[-1:] if rows else []
     parts = {
         "runs": "".join(map(table, [*own, *by_option.tables(rows)])) or "<p>There are no finished runs.</p>",
-        "accuracy by method": drawn(lambda: bars.figure(rows), "no two methods were run alike"),
-        "curves": drawn(lambda: curves.figure(folders, wanted), "no run has a log of its epochs"),
+        "accuracy by method": drawn(
+            lambda: bars.figure(rows),
+            "accuracy of each method",
+            "no two methods were run with the same data set, networks, recipe and length",
+        ),
+        "curves": drawn(
+            lambda: curves.figure(folders, wanted),
+            "accuracy and losses by epoch",
+            "no run has a log of its epochs",
+        ),
         "published figures": f"<p>{html.escape(NOTES)}</p>" + "".join(map(table, published))
         if published
-        else "<p>There are none of these data sets.</p>",
+        else "<p>None is known for these data sets.</p>",
         "attention maps": maps(folders, rows) or "<p>No run has sheets of attention maps.</p>",
     }
     anchors = {title: title.replace(" ", "-") for title in parts}
@@ -68,37 +81,44 @@ def page(rows: Sequence[dict[str, str]], folders: Sequence[Path], wanted: Mappin
 
 def table(found: tuple[str, list[str], list[list[str]]]) -> str:
     caption, heads, lines = found
-    head = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in heads)
+    numbers = [all(map(NUMBER.fullmatch, column)) for column in zip(*lines)]
+    head = "".join(cell("th", text, right) for text, right in zip(heads, numbers or [False] * len(heads)))
     body = "".join(
         ('<tr class="ours">' if len(line) > 1 and line[1].startswith("ours") else "<tr>")
-        + "".join(f"<td>{html.escape(text)}</td>" for text in line)
+        + "".join(cell("td", text, right) for text, right in zip(line, numbers))
         + "</tr>\n"
         for line in lines
     )
     return (
-        f'<div class="wide"><table><caption>{html.escape(caption)}</caption>'
+        f'<div class="wide"><table><caption><span>{html.escape(caption)}</span></caption>'
         f"<thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>\n"
     )
 
 
-def image(content: bytes, kind: str, caption: str) -> str:
-    data, text = base64.b64encode(content).decode("ascii"), html.escape(caption)
-    return (
-        f'<figure><img src="data:image/{kind};base64,{data}" alt="{text}">'
-        f"<figcaption>{text}</figcaption></figure>\n"
-    )
+def cell(tag: str, text: str, right: bool) -> str:
+    """A cell of a table; columns of numbers stand right, long texts take several lines."""
+    kind = "number" if right else "long" if len(text) > 40 else ""
+    attributes = ' scope="col"' * (tag == "th") + f' class="{kind}"' * bool(kind)
+    return f"<{tag}{attributes}>{html.escape(text)}</{tag}>"
 
 
-def drawn(make: Any, otherwise: str) -> str:
-    """A figure that ``make`` returns, or one line that says why there is none."""
+def image(content: bytes, kind: str, caption: str = "", alternative: str = "") -> str:
+    data = base64.b64encode(content).decode("ascii")
+    below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    text = html.escape(alternative or caption)
+    return f'<figure><img src="data:image/{kind};base64,{data}" alt="{text}">{below}</figure>\n'
+
+
+def drawn(make: Any, alternative: str, otherwise: str) -> str:
+    """The figure that ``make`` returns, with ``alternative`` for who cannot see it; or why there is none."""
     try:
         figures.figure_class()
     except ImportError:
         return "<p>Figures take matplotlib (pip install matplotlib).</p>"
     figure = make()
     if figure is None:
-        return f"<p>There is none: {otherwise}.</p>"
-    return image(figures.rendered(figure, "svg"), "svg+xml", "")
+        return f"<p>There is no figure: {otherwise}.</p>"
+    return image(figures.rendered(figure, "svg"), "svg+xml", alternative=alternative)
 
 
 def maps(folders: Sequence[Path], rows: Sequence[Mapping[str, Any]]) -> str:

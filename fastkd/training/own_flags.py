@@ -8,6 +8,7 @@ from typing import Any
 
 from fastkd import models, plugins
 from fastkd.errors import UserError
+from fastkd.io.arguments import whole
 from fastkd.io.console import counted
 from fastkd.models.specs import FORMS, is_spec
 from fastkd.training.teacher_images import FORM, for_each, parsed, written
@@ -67,15 +68,15 @@ def add_own(group: argparse._ArgumentGroup) -> None:
         help=f"{points}; of several teachers those of all, or given once for each",
     )
     group.add_argument("--student-points", type=names, metavar="A,B,...", help="as for the teacher")
-    group.add_argument("--image-size", type=int, metavar="N", help="side of a folder's images (224)")
+    group.add_argument("--image-size", type=whole, metavar="N", help="side of a folder's images (224)")
     wants = f"how the images of a --teacher-checkpoint were normalized: {FORM}; by default as it declares"
     group.add_argument(
         "--teacher-normalization", type=normalization, action=Tuple, metavar="MEAN/STD", help=wants
     )
     for role in ("teacher", "student"):
         text = f"that of the {role}'s images; crop and flip are the same for both"
-        group.add_argument(f"--{role}-size", type=int, metavar="N", help=text)
-    group.add_argument("--workers", type=int, metavar="N", help="processes that read a folder's images")
+        group.add_argument(f"--{role}-size", type=whole, metavar="N", help=text)
+    group.add_argument("--workers", type=whole, metavar="N", help="processes that read a folder's images")
     bad = "a file that is no whole image ends the run (stop, default), or is named and left out"
     group.add_argument("--on-bad-image", choices=("stop", "skip"), help=bad)
 

@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fastkd.io.arguments import OneLineParser
+from fastkd.io.arguments import OneLineParser, number, whole
 from fastkd.training.command import program
 from fastkd.training.launch import is_first
 
@@ -66,11 +66,11 @@ def build_parser() -> argparse.ArgumentParser:
         choices=tuple(RECIPES),
         help="hankyul2 (digits on digits); the flags below override its fields",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
-    parser.add_argument("--teacher-seed", type=int, metavar="N", help="that of the run")
+    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of all that is random (0)")
+    parser.add_argument("--teacher-seed", type=whole, metavar="N", help="that of the run")
     parser.add_argument(
         "--repeats",
-        type=int,
+        type=whole,
         default=1,
         metavar="R",
         help="seeds N, N+1, ..., one teacher: mean and standard deviation",
@@ -138,7 +138,7 @@ def method_names(text: str) -> str:
     try:
         return ",".join(map(full_name, text.split(",")))
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"invalid choice: {text!r}: {error}") from None
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_field(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
@@ -147,7 +147,8 @@ def add_field(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
     if field.type == "bool":
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
     else:
-        kind: Any = {"int": int, "float": float, "str": str, "tuple[float, ...]": fractions}[str(field.type)]
+        kinds = {"int": whole, "float": number, "str": str, "tuple[float, ...]": fractions}
+        kind: Any = kinds[str(field.type)]
         choices = field.metadata["choices"]
         group.add_argument(flag, type=kind, choices=choices, metavar=None if choices else "X", help=text)
 

@@ -27,7 +27,7 @@ def test_the_installed_command_is_the_main_of_train_py(
         monkeypatch.setattr(sys, "argv", [called, "--method", "none"])
         with pytest.raises(SystemExit):
             cli.main()
-        assert capsys.readouterr().err.startswith(f"{name}: error: argument --method: invalid choice: 'none'")
+        assert capsys.readouterr().err.startswith(f"{name}: error: argument --method: method 'none' is")
 
 
 def test_a_run_of_the_installed_command_is_repeated_by_it(
@@ -40,3 +40,23 @@ def test_a_run_of_the_installed_command_is_repeated_by_it(
     assert small_main([*flags, str(tmp_path)]) == 0
     (command,) = tmp_path.glob("*/command.sh")
     assert command.read_text().splitlines()[-1].startswith("fastkd-train --method baseline ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--method", "at+none"], "argument --method: method 'at+none' is not known; known: baseline, kd, "),
+        (["--method", "at", "--epochs", "x"], "argument --epochs: 'x', wanted a whole number (see "),
+        (["--method", "at", "--seed", "1.5"], "argument --seed: '1.5', wanted a whole number (see "),
+        (["--method", "at", "--lr", "fast"], "argument --lr: 'fast', wanted a number (see "),
+        (["--method", "at", "--workers", "all"], "argument --workers: 'all', wanted a whole number (see "),
+        (["--methd", "at"], "the following arguments are required: --method (see "),
+    ],
+)
+def test_what_no_flag_takes_is_one_line(flags, told, capsys):
+    from fastkd.training import cli
+
+    with pytest.raises(SystemExit) as ended:
+        cli.build_parser().parse_args(flags)
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and err.count("\n") == 1 and f": error: {told}" in err

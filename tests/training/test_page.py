@@ -168,3 +168,21 @@ def test_bars_of_one_method_are_one_line(output, capsys, tmp_path):
     )
     assert report.main([str(output), "--bars", str(tmp_path / "x.docx")]) == 2
     assert "docx" in capsys.readouterr().err and not (tmp_path / "x.docx").exists()
+
+
+def test_columns_of_numbers_stand_right_and_long_texts_take_several_lines():
+    lines = [["at", "31.0 ± 0.2 [1 2] (+0.5)", "epochs=2 " * 5], ["kd", "n/a", "–"]]
+    text = page.table(("A & B", ["method", "accuracy", "changed"], lines))
+    assert "<caption><span>A &amp; B</span></caption>" in text
+    assert '<th scope="col">method</th><th scope="col" class="number">accuracy</th>' in text
+    assert text.count('<td class="number">') == 2 and text.count('<td class="long">') == 1
+
+
+def test_pictures_of_the_page_say_what_they_show(output):
+    pytest.importorskip("matplotlib")
+    rows = [RUN, KD, BASELINE]
+    text = page.page(rows, [output], {})
+    assert re.findall(r'<img src="[^"]*" alt="([^"]*)">', text)[:2] == [
+        "accuracy of each method",
+        "accuracy and losses by epoch",
+    ]
