@@ -24,6 +24,8 @@ SPEED = (
     ("fsp wide chains", "fsp", "wrn40_2-128 or resnet32x4-128"),
     ("resnet50 step", "step", "resnet50"),
 )
+# where tests are that a GPU changes: of the whole tree, collecting alone would take half of their time
+PLACES = ("tests/backends", "tests/ops", "tests/training/test_step.py")
 # of Triton's tests, those whose answer an interpreter cannot give: graphs, streams, waiting, repeated bits,
 # races
 ON_DEVICE = "captured or compiled_step or waits or streams or same_bits or not_current or large_gradients"
@@ -83,7 +85,7 @@ def plan(rehearse: bool) -> list[Part]:
     place = (
         ("-m", "not large", "-x", "tests/backends/test_cuda.py")
         if rehearse
-        else ("-m", "gpu and not large", "tests")
+        else ("-m", "gpu and not large", *PLACES)
     )
     cuda = ("-k", "same_bits") if rehearse else ("-k", "cuda and not triton")
     triton = ("-k", "same_bits") if rehearse else ("-k", f"triton and ({ON_DEVICE})")
@@ -112,7 +114,7 @@ def plan(rehearse: bool) -> list[Part]:
             pytest_part(f"speed: {name}", 45, *mode, "-k", words, f"benchmarks/test_{file}.py", measures=True)
         )
     parts.append(own("tiles", 75, measures=True))
-    parts.append(pytest_part("large tensors", 60, "-m", "gpu and large", "tests", measures=True))
+    parts.append(pytest_part("large tensors", 60, "-m", "gpu and large", PLACES[0], measures=True))
     return [part for part in parts if part is not None]
 
 

@@ -87,34 +87,50 @@ def test_a_part_that_selects_no_test_has_failed(tmp_path: Path, processes: int) 
     (tmp_path / "test_one.py").write_text("def test_one(): pass")
     place = ("-c", "/dev/null", str(tmp_path))
     for words, status in (("one", 0), ("another", 5)):
-        part = gpu_plan.pytest_part("tests", 20, *place, "-k", words, processes=processes)
+        part = gpu_plan.pytest_part("tests", 60, *place, "-k", words, processes=processes)
         assert ran(tmp_path / "out", part)["status"] == status
 
 
-def test_each_part_of_tests_selects_some() -> None:
-    """Of those that need no GPU to be found: there, grids of the operations have the mark too."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only"]
+COLLECT = """
+import json, pathlib, sys
+import pytest
 
-    def collected(*words: str) -> list[str]:
-        done = subprocess.run([*command, *words], cwd=ROOT, text=True, capture_output=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return [line.rpartition("/")[2].lower() for line in done.stdout.splitlines() if "::" in line]
+class Keep:
+    def pytest_collection_modifyitems(self, items):
+        found = [[item.nodeid, [mark.name for mark in item.iter_markers()]] for item in items]
+        pathlib.Path(sys.argv[1]).write_text(json.dumps(found))
 
-    def chosen(words: str, ids: list[str]) -> list[str]:
-        expression = Expression.compile(words)
-        return [id for id in ids if expression.evaluate(lambda word: word in id)]
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--collect-only", *sys.argv[2:]], plugins=[Keep()]))
+"""
 
-    parts = {part.name: part.command for part in gpu_plan.plan(rehearse=False)}
-    marked = collected("-m", "gpu and not large", "tests/backends")
+
+def option(part: Part, name: str) -> str:
+    words = part.command[3:]  # after: python -m pytest
+    return words[words.index(name) + 1]
+
+
+@pytest.mark.slow
+def test_each_part_of_tests_selects_some(tmp_path: Path) -> None:
+    """Of those that are marked where there is no GPU: with one, grids of the operations have the mark too."""
+    file = tmp_path / "collected.json"
+    command = [sys.executable, "-c", COLLECT, str(file), *gpu_plan.PLACES]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    items: list[tuple[str, list[str]]] = json.loads(file.read_text())
+
+    def chosen(marks: str, words: str = "test") -> list[str]:
+        wanted, named = Expression.compile(marks), Expression.compile(words)
+        found = [id for id, has in items if wanted.evaluate(lambda name, has=has: name in has)]
+        return [id for id in found if named.evaluate(lambda word, id=id: word in Path(id).name.lower())]
+
+    parts = {part.name: part for part in gpu_plan.plan(rehearse=False)}
     for name in ("tests of cuda", "tests of triton"):
-        command_line = parts[name]
-        assert command_line[command_line.index("-m", 3) + 1] == "gpu and not large"
-        assert chosen(command_line[command_line.index("-k") + 1], marked), name
-    assert len(collected("-m", parts["large tensors"][-2], "tests/backends")) >= 2
-    every = [id for id in collected("tests/backends", "tests/ops") if "triton" in id]
+        assert chosen(option(parts[name], "-m"), option(parts[name], "-k")), name
+    assert len(chosen(option(parts["large tensors"], "-m"))) >= 2
     for word in gpu_plan.ON_DEVICE.split(" or "):
-        assert chosen(word, every), word
-    rehearsed = {part.name: part.command for part in gpu_plan.plan(rehearse=True)}
-    for name in ("tests of cuda", "tests of triton"):
-        file, words = rehearsed[name][-3], rehearsed[name][-1]
-        assert chosen(words, collected(file)), name
+        assert chosen("not large", f"triton and {word}"), word
+    for part in gpu_plan.plan(rehearse=True):
+        if part.name.startswith("tests of"):
+            places = [word for word in part.command if word.startswith("tests/")]
+            found = chosen("not large", option(part, "-k"))
+            assert [id for id in found if id.startswith(tuple(places))], part.name
