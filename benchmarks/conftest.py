@@ -1,4 +1,4 @@
-"""``--benchmark``, where benchmarks alone are asked for."""
+"""``--benchmark``, where benchmarks alone are asked for; and Triton's interpreter as the tests mend it."""
 
 from __future__ import annotations
 
@@ -7,3 +7,13 @@ import pytest
 
 def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
     pluginmanager.import_plugin("speed.plugin")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def mended_interpreter() -> None:
+    from fastkd import backends, kernels
+
+    if kernels.interpreting() and backends.availability()["triton"][0]:
+        import interpreter  # of the tests; needs numpy
+
+        interpreter.mend()

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 
+@functools.cache
 def mend() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
