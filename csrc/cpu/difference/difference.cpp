@@ -1,5 +1,5 @@
 // Losses of the differences of two features on a CPU: checks, allocation and the division among threads. The
-// passes are in difference.inl, the schemas in fastkd/ops/.
+// passes are in the .inl files, the schemas in fastkd/ops/.
 #include "cpu/difference/difference.h"
 
 #include <numeric>

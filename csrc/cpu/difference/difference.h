@@ -1,4 +1,4 @@
-// What difference.cpp hands to the kernels of difference.inl: two features of one dtype, each in pieces that
+// What difference.cpp hands to the kernels: two features of one dtype, each in pieces that
 // lie dense one after the other.
 #pragma once
 

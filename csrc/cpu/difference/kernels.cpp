@@ -10,6 +10,11 @@ namespace FASTKD_PATH {
 #include "cpu/simd/vec.inl"
 #include "cpu/simd/functions.inl"
 #include "cpu/difference/difference.inl"
+#include "cpu/difference/hcl.inl"
+#include "cpu/difference/ofd.inl"
+#include "cpu/difference/squares.inl"
+
+extern const DifferenceKernels difference_kernels = {ofd, hcl, squares};
 
 }  // namespace FASTKD_PATH
 }  // namespace fastkd
