@@ -121,13 +121,19 @@ def _loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, normalizers, the loss's gradient for s, for t); a gradient that nobody needs has no elements."""
     impl = backends.select("crd_pass", (s, t, s_bank, t_bank), no_kernel)
-    checks.crd_rows(rows, len(s_bank))
     numbers = temperature, eps, weight, need_s, need_t
+    by_cpp = impl is CPP and s.dtype == torch.float32
+    if not by_cpp:  # whose kernel looks at the rows itself
+        checks.crd_rows(rows, len(s_bank))
     if impl is TRITON:
         return _pass(impl, s, t, s_bank, t_bank, rows, given, *numbers)
     s_bank, t_bank = s_bank.to(s.dtype), t_bank.to(s.dtype)
-    if impl is CPP and s.dtype == torch.float32:
-        return _pass(impl, s, t, s_bank, t_bank, rows, given, *numbers)
+    if by_cpp:
+        try:
+            return _pass(impl, s, t, s_bank, t_bank, rows, given, *numbers)
+        except RuntimeError:
+            checks.crd_rows(rows, len(s_bank))  # says which row, and what was wanted
+            raise
     with no_autocast(s):
         sides = [
             _direction(x, bank, rows, z, temperature, eps, weight, need)

@@ -13,7 +13,7 @@ from autograd_cases import gradients
 from record_files import rows_of
 
 import fastkd
-from fastkd import methods, reference
+from fastkd import methods, native, reference
 from fastkd.methods import BuildContext, create_method
 from fastkd.methods.sakd import Connector
 from fastkd.models import create_model
@@ -116,6 +116,23 @@ def test_every_dtype_is_computed_in_float32(dtype):
         for loss, x in ((fastkd.sakd_loss, student[0]), (reference.sakd_loss, student[0].double()))
     )
     torch.testing.assert_close(mixed, exact, rtol=1e-12, atol=0)  # all in float64
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("shape", [(40, 32, 16, 16), (40, 35, 15, 15)], ids=["whole lines", "others"])
+def test_every_way_through_memory_gives_the_same_bits(each_path, memory_plan, shape, layout):
+    """Gradients of more than 1 MiB, for which the ways differ; their rows begin a line or not."""
+    sides = [torch.randn(shape).to(memory_format=layout) for _ in range(2)]
+    exact = gradients(reference.sakd_loss, *(x.double() for x in sides))
+    for _ in each_path:
+        found = []
+        for plan in native.MEMORY_PLANS:
+            memory_plan(plan)
+            found.append(gradients(fastkd.sakd_loss, *sides))
+        assert len(found) == 2 and all(map(torch.equal, *found))
+        for got, want in zip(found[0], exact, strict=True):
+            largest = want.abs().max().item()
+            torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5 * largest)
 
 
 def test_first_and_second_derivatives():

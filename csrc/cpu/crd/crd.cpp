@@ -7,16 +7,17 @@
 #include <cmath>
 #include <limits>
 #include <tuple>
+#include <utility>
 
 #include "cpu/dispatch.h"
 
 namespace fastkd {
 namespace {
 
-constexpr int64_t kTileNumbers =
-    1 << 16;                        // of a tile of the bank: 256 KiB, which the second-level cache holds
-constexpr int64_t kTileDraws = 64;  // that an image has of a tile, where tiles can be that large
-constexpr int64_t kBlocks = 32;     // of tiles: as many threads can work
+constexpr int64_t kTileNumbers = 1 << 13;  // of a tile of the bank: 32 KiB, which the first-level cache holds
+constexpr int64_t kTileDraws = 16;         // that an image has of a tile, where tiles can be that large
+constexpr int kMostShift = 16;             // a row within a tile is a number of 16 bits
+constexpr int64_t kBlocks = 32;            // of tiles: as many threads can work
 constexpr int64_t kBlockNumbers = 4 << 20;  // of the gradients of all blocks together
 
 struct Bank {
@@ -36,7 +37,7 @@ const float* matrix_of(const Tensor& tensor, int64_t rows, int64_t columns, cons
 
 int64_t tiles_of(int64_t size, int64_t width, int64_t drawn, int* shift) {
   const int64_t wanted = std::max(kTileNumbers / width, (kTileDraws * size + drawn - 1) / drawn);
-  for (*shift = 0; *shift < 30 && (int64_t{2} << *shift) <= wanted; ++*shift) {
+  for (*shift = 0; *shift < kMostShift && (int64_t{2} << *shift) <= wanted; ++*shift) {
   }
   return ((size - 1) >> *shift) + 1;
 }
@@ -44,37 +45,41 @@ int64_t tiles_of(int64_t size, int64_t width, int64_t drawn, int* shift) {
 // The drawn negatives of each image, those of a tile of the bank beside each other.
 struct Draws {
   int64_t count, drawn, tiles;
+  int shift = 0;        // tiles have 2^shift rows
   const int64_t* rows;  // (count, drawn + 1)
   Tensor order, starts;
 
   Draws(const Tensor& given, int64_t images, const Bank& bank)
       : count(images), drawn(given.size(1) - 1), rows(nullptr) {
-    int shift = 0;
     tiles = tiles_of(bank.size, bank.width, drawn, &shift);
     rows = static_cast<const int64_t*>(given.const_data_ptr());
-    order = torch::stable::new_empty(given, {count, drawn}, torch::headeronly::ScalarType::Int);
+    order = torch::stable::new_empty(given, {count, drawn}, torch::headeronly::ScalarType::Short);
     starts = torch::stable::new_empty(given, {count, tiles + 1}, torch::headeronly::ScalarType::Int);
-    auto* placed = static_cast<int32_t*>(order.mutable_data_ptr());
+    auto* placed = static_cast<uint16_t*>(order.mutable_data_ptr());
     auto* first = static_cast<int32_t*>(starts.mutable_data_ptr());
     std::atomic<bool> outside{false};
     parallel_units(count, drawn, 0, [&](int64_t begin, int64_t end, void*) {
       for (int64_t i = begin; i < end; ++i)
-        if (!sort(rows + i * (drawn + 1), bank.size, shift, placed + i * drawn, first + i * (tiles + 1)))
+        if (!sort(rows + i * (drawn + 1), bank.size, placed + i * drawn, first + i * (tiles + 1)))
           outside.store(true, std::memory_order_relaxed);
     });
     STD_TORCH_CHECK(!outside.load(), "rows must be rows of the banks");
   }
 
   // Counts, then places. After placing, next[tile + 1] has moved from where a tile begins to where it ends.
-  bool sort(const int64_t* from, int64_t size, int shift, int32_t* to, int32_t* next) const {
+  bool sort(const int64_t* from, int64_t size, uint16_t* to, int32_t* next) const {
     std::fill(next, next + tiles + 1, 0);
     bool inside = from[0] >= 0 && from[0] < size;
     for (int64_t k = 1; k <= drawn; ++k) {
-      if (from[k] < 0 || from[k] >= size) return false;
-      if ((from[k] >> shift) + 2 <= tiles) ++next[(from[k] >> shift) + 2];
+      __builtin_prefetch(from + k + 128);
+      if (static_cast<uint64_t>(from[k]) >= static_cast<uint64_t>(size)) return false;
+      ++next[(from[k] >> shift) + 1];
     }
-    for (int64_t tile = 1; tile <= tiles; ++tile) next[tile] += next[tile - 1];
-    for (int64_t k = 1; k <= drawn; ++k) to[next[(from[k] >> shift) + 1]++] = static_cast<int32_t>(from[k]);
+    const int64_t within = (int64_t{1} << shift) - 1;
+    int32_t before = 0;  // the draws of all earlier tiles
+    for (int64_t tile = 1; tile <= tiles; ++tile) before += std::exchange(next[tile], before);
+    for (int64_t k = 1; k <= drawn; ++k)
+      to[next[(from[k] >> shift) + 1]++] = static_cast<uint16_t>(from[k] & within);
     return inside;
   }
 };
@@ -116,9 +121,12 @@ Direction direction(const float* x, const Bank& bank, const Draws& draws, double
                   draws.drawn,
                   draws.tiles,
                   blocks,
+                  bank.size,
+                  int64_t{1} << draws.shift,
+                  n * draws.drawn >= bank.size,
                   x,
                   bank.data,
-                  static_cast<const int32_t*>(draws.order.const_data_ptr()),
+                  static_cast<const uint16_t*>(draws.order.const_data_ptr()),
                   static_cast<const int32_t*>(draws.starts.const_data_ptr()),
                   static_cast<float>(1 / formula.temperature),
                   0,

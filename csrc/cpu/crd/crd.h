@@ -13,9 +13,11 @@ struct CrdArgs {
   CrdMode mode;
   int64_t count, width, drawn;  // images, numbers of an embedding, negatives of an image
   int64_t tiles, blocks;        // tiles of the bank; blocks of tiles, whose sums are kept apart
+  int64_t size, tile_rows;      // rows of the bank, and of a tile of it
+  bool dense;                   // whether as many rows are drawn as the bank has
   const float* x;               // (count, width), the embeddings
   const float* bank;            // rows of `width` numbers
-  const int32_t* order;         // (count, drawn), rows of the bank, those of a tile beside each other
+  const uint16_t* order;        // (count, drawn), rows within a tile, those of a tile beside each other
   const int32_t* starts;        // (count, tiles + 1), where the rows of each tile begin in `order`
   float coldness;               // 1 / temperature
   float inverse, shift;         // 1 / (normalizer * noise), eps / noise

@@ -1,18 +1,32 @@
 // Contrastive distillation: scores of the drawn rows, their exponentials, the loss and its gradient in one
-// pass over each row. A tile of the bank stays in the second-level cache while each image reads the rows that
-// it drew there. Sums are in double, and their order depends on nothing but the shapes.
+// pass over the bank. A tile of the bank stays in a cache while each image reads the rows that it drew there:
+// once for its scores, once for its gradient. The scores of several images in turn fill a buffer, so that
+// vectors of exponentials and logarithms are full. Sums are in double, and their order depends on nothing but
+// the shapes and the drawn rows.
 
-constexpr int64_t kLane = kLanes<float>;  // rows that are looked at together
+constexpr int64_t kLane = kLanes<float>;              // rows whose scores are one vector
+constexpr int64_t kTogether = kLane < 8 ? kLane : 8;  // rows that are read side by side
+constexpr int64_t kScores = 512;                      // that are collected
+constexpr int64_t kRuns = 64;
+
+// Drawn rows of an image whose scores follow each other in the buffer.
+struct CrdRun {
+  int64_t image, count;
+  const float* rows;  // the tile
+  const uint16_t* order;
+};
 
 // A vector's lanes: of `a` and `b` the sums of neighbouring runs of `unit` lanes, runs of a and b in turn.
 template <int64_t unit>
 FASTKD_INLINE VecF paired_sum(VecF a, VecF b) {
-  IntF low;
+  IntF mine, other;
   for (int32_t i = 0; i < kLane; ++i) {
-    const int32_t size = static_cast<int32_t>(unit), within = i % (2 * size);
-    low[i] = i - within + i % size + (within < size ? 0 : static_cast<int32_t>(kLane));
+    const int32_t size = static_cast<int32_t>(unit);
+    const bool first = i % (2 * size) < size;
+    mine[i] = first ? -1 : 0;
+    other[i] = first ? i + size : i - size + static_cast<int32_t>(kLane);
   }
-  return FASTKD_SHUFFLE(a, b, low) + FASTKD_SHUFFLE(a, b, low + static_cast<int32_t>(unit));
+  return (mine ? a : b) + FASTKD_SHUFFLE(a, b, other);
 }
 
 // Lane i is the sum of the lanes of v[i].
@@ -25,36 +39,35 @@ FASTKD_INLINE VecF sums_of(const VecF* v) {
   }
 }
 
-// Inner products of x with each of the rows, in a vector.
-FASTKD_INLINE VecF products_with(const float* x, const float* const* rows, int64_t width) {
-  constexpr int64_t kTogether = kLane < 8 ? kLane : 8;
-  VecF sums[kLane];
-  const int64_t whole = width / kLane * kLane;
-  for (int64_t first = 0; first < kLane; first += kTogether) {
-    VecF part[kTogether] = {};
-    for (int64_t k = 0; k < whole; k += kLane) {
-      const VecF number = load<float, float>(x + k);
+// Inner products of x with `count` drawn rows, at most kTogether, in the first lanes.
+FASTKD_INLINE VecF products_with(const float* x, const float* tile, const uint16_t* order, int64_t count,
+                                 int64_t width) {
+  const int64_t whole = width / kLane * kLane, last = count - 1;
+  const float* rows[kTogether];
 #pragma GCC unroll 8
-      for (int64_t r = 0; r < kTogether; ++r) part[r] += number * load<float, float>(rows[first + r] + k);
-    }
+  for (int64_t r = 0; r < kTogether; ++r)
+    rows[r] = tile + static_cast<int64_t>(order[r < last ? r : last]) * width;
+  VecF part[kTogether] = {};
+  for (int64_t k = 0; k < whole; k += kLane) {
+    const VecF number = load<float, float>(x + k);
 #pragma GCC unroll 8
-    for (int64_t r = 0; r < kTogether; ++r) sums[first + r] = part[r];
+    for (int64_t r = 0; r < kTogether; ++r) part[r] += number * load<float, float>(rows[r] + k);
   }
-  VecF result = sums_of<kLane / 2>(sums);
+  VecF result = sums_of<kTogether / 2>(part);
+  if constexpr (kTogether < kLane) result = paired_sum<kTogether>(result, result);
   for (int64_t k = whole; k < width; ++k)
-    for (int64_t r = 0; r < kLane; ++r) result[r] += x[k] * rows[r][k];
+    for (int64_t r = 0; r < kTogether; ++r) result[r] += x[k] * rows[r][k];
   return result;
 }
 
-// Adds to N vectors of `grad` those of the rows, each by its slope.
+// Adds to N vectors of `grad` those of a run's rows, each by its slope.
 template <int64_t N>
-FASTKD_INLINE void add_rows(float* grad, const float* const* rows, const float* slopes, int64_t count,
-                            int64_t k) {
+FASTKD_INLINE void add_rows(const CrdRun& run, const float* slopes, float* grad, int64_t width, int64_t k) {
   VecF sums[N];
 #pragma GCC unroll 8
   for (int64_t i = 0; i < N; ++i) sums[i] = load<float, float>(grad + k + i * kLane);
-  for (int64_t r = 0; r < count; ++r) {
-    const float *row = rows[r] + k, slope = slopes[r];
+  for (int64_t r = 0; r < run.count; ++r) {
+    const float *row = run.rows + static_cast<int64_t>(run.order[r]) * width + k, slope = slopes[r];
 #pragma GCC unroll 8
     for (int64_t i = 0; i < N; ++i) sums[i] += slope * load<float, float>(row + i * kLane);
   }
@@ -62,51 +75,94 @@ FASTKD_INLINE void add_rows(float* grad, const float* const* rows, const float* 
   for (int64_t i = 0; i < N; ++i) store<float, float>(grad + k + i * kLane, sums[i]);
 }
 
-FASTKD_INLINE void add_rows(float* grad, const float* const* rows, const float* slopes, int64_t count,
-                            int64_t width, int64_t k) {
-  for (; k + 8 * kLane <= width; k += 8 * kLane) add_rows<8>(grad, rows, slopes, count, k);
-  for (; k + kLane <= width; k += kLane) add_rows<1>(grad, rows, slopes, count, k);
+static void add_run(const CrdRun& run, const float* slopes, float* grad, int64_t width) {
+  int64_t k = 0;
+  for (; k + 8 * kLane <= width; k += 8 * kLane) add_rows<8>(run, slopes, grad, width, k);
+  for (; k + kLane <= width; k += kLane) add_rows<1>(run, slopes, grad, width, k);
   for (; k < width; ++k)
-    for (int64_t r = 0; r < count; ++r) grad[k] += slopes[r] * rows[r][k];
+    for (int64_t r = 0; r < run.count; ++r)
+      grad[k] += slopes[r] * run.rows[static_cast<int64_t>(run.order[r]) * width + k];
 }
 
-// What `count` drawn rows bring to an image, up to as many as a vector has lanes.
+// The first `count` lanes; 0 in the others.
+FASTKD_INLINE VecF first_lanes(VecF v, int64_t count) {
+  for (int64_t r = count; r < kLane; ++r) v[r] = 0;
+  return v;
+}
+
+// Scores of several runs, and what is made of them when there are enough.
 template <CrdMode kMode>
-FASTKD_INLINE VecF drawn_rows(const CrdArgs& args, const float* x, const int32_t* order, int64_t count,
-                              float* grad) {
-  const float* rows[kLane];
-  for (int64_t r = 0; r < kLane; ++r)
-    rows[r] = args.bank + static_cast<int64_t>(order[r < count ? r : 0]) * args.width;
-  const VecF odds = exponential(products_with(x, rows, args.width) * args.coldness);
-  VecF result = odds;
-  if constexpr (kMode != CrdMode::kOdds) {
-    const VecF scaled = odds * args.inverse, shifted = scaled + args.shift;
-    result = log_of_one_plus(shifted);
-    if constexpr (kMode == CrdMode::kGradient) {
-      float slopes[kLane];
-      store<float, float>(slopes, scaled / (shifted + 1.0f));
-      add_rows(grad, rows, slopes, count, args.width, 0);
+struct CrdBuffer {
+  const CrdArgs& args;
+  float* grads;
+  VecD total;
+  int64_t runs, filled;
+  CrdRun run[kRuns];
+  float scores[kScores + kLane];
+
+  void add(int64_t image, const float* tile, const uint16_t* order, int64_t count) {
+    while (count > 0) {
+      if (filled == kScores || runs == kRuns) flush();
+      const int64_t fits = min_of(count, kScores - filled);
+      const float* x = args.x + image * args.width;
+      for (int64_t r = 0; r < fits; r += kTogether)
+        store<float, float>(scores + filled + r,
+                            products_with(x, tile, order + r, min_of(fits - r, kTogether), args.width));
+      run[runs++] = {image, fits, tile, order};
+      filled += fits;
+      order += fits;
+      count -= fits;
     }
   }
-  for (int64_t r = count; r < kLane; ++r) result[r] = 0;
-  return result;
-}
 
-template <CrdMode kMode>
-static double crd_tile(const CrdArgs& args, int64_t tile, float* grads) {
-  VecD total = {}, low, high;
-  for (int64_t image = 0; image < args.count; ++image) {
-    const int32_t* order = args.order + image * args.drawn;
-    const int32_t* starts = args.starts + image * (args.tiles + 1) + tile;
-    const float* x = args.x + image * args.width;
-    float* grad = kMode == CrdMode::kGradient ? grads + image * args.width : nullptr;
-    const int64_t end = starts[1];
-    for (int64_t at = starts[0]; at < end; at += kLane) {
-      widen(drawn_rows<kMode>(args, x, order + at, min_of(end - at, kLane), grad), low, high);
+  void flush() {
+    VecD low, high;
+    for (int64_t i = 0; i < filled; i += kLane) {
+      const VecF odds = exponential(load<float, float>(scores + i) * args.coldness);
+      VecF result = odds;
+      if constexpr (kMode != CrdMode::kOdds) {
+        const VecF scaled = odds * args.inverse, shifted = scaled + args.shift,
+                   inverse = 1.0f / (shifted + 1.0f);
+        result = log_of_one_plus(shifted, inverse);
+        if constexpr (kMode == CrdMode::kGradient) store<float, float>(scores + i, scaled * inverse);
+      }
+      if (filled - i < kLane) result = first_lanes(result, filled - i);
+      widen(result, low, high);
       total += low + high;
     }
+    if constexpr (kMode == CrdMode::kGradient) {
+      const float* slopes = scores;
+      for (int64_t i = 0; i < runs; slopes += run[i++].count)
+        add_run(run[i], slopes, grads + run[i].image * args.width, args.width);
+    }
+    runs = filled = 0;
   }
-  return sum(total);
+};
+
+// Asks for a share of a tile that will be read next.
+FASTKD_INLINE void fetch_tile(const CrdArgs& args, int64_t tile, int64_t image) {
+  const int64_t bytes = args.tile_rows * args.width * 4, first = tile * bytes;
+  const int64_t most = args.size * args.width * 4 - first, end = bytes < most ? bytes : most;
+  const int64_t share = ((end + 63) / 64 + args.count - 1) / args.count * 64;
+  const char* from = reinterpret_cast<const char*>(args.bank) + first;
+  for (int64_t i = image * share; i < min_of(end, (image + 1) * share); i += 64)
+    __builtin_prefetch(from + i, 0, 2);
+}
+
+template <CrdMode kMode>
+static double crd_tiles(const CrdArgs& args, int64_t begin, int64_t end, float* grads) {
+  CrdBuffer<kMode> buffer = {args, grads, {}, 0, 0, {}, {}};
+  for (int64_t index = begin; index < end; ++index) {
+    const float* tile = args.bank + index * args.tile_rows * args.width;
+    for (int64_t image = 0; image < args.count; ++image) {
+      if (args.dense && index + 1 < end) fetch_tile(args, index + 1, image);
+      const int32_t* starts = args.starts + image * (args.tiles + 1) + index;
+      const uint16_t* order = args.order + image * args.drawn + starts[0];
+      buffer.add(image, tile, order, starts[1] - starts[0]);
+    }
+    buffer.flush();
+  }
+  return sum(buffer.total);
 }
 
 template <CrdMode kMode>
@@ -118,11 +174,8 @@ static void crd_blocks(const CrdArgs& args, int64_t begin, int64_t end) {
       grads = args.grads + block * numbers;
       for (int64_t i = 0; i < numbers; ++i) grads[i] = 0;
     }
-    double total = 0;
-    for (int64_t tile = block * args.tiles / args.blocks; tile < (block + 1) * args.tiles / args.blocks;
-         ++tile)
-      total += crd_tile<kMode>(args, tile, grads);
-    args.sums[block] = total;
+    args.sums[block] = crd_tiles<kMode>(args, block * args.tiles / args.blocks,
+                                        (block + 1) * args.tiles / args.blocks, grads);
   }
 }
 

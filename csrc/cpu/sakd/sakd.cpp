@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "cpu/dispatch.h"
+#include "cpu/memory.h"
 
 namespace fastkd {
 namespace {
@@ -12,13 +13,18 @@ namespace {
 SakdSide side_of(const Tensor& x, const TensorView& view, const Feature& shape, const char* name, bool needed,
                  std::vector<Tensor>& grads) {
   STD_TORCH_CHECK(view.dtype != DType::kDouble, name, " must be float16, bfloat16 or float32");
-  SakdSide side = {view.dtype, lies_by_planes(shape), shape.channels, view.data, nullptr};
+  SakdSide side = {view.dtype, lies_by_planes(shape), shape.channels, view.data, nullptr, false};
   STD_TORCH_CHECK(side.planes || lies_by_positions(shape), name, " must be dense, planes or channels last");
   if (needed) {
     TensorView like = view;
     like.dtype = DType::kFloat;
     grads.push_back(empty_like(x, like));
     side.grad = static_cast<float*>(grads.back().mutable_data_ptr());
+    const int64_t run = side.planes ? shape.positions : shape.channels;
+    const int64_t bytes =
+        shape.batch * shape.channels * shape.positions * static_cast<int64_t>(sizeof(float));
+    side.streaming = reinterpret_cast<uintptr_t>(side.grad) % 64 == 0 && run % kSakdAlign == 0 &&
+                     streams_past_caches(bytes);
   }
   return side;
 }

@@ -12,6 +12,7 @@ struct SakdSide {
   int64_t channels;
   const void* data;  // dense
   float* grad;       // lies in memory as data does; null where none is wanted
+  bool streaming;    // it is written past the caches, and each run of positions or channels begins a line
 };
 
 struct SakdArgs {

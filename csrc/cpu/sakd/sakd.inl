@@ -187,7 +187,7 @@ static void attend_back(const SakdMap& m, const SakdMatrix& grad, const SakdMatr
 }
 
 // dx = 2 / C x dg, for each channel.
-template <typename T>
+template <bool kStreaming, typename T>
 static void sakd_gradient(const SakdSide& side, const T* x, const SakdMatrix& grad, float* to) {
   constexpr int64_t W = kLanes<float>;
   const int64_t positions = grad.side * grad.side, channels = side.channels;
@@ -195,18 +195,20 @@ static void sakd_gradient(const SakdSide& side, const T* x, const SakdMatrix& gr
   float* d = grad.data;
   for (int64_t i = 0; i < grad.side; ++i)
     for (int64_t j = 0; j < grad.side; ++j) d[i * grad.side + j] = d[i * grad.row + j] * factor;
+  const auto put_vector = [](float* p, VecF v) { kStreaming ? stream<float, float>(p, v) : put(p, v); };
   if (side.planes) {
     for (int64_t c = 0; c < channels; ++c) {
       const int64_t first = c * positions;
       int64_t p = 0;
-      for (; p + W <= positions; p += W) put(to + first + p, at(x + first + p, VecF{}) * at(d + p, VecF{}));
+      for (; p + W <= positions; p += W)
+        put_vector(to + first + p, at(x + first + p, VecF{}) * at(d + p, VecF{}));
       for (; p < positions; ++p) put(to + first + p, at(x + first + p, float{}) * d[p]);
     }
   } else {
     for (int64_t p = 0; p < positions; ++p) {
       const int64_t first = p * channels;
       int64_t c = 0;
-      for (; c + W <= channels; c += W) put(to + first + c, at(x + first + c, VecF{}) * d[p]);
+      for (; c + W <= channels; c += W) put_vector(to + first + c, at(x + first + c, VecF{}) * d[p]);
       for (; c < channels; ++c) put(to + first + c, at(x + first + c, float{}) * d[p]);
     }
   }
@@ -251,10 +253,13 @@ static void sakd_samples(const SakdArgs& args, int64_t begin, int64_t end, void*
       const float slope = i ? -args.slope : args.slope;
       each_vector(grad, [&](int64_t j) { put(grad, j, vector_of(apart, j) * slope); });
       attend_back(maps[i], grad, one, two);
-      with_sample(side, positions, n,
-                  [&](auto* x) { sakd_gradient(side, x, grad, side.grad + n * side.channels * positions); });
+      with_sample(side, positions, n, [&](auto* x) {
+        float* to = side.grad + n * side.channels * positions;
+        side.streaming ? sakd_gradient<true>(side, x, grad, to) : sakd_gradient<false>(side, x, grad, to);
+      });
     }
   }
+  if (args.student.streaming || args.teacher.streaming) stream_end();
 }
 
 extern const SakdKernels sakd_kernels = {sakd_samples};

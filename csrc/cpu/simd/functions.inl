@@ -30,7 +30,8 @@ FASTKD_INLINE VecF exponential(VecF x) {
 }
 
 // log(1 + u) for u >= 0, relative to the result as exact as float allows; infinity and NaN for themselves.
-FASTKD_INLINE VecF log_of_one_plus(VecF u) {
+// `inverse` is 1 / (1 + u).
+FASTKD_INLINE VecF log_of_one_plus(VecF u, VecF inverse) {
   const VecF w = u + 1.0f, lost = u - (w - 1.0f);
   IntF bits = (IntF)w - 0x3F3504F3;  // of the root of 1/2
   const VecF power = __builtin_convertvector(bits >> 23, VecF);
@@ -44,7 +45,7 @@ FASTKD_INLINE VecF log_of_one_plus(VecF u) {
   y = y * f + 2.0000714765e-1f;
   y = y * f - 2.4999993993e-1f;
   y = y * f + 3.3333331174e-1f;
-  y = y * f * square - power * 2.12194440e-4f - 0.5f * square + lost / w;
+  y = y * f * square - power * 2.12194440e-4f - 0.5f * square + lost * inverse;
   y = f + y + power * 0.693359375f;
   return u < 3.0e38f ? y : u;
 }
