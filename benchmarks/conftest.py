@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 
 
@@ -14,6 +16,4 @@ def mended_interpreter() -> None:
     from fastkd import backends, kernels
 
     if kernels.interpreting() and backends.availability()["triton"][0]:
-        import interpreter  # of the tests; needs numpy
-
-        interpreter.mend()
+        importlib.import_module("interpreter").mend()  # of the tests; needs numpy
