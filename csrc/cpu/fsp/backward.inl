@@ -9,6 +9,7 @@ struct BackwardScratch {
   int64_t grad_row, pooled_row, m_row;
   TileBackward tiles;
   LowRankScratch<A> low_rank[2];  // a term
+  Ahead* ahead;
 };
 
 template <typename A>
@@ -88,6 +89,7 @@ static void multiply_term(const FspStage& stage, int32_t t, int64_t n, int64_t c
     g.c_row = to_row;
     g.d_row = sum_row;
     g.stream = stream;
+    g.ahead = s.ahead;
     if (channels_last) {
       g.m = count, g.n = channels;
       g.a = rows_of<A>(other, k, k + count, co, s.rows, &g.a_row);
@@ -101,7 +103,9 @@ static void multiply_term(const FspStage& stage, int32_t t, int64_t n, int64_t c
       g.a_row = 1, g.a_col = row, g.a_block = panel;
       g.c = to + k;
       if (sum) g.d = sum + k;
-      if (same_type && other.layout == Layout::kPlanes && count % kPad == 0 && channels <= kFewRows) {
+      const bool spread = term.other.pool.active && other.stride_c != term.positions;
+      if (same_type && other.layout == Layout::kPlanes && count % kPad == 0 &&
+          (channels <= kFewRows || spread)) {
         g.b = static_cast<const A*>(other.data) + k;
         g.b_row = other.stride_c, g.b_panel = kPanel<A>;
       } else {
@@ -122,9 +126,10 @@ FASTKD_INLINE int64_t planes_row(const Feature& out) {
 
 // One sample's gradient by the stage's channels from c on.
 template <typename A>
-static void backward_unit(const FspStage& stage, int64_t n, int64_t c, void* scratch) {
+static void backward_unit(const FspStage& stage, int64_t n, int64_t c, void* scratch, Ahead* ahead) {
   Arena arena = {static_cast<char*>(scratch), 0};
   BackwardScratch<A> s = backward_scratch_of<A>(stage, arena);
+  s.ahead = ahead;
   const Feature& out = stage.grad;
   const int64_t channels = min_of(stage.channels, out.channels - c), padded = round_up(channels, kPad);
   const bool last = stage.channels_last;
@@ -194,12 +199,17 @@ static size_t backward_scratch(const FspBackward& call) {
 }
 
 template <typename A>
-static void backward(const FspBackward& call, int64_t begin, int64_t end, void* scratch) {
+static void backward(const FspBackward& call, int64_t begin, int64_t end, void* scratch, Ahead* ahead) {
   for (int64_t unit = begin; unit < end; ++unit) {
     const FspStage* stage = call.stages;
     int64_t block = unit % call.units_per_sample;
     for (; block >= stage->channel_blocks; ++stage) block -= stage->channel_blocks;
-    backward_unit<A>(*stage, unit / call.units_per_sample, block * stage->channels, scratch);
+    backward_unit<A>(*stage, unit / call.units_per_sample, block * stage->channels, scratch, ahead);
   }
   stream_end();
+}
+
+template <typename A>
+static void backward(const FspBackward& call, int64_t begin, int64_t end, void* scratch) {
+  backward<A>(call, begin, end, scratch, nullptr);
 }

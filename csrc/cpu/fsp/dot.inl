@@ -15,23 +15,27 @@ FASTKD_INLINE int64_t panel_elements(int64_t rows, int64_t depth, bool dual) {
   return round_up(rows, kDotRows) * depth * (dual ? 2 : 1);
 }
 
-// Vectors x and y of `Segment` lanes a sum -> one vector of half as many lanes a sum, in the same order.
+// Vectors x and y of `Segment` lanes a sum -> one vector of half as many lanes a sum, those of x and y in
+// turn. One order of lanes exchanges the halves that the other leaves where they are: half as many shuffles
+// as for the upper and the lower halves.
 template <int Segment, typename A>
 FASTKD_INLINE Vec<A> fold(Vec<A> x, Vec<A> y) {
-  Mask<A> low = {};
-  for (int i = 0; i < int(kLanes<A>); ++i) low[i] = i / (Segment / 2) * Segment + i % (Segment / 2);
-  return FASTKD_SHUFFLE(x, y, low) + FASTKD_SHUFFLE(x, y, low + Segment / 2);
+  constexpr int W = int(kLanes<A>), kHalf = Segment / 2;
+  Mask<A> crossed = {}, straight = {};
+  for (int i = 0; i < W; ++i) {
+    const bool low = i % Segment < kHalf;
+    crossed[i] = low ? i + kHalf : W + i - kHalf;
+    straight[i] = low ? i : W + i;
+  }
+  return FASTKD_SHUFFLE(x, y, straight) + FASTKD_SHUFFLE(x, y, crossed);
 }
-// The sums of each of kLanes<A> vectors.
-template <typename A, int Count>
+// The sums of each of kLanes<A> vectors: every `Step`-th from v[0] on, of kLanes<A> / Step lanes each.
+template <typename A, int Step>
 FASTKD_INLINE Vec<A> fold_all(const Vec<A>* v) {
-  if constexpr (Count == 1) {
+  if constexpr (Step == int(kLanes<A>)) {
     return v[0];
   } else {
-    Vec<A> half[Count / 2];
-#pragma GCC unroll 8
-    for (int i = 0; i < Count / 2; ++i) half[i] = fold<Count, A>(v[2 * i], v[2 * i + 1]);
-    return fold_all<A, Count / 2>(half);
+    return fold<2 * Step, A>(fold_all<A, 2 * Step>(v), fold_all<A, 2 * Step>(v + Step));
   }
 }
 
@@ -41,7 +45,7 @@ FASTKD_INLINE void fold_sums(const Vec<A>* v, A* to) {
   constexpr int W = int(kLanes<A>);
   static_assert(Count % W == 0, "tiles fill whole vectors of sums");
 #pragma GCC unroll 4
-  for (int i = 0; i < Count; i += W) store<A, A>(to + i, fold_all<A, W>(v + i));
+  for (int i = 0; i < Count; i += W) store<A, A>(to + i, fold_all<A, 1>(v + i));
 }
 
 // A row of the left factor, in a register: read once for all columns, where the compiler would rather read it
@@ -56,17 +60,21 @@ FASTKD_INLINE Vec<A> load_left(const A* p) {
 }
 
 // One tile: sums[i * kDotColumns + j] = or += over `vectors` vectors of positions. Dual: the first left
-// factor with b, the second with b - b2. `ahead`, if not 0: how far the next columns' rows are, which are
-// asked for meanwhile.
+// factor with b, the second with b - b2. `columns_ahead`, if not 0: how far the next columns' rows are, which
+// are asked for meanwhile.
 template <typename A, bool Dual>
 static void dot_tile(const A* a, const A* const* b, const A* const* b2, int64_t vectors, A* sums, bool add,
-                     int64_t ahead) {
+                     int64_t columns_ahead, Ahead* ahead) {
   constexpr int W = int(kLanes<A>), kCount = kDotRows * kDotColumns;
+  const int64_t step = ahead ? ahead->step(kCount * W) : 0;
+  const char* next = ahead ? ahead->at : reinterpret_cast<const char*>(a);
   const A *x0 = b[0], *x1 = b[1], *y0 = b2[0], *y1 = b2[1];
   Vec<A> sum[kCount];
 #pragma GCC unroll 16
   for (int i = 0; i < kCount; ++i) sum[i] = Vec<A>{};
   for (int64_t v = 0; v < vectors * W; v += W) {
+    __builtin_prefetch(next, 0, 2);
+    next += step;
     const Vec<A> first[kDotColumns] = {load<A, A>(x0 + v), load<A, A>(x1 + v)};
 #pragma GCC unroll 8
     for (int i = 0; i < kDotRows; ++i) {
@@ -75,13 +83,15 @@ static void dot_tile(const A* a, const A* const* b, const A* const* b2, int64_t 
       for (int j = 0; j < kDotColumns; ++j) sum[i * kDotColumns + j] += left * first[j];
     }
     a += kDotRows * W;
-    if (ahead) {
-      __builtin_prefetch(x0 + v + ahead, 0, 3);
-      __builtin_prefetch(x1 + v + ahead, 0, 3);
-      if (Dual) __builtin_prefetch(y0 + v + ahead, 0, 3);
-      if (Dual) __builtin_prefetch(y1 + v + ahead, 0, 3);
+    if (columns_ahead) {
+      __builtin_prefetch(x0 + v + columns_ahead, 0, 3);
+      __builtin_prefetch(x1 + v + columns_ahead, 0, 3);
+      if (Dual) __builtin_prefetch(y0 + v + columns_ahead, 0, 3);
+      if (Dual) __builtin_prefetch(y1 + v + columns_ahead, 0, 3);
     }
     if (!Dual) continue;
+    __builtin_prefetch(next, 0, 2);
+    next += step;
     const Vec<A> change[kDotColumns] = {first[0] - load<A, A>(y0 + v), first[1] - load<A, A>(y1 + v)};
 #pragma GCC unroll 8
     for (int i = 0; i < kDotRows; ++i) {
@@ -91,6 +101,7 @@ static void dot_tile(const A* a, const A* const* b, const A* const* b2, int64_t 
     }
     a += kDotRows * W;
   }
+  if (ahead) ahead->moved(next);
   alignas(64) A total[kCount];
   fold_sums<A, kCount>(sum, total);
   for (int i = 0; i < kCount; ++i) sums[i] = add ? sums[i] + total[i] : total[i];
@@ -151,7 +162,7 @@ static void pack_panels(const Block& x, const Block* y, int64_t begin, int64_t c
 // fsp/fsp.inl forms it. `sums` holds the tiles while they are added up, `row` four rows of `depth`.
 template <typename A>
 static void multiply_planes(const Block* a, const Block* b, bool difference, int64_t positions, int64_t depth,
-                            int64_t rows, int64_t columns, A* panels, A* row, A* sums, A* c) {
+                            int64_t rows, int64_t columns, A* panels, A* row, A* sums, A* c, Ahead* ahead) {
   constexpr int64_t kCount = kDotRows * kDotColumns;
   for (int64_t k = 0; k < positions; k += depth) {
     const int64_t count = min_of(depth, positions - k), whole = round_up(count, kLanes<A>);
@@ -166,9 +177,9 @@ static void multiply_planes(const Block* a, const Block* b, bool difference, int
         second[q] = difference ? plane_row<A>(b[1], column, k, count, row + (2 * q + 1) * whole) : first[q];
       }
       for (int64_t i = 0; i < rows; i += kDotRows, tile += kCount) {
-        (difference ? dot_tile<A, true> : dot_tile<A, false>)(panels + i / kDotRows * size, first, second,
-                                                              whole / kLanes<A>, tile, k > 0,
-                                                              i == 0 ? kDotColumns * b[0].stride_c : 0);
+        (difference ? dot_tile<A, true>
+                    : dot_tile<A, false>)(panels + i / kDotRows * size, first, second, whole / kLanes<A>,
+                                          tile, k > 0, i == 0 ? kDotColumns * b[0].stride_c : 0, ahead);
       }
     }
   }

@@ -43,6 +43,7 @@ struct FspForward {
   int64_t count;             // of pairs
   int64_t units_per_sample;  // over all pairs: units are ordered by sample first, since neighbouring pairs
                              // share a feature map
+  int64_t work_ahead;        // multiply-adds a sample, during which the next one's maps are asked for; or 0
   double* partial;           // one a unit: what it adds to its pair's loss, without the factors
 };
 

@@ -1,10 +1,12 @@
 // FSP kernels: FSP matrices and their loss (here) and the gradients by the feature maps (fsp/backward.inl).
 // What is multiplied is packed block by block into scratch memory (or read in place where it lies well), so
 // layouts, dtypes and pooling end before the arithmetic begins, and no tensor is ever copied as a whole.
+#include "cpu/simd/ahead.inl"
 #include "cpu/simd/gemm.inl"
 #include "cpu/simd/pack.inl"
 #include "cpu/fsp/pool.inl"
 #include "cpu/fsp/dot.inl"
+#include "cpu/fsp/distance.inl"
 
 // Hands out pieces of scratch memory; with a null base it only measures.
 struct Arena {
@@ -45,6 +47,7 @@ struct ForwardScratch {
   double* columns;
   TileForward tiles;
   LowRankScratch<A> low_rank;  // with its sums in a
+  Ahead* ahead;
 };
 
 template <typename A>
@@ -130,13 +133,14 @@ static void multiply(const Block* a, const Block* b, bool difference, int64_t po
   const int64_t cb = pair.b[0].x.channels;
   if (pair.planes) {
     return multiply_planes<A>(a + chain, b + chain, difference, positions, pair.depth, rows, cb, s.a[0],
-                              s.row, s.b[0], c);
+                              s.row, s.b[0], c, s.ahead);
   }
   for (int64_t k = 0; k < positions; k += pair.depth) {
     const int64_t end = min_of(k + pair.depth, positions);
     Gemm<A> g = {};
     g.m = rows, g.n = cb, g.k = end - k;
     g.a_row = 1, g.a_block = kGemmRows;
+    g.ahead = s.ahead;
     g.c = c, g.c_row = cb;
     g.d = k > 0 ? c : nullptr, g.d_row = cb;
     if (difference) {
@@ -153,70 +157,12 @@ static void multiply(const Block* a, const Block* b, bool difference, int64_t po
   }
 }
 
-// c = c / positions, less other / other_positions if there is one.
-template <typename A>
-static void divide(A* c, int64_t count, A positions, const A* other, A other_positions) {
-  int64_t i = 0;
-  for (; i + kLanes<A> <= count; i += kLanes<A>) {
-    Vec<A> x = load<A, A>(c + i) / positions;
-    if (other) x -= load<A, A>(other + i) / other_positions;
-    store<A, A>(c + i, x);
-  }
-  for (; i < count; ++i) c[i] = c[i] / positions - (other ? other[i] / other_positions : A(0));
-}
-
-// The sum of the squares of c / positions, less other / other_positions if there is one; c becomes slope
-// times that.
-template <typename A>
-static double squares(A* c, int64_t count, A positions, const A* other, A other_positions, A slope) {
-  constexpr int64_t W = kLanes<A>, D = kLanes<double>;
-  VecD total[W / D] = {};
-  int64_t i = 0;
-  for (; i + W <= count; i += W) {
-    Vec<A> x = load<A, A>(c + i) / positions;
-    if (other) x -= load<A, A>(other + i) / other_positions;
-    store<A, A>(c + i, x);
-#pragma GCC unroll 2
-    for (int64_t v = 0; v < W / D; ++v) {
-      const VecD d = load<A, double>(c + i + v * D);
-      total[v] += d * d;
-    }
-    store<A, A>(c + i, x * slope);
-  }
-  double rest = 0;
-  for (; i < count; ++i) {
-    const A x = c[i] / positions - (other ? other[i] / other_positions : A(0));
-    rest += static_cast<double>(x) * static_cast<double>(x);
-    c[i] = x * slope;
-  }
-  for (int64_t v = 0; v < W / D; ++v) rest += sum(total[v]);
-  return rest;
-}
-
-// The sum of the norms of d's columns; d becomes slope * d / norm of its column, and 0 where the norm is 0.
-template <typename A>
-static double column_norms(A* d, int64_t rows, int64_t columns, A slope, bool gradient, double* norms) {
-  for (int64_t j = 0; j < columns; ++j) norms[j] = 0;
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < columns; ++j)
-      norms[j] += static_cast<double>(d[i * columns + j]) * static_cast<double>(d[i * columns + j]);
-  }
-  double total = 0;
-  for (int64_t j = 0; j < columns; ++j) total += norms[j] = __builtin_sqrt(norms[j]);
-  for (int64_t i = 0; gradient && i < rows; ++i) {
-    for (int64_t j = 0; j < columns; ++j) {
-      A& x = d[i * columns + j];
-      x = norms[j] == 0 ? A(0) : slope * (x / static_cast<A>(norms[j]));
-    }
-  }
-  return total;
-}
-
 // One sample's rows [i, i + rows) of G; returns their part of the loss.
 template <typename A>
-static double forward_unit(const FspPair& pair, int64_t n, int64_t i, void* scratch) {
+static double forward_unit(const FspPair& pair, int64_t n, int64_t i, void* scratch, Ahead* ahead) {
   Arena arena = {static_cast<char*>(scratch), 0};
   ForwardScratch<A> s = forward_scratch_of<A>(pair, arena);
+  s.ahead = ahead;
   if (pair.low_rank) return forward_low_rank<A>(pair, n, s.low_rank, s.a);
   const int64_t ca = pair.a[0].x.channels, cb = pair.b[0].x.channels, rows = min_of(pair.rows, ca - i);
   A* c = pair.out ? static_cast<A*>(pair.out) + (n * ca + i) * cb : s.g[0];
@@ -255,13 +201,46 @@ static size_t forward_scratch(const FspForward& call) {
   return most;
 }
 
+// The maps of sample n in the order in which they are read.
+static Ahead maps_ahead(const FspForward& call, int64_t n) {
+  Ahead ahead = {};
+  int64_t bytes = 0;
+  for (int64_t i = 0; i <= call.count; ++i) {
+    const FspPair& pair = call.pairs[min_of(i, call.count - 1)];
+    for (int32_t t = 0; t < pair.chains; ++t) {
+      const Feature& x = (i < call.count ? pair.a : pair.b)[t].x;
+      const Block block = sample_block(x, n, 0);
+      const int64_t size = 1 + (x.channels - 1) * x.stride_c + (x.positions - 1) * x.stride_s;
+      if (x.layout == Layout::kGeneric) continue;
+      const int64_t all = size * (x.dtype == DType::kDouble ? 8 : x.dtype == DType::kFloat ? 4 : 2);
+      ahead.add(block.data, all);
+      bytes += all;
+    }
+  }
+  ahead.rate = (bytes << 16) / call.work_ahead;
+  return ahead;
+}
+
 template <typename A>
-static void forward(const FspForward& call, int64_t begin, int64_t end, void* scratch) {
+static void forward(const FspForward& call, int64_t begin, int64_t end, void* scratch, Ahead* ahead) {
   for (int64_t unit = begin; unit < end; ++unit) {
     const FspPair* pair = call.pairs;
     int64_t block = unit % call.units_per_sample;
     for (; block >= pair->row_blocks; ++pair) block -= pair->row_blocks;
-    call.partial[unit] = forward_unit<A>(*pair, unit / call.units_per_sample, block * pair->rows, scratch);
+    call.partial[unit] =
+        forward_unit<A>(*pair, unit / call.units_per_sample, block * pair->rows, scratch, ahead);
+  }
+}
+
+template <typename A>
+static void forward(const FspForward& call, int64_t begin, int64_t end, void* scratch) {
+  const int64_t units = call.units_per_sample;
+  while (begin < end) {
+    const int64_t n = begin / units, stop = min_of(end, (n + 1) * units);
+    Ahead next = {};
+    if (call.work_ahead > 0 && stop < end) next = maps_ahead(call, n + 1);
+    forward<A>(call, begin, stop, scratch, next.count ? &next : nullptr);
+    begin = stop;
   }
 }
 
@@ -277,8 +256,11 @@ template <typename A>
 static void training(const FspTraining& call, int64_t begin, int64_t end, void* scratch) {
   const int64_t units = call.forward.units_per_sample, stages = call.backward.units_per_sample;
   for (int64_t n = begin; n < end; ++n) {
-    forward<A>(call.forward, n * units, (n + 1) * units, scratch);
-    backward<A>(call.backward, n * stages, (n + 1) * stages, scratch);
+    Ahead next = {};
+    if (call.forward.work_ahead > 0 && n + 1 < end) next = maps_ahead(call.forward, n + 1);
+    Ahead* ahead = next.count ? &next : nullptr;
+    forward<A>(call.forward, n * units, (n + 1) * units, scratch, ahead);
+    backward<A>(call.backward, n * stages, (n + 1) * stages, scratch, ahead);
   }
 }
 

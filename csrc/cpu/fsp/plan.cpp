@@ -1,5 +1,9 @@
 #include "cpu/fsp/plan.h"
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 
 #include "cpu/memory.h"
@@ -42,14 +46,39 @@ bool takes_low_rank(const FspPair& pair) {
   if (pair.chains != 2 || !pair.fused || pair.result != FspResult::kSquares) return false;
   for (int chain = 0; chain < 2; ++chain) {
     for (const FspOperand* operand : {&pair.a[chain], &pair.b[chain]}) {
-      const Feature& x = operand->x;
-      if (x.dtype != DType::kFloat && x.dtype != DType::kDouble) return false;
       // one channel seen many times: the sums over channels would round in one direction
-      if (x.stride_c == 0 && x.channels > 1) return false;
+      if (operand->x.stride_c == 0 && operand->x.channels > 1) return false;
     }
   }
   const int64_t ca = pair.a[0].x.channels, cb = pair.b[0].x.channels;
   return 5 * (ca + cb) * pair.positions[0] <= 3 * ca * cb;
+}
+
+// Bytes of the second-level cache; a usual size where the system does not tell.
+int64_t second_level_cache() {
+  static const int64_t bytes = [] {
+    long found = 0;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    return found > 0 ? int64_t{found} : int64_t{1} << 20;
+  }();
+  return bytes;
+}
+
+// During how many multiply-adds the next sample's maps are asked for: all of a sample's, or 0 where two
+// samples do not fit into the second-level cache. They may exceed it by a quarter, since a teacher's maps are
+// not read again after the loss.
+int64_t work_ahead(const FspForward& call, int64_t work) {
+  int64_t bytes = 0;
+  for (int64_t p = 0; p <= call.count; ++p) {
+    const FspPair& pair = call.pairs[std::min(p, call.count - 1)];
+    for (int32_t t = 0; t < pair.chains; ++t) {
+      const Feature& x = (p < call.count ? pair.a : pair.b)[t].x;
+      bytes += bytes_of(x) / std::max<int64_t>(x.batch, 1);
+    }
+  }
+  return 8 * bytes <= 5 * second_level_cache() ? work : 0;
 }
 
 // Whether the gradient is written past the caches: it is too large to stay there, and gemm() can (see
@@ -161,7 +190,8 @@ FspPair plan_pair(const Feature* student, const Feature* teacher, bool max, FspR
 }
 
 void run_forward(const ForwardPlan& plan, DType accumulate) {
-  const FspForward& call = plan.call;
+  FspForward call = plan.call;
+  call.work_ahead = work_ahead(call, plan.work);
   const FspKernels& table = kernels().fsp;
   const int which = index_of(accumulate);
   parallel_units(int64_t(plan.partial.size()), plan.work / call.units_per_sample / kWorkPerElement + 1,
@@ -233,7 +263,8 @@ void run_training(const ForwardPlan& forward, const BackwardPlan& backward, DTyp
     run_forward(forward, accumulate);
     return run_backward(backward, accumulate);
   }
-  const FspTraining call{forward.call, backward.call};
+  FspTraining call{forward.call, backward.call};
+  call.forward.work_ahead = work_ahead(call.forward, forward.work + backward.work);
   const FspKernels& table = kernels().fsp;
   const int which = index_of(accumulate);
   parallel_units(forward.batch, (forward.work + backward.work) / kWorkPerElement + 1,

@@ -87,14 +87,14 @@ FASTKD_INLINE void add_neighbours(const A* x, int64_t count, A* out) {
   for (; i < count; ++i) out[i] = x[2 * i] + x[2 * i + 1];
 }
 
-// out[c][position], from planes. `lines` holds a plane of plan.in: windows are averaged over depth and height
-// first, then within the lines.
+// out[c][position] with rows of `out_row`, from planes. `lines` holds a plane of plan.in: windows are
+// averaged over depth and height first, then within the lines.
 template <typename T, typename A>
 static void average_planes(const T* x, int64_t stride_c, int64_t channels, const PoolPlan& plan,
-                           A* __restrict lines, A* __restrict out) {
+                           A* __restrict lines, A* __restrict out, int64_t out_row) {
   const int64_t width = plan.in[2], slice = plan.in[1] * width, count = plan.out[0] * plan.out[1];
   const bool halves = width == 2 * plan.out[2], quarters = is_quartered<A>(plan);
-  for (int64_t c = 0; c < channels; ++c, out += plan.out_positions) {
+  for (int64_t c = 0; c < channels; ++c, out += out_row) {
     if (quarters) {
       average_quarters<T, A>(x + c * stride_c, plan, out);
       continue;
@@ -244,9 +244,13 @@ FASTKD_INLINE bool tiles_exactly(const PoolPlan& plan) {
   return plan.in[0] % plan.out[0] == 0 && plan.in[1] % plan.out[1] == 0 && plan.in[2] % plan.out[2] == 0;
 }
 
-// Elements of scratch memory that pooled_block() fills for one operand, and of its line of working memory.
+// The distance of averaged planes: not a power of two, at which they would compete for the same lines of the
+// first-level cache.
+FASTKD_INLINE int64_t averages_row(const PoolPlan& plan) { return plan.out_positions + kPad; }
+
+// Elements of scratch memory that operand_block() fills for one operand, and of its line of working memory.
 FASTKD_INLINE int64_t pooled_elements(const FspOperand& x, int64_t channels) {
-  return x.pool.active ? round_up(channels, kPad) * x.pool.out_positions : 0;
+  return x.pool.active ? round_up(channels, kPad) * averages_row(x.pool) : 0;
 }
 FASTKD_INLINE int64_t plane_elements(const FspOperand& x) { return x.pool.active ? x.pool.in_positions : 0; }
 
@@ -274,7 +278,8 @@ static Block operand_block(const FspOperand& operand, int64_t n, int64_t c, int6
     using T = decltype(t);
     const T* data = static_cast<const T*>(from.data);
     if (x.layout == Layout::kPlanes) {
-      average_planes<T, A>(data, x.stride_c, channels, plan, plane, out);
+      to.stride_c = averages_row(plan);
+      average_planes<T, A>(data, x.stride_c, channels, plan, plane, out, to.stride_c);
     } else {
       to.layout = Layout::kChannelsLast;
       to.stride_c = 1;

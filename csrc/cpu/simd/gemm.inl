@@ -29,8 +29,9 @@ struct Gemm {
   int64_t c_row;
   const T* d;  // added to the product (where it is C itself, C += A B); else null
   int64_t d_row;
-  bool stream;  // C is written past the caches; its rows are aligned to vectors and n is a multiple of their
-                // length, k at most kGemmDepth
+  bool stream;   // C is written past the caches; its rows are aligned to vectors and n is a multiple of their
+                 // length, k at most kGemmDepth
+  Ahead* ahead;  // or null
 };
 
 // Rows of the register tile: enough independent sums to hide the latency of a multiply-add, few enough for
@@ -62,12 +63,20 @@ static void gemm_tile(const Gemm<T>& g, const T* a, const T* a2, const T* b, con
   using V = Vec<T>;
   constexpr int W = int(kLanes<T>);
   const int64_t a_row = UnitRow ? 1 : g.a_row, a_col = UnitRow ? g.a_col : 1;
+  const int64_t step = g.ahead ? g.ahead->step(MR * NV * W) : 0;
+  const char* next = g.ahead ? g.ahead->at : reinterpret_cast<const char*>(b);
   V sum[MR][NV];
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) sum[r][v] = V{};
   for (int64_t l = 0; l < k; ++l) {
+    __builtin_prefetch(next, 0, 2);
+    next += step;
+    if (Dual) {
+      __builtin_prefetch(next, 0, 2);
+      next += step;
+    }
     V right[NV], change[NV];
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) {
@@ -92,6 +101,7 @@ static void gemm_tile(const Gemm<T>& g, const T* a, const T* a2, const T* b, con
       b2 += g.b2_row;
     }
   }
+  if (g.ahead) g.ahead->moved(next);
   if (columns == NV * W) {
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)

@@ -21,7 +21,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 SQUARES, SQUARES_ON_CPU = 6, 4
@@ -59,11 +58,10 @@ def saved_shape_on_cpu(
     """The same of the C++ kernels; csrc/cpu/fsp/plan.cpp has the rule, by the work of either way."""
     samples, rows, columns = matrix_shape(student)
     every = (*student, *teacher)
-    single = all(x.dtype in (torch.float32, torch.float64) for x in every)
     expanded = any(x.stride(1) == 0 and x.shape[1] > 1 for x in every)
     alike = all(s.shape[2:] == t.shape[2:] for s, t in zip(student, teacher))
     positions = math.prod(common_size(*student))
-    served = single and alike and not expanded and distance != "column_l2" and not teacher_grad
+    served = alike and not expanded and distance != "column_l2" and not teacher_grad
     if served and 5 * (rows + columns) * positions <= 3 * rows * columns:
         return samples, SQUARES_ON_CPU, positions, positions
     return samples, rows, columns

@@ -1,0 +1,29 @@
+// Memory that is wanted soon, asked for into the second-level cache a little at a time, between the
+// multiply-adds of what is computed before: products wait for memory otherwise, and memory for products.
+
+constexpr int64_t kLineBytes = 64;
+
+// Some pieces of memory, in the order in which they will be read. Asking for what does not exist is allowed.
+struct Ahead {
+  static constexpr int kMost = 32;
+  const char* piece[kMost];
+  int64_t bytes[kMost];
+  int count, current;
+  const char *at, *end;  // of the current piece
+  int64_t rate;          // bytes to ask for during 2^16 multiply-adds
+
+  void add(const void* data, int64_t size) {
+    if (count == kMost || size <= 0) return;
+    piece[count] = static_cast<const char*>(data), bytes[count++] = size;
+    if (count == 1) at = piece[0], end = at + size;
+  }
+  // The bytes for each of a loop's requests, which are this many multiply-adds apart; no line is left out.
+  int64_t step(int64_t products) const {
+    return current < count ? min_of(kLineBytes, products * rate >> 16) : 0;
+  }
+  void moved(const char* to) {
+    at = to;
+    if (at < end || current >= count) return;
+    if (++current < count) at = piece[current], end = at + bytes[current];
+  }
+};
