@@ -15,7 +15,7 @@ import torch
 from _pytest.mark.expression import Expression
 from gpu import Part, Run, execute
 from speed import gpu as speed_gpu
-from speed import gpu_plan, gpu_step
+from speed import gpu_methods, gpu_plan, gpu_step
 from speed.gpu import GPUGroup
 from speed.session import DEVICE, Entry, Group
 
@@ -71,6 +71,7 @@ def test_each_speed_part_has_groups_to_measure(rehearse: bool, monkeypatch) -> N
     }
     models = (gpu_step.RESNET20, gpu_step.RESNET50)
     groups["step"] = [gpu_step.GPUStepGroup(model, device, not rehearse) for model in models]
+    groups["methods"] = [*gpu_methods.groups(not rehearse)]
     parts = [part for part in gpu_plan.plan(rehearse) if part.name.startswith("speed: ")]
     assert len(parts) == len(gpu_plan.SPEED)
     for part in parts:
