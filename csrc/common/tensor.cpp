@@ -1,5 +1,7 @@
 #include "common/tensor.h"
 
+#include <torch/csrc/stable/ops.h>
+
 namespace fastkd {
 namespace {
 
@@ -190,7 +192,13 @@ Tensor empty(const int64_t* sizes, int64_t dim, DType dtype, int32_t device_inde
 }
 
 Tensor empty_like(const Tensor& tensor, const TensorView& view) {
-  if (!is_dense(view)) return torch::stable::empty_like(tensor);
+  if (!is_dense(view)) {
+    const torch::stable::Tensor like =
+        torch::stable::empty_like(torch::stable::Tensor(Tensor(tensor).release()));
+    AtenTensorHandle handle = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(like.get(), &handle));
+    return Tensor(handle);
+  }
   return empty_strided(view.sizes, view.strides, view.dim, view.dtype, view.device_index);
 }
 

@@ -7,18 +7,14 @@
 // and kernels use nothing else of this header but functions declared static.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstddef>
 #include <cstdint>
 #include <string>
 #include <vector>
 
-namespace fastkd {
+#include "common/boxed.h"
 
-using torch::stable::Tensor;
+namespace fastkd {
 
 enum class DType : int32_t { kHalf, kBFloat16, kFloat, kDouble };
 

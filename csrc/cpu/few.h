@@ -11,17 +11,24 @@ namespace fastkd {
 template <class T>
 class Few {
  public:
-  explicit Few(size_t count) : many_(count > kFew ? count : 0), data_(count > kFew ? many_.data() : few_) {}
+  explicit Few(size_t count)
+      : many_(count > kFew ? count : 0), data_(count > kFew ? many_.data() : few_), size_(count) {}
   Few(const Few&) = delete;
   Few& operator=(const Few&) = delete;
   T& operator[](size_t i) { return data_[i]; }
+  const T& operator[](size_t i) const { return data_[i]; }
   T* data() { return data_; }
+  const T* data() const { return data_; }
+  size_t size() const { return size_; }
+  const T* begin() const { return data_; }
+  const T* end() const { return data_ + size_; }
 
  private:
   static constexpr size_t kFew = 8;
   T few_[kFew];
   std::vector<T> many_;
   T* data_;
+  size_t size_;
 };
 
 }  // namespace fastkd

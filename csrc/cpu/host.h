@@ -2,6 +2,8 @@
 // pooling, threads and their scratch memory.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
 #include "common/formulas.h"
 #include "common/tensor.h"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from fastkd._bits import FSP
 from fastkd._implementations import Backend
 from fastkd._private import batched, few_frames, saved_tensors_hooked
 from fastkd.checks import Features
-from fastkd.kernels.fsp.saved import saved_shape, saved_shape_on_cpu, wide_stages
+from fastkd.kernels.fsp.saved import matrix_shape, saved_shape, saved_shape_on_cpu, wide_stages
 from fastkd.ops import _batched_grads, _cuda_limits, _grad_prefetch, flops
 from fastkd.ops._options import FSPOptions, OperatorOptions, fsp_options
 from fastkd.ops._register import (
@@ -55,8 +56,19 @@ def _loss_fake_by_device(
         shapes = [saved_shape(*pair, distance) for pair in pairs]
     else:
         shapes = [saved_shape_on_cpu(*pair, distance, teacher_grad) for pair in pairs]
+        if options & _PREPARE and all(len(shape) == 3 for shape in shapes):
+            shapes = [(sum(map(math.prod, shapes)),)]
     matrix_grads = [loss.new_empty(shape) for shape in shapes]
     return loss, matrix_grads, gradients
+
+
+def _apart(saved: Sequence[Tensor], student: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What a forward pass saved, pair by pair, where all matrices came in one tensor."""
+    if saved[0].dim() != 1:
+        return saved
+    sizes = [matrix_shape(pair) for pair in zip(student, student[1:])]
+    pieces = saved[0].split([math.prod(size) for size in sizes])
+    return [piece.view(size) for piece, size in zip(pieces, sizes, strict=True)]
 
 
 def _loss_backward_fake(
@@ -66,7 +78,8 @@ def _loss_backward_fake(
 
 
 define(
-    # numbers: the upstream gradient to prepare for, the weight, and the weights of the pairs or none
+    # numbers: the upstream gradient to prepare for, the weight, and the weights of the pairs or none.
+    # matrix_grads: one tensor a pair; beside gradients that were prepared on a CPU, all matrices in one
     "fsp_loss(Tensor[] student, Tensor[] teacher, int options, float[] numbers) -> (Tensor loss, Tensor[]"
     " matrix_grads, Tensor[] gradients)",
     _loss_fake_by_device,
@@ -124,12 +137,12 @@ class FSPLossFunction(torch.autograd.Function):
             "fsp_loss", student, teacher, options, [upstream, *numbers]
         )
         common = len(needed) == stages == needed[-1] + 1  # the student's gradients alone
-        if common and all(x.dim() == 3 for x in matrix_grads):
+        if common and all(x.dim() in (1, 3) for x in matrix_grads):
             places, frozen = needed, dict[int, Tensor]()
             ctx.save_for_backward(*matrix_grads, *tensors)
         else:
             places, frozen = _save_chains(ctx, student, teacher, needed, matrix_grads)
-        ctx.call = impl, options, stages, needed, places, frozen
+        ctx.call = impl, options, stages, needed, places, frozen, len(matrix_grads)
         return loss
 
     @staticmethod
@@ -154,7 +167,7 @@ def _save_chains(
     """Save the features of the chains that need a gradient, and those of both where M is not saved. Returns
     the places of those that were saved, and by their place those that cannot be.
     """
-    stages, wide, every = len(student), wide_stages(matrix_grads), (*student, *teacher)
+    stages, wide, every = len(student), wide_stages(_apart(matrix_grads, student)), (*student, *teacher)
     places = []
     for first, need in ((0, needed[0] < stages), (stages, needed[-1] >= stages)):
         places += [first + i for i in (range(stages) if need else wide)]
@@ -171,10 +184,10 @@ def _chain_gradients(
     """The gradients of the features that need one, None where ``needs`` says so; ``made`` holds those that
     exist, by their place.
     """
-    impl, options, stages, needed, places, frozen = ctx.call
-    matrix_grads = list(saved[: stages - 1])
-    by_place = dict(zip(places, saved[stages - 1 :])) | frozen
+    impl, options, stages, needed, places, frozen, count = ctx.call
+    by_place = dict(zip(places, saved[count:])) | frozen
     features = [by_place.get(i) for i in range(2 * stages)]
+    matrix_grads = _apart(saved[:count], features[:stages])
     wide = wide_stages(matrix_grads)
     run = functools.partial(_batched_grads.scaled, impl) if batched(grad) else impl.run_backward
     found = {place: made.get(place) for place, need in zip(needed, needs) if need}
@@ -194,7 +207,7 @@ def _graph_loss_context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tens
     ctx.mark_non_differentiable(*output[1], *output[2])
     ctx.save_for_backward(*output[1], *student, *teacher)
     places = range(2 * len(student))
-    ctx.call = ctx.impl, options, len(student), places, places, {}
+    ctx.call = ctx.impl, options, len(student), places, places, {}, len(output[1])
 
 
 def _graph_loss_backward(ctx: Any, grad: Tensor, *rest: Any) -> tuple:

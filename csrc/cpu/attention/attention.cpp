@@ -10,8 +10,6 @@
 
 namespace fastkd {
 
-using Tensors = std::vector<Tensor>;
-
 namespace {
 
 std::tuple<Tensor, Tensor> attention_map(const Tensor& x, double p, const Text& channel_reduce,
@@ -272,8 +270,8 @@ Tensors attention_transfer_loss_backward(const Tensor& grad, const Tensors& feat
 }  // namespace fastkd
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("attention_map", TORCH_BOX(&fastkd::attention_map));
-  m.impl("attention_map_backward", TORCH_BOX(&fastkd::attention_map_backward));
-  m.impl("attention_transfer_loss", TORCH_BOX(&fastkd::attention_transfer_loss));
-  m.impl("attention_transfer_loss_backward", TORCH_BOX(&fastkd::attention_transfer_loss_backward));
+  m.impl("attention_map", FASTKD_BOX(fastkd::attention_map));
+  m.impl("attention_map_backward", FASTKD_BOX(fastkd::attention_map_backward));
+  m.impl("attention_transfer_loss", FASTKD_BOX(fastkd::attention_transfer_loss));
+  m.impl("attention_transfer_loss_backward", FASTKD_BOX(fastkd::attention_transfer_loss_backward));
 }

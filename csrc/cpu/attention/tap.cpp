@@ -103,7 +103,7 @@ Tensor relu_tap_backward(const std::optional<Tensor>& grad, const Tensor& map_gr
 }  // namespace fastkd
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("tap_backward", TORCH_BOX(&fastkd::tap_backward));
-  m.impl("relu_tap", TORCH_BOX(&fastkd::relu_tap));
-  m.impl("relu_tap_backward", TORCH_BOX(&fastkd::relu_tap_backward));
+  m.impl("tap_backward", FASTKD_BOX(fastkd::tap_backward));
+  m.impl("relu_tap", FASTKD_BOX(fastkd::relu_tap));
+  m.impl("relu_tap_backward", FASTKD_BOX(fastkd::relu_tap_backward));
 }

@@ -184,7 +184,7 @@ Tensor add_relu_(Tensor x, const std::optional<Tensor>& residual) {
 }  // namespace fastkd
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("batch_norm", TORCH_BOX(&fastkd::batch_norm));
-  m.impl("batch_norm_backward", TORCH_BOX(&fastkd::batch_norm_backward));
-  m.impl("add_relu_", TORCH_BOX(&fastkd::add_relu_));
+  m.impl("batch_norm", FASTKD_BOX(fastkd::batch_norm));
+  m.impl("batch_norm_backward", FASTKD_BOX(fastkd::batch_norm_backward));
+  m.impl("add_relu_", FASTKD_BOX(fastkd::add_relu_));
 }

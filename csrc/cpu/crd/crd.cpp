@@ -2,6 +2,8 @@
 // division among threads. The pass over the negatives is in crd.inl, the schemas in fastkd/ops/crd.py.
 #include "cpu/crd/crd.h"
 
+#include <torch/csrc/stable/tensor.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -47,9 +49,9 @@ struct Draws {
   int64_t count, drawn, tiles;
   int shift = 0;        // tiles have 2^shift rows
   const int64_t* rows;  // (count, drawn + 1)
-  Tensor order, starts;
+  torch::stable::Tensor order, starts;
 
-  Draws(const Tensor& given, int64_t images, const Bank& bank)
+  Draws(const torch::stable::Tensor& given, int64_t images, const Bank& bank)
       : count(images), drawn(given.size(1) - 1), rows(nullptr) {
     tiles = tiles_of(bank.size, bank.width, drawn, &shift);
     rows = static_cast<const int64_t*>(given.const_data_ptr());
@@ -175,7 +177,7 @@ Direction direction(const float* x, const Bank& bank, const Draws& draws, double
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> crd_pass(const Tensor& s, const Tensor& t, const Tensor& s_bank,
-                                                    const Tensor& t_bank, const Tensor& rows,
+                                                    const Tensor& t_bank, const torch::stable::Tensor& rows,
                                                     const Tensor& given, double temperature, double eps,
                                                     double weight, bool need_s, bool need_t) {
   const TensorView embeddings = view_of(s, "s"), banks = view_of(t_bank, "t_bank");
@@ -217,4 +219,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> crd_pass(const Tensor& s, const Tenso
 }  // namespace
 }  // namespace fastkd
 
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { m.impl("crd_pass", TORCH_BOX(&fastkd::crd_pass)); }
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { m.impl("crd_pass", FASTKD_BOX(fastkd::crd_pass)); }

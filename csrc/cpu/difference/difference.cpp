@@ -170,7 +170,7 @@ std::tuple<Tensor, std::vector<Tensor>> norm_loss(std::vector<Tensor> students, 
 }  // namespace fastkd
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("ofd_loss", TORCH_BOX(&fastkd::ofd_loss));
-  m.impl("hcl_loss", TORCH_BOX(&fastkd::hcl_loss));
-  m.impl("norm_loss", TORCH_BOX(&fastkd::norm_loss));
+  m.impl("ofd_loss", FASTKD_BOX(fastkd::ofd_loss));
+  m.impl("hcl_loss", FASTKD_BOX(fastkd::hcl_loss));
+  m.impl("norm_loss", FASTKD_BOX(fastkd::norm_loss));
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/dispatch.h"
+#include "cpu/few.h"
 #include "cpu/fsp/fsp.h"
 
 namespace fastkd {
@@ -11,8 +12,10 @@ namespace fastkd {
 struct Pools {
   std::vector<PoolTables> tables;
   PoolPlan make(const Feature& x, const int64_t* out, bool max) {
-    tables.push_back(make_pool(x.size, out, max));
-    return tables.back().plan;
+    PoolTables made = make_pool(x.size, out, max);
+    const PoolPlan plan = made.plan;
+    if (plan.active) tables.push_back(std::move(made));
+    return plan;
   }
 };
 
@@ -38,7 +41,7 @@ struct ForwardPlan {
   int64_t batch, work = 0;  // work: multiply-adds a sample
   std::vector<double> partial;
 
-  ForwardPlan(const std::vector<FspPair>& pairs, int64_t samples) : batch(samples) {
+  ForwardPlan(const Few<FspPair>& pairs, int64_t samples) : batch(samples) {
     call.pairs = pairs.data();
     call.count = int64_t(pairs.size());
     for (const FspPair& pair : pairs) {
@@ -65,7 +68,7 @@ struct BackwardPlan {
   FspBackward call{};
   int64_t batch = 0, work = 0;
 
-  explicit BackwardPlan(const std::vector<FspStage>& stages) {
+  explicit BackwardPlan(const Few<FspStage>& stages) {
     call.stages = stages.data();
     call.count = int64_t(stages.size());
     for (const FspStage& stage : stages) {

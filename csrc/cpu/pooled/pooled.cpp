@@ -71,6 +71,6 @@ Tensor pooled_map_backward(std::optional<Tensor> map_grad, std::optional<Tensor>
 }  // namespace fastkd
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("pooled_map", TORCH_BOX(&fastkd::pooled_map));
-  m.impl("pooled_map_backward", TORCH_BOX(&fastkd::pooled_map_backward));
+  m.impl("pooled_map", FASTKD_BOX(fastkd::pooled_map));
+  m.impl("pooled_map_backward", FASTKD_BOX(fastkd::pooled_map_backward));
 }

@@ -75,6 +75,6 @@ std::tuple<Tensor, Tensor, Tensor> rkd_angles(const Tensor& s_products, const Te
 }  // namespace fastkd
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("rkd_lengths", TORCH_BOX(&fastkd::rkd_lengths));
-  m.impl("rkd_angles", TORCH_BOX(&fastkd::rkd_angles));
+  m.impl("rkd_lengths", FASTKD_BOX(fastkd::rkd_lengths));
+  m.impl("rkd_angles", FASTKD_BOX(fastkd::rkd_angles));
 }

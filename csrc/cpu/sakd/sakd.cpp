@@ -62,4 +62,4 @@ std::tuple<Tensor, std::vector<Tensor>> sakd_loss(std::vector<Tensor> students, 
 }  // namespace
 }  // namespace fastkd
 
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { m.impl("sakd_loss", TORCH_BOX(&fastkd::sakd_loss)); }
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { m.impl("sakd_loss", FASTKD_BOX(fastkd::sakd_loss)); }

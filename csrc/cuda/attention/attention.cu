@@ -9,8 +9,6 @@
 namespace fastkd {
 namespace {
 
-using Tensors = std::vector<Tensor>;
-
 Feature side_of(const TensorView& view, bool is_map, const char* name) {
   return is_map ? map_of(view, name) : feature_of(view, name);
 }
@@ -245,6 +243,6 @@ Tensors attention_transfer_loss_backward(const Tensor& grad, const Tensors& feat
 }  // namespace fastkd
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd_cuda, FASTKD_DISPATCH_KEY, m) {
-  m.impl("attention_transfer_loss", TORCH_BOX(&fastkd::attention_transfer_loss));
-  m.impl("attention_transfer_loss_backward", TORCH_BOX(&fastkd::attention_transfer_loss_backward));
+  m.impl("attention_transfer_loss", FASTKD_BOX(fastkd::attention_transfer_loss));
+  m.impl("attention_transfer_loss_backward", FASTKD_BOX(fastkd::attention_transfer_loss_backward));
 }

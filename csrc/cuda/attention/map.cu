@@ -167,9 +167,9 @@ Tensor relu_tap_backward(const std::optional<Tensor>& grad, const Tensor& map_gr
 }  // namespace fastkd
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd_cuda, FASTKD_DISPATCH_KEY, m) {
-  m.impl("attention_map", TORCH_BOX(&fastkd::attention_map));
-  m.impl("attention_map_backward", TORCH_BOX(&fastkd::attention_map_backward));
-  m.impl("tap_backward", TORCH_BOX(&fastkd::tap_backward));
-  m.impl("relu_tap", TORCH_BOX(&fastkd::relu_tap));
-  m.impl("relu_tap_backward", TORCH_BOX(&fastkd::relu_tap_backward));
+  m.impl("attention_map", FASTKD_BOX(fastkd::attention_map));
+  m.impl("attention_map_backward", FASTKD_BOX(fastkd::attention_map_backward));
+  m.impl("tap_backward", FASTKD_BOX(fastkd::tap_backward));
+  m.impl("relu_tap", FASTKD_BOX(fastkd::relu_tap));
+  m.impl("relu_tap_backward", FASTKD_BOX(fastkd::relu_tap_backward));
 }

@@ -182,8 +182,8 @@ std::vector<Tensor> fsp_loss_backward(const Tensor& grad, const std::vector<Tens
 }  // namespace fastkd
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd_cuda, FASTKD_DISPATCH_KEY, m) {
-  m.impl("fsp_matrix", TORCH_BOX(&fastkd::fsp_matrix));
-  m.impl("fsp_matrix_backward", TORCH_BOX(&fastkd::fsp_matrix_backward));
-  m.impl("fsp_loss", TORCH_BOX(&fastkd::fsp_loss));
-  m.impl("fsp_loss_backward", TORCH_BOX(&fastkd::fsp_loss_backward));
+  m.impl("fsp_matrix", FASTKD_BOX(fastkd::fsp_matrix));
+  m.impl("fsp_matrix_backward", FASTKD_BOX(fastkd::fsp_matrix_backward));
+  m.impl("fsp_loss", FASTKD_BOX(fastkd::fsp_loss));
+  m.impl("fsp_loss_backward", FASTKD_BOX(fastkd::fsp_loss_backward));
 }

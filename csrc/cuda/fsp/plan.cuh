@@ -28,7 +28,7 @@ class FspCall {
 
   // Tensors that live until the kernels are launched.
   void* keep(Tensor tensor) {
-    held_.push_back(tensor);
+    held_.push_back(std::move(tensor));
     return held_.back().mutable_data_ptr();
   }
   int64_t size_of() const { return accumulate == DType::kDouble ? 8 : 4; }
