@@ -62,7 +62,7 @@ def _loss_fake_by_device(
     return loss, matrix_grads, gradients
 
 
-def _apart(saved: Sequence[Tensor], student: Sequence[Tensor]) -> Sequence[Tensor]:
+def apart(saved: Sequence[Tensor], student: Sequence[Tensor]) -> Sequence[Tensor]:
     """What a forward pass saved, pair by pair, where all matrices came in one tensor."""
     if saved[0].dim() != 1:
         return saved
@@ -167,7 +167,7 @@ def _save_chains(
     """Save the features of the chains that need a gradient, and those of both where M is not saved. Returns
     the places of those that were saved, and by their place those that cannot be.
     """
-    stages, wide, every = len(student), wide_stages(_apart(matrix_grads, student)), (*student, *teacher)
+    stages, wide, every = len(student), wide_stages(apart(matrix_grads, student)), (*student, *teacher)
     places = []
     for first, need in ((0, needed[0] < stages), (stages, needed[-1] >= stages)):
         places += [first + i for i in (range(stages) if need else wide)]
@@ -187,7 +187,7 @@ def _chain_gradients(
     impl, options, stages, needed, places, frozen, count = ctx.call
     by_place = dict(zip(places, saved[count:])) | frozen
     features = [by_place.get(i) for i in range(2 * stages)]
-    matrix_grads = _apart(saved[:count], features[:stages])
+    matrix_grads = apart(saved[:count], features[:stages])
     wide = wide_stages(matrix_grads)
     run = functools.partial(_batched_grads.scaled, impl) if batched(grad) else impl.run_backward
     found = {place: made.get(place) for place, need in zip(needed, needs) if need}

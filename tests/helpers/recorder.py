@@ -23,6 +23,7 @@ class Recorder(TorchDispatchMode):
             "aten::detach",
             "aten::alias",
             "aten::view",
+            "aten::split_with_sizes",  # views
             "aten::ones_like",
             "aten::_to_copy",
             "aten::empty_like",
