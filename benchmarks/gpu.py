@@ -80,8 +80,7 @@ class Run:
         variables["PYTHONPATH"] = os.pathsep.join(str(folder) for folder in folders if folder)
         if self.rehearse:
             variables["FASTKD_GPU_REHEARSAL"] = variables["TRITON_INTERPRET"] = "1"
-        # tests and benchmarks are found from the clone, and what a part writes lies in the staging folder
-        where = self.staging if part.command[1:2] == (str(ROOT / "train.py"),) else ROOT
+        # what a part writes lies in the staging folder, though it runs in the clone
         command = [
             word.replace("speed/", f"{self.staging}/speed/", 1) if word.startswith("speed/") else word
             for word in part.command
@@ -89,7 +88,7 @@ class Run:
         with output.open("wb") as file:
             process = subprocess.Popen(
                 command,
-                cwd=where,
+                cwd=ROOT,
                 env=variables,
                 stdout=file,
                 stderr=subprocess.STDOUT,

@@ -133,7 +133,7 @@ def left_out(data: Path | None, rehearse: bool) -> list[str]:
 
 
 def training(data: Path | None, rehearse: bool) -> Part | None:
-    """200 epochs of attention transfer, ResNet-20 from ResNet-20, in a CUDA graph; None without images."""
+    """speed/gpu_training.py; None without images."""
     there = {"cifar10": ("cifar-10-batches-py", "cifar-10-batches-bin"), "fashion-mnist": ("FashionMNIST",)}
     name = next(
         (
@@ -145,21 +145,6 @@ def training(data: Path | None, rehearse: bool) -> Part | None:
     )
     if name is None and not (rehearse and find_spec("sklearn")):
         return None
-    command = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        "--method",
-        "at",
-        "--output",
-        "runs",
-        "--no-pictures",
-        "--dataset",
-        name or "digits",
-    ]
-    command += ["--data", str(data)] if name else []
-    command += (
-        ["--epochs", "1"]
-        if rehearse
-        else ["--epochs", "200", "--device", "cuda", "--precision", "bf16", "--cuda-graph"]
-    )
+    command = [sys.executable, "-m", "speed.gpu_training", name or "digits"]
+    command += [str(data)] if name else []
     return Part("training in the background", tuple(command), 0)

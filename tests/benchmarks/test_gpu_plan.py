@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+import tarfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -135,3 +137,21 @@ def test_each_part_of_tests_selects_some(tmp_path: Path) -> None:
             places = [word for word in part.command if word.startswith("tests/")]
             found = chosen("not large", option(part, "-k"))
             assert [id for id in found if id.startswith(tuple(places))], part.name
+
+
+@pytest.mark.skipif(not find_spec("sklearn"), reason="the digits are scikit-learn's")
+def test_the_training_run_has_a_teacher_of_its_own_and_leaves_its_tables(tmp_path: Path) -> None:
+    part = gpu_plan.training(None, rehearse=True)
+    assert part is not None
+    found = ran(tmp_path, dataclasses.replace(part, seconds=120))
+    assert found["status"] == 0, found
+    with tarfile.open(tmp_path / "gpu-results.tar.gz") as archive:
+        names = archive.getnames()
+        tables = {
+            name: archive.extractfile(name).read().decode() for name in names if name.endswith("results.csv")
+        }
+    at, teacher = (
+        next(text for name, text in tables.items() if f"{folder}/results.csv" in name)
+        for folder in ("runs", "teacher")
+    )
+    assert ",at," in at and ",baseline," in teacher and not any(name.endswith(".pt") for name in names)

@@ -98,7 +98,7 @@ def test_several_chunks_are_one(monkeypatch):
     tensors = [torch.randn(13, size, dtype=torch.float64) for size in (3, 5)]
     found = []
     for numbers in (1, 900, 10**6):  # one vertex, some, and all at once
-        monkeypatch.setattr("fastkd.ops.rkd.NUMBERS", numbers)
+        monkeypatch.setattr("fastkd.ops._rkd_forms.NUMBERS", numbers)
         found.append(gradients(fastkd.rkd_loss, *tensors))
     torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(found[0], found[2], rtol=1e-12, atol=1e-13)
