@@ -1,3 +1,3 @@
-"""What commands print and write: screens and logs, files, locks, figures. It imports no other part of the
-package but errors.
+"""What commands read, print and write: arguments, screens and logs, files, locks, figures. It imports no
+other part of the package but errors.
 """

@@ -1,9 +1,8 @@
-"""The FSP loss of chains of features: operators, autograd rules, public function."""
+"""The FSP loss of chains of features: autograd rules, public function."""
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,87 +10,17 @@ import torch
 from torch import Tensor
 
 from fastkd import backends, checks, kernels, reference
-from fastkd._bits import FSP
 from fastkd._implementations import Backend
 from fastkd._private import batched, few_frames, saved_tensors_hooked
 from fastkd.checks import Features
-from fastkd.kernels.fsp.saved import matrix_shape, saved_shape, saved_shape_on_cpu, wide_stages
+from fastkd.kernels.fsp.saved import wide_stages
 from fastkd.ops import _batched_grads, _cuda_limits, _grad_prefetch, flops
+from fastkd.ops._fsp_operators import NEGATE, PREPARE, TEACHER_GRAD, WITH_GRAD, apart
 from fastkd.ops._options import FSPOptions, OperatorOptions, fsp_options
-from fastkd.ops._register import (
-    accumulator,
-    autograd,
-    define,
-    differentiable_once,
-    one_device,
-    wanting_gradients,
-)
+from fastkd.ops._register import autograd, wanting_gradients
 from fastkd.ops.fsp_matrix import FSPMatrixFunction as FSPMatrixFunction
 from fastkd.ops.fsp_matrix import fsp_matrix as fsp_matrix
 
-_WITH_GRAD, _PREPARE, _NEGATE, _TEACHER_GRAD = (
-    FSP.bits(name) for name in ("with_grad", "prepare", "negate", "teacher_grad")
-)
-
-
-def _loss_fake(
-    student: list[Tensor], teacher: list[Tensor], options: int, numbers: Any
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    one_device(student + teacher)
-    dtype, first = accumulator(student + teacher), student[0]
-    pairs = zip(student, student[1:], strict=False) if options & _WITH_GRAD else ()
-    matrix_grads = [first.new_empty((a.shape[0], a.shape[1], b.shape[1]), dtype=dtype) for a, b in pairs]
-    gradients = [torch.empty_like(x) for x in student] if options & _PREPARE else []
-    return first.new_empty((), dtype=dtype), matrix_grads, gradients
-
-
-def _loss_fake_by_device(
-    student: list[Tensor], teacher: list[Tensor], options: int, numbers: Any
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """On CUDA tensors Triton's, on others the C++ kernels': each may keep less."""
-    loss, matrix_grads, gradients = _loss_fake(student, teacher, options, numbers)
-    distance, teacher_grad = FSP.value(options, "distance"), FSP.value(options, "teacher_grad")
-    pairs = [(student[i : i + 2], teacher[i : i + 2]) for i in range(len(matrix_grads))]
-    if loss.device.type == "cuda":
-        shapes = [saved_shape(*pair, distance) for pair in pairs]
-    else:
-        shapes = [saved_shape_on_cpu(*pair, distance, teacher_grad) for pair in pairs]
-        if options & _PREPARE and all(len(shape) == 3 for shape in shapes):
-            shapes = [(sum(map(math.prod, shapes)),)]
-    matrix_grads = [loss.new_empty(shape) for shape in shapes]
-    return loss, matrix_grads, gradients
-
-
-def apart(saved: Sequence[Tensor], student: Sequence[Tensor]) -> Sequence[Tensor]:
-    """What a forward pass saved, pair by pair, where all matrices came in one tensor."""
-    if saved[0].dim() != 1:
-        return saved
-    sizes = [matrix_shape(pair) for pair in zip(student, student[1:])]
-    pieces = saved[0].split([math.prod(size) for size in sizes])
-    return [piece.view(size) for piece, size in zip(pieces, sizes, strict=True)]
-
-
-def _loss_backward_fake(
-    grad: Tensor, features: list[Tensor], matrix_grads: Any, options: int, stages: list[int], others: Any
-) -> list[Tensor]:
-    return [torch.empty_like(features[i]) for i in stages]
-
-
-define(
-    # numbers: the upstream gradient to prepare for, the weight, and the weights of the pairs or none.
-    # matrix_grads: one tensor a pair; beside gradients that were prepared on a CPU, all matrices in one
-    "fsp_loss(Tensor[] student, Tensor[] teacher, int options, float[] numbers) -> (Tensor loss, Tensor[]"
-    " matrix_grads, Tensor[] gradients)",
-    _loss_fake_by_device,
-    _loss_fake,
-)
-define(
-    # others: the other chain's features of the stages whose matrices were not saved
-    "fsp_loss_backward(Tensor grad, Tensor[] features, Tensor[] matrix_grads, int options, int[] stages,"
-    " Tensor[] others) -> Tensor[]",
-    _loss_backward_fake,
-)
-differentiable_once("fsp_loss_backward")
 flops.register()
 
 _prefetch = _grad_prefetch.GradPrefetch()
@@ -105,7 +34,7 @@ class FSPLossFunction(torch.autograd.Function):
     ``needed``: the places of those in ``[*student, *teacher]``. The forward saves M = dloss/dG of the student
     for each pair, for an upstream gradient of 1 (the teacher's is -M), so a chain's gradients need only the
     chain itself: dA = upstream M B / S, dB = upstream M^T A / S, and a middle stage adds the terms of its two
-    pairs. Where M would be larger than the features, or dearer than products over channels, Triton and the
+    pairs. Where M would be larger than the features, or slower than products over channels, Triton and the
     C++ kernels keep less and need both chains' features of that pair (`kernels/fsp/saved.py`). On a CPU, for
     the upstream gradient that is expected (:mod:`fastkd.ops._grad_prefetch`), it makes the gradients of a
     student that needs all of them too, sample by sample, while the sample's maps are in the cache; the
@@ -123,7 +52,7 @@ class FSPLossFunction(torch.autograd.Function):
         stages = len(student)
         if student[0].dim() == 3:
             checks.tokens("fsp_loss", student, teacher)
-        options |= _WITH_GRAD if needed[-1] < stages else _WITH_GRAD | _TEACHER_GRAD
+        options |= WITH_GRAD if needed[-1] < stages else WITH_GRAD | TEACHER_GRAD
         upstream, ctx.expected = None, None
         whole = len(needed) >= stages and needed[stages - 1] == stages - 1
         if whole and impl.prefetches and not saved_tensors_hooked():
@@ -132,7 +61,7 @@ class FSPLossFunction(torch.autograd.Function):
         if upstream is None:
             upstream = 0.0
         else:
-            options |= _PREPARE
+            options |= PREPARE
         loss, matrix_grads, ctx.prepared = impl.run(
             "fsp_loss", student, teacher, options, [upstream, *numbers]
         )
@@ -191,7 +120,7 @@ def _chain_gradients(
     wide = wide_stages(matrix_grads)
     run = functools.partial(_batched_grads.scaled, impl) if batched(grad) else impl.run_backward
     found = {place: made.get(place) for place, need in zip(needed, needs) if need}
-    for first, sign in ((0, 0), (stages, _NEGATE)):
+    for first, sign in ((0, 0), (stages, NEGATE)):
         left = [
             place - first for place, dx in found.items() if dx is None and first <= place < first + stages
         ]
@@ -212,7 +141,7 @@ def _graph_loss_context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tens
 
 def _graph_loss_backward(ctx: Any, grad: Tensor, *rest: Any) -> tuple:
     _, options, stages, *_ = ctx.call
-    if not options & _WITH_GRAD:
+    if not options & WITH_GRAD:
         raise RuntimeError(
             "fastkd::fsp_loss was called with with_grad=False for a tensor that needs a gradient"
         )
@@ -296,6 +225,6 @@ def _loss_in_graph(impl: Backend, student: Features, teacher: Features, given: F
     if torch.is_grad_enabled() and any(x.requires_grad for x in students + teachers):
         # the matrix, as for a teacher that learns: products over channels would want the teacher's features
         # saved, and a graph cannot save those of inference mode
-        options |= _WITH_GRAD | _TEACHER_GRAD
+        options |= WITH_GRAD | TEACHER_GRAD
     # the weight outside: a number among an operator's arguments is a constant of the graph
     return impl.graph_op("fsp_loss")(students, teachers, options, [0.0, 1.0, *weights])[0] * weight

@@ -1,4 +1,4 @@
-"""The documents: they are short, and what they name exists. Their examples: test_examples.py."""
+"""What the documents name exists. Their examples: test_examples.py; their sizes: test_sizes.py."""
 
 from __future__ import annotations
 
@@ -12,10 +12,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in DOCUMENTS}
-
-
-def test_readme_is_short() -> None:
-    assert len(TEXTS["README.md"].splitlines()) <= 150 and len(TEXTS["CONTRIBUTING.md"].splitlines()) <= 120
 
 
 def test_the_flags_they_name_exist() -> None:
@@ -88,6 +84,16 @@ def test_tests_and_files_that_they_name_exist(name: str) -> None:
     built = {"fastkd/_C.abi3.so", "fastkd/_C_cuda.abi3.so"}  # where a compiler was
     missing += [path for path in paths if path not in built and not (ROOT / path).exists()]
     assert not missing, f"{name} names {missing}"
+
+
+def test_files_of_the_mutations_exist() -> None:
+    rows = re.findall(
+        r"^\|.*\|(.*)\|.*\|$", TEXTS["docs/testing.md"].partition("## Mutations")[2], re.MULTILINE
+    )
+    paths = {path for row in rows for path in re.findall(r"`([^`]+\.\w+)`", row)}
+    places = [ROOT / place for place in ("csrc/cpu", "csrc/cuda", "fastkd", "fastkd/kernels")]
+    missing = [path for path in paths if not any((place / path).is_file() for place in places)]
+    assert len(paths) > 40 and not missing, f"docs/testing.md names {missing}"
 
 
 def test_readme_leads_to_every_page() -> None:
