@@ -65,7 +65,7 @@ def tiles(seconds: str = "60") -> None:
                 save("tiles", found)
     finally:
         view.TILES.update(present)
-        _forget_plans()
+        _clear_plans()
     for times in found.values():
         best = min(times, key=times.__getitem__)
         print(f"{best}  # {times[best]:.3f} ms; at present {next(iter(times.values())):.3f}")
@@ -134,7 +134,7 @@ def _tile_line(how: str, tried: tuple[int, ...]) -> str:
     return f'    "{how}": Tiles({_numbers(tried)}),'
 
 
-def _forget_plans() -> None:
+def _clear_plans() -> None:
     from fastkd.kernels.fsp import forward, gradient
 
     forward._plans.clear()
@@ -147,7 +147,7 @@ def _of(how: str) -> tuple[torch.dtype, str | None]:
 
 
 def _fsp_seconds(how: str, students: Features, teachers: Features) -> float:
-    _forget_plans()
+    _clear_plans()
     dtype, precision = _of(how)
     s, t = ([x.detach().to(DEVICE, dtype) for x in side] for side in (students, teachers))
     s = [x.requires_grad_() for x in s]

@@ -111,7 +111,7 @@ def weighted(attention: Attention, students: Sequence[Tensor], teachers: Sequenc
     """
     ours, theirs = ([pooled_map(x) for x in side] for side in (students, teachers))
     shares = attention([mean for _, mean in ours], [mean for _, mean in theirs])
-    apart = differences([energy for energy, _ in ours], [energy for energy, _ in theirs])
+    apart = differences([sums for sums, _ in ours], [sums for sums, _ in theirs])
     return (shares * apart).sum((1, 2)).mean()
 
 

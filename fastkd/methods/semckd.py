@@ -13,6 +13,7 @@ from fastkd.methods.base import Batch, Beside, BuildContext, Distiller, Output, 
 from fastkd.methods.connectors import for_convolutions, laid_as
 from fastkd.methods.simkd import to_smaller
 from fastkd.ops.batch_norm import conv_norm
+from fastkd.reference.common import widen
 
 
 class Regressor(nn.Sequential):
@@ -51,12 +52,8 @@ class Embedding(nn.Sequential):
 
 def similarities(x: Tensor) -> Tensor:
     """(N, ...) -> (N, N): inner products of the images' features, which float16 could not hold."""
-    x = wide(x).flatten(1)
+    x = widen(x)[0].flatten(1)
     return x @ x.mT
-
-
-def wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 class SemCKD(Distiller):
@@ -135,8 +132,8 @@ def calibration(regressed: list[list[Tensor]], teachers: tuple[Tensor, ...], att
     differences = [
         torch.stack(
             [
-                (wide(x) - to_smaller(wide(t), x.shape[2:])).square().flatten(1).mean(1)
-                for x, t in zip(row, teachers, strict=True)
+                (x - to_smaller(t, x.shape[2:])).square().flatten(1).mean(1)
+                for x, t in (widen(*pair) for pair in zip(row, teachers, strict=True))
             ],
             1,
         )

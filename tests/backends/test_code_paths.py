@@ -88,8 +88,8 @@ def test_every_code_path_converts_every_half_number_exactly(path, dtype):
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     x = bits.view(1, -1, 64)
     with fastkd.use_backend("cpp"):
-        energy = fastkd.attention_map(x.transpose(0, 1).contiguous(), p=1, normalize=False)
-    torch.testing.assert_close(energy.view(-1), x.float().abs().view(-1), rtol=0, atol=0, equal_nan=True)
+        power_sums = fastkd.attention_map(x.transpose(0, 1).contiguous(), p=1, normalize=False)
+    torch.testing.assert_close(power_sums.view(-1), x.float().abs().view(-1), rtol=0, atol=0, equal_nan=True)
 
 
 def test_environment_forces_a_code_path(cpp):

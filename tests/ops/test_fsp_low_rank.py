@@ -39,7 +39,7 @@ def chain(of, dtype=torch.float32, layout="contiguous", n=2):
 
 
 @pytest.mark.parametrize("of", CHAINS)
-def test_a_matrix_dearer_than_the_squares_is_not_made(of):
+def test_a_matrix_that_takes_more_products_than_its_squares_is_not_made(of):
     s, t = ([x.requires_grad_(not i) for x in chain(of)] for i in (0, 1))
     kept = fastkd.fsp_loss(s, t).grad_fn.saved_tensors[: len(s) - 1]
     assert [i for i, x in enumerate(kept) if x.dim() == 4] == WIDE.get(of, list(range(len(kept))))
