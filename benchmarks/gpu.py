@@ -28,11 +28,12 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from speed.gpu_plan import Part, left_out, plan, training
+from speed.gpu_summary import speedups
 
 ROOT = Path(__file__).resolve().parent.parent
 GRACE = 8  # seconds after SIGINT in which pytest says what failed, before SIGKILL
@@ -161,27 +162,6 @@ class Run:
                 filter=lambda info: None if info.name.endswith((".pt", ".tmp")) else info,
             )
         write(self.out / "gpu-results.tar.gz", packed.getvalue())
-
-
-def speedups(staging: Path) -> Iterator[tuple[str, Any]]:
-    """Of each measured row its milliseconds, and its speed over eager and compiled PyTorch."""
-    for file in sorted(staging.glob("speed/*/speed.json")):
-        with contextlib.suppress(ValueError, OSError, KeyError, TypeError):
-            for record in json.loads(file.read_text(encoding="utf-8"))["records"]:
-                name = " ".join(
-                    str(record.get(key, ""))
-                    for key in ("operation", "shape", "dtype", "layout", "matmul", "clock")
-                )
-                rows = record["rows"].items()
-                yield (
-                    name,
-                    {
-                        row: {
-                            k: v for k, v in facts.items() if k == "milliseconds" or k.startswith("speedup")
-                        }
-                        for row, facts in rows
-                    },
-                )
 
 
 def write(target: Path, content: bytes) -> None:

@@ -17,7 +17,7 @@ from fastkd import backends
 from speed.gpu import CAPTURED, GRAPH, WALL
 from speed.gpu_clock import Captured, timed
 from speed.measure import Row
-from speed.methods import PUBLISHED, TOLERANCE, Draw, MethodGroup, Problem, crd, rkd
+from speed.methods import PUBLISHED, TOLERANCE, Draw, MethodGroup, Problem, crd, rkd, spelled
 from speed.stock import Stock
 
 # (how it is made, its sizes)
@@ -43,7 +43,7 @@ class GPUMethodGroup(MethodGroup):
     labels: tuple[str, ...] = ("device",)
 
     def __init__(self, make: Callable[..., Problem], sizes: dict[str, int], clock: str, full: bool):
-        note = ", ".join(f"{name} {value}" for name, value in sizes.items()) if full else "small"
+        note = spelled(sizes) if full else "small"
         super().__init__(make, note, sizes, full)
         self.device, self.clock = "cuda" if torch.cuda.is_available() else "cpu", clock
         self.shared = f"{self.device} method {self.method} {note}"

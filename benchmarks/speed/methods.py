@@ -167,20 +167,21 @@ def norm(draw: Draw, batch: int) -> Problem:
 
 
 Make = Callable[..., Problem]
-# (how it is made, what is particular, its sizes, those of an ordinary pytest run)
-PROBLEMS: tuple[tuple[Make, str, dict[str, Any], dict[str, Any]], ...] = (
-    (
-        crd,
-        "N 50000, K 16384, batch 64",
-        {"batch": 64, "size": 50_000, "k": 16_384},
-        {"batch": 3, "size": 20, "k": 7, "width": 5},
-    ),
-    (dkd, "batch 64, 100 classes", {"batch": 64, "classes": 100}, {"batch": 4, "classes": 5}),
-    (rkd, "batch 64, width 64", {"batch": 64, "width": 64}, {"batch": 4, "width": 5}),
-    (rkd, "batch 256, width 512", {"batch": 256, "width": 512}, {"batch": 5, "width": 3}),
-    (afd, "batch 64", {"batch": 64, "blocks": (3, 9)}, {"batch": 3, "blocks": (1, 2)}),
-    *((make, "batch 64", {"batch": 64}, {"batch": 4}) for make in (hcl, reviewkd, semckd, sakd, ofd, norm)),
+# (how it is made, its sizes, those of an ordinary pytest run)
+PROBLEMS: tuple[tuple[Make, dict[str, Any], dict[str, Any]], ...] = (
+    (crd, {"batch": 64, "size": 50_000, "k": 16_384}, {"batch": 3, "size": 20, "k": 7, "width": 5}),
+    (dkd, {"batch": 64, "classes": 100}, {"batch": 4, "classes": 5}),
+    (rkd, {"batch": 64, "width": 64}, {"batch": 4, "width": 5}),
+    (rkd, {"batch": 256, "width": 512}, {"batch": 5, "width": 3}),
+    (afd, {"batch": 64, "blocks": (3, 9)}, {"batch": 3, "blocks": (1, 2)}),
+    *((make, {"batch": 64}, {"batch": 4}) for make in (hcl, reviewkd, semckd, sakd, ofd, norm)),
 )
+SPELLED = {"size": "N {}", "k": "K {}", "batch": "batch {}", "width": "width {}", "classes": "{} classes"}
+
+
+def spelled(sizes: dict[str, Any]) -> str:
+    """What is particular of a case, in the same words whatever it is measured on."""
+    return ", ".join(words.format(sizes[name]) for name, words in SPELLED.items() if name in sizes)
 
 
 class MethodGroup:
@@ -249,4 +250,4 @@ class MethodGroup:
 
 
 def groups(full: bool) -> list[MethodGroup]:
-    return [MethodGroup(make, note, big if full else small, full) for make, note, big, small in PROBLEMS]
+    return [MethodGroup(make, spelled(big), big if full else small, full) for make, big, small in PROBLEMS]

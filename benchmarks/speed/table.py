@@ -39,6 +39,11 @@ def figure(value: float | None, digits: int = 3) -> str:
     return f"{value:.0f}"
 
 
+def processors(record: dict[str, Any]) -> str:
+    """The cell under "thr": the threads, or on a GPU the clock, of which it has several."""
+    return str(record["threads"]) if record.get("device", "cpu") == "cpu" else f"GPU, {record['clock']}"
+
+
 def grid(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of the table of losses."""
     ours = backends(result)
@@ -72,15 +77,7 @@ def _cells(record: dict[str, Any], rows: dict[str, dict[str, Any]], ours: list[s
     )
     layout = "cl" if record["layout"] == "channels_last" else record["layout"]
     dtype = DTYPES.get(record["dtype"], record["dtype"]) + (" tf32" if record.get("matmul") == "tf32" else "")
-    on_cpu = record.get("device", "cpu") == "cpu"
-    cells = [
-        loss,
-        record["shape"],
-        dtype,
-        layout,
-        passes,
-        str(record["threads"]) if on_cpu else f"GPU, {record['clock']}",
-    ]
+    cells = [loss, record["shape"], dtype, layout, passes, processors(record)]
     names = [name for name, _ in TIMES] + ours
     cells += ["WRONG" if rows.get(name, {}).get("failed") else figure(times.get(name)) for name in names]
     for name, _ in TIMES[1:]:
@@ -104,7 +101,7 @@ def steps(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             [
                 record["step"],
                 record["precision"],
-                str(record["threads"]),
+                processors(record),
                 *(f"{v:.0f}" if v else "-" for v in speeds),
             ]
         )
@@ -138,19 +135,31 @@ def loops(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def methods(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of the table of the other methods' losses, beside their published form."""
+    """Headings and rows of the table of the other methods' losses, beside their published form.
+
+    On a GPU there are several rows of ours, one a backend: "fastkd, triton" has its ratio under "÷ fastkd,
+    triton". Columns of which no row has anything are left out.
+    """
+    records = [record for record in result["groups"] if "method" in record]
+    names = dict.fromkeys(name for record in records for name in record["rows"])
+    ours = [name for name in names if name != "published"]
+    every = ["published", *ours]
+    heads = ["method", "case", "thr", *every, *("÷" if name == "fastkd" else f"÷ {name}" for name in ours)]
+    heads += [*(f"{name} MB" for name in every), "error"]
     rows = []
-    for record in (record for record in result["groups"] if "method" in record):
-        found = [record["rows"].get(name, {}) for name in ("published", "fastkd")]
-        times, memory = ([row.get(key) for row in found] for key in ("milliseconds", "extra_memory"))
-        cells = [record["method"], record["case"], str(record["threads"])]
-        cells += ["WRONG" if row.get("failed") else figure(time) for row, time in zip(found, times)]
-        cells.append(figure(times[0] / times[1], 2) if all(times) else "")
+    for record in records:
+        found = {name: record["rows"].get(name, {}) for name in every}
+        times = {name: row.get("milliseconds") for name, row in found.items()}
+        cells = [record["method"], record["case"], processors(record)]
+        cells += ["WRONG" if found[name].get("failed") else figure(times[name]) for name in every]
+        base = times["published"]
+        cells += [figure(base / times[name], 2) if base and times[name] else "" for name in ours]
+        memory = [row.get("extra_memory") for row in found.values()]
         cells += ["" if size is None else f"{size / 1e6:.1f}" for size in memory]
-        cells.append(f"{max(found[1]['error'].values()):.0e}" if "error" in found[1] else "")
-        rows.append(cells)
-    heads = ["method", "case", "thr", "published", "fastkd", "÷", "published MB", "fastkd MB", "error"]
-    return heads, rows
+        errors = [max(found[name]["error"].values()) for name in ours if "error" in found[name]]
+        rows.append([*cells, f"{max(errors):.0e}" if errors else ""])
+    used = [i for i in range(len(heads)) if i < 3 or any(row[i] for row in rows)]
+    return [heads[i] for i in used], [[row[i] for i in used] for row in rows]
 
 
 def text(heads: Sequence[str], rows: list[list[str]], left: int) -> list[str]:
