@@ -77,8 +77,9 @@ def main() -> None:
     text = "What is installed, what works here, and why the rest does not."
     parser = OneLineParser(prog="python -m fastkd", description=text, allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="the same as JSON, for programs")
+    arguments = parser.parse_args()  # before the report, which takes seconds
     facts = report()
-    print(json.dumps(facts, indent=2) if parser.parse_args().json else "\n".join(_lines(facts)))
+    print(json.dumps(facts, indent=2) if arguments.json else "\n".join(_lines(facts)))
 
 
 if __name__ == "__main__":

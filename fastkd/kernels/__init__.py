@@ -103,13 +103,15 @@ def state() -> tuple[bool, str]:
 
 
 def triton_version() -> str | None:
-    """Triton's version, or None. It is not imported: that takes long, and no kernel may be wanted."""
+    """Triton's version, "unknown" if nothing tells it, None if there is no Triton. It is not imported: that
+    takes long, and no kernel may be wanted.
+    """
     if importlib.util.find_spec("triton") is None:
         return None
     try:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
-        return "of unknown version"
+        return "unknown"
 
 
 def _find_out() -> tuple[bool, str]:
@@ -122,14 +124,15 @@ def _find_out() -> tuple[bool, str]:
                 " does too"
             ),
         )
+    triton = f"triton {version}" if version != "unknown" else "triton of unknown version"
     if interpreting():
-        return True, f"triton {version}, interpreted on CPU tensors (TRITON_INTERPRET): for tests, slow"
+        return True, f"{triton}, interpreted on CPU tensors (TRITON_INTERPRET): for tests, slow"
     if not torch.cuda.is_available():
         return (
             False,
             (
-                f"triton {version} is installed, but PyTorch sees no CUDA device (TRITON_INTERPRET=1 runs it"
+                f"{triton} is installed, but PyTorch sees no CUDA device (TRITON_INTERPRET=1 runs it"
                 " on CPUs, slowly)"
             ),
         )
-    return True, f"triton {version}, {torch.cuda.get_device_name()}"
+    return True, f"{triton}, {torch.cuda.get_device_name()}"

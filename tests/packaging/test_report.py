@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from unittest import mock
 
@@ -51,6 +52,19 @@ def test_a_reader_that_goes_away_is_no_error(arguments: list[str]) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.parametrize("flag", ["--help", "--wrong"])
+def test_flags_are_looked_at_before_the_report_is_made(flag: str, monkeypatch, capsys) -> None:
+    from fastkd import __main__ as module
+
+    monkeypatch.setattr(module, "report", lambda: pytest.fail("the report was made"))
+    monkeypatch.setattr(sys, "argv", ["fastkd", flag])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    told = capsys.readouterr()
+    assert ended.value.code == (0 if flag == "--help" else 2)
+    assert "--json" in told.out if flag == "--help" else "--wrong" in told.err
+
+
 def test_versions(report: dict) -> None:
     assert report["fastkd"] == fastkd.__version__
     assert report["python"] == platform.python_version()
@@ -66,6 +80,17 @@ def test_triton(report: dict) -> None:
         assert report["triton"] is None
     else:
         assert report["triton"] == triton.__version__
+    unknown = """
+        import importlib.metadata
+        known = importlib.metadata.version
+        def version(name):
+            if name == "triton":
+                raise importlib.metadata.PackageNotFoundError(name)
+            return known(name)
+        importlib.metadata.version = version
+    """
+    found = json.loads(run("--json", before=textwrap.dedent(unknown)).stdout)
+    assert found["triton"] == ("unknown" if report["triton"] else None)
     without = run("--json", before="import sys; sys.modules['triton'] = None")
     assert json.loads(without.stdout)["triton"] is None
 

@@ -16,20 +16,11 @@ from fastkd.training import Trainer
 from fastkd.training.step import TrainStep
 
 
-def test_damaged_images_are_told_and_so_is_waiting(folder_main, tmp_path, monkeypatch, capsys):
+def test_damaged_images_are_told_and_so_is_waiting(folder_main, tmp_path, capsys):
     root = make_images(tmp_path / "set")
     cut_short(root / "train" / "owl" / "3.jpg")
     cut_short(root / "val" / "cat" / "0.jpg")
-    flags = [
-        "--method",
-        "baseline",
-        *FLAGS_WITHOUT_TEACHER,
-        "--data",
-        str(root),
-        "--workers",
-        "0",
-        "--no-pictures",
-    ]
+    flags = ["--method", "baseline", *FLAGS_WITHOUT_TEACHER, "--data", str(root), "--workers", "0"]
     flags += ["--no-pictures", "--output", str(tmp_path / "runs")]
     told = error_of(folder_main, capsys, [*flags, "--seed", "1"])
     assert "set/" in told and "truncated" in told and "--on-bad-image skip goes on without it" in told
@@ -51,16 +42,7 @@ def test_waiting_is_told_only_where_the_workers_do_not_suffice(
     step, read = TrainStep._run, files.read
     monkeypatch.setattr(TrainStep, "_run", lambda self, *rest: (time.sleep(0.3), step(self, *rest))[1])
     monkeypatch.setattr(files, "read", lambda path: (time.sleep(0.02), read(path))[1])  # 0.12 s a batch
-    flags = [
-        "--method",
-        "baseline",
-        *FLAGS_WITHOUT_TEACHER,
-        "--epochs",
-        "1",
-        "--workers",
-        workers,
-        "--no-pictures",
-    ]
+    flags = ["--method", "baseline", *FLAGS_WITHOUT_TEACHER, "--epochs", "1", "--workers", workers]
     assert folder_main([*flags, "--no-pictures", "--output", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert ("of the steps' time was waiting for images" in said) == waits and "epoch 1/1" in said
