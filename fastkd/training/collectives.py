@@ -97,7 +97,7 @@ def joined_rows(tree: T, rows: int) -> T:
     return _private.map_tensors(join, tree)
 
 
-def same_buffers(*modules: nn.Module | None) -> None:
+def broadcast_buffers(*modules: nn.Module | None) -> None:
     """Everybody's buffers become those of the first process; running averages were each one's own."""
     if distributed.share()[1] > 1:
         meet()

@@ -69,7 +69,7 @@ class Passes:
         answer = asker.ask(images)
         if asker.teacher_mode == "train":
             for other in group:
-                same_buffers(asker.teacher, other.teacher)
+                copy_buffers(asker.teacher, other.teacher)
         return answer
 
 
@@ -84,7 +84,7 @@ def answer_key(distillation: Distillation) -> tuple[Any, ...]:
     return (mode, *folded, *([] if folded == least else [asked]))
 
 
-def same_buffers(source: nn.Module | None, target: nn.Module | None) -> None:
+def copy_buffers(source: nn.Module | None, target: nn.Module | None) -> None:
     """Gives ``target`` the buffers of ``source``, such as running averages."""
     if source is not target and source is not None and target is not None:
         for one, other in zip(source.buffers(), target.buffers(), strict=True):

@@ -90,7 +90,7 @@ class Trainer:
             yield from self.train_steps(epoch, progress)
         self.seen = sum(self.batches.sizes())
         collectives.add(self.train_step.sums)
-        collectives.same_buffers(self.student, self.method, self.teacher)
+        collectives.broadcast_buffers(self.student, self.method, self.teacher)
         means = self._means(epoch)
         seconds = time.perf_counter() - begun - (self.train_step.compiling - compiling)
         self.reading = Reading(self.batches, seconds)

@@ -18,8 +18,16 @@ from support_data import QUICK
 from fastkd.io.console import screens
 from fastkd.report import command as report
 from fastkd.training.progress import Progress
+from fastkd.training.settings import VARIABLES
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch):
+    """The line that repeats a run begins with such variables where they are set."""
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
 
 
 def broken(kind):
