@@ -18,10 +18,19 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def trained(output: Path, method: str, epochs: int, *flags: str) -> Path:
-    """The best weights of a run of train.py, under ``output``. Raises CalledProcessError if that failed."""
+    """The best weights of a run of train.py, under ``output``. Raises CalledProcessError if that failed, and
+    KeyboardInterrupt, at a SIGINT that went to train.py too, once it has ended.
+    """
     command = [sys.executable, str(ROOT / "train.py"), "--method", method, "--epochs", str(epochs)]
     command += ["--no-pictures", "--output", str(output), *flags]
-    subprocess.run(command, check=True)
+    with subprocess.Popen(command) as process:  # subprocess.run gives it a quarter of a second after a SIGINT
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            process.wait()  # it writes what it has; benchmarks/gpu.py kills both if that takes too long
+            raise
+    if status:
+        raise subprocess.CalledProcessError(status, command)
     return max(output.glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
 
 

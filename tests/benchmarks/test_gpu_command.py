@@ -156,6 +156,46 @@ def test_training_goes_on_until_something_is_measured(tmp_path: Path, short: Non
     assert found == [("facts", 0), ("test", 0), ("training", "stopped before measuring"), ("rates", 0)]
 
 
+TRAIN = """
+import pathlib, sys, time
+output = pathlib.Path(sys.argv[sys.argv.index("--output") + 1], "run")
+output.mkdir(parents=True)
+try:
+    pathlib.Path(__file__).with_name("began").touch()
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(1)  # as long as writing takes
+    for name in ("last.pt", "log.txt"):
+        (output / name).write_text("an epoch")
+    sys.exit(130)
+"""
+
+
+def test_a_training_run_that_is_stopped_writes_what_it_has(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(TRAIN)
+    code = f"""
+import pathlib, sys
+from speed import gpu_training
+gpu_training.ROOT = pathlib.Path({str(tmp_path)!r})
+sys.argv = ["gpu_training.py", "digits"]
+sys.exit(gpu_training.main())
+"""
+    began = str(tmp_path / "began")
+    wait = f"import pathlib, time\nwhile not pathlib.Path({began!r}).exists(): time.sleep(0.01)"
+    parts = [python("facts", ""), python("test", wait), python("rates", "", measures=True)]
+    run = Run(tmp_path / "out", 1, rehearse=True)
+    execute(run, parts, python("training", code))
+    assert [part["status"] for part in summary(tmp_path / "out")["parts"]] == [
+        0,
+        0,
+        "stopped before measuring",
+        0,
+    ]
+    assert (run.staging / "runs" / "teacher" / "run" / "last.pt").read_text() == "an epoch"
+    with tarfile.open(tmp_path / "out" / "gpu-results.tar.gz") as archive:
+        assert "gpu-results/runs/teacher/run/log.txt" in archive.getnames()
+
+
 def started(tmp_path: Path, *before: str) -> subprocess.Popen[str]:
     """The command with two parts, in the second, which ends once there is a file "enough"; ``before``: words
     of the command line that start it.
