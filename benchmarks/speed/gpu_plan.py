@@ -27,8 +27,10 @@ SPEED = (
 # where tests are that a GPU changes: of the whole tree, collecting alone would take half of their time
 PLACES = ("tests/backends", "tests/ops", "tests/training/test_step.py")
 # of Triton's tests, those whose answer an interpreter cannot give: graphs, streams, waiting, repeated bits,
-# races
-ON_DEVICE = "captured or compiled_step or waits or streams or same_bits or not_current or large_gradients"
+# races, faults
+ON_DEVICE = (
+    "captured or compiled_step or waits or streams or same_bits or not_current or large_gradients or no_fault"
+)
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,9 @@ def test_kernels_fit_and_do_not_spill(cases):
         assert bool(case["kernels"]) == (name != "rkd small"), name
         for kernel in case["kernels"]:
             used = kernel["resources"]
-            # the stack's few bytes come with the calls of float64's logarithm and division
-            assert used["LOCAL"] == 0 and used["STACK"] <= 24, (name, kernel)
+            # CRD's few bytes come with the calls of float64's logarithm and division
+            stack = 24 if name.startswith("crd") else 0
+            assert used["LOCAL"] == 0 and used["STACK"] <= stack, (name, kernel)
             # RKD's numbers that are to cancel are not contracted with others
             fused = not name.startswith("rkd")
             assert kernel["shared"] <= kernel["shared_limit"] and kernel["fp_fusion"] is fused, (name, kernel)

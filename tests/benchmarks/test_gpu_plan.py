@@ -117,7 +117,8 @@ def test_each_part_of_tests_selects_some(tmp_path: Path) -> None:
     """Of those that are marked where there is no GPU: with one, grids of the operations have the mark too."""
     file = tmp_path / "collected.json"
     command = [sys.executable, "-c", COLLECT, str(file), *gpu_plan.PLACES]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
     items: list[tuple[str, list[str]]] = json.loads(file.read_text())
 
@@ -127,11 +128,20 @@ def test_each_part_of_tests_selects_some(tmp_path: Path) -> None:
         return [id for id in found if named.evaluate(lambda word, id=id: word in Path(id).name.lower())]
 
     parts = {part.name: part for part in gpu_plan.plan(rehearse=False)}
-    for name in ("tests of cuda", "tests of triton"):
-        assert chosen(option(parts[name], "-m"), option(parts[name], "-k")), name
-    assert len(chosen(option(parts["large tensors"], "-m"))) >= 2
+    cuda, triton = (
+        chosen(option(parts[name], "-m"), option(parts[name], "-k"))
+        for name in ("tests of cuda", "tests of triton")
+    )
+    # whatever needs a GPU is run on it: the large ones apart, each other one once
+    assert cuda and sorted(cuda + triton) == sorted(chosen("gpu and not large"))
+    assert triton == chosen("gpu and not large", "triton")
+    large = chosen("gpu and large")
+    assert len(large) >= 2 and chosen(option(parts["large tensors"], "-m")) == large
+    assert all(id.startswith(gpu_plan.PLACES[0]) for id in large)
     for word in gpu_plan.ON_DEVICE.split(" or "):
         assert chosen("not large", f"triton and {word}"), word
+    # it would take those after it along
+    assert "no_fault" in items[-1][0] and "no_fault" in triton[-1]
     for part in gpu_plan.plan(rehearse=True):
         if part.name.startswith("tests of"):
             places = [word for word in part.command if word.startswith("tests/")]

@@ -1,5 +1,9 @@
 """CRD on a GPU that is not there: with fake tensors on it, reading a number or copying from the CPU is seen,
 for which a host would wait.
+
+The device is said to be older than Triton's kernels want, so what runs is CRD's plain PyTorch and whatever a
+step does around the loss. Triton's launcher is never asked: that it does not wait is what
+``test_no_call_waits_for_the_device`` in tests/backends/test_triton_crd_gpu.py asks of a GPU.
 """
 
 from __future__ import annotations
