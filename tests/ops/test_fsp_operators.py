@@ -8,7 +8,7 @@ from support import cpp_missing, make
 
 import fastkd
 from fastkd._bits import FSP
-from fastkd.ops.fsp import _loss_fake_by_device, apart
+from fastkd.ops._fsp_operators import _loss_fake_by_device, apart
 
 pytestmark = pytest.mark.skipif(bool(cpp_missing()), reason=f"backend cpp: {cpp_missing()}")
 NUMBERS = [1.0, 1.0]
