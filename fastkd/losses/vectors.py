@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd import checks
 from fastkd.losses.base import Loss
+from fastkd.ops._register import accumulator
 from fastkd.ops.crd import crd_loss
 from fastkd.ops.rkd import rkd_loss
 from fastkd.reference import dkd_loss, kd_loss
@@ -100,7 +102,8 @@ class RKD(Loss):
 
 class CRD(Loss):
     """:func:`fastkd.crd_loss` with its banks and normalizers as buffers, copies of what is given here, and
-    its arguments as attributes.
+    its arguments as attributes. Normalizers are in float32, in float64 where a bank is; they stay so where
+    the module is moved to half precision.
 
     ``forward(student, teacher, rows=None)``: (N, D) twice and (N, K + 1) -> (scalar, times ``weight``,
     normalizers (2,)). It changes nothing: :meth:`update` does, after the optimizer's step. ``rows`` of the
@@ -132,11 +135,19 @@ class CRD(Loss):
         self.register_buffer("teacher_bank", teacher_bank.detach().clone())
         given = torch.as_tensor(
             (0.0, 0.0) if normalizers is None else normalizers,
-            dtype=student_bank.dtype,
+            dtype=accumulator((student_bank, teacher_bank)),
             device=student_bank.device,
         )
         self.register_buffer("normalizers", given.detach().clone())
         self.register_buffer("rows", rows, persistent=False)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> CRD:
+        """``half()`` and the like leave the normalizers as they are: half precision ends at 65504."""
+        given = self.normalizers
+        super()._apply(fn, recurse)
+        if self.normalizers.dtype in (torch.float16, torch.bfloat16):
+            self.normalizers = given.to(self.normalizers.device)
+        return self
 
     function = staticmethod(crd_loss)  # type: ignore[assignment]
     presets = {

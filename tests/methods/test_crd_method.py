@@ -223,6 +223,39 @@ def test_of_an_image_that_occurs_twice_the_last_row_stays():
         assert torch.equal(bank[[0, 2, 4]], old[[0, 2, 4]])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_normalizers_of_banks_in_half_precision_are_in_float32(dtype):
+    """Of 50,000 rows one is above 50,000 times the mean of exponentials: float16 ends at 65504."""
+    torch.manual_seed(0)
+    banks = [unit(torch.randn(50_000, 8)).to(dtype) for _ in range(2)]
+    rows = torch.randint(50_000, (4, 101))
+    embeddings = [unit(torch.randn(4, 8)) for _ in range(2)]
+    loss = fastkd.CRD(*banks)
+    assert loss.normalizers.dtype == torch.float32
+    _, found = loss(*embeddings, rows)
+    loss.update(torch.arange(4), *embeddings, found)
+    assert torch.equal(loss.normalizers, found) and found.min() > 65504
+
+
+@pytest.mark.parametrize("move", ["half", "bfloat16"])
+def test_normalizers_stay_in_float32_where_the_module_goes_to_half_precision(move):
+    banks, given = [unit(torch.randn(6, 4)) for _ in range(2)], (1.5e5, 2.5e5)
+    loss = fastkd.CRD(*banks, normalizers=given)
+    whole = torch.nn.ModuleList([loss, torch.nn.Linear(2, 2)])
+    getattr(whole, move)()
+    assert loss.student_bank.dtype == whole[1].weight.dtype != torch.float32
+    assert loss.normalizers.dtype == torch.float32 and loss.normalizers.tolist() == list(given)
+    assert "normalizers" in dict(loss.named_buffers()) and "0.normalizers" in whole.state_dict()
+    assert loss.to("meta").normalizers.is_meta
+
+
+def test_normalizers_are_in_float64_where_a_bank_is():
+    banks = [unit(torch.randn(6, 4)) for _ in range(2)]
+    assert fastkd.CRD(banks[0].double(), banks[1]).normalizers.dtype == torch.float64
+    assert fastkd.CRD(banks[0], banks[1].double()).normalizers.dtype == torch.float64
+    assert fastkd.CRD(*banks).double().normalizers.dtype == torch.float64
+
+
 @pytest.mark.slow  # it compiles
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_of_an_image_that_occurs_twice_the_last_row_stays_in_a_compiled_update(dtype):
