@@ -25,8 +25,9 @@ def find(owner: Any, path: str) -> Any:
     value = owner
     for name in path.split("."):
         if not hasattr(value, name):
+            owned_by = getattr(owner, "__name__", type(owner).__name__)
             raise ImportError(
-                f"fastkd needs {owner.__name__}.{path}, which PyTorch {torch.__version__} does not have: "
+                f"fastkd needs {owned_by}.{path}, which PyTorch {torch.__version__} does not have: "
                 "install a PyTorch from 2.11 to 2.15, or a newer fastkd"
             )
         value = getattr(value, name)
@@ -61,7 +62,8 @@ else:
 assert_in_graph: Callable[[Any, str], None] = find(torch, "_assert")
 # Gives a named tuple the name under which torch.export.save writes it.
 _register_named_tuple: Callable[..., None] = find(torch.utils, "_pytree._register_namedtuple")
-find(nn.Module(), "_forward_hooks")
+for _name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_apply"):
+    find(nn.Module(), _name)
 find(torch.autograd.Function, "_backward_cls.apply")
 find(forward_ad, "_current_level")  # read by each call
 

@@ -30,6 +30,26 @@ def test_a_name_that_is_gone_is_named(monkeypatch):
     importlib.reload(_private)
 
 
+def test_an_attribute_that_an_instance_lacks_is_named():
+    with pytest.raises(ImportError, match=r"fastkd needs Module\._no_such_hooks, which PyTorch"):
+        _private.find(torch.nn.Module(), "_no_such_hooks")
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "backward", "backward_pre"])
+def test_hooks_of_a_module_are_looked_for_at_import(monkeypatch, kind):
+    made = torch.nn.Module.__init__
+
+    def without(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        delattr(self, f"_{kind}_hooks")
+
+    monkeypatch.setattr(torch.nn.Module, "__init__", without)
+    with pytest.raises(ImportError, match=rf"Module\._{kind}_hooks"):
+        importlib.reload(_private)
+    monkeypatch.undo()
+    importlib.reload(_private)
+
+
 # of named tuples, of Python's own library, and an operator
 OTHERS = {
     "_asdict",
