@@ -94,9 +94,9 @@ def difference_loss(name: str, rest: str) -> None:
         f"{name}(Tensor[] student, Tensor[] teacher, {rest}, bool need_s, bool need_t) -> (Tensor loss,"
         " Tensor[] gradients)",
         _fake,
-        only_cpu=True,
+        one_namespace=True,
     )
-    autograd(name, _rule(name), _context, only_cpu=True)
+    autograd(name, _rule(name), _context, one_namespace=True)
 
 
 @few_frames

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,11 +37,20 @@ def save(ctx: Any, grads: Sequence[Tensor], sides: Sequence[Tensor], needs: Sequ
     ctx.set_materialize_grads(False)
 
 
+def where_needed(
+    make: Callable[[Tensor], Tensor], sides: Sequence[Tensor], needs: Sequence[bool]
+) -> list[Tensor]:
+    """``make(side)`` for a gradient that somebody needs; another one has no elements."""
+    return [make(x) if need else x.new_empty(0) for x, need in zip(sides, needs, strict=True)]
+
+
 def scaled(ctx: Any, operator: str, upstream: Tensor | None) -> list[Tensor | None]:
-    """The gradients times ``upstream``, None where nobody needs one."""
+    """The gradients times ``upstream`` in the dtypes of the sides, None where nobody needs one."""
     saved = iter(ctx.saved_tensors)
     return [
-        Scaled.apply(operator, upstream, next(saved), next(saved)) if need and upstream is not None else None
+        handed_out(operator, upstream, next(saved), next(saved), False)
+        if need and upstream is not None
+        else None
         for need in ctx.needs
     ]
 

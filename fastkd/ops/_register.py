@@ -80,23 +80,27 @@ _DEFINED_BEFORE = hasattr(torch.ops.fastkd, "attention_map")
 _LIBRARIES = {} if _DEFINED_BEFORE else {name: _Library(name, "DEF") for name in IN_GRAPH}
 
 
-def _libraries(only_cpu: bool) -> Iterator[tuple[str, _Library]]:
+def _libraries(one_namespace: bool) -> Iterator[tuple[str, _Library]]:
     return (
         (namespace, library)
         for namespace, library in _LIBRARIES.items()
-        if namespace == "fastkd" or not only_cpu
+        if namespace == "fastkd" or not one_namespace
     )
 
 
 def define(
-    schema: str, fake: Callable[..., Any], cuda_fake: Callable[..., Any] | None = None, only_cpu: bool = False
+    schema: str,
+    fake: Callable[..., Any],
+    cuda_fake: Callable[..., Any] | None = None,
+    one_namespace: bool = False,
 ) -> None:
     """Declare ``fastkd::<schema>`` and ``fastkd_cuda::<schema>``, each with the function that gives its
     outputs' shapes, dtypes, devices and strides. On CUDA tensors the first is Triton's, the second the CUDA
-    library's. ``only_cpu``: there is only the first. Under vmap an operator runs once a sample.
+    library's. ``one_namespace``: there is only the first, for a CPU and, where it has a launcher, for Triton.
+    Under vmap an operator runs once a sample.
     """
     name = schema.partition("(")[0]
-    for namespace, library in _libraries(only_cpu):
+    for namespace, library in _libraries(one_namespace):
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         known = cuda_fake if namespace == "fastkd_cuda" and cuda_fake else fake
         torch.library.register_fake(f"{namespace}::{name}", known, lib=library)
@@ -108,8 +112,8 @@ def define(
 
 
 def part_of(public: str, schema: str, fake: Callable[..., Any]) -> None:
-    """Declare an operator without a derivative, which one of the function ``public`` runs on a CPU."""
-    define(schema, fake, only_cpu=True)
+    """Declare an operator without a derivative, which one of the function ``public`` runs."""
+    define(schema, fake, one_namespace=True)
     name = schema.partition("(")[0]
     _PART_OF[f"fastkd::{name}"] = public
     autograd(
@@ -124,12 +128,12 @@ def implement(name: str, kernel: Callable[..., Any]) -> None:
 
 
 def autograd(
-    name: str, backward: Callable[..., Any], setup_context: Callable[..., None], only_cpu: bool = False
+    name: str, backward: Callable[..., Any], setup_context: Callable[..., None], one_namespace: bool = False
 ) -> None:
     """The autograd rule of an operator in traced graphs, in both namespaces; ``ctx.impl`` runs operators
     where the forward ran.
     """
-    for namespace, library in _libraries(only_cpu):
+    for namespace, library in _libraries(one_namespace):
 
         def setup(ctx: Any, inputs: tuple, output: Any, namespace: str = namespace) -> None:
             ctx.impl = IN_GRAPH[namespace]
@@ -138,10 +142,13 @@ def autograd(
         torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=setup, lib=library)
 
 
-def differentiable_once(name: str, only_cpu: bool = False) -> None:
+def differentiable_once(name: str, one_namespace: bool = False) -> None:
     """Make a second derivative through ``name`` an error; PyTorch's own default is a silent zero."""
     autograd(
-        name, lambda ctx, *grads: refuse_second_derivative(name), lambda ctx, inputs, output: None, only_cpu
+        name,
+        lambda ctx, *grads: refuse_second_derivative(name),
+        lambda ctx, inputs, output: None,
+        one_namespace,
     )
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastkd.ops._gradients import where_needed
 from fastkd.reference.common import no_autocast
 
 NEAR = 2.0**-13
@@ -27,7 +28,7 @@ def by_vertices(
     gradient that nobody needs has no elements.
     """
     with no_autocast(s):
-        grads = [torch.zeros_like(x) if need else x.new_empty(0) for x, need in ((s, need_s), (t, need_t))]
+        grads = where_needed(torch.zeros_like, (s, t), (need_s, need_t))
         loss = s.new_zeros(())
         pulls: list[Tensor | None] = [None, None]
         if distance:
@@ -47,6 +48,13 @@ def by_products(
     A gradient is a matrix over the pairs times the samples. Its rows add up to 0, since what moves all
     samples alike changes nothing.
     """
+    with no_autocast(s):
+        return _products(s, t, distance, angle, needs)
+
+
+def _products(
+    s: Tensor, t: Tensor, distance: float, angle: float, needs: tuple[bool, bool]
+) -> tuple[Tensor, Tensor, Tensor] | None:
     lengths = [torch.ops.fastkd.rkd_lengths.default(x.contiguous()) for x in (s, t)]
     sides = [x.double() for x in (s, t)]
     sides = [x - x.mean(0) for x in sides]  # not in float32, whose rounding turns differences of near samples
@@ -72,18 +80,17 @@ def by_products(
                 turns *= inverses[i].square_()
                 sums[i] = weights.sub_(parts).sub_(parts.T).add_(turns).add_(turns.T)
         del found, inverses
-    grads = []
-    for x, side, matrix, pull, need in zip((s, t), sides, sums, pulls, needs, strict=True):
+    grads = where_needed(torch.zeros_like, (s, t), needs)
+    for grad, side, matrix, pull in zip(grads, sides, sums, pulls, strict=True):
         if matrix is None and pull is None:
-            grads.append(torch.zeros_like(x) if need else x.new_empty(0))
             continue
         if matrix is None:
-            matrix = side.new_zeros((len(x), len(x)))
+            matrix = side.new_zeros((len(s), len(s)))
         if pull is not None:  # each pair is met twice, from either sample
             matrix = matrix.sub_(pull, alpha=2)
         matrix.fill_diagonal_(0)
         matrix.diagonal().copy_(-matrix.sum(1))
-        grads.append((matrix @ side).to(x.dtype))
+        grad.copy_(matrix @ side)
     return loss.to(s.dtype), grads[0], grads[1]
 
 

@@ -39,18 +39,18 @@ define(
     "batch_norm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, bool relu, float eps)"
     " -> (Tensor y, Tensor mean, Tensor variance, Tensor invstd)",
     _fake,
-    only_cpu=True,
+    one_namespace=True,
 )
 # dresidual is empty unless there are both a residual and a ReLU
 define(
     "batch_norm_backward(Tensor grad, Tensor x, Tensor? y, Tensor weight, Tensor bias, Tensor mean, Tensor"
     " invstd, bool relu, bool residual) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
     _backward_fake,
-    only_cpu=True,
+    one_namespace=True,
 )
-differentiable_once("batch_norm_backward", only_cpu=True)
+differentiable_once("batch_norm_backward", one_namespace=True)
 
-define("add_relu_(Tensor(a!) x, Tensor? residual) -> Tensor(a!)", lambda x, residual: x, only_cpu=True)
+define("add_relu_(Tensor(a!) x, Tensor? residual) -> Tensor(a!)", lambda x, residual: x, one_namespace=True)
 not_differentiable("add_relu_", "torch.relu(x + residual)")
 
 
@@ -76,7 +76,7 @@ def _gradients(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> tuple[T
     return dx, (dresidual if ctx.relu else grad) if ctx.residual else None, dweight, dbias, None, None
 
 
-autograd("batch_norm", _gradients, _context, only_cpu=True)
+autograd("batch_norm", _gradients, _context, one_namespace=True)
 
 
 @few_frames

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fastkd import backends, checks, reference
 from fastkd._implementations import CPP, TRITON, Backend
-from fastkd._private import transforming
+from fastkd._private import few_frames, transforming
 from fastkd.ops._cuda_limits import no_kernel
-from fastkd.ops._gradients import save, scaled
+from fastkd.ops._gradients import save, scaled, where_needed
 from fastkd.ops._register import accumulator, autograd, define, implement, part_of
 from fastkd.reference.common import no_autocast
 
@@ -163,8 +163,13 @@ def _fake(
     need_s: bool,
     need_t: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads = [torch.empty_like(x) if need else x.new_empty(0) for x, need in ((s, need_s), (t, need_t))]
+    grads = where_needed(_contiguous, (s, t), (need_s, need_t))
     return s.new_empty(()), s.new_empty(2), grads[0], grads[1]
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    """For the gradient of x, which no implementation lays out as x is."""
+    return x.new_empty(x.shape)
 
 
 def _direction(
@@ -203,7 +208,7 @@ def _direction(
     slopes[:, 1:] /= shifted.add_(1)
     slopes[:, 0] = -against.sigmoid()
     slopes *= factor / temperature
-    grad = torch.empty_like(x)
+    grad = _contiguous(x)
     for part in chunks:
         if whole:
             grad[part] = slopes.new_zeros(len(x[part]), size).scatter_add_(1, rows[part], slopes[part]) @ bank
@@ -220,6 +225,7 @@ def _chunks(bank: Tensor, rows: Tensor) -> tuple[list[slice], bool]:
     return [slice(begin, min(begin + step, count)) for begin in range(0, count, step)], whole
 
 
+@few_frames
 class CRDFunction(torch.autograd.Function):
     """``apply(impl, s, t, s_bank, t_bank, rows, given, temperature, eps, weight, needs)`` -> (loss,
     normalizers), past the dispatcher and its host cost.
@@ -252,7 +258,7 @@ _ARGUMENTS = (
     " float eps, float weight, bool need_s, bool need_t) -> (Tensor loss, Tensor normalizers, Tensor s_grad,"
     " Tensor t_grad)"
 )
-define(f"crd_loss{_ARGUMENTS}", _fake, only_cpu=True)
+define(f"crd_loss{_ARGUMENTS}", _fake, one_namespace=True)
 implement("crd_loss", _loss)
-autograd("crd_loss", _gradients, _context, only_cpu=True)
+autograd("crd_loss", _gradients, _context, one_namespace=True)
 part_of("crd_loss", f"crd_pass{_ARGUMENTS}", _fake)

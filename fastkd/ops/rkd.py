@@ -9,12 +9,12 @@ from torch import Tensor
 
 from fastkd import backends, checks, reference
 from fastkd._implementations import CPP, TRITON, Backend
-from fastkd._private import transforming
+from fastkd._private import few_frames, transforming
 from fastkd.ops._cuda_limits import no_kernel
-from fastkd.ops._gradients import handed_out, save, scaled
+from fastkd.ops._gradients import save, scaled, where_needed
 from fastkd.ops._register import autograd, define, implement, part_of
 from fastkd.ops._rkd_forms import by_products, by_vertices
-from fastkd.reference.common import no_autocast, widen
+from fastkd.reference.common import widen
 
 
 def rkd_loss(
@@ -67,8 +67,7 @@ def _loss(
     if impl is TRITON:
         return impl.run("rkd_pass", s, t, distance, angle, need_s, need_t)
     if impl is CPP and s.dtype == torch.float32:
-        with no_autocast(s):
-            found = by_products(s, t, distance, angle, (need_s, need_t))
+        found = by_products(s, t, distance, angle, (need_s, need_t))
         if found is not None:
             return found
     return by_vertices(s, t, distance, angle, need_s, need_t)
@@ -77,8 +76,18 @@ def _loss(
 def _fake(
     s: Tensor, t: Tensor, distance: float, angle: float, need_s: bool, need_t: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = [torch.empty_like(x) if need else x.new_empty(0) for x, need in ((s, need_s), (t, need_t))]
+    grads = where_needed(torch.empty_like, (s, t), (need_s, need_t))
     return s.new_empty(()), grads[0], grads[1]
+
+
+def _pass_elsewhere(
+    s: Tensor, t: Tensor, distance: float, angle: float, need_s: bool, need_t: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What Triton does of float16, bfloat16 and float32, on devices without it."""
+    for name, x in (("s", s), ("t", t)):
+        if x.dtype == torch.float64:
+            raise TypeError(f"{name} must be float16, bfloat16 or float32, got {x.dtype}")
+    return by_vertices(s.float(), t.float(), distance, angle, need_s, need_t)
 
 
 def _fake_pass(
@@ -97,6 +106,7 @@ def _fake_angles(
     return s_products.new_empty(()), *sums
 
 
+@few_frames
 class RKDFunction(torch.autograd.Function):
     """``apply(impl, s, t, distance, angle, needs)`` -> loss, of float16, bfloat16 or float32 (N, D) by one
     launcher, which finds the gradients of the sides that need one too.
@@ -112,14 +122,7 @@ class RKDFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = iter(ctx.saved_tensors)
-        grads = [
-            handed_out("rkd_loss", upstream, next(saved), next(saved), False)
-            if need and upstream is not None
-            else None
-            for need in ctx.needs
-        ]
-        return None, *grads, None, None, None
+        return None, *scaled(ctx, "rkd_loss", upstream), None, None, None
 
 
 def _context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -135,17 +138,17 @@ define(
     "rkd_loss(Tensor s, Tensor t, float distance, float angle, bool need_s, bool need_t)"
     " -> (Tensor loss, Tensor s_grad, Tensor t_grad)",
     _fake,
-    only_cpu=True,
+    one_namespace=True,
 )
 implement("rkd_loss", _loss)
-autograd("rkd_loss", _gradients, _context, only_cpu=True)
+autograd("rkd_loss", _gradients, _context, one_namespace=True)
 part_of(
     "rkd_loss",
     "rkd_pass(Tensor s, Tensor t, float distance, float angle, bool need_s, bool need_t)"
     " -> (Tensor loss, Tensor s_grad, Tensor t_grad)",
     _fake_pass,
 )
-implement("rkd_pass", by_vertices)
+implement("rkd_pass", _pass_elsewhere)
 part_of(
     "rkd_loss",
     "rkd_lengths(Tensor x) -> Tensor",

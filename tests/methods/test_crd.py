@@ -150,6 +150,37 @@ def test_it_is_one_graph():
     torch.testing.assert_close(gradients(compiled, student, teacher), gradients(step, student, teacher))
 
 
+@pytest.mark.parametrize("backend", ["auto", "cpp", "reference"])
+@pytest.mark.parametrize("size", [9, 4000], ids=["whole", "gathered"])
+def test_transposed_embeddings_have_gradients_as_graphs_expect(backend, size):
+    """A graph is made for the strides that fakes tell."""
+    vectors = case(6, 5, size, 4, torch.float32)
+    student, teacher = (x.T.contiguous().T for x in vectors[:2])
+    assert student.stride() == (1, 6)
+    given = torch.zeros(2)
+    with fastkd.use_backend(backend):
+        torch.library.opcheck(
+            torch.ops.fastkd.crd_loss,
+            (student, teacher, *vectors[2:], given, 0.07, 1e-7, 1.0, True, True),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+        made = torch.ops.fastkd.crd_loss(student, teacher, *vectors[2:], given, 0.07, 1e-7, 1.0, True, True)
+    assert all(x.is_contiguous() for x in made[2:])
+
+
+@pytest.mark.slow
+def test_inductor_runs_it_over_transposed_embeddings():
+    vectors = case(64, 5, 90, 128, torch.float32)
+    w = vectors[0].T.contiguous().requires_grad_()
+
+    def step(w):
+        return fastkd.crd_loss(torch.nn.functional.normalize(w.T), *vectors[1:])[0]
+
+    (wanted,) = torch.autograd.grad(step(w), w)
+    (found,) = torch.autograd.grad(torch.compile(step)(w), w)
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize(("size", "k"), [(8192, 2000), (60_000, 700)], ids=["whole", "gathered"])
 def test_memory_is_that_of_scores(size, k):
     """The drawn rows of a bank would take 64 and 22 MB here; all scores are 2 MB in the first, a chunk of

@@ -194,6 +194,44 @@ def test_it_is_one_graph():
     torch.testing.assert_close(gradients(compiled, student, teacher), gradients(step, student, teacher))
 
 
+@pytest.mark.parametrize("weights", [(25.0, 50.0), (25.0, 0.0), (0.0, 50.0), (0.0, 0.0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", ["auto", "cpp", "reference"])
+def test_transposed_sides_have_gradients_laid_out_as_they_are(backend, dtype, weights):
+    """A graph is made for the strides that fakes tell."""
+    sides = [torch.randn(width, 6, dtype=dtype).T for width in (5, 3)]
+    with fastkd.use_backend(backend):
+        torch.library.opcheck(
+            torch.ops.fastkd.rkd_loss,
+            (*sides, *weights, True, True),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+        found = torch.ops.fastkd.rkd_loss(*sides, *weights, True, True)[1:]
+    assert [x.stride() for x in found] == [(1, 6), (1, 6)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_operator_of_triton_answers_in_float32_on_a_cpu_too(dtype):
+    sides = [torch.randn(width, 6).T.to(dtype) for width in (5, 3)]
+    for needs in ((True, True), (False, True)):
+        torch.library.opcheck(
+            torch.ops.fastkd.rkd_pass,
+            (*sides, 25.0, 50.0, *needs),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+    found = torch.ops.fastkd.rkd_pass(*sides, 25.0, 50.0, True, True)
+    assert all(x.dtype == torch.float32 for x in found)
+    wanted = torch.ops.fastkd.rkd_loss(*[x.double() for x in sides], 25.0, 50.0, True, True)
+    torch.testing.assert_close(found, tuple(x.float() for x in wanted), rtol=1e-5, atol=1e-5)
+
+
+def test_the_operator_of_triton_refuses_float64_on_a_cpu_too():
+    x = torch.randn(4, 3)
+    for name, pair in (("s", (x.double(), x)), ("t", (x, x.double()))):
+        with pytest.raises(TypeError, match=f"^{name} must be float16, bfloat16 or float32"):
+            torch.ops.fastkd.rkd_pass(*pair, 25.0, 50.0, True, True)
+
+
 def test_memory_is_that_of_pairs():
     """(B, B, D) would take 64 MB here and (B, B, B) 134 MB; a matrix of pairs is 1 MB, and so are the vectors
     of the batch.

@@ -177,9 +177,8 @@ def attention_transfer_loss(
     upstream, p, eps, weight, *weights = numbers
     tensors = (*student, *teacher)
     key = (key_of(tensors), len(student), p, eps, options)
-    plan = _plans.get(key)
-    if plan is None:
-        plan = _Forward(student, teacher, p, eps, options)
+    known = _plans.get(key)
+    plan = _Forward(student, teacher, p, eps, options) if known is None else known
     first = tensors[0]
     for x in tensors:
         if x.device != first.device:
@@ -191,7 +190,8 @@ def attention_transfer_loss(
         raise ValueError(f"weights must hold one number a stage, got {len(weights)}")
     else:
         factors = tuple([share * w / terms for w, terms in zip(weights, plan.terms)])
-    _plans[key] = plan
+    if known is None:
+        _plans[key] = plan
 
     wanted = [(i, j) for j in (0, 1) if plan.grads[j] for i in range(len(student))]
     coefficients = [first.new_empty(plan.sides[i][j].coefficient, dtype=torch.float32) for i, j in wanted]

@@ -142,13 +142,13 @@ def crd_pass(
     """
     tensors = s, t, s_bank, t_bank, rows, given
     key = (key_of(tensors), need_s, need_t)
-    plan = _plans.get(key)
-    if plan is None:
-        plan = _Plan(*tensors, (need_s, need_t))
+    known = _plans.get(key)
+    plan = _Plan(*tensors, (need_s, need_t)) if known is None else known
     for x in tensors:
         if x.device != s.device:
             raise ValueError(f"tensors of one call lie on {s.device} and {x.device}")
-    _plans[key] = plan
+    if known is None:
+        _plans[key] = plan
     return _launch(plan, tensors, temperature, eps, weight, (need_s, need_t))
 
 

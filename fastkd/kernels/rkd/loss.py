@@ -146,12 +146,12 @@ def rkd_pass(
     """See ``torch.ops.fastkd.rkd_pass``."""
     needs = need_s, need_t
     key = (key_of((s, t)), needs, distance != 0, angle != 0)
-    plan = _plans.get(key)
-    if plan is None:
-        plan = _Plan(s, t, needs, distance != 0, angle != 0)
+    known = _plans.get(key)
+    plan = _Plan(s, t, needs, distance != 0, angle != 0) if known is None else known
     if s.device != t.device:
         raise ValueError(f"tensors of one call lie on {s.device} and {t.device}")
-    _plans[key] = plan
+    if known is None:
+        _plans[key] = plan
 
     loss = s.new_empty((), dtype=torch.float32)
     grads = [
