@@ -21,6 +21,14 @@ def whole(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r}, wanted a whole number") from None
 
 
+def natural(text: str) -> int:
+    """A whole number that is not negative, as the ``type`` of an argument."""
+    value = whole(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r}, wanted a whole number from 0 on")
+    return value
+
+
 def number(text: str) -> float:
     """A number, as the ``type`` of an argument."""
     try:

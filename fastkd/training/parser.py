@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fastkd.io.arguments import OneLineParser, number, whole
+from fastkd.io.arguments import OneLineParser, natural, number, whole
 from fastkd.training.command import program
 from fastkd.training.launch import is_first
 
@@ -66,8 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
         choices=tuple(RECIPES),
         help="hankyul2 (digits on digits); the flags below override its fields",
     )
-    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of all that is random (0)")
-    parser.add_argument("--teacher-seed", type=whole, metavar="N", help="that of the run")
+    parser.add_argument("--seed", type=natural, default=0, metavar="N", help="of all that is random (0)")
+    parser.add_argument("--teacher-seed", type=natural, metavar="N", help="that of the run")
     parser.add_argument(
         "--repeats",
         type=whole,

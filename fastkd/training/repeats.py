@@ -36,6 +36,10 @@ def _repeat(settings: Settings, times: int) -> list[dict[str, Any]]:
     if times < 1:
         raise UserError(f"--repeats is {times}, wanted at least 1")
     each = without_idle(points(settings))
+    if settings.dry_run and settings.resume not in (None, AUTO):
+        raise UserError(
+            f"--resume {settings.resume}: --dry-run plans a run from its beginning; leave one out"
+        )
     if settings.dry_run:
         return [run(one) for one in each]
     if len(each) * times == 1:

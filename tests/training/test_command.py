@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from run_cases import error_of
+from support_data import QUICK
 
 from fastkd.training.settings import VARIABLES
 
@@ -47,6 +49,7 @@ def test_a_run_of_the_installed_command_is_repeated_by_it(
     [
         (["--method", "at+none"], "argument --method: method 'at+none' is not known; known: baseline, kd, "),
         (["--method", "at", "--epochs", "x"], "argument --epochs: 'x', wanted a whole number (see "),
+        (["--method", "at", "--seed", "-1"], "argument --seed: '-1', wanted a whole number from 0 on (see "),
         (["--method", "at", "--seed", "1.5"], "argument --seed: '1.5', wanted a whole number (see "),
         (["--method", "at", "--lr", "fast"], "argument --lr: 'fast', wanted a number (see "),
         (["--method", "at", "--workers", "all"], "argument --workers: 'all', wanted a whole number (see "),
@@ -60,3 +63,10 @@ def test_what_no_flag_takes_is_one_line(flags, told, capsys):
         cli.build_parser().parse_args(flags)
     err = capsys.readouterr().err
     assert ended.value.code == 2 and err.count("\n") == 1 and f": error: {told}" in err
+
+
+def test_a_trial_of_a_run_that_is_to_go_on_is_refused(small_main, tmp_path, capsys):
+    flags = ["--method", "baseline", *QUICK, "--output", str(tmp_path), "--dry-run", "--resume", "folder"]
+    told = error_of(small_main, capsys, flags)
+    assert "--resume folder: --dry-run plans a run from its beginning; leave one out" in told
+    assert not list(tmp_path.iterdir())
