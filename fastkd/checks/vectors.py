@@ -165,7 +165,9 @@ def crd_loss(
 
 
 def crd_rows(rows: Tensor, size: int, name: str = "rows") -> None:
-    """That ``rows`` are rows of a bank of so many. On a GPU, PyTorch's own assertion fails instead."""
+    """That ``rows`` are rows of a bank of so many. On a GPU nobody looks: Triton's kernel answers NaN,
+    PyTorch's own assertion fails.
+    """
     if rows.device.type == "cpu" and rows.numel():
         least, most = (int(x) for x in rows.aminmax())
         if least < 0 or most >= size:

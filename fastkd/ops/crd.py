@@ -56,8 +56,12 @@ def crd_loss(
     ``-1 / N`` times the sum of ``log(P / (P + c + eps))`` over the positives and of ``log(c / (P + c +
     eps))`` over the negatives; the loss is the sum of both. The gradients are found with the scores, and
     memory is never (N, K + 1, D). On a CPU and in float32 a kernel sorts the drawn rows by where they lie in
-    the bank and reads each once for score, loss and gradient: memory is O(N K). On a GPU Triton's kernel does
-    so in the order of ``rows``, from banks of any dtype but float64: memory is O(N D) for some parts of K.
+    the bank and reads a tile of them for scores and again for the gradient, and once more before that for a
+    normalizer it must find: memory is O(N K). On a GPU Triton's kernel reads them in the order of ``rows``,
+    once, and once more for such a normalizer, from two banks of one dtype that is not float64: memory is O(N
+    D P), P the parts into which K is divided. Other banks that are not in the dtype of the computation are
+    copied to it whole in every call: those of half precision without Triton, and one of two that
+    differ.
     Elsewhere scores come from one product with the whole bank where enough of it is drawn, else from a chunk
     of samples at a time. On a GPU nobody looks at ``rows``: one outside the banks makes loss and gradient
     NaN, and in plain PyTorch ends in its assertion.

@@ -36,8 +36,8 @@ def rkd_loss(
         weight: multiplies the result.
 
     Returns: a scalar; float32, float64 if any input is float64. Equal samples have distance and cosine 0,
-    with gradient 0. The sums run over a few vertices at a time, and the gradients are found with them: memory
-    is O(N^2 + N D), never (N, N, D).
+    with gradient 0. The gradients are found with the loss. Memory is O(N^2 + N D), never (N, N, D): Triton's
+    kernels and the C++ library's keep matrices over pairs, plain PyTorch looks at a few vertices at a time.
     Raises: TypeError, ValueError for what is not such a pair. A second derivative raises RuntimeError;
     ``fastkd.reference`` has one.
     Source: Park, Kim, Lu, Cho, *Relational knowledge distillation*, CVPR 2019; RepDistiller's weights.

@@ -46,7 +46,8 @@ def put(matrix, place, mirrored, value):
     tl.store(matrix + mirrored, value)
 
 
-# counts and places are not specialized: a new batch size need not be a new kernel
+# counts are not specialized: a new batch size need not be a new kernel. (Shapes and places are, by whether
+# they divide by 16)
 @triton.jit(do_not_specialize=["count", "blocks"])
 def rkd_pairs_kernel(
     s,
