@@ -33,6 +33,7 @@ SMALL: dict[Callable[..., Problem], dict[str, int]] = {
     rkd: {"batch": 5, "width": 3},
 }
 OURS = "fastkd, "
+Counted = tuple[Callable[[], Tensor], list[Tensor]]  # a loss, and what it is differentiated by
 
 
 class GPUMethodGroup(MethodGroup):
@@ -128,3 +129,15 @@ def _crd(module: Any, s: list[Tensor], t: list[Tensor]) -> Tensor:
 def operations(module: Any) -> dict[str, Callable[[list[Tensor], list[Tensor]], Tensor]]:
     """What gpu_parts.py's smoke asks of a backend with kernels for embeddings, as scalars of features."""
     return {"crd_loss": functools.partial(_crd, module), "rkd_loss": lambda s, t: module.rkd_loss(s[0], t[1])}
+
+
+def counted(device: str, small: bool) -> dict[str, Callable[[], Counted]]:
+    """Losses whose kernels gpu_parts.py counts, by name, each made when it is asked for."""
+
+    def made(make: Callable[..., Problem], sizes: dict[str, int]) -> Counted:
+        problem = make(Draw(torch.float32, device), **sizes)
+        return problem.fastkd, problem.leaves
+
+    wanted: dict[Callable[..., Problem], dict[str, int]]
+    wanted = SMALL if small else {crd: PROBLEMS[0][1], rkd: PROBLEMS[-1][1]}
+    return {make.__name__: functools.partial(made, make, sizes) for make, sizes in wanted.items()}

@@ -33,6 +33,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 # of the largest value of the exact result: rounding to the dtype, and float32 sums of a few thousand terms
 ALLOWED = {"float32": 1e-4, "bfloat16": 2.0**-7, "float16": 2.0**-10}
+Counted = gpu_methods.Counted
 SIZES = ((16, 14), (24, 7), (32, 5))  # channels, height and width of small stages
 
 
@@ -176,11 +177,18 @@ def launches() -> None:
         "attention": fastkd.attention_transfer_loss,
         "fsp": fastkd.fsp_loss,
     }
+    calls: list[tuple[str, str, Callable[[], Counted]]] = [
+        (backend, f"{operation} {shape}", functools.partial(_of_features, loss, operation, shape))
+        for backend in serving()
+        for (operation, loss), shape in itertools.product(losses.items(), (CHAINS[0], LARGE))
+    ]
+    if "triton" in serving():
+        calls += [("triton", name, made) for name, made in gpu_methods.counted(DEVICE, REHEARSAL).items()]
     found: dict[str, Any] = {}
-    for backend, (operation, loss), shape in itertools.product(serving(), losses.items(), (CHAINS[0], LARGE)):
-        name = f"{backend} {operation} {shape}"
+    for backend, about, made in calls:
+        name = f"{backend} {about}"
         try:
-            found[name] = _launches(backend, loss, operation, "small" if REHEARSAL else shape, kind)
+            found[name] = _launches(backend, *made(), kind)
             print(
                 f"{name}: "
                 + ", ".join(f"{way} {sum(events.values())}" for way, events in found[name].items()),
@@ -191,21 +199,26 @@ def launches() -> None:
         save("launches", found)
 
 
-def _launches(
-    backend: str, loss: Callable[..., torch.Tensor], operation: str, shape: str, kind: Any
-) -> dict[str, dict[str, int]]:
-    students, teachers = features(Case(operation, shape))
+def _of_features(loss: Callable[..., torch.Tensor], operation: str, shape: str) -> Counted:
+    students, teachers = features(Case(operation, "small" if REHEARSAL else shape))
     s, t = [x.detach().to(DEVICE).requires_grad_() for x in students], [x.to(DEVICE) for x in teachers]
+    return functools.partial(loss, s, t), s
+
+
+def _launches(
+    backend: str, loss: Callable[[], torch.Tensor], leaves: Features, kind: Any
+) -> dict[str, dict[str, int]]:
     counts: dict[str, dict[str, int]] = {}
     with fastkd.use_backend(backend):
         for _ in range(3):
-            torch.autograd.grad(loss(s, t), s)
+            torch.autograd.grad(loss(), leaves)
         held: dict[str, torch.Tensor] = {}
 
         def forward() -> None:
-            held["loss"] = loss(s, t)
+            held["loss"] = loss()
 
-        for way, call in (("forward", forward), ("backward", lambda: torch.autograd.grad(held["loss"], s))):
+        ways = (("forward", forward), ("backward", lambda: torch.autograd.grad(held["loss"], leaves)))
+        for way, call in ways:
             wait()
             with torch.profiler.profile(activities=[kind], acc_events=True) as profile:
                 call()

@@ -205,6 +205,8 @@ def test_fsp_loads_the_next_blocks_while_it_multiplies(cases):
             ):
                 wanted = None
             assert wanted is None or kernel["copies"] >= wanted, (name, kernel["name"], kernel["copies"])
+            if kernel["capability"] < 100:  # ptxas has kept them
+                assert kernel["machine_copies"] >= kernel["copies"], (name, kernel)
 
 
 @pytest.mark.slow

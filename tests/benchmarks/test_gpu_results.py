@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import pytest
 import report
 import torch
 from speed import gpu as speed_gpu
-from speed import gpu_methods, gpu_step, gpu_summary, methods, session, table
+from speed import gpu_device, gpu_methods, gpu_parts, gpu_step, gpu_summary, methods, session, table
 from speed.gpu import GRAPH, WALL, GPUGroup
 from speed.gpu_methods import GPUMethodGroup
 from speed.measure import Row
 from speed.session import DEVICE, Entry, Session, save
+
+import fastkd
 
 MILLISECONDS = {"published": 4.0, "fastkd, reference": 2.0, "fastkd, triton": 0.5}
 
@@ -139,3 +142,26 @@ def test_a_case_has_one_spelling(monkeypatch: pytest.MonkeyPatch) -> None:
         "batch 256, width 512",
     }
     assert ("dkd", "batch 64, 100 classes") in on_cpu and ("afd", "batch 64") in on_cpu
+
+
+def test_kernels_are_counted_of_each_loss_that_has_some(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """docs/backends.md says how many there are of each; on a CPU what PyTorch dispatches is counted."""
+    for name in ("REHEARSAL", "DEVICE"):
+        monkeypatch.setattr(gpu_parts, name, {"REHEARSAL": True, "DEVICE": "cpu"}[name])
+    monkeypatch.setattr(gpu_device, "REHEARSAL", True)
+    monkeypatch.setenv("FASTKD_GPU_OUT", str(tmp_path))
+    monkeypatch.setattr(gpu_parts, "serving", lambda: ["triton"])
+    # the interpreter is slow, and whoever serves the call is not asked here
+    asked: list[str] = []
+    monkeypatch.setattr(fastkd, "use_backend", lambda name: asked.append(name) or contextlib.nullcontext())
+    gpu_parts.launches()
+    found = json.loads((tmp_path / "launches.json").read_text())
+    chain, large = speed_gpu.CHAINS[0], speed_gpu.LARGE
+    shapes = [f"triton {kind} {shape}" for kind in ("attention", "fsp") for shape in (chain, large)]
+    assert list(found) == [*shapes, "triton crd", "triton rkd"] and asked == ["triton"] * 6
+    for name, ways in found.items():
+        assert list(ways) == ["forward", "backward"] and all(ways.values()), name
+    for kind in ("crd", "rkd"):
+        assert any(kind in event for event in found[f"triton {kind}"]["forward"]), found

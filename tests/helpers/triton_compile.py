@@ -23,6 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton_cases import CASES, FEW
+from triton_expected import COPIES
 from triton_vector_cases import CASES as VECTORS
 
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that a program may use
@@ -64,16 +65,24 @@ class Driver:
         return lambda *args: self.launches.append((src, args))
 
 
-def resources(kernel: Any) -> dict[str, int]:
-    """What cuobjdump says a compiled kernel uses: REG, STACK, SHARED, LOCAL."""
+def cuobjdump(kernel: Any, *flags: str) -> str:
+    """What NVIDIA's tool, of Triton's wheel, says of a compiled kernel."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        text = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+        return subprocess.run([tool, *flags, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def resources(kernel: Any) -> dict[str, int]:
+    """What a compiled kernel uses: REG, STACK, SHARED, LOCAL."""
+    found = re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", cuobjdump(kernel, "-res-usage"))
+    return {name: int(value) for name, value in found}
+
+
+def machine_copies(kernel: Any) -> int:
+    """As `copies`, of the machine code that ptxas has made of the PTX."""
+    return len(re.findall(r"\bLDGSTS\b", cuobjdump(kernel, "-sass")))
 
 
 def copies(ptx: str) -> int:
@@ -197,6 +206,7 @@ def report(capability: int, names: Sequence[str]) -> list[dict[str, Any]]:
                         "products": products(k.asm["ptx"]),
                         "work": work(k),
                         "copies": copies(k.asm["ptx"]) if k.name.startswith("fsp") else 0,
+                        "machine_copies": machine_copies(k) if name in COPIES and capability < 100 else None,
                         "roundings": k.asm["ptx"].count("cvt.rn.tf32.f32"),
                         "shared": k.metadata.shared,
                         "shared_limit": SHARED[capability],
