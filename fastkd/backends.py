@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from fastkd import errors, kernels, native
 from fastkd._gpu_rule import faster
 from fastkd._implementations import BACKENDS, CPP, CUDA, REFERENCE, TRITON, Backend
 from fastkd._private import eagerly_transforming, has_tangent, in_torch_func, transforming
+from fastkd.kernels import limits
 
 NAMES = ("auto", "reference", "cpp", "triton", "cuda")
 
@@ -62,7 +63,8 @@ def use_backend(name: str) -> Iterator[None]:
             holds, else "auto".
 
     Raises: BackendError for an unknown name at once, and at the call for a backend that cannot serve it.
-    Under ``torch.compile`` the choice is made when a graph is traced; another choice traces another one.
+    Under ``torch.compile`` the choice is made when a graph is traced; another choice traces another one. CRD
+    and RKD each stand in a graph as one operator, which chooses when it runs.
     """
     global _traced
     token = _chosen.set(_known(name, "use_backend's name"))
@@ -108,15 +110,6 @@ def _tensors(arguments: tuple[object, ...]) -> Iterator[Tensor]:
                 yield x
 
 
-def _not_in_triton(operation: str, arguments: tuple[object, ...]) -> str:
-    """Why Triton's kernels do not serve a call that lies where they run, or ""."""
-    if operation not in kernels.LAUNCHERS and f"{operation}_backward" not in kernels.LAUNCHERS:
-        return "it has no kernel of this operation"
-    if any(x.dtype == torch.float64 for x in _tensors(arguments)):
-        return "its kernels take float16, bfloat16 and float32, not float64"
-    return ""
-
-
 def is_wrapper(x: object) -> bool:
     """Whether a tensor holds others, as a DTensor does: PyTorch has rules for its own operators alone."""
     return type(x) is not Tensor and hasattr(type(x), "__tensor_flatten__")
@@ -129,24 +122,26 @@ do.
 """
 
 
+OPAQUE = {"crd_pass": "crd_loss", "rkd_pass": "rkd_loss"}
+"""Operations that stand in a graph as one operator, which chooses when it runs, by the function of each."""
+
+
 class Call(NamedTuple):
-    """What :func:`select` was asked, to ask again for another batch size or a compiled graph."""
+    """What :func:`select` was asked, to ask again for another batch size or a compiled graph: of each tensor
+    one number, spread over the shape of a sample.
+    """
 
     operation: str
     arguments: tuple[object, ...]
     cuda_limits: Limits
     options: tuple[object, ...]
+    opaque: bool
 
     def backend(self, batch: int, compiled: bool) -> str:
         """The backend that would serve the call with ``batch`` samples, in a compiled graph or not."""
-        if compiled and current() == "auto":
+        if compiled and not self.opaque and current() == "auto":
             return "reference"
-        return select(
-            self.operation,
-            tuple(_resized(argument, batch) for argument in self.arguments),
-            self.cuda_limits,
-            self.options,
-        ).name
+        return select(self.operation, _resized(self.arguments, batch), self.cuda_limits, self.options).name
 
 
 class KernelCall:
@@ -163,10 +158,16 @@ def record(call: KernelCall) -> None:
         _recorded.append(call)
 
 
-def _resized(argument: object, batch: int) -> object:
+def _resized(argument: Any, batch: int) -> Any:
+    """``argument`` with tensors of ``batch`` samples, which hold no other memory and no graph."""
     if isinstance(argument, (list, tuple)):
-        return [_resized(x, batch) for x in argument]
-    return argument[:1].expand(batch, *argument.shape[1:]) if isinstance(argument, Tensor) else argument
+        return tuple(_resized(x, batch) for x in argument)
+    if not isinstance(argument, Tensor):
+        return argument
+    if is_wrapper(argument):  # which alone decides, and may not be expanded
+        return argument.detach()
+    shape = (batch, *argument.shape[1:]) if argument.dim() else ()
+    return argument.detach().new_empty(()).expand(shape)
 
 
 @contextmanager
@@ -189,7 +190,8 @@ def select(
     Raises: BackendError where a backend was asked for by name and cannot serve the call.
     """
     if _recorded is not None:
-        _recorded.append(Call(operation, arguments, cuda_limits, options))
+        kept = _resized(arguments, 1)
+        _recorded.append(Call(operation, kept, cuda_limits, options, operation in OPAQUE))
     first = arguments[0]
     if isinstance(first, (list, tuple)) and first:
         first = first[0]
@@ -204,11 +206,12 @@ def select(
         device = first.device
         if device.type != "cuda":
             return REFERENCE
-        return _select_on_gpu(operation, arguments, device.index, cuda_limits(arguments, options))
+        return _select_on_gpu(operation, arguments, options, device.index, cuda_limits(arguments, options))
     if _known(name, "FASTKD_BACKEND") != "reference":
-        _must_serve(
-            name, operation, first, arguments, cuda_limits(arguments, options) if name == "cuda" else ""
-        )
+        why_not = cuda_limits(arguments, options) if name == "cuda" else ""
+        if name == "triton":
+            why_not = limits.why_not(operation, arguments, _tensors(arguments), options)
+        _must_serve(name, operation, first, arguments, why_not)
     return BACKENDS[name]
 
 
@@ -227,7 +230,7 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-def _select_on_gpu(operation: str, arguments: tuple[object, ...], index: int, not_in_cuda: str) -> Backend:
+def _select_on_gpu(operation: str, arguments: tuple, options: tuple, index: int, not_in_cuda: str) -> Backend:
     capability = _capability(index)
     no_code = native.why_no_code(native.cuda_architectures(), capability) if native.CUDA.available else ""
     in_cuda = native.CUDA.available and not no_code and not not_in_cuda
@@ -240,7 +243,7 @@ def _select_on_gpu(operation: str, arguments: tuple[object, ...], index: int, no
             f"the device is sm_{capability[0]}{capability[1]}, older than the Triton kernels' sm_80",
         )
         reason += f"; {no_code}" if no_code else ""
-    if available and not _not_in_triton(operation, arguments):
+    if available and not limits.why_not(operation, arguments, _tensors(arguments), options):
         return TRITON
     if in_cuda:
         return CUDA
@@ -249,10 +252,10 @@ def _select_on_gpu(operation: str, arguments: tuple[object, ...], index: int, no
     return REFERENCE
 
 
-def _must_serve(
-    name: str, operation: str, first: object, arguments: tuple[object, ...], not_in_cuda: str
-) -> None:
-    """Raises BackendError where a backend that was asked for by name cannot serve the call."""
+def _must_serve(name: str, operation: str, first: object, arguments: tuple, why: str) -> None:
+    """Raises BackendError where a backend that was asked for by name cannot serve the call. ``why``: what its
+    kernels say of that, or "".
+    """
 
     def refuse(why: str) -> NoReturn:
         raise BackendError(f"backend {name!r} was asked for but {why}")
@@ -277,7 +280,6 @@ def _must_serve(
         wanted = "cpu"
     if device != wanted:
         refuse(f"serves {wanted.upper()} tensors only here, the first is on {device}")
-    why = _not_in_triton(operation, arguments) if name == "triton" else not_in_cuda
     if (
         name == "cuda"
         and not why
@@ -291,5 +293,5 @@ def _must_serve(
     if transforming() and (in_torch_func() or has_tangent(_tensors(arguments))):
         refuse(
             "cannot serve the call: it has no rules for torch.func and forward mode AD; use"
-            f" fastkd.reference.{operation}"
+            f" fastkd.reference.{OPAQUE.get(operation, operation)}"
         )

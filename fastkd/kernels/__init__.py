@@ -19,6 +19,7 @@
 | `fsp/fields.py` | names of places in the tuples that FSP's kernels take |
 | `fsp/view.py` | how FSP sees a feature, and the tiles of its products |
 | `fsp/pool.py` | the gradient of unusual pooling |
+| `limits.py` | what the kernels do not serve; without Triton |
 | `rkd/loss.py` | the RKD loss and its gradients |
 | `rkd/pair_kernels.py`, `triple_kernels.py`, `gradient_kernels.py` | its three launches |
 

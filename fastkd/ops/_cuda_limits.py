@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fastkd.kernels.limits import NO_KERNEL
+
 MAX_STAGES = 16
 """Stages whose pointers and sizes go to a kernel by value."""
 
@@ -17,7 +19,7 @@ def none(arguments: tuple, options: tuple) -> str:
 
 
 def no_kernel(arguments: tuple, options: tuple) -> str:
-    return "it has no kernel of this operation"
+    return NO_KERNEL
 
 
 def attention_map(arguments: tuple, options: tuple) -> str:

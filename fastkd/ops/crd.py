@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastkd import backends, checks, reference
-from fastkd._implementations import CPP, TRITON, Backend
-from fastkd._private import few_frames, transforming
+from fastkd._implementations import CPP, REFERENCE, TRITON, Backend
+from fastkd._private import dispatch_watched, few_frames, transforming
 from fastkd.ops._cuda_limits import no_kernel
 from fastkd.ops._gradients import save, scaled, where_needed
 from fastkd.ops._register import accumulator, autograd, define, implement, part_of
@@ -70,27 +70,29 @@ def crd_loss(
     Source: Tian, Krishnan, Isola, *Contrastive representation distillation*, ICLR 2020.
     """
     checks.crd_loss(student, teacher, student_bank, teacher_bank, rows, temperature, normalizers, eps, weight)
-    if transforming():
-        options: dict[str, Any] = {
-            "temperature": temperature,
-            "normalizers": normalizers,
-            "eps": eps,
-            "weight": weight,
-        }
-        return reference.crd_loss(student, teacher, student_bank, teacher_bank, rows, **options)
-    s, t, given, *banks = _inputs(student, teacher, student_bank, teacher_bank, normalizers)
+    # no implementation but the reference has rules for these; a graph and what watches it get the operator
+    beyond = backends.is_wrapper(student) or transforming()
+    impl = None
+    if beyond or not (torch.compiler.is_compiling() or dispatch_watched()):
+        given = student, teacher, student_bank, teacher_bank, normalizers
+        impl = backends.select("crd_pass", given, no_kernel, rows.shape[1:])
+        if beyond and impl is REFERENCE:
+            options: dict[str, Any] = {
+                "temperature": temperature,
+                "normalizers": normalizers,
+                "eps": eps,
+                "weight": weight,
+            }
+            return reference.crd_loss(student, teacher, student_bank, teacher_bank, rows, **options)
+    s, t, z, *banks = _inputs(student, teacher, student_bank, teacher_bank, normalizers)
     followed = torch.is_grad_enabled()
     needs = followed and s.requires_grad, followed and t.requires_grad
     numbers = float(temperature), float(eps), float(weight)
-    # what a graph holds chooses when it runs
-    if not torch.compiler.is_compiling() and (s.is_cuda or backends.current() == "triton"):
-        impl = backends.select("crd_pass", (s, t, *banks), no_kernel)
-        if impl is TRITON:
-            checks.crd_rows(rows, len(student_bank))
-            found: tuple[Tensor, Tensor] = CRDFunction.apply(impl, s, t, *banks, rows, given, *numbers, needs)
-            return found
-    loss, z, _, _ = torch.ops.fastkd.crd_loss.default(s, t, *banks, rows, given, *numbers, *needs)
-    return loss, z
+    if impl is None:
+        loss, found, _, _ = torch.ops.fastkd.crd_loss.default(s, t, *banks, rows, z, *numbers, *needs)
+        return loss, found
+    both: tuple[Tensor, Tensor] = CRDFunction.apply(impl, s, t, *banks, rows, z, *numbers, needs)
+    return both
 
 
 def _inputs(
@@ -110,7 +112,15 @@ def _inputs(
     return [x.to(dtype) for x in embeddings] + [bank if half else bank.to(dtype) for bank in banks]
 
 
-def _loss(
+def _loss(s: Tensor, t: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator, which chooses when a graph runs."""
+    s_bank, t_bank, rows = rest[:3]
+    impl = backends.select("crd_pass", (s, t, s_bank, t_bank), no_kernel, rows.shape[1:])
+    return _loss_by(impl, s, t, *rest)
+
+
+def _loss_by(
+    impl: Backend,
     s: Tensor,
     t: Tensor,
     s_bank: Tensor,
@@ -124,7 +134,6 @@ def _loss(
     need_t: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, normalizers, the loss's gradient for s, for t); a gradient that nobody needs has no elements."""
-    impl = backends.select("crd_pass", (s, t, s_bank, t_bank), no_kernel)
     numbers = temperature, eps, weight, need_s, need_t
     by_cpp = impl is CPP and s.dtype == torch.float32
     if not by_cpp:  # whose kernel looks at the rows itself
@@ -238,7 +247,7 @@ class CRDFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, impl: Backend, s: Tensor, t: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         *arguments, needs = rest
-        loss, normalizers, *grads = _pass(impl, s, t, *arguments, *needs)
+        loss, normalizers, *grads = _loss_by(impl, s, t, *arguments, *needs)
         save(ctx, grads, (s, t), needs)
         ctx.mark_non_differentiable(normalizers)
         return loss, normalizers

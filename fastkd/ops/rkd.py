@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastkd import backends, checks, reference
-from fastkd._implementations import CPP, TRITON, Backend
-from fastkd._private import few_frames, transforming
+from fastkd._implementations import CPP, REFERENCE, TRITON, Backend
+from fastkd._private import dispatch_watched, few_frames, transforming
 from fastkd.ops._cuda_limits import no_kernel
 from fastkd.ops._gradients import save, scaled, where_needed
 from fastkd.ops._register import autograd, define, implement, part_of
@@ -43,27 +43,38 @@ def rkd_loss(
     Source: Park, Kim, Lu, Cho, *Relational knowledge distillation*, CVPR 2019; RepDistiller's weights.
     """
     checks.rkd_loss(student, teacher, distance_weight, angle_weight, weight)
-    if transforming():
-        weights = {"distance_weight": distance_weight, "angle_weight": angle_weight, "weight": weight}
-        return reference.rkd_loss(student, teacher, **weights)
+    # no implementation but the reference has rules for these; a graph and what watches it get the operator
+    beyond = backends.is_wrapper(student) or transforming()
+    impl = None
+    if beyond or not (torch.compiler.is_compiling() or dispatch_watched()):
+        impl = backends.select("rkd_pass", (student, teacher), no_kernel)
+        if beyond and impl is REFERENCE:
+            weights = {"distance_weight": distance_weight, "angle_weight": angle_weight, "weight": weight}
+            return reference.rkd_loss(student, teacher, **weights)
     factors = [float(weight) * float(factor) for factor in (distance_weight, angle_weight)]
     followed = torch.is_grad_enabled()
     needs = followed and student.requires_grad, followed and teacher.requires_grad
-    # what a graph holds chooses when it runs
-    if not torch.compiler.is_compiling() and (student.is_cuda or backends.current() == "triton"):
-        impl = backends.select("rkd_pass", (student, teacher), no_kernel)
-        if impl is TRITON:
-            return RKDFunction.apply(impl, student.flatten(1), teacher.flatten(1), *factors, needs)
-    s, t = (x.flatten(1) for x in widen(student, teacher))
-    loss: Tensor = torch.ops.fastkd.rkd_loss.default(s, t, *factors, *needs)[0]
+    # Triton's kernels read what others want in one dtype
+    s, t = (x.flatten(1) for x in ((student, teacher) if impl is TRITON else widen(student, teacher)))
+    loss: Tensor
+    if impl is None:
+        loss = torch.ops.fastkd.rkd_loss.default(s, t, *factors, *needs)[0]
+    else:
+        loss = RKDFunction.apply(impl, s, t, *factors, needs)
     return loss
 
 
 def _loss(
     s: Tensor, t: Tensor, distance: float, angle: float, need_s: bool, need_t: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator, which chooses when a graph runs."""
+    return _loss_by(backends.select("rkd_pass", (s, t), no_kernel), s, t, distance, angle, need_s, need_t)
+
+
+def _loss_by(
+    impl: Backend, s: Tensor, t: Tensor, distance: float, angle: float, need_s: bool, need_t: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, its gradient for s, for t); a gradient that nobody needs has no elements."""
-    impl = backends.select("rkd_pass", (s, t), no_kernel)
     if impl is TRITON:
         return impl.run("rkd_pass", s, t, distance, angle, need_s, need_t)
     if impl is CPP and s.dtype == torch.float32:
@@ -108,15 +119,15 @@ def _fake_angles(
 
 @few_frames
 class RKDFunction(torch.autograd.Function):
-    """``apply(impl, s, t, distance, angle, needs)`` -> loss, of float16, bfloat16 or float32 (N, D) by one
-    launcher, which finds the gradients of the sides that need one too.
+    """``apply(impl, s, t, distance, angle, needs)`` -> loss, of (N, D), with the gradients of the sides that
+    need one. Triton reads each side in its own dtype, others take one dtype.
     """
 
     @staticmethod
     def forward(
         ctx: Any, impl: Backend, s: Tensor, t: Tensor, distance: float, angle: float, needs: tuple[bool, bool]
     ) -> Tensor:
-        loss, *grads = impl.run("rkd_pass", s, t, distance, angle, *needs)
+        loss, *grads = _loss_by(impl, s, t, distance, angle, *needs)
         save(ctx, grads, (s, t), needs)
         return loss
 

@@ -15,6 +15,7 @@ from support import missing
 
 import fastkd
 from fastkd import backends, kernels, native, reference
+from fastkd.kernels import limits
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -186,6 +187,7 @@ def test_the_launcher_refuses_what_it_would_misread(triton):
         (0, s.bfloat16(), "s, t and given must be float32"),
         (0, s[0], "s must be a contiguous matrix"),
         (1, t.T.contiguous().T, "t must be a contiguous matrix"),
+        (4, rows[:, :1].expand(-1, 2**30 + 1), "rows must be contiguous"),
         (1, t[:2], r"wanted \(B, D\) twice and \(M, D\) twice"),
         (2, s_bank[:8], r"wanted \(B, D\) twice and \(M, D\) twice"),
         (3, t_bank.half(), "both banks of one dtype"),
@@ -217,7 +219,9 @@ def test_who_serves_what(triton, launched):
         fastkd.crd_loss(*tensors)
     with pytest.raises(fastkd.BackendError, match="float64"):
         fastkd.crd_loss(*given(case(), triton, torch.float64))
-    with fastkd.use_backend("cuda"), pytest.raises(fastkd.BackendError):
+    # where there is a GPU but no library, or the emulated one for CPU tensors, that is what is said
+    why = f"'cuda' .*({limits.NO_KERNEL}|is not available|serves CPU tensors)"
+    with fastkd.use_backend("cuda"), pytest.raises(fastkd.BackendError, match=why):
         fastkd.crd_loss(*tensors)
     assert launched == KERNELS
 
@@ -233,7 +237,7 @@ def test_auto_takes_triton_on_a_gpu_that_it_serves(monkeypatch, capability):
 
     def chosen(dtype):
         x = torch.ones(2, 3, dtype=dtype)
-        return backends._select_on_gpu("crd_pass", (x, x, x, x), 0, "it has no kernel of this operation").name
+        return backends._select_on_gpu("crd_pass", (x, x, x, x), (), 0, limits.NO_KERNEL).name
 
     new = capability >= (8, 0)
     assert chosen(torch.float32) == chosen(torch.bfloat16) == ("triton" if new else "reference")

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import fastkd
 from fastkd import reference
@@ -52,6 +52,16 @@ def check_sharded_network(name: str, rank: int, mesh: object) -> None:
 def check_distributed_tensors(mesh: object) -> None:
     """The losses of features that are divided over the processes along the batch."""
     shapes = [(BATCH, 3, 4, 4), (BATCH, 4, 4, 4)]
+    banks = torch.randn(2, 20, 48).unbind()
+    rows = torch.randint(20, (BATCH, 6))
+
+    def beside(x):
+        """Banks, which every process has, and the rows of its own samples."""
+        if not isinstance(x, DTensor):
+            return *banks, rows
+        whole = (distribute_tensor(bank, mesh, [Replicate()]) for bank in banks)
+        return *whole, distribute_tensor(rows, mesh, [Shard(0)])
+
     calls = {
         "attention_map": lambda m, s, t: m.attention_map(s[0]).square().sum(),
         "attention_transfer_loss": lambda m, s, t: m.attention_transfer_loss(s, t, weight=10.0),
@@ -59,6 +69,10 @@ def check_distributed_tensors(mesh: object) -> None:
         "fsp_loss": lambda m, s, t: m.fsp_loss(s, t),
         "kd_loss": lambda m, s, t: m.kd_loss(s[0].flatten(1), t[0].flatten(1)),
         "relu_tap": lambda m, s, t: m.relu_tap(s[0])[1].square().sum(),
+        "crd_loss": lambda m, s, t: m.crd_loss(
+            s[0].flatten(1), t[0].flatten(1), *beside(s[0]), temperature=9.0
+        )[0],
+        "rkd_loss": lambda m, s, t: m.rkd_loss(s[0], t[0]),
     }
     for name, call in calls.items():
         student, teacher = ([torch.randn(shape) for shape in shapes] for _ in range(2))

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from fastkd.kernels import NegativeView
+from fastkd.kernels.limits import LARGEST
 
 THREADS = 128
 TILE = 4096
@@ -42,8 +43,6 @@ PROGRAMS = 4 * 132
 LEAST, MOST = 32 * 1024, 512 * 1024  # bytes of a program
 CHUNKS = 16
 SERVED = (torch.float16, torch.bfloat16, torch.float32)
-# kernels count in int32, and beyond the end of what they count
-LARGEST = 2**30
 MOST_PROGRAMS = 2**31 - 1  # of a launch, on any GPU
 # fp_fusion: set, since its default is about to change; sums of products may be contracted
 OPTIONS = {"num_warps": THREADS // 32, "num_stages": 1, "enable_fp_fusion": True}

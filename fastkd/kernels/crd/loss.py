@@ -31,10 +31,10 @@ from torch import Tensor
 
 from fastkd.kernels.common.launch import Launch, Plans, key_of, power_of_two, program_bytes, served
 from fastkd.kernels.crd.loss_kernels import crd_loss_kernel, crd_odds_kernel, crd_sum_kernel
+from fastkd.kernels.limits import LARGEST, WIDEST
 
 TILE = 2048
 MOST_ROWS = 512  # of a tile of narrow embeddings
-MOST_NUMBERS = 1 << 20  # of a tile, in Triton
 ADDED = 256  # numbers of a gradient that a program of the last launch adds up
 BLOCK = 1024  # numbers of the loss or of a normalizer that are added at once
 
@@ -85,8 +85,8 @@ class _Plan:
                 f"s, t, s_bank and t_bank are {[tuple(x.shape) for x in (s, t, s_bank, t_bank)]}: wanted"
                 " (B, D) twice and (M, D) twice"
             )
-        if power_of_two(self.width) > MOST_NUMBERS:
-            raise ValueError(f"s has embeddings of {self.width} numbers, wanted at most {MOST_NUMBERS}")
+        if self.width > WIDEST:
+            raise ValueError(f"s has embeddings of {self.width} numbers, wanted at most {WIDEST}")
         if (
             rows.dtype != torch.int64
             or rows.dim() != 2
@@ -97,6 +97,8 @@ class _Plan:
             raise ValueError(
                 f"rows must be contiguous int64 ({self.count}, K + 1), got {rows.dtype} {tuple(rows.shape)}"
             )
+        if rows.shape[1] > LARGEST:
+            raise ValueError(f"rows has {rows.shape[1]} rows an image, wanted at most {LARGEST}")
         if given.shape != (2,) or not given.is_contiguous():
             raise ValueError(f"given must be two numbers beside each other, got {tuple(given.shape)}")
         self.drawn, self.size = rows.shape[1] - 1, len(s_bank)

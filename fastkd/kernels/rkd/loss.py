@@ -37,7 +37,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.kernels.common.launch import LARGEST, Launch, Plans, key_of, power_of_two, served
+from fastkd.kernels.common.launch import Launch, Plans, key_of, power_of_two, served
+from fastkd.kernels.limits import LARGEST, MOST_SAMPLES
 from fastkd.kernels.rkd.gradient_kernels import rkd_gradient_kernel
 from fastkd.kernels.rkd.pair_kernels import rkd_pairs_kernel
 from fastkd.kernels.rkd.triple_kernels import rkd_triples_kernel
@@ -48,7 +49,6 @@ PAIRS, LARGE_PAIRS = (8, 16), (16, 8)  # samples of a side of a tile of pairs, a
 LARGE = 512  # samples from which on those are large
 RUN, COLUMNS = 4, 32  # samples of a step of a gradient, numbers of a program
 ADDED = 256  # partial sums that are added at once
-MOST = 46336  # samples: places in a matrix are 32 bits
 
 
 class _Plan:
@@ -64,8 +64,8 @@ class _Plan:
             if x.shape[1] > LARGEST:
                 raise ValueError(f"{name} has {x.shape[1]} numbers a sample, wanted at most {LARGEST}")
         self.count = len(s)
-        if self.count > MOST:
-            raise ValueError(f"s has {self.count} samples, wanted at most {MOST}")
+        if self.count > MOST_SAMPLES:
+            raise ValueError(f"s has {self.count} samples, wanted at most {MOST_SAMPLES}")
         self.pitch = math.ceil(self.count / LANES) * LANES
         blocks, (side, depth) = self.pitch // BLOCK, LARGE_PAIRS if self.count >= LARGE else PAIRS
         tiles, pair_tiles = _tiles(blocks), _tiles(self.pitch // side)
