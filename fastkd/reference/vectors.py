@@ -168,16 +168,19 @@ def rkd_loss(
         if distance_weight:
             means = [x.sum() / (~mask).sum().clamp_min(1) for x, mask in zip(lengths, zero, strict=True)]
             scaled = [x / torch.where(mean > 0, mean, 1) for x, mean in zip(lengths, means, strict=True)]
-            loss = loss + weight * distance_weight * F.smooth_l1_loss(scaled[0], scaled[1])
+            loss = loss + weight * distance_weight * _smooth_l1(scaled[0], scaled[1])
         if angle_weight:
             units = [
                 (x / y.masked_fill(mask, 1)[..., None]).masked_fill(mask[..., None], 0)
                 for x, y, mask in zip(away, lengths, zero, strict=True)
             ]
-            loss = loss + weight * angle_weight * F.smooth_l1_loss(
-                units[0] @ units[0].mT, units[1] @ units[1].mT
-            )
+            loss = loss + weight * angle_weight * _smooth_l1(units[0] @ units[0].mT, units[1] @ units[1].mT)
         return loss
+
+
+def _smooth_l1(a: Tensor, b: Tensor) -> Tensor:
+    """The mean apart: in one, PyTorch 2.14 multiplies a DTensor's gradient by the number of processes."""
+    return F.smooth_l1_loss(a, b, reduction="none").mean()
 
 
 def crd_normalizers(given: Tensor | Sequence[float] | None, like: Tensor) -> Tensor:
