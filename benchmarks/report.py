@@ -135,8 +135,9 @@ def full(result: dict[str, Any]) -> str:
     heads, rows = table.methods(result)
     if rows:
         lines += [
-            "Losses of the other methods, forward and backward, in float32, beside their published form.",
-            "÷: how many times faster. MB: the most that PyTorch's allocator held beyond the inputs.",
+            "Losses of the other methods, forward and backward, and whole steps, in float32, beside the",
+            "published form. ÷: how many times faster. MB: the most that PyTorch's allocator held beyond",
+            "the inputs.",
             "",
             *markdown(heads, rows, 2),
             "",

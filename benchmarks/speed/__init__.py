@@ -7,6 +7,7 @@
 | `rows.py`       | the rows of a case: floor, eager, compiled, backends; their inputs and checks |
 | `step.py`       | the whole training step, a group like the others                              |
 | `methods.py`    | the losses of the other methods, beside their `published.py` forms            |
+| `method_steps.py`| whole training steps of those methods, published and ours                    |
 | `loops.py`      | whole training loops: `fastkd.training` beside a toolkit's                    |
 | `toolkit.py`    | that loop, as toolkits write it                                               |
 | `gpu.py`        | the losses on a GPU, by three clocks: groups added where there is one         |

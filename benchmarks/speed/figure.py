@@ -1,11 +1,11 @@
 """docs/speed.md's table and figure: each loss against the form in which it is published, on one thread in
-processor time.
+processor time; in the table, the whole step with it too.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,17 @@ NAMES = {"attention": "at"}
 
 @dataclass(frozen=True)
 class Line:
-    """A loss: milliseconds and extra bytes of the published form and of ours; the goal of their ratio."""
+    """A loss: milliseconds and extra bytes of the published form and of ours; the goal of their ratio.
+
+    ``step``: the whole step with it, a line of its own.
+    """
 
     loss: str
     case: str
     milliseconds: tuple[float, float]
     memory: tuple[int, int] | None
     goal: float | None
+    step: Line | None = None
 
     @property
     def ratio(self) -> float:
@@ -54,7 +58,7 @@ def _goal(record: Record) -> float | None:
 
 def lines(result: dict[str, Any]) -> list[Line]:
     """A line a method and case that was measured on one thread, the largest ratio first."""
-    out = []
+    out, steps = [], dict[tuple[str, str], Line]()
     for record in result["groups"]:
         if record["clock"] != "process":
             continue
@@ -69,12 +73,20 @@ def lines(result: dict[str, Any]) -> list[Line]:
         times, memory = ([row.get(field) for row in rows] for field in ("milliseconds", "extra_memory"))
         if all(times):
             sizes = (memory[0], memory[1]) if None not in memory else None
-            out.append(Line(*about, (times[0], times[1]), sizes, _goal(record)))
+            line = Line(*about, (times[0], times[1]), sizes, _goal(record))
+            if "of" in record:
+                steps[(record["of"][0], record["of"][1])] = line
+            else:
+                out.append(line)
+    out = [replace(line, step=steps.get((line.loss, line.case))) for line in out]
     return sorted(out, key=lambda line: -line.ratio)
 
 
 def cells(found: list[Line], judged: bool = True) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of the table; no time, and nothing called short, of a machine that was not quiet."""
+    """Headings and rows of the table; no time, and nothing called short, of a machine that was not quiet.
+
+    Steps have columns where one was measured.
+    """
     heads = ["loss", "case", "published, ms", "fastkd, ms", "÷", "goal", "published, MB", "fastkd, MB"]
     rows = []
     for line in found:
@@ -84,7 +96,18 @@ def cells(found: list[Line], judged: bool = True) -> tuple[list[str], list[list[
         rows.append([line.loss, line.case, *map(table.figure, line.milliseconds), ratio, goal, *sizes])
     if not judged:
         heads, rows = heads[:2] + heads[4:], [row[:2] + row[4:] for row in rows]
+    if any(line.step for line in found):
+        heads += ["step ÷", "step's goal"]
+        for line, row in zip(found, rows):
+            row += _step_cells(line.step, judged)
     return heads, rows
+
+
+def _step_cells(step: Line | None, judged: bool) -> list[str]:
+    if step is None:
+        return ["", ""]
+    ratio = table.figure(step.ratio, 2) + (" (short)" if judged and step.short else "")
+    return [ratio, "" if step.goal is None else f"{step.goal:g}"]
 
 
 def draw(found: list[Line], target: Path) -> None:

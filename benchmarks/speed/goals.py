@@ -283,6 +283,8 @@ def _method_goals() -> Iterator[Goal]:
         yield Goal(
             f"{method}: published ÷ fastkd", bound, True, times, {"method": (method,)}, clock="process"
         )
+    where = {"method": ("crd step",)}
+    yield Goal("crd step: published ÷ fastkd", 2.8, True, times, where, clock="process")
     for case, bound in (("batch 64, width 64", 3), ("batch 256, width 512", 8)):
         where = {"method": ("rkd",), "case": (case,)}
         yield Goal(f"rkd, {case}: published ÷ fastkd", bound, True, times, where, clock="process")

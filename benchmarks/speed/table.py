@@ -135,7 +135,7 @@ def loops(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def methods(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of the table of the other methods' losses, beside their published form.
+    """Headings and rows of the table of the other methods' losses and steps, beside their published form.
 
     On a GPU there are several rows of ours, one a backend: "fastkd, triton" has its ratio under "÷ fastkd,
     triton". Columns of which no row has anything are left out.

@@ -155,6 +155,44 @@ def test_docs_have_a_line_and_a_bar_for_each_loss(result: dict[str, Any], tmp_pa
     assert "| crd | N 9 | 15.0 | 20 | 4.0 | 0.5 |" in page.read_text() and "NOT QUIET" in page.read_text()
 
 
+def test_docs_have_the_ratio_of_a_whole_step(result: dict[str, Any], tmp_path: Path) -> None:
+    loss = {
+        "method": "crd",
+        "case": "N 9",
+        "threads": 1,
+        "clock": "process",
+        "rows": {"published": {"milliseconds": 300}, "fastkd": {"milliseconds": 10}},
+    }
+    other, step = (
+        {**loss, "method": "rkd"},
+        {**loss, "method": "crd step", "case": "resnet", "of": ["crd", "N 9"]},
+    )
+    step["rows"] = {"published": {"milliseconds": 900}, "fastkd": {"milliseconds": 300}}
+    result["groups"] += [loss, other, step, {**step, "clock": "wall", "threads": 2}]
+    page, file = tmp_path / "page.md", tmp_path / "speed.json"
+    page.write_text("<!-- speed:begin --><!-- speed:end -->")
+
+    def rows() -> list[str]:
+        file.write_text(json.dumps(result))
+        report.main([str(file), "--docs", str(page), "--no-plot"])
+        return [
+            line for line in page.read_text().splitlines() if line.startswith(("| loss", "| crd", "| rkd"))
+        ]
+
+    heads, *lines = rows()
+    assert heads.endswith("fastkd, MB | step ÷ | step's goal |")
+    assert lines[0] == "| crd | N 9 | 300 | 10.0 | 30.0 | 20 |  |  | 3.00 | 2.8 |"
+    assert lines[1] == "| rkd | N 9 | 300 | 10.0 | 30.0 |  |  |  |  |  |" and len(lines) == 2
+    found = {v.goal.title: v.values for v in verdicts.verdicts(result)}
+    assert found["crd step: published ÷ fastkd"] == {"resnet": 3}
+    assert found["crd: published ÷ fastkd"] == {"N 9": 30}
+    step["rows"]["fastkd"]["milliseconds"] = 450
+    assert rows()[1].endswith("| 2.00 (short) | 2.8 |")
+    for measured in result["groups"]:
+        measured |= {"waiting": 2.0, "spread": 1.0}
+    assert rows()[1] == "| crd | N 9 | 30.0 | 20 |  |  | 2.00 | 2.8 |"
+
+
 def test_a_thread_that_waits_for_a_processor_is_noticed() -> None:
     """Clocks of our own: the processor's goes on by a millisecond a look, the wall's by so many."""
 
