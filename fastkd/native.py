@@ -13,7 +13,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,8 +158,6 @@ def _functions() -> ctypes.CDLL:
     functions.fastkd_cpu_path.restype = ctypes.c_char_p
     functions.fastkd_find_cpu_path.argtypes = [ctypes.c_char_p]
     functions.fastkd_set_cpu_path.argtypes = [ctypes.c_char_p]
-    functions.fastkd_set_amx.argtypes = [ctypes.c_int]
-    functions.fastkd_set_memory_plan.argtypes = [ctypes.c_int]
     return functions
 
 
@@ -177,9 +175,8 @@ def set_cpu_path(name: str) -> None:
     Raises: ValueError for an unknown name, or one that this processor or this build does not have;
     RuntimeError if the library is not available.
     """
+    _check("CPU code path", name, CPU_PATHS)
     status = _functions().fastkd_set_cpu_path(name.encode())
-    if status == 1:
-        raise ValueError(f"CPU code path is {name!r}, wanted one of {', '.join(map(repr, CPU_PATHS))}")
     if status:
         these = ", ".join(map(repr, cpu_paths()))
         raise ValueError(f"CPU code path {name!r} cannot run here: {_LACKS[status]}; these can: {these}")
@@ -231,9 +228,29 @@ def set_memory_plan(plan: str | None) -> None:
 
     Raises: ValueError for another plan, RuntimeError if the library is not available.
     """
-    if plan is not None and plan not in MEMORY_PLANS:
-        raise ValueError(f"memory plan is {plan!r}, wanted one of {', '.join(map(repr, MEMORY_PLANS))}")
+    if plan is not None:
+        _check("memory plan", plan, MEMORY_PLANS)
     _functions().fastkd_set_memory_plan(0 if plan is None else 1 + MEMORY_PLANS.index(plan))
+
+
+AHEAD_PLANS = ("fitting", "never", "always")
+"""When FSP asks for the next sample's maps: where both fit into the second-level cache, never, always."""
+
+
+def ahead_plan() -> str:
+    """One of ``AHEAD_PLANS``, at first "fitting". RuntimeError if the library is not available."""
+    return AHEAD_PLANS[_functions().fastkd_ahead_plan()]
+
+
+def set_ahead_plan(plan: str) -> None:
+    """Choose one of ``AHEAD_PLANS`` for the whole process. Raises as ``set_memory_plan`` does."""
+    _check("ahead plan", plan, AHEAD_PLANS)
+    _functions().fastkd_set_ahead_plan(AHEAD_PLANS.index(plan))
+
+
+def _check(what: str, given: str, wanted: Sequence[str]) -> None:
+    if given not in wanted:
+        raise ValueError(f"{what} is {given!r}, wanted one of {', '.join(map(repr, wanted))}")
 
 
 def report() -> dict[str, dict[str, Any]]:
@@ -251,44 +268,33 @@ def report() -> dict[str, dict[str, Any]]:
             "code_paths": cpu_paths(),
             "amx": amx(),
             "memory": memory_plan(),
+            "ahead": ahead_plan(),
+            "second_level_cache": f"{_functions().fastkd_second_level_cache() >> 10} KiB",
         }
         if _missing_cpu_paths():
             parts["cpu"]["other_code_paths"] = _missing_cpu_paths()
     return parts
 
 
-def _force_cpu_path(name: str) -> None:
-    """FASTKD_CPU. A name that cannot be obeyed stops the import: no other path may answer in its place."""
-    if name not in CPU_PATHS:
-        raise ValueError(f"FASTKD_CPU is {name!r}, wanted one of {', '.join(map(repr, CPU_PATHS))}")
-    if CPU.available:
-        set_cpu_path(name)
+def _force(variable: str, wanted: Sequence[str], choose: Callable[[str], None]) -> None:
+    """A name that cannot be obeyed stops the import: nothing else may answer in its place."""
+    value = os.environ.get(variable)
+    if value:
+        _check(variable, value, wanted)
+        if CPU.available:
+            choose(value)
 
 
 def _force_amx(value: str) -> None:
-    """FASTKD_AMX, likewise."""
-    if value not in ("0", "1"):
-        raise ValueError(f"FASTKD_AMX is {value!r}, wanted '0' or '1'")
-    if CPU.available:
-        set_amx(value == "1")
-        if value == "1" and not amx():
-            raise ValueError(f"FASTKD_AMX is '1', but AMX cannot be had here on the code path {cpu_path()!r}")
-
-
-def _force_memory_plan(plan: str) -> None:
-    """FASTKD_MEMORY, likewise."""
-    if plan not in MEMORY_PLANS:
-        raise ValueError(f"FASTKD_MEMORY is {plan!r}, wanted one of {', '.join(map(repr, MEMORY_PLANS))}")
-    if CPU.available:
-        set_memory_plan(plan)
+    set_amx(value == "1")
+    if value == "1" and not amx():
+        raise ValueError(f"FASTKD_AMX is '1', but AMX cannot be had here on the code path {cpu_path()!r}")
 
 
 CPU = _load("_C")
 CUDA = _load_cuda()
 EMULATED: Library | None = None  # by emulate()
-if os.environ.get("FASTKD_CPU"):
-    _force_cpu_path(os.environ["FASTKD_CPU"])
-if os.environ.get("FASTKD_AMX"):
-    _force_amx(os.environ["FASTKD_AMX"])
-if os.environ.get("FASTKD_MEMORY"):
-    _force_memory_plan(os.environ["FASTKD_MEMORY"])
+_force("FASTKD_CPU", CPU_PATHS, set_cpu_path)
+_force("FASTKD_AMX", ("0", "1"), _force_amx)
+_force("FASTKD_MEMORY", MEMORY_PLANS, set_memory_plan)
+_force("FASTKD_AHEAD", AHEAD_PLANS, set_ahead_plan)

@@ -61,15 +61,23 @@ void give(StableIValue* stack, std::tuple<R...>&& results) {
   std::apply([stack](R&... result) mutable { (give(stack++, std::move(result)), ...); }, results);
 }
 
+template <class R>
+constexpr uint64_t kResults = 1;
+template <class... R>
+constexpr uint64_t kResults<std::tuple<R...>> = sizeof...(R);
+
 // `call` is `function` as PyTorch calls an operator: its arguments on a stack, which then holds its results.
 template <auto function>
 struct Boxed;
 
 template <class R, class... P, R (*function)(P...)>
 struct Boxed<function> {
-  static void call(StableIValue* stack, uint64_t arguments, uint64_t) {
+  static void call(StableIValue* stack, uint64_t arguments, uint64_t results) {
     STD_TORCH_CHECK(arguments == sizeof...(P), "the schema has ", arguments, " arguments, the function ",
                     sizeof...(P));
+    // more than the function gives would be read from whatever the stack holds
+    STD_TORCH_CHECK(results == kResults<R>, "the schema has ", results, " results, the function ",
+                    kResults<R>);
     give(stack, run(stack, std::index_sequence_for<P...>()));
   }
 

@@ -1,5 +1,9 @@
 #include "cpu/memory.h"
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <chrono>
 #include <ctime>
@@ -94,9 +98,33 @@ int32_t plan_of_this_process() {
   return plan;
 }
 
+// Bytes of the second-level cache; a usual size where the system does not tell.
+int64_t second_level_cache() {
+  static const int64_t bytes = [] {
+    long found = 0;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    return found > 0 ? int64_t{found} : int64_t{1} << 20;
+  }();
+  return bytes;
+}
+
+enum AheadPlan : int32_t { kFitting, kNever, kAlways };
+std::atomic<int32_t>& ahead_plan() {
+  static std::atomic<int32_t> plan{kFitting};
+  return plan;
+}
+
 }  // namespace
 
 bool streams_past_caches(int64_t bytes) { return bytes >= kStreamingBytes && plan_of_this_process() == 2; }
+
+bool asks_ahead(int64_t bytes) {
+  const int32_t plan = ahead_plan().load(std::memory_order_relaxed);
+  // Two samples may exceed the cache by a quarter: a teacher's maps are not read again after the loss.
+  return plan == kFitting ? 8 * bytes <= 5 * second_level_cache() : plan == kAlways;
+}
 
 }  // namespace fastkd
 
@@ -108,4 +136,16 @@ extern "C" __attribute__((visibility("default"))) int fastkd_memory_plan() {
 // Chooses the way for all threads; 0 lets a measurement choose.
 extern "C" __attribute__((visibility("default"))) void fastkd_set_memory_plan(int plan) {
   fastkd::chosen().store(plan, std::memory_order_release);
+}
+
+// When maps are asked for ahead: 0 where two samples fit into the second-level cache, 1 never, 2 always.
+extern "C" __attribute__((visibility("default"))) int fastkd_ahead_plan() {
+  return fastkd::ahead_plan().load(std::memory_order_relaxed);
+}
+extern "C" __attribute__((visibility("default"))) void fastkd_set_ahead_plan(int plan) {
+  fastkd::ahead_plan().store(plan, std::memory_order_relaxed);
+}
+
+extern "C" __attribute__((visibility("default"))) int fastkd_second_level_cache() {
+  return static_cast<int>(fastkd::second_level_cache());
 }

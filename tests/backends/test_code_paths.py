@@ -150,6 +150,45 @@ def test_environment_forces_a_way_through_memory(memory_plan):
     assert native.memory_plan() in native.MEMORY_PLANS
 
 
+@pytest.fixture
+def ahead_plan(cpp):
+    """``native.set_ahead_plan``; the plan before comes back."""
+    before = native.ahead_plan()
+    yield native.set_ahead_plan
+    native.set_ahead_plan(before)
+
+
+def test_environment_forces_when_maps_are_asked_for(ahead_plan):
+    code = "import fastkd; from fastkd import native; print(native.ahead_plan())"
+    for plan in native.AHEAD_PLANS:
+        assert python(code, FASTKD_AHEAD=plan).stdout.strip() == plan
+    assert python(code, FASTKD_AHEAD=None).stdout.strip() == "fitting"
+    wrong = python("import fastkd", FASTKD_AHEAD="no")
+    assert wrong.returncode != 0 and "FASTKD_AHEAD is 'no', wanted one of" in wrong.stderr
+    with pytest.raises(ValueError, match="ahead plan is 'fast', wanted one of"):
+        ahead_plan("fast")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_maps_asked_for_ahead_change_no_bit(path, ahead_plan, layout, dtype, set_threads):
+    set_threads(1)  # so that a thread has a sample to ask for
+    # averaged and not; products along positions, over channels of positions and (the last pair) over channels
+    shapes = (3, 17, 12, 12), (3, 33, 6, 6), (3, 20, 6, 6), (3, 96, 2, 2), (3, 96, 2, 2)
+    students, teachers = ([make(shape, dtype, layout) for shape in shapes] for _ in range(2))
+    for features in (students, teachers):
+        features[2] = make((3, 160, 6, 6), dtype, layout)[:, ::8]  # with gaps, which nobody asks for
+    students = [x.detach().requires_grad_() for x in students]
+    found = {}
+    for plan in native.AHEAD_PLANS:
+        ahead_plan(plan)
+        assert native.ahead_plan() == plan == native.report()["cpu"]["ahead"]
+        loss = fastkd.fsp_loss(students, teachers)
+        found[plan] = [loss, *torch.autograd.grad(loss, students)]
+    first = next(iter(found.values()))
+    assert all(torch.equal(a, b) for other in found.values() for a, b in zip(first, other))
+
+
 HALF = (33, 14), (64, 14), (17, 7)
 
 

@@ -201,7 +201,8 @@ static size_t forward_scratch(const FspForward& call) {
   return most;
 }
 
-// The maps of sample n in the order in which they are read.
+// The maps of sample n in the order in which they are read. Those with gaps between their numbers are left
+// out: what lies there would take the place of what is wanted.
 static Ahead maps_ahead(const FspForward& call, int64_t n) {
   Ahead ahead = {};
   int64_t bytes = 0;
@@ -211,7 +212,7 @@ static Ahead maps_ahead(const FspForward& call, int64_t n) {
       const Feature& x = (i < call.count ? pair.a : pair.b)[t].x;
       const Block block = sample_block(x, n, 0);
       const int64_t size = 1 + (x.channels - 1) * x.stride_c + (x.positions - 1) * x.stride_s;
-      if (x.layout == Layout::kGeneric) continue;
+      if (x.layout == Layout::kGeneric || size > x.channels * x.positions) continue;
       const int64_t all = size * (x.dtype == DType::kDouble ? 8 : x.dtype == DType::kFloat ? 4 : 2);
       ahead.add(block.data, all);
       bytes += all;

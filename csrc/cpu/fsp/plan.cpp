@@ -1,9 +1,5 @@
 #include "cpu/fsp/plan.h"
 
-#if defined(__unix__) || defined(__APPLE__)
-#include <unistd.h>
-#endif
-
 #include <algorithm>
 
 #include "cpu/memory.h"
@@ -54,21 +50,7 @@ bool takes_low_rank(const FspPair& pair) {
   return 5 * (ca + cb) * pair.positions[0] <= 3 * ca * cb;
 }
 
-// Bytes of the second-level cache; a usual size where the system does not tell.
-int64_t second_level_cache() {
-  static const int64_t bytes = [] {
-    long found = 0;
-#ifdef _SC_LEVEL2_CACHE_SIZE
-    found = sysconf(_SC_LEVEL2_CACHE_SIZE);
-#endif
-    return found > 0 ? int64_t{found} : int64_t{1} << 20;
-  }();
-  return bytes;
-}
-
-// During how many multiply-adds the next sample's maps are asked for: all of a sample's, or 0 where two
-// samples do not fit into the second-level cache. They may exceed it by a quarter, since a teacher's maps are
-// not read again after the loss.
+// During how many multiply-adds the next sample's maps are asked for: all of a sample's, or 0.
 int64_t work_ahead(const FspForward& call, int64_t work) {
   int64_t bytes = 0;
   for (int64_t p = 0; p <= call.count; ++p) {
@@ -78,7 +60,7 @@ int64_t work_ahead(const FspForward& call, int64_t work) {
       bytes += bytes_of(x) / std::max<int64_t>(x.batch, 1);
     }
   }
-  return 8 * bytes <= 5 * second_level_cache() ? work : 0;
+  return asks_ahead(bytes) ? work : 0;
 }
 
 // Whether the gradient is written past the caches: it is too large to stay there, and gemm() can (see
@@ -235,7 +217,7 @@ Tensor plan_stage(FspStage& stage, const Tensor& x, DType accumulate) {
   for (int t = 0; t < stage.terms; ++t) {
     FspTerm& term = stage.term[t];
     pools = pools || term.other.pool.active;
-    term.tiles = takes_tiles(stage, term);
+    term.tiles = !term.low_rank && takes_tiles(stage, term);
     tiles = tiles || term.tiles;
   }
   int64_t most = stage.direct ? (pools ? 512 : 128) : std::max<int64_t>(32, 65536 / stage.grad.positions);

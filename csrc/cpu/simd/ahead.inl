@@ -11,6 +11,7 @@ struct Ahead {
   int count, current;
   const char *at, *end;  // of the current piece
   int64_t rate;          // bytes to ask for during 2^16 multiply-adds
+  int64_t rest;          // of the last loop's step, in parts of 2^16
 
   void add(const void* data, int64_t size) {
     if (count == kMost || size <= 0) return;
@@ -18,8 +19,13 @@ struct Ahead {
     if (count == 1) at = piece[0], end = at + size;
   }
   // The bytes for each of a loop's requests, which are this many multiply-adds apart; no line is left out.
-  int64_t step(int64_t products) const {
-    return current < count ? min_of(kLineBytes, products * rate >> 16) : 0;
+  // Where a step is not a whole number of bytes, some loops take the smaller and some the larger one.
+  int64_t step(int64_t products) {
+    if (current >= count) return 0;
+    rest += products * rate;
+    const int64_t bytes = rest >> 16;
+    rest &= 0xffff;
+    return min_of(kLineBytes, bytes);
   }
   void moved(const char* to) {
     at = to;
