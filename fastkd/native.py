@@ -175,7 +175,7 @@ def set_cpu_path(name: str) -> None:
     Raises: ValueError for an unknown name, or one that this processor or this build does not have;
     RuntimeError if the library is not available.
     """
-    _check("CPU code path", name, CPU_PATHS)
+    _check("CPU code path", name or CPU_PATHS[0], CPU_PATHS)  # "" chooses the best again
     status = _functions().fastkd_set_cpu_path(name.encode())
     if status:
         these = ", ".join(map(repr, cpu_paths()))
