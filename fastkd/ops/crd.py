@@ -60,8 +60,7 @@ def crd_loss(
     normalizer it must find: memory is O(N K). On a GPU Triton's kernel reads them in the order of ``rows``,
     once, and once more for such a normalizer, from two banks of one dtype that is not float64: memory is O(N
     D P), P the parts into which K is divided. Other banks that are not in the dtype of the computation are
-    copied to it whole in every call: those of half precision without Triton, and one of two that
-    differ.
+    copied to it whole in every call: those of half precision without Triton, and one of two that differ.
     Elsewhere scores come from one product with the whole bank where enough of it is drawn, else from a chunk
     of samples at a time. On a GPU nobody looks at ``rows``: one outside the banks makes loss and gradient
     NaN, and in plain PyTorch ends in its assertion.

@@ -124,4 +124,5 @@ def norm_loss(u: Tensor, target: Tensor, copies: int) -> Tensor:
         target = F.adaptive_max_pool2d(target, u.shape[2:])
     wide, narrow = widen(u, target)
     each = wide.unflatten(1, (copies, target.shape[1]))
-    return copies * F.mse_loss(each, narrow[:, None].expand_as(each))
+    # not F.mse_loss, which multiplies a DTensor's gradient by the number of processes (PyTorch 2.14)
+    return copies * (each - narrow[:, None]).square().mean()
