@@ -165,7 +165,7 @@ def test_the_operator_gives_what_its_schema_says(triton, pool_mode):
     """The launchers as operators: for graphs, and for whoever calls them directly; with gradients for an
     upstream that is foreseen.
     """
-    from fastkd.ops.fsp import _loss_fake
+    from fastkd.ops._fsp_operators import _loss_fake
 
     s, t = ([triton(make((2, *shape))) for shape in CIFAR] for _ in range(2))
     options = FSP.pack(

@@ -289,6 +289,6 @@ def test_runs_on_other_data_have_no_published_tables(tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.startswith("All runs: ") and "ublished" not in out
     assert "ublished" not in tables.markdown([row])
-    assert "<p>There are none of these data sets.</p>" in page.page([row], [tmp_path], {})
+    assert "<p>None is known for these data sets.</p>" in page.page([row], [tmp_path], {})
     both = [caption for caption, *_ in tables.tables([row, RUN])]
     assert len(both) > len(TABLES) and "What a published figure is" in both

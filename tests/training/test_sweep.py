@@ -98,7 +98,7 @@ def test_a_grid_over_seeds_goes_on_and_is_reported_by_value(small_main, tmp_path
     assert [line[2] for line in lines] == [text.split("acc ")[1].split(" %")[0] for text in last[:2]]
     assert command.main([str(tmp_path)]) == 0
     assert "Accuracy by option: AT+KD on digits" in capsys.readouterr().out
-    assert "<caption>Accuracy by option: AT+KD on digits" in page.page(rows, [tmp_path], {})
+    assert "<caption><span>Accuracy by option: AT+KD on digits" in page.page(rows, [tmp_path], {})
 
 
 def row(seed=0, **changes):
