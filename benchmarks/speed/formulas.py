@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from speed.cases import FORWARD, Case
+from speed.measure import both_passes
 
 Loss = Callable[[Sequence[Tensor], Sequence[Tensor]], Any]
 
@@ -73,14 +74,6 @@ def call(
     if case.direction == FORWARD:
         detached = [x.detach() for x in students]
         return lambda: loss(detached, teachers)
-
-    def both() -> Tensor:
-        for x in students:
-            x.grad = None
-        value = loss(students, teachers)
-        if case.upstream != 1:
-            value = value * case.upstream
-        value.backward()
-        return value
-
-    return both
+    if case.upstream == 1:
+        return both_passes(lambda: loss(students, teachers), students)
+    return both_passes(lambda: loss(students, teachers) * case.upstream, students)

@@ -14,6 +14,7 @@ Without a GPU an ordinary run takes the bodies through on a CPU by the wall cloc
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ import fastkd
 from speed.cases import BOTH, NCHW, NHWC, Case, features
 from speed.formulas import FORMULAS
 from speed.gpu_clock import Captured, timed
-from speed.measure import Row
+from speed.measure import Row, both_passes
 from speed.rows import (
     COMPILED,
     EXACT,
@@ -168,7 +169,7 @@ class GPURows:
                 if name == COMPILED
                 else FORMULAS[case.operation]
             )
-            runs = [self._both(loss, *pair) for pair in self.copies(case)]
+            runs = [both_passes(functools.partial(loss, *pair), pair[0]) for pair in self.copies(case)]
         tolerance = None if name in (FLOOR, MM) else (TOLERANCE if backend else FORMULA_TOLERANCE)[case.dtype]
         if tolerance and case.matmul == "tf32":
             tolerance = 1e-2
@@ -180,19 +181,6 @@ class GPURows:
 
             return Row(name, runs[0], context, tolerance, turn)
         return Row(name, runs[0], context, tolerance, Captured(runs, context).turn)
-
-    @staticmethod
-    def _both(
-        loss: Callable[..., Tensor], students: list[Tensor], teachers: list[Tensor]
-    ) -> Callable[[], Tensor]:
-        def both() -> Tensor:
-            for x in students:
-                x.grad = None
-            value = loss(students, teachers)
-            value.backward()
-            return value
-
-        return both
 
     @staticmethod
     def _floor(students: list[Tensor], teachers: list[Tensor]) -> Callable[[], Any]:

@@ -16,7 +16,7 @@ import fastkd
 from fastkd import backends
 from speed.gpu import CAPTURED, GRAPH, WALL
 from speed.gpu_clock import Captured, timed
-from speed.measure import Row
+from speed.measure import Row, both_passes
 from speed.methods import PUBLISHED, TOLERANCE, Draw, MethodGroup, Problem, crd, rkd, spelled
 from speed.stock import Stock
 
@@ -65,13 +65,7 @@ class GPUMethodGroup(MethodGroup):
         problem, backend = built[0], name.removeprefix(OURS)
         loss = problem.published if name == PUBLISHED else problem.fastkd
         context = functools.partial(fastkd.use_backend, "auto" if name == PUBLISHED else backend)
-
-        def both() -> Tensor:
-            for x in problem.leaves:
-                x.grad = None
-            value = loss()
-            value.backward()
-            return value
+        both = both_passes(loss, problem.leaves)
 
         def turn(calls: int, warm: bool, clock: str) -> float:
             with context():

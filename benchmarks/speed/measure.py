@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from speed import quiet
 
@@ -41,6 +42,19 @@ class Row:
             return self.turn(calls, warm, clock)
         with self.context():
             return timed(self.run, calls, warm, CLOCKS[clock])
+
+
+def both_passes(loss: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Callable[[], Tensor]:
+    """``loss`` and its backward pass, whose gradients are in ``leaves`` then."""
+
+    def both() -> Tensor:
+        for x in leaves:
+            x.grad = None
+        value = loss()
+        value.backward()
+        return value
+
+    return both
 
 
 def timed(run: Callable[[], Any], calls: int, warm: bool, clock: Clock) -> float:

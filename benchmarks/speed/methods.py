@@ -22,7 +22,7 @@ from fastkd.methods.simkd import to_smaller
 from fastkd.ops.norm import norm_loss
 from speed import published
 from speed.cases import SEED
-from speed.measure import Row, peak_memory
+from speed.measure import Row, both_passes, peak_memory
 from speed.stock import Stock
 
 PUBLISHED, OURS = "published", "fastkd"
@@ -207,15 +207,7 @@ class MethodGroup:
     def row(self, built: tuple[Problem, Tensor, list[Tensor]], name: str) -> Row:
         problem = built[0]
         loss = problem.published if name == PUBLISHED else problem.fastkd
-
-        def both() -> Tensor:
-            for x in problem.leaves:
-                x.grad = None
-            value = loss()
-            value.backward()
-            return value
-
-        return Row(name, both, tolerance=TOLERANCE[name])
+        return Row(name, both_passes(loss, problem.leaves), tolerance=TOLERANCE[name])
 
     def check(self, built: tuple[Problem, Tensor, list[Tensor]], row: Row) -> None:
         """Run the row once: errors and peak memory go into ``facts``, a wrong result into ``failed``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cuda_cases import chains, step
-from cuda_graphs import check_captured
+from cuda_graphs import check_step_captured
 from support import gpu, ref
 
 import fastkd
@@ -16,17 +16,7 @@ pytestmark = [pytest.mark.usefixtures("one_thread")]
 @gpu
 @pytest.mark.parametrize("function", ["attention_transfer_loss", "fsp_loss", "relu_tap"])
 def test_a_step_is_captured_in_a_cuda_graph(cuda, function):
-    s, t = ([torch.randn(4, c, n, n, device="cuda") for c, n in ((16, 32), (64, 7))] for _ in range(2))
-    s = [x.requires_grad_() for x in s]
-
-    def run():
-        if function == "relu_tap":
-            return torch.autograd.grad(
-                sum((v * v).sum() for x, y in zip(s, t) for v in fastkd.relu_tap(x, y)), s
-            )
-        return torch.autograd.grad(getattr(fastkd, function)(s, t, weight=1000.0), s)
-
-    check_captured(run, [*s, *t])
+    check_step_captured(function)
 
 
 @gpu

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+import fastkd
+
 
 def check_captured(step: Callable[[], Sequence[Tensor]], inputs: Iterable[Tensor]) -> None:
     """That a graph of ``step`` gives, for new values of its ``inputs``, what a call gives, bit by bit."""
@@ -23,3 +25,18 @@ def check_captured(step: Callable[[], Sequence[Tensor]], inputs: Iterable[Tensor
     for _ in range(3):
         graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(out, step(), strict=True))
+
+
+def check_step_captured(function: str) -> None:
+    """The same of a step of AT, FSP or ``relu_tap``, by the backend that is chosen."""
+    s, t = ([torch.randn(4, c, n, n, device="cuda") for c, n in ((16, 32), (64, 7))] for _ in range(2))
+    s = [x.requires_grad_() for x in s]
+
+    def step() -> Sequence[Tensor]:
+        if function == "relu_tap":
+            return torch.autograd.grad(
+                sum((v * v).sum() for x, y in zip(s, t) for v in fastkd.relu_tap(x, y)), s
+            )
+        return torch.autograd.grad(getattr(fastkd, function)(s, t, weight=1000.0), s)
+
+    check_captured(step, [*s, *t])

@@ -162,7 +162,7 @@ def _launch(
     weight: float,
     needs: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    s, t, s_bank, t_bank, rows, given = tensors
+    s, t, given = tensors[0], tensors[1], tensors[-1]
     noise, factor = plan.drawn / plan.size, weight / plan.count
     sharpness = math.log2(math.e) / temperature  # exponentials are powers of two
     scale = plan.size / (plan.count * (plan.drawn + 1))
@@ -170,22 +170,9 @@ def _launch(
     grads = [torch.empty_like(x) if need else x.new_empty(0) for x, need in zip((s, t), needs, strict=True)]
     sums = s.new_empty(2 * plan.programs)  # of the programs, of exponentials and then of the loss
     partial = s.new_empty(2 * plan.parts * plan.numbers) if any(needs) else None
-    plan.odds(tensors, s, t, s_bank, t_bank, rows, given, sums, sharpness)
+    plan.odds(tensors, *tensors, sums, sharpness)
     plan.scores(
-        tensors,
-        s,
-        t,
-        s_bank,
-        t_bank,
-        rows,
-        given,
-        sums,
-        partial,
-        sharpness,
-        scale,
-        1 / noise,
-        eps / noise,
-        math.log(noise + eps),
+        tensors, *tensors, sums, partial, sharpness, scale, 1 / noise, eps / noise, math.log(noise + eps)
     )
     plan.added(
         (given,),
