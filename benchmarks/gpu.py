@@ -7,8 +7,9 @@ Nothing needs to be installed but PyTorch, Triton and pytest (pytest-xdist runs 
 clone with both compiled libraries in fastkd/, PYTHONPATH is set for every part. docs/gpu.md says what to
 carry and how to read what comes back.
 
-Parts run one after the other, the most telling first, each in a process group of its own and within a limit
-of its own; a training run goes on in the background until measuring begins. Whatever stops the command, what
+Each part runs in a process group of its own and within a limit of its own, the most telling first: those that
+check side by side, those that measure alone. A training run, and processes that compile what will be
+measured, go on in the background until measuring begins. Whatever stops the command, what
 was found until then lies in four files: gpu.log (this command's lines), gpu-outputs.txt (what the parts
 printed), gpu-summary.json and gpu-results.tar.gz (what they wrote).
 """
@@ -16,199 +17,17 @@ printed), gpu-summary.json and gpu-results.tar.gz (what they wrote).
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
-import json
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
-import tarfile
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from speed.gpu_plan import Part, left_out, plan, training
-from speed.gpu_summary import speedups
-
-ROOT = Path(__file__).resolve().parent.parent
-GRACE = 8  # seconds after SIGINT in which pytest says what failed, before SIGKILL
-CLOSING = 4  # seconds kept for the last packing
-STOPPING = 2  # seconds that a part has where the command itself is stopped
-PACK_EVERY = 5  # seconds after which what a part has printed so far is packed
-
-
-class Run:
-    """The command's own state: what is left of its time, what was found, and the four files."""
-
-    def __init__(self, out: Path, minutes: float, rehearse: bool):
-        self.begun, self.seconds, self.rehearse = time.monotonic(), 60 * minutes, rehearse
-        self.out, self.staging = out, Path(tempfile.mkdtemp(prefix="fastkd-gpu-"))
-        self.summary: dict[str, Any] = {"minutes": minutes, "rehearsal": rehearse, "parts": []}
-        self.current: subprocess.Popen[bytes] | None = None
-        self.stopped = False
-        out.mkdir(parents=True, exist_ok=True)
-        for name in ("gpu.log", "gpu-outputs.txt"):
-            (out / name).write_text("", encoding="utf-8")
-
-    def passed(self) -> float:
-        return time.monotonic() - self.begun
-
-    def left(self) -> float:
-        return self.seconds - CLOSING - self.passed()
-
-    def say(self, line: str) -> None:
-        line = f"{self.passed():4.0f} s  {line}"
-        with contextlib.suppress(OSError):
-            print(line, flush=True)
-        with (self.out / "gpu.log").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-
-    def start(self, part: Part) -> tuple[subprocess.Popen[bytes], Path]:
-        output = self.staging / f"{re.sub('[^a-z0-9]+', '-', part.name.lower())}.txt"
-        variables = {
-            **os.environ,
-            **dict(part.variables),
-            "FASTKD_GPU_OUT": str(self.staging),
-            "PYTHONUNBUFFERED": "1",
-        }
-        # after ours: packages that were carried along without an installation
-        folders = (ROOT, ROOT / "benchmarks", ROOT / "tests" / "helpers", os.environ.get("PYTHONPATH"))
-        variables["PYTHONPATH"] = os.pathsep.join(str(folder) for folder in folders if folder)
-        if self.rehearse:
-            variables["FASTKD_GPU_REHEARSAL"] = variables["TRITON_INTERPRET"] = "1"
-        # what a part writes lies in the staging folder, though it runs in the clone
-        command = [
-            word.replace("speed/", f"{self.staging}/speed/", 1) if word.startswith("speed/") else word
-            for word in part.command
-        ]
-        with output.open("wb") as file:
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=variables,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        return process, output
-
-    def run(self, part: Part) -> None:
-        limit = min(part.seconds, self.left())
-        if limit < 3:
-            self.say(f"{part.name}: left out, no time")
-            return
-        begun = self.passed()
-        self.current, output = self.start(part)
-        status: int | str = "stopped"
-        try:
-            try:
-                status = self.wait(self.current, limit)
-            except subprocess.TimeoutExpired:
-                end(self.current, min(GRACE, max(self.left(), 1)))
-                status = "stopped at its limit"
-        except KeyboardInterrupt:  # what it found until now is part of the results
-            end(self.current, STOPPING)
-            raise
-        finally:
-            self.current = None
-            self.found(part, status, self.passed() - begun, limit, output)
-
-    def wait(self, process: subprocess.Popen[bytes], limit: float) -> int:
-        """Its exit status, or TimeoutExpired. Packs now and then: nobody announces SIGKILL."""
-        end = self.passed() + limit
-        while True:
-            left = end - self.passed()
-            try:
-                return process.wait(min(max(left, 0), PACK_EVERY))
-            except subprocess.TimeoutExpired:
-                if left <= PACK_EVERY:
-                    raise
-                self.pack()
-
-    def found(self, part: Part, status: int | str, seconds: float, limit: float, output: Path) -> None:
-        """Adds a part's output and a line about it, and packs what there is."""
-        text = output.read_text(encoding="utf-8", errors="replace")
-        lines = [line for line in text.splitlines() if line.strip()]
-        told = lines[-1][:160] if lines else "nothing printed"
-        self.summary["parts"].append(
-            {"name": part.name, "status": status, "seconds": round(seconds, 1), "last": told}
-        )
-        with (self.out / "gpu-outputs.txt").open("a", encoding="utf-8") as file:
-            file.write(f"\n===== {part.name}: status {status}, {seconds:.0f} s =====\n{text}")
-        self.say(
-            f"{part.name}: {'ok' if status == 0 else f'status {status}'}, {seconds:.0f} of {limit:.0f} s:"
-            f" {told}"
-        )
-        self.pack()
-
-    def pack(self) -> None:
-        """The summary and the archive, each written whole and renamed."""
-        for file in sorted(self.staging.glob("*.json")):
-            with contextlib.suppress(ValueError):
-                self.summary[file.stem] = json.loads(file.read_text(encoding="utf-8"))
-        self.summary["speed"] = dict(speedups(self.staging))
-        write(self.out / "gpu-summary.json", (json.dumps(self.summary, indent=1) + "\n").encode())
-        packed = io.BytesIO()
-        with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-            archive.add(
-                self.staging,
-                "gpu-results",
-                filter=lambda info: None if info.name.endswith((".pt", ".tmp")) else info,
-            )
-        write(self.out / "gpu-results.tar.gz", packed.getvalue())
-
-
-def write(target: Path, content: bytes) -> None:
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(target)
-
-
-def end(process: subprocess.Popen[bytes], grace: float) -> None:
-    """SIGINT to a part and all that it started, and SIGKILL to what is there after ``grace`` seconds."""
-    for number, patience in ((signal.SIGINT, grace), (signal.SIGKILL, 5)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # children that outlived the leader of the group
-
-
-def execute(run: Run, parts: list[Part], background: Part | None) -> None:
-    behind: tuple[Part, float, subprocess.Popen[bytes], Path] | None = None
-
-    def finish(grace: float) -> None:
-        nonlocal behind
-        if behind is not None:
-            part, begun, process, output = behind
-            behind = None
-            status: int | str | None = process.poll()
-            if status is None:
-                end(process, grace)
-                status = "stopped before measuring"
-            run.found(part, status, run.passed() - begun, run.passed() - begun, output)
-
-    try:
-        for part in parts:
-            if run.stopped:
-                break
-            if part.measures:
-                finish(GRACE)
-            run.run(part)
-            if background is not None:
-                behind, background = (background, run.passed(), *run.start(background)), None
-    finally:
-        finish(1)
-        if run.current is not None:
-            end(run.current, 1)
-        run.pack()
+from speed.gpu_plan import ROOT, compiling, left_out, plan, training
+from speed.gpu_run import Run, execute
 
 
 def main() -> int:
@@ -266,7 +85,9 @@ def main() -> int:
     for line in left_out(flags.data, flags.rehearse):
         run.say(line)
     try:
-        execute(run, parts, None if flags.only else training(flags.data, flags.rehearse))
+        execute(
+            run, parts, [] if flags.only else training(flags.data, flags.rehearse) + compiling(flags.rehearse)
+        )
     except KeyboardInterrupt:
         run.say("stopped; what was found is kept")
     run.say(f"results: {run.out}")

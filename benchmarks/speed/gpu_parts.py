@@ -1,6 +1,6 @@
 """What benchmarks/gpu.py runs in processes of its own.
 
-    python -m speed.gpu_parts facts|smoke BACKEND|small-set|launches|rates|tiles
+    python -m speed.gpu_parts facts|smoke BACKEND|small-set|launches|rates|compile-tiles|tiles
 
 Each prints its findings line by line, so that a part that is stopped has said what it found, and writes JSON
 into FASTKD_GPU_OUT. FASTKD_GPU_REHEARSAL=1 goes through the same on a CPU, with Triton interpreted and the
@@ -27,7 +27,7 @@ from speed import gpu_methods, machine
 from speed.cases import Case, features
 from speed.gpu import CHAINS, LARGE
 from speed.gpu_device import DEVICE, REHEARSAL, Features, save, seconds_of, wait
-from speed.gpu_tiles import tiles
+from speed.gpu_tiles import compile_tiles, tiles
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -267,6 +267,7 @@ def main() -> int:
         "small-set": small_set,
         "launches": launches,
         "rates": rates,
+        "compile-tiles": compile_tiles,
         "tiles": tiles,
     }
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -61,6 +61,30 @@ def pytest_part(
     return Part(name, (*command, *arguments), seconds, measures=measures)
 
 
+def speed_part(
+    name: str, seconds: float, group: tuple[str, str, str], mode: tuple[str, ...], rehearse: bool
+) -> Part:
+    _, file, shape = group
+    # without a GPU the bodies are run once, on small shapes
+    words = f"({shape}) and cuda" if not rehearse else f"{shape if file == 'step' else 'small'} and cpu"
+    return pytest_part(name, seconds, *mode, "-k", words, f"benchmarks/test_{file}.py", measures=True)
+
+
+def compiling(rehearse: bool) -> list[Part]:
+    """What fills the caches of compiled kernels while the first parts check: the speed groups, whose times
+    count for nothing then, and the tiles.
+    """
+    if rehearse:
+        return []
+    # what torch.compile chooses by measuring beside other work must not be kept
+    variables = (("TORCHINDUCTOR_AUTOTUNE_LOCAL_CACHE", "0"), ("TORCHINDUCTOR_COMPILE_THREADS", "2"))
+    parts = [speed_part(f"compiling for {group[0]}", 0, group, ("--benchmark",), rehearse) for group in SPEED]
+    return [
+        replace(part, command=("nice", *part.command), variables=variables)
+        for part in (*parts, own("compile-tiles", 0))
+    ]
+
+
 def sanitizer(kind: str) -> Part | None:
     folders = [os.environ.get("PATH"), *CUDA]
     tool = shutil.which("compute-sanitizer", path=os.pathsep.join(filter(None, folders)))
@@ -108,13 +132,10 @@ def plan(rehearse: bool) -> list[Part]:
         own("launches", 20, measures=True),
         own("rates", 15, measures=True),
     ]
-    for name, file, shape in SPEED:
-        # without a GPU the bodies are run once, on small shapes
-        words = f"({shape}) and cuda" if not rehearse else f"{shape if file == 'step' else 'small'} and cpu"
-        mode = () if rehearse else ("--benchmark", "--benchmark-results", f"speed/{name.replace(' ', '-')}")
-        parts.append(
-            pytest_part(f"speed: {name}", 45, *mode, "-k", words, f"benchmarks/test_{file}.py", measures=True)
-        )
+    for group in SPEED:
+        results = f"speed/{group[0].replace(' ', '-')}"
+        mode = () if rehearse else ("--benchmark", "--benchmark-results", results)
+        parts.append(speed_part(f"speed: {group[0]}", 45, group, mode, rehearse))
     parts.append(own("tiles", 75, measures=True))
     parts.append(pytest_part("large tensors", 60, "-m", "gpu and large", PLACES[0], measures=True))
     return [part for part in parts if part is not None]
@@ -127,15 +148,15 @@ def left_out(data: Path | None, rehearse: bool) -> list[str]:
         lines.append(
             "memcheck, racecheck: left out, compute-sanitizer is not on PATH nor under /usr/local/cuda"
         )
-    if training(data, rehearse) is None:
+    if not training(data, rehearse):
         lines.append(f"training: left out, neither CIFAR-10 nor Fashion-MNIST lies in --data ({data})")
     lacking = [name for name in ("pytest", "xdist") if not find_spec(name)]
     told = {"pytest": "no tests and no speed", "xdist": "tests in one process"}
     return lines + [f"{name} is not installed: {told[name]}" for name in lacking]
 
 
-def training(data: Path | None, rehearse: bool) -> Part | None:
-    """speed/gpu_training.py; None without images."""
+def training(data: Path | None, rehearse: bool) -> list[Part]:
+    """speed/gpu_training.py; nothing without images."""
     there = {"cifar10": ("cifar-10-batches-py", "cifar-10-batches-bin"), "fashion-mnist": ("FashionMNIST",)}
     name = next(
         (
@@ -146,7 +167,7 @@ def training(data: Path | None, rehearse: bool) -> Part | None:
         None,
     )
     if name is None and not (rehearse and find_spec("sklearn")):
-        return None
+        return []
     command = [sys.executable, "-m", "speed.gpu_training", name or "digits"]
     command += [str(data)] if name else []
-    return Part("training in the background", tuple(command), 0)
+    return [Part("training in the background", tuple(command), 0)]

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,6 +21,9 @@ import fastkd
 from speed.cases import Case, features
 from speed.gpu import LARGE
 from speed.gpu_device import DEVICE, REHEARSAL, Features, save, seconds_of
+
+if TYPE_CHECKING:
+    from fastkd.kernels.fsp.view import Tiles
 
 HELPERS = Path(__file__).resolve().parents[2] / "tests" / "helpers"
 PRECISIONS = ("tf32", "bf16")
@@ -40,10 +44,8 @@ def tiles(seconds: str = "60") -> None:
 
     end = time.monotonic() + float(seconds)
     found: dict[str, dict[str, float]] = {}
-    present = {how: view.TILES[how] for how in PRECISIONS}
-    others = [view.Tiles(block, depth, stages) for stages in STAGES for block, depth in SHAPES]
-    wanted = [(how, present[how]) for how in PRECISIONS]
-    wanted += [(how, tried) for tried, how in itertools.product(others, PRECISIONS) if tried != present[how]]
+    wanted = _wanted()
+    present = dict(wanted[: len(PRECISIONS)])
     students, teachers = features(Case("fsp", "small" if REHEARSAL else LARGE))
     try:
         with _compiling(wanted, end) as compiled:
@@ -69,6 +71,25 @@ def tiles(seconds: str = "60") -> None:
     for times in found.values():
         best = min(times, key=times.__getitem__)
         print(f"{best}  # {times[best]:.3f} ms; at present {next(iter(times.values())):.3f}")
+
+
+def compile_tiles(seconds: str = "300") -> None:
+    """Compiles them into Triton's cache."""
+    with _compiling(_wanted(), time.monotonic() + float(seconds)) as compiled:
+        for (how, tried), kernels in zip(_wanted(), compiled):
+            with contextlib.suppress(Exception):  # `tiles` says why
+                kernels.result()
+                print(f"{how} ({_numbers(tried)})", flush=True)
+
+
+def _wanted() -> list[tuple[str, Tiles]]:
+    """What is compared, by precision: what the table has first."""
+    from fastkd.kernels.fsp import view
+
+    present = {how: view.TILES[how] for how in PRECISIONS}
+    others = [view.Tiles(block, depth, stages) for stages in STAGES for block, depth in SHAPES]
+    wanted = list(present.items())
+    return wanted + [(how, x) for x, how in itertools.product(others, PRECISIONS) if x != present[how]]
 
 
 @contextlib.contextmanager

@@ -13,9 +13,9 @@ import tarfile
 import time
 from pathlib import Path
 
-import gpu
 import pytest
-from gpu import Part, Run, execute
+from speed import gpu_run
+from speed.gpu_run import Part, Run, execute
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX's")
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,9 +34,15 @@ def interruptible() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+@pytest.fixture(autouse=True)
+def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine of many processors too."""
+    monkeypatch.setattr(gpu_run, "LANES", 1)
+
+
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "GRACE", 0.5)
+    monkeypatch.setattr(gpu_run, "GRACE", 0.5)
 
 
 def gone(pid: int) -> bool:
@@ -61,7 +67,7 @@ def test_each_part_is_packed_and_a_failure_stops_nothing(tmp_path: Path) -> None
         " 1}'); print('copied')"
     )
     run = Run(tmp_path, 1, rehearse=True)
-    execute(run, [python("fails", "print('seen'); raise SystemExit(3)"), python("writes", wrote)], None)
+    execute(run, [python("fails", "print('seen'); raise SystemExit(3)"), python("writes", wrote)])
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "gpu-outputs.txt",
         "gpu-results.tar.gz",
@@ -86,7 +92,7 @@ def test_parts_find_packages_that_were_carried_along(tmp_path: Path, monkeypatch
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "carried"))
     run = Run(tmp_path / "out", 1, rehearse=True)
     printing = "import os; print(*os.environ['PYTHONPATH'].split(os.pathsep), sep='\\n')"
-    execute(run, [python("path", printing)], None)
+    execute(run, [python("path", printing)])
     text = (tmp_path / "out" / "gpu-outputs.txt").read_text().splitlines()
     folders = [line for line in text if line.startswith(os.sep)]
     assert folders[0] == str(ROOT) and folders[-1] == str(tmp_path / "carried")
@@ -95,9 +101,7 @@ def test_parts_find_packages_that_were_carried_along(tmp_path: Path, monkeypatch
 def test_a_part_at_its_limit_may_still_say_what_it_found(tmp_path: Path) -> None:
     code = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('two failed')"
     execute(
-        Run(tmp_path, 1, rehearse=True),
-        [python("slow", code, seconds=3), python("next", "print('after')")],
-        None,
+        Run(tmp_path, 1, rehearse=True), [python("slow", code, seconds=3), python("next", "print('after')")]
     )
     assert [(part["status"], part["last"]) for part in summary(tmp_path)["parts"]] == [
         ("stopped at its limit", "two failed"),
@@ -107,7 +111,7 @@ def test_a_part_at_its_limit_may_still_say_what_it_found(tmp_path: Path) -> None
 
 def test_what_a_part_has_printed_is_packed_while_it_runs(tmp_path: Path, monkeypatch) -> None:
     """SIGKILL of the command itself then loses some seconds of it."""
-    monkeypatch.setattr(gpu, "PACK_EVERY", 0.2)
+    monkeypatch.setattr(gpu_run, "PACK_EVERY", 0.2)
     code = f"""
 import pathlib, tarfile, time
 print("seen", flush=True)
@@ -119,7 +123,7 @@ while b"seen" not in found:
         found = tarfile.open(archive).extractfile("gpu-results/slow.txt").read()
 print("packed")
 """
-    execute(Run(tmp_path, 1, rehearse=True), [python("slow", code, seconds=8)], None)
+    execute(Run(tmp_path, 1, rehearse=True), [python("slow", code, seconds=8)])
     assert [(part["status"], part["last"]) for part in summary(tmp_path)["parts"]] == [(0, "packed")]
 
 
@@ -128,7 +132,7 @@ def test_what_ignores_the_interrupt_and_its_children_are_killed(tmp_path: Path, 
         "import os, signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print(os.fork() or"
         " os.getpid(), flush=True); time.sleep(60)"
     )
-    execute(Run(tmp_path, 1, rehearse=True), [python("deaf", code, seconds=3)], None)
+    execute(Run(tmp_path, 1, rehearse=True), [python("deaf", code, seconds=3)])
     pids = [int(line) for line in (tmp_path / "gpu-outputs.txt").read_text().splitlines() if line.isdigit()]
     assert len(pids) == 2 and all(gone(pid) for pid in pids)
 
@@ -136,7 +140,7 @@ def test_what_ignores_the_interrupt_and_its_children_are_killed(tmp_path: Path, 
 def test_the_whole_keeps_to_its_time_and_names_what_is_left_out(tmp_path: Path, short: None) -> None:
     begun = time.monotonic()
     parts = [python(name, "import time; time.sleep(60)") for name in ("first", "second", "third")]
-    execute(Run(tmp_path, 10 / 60, rehearse=True), parts, None)
+    execute(Run(tmp_path, 10 / 60, rehearse=True), parts)
     assert time.monotonic() - begun < 11
     assert "third: left out, no time" in (tmp_path / "gpu.log").read_text()
 
@@ -151,9 +155,32 @@ def test_training_goes_on_until_something_is_measured(tmp_path: Path, short: Non
         python("test", wait.format(str(tmp_path / "began"))),
         python("rates", "", measures=True),
     ]
-    execute(Run(tmp_path, 1, rehearse=True), parts, training)
+    execute(Run(tmp_path, 1, rehearse=True), parts, [training])
     found = [(part["name"], part["status"]) for part in summary(tmp_path)["parts"]]
     assert found == [("facts", 0), ("test", 0), ("training", "stopped before measuring"), ("rates", 0)]
+
+
+def test_parts_that_check_run_side_by_side_and_those_that_measure_alone(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(gpu_run, "LANES", 2)
+    waits = (
+        "import pathlib, time; pathlib.Path({!r}).touch()\n"
+        "while not pathlib.Path({!r}).exists(): time.sleep(0.01)"
+    )
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    alone = f"import pathlib, time; time.sleep(0.5); print(pathlib.Path({c!r}).exists())"
+    parts = [
+        python("one", waits.format(a, b)),
+        python("other", waits.format(b, a)),
+        python("measures", alone, measures=True),
+        python("too", f"import pathlib; pathlib.Path({c!r}).touch()", measures=True),
+    ]
+    execute(Run(tmp_path / "out", 1, rehearse=True), parts)
+    found = summary(tmp_path / "out")["parts"]
+    assert {(part["name"], part["status"]) for part in found[:2]} == {("one", 0), ("other", 0)}
+    assert [(part["name"], part["last"]) for part in found[2:]] == [
+        ("measures", "False"),
+        ("too", "nothing printed"),
+    ]
 
 
 TRAIN = """
@@ -184,7 +211,7 @@ sys.exit(gpu_training.main())
     wait = f"import pathlib, time\nwhile not pathlib.Path({began!r}).exists(): time.sleep(0.01)"
     parts = [python("facts", ""), python("test", wait), python("rates", "", measures=True)]
     run = Run(tmp_path / "out", 1, rehearse=True)
-    execute(run, parts, python("training", code))
+    execute(run, parts, [python("training", code)])
     assert [part["status"] for part in summary(tmp_path / "out")["parts"]] == [
         0,
         0,
@@ -204,6 +231,7 @@ def started(tmp_path: Path, *before: str) -> subprocess.Popen[str]:
 import pathlib, sys
 sys.path.insert(0, {str(ROOT / "benchmarks")!r})
 import gpu
+from speed.gpu_run import Part
 sleep = '''
 import pathlib, time
 try:
@@ -215,10 +243,10 @@ except KeyboardInterrupt:
     print("half of it")
 '''
 gpu.plan = lambda rehearse: [
-    gpu.Part("first", (sys.executable, "-S", "-c", "print('found')"), 20),
-    gpu.Part("second", (sys.executable, "-S", "-c", sleep), 30),
+    Part("first", (sys.executable, "-S", "-c", "print('found')"), 20),
+    Part("second", (sys.executable, "-S", "-c", sleep), 30),
 ]
-gpu.training = lambda data, rehearse: None
+gpu.training = lambda data, rehearse: []
 sys.modules["emulated"] = type(sys)("emulated")
 sys.modules["emulated"].build = lambda: None
 sys.argv = ["gpu.py", "--rehearse", "--out", {str(tmp_path / "out")!r}]

@@ -15,10 +15,10 @@ import gpu
 import pytest
 import torch
 from _pytest.mark.expression import Expression
-from gpu import Part, Run, execute
 from speed import gpu as speed_gpu
 from speed import gpu_methods, gpu_plan, gpu_step
 from speed.gpu import GPUGroup
+from speed.gpu_run import Part, Run, execute
 from speed.session import DEVICE, Entry, Group
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX's")
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def ran(out: Path, part: Part) -> dict:
-    execute(Run(out, 1, rehearse=True), [part], None)
+    execute(Run(out, 1, rehearse=True), [part])
     return json.loads((out / "gpu-summary.json").read_text())["parts"][0]
 
 
@@ -151,8 +151,7 @@ def test_each_part_of_tests_selects_some(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not find_spec("sklearn"), reason="the digits are scikit-learn's")
 def test_the_training_run_has_a_teacher_of_its_own_and_leaves_its_tables(tmp_path: Path) -> None:
-    part = gpu_plan.training(None, rehearse=True)
-    assert part is not None
+    (part,) = gpu_plan.training(None, rehearse=True)
     found = ran(tmp_path, dataclasses.replace(part, seconds=120))
     assert found["status"] == 0, found
     with tarfile.open(tmp_path / "gpu-results.tar.gz") as archive:
