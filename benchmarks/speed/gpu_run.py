@@ -142,15 +142,16 @@ class Run:
 
     def stop(self, these: list[Running], grace: float, status: str) -> None:
         """Stop parts, which have ``grace`` seconds to say what they found."""
+        ended = {one.output: one.process.poll() for one in these}
         for one in these:
             one.interrupt()
         end = self.passed() + grace
         for one in these:
-            ended: int | None = None
             with contextlib.suppress(subprocess.TimeoutExpired):
-                ended = one.process.wait(max(end - self.passed(), 0.01))
+                one.process.wait(max(end - self.passed(), 0.01))
             one.kill()
-            self.found(one, 0 if ended == 0 else status)
+            before = ended[one.output]
+            self.found(one, status if before is None else before)
 
     def found(self, one: Running, status: int | str | None) -> None:
         """Adds an ended part's output and a line about it, and packs what there is."""
