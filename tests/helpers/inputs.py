@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -88,5 +89,6 @@ def place(x: Tensor, backend: str) -> Tensor:
     """
     if backend not in ("triton", "cuda") or not torch.cuda.is_available():
         return x
-    there = torch.empty(0, dtype=x.dtype, device="cuda")
-    return there.set_(x.untyped_storage().cuda(), x.storage_offset(), x.shape, x.stride())
+    with _disable_current_modes():  # what records a call's operations does not see these
+        there = torch.empty(0, dtype=x.dtype, device="cuda")
+        return there.set_(x.untyped_storage().cuda(), x.storage_offset(), x.shape, x.stride())
