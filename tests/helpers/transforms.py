@@ -52,13 +52,13 @@ def agree(found, wanted, rtol=1e-4):
 def torchjd(losses, inputs):
     """What TorchJD does: a vmap over backward passes."""
     return func.vmap(lambda g: torch.autograd.grad(losses, inputs, g, retain_graph=True, allow_unused=True))(
-        torch.eye(len(losses))
+        torch.eye(len(losses), device=losses.device)
     )
 
 
 BATCHED = {
     "is_grads_batched": lambda losses, inputs: torch.autograd.grad(
-        losses, inputs, torch.eye(len(losses)), retain_graph=True, is_grads_batched=True
+        losses, inputs, torch.eye(len(losses), device=losses.device), retain_graph=True, is_grads_batched=True
     ),
     "vmap over backward passes": torchjd,
 }

@@ -70,7 +70,7 @@ ON = [
 @pytest.mark.parametrize("backend, call", ON)
 def test_batched_gradients_answer_every_one(backend, call):
     for dtype in (torch.float32, torch.bfloat16)[: 1 + (backend != "triton")]:  # which is interpreted
-        s, t = ([place(x.requires_grad_(grad), backend) for x in features(dtype)] for grad in (True, False))
+        s, t = ([place(x, backend).requires_grad_(grad) for x in features(dtype)] for grad in (True, False))
         for way in BATCHED.values():
             found = []
             for m in (fastkd, ref):
