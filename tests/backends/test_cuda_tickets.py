@@ -23,7 +23,9 @@ CALLS = {
 
 def step(call, s, t):
     loss = CALLS[call](s, t)
-    return [loss, *torch.autograd.grad(loss, s, allow_unused=True)]
+    # without its history: while that lives, autograd waits for a gradient on the stream of the first step,
+    # which a later capture on another stream may not make it do
+    return [loss.detach(), *torch.autograd.grad(loss, s, allow_unused=True)]
 
 
 def equal(got, want):
