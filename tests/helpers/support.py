@@ -1,4 +1,6 @@
-"""What the tests call equal, and how they catch a fallback. Hands on inputs.py and kernel_backends.py."""
+"""What the tests call equal, and how they catch a fallback. Hands on budget.py, inputs.py and
+kernel_backends.py.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,8 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
+from budget import SPLIT, TERM_ULPS, eager_error, one_by_one, ulp, within_budget
+from fsp_columns import column_gradient_terms
 from inputs import DENSE, DTYPES, HALF, LAYOUTS, arrange, is_dense, make, name, place, some_shape, values
 from kernel_backends import KERNEL_DTYPES, KERNEL_SAMPLES, KERNELS, cpp_missing, drawn, dtypes, gpu, missing
 from recorder import FUNCTIONS, fused_only
@@ -20,19 +24,6 @@ from fastkd import reference
 
 # the reference, as it was before any test patches it
 ref = SimpleNamespace(**{each: getattr(reference, each) for each in (*FUNCTIONS, "kd_loss")})
-
-
-# k of the error budget: how many ulp of its own dtype, at the largest reference value, a result may be off
-# beyond twice the eager error. Half precision results are rounded once, from float32: one ulp.
-ULPS = {torch.float64: 16, torch.float32: 4, torch.float16: 1, torch.bfloat16: 1}
-# A float32 scalar has no larger neighbour to be measured by, and equal features (expanded ones) round all the
-# same way.
-SCALAR_ULPS = 8
-# Where large terms cancel, what is left is no better than the terms: so many roundings of the largest, in the
-# dtype of accumulation.
-TERM_ULPS = 4
-# Triton's bfloat16 products: two factors in a high and a low part, 2^-17 each
-SPLIT = 2.0**-16
 
 
 @dataclass
@@ -65,68 +56,15 @@ def fetched(result: Result) -> Result:
     return Result(result.output.cpu(), tuple(None if g is None else g.cpu() for g in result.grads))
 
 
-def ulp(dtype: torch.dtype, magnitude: float) -> float:
-    """The distance of neighbouring numbers of dtype at this magnitude."""
-    info = torch.finfo(dtype)
-    exponent = math.frexp(max(magnitude, info.tiny))[1] - 1
-    return 2.0**exponent * info.eps
-
-
-def within_budget(
-    what: str, out: Tensor, exact: Tensor, rough: float, k: float | None = None, terms: float = 0
-) -> None:
-    """max|out - exact| <= 2 rough + k ulp + terms, one ulp of out's dtype at max|exact|; and no NaN or
-    infinity where exact has none.
-    """
-    assert out.shape == exact.shape, f"{what}: shape {tuple(out.shape)}, wanted {tuple(exact.shape)}"
-    if not exact.numel():
-        return
-    assert exact.isfinite().all(), f"{what}: the test itself overflows"
-    largest = exact.abs().max().item()
-    if k is None:
-        k = SCALAR_ULPS if out.dim() == 0 and out.dtype == torch.float32 else ULPS[out.dtype]
-    allowed = 2 * rough + k * ulp(out.dtype, largest) + terms
-    error = (out.double() - exact).abs()
-    worst = int(error.nan_to_num(nan=math.inf).argmax())
-    place = (
-        tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), exact.shape)) if exact.dim() else ()
-    )
-    assert error.max().item() <= allowed, (
-        f"{what}: off by {error.flatten()[worst].item():.3e} at {place} ({out.flatten()[worst].item():.9g},"
-        f" exact {exact.flatten()[worst].item():.9g}), allowed {allowed:.3e}; largest {largest:.3e},"
-        f" {int((error > allowed).sum() + error.isnan().sum())} of {error.numel()} wrong"
-    )
-
-
-def eager_error(exact: Tensor, rough: Sequence[Tensor], wide: torch.dtype) -> float:
-    """The largest error of float32 eager code, or of a change of the inputs by float32's rounding: eager code
-    is sometimes exact by luck.
-
-    Where the answer is float64, its size there: what the problem's conditioning makes of float64's rounding.
-    """
-    error = max((other.double() - exact).abs().max().item() for other in rough)
-    return error * 2.0**-29 if wide == torch.float64 else error
-
-
-def one_by_one(backend: str, tensors: Sequence[Tensor], exact: Tensor) -> float:
-    """What sums of equal numbers may be off, which are all rounded the same way where they are added one
-    after the other.
-
-    Each lane of a Triton program adds its channels so, on a GPU and interpreted alike; lanes are added as a
-    tree, and programs in float64. The reference adds the positions of a map so, in float64, in some lanes.
-    """
-    most = exact.abs().max().item() if exact.numel() else 0
-    if backend == "triton" and any(x.dim() > 2 and x.stride(1) == 0 for x in tensors):
-        return TERM_ULPS * torch.finfo(torch.float32).eps * most
-    if any(x.dtype == torch.float64 and 0 in x.stride()[2:] for x in tensors):
-        return max(math.prod(x.shape[2:]) for x in tensors) / 8 * torch.finfo(torch.float64).eps * most
-    return 0
-
-
 def nudged(x: Tensor) -> Tensor:
     return x.double().contiguous() * (
         1 + torch.finfo(torch.float32).eps * (2 * torch.rand(x.shape, dtype=torch.float64) - 1)
     )
+
+
+def largest(result: Result) -> list[float | None]:
+    """The largest number of each gradient."""
+    return [None if g is None else g.abs().max().item() for g in result.grads]
 
 
 def uncancelled(
@@ -157,13 +95,13 @@ def check(
     k: float | None = None,
     also: Sequence[str] = (),
     output_terms: float = 0,
-    gradient_terms: Result | None = None,
+    gradient_terms: Sequence[Tensor | float | None] | None = None,
 ) -> Result:
     """fn under the backend against exact_fn in float64, output and gradients, with the promised dtypes and
     strides; nothing falls back.
 
     output_terms: the size of the terms whose sum the output is, where they may cancel; gradient_terms: the
-    same of the gradients.
+    same of the gradients, of each or of each of its numbers.
     """
     placed, given = (
         [place(x, backend) for x in tensors],
@@ -175,7 +113,7 @@ def check(
     exact = evaluate(exact_fn, [x.double().contiguous() for x in tensors], needs, upstream)
     eager = evaluate(exact_fn, [x.float().contiguous() for x in tensors], needs, upstream)
     moved = evaluate(exact_fn, [nudged(x) for x in tensors], needs, upstream)
-    whole = gradient_terms or uncancelled(exact_fn, tensors, needs, upstream)
+    whole = gradient_terms or largest(uncancelled(exact_fn, tensors, needs, upstream))
     wide = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
     assert got.output.dtype == wide, f"output is {got.output.dtype}, wanted {wide}"
     term = TERM_ULPS * torch.finfo(wide).eps
@@ -190,7 +128,7 @@ def check(
         term * output_terms + one_by_one(backend, tensors, exact.output),
     )
     for i, (x, grad, want, terms, *rough) in enumerate(
-        zip(tensors, got.grads, exact.grads, whole.grads, eager.grads, moved.grads)
+        zip(tensors, got.grads, exact.grads, whole, eager.grads, moved.grads)
     ):
         if want is None:
             assert grad is None
@@ -202,9 +140,7 @@ def check(
             )
         what = f"gradient {i} of shape {tuple(x.shape)}, strides {x.stride()}, {x.dtype}"
         more = one_by_one(backend, tensors, want)
-        within_budget(
-            what, grad, want, eager_error(want, rough, wide), k, term * terms.abs().max().item() + more
-        )
+        within_budget(what, grad, want, eager_error(want, rough, wide), k, term * terms + more)
     return got
 
 
@@ -261,12 +197,19 @@ def check_loss(
         # channels that are all the same round alike: no error of one entry makes up for another's
         if any(x.shape[1] > 1 and x.stride(1) == 0 for x in (*student, *teacher)):
             terms *= 2
-        # there the gradient does not depend on how large the difference is
-        if switches.get("distance") != "column_l2":
+        if switches.get("distance") == "column_l2":
+            # there the gradient does not depend on how large the difference is
+            gradients = column_gradient_terms(student, teacher, upstream, **switches)
+        else:
             chains, positive = apart(student, teacher, switches)
             sign = None if upstream is None else upstream.abs()
-            gradients = evaluate(
-                paired(ref.fsp_loss, len(student), **positive), [x.contiguous() for x in chains], needs, sign
+            gradients = largest(
+                evaluate(
+                    paired(ref.fsp_loss, len(student), **positive),
+                    [x.contiguous() for x in chains],
+                    needs,
+                    sign,
+                )
             )
     return check(
         backend, *fns, [*student, *teacher], needs, upstream, k, output_terms=terms, gradient_terms=gradients
