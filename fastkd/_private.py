@@ -91,6 +91,11 @@ def eagerly_transforming() -> bool:
     return in_torch_func() or forward_ad._current_level >= 0
 
 
+def is_wrapper(x: object) -> bool:
+    """Whether a tensor holds others, as a DTensor does: PyTorch has rules for its own operators alone."""
+    return type(x) is not Tensor and hasattr(type(x), "__tensor_flatten__")
+
+
 def has_tangent(tensors: Iterable[Tensor]) -> bool:
     """Whether one of them carries a derivative of forward mode AD."""
     if forward_ad._current_level < 0:

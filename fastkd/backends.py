@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -25,8 +26,8 @@ from torch import Tensor
 
 from fastkd import errors, kernels, native
 from fastkd._gpu_rule import faster
-from fastkd._implementations import BACKENDS, CPP, CUDA, REFERENCE, TRITON, Backend
-from fastkd._private import eagerly_transforming, has_tangent, in_torch_func, transforming
+from fastkd._implementations import BACKENDS, CPP, CUDA, REFERENCE, TRITON, Backend, flat
+from fastkd._private import eagerly_transforming, has_tangent, in_torch_func, is_wrapper, transforming
 from fastkd.kernels import limits
 
 NAMES = ("auto", "reference", "cpp", "triton", "cuda")
@@ -34,7 +35,7 @@ NAMES = ("auto", "reference", "cpp", "triton", "cuda")
 _DEFAULT = os.environ.get("FASTKD_BACKEND") or "auto"
 _chosen: ContextVar[str] = ContextVar("fastkd_backend", default=_DEFAULT)
 # A compiled graph cannot guard on a context variable, but it can on a global: this one follows the
-# use_backend entered or left last.
+# use_backend entered or left last. So do autograd's own threads, which no context variable reaches.
 _traced: str = _DEFAULT
 if _DEFAULT == "triton":
     kernels.state()
@@ -54,9 +55,24 @@ def _known(name: str, source: str) -> str:
     return name
 
 
+def _here() -> str:
+    """The name in force in this thread and async task.
+
+    The backward pass of a GPU runs in a thread of autograd's own, and so does what checkpointing runs again
+    there, which must take the backend that the forward pass had.
+    """
+    name = _chosen.get()
+    if name == _DEFAULT != _traced and isinstance(threading.current_thread(), threading._DummyThread):
+        return _traced  # Python has not started this thread
+    return name
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Serve the calls inside ``with use_backend(name):`` by that backend, in this thread and async task only.
+
+    Backward passes that are begun inside count, in whatever thread autograd runs them: what checkpointing
+    runs again is served by the same backend, if the backward pass is inside too.
 
     Args:
         name: "auto", "reference", "cpp", "triton" or "cuda". Outside, the environment's ``FASTKD_BACKEND``
@@ -67,7 +83,7 @@ def use_backend(name: str) -> Iterator[None]:
     and RKD each stand in a graph as one operator, which chooses when it runs.
     """
     global _traced
-    token = _chosen.set(_known(name, "use_backend's name"))
+    before, token = _here(), _chosen.set(_known(name, "use_backend's name"))
     if name == "triton":
         kernels.state()  # before a graph is traced, which cannot find it out
     _traced = name
@@ -75,12 +91,12 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _chosen.reset(token)
-        _traced = _chosen.get()
+        _traced = before
 
 
 def current() -> str:
     """The name in force here: what ``use_backend`` or ``FASTKD_BACKEND`` said, else "auto"."""
-    return _known(_traced if torch.compiler.is_compiling() else _chosen.get(), "FASTKD_BACKEND")
+    return _known(_traced if torch.compiler.is_compiling() else _here(), "FASTKD_BACKEND")
 
 
 def availability() -> dict[str, tuple[bool, str]]:
@@ -103,16 +119,8 @@ def _cuda_state() -> tuple[bool, str]:
     return True, f"the CUDA library, on {torch.cuda.get_device_name()}"
 
 
-def _tensors(arguments: tuple[object, ...]) -> Iterator[Tensor]:
-    for argument in arguments:
-        for x in argument if isinstance(argument, (list, tuple)) else (argument,):
-            if isinstance(x, Tensor):
-                yield x
-
-
-def is_wrapper(x: object) -> bool:
-    """Whether a tensor holds others, as a DTensor does: PyTorch has rules for its own operators alone."""
-    return type(x) is not Tensor and hasattr(type(x), "__tensor_flatten__")
+def _tensors(arguments: tuple[object, ...]) -> list[Tensor]:
+    return [x for x in flat(arguments) if isinstance(x, Tensor)]
 
 
 _recorded: list[Call | KernelCall] | None = None
@@ -196,7 +204,7 @@ def select(
     if isinstance(first, (list, tuple)) and first:
         first = first[0]
     compiling = torch.compiler.is_compiling()
-    name = _traced if compiling else _chosen.get()
+    name = _traced if compiling else _here()
     if name == "auto":
         # inside a compiled graph the plain formula fuses with its neighbours, which an opaque operator cannot
         if compiling or eagerly_transforming() or is_wrapper(first):
@@ -238,10 +246,8 @@ def _select_on_gpu(operation: str, arguments: tuple, options: tuple, index: int,
         return CUDA
     available, reason = kernels.state()
     if available and capability < OLDEST_FOR_TRITON:
-        available, reason = (
-            False,
-            f"the device is sm_{capability[0]}{capability[1]}, older than the Triton kernels' sm_80",
-        )
+        available = False
+        reason = f"the device is sm_{capability[0]}{capability[1]}, older than the Triton kernels' sm_80"
         reason += f"; {no_code}" if no_code else ""
     if available and not limits.why_not(operation, arguments, _tensors(arguments), options):
         return TRITON
@@ -264,11 +270,8 @@ def _must_serve(name: str, operation: str, first: object, arguments: tuple, why:
         refuse(f"serves plain tensors only, the first is a {type(first).__name__}")
     # not availability(), which would look at every backend, and for the CUDA library ask the driver; a CUDA
     # tensor says that there is a GPU
-    if name == "triton":
-        available, reason = kernels.state()
-    else:
-        library = native.CPU if name == "cpp" else native.EMULATED or native.CUDA
-        available, reason = library.available, library.reason
+    library = native.CPU if name == "cpp" else native.EMULATED or native.CUDA
+    available, reason = kernels.state() if name == "triton" else (library.available, library.reason)
     if not available:
         refuse(f"is not available: {reason}")
     device = first.device.type if isinstance(first, Tensor) else "cpu"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastkd import backends, native
 from fastkd._implementations import CPP
-from fastkd._private import few_frames, saved_tensors_hooked, transforming
+from fastkd._private import few_frames, is_wrapper, saved_tensors_hooked, transforming
 from fastkd.ops._gradients import handed_out
 from fastkd.ops._register import autograd, define, wanting_gradients
 
@@ -26,7 +26,7 @@ def fused(first: Tensor) -> bool:
     name = backends.current()
     wanted = name == "cpp" or (name == "auto" and not torch.compiler.is_compiling())
     on_cpu = native.CPU.available and first.device.type == "cpu"
-    here = wanted and on_cpu and not transforming() and not backends.is_wrapper(first)
+    here = wanted and on_cpu and not transforming() and not is_wrapper(first)
     if here:
         backends.record(backends.KernelCall())
     return here

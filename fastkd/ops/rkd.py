@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastkd import backends, checks, reference
 from fastkd._implementations import CPP, REFERENCE, TRITON, Backend
-from fastkd._private import dispatch_watched, few_frames, transforming
+from fastkd._private import dispatch_watched, few_frames, is_wrapper, transforming
 from fastkd.ops._cuda_limits import no_kernel
 from fastkd.ops._gradients import save, scaled, where_needed
 from fastkd.ops._register import autograd, define, implement, part_of
@@ -44,7 +44,7 @@ def rkd_loss(
     """
     checks.rkd_loss(student, teacher, distance_weight, angle_weight, weight)
     # no implementation but the reference has rules for these; a graph and what watches it get the operator
-    beyond = backends.is_wrapper(student) or transforming()
+    beyond = is_wrapper(student) or transforming()
     impl = None
     if beyond or not (torch.compiler.is_compiling() or dispatch_watched()):
         impl = backends.select("rkd_pass", (student, teacher), no_kernel)
