@@ -58,6 +58,7 @@ OTHERS = {
     "_getframe",
     "_exit",
     "_ArgumentGroup",
+    "_DummyThread",  # a thread that Python has not started
     "_compat_pickle",
     "_to_copy",
 }
