@@ -74,6 +74,7 @@ def test_auto_serves_a_gpu_by_triton_with_the_same_bits_in_each_run():
 
 
 @gpu
+@pytest.mark.unpoisoned
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_a_compiled_step_runs_the_kernels(mode, launched):
     """The operator in the graph chooses when it runs."""

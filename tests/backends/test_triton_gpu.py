@@ -23,6 +23,7 @@ def test_a_step_is_captured_in_a_cuda_graph(function):
 
 
 @gpu
+@pytest.mark.unpoisoned
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_a_compiled_step_runs_the_operators(mode):
     torch.compiler.reset()

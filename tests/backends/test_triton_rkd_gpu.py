@@ -65,6 +65,7 @@ def test_auto_serves_a_gpu_by_triton_with_the_same_bits_in_each_run(launched, sh
 
 
 @gpu
+@pytest.mark.unpoisoned
 def test_a_compiled_step_runs_the_kernels():
     torch.compiler.reset()
     student, teacher = pair()
