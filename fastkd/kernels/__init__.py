@@ -22,6 +22,7 @@
 | `limits.py` | what the kernels do not serve; without Triton |
 | `rkd/loss.py` | the RKD loss and its gradients |
 | `rkd/pair_kernels.py`, `triple_kernels.py`, `gradient_kernels.py` | its three launches |
+| `rkd/sum_kernels.py` | one between two of these, of large batches |
 
 A launcher has the name and the arguments of the operator that it implements (``torch.ops.fastkd``).
 """

@@ -21,6 +21,13 @@ pytestmark = pytest.mark.slow
 LAUNCHES = {
     "crd": ["crd_odds_kernel", "crd_loss_kernel", "crd_sum_kernel"],
     "rkd": ["rkd_pairs_kernel", "rkd_triples_kernel", "rkd_gradient_kernel"],
+    "rkd large": [
+        "rkd_pairs_kernel",
+        "rkd_sums_kernel",
+        "rkd_triples_kernel",
+        "rkd_sums_kernel",
+        "rkd_gradient_kernel",
+    ],
 }
 # registers of a thread at most: with 96 five programs of 128 threads share a multiprocessor's 65536
 REGISTERS = {"crd": 96, "crd bf16": 96, "crd fp16, student": 96}
@@ -63,7 +70,7 @@ def test_kernels_fit_and_do_not_spill(cases):
 def test_launches_are_few_and_skip_the_binder_from_the_second_call_on(cases):
     for name, case in cases.items():
         assert case["relaunched"], name
-        assert case["launches"] == LAUNCHES[name.split()[0]], name
+        assert case["launches"] == LAUNCHES.get(name, LAUNCHES[name.split()[0]]), name
 
 
 def test_rows_of_a_bank_are_read_sixteen_bytes_at_a_time(cases):
@@ -77,10 +84,10 @@ def test_rows_of_a_bank_are_read_sixteen_bytes_at_a_time(cases):
 
 
 def test_rkd_has_no_atomics_and_contracts_squares_and_products_with_the_matrix_alone(cases):
-    wanted = {"rkd_pairs_kernel": True, "rkd_triples_kernel": False, "rkd_gradient_kernel": True}
+    wanted = {"rkd_pairs_kernel": True, "rkd_gradient_kernel": True}  # by "fma" of its own
     for name, case in cases.items():
         for kernel in case["kernels"] if name.startswith("rkd") else ():
             assert not kernel["tickets"] and not kernel["products"], (name, kernel)
             assert kernel["contracted"]["f32"] == 0, (name, kernel)
             if name != "rkd loss":  # whose last launch only adds up
-                assert (kernel["contracted"]["f64"] > 0) == wanted[kernel["name"]], (name, kernel)
+                assert (kernel["contracted"]["f64"] > 0) == wanted.get(kernel["name"], False), (name, kernel)

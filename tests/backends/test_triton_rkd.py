@@ -9,38 +9,20 @@ import random
 import pytest
 import torch
 from autograd_cases import gradients
+from rkd_cases import LAUNCHED, agree, exact, on_a_line
 from support import missing
 
 import fastkd
-from fastkd import kernels, reference
+from fastkd import kernels
 from fastkd.kernels import limits
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(bool(missing("triton")), reason=missing("triton")),
 ]
-LAUNCHED = ["rkd_pairs_kernel", "rkd_triples_kernel", "rkd_gradient_kernel"]
 # (images, widths): one block of samples and several, even and odd numbers of blocks, a last one that is not
 # full; widths that are 1, no power of two, and more than a program takes
 SHAPES = [(2, 3, 7), (5, 1, 5), (7, 64, 33), (16, 16, 1), (17, 130, 61), (33, 9, 16)]
-
-
-def exact(student, teacher, **options):
-    return gradients(
-        lambda s, t: reference.rkd_loss(s, t, **options), student.double().cpu(), teacher.double().cpu()
-    )
-
-
-def agree(found, wanted, tolerance=1e-6, cancelled=(0, 0, 0)):
-    """``cancelled``: the size of terms that cancel in each, of which four roundings may be left."""
-    for got, want, terms in zip(found, wanted, cancelled, strict=False):
-        assert (got.double().cpu() - want).norm() <= tolerance * want.norm() + 2.0**-22 * terms, (got, want)
-
-
-def on_a_line(x, weight):
-    """All angles are 0 or 180 degrees there, and of what a triple pulls at its samples so much cancels."""
-    lengths = torch.cdist(x.double(), x.double())
-    return weight * (1 / lengths[lengths > 0]).sum().item() / len(x) ** 2 if x.shape[1] == 1 else 0
 
 
 @pytest.mark.parametrize("weights", [(25.0, 50.0), (3.0, 0.0), (0.0, 7.0)], ids=str)

@@ -48,13 +48,22 @@ def test_no_call_waits_for_the_device():
 
 
 @gpu
-@pytest.mark.parametrize("shape", [(64, 64, 64), (256, 512, 512), (700, 100, 3)], ids=str)
-def test_auto_serves_a_gpu_by_triton_with_the_same_bits_in_each_run(launched, shape):
+@pytest.mark.parametrize(
+    ("shape", "launches"),
+    [
+        ((64, 64, 64), "pairs triples gradient"),
+        ((256, 512, 512), "pairs triples gradient"),
+        ((700, 100, 3), "pairs sums triples gradient"),
+        ((700, 512, 600), "pairs sums triples sums gradient"),
+    ],
+    ids=str,
+)
+def test_auto_serves_a_gpu_by_triton_with_the_same_bits_in_each_run(launched, shape, launches):
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("older than sm_80")
     step = step_of(*pair(shape[0], shape[1:]))
     first = step()
-    assert launched == ["rkd_pairs_kernel", "rkd_triples_kernel", "rkd_gradient_kernel"]
+    assert launched == [f"rkd_{name}_kernel" for name in launches.split()]
     with fastkd.use_backend("triton"):
         for _ in range(3):
             assert all(torch.equal(a, b) for a, b in zip(first, step(), strict=True))

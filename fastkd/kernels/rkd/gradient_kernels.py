@@ -58,7 +58,7 @@ def _gradient(
 
 
 # counts are not specialized: a new batch size need not be a new kernel
-@triton.jit(do_not_specialize=["count", "blocks", "pair_tiles", "s_programs", "t_programs"])
+@triton.jit(do_not_specialize=["count", "blocks", "pair_tiles", "tiles", "s_programs", "t_programs"])
 def rkd_gradient_kernel(
     s,
     t,
@@ -77,6 +77,7 @@ def rkd_gradient_kernel(
     count,
     blocks,
     pair_tiles,
+    tiles,
     s_programs,
     t_programs,
     BLOCK: tl.constexpr,
@@ -86,8 +87,10 @@ def rkd_gradient_kernel(
     ADDED: tl.constexpr,
     DISTANCE: tl.constexpr,
 ):
+    """``pair_tiles`` and ``tiles``: in how many numbers each sum of the lengths and of the triples is: 1
+    where those have been added up.
+    """
     pid = tl.program_id(0)
-    tiles = blocks * (blocks + 1) // 2
     pitch = tl.cast(blocks * BLOCK, tl.int64)
     parts = scratch + 4 * pair_tiles
     factor = 2 * tl.cast(distance_factor, tl.float64)

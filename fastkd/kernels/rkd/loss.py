@@ -1,4 +1,5 @@
-"""The RKD loss and its gradients: three launches, and nothing larger than a matrix over the pairs of samples.
+"""The RKD loss and its gradients: three launches, up to five of large batches, and nothing larger than a
+matrix over the pairs of samples.
 
 1. Lengths (`pair_kernels.py`). A program makes those of a tile of pairs of one side, by differences, and
    writes each twice, since the matrices are symmetric: half of a squared length in float64, its inverse in
@@ -25,8 +26,14 @@ cancel, so each is rounded to float32 alike in every tile that makes it, and nev
 registers without a spill and 68 instructions a triangle; 4 a thread take 82 to 98 instructions and 148 or
 more registers. Two programs thus share a multiprocessor, and B = 256 has 528, two rounds on an H200. With
 both gradients 8 a thread are at the limit of registers (254), so 256 threads take 4 each. Pairs: 8 x 8 x 16
-differences, and 16 x 16 x 8 from 512 samples on, so that a program of the second launch, which adds up their
-sums, finds fewer. This was reckoned, not measured.
+differences, and 16 x 16 x 8 from 512 samples on: half the numbers read, and a quarter of the sums. This was
+reckoned, not measured.
+
+**Sums.** Each program of the triples adds up the sums of all tiles of pairs, and each of the gradients what
+all programs of the triples have found for the means. That costs no launch, but over all programs it is B^4
+and B^3 D in bytes, where the work itself is B^3 and B^2 D. Where it is more than ``AGAIN``, a launch of one
+program adds up those numbers before, and each reads one of a sum (`sum_kernels.py`). That depends on shapes
+alone: which gradients are wanted changes no order of additions.
 """
 
 from __future__ import annotations
@@ -41,6 +48,7 @@ from fastkd.kernels.common.launch import Launch, Plans, key_of, power_of_two, se
 from fastkd.kernels.limits import LARGEST, MOST_SAMPLES
 from fastkd.kernels.rkd.gradient_kernels import rkd_gradient_kernel
 from fastkd.kernels.rkd.pair_kernels import rkd_pairs_kernel
+from fastkd.kernels.rkd.sum_kernels import rkd_sums_kernel
 from fastkd.kernels.rkd.triple_kernels import rkd_triples_kernel
 
 BLOCK = 8  # samples of a tile's side
@@ -49,6 +57,13 @@ PAIRS, LARGE_PAIRS = (8, 16), (16, 8)  # samples of a side of a tile of pairs, a
 LARGE = 512  # samples from which on those are large
 RUN, COLUMNS = 4, 32  # samples of a step of a gradient, numbers of a program
 ADDED = 256  # partial sums that are added at once
+ADDED_ALONE = 1024  # of each row, by a program that does nothing else
+# Bytes of partial sums that the programs of a launch may read, all of them together. A second-level cache of
+# 5.5 TB/s gives these in 6 us. A launch between takes about as long: 1 to 2 us until it starts, as much until
+# the next does, and its program waits for memory and for its warps. So lengths are added up before from 353
+# samples on (37 MB; 352 have 31 MB, 256 have 9), where the triples take some 60 us; what the gradients read
+# from 641 samples of 512 numbers on. Reckoned, not measured
+AGAIN = 32 * 2**20
 
 
 class _Plan:
@@ -78,12 +93,23 @@ class _Plan:
         depths = [min(depth, power_of_two(x.shape[1])) for x in both]
         columns = [min(COLUMNS, power_of_two(x.shape[1])) for x in both]
         grad_shapes = [_empty(x, "meta").stride() for x in both]
-        programs = [
-            need * math.ceil(self.count / BLOCK) * math.ceil(x.shape[1] / wide)
-            for x, need, wide in zip(both, needs, columns, strict=True)
+        every = [
+            math.ceil(self.count / BLOCK) * math.ceil(x.shape[1] / wide)
+            for x, wide in zip(both, columns, strict=True)
         ]
+        programs = [need * of_side for need, of_side in zip(needs, every, strict=True)]
         # what is written is what runs: of equal sides nothing is left
         exact = {"enable_fp_fusion": False}
+        self.pair_sums: Launch | None = None
+        self.triple_sums: Launch | None = None
+        pair_numbers, numbers = pair_tiles, tiles  # of each sum, for those who read it
+        if 4 * 8 * pair_tiles * tiles > AGAIN:
+            self.pair_sums = _adding(0, pair_tiles, 0b1111)
+            pair_numbers = 1
+        if has_distance and 8 * tiles * min(every) > AGAIN:  # a gradient of the narrower side
+            wanted = 1 | needs[0] << 1 | needs[1] << 2
+            self.triple_sums = _adding(4 * pair_numbers, tiles, wanted)
+            numbers = 1
         self.pairs = Launch(
             rkd_pairs_kernel,
             2 * pair_tiles,
@@ -100,7 +126,7 @@ class _Plan:
             tiles,
             halves_at,
             blocks,
-            pair_tiles,
+            pair_numbers,
             BLOCK,
             LANES,
             ADDED,
@@ -116,7 +142,8 @@ class _Plan:
             *grad_shapes,
             self.count,
             blocks,
-            pair_tiles,
+            pair_numbers,
+            numbers,
             *programs,
             BLOCK,
             RUN,
@@ -125,6 +152,11 @@ class _Plan:
             has_distance,
             **exact,
         )
+
+
+def _adding(first: int, count: int, wanted: int) -> Launch:
+    """The launch that adds up rows of partial sums in scratch memory."""
+    return Launch(rkd_sums_kernel, 1, first, count, wanted, ADDED_ALONE, num_warps=8, enable_fp_fusion=False)
 
 
 def _tiles(blocks: int) -> int:
@@ -165,7 +197,11 @@ def rkd_pass(
     ]
     factors = angle / plan.count**3, distance / plan.count**2
     plan.pairs((s, t), s, t, scratch, inverses)
+    if plan.pair_sums is not None:
+        plan.pair_sums((scratch,), scratch)
     plan.triples((scratch,), scratch, inverses, *matrices, *factors)
+    if plan.triple_sums is not None:
+        plan.triple_sums((scratch,), scratch)
     wanted = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
     plan.gradient((s, t), s, t, scratch, inverses, *matrices, loss, *wanted, factors[1])
     return loss, grads[0], grads[1]

@@ -100,6 +100,7 @@ def rkd_triples_kernel(
     ANGLE: tl.constexpr,
     DISTANCE: tl.constexpr,
 ):
+    """``pair_tiles``: how many numbers each sum of the lengths is in, 1 where they have been added up."""
     pid = tl.program_id(0)
     tiles = blocks * (blocks + 1) // 2
     row, column = tile_of(pid, blocks)
