@@ -7,7 +7,9 @@ drawn row is read once. The positive belongs to the first part. A last launch ad
 of the gradients in their order, in float64.
 
 Normalizers are on the device, and whether they are known is not asked: a launch before the pass adds up the
-exponentials of all rows of a side without one. Of a side that has one its programs end at once.
+exponentials of all rows of a side without one. Of a side that has one its programs end at once. Each program
+of the pass adds up those programs' sums for itself, B^2 in bytes in all. A method does that once, with its
+first batch; where B is 1024 and K 16,384 they are a seventh of the rows' bytes.
 
 The tile has 2048 numbers for 128 threads: 4 rows of 128 float32 numbers a warp, all under way at once. The
 sums of the gradient are held beside it, 16 registers a thread, and added across rows only when the part ends.
