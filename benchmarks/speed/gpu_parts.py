@@ -101,6 +101,16 @@ def operations(module: Any) -> dict[str, Callable[[Features, Features], torch.Te
     }
 
 
+def smoke_features(dtype: str, layout: str) -> tuple[Features, Features]:
+    """Students' and teachers', on the CPU."""
+    torch.manual_seed(0)
+    students, teachers = (
+        [torch.randn(4, c, n, n).to(DTYPES[dtype]).to(memory_format=LAYOUTS[layout]) for c, n in SIZES]
+        for _ in range(2)
+    )
+    return students, teachers
+
+
 def smoke(backend: str) -> int:
     """Each operation, dtype and layout against float64 on the CPU, a line each. Returns the failures."""
     wrong = count = 0
@@ -111,14 +121,7 @@ def smoke(backend: str) -> int:
         forms |= gpu_methods.operations(fastkd)
     try:
         for dtype, layout in itertools.product(DTYPES, LAYOUTS):
-            torch.manual_seed(0)
-            students, teachers = (
-                [
-                    torch.randn(4, c, n, n).to(DTYPES[dtype]).to(memory_format=LAYOUTS[layout])
-                    for c, n in SIZES
-                ]
-                for _ in range(2)
-            )
+            students, teachers = smoke_features(dtype, layout)
             for name, form in forms.items():
                 wide = [x.double().requires_grad_() for x in students]
                 value = exact_forms[name](wide, [x.double() for x in teachers])

@@ -3,6 +3,7 @@
 | file | what lives there |
 |---|---|
 | `common/launch.py` | how a tensor is seen as a matrix, how work is divided, how a kernel is launched |
+| `common/keys.py` | what a compiled kernel is called in Triton's cache |
 | `common/fields.py` | names of places in the tuples that attention's kernels take |
 | `common/tile.py` | what kernels have in common: powers, positions, sums over channels, normalization |
 | `common/pool.py` | adaptive pooling of features and channel power sums, and its gradient |

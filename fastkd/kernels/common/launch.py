@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from fastkd.kernels import NegativeView
+from fastkd.kernels.common.keys import settle
 from fastkd.kernels.limits import LARGEST
 
 THREADS = 128
@@ -293,6 +294,7 @@ class Launch:
             return run(*args, *self.constants)
         if None in key:
             raise NegativeView
+        settle(self.kernel)
         compiled = self.kernel[self.grid](*args, *self.constants, **self.options)
         if compiled is not None:  # interpreted kernels are not compiled
             self.compiled[key] = compiled[self.grid]
