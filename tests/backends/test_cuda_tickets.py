@@ -23,8 +23,8 @@ CALLS = {
 
 def step(call, s, t):
     loss = CALLS[call](s, t)
-    # without its history: while that lives, autograd waits for a gradient on the stream of the first step,
-    # which a later capture on another stream may not make it do
+    # without its history: while that lives, a gradient of a later step is waited for on the stream of this
+    # one, which makes a capture on another stream fail
     return [loss.detach(), *torch.autograd.grad(loss, s, allow_unused=True)]
 
 

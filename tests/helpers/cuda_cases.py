@@ -30,7 +30,11 @@ def chains(
 
 
 def step(s: list[Tensor], t: list[Tensor], **switches: Any) -> list[Tensor]:
-    """Both losses and a tap, and the student's gradients."""
+    """Both losses and a tap, and the student's gradients.
+
+    Without their history: while that lives, gradients of later steps wait on the stream of this one.
+    """
     loss = fastkd.attention_transfer_loss(s, t, **switches) + fastkd.fsp_loss(s, t)
     y, attention = fastkd.relu_tap(s[0], t[0])
-    return [loss, y, attention, *torch.autograd.grad(loss + attention[:, 3].sum() + y.sum(), s)]
+    grads = torch.autograd.grad(loss + attention[:, 3].sum() + y.sum(), s)
+    return [loss.detach(), y.detach(), attention.detach(), *grads]
