@@ -75,7 +75,19 @@ class Hollow(TorchDispatchMode):
             meta_kwargs["device"] = "meta"
         if "generator" in meta_kwargs:
             meta_kwargs["generator"] = None  # of another device
-        return tree_map_only(Tensor, _like, func(*meta_args, **meta_kwargs))
+        made = func(*meta_args, **meta_kwargs)
+        # by cuDNN; without data PyTorch takes NCHW
+        if "convolution" in func._schema.name and any(_channels_last(x) for x in given):
+            made = tree_map_only(Tensor, _to_channels_last, made)
+        return tree_map_only(Tensor, _like, made)
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and x.stride(1) == 1 and not x.is_contiguous()
+
+
+def _to_channels_last(x: Tensor) -> Tensor:
+    return x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
 def _like(x: Tensor, device: str = "cpu") -> Tensor:
