@@ -59,15 +59,16 @@ FASTKD_DEVICE T load_fresh(const T* pointer) {
 
 // Called by all threads of a block after they have written what other blocks are to read: true, for all of
 // them, in the block that comes last of `count`. The ticket is 0 before the first and after the last. An
-// integer counts, so that no sum depends on the order.
+// integer counts, so that no sum depends on the order. Between the barriers one thread releases what all have
+// written, and acquires what other blocks have: a fence in each thread would cost as much again.
 FASTKD_DEVICE bool is_last(unsigned* ticket, unsigned count) {
-  __threadfence();
   sync_block();
   int last = 0;
   if (threadIdx.x == 0) {
-    last = atomicAdd(ticket, 1u) == count - 1;
+    unsigned before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(ticket) : "memory");
+    last = before == count - 1;
     if (last) *ticket = 0;
-    __threadfence();
   }
   return __syncthreads_or(last);
 }
@@ -99,18 +100,23 @@ FASTKD_DEVICE Pack load_pack(const T* pointer) {
 #endif
 }
 
-// Zeros, where `wanted` is false; not a branch, so that several are on their way at once.
+// Zeros, where `wanted` is false; not a branch, so that several are on their way at once. `once`: the
+// second-level cache gives it up before anything else.
 template <typename T>
-FASTKD_DEVICE Pack load_pack_if(const T* pointer, bool wanted) {
+FASTKD_DEVICE Pack load_pack_if(const T* pointer, bool wanted, bool once = false) {
 #ifdef FASTKD_EMULATE
+  (void)once;
   return wanted ? load_pack(pointer) : Pack{};
 #else
   Pack v;
+  uint64_t normal, first;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(normal));
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
   asm volatile(
       "{ .reg .pred p; setp.ne.b32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;"
-      " @p ld.global.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+      " @p ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %6; }"
       : "=&r"(v.word[0]), "=&r"(v.word[1]), "=&r"(v.word[2]), "=&r"(v.word[3])
-      : "l"(pointer), "r"(static_cast<int>(wanted)));
+      : "l"(pointer), "r"(static_cast<int>(wanted)), "l"(once ? first : normal));
   return v;
 #endif
 }

@@ -13,31 +13,38 @@ namespace {
 // in a user's MemPool.
 constexpr int kSlices = 64;
 constexpr int64_t kSlice = 1 << 14;
+// And of calls that are captured in CUDA graphs, which need no clearing at each replay then: 4 MiB of them,
+// enough for 2700 captured losses of three stages and 128 samples.
+constexpr int64_t kCaptured = 1 << 20;
+constexpr int64_t kCounters = kSlices * kSlice + kCaptured;
 
 #ifdef FASTKD_EMULATE
 
-unsigned ticket_counters[kSlices * kSlice];
+unsigned ticket_counters[kCounters];
 
-unsigned* first_counter(Stream) { return ticket_counters; }
+unsigned* first_counter() { return ticket_counters; }
+bool is_shared_by_threads(Stream) { return false; }
 Stream current_stream(int32_t) { return emulate::stream(); }
 bool is_capturing(Stream) { return emulate::is_capturing(); }
 void clear(void* counters, size_t bytes, Stream) { std::memset(counters, 0, bytes); }
 
 #else
 
-__device__ unsigned ticket_counters[kSlices * kSlice];  // each device has its own, zeros at first
+__device__ unsigned ticket_counters[kCounters];  // each device has its own, zeros at first
 
 void check(cudaError_t status, const char* name) {
   STD_TORCH_CHECK(status == cudaSuccess, name, ": ", cudaGetErrorString(status));
 }
 
-// Of the current device. Null for the stream that is another one in each thread: one slice would not do.
-unsigned* first_counter(Stream stream) {
-  if (stream == cudaStreamPerThread) return nullptr;
+// Of the current device. While a call is captured this could load the library's code, which CUDA refuses.
+unsigned* first_counter() {
   void* first = nullptr;
   check(cudaGetSymbolAddress(&first, ticket_counters), "tickets");
   return static_cast<unsigned*>(first);
 }
+
+// A name that is another stream in each thread.
+bool is_shared_by_threads(Stream stream) { return stream == cudaStreamPerThread; }
 
 Stream current_stream(int32_t index) {
   void* stream = nullptr;
@@ -57,22 +64,48 @@ void clear(void* counters, size_t bytes, Stream stream) {
 
 #endif
 
+// What of the counters of each device is taken.
+struct Taken {
+  unsigned* first = nullptr;  // null until a call outside of captures has asked for it
+  std::map<Stream, unsigned*> of_stream;
+  int slices = 0;
+  int64_t captured = 0;
+};
+struct AllTaken {
+  std::map<int32_t, Taken> of_device;
+  std::mutex mutex;
+};
+AllTaken& all_taken() {
+  static auto* all = new AllTaken;  // never freed: calls may come while the process ends
+  return *all;
+}
+
 // The slice of a stream of the current device, whose index this is; null where there is none left.
 unsigned* slice_of(int32_t index, Stream stream) {
-  struct Slices {
-    std::map<std::pair<int32_t, Stream>, unsigned*> of_stream;
-    std::map<int32_t, int> taken;  // by the streams of a device
-    std::mutex mutex;
-  };
-  static auto* slices = new Slices;  // never freed: calls may come while the process ends
-  const std::lock_guard<std::mutex> lock(slices->mutex);
-  const auto found = slices->of_stream.find({index, stream});
-  if (found != slices->of_stream.end()) return found->second;
-  int& taken = slices->taken[index];
-  unsigned* first = taken < kSlices ? first_counter(stream) : nullptr;
-  if (first != nullptr) first += kSlice * taken++;
-  slices->of_stream.insert({{index, stream}, first});
-  return first;
+  AllTaken& all = all_taken();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  Taken& taken = all.of_device[index];
+  const auto found = taken.of_stream.find(stream);
+  if (found != taken.of_stream.end()) return found->second;
+  unsigned* slice = nullptr;
+  if (!is_shared_by_threads(stream) && taken.slices < kSlices) {  // one slice would not do for those
+    if (taken.first == nullptr) taken.first = first_counter();
+    slice = taken.first + kSlice * taken.slices++;
+  }
+  taken.of_stream.insert({stream, slice});
+  return slice;
+}
+
+// Counters of a call that is captured, which keeps them for as long as the process lives, since nobody says
+// when a graph is given up; null where there are none left. A graph is not replayed beside itself.
+unsigned* captured_counters(int32_t index, int64_t count) {
+  AllTaken& all = all_taken();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  Taken& taken = all.of_device[index];
+  if (taken.first == nullptr || taken.captured + count > kCaptured) return nullptr;
+  unsigned* counters = taken.first + kSlices * kSlice + taken.captured;
+  taken.captured += count;
+  return counters;
 }
 
 }  // namespace
@@ -97,15 +130,21 @@ void allow_shared(const char* name, const void* kernel, size_t bytes) {
 #endif
 
 Tickets OnDevice::tickets(int64_t count) const {
-  const bool may_share = count <= kSlice && !is_capturing(stream_);
-  Tickets tickets{may_share ? slice_of(index_, stream_) : nullptr, std::nullopt};
+  Tickets tickets{nullptr, std::nullopt};
+  if (is_capturing(stream_)) {
+    tickets.first = captured_counters(index_, count);
+  } else if (count <= kSlice) {
+    tickets.first = slice_of(index_, stream_);
+  }
   if (tickets.first == nullptr) {
     tickets.memory = empty(&count, 1, DType::kFloat);  // 4 bytes each, like an unsigned
     tickets.first = static_cast<unsigned*>(tickets.memory->mutable_data_ptr());
     clear(tickets.first, static_cast<size_t>(count) * sizeof(unsigned), stream_);
   }
 #ifdef FASTKD_EMULATE
-  emulate::note_tickets(tickets.memory ? -1 : static_cast<int>((tickets.first - ticket_counters) / kSlice));
+  const int64_t at = tickets.first - ticket_counters, shared = kSlices * kSlice;
+  emulate::note_tickets(tickets.memory ? -1
+                                       : static_cast<int>(at < shared ? at / kSlice : kSlices + at - shared));
   for (int64_t i = 0; i < count; ++i)
     STD_TORCH_CHECK(tickets.first[i] == 0, "a kernel left a ticket that is not 0");
 #endif

@@ -41,7 +41,8 @@ class OnDevice {
     return fastkd::empty(sizes, dim, dtype, index_);
   }
   // They belong to the stream, whose next call finds them 0 again. A CUDA graph may be replayed on any
-  // stream, beside others: it has counters of its own, and clears them at each replay.
+  // stream, beside others: each captured call has counters of its own. Where there are none left, memory of
+  // its own is cleared by each call, or at each replay.
   Tickets tickets(int64_t count) const;
 
  private:

@@ -33,6 +33,7 @@ class Gradients {
     GradientItem& item = args_.items[args_.count++];
     const Feature* const tensors[] = {&x, &dx};
     item.view = matrix_view_of(tensors, 2, goal_);
+    item.view.once = true;
     item.x = place_of(x, item.view);
     if (is_map) item.x.data = nullptr;
     item.dx = place_of(dx, item.view);
@@ -44,8 +45,7 @@ class Gradients {
   void run() {
     if (args_.count == 0) return;
     const auto kernel = accumulation_ == DType::kDouble ? gradient_kernel<double> : gradient_kernel<float>;
-    const size_t shared = accumulation_ == DType::kDouble ? kSharedBytes<double> : kSharedBytes<float>;
-    launch("attention_transfer_loss_backward", kernel, blocks_, kThreads, shared, device_, args_);
+    launch("attention_transfer_loss_backward", kernel, blocks_, kThreads, 0, device_, args_);
     args_.count = 0;
     blocks_ = 0;
   }
@@ -127,6 +127,7 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& stud
       const bool is_map = is_student ? args.student_is_map : args.teacher_is_map;
       const Feature& x = is_student ? s : t;
       side.view = is_map ? matrix_view_of_map(x) : matrix_view_of(x, goal);
+      side.view.once = !is_student;  // the backward pass reads the student again
       side.x = place_of(x, side.view);
       side.sums_at = sums;
       side.coefficients = nullptr;

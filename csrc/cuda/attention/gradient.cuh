@@ -65,10 +65,41 @@ FASTKD_DEVICE void stream_packs(const MatrixView& w, const Place& x, const Place
   }
 }
 
-// k: coefficients_of() numbers of shared memory, complete.
-template <bool kTap, bool kMixed, typename A>
+// Coefficients of a unit that lie in shared memory, complete.
+template <typename A>
+struct SharedCoefficients {
+  const A* k;  // coefficients_of() numbers
+  template <int W>
+  FASTKD_MEMBER void read(int32_t place, A (&into)[W]) const {
+    FASTKD_UNROLL
+    for (int i = 0; i < W; ++i) into[i] = k[place + i];
+  }
+  FASTKD_MEMBER A scaled(A number) const { return number; }
+};
+
+// And those of a sample in global memory, read where they are used. If the block read them for all its
+// threads, the features would wait for them; so what they are multiplied by comes later, too.
+template <typename A>
+struct Coefficients {
+  const A* k;
+  int32_t first, positions;  // of the unit's; a place in a folded row may lie beyond the last position
+  A factor;
+  template <int W>
+  FASTKD_MEMBER void read(int32_t place, A (&into)[W]) const {
+    int32_t s = first + place;
+    if (s >= positions) s %= positions;
+    FASTKD_UNROLL
+    for (int i = 0; i < W; ++i) {
+      into[i] = k[s];
+      s = s + 1 == positions ? 0 : s + 1;
+    }
+  }
+  FASTKD_MEMBER A scaled(A number) const { return number * factor; }
+};
+
+template <bool kTap, bool kMixed, typename A, typename K>
 FASTKD_DEVICE void stream(const MatrixView& w, const Place& x, const Place& dx, const Tap* tap, int64_t n,
-                          const Part& part, const A* k) {
+                          const Part& part, const K& k) {
   with_format<kMixed, A>(w, [&](auto format) {
     using T = typename decltype(format)::Number;
     constexpr int W = decltype(format)::kWidth, U = kTap ? kUnrollTwo : kUnroll;
@@ -78,16 +109,16 @@ FASTKD_DEVICE void stream(const MatrixView& w, const Place& x, const Place& dx, 
       FASTKD_ROLLED
       for (int32_t row = part.first_row + static_cast<int>(threadIdx.x) / w.across; row < part.end_row;
            row += stride.rows) {
-        A mine[U];
+        A mine[U][1];
         FASTKD_UNROLL
         for (int u = 0; u < U; ++u) {
           const int32_t at = row + u * step.rows;
-          mine[u] = at < part.end_row ? k[at - part.first_row] : A(0);
+          k.read((at < part.end_row ? at : row) - part.first_row, mine[u]);
         }
         FASTKD_ROLLED
         for (int32_t column = lane * W; column < w.columns; column += stride.columns) {
           stream_packs<kTap, U, T, A, W>(w, x, dx, tap, part, step, n, row, column,
-                                         [&](int u, int) { return mine[u]; });
+                                         [&](int u, int) { return k.scaled(mine[u][0]); });
         }
       }
       return;
@@ -100,12 +131,11 @@ FASTKD_DEVICE void stream(const MatrixView& w, const Place& x, const Place& dx, 
       const int group = place / across, p = place - group * across;
       if (p * W >= part.columns) continue;
       A mine[W];
-      FASTKD_UNROLL
-      for (int i = 0; i < W; ++i) mine[i] = k[p * W + i];
+      k.read(p * W, mine);
       FASTKD_ROLLED
       for (int32_t row = part.first_row + group; row < part.end_row; row += U * groups) {
         stream_packs<kTap, U, T, A, W>(w, x, dx, tap, part, step, n, row, part.first_column + p * W,
-                                       [&](int, int i) { return mine[i]; });
+                                       [&](int, int i) { return k.scaled(mine[i]); });
       }
     }
   });
@@ -134,22 +164,21 @@ static_assert(sizeof(GradientArgs) <= 4096, "more than what a launch takes every
 template <typename A>
 FASTKD_KERNEL_OF(kThreads, kBlocks<A>)
 gradient_kernel(const GradientArgs args) {
+  // what the forward pass has read last may still be in the second-level cache
+  const int32_t block = static_cast<int32_t>(gridDim.x - 1 - blockIdx.x);
   int32_t i = 0;
-  while (i + 1 < args.count && static_cast<int32_t>(blockIdx.x) >= args.items[i + 1].first) ++i;
+  while (i + 1 < args.count && block >= args.items[i + 1].first) ++i;
   const GradientItem& item = args.items[i];
   const MatrixView& w = item.view;
-  const int32_t local = static_cast<int32_t>(blockIdx.x) - item.first;
+  const int32_t local = block - item.first;
   const int64_t n = local / w.units;
   const Part part = part_of(w, local % w.units);
   const A upstream =
       args.grad == nullptr ? static_cast<A>(args.upstream) : load_number<A>(args.grad, args.grad_dtype, 0);
-  A* k = shared_numbers<A>();
-  const A* from = static_cast<const A*>(item.k) + n * positions_of(w);
-  for (int32_t j = threadIdx.x; j < coefficients_of(w, part); j += kThreads) {
-    k[j] = from[position_of(w, first_coefficient(w, part) + j)] * upstream;
-  }
-  sync_block();
-  stream<false, true>(w, item.x, item.dx, nullptr, n, part, k);
+  const int32_t positions = positions_of(w);
+  const Coefficients<A> k = {static_cast<const A*>(item.k) + n * positions, first_coefficient(w, part),
+                             positions, upstream};
+  stream<false, true, A>(w, item.x, item.dx, nullptr, n, part, k);
 }
 
 }  // namespace fastkd

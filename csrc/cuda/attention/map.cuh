@@ -80,8 +80,10 @@ template <bool kTap, typename A>
 FASTKD_KERNEL_OF(kThreads, kBlocks<A>)
 map_gradient_kernel(const MapGradientArgs args) {
   const MatrixView& w = args.view;
-  const int64_t n = static_cast<int32_t>(blockIdx.x) / w.units;
-  const Part part = part_of(w, static_cast<int32_t>(blockIdx.x) % w.units);
+  // what the forward pass has read last may still be in the second-level cache
+  const int32_t block = static_cast<int32_t>(gridDim.x - 1 - blockIdx.x);
+  const int64_t n = block / w.units;
+  const Part part = part_of(w, block % w.units);
   const double share = reduction_of(w, args.mean);
   Norm norm = no_norm(1);
   double dot[1] = {};
@@ -100,7 +102,7 @@ map_gradient_kernel(const MapGradientArgs args) {
     k[j] = static_cast<A>(along_gradient(number_of<A>(w, args.grad, n, s), y, dot[0], norm, 2 / share));
   }
   sync_block();
-  stream<kTap, false>(w, args.x, args.dx, &args.tap, n, part, k);
+  stream<kTap, false, A>(w, args.x, args.dx, &args.tap, n, part, SharedCoefficients<A>{k});
 }
 
 }  // namespace fastkd

@@ -38,6 +38,7 @@ struct MatrixView {
   int16_t groups;  // by columns: of rows, each of which is summed apart
   int8_t width;    // of a pack: 16 bytes of numbers, or 1
   int8_t by_rows;
+  int8_t once;  // what is read is not needed in the cache any more: 0 unless the host says so
 };
 
 // Where a tensor lies that is seen as such a matrix.
@@ -116,8 +117,8 @@ FASTKD_DEVICE T* row_of(const MatrixView& w, const Place& x, int64_t n, int32_t 
 }
 
 template <typename T, int W>
-FASTKD_DEVICE Pack load_some(const T* pointer, bool wanted) {
-  if constexpr (W > 1) return load_pack_if(pointer, wanted);
+FASTKD_DEVICE Pack load_some(const T* pointer, bool wanted, bool once) {
+  if constexpr (W > 1) return load_pack_if(pointer, wanted, once);
   Pack one{};
   if (wanted) set<T>(one, 0, *pointer);
   return one;
@@ -145,7 +146,7 @@ FASTKD_DEVICE void load_packs(const MatrixView& w, const Place& x, const Part& p
   const int64_t distance = distance_of(w, x, step);
   FASTKD_UNROLL
   for (int u = 0; u < U; ++u)
-    v[u] = load_some<T, W>(at + u * distance, is_within(part, step, row, column, u));
+    v[u] = load_some<T, W>(at + u * distance, is_within(part, step, row, column, u), w.once);
 }
 
 // A number in the type of accumulation, and back; a double goes to 16 bits through float.

@@ -207,7 +207,7 @@ extern "C" __attribute__((visibility("default"))) void fastkd_emulate_stream(voi
   fastkd::emulate::capturing = capturing != 0;
 }
 
-// For ctypes: the slice of tickets that the last call had, or -1.
+// For ctypes: what note_tickets() was told last.
 extern "C" __attribute__((visibility("default"))) int fastkd_emulate_tickets() {
   return fastkd::emulate::slice_of_tickets;
 }

@@ -41,7 +41,8 @@ const unsigned char* exchange(const void* mine, size_t size);
 // The stream of calls, and whether a graph is captured on it, as a test has set them.
 void* stream();
 bool is_capturing();
-// Which slice of tickets a call has; -1: memory of its own.
+// Which slice of tickets a call has; 64 and more: of a captured call, where its first counter is; -1: memory
+// of its own.
 void note_tickets(int slice);
 // The sum of `sum` and eight products, as a tensor core adds them. It cuts off each what lies more than two
 // bits below the largest one's last place in float32, and off the result what lies below its own. It rounds
