@@ -123,6 +123,7 @@ def loss_kernel(
                     scratch + t_at,
                     T_CONFIG,
                     i,
+                    ONCE=True,  # the backward pass reads the student again
                 )
 
     if last_of(tickets + 1 + stage * samples + n, programs):
@@ -217,7 +218,8 @@ def gradient_kernel(
     CONFIG: tl.constexpr,
     ITEMS: tl.constexpr,
 ):
-    pid = tl.program_id(0)
+    # what the forward pass has read last may still be in the second-level cache
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
     upstream = tl.load(grad).to(tl.float32)
     for i in tl.static_range(ITEMS):
         begin, programs, blocks, steps, positions = items[i]  # programs of a sample
@@ -240,7 +242,7 @@ def gradient_kernel(
             to = outs[i] + places(out_views[i], CONFIG, i, n, first, rows, position)
             for row in range(first, tl.minimum(first + steps * ROWS, rows_count), ROWS):
                 mask = (row + rows < rows_count)[:, None] & inside[None, :]
-                x = tl.load(at, mask=mask, other=0).to(tl.float32)
+                x = tl.load(at, mask=mask, other=0, eviction_policy="evict_first").to(tl.float32)
                 tl.store(to, (slope(x, CONFIG, i) * k[None, :]).to(outs[i].dtype.element_ty), mask=mask)
                 at += row_step(x_views[i], CONFIG, i)
                 to += row_step(out_views[i], CONFIG, i)

@@ -165,8 +165,11 @@ def sum_powers(
     y_view=None,
     residual=None,
     residual_view=None,
+    ONCE: tl.constexpr = False,
 ):
     """Writes a program's sums of powers, a number for each position of its block.
+
+    ONCE: the second-level cache need not keep what is read.
 
     ``out`` holds, for each chunk, a row of sums; a folded row is as many rows of positions as channels were
     folded into one. With y, the powers are those of y = relu(x + residual), written on the way and rounded
@@ -187,7 +190,7 @@ def sum_powers(
     total = tl.zeros((ROW_BLOCK, BLOCK), tl.float32)
     for row in range(first, tl.minimum(first + steps * ROW_BLOCK, rows_count), ROW_BLOCK):
         mask = (row + rows < rows_count)[:, None] & inside[None, :]
-        v = tl.load(at, mask=mask, other=0).to(tl.float32)
+        v = tl.load(at, mask=mask, other=0, eviction_policy="evict_first" if ONCE else "").to(tl.float32)
         at += row_step(view, CONFIG, ITEM)
         if y is not None:
             if residual is not None:
