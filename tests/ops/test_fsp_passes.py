@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
 import torch
 from fsp_cases import DISTANCES, SUMS
+from fsp_columns import column_gradient_terms
 from recorder import fused_only
 from support import DTYPES, KERNELS, check, check_loss, evaluate, make, name, ref
 
@@ -144,24 +146,17 @@ def test_the_same_tensor_twice_has_the_whole_gradient(backend, shape):
     if backend == "triton" and not torch.cuda.is_available():  # interpreted, a product takes long
         shape = (1, 5, *shape[2:])
     x, y = make(shape), make((*shape[:2], 16, 16))
-    for distance in DISTANCES:
-        check(
-            backend,
-            *[
-                lambda x, y, f=f: f([x, x], [y, y], distance=distance)
-                for f in (fastkd.fsp_loss, ref.fsp_loss)
-            ],
-            [x, y],
-            k=8,
-            also=SUMS,
-        )
-        check(
-            backend,
-            *[
-                lambda x, y, f=f: f([x, y, x], [y, x, y], distance=distance)
-                for f in (fastkd.fsp_loss, ref.fsp_loss)
-            ],
-            [x, y],
-            k=8,
-            also=SUMS,
-        )
+    for distance, (student, teacher) in itertools.product(DISTANCES, (("xx", "yy"), ("xyx", "yxy"))):
+
+        def loss(module):
+            return lambda *of: module.fsp_loss(
+                *([of["xy".index(name)] for name in side] for side in (student, teacher)), distance=distance
+            )
+
+        terms = None
+        if distance == "column_l2":
+            names = student + teacher
+            chains = ([{"x": x, "y": y}[name] for name in side] for side in (student, teacher))
+            each = column_gradient_terms(*chains)
+            terms = [sum(g for g, name in zip(each, names) if name == wanted) for wanted in "xy"]
+        check(backend, loss(fastkd), loss(ref), [x, y], k=8, also=SUMS, gradient_terms=terms)
