@@ -43,7 +43,7 @@ from triton.runtime import build, cache
 
 import fastkd
 from fastkd import _implementations, backends
-from speed import gpu, gpu_methods, gpu_parts, gpu_step, gpu_tiles
+from speed import gpu, gpu_ahead_tests, gpu_methods, gpu_parts, gpu_step, gpu_tiles
 from speed.cases import features
 from speed.gpu_device import Features
 from speed.measure import both_passes
@@ -147,7 +147,7 @@ class Driver(triton_compile.Driver):
         self.launchers += 1
 
 
-def cases() -> Iterator[tuple[str, Callable[[], object]]]:
+def cases(words: Sequence[str]) -> Iterator[tuple[str, Callable[[], object]]]:
     """What is launched, by name, in the order of the parts."""
     yield "first calls", _first_calls
     for (dtype, layout), (name, form) in itertools.product(
@@ -163,6 +163,8 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"speed {make.__name__} {sizes}", functools.partial(_of_method, make, sizes)
     for model, batch in ((gpu_step.RESNET20, 128), (gpu_step.RESNET50, 64)):
         yield f"step {model}", functools.partial(_step, model, batch)
+    if not words or any("test" in word for word in words):
+        yield from gpu_ahead_tests.cases()  # launches the first kernel as it imports them
     for how, tried in gpu_tiles._wanted():
         yield f"tiles {how} {gpu_tiles._numbers(tried)}", functools.partial(_tile, how, tried)
 
@@ -224,7 +226,7 @@ def compile_ahead(capability: int, words: Sequence[str]) -> tuple[int, int]:
     vars(_implementations)["dispatch_watched"] = lambda: False
     vars(backends)["_must_serve"] = lambda *args: None
     begun = time.monotonic()
-    for name, run in cases():
+    for name, run in cases(words):
         if words and not any(word in name for word in words):
             continue
         before, started, why = list(counts), time.monotonic(), ""
