@@ -8,9 +8,8 @@ one yet.
   tensor cores, where Triton emits Hopper's own instructions and takes larger tiles, and keeps no matrix
   larger than the features; 64 x 64 tiles of the C++ kernels read the ResNet-50 stages six times over. So
   Triton from LARGE_PRODUCTS multiply-adds on, about 20 us of an H200 in tf32.
-- FSP of stages that differ in size, which are pooled: Triton until it is measured, since the C++ kernels
-  load most windows number by number, each after the other. Sizes that halve from stage to stage they load
-  at once.
+- FSP of stages that differ in size, which are pooled: Triton until it is measured. The C++ kernels load
+  windows of 2, 4, 8 or 16 numbers at once where sizes divide, other windows four numbers at a time.
 - float64: C++, since Triton has none.
 """
 

@@ -37,31 +37,23 @@ def check_matrix(x, y, pool_mode):
         assert error < near.get(x.dtype, allowed), error
 
 
+CONSTANT = [(2,), (2, 1), (2, 2), (1, 2, 2), (4,), (2, 4), (2, 2, 2), (4, 4), (4, 2, 2)]
+OTHER = [(3, 3), (2, 3, 2), (4, 8)]
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "stepped"])
 @pytest.mark.parametrize("pool_mode", ["avg", "max"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("size", [(3, 5), (2, 3, 2)])
-def test_features_of_halved_sizes(cuda_launches, size, dtype, pool_mode, layout):
-    """What networks have from stage to stage: windows of 2 x 2, read as a tile is made, or beforehand for
-    many channels.
+@pytest.mark.parametrize("window", [*CONSTANT, *OTHER], ids=str)
+def test_features_of_sizes_that_divide(cuda_launches, window, dtype, pool_mode, layout):
+    """Windows of 2, 4, 8 or 16 numbers, which kernels have as constants, and others; read as a tile is made,
+    or beforehand for many channels. Packs of channels where there are 16. Half of the numbers are 0: of equal
+    maxima the first counts.
     """
-    fine = (*size[:-2], *(2 * n for n in size[-2:]))
-    for channels in (9, 130):
-        x, y = make((2, 16, *fine), dtype, layout), make((2, channels, *size), dtype, layout)
-        check_matrix(x, y, pool_mode)
-        assert cuda_launches().count("fsp_pool") == (2 if channels == 130 else 0)
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "stepped"])
-@pytest.mark.parametrize("pool_mode", ["avg", "max"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("window", [(3, 3), (4, 4), (1, 2), (4, 1), (2, 4), (2, 3, 2)], ids=str)
-def test_features_of_other_whole_windows(cuda_launches, window, dtype, pool_mode, layout):
-    """Four numbers of a window at a time: whole fours, and what is left of them."""
-    size = (2, 3, 2)[-len(window) :]
+    size = (2, 3, 5)[-len(window) :]
     fine = tuple(n * times for n, times in zip(size, window))
-    for channels in (9, 130):
-        x, y = make((1, 16, *fine), dtype, layout), make((1, channels, *size), dtype, layout)
+    for channels in (9, 16, 130):
+        x, y = make((1, 16, *fine), dtype, layout, "relu"), make((1, channels, *size), dtype, layout)
         check_matrix(x, y, pool_mode)
         assert cuda_launches().count("fsp_pool") == (2 if channels == 130 else 0)
 
@@ -82,7 +74,13 @@ def test_features_that_are_pooled_before(cuda_launches, dtype, pool_mode, layout
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "reversed"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
-    "size, grid, precision", [((36, 35), (5, 7), "tf32x3"), ((24, 24), (12, 12), "ieee")]
+    "size, grid, precision",
+    [
+        ((36, 35), (5, 7), "tf32x3"),
+        ((24, 24), (12, 12), "ieee"),
+        ((12, 48), (12, 12), "ieee"),
+        ((36, 30), (12, 10), "tf32x3"),
+    ],
 )
 def test_gradients_of_averages_that_are_made_before(cuda_launches, size, grid, precision, dtype, layout):
     """Too many products to make at each position: coarse gradients that windows, which may overlap, are

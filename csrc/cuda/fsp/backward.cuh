@@ -12,8 +12,7 @@ struct Gather {
   const void* from;
   int64_t stride_n, stride_c, stride_s;
   int32_t grid[3];
-  bool max;
-  bool halved;  // the feature's last two sizes are twice the grid's
+  Whole whole;
 };
 
 struct GradientArguments {
@@ -24,6 +23,7 @@ struct GradientArguments {
   double scale[2];  // of the terms: 1 / positions
   int32_t terms, gathers;
   int32_t row_tiles, column_tiles, first_block;
+  bool max;            // what is gathered goes to the maxima of windows
   bool channels_last;  // the gradient's layout, for the order of writing
 };
 
@@ -42,10 +42,30 @@ FASTKD_BOTH constexpr size_t backward_shared() {
   return (operands > sums ? operands : sums) * sizeof(A);
 }
 
+// The windows over a position of a feature. If they are whole: where in the only one it lies, and its share.
+struct Over {
+  Box windows;
+  int32_t place;
+  float share;
+};
+
+FASTKD_DEVICE Over over(const Gather& gather, const Operand& own, int32_t s) {
+  Over found = {box_of<true>(s, gather.grid, own.size), 0, 1.0f / gather.whole.count};
+  int32_t at[3];
+  place_of(s, own.size, at);
+  FASTKD_UNROLL
+  for (int d = 0; d < 3; ++d) {
+    const int32_t size = gather.whole.size[d];
+    found.place = found.place * size + at[d] - found.windows.begin[d] * size;
+  }
+  return found;
+}
+
 // What the windows over position s send, in their order.
 template <typename A>
-FASTKD_DEVICE A gathered(const Gather& gather, const GradientArguments& item, const Box& windows, int64_t n,
+FASTKD_DEVICE A gathered(const Gather& gather, const GradientArguments& item, const Over& over, int64_t n,
                          int64_t c, int32_t s) {
+  const Box& windows = over.windows;
   const A* from = static_cast<const A*>(gather.from) + n * gather.stride_n + c * gather.stride_c;
   A total = 0;
   FASTKD_ROLLED
@@ -56,18 +76,24 @@ FASTKD_DEVICE A gathered(const Gather& gather, const GradientArguments& item, co
       for (int32_t w = windows.begin[2]; w < windows.end[2]; ++w) {
         const int32_t at = (d * gather.grid[1] + h) * gather.grid[2] + w;
         const A number = from[at * gather.stride_s];
-        if (!gather.max) {
+        const Whole& whole = gather.whole;
+        if (!item.max) {
           total +=
-              number *
-              (gather.halved ? A(0.25) : inverse_of<A>(share_of<true>(d, h, w, gather.grid, item.own.size)));
+              number * (whole.count ? static_cast<A>(over.share)
+                                    : inverse_of<A>(share_of<true>(d, h, w, gather.grid, item.own.size)));
           continue;
         }
-        const int64_t channel = n * item.own.stride_n + c * item.own.stride_c;
-        const int32_t place =
-            gather.halved
-                ? place_of_maximum_of_four<A>(item.own, channel, d, 2 * h, 2 * w)
-                : place_of_maximum<A>(item.own, channel, box_of<true>(at, item.own.size, gather.grid));
-        if (place == s) total += number;
+        const Operand& own = item.own;
+        const int64_t channel = n * own.stride_n + c * own.stride_c;
+        bool is_maximum;
+        if (whole.count) {
+          const int64_t begin = d * whole.size[0] * own.stride[0] + h * whole.size[1] * own.stride[1] +
+                                w * whole.size[2] * own.stride[2];
+          is_maximum = place_in_window<A>(own, whole, channel + begin) == over.place;
+        } else {
+          is_maximum = place_of_maximum<A>(own, channel, box_of<true>(at, own.size, gather.grid)) == s;
+        }
+        if (is_maximum) total += number;
       }
     }
   }
@@ -136,10 +162,10 @@ fsp_backward(FASTKD_ARGUMENTS(BackwardArguments) call) {
   };
   FASTKD_ROLLED
   for (int i = 0; i < item.gathers; ++i) {
-    each([&](int s) { return box_of<true>(s, item.gather[i].grid, item.own.size); },
-         [&](const Box& windows, int row, int s, A& value) {
+    each([&](int s) { return over(item.gather[i], item.own, s); },
+         [&](const Over& over, int row, int s, A& value) {
            if (i == 0) value = laid_out(tiles, cut, MODE == Mode::kIeee, row, s - column0) * scale;
-           value += gathered<A>(item.gather[i], item, windows, n, row0 + row, s);
+           value += gathered<A>(item.gather[i], item, over, n, row0 + row, s);
          });
   }
   each([&](int s) { return n * item.out.stride_n + row0 * item.out.stride_c + offset_of(item.out, s); },
@@ -185,10 +211,14 @@ fsp_pool(FASTKD_ARGUMENTS(PoolArguments) call) {
     using T = decltype(zero);
     A v[1];
     const T* from = static_cast<const T*>(item.x.data) + n * item.x.stride_n + c * item.x.stride_c;
-    if (item.x.halved) {
-      Loaded<T, 1> window[kWindow<false>];
-      load_window(item.x, from + window_offset<false>(item.x, static_cast<int32_t>(s)), window);
-      v[0] = pooled<A>(item.x, window, 0);
+    if (item.x.whole.count) {
+      with_count<2>(item.x.whole.count, [&](auto count) {
+        constexpr int N = decltype(count)::value;
+        Loaded<T, 1> window[N];
+        load_window(item.x.whole, from + window_offset(item.x, static_cast<int32_t>(s)), window);
+        v[0] = pooled<A>(item.x, window, 0);
+        if (item.x.pool == Pool::kAvg) v[0] *= A(1) / N;
+      });
     } else {
       load_pooled<A, T, 1>(item.x, from, box_of<true>(static_cast<int32_t>(s), item.x.size, item.x.grid), v);
     }

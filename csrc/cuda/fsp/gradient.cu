@@ -19,7 +19,8 @@ void check_matrix_grad(const FspCall& call, const TensorView& m, const Feature& 
                   name, " must have shape (", a.batch, ", ", a.channels, ", ", b.channels, ")");
 }
 
-Gather FspGradients::coarse(const Feature& feature, const FspTerm& term, const int64_t* grid) {
+Gather FspGradients::coarse(const Feature& feature, const FspTerm& term, const int64_t* grid,
+                            const Operand& own) {
   const bool channels_last = feature.layout == Layout::kChannelsLast;
   const int64_t positions = count_of(grid);
   const int64_t sizes[3] = {feature.batch, channels_last ? positions : feature.channels,
@@ -51,8 +52,7 @@ Gather FspGradients::coarse(const Feature& feature, const FspTerm& term, const i
   gather.stride_c = made.stride_c;
   gather.stride_s = made.stride_s;
   for (int d = 0; d < 3; ++d) gather.grid[d] = static_cast<int32_t>(grid[d]);
-  gather.max = call_.max;
-  gather.halved = is_halved(feature.size, grid);
+  gather.whole = whole_windows(own, own.size, gather.grid, false);
   return gather;
 }
 
@@ -67,6 +67,7 @@ void FspGradients::add(const Tensor& x, const TensorView& view, const Feature& f
   Feature own = feature;
   own.layout = Layout::kGeneric;  // windows want each axis' stride
   item.own = plain_operand(own);
+  item.max = call_.max;
   for (const FspTerm& term : terms) {
     int64_t grid[3];
     common_size(feature, term.other, grid);
@@ -74,7 +75,7 @@ void FspGradients::add(const Tensor& x, const TensorView& view, const Feature& f
     const bool few = products <= (call_.mode == Mode::kIeee ? kSpreadIeee : kSpreadProducts);
     const bool spread = !call_.max && few && is_size(term.other, grid) && is_near(term.other, feature.size);
     if (!is_size(feature, grid) && !spread) {
-      item.gather[item.gathers++] = coarse(feature, term, grid);
+      item.gather[item.gathers++] = coarse(feature, term, grid, item.own);
       continue;
     }
     item.m[item.terms] = call_.matrix(term.m, term.own_dim);

@@ -28,7 +28,7 @@ class FspGradients {
 
  private:
   // The gradient of what the feature was pooled to, made by a launch before; how it is gathered.
-  Gather coarse(const Feature& feature, const FspTerm& term, const int64_t* grid);
+  Gather coarse(const Feature& feature, const FspTerm& term, const int64_t* grid, const Operand& own);
 
   FspCall& call_;
   int64_t samples_ = 0;

@@ -2,8 +2,6 @@
 // pooled on the way, into a tile of shared memory.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/host.cuh"
 #include "cuda/fsp/mma.cuh"
 #include "cuda/fsp/windows.cuh"
@@ -24,12 +22,12 @@ struct Operand {
   int32_t channels, positions;
   int32_t size[3];  // the feature's own
   int32_t grid[3];  // what the positions go through: the size of what it is pooled, or spread, to
-  DType dtype;
+  Whole whole;
+  DType dtype : 8;
   Pool pool;
   Reading reading;
   bool linear : 1;  // not pooled, and position s lies at s * stride[2]
   bool exact : 1;   // its numbers are bfloat16's
-  bool halved : 1;  // of size and grid the finer one is twice the other in the last two dimensions
 };
 
 // The offset of a position that is not pooled.
@@ -183,40 +181,45 @@ FASTKD_DEVICE void load_spread(const Operand& x, const T* from, const Box& box, 
   }
 }
 
-// The windows of a halved operand. A thread starts all its loads before it waits for the first.
-template <bool SPREAD>
-constexpr int kWindow = SPREAD ? 1 : 4;
-
-// Where the window of position s begins, from the beginning of its channel.
-template <bool SPREAD>
+// Where the whole window of position s begins, or what is spread to it lies, from the beginning of its
+// channel.
 FASTKD_BOTH int64_t window_offset(const Operand& x, int32_t s) {
   int32_t at[3];
   place_of(s, x.grid, at);
-  const int32_t h = SPREAD ? at[1] / 2 : at[1] * 2, w = SPREAD ? at[2] / 2 : at[2] * 2;
-  return at[0] * x.stride[0] + h * x.stride[1] + w * x.stride[2];
-}
-
-template <typename T, int P, int N>
-FASTKD_DEVICE void load_window(const Operand& x, const T* from, Loaded<T, P> (&to)[N]) {
+  int64_t offset = 0;
   FASTKD_UNROLL
-  for (int j = 0; j < N; ++j) to[j].load(from + (j / 2 * x.stride[1] + j % 2 * x.stride[2]));
+  for (int d = 0; d < 3; ++d) {
+    const int32_t place =
+        x.whole.count == 1 ? static_cast<int32_t>(
+                                 static_cast<uint64_t>(at[d]) * static_cast<uint32_t>(x.whole.step[d]) >> 31)
+                           : at[d] * x.whole.size[d];
+    offset += place * x.stride[d];
+  }
+  return offset;
 }
 
-// Number i of what load_window() has loaded, pooled or spread.
+// Starts all loads of a window before the first is waited for.
+template <typename T, int P, int N>
+FASTKD_DEVICE void load_window(const Whole& whole, const T* from, Loaded<T, P> (&to)[N]) {
+  FASTKD_UNROLL
+  for (int j = 0; j < N; ++j) to[j].load(from + offset_in(whole, j));
+}
+
+// The maximum, or the sum, of two numbers of a window in their order.
+template <typename A>
+FASTKD_DEVICE A joined(const Operand& x, A first, A second) {
+  if (x.pool != Pool::kMax) return first + second;
+  return is_larger(second, first) ? second : first;
+}
+
+// Number i of what load_window() has loaded: the maximum of a window, or the sum.
 template <typename A, typename T, int P, int N>
 FASTKD_DEVICE A pooled(const Operand& x, const Loaded<T, P> (&window)[N], int i) {
   const bool is_bfloat16 = x.dtype == DType::kBFloat16;
   A total = window[0].template number<A>(i, is_bfloat16);
   FASTKD_UNROLL
-  for (int j = 1; j < N; ++j) {
-    const A one = window[j].template number<A>(i, is_bfloat16);
-    if (x.pool == Pool::kMax) {
-      if (is_larger(one, total)) total = one;
-    } else {
-      total += one;
-    }
-  }
-  return x.pool == Pool::kMax ? total : total * A(0.25);
+  for (int j = 1; j < N; ++j) total = joined(x, total, window[j].template number<A>(i, is_bfloat16));
+  return total;
 }
 
 // One number of a feature, whatever it is.
@@ -249,27 +252,27 @@ FASTKD_DEVICE int32_t place_of_maximum(const Operand& x, int64_t from, const Box
   return found;
 }
 
-// As place_of_maximum(), of the 2 x 2 numbers from (d, h, w) on. All are loaded before they are compared.
+// Which number of a whole window is its maximum; `from` is the window's first.
 template <typename A>
-FASTKD_DEVICE int32_t place_of_maximum_of_four(const Operand& x, int64_t from, int32_t d, int32_t h,
-                                               int32_t w) {
-  int32_t most = 0;
+FASTKD_DEVICE int place_in_window(const Operand& x, const Whole& whole, int64_t from) {
+  int most = 0;
   with_width<A>(x.dtype, [&](auto zero) {
     using T = decltype(zero);
-    Loaded<T, 1> window[4];
-    load_window(x,
-                static_cast<const T*>(x.data) + (from + d * x.stride[0] + h * x.stride[1] + w * x.stride[2]),
-                window);
-    A largest = window[0].template number<A>(0, x.dtype == DType::kBFloat16);
-    FASTKD_UNROLL
-    for (int j = 1; j < 4; ++j) {
-      const A one = window[j].template number<A>(0, x.dtype == DType::kBFloat16);
-      if (!is_larger(one, largest)) continue;
-      largest = one;
-      most = j;
-    }
+    with_count<2>(whole.count, [&](auto count) {
+      constexpr int N = decltype(count)::value;
+      Loaded<T, 1> window[N];
+      load_window(whole, static_cast<const T*>(x.data) + from, window);
+      A largest = window[0].template number<A>(0, x.dtype == DType::kBFloat16);
+      FASTKD_UNROLL
+      for (int j = 1; j < N; ++j) {
+        const A one = window[j].template number<A>(0, x.dtype == DType::kBFloat16);
+        if (!is_larger(one, largest)) continue;
+        largest = one;
+        most = j;
+      }
+    });
   });
-  return (d * x.size[1] + h + most / 2) * x.size[2] + w + most % 2;
+  return most;
 }
 
 // Writes one number of a gradient.

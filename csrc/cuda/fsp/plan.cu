@@ -57,7 +57,7 @@ Operand FspCall::operand(const Feature& x, const int64_t* grid, int64_t channels
   for (int d = 0; d < 3; ++d) o.grid[d] = narrow(grid[d]);
   o.positions = narrow(count_of(grid));
   o.pool = max ? Pool::kMax : Pool::kAvg;
-  o.halved = is_halved(o.size, o.grid);
+  o.whole = whole_windows(o, o.size, o.grid, false);
   o.exact = o.exact && max;
   if (channels_of_other <= kFusedTiles * kFspTile && is_near(x, grid)) return o;
 
@@ -78,7 +78,7 @@ Operand FspCall::operand(const Feature& x, const int64_t* grid, int64_t channels
   o.data = item.out;
   o.dtype = accumulate;
   o.pool = Pool::kNone;
-  o.halved = false;
+  o.whole = Whole{};
   o.stride_n = item.stride_n;
   o.stride_c = item.stride_c;
   for (int d = 0; d < 3; ++d) o.size[d] = o.grid[d];
@@ -88,6 +88,30 @@ Operand FspCall::operand(const Feature& x, const int64_t* grid, int64_t channels
   o.linear = true;
   o.reading = reading_of(o, true);
   return o;
+}
+
+Whole whole_windows(const Operand& x, const int32_t* fine, const int32_t* coarse, bool spread) {
+  Whole whole{};
+  int bits = 0;
+  int64_t extent = 0;
+  for (int d = 2; d >= 0; --d) {
+    const int32_t times = coarse[d] ? fine[d] / coarse[d] : 0;
+    if (times < 1 || times * coarse[d] != fine[d] || times > UINT8_MAX) return Whole{};
+    whole.size[d] = static_cast<uint8_t>(times);
+    if (spread) {
+      if (static_cast<int64_t>(fine[d]) * times >= int64_t{1} << 31) return Whole{};
+      whole.step[d] = static_cast<int32_t>(((int64_t{1} << 31) + times - 1) / times);
+      continue;
+    }
+    for (int32_t part = 1; part < times; part *= 2) {
+      const int64_t step = x.stride[d] * part;
+      if (times % (2 * part) != 0 || 2 << bits > kMostInWindow || step > INT32_MAX - extent) return Whole{};
+      whole.step[bits++] = static_cast<int32_t>(step);
+      extent += step;
+    }
+  }
+  whole.count = static_cast<uint8_t>(1 << bits);
+  return whole;
 }
 
 bool is_near(const Feature& x, const int64_t* grid) {
@@ -101,7 +125,7 @@ Operand FspCall::spread(const Feature& x, const int64_t* grid) const {
   for (int d = 0; d < 3; ++d) o.grid[d] = narrow(grid[d]);
   o.positions = narrow(count_of(grid));
   o.pool = Pool::kSpread;
-  o.halved = is_halved(o.grid, o.size);
+  o.whole = whole_windows(o, o.grid, o.size, true);
   o.exact = false;
   return o;
 }

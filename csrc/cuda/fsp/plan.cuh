@@ -53,11 +53,8 @@ inline bool is_size(const Feature& x, const int64_t* size) {
   return x.size[0] == size[0] && x.size[1] == size[1] && x.size[2] == size[2];
 }
 bool is_near(const Feature& x, const int64_t* grid);
-// Whether the last two sizes halve, and the first stays.
-template <typename T>
-bool is_halved(const T* fine, const T* coarse) {
-  return fine[0] == coarse[0] && fine[1] == 2 * coarse[1] && fine[2] == 2 * coarse[2];
-}
+// The windows of `x` where `fine` is whole times `coarse` and they are served; else a count of 0.
+Whole whole_windows(const Operand& x, const int32_t* fine, const int32_t* coarse, bool spread);
 inline int64_t count_of(const int64_t* size) { return size[0] * size[1] * size[2]; }
 inline int32_t tiles_of(int64_t size) { return static_cast<int32_t>((size + kFspTile - 1) / kFspTile); }
 // Operand of a tensor of this layout, unpooled, and how it is best read.

@@ -110,18 +110,41 @@ struct Share {
   int begin, end, given, position;
 };
 
-// A halved operand's channels; `from` is where their windows begin.
-template <typename A, typename T, bool PANELS, int P, bool SPREAD>
-FASTKD_DEVICE void stage_halved(const Operand& x, const T* from, A* tile, const Share& share, int channels,
-                                int positions) {
-  constexpr int N = kWindow<SPREAD>, kAtOnce = P == 1 ? 2 * kInFlight / N : kInFlight / N;
+// Numbers of a window that are loaded before the first is waited for, P channels each: all, where there are
+// registers for them. 16 packs spill.
+template <typename A, int P>
+constexpr int kPartOfWindow = sizeof(A) == 8 ? 4
+                              : P == 1       ? kMostInWindow
+                                             : 8;
+
+// Channels of an operand with whole windows of N numbers; `from` is where they begin. Small windows of
+// several channels are loaded at once.
+template <typename A, typename T, bool PANELS, int P, int N>
+FASTKD_DEVICE void stage_whole(const Operand& x, const T* from, A* tile, const Share& share, int channels,
+                               int positions) {
+  constexpr int kPart = N < kPartOfWindow<A, P> ? N : kPartOfWindow<A, P>;
+  constexpr int kMost = P == 1 ? 2 * kInFlight : kInFlight, kAtOnce = kMost > N ? kMost / N : 1;
   const int64_t apart = P == 1 ? x.stride_c : P;  // channels that are loaded at once lie together
+  const A weight = inverse_of<A>(x.whole.size[0] * x.whole.size[1] * x.whole.size[2]);
   FASTKD_ROLLED
   for (int first = share.begin; first < share.end; first += kAtOnce) {
-    Loaded<T, P> v[kAtOnce][N] = {};
+    A total[kAtOnce][P];
     FASTKD_UNROLL
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (first + i < share.given && first + i < share.end) load_window(x, from + (first + i) * apart, v[i]);
+    for (int part = 0; part < N; part += kPart) {
+      Loaded<T, P> v[kAtOnce][kPart] = {};
+      FASTKD_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (first + i < share.given && first + i < share.end)
+          load_window(x.whole, from + ((first + i) * apart + offset_in(x.whole, part)), v[i]);
+      }
+      FASTKD_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        FASTKD_UNROLL
+        for (int j = 0; j < P; ++j) {
+          const A one = pooled<A>(x, v[i], j);
+          total[i][j] = part ? joined(x, total[i][j], one) : one;
+        }
+      }
     }
     FASTKD_UNROLL
     for (int i = 0; i < kAtOnce; ++i) {
@@ -129,7 +152,7 @@ FASTKD_DEVICE void stage_halved(const Operand& x, const T* from, A* tile, const 
       FASTKD_UNROLL
       for (int j = 0; j < P; ++j)
         tile[staged<PANELS>((first + i) * P + j, share.position, channels, positions)] =
-            pooled<A>(x, v[i], j);
+            x.pool == Pool::kMax ? total[i][j] : total[i][j] * weight;
     }
   }
 }
@@ -151,14 +174,11 @@ FASTKD_DEVICE void stage_channels(const Operand& x, const T* from, A* tile, int 
                        s};
   from += c0 * x.stride_c;
   const int at = inside ? s0 + s : 0;
-  if (POOLED && x.halved) {
-    if (x.pool == Pool::kSpread) {
-      stage_halved<A, T, PANELS, P, true>(x, from + window_offset<true>(x, at), tile, share, channels,
-                                          positions);
-    } else {
-      stage_halved<A, T, PANELS, P, false>(x, from + window_offset<false>(x, at), tile, share, channels,
-                                           positions);
-    }
+  if (POOLED && x.whole.count) {  // where PANELS are wanted, forward, nothing is spread
+    from += window_offset(x, at);
+    with_count<PANELS ? 2 : 1>(x.whole.count, [&](auto count) {
+      stage_whole<A, T, PANELS, P, decltype(count)::value>(x, from, tile, share, channels, positions);
+    });
     return;
   }
   if (POOLED && x.pool != Pool::kNone) {
@@ -167,8 +187,11 @@ FASTKD_DEVICE void stage_channels(const Operand& x, const T* from, A* tile, int 
     for (int i = begin; i < end; ++i) {
       A v[P] = {};
       const T* channel = from + i * P * x.stride_c;
-      if (i < share.given && x.pool == Pool::kSpread) load_spread<A, T, P>(x, channel, box, v);
-      if (i < share.given && x.pool != Pool::kSpread) load_pooled<A, T, P>(x, channel, box, v);
+      if (PANELS || x.pool != Pool::kSpread) {
+        if (i < share.given) load_pooled<A, T, P>(x, channel, box, v);
+      } else {
+        if (i < share.given) load_spread<A, T, P>(x, channel, box, v);
+      }
       FASTKD_UNROLL
       for (int j = 0; j < P; ++j) tile[staged<PANELS>(i * P + j, s, channels, positions)] = v[j];
     }

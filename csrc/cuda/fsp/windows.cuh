@@ -1,6 +1,8 @@
 // The windows of adaptive pooling, as PyTorch places them, and what is divided by to find and average them.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/device.cuh"
 
 namespace fastkd {
@@ -78,6 +80,41 @@ FASTKD_BOTH Box box_of(int32_t s, const int32_t* size, const int32_t* grid) {
 
 FASTKD_BOTH int32_t count_of(const Box& box) {
   return (box.end[0] - box.begin[0]) * (box.end[1] - box.begin[1]) * (box.end[2] - box.begin[2]);
+}
+
+// Where every window holds as many numbers, `size` on each axis, and they do not overlap: where sizes divide.
+struct Whole {
+  // Pooled: what each bit of a number's place in its window stands for in memory, the last bit first. A
+  // window has so many bits: sizes are powers of two.
+  // Spread: for division by `size`: 2^31 / size, rounded up.
+  int32_t step[4];
+  uint8_t size[3];
+  uint8_t count;  // of numbers that are loaded for one: 2, 4, 8 or 16 where pooled, 1 where spread; else 0
+};
+constexpr int kMostInWindow = 16;
+
+// Where number j of a whole window lies, from its first.
+FASTKD_BOTH int32_t offset_in(const Whole& whole, int j) {
+  int32_t offset = 0;
+  FASTKD_UNROLL
+  for (int bit = 0; bit < 4; ++bit) {
+    if (j >> bit & 1) offset += whole.step[bit];
+  }
+  return offset;
+}
+
+// Calls f with Whole's count as a constant. LEAST: 1 where windows may be spread, else 2. Each count is code
+// of its own; one of 4 alone would make the library an eighth smaller. Constant shapes would be more code and
+// serve fewer features: steps make one of 2 x 2, 1 x 4 and 4 x 1.
+template <int LEAST, typename F>
+FASTKD_DEVICE void with_count(int count, const F& f) {
+  if (count == 4) return f(std::integral_constant<int, 4>());  // what networks have from stage to stage
+  if constexpr (LEAST == 1) {
+    if (count == 1) return f(std::integral_constant<int, 1>());
+  }
+  if (count == 2) return f(std::integral_constant<int, 2>());
+  if (count == 8) return f(std::integral_constant<int, 8>());
+  f(std::integral_constant<int, kMostInWindow>());
 }
 
 // How many numbers the window at (d, h, w) of `size` averages, of those of `grid`.
