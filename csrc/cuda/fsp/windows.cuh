@@ -103,9 +103,11 @@ FASTKD_BOTH int32_t offset_in(const Whole& whole, int j) {
   return offset;
 }
 
-// Calls f with Whole's count as a constant. LEAST: 1 where windows may be spread, else 2. Each count is code
-// of its own; one of 4 alone would make the library an eighth smaller. Constant shapes would be more code and
-// serve fewer features: steps make one of 2 x 2, 1 x 4 and 4 x 1.
+// Calls f with Whole's count as a constant. LEAST: 1 where windows may be spread, else 2.
+//
+// Each count is code of its own. With 4 alone the library of sm_90 had 3.99 MB instead of 4.53, and nvcc 13.0
+// compiled forward.cu and backward.cu in 60 s of a busy CPU's time instead of 103. Constant shapes would be
+// more code for fewer features: steps make one of 2 x 2, 1 x 4 and 4 x 1.
 template <int LEAST, typename F>
 FASTKD_DEVICE void with_count(int count, const F& f) {
   if (count == 4) return f(std::integral_constant<int, 4>());  // what networks have from stage to stage
