@@ -48,7 +48,7 @@ def facts() -> None:
     found["triton"] = machine.version("triton")
     if not REHEARSAL:
         properties = torch.cuda.get_device_properties(0)
-        found["gpu"] = {
+        found["device"] = {
             "name": properties.name,
             "capability": f"{properties.major}.{properties.minor}",
             "memory_gib": round(properties.total_memory / 2**30, 1),
@@ -68,7 +68,7 @@ def facts() -> None:
             found["nvidia_smi"] = done.stdout.splitlines()
             save("facts", found)
     print(
-        f"{found.get('gpu', {}).get('name', 'no GPU')}, torch {torch.__version__}, triton {found['triton']},"
+        f"{found.get('gpu', 'no GPU')}, torch {torch.__version__}, triton {found['triton']},"
         f" {found['backends']}"
     )
 
@@ -174,7 +174,7 @@ def small_set() -> None:
 
 
 def launches() -> None:
-    """Kernels of one call each way, by name, as the device saw them."""
+    """Kernels of one call each way, by name, as the device saw them: how many, and their microseconds."""
     kind = torch.profiler.ProfilerActivity.CPU if REHEARSAL else torch.profiler.ProfilerActivity.CUDA
     losses: dict[str, Callable[..., torch.Tensor]] = {
         "attention": fastkd.attention_transfer_loss,
@@ -194,7 +194,11 @@ def launches() -> None:
             found[name] = _launches(backend, *made(), kind)
             print(
                 f"{name}: "
-                + ", ".join(f"{way} {sum(events.values())}" for way, events in found[name].items()),
+                + ", ".join(
+                    f"{way} {{}} in {{:.1f}} us".format(*map(sum, zip(*events.values())))
+                    for way, events in found[name].items()
+                    if events
+                ),
                 flush=True,
             )
         except Exception as error:
@@ -210,8 +214,9 @@ def _of_features(loss: Callable[..., torch.Tensor], operation: str, shape: str) 
 
 def _launches(
     backend: str, loss: Callable[[], torch.Tensor], leaves: Features, kind: Any
-) -> dict[str, dict[str, int]]:
-    counts: dict[str, dict[str, int]] = {}
+) -> dict[str, dict[str, tuple[int, float]]]:
+    """Of each way and kernel how often it was launched, and its microseconds, all launches together."""
+    counts: dict[str, dict[str, tuple[int, float]]] = {}
     with fastkd.use_backend(backend):
         for _ in range(3):
             torch.autograd.grad(loss(), leaves)
@@ -231,7 +236,7 @@ def _launches(
                 for event in profile.key_averages()
                 if str(event.device_type).endswith("CPU" if REHEARSAL else "CUDA")
             ]
-            counts[way] = {event.key: event.count for event in seen}
+            counts[way] = {event.key: (event.count, round(event.device_time_total, 2)) for event in seen}
     return counts
 
 

@@ -84,6 +84,7 @@ def facts(command: list[str]) -> dict[str, Any]:
     commit = _git("rev-parse", "HEAD")
     return {
         "device": cpu_model(),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "machine": {
             "cpu": cpu_model(),
             "flags": [flag for flag in FLAGS if flag in flags],

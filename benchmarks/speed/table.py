@@ -177,8 +177,9 @@ def text(heads: Sequence[str], rows: list[list[str]], left: int) -> list[str]:
 def heading(result: dict[str, Any]) -> str:
     """What ran it, in a line."""
     versions, machine = result["versions"], result["machine"]
+    gpu = f"{result['gpu']}; " if "gpu" in result else ""
     return (
-        f"{result['device']}, {machine['cores']} cores, torch {versions['torch']}, "
+        f"{gpu}{result['device']}, {machine['cores']} cores, torch {versions['torch']}, "
         f"fastkd {versions['fastkd']} ({result['cpu_path']}), {result['date']}"
     )
 

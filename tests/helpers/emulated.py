@@ -122,8 +122,8 @@ def stream(handle: int, capturing: bool = False) -> Iterator[None]:
 
 
 def tickets() -> int:
-    """The slice of ticket counters that the last call had; 64 and more: it was captured, and this is where its
-    first counter is; -1: it had memory of its own.
+    """The slice of ticket counters that the last call had; 64 and more: it was captured, and this is where
+    its first counter is; -1: it had memory of its own.
     """
     assert native.EMULATED and native.EMULATED.path
     return int(ctypes.CDLL(native.EMULATED.path).fastkd_emulate_tickets())

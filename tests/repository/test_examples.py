@@ -95,6 +95,9 @@ BY_HAND = {
     "python benchmarks/gpu.py --minutes 8 --data DIR": (
         "wants a GPU; tests/benchmarks/test_gpu_command.py rehearses it"
     ),
+    "TRITON_CACHE_DIR=DIR PYTHONPATH=.:benchmarks:tests/helpers python -m speed.gpu_ahead 90": (
+        "compiles for ten minutes; tests/benchmarks/test_gpu_ahead.py compiles one case so"
+    ),
     "FASTKD_BUILD=1 python -m pip wheel --no-build-isolation --no-deps -w dist .": (
         "compiles for minutes; .ci/wheel_check.py has pip build a wheel, and looks at that"
     ),
