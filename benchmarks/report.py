@@ -34,14 +34,14 @@ BARS = (
 COLOURS = ("#2a6fbb", "#76b900", "#8e44ad")
 
 
-def newest() -> Path:
-    found = sorted(
-        ROOT.glob("benchmarks/results/*/speed.json"),
-        key=lambda path: json.loads(path.read_text(encoding="utf-8"))["date"],
-    )
+def newest(folder: Path = ROOT / "benchmarks" / "results") -> Path:
+    """The newest results with groups of a CPU: those of a GPU alone are asked for by name."""
+    read = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("*/speed.json")]
+    of_cpu = [(path, r) for path, r in read if any(g.get("device", "cpu") == "cpu" for g in r["groups"])]
+    found = {path: result["date"] for path, result in of_cpu}
     if not found:
         raise SystemExit("no benchmarks/results/*/speed.json: run pytest --benchmark first, or name a file")
-    return found[-1]
+    return max(found, key=found.__getitem__)
 
 
 def markdown(heads: list[str], rows: list[list[str]], left: int) -> list[str]:

@@ -1,9 +1,9 @@
 """The rule of `auto` between the two backends of a GPU, where both serve a call.
 
-- Attention maps, losses and taps: C++. Measured on an H200 (docs/gpu.md): 0.33 ms by the wall clock for
+- Attention maps, losses and taps: C++. Measured on an H200 (docs/gpu.md): 0.33 ms by the wall clock against
   Triton's 0.49 over ResNet-20's stages at batch 128, as one launch forward where Triton has two. At the
   ResNet-50 stages both take as long. In a CUDA graph, where the host costs nothing, Triton was faster (0.026
-  ms for 0.040), by kernels of C++ that have changed since.
+  ms against 0.040). The kernels of both have changed since.
 - FSP, by calculation, nothing of it measured yet: C++ while the host is what a call waits for. Products of
   many channels are for tensor cores, where Triton emits Hopper's own instructions and takes larger tiles,
   and keeps no matrix larger than the features; 64 x 64 tiles of the C++ kernels read the ResNet-50 stages

@@ -2,7 +2,7 @@
 # Triton 3.6.0: a kernel's key in the cache depends on which functions were hashed before it in the process.
 #
 # Into the key of a @triton.jit function go the tl.constexpr globals that it and its callees read. A callee
-# that has no key yet is asked for its globals before they were looked for, so they are left out. The key is
+# that has no key yet is asked for its globals before they have been collected, so they are left out. The key is
 # another one if the callee was hashed before, say for another kernel that calls it too. A process that uses
 # kernels in another order then does not find a compiled kernel in the cache on disk. 3.8.0 hashes the callee
 # first. Hashing callees before callers (reading their `cache_key`) gives one key in 3.6.0 too. No GPU is

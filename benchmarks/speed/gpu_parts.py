@@ -48,7 +48,7 @@ def facts() -> None:
     found["triton"] = machine.version("triton")
     if not REHEARSAL:
         properties = torch.cuda.get_device_properties(0)
-        found["device"] = {
+        found["gpu_properties"] = {
             "name": properties.name,
             "capability": f"{properties.major}.{properties.minor}",
             "memory_gib": round(properties.total_memory / 2**30, 1),

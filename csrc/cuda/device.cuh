@@ -109,14 +109,14 @@ FASTKD_DEVICE Pack load_pack_if(const T* pointer, bool wanted, bool once = false
   return wanted ? load_pack(pointer) : Pack{};
 #else
   Pack v;
-  uint64_t normal, first;
-  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(normal));
+  uint64_t usual, first;
+  asm("createpolicy.fractional.L2::evict_unchanged.b64 %0, 1.0;" : "=l"(usual));
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
   asm volatile(
       "{ .reg .pred p; setp.ne.b32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;"
       " @p ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %6; }"
       : "=&r"(v.word[0]), "=&r"(v.word[1]), "=&r"(v.word[2]), "=&r"(v.word[3])
-      : "l"(pointer), "r"(static_cast<int>(wanted)), "l"(once ? first : normal));
+      : "l"(pointer), "r"(static_cast<int>(wanted)), "l"(once ? first : usual));
   return v;
 #endif
 }

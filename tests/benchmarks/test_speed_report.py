@@ -250,6 +250,15 @@ def test_report(result: dict[str, Any], tmp_path: Path) -> None:
     assert readme.read_text() == text
 
 
+def test_results_of_a_gpu_alone_are_not_taken_unasked(result: dict[str, Any], tmp_path: Path) -> None:
+    of_gpu = [{**group, "device": "cuda"} for group in result["groups"]]
+    for name, day, groups in (("old", 1, None), ("new", 2, None), ("gpu", 3, of_gpu)):
+        (tmp_path / name).mkdir()
+        changed = {**result, "date": f"2026-01-0{day}", "groups": groups or result["groups"]}
+        (tmp_path / name / "speed.json").write_text(json.dumps(changed))
+    assert report.newest(tmp_path).parent.name == "new"
+
+
 def test_report_needs_the_markers(result: dict[str, Any], tmp_path: Path) -> None:
     save(result, tmp_path)
     (tmp_path / "README.md").write_text("nothing")

@@ -127,7 +127,8 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& stud
       const bool is_map = is_student ? args.student_is_map : args.teacher_is_map;
       const Feature& x = is_student ? s : t;
       side.view = is_map ? matrix_view_of_map(x) : matrix_view_of(x, goal);
-      side.view.once = !is_student;  // the backward pass reads the student again
+      // the backward pass reads again what a gradient is wanted of
+      side.view.once = !(is_student ? student_grad : teacher_grad);
       side.x = place_of(x, side.view);
       side.sums_at = sums;
       side.coefficients = nullptr;

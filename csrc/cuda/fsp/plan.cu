@@ -110,6 +110,7 @@ Whole whole_windows(const Operand& x, const int32_t* fine, const int32_t* coarse
       extent += step;
     }
   }
+  if (!spread && bits == 0) return Whole{};  // of equal sizes nothing is pooled
   whole.count = static_cast<uint8_t>(1 << bits);
   return whole;
 }

@@ -110,6 +110,8 @@ def loss_kernel(
                     scratch + s_at,
                     S_CONFIG,
                     i,
+                    # the backward pass reads again what a gradient is wanted of
+                    ONCE=s_out is None,
                 )
             else:
                 mine -= s_own
@@ -123,7 +125,7 @@ def loss_kernel(
                     scratch + t_at,
                     T_CONFIG,
                     i,
-                    ONCE=True,  # the backward pass reads the student again
+                    ONCE=t_out is None,
                 )
 
     if last_of(tickets + 1 + stage * samples + n, programs):

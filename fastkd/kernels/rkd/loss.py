@@ -61,7 +61,7 @@ ADDED_ALONE = 1024  # of each row, by a program that does nothing else
 # Bytes of partial sums that the programs of a launch may read, all of them together. A second-level cache of
 # 5.5 TB/s gives these in 6 us. A launch between takes about as long: 1 to 2 us until it starts, as much until
 # the next does, and its program waits for memory and for its warps. So lengths are added up before from 353
-# samples on (37 MB; 352 have 31 MB, 256 have 9), where the triples take some 60 us; what the gradients read
+# samples on (34 MB; 352 have 31 MB, 256 have 9), where the triples take some 60 us; what the gradients read
 # from 641 samples of 512 numbers on. Reckoned, not measured
 AGAIN = 32 * 2**20
 
