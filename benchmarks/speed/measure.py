@@ -81,15 +81,21 @@ def threads(count: int) -> Any:
             gc.enable()
 
 
-def interleave(rows: list[Row], clock: str, budget: float, bounds: tuple[int, int] = ROUNDS) -> list[float]:
+def interleave(
+    rows: list[Row],
+    clock: str,
+    budget: float,
+    bounds: tuple[int, int] = ROUNDS,
+    waits: list[float] | None = None,
+) -> list[float]:
     """Fill ``seconds`` of every row: round after round, each row takes its turn, the first one moving on by
     one from round to round.
 
     ``budget`` in seconds decides the number of rounds, within ``bounds``. A row that raises is left out with
     the reason in ``failed``. Returns how long this thread waited for a processor, once a round
-    (``quiet.waiting``).
+    (``quiet.waiting``): in ``waits`` where that is given, of rounds that were interrupted too.
     """
-    waits: list[float] = []
+    waits = [] if waits is None else waits
     plan: dict[str, tuple[int, bool]] = {}
     cost = 0.0
     for row in rows:

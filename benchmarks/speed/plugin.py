@@ -39,7 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--benchmark-results",
         metavar="DIR",
         type=lambda text: Path(os.path.expanduser(text)),
-        help="Write speed.json into DIR, of an incomplete run too.",
+        help="Write speed.json into DIR, after each group.",
     )
 
 
@@ -76,7 +76,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def session_of(config: pytest.Config) -> Session:
     if SESSION not in config.stash:
-        from speed.session import Session  # imports torch, which most options of pytest can do without
+        from speed.session import Session, save  # imports torch, which most options of pytest do without
 
         def say(line: str) -> None:
             reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
@@ -89,8 +89,17 @@ def session_of(config: pytest.Config) -> Session:
                         writer.line()
                     writer.line(line, flush=True)
 
-        config.stash[SESSION] = Session(_full(config), say)
+        def keep(session: Session) -> None:
+            folder = config.getoption("benchmark_results")
+            if folder:  # whatever stops the run
+                save(_result(session, config), folder)
+
+        config.stash[SESSION] = Session(_full(config), say, keep)
     return config.stash[SESSION]
+
+
+def _result(session: Session, config: pytest.Config) -> dict[str, Any]:
+    return session.result([Path(sys.argv[0]).name, *config.invocation_params.args])
 
 
 @pytest.fixture(scope="session")
@@ -130,7 +139,7 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
         return
     from speed.session import save, summary
 
-    result = session.result([Path(sys.argv[0]).name, *config.invocation_params.args])
+    result = _result(session, config)
     terminalreporter.section("speed")
     for line in summary(result):
         terminalreporter.write_line(line)

@@ -4,9 +4,10 @@ as it would have timed it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -75,11 +76,24 @@ class Replay:
 REPLAY = Replay()
 
 
-class Session:
-    """The groups of a run and what came of them."""
+def last_to_compile(rows: Iterable[Row]) -> list[Row]:
+    """The rows that torch.compile takes its seconds for after the others: if the time is over before, those
+    can be measured.
+    """
+    return sorted(rows, key=lambda row: "compile" in row.name)
 
-    def __init__(self, full: bool, say: Callable[[str], None]):
-        self.full, self.say = full, say
+
+def right(rows: dict[str, Row]) -> list[Row]:
+    return [row for row in rows.values() if not row.failed]
+
+
+class Session:
+    """The groups of a run and what came of them. ``keep`` is called when a group was measured."""
+
+    def __init__(
+        self, full: bool, say: Callable[[str], None], keep: Callable[[Session], None] = lambda session: None
+    ):
+        self.full, self.say, self.keep = full, say, keep
         self.entries: dict[str, Entry] = {}
         self.records: list[dict[str, Any]] = []
         self.stock = Stock()
@@ -138,18 +152,35 @@ class Session:
             self.tuned = raise_malloc_thresholds()
         begun = time.perf_counter()
         count, clock = self._thread_counts[entry.threads], CLOCK[entry.threads]
+        group, waits = entry.group, list[float]()
+        bounds = getattr(group, "rounds", ROUNDS)
+        checked: dict[str, Row] = {}
         with threads(count):
-            built = self._build(entry.group)
-            rows = {name: entry.group.row(built, name) for name in entry.group.names(entry.threads == ONE)}
-            for row in rows.values():
-                self._check(entry.group, built, row)
-            prepared = time.perf_counter()
-            waits = interleave(
-                [row for row in rows.values() if not row.failed],
-                clock,
-                SECONDS,
-                getattr(entry.group, "rounds", ROUNDS),
-            )
+            built = self._build(group)
+            rows = {name: group.row(built, name) for name in group.names(entry.threads == ONE)}
+            try:
+                for row in last_to_compile(rows.values()):
+                    self._check(group, built, row)
+                    checked[row.name] = row
+                prepared = time.perf_counter()
+                waits = interleave(right(rows), clock, SECONDS, bounds, waits)
+            except KeyboardInterrupt:
+                with contextlib.suppress(Exception):
+                    if not waits and entry.threads == DEVICE:  # its minutes are few, and each row counts
+                        interleave(right(checked), clock, SECONDS, (bounds[0],) * 2, waits)
+                    if min(len(row.seconds) for row in right(checked)) >= bounds[0]:
+                        self._record(entry, count, checked, waits)
+                raise
+        record = self._record(entry, count, rows, waits)
+        self._measured = (key, rows, record)
+        now = time.perf_counter()
+        spent = f"{prepared - begun:.1f} s to build, compile and check, {now - prepared:.1f} s to measure"
+        self.say(f"{now - self.begun:4.0f} s  {group.id}, {entry.threads}: {spent}")
+        return rows, record
+
+    def _record(self, entry: Entry, count: int, rows: dict[str, Row], waits: list[float]) -> dict[str, Any]:
+        """What was measured, among the records."""
+        clock = CLOCK[entry.threads]
         record = {"device": "cpu", "threads": count, "clock": clock, **entry.group.describe(), "rows": {}}
         if waits:
             spread = quiet.spread([row.seconds for row in rows.values()])
@@ -159,11 +190,8 @@ class Session:
                 {"failed": row.failed} if row.failed else self._summary(entry.group, rows, row)
             )
         self.records.append(record)
-        self._measured = (key, rows, record)
-        now = time.perf_counter()
-        spent = f"{prepared - begun:.1f} s to build, compile and check, {now - prepared:.1f} s to measure"
-        self.say(f"{now - self.begun:4.0f} s  {entry.group.id}, {entry.threads}: {spent}")
-        return rows, record
+        self.keep(self)
+        return record
 
     def _check(self, group: Group, built: Any, row: Row) -> None:
         try:
