@@ -9,9 +9,9 @@ carry and how to read what comes back.
 
 Each part runs in a process group of its own and within a limit of its own, the most telling first: those that
 check side by side, those that measure alone. A training run, and processes that compile what will be
-measured, go on in the background until measuring begins. Whatever stops the command, what
-was found until then lies in four files: gpu.log (this command's lines), gpu-outputs.txt (what the parts
-printed), gpu-summary.json and gpu-results.tar.gz (what they wrote).
+measured, go on in the background until measuring begins: that they are stopped then is no failure. Whatever
+stops the command, what was found until then lies in four files: gpu.log (this command's lines),
+gpu-outputs.txt (what the parts printed), gpu-summary.json and gpu-results.tar.gz (what they wrote).
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from speed.gpu_plan import ROOT, compiling, left_out, plan, training
-from speed.gpu_run import Run, execute
+from speed.gpu_run import BEFORE_MEASURING, Run, execute
 
 
 def main() -> int:
@@ -73,26 +72,23 @@ def main() -> int:
     except OSError as error:
         parser.error(f"--out is {str(out)!r}, wanted a folder to write into: {error.strerror}")
 
-    def stop(number: int, frame: Any) -> None:
-        run.stopped = True
-        raise KeyboardInterrupt
-
     # an ignored SIGINT, as of a shell's &, would be inherited by the parts, which it ends at their limit; an
     # ignored SIGHUP stays so: nohup is to outlive the terminal
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, stop)
-    for line in left_out(flags.data, flags.rehearse):
-        run.say(line)
+            signal.signal(number, run.signalled)
     try:
-        execute(
-            run, parts, [] if flags.only else training(flags.data, flags.rehearse) + compiling(flags.rehearse)
-        )
+        for line in left_out(flags.data, flags.rehearse):
+            run.say(line)
+        if flags.only:
+            execute(run, parts)
+        else:
+            execute(run, parts, training(flags.data, flags.rehearse), compiling(flags.rehearse))
     except KeyboardInterrupt:
         run.say("stopped; what was found is kept")
     run.say(f"results: {run.out}")
     shutil.rmtree(run.staging, ignore_errors=True)
-    return int(run.stopped or any(part["status"] != 0 for part in run.summary["parts"]))
+    return int(run.stopped or any(one["status"] not in (0, BEFORE_MEASURING) for one in run.summary["parts"]))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")  # where tools are that PATH lacks
-
+COMPILING = 2  # processes of a part that compiles
+TILES_SECONDS = 300  # for all tiles, if nothing is measured before
 
 SPEED = (
     ("attention chains", "attention", "resnet20-128"),
@@ -35,13 +36,14 @@ ON_DEVICE = (
 
 @dataclass(frozen=True)
 class Part:
-    """A command, how many seconds it may take, and variables of its own."""
+    """A command, how many seconds it may take, variables of its own, and its processes that compute."""
 
     name: str
     command: tuple[str, ...]
     seconds: float
     variables: tuple[tuple[str, str], ...] = ()
     measures: bool = False  # alone on the device
+    processes: int = 1
 
 
 def own(name: str, seconds: float, *, measures: bool = False) -> Part:
@@ -58,7 +60,9 @@ def pytest_part(
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", keep_on]
     if processes and find_spec("xdist"):
         command += ["-n", str(processes)]
-    return Part(name, (*command, *arguments), seconds, measures=measures)
+    else:
+        processes = 1
+    return Part(name, (*command, *arguments), seconds, measures=measures, processes=processes)
 
 
 def speed_part(
@@ -71,17 +75,22 @@ def speed_part(
 
 
 def compiling(rehearse: bool) -> list[Part]:
-    """What fills the caches of compiled kernels while the first parts check: the speed groups, whose times
-    count for nothing then, and the tiles.
+    """What fills the caches of compiled kernels while parts check: the speed groups, the most telling first,
+    whose times count for nothing then, and the tiles.
     """
-    if rehearse:
-        return []
     # what torch.compile chooses by measuring beside other work must not be kept
-    variables = (("TORCHINDUCTOR_AUTOTUNE_LOCAL_CACHE", "0"), ("TORCHINDUCTOR_COMPILE_THREADS", "2"))
-    parts = [speed_part(f"compiling for {group[0]}", 0, group, ("--benchmark",), rehearse) for group in SPEED]
+    variables = (
+        ("TORCHINDUCTOR_AUTOTUNE_LOCAL_CACHE", "0"),
+        ("TORCHINDUCTOR_COMPILE_THREADS", str(COMPILING)),
+    )
+    mode = () if rehearse else ("--benchmark",)
+    parts = [speed_part(f"compiling for {group[0]}", 0, group, mode, rehearse) for group in SPEED]
+    tiles = own(f"compile-tiles {TILES_SECONDS} {COMPILING}", 0)
     return [
-        replace(part, command=("nice", *part.command), variables=variables)
-        for part in (*parts, own("compile-tiles", 0))
+        replace(
+            part, command=("nice", *part.command), variables=variables, measures=False, processes=COMPILING
+        )
+        for part in (*parts, replace(tiles, name="compile-tiles"))
     ]
 
 

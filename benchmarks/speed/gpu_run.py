@@ -5,13 +5,10 @@ measure, and so that what was found lies in four files whatever stops it.
 from __future__ import annotations
 
 import contextlib
-import io
-import json
 import os
 import re
 import signal
 import subprocess
-import tarfile
 import tempfile
 import time
 from collections.abc import Sequence
@@ -19,19 +16,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from speed.gpu_files import packed
 from speed.gpu_plan import ROOT, Part
-from speed.gpu_summary import speedups
 
 GRACE = 8  # seconds after SIGINT in which pytest says what failed, before SIGKILL
 CLOSING = 4  # seconds kept for the last packing
 STOPPING = 2  # seconds that a part has where the command itself is stopped
-LANES = max((os.cpu_count() or 1) // 4, 1)  # parts that check at a time
+# processes at a time, as parts say how many they have: a few more than processors, since some wait
+ROOM = max((os.cpu_count() or 1) * 5 // 4, 1)
 PACK_EVERY = 5  # seconds after which what a part has printed so far is packed
+BEFORE_MEASURING = "stopped before measuring"
 
 
 @dataclass
 class Running:
-    """A part that was started, ``begun`` seconds after the command; ``interrupted``: when it is killed."""
+    """A part that was started, ``begun`` seconds after the command; ``interrupted``: when it is killed;
+    ``stopped``: why it did not end by itself.
+    """
 
     part: Part
     process: subprocess.Popen[bytes]
@@ -39,8 +40,16 @@ class Running:
     begun: float
     seconds: float
     interrupted: float | None = None
+    stopped: str | None = None
 
-    def interrupt(self) -> None:
+    @property
+    def waited_for(self) -> bool:
+        """Whether it has a limit; what has none is stopped before anything is measured."""
+        return self.seconds < float("inf")
+
+    def interrupt(self, why: str) -> None:
+        if self.stopped is None and self.process.poll() is None:
+            self.stopped = why
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGINT)
 
@@ -48,8 +57,10 @@ class Running:
         """With all that it started, which may have outlived it."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+
+    def wait(self, seconds: float) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(5)
+            self.process.wait(seconds)
 
 
 class Run:
@@ -60,7 +71,9 @@ class Run:
         self.out, self.staging = out, Path(tempfile.mkdtemp(prefix="fastkd-gpu-"))
         self.summary: dict[str, Any] = {"minutes": minutes, "rehearsal": rehearse, "parts": []}
         self.running: list[Running] = []
-        self.stopped = False
+        self.stopped = False  # by a signal
+        self.noting = False  # a signal is noted, and ends nothing
+        self.trouble = ""  # why it could not be packed
         out.mkdir(parents=True, exist_ok=True)
         for name in ("gpu.log", "gpu-outputs.txt"):
             (out / name).write_text("", encoding="utf-8")
@@ -75,11 +88,26 @@ class Run:
         line = f"{self.passed():4.0f} s  {line}"
         with contextlib.suppress(OSError):
             print(line, flush=True)
-        with (self.out / "gpu.log").open("a", encoding="utf-8") as file:
+        with contextlib.suppress(OSError), (self.out / "gpu.log").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    def begin(self, part: Part, seconds: float) -> Running:
-        """Start a part that may take so many seconds."""
+    def signalled(self, number: int, frame: Any) -> None:
+        """The handler of the signals that end the command. The first one ends it; another would keep it from
+        ending its parts, which have sessions of their own. It stays installed: parts would inherit that a
+        signal is ignored.
+        """
+        if self.stopped:
+            return
+        self.stopped = True
+        if not self.noting:
+            raise KeyboardInterrupt
+
+    def begin(self, part: Part, seconds: float) -> None:
+        """Start a part that may take so many seconds. One that cannot be started is reported.
+
+        Raises:
+            KeyboardInterrupt: a signal came meanwhile; the part is among those that run.
+        """
         output = self.staging / f"{re.sub('[^a-z0-9]+', '-', part.name.lower())}.txt"
         variables = {
             **os.environ,
@@ -97,122 +125,164 @@ class Run:
             word.replace("speed/", f"{self.staging}/speed/", 1) if word.startswith("speed/") else word
             for word in part.command
         ]
-        with output.open("wb") as file:
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=variables,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        self.running.append(Running(part, process, output, self.passed(), seconds))
-        return self.running[-1]
+        self.noting = True  # until what was started is known
+        try:
+            with output.open("wb") as file:
+                process = subprocess.Popen(
+                    command,
+                    cwd=ROOT,
+                    env=variables,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+            self.running.append(Running(part, process, output, self.passed(), seconds))
+        except OSError as error:
+            self.tell(part, "not started", 0, "", f"{error.strerror}: {error.filename}")
+        finally:
+            self.noting = False
+        if self.stopped:
+            raise KeyboardInterrupt
 
     def at_hand(self) -> list[Running]:
         """What runs and is waited for."""
-        return [one for one in self.running if one.seconds < float("inf")]
+        return [one for one in self.running if one.waited_for]
 
-    def wait(self, fewer_than: int) -> None:
-        """Until fewer parts run than that. One that reaches its limit gets SIGINT, and later SIGKILL."""
-        packed = self.passed()
+    def fits(self, part: Part) -> bool:
+        return sum(one.part.processes for one in self.running) + part.processes <= ROOM
+
+    def ready(self, part: Part | None) -> bool:
+        """Whether it may begin: alone if it measures, else where there is room. None: all have ended."""
+        at_hand = self.at_hand()
+        if not at_hand or part is None or part.measures or any(one.part.measures for one in at_hand):
+            return not at_hand
+        return self.fits(part)
+
+    def wait(self, part: Part | None, behind: list[Part]) -> None:
+        """Until this part may begin. One that reaches its limit gets SIGINT, and later SIGKILL.
+
+        ``behind``: parts that begin meanwhile, where there is room, and are taken from the list; if none of
+        them runs, one does in any case.
+        """
+        last, names = self.passed(), {one.name for one in behind}
         while True:
             for one in list(self.running):
                 self._look(one)
-            if len(self.at_hand()) < fewer_than:
+            if self.ready(part):
                 return
-            if self.passed() - packed >= PACK_EVERY:  # nobody announces SIGKILL to the command itself
+            while behind and (
+                self.fits(behind[0]) or not any(one.part.name in names for one in self.running)
+            ):
+                self.begin(behind.pop(0), float("inf"))
+            if self.passed() - last >= PACK_EVERY:  # nobody announces SIGKILL to the command itself
                 self.pack()
-                packed = self.passed()
+                last = self.passed()
             time.sleep(0.02)
 
     def _look(self, one: Running) -> None:
-        status: int | str | None = one.process.poll()
-        if status is None:
+        if one.process.poll() is None:
             if one.interrupted is None:
                 if self.passed() - one.begun >= one.seconds:
-                    one.interrupt()
+                    one.interrupt("stopped at its limit")
                     one.interrupted = self.passed() + min(GRACE, max(self.left(), 1))
                 return
             if self.passed() < one.interrupted:
                 return
         one.kill()
-        self.found(one, "stopped at its limit" if one.interrupted is not None else status)
+        one.wait(5)
+        self.found(one)
 
-    def stop(self, these: list[Running], grace: float, status: str) -> None:
-        """Stop parts, which have ``grace`` seconds to say what they found."""
-        ended = {one.output: one.process.poll() for one in these}
+    def stop(self, these: list[Running], grace: float, why: str) -> None:
+        """Stop parts, which have ``grace`` seconds to say what they found. All are killed before anything is
+        written: that may fail.
+        """
+        try:
+            for one in these:
+                one.interrupt(why)
+            end = self.passed() + grace
+            for one in these:
+                one.wait(max(end - self.passed(), 0.01))
+        finally:
+            for one in these:
+                one.kill()
         for one in these:
-            one.interrupt()
-        end = self.passed() + grace
-        for one in these:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                one.process.wait(max(end - self.passed(), 0.01))
-            one.kill()
-            before = ended[one.output]
-            self.found(one, status if before is None else before)
+            one.wait(5)
+            self.found(one)
 
-    def found(self, one: Running, status: int | str | None) -> None:
+    def end(self) -> None:
+        """Stops and reports what runs, and packs. A signal that comes now is noted only."""
+        try:
+            self.noting = True
+            at_hand = self.at_hand()
+            self.stop(at_hand, STOPPING, "stopped")
+            self.stop(list(self.running), 1, BEFORE_MEASURING)
+            self.pack()
+        finally:  # the one signal that raises may have come in the lines above
+            for one in self.running:
+                one.kill()
+
+    def found(self, one: Running) -> None:
         """Adds an ended part's output and a line about it, and packs what there is."""
         self.running.remove(one)
-        part, seconds = one.part, self.passed() - one.begun
-        text = one.output.read_text(encoding="utf-8", errors="replace")
+        try:
+            text = one.output.read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            text = f"its output cannot be read: {error.strerror}"
+        limit = f" of {one.seconds:.0f}" if one.waited_for else ""
+        self.tell(one.part, one.stopped or one.process.returncode, self.passed() - one.begun, limit, text)
+
+    def tell(self, part: Part, status: int | str | None, seconds: float, limit: str, text: str) -> None:
         lines = [line for line in text.splitlines() if line.strip()]
         told = lines[-1][:160] if lines else "nothing printed"
         self.summary["parts"].append(
             {"name": part.name, "status": status, "seconds": round(seconds, 1), "last": told}
         )
-        with (self.out / "gpu-outputs.txt").open("a", encoding="utf-8") as file:
-            file.write(f"\n===== {part.name}: status {status}, {seconds:.0f} s =====\n{text}")
-        limit = f" of {one.seconds:.0f}" if one.seconds < float("inf") else ""
         self.say(
             f"{part.name}: {'ok' if status == 0 else f'status {status}'}, {seconds:.0f}{limit} s: {told}"
         )
+        try:
+            with (self.out / "gpu-outputs.txt").open("a", encoding="utf-8") as file:
+                file.write(f"\n===== {part.name}: status {status}, {seconds:.0f} s =====\n{text}")
+        except OSError as error:
+            self.say(f"{part.name}: gpu-outputs.txt lacks what it printed: {error.strerror}")
         self.pack()
 
     def pack(self) -> None:
-        """The summary and the archive, each written whole and renamed."""
-        for file in sorted(self.staging.glob("*.json")):
-            with contextlib.suppress(ValueError):
-                self.summary[file.stem] = json.loads(file.read_text(encoding="utf-8"))
-        self.summary["speed"] = dict(speedups(self.staging))
-        write(self.out / "gpu-summary.json", (json.dumps(self.summary, indent=1) + "\n").encode())
-        packed = io.BytesIO()
-        with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-            archive.add(
-                self.staging,
-                "gpu-results",
-                filter=lambda info: None if info.name.endswith((".pt", ".tmp")) else info,
-            )
-        write(self.out / "gpu-results.tar.gz", packed.getvalue())
+        """The summary and the archive, each written whole and renamed; a line of the log if that fails."""
+        try:
+            packed(self.out, self.staging, self.summary)
+        except OSError as error:
+            if self.trouble != str(error):
+                self.trouble = str(error)
+                self.say(f"not packed: {error}")
 
 
-def write(target: Path, content: bytes) -> None:
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(target)
+def execute(
+    run: Run, parts: Sequence[Part], background: Sequence[Part] = (), compiling: Sequence[Part] = ()
+) -> None:
+    """Parts that check run side by side, as many as the processors have room for; parts that measure run
+    alone.
 
-
-def execute(run: Run, parts: list[Part], background: Sequence[Part] = ()) -> None:
-    """Parts that check run side by side, as many as the processor has room for, and what is in the background
-    beside them; parts that measure run alone.
+    What is in the ``background`` begins after the first part. What is ``compiling`` begins, in its order,
+    once all that check before the first measuring have begun, as far as they leave room. Both go on until
+    something is measured.
     """
-    behind: list[Running] = []
     try:
         for i, part in enumerate(parts):
-            run.wait(1 if part.measures else LANES)
+            behind = list(compiling) if part.measures else []
+            run.wait(part, behind)
             if part.measures:
-                run.stop([one for one in behind if one in run.running], GRACE, "stopped before measuring")
+                compiling = ()
+                run.stop(list(run.running), GRACE, BEFORE_MEASURING)
             seconds = min(part.seconds, run.left())
             if seconds < 3:
                 run.say(f"{part.name}: left out, no time")
                 continue
             run.begin(part, seconds)
             if i == 0:
-                behind = [run.begin(one, float("inf")) for one in background]
-        run.wait(1)
+                for one in background:
+                    run.begin(one, float("inf"))
+        run.wait(None, [])
     finally:  # what it found until now is part of the results
-        run.stop(run.at_hand(), STOPPING, "stopped")
-        run.stop(list(run.running), 1, "stopped before measuring")
-        run.pack()
+        run.end()

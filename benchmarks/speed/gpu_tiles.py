@@ -73,9 +73,9 @@ def tiles(seconds: str = "60") -> None:
         print(f"{best}  # {times[best]:.3f} ms; at present {next(iter(times.values())):.3f}")
 
 
-def compile_tiles(seconds: str = "300") -> None:
-    """Compiles them into Triton's cache."""
-    with _compiling(_wanted(), time.monotonic() + float(seconds)) as compiled:
+def compile_tiles(seconds: str, processes: str) -> None:
+    """Compiles them into Triton's cache, so many at a time."""
+    with _compiling(_wanted(), time.monotonic() + float(seconds), int(processes)) as compiled:
         for (how, tried), kernels in zip(_wanted(), compiled):
             with contextlib.suppress(Exception):  # `tiles` says why
                 kernels.result()
@@ -93,7 +93,9 @@ def _wanted() -> list[tuple[str, Tiles]]:
 
 
 @contextlib.contextmanager
-def _compiling(wanted: Sequence[tuple[str, tuple[int, ...]]], end: float) -> Iterator[list[Compiled]]:
+def _compiling(
+    wanted: Sequence[tuple[str, tuple[int, ...]]], end: float, processes: int = PROCESSES
+) -> Iterator[list[Compiled]]:
     """Compiles them in processes of their own, into Triton's cache, where those that are timed are found.
 
     One after the other, and in the process that times them, a minute would do for a few.
@@ -119,7 +121,7 @@ def _compiling(wanted: Sequence[tuple[str, tuple[int, ...]]], end: float) -> Ite
         resources: dict[str, dict[str, int]] = json.loads(done.stdout)
         return resources
 
-    pool = ThreadPoolExecutor(min(PROCESSES, os.cpu_count() or 1))
+    pool = ThreadPoolExecutor(min(processes, os.cpu_count() or 1))
     try:
         yield [pool.submit(run, *pair) for pair in wanted]
     finally:

@@ -14,15 +14,12 @@ import time
 from pathlib import Path
 
 import pytest
+from gpu_command import gone, python, summary
 from speed import gpu_run
-from speed.gpu_run import Part, Run, execute
+from speed.gpu_run import Run, execute
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX's")
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def python(name: str, code: str, seconds: float = 20, measures: bool = False) -> Part:
-    return Part(name, (sys.executable, "-S", "-c", code), seconds, measures=measures)
 
 
 @pytest.fixture(autouse=True)
@@ -37,28 +34,12 @@ def interruptible() -> None:
 @pytest.fixture(autouse=True)
 def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine of many processors too."""
-    monkeypatch.setattr(gpu_run, "LANES", 1)
+    monkeypatch.setattr(gpu_run, "ROOM", 1)
 
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_run, "GRACE", 0.5)
-
-
-def gone(pid: int) -> bool:
-    for _ in range(100):
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return True
-        if Path(f"/proc/{pid}/stat").is_file() and ") Z " in Path(f"/proc/{pid}/stat").read_text():
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def summary(out: Path) -> dict:
-    return json.loads((out / "gpu-summary.json").read_text())
 
 
 def test_each_part_is_packed_and_a_failure_stops_nothing(tmp_path: Path) -> None:
@@ -161,7 +142,7 @@ def test_training_goes_on_until_something_is_measured(tmp_path: Path, short: Non
 
 
 def test_parts_that_check_run_side_by_side_and_those_that_measure_alone(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(gpu_run, "LANES", 2)
+    monkeypatch.setattr(gpu_run, "ROOM", 2)
     waits = (
         "import pathlib, time; pathlib.Path({!r}).touch()\n"
         "while not pathlib.Path({!r}).exists(): time.sleep(0.01)"

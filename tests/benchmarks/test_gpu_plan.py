@@ -83,6 +83,26 @@ def test_each_speed_part_has_groups_to_measure(rehearse: bool, monkeypatch) -> N
         assert any(words.evaluate(lambda word, id=id: word in id) for id in ids), (part.name, ids)
 
 
+def test_parts_say_how_many_processes_they_have(monkeypatch) -> None:
+    for found, processes in ((object(), {"tests of cuda": 5, "tests of triton": 10}), (None, {})):
+        monkeypatch.setattr(gpu_plan, "find_spec", lambda name, found=found: found)
+        for part in gpu_plan.plan(rehearse=False):
+            assert part.processes == processes.get(part.name, 1), part.name
+
+
+def test_a_rehearsal_compiles_the_same_parts() -> None:
+    """The most telling first, the tiles last; beside checks, so with few processes, which yield to others."""
+    real, small = gpu_plan.compiling(rehearse=False), gpu_plan.compiling(rehearse=True)
+    names = [f"compiling for {group[0]}" for group in gpu_plan.SPEED]
+    assert [part.name for part in real] == [part.name for part in small] == [*names, "compile-tiles"]
+    for part in (*real, *small):
+        threads = dict(part.variables)["TORCHINDUCTOR_COMPILE_THREADS"]
+        assert part.command[0] == "nice" and part.processes == int(threads) == 2 and not part.measures
+    measured = [part.command for part in gpu_plan.plan(rehearse=True) if part.name.startswith("speed: ")]
+    assert [part.command[1:] for part in small[:-1]] == measured
+    assert not any("--benchmark-results" in part.command for part in real)
+
+
 @pytest.mark.parametrize("processes", [0, 2])
 def test_a_part_that_selects_no_test_has_failed(tmp_path: Path, processes: int) -> None:
     if processes and not find_spec("xdist"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -68,3 +69,21 @@ def test_what_does_not_compile_in_time_is_told(tmp_path: Path, monkeypatch, caps
     monkeypatch.setenv("FASTKD_GPU_OUT", str(tmp_path))
     gpu_tiles.tiles("0.2")
     assert capsys.readouterr().out == "tf32 (128, 32, 2) and what follows: no time\n"
+
+
+def test_tiles_are_compiled_by_as_many_processes_as_the_part_says(monkeypatch) -> None:
+    pytest.importorskip("fastkd.kernels.fsp.view")
+    from speed import gpu_parts, gpu_plan, gpu_tiles
+
+    asked: list[tuple[int, int]] = []
+
+    @contextlib.contextmanager
+    def compiling(wanted: list, end: float, processes: int):
+        asked.append((round(end - time.monotonic()), processes))
+        yield []
+
+    part = gpu_plan.compiling(rehearse=False)[-1]
+    monkeypatch.setattr(gpu_tiles, "_compiling", compiling)
+    monkeypatch.setattr(gpu_parts, "REHEARSAL", False)
+    monkeypatch.setattr(sys, "argv", [*part.command[part.command.index("speed.gpu_parts") :]])
+    assert gpu_parts.main() == 0 and asked == [(gpu_plan.TILES_SECONDS, part.processes)]
