@@ -6,6 +6,8 @@ could be wrong in silence.
 
 from __future__ import annotations
 
+import ctypes
+import threading
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -46,6 +48,11 @@ _keep_graph: Callable[[], bool] = getattr(
     torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
 )
 _dispatch_modes: Callable[[], int] = find(torch, "_C._len_torch_dispatch_stack")
+# Objects of a thread. Autograd copies them into the threads in which it runs backward passes begun there.
+_stash: Callable[[str, Any], None] = find(torch, "_C._stash_obj_in_tls")
+_stashed: Callable[[str], Any] = find(torch, "_C._get_obj_in_tls")
+_is_stashed: Callable[[str], bool] = find(torch, "_C._is_key_in_tls")
+_drop: Callable[[str], None] | None = getattr(torch._C, "_remove_obj_from_tls", None)
 # Hooks of all modules, registered by torch.nn.modules.module.register_module_forward_hook and so on.
 _GLOBAL_HOOKS = [
     find(_modules, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")
@@ -110,6 +117,28 @@ def batched(grad: Tensor | None, other: Tensor | None = None) -> bool:
         or (grad is not None and _in_older_vmap(grad))
         or (other is not None and _in_older_vmap(other))
     )
+
+
+def handed_over(key: str) -> tuple[Any, ...]:
+    """What :func:`hand_over` was given in this thread, or in the one that began the backward pass at work."""
+    found: tuple[Any, ...] = _stashed(key) if _is_stashed(key) else ()
+    return found
+
+
+def hand_over(key: str, values: tuple[Any, ...]) -> None:
+    """Leaves ``values`` to this thread and to the backward passes that are begun in it from now on, in
+    whatever threads autograd runs them. Before PyTorch 2.13 the main thread alone has that.
+    """
+    if _drop is None:
+        # this PyTorch takes no reference of its own. What it once has it gives up when the thread ends, by
+        # the interpreter's lock: one that ends beside the interpreter would abort the process.
+        if threading.get_ident() == threading.main_thread().ident:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(values))
+            _stash(key, values)
+    elif values:
+        _stash(key, values)
+    else:
+        _drop(key)
 
 
 def saved_tensors_hooked() -> bool:

@@ -14,17 +14,14 @@ there is:
 from __future__ import annotations
 
 import functools
-import os
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from fastkd import errors, kernels, native
+from fastkd import _in_force, errors, kernels, native
 from fastkd._gpu_rule import faster
 from fastkd._implementations import BACKENDS, CPP, CUDA, REFERENCE, TRITON, Backend, flat
 from fastkd._private import eagerly_transforming, has_tangent, in_torch_func, is_wrapper, transforming
@@ -32,12 +29,7 @@ from fastkd.kernels import limits
 
 NAMES = ("auto", "reference", "cpp", "triton", "cuda")
 
-_DEFAULT = os.environ.get("FASTKD_BACKEND") or "auto"
-_chosen: ContextVar[str] = ContextVar("fastkd_backend", default=_DEFAULT)
-# A compiled graph cannot guard on a context variable, but it can on a global: this one follows the
-# use_backend entered or left last. So do autograd's own threads, which no context variable reaches.
-_traced: str = _DEFAULT
-if _DEFAULT == "triton":
+if _in_force.DEFAULT == "triton":
     kernels.state()
 
 
@@ -55,24 +47,13 @@ def _known(name: str, source: str) -> str:
     return name
 
 
-def _here() -> str:
-    """The name in force in this thread and async task.
-
-    The backward pass of a GPU runs in a thread of autograd's own, and so does what checkpointing runs again
-    there, which must take the backend that the forward pass had.
-    """
-    name = _chosen.get()
-    if name == _DEFAULT != _traced and isinstance(threading.current_thread(), threading._DummyThread):
-        return _traced  # Python has not started this thread
-    return name
-
-
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Serve the calls inside ``with use_backend(name):`` by that backend, in this thread and async task only.
 
     Backward passes that are begun inside count, in whatever thread autograd runs them: what checkpointing
-    runs again is served by the same backend, if the backward pass is inside too.
+    runs again is served by the same backend, if the backward pass is inside too. Before PyTorch 2.13 that is
+    so in the main thread alone, for tensors of a GPU.
 
     Args:
         name: "auto", "reference", "cpp", "triton" or "cuda". Outside, the environment's ``FASTKD_BACKEND``
@@ -82,21 +63,15 @@ def use_backend(name: str) -> Iterator[None]:
     Under ``torch.compile`` the choice is made when a graph is traced; another choice traces another one. CRD
     and RKD each stand in a graph as one operator, which chooses when it runs.
     """
-    global _traced
-    before, token = _here(), _chosen.set(_known(name, "use_backend's name"))
-    if name == "triton":
+    if _known(name, "use_backend's name") == "triton":
         kernels.state()  # before a graph is traced, which cannot find it out
-    _traced = name
-    try:
+    with _in_force.put_in_force(name):
         yield
-    finally:
-        _chosen.reset(token)
-        _traced = before
 
 
 def current() -> str:
     """The name in force here: what ``use_backend`` or ``FASTKD_BACKEND`` said, else "auto"."""
-    return _known(_traced if torch.compiler.is_compiling() else _here(), "FASTKD_BACKEND")
+    return _known(_in_force.traced if torch.compiler.is_compiling() else _in_force.here(), "FASTKD_BACKEND")
 
 
 def availability() -> dict[str, tuple[bool, str]]:
@@ -204,7 +179,7 @@ def select(
     if isinstance(first, (list, tuple)) and first:
         first = first[0]
     compiling = torch.compiler.is_compiling()
-    name = _traced if compiling else _here()
+    name = _in_force.traced if compiling else _in_force.here()
     if name == "auto":
         # inside a compiled graph the plain formula fuses with its neighbours, which an opaque operator cannot
         if compiling or eagerly_transforming() or is_wrapper(first):

@@ -4,10 +4,8 @@ count, NaN where eager has NaN.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import itertools
-import threading
 import warnings
 
 import kernel_backends
@@ -30,85 +28,6 @@ def test_use_backend_nests_and_restores_after_an_error():
             raise KeyError
         assert backends.current() == "reference"
     assert backends.current() == outside
-
-
-def test_use_backend_holds_in_its_own_thread_only():
-    seen = []
-    with fastkd.use_backend("triton"):
-        thread = threading.Thread(target=lambda: seen.append(fastkd.attention_map(torch.ones(1, 1, 1))))
-        thread.start()
-        thread.join()
-    assert len(seen) == 1
-
-
-class _Deeper(torch.autograd.Function):
-    """Its backward pass runs another one, and so on; the innermost calls ``function(x)``. So deep, autograd
-    goes on in a thread of its own, as it does for every backward pass on a GPU.
-    """
-
-    @staticmethod
-    def forward(ctx, x, depth, function):
-        ctx.depth, ctx.function = depth, function
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        with torch.enable_grad():
-            x = torch.ones(2, 3, 4, requires_grad=True)
-            y = _Deeper.apply(x, ctx.depth - 1, ctx.function) if ctx.depth else ctx.function(x)
-            y.sum().backward()
-        return grad, None, None
-
-
-@pytest.mark.parametrize("name", ["reference", "cpp"])
-def test_use_backend_holds_in_autograds_own_threads(cpp, name):
-    """Where checkpointing runs the forward pass of a GPU's tensors again."""
-    seen = []
-
-    def call(x):
-        seen.append((threading.get_ident(), backends.current()))
-        with fastkd.use_backend("auto"):
-            seen.append((threading.get_ident(), backends.current()))
-        seen.append((threading.get_ident(), backends.current()))
-        with backends.record_calls() as calls:
-            y = fastkd.attention_map(x)
-        seen.append((threading.get_ident(), backends.select(*calls[0][:4]).name))
-        return y
-
-    with fastkd.use_backend("triton"), fastkd.use_backend(name):
-        _Deeper.apply(torch.ones(1, requires_grad=True), 70, call).sum().backward()
-        assert backends.current() == name
-    (thread,) = {thread for thread, _ in seen}
-    assert thread != threading.get_ident(), "autograd did not leave this thread"
-    assert [found for _, found in seen] == [name, "auto", name, name]
-
-
-def test_a_thread_of_pythons_keeps_its_own_choice_in_its_backward_passes():
-    seen = []
-
-    def run():
-        _Deeper.apply(
-            torch.ones(1, requires_grad=True), 1, lambda x: (seen.append(backends.current()), x * 1)[1]
-        ).sum().backward()
-
-    outside = backends.current()
-    with fastkd.use_backend("triton"):
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join()
-    assert seen == [outside]
-
-
-def test_use_backend_holds_in_its_own_async_task_only():
-    async def task(name):
-        with fastkd.use_backend(name):
-            await asyncio.sleep(0.01)
-            return backends.current()
-
-    async def both():
-        return await asyncio.gather(*map(task, ("reference", "cpp", "triton")))
-
-    assert asyncio.run(both()) == ["reference", "cpp", "triton"]
 
 
 def test_the_tests_of_a_backend_whose_first_kernel_fails_are_there_to_say_so(monkeypatch, capsys):

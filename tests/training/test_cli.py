@@ -205,7 +205,7 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(main, capsys, monkeypat
 @pytest.mark.parametrize("name", ["cuda", "nonsense"])
 def test_a_backend_that_cannot_serve_is_one_line_and_status_2(main, capsys, monkeypatch, tmp_path, name):
     monkeypatch.setattr("fastkd.native.EMULATED", None)  # by other tests of this process
-    monkeypatch.setattr("fastkd.backends._chosen", contextvars.ContextVar("fastkd_backend", default=name))
+    monkeypatch.setattr("fastkd._in_force._chosen", contextvars.ContextVar("fastkd_backend", default=name))
     assert main(["--method", "fsp", *QUICK, "--device", "cpu", "--output", str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and name in err
