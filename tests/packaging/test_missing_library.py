@@ -54,14 +54,16 @@ def test_a_library_that_does_not_load_says_for_what_it_was_built(bare: Path) -> 
 
 
 def warnings_of(code: str, package: Path, **environment: str) -> list[str]:
-    """The first line of each warning that the code's calls of losses cause."""
+    """The first line of each warning that the code's calls of losses cause, which point at the code."""
     done = python(
         f"import warnings; warnings.simplefilter('always'); import torch, fastkd; {code}",
         package,
         **environment,
     )
     assert done.returncode == 0, done.stderr
-    return re.findall(r"UserWarning: (.*)", done.stderr)
+    found = re.findall(r"(.*):\d+: UserWarning: (.*)", done.stderr)
+    assert {file for file, _ in found} <= {"<string>"}, found
+    return [message for _, message in found]
 
 
 TWICE = f"{OPERATION}; fastkd.fsp_matrix(torch.ones(1, 2, 3), torch.ones(1, 2, 3)); {OPERATION}"
