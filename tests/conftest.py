@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import zlib
@@ -96,6 +97,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish(session: pytest.Session):
     """A module's ``beforehand()`` starts what its tests will wait for, and returns what ends it."""
+    gc.freeze()  # ten thousand tests stay: the garbage collector need not look through them again and again
     if session.config.option.collectonly or hasattr(session.config, "workerinput"):
         return  # of several processes each has collected all tests, and one will run the module's
     for module in {getattr(item, "module", None) for item in session.items}:

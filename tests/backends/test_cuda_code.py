@@ -125,8 +125,9 @@ def test_windows_are_loaded_before_they_are_pooled(architecture, kernel):
 @pytest.mark.parametrize("kernel, types", [("fsp_poolIf", 2), ("fsp_poolId", 3)])
 def test_windows_are_loaded_before_they_are_pooled_apart(architecture, kernel, types):
     """Windows of 2, 4, 8 and 16 numbers, and others: never one number at a time. Some 16 of float64 in two
-    parts.
+    parts, and of 16 numbers ptxas waits once after 14 on sm_100.
     """
     found = collections.Counter(loads_at_once(kernel, architecture))
-    assert found[2] == types and found[4] == 2 * types and not found[1], found
-    assert found[8] >= types and found[16] >= 2, found
+    cut = found[14]
+    assert found[2] == types + cut and found[4] == 2 * types and not found[1], found
+    assert found[8] >= types and found[16] + cut >= 2 and cut <= (architecture.startswith("sm_100")), found

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def ran(out: Path, part: Part) -> dict:
-    execute(Run(out, 1, rehearse=True), [part])
+    execute(Run(out, 5, rehearse=True), [part])
     return json.loads((out / "gpu-summary.json").read_text())["parts"][0]
 
 
@@ -172,7 +172,7 @@ def test_each_part_of_tests_selects_some(tmp_path: Path) -> None:
 @pytest.mark.skipif(not find_spec("sklearn"), reason="the digits are scikit-learn's")
 def test_the_training_run_has_a_teacher_of_its_own_and_leaves_its_tables(tmp_path: Path) -> None:
     (part,) = gpu_plan.training(None, rehearse=True)
-    found = ran(tmp_path, dataclasses.replace(part, seconds=120))
+    found = ran(tmp_path, dataclasses.replace(part, seconds=240))
     assert found["status"] == 0, found
     with tarfile.open(tmp_path / "gpu-results.tar.gz") as archive:
         names = archive.getnames()

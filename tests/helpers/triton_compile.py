@@ -95,7 +95,7 @@ def accesses(ptx: str) -> dict[str, int]:
     to shared memory.
     """
     found: dict[str, int] = {}
-    for kind, vector, bits in re.findall(r"\b(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfu](\d+)", ptx):
+    for kind, vector, bits in re.findall(r"\b(ld|st)\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.[bfu](\d+)", ptx):
         name = f"{kind} {int(vector or 1) * int(bits)}"
         found[name] = found.get(name, 0) + 1
     for size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global .*?\], \[.*?\], (\w+)", ptx):

@@ -44,6 +44,8 @@ def in_use() -> int:
 def growth(call: Callable[[], object], calls: int) -> float:
     """Bytes a call leaves behind: the least of three tries, since others use malloc too."""
     found = []
+    gc.collect()
+    gc.freeze()  # what earlier tests have left is not gone through each time
     for _ in range(4):  # the first fills what is remembered
         before = in_use()
         for _ in range(calls):
