@@ -58,6 +58,7 @@ def pytest_part(
     # a file that lacks a package must not keep the others from running
     keep_on = "--continue-on-collection-errors"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", keep_on]
+    processes = min(processes, os.cpu_count() or 1)  # more would only wait for each other
     if processes and find_spec("xdist"):
         command += ["-n", str(processes)]
     else:

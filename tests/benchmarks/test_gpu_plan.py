@@ -84,10 +84,18 @@ def test_each_speed_part_has_groups_to_measure(rehearse: bool, monkeypatch) -> N
 
 
 def test_parts_say_how_many_processes_they_have(monkeypatch) -> None:
-    for found, processes in ((object(), {"tests of cuda": 5, "tests of triton": 10}), (None, {})):
-        monkeypatch.setattr(gpu_plan, "find_spec", lambda name, found=found: found)
+    """No more than there are processors."""
+    two = {"tests of cuda": 2, "tests of triton": 2}
+    for xdist, processors, wanted in (
+        (object(), 16, {"tests of cuda": 5, "tests of triton": 10}),
+        (object(), 2, two),
+        (None, 16, {}),
+    ):
+        monkeypatch.setattr(gpu_plan, "find_spec", lambda name, xdist=xdist: xdist)
+        monkeypatch.setattr(gpu_plan.os, "cpu_count", lambda processors=processors: processors)
         for part in gpu_plan.plan(rehearse=False):
-            assert part.processes == processes.get(part.name, 1), part.name
+            assert part.processes == wanted.get(part.name, 1), part.name
+            assert not xdist or part.name not in wanted or option(part, "-n") == str(part.processes)
 
 
 def test_a_rehearsal_compiles_the_same_parts() -> None:
