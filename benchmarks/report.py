@@ -57,9 +57,8 @@ def origin(result: dict[str, Any]) -> str:
         for flag in machine["flags"]
         if flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
     )
-    gpu = f"{result['gpu']}; " if "gpu" in result else ""
     return (
-        f"{gpu}{result['device']}, {machine['cores']} cores ({flags or 'no vector flags known'}),"
+        f"{table.ran_on(result)} ({flags or 'no vector flags known'}),"
         f" {machine['memory_gib']} GiB; PyTorch {versions['torch']}, fastkd {versions['fastkd']};"
         f" `{' '.join(result['command'])}`, {result['date'][:10]}."
     )

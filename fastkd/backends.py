@@ -221,8 +221,10 @@ def _select_on_gpu(operation: str, arguments: tuple, options: tuple, index: int,
         return CUDA
     available, reason = kernels.state()
     if available and capability < OLDEST_FOR_TRITON:
-        available = False
-        reason = f"the device is sm_{capability[0]}{capability[1]}, older than the Triton kernels' sm_80"
+        available, reason = (
+            False,
+            f"the device is sm_{capability[0]}{capability[1]}, older than the Triton kernels' sm_80",
+        )
         reason += f"; {no_code}" if no_code else ""
     if available and not limits.why_not(operation, arguments, _tensors(arguments), options):
         return TRITON
@@ -245,8 +247,11 @@ def _must_serve(name: str, operation: str, first: object, arguments: tuple, why:
         refuse(f"serves plain tensors only, the first is a {type(first).__name__}")
     # not availability(), which would look at every backend, and for the CUDA library ask the driver; a CUDA
     # tensor says that there is a GPU
-    library = native.CPU if name == "cpp" else native.EMULATED or native.CUDA
-    available, reason = kernels.state() if name == "triton" else (library.available, library.reason)
+    if name == "triton":
+        available, reason = kernels.state()
+    else:
+        library = native.CPU if name == "cpp" else native.EMULATED or native.CUDA
+        available, reason = library.available, library.reason
     if not available:
         refuse(f"is not available: {reason}")
     device = first.device.type if isinstance(first, Tensor) else "cpu"

@@ -14,7 +14,6 @@
 | `gpu_clock.py`  | the clocks of a GPU                                                           |
 | `gpu_device.py` | where the parts of `benchmarks/gpu.py` run, and where they write              |
 | `gpu_plan.py`   | what `benchmarks/gpu.py` runs; `gpu_parts.py`, `gpu_tiles.py`: its processes  |
-| `gpu_run.py`    | how it runs them: limits, side by side or alone, the four files               |
 | `gpu_run.py`    | how it runs them; `gpu_files.py`, `gpu_summary.py`: what it leaves            |
 | `gpu_ahead.py`  | Triton's kernels of those processes, compiled without a GPU; `gpu_ahead_tests.py`|
 | `gpu_step.py`   | steps of ResNet-50 and ResNet-20 on a GPU                                     |

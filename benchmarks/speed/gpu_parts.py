@@ -192,15 +192,12 @@ def launches() -> None:
         name = f"{backend} {about}"
         try:
             found[name] = _launches(backend, *made(), kind)
-            print(
-                f"{name}: "
-                + ", ".join(
-                    f"{way} {{}} in {{:.1f}} us".format(*map(sum, zip(*events.values())))
-                    for way, events in found[name].items()
-                    if events
-                ),
-                flush=True,
-            )
+            told = []
+            for way, events in found[name].items():
+                count = sum(count for count, _ in events.values())
+                microseconds = sum(taken for _, taken in events.values())
+                told.append(f"{way} {count} in {microseconds:.1f} us")
+            print(f"{name}: {', '.join(told)}", flush=True)
         except Exception as error:
             print(f"{name}: FAILED: {type(error).__name__}: {' '.join(str(error).split())[:200]}", flush=True)
         save("launches", found)

@@ -174,12 +174,17 @@ def text(heads: Sequence[str], rows: list[list[str]], left: int) -> list[str]:
     ]
 
 
+def ran_on(result: dict[str, Any]) -> str:
+    """What it ran on: the GPU, if there was one, the CPU and its cores."""
+    named = [result[key] for key in ("gpu", "device") if key in result]
+    return f"{'; '.join(named)}, {result['machine']['cores']} cores"
+
+
 def heading(result: dict[str, Any]) -> str:
     """What ran it, in a line."""
-    versions, machine = result["versions"], result["machine"]
-    gpu = f"{result['gpu']}; " if "gpu" in result else ""
+    versions = result["versions"]
     return (
-        f"{gpu}{result['device']}, {machine['cores']} cores, torch {versions['torch']}, "
+        f"{ran_on(result)}, torch {versions['torch']}, "
         f"fastkd {versions['fastkd']} ({result['cpu_path']}), {result['date']}"
     )
 
