@@ -141,29 +141,6 @@ def test_training_goes_on_until_something_is_measured(tmp_path: Path, short: Non
     assert found == [("facts", 0), ("test", 0), ("training", "stopped before measuring"), ("rates", 0)]
 
 
-def test_parts_that_check_run_side_by_side_and_those_that_measure_alone(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(gpu_run, "ROOM", 2)
-    waits = (
-        "import pathlib, time; pathlib.Path({!r}).touch()\n"
-        "while not pathlib.Path({!r}).exists(): time.sleep(0.01)"
-    )
-    a, b, c = (str(tmp_path / name) for name in "abc")
-    alone = f"import pathlib, time; time.sleep(0.5); print(pathlib.Path({c!r}).exists())"
-    parts = [
-        python("one", waits.format(a, b)),
-        python("other", waits.format(b, a)),
-        python("measures", alone, measures=True),
-        python("too", f"import pathlib; pathlib.Path({c!r}).touch()", measures=True),
-    ]
-    execute(Run(tmp_path / "out", 1, rehearse=True), parts)
-    found = summary(tmp_path / "out")["parts"]
-    assert {(part["name"], part["status"]) for part in found[:2]} == {("one", 0), ("other", 0)}
-    assert [(part["name"], part["last"]) for part in found[2:]] == [
-        ("measures", "False"),
-        ("too", "nothing printed"),
-    ]
-
-
 TRAIN = """
 import pathlib, sys, time
 output = pathlib.Path(sys.argv[sys.argv.index("--output") + 1], "run")
