@@ -23,19 +23,27 @@ from fastkd.training.recipes import RECIPES, SETTINGS, Recipe
 
 HEAD = """# Recipes
 
-Made by `python -m fastkd.report.recipes`, from what a run reads itself. `hankyul2` is the default, on digits
-`digits`, on a folder `imagenet`. Every field has a flag, and the results' row names those that were given.
-With other `--epochs`, milestones and a first phase stay at their fractions of the run. An explicit `--recipe`
-wins over what a method changes in it.
+Every number that a run of `train.py` depends on: the fields of each recipe, the networks of each setting, and
+the weights and options of each method. `python -m fastkd.report.recipes` makes this page from the values that
+a run reads.
 
-`imagenet` is that of AT's authors (`imagenet.py` of szagoruyko/attention-transfer), who compare the four
-stages of ResNet-34 and ResNet-18. Images of a folder are not padded: a random part of each is resized.
+The default is `hankyul2`; for digits it is `digits`, for a folder of images `imagenet`. Every field has a
+flag ([training](training.md)), and the run's row in the results names the flags that were given. With other
+`--epochs`, the milestones and the length of a first phase keep their fractions of the run. With `--recipe`
+given, a method changes no field of it.
+
+`imagenet` is the recipe of AT's authors (`imagenet.py` of szagoruyko/attention-transfer), who compare the
+four stages of ResNet-34 and ResNet-18. Images of a folder are not padded: a random part of each is resized.
 """
 METHODS_TEXT = """## Methods
 
 What each method takes by each recipe, unless `--option` says otherwise: the weights of cross-entropy (CE) and
-of KD beside it, its options, and what it changes in the recipe. KD beside a method has temperature 4. What
-the networks or the data decide is told for CIFAR-100.
+of KD, which some methods are trained with; the method's own options; and the fields of the recipe that it
+changes. This KD has temperature 4. Where the networks or the data decide a value, it is that for CIFAR-100.
+"""
+SUMS_TEXT = """## Sums with KD
+
+The weights of cross-entropy and of KD in `METHOD+kd`. The method's own options are those of the table above.
 """
 
 
@@ -48,8 +56,24 @@ def markdown() -> str:
     )
     heads = ["method", "recipe", "setting", "CE", "KD", "options", "changes in the recipe"]
     methods = table(heads, (row for name in METHODS for row in rows_of(name)))
-    parts = [HEAD, recipes, "## Settings\n", letters, METHODS_TEXT, methods]
+    sums = table(["METHOD", "recipe", "CE", "KD"], sums_with_kd())
+    parts = [HEAD, recipes, "## Settings\n", letters, METHODS_TEXT, methods, SUMS_TEXT, sums]
     return "\n".join(parts)
+
+
+def sums_with_kd() -> list[list[str]]:
+    """(methods, recipes, weight of cross-entropy, of KD): a row for each pair of weights of some methods."""
+    found: dict[tuple[tuple[str, ...], ...], list[str]] = {}
+    for method in METHODS:
+        if method in ("baseline", "kd"):
+            continue
+        weights: dict[tuple[str, str], list[str]] = {}
+        for recipe, fields in RECIPES.items():
+            definition = define(f"{method}+kd", preset=fields.preset)
+            weights.setdefault(_numbers(definition, {})[:2], []).append(recipe)
+        rows = tuple((_names(recipes), *numbers) for numbers, recipes in weights.items())
+        found.setdefault(rows, []).append(f"`{method}`")
+    return [[", ".join(methods), *row] for rows, methods in found.items() for row in rows]
 
 
 def _fields(recipe: Recipe) -> dict[str, str]:
