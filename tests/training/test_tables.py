@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import csv
 import io
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 from record_files import rows_in
@@ -150,3 +153,16 @@ def test_epochs_that_a_spreadsheet_wrote_are_drawn(tmp_path):
     path.write_text("epoch,loss\n1,\n")
     with pytest.raises(UserError, match="epochs.csv cannot be read"):
         curves.read_epochs(path)
+
+
+def test_the_former_name_of_the_command_is_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
+) -> None:
+    """``python -m fastkd.training.report``, for one release more: it does what fastkd.report does."""
+    found = []
+    for name in ("fastkd.report", "fastkd.training.report"):
+        monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "no such folder")])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_module(name, run_name="__main__")
+        found.append((end.value.code, capsys.readouterr()))
+    assert found[0] == found[1] and found[0][0] == 2
