@@ -66,6 +66,29 @@ constexpr uint64_t kResults = 1;
 template <class... R>
 constexpr uint64_t kResults<std::tuple<R...>> = sizeof...(R);
 
+// An argument on the stack until it is taken: given up here if the conversion of an earlier one throws.
+template <class T>
+class Waiting {
+ public:
+  Waiting(StableIValue value) : value_(value) {}
+  Waiting(const Waiting&) = delete;
+  ~Waiting() {
+    if (taken_) return;
+    try {
+      torch::stable::detail::to<T>(value_);
+    } catch (...) {  // the first error is the one that is told
+    }
+  }
+  T take() {
+    taken_ = true;
+    return torch::stable::detail::to<T>(value_);
+  }
+
+ private:
+  StableIValue value_;
+  bool taken_ = false;
+};
+
 // `call` is `function` as PyTorch calls an operator: its arguments on a stack, which then holds its results.
 template <auto function>
 struct Boxed;
@@ -84,7 +107,8 @@ struct Boxed<function> {
  private:
   template <size_t... I>
   static R run(StableIValue* stack, std::index_sequence<I...>) {
-    std::tuple<std::decay_t<P>...> arguments{torch::stable::detail::to<std::decay_t<P>>(stack[I])...};
+    std::tuple<Waiting<std::decay_t<P>>...> waiting{stack[I]...};
+    std::tuple<std::decay_t<P>...> arguments{std::get<I>(waiting).take()...};
     return std::apply([](auto&... argument) { return function(std::forward<P>(argument)...); }, arguments);
   }
 };

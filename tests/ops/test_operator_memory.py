@@ -8,6 +8,7 @@ import ctypes
 import gc
 from collections.abc import Callable
 
+import emulated
 import pytest
 import torch
 
@@ -104,6 +105,20 @@ def test_a_call_that_is_refused_leaves_nothing_behind(name: str) -> None:
     def refuse() -> None:
         with pytest.raises(RuntimeError):
             call()
+
+    assert growth(refuse, 10) < LEAST
+
+
+def test_an_argument_that_cannot_be_converted_loses_no_other() -> None:
+    emulated.load()
+    if native.EMULATED is None:
+        pytest.skip("the operator is part of the emulated library")
+    a, b, c, d, *e = [torch.ones(1) for _ in range(6)]
+    operator = torch.ops.fastkd_testing.refuse.default
+
+    def refuse() -> None:
+        with pytest.raises(RuntimeError):
+            operator(a, [b], 0, c, d, e, "a string that is longer than what a short one may hold")
 
     assert growth(refuse, 10) < LEAST
 
