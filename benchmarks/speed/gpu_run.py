@@ -18,6 +18,7 @@ from typing import Any
 
 from speed.gpu_files import packed
 from speed.gpu_plan import ROOT, Part
+from speed.gpu_watch import Watch
 
 GRACE = 8  # seconds after SIGINT in which pytest says what failed, before SIGKILL
 CLOSING = 4  # seconds kept for the last packing
@@ -71,6 +72,7 @@ class Run:
         self.out, self.staging = out, Path(tempfile.mkdtemp(prefix="fastkd-gpu-"))
         self.summary: dict[str, Any] = {"minutes": minutes, "rehearsal": rehearse, "parts": []}
         self.running: list[Running] = []
+        self.watch: Watch | None = None  # while parts run
         self.stopped = False  # by a signal
         self.noting = False  # a signal is noted, and ends nothing
         self.trouble = ""  # why it could not be packed
@@ -138,6 +140,8 @@ class Run:
                     start_new_session=True,
                 )
             self.running.append(Running(part, process, output, self.passed(), seconds))
+            if self.watch:
+                self.watch.tell(process.pid)
         except OSError as error:
             self.tell(part, "not started", 0, "", f"{error.strerror}: {error.filename}")
         finally:
@@ -225,6 +229,8 @@ class Run:
     def found(self, one: Running) -> None:
         """Adds an ended part's output and a line about it, and packs what there is."""
         self.running.remove(one)
+        if self.watch:
+            self.watch.tell(one.process.pid)
         try:
             text = one.output.read_text(encoding="utf-8", errors="replace")
         except OSError as error:
@@ -268,6 +274,7 @@ def execute(
     once all that check before the first measuring have begun, as far as they leave room. Both go on until
     something is measured.
     """
+    run.watch = Watch()
     try:
         for i, part in enumerate(parts):
             behind = list(compiling) if part.measures else []
@@ -286,3 +293,4 @@ def execute(
         run.wait(None, [])
     finally:  # what it found until now is part of the results
         run.end()
+        run.watch.close()

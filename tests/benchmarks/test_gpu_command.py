@@ -191,9 +191,10 @@ sys.path.insert(0, {str(ROOT / "benchmarks")!r})
 import gpu
 from speed.gpu_run import Part
 sleep = '''
-import pathlib, time
+import os, pathlib, time
 try:
-    pathlib.Path({str(tmp_path / "began")!r}).touch()
+    pathlib.Path({str(tmp_path / "begins")!r}).write_text(str(os.getpid()))
+    os.rename({str(tmp_path / "begins")!r}, {str(tmp_path / "began")!r})
     while not pathlib.Path({str(tmp_path / "enough")!r}).exists():
         time.sleep(0.02)
     print("all of it")
@@ -227,6 +228,14 @@ def test_a_command_that_is_stopped_keeps_what_it_found(tmp_path: Path, number: i
     found = [(part["status"], part["last"]) for part in summary(tmp_path / "out")["parts"]]
     assert found == [(0, "found"), ("stopped", "half of it")]
     assert "half of it" in (tmp_path / "out" / "gpu-outputs.txt").read_text()
+
+
+def test_nothing_outlives_a_command_that_is_killed(tmp_path: Path) -> None:
+    process = started(tmp_path)
+    part = int((tmp_path / "began").read_text())
+    process.kill()
+    process.communicate(timeout=30)
+    assert gone(part)
 
 
 def test_behind_nohup_the_command_outlives_its_terminal(tmp_path: Path) -> None:
