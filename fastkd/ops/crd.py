@@ -223,10 +223,22 @@ def _direction(
     grad = _contiguous(x)
     for part in chunks:
         if whole:
-            grad[part] = slopes.new_zeros(len(x[part]), size).scatter_add_(1, rows[part], slopes[part]) @ bank
+            grad[part] = added(slopes[part], rows[part], size, x.device.type == "cpu") @ bank
         else:
             grad[part] = (slopes[part, None] @ bank[rows[part]])[:, 0]
     return loss, normalizer, grad
+
+
+def added(slopes: Tensor, rows: Tensor, size: int, on_cpu: bool) -> Tensor:
+    """(N, size): each sample's slopes, added where its rows are, in one order on a GPU too.
+
+    There ``scatter_add_`` adds in any order, and ``index_put_`` sorts; on a CPU it is the other way round.
+    """
+    found = slopes.new_zeros(len(slopes), size)
+    if on_cpu:
+        return found.scatter_add_(1, rows, slopes)
+    samples = torch.arange(len(rows), device=rows.device)[:, None]
+    return found.index_put_((samples, rows), slopes, accumulate=True)
 
 
 def _chunks(bank: Tensor, rows: Tensor) -> tuple[list[slice], bool]:

@@ -1,5 +1,5 @@
 """CRD on a GPU that is not there: with fake tensors on it, reading a number or copying from the CPU is seen,
-for which a host would wait.
+for which a host would wait, and what adds in any order.
 
 The device is said to be older than Triton's kernels want, so what runs is CRD's plain PyTorch and whatever a
 step does around the loss. Triton's launcher is never asked: that it does not wait is what
@@ -21,9 +21,12 @@ from fastkd.methods import BuildContext, create_method
 from fastkd.models import create_model
 from fastkd.ops import crd
 
+ATOMIC = ("scatter_add", "index_add", "scatter_reduce", "index_reduce", "histc", "put_")
+"""Of operators that add by atomics on a GPU; ``index_put_`` sorts there."""
 
-class Copies(TorchDispatchMode):
-    """Names of the operators that brought something from the CPU to a GPU or back."""
+
+class Seen(TorchDispatchMode):
+    """Names of the operators that brought something from the CPU to a GPU or back, or added in any order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,17 +38,19 @@ class Copies(TorchDispatchMode):
             tensors = [x for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor)]
             if len({x.device.type for x in tensors}) > 1:
                 self.found.append(func.name())
+        if func.name().removeprefix("aten::").startswith(ATOMIC):
+            self.found.append(func.name())
         return out
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Makes fake tensors on a GPU; at the end nothing has been copied."""
+    """Makes fake tensors on a GPU; at the end nothing has been copied, or added in any order."""
     monkeypatch.setattr(backends, "_capability", lambda index: (7, 0))
     monkeypatch.setattr(backends.errors, "warn_once", lambda text: None)
-    with FakeTensorMode(), Copies() as copies:
+    with FakeTensorMode(), Seen() as seen:
         yield lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device="cuda")
-    assert not copies.found
+    assert not seen.found
 
 
 def moved(module, gpu):
@@ -101,8 +106,19 @@ def test_plain_pytorch_behind_the_operator(gpu, monkeypatch, chunks):
 
 
 def test_what_waits_is_seen():
-    with FakeTensorMode(), Copies() as copies:
+    with FakeTensorMode(), Seen() as seen:
         with pytest.raises(DataDependentOutputException):
             bool(torch.empty(1, device="cuda") > 0)
         torch.tensor([1.0], device="cuda")
-    assert copies.found
+    assert seen.found
+
+
+def test_slopes_are_added_where_their_rows_are():
+    slopes, rows = torch.randn(5, 40, dtype=torch.float64), torch.randint(7, (5, 40))
+    wanted = torch.zeros(5, 7, dtype=torch.float64)
+    for i in range(5):
+        for slope, row in zip(slopes[i], rows[i], strict=True):
+            wanted[i, row] += slope
+    for on_cpu in (True, False):
+        found = crd.added(slopes, rows, 7, on_cpu)
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
