@@ -107,6 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows = [row for row in rows if all((row.get(name) or "") == values[name] for name in values)]
         if flags.into:
             put(flags.into, markdown(rows))
+            print(f"written: {flags.into}")
         else:
             print(
                 "\n\n".join(
@@ -118,12 +119,16 @@ def main(arguments: list[str] | None = None) -> int:
                 )
             )
             delivered()
-        if flags.plot:
-            curves.plot(flags.folders, values, flags.plot)
-        if flags.bars:
-            bars.plot(rows, flags.bars)
-        if flags.html:
-            page.save(flags.html, rows, flags.folders, values)
+        separator = "" if flags.into else "\n"  # the tables stand above
+        for path, make in (
+            (flags.plot, lambda path: curves.plot(flags.folders, values, path)),
+            (flags.bars, lambda path: bars.plot(rows, path)),
+            (flags.html, lambda path: page.save(path, rows, flags.folders, values)),
+        ):
+            if path:
+                make(path)
+                print(f"{separator}written: {path}")
+                separator = ""
     except UserError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2

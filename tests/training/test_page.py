@@ -137,6 +137,17 @@ def test_the_committed_results_make_a_page(part, figures, tmp_path):
     assert all(b"<svg" in picture and len(picture) > 10_000 for picture in drawn)
 
 
+def test_each_file_that_was_written_is_named(output, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    names = {"--into": "into.md", "--plot": "curves.svg", "--bars": "bars.svg", "--html": "report.html"}
+    (tmp_path / "into.md").write_text(f"{report.BEGIN}\n{report.END}\n")
+    flags = [word for flag, name in names.items() for word in (flag, str(tmp_path / name))]
+    assert report.main([str(output), *flags]) == 0
+    assert capsys.readouterr().out == "".join(f"written: {tmp_path / name}\n" for name in names.values())
+    assert report.main([str(output), "--html", str(tmp_path / "report.html")]) == 0
+    assert capsys.readouterr().out.endswith(f"\n\nwritten: {tmp_path / 'report.html'}\n")
+
+
 def test_without_runs_and_without_matplotlib_it_says_so(tmp_path, monkeypatch):
     import sys
 
