@@ -126,13 +126,13 @@ def _constants(
 
 
 def _check_plugins(path: Path, about: dict[str, Any], known: dict[str, Any]) -> None:
-    """That the files that a run was given by --plugin are there. No file is imported for its name in a
-    checkpoint. Raises UserError.
+    """That the files that a run was given by --plugin are there. None of them is imported for its name in a
+    checkpoint; the file of a network is. Raises UserError.
     """
-    added: dict[str, str] = known.get("plugins") or {}
+    added = known.get("plugins")
     missing = [
         key
-        for key in added
+        for key in (added if isinstance(added, dict) else ())
         if not is_spec(key)
         and plugins.origin(*key.split(" ", 1)) is None
         and key.split(" ", 1)[1] not in plugins.known(key.split(" ", 1)[0])

@@ -93,8 +93,11 @@ def load_student(folder: str | Path, *, file: str = "best.pt") -> nn.Module:
     ready to predict, or to teach.
 
     It has what the run tested: SimKD's projector and classifier, NORM's pair. ``file``: "best.pt", the best
-    epoch's weights, or "last.pt". Images must be normalized as in the run. Nothing but the file is read.
-    Raises WeightsError, one line.
+    epoch's weights, or "last.pt". Images must be normalized as in the run.
+
+    Nothing but the file is read, unless the run's networks are "path/to/file.py:FACTORY": that file is
+    imported, as it is now, from where the run found it, seen from the current folder. What a run had by
+    ``--plugin`` must have been registered before. Raises WeightsError, one line.
     """
     return students.load_student(folder, create_model, file=file)
 

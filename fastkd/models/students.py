@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -27,13 +28,13 @@ def load_student(
                 # which lie above this room, and are no part of importing fastkd
                 methods = importlib.import_module("fastkd.methods")
                 network = methods.wrapped(network, create(about["teacher"], classes), about)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        identity = checkpoint.get("config", {}).get("identity", {})
-        if identity.get("plugins"):
-            why += (
-                f"; it has {', '.join(f'{key} of {origin}' for key, origin in identity['plugins'].items())}"
-            )
+        added: Any = checkpoint
+        for key in ("config", "identity", "plugins"):  # other programs write what they like there
+            added = added.get(key) if isinstance(added, dict) else {}
+        if isinstance(added, dict) and added:
+            why += f"; it has {', '.join(f'{key} of {origin}' for key, origin in added.items())}"
         raise WeightsError(f"{path}: not the weights of a run of this version ({why})") from None
     load_weights(network, path)
     return network.eval()

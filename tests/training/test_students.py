@@ -7,6 +7,9 @@ import torch
 from record_files import rows_of
 
 import fastkd
+from fastkd import plugins
+from fastkd.errors import UserError
+from fastkd.evaluate import test as evaluated
 from fastkd.models import WeightsError, create_model, load_student
 from fastkd.training import Settings
 from fastkd.training.config import Config
@@ -80,3 +83,49 @@ def test_what_is_no_run_is_one_line(tmp_path):
     torch.save({"model": create_model("resnet8").state_dict(), "config": about}, tmp_path / "best.pt")
     with pytest.raises(WeightsError, match=r"ValueError: model 'resnet7' is not known"):
         load_student(tmp_path)
+
+
+ABOUT = {"identity": {"model": "resnet8"}, "trained": "baseline", "classes": 10}
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        "resnet8",
+        None,
+        [1],
+        {**ABOUT, "identity": None},
+        {**ABOUT, "identity": "resnet8"},
+        {**ABOUT, "identity": {"model": "small", "plugins": [1]}},
+    ],
+    ids=str,
+)
+def test_what_another_program_has_written_under_config_is_one_line(tmp_path, about):
+    torch.save({"model": create_model("resnet8").state_dict(), "config": about}, tmp_path / "best.pt")
+    with pytest.raises(WeightsError, match=r"best\.pt: not the weights of a run of this version") as caught:
+        load_student(tmp_path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"is of no run|not the weights of a run") as caught:
+        evaluated(tmp_path, dataset="digits")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_network_of_a_file_is_built_by_what_lies_there_now(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    about = {
+        **ABOUT,
+        "identity": {"model": "nets.py:small", "plugins": {"model nets.py:small": "nets.py 0123"}},
+    }
+    torch.save({"model": create_model("resnet8").state_dict(), "config": about}, tmp_path / "best.pt")
+    with pytest.raises(WeightsError, match=r"nets\.py cannot be imported: no such file") as caught:
+        load_student(tmp_path)
+    assert "\n" not in str(caught.value)
+    factory = "def small(num_classes):\n    return fastkd.models.create_model('{}', num_classes)\n"
+    for name in ("resnet20", "resnet8"):
+        plugins.of_file.cache_clear()
+        (tmp_path / "nets.py").write_text("import fastkd\n" + factory.format(name))
+        if name == "resnet20":
+            with pytest.raises(WeightsError, match=r"another layout than the model's: it lacks") as caught:
+                load_student(tmp_path)
+            assert "\n" not in str(caught.value)
+    assert load_student(tmp_path)(torch.randn(2, 3, 32, 32)).shape == (2, 10)
