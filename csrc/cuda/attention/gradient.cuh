@@ -159,7 +159,7 @@ struct GradientArgs {
   DType grad_dtype;
   int32_t count;
 };
-static_assert(sizeof(GradientArgs) <= 4096, "more than what a launch takes everywhere");
+static_assert(sizeof(GradientArgs) <= 4096, "a kernel takes 4096 bytes of arguments at most");
 
 template <typename A>
 FASTKD_KERNEL_OF(kThreads, kBlocks<A>)

@@ -35,7 +35,7 @@ struct LossArgs {
   int32_t count, samples;
   int8_t mean, add_eps, l2, student_is_map, teacher_is_map;
 };
-static_assert(sizeof(LossArgs) <= 4096, "more than what a launch takes everywhere");
+static_assert(sizeof(LossArgs) <= 4096, "a kernel takes 4096 bytes of arguments at most");
 
 // Blocks of a sample. Maps are read by the block that compares them, so two maps are a unit without power
 // sums.

@@ -34,7 +34,7 @@ struct BackwardArguments {
   double factor;     // of all
   int32_t items;
 };
-static_assert(sizeof(BackwardArguments) <= 4096, "a kernel's arguments");
+static_assert(sizeof(BackwardArguments) <= 4096, "a kernel takes 4096 bytes of arguments at most");
 
 template <typename A>
 FASTKD_BOTH constexpr size_t backward_shared() {
@@ -191,7 +191,7 @@ struct PoolArguments {
   PoolItem item[kMost];
   int32_t items;
 };
-static_assert(sizeof(PoolArguments) <= 4096, "a kernel's arguments");
+static_assert(sizeof(PoolArguments) <= 4096, "a kernel takes 4096 bytes of arguments at most");
 
 template <typename A>
 FASTKD_KERNEL(PoolArguments::kThreads)

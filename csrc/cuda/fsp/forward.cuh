@@ -28,7 +28,7 @@ struct ForwardArguments {
   int32_t pairs, groups;  // groups of all launches that add to the loss
   FspResult result;
 };
-static_assert(sizeof(ForwardArguments) <= 4096, "a kernel's arguments");
+static_assert(sizeof(ForwardArguments) <= 4096, "a kernel takes 4096 bytes of arguments at most");
 
 // Bytes of shared memory: the sums; the operands, then, over them, the tile.
 constexpr size_t kForwardSums = (kWarp + kFspThreads) * sizeof(double);
