@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import _thread
 import asyncio
+import gc
+import sys
 import threading
+import tracemalloc
 from concurrent.futures import Future
 
 import pytest
@@ -234,3 +237,25 @@ def test_a_thread_keeps_nothing_of_what_it_has_left():
         return torch._C._is_key_in_tls("fastkd_backend")
 
     assert not _started(True, run).result(60)
+
+
+def test_entering_and_leaving_keeps_no_memory():
+    """Before PyTorch 2.13 fastkd takes the reference that PyTorch gives up, one for each."""
+
+    def enter():
+        with fastkd.use_backend("reference"), fastkd.use_backend("auto"):
+            _in_force.here()
+
+    for _ in range(10):
+        enter()
+    tracemalloc.start()
+    try:
+        gc.collect()  # which also empties Python's list of free tuples
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(200):
+            enter()
+        gc.collect()
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert grown < 200 * sys.getsizeof(())
