@@ -1,7 +1,8 @@
 """A Markdown table and a plot from the results of ``pytest --benchmark``.
 
     python benchmarks/report.py                 of the newest results: speed.md, speed.svg beside speed.json
-    python benchmarks/report.py FILE --readme   of FILE; the short table and the plot go into README too
+    python benchmarks/report.py FILE --readme   of FILE; its short table and plot go into README too, and the
+                                                short table of the newest results of a GPU beside it
     python benchmarks/report.py --docs          the methods' table and figure of docs/speed.md
 
 The plot needs matplotlib (the extra `dev`).
@@ -15,97 +16,19 @@ import os
 from pathlib import Path
 from typing import Any
 
-from speed import figure, quiet, table, verdicts
+from speed import figure, quiet, readme, table, verdicts
+from speed.readme import BARS, NAMES, markdown, origin, shown
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
-NAMES = {"attention": "AT", "fsp": "FSP"}
-# README's rows; of results that lack them, all
-SHORT = {
-    *(("attention", shape) for shape in ("resnet20-64", "wrn40_2-128", "resnet50-8")),
-    *(("fsp", shape) for shape in ("resnet20-64", "wrn40_2-128")),
-}
-# (row, label, colour) of the bars
-BARS = (
-    ("eager, stock malloc", "eager, stock malloc", "#c9c9c9"),
-    ("eager", "eager, malloc tuned", "#8f8f8f"),
-    ("torch.compile", "torch.compile", "#e8a33d"),
-)
 COLOURS = ("#2a6fbb", "#76b900", "#8e44ad")
 
 
-def newest(folder: Path = ROOT / "benchmarks" / "results") -> Path:
-    """The newest results with groups of a CPU: those of a GPU alone are asked for by name."""
-    read = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("*/speed.json")]
-    of_cpu = [(path, r) for path, r in read if any(g.get("device", "cpu") == "cpu" for g in r["groups"])]
-    found = {path: result["date"] for path, result in of_cpu}
-    if not found:
-        raise SystemExit("no benchmarks/results/*/speed.json: run pytest --benchmark first, or name a file")
-    return max(found, key=found.__getitem__)
-
-
-def markdown(heads: list[str], rows: list[list[str]], left: int) -> list[str]:
-    rule = ["---" if i < left else "---:" for i in range(len(heads))]
-    return [f"| {' | '.join(cells)} |" for cells in (heads, rule, *rows)]
-
-
-def origin(result: dict[str, Any]) -> str:
-    """One sentence on what was measured where."""
-    versions, machine = result["versions"], result["machine"]
-    flags = ", ".join(
-        flag.replace("_", "-")
-        for flag in machine["flags"]
-        if flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-    )
-    return (
-        f"{table.ran_on(result)} ({flags or 'no vector flags known'}),"
-        f" {machine['memory_gib']} GiB; PyTorch {versions['torch']}, fastkd {versions['fastkd']};"
-        f" `{' '.join(result['command'])}`, {result['date'][:10]}."
-    )
-
-
-def shown(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The records of the short table and the plot: float32, NCHW, forward and backward, all threads."""
-    most = max((record["threads"] for record in result["groups"]), default=0)
-    wanted = {
-        "dtype": "float32",
-        "layout": "nchw",
-        "direction": "forward+backward",
-        "upstream": 1,
-        "threads": most,
-        "clock": "wall",
-    }
-    records = [
-        r
-        for r in result["groups"]
-        if all(r.get(key) == value for key, value in wanted.items()) and r["shape"] != "tiny-2"
-    ]
-    return [r for r in records if r.get("device", "cpu") == "cpu"]
-
-
-def short(result: dict[str, Any]) -> list[str]:
-    """README's table: milliseconds of the main rows, and the ratios to the first backend."""
-    ours = table.backends(result)
-    rows, records = [], shown(result)
-    for record in [r for r in records if (r["operation"], r["shape"]) in SHORT] or records:
-        times = {name: row.get("milliseconds") for name, row in record["rows"].items()}
-        base = next((times[name] for name in ours if times.get(name)), None)
-        cells = [NAMES.get(record["operation"], record["operation"]), record["shape"]]
-        cells += [table.figure(times.get(row)) or "–" for row, _, _ in BARS] + [
-            table.figure(times.get(name)) or "–" for name in ours
-        ]
-        rows.append(
-            cells
-            + [table.figure(times[row] / base, 2) if base and times.get(row) else "–" for row, _, _ in BARS]
-        )
-    heads = [
-        "loss",
-        "network-batch",
-        *(label for _, label, _ in BARS),
-        *ours,
-        *(f"÷ {label}" for _, label, _ in BARS),
-    ]
-    return markdown(heads, rows, 2)
+def newest(folder: Path = ROOT / "benchmarks" / "results", device: str = "cpu") -> Path | None:
+    """The newest results with groups of a device, whatever else is in them."""
+    read = {path: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*/speed.json")}
+    found = {path: result["date"] for path, result in read.items() if readme.of(result, device)}
+    return max(found, key=found.__getitem__, default=None)
 
 
 def full(result: dict[str, Any]) -> str:
@@ -221,6 +144,39 @@ def between_markers(page: Path, lines: list[str]) -> None:
     write(page, "\n".join([before + BEGIN, *lines, END]) + after)
 
 
+def into_readme(page: Path, source: Path, result: dict[str, Any]) -> None:
+    """The tables of a CPU, from ``source``, and of a GPU, from the newest results that lie beside it."""
+    if not readme.of(result, "cpu"):
+        raise SystemExit(f"{source} has no groups of a CPU, wanted those of pytest --benchmark")
+    linked = {"of a CPU": source}
+    lines = [
+        origin(result),
+        "Float32, NCHW, forward and backward, all threads, medians in milliseconds:",
+        "",
+        *readme.cpu(result),
+        "",
+    ]
+    if source.with_suffix(".svg").exists():
+        lines += [f"![Times of the losses]({_seen_from(page, source.with_suffix('.svg'))})", ""]
+    other = newest(source.parent.parent, "cuda")
+    on_gpu = json.loads(other.read_text(encoding="utf-8")) if other else {"groups": []}
+    if other and not quiet.why_not_judged(on_gpu):
+        linked["of a GPU"] = other
+        lines += [
+            origin(on_gpu),
+            "Float32, NCHW, forward and backward, medians in milliseconds:",
+            "",
+            *readme.gpu(on_gpu),
+            "",
+        ]
+    found = [f"[{what}]({_seen_from(page, path.with_suffix('.md'))})" for what, path in linked.items()]
+    between_markers(page, [*lines, f"All of it: {', '.join(found)}."])
+
+
+def _seen_from(page: Path, path: Path) -> str:
+    return Path(os.path.relpath(path, page.parent)).as_posix()
+
+
 def into_docs(page: Path, result: dict[str, Any], with_figure: bool) -> None:
     """The methods' table between the markers, and their figure beside the page."""
     found = figure.lines(result)
@@ -263,7 +219,10 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--no-plot", action="store_true", help="tables only")
     options = parser.parse_args(arguments)
-    source = (options.file or newest()).resolve()
+    source = options.file or newest()
+    if source is None:
+        raise SystemExit("no benchmarks/results/*/speed.json: run pytest --benchmark first, or name a file")
+    source = source.resolve()
     result = json.loads(source.read_text(encoding="utf-8"))
     if options.docs:
         into_docs(options.docs.resolve(), result, not options.no_plot)
@@ -272,25 +231,10 @@ def main(arguments: list[str] | None = None) -> None:
     if why := quiet.why_not_judged(result):
         print(f"a table of ratios only, neither plot nor README: {why}")
         return
-    lines = [
-        origin(result),
-        "Float32, NCHW, forward and backward, all threads, medians in milliseconds:",
-        "",
-        *short(result),
-        "",
-    ]
     if not options.no_plot:
         plot(result, source.with_suffix(".svg"))
     if options.readme:
-        readme = options.readme.resolve()
-        links = {
-            kind: Path(os.path.relpath(source.with_suffix(kind), readme.parent)).as_posix()
-            for kind in (".svg", ".md")
-        }
-        if source.with_suffix(".svg").exists():
-            lines += [f"![Times of the losses]({links['.svg']})", ""]
-        lines += [f"All of it: [{source.stem}.md]({links['.md']})."]
-        between_markers(readme, lines)
+        into_readme(options.readme.resolve(), source, result)
 
 
 if __name__ == "__main__":
