@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastkd import _private, backends, checks, errors
 from fastkd.frozen_teacher import FrozenTeacher, entered
-from fastkd.methods import Batch, BuildContext, Definition, Distiller, Output, define, undisturbed
+from fastkd.methods import Batch, BuildContext, Definition, Distiller, Output, definition_of, undisturbed
 from fastkd.methods.sum import Losses, MethodSum
 from fastkd.models.extract import Point
 from fastkd.models.normalization import Normalization, renormalized
@@ -44,7 +44,7 @@ class Distillation(nn.Module):
             method is "baseline".
         method: a name of ``fastkd.methods.METHODS``, or several with "+" between them, or what
             ``fastkd.methods.define`` returns.
-        options, preset: see ``fastkd.methods.define``.
+        options, preset: see ``fastkd.methods.define``; only beside a name.
         student_points, teacher_points: names of submodules (of ``named_modules()``), in the order of the
             forward pass, whose outputs are the ``stages`` of a network that is none of ours; or pairs of a
             name and a function of the output, as for :func:`fastkd.extract`. ``pooled`` is then the input of
@@ -116,11 +116,7 @@ class Distillation(nn.Module):
             epochs=epochs,
             seed=seed,
         )
-        if not isinstance(method, (str, Definition)):
-            raise TypeError(f"method is {method!r}, wanted a name, or what fastkd.methods.define returns")
-        self.definition = (
-            define(method, preset=preset, options=options) if isinstance(method, str) else method
-        )
+        self.definition = definition_of(method, preset, options)
         self._observed: tuple[Observed | None, Observed | None] = (None, None)
         self.autocast, self.teacher_mode, self.batch_size = autocast, teacher_mode, batch_size
         image_shape = image_shape_of(student, teacher) if image_shape is None else image_shape

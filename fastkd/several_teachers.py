@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from fastkd import backends
 from fastkd.distillation import Distillation
 from fastkd.frozen_teacher import entered
 from fastkd.io.console import counted
-from fastkd.methods import Batch, Definition, define, undisturbed
+from fastkd.methods import Batch, Definition, definition_of, undisturbed
 from fastkd.methods.sum import Losses
 
 JOINS = ("losses", "logits")
@@ -47,6 +47,7 @@ class SeveralTeachers(nn.Module):
         preset: str | None = None,
         teacher_points: Sequence[Any] | None = None,
         teacher_normalization: Sequence[Any] | None = None,
+        train_images: Iterable[Any] | None = None,
         **rest: Any,
     ):
         super().__init__()
@@ -59,9 +60,12 @@ class SeveralTeachers(nn.Module):
             raise ValueError(f"teachers has {counted(len(teachers), 'network')}, wanted at least two")
         if join not in JOINS:
             raise ValueError(f"join is {join!r}, wanted one of {', '.join(JOINS)}")
-        self.definition = (
-            define(method, preset=preset, options=options) if isinstance(method, str) else method
-        )
+        if isinstance(train_images, Iterator):
+            raise TypeError(
+                f"train_images is a {type(train_images).__name__}, which ends after the first teacher: wanted"
+                " batches that can be read again, as of a DataLoader"
+            )
+        self.definition = definition_of(method, preset, options)
         check_join(self.definition, join)
         # in a tuple, which nn.Module does not look into: each holds the student
         given = zip(
@@ -77,6 +81,7 @@ class SeveralTeachers(nn.Module):
                 self.definition,
                 teacher_points=points,
                 teacher_normalization=normalization,
+                train_images=train_images,
                 **rest,
             )
             for teacher, points, normalization in given

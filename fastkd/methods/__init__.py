@@ -132,9 +132,29 @@ def define(
     best known code. ``options``: ``{"at": {"beta": 500}}``; ``words``: the same as the command line has it,
     ``["at.beta=500"]``. A term's own preset is the option ``preset``, and ``ce.weight`` the weight of
     cross-entropy. Raises ValueError for a name, a preset or an option that is not known, and where terms of a
-    sum are published with different values of what they share.
+    sum are published with different values of what they share; TypeError for a name that is no string.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"method is {name!r}, wanted a name")
     return definition.define(_found(name), name, preset, options, words)
+
+
+def definition_of(
+    method: str | Definition, preset: str | None, options: Mapping[str, Mapping[str, Any]] | None
+) -> Definition:
+    """``method`` itself if it is a :class:`Definition`, else :func:`define` of that name.
+
+    Raises TypeError for anything else, and ValueError for a preset or options beside a Definition, which has
+    its own.
+    """
+    if isinstance(method, str):
+        return define(method, preset=preset, options=options)
+    if not isinstance(method, Definition):
+        raise TypeError(f"method is {method!r}, wanted a name, or what fastkd.methods.define returns")
+    for name, value in (("preset", preset), ("options", options)):
+        if value is not None:
+            raise ValueError(f"{name} is {value!r}, but method is a Definition: give {name} to define")
+    return method
 
 
 def full_name(name: str) -> str:
@@ -184,6 +204,6 @@ def colour_of(name: str) -> str | None:
 
 __all__ = [
     "METHODS", "Batch", "Beside", "BuildContext", "Definition", "Distiller", "Output", "Points", "Preset",
-    "Term", "colour_of", "create_method", "define", "definition", "full_name", "option", "overrides",
-    "register", "title_of", "undisturbed", "union",
+    "Term", "colour_of", "create_method", "define", "definition", "definition_of", "full_name",
+    "option", "overrides", "register", "title_of", "undisturbed", "union",
 ]  # fmt: skip

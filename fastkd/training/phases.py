@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastkd.data.loader import AnyBatches
 from fastkd.errors import UserError
@@ -99,19 +99,21 @@ def training(
         finally:
             progress.close()
     if run.writes and "no" in row:
-        # after the row: nothing that fails here can lose it
-        if role == "student" and config.settings.pictures:
+        if role == "student" and config.settings.pictures and attention_maps.available():
             trainer.student.load_state_dict(trainer.weights()[0])
-            attention_maps.draw(
-                run.folder,
-                row,
-                config.data,
-                (config.normalization(), config.teacher_normalizations[0] or config.normalization()),
-                trainer.student,
-                teacher[0] if isinstance(teacher, nn.ModuleList) else teacher,
-                [config.points["student"], config.points["teacher"]],
-                [config.side("student"), config.side("teacher")],
-            )
+            try:
+                attention_maps.draw(
+                    run.folder,
+                    row,
+                    config.data,
+                    (config.normalization(), config.teacher_normalizations[0] or config.normalization()),
+                    trainer.student,
+                    teacher[0] if isinstance(teacher, nn.ModuleList) else teacher,
+                    [config.points["student"], config.points["teacher"]],
+                    [config.side("student"), config.side("teacher")],
+                )
+            except UserError as error:  # the run is finished, and its row is in the table
+                say(str(error))
         say(ending(config, role, row, results.COLUMNS[:11], run.folder))
     return row
 
@@ -134,9 +136,19 @@ def phase_trainer(
     train.drop_last = config.drops_last(role)
     taught = None if teacher is None else placed(teacher, config.device)
     distillation = config.distillation(
-        role, placed(student, config.device), taught, method, fold=fold, train_images=train.test()
+        role, placed(student, config.device), taught, method, fold=fold, train_images=InOrder(train)
     )
     return Trainer(distillation, train, test, recipe, config.autocast(), config.compiled, config.captured)
+
+
+class InOrder:
+    """The batches of ``batches.test()``, anew for each teacher that goes through them."""
+
+    def __init__(self, batches: AnyBatches):
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.batches.test()
 
 
 def record(

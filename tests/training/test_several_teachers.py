@@ -93,6 +93,10 @@ def test_what_cannot_be_is_one_line(method, options, words):
     ):
         with pytest.raises(TypeError, match=words):
             fastkd.SeveralTeachers(student, given, "kd")
+    with pytest.raises(TypeError, match="method is 3, wanted a name, or what fastkd.methods.define returns"):
+        fastkd.SeveralTeachers(student, teachers, 3)
+    with pytest.raises(TypeError, match="train_images is a generator, which ends after the first teacher"):
+        fastkd.SeveralTeachers(student, teachers, "kd", train_images=(x for x in [IMAGES]))
     other = networks("resnet8", classes=5)
     with pytest.raises(ValueError, match="classes"):
         fastkd.SeveralTeachers(student, [teachers[0], *other], "kd")
@@ -134,6 +138,18 @@ def test_a_run_of_two_teachers_says_so_and_goes_on(small_main, tmp_path, capsys)
         assert words in error and error.count("\n") == 1
     single = ["--method", "kd", *QUICK, "--join-teachers", "logits", "--output", str(tmp_path / "runs")]
     assert small_main(single) == 2 and "there is one teacher" in capsys.readouterr().err
+
+
+def test_each_teacher_of_a_run_sees_the_training_images(small_main, tmp_path, capsys):
+    """OFD measures the maps of every teacher before the first step."""
+    file = tmp_path / "a.pt"
+    torch.save(networks("resnet8", classes=10)[0].state_dict(), file)
+    flags = ["--method", "ofd", "--option", "ofd.margin=data", *QUICK, "--teacher", "resnet8"]
+    flags += ["--teacher-checkpoint", str(file)] * 2
+    assert small_main([*flags, "--epochs", "1", "--output", str(tmp_path / "runs")]) == 0, (
+        capsys.readouterr().err
+    )
+    assert rows_of(tmp_path / "runs")[-1]["teacher"] == "resnet8 + resnet8"
 
 
 def test_a_run_by_the_mean_of_the_logits_says_so_and_goes_on(small_main, tmp_path, monkeypatch, capsys):
