@@ -21,9 +21,12 @@ def distillation(
     teacher_image_shape: object = None,
     autocast: object = None,
     teacher_mode: object = "eval",
+    seed: object = 0,
     **counts: object,
 ) -> None:
-    """The kinds of the arguments. ``counts``: whole numbers, or None."""
+    """The kinds of the arguments, and that no number is too small. ``counts``: whole numbers from 1 on, or
+    None.
+    """
     for name, network in (("student", student), ("teacher", teacher)):
         if not isinstance(network, nn.Module) and not (name == "teacher" and network is None):
             several = " (SeveralTeachers takes a list)" * (
@@ -32,19 +35,35 @@ def distillation(
             raise TypeError(f"{name} is {type(network).__name__}, wanted a torch.nn.Module{several}")
     if teacher is student:  # it would be frozen
         raise ValueError("teacher is the student itself, wanted a network of its own, such as a copy")
+    if isinstance(student, nn.Module) and isinstance(teacher, nn.Module):
+        theirs = {id(parameter) for parameter in teacher.parameters()}
+        for name, parameter in student.named_parameters():
+            if parameter.requires_grad and id(parameter) in theirs:  # freezing the teacher would freeze it
+                raise ValueError(
+                    f"teacher holds the student's parameter {name}, wanted a network of its own, such as a"
+                    " copy"
+                )
     pair = classifier if isinstance(classifier, tuple) else (classifier, classifier)
     if len(pair) != 2 or not all(name is None or isinstance(name, str) for name in pair):
         raise TypeError(f"classifier is {classifier!r}, wanted the name of a submodule, or a pair of them")
     for name, shape in (("image_shape", image_shape), ("teacher_image_shape", teacher_image_shape)):
         if shape is not None and not (isinstance(shape, Sequence) and all(map(whole, shape))):
             raise TypeError(f"{name} is {shape!r}, wanted (C, H, W)")
+        if shape is not None and (len(shape) < 2 or min(shape) < 1):
+            raise ValueError(f"{name} is {shape!r}, wanted (C, H, W), each at least 1")
     if autocast is not None and not isinstance(autocast, torch.autocast):
         raise TypeError(f"autocast is {autocast!r}, wanted a torch.autocast or None")
     if teacher_mode not in ("eval", "train"):
         raise ValueError(f"teacher_mode is {teacher_mode!r}, wanted 'eval' or 'train'")
+    if not whole(seed):
+        raise TypeError(f"seed is {seed!r}, wanted a whole number")
     for name, count in counts.items():
-        if count is not None and not whole(count):
+        if count is None:
+            continue
+        if not whole(count):
             raise TypeError(f"{name} is {count!r}, wanted a whole number")
+        if operator.index(count) < 1:  # type: ignore[arg-type]
+            raise ValueError(f"{name} is {count}, wanted at least 1")
 
 
 def epoch_of(epoch: object, epochs: object) -> tuple[int, int]:

@@ -94,6 +94,8 @@ class MethodSum(nn.ModuleDict):
         if labels is None or not self._ce:
             return {}
         if not torch.compiler.is_compiling() and not _without_values():
+            if not isinstance(labels, Tensor):
+                raise TypeError(f"labels is {type(labels).__name__}, wanted a tensor (N,) of int64")
             checks.label_values(labels, logits.shape[1])
         # on a cast of its own: half-precision gradients are rounded before they are added, as in published
         # code

@@ -53,7 +53,21 @@ def data_margins(batches):
         ({"classifier": ("8", "8", "8")}, TypeError, "classifier is .*, wanted the name of a submodule"),
         ({"image_shape": 32}, TypeError, r"image_shape is 32, wanted \(C, H, W\)"),
         ({"autocast": True}, TypeError, "autocast is True, wanted a torch.autocast or None"),
+        ({"image_shape": (3, -1, 32)}, ValueError, r"image_shape is \(3, -1, 32\), wanted \(C, H, W\), each"),
         ({"seed": "a"}, TypeError, "seed is 'a', wanted a whole number"),
+        ({"batch_size": 0}, ValueError, "batch_size is 0, wanted at least 1"),
+        ({"num_classes": 0}, ValueError, "num_classes is 0, wanted at least 1"),
+        ({"epochs": np.int64(-1)}, ValueError, "epochs is -1, wanted at least 1"),
+        (
+            {"method": fastkd.methods.define("at"), "options": {"at": {"beta": 1}}},
+            ValueError,
+            "options is {'at': {'beta': 1}}, but method is a Definition: give options to define",
+        ),
+        (
+            {"method": fastkd.methods.define("at"), "preset": "kdzoo"},
+            ValueError,
+            "preset is 'kdzoo', but method is a Definition: give preset to define",
+        ),
         ({"epochs": 1.5}, TypeError, "epochs is 1.5, wanted a whole number"),
         (
             {"normalization": (MEAN[:2], STD[:2]), "teacher_normalization": (MEAN, STD)},
@@ -136,7 +150,27 @@ def test_a_teacher_is_not_the_student():
     student = network()
     with pytest.raises(ValueError, match="teacher is the student itself, wanted a network of its own"):
         run(student=student, teacher=student)
+    with pytest.raises(ValueError, match="teacher holds the student's parameter 0.weight, wanted a network"):
+        run(student=student, teacher=nn.Sequential(*student))
     assert all(parameter.requires_grad for parameter in student.parameters())
+    student[0].requires_grad_(False)  # a part that nobody trains may be common to both
+    teacher = network()
+    teacher[0] = student[0]
+    assert run(student=student, teacher=teacher).total.isfinite()
+
+
+def test_numpys_seed_is_that_of_python():
+    found = []
+    for seed in (3, np.int64(3), 4):
+        made = fastkd.Distillation(network(), network(), "srrl", seed=seed)
+        found.append(made.methods["srrl"].connector[0].weight)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+def test_labels_that_are_no_tensor_are_told():
+    distillation = fastkd.Distillation(network(), network(), "kd")
+    with pytest.raises(TypeError, match="^labels is list, wanted a tensor \\(N,\\) of int64"):
+        distillation(torch.randn(2, 3, 32, 32), [0, 1])
 
 
 @pytest.mark.parametrize(
