@@ -165,13 +165,15 @@ class FusedRKDLoss(nn.Module):
     ) -> None:
         super().__init__()
         _mean_alone(reduction)
-        self.student_output_path, self.teacher_output_path = student_output_path, teacher_output_path
-        self.dist_factor, self.angle_factor = dist_factor or 0.0, angle_factor or 0.0
+        self.student = {"path": student_output_path, "io": "output"}
+        self.teacher = {"path": teacher_output_path, "io": "output"}
+        self.dist_factor = checks.number("dist_factor", dist_factor or 0.0)
+        self.angle_factor = checks.number("angle_factor", angle_factor or 0.0)
 
     def forward(self, student_io_dict: IO, teacher_io_dict: IO, *args: Any, **kwargs: Any) -> Tensor:
         return rkd_loss(
-            student_io_dict[self.student_output_path]["output"],
-            teacher_io_dict[self.teacher_output_path]["output"],
+            _feature(student_io_dict, self.student),
+            _feature(teacher_io_dict, self.teacher),
             distance_weight=self.dist_factor,
             angle_weight=self.angle_factor,
         )

@@ -64,20 +64,27 @@ def choose_dataset(name: str, root: str | os.PathLike[str]) -> tuple[str, str]:
         except MissingFiles as missing:
             return "digits", f"auto: no CIFAR-10 under {root}: {missing}"
         return "cifar10", f"auto: CIFAR-10 lies under {root}"
+    _find(name)
+    return name, "as asked"
+
+
+def _find(name: str) -> None:
+    """Registers the set ``name`` if an installed package has it. Raises UserError for an unknown one."""
     try:
         plugins.find("dataset", _LOADERS, name, _register)
     except ValueError as error:
         raise UserError(str(error)) from None
     if name not in _LOADERS:
         raise UserError(f"dataset {name!r} is not known; known: auto, {', '.join(DATASETS)}")
-    return name, "as asked"
 
 
 def load_dataset(name: str, root: str | os.PathLike[str]) -> Dataset | Folder:
-    """The whole set, one of ``DATASETS``, from ``root``; downloaded if missing. Raises UserError.
+    """The whole set ``name``, one of ``DATASETS`` or an installed package's, from ``root``; downloaded if
+    missing. Raises UserError, for a name that is not known too.
 
     A :class:`Folder` holds the names of its files, the others their images.
     """
+    _find(name)
     if plugins.origin("dataset", name) is None:
         return _LOADERS[name](root)
     return checked(name, _LOADERS[name](as_path(root)))

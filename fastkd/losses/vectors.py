@@ -176,9 +176,14 @@ class CRD(Loss):
         """Moves the rows ``index`` (N,) of the banks to ``momentum * row + (1 - momentum) * embedding``,
         brought to length 1.
 
-        ``normalizers`` (2,) are taken where there are none yet. Of an index that occurs twice, the last row
-        is the one that stays.
+        ``student``, ``teacher``: (N, D), the embeddings of those images. ``normalizers`` (2,) are taken where
+        there are none yet. Of an index that occurs twice, the last row is the one that stays.
+
+        Raises: TypeError, ValueError for an index that is not a row of the banks.
         """
+        checks.image_numbers("index", index, len(student))
+        if not torch.compiler.is_compiling():
+            checks.crd_rows(index, len(self.student_bank), "index")
         places = torch.arange(len(index), device=index.device)
         # written several times by several threads, a row must be the same each time
         last = torch.where(index[:, None] == index, places, -1).amax(1)

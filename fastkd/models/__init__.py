@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from fastkd import plugins
+from fastkd.checks.numbers import whole
 from fastkd.models import specs, students
 from fastkd.models.features import Features, Neck
 from fastkd.models.resnet import ResNet
@@ -66,7 +67,7 @@ def _register(name: str, build: Any, package: str = "") -> None:
 
 def create_model(name: str, num_classes: int = 10) -> nn.Module:
     """A freshly initialized model by its name, one of ``MODELS``, for (N, 3, 32, 32) images. Raises
-    ValueError for an unknown name.
+    ValueError for an unknown name or no class, TypeError for what is no name or number.
 
     ``model(x)`` gives logits; with ``features`` True, "preact", "both" or "pooled" it gives ``(Features,
     logits)``. ``model.neck`` and ``model.fc`` may be exchanged; ``model.norms_before_relu()`` are the batch
@@ -75,6 +76,10 @@ def create_model(name: str, num_classes: int = 10) -> nn.Module:
     Other names make other networks: "torchvision:NAME" and "timm:NAME" those of these packages, without
     weights, and "path/to/file.py:FACTORY" what ``FACTORY(num_classes=...)`` of that file returns.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name is {name!r}, wanted the name of a model, such as resnet20")
+    if not whole(num_classes):
+        raise TypeError(f"num_classes is {num_classes!r}, wanted a whole number")
     if num_classes < 1:
         raise ValueError(f"num_classes is {num_classes}, wanted at least 1")
     if specs.is_spec(name):

@@ -101,6 +101,10 @@ def test_torchdistills_relations_and_hierarchical_context():
         (lambda: torchdistill.FusedKDLoss("a", "output", "b", "output", 4.0), "alpha and beta are None"),
         (lambda: torchdistill.FusedRKDLoss("a", "b", 1, 2, "sum"), "reduction is 'sum', wanted 'mean'"),
         (
+            lambda: torchdistill.FusedRKDLoss("a", "b", 1, 2)(io(c=torch.ones(2, 3)), io(b=torch.ones(2, 3))),
+            "a, output: 'a' is not there, only c",
+        ),
+        (
             lambda: torchdistill.FusedHierarchicalContextLoss("a", "output", "b", "output", "mean", [2, 1]),
             r"output_sizes is \[2, 1\], wanted \[4, 2, 1\]",
         ),

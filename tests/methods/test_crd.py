@@ -238,3 +238,17 @@ def test_bad_input_is_one_line(crd_loss, change, error, words):
     with pytest.raises(error, match=words) as caught:
         crd_loss(**arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_an_update_of_what_is_no_row_is_one_line():
+    module, rows = fastkd.CRD(torch.rand(5, 3), torch.rand(5, 3)), torch.rand(1, 3)
+    before = module.student_bank.clone()
+    for index, error, words in (
+        (torch.tensor([-1]), ValueError, "index has -1, wanted rows 0 to 4 of the bank"),  # not the last row
+        (torch.tensor([5]), ValueError, "index has 5, wanted rows 0 to 4 of the bank"),
+        (torch.tensor([1, 2]), ValueError, r"index is \(2,\) int64 on cpu, wanted \(1,\)"),
+        ([1], TypeError, "index is list, wanted a tensor"),
+    ):
+        with pytest.raises(error, match=f"^{words}"):
+            module.update(index, rows, rows, torch.ones(2))
+    assert torch.equal(module.student_bank, before)

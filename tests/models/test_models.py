@@ -41,6 +41,13 @@ def test_every_model_has_the_published_number_of_parameters():
 def test_an_unknown_model_is_told_with_the_known_ones():
     with pytest.raises(ValueError, match=r"resnet21.*resnet20.*wrn_40_2"):
         create_model("resnet21")
+    for arguments, words in (
+        ((20,), "name is 20, wanted the name of a model"),
+        (("resnet20", "10"), "num_classes is '10', wanted a whole number"),
+        (("resnet20", 2.5), "num_classes is 2.5, wanted a whole number"),
+    ):
+        with pytest.raises(TypeError, match=f"^{words}"):
+            create_model(*arguments)
 
 
 def norm_names(prefix: str) -> set[str]:

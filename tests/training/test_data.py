@@ -200,8 +200,9 @@ def test_auto_takes_cifar10_if_it_is_there_and_never_downloads(binary_root, tmp_
     assert choose_dataset("auto", binary_root)[0] == "cifar10"
     name, why = choose_dataset("auto", tmp_path)
     assert name == "digits" and "no CIFAR-10" in why
-    with pytest.raises(UserError, match=r"imagenet.*cifar10"):
-        choose_dataset("imagenet", tmp_path)
+    for function in (choose_dataset, load_dataset):
+        with pytest.raises(UserError, match=r"imagenet.*cifar10"):
+            function("imagenet", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion-mnist"])
