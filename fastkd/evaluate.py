@@ -66,8 +66,13 @@ def test(
     """
     path = as_path(file)
     path = path / "best.pt" if path.is_dir() else path
-    if batch_size < 1:
-        raise UserError(f"--batch-size is {batch_size}, wanted at least 1")
+    for flag, number, least in (
+        ("batch-size", batch_size, 1),
+        ("image-size", image_size, 8),
+        ("workers", workers, 0),
+    ):
+        if number is not None and number < least:
+            raise UserError(f"--{flag} is {number}, wanted at least {least}")
     try:
         found = read_checkpoint(path).get("config")
         about = found if isinstance(found, dict) else {}
@@ -85,7 +90,7 @@ def test(
     constants = _constants(normalization, about, whole, declared_normalization(network, name, path))
     where = find_device(device)
     network = placed(network, where)
-    feed = Feed((side,), workers)
+    feed = Feed((side,), workers, advice="")  # a damaged image is not left out here
     batches = testing(whole, constants, feed, batch_size=batch_size, device=where)
     autocast = torch.autocast(where.type, enabled=False)
     first = next(batches.test())[0]

@@ -20,6 +20,7 @@ class Feed(NamedTuple):
     sides: tuple[int, ...] = (224,)
     workers: int = 0
     on_bad: str = "stop"
+    advice: str = "--on-bad-image skip goes on without it"
 
 
 def training(data: AnyDataset, normalization: Any, feed: Feed, **fields: Any) -> AnyBatches:

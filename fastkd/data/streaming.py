@@ -93,10 +93,11 @@ class StreamedBatches(AnyBatches):
     The interface of :class:`fastkd.data.loader.Batches`. ``sides``: the side of the student's images and, if
     it is another, that of the teacher's, which show the same crop. ``test()`` gives the last of them.
 
-    A file that is no whole image is named and counted. With ``on_bad`` "stop" it raises UserError. With
-    "skip" a test goes without it, and in training the next image of the same batch takes its place, so
-    that every step has as many images as ever. ``bad`` keeps by path why, and ``skipped`` counts in the epoch
-    that runs. ``waited``: seconds for which the steps of that epoch, but the first, waited for images.
+    A file that is no whole image is named and counted. With ``on_bad`` "stop" it raises UserError, which ends
+    with ``advice``. With "skip" a test leaves it out, and in training the next image of the same batch takes
+    its place, so that the number of images in a step stays the same. ``bad`` maps the path of each such file
+    to the reason, and ``skipped`` counts those of the current epoch. ``waited``: seconds for which the steps
+    of that epoch, except the first, waited for images.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class StreamedBatches(AnyBatches):
         order: Tensor | None = None,
         workers: int = 0,
         on_bad: str = "stop",
+        advice: str = "--on-bad-image skip goes on without it",
         seed: int = 0,
         stream: str = "data",
         flip: bool = True,
@@ -119,7 +121,8 @@ class StreamedBatches(AnyBatches):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
-        self.paths, self.sides, self.workers, self.on_bad = paths, tuple(sides), workers, on_bad
+        self.paths, self.sides, self.workers = paths, tuple(sides), workers
+        self.on_bad, self.advice = on_bad, advice
         self.order = torch.arange(len(paths)) if order is None else order
         self.count, self.batch_size, self.drop_last, self.share = len(paths), batch_size, drop_last, share
         self.joined = batch_size * share[1]
@@ -195,12 +198,10 @@ class StreamedBatches(AnyBatches):
         self.skipped += len(bad)
         for index, why in bad.items():
             path = self.paths[index]
-            if self.on_bad == "stop" or (whole and self.batch_size > 1):
-                raise UserError(
-                    f"{why}; --on-bad-image skip goes on without it"
-                    if self.on_bad == "stop"
-                    else f"{why}, nor can any other image of its batch be read"
-                )
+            if self.on_bad == "stop":
+                raise UserError("; ".join(filter(None, [why, self.advice])))
+            if whole and self.batch_size > 1:
+                raise UserError(f"{why}, nor can any other image of its batch be read")
             if path not in self.bad:
                 self.bad[path] = why
                 say(f"image skipped: {why}")

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from image_folders import cut_short, make_images
 from record_files import rows_of
 
 from fastkd.evaluate import main
@@ -85,9 +86,25 @@ def test_what_cannot_be_tested_is_one_line(tmp_path, capsys):
             [str(bare), "--model", "resnet8", *whole, "--batch-size", "0"],
             "--batch-size is 0, wanted at least 1",
         ),
+        ([str(bare), "--model", "resnet8", *whole, "--workers", "-1"], "--workers is -1, wanted at least 0"),
+        (
+            [str(bare), "--model", "resnet8", *whole, "--image-size", "0"],
+            "--image-size is 0, wanted at least 8",
+        ),
     ):
         assert main(arguments) == 2
         told = capsys.readouterr().err
         assert (
             told.startswith("python -m fastkd.evaluate: error: ") and words in told and told.count("\n") == 1
         )
+
+
+def test_a_damaged_image_is_told_without_a_flag_of_another_command(tmp_path, capsys):
+    pytest.importorskip("PIL")
+    root, bare = make_images(tmp_path / "set"), tmp_path / "bare.pt"
+    cut_short(root / "val" / "cat" / "0.jpg")
+    torch.save(create_model("resnet8", len([*(root / "val").iterdir()])).state_dict(), bare)
+    flags = ["--model", "resnet8", "--dataset", "folder", "--data", str(root), "--image-size", "32"]
+    assert main([str(bare), *flags, "--device", "cpu"]) == 2
+    told = capsys.readouterr().err
+    assert "cat/0.jpg" in told and "--on-bad-image" not in told and told.count("\n") == 1
