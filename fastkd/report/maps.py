@@ -24,14 +24,21 @@ from fastkd.training.teacher_images import SAME, parsed
 
 
 def redraw(folder: Path, data: Path | None) -> list[Path]:
-    """The pictures of the run in ``folder`` from its files, or one line with the reason. Raises UserError."""
+    """Draws the pictures of the student's run in ``folder`` from its files, and returns their paths. Raises
+    UserError.
+    """
     try:
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{folder} holds no run: config.json: {getattr(error, 'strerror', None) or error}"
         ) from None
-    settings, fields = from_config(about, folder.parent), about["fields"]
+    settings = from_config(about, folder.parent)
+    if about.get("trained") == "teacher":
+        raise UserError(f"{folder} is the run of a teacher, wanted a student's: its pictures show both")
+    fields = about.get("fields")
+    if not isinstance(fields, dict) or not {"normalization", "report", "epochs"} <= fields.keys():
+        raise UserError(f"{folder} holds no run of this version: config.json has no fields of a recipe")
     dataset = load_dataset(about["dataset"], data or settings.data)
     normalization = normalization_of(fields["normalization"], dataset)
     theirs = parsed((settings.teacher_normalization or (SAME,))[0])

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.data.feed import AnyDataset
+from fastkd.errors import UserError
 from fastkd.io import figures
-from fastkd.io.console import say
 from fastkd.io.files import write
 from fastkd.models.normalization import Normalization
 from fastkd.training.examples import examples, normalized, stages
@@ -55,14 +55,12 @@ def draw(
     points: Sequence[Sequence[str] | None] = (None, None),
     sides: Sequence[int] = (32, 32),
 ) -> list[Path]:
-    """The sheets of a run in its folder, one a variant; on failure none, and one line that says why.
+    """Writes the sheets of a run into its folder, one a variant, and returns their paths.
 
     ``about``: method, dataset, student, teacher and nepoch, as in the table. ``normalizations``, ``points``,
     ``sides``: of the student and of the teacher, (mean, std), their stages and the size of a folder's images.
-    Models are left in eval mode.
+    Models are left in eval mode. Raises UserError, one line, whatever matplotlib or the disk say.
     """
-    if not available():
-        return []
     try:
         models = {"student": (student, points[0], sides[0], normalizations[0])}
         if teacher is not None:
@@ -77,9 +75,8 @@ def draw(
             write(folder / f"{stem}.png", sheet(images, labels, maps, formula, title, remark))
             paths.append(folder / f"{stem}.png")
         return paths
-    except Exception as error:  # the run is finished and recorded, whatever matplotlib or the disk say
-        say(f"pictures: none ({' '.join(str(error).split()) or type(error).__name__})")
-        return []
+    except Exception as error:
+        raise UserError(f"pictures: none ({' '.join(str(error).split()) or type(error).__name__})") from None
 
 
 def sheet(

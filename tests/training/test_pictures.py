@@ -169,6 +169,15 @@ def test_a_run_leaves_its_sheets_and_they_can_be_drawn_again(
     assert {path.name: path.read_bytes() for path in folder.glob("*.png")} == first
     assert set(capsys.readouterr().out.split()) == {str(folder / name) for name in NAMES}
 
+    (folder / "maps-plain-sum.png").unlink()
+    (folder / "maps-plain-sum.png").mkdir()  # which no file can replace
+    assert redraw.main([str(folder)]) == 2
+    err = capsys.readouterr().err
+    assert "pictures: none" in err and "maps-plain-sum.png cannot be written" in err and err.count("\n") == 1
+    for teacher in tmp_path.glob("teacher-*"):
+        assert redraw.main([str(teacher)]) == 2
+        assert "is the run of a teacher, wanted a student's" in capsys.readouterr().err
+
     monkeypatch.setattr(attention_maps, "available", lambda: False)
     assert redraw.main([str(folder)]) == 2 and "matplotlib" in capsys.readouterr().err
     monkeypatch.undo()
@@ -201,5 +210,5 @@ def test_pictures_that_fail_lose_no_row(small_main, monkeypatch, tmp_path, capsy
     monkeypatch.setattr(attention_maps, "write", full)
     assert small_main(["--method", "baseline", *QUICK, "--output", str(tmp_path)]) == 0
     out, err = capsys.readouterr()
-    assert out.count("No space left on device") == 1 and err == "" and "again    python" in out
+    assert out.count("No space left on device") == 1 and err == "" and "\nagain    " in out
     assert len(rows_of(tmp_path)) == 1
