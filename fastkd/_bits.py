@@ -1,5 +1,5 @@
-"""The options of the operators, packed in one integer: an argument more costs every call a fifth of a
-microsecond, and a string half a one.
+"""The options of the operators, packed into one integer: each further argument would cost every call 0.2
+microseconds, and each string 0.5.
 
 Floor 0. ``csrc/common/attention_options.h`` and ``fsp_options.h`` have the same numbers.
 """
@@ -45,8 +45,8 @@ class Packing:
                 raise ValueError(f"options name no {name}, got {options}")
 
 
-# The last three are of a call, not of the loss: which sides need a gradient, and whether the forward pass
-# makes the student's gradients for the upstream gradient among its numbers.
+# The last three belong to a call, not to the loss: which sides need a gradient, and whether the forward pass
+# computes the student's gradients too, for the upstream gradient that is the first of its numbers.
 ATTENTION = Packing(
     {
         "channel_reduce": ("sum", "mean"),
@@ -64,9 +64,9 @@ ATTENTION = Packing(
     }
 )
 
-# Of the loss: with_grad keeps dloss/dG for the backward pass, prepare makes the student's gradients. Of its
-# backward pass: negate, for the teacher's. Of a matrix's backward pass: a_grad, b_grad. Of the loss again:
-# teacher_grad, whether the teacher's gradients will be asked for too.
+# The switches belong to a call. The loss has with_grad (save dloss/dG for the backward pass), prepare
+# (compute the student's gradients too) and teacher_grad (the teacher's gradients will be needed as well); its
+# backward pass has negate (for the teacher's gradients); that of a matrix has a_grad and b_grad.
 FSP = Packing(
     {
         "pool_mode": ("avg", "max"),

@@ -20,7 +20,7 @@ def refuse_second_derivative(operator: str) -> NoReturn:
 
 
 class _Operators(dict[str, Callable[..., Any]]):
-    """The operators of a namespace by name, each looked up once."""
+    """The operators of a namespace by name; each is looked up once."""
 
     def __init__(self, namespace: str) -> None:
         self.namespace = namespace
@@ -32,7 +32,7 @@ class _Operators(dict[str, Callable[..., Any]]):
 
 
 class Backend:
-    """What serves a call: a name, and a way to run its operators, by default through PyTorch's dispatcher."""
+    """A backend: its name, and how it runs operators, by default through PyTorch's dispatcher."""
 
     prefetches = False
     """Whether the forward pass of a loss may make the gradients that the backward pass is expected to ask
@@ -52,12 +52,12 @@ class Backend:
         return getattr(getattr(torch.ops, self._namespace), operator).default
 
     def run(self, operator: str, *args: Any) -> Any:
-        """Run an operator, straight to its kernel, where autograd has nothing to record."""
+        """Run an operator below autograd, where that has nothing to record."""
         with BelowAutograd():
             return self._operators[operator](*args)
 
     def run_backward(self, operator: str, *args: Any) -> Any:
-        """Run a backward operator, in a graph of the backward pass as one that cannot be differentiated."""
+        """Run a backward operator: through autograd, which refuses its derivative, if a graph is recorded."""
         if torch.is_grad_enabled():
             return self._operators[operator](*args)
         with BelowAutograd():
@@ -65,7 +65,7 @@ class Backend:
 
 
 class CppBackend(Backend):
-    # a GPU's gradient must not be read by the host, and has no cache to wait in
+    # on a GPU the host must not wait for the value of the gradient, and features do not stay in a cache
     prefetches = True
 
 
@@ -92,17 +92,17 @@ CPP = CppBackend("cpp")
 TRITON = TritonBackend("triton")
 CUDA = Backend("cuda", "fastkd_cuda")
 BACKENDS = {backend.name: backend for backend in (REFERENCE, CPP, TRITON, CUDA)}
-# in a graph the dispatcher finds, by the tensors' device, whose `fastkd` operator it is
+# in a graph the dispatcher takes the CPU's `fastkd` operator or Triton's, by the device of the tensors
 IN_GRAPH = {"fastkd": Backend("graph"), "fastkd_cuda": CUDA}
 
 
 def flat(args: Sequence[Any]) -> list[Any]:
-    """The arguments, lists among them opened."""
+    """The arguments, with the items of lists and tuples in their place."""
     return [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,))]
 
 
 def _run_launcher(operator: str, args: tuple) -> Any:
-    """Run an operator by its Triton launcher; resolve negative views, as the dispatcher does elsewhere."""
+    """Run an operator by its Triton launcher; resolve negative views, as the dispatcher would."""
     try:
         return kernels.launcher(operator)(*args)
     except kernels.NegativeView:
@@ -118,7 +118,7 @@ def _without_negative_views(arg: Any) -> Any:
 class _DifferentiableOnce(torch.autograd.Function):
     """``apply(operator, args, *tensors)``: a backward operator run by its launcher, without derivatives.
 
-    ``tensors`` are those among the arguments: autograd looks for them no deeper.
+    ``tensors`` are those within ``args``, given again since autograd does not look into tuples.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The backend's name that is in force: in a thread and async task, in autograd's own threads, in graphs."""
+"""The name of the backend in force: in a thread and async task, in autograd's own threads, in graphs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastkd._private import hand_over, handed_over
 DEFAULT = os.environ.get("FASTKD_BACKEND") or "auto"
 
 Inside = tuple[tuple[str, int], ...]
-"""What has been entered and not left, in order: a name and its thread each."""
+"""The ``use_backend`` blocks that were entered and not yet left, in that order: (name, thread) each."""
 
 _KEY = "fastkd_backend"
 _chosen: ContextVar[str | None] = ContextVar(_KEY, default=None)
@@ -21,20 +21,21 @@ _inside: Inside = ()
 _lock = threading.Lock()
 
 traced: str = DEFAULT
-"""What a graph takes that is traced now. It cannot guard on a context variable, but it can on a global: this
-one follows what was entered last, in whatever thread, and has not been left.
+"""The name for a graph that is traced now. Graphs cannot guard on a context variable, but they can on a
+global: this one holds the name that was entered last, in any thread, of those not yet left.
 """
 
 
 def here() -> str:
     """The name in force in this thread and async task.
 
-    The backward pass of a GPU runs in a thread of autograd's own, which no context variable reaches. So does
-    what checkpointing runs again there: it takes what was in force where the backward pass was begun.
+    The backward pass of GPU tensors runs in a thread of autograd's own, where the context variable is not
+    set, and so does a forward pass that checkpointing repeats. Both take the name that was in force where the
+    backward pass was started.
     """
     name = _chosen.get()
     if name is None and _inside:
-        thread = threading.get_ident()  # what was entered in this one, another async task has entered
+        thread = threading.get_ident()  # what was entered in this thread belongs to another async task
         others = [other for other, entered_in in handed_over(_KEY) if entered_in != thread]
         name = others[-1] if others else None
     return name or DEFAULT
@@ -42,8 +43,8 @@ def here() -> str:
 
 @contextmanager
 def put_in_force(name: str) -> Iterator[None]:
-    """What ``use_backend`` does with a name that it knows."""
-    token = _chosen.set(name)  # first: what torch.compile does not trace, it leaves alone from there on
+    """What ``use_backend`` does once the name is checked."""
+    token = _chosen.set(name)  # first: torch.compile cannot trace it, and leaves all that follows to Python
     entered = name, threading.get_ident()
     _tell(entered, True)
     try:
@@ -54,7 +55,7 @@ def put_in_force(name: str) -> Iterator[None]:
 
 
 def _tell(one: tuple[str, int], entered: bool) -> None:
-    """Tells graphs, and the backward passes that are begun in this thread, of ``one`` entered or left."""
+    """Notes for graphs, and for backward passes started in this thread, that ``one`` was entered or left."""
     global _inside, traced
     with _lock:
         _inside = _changed(_inside, one, entered)

@@ -1,7 +1,7 @@
-"""Every private name of PyTorch that fastkd needs, where there is no public one. Triton's are public.
+"""The private names of PyTorch that fastkd uses because no public one exists. Of Triton it uses none.
 
-Floor 0. A PyTorch that lacks one is refused when fastkd is imported, in one sentence: without it a derivative
-could be wrong in silence.
+Floor 0 of docs/architecture.md. Importing fastkd with a PyTorch that lacks a required name raises ImportError
+in one sentence: going on without it could make a derivative silently wrong.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ def find(owner: Any, path: str) -> Any:
     return value
 
 
-# A context below which the dispatcher passes by autograd's rules, which would be entered only to find nothing
-# to record.
+# A context in which the dispatcher skips autograd's rules. They take time even where they have nothing to
+# record.
 BelowAutograd = find(torch, "_C._AutoDispatchBelowAutograd")
-# Whether a transform of torch.func (grad, vmap, jvp, functionalize, ...) is at work.
+# Whether a transform of torch.func (grad, vmap, jvp, functionalize, ...) is active.
 in_torch_func: Callable[[], bool] = find(torch, "_C._are_functorch_transforms_active")
-# Batched gradients of torch.autograd go through an older vmap, of which only its tensors tell.
+# Batched gradients of torch.autograd use an older vmap, which is recognized by the type of its tensors alone.
 _in_older_vmap: Callable[[Tensor], bool] = find(torch, "_C._functorch.is_legacy_batchedtensor")
 _top_hooks: Callable[[bool], Any] = find(torch, "_C._autograd._top_saved_tensors_default_hooks")
 _keep_graph: Callable[[], bool] = getattr(
     torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
 )
 _dispatch_modes: Callable[[], int] = find(torch, "_C._len_torch_dispatch_stack")
-# Objects of a thread. Autograd copies them into the threads in which it runs backward passes begun there.
+# Objects stored for a thread. Autograd copies them to the threads that run backward passes started in it.
 _stash: Callable[[str, Any], None] = find(torch, "_C._stash_obj_in_tls")
 _stashed: Callable[[str], Any] = find(torch, "_C._get_obj_in_tls")
 _is_stashed: Callable[[str], bool] = find(torch, "_C._is_key_in_tls")
@@ -58,9 +58,9 @@ _GLOBAL_HOOKS = [
     find(_modules, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")
 ]
 _get_proxy_mode: Callable[[], Any] = find(proxy_tensor, "get_proxy_mode")
-# A function of each tensor of nested tuples, named ones too.
+# Applies a function to each tensor of nested tuples, named tuples included.
 map_tensors: Callable[..., Any] = find(torch.utils, "_pytree.tree_map")
-# Sees the operators that the dispatcher runs.
+# The base class of modes that see each operator that the dispatcher runs.
 if TYPE_CHECKING:
     from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 else:
@@ -76,9 +76,10 @@ find(forward_ad, "_current_level")  # read by each call
 
 
 def few_frames(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """Decorates an ``autograd.Function`` that never runs inside torch.func: its ``apply`` and its backward
-    pass go past the Python functions that PyTorch puts around them, which look for torch.func (and undo
-    what a transformation that has ended left around a tensor) and for other ways to write a Function.
+    """Decorates an ``autograd.Function`` that never runs inside torch.func, to save time on the host.
+
+    Its ``apply`` and its backward pass skip the Python functions that PyTorch puts around them. Those handle
+    torch.func, unwrap tensors of transforms that have ended, and support other ways to write a Function.
     """
     function.apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     function._backward_cls.apply = function.backward  # type: ignore[attr-defined]
@@ -86,32 +87,32 @@ def few_frames(function: type[torch.autograd.Function]) -> type[torch.autograd.F
 
 
 def transforming() -> bool:
-    """Whether torch.func or forward mode AD is at work: neither can look into a compiled operator.
+    """Whether torch.func or forward-mode AD is active. Neither can differentiate a compiled operator.
 
-    False while a graph is traced: asking would leave a node in it, and PyTorch would not cache the graph.
+    False while a graph is traced: the query would become a node of the graph, which PyTorch would not cache.
     """
     return not torch.compiler.is_compiling() and eagerly_transforming()
 
 
 def eagerly_transforming() -> bool:
-    """As :func:`transforming`, where no graph is traced."""
+    """As :func:`transforming`, to be called only while no graph is traced."""
     return in_torch_func() or forward_ad._current_level >= 0
 
 
 def is_wrapper(x: object) -> bool:
-    """Whether a tensor holds others, as a DTensor does: PyTorch has rules for its own operators alone."""
+    """Whether a tensor wraps others, as a DTensor does: such classes support PyTorch's own operators only."""
     return type(x) is not Tensor and hasattr(type(x), "__tensor_flatten__")
 
 
 def has_tangent(tensors: Iterable[Tensor]) -> bool:
-    """Whether one of them carries a derivative of forward mode AD."""
+    """Whether any of ``tensors`` carries a tangent of forward-mode AD."""
     if forward_ad._current_level < 0:
         return False
     return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def batched(grad: Tensor | None, other: Tensor | None = None) -> bool:
-    """Whether gradients in a backward pass may stand for several each, as with ``is_grads_batched=True``."""
+    """Whether the gradients given to a backward pass may be batches, as with ``is_grads_batched=True``."""
     return (
         in_torch_func()
         or (grad is not None and _in_older_vmap(grad))
@@ -120,18 +121,21 @@ def batched(grad: Tensor | None, other: Tensor | None = None) -> bool:
 
 
 def handed_over(key: str) -> tuple[Any, ...]:
-    """What :func:`hand_over` was given in this thread, or in the one that began the backward pass at work."""
+    """The values last given to :func:`hand_over` under ``key``, by this thread or, during a backward pass, by
+    the thread that started it; () if there are none.
+    """
     found: tuple[Any, ...] = _stashed(key) if _is_stashed(key) else ()
     return found
 
 
 def hand_over(key: str, values: tuple[Any, ...]) -> None:
-    """Leaves ``values`` to this thread and to the backward passes that are begun in it from now on, in
-    whatever threads autograd runs them. Before PyTorch 2.13 the main thread alone has that.
+    """Stores ``values`` under ``key`` for this thread and for the backward passes that it starts from now on,
+    whichever threads autograd runs those in. Before PyTorch 2.13 it works in the main thread only.
     """
     if _drop is None:
-        # this PyTorch takes no reference of its own. What it once has it gives up when the thread ends, by
-        # the interpreter's lock: one that ends beside the interpreter would abort the process.
+        # This PyTorch takes no reference of its own, but drops one when the thread ends, for which it takes
+        # the interpreter's lock. A thread that ends while the interpreter shuts down would abort the process,
+        # so that only the main thread stores anything.
         if threading.get_ident() == threading.main_thread().ident:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(values))
             _stash(key, values)
@@ -142,17 +146,17 @@ def hand_over(key: str, values: tuple[Any, ...]) -> None:
 
 
 def saved_tensors_hooked() -> bool:
-    """Whether what is saved now goes through hooks: checkpointing (runs forward twice) or offloading."""
+    """Whether tensors saved now go through hooks, as in checkpointing (two forward passes) or offloading."""
     return _top_hooks(False) is not None
 
 
 def keeps_graph() -> bool:
-    """Whether the backward pass at work leaves its graph for another one, or may do so."""
+    """Whether the running backward pass keeps its graph for another one; True if that is not known."""
     return _keep_graph()
 
 
 def dispatch_watched() -> bool:
-    """Whether a mode of PyTorch's, such as FlopCounterMode, looks at what the dispatcher is asked for."""
+    """Whether a dispatch mode, such as FlopCounterMode, sees the operators that are called."""
     return _dispatch_modes() > 0
 
 
@@ -197,8 +201,8 @@ def casts_are_kept() -> bool:
 
 
 def saveable(x: Any) -> Any:
-    """``x``, tuples and all, with copies of tensors made under ``torch.inference_mode``: no backward pass may
-    keep those.
+    """``x`` with copies of the tensors that were made under ``torch.inference_mode``, in nested tuples too:
+    autograd cannot save such tensors.
     """
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return x
@@ -209,18 +213,18 @@ def saveable(x: Any) -> Any:
 
 
 def version(x: Tensor) -> int | None:
-    """A number that changes with each change in place; None where PyTorch does not count them."""
+    """The count of changes in place; None for a tensor of ``torch.inference_mode``, which has no count."""
     return None if x.is_inference() else x._version
 
 
 def operator_call(operator: Any) -> Callable[..., Any]:
-    """What a call of ``torch.ops.<namespace>.<name>.default`` calls, without a Python frame of its own."""
+    """The function behind ``torch.ops.<namespace>.<name>.default``; calling it saves a Python frame."""
     call: Callable[..., Any] = getattr(operator, "_op", operator)
     return call
 
 
 def constant_in_graphs(function: F) -> F:
-    """Decorates a function that a graph does not ask: it holds the answer of when it was traced.
+    """Decorates a function whose result a graph holds as a constant, from when it was traced.
 
     ``torch.compiler.assume_constant_result`` does no more than this, and imports the compiler.
     """

@@ -38,7 +38,7 @@ class BackendError(RuntimeError):
 
 
 class UnknownBackendError(BackendError, ValueError):
-    """A name that is no backend's."""
+    """A name that no backend has."""
 
 
 def _known(name: str, source: str) -> str:
@@ -51,9 +51,9 @@ def _known(name: str, source: str) -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Serve the calls inside ``with use_backend(name):`` by that backend, in this thread and async task only.
 
-    Backward passes that are begun inside count, in whatever thread autograd runs them: what checkpointing
-    runs again is served by the same backend, if the backward pass is inside too. Before PyTorch 2.13 that is
-    so in the main thread alone, for tensors of a GPU.
+    It also holds for the backward passes that are started inside, whichever threads autograd runs them in: a
+    forward pass that checkpointing repeats is then served by the same backend. For tensors of a GPU this
+    needs PyTorch 2.13 or the main thread.
 
     Args:
         name: "auto", "reference", "cpp", "triton" or "cuda". Outside, the environment's ``FASTKD_BACKEND``
@@ -110,8 +110,8 @@ OPAQUE = {"crd_pass": "crd_loss", "rkd_pass": "rkd_loss"}
 
 
 class Call(NamedTuple):
-    """What :func:`select` was asked, to ask again for another batch size or a compiled graph: of each tensor
-    one number, spread over the shape of a sample.
+    """The arguments of a call of :func:`select`, to repeat it for another batch size or a compiled graph. Of
+    each tensor one number is kept, expanded to the shape of one sample.
     """
 
     operation: str
@@ -128,7 +128,7 @@ class Call(NamedTuple):
 
 
 class KernelCall:
-    """A call that the CPU library's kernels have served, of an operation that has no other backend."""
+    """A call that the CPU library's kernels served, of an operation that has no other kernels."""
 
     def backend(self, batch: int, compiled: bool) -> str:
         """As :meth:`Call.backend`."""
@@ -142,7 +142,7 @@ def record(call: KernelCall) -> None:
 
 
 def _resized(argument: Any, batch: int) -> Any:
-    """``argument`` with tensors of ``batch`` samples, which hold no other memory and no graph."""
+    """``argument`` with each tensor as one of ``batch`` samples that keeps no other memory and no graph."""
     if isinstance(argument, (list, tuple)):
         return tuple(_resized(x, batch) for x in argument)
     if not isinstance(argument, Tensor):
@@ -155,7 +155,7 @@ def _resized(argument: Any, batch: int) -> Any:
 
 @contextmanager
 def record_calls() -> Iterator[list[Call | KernelCall]]:
-    """The calls of the package's operations that are made inside, in this process."""
+    """Gives a list to which each call of fastkd's operations inside is added, whichever thread makes it."""
     global _recorded
     before, _recorded = _recorded, []
     try:
@@ -236,8 +236,8 @@ def _select_on_gpu(operation: str, arguments: tuple, options: tuple, index: int,
 
 
 def _must_serve(name: str, operation: str, first: object, arguments: tuple, why: str) -> None:
-    """Raises BackendError where a backend that was asked for by name cannot serve the call. ``why``: what its
-    kernels say of that, or "".
+    """Raises BackendError where a backend that was asked for by name cannot serve the call. ``why``: the
+    reason that its kernels have against it, or "".
     """
 
     def refuse(why: str) -> NoReturn:

@@ -36,7 +36,7 @@ class Distillation(nn.Module):
 
     Its parameters are the student's, then those of the methods; ``student`` is what is tested and saved. The
     teacher is frozen and moves with ``.to()``, but is not in ``modules()``, ``parameters()`` or
-    ``state_dict()``. In eval mode a copy of it answers, whose batch norms are folded into its convolutions:
+    ``state_dict()``. In eval mode a copy of it is run, whose batch norms are folded into its convolutions:
     load its weights before, or call :meth:`fold` after.
 
     Args:
@@ -46,17 +46,18 @@ class Distillation(nn.Module):
             ``fastkd.methods.define`` returns.
         options, preset: see ``fastkd.methods.define``; only beside a name.
         student_points, teacher_points: names of submodules (of ``named_modules()``), in the order of the
-            forward pass, whose outputs are the ``stages`` of a network that is none of ours; or pairs of a
-            name and a function of the output, as for :func:`fastkd.extract`. ``pooled`` is then the input of
-            its last ``nn.Linear``, ``final`` the map whose mean that is, and FSP's pairs are consecutive
-            stages. Such a teacher is not folded.
-        classifier: the name of another module than the last ``nn.Linear``, in the networks that have it and
-            are not ours; or a pair, the student's and the teacher's.
-        train_labels: (M,) labels of the training set, for methods that keep something of each image; the
-            ``index`` of ``forward`` counts in it.
-        train_images: batches of the training set, of images or of tuples that begin with them, as of a
+            forward pass, whose outputs are the ``stages`` of a network that is not of ``fastkd.models``; or
+            pairs of a name and a function of the output, as for :func:`fastkd.extract`. ``pooled`` is then
+            the input of its last ``nn.Linear``, ``final`` the map whose mean that is, and FSP's pairs are
+            consecutive stages. Such a teacher is not folded.
+        classifier: the name of the module whose input is ``pooled``, if it is not the last ``nn.Linear``. It
+            holds for each network that has such a module and is not of ``fastkd.models``. Or a pair: the
+            student's and the teacher's.
+        train_labels: (M,) int64, the labels of the training set, for methods that keep something of each
+            image; ``index`` in ``forward`` are positions in it.
+        train_images: the training set in batches, of images or of tuples that begin with them, such as a
             DataLoader, for methods that look at it once when they are built.
-        num_classes: that of the teacher's logits unless given.
+        num_classes: by default the number of the teacher's logits.
         batch_size, epochs: of the training, for methods whose layers or schedules depend on them.
         autocast: what the networks and the methods' convolutions run under; None: whatever is on where
             ``forward`` is called. The losses themselves never run under autocast.
@@ -64,15 +65,16 @@ class Distillation(nn.Module):
         seed: the methods' first weights depend on it and on the method's name.
         fold: whether a teacher in eval mode is folded.
         image_shape: (C, H, W) of the images; None: what one of the networks is built for, else (3, 32, 32).
-        teacher_image_shape: that of the teacher's, where ``forward`` gets ``teacher_images``.
-        normalization, teacher_normalization: (mean, std) of each channel by which the images are normalized,
-            and by which the teacher wants them. Where they differ it gets
-            ``(images * std + mean - its mean) / its std``.
+        teacher_image_shape: (C, H, W) of ``teacher_images``, where ``forward`` gets them.
+        normalization, teacher_normalization: (mean, std), one number per channel, by which the images are
+            normalized, and by which the teacher expects them. Where they differ, the teacher gets
+            ``(images * std + mean - teacher_mean) / teacher_std``.
 
     ``forward`` takes images (N, C, H, W), labels (N,) int64 or None (no cross-entropy then) and, for methods
     that need it, ``index`` (N,) int64. ``teacher_images``: the same images for the teacher, where it takes
     another size; ``taught``: what :meth:`ask` returned for them. It is one graph under
-    ``torch.compile(fullgraph=True)``. Raises ValueError for what a method does not know or fit.
+    ``torch.compile(fullgraph=True)``. Raises TypeError for an argument of the wrong kind, ValueError for an
+    unknown method or option, and for networks that do not fit the method.
     """
 
     methods: MethodSum
@@ -179,17 +181,17 @@ class Distillation(nn.Module):
 
     @property
     def views(self) -> tuple[Observed | None, Observed | None]:
-        """What shows the features of student and teacher, where those are none of ours."""
+        """What gives the features of student and teacher; None for a network of ``fastkd.models``."""
         return self._observed
 
     def fold(self) -> None:
-        """Copies the teacher once more if a copy stands for it; call it after changing weights in place."""
+        """Makes the folded copy of the teacher again, if there is one: after its weights changed in place."""
         if self.folds:
             for frozen in self._frozen:
                 frozen.fold(self.points[1])
 
     def train(self, mode: bool = True) -> Distillation:
-        """As ever; the teacher is in train mode only where ``teacher_mode`` says so."""
+        """As in ``nn.Module``; the teacher follows only where ``teacher_mode`` is "train"."""
         super().train(mode)
         self._set_teachers_mode()
         return self
@@ -205,7 +207,7 @@ class Distillation(nn.Module):
         return self
 
     def settled(self) -> dict[str, Any]:
-        """Options left open whose values the networks decided, by name: {"reviewkd.beta": 1.0}."""
+        """The options that were left open and that the networks decided, by name: {"reviewkd.beta": 1.0}."""
         return self.methods.settled_options()
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
@@ -248,15 +250,15 @@ class Distillation(nn.Module):
 
     @torch.no_grad()
     def update(self, index: Tensor, records: Mapping[str, Any]) -> None:
-        """After the optimizer's step: hands ``records`` of :class:`Losses` back to their methods, with the
-        ``index`` of their images. Several processes join their rows before, in their order.
+        """Call it after the optimizer's step: it gives the ``records`` of :class:`Losses` back to the methods
+        that made them. ``index``: (N,) int64, the positions of their images. Of several processes, join the
+        rows of all before, in the order of their ranks.
         """
         self.methods.hand_back(index, records)
 
     def check(self, images: int = 2) -> dict[str, list[backends.Call | backends.KernelCall]]:
-        """Tries all of it on so many blank images, before hours of training: what does not fit raises here.
-
-        Returns for each method the calls of the package's operations that it makes.
+        """Runs everything once on so many blank images, so that what does not fit raises before hours of
+        training. Returns, by method, its calls of fastkd's operations.
         """
         blank = next(self.student.parameters()).new_zeros(images, *self.image_shape)
         labels = blank.new_zeros(images, dtype=torch.int64)
@@ -276,7 +278,7 @@ class Distillation(nn.Module):
         return self.points[0].observe(self._observed[0] or self.student, images)
 
     def ask(self, images: Tensor) -> Output | None:
-        """The teacher's answer to ``images``, for several students of one teacher; None without a teacher."""
+        """The teacher's output for ``images``, to share among students; None without a teacher."""
         if not self._frozen:
             return None
         return self._frozen[0].ask(images, self.points[1])

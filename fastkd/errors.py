@@ -1,4 +1,4 @@
-"""What fastkd tells a user: errors that they can mend, and warnings that point at their own line."""
+"""Errors that the user can mend, and warnings that point at the user's own line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class UserError(Exception):
 
 
 class TeacherError(UserError):
-    """What several runs wait for is not there."""
+    """The teacher that several runs need cannot be had, so that none of them can go on."""
 
 
 class PartlyFailedError(UserError):
@@ -31,9 +31,9 @@ class PartlyFailedError(UserError):
 
 
 def warn_once(message: str, key: str | None = None) -> None:
-    """Warns with ``message`` once a process, at the innermost line that is neither fastkd's nor PyTorch's.
+    """Issues the warning ``message`` once per process, at the innermost line outside of fastkd and PyTorch.
 
-    Of several messages with one ``key`` only the first is said.
+    Of several messages with the same ``key`` only the first is issued.
     """
     key = key or message
     if key in _said:

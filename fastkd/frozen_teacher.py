@@ -1,4 +1,4 @@
-"""The network that a student learns from: it answers without gradients, by a folded copy where one serves."""
+"""The teacher: a network that runs without gradients, as a folded copy where that is possible."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastkd.models.observed import Observed
 
 
 def entered(autocast: torch.autocast | None) -> AbstractContextManager[Any]:
-    """``autocast``; None leaves on or off what is so where this is entered."""
+    """``autocast`` as a context; None: a context that leaves autocast as it is where this is entered."""
     return nullcontext() if autocast is None else autocast
 
 
@@ -26,14 +26,14 @@ class FrozenTeacher(nn.Module):
 
     Args:
         network: the teacher. Its parameters need no gradients from here on.
-        view: what shows its features; None where ``network(x, features=...)`` does.
+        view: gives its features; None where ``network(x, features=...)`` does.
         mode: "eval", or "train": its batch norms take each batch's own statistics.
-        autocast: what it runs under; None: whatever is on where it is asked.
-        scale, shift: (C, 1, 1) float32 each, which make its images of the student's,
-            ``images * scale + shift``; None where both networks get the same ones.
+        autocast: what it runs under; None: whatever is on where :meth:`ask` is called.
+        scale, shift: (C, 1, 1) float32 each: its images are the student's ``images * scale + shift``. None
+            where both networks get the same images.
 
-    ``network`` is the teacher as it was given, ``answering`` what answers: the network, or the copy that
-    :meth:`fold` makes. Both are not for a caller to train.
+    ``network`` is the teacher as given, ``answering`` the module that is run: the network itself, or the copy
+    that :meth:`fold` makes. Callers train neither.
     """
 
     scale: Tensor | None
@@ -55,10 +55,10 @@ class FrozenTeacher(nn.Module):
         self.register_buffer("shift", shift)
 
     def fold(self, points: Points) -> None:
-        """Makes the copy that answers, whose batch norms are folded into its convolutions, of the weights as
-        they are; it shows the features ``points``.
+        """Makes the copy that is run, from the present weights: its batch norms are folded into its
+        convolutions, and it gives the features ``points``.
 
-        In train mode, and where hooks show the features, the network itself answers.
+        In train mode, and where hooks give the features, the network itself is run.
         """
         if self.mode != "eval" or self.view is not None:
             return
@@ -81,7 +81,7 @@ class FrozenTeacher(nn.Module):
             return points.observe(self.view or self.answering, images)
 
     def as_wanted(self, images: Tensor) -> Tensor:
-        """Images normalized as the teacher's are; of the same shape and dtype."""
+        """The student's images (N, C, H, W) as the teacher's are normalized; of the same shape and dtype."""
         if self.scale is None or self.shift is None:
             return images
         scale, shift = self.scale.to(images.device), self.shift.to(images.device)

@@ -1,6 +1,6 @@
-"""What the formulas tell a compiler beside themselves.
+"""Hints for compilers within the formulas.
 
-Floor 0: used by the reference, whose formulas stand in compiled graphs.
+Floor 0: used by the reference, whose formulas become part of compiled graphs.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fastkd._private import exporting
 
-# It does nothing, and no compiler knows that: it will not compute again what lies before it to have what
-# comes after. It claims to write to x, so that it needs no copy.
+# An operator that does nothing, which a compiler cannot know: it does not recompute what comes before the
+# operator to get what comes after it. It is declared to write to x, so that no copy is made.
 _LIBRARY = torch.library.Library("fastkd", "FRAGMENT")
 if not hasattr(torch.ops.fastkd, "recompute_barrier_"):  # a notebook may import fastkd again
-    # PyTorch keeps this function, and so the library, which takes back what it registered when it is deleted
+    # the default argument keeps the library alive, which unregisters its operators when it is deleted
     _LIBRARY.define("recompute_barrier_(Tensor(a!) x) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl("recompute_barrier_", lambda x, library=_LIBRARY: None, "CompositeExplicitAutograd")
     torch.library.register_fake("fastkd::recompute_barrier_", lambda x: None, lib=_LIBRARY)
@@ -22,11 +22,11 @@ if not hasattr(torch.ops.fastkd, "recompute_barrier_"):  # a notebook may import
 
 
 def save_constants(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Two tensors that a loss compares, unchanged; a compiled graph saves one without gradient as it is.
+    """``a`` and ``b``, which a loss compares; a compiled graph saves the one without a gradient as it is.
 
-    Left alone, a compiler may save an input of the graph in its place and compute it again in the backward
-    pass. Autograd refuses to save an input that was made under ``torch.inference_mode``, as a teacher's may
-    be, and a graph cannot ask whether one was.
+    Otherwise a compiler may save an input of the graph instead and recompute the tensor from it in the
+    backward pass. Autograd refuses to save inputs that were made under ``torch.inference_mode``, as a
+    teacher's features may be, and a graph cannot check for that.
     """
     if not torch.compiler.is_compiling() or exporting() or not torch.is_grad_enabled():
         return a, b

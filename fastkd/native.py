@@ -1,8 +1,8 @@
 """The compiled libraries: found and loaded here, or the reason why not. Nothing is ever compiled at import.
 
-``fastkd/_C.abi3.so`` holds the CPU kernels, ``fastkd/_C_cuda.abi3.so`` the CUDA ones: loaded only into a CUDA
-build of PyTorch, since it cannot load into another, GPU or no GPU. Both implement operators
-``torch.ops.fastkd.*`` through PyTorch's stable ABI.
+``fastkd/_C.abi3.so`` holds the CPU kernels, ``fastkd/_C_cuda.abi3.so`` the CUDA kernels. The latter loads
+only into a CUDA build of PyTorch, with or without a GPU. Both implement operators ``torch.ops.fastkd.*``
+through PyTorch's stable ABI.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ x86-64 (unless clang is older than 16) also "avx2" and "avx512".
 """
 
 _MARKER = b"fastkd-build-info:"
-# by the numbers of fastkd_find_cpu_path
+# by the status that fastkd_find_cpu_path returns
 _LACKS = {
     2: "this processor lacks it",
     3: "it was not built, which takes GCC or clang 16",
@@ -110,8 +110,8 @@ def cuda_architectures() -> tuple[str, ...]:
 def has_code(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
     """Whether a library with code for ``architectures`` ("sm_80", "compute_90", ...) runs on a device.
 
-    Machine code serves later devices of its generation, PTX every later device; with an "a" either serves its
-    own device alone, with an "f" the later ones of its generation.
+    Machine code (sm) runs on later devices of its generation, PTX (compute) on every later device. With the
+    suffix "a" either runs on its own device only, with "f" on later devices of its generation.
     """
     for name in architectures:
         kind, _, number = name.partition("_")
@@ -140,8 +140,8 @@ def why_no_code(architectures: tuple[str, ...], capability: tuple[int, int]) -> 
 
 
 def emulate(path: str) -> None:
-    """Put the CUDA library's kernels, compiled for the CPU, in its place: they run there thread by thread,
-    for tests, slowly.
+    """Replace the CUDA library by its kernels compiled for the CPU, for tests: they run slowly, one thread
+    after the other.
 
     ``path``: a library built from csrc/cuda with FASTKD_EMULATE. Raises OSError if it does not load.
     """
@@ -165,7 +165,7 @@ def cpu_path() -> str:
     """The code path that the CPU kernels take now, one of ``CPU_PATHS``. Raises RuntimeError if the library
     is not available.
     """
-    # a null pointer where FASTKD_CPU names one that cannot be had; "" chooses the best again
+    # a null pointer if FASTKD_CPU names a path that cannot run here; set_cpu_path("") chooses the best again
     return (_functions().fastkd_cpu_path() or b"").decode()
 
 
@@ -196,8 +196,8 @@ def _missing_cpu_paths() -> list[str]:
 
 
 def amx() -> bool:
-    """Whether bfloat16 FSP goes through AMX: on the path "avx512", where processor and kernel let it, unless
-    switched off.
+    """Whether bfloat16 FSP uses AMX: on the path "avx512", where processor and operating system support it,
+    unless switched off.
 
     Raises: RuntimeError if the library is not available.
     """
@@ -205,8 +205,8 @@ def amx() -> bool:
 
 
 def set_amx(wanted: bool) -> None:
-    """Take AMX where it can be had (so at first), or not, in the whole process. RuntimeError if the library
-    is not available.
+    """Use AMX where it is available (the default) or never, in the whole process. Raises RuntimeError if the
+    library is not available.
     """
     _functions().fastkd_set_amx(wanted)
 
@@ -277,7 +277,7 @@ def report() -> dict[str, dict[str, Any]]:
 
 
 def _force(variable: str, wanted: Sequence[str], choose: Callable[[str], None]) -> None:
-    """A name that cannot be obeyed stops the import: nothing else may answer in its place."""
+    """Apply an environment variable. A value that cannot be had stops the import: none may replace it."""
     value = os.environ.get(variable)
     if value:
         _check(variable, value, wanted)

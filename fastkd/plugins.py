@@ -1,7 +1,7 @@
 """Methods, models and data sets that others add: by a decorator, a file or an entry point of their package.
 
-What is added goes into the table of its kind, in ``fastkd.methods``, ``fastkd.models`` or ``fastkd.data``.
-Here is written down where it came from.
+Each addition goes into the table of its kind, in ``fastkd.methods``, ``fastkd.models`` or ``fastkd.data``.
+This module records where it came from.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from typing import Any
 from fastkd.errors import UserError
 
 GROUPS = {"method": "fastkd.methods", "model": "fastkd.models", "dataset": "fastkd.data"}
-"""The group of entry points of each kind."""
+"""By kind, the group of its entry points."""
 
 IMPORTED = "_fastkd_text"
-"""Where a module of :func:`of_file` has :func:`text_of` the text that was imported."""
+"""The attribute in which a module of :func:`of_file` keeps :func:`text_of` its file, as imported."""
 
-_origins: dict[tuple[str, str], tuple[str, str]] = {}  # what is told, and the file
+_origins: dict[tuple[str, str], tuple[str, str]] = {}  # the origin as users see it, and the file
 _NAME = re.compile(r"[a-z][a-z0-9_-]*")
 
 
 def register(kind: str, table: MutableMapping[str, Any], name: str, value: Any, package: str = "") -> None:
-    """Puts ``value`` into ``table``; ``package``: name and version of what brings it.
+    """Puts ``value`` into ``table``; ``package``: name and version of the package that provides it, if any.
 
-    A file that is read again replaces what it added before. Raises ValueError for a name that cannot be, or
-    is there already.
+    A file that is imported again replaces what it added before. Raises ValueError for a name that is not
+    allowed or already taken.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(f"{kind} name is {name!r}, wanted small letters, digits, - and _")
@@ -48,10 +48,10 @@ def register(kind: str, table: MutableMapping[str, Any], name: str, value: Any, 
 
 
 def find(kind: str, table: Collection[str], name: str, add: Callable[[str, Any, str], None]) -> None:
-    """If ``table`` lacks ``name`` and an installed package has an entry point of that name: loads it.
+    """Loads the entry point ``name`` of an installed package, if there is one and ``table`` lacks the name.
 
-    What it leads to may register itself; else ``add(name, value, package)`` is called. Raises ValueError for
-    one that cannot be loaded.
+    The loaded object may register itself while it is imported; else ``add(name, value, package)`` is called.
+    Raises ValueError for one that cannot be loaded.
     """
     if name in table:
         return
@@ -124,9 +124,9 @@ def of_file(path: Path) -> ModuleType:
 
 
 def _origin(value: Any) -> tuple[str, str]:
-    """(the name of the file that ``value`` comes from and a hash of its text, the whole path).
+    """(name and hash of the file that defines ``value``, as :func:`text_of` gives them; its whole path).
 
-    Of an object that was typed in, its module stands for both.
+    For an object that no file defines, as in an interactive session, both are the name of its module.
     """
     name = getattr(value, "__module__", type(value).__module__)
     file = getattr(sys.modules.get(name), "__file__", None)
@@ -136,7 +136,7 @@ def _origin(value: Any) -> tuple[str, str]:
 
 
 def said(error: BaseException) -> str:
-    """What went wrong in one line, and in which line of the file."""
+    """An error in one line: its type, its message and the line of the user's file that raised it."""
     text = " ".join(str(error).split())[:200]
     if isinstance(error, (FileNotFoundError, SyntaxError, UserError)):
         return text

@@ -25,12 +25,14 @@ class SeveralTeachers(nn.Module):
 
     Args:
         teachers: two networks or more, of one number of classes.
-        join: "losses": each method is built for each teacher, with what it learns, and its loss is their
-            mean. "logits": the methods see the mean of the teachers' logits, which only ``kd`` and ``dkd``
-            read alone. A network of a different width or family may stand among the teachers in both.
-        teacher_points, teacher_normalization: as for :class:`fastkd.Distillation`, of every teacher; or a
-            list with one such value, or None, for each.
-        options, rest: as there, and of every teacher.
+        join: "losses": each method is built once per teacher, with layers of its own, and its loss is the
+            mean over the teachers. "logits": the methods get the mean of the teachers' logits, so that only
+            ``kd`` and ``dkd``, which read nothing else, can be used. With both, the teachers may differ in
+            width and family.
+        teacher_points, teacher_normalization: as for :class:`fastkd.Distillation`, for all teachers; or a
+            list with one such value, or None, per teacher.
+        train_images: as there, but read once per teacher, so that no generator will do.
+        rest: all other arguments of :class:`fastkd.Distillation`, for all teachers.
 
     ``terms`` and ``total`` of its losses are the means; ``teacher_logits`` is the mean of the logits. Raises
     ValueError for a method that changes the student, as SimKD and NORM do.
@@ -124,7 +126,7 @@ class SeveralTeachers(nn.Module):
         return self
 
     def settled(self) -> dict[str, Any]:
-        """Options left open that the networks decided. Raises ValueError where teachers disagree."""
+        """See :meth:`fastkd.Distillation.settled`. Raises ValueError where the teachers disagree."""
         found = [part.settled() for part in self._parts[: len(self.methods)]]
         for key, value in found[0].items():
             values = [each[key] for each in found]
@@ -191,7 +193,7 @@ class SeveralTeachers(nn.Module):
 
 
 def _for_each(name: str, given: Any, teachers: int, of_one: Callable[[Any], bool]) -> Sequence[Any]:
-    """``given`` for each teacher; ``of_one`` tells whether it is the value of one, and so that of all."""
+    """``given`` as one value per teacher. ``of_one(given)``: whether it is a single value, for all."""
     if given is None or isinstance(given, str) or not isinstance(given, Sequence) or of_one(given):
         return [given] * teachers
     if len(given) != teachers:
