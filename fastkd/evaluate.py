@@ -94,8 +94,15 @@ def test(
     batches = testing(whole, constants, feed, batch_size=batch_size, device=where)
     autocast = torch.autocast(where.type, enabled=False)
     first = next(batches.test())[0]
-    with torch.no_grad():
-        answers = network.eval()(first)
+    try:
+        with torch.no_grad():
+            answers = network.eval()(first)
+    except Exception as error:  # whatever a network does with images that it is not made for
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{name} does not take images {tuple(first.shape[1:])} ({why})") from None
+    if not isinstance(answers, torch.Tensor) or answers.dim() != 2:
+        told = tuple(answers.shape) if isinstance(answers, torch.Tensor) else type(answers).__name__
+        raise UserError(f"{name} gives {told}, wanted logits (N, K)")
     if answers.shape[1] != whole.classes:
         raise UserError(f"{path} has {answers.shape[1]} classes, {whole.name} has {whole.classes}")
     begun = time.perf_counter()

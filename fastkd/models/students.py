@@ -25,7 +25,7 @@ def load_student(
         with seeded(0, "load_student"):  # leaves the random numbers of the caller alone
             network = create(about["identity"]["model"], classes)
             if about["trained"] not in ("teacher", "baseline"):
-                # which lie above this room, and are no part of importing fastkd
+                # imported here: they lie on a higher floor, and importing fastkd does without them
                 methods = importlib.import_module("fastkd.methods")
                 network = methods.wrapped(network, create(about["teacher"], classes), about)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -34,7 +34,7 @@ def load_student(
         for key in ("config", "identity", "plugins"):  # other programs write what they like there
             added = added.get(key) if isinstance(added, dict) else {}
         if isinstance(added, dict) and added:
-            why += f"; it has {', '.join(f'{key} of {origin}' for key, origin in added.items())}"
+            why += f"; it needs {', '.join(f'{key} of {origin}' for key, origin in added.items())}"
         raise WeightsError(f"{path}: not the weights of a run of this version ({why})") from None
     load_weights(network, path)
     return network.eval()

@@ -142,10 +142,11 @@ def phase_trainer(
 
 
 class InOrder:
-    """The batches of ``batches.test()``, anew for each teacher that goes through them."""
+    """All images of ``batches`` in their order, from the first one on for each teacher that is measured."""
 
     def __init__(self, batches: AnyBatches):
-        self.batches = batches
+        self.batches = copy.copy(batches)
+        self.batches.drop_last = False
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.batches.test()

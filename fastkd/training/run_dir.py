@@ -1,4 +1,4 @@
-"""The folder of one training: what it is, how far it came, and that nobody else is at it."""
+"""The folder of one training: its configuration, its progress, and a lock against other processes."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ class RunDir:
         self.curves = Curves(folder)
 
     def begin(self, phases: Sequence[str], taught_by: str | None) -> None:
-        """Goes on after the phases that the checkpoint leaves behind. Raises UserError if it is of another
-        kind of run or teacher.
+        """Finds out which of ``phases`` the checkpoint has finished. ``taught_by``: the fingerprint of the
+        teacher's weights. Raises UserError for a checkpoint of another kind of run or another teacher.
         """
         state = self.state or {}
         if state and (state.get("phase") not in phases or state.get("taught_by") != taught_by):
             why = (
-                "its teacher was another"
+                "the run had another teacher"
                 if state.get("phase") in phases
-                else "not the checkpoint of such a run"
+                else "the checkpoint of another kind of run"
             )
             raise UserError(f"{self.folder / CHECKPOINT}: {why}")
         self.taught_by, self.begun = taught_by, time.perf_counter()
@@ -64,12 +64,12 @@ class RunDir:
 
     @property
     def seconds(self) -> float:
-        """Of training, those of earlier processes included."""
+        """Seconds of training, those of earlier processes included."""
         return float(self.before + time.perf_counter() - self.begun)
 
     def restore(self, trainer: Trainer) -> None:
-        """Gives ``trainer`` the state. The files that follow from it are written again: the run may have been
-        killed before them.
+        """Loads the checkpoint's state into ``trainer``, and writes the files that follow from it again: the
+        run may have been killed before it wrote them.
         """
         assert self.state is not None
         try:
@@ -92,7 +92,7 @@ class RunDir:
             self.write_epoch_files(phase, trainer)
 
     def write_epoch_files(self, phase: str, trainer: Trainer, rewrite: bool = False) -> None:
-        """Curves, the table of epochs, and the best weights when they are new; ``rewrite``: in any case."""
+        """Writes curves, the table of epochs and, if they are new or ``rewrite`` is set, the best weights."""
         history = trainer.history
         if not history or not self.writes:
             return
@@ -105,7 +105,7 @@ class RunDir:
             self.write_weights(self.folder / "best.pt", trainer.best_weights, trainer.best())
 
     def write_weights(self, path: Path, weights: dict[str, Any], epoch: dict[str, float]) -> None:
-        """Weights of ``epoch`` for whoever needs no more, such as another run's teacher."""
+        """Saves the weights of ``epoch`` alone, for other uses, such as another run's teacher."""
         if self.writes:
             if path.parent != self.folder:
                 make_folder(path.parent)
@@ -127,12 +127,12 @@ def opened(config: Config, role: str, folder: Path | None) -> Iterator[RunDir]:
 
 @contextmanager
 def _locked(config: Config, role: str, folder: Path | None) -> Iterator[RunDir]:
-    """A new run that ends in a UserError before its first checkpoint leaves no folder."""
+    """Opens and locks the run. A new one that ends in a UserError before its first epoch leaves no folder."""
     run = new_run(config, role) if folder is None else load_run(folder, config.identity(role))
     early = {"config.json", COMMAND, LOG, ".lock", ".lock.held"}
     with owned(run.folder / ".lock") as mine:
         if not mine:
-            raise UserError(f"{run.folder} is in the hands of another process")
+            raise UserError(f"{run.folder} is in use by another process")
         sweep(run.folder)
         try:
             with logged(run.folder), closing(run.curves):

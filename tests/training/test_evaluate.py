@@ -108,3 +108,27 @@ def test_a_damaged_image_is_told_without_a_flag_of_another_command(tmp_path, cap
     assert main([str(bare), *flags, "--device", "cpu"]) == 2
     told = capsys.readouterr().err
     assert "cat/0.jpg" in told and "--on-bad-image" not in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ("(z, z)", "nets.py:small gives tuple, wanted logits (N, K)"),
+        ("z[..., None]", "small gives (250, 10, 1), wanted logits (N, K)"),
+        ("z @ x", "small does not take images (3, 32, 32) (RuntimeError: "),
+    ],
+)
+def test_a_network_that_gives_no_logits_is_one_line(tmp_path, capsys, answer, words):
+    pytest.importorskip("sklearn")
+    (tmp_path / "nets.py").write_text(
+        "import torch\n"
+        "class Small(torch.nn.Linear):\n"
+        "    def forward(self, x):\n"
+        f"        z = super().forward(x.flatten(1))\n        return {answer}\n"
+        "def small(num_classes):\n    return Small(3 * 32 * 32, num_classes)\n"
+    )
+    name, file = f"{tmp_path}/nets.py:small", tmp_path / "small.pt"
+    torch.save(create_model(name).state_dict(), file)
+    assert main([str(file), "--model", name, "--dataset", "digits", "--device", "cpu"]) == 2
+    told = capsys.readouterr().err
+    assert words in told and told.count("\n") == 1

@@ -88,7 +88,7 @@ def test_a_run_has_all_three_from_one_file(small_main, file, tmp_path, capsys):
     )
     assert "thin on shades" in capsys.readouterr().out
     forget()
-    with pytest.raises(models.WeightsError, match="it has dataset shades of my_parts.py .*, model thin of"):
+    with pytest.raises(models.WeightsError, match="it needs dataset shades of my_parts.py .*, model thin of"):
         models.load_student(folder)
 
 

@@ -205,7 +205,7 @@ def test_what_cannot_be_taken_up_is_one_line_and_stays_as_it_is(main, capsys, st
     refused(main, capsys, [*at, str(output / "teachers")], "holds no run of this version")
     with owned(folder / ".lock") as mine:
         assert mine
-        refused(main, capsys, at, "in the hands of another process")
+        refused(main, capsys, at, "in use by another process")
 
     checkpoint = folder / "last.pt"
     content = checkpoint.read_bytes()
@@ -213,7 +213,7 @@ def test_what_cannot_be_taken_up_is_one_line_and_stays_as_it_is(main, capsys, st
     damages = {
         "last.pt: not a checkpoint of plain tensors, or truncated": content[: len(content) // 2],
         "last.pt: not the checkpoint of this run": {**state, "config": {**state["config"], "identity": {}}},
-        "last.pt: its teacher was another": {**state, "taught_by": "00"},
+        "last.pt: the run had another teacher": {**state, "taught_by": "00"},
         "last.pt: damaged, or of another version (KeyError: 'teacher')": {
             k: v for k, v in state.items() if k != "teacher"
         },

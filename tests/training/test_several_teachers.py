@@ -11,7 +11,9 @@ from runs import bits, load
 from support_data import QUICK
 
 import fastkd
+from fastkd.data.loader import Batches
 from fastkd.models import create_model
+from fastkd.training.phases import InOrder
 
 
 def networks(*names, classes=4):
@@ -19,6 +21,7 @@ def networks(*names, classes=4):
     return [create_model(name, classes).eval() for name in names]
 
 
+MEAN = (0.5,) * 3
 IMAGES, LABELS = torch.randn(4, 3, 32, 32), torch.tensor([0, 3, 2, 1])
 
 
@@ -150,6 +153,21 @@ def test_each_teacher_of_a_run_sees_the_training_images(small_main, tmp_path, ca
         capsys.readouterr().err
     )
     assert rows_of(tmp_path / "runs")[-1]["teacher"] == "resnet8 + resnet8"
+
+
+def test_what_is_measured_are_all_training_images_each_time():
+    batches = Batches(
+        torch.zeros(10, 3, 32, 32, dtype=torch.uint8),
+        torch.arange(10),
+        MEAN,
+        MEAN,
+        batch_size=4,
+        drop_last=True,
+    )
+    images = InOrder(batches)
+    for _ in range(2):
+        assert torch.cat([labels for _, labels in images]).tolist() == [*range(10)]
+    assert batches.drop_last
 
 
 def test_a_run_by_the_mean_of_the_logits_says_so_and_goes_on(small_main, tmp_path, monkeypatch, capsys):
