@@ -122,7 +122,7 @@ def tokens(
     teacher_is_map: bool = False,
     student_is_map: bool = False,
 ) -> None:
-    """Warns of what looks like tokens (N, L, C) of a square grid, where a loss takes it for (N, C, L)."""
+    """Warns where features look like tokens (N, L, C) of a square grid, but are taken for (N, C, L)."""
     if torch.compiler.is_compiling():
         return
     for name, features, is_map in (

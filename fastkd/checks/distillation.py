@@ -1,4 +1,4 @@
-"""What a :class:`fastkd.Distillation` is built of, and the numbers of a batch's images."""
+"""The arguments of :class:`fastkd.Distillation`, and labels and indices of a batch's images."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def distillation(
 
 
 def epoch_of(epoch: object, epochs: object) -> tuple[int, int]:
-    """An epoch of so many, from 0, as Python's numbers: the last one is ``epochs - 1``."""
+    """``epoch``, from 0 to ``epochs - 1``, and ``epochs``, both as Python integers."""
     for name, count in (("epoch", epoch), ("epochs", epochs)):
         if not whole(count):
             raise TypeError(f"{name} is {count!r}, wanted a whole number")
@@ -78,7 +78,7 @@ def epoch_of(epoch: object, epochs: object) -> tuple[int, int]:
 
 
 def image_numbers(name: str, value: object, count: int | None = None) -> Tensor:
-    """Labels or places of images: (N,) whole numbers, ``count`` of them where that is given."""
+    """Labels or indices of images: (N,) int64, with N = ``count`` where that is given."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is {type(value).__name__}, wanted a tensor (N,) of int64")
     if value.dtype != torch.int64:
@@ -89,7 +89,7 @@ def image_numbers(name: str, value: object, count: int | None = None) -> Tensor:
 
 
 def train_labels(value: object) -> Tensor:
-    """The classes of the training set's images: (M,) whole numbers, none below 0."""
+    """The labels of the training set: (M,) int64, none below 0."""
     labels = image_numbers("train_labels", value)
     least = int(labels.min()) if len(labels) else 0
     if least < 0:
@@ -102,8 +102,8 @@ IGNORED = -100
 
 
 def label_values(labels: Tensor, classes: int) -> None:
-    """That the labels (N,) of a batch are classes, or ``IGNORED``; not in a graph, and not on a GPU, which it
-    would have to wait for.
+    """Raises ValueError unless the labels (N,) are classes or ``IGNORED``. Probabilities are not checked,
+    nor labels on a GPU, which the host would have to wait for.
     """
     if labels.is_floating_point() or labels.device.type != "cpu" or not labels.numel():
         return

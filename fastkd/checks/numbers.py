@@ -30,9 +30,9 @@ def switch(name: str, value: object, known: Sequence[object]) -> None:
 
 
 def number(name: str, value: object, *, at_least: float | None = None) -> float:
-    """A finite number, of Python's or NumPy's, as a float.
+    """A finite number of Python or NumPy, as a float.
 
-    A tensor is none: a number has no gradient, and a Parameter would lose its own without a word.
+    Tensors are refused: a Parameter that is given as a number would silently get no gradient.
     """
     if isinstance(value, Tensor):
         kind = type(value).__name__
@@ -52,7 +52,7 @@ def number(name: str, value: object, *, at_least: float | None = None) -> float:
 
 
 def whole(value: object) -> bool:
-    """Whether it is a whole number, of Python's or NumPy's; a truth value and a tensor are none."""
+    """Whether ``value`` is an integer of Python or NumPy. Booleans and tensors are not."""
     if isinstance(value, int):
         return not isinstance(value, bool)
     if isinstance(value, Tensor) or type(value).__name__ in ("bool", "bool_"):  # NumPy's
@@ -65,7 +65,7 @@ def whole(value: object) -> bool:
 
 
 def _from_numpy(value: object) -> bool:
-    """Whether it is one of NumPy's numbers; told by names, since NumPy need not be there."""
+    """Whether ``value`` is a NumPy number: known by names of its type, since NumPy may not be installed."""
     kind = type(value)
     if kind.__module__ != "numpy":
         return False
@@ -76,7 +76,7 @@ def _from_numpy(value: object) -> bool:
 
 
 def known_to_graph(value: object) -> bool:
-    """Whether it is an input of the graph that is compiled, as NumPy's numbers are, and known only later."""
+    """Whether ``value`` is an input of the graph being compiled, as NumPy numbers are: known only later."""
     return torch.compiler.is_compiling() and _from_numpy(value)
 
 
@@ -85,7 +85,7 @@ _NUMBERS = ("eps", "weight", "distance_weight", "angle_weight")
 
 
 def constant(name: str, value: object) -> float:
-    """As :func:`number`, for an operator's argument: a constant of a compiled graph, NumPy's an input."""
+    """As :func:`number`, for an operator's argument, a constant of a graph. NumPy's would be an input."""
     if known_to_graph(value):
         raise TypeError(
             f"{name} is a NumPy number, which the graph of a backend asked for by name cannot hold: wanted"
@@ -95,7 +95,7 @@ def constant(name: str, value: object) -> float:
 
 
 def are_floats(a: object, b: object = 0.0, c: object = 0.0) -> bool:
-    """Whether all are finite and of type float, so that none needs a look; not if the sum overflows."""
+    """Whether all are finite and of type float, which needs no further check. False if the sum overflows."""
     return type(a) is type(b) is type(c) is float and 0.0 * (a + b + c) == 0.0
 
 
@@ -107,16 +107,16 @@ def above_zero(name: str, value: object) -> float:
 
 
 def channels_stand(channel_dim: object) -> None:
-    """Refuses whatever is not the number 1 or -1: True is equal to 1, and whoever gives it means -1."""
+    """Refuses all but the integers 1 and -1: True equals 1, but whoever gives it means channels last, -1."""
     if not whole(channel_dim) or channel_dim not in (1, -1):
         raise ValueError(f"channel_dim is {channel_dim!r}, wanted 1 or, for the last dimension, -1")
 
 
 def option(name: str, value: Any) -> Any:
-    """What a module holds of the argument ``name``: numbers as floats, anything else as it was given.
+    """The value that a module stores for the argument ``name``: numbers as floats, anything else as given.
 
-    A float attribute that changes becomes an input of a compiled graph; for an integer it is compiled again
-    each time.
+    A float attribute that changes becomes an input of a compiled graph. For each new value of an integer
+    attribute the graph would be compiled again.
     """
     if name == "weights":
         return stage_weights(value)
@@ -145,7 +145,7 @@ def stage_weights(
     what: str = "stage",
     convert: Callable[[str, object], float] = number,
 ) -> list[float] | None:
-    """One number a stage or pair, as floats; None stays."""
+    """One number per stage or pair, as floats; None stays None."""
     if weights is None:
         return None
     if not isinstance(weights, Sequence) or isinstance(weights, str):

@@ -62,7 +62,7 @@ def listed(value: Any) -> Any:
 def channels_second(value: Any, channel_dim: object) -> Any:
     """Features whose channels stand where ``channel_dim`` says, 1 or -1, as (N, C, *S): views, no copies.
 
-    What is no such feature stays as it is, for the checks that come after to name.
+    Anything else is returned as it is, for the checks that follow to name.
     """
     channels_stand(channel_dim)
     value = listed(value)

@@ -121,7 +121,7 @@ def crd_loss(
     eps: object,
     weight: object,
 ) -> None:
-    """All but the values in ``rows``: see :func:`crd_rows`."""
+    """Checks everything but the values of ``rows``: see :func:`crd_rows`."""
     number("weight", weight)
     number("eps", eps, at_least=0)
     coldness = above_zero("temperature", temperature)
@@ -165,8 +165,8 @@ def crd_loss(
 
 
 def crd_rows(rows: Tensor, size: int, name: str = "rows") -> None:
-    """That ``rows`` are rows of a bank of so many. On a GPU nobody looks: Triton's kernel answers NaN,
-    PyTorch's own assertion fails.
+    """Raises ValueError unless all ``rows`` are from 0 to ``size - 1``. On a GPU they are not checked: there
+    Triton's kernel gives NaN, and plain PyTorch fails an assertion.
     """
     if rows.device.type == "cpu" and rows.numel():
         least, most = (int(x) for x in rows.aminmax())

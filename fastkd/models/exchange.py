@@ -1,4 +1,4 @@
-"""A neck and another classifier in a network, ours or any."""
+"""Puts a neck and another classifier into a network, of ``fastkd.models`` or any other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastkd.models.features import Neck, Record, through_neck
 
 
 class NeckHook:
-    """Sends a map through ``neck``. ``record``: where that shows what it computes, or None."""
+    """Sends a map through ``neck``. ``record``: where the neck writes what it shows, or None."""
 
     def __init__(self, neck: nn.Module, side: str):
         self.neck, self.side = neck, side
@@ -51,6 +51,6 @@ class Parts(NamedTuple):
 
 
 def neck_hooks(network: nn.Module) -> list[NeckHook]:
-    """Those that show something."""
+    """The hooks of ``network`` whose neck shows what it computes."""
     hooks = [hook for module in network.modules() for hook in forward_hooks(module)]
     return [hook for hook in hooks if isinstance(hook, NeckHook) and isinstance(hook.neck, Neck)]

@@ -17,7 +17,7 @@ Point = str | tuple[str, Callable[[Any], Tensor]]
 
 
 class Place(NamedTuple):
-    """What is taken of a network: the ``side`` "output" or "input" of a submodule. Errors name ``key``."""
+    """What is taken of a network: the "output" or "input" (``side``) of a submodule. Errors name ``key``."""
 
     key: str
     name: str
@@ -26,7 +26,7 @@ class Place(NamedTuple):
 
 
 class _Store:
-    """What hooks take of one forward pass, while ``on``.
+    """The tensors that hooks take from one forward pass, while ``on``.
 
     A tensor that the network changes in place later, as ``nn.ReLU(inplace=True)`` does, is copied. Which ones
     that are shows in the first pass of each mode, which copies all of them.
@@ -86,9 +86,9 @@ class _Hook:
 class Outputs:
     """``run(*args) -> (tensors by key, the network's output)`` of a network's ``places``.
 
-    The hooks stay on the network as long as this object lives, and do nothing in any other call of it. Of a
-    submodule that is called twice the last call counts. What it takes is as it left the submodule. What is
-    computed anew for checkpointing comes after the pass and does not count.
+    The hooks stay on the network as long as this object lives, and do nothing in other calls of the network.
+    Of a submodule that is called twice the last call counts. A tensor is returned as it left the submodule,
+    even if it is changed in place later. What checkpointing computes again after the pass does not count.
     """
 
     def __init__(self, network: nn.Module, places: Sequence[Place]):

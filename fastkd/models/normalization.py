@@ -1,4 +1,4 @@
-"""Images for a teacher that was trained on others than the student's."""
+"""Images for a teacher that was trained on images of another normalization than the student's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ Normalization = tuple[Sequence[float], Sequence[float]]
 def renormalized(
     own: Normalization | None, teachers: Normalization | None, image_shape: Sequence[int]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(factor, summand) that make the teacher's images of the student's; None where they are the same."""
+    """(scale, shift), float32 (C, 1, 1) or (1, 1, 1): the teacher's images are ``images * scale + shift``.
+
+    (None, None) where both are normalized alike. Raises ValueError.
+    """
     if (own is None) != (teachers is None):
         name, other = ("teacher_normalization", "normalization")[:: 1 if teachers is None else -1]
         raise ValueError(f"{name} is None and {other} is given, wanted both, as (mean, std)")

@@ -1,4 +1,4 @@
-"""Any network as the methods see ours: its features under the fields of :class:`Features`."""
+"""The features of any network under the fields of :class:`Features`, as fastkd's own networks give them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ def shows_features(network: nn.Module) -> bool:
 
 
 class Observed:
-    """``observed(images, features) -> (Features, logits)`` of a network that knows no ``features``.
+    """``observed(images, features) -> (Features, logits)`` of a network without an argument ``features``.
 
     ``stages`` and ``blocks`` are the outputs of the submodules ``points``, in the order of the forward pass.
     Those of ``preact`` are the maps before the ReLU where an output is that of an ``nn.ReLU``, else the
     outputs themselves. ``pooled`` is the input of ``classifier``, by default of the last ``nn.Linear``;
-    ``final`` the last map whose mean over space that is; there is no ``stem``. What a network does not show
-    is :class:`Absent`. Nothing of a forward pass is kept, and the network's state dict has its own names.
-    ``role`` stands in errors. The network is in eval mode while this is built.
+    ``final`` is the last map whose mean over space is ``pooled``; there is no ``stem``. A feature that the
+    network does not have is :class:`Absent`. Nothing of a forward pass is kept, and the names of the state
+    dict stay as they are. ``role``, "student" or "teacher", is for errors. The network must be in eval mode
+    while this is built.
     """
 
     def __init__(
@@ -98,11 +99,11 @@ class Observed:
         return (preact if features == "preact" else maps._replace(preact=preact)), logits
 
     def refreshed(self) -> Observed:
-        """The same of a network to which something was added."""
+        """A new view of the same network, to which a method has added modules."""
         return Observed(self.network, *self._arguments)
 
     def misordered(self) -> str | None:
-        """That the points stand in another order than the network runs them, in one line; None if not."""
+        """A warning, one line, if the network runs the points in another order than given; else None."""
         if self.names == self.in_order or len({*self.names}) < len(self.names):
             return None
         return (
@@ -139,10 +140,11 @@ class Observed:
 
 
 def _told_of_casts(role: str, network: nn.Module, dtype: torch.dtype) -> str:
-    """What becomes of numbers that a network rounds on purpose, once it is compiled, in one line."""
+    """The warning, one line, that a compiled network will not round numbers that it rounds on purpose."""
     return (
         f"{role} {type(network).__name__} rounds by a cast to {str(dtype).removeprefix('torch.')} and back,"
-        " which inductor leaves out: set torch._inductor.config.emulate_precision_casts = True before"
+        " which inductor leaves out: before compiling, set"
+        " torch._inductor.config.emulate_precision_casts = True"
     )
 
 

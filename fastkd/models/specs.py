@@ -57,7 +57,7 @@ def origin(spec: str) -> str | None:
 
 
 def stages_of(network: nn.Module) -> tuple[str, ...] | None:
-    """The points that stand in where none are named; None where there are no usual ones.
+    """The default points of a network; None where there are none.
 
     They are ``layer1`` to ``layer4`` of a ResNet and its kin, or what a network of timm declares: the last
     four of its stages, if each halves the map. A network of ``fastkd.models`` shows its own.
@@ -117,8 +117,8 @@ def _weights_in(file: Path | None, published: Any) -> Any:
 
 
 def suggested(network: nn.Module, image_shape: Sequence[int]) -> list[str]:
-    """Points for a network that has no usual ones: the last submodule at each size of map, but the first and
-    those of one position.
+    """Points for a network without default ones: for each size of map the last submodule that gives it. The
+    first size and that of one position are left out.
     """
     network.eval()
     last: dict[tuple[int, ...], str] = {}

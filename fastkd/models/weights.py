@@ -198,7 +198,7 @@ def _fitted(state: dict[str, Tensor], wanted: dict[str, Tensor], path: str | Pat
 
 
 def _list(names: list[str], others: list[str]) -> str:
-    """How many names, the first, and which of the others may be meant by it."""
+    """The number of ``names``, the first of them, and the most similar name among ``others``."""
     nearest = difflib.get_close_matches(names[0], others, 1)
     meant = f", nearest on the other side {nearest[0]}" if nearest else ""
     return f"{len(names)} name{'s' if len(names) > 1 else ''} ({names[0]}{meant})"

@@ -1,5 +1,5 @@
-"""Gradients for an upstream gradient that stands for several (``is_grads_batched=True``): PyTorch knows of
-that, kernels do not.
+"""Gradients for a batch of upstream gradients (``is_grads_batched=True``), which PyTorch's own operations
+support and the kernels do not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fastkd.ops._register import accumulator
 def by_reference(
     formula: Callable[..., Tensor], inputs: Sequence[Tensor], needs: Sequence[bool], grad: Tensor
 ) -> list[Tensor | None]:
-    """The gradients of ``formula(*inputs)``, plain PyTorch, in its result's dtype; None by ``needs``."""
+    """The gradients of ``formula(*inputs)`` by plain PyTorch, in its result's dtype; None by ``needs``."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         wide = [x.to(accumulator(inputs)) for x in inputs]

@@ -1,7 +1,7 @@
-"""What the CUDA library does not serve, and "" where it does. Its kernels check the rest, so that misuse is
-explained as everywhere.
+"""Why the CUDA library does not serve a call, or "" where it does. Its kernels check the arguments, so that
+misuse is explained as everywhere.
 
-Each function takes a call's arguments and options, as :func:`fastkd.backends.select` is given them.
+Each function takes the arguments and options of a call as :func:`fastkd.backends.select` gets them.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What the losses of differences share: which tensors their kernels serve, and what autograd does with the
-gradients that the forward pass has made.
+"""What OFD, HCL, SAKD and NORM share, whose kernels compute loss and gradients in one pass: which tensors the
+kernels take, and how autograd returns gradients that the forward pass has computed.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ def fused(first: Tensor) -> bool:
 
 
 def served(s: Tensor, t: Tensor) -> bool:
-    """Whether the kernels take this pair: float16, bfloat16 or float32, dense, in memory alike."""
+    """Whether the kernels take this pair: float16, bfloat16 or float32, dense, of one memory layout."""
     if s.dtype not in _DTYPES or t.dtype != s.dtype or s.dim() > 5 or not s.numel():
         return False
     return all(x.is_contiguous() for x in (s, t)) or all(x.movedim(1, -1).is_contiguous() for x in (s, t))
 
 
 def dense(x: Tensor) -> bool:
-    """Whether the kernels that take a feature by itself take this one."""
+    """Whether the kernels that read single features, not pairs, take this one."""
     return served(x, x)
 
 
 def wanted(*sides: Sequence[Tensor]) -> list[bool]:
-    """Of each side, whether autograd records one of its tensors."""
+    """For each side, whether one of its tensors needs a gradient."""
     followed = torch.is_grad_enabled()
     return [followed and any(x.requires_grad for x in side) for side in sides]
 

@@ -23,16 +23,17 @@ _MOST = 256  # situations remembered; upstream gradients that never come back wo
 class GradPrefetch:
     """The upstream gradients that one operation has seen, in all calls of a process. A race costs time only.
 
-    A guess is what came the last time in the same situation: the turn of the call, counted from the last
-    backward pass, which tells the losses of one sum apart, and the upstream gradient seen last, which tells
-    losses apart that have backward passes of their own. It is made where a situation had one outcome, or the
-    same twice in a row. Before the first backward pass it is 1.
+    A guess is the upstream gradient that came the last time in the same situation. A situation has two parts:
+    the number of the call since the last backward pass, which distinguishes the losses of one sum, and the
+    upstream gradient seen last, which distinguishes losses with backward passes of their own. A guess is made
+    if the situation occurred once, or gave the same gradient twice in a row. Before the first backward pass
+    it is 1.
     """
 
     def __init__(self) -> None:
         self._turn, self._last = 0, 1.0
         self._first: float | None = 1.0
-        # what came in a situation: to be counted on, or after something else
+        # the gradient that came last in a situation: expected again, or different from the one before
         self._known: dict[tuple[int, float], float] = {}
         self._doubted: dict[tuple[int, float], float] = {}
 
@@ -66,9 +67,9 @@ def take(ctx: Any, grad: Tensor, seen: GradPrefetch) -> Sequence[Tensor]:
 
     They are given away once: autograd may accumulate into them, so a second backward pass computes its own.
     """
-    if ctx.expected is None:  # nothing was to be foreseen
+    if ctx.expected is None:  # the forward pass did not guess
         return ()
-    # a second derivative is wanted, the call is traced, or grad stands for several
+    # a second derivative is wanted, the call is traced, or grad is a batch of gradients
     if torch.is_grad_enabled() or type(grad) is not Tensor or batched(grad):
         return ()
     situation, expected = ctx.expected

@@ -28,8 +28,8 @@ class Scaled(torch.autograd.Function):
 
 
 def save(ctx: Any, grads: Sequence[Tensor], sides: Sequence[Tensor], needs: Sequence[bool]) -> None:
-    """Saves for :func:`scaled` what has a gradient, and nothing of a teacher: autograd does not save tensors
-    that were made under inference mode.
+    """Saves for :func:`scaled` the sides that need a gradient, and no others: autograd cannot save tensors
+    made under inference mode, as a teacher's may be.
     """
     ctx.needs = needs
     pairs = zip(grads, sides, needs, strict=True)
@@ -40,12 +40,12 @@ def save(ctx: Any, grads: Sequence[Tensor], sides: Sequence[Tensor], needs: Sequ
 def where_needed(
     make: Callable[[Tensor], Tensor], sides: Sequence[Tensor], needs: Sequence[bool]
 ) -> list[Tensor]:
-    """``make(side)`` for a gradient that somebody needs; another one has no elements."""
+    """``make(side)`` for each side whose gradient is needed, and a tensor without elements for the others."""
     return [make(x) if need else x.new_empty(0) for x, need in zip(sides, needs, strict=True)]
 
 
 def scaled(ctx: Any, operator: str, upstream: Tensor | None) -> list[Tensor | None]:
-    """The gradients times ``upstream`` in the dtypes of the sides, None where nobody needs one."""
+    """The saved gradients times ``upstream``, in the dtypes of the sides; None where none is needed."""
     saved = iter(ctx.saved_tensors)
     return [
         handed_out(operator, upstream, next(saved), next(saved), False)
@@ -59,7 +59,7 @@ def handed_out(operator: str, upstream: Tensor, grad: Tensor, x: Tensor, spare: 
     """``grad * upstream`` in the dtype of ``x``, in the memory of ``grad`` where ``spare`` and nobody needs
     it any more: after a backward pass that keeps no graph.
     """
-    # a second derivative is wanted, the call is traced, or upstream stands for several
+    # a second derivative is wanted, the call is traced, or upstream is a batch of gradients
     if torch.is_grad_enabled() or type(upstream) is not Tensor or batched(upstream):
         return Scaled.apply(operator, upstream, grad, x).to(x.dtype)
     if keeps_graph() or not spare:

@@ -12,7 +12,7 @@ from fastkd import checks
 from fastkd._bits import ATTENTION, FSP
 
 OperatorOptions = tuple[int, tuple[float, ...]]
-"""Bits of :mod:`fastkd._bits`, and the numbers but for the first, the upstream gradient."""
+"""The options as packed by :mod:`fastkd._bits`, and the numbers that follow the upstream gradient."""
 
 
 class AttentionOptions(NamedTuple):
@@ -71,7 +71,7 @@ class FSPOptions(NamedTuple):
 
 
 def _weights(given: object, what: str) -> list[float]:
-    """None is no number: the operators take one a stage or pair, or none."""
+    """The weights as floats; [] for None: the operators take one number per stage or pair, or no number."""
     weights = checks.stage_weights(given, what=what, convert=checks.constant)
     if weights == []:
         raise ValueError(f"weights has 0 numbers, wanted one a {what}")

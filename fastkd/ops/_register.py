@@ -20,7 +20,7 @@ from fastkd._private import has_tangent, in_torch_func, transforming
 
 
 class _Library(torch.library.Library):
-    """Operators whose autograd rules, for reverse mode alone, let no other derivative pass as zero."""
+    """Operators with autograd rules for reverse mode only: any other derivative is an error, not zero."""
 
     def impl(self, op_name: Any, fn: Callable[..., Any], dispatch_key: str = "", **options: Any) -> None:
         if dispatch_key == "Autograd":
@@ -35,7 +35,7 @@ class _Library(torch.library.Library):
 
 
 _PART_OF: dict[str, str] = {}
-"""Operators that another one runs, by the public function that both belong to."""
+"""For each operator that another operator runs: the public function that both belong to."""
 
 
 def _refuse_other_derivatives(name: str, args: Sequence[Any]) -> None:
@@ -104,7 +104,7 @@ def define(
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         known = cuda_fake if namespace == "fastkd_cuda" and cuda_fake else fake
         torch.library.register_fake(f"{namespace}::{name}", known, lib=library)
-        if "!" not in schema:  # what writes into its arguments does not, see `not_differentiable`
+        if "!" not in schema:  # an operator that writes into its arguments has none, see `not_differentiable`
             rule = _one_by_one(getattr(getattr(torch.ops, namespace), name).default)
             torch.library.register_vmap(f"{namespace}::{name}", rule, lib=library)
     if name in kernels.LAUNCHERS and _LIBRARIES:
@@ -112,7 +112,7 @@ def define(
 
 
 def part_of(public: str, schema: str, fake: Callable[..., Any]) -> None:
-    """Declare an operator without a derivative, which one of the function ``public`` runs."""
+    """Declare an operator without a derivative, which an operator of the function ``public`` runs."""
     define(schema, fake, one_namespace=True)
     name = schema.partition("(")[0]
     _PART_OF[f"fastkd::{name}"] = public
@@ -155,7 +155,7 @@ def differentiable_once(name: str, one_namespace: bool = False) -> None:
 def not_differentiable(name: str, instead: str) -> None:
     """Refuse derivatives and vmap for ``fastkd::<name>``, which writes into its first argument.
 
-    Where it is called without, autograd is told of the change in place.
+    Where none is asked for, it runs, and autograd is told of the change in place.
     """
     if not _LIBRARIES:
         return
@@ -208,6 +208,6 @@ def smaller(a: Sequence[int], b: Sequence[int]) -> list[int | torch.SymInt]:
 
 
 def one_device(tensors: Sequence[Tensor]) -> None:
-    """Refuse, in a fake, what kernels refuse: a mix with ``meta`` tensors would pass for a traced call."""
+    """Refuse tensors on several devices in a fake, as kernels do: ``meta`` ones would seem to be traced."""
     if len({x.device for x in tensors}) > 1:
         raise RuntimeError("tensors of one call lie on different devices")

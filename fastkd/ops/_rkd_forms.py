@@ -16,8 +16,8 @@ NEAR = 2.0**-13
 off by more than float32's rounding.
 """
 NUMBERS = 2**16
-"""Of a chunk's differences and cosines. Some vertices are taken at once where the batch is small; one makes
-(B, B) and (B, D).
+"""How many differences and cosines a chunk holds. One vertex makes (B, B) and (B, D) of them; in a small
+batch several vertices are taken at once.
 """
 
 

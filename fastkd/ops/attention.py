@@ -71,7 +71,7 @@ class AttentionTransferFunction(torch.autograd.Function):
         )
         if coefficients[0].dim() > 1:
             _warn(student, teacher, options, coefficients)
-        else:  # all in one
+        else:  # the coefficients of all stages are one tensor
             if student[0].dim() == 3:
                 checks.tokens("attention_transfer_loss", student, teacher, *_are_maps(options))
         ctx.call = impl, options, numbers[0], needed, stages
@@ -99,8 +99,8 @@ def _warn(
 ) -> None:
     if coefficients[0].dim() == 2:  # of features with three dimensions
         checks.tokens("attention_transfer_loss", student, teacher, *_are_maps(options))
-    # counted on the coefficients, one a position, since this costs the least; they are as many as before a
-    # pooling that comes after
+    # Positions are counted on the coefficients, one each, since this costs the least. With pooling after the
+    # power there are as many as before the pooling, so they do not tell.
     if options & POOL_BEFORE:
         batch = student[0].shape[0]
         for k in coefficients:

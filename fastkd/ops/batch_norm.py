@@ -1,5 +1,5 @@
-"""A batch norm in training, the addition and the ReLU that follow it, as one operation: what a step's time
-goes to after convolutions.
+"""A batch norm in training with the addition and the ReLU that follow it, as one operation: of a step's time
+they take the largest part after convolutions.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class BatchNormFunction(torch.autograd.Function):
 
 
 def _gradients_in_pytorch(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Where the gradients are to be differentiated, or ``grad`` stands for several."""
+    """The gradients where they are to be differentiated themselves, or ``grad`` is a batch of gradients."""
     x, y, weight, bias, _, _ = ctx.saved_tensors
     again = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -126,8 +126,8 @@ def add(y: Tensor, residual: Tensor, *, owned: bool) -> Tensor:
 def batch_norm(
     norm: Any, x: Tensor, residual: Tensor | None = None, *, relu: bool = False, owned: bool = False
 ) -> Tensor:
-    """``norm(x)``, to which ``residual`` is added, and the ReLU of that: each where asked for. Running
-    averages are updated as ever.
+    """``norm(x)``, plus ``residual`` and followed by a ReLU where asked for. Running averages are updated as
+    usual.
 
     A :class:`torch.nn.BatchNorm2d` in training, with parameters of float32 or of x's dtype, over dense
     channels_last x and residual of float16, bfloat16 or float32 on a CPU, is one operator that reads x twice

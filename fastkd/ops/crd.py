@@ -18,7 +18,7 @@ from fastkd.ops._register import accumulator, autograd, define, implement, part_
 from fastkd.reference.common import no_autocast
 
 NUMBERS = 2**22
-"""Of what a chunk of samples makes: scores against a whole bank, or drawn rows of it."""
+"""How many numbers a chunk of samples makes: scores against a whole bank, or drawn rows of it."""
 CHEAPER = 64
 """How many rows of a bank a product of matrices takes in the time of one that is gathered."""
 
@@ -62,14 +62,14 @@ def crd_loss(
     D P), P the parts into which K is divided. Other banks that are not in the dtype of the computation are
     copied to it whole in every call: those of half precision without Triton, and one of two that differ.
     Elsewhere scores come from one product with the whole bank where enough of it is drawn, else from a chunk
-    of samples at a time. On a GPU nobody looks at ``rows``: one outside the banks makes loss and gradient
-    NaN, and in plain PyTorch ends in its assertion.
+    of samples at a time. On a GPU the values of ``rows`` are not checked: one outside the banks makes loss
+    and gradient NaN, and fails an assertion of plain PyTorch.
     Raises: TypeError, ValueError for what does not fit. A second derivative raises RuntimeError;
     ``fastkd.reference`` has one.
     Source: Tian, Krishnan, Isola, *Contrastive representation distillation*, ICLR 2020.
     """
     checks.crd_loss(student, teacher, student_bank, teacher_bank, rows, temperature, normalizers, eps, weight)
-    # no implementation but the reference has rules for these; a graph and what watches it get the operator
+    # only the reference supports tensor wrappers and transforms; graphs and dispatch modes get the operator
     beyond = is_wrapper(student) or transforming()
     impl = None
     if beyond or not (torch.compiler.is_compiling() or dispatch_watched()):
@@ -112,7 +112,7 @@ def _inputs(
 
 
 def _loss(s: Tensor, t: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operator, which chooses when a graph runs."""
+    """The operator of graphs, which selects a backend each time it runs."""
     s_bank, t_bank, rows = rest[:3]
     impl = backends.select("crd_pass", (s, t, s_bank, t_bank), no_kernel, rows.shape[1:])
     return _loss_by(impl, s, t, *rest)
@@ -242,7 +242,7 @@ def added(slopes: Tensor, rows: Tensor, size: int, on_cpu: bool) -> Tensor:
 
 
 def _chunks(bank: Tensor, rows: Tensor) -> tuple[list[slice], bool]:
-    """Samples that are looked at together, and whether with the whole bank."""
+    """(chunks of samples that are computed together, whether each is scored against the whole bank)."""
     (size, width), (count, drawn) = bank.shape, rows.shape
     whole = drawn * CHEAPER >= size and count * drawn >= size
     step = max(64, NUMBERS // size) if whole else max(1, NUMBERS // (drawn * width))

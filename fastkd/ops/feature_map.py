@@ -51,8 +51,8 @@ _EMPTY = torch.empty(0)
 
 
 def _watch(ctx: Any, x: Tensor) -> None:
-    """Note how often x was changed in place so far. What watches it shares x's counter of changes, but none
-    of its memory.
+    """Note x's version counter, which counts changes in place. ``ctx.watched`` shares the counter with x, but
+    not its memory.
     """
     ctx.watched, ctx.version = None, 0
     if any(ctx.needs_input_grad):
@@ -113,7 +113,7 @@ class TapFunction(torch.autograd.Function):
 
 
 def _sum_in_pytorch(ctx: Any, grad: Tensor | None, map_grad: Tensor, x: Tensor) -> Tensor:
-    """``grad`` and the gradient that ``map_grad`` gives x, where these stand for several each."""
+    """``grad`` plus the gradient that ``map_grad`` gives x, for batches of gradients."""
     p, channel_reduce, signed, eps, eps_mode = ctx.options
     options = dict(p=p, channel_reduce=channel_reduce, signed=signed, eps=eps, eps_mode=eps_mode)
     dx: Any = _batched_grads.by_reference(
@@ -194,7 +194,7 @@ def tap(
     The backward pass adds the map's gradient to the one that arrives from the network in a single pass over
     the feature, so that no gradient of the loss is written, read again and added. Give the map to
     :func:`attention_transfer_loss` with ``student_is_map=True``. Use what is returned in place of x: where x
-    itself goes on, autograd adds as ever. The feature returned shares x's memory and may not be changed in
+    itself goes on, autograd adds as usual. The feature returned shares x's memory and may not be changed in
     place, which the backward pass refuses: before a ReLU take :func:`relu_tap`. Inside ``torch.compile`` it
     is ``x, attention_map(x)``.
 

@@ -43,7 +43,7 @@ def rkd_loss(
     Source: Park, Kim, Lu, Cho, *Relational knowledge distillation*, CVPR 2019; RepDistiller's weights.
     """
     checks.rkd_loss(student, teacher, distance_weight, angle_weight, weight)
-    # no implementation but the reference has rules for these; a graph and what watches it get the operator
+    # only the reference supports tensor wrappers and transforms; graphs and dispatch modes get the operator
     beyond = is_wrapper(student) or transforming()
     impl = None
     if beyond or not (torch.compiler.is_compiling() or dispatch_watched()):
@@ -54,7 +54,7 @@ def rkd_loss(
     factors = [float(weight) * float(factor) for factor in (distance_weight, angle_weight)]
     followed = torch.is_grad_enabled()
     needs = followed and student.requires_grad, followed and teacher.requires_grad
-    # Triton's kernels read what others want in one dtype
+    # Triton's kernels read each side in its own dtype, all other implementations take one dtype
     s, t = (x.flatten(1) for x in ((student, teacher) if impl is TRITON else widen(student, teacher)))
     loss: Tensor
     if impl is None:
@@ -67,7 +67,7 @@ def rkd_loss(
 def _loss(
     s: Tensor, t: Tensor, distance: float, angle: float, need_s: bool, need_t: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator, which chooses when a graph runs."""
+    """The operator of graphs, which selects a backend each time it runs."""
     return _loss_by(backends.select("rkd_pass", (s, t), no_kernel), s, t, distance, angle, need_s, need_t)
 
 
@@ -94,7 +94,7 @@ def _fake(
 def _pass_elsewhere(
     s: Tensor, t: Tensor, distance: float, angle: float, need_s: bool, need_t: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What Triton does of float16, bfloat16 and float32, on devices without it."""
+    """The operator ``rkd_pass`` on devices without Triton, for the dtypes that Triton's takes."""
     for name, x in (("s", s), ("t", t)):
         if x.dtype == torch.float64:
             raise TypeError(f"{name} must be float16, bfloat16 or float32, got {x.dtype}")

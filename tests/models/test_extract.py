@@ -226,7 +226,9 @@ def test_a_network_that_rounds_on_purpose_is_told_once_it_is_compiled(role, monk
         with config.patch(emulate_precision_casts=True):
             torch.compile(made, fullgraph=True, backend="eager")(images, labels)
     torch.compiler.reset()
-    told = f"{role} Rounding rounds by a cast to bfloat16 and back, which inductor leaves out: set torch._ind"
+    told = (
+        f"{role} Rounding rounds by a cast to bfloat16 and back, which inductor leaves out: before compiling,"
+    )
     with pytest.warns(UserWarning, match=told):
         torch.compile(made, fullgraph=True, backend="eager")(images, labels)
     torch.compiler.reset()
