@@ -57,12 +57,13 @@ def test(
     image_size: int | None = None,
     workers: int = 0,
 ) -> Result:
-    """Tests the weights in ``file``: of a run (its folder will do), or alone, of the network ``model``.
+    """Tests the weights in ``file``: of a run, which may be given by its folder, or of the network ``model``.
 
-    A run's student has what its method has put into it: SimKD's projector and classifier, NORM's pair.
-    ``dataset``, ``normalization``, the name of a recipe's constants or "MEAN/STD", and ``image_size``, that
-    of a folder's images, are by default those of the run. Weights of no run have the normalization that timm
-    or torchvision declare for the network, else the set's own, and images of 224. Raises UserError, one line.
+    The student of a run includes the modules that its method has added: SimKD's projector and classifier,
+    NORM's pair. ``dataset``, ``normalization`` (the name of a recipe's constants, or "MEAN/STD") and
+    ``image_size`` (of a folder's images) are by default those of the run. For weights of no run they are the
+    normalization that timm or torchvision declares for the network, else the set's own, and 224. Raises
+    UserError, one line.
     """
     path = as_path(file)
     path = path / "best.pt" if path.is_dir() else path

@@ -33,7 +33,7 @@ def _feature(io: IO, place: Mapping[str, str]) -> Tensor:
 
 
 def _pairs(name: str, given: Any, ends: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
-    """The pairs of a configuration, each with a place (path, io) at its ``ends`` and a weight."""
+    """``given``, if each of its pairs has a place (path, io) under each of ``ends``. Raises ValueError."""
     if not isinstance(given, Mapping) or not given:
         raise ValueError(f"{name} is {given!r}, wanted pairs by name")
     for key, pair in given.items():

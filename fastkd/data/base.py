@@ -41,7 +41,7 @@ class Dataset:
 
 
 def checked(name: str, found: Any) -> Dataset:
-    """What somebody's own function returned, if it is a whole set under that name. Raises UserError."""
+    """``found``, which a registered function returned, if it is a set of that name. Raises UserError."""
     if not isinstance(found, Dataset):
         raise UserError(f"dataset {name!r} gives {type(found).__name__}, wanted a fastkd.data.Dataset")
     if found.name != name:

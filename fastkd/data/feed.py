@@ -15,7 +15,7 @@ AnyDataset = Dataset | Folder
 
 
 class Feed(NamedTuple):
-    """How files are read: arguments of :class:`StreamedBatches`. A set in memory has no use for them."""
+    """How files are read: arguments of :class:`StreamedBatches`, of which a set in memory needs none."""
 
     sides: tuple[int, ...] = (224,)
     workers: int = 0

@@ -1,4 +1,4 @@
-"""A folder of images of one's own, as torchvision's ``ImageFolder`` has it: train/CLASS/ and val/CLASS/."""
+"""A folder of the user's own images as torchvision's ``ImageFolder`` has them: train/CLASS, val/CLASS."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Folder:
-    """Image files that are read anew in each epoch. The fields that :class:`fastkd.data.Dataset` has mean the
-    same; ``mean`` and ``std`` are ImageNet's.
+    """Image files, which are read again in each epoch. Fields that :class:`fastkd.data.Dataset` has too mean
+    the same; ``mean`` and ``std`` are ImageNet's.
 
-    ``title`` names the set in tables, ``fingerprint`` is that of all its names.
+    ``title`` names the set in tables; ``fingerprint`` is a hash of the names of all its files.
     """
 
     title: str

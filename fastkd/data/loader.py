@@ -16,8 +16,8 @@ PAD_MODES = ("reflect", "zero")
 
 
 class AnyBatches(ABC):
-    """What a training loop asks of its batches, wherever the images lie. ``joined``: images of all processes
-    in a step.
+    """The interface of batches for a training loop, wherever the images are. ``joined``: the number of images
+    of all processes in a step.
     """
 
     count: int

@@ -24,8 +24,8 @@ Key = tuple[int, int]
 
 
 class Read(NamedTuple):
-    """What a worker makes of a batch. ``places`` says which image each row is; ``bad`` has, by the place of
-    each file that cannot be read, why.
+    """A batch as a worker returns it. ``places`` (N,) int64 are the indices of the images; ``bad`` maps the
+    index of each file that cannot be read to the reason.
     """
 
     pixels: list[Tensor]  # for each size uint8 (N, S, S, 3)
@@ -34,7 +34,7 @@ class Read(NamedTuple):
 
 
 class Drawn:
-    """A batch that was read. ``index`` (N,) int64 says which images it has."""
+    """A batch that was read. ``index`` (N,) int64: the indices of its images."""
 
     def __init__(self, pixels: list[Tensor], index: Tensor):
         self.pixels, self.index = pixels, index

@@ -1,4 +1,4 @@
-"""What a command says: on the screen, and in the logs of the runs that are under way."""
+"""Output of a command: on the screen, and in the logs of the runs in progress."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ WIDTH = 100
 TOGETHER = "\u00a0"
 """A space at which no line is broken."""
 
-_logs: list[Path] = []  # a teacher is trained within its student's run: both keep what is said
-_silent = False  # of several processes those that are not the first say nothing
-_untold: list[str] = []  # of a screen that was given up before there was a log
+_logs: list[Path] = []  # open logs; while a teacher is trained, both its run's and its student's
+_silent = False  # of several processes only the first prints
+_untold: list[str] = []  # lines about a screen that failed before any log was open
 
 
 def counted(number: int, what: str) -> str:
@@ -39,9 +39,7 @@ def fitted(screen: str) -> str:
 
 
 def say(text: str, shown: str | None = None) -> None:
-    """Prints ``text`` and adds it to every open log. ``shown``: what is printed in its place; "" is
-    nothing.
-    """
+    """Prints ``text`` and adds it to every open log. ``shown``: what is printed instead, nothing for ""."""
     if _silent:
         return
     if shown != "":
@@ -51,13 +49,13 @@ def say(text: str, shown: str | None = None) -> None:
 
 
 def silent() -> bool:
-    """Whether nothing is to be said here."""
+    """Whether this process prints nothing."""
     return _silent
 
 
 @contextmanager
 def silenced(silent: bool) -> Iterator[None]:
-    """Inside, nothing is said if ``silent``."""
+    """Inside, nothing is printed or logged if ``silent``."""
     global _silent
     before, _silent = _silent, silent
     try:
@@ -67,7 +65,7 @@ def silenced(silent: bool) -> Iterator[None]:
 
 
 def _note(path: Path, text: str) -> None:
-    """Adds a line to an open log. One that cannot be written is told and left: no training ends with it."""
+    """Adds a line to an open log. A log that cannot be written is closed with a message: training goes on."""
     try:
         with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text + "\n")
@@ -78,8 +76,8 @@ def _note(path: Path, text: str) -> None:
 
 @contextmanager
 def logged(folder: Path) -> Iterator[None]:
-    """Keeps in ``folder``/log.txt what is said until the end, and what the run ended with. A log that is
-    there is continued.
+    """Inside, what :func:`say` prints is added to ``folder``/log.txt, and so is an error that ends the block.
+    An existing log is continued.
     """
     path = folder / LOG
     _logs.append(path)
@@ -103,7 +101,7 @@ def logged(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def noted_in(folders: Collection[Path]) -> Iterator[None]:
-    """Inside, of the open logs only those in ``folders`` get what is said: several runs are under way."""
+    """Inside, of several runs in progress only the logs in ``folders`` get what :func:`say` prints."""
     before, mine = list(_logs), [path for path in _logs if path.parent in folders]
     _logs[:] = mine
     try:
@@ -114,10 +112,10 @@ def noted_in(folders: Collection[Path]) -> Iterator[None]:
 
 
 class Screen:
-    """stdout or stderr, to which writing never fails.
+    """stdout or stderr, but writing to it never fails.
 
-    "?" stands for what it cannot print. Where nobody reads, or no room is left, the stream is given up with
-    one line in the log; what is written from then on is lost here, and ``error`` says why.
+    Characters that the stream cannot encode become "?". When a write fails, as for a closed pipe or a full
+    disk, the stream is given up with one line in the log. Later output is lost, and ``error`` says why.
     """
 
     def __init__(self, stream: Any, name: str):

@@ -1,4 +1,4 @@
-"""Writing files so that a reader, or the next run, never sees half of one."""
+"""Writing files so that no reader ever sees half of one."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """``path`` and its parents, and a proof that files can be written there. Raises UserError."""
+    """Makes ``path`` and its parents, and tries whether files can be written there. Raises UserError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -81,7 +81,8 @@ def locked(path: Path, waits: Callable[[], None] | None = None) -> Iterator[None
 
 @contextmanager
 def owned(path: Path) -> Iterator[bool]:
-    """Holds the lock file ``path`` if it is free (a killed process holds nothing). Raises UserError.
+    """Holds the lock file ``path`` if it is free, and gives whether it does. Raises UserError. The lock of a
+    process that is killed is released.
 
     Where the file system has no such locks (Lustre and NFS, as they are mounted), see :func:`marked`.
     """

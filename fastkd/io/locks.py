@@ -13,24 +13,25 @@ from fastkd.errors import UserError
 from fastkd.io.console import say
 
 PULSE = 10.0
-"""Seconds between two signs of life of who holds a mark."""
+"""Seconds after which the holder of a mark renews the mark's time."""
 
 GONE = 120.0
-"""Seconds without a sign of life after which a mark counts as left behind."""
+"""Seconds after which a mark whose time was not renewed counts as left behind."""
 
 _told = False
 _held: set[str] = set()  # the marks of this process
-# held while a mark and its name in _held are made or removed: each tells of the other
+# held while a mark and its entry in _held are made or removed, so that both always agree
 _changing = threading.Lock()
 
 
 @contextmanager
 def marked(path: Path, reason: str = "") -> Iterator[bool]:
-    """Holds ``path``.held, a file beside the lock file ``path``, if nobody does, and says whether.
+    """Holds the mark ``path``.held, a file beside the lock file ``path``, unless another process does. Gives
+    whether it is held.
 
-    Nobody removes the file of a process that was killed. It therefore names its process and machine, its time
-    is renewed while it is held, and the next one removes it once that process is gone or the time is two
-    minutes old. ``reason``: why there is no better lock, said once. Raises UserError.
+    The mark of a killed process stays behind. A mark therefore names its process and machine, and its time is
+    renewed while it is held. The next process removes it once its holder is gone or its time is two minutes
+    old. ``reason``: why there is no better lock, printed once. Raises UserError.
     """
     global _told
     if reason and not _told:

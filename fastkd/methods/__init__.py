@@ -27,8 +27,8 @@ from fastkd.methods.context import undisturbed
 from fastkd.methods.definition import Definition, Term
 from fastkd.models.observed import views
 
-# the order of the published table, and of the terms of a sum (but KD is last there); what is not in it comes
-# after, by name
+# the order of the published table and of the terms of a sum, in which only KD is last; methods that are not
+# in it follow by name
 _TABLE = (
     "kd",
     "dkd",

@@ -107,7 +107,7 @@ class Preset:
 
 
 def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A field of a method's ``Options``: its default, its help, and the values that a string may have."""
+    """A field of a method's ``Options``: its default, its help text, and the values that it may have."""
     return field(default=default, metadata={"help": text, "choices": choices})
 
 
@@ -141,15 +141,15 @@ class Distiller(nn.Module):
 
     @classmethod
     def beside(cls, options: Any, preset: Preset, with_kd: bool) -> Beside:
-        """What is trained beside this loss; ``with_kd``: whether the user asks for KD too.
+        """The weights of cross-entropy and KD beside this loss; ``with_kd``: whether the user asks for KD.
 
-        ``preset.with_kd`` is None but in the sum with KD alone, under a preset of the recipe's own authors.
+        ``preset.with_kd`` is None except in a sum of this method and KD alone, under the recipe's own preset.
         """
         return preset.with_kd if with_kd and preset.with_kd is not None else preset.beside
 
     @classmethod
     def begins(cls, options: Any) -> bool:
-        """Whether, with recipe.init_epochs, it is alone in a first phase and left out of the main one."""
+        """Whether it is trained alone in a first phase, and only there, if the recipe has ``init_epochs``."""
         return cls.initializes
 
     def wrap_student(self, student: nn.Module) -> nn.Module:
@@ -163,13 +163,13 @@ class Distiller(nn.Module):
         return z
 
     def connect(self, batch: Batch, student: Output, teacher: Output) -> Any:
-        """What convolutions make of the features, inside autocast. The result is handed to :meth:`loss`."""
+        """What runs under autocast, such as convolutions of features; :meth:`loss` gets its result."""
         return None
 
     def loss(
         self, batch: Batch, student: Output, teacher: Output, connected: Any
     ) -> Tensor | tuple[Tensor, Any]:
-        """The scalar, its published weight included, or (scalar, record). Outside autocast.
+        """The loss, a scalar times its published weight, or (loss, record). Runs outside autocast.
 
         A record is a tensor or a tuple of tensors, one row an image, without gradients; :meth:`update` gets
         it after the step.
@@ -181,16 +181,18 @@ class Distiller(nn.Module):
         return 1.0
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
-        """Before the first step of ``epoch`` (from 0), for numbers drawn from the seed and the epoch.
+        """Called before the first step of ``epoch`` (from 0), for numbers drawn from the seed and the epoch.
 
         The seed is ``torch.initial_seed()`` in ``__init__``. What a graph reads must be a buffer that is
         changed in place.
         """
 
     def update(self, index: Tensor, record: Any) -> None:
-        """After the optimizer's step, no gradients; ``index`` and ``record`` are of all processes."""
+        """Called after the optimizer's step, without gradients; ``index`` and ``record`` have the rows of all
+        processes.
+        """
 
 
 def overrides(cls: type[Distiller], name: str) -> bool:
-    """Whether a method has its own ``name``."""
+    """Whether the method ``cls`` overrides ``Distiller.name``."""
     return getattr(cls, name) is not getattr(Distiller, name)

@@ -1,4 +1,4 @@
-"""What brings a student's map to the form of a teacher's."""
+"""Layers that bring a student's map to the shape of a teacher's."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def for_convolutions(x: Tensor) -> Tensor:
 
 
 def averaged(x: Tensor, size: Sequence[int]) -> Tensor:
-    """``x`` (N, C, H, W), adaptively averaged to ``size``. Whole multiples of it go by the pooling that gives
-    the same bits in half of the time.
+    """``x`` (N, C, H, W), adaptively averaged to ``size``. For whole multiples of it ``avg_pool2d`` gives the
+    same bits in half of the time.
     """
     steps = [mine // wanted for mine, wanted in zip(x.shape[2:], size, strict=True)]
     if all(step * wanted == mine for step, wanted, mine in zip(steps, size, x.shape[2:], strict=True)):
@@ -27,7 +27,7 @@ def averaged(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def laid_as(x: Tensor, given: Tensor) -> Tensor:
-    """``x``, contiguous where ``given`` is: losses read a student's and a teacher's map faster alike."""
+    """``x``, contiguous if ``given`` is: losses read two maps faster if their memory layouts are the same."""
     return x.contiguous() if given.is_contiguous() else x
 
 

@@ -22,15 +22,15 @@ Network = Callable[..., tuple[Features, Tensor]]
 
 @dataclass(frozen=True)
 class BuildContext:
-    """What a method may look at once, before the first step. It copies what it needs and stores no network.
+    """What a method may read when it is built. It copies what it needs and stores no network.
 
     ``student`` and ``teacher`` are as built: not folded, not wrapped for several GPUs; the teacher is frozen
     and holds its weights. ``student_shapes`` and ``teacher_shapes`` are Features of torch.Size (C, H, W),
     ``preact`` included. ``train_labels`` are those of the training set in use, or None; their number is the
-    size of a bank. ``batch_size`` counts the images of ONE process in a step. ``teacher_features()``, where
-    it is there, goes once through the training images, and gives the teacher's features, ``preact`` included,
-    batch by batch. ``student_view`` and ``teacher_view`` show the features of a network that is none of ours.
-    ``class_counts``: how many logits the student has, and the teacher.
+    size of a bank. ``batch_size`` counts the images of ONE process in a step. ``teacher_features()``, if it
+    is not None, goes once through the training images and gives the teacher's features, ``preact`` included,
+    batch by batch. ``student_view`` and ``teacher_view`` give the features of a network that is not of
+    ``fastkd.models``. ``class_counts``: the numbers of logits of student and teacher.
     """
 
     student: nn.Module
@@ -60,8 +60,8 @@ class BuildContext:
     ) -> BuildContext:
         """Finds the shapes, and the number of classes unless given, in one forward pass of each network.
 
-        ``observed``: what shows the features of a network that does not do so itself.
-        ``teacher_image_shape``: where the teacher's images are others than the student's.
+        ``observed``: the views of networks that do not return features themselves.
+        ``teacher_image_shape``: given where the teacher's images have another shape than the student's.
         """
         found = [
             shapes(student, image_shape, observed[0]),
@@ -149,8 +149,8 @@ def features_of(
 ) -> Iterator[Features]:
     """The network's features of each of ``batches``: images, or tuples that begin with them.
 
-    ``changed``: what makes the network's images of them. ``view`` shows those of a network that is none of
-    ours. Raises TypeError.
+    ``changed`` maps these images to those that the network takes. ``view`` gives the features of a network
+    that is not of ``fastkd.models``. Raises TypeError for batches of anything else.
     """
     device = next(network.parameters()).device
     if isinstance(batches, Tensor) or not isinstance(batches, Iterable):

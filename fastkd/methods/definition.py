@@ -56,7 +56,7 @@ class Definition:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The columns of the loss."""
+        """The names of the loss's terms, "ce" first where it has a weight."""
         return (*["ce"][: self.ce != 0], *(term.name for term in self.terms))
 
     @property
@@ -84,7 +84,7 @@ class Definition:
         return dataclasses.replace(self, terms=tuple(t for t in self.terms if not t.begins))
 
     def others_presets(self) -> dict[str, str]:
-        """Terms whose values are not those of the recipe's authors, and whose they are."""
+        """By term, the preset of those terms whose values are not those of the recipe's authors."""
         return {term.name: term.preset for term in self.terms if term.preset != self.preset}
 
     def recipe(self, base: Mapping[str, Any], said: Collection[str]) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def define(
     terms = [make(name) for name in names if name != "kd"]
     published = len(terms) == 1 and "kd" in names and terms[0].preset == preset
     beside = {term.name: _beside(term, "kd" in names, published) for term in terms}
-    # by the methods' authors, whether the user asks or not
+    # what the methods' authors add, whether the user asks for KD or not
     added = {name: wish.kd for name, wish in beside.items() if wish.kd}
     if not terms and names:
         terms = [make("kd")]
@@ -250,7 +250,7 @@ def _beside(term: Term, with_kd: bool, published: bool) -> Beside:
 
 
 def _cross_entropy(wanted: Mapping[str, float], said: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
-    """(its weight, what of it was changed)."""
+    """(the weight of cross-entropy, {"ce.weight": weight} if the user changed it)."""
     if not said:
         return (_agreed(wanted, "--option ce.weight") if wanted else 1.0), {}
     weight = filled("ce", CrossEntropy, {}, said).weight
@@ -258,7 +258,7 @@ def _cross_entropy(wanted: Mapping[str, float], said: Mapping[str, Any]) -> tupl
 
 
 def _agreed(wanted: Mapping[str, Any], decides: str) -> Any:
-    """The value that all want. Raises ValueError, which names what decides, where they do not."""
+    """The value that all of ``wanted`` have. Raises ValueError, which names the flag ``decides``."""
     values = list(wanted.values())
     if any(value != values[0] for value in values):
         told = ", ".join(f"{value} by {name}" for name, value in wanted.items())

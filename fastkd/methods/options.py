@@ -51,8 +51,8 @@ def _all(sections: Mapping[str, type]) -> list[str]:
 
 
 def filled(section: str, kind: Any, base: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
-    """A ``kind`` of the values in ``base``, those in ``given`` in their place. Raises ValueError for a field
-    or a value that cannot be.
+    """A ``kind``, a dataclass, with the values of ``base``, overridden by those of ``given``. Raises
+    ValueError for an unknown field or a value that is not allowed.
     """
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}

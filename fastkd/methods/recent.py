@@ -11,11 +11,11 @@ from fastkd.ops.crd import crd_loss
 class Recent(nn.Module):
     """``forward(student, teacher)``: unit embeddings (N, D) twice -> (scalar, normalizers (2,)).
 
-    ``fastkd.crd_loss`` where an image's positive is the other network's embedding of it in this very step.
-    Its negatives are that network's latest embeddings of ``length`` images; of length 0, those of the other
-    images of the batch. Images of its own class are among them. The queues begin as random numbers, and
-    :meth:`update` replaces the oldest rows after the optimizer's step. The formula's bank is all that is
-    scored: the batch, and the queue.
+    ``fastkd.crd_loss`` where the positive of an image is the other network's embedding of it in this very
+    step. The negatives are that network's latest embeddings of ``length`` images or, for length 0, those of
+    the other images of the batch; images of the same class may be among them. The queues begin as random
+    numbers, and :meth:`update` replaces the oldest rows after the optimizer's step. The bank of the formula
+    consists of the batch and the queue.
     """
 
     student_queue: Tensor

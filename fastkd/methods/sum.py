@@ -19,11 +19,11 @@ from fastkd.reference.common import widen
 
 
 class Losses(NamedTuple):
-    """What a batch gives. ``total`` is the sum of ``terms``, scalars by name: "ce" where there are labels,
-    then one a method.
+    """The losses of a batch. ``total`` is the sum of ``terms``, scalars by name: "ce" where there are labels,
+    then one per method.
 
-    ``student_logits`` and ``teacher_logits`` are as the losses see them, in float32 at least. ``records`` are
-    what :meth:`fastkd.Distillation.update` wants after the optimizer's step, by name; most methods have none.
+    ``student_logits`` and ``teacher_logits`` are as the losses see them, in float32 at least. ``records``, by
+    method, are for :meth:`fastkd.Distillation.update` after the optimizer's step; most methods have none.
     """
 
     total: Tensor
@@ -97,8 +97,8 @@ class MethodSum(nn.ModuleDict):
             if not isinstance(labels, Tensor):
                 raise TypeError(f"labels is {type(labels).__name__}, wanted a tensor (N,) of int64")
             checks.label_values(labels, logits.shape[1])
-        # on a cast of its own: half-precision gradients are rounded before they are added, as in published
-        # code
+        # on a cast of its own: the gradients of cross-entropy and of the other losses are rounded to half
+        # precision before they are added, as in published code
         return {"ce": F.cross_entropy(self.seen_logits(logits).float(), labels) * self._ce}
 
     def losses(
@@ -140,7 +140,7 @@ class MethodSum(nn.ModuleDict):
 
 
 def _without_values() -> bool:
-    """Whether a tracer, a transform or a mode is at work, whose tensors may have no values to look at."""
+    """Whether a tracer, a transform or a dispatch mode is active, under which tensors may have no values."""
     return _private.recorded_elsewhere() or _private.dispatch_watched()
 
 

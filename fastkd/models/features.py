@@ -1,4 +1,4 @@
-"""What a model shows of its inside, returned by ``forward`` and never hooked."""
+"""The features that a network's ``forward`` returns itself, without hooks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Features(NamedTuple):
 
 
 class Absent:
-    """A feature that a network does not show. Asked for anything, it raises ValueError that says why."""
+    """Stands for a feature that a network does not have. Any use of it raises ValueError, which says why."""
 
     def __init__(self, why: str):
         self.why = why
@@ -64,10 +64,10 @@ FEATURES = (False, True, "preact", "both", "pooled")
 
 
 class Record:
-    """What the blocks of one forward pass leave for :class:`Features` beside the tensor that each returns.
+    """Collects for :class:`Features` what the blocks of one forward pass compute beside their outputs.
 
-    Groups and blocks are called as modules and hand on plain tensors, so that hooks see what they would see
-    in any network.
+    Groups and blocks are called as modules and return plain tensors, so that hooks on them see the same as in
+    any other network.
     """
 
     def __init__(self, features: bool | str, tap: Callable[..., tuple[Tensor, Tensor]] | None):

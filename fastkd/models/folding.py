@@ -1,5 +1,5 @@
-"""A teacher in eval mode, made cheap: batch norms folded into convolutions, weights in the step's dtype once
-and for all.
+"""A cheaper copy of a teacher in eval mode: batch norms are folded into convolutions, and weights are cast
+once to the dtype of the step.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def channels_last(network: nn.Module) -> nn.Module:
 
 
 def foldable(model: nn.Module, features: bool | str) -> list[tuple[str, str]]:
-    """(convolution, batch norm) by name, where the second is the only reader of the first."""
+    """Names of (convolution, batch norm) pairs where only the batch norm reads the convolution's output."""
     try:
         graph = fx.Tracer().trace(_Asked(model, features))
     except Exception:  # whatever Python a user's model holds
@@ -72,7 +72,7 @@ def foldable(model: nn.Module, features: bool | str) -> list[tuple[str, str]]:
 
 
 class _Asked(nn.Module):
-    """A model with its question, as one function of the images."""
+    """A model with a fixed argument ``features``, as a function of the images alone."""
 
     def __init__(self, model: nn.Module, features: bool | str):
         super().__init__()

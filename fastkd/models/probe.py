@@ -1,4 +1,4 @@
-"""What one forward pass tells of a network: where its logits, its last map and its ReLUs are."""
+"""What one forward pass shows of a network: where its logits, its last map and its ReLUs are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trained network from the folder of its run, with whatever its method has put into it."""
+"""A trained network from the folder of its run, with the modules that its method has added."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What finished runs show: the published tables with ours beside them, curves, and attention maps."""
+"""Reports on finished runs: the published tables with ours beside them, curves, and attention maps."""

@@ -37,7 +37,7 @@ class Curve:
 
     @property
     def place(self) -> tuple[str, ...]:
-        """What its figure's row shows; a teacher stands with each of its students."""
+        """Data set, recipe, epochs and precision: the row of the figure in which it is drawn."""
         return tuple(self.about.get(name) or "" for name in ("dataset", "recipe", "nepoch", "precision"))
 
     @property

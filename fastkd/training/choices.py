@@ -1,4 +1,4 @@
-"""The choices of a run as plain values: what makes two runs the same, and what the records say."""
+"""The choices of a run as plain values: when two runs are the same, and what is recorded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fastkd.training.teacher_images import RECORD
 from fastkd.training.teacher_images import written as normalization_written
 
 ALONE = ("epochs", "teacher_mode", "preset", "init_epochs", "init_lr", "init_milestones")
-"""Fields that a teacher's own training has no use for, or whose value stands in its file's name already."""
+"""Fields that a teacher's own training does not use, or whose value is in its file's name already."""
 
 USUAL = {
     "precision": "fp32",
@@ -34,7 +34,7 @@ USUAL = {
     "cuda_graph": False,
     "processes": 1,
 }
-"""What a teacher's file does not say in its name."""
+"""The usual values of what a teacher's training depends on: its file's name says only where it differs."""
 
 
 class Choices(Given):
@@ -44,11 +44,11 @@ class Choices(Given):
     recipe: Recipe
     method: Definition
     points: dict[str, tuple[str, ...] | None]
-    """By role the submodules whose outputs are the stages of a network; None: it shows its own."""
+    """By role the submodules whose outputs are a network's stages; None for a network with its own stages."""
     more_points: list[tuple[str, ...] | None]
     """Those of each teacher but the first."""
     teacher_normalizations: list[Normalization | None]
-    """By what the images of each teacher are normalized, where that is not as the student's are."""
+    """By what each teacher's images are normalized; None where that is as the student's are."""
     asked_normalization: tuple[str, ...] | None
     device: torch.device
     processes: int
@@ -61,7 +61,7 @@ class Choices(Given):
 
     @property
     def teacher_seed(self) -> int | None:
-        """That of the teacher that this run trains, or finds trained, where it is not the run's own."""
+        """The seed of the teacher that this run trains or finds trained; None where it is the run's own."""
         seed, ready = self.seed_of("teacher"), self.settings.teacher_checkpoint is not None
         return seed if self.method.needs_teacher and not ready and seed != self.settings.seed else None
 
@@ -69,7 +69,7 @@ class Choices(Given):
         return self.models.teacher if role == "teacher" else self.models.student
 
     def teacher_path(self) -> Path:
-        """Where the teacher is kept: a name of its own for all that its identity may hold."""
+        """The teacher's file: its name differs wherever the teacher's identity does."""
         recipe, identity = RECIPES[self.recipe_name], self.identity("teacher")
         changed = {
             key: value
@@ -134,7 +134,7 @@ class Choices(Given):
         return identity
 
     def added(self, role: str) -> dict[str, str]:
-        """What this training has from elsewhere, and where from: {"method vector": "my_file.py 1a2b3c4d"}."""
+        """What it uses that is not fastkd's, and its origin: {"method vector": "my_file.py 1a2b3c4d"}."""
         used = [("dataset", self.data.name), ("model", self.model_name(role))]
         if role == "student":
             used += [("method", term.name) for term in self.method.terms]
@@ -155,7 +155,7 @@ class Choices(Given):
         raise NotImplementedError
 
     def _differing(self) -> dict[str, Any]:
-        """Of a student's identity, what only networks and images of the user's own have."""
+        """The part of a student's identity that only networks and images of the user's own have."""
         found: dict[str, Any] = {
             f"{role}_points": list(points) for role, points in self.points.items() if points is not None
         }
@@ -168,9 +168,7 @@ class Choices(Given):
         return found
 
     def words_of_teachers(self) -> dict[str, list[str]]:
-        """The flags that are given once for each teacher, as often as the command that repeats the run has
-        them.
-        """
+        """By flag, the words that the command which repeats the run gives it: one word per teacher."""
         found, settings = dict[str, list[str]](), self.settings
         if settings.more_points and settings.teacher_points:
             found["teacher_points"] = [

@@ -26,17 +26,17 @@ from fastkd.training.launch import WORLD, Launch, launched, variable
 T = TypeVar("T")
 
 FAILURE = "fastkd/failure"
-"""Where in the store a process writes what it failed with."""
+"""The key in the store under which a process that fails writes its error."""
 
 _store: Any = None
 
 
 class PeerError(UserError):
-    """What another process failed with, or that it is gone."""
+    """The error of another process, or that it has ended."""
 
 
 class MeetingError(UserError):
-    """This process cannot meet the others, so none of them can speak for it."""
+    """This process cannot reach the others, so no other process can report its error."""
 
 
 def share() -> tuple[int, int]:
@@ -152,12 +152,12 @@ def meeting() -> Iterator[None]:
 
 
 class _Busy:
-    """In place of an answer: the first process is not there yet."""
+    """Sent in place of an answer while the first process is not ready."""
 
 
 def busy() -> None:
-    """Tells those who wait in :func:`from_first` to go on waiting: after half an hour they take the first
-    process for lost.
+    """Lets the processes that wait in :func:`from_first` go on waiting: without a sign from the first process
+    they would give up after half an hour.
     """
     from_first(_Busy)
 

@@ -1,4 +1,4 @@
-"""Flags that would change nothing. Whoever gives one expects something of it, so it is refused."""
+"""Flags that would change nothing. They are refused, since whoever gives one expects an effect."""
 
 from __future__ import annotations
 

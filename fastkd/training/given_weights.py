@@ -27,8 +27,8 @@ class Given:
 
     @cached_property
     def teacher_files(self) -> list[tuple[str | None, dict[str, Any]]]:
-        """Of each teacher the fingerprint of what its ``--teacher-checkpoint`` holds, None without one, and
-        the config of the run of ours that trained it, else {}. Raises UserError.
+        """For each teacher (fingerprint of the weights in its ``--teacher-checkpoint``, None without one;
+        config of the run of fastkd that trained it, {} if there was none). Raises UserError.
         """
         return [self._read("teacher", name, file) for name, file in self.all_teachers]
 
@@ -60,4 +60,4 @@ class Given:
 
 
 def _nothing(text: str) -> None:
-    """Which of several sets of weights is taken is told once, when the network gets them."""
+    """Which of several sets of weights is taken is said once, when the network that is used loads them."""

@@ -12,14 +12,14 @@ from fastkd.training.choices import Choices
 from fastkd.training.settings import POINTS
 
 SIDE = 32
-"""Of the images of all sets in memory."""
+"""The side of the images of all sets in memory."""
 
 
 class Images(Choices):
-    """What of the settings concerns the images."""
+    """The part of the settings that concerns the images."""
 
     def check_images(self) -> None:
-        """Raises UserError for a number that cannot be."""
+        """Raises UserError for a size or a number of workers that is too small."""
         for name in ("image_size", "student_size", "teacher_size"):
             size = getattr(self.settings, name)
             if size is not None and size < 8:
@@ -28,7 +28,7 @@ class Images(Choices):
             raise UserError(f"--workers is {self.settings.workers}, wanted at least 0")
 
     def side(self, role: str) -> int:
-        """Of the square images that the student or the teacher gets."""
+        """The side of the square images that the student or the teacher gets."""
         if isinstance(self.data, Dataset):
             return SIDE
         own = self.settings.student_size if role == "student" else self.settings.teacher_size
@@ -60,7 +60,7 @@ class Images(Choices):
         return max(50, 500 * SIDE**2 // self.side("student") ** 2)
 
     def own_words(self, role: str) -> list[str]:
-        """What was said of networks and images of one's own and changes the result: ["image_size=64"]."""
+        """Flags about networks and images of the user's own that change the result: ["image_size=64"]."""
         names = [f"{role}_size", "image_size", *["teacher_size", *POINTS] * (role == "student")]
         given = {name: getattr(self.settings, name) for name in dict.fromkeys(names)}
         if role == "student":

@@ -29,19 +29,17 @@ ROLES = ("student", "teacher")
 
 
 class Networks(Images):
-    """What of the settings concerns the networks, and what is built of them."""
+    """The part of the settings that concerns the networks, and what is built of it."""
 
     declared: dict[str, list[Normalization | None]]
-    """By role how its package says that images are normalized for a network's published weights, a teacher
-    after the other.
-    """
+    """By role, for each network: the normalization that its package declares for its published weights."""
     notes: list[str]  # what the first screen says of the choices
     calls: dict[str, list[Call | KernelCall]]
     student_parameters: int  # of the student that a method has changed
     kept: dict[str, int]  # bytes that a method keeps beside what is trained
 
     def find_points(self) -> None:
-        """The points of both networks, given or usual. Raises UserError for what cannot be."""
+        """Finds the points of all networks, given or default ones. Raises UserError for an unknown one."""
         settings, found = self.settings, dict[str, list[tuple[str, ...] | None]]()
         common, self.declared = settings.teacher_points, {}
         own = settings.more_points or [common] * len(settings.more_teachers)
@@ -126,7 +124,7 @@ class Networks(Images):
             raise UserError(f"--{role} {name} gives {told} for 2 images, wanted {(2, self.data.classes)}")
 
     def _check_teachers(self) -> None:
-        """That the method can have as many teachers as are given. Raises UserError, ValueError."""
+        """Raises UserError or ValueError unless the method can have as many teachers as are given."""
         more = self.settings.more_teachers
         if self.settings.join_teachers is not None and not more:
             raise UserError("--join-teachers is given, but there is one teacher: wanted several --teacher")
@@ -166,7 +164,7 @@ class Networks(Images):
             ) from None
 
     def _points_in_words(self, error: str) -> str:
-        """What the points are, or might be, behind an error about networks that are none of fastkd's."""
+        """For an error about networks that are not fastkd's: the points in use, or points that might do."""
         told = []
         for role in ROLES:
             points = self.points[role]
@@ -189,7 +187,7 @@ class Networks(Images):
     ) -> Distillation:
         """What trains ``student`` by ``method``; both networks are on the device.
 
-        Without ``train_images`` it is one to be looked at: two blank images stand for the training set.
+        Without ``train_images`` it is for checks only: two blank images stand in for the training set.
         """
         shape = self.image_shape("teacher")
         several = isinstance(teacher, nn.ModuleList) and method.needs_teacher

@@ -1,4 +1,4 @@
-"""What a run says when it ends: its row of the table, its last lines, or where it was stopped."""
+"""The end of a run: its row of the table, its last lines, or where it was stopped."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def ending(config: Config, role: str, row: Mapping[str, Any], columns: Iterable[
 
 
 def how_far(label: str, phase: str, trainer: Trainer, folder: Path, output: Path) -> str:
-    """One line for somebody who stopped the run, by what its files hold after the signal."""
+    """One line for whoever stopped the run, from what its files hold after the signal."""
     trained, epochs, saved, best, added = len(trainer.history), trainer.recipe.epochs, 0, "", False
     with suppress(WeightsError):
         state = read_checkpoint(folder / CHECKPOINT)

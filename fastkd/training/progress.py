@@ -55,7 +55,7 @@ class Progress:
             say(text)
 
     def wait(self, seconds: float) -> None:
-        """So long nothing was trained, which says nothing of the pace."""
+        """Leaves out ``seconds`` in which nothing was trained when the pace is calculated."""
         self.begun += seconds
 
     def left(self) -> float:

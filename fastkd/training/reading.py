@@ -1,4 +1,4 @@
-"""What an epoch says of image files: the time that its steps waited for them, and those that are damaged."""
+"""Reports of an epoch on image files: how long its steps waited for them, and which are damaged."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from fastkd.io.console import counted
 from fastkd.training import collectives
 
 WORTH_SAYING = 0.05
-"""The share of an epoch's time from which on waiting for images is told."""
+"""The share of an epoch's time above which waiting for images is reported."""
 
 
 class Reading:
-    """Of one epoch of ``seconds``, in all processes together; each of them has to make one."""
+    """The figures of one epoch of ``seconds``, of all processes together: each of them must construct one."""
 
     def __init__(self, batches: AnyBatches, seconds: float):
         self.streamed = isinstance(batches, StreamedBatches)

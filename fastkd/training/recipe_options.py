@@ -1,4 +1,4 @@
-"""Options of a method that a recipe brings."""
+"""Options of a method that a recipe sets."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any
 
 from fastkd.methods import Definition
 
-# options of a method that a recipe brings, and why, by (recipe, method); what the user says of the same
-# option wins
+# options of a method that a recipe sets, and why, by (recipe, method); a value that the user gives wins
 OPTIONS: dict[tuple[str, str], tuple[str, str, str]] = {
     ("digits", "semckd"): ("beta", "40", "the published 400 is infinite there after a few steps")
 }
@@ -30,7 +29,7 @@ def options_of(name: str, method: str, said: Sequence[str]) -> tuple[list[str], 
 
 
 def decided_options(name: str, method: Definition) -> dict[str, Any]:
-    """What the options that the recipe ``name`` may bring are at last: a command says them even where they
+    """The final values of the options that the recipe ``name`` may set: a command states them even where they
     are the published ones.
     """
     terms = {term.name: term for term in method.terms}

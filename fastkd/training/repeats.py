@@ -122,8 +122,8 @@ def configured(each: Sequence[Settings]) -> list[Config]:
 
 
 def side_by_side(each: Sequence[Settings]) -> list[dict[str, Any] | UserError]:
-    """The rows of runs of one seed, which are trained side by side where a pass of the teacher is shared; an
-    error in place of the row of one that failed. Raises UserError for what none of them can do without.
+    """The rows of runs of one seed, which are trained side by side where a pass of the teacher is shared. In
+    place of the row of a failed run stands its error. Raises UserError for what concerns all of them.
     """
     configs = configured(each)
     found: dict[int, dict[str, Any] | UserError] = {}

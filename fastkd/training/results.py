@@ -1,4 +1,4 @@
-"""The table of finished runs: results.csv, and what people want to see of it in results.md."""
+"""The table of finished runs: results.csv, and its most important columns in results.md."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def read_table(
 
 
 def append(output: Path, row: dict[str, Any]) -> dict[str, Any]:
-    """Adds ``row`` under the next number, which it returns it with; both tables stay whole whenever killed.
+    """Adds ``row`` under the next number and returns it with that; both tables stay whole if it is killed.
 
     Raises UserError when the tables cannot be read or written; the row is then in a file of its own beside
     them, until it is added.

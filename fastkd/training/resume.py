@@ -17,7 +17,7 @@ CHECKPOINT = "last.pt"
 
 Differences = dict[str, tuple[Any, Any]]
 TEACHER = {"teacher_seed", "teacher_weights", "teacher_checkpoint"}
-"""What an identity says of a teacher beside its architecture."""
+"""The keys of an identity that concern a teacher, except its architecture."""
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> Differences:
@@ -27,7 +27,7 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> Differences:
 
 
 def in_words(other: Differences) -> str:
-    """One after the other; of dicts, such as what comes from files of the user's, only what differs."""
+    """The differences as text; of values that are dicts, such as the user's files, only what differs."""
     parts = []
     for key, (found, wanted) in other.items():
         if isinstance(found, dict) and isinstance(wanted, dict):
@@ -38,7 +38,7 @@ def in_words(other: Differences) -> str:
 
 
 def differences_of(folder: Path, config: dict[str, Any], identity: dict[str, Any]) -> Differences:
-    """How the run in ``folder`` differs from ``identity``. A teacher that was moved is the same one."""
+    """How the run in ``folder`` differs from ``identity``. A teacher whose file was moved is the same."""
     other = differences(config["identity"], identity)
     if identity.get("teacher_weights") and other.keys() <= TEACHER and other:
         with suppress(WeightsError):
@@ -87,7 +87,7 @@ def finished(config: Config) -> dict[str, str] | None:
 
 
 def nothing_to_resume(config: Config) -> UserError:
-    """That no run of this configuration is unfinished: is it finished, or which one is nearest to it."""
+    """The error that no run of this configuration is unfinished; it names a finished or similar one."""
     output, identity = config.settings.output, config.identity("student")
     row, rest = finished(config), "without --resume it begins"
     if row is not None:

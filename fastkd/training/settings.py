@@ -1,4 +1,4 @@
-"""What the command line says, and what it leaves unsaid."""
+"""The settings that the command line gives, and their defaults."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from fastkd.training.recipes import SETTINGS
 PRECISIONS = ("fp32", "bf16")
 POINTS = ("student_points", "teacher_points")
 FOLDERS = ("image_size", "student_size", "teacher_size", "workers", "on_bad_image")
-"""Settings that only a folder of images has a use for."""
+"""Settings that only the data set "folder" uses."""
 AUTO = "auto"
 """The value of ``resume`` with which a queue starts a job again and again until it is finished."""
 VARIABLES = ("FASTKD_BACKEND", "FASTKD_CPU", "FASTKD_AMX", "OMP_NUM_THREADS")
-"""Of the environment: what a run's bits depend on and no flag says."""
+"""The variables of the environment that a run's bits depend on and for which there is no flag."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Settings:
     ``teacher_size`` of one; ``workers``, processes that read images; ``on_bad_image`` "stop" (None) or
     "skip". ``dry_run``: the plan and one step, and nothing is written.
 
-    The constructor raises UserError for what is no path.
+    The constructor raises UserError for a path that is none, and for a plugin that cannot be loaded.
     """
 
     method: str

@@ -86,7 +86,7 @@ class Student:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Inside, its log alone gets what is said, and random numbers are its own."""
+        """Inside, only its log gets what is printed, and random numbers come from its own state."""
         device, others = self.config.device, random_state(self.config.device)
         set_random_state(self.random, device)
         try:

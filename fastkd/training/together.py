@@ -75,7 +75,7 @@ def run(configs: Sequence[Config]) -> list[dict[str, Any] | UserError]:
 
 
 def introduce(students: Sequence[Student]) -> None:
-    """What each of them is, whole in its log; on the screen what differs from the first."""
+    """Writes the description of each student into its log, and prints what differs from the first one."""
     say(f"{len(students)} students side by side: {', '.join(student.title for student in students)}")
     known: list[str] = []
     for student in students:

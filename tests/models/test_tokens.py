@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 import fastkd
 
 
-@pytest.mark.parametrize(("grid", "prefix", "size"), [(None, 0, 16), (None, 1, 17), ((2, 8), 3, 19)])
+@pytest.mark.parametrize(
+    ("grid", "prefix", "size"),
+    [
+        (None, 0, 16),
+        (None, 1, 17),
+        ((2, 8), 3, 19),
+        ((np.int64(2), np.int64(8)), np.int64(3), 19),  # as from an array of sizes
+    ],
+)
 def test_tokens_become_a_map(grid, prefix, size):
     x = torch.randn(2, size, 5, requires_grad=True)
     found = fastkd.tokens_to_map(x, grid, prefix)
