@@ -28,7 +28,7 @@ from fastkd.models import WeightsError, create_model, load_student, load_weights
 from fastkd.models.normalization import Normalization
 from fastkd.models.specs import declared_normalization, is_spec
 from fastkd.training.device import find_device
-from fastkd.training.evaluation import evaluate, placed
+from fastkd.training.evaluation import check_logits, evaluate, placed
 from fastkd.training.recipes import NORMALIZATIONS, normalization_of
 from fastkd.training.teacher_images import identity_of, in_words, parsed, recorded, written
 
@@ -94,18 +94,7 @@ def test(
     feed = Feed((side,), workers, advice="")  # a damaged image is not left out here
     batches = testing(whole, constants, feed, batch_size=batch_size, device=where)
     autocast = torch.autocast(where.type, enabled=False)
-    first = next(batches.test())[0]
-    try:
-        with torch.no_grad():
-            answers = network.eval()(first)
-    except Exception as error:  # whatever a network does with images that it is not made for
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"{name} does not take images {tuple(first.shape[1:])} ({why})") from None
-    if not isinstance(answers, torch.Tensor) or answers.dim() != 2:
-        told = tuple(answers.shape) if isinstance(answers, torch.Tensor) else type(answers).__name__
-        raise UserError(f"{name} gives {told}, wanted logits (N, K)")
-    if answers.shape[1] != whole.classes:
-        raise UserError(f"{path} has {answers.shape[1]} classes, {whole.name} has {whole.classes}")
+    check_logits(network, next(batches.test())[0], whole.classes, f"{name} from {path}")
     begun = time.perf_counter()
     accuracy = evaluate(network, batches, autocast)  # which reads the counts, so the device has finished
     seconds = time.perf_counter() - begun

@@ -1,13 +1,14 @@
-"""The accuracy of a network, and where it lies in memory."""
+"""The accuracy of a network, a check of its logits, and its memory format."""
 
 from __future__ import annotations
 
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastkd.data.loader import AnyBatches
+from fastkd.errors import UserError
 from fastkd.models.folding import channels_last
 from fastkd.training import collectives
 
@@ -18,6 +19,22 @@ def placed(model: M, device: torch.device) -> M:
     """``model`` on ``device``, its convolutions channels_last, in place."""
     channels_last(model.to(device))
     return model
+
+
+def check_logits(model: nn.Module, images: Tensor, classes: int, name: str) -> None:
+    """Raises UserError, which begins with ``name``, unless ``model`` gives logits (N, ``classes``) for
+    ``images`` (N, C, H, W). The model is left in eval mode.
+    """
+    try:
+        with torch.no_grad():
+            logits = model.eval()(images)
+    except Exception as error:  # whatever a network does with images that it is not made for
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{name} does not take images {tuple(images.shape[1:])} ({why})") from None
+    count = len(images)
+    told = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if told != (count, classes):
+        raise UserError(f"{name} gives {told} for {count} images, wanted {(count, classes)}")
 
 
 def evaluate(

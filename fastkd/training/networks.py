@@ -21,6 +21,7 @@ from fastkd.models.normalization import Normalization
 from fastkd.models.specs import declared_normalization, is_spec, stages_of, suggested
 from fastkd.seeds import seeded
 from fastkd.several_teachers import SeveralTeachers, check_join, kept_bytes
+from fastkd.training.evaluation import check_logits
 from fastkd.training.images import Images
 from fastkd.training.settings import Settings
 from fastkd.training.teacher_images import for_each, identity_of, parsed, recorded, written
@@ -112,16 +113,8 @@ class Networks(Images):
 
     def _check_logits(self, role: str) -> None:
         name, shape = self.model_name(role), self.image_shape(role)
-        network = create_model(name, self.data.classes).eval()
-        try:
-            with torch.no_grad():
-                logits = network(torch.zeros(2, *shape))
-        except Exception as error:  # whatever a network does with images that it is not made for
-            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise UserError(f"--{role} {name} does not take images {shape} ({why})") from None
-        told = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        if told != (2, self.data.classes):
-            raise UserError(f"--{role} {name} gives {told} for 2 images, wanted {(2, self.data.classes)}")
+        network = create_model(name, self.data.classes)
+        check_logits(network, torch.zeros(2, *shape), self.data.classes, f"--{role} {name}")
 
     def _check_teachers(self) -> None:
         """Raises UserError or ValueError unless the method can have as many teachers as are given."""

@@ -113,9 +113,9 @@ def test_a_damaged_image_is_told_without_a_flag_of_another_command(tmp_path, cap
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        ("(z, z)", "nets.py:small gives tuple, wanted logits (N, K)"),
-        ("z[..., None]", "small gives (250, 10, 1), wanted logits (N, K)"),
-        ("z @ x", "small does not take images (3, 32, 32) (RuntimeError: "),
+        ("(z, z)", "small.pt gives tuple for 250 images, wanted (250, 10)"),
+        ("z[..., None]", "small.pt gives (250, 10, 1) for 250 images, wanted (250, 10)"),
+        ("z @ x", "small.pt does not take images (3, 32, 32) (RuntimeError: "),
     ],
 )
 def test_a_network_that_gives_no_logits_is_one_line(tmp_path, capsys, answer, words):
