@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -71,23 +70,22 @@ def main() -> int:
         run = Run(out, flags.minutes, flags.rehearse)
     except OSError as error:
         parser.error(f"--out is {str(out)!r}, wanted a folder to write into: {error.strerror}")
-
-    # an ignored SIGINT, as of a shell's &, would be inherited by the parts, which it ends at their limit; an
-    # ignored SIGHUP stays so: nohup is to outlive the terminal
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, run.signalled)
-    try:
-        for line in left_out(flags.data, flags.rehearse):
-            run.say(line)
-        if flags.only:
-            execute(run, parts)
-        else:
-            execute(run, parts, training(flags.data, flags.rehearse), compiling(flags.rehearse))
-    except KeyboardInterrupt:
-        run.say("stopped; what was found is kept")
-    run.say(f"results: {run.out}")
-    shutil.rmtree(run.staging, ignore_errors=True)
+    with run:
+        # an ignored SIGINT, as of a shell's &, would be inherited by the parts, which it ends at their limit;
+        # an ignored SIGHUP stays so: nohup is to outlive the terminal
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, run.signalled)
+        try:
+            for line in left_out(flags.data, flags.rehearse):
+                run.say(line)
+            if flags.only:
+                execute(run, parts)
+            else:
+                execute(run, parts, training(flags.data, flags.rehearse), compiling(flags.rehearse))
+        except KeyboardInterrupt:
+            run.say("stopped; what was found is kept")
+        run.say(f"results: {run.out}")
     return int(run.stopped or any(one["status"] not in (0, BEFORE_MEASURING) for one in run.summary["parts"]))
 
 

@@ -21,6 +21,7 @@ if not torch.cuda.is_available():  # nothing else reads it: inductor's kernels f
 
 def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
     pluginmanager.import_plugin("speed.plugin")  # --benchmark, for pytest without a path too
+    pluginmanager.import_plugin("temporary_folder")
 
 
 # a worker of pytest-xdist has its share of the threads: two that wait for each other on one core take longer

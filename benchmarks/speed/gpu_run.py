@@ -7,17 +7,17 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import signal
+import shutil
 import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from speed.gpu_files import packed
 from speed.gpu_plan import ROOT, Part
+from speed.gpu_running import Running
 from speed.gpu_watch import Watch
 
 GRACE = 8  # seconds after SIGINT in which pytest says what failed, before SIGKILL
@@ -29,47 +29,16 @@ PACK_EVERY = 5  # seconds after which what a part has printed so far is packed
 BEFORE_MEASURING = "stopped before measuring"
 
 
-@dataclass
-class Running:
-    """A part that was started, ``begun`` seconds after the command; ``interrupted``: when it is killed;
-    ``stopped``: why it did not end by itself.
-    """
-
-    part: Part
-    process: subprocess.Popen[bytes]
-    output: Path
-    begun: float
-    seconds: float
-    interrupted: float | None = None
-    stopped: str | None = None
-
-    @property
-    def waited_for(self) -> bool:
-        """Whether it has a limit; what has none is stopped before anything is measured."""
-        return self.seconds < float("inf")
-
-    def interrupt(self, why: str) -> None:
-        if self.stopped is None and self.process.poll() is None:
-            self.stopped = why
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGINT)
-
-    def kill(self) -> None:
-        """With all that it started, which may have outlived it."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-
-    def wait(self, seconds: float) -> None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(seconds)
-
-
 class Run:
-    """The command's own state: what is left of its time, what was found, and the four files."""
+    """The command's own state: what is left of its time, what was found, and the four files. What parts write
+    lies in a folder that goes where a ``with`` of it ends.
+
+    Raises:
+        OSError: ``out`` cannot be written to.
+    """
 
     def __init__(self, out: Path, minutes: float, rehearse: bool):
         self.begun, self.seconds, self.rehearse = time.monotonic(), 60 * minutes, rehearse
-        self.out, self.staging = out, Path(tempfile.mkdtemp(prefix="fastkd-gpu-"))
         self.summary: dict[str, Any] = {"minutes": minutes, "rehearsal": rehearse, "parts": []}
         self.running: list[Running] = []
         self.watch: Watch | None = None  # while parts run
@@ -79,6 +48,13 @@ class Run:
         out.mkdir(parents=True, exist_ok=True)
         for name in ("gpu.log", "gpu-outputs.txt"):
             (out / name).write_text("", encoding="utf-8")
+        self.out, self.staging = out, Path(tempfile.mkdtemp(prefix="fastkd-gpu-"))
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        shutil.rmtree(self.staging, ignore_errors=True)
 
     def passed(self) -> float:
         return time.monotonic() - self.begun

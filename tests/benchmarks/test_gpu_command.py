@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from gpu_command import gone, python, summary
+from gpu_command import gone, python, ran, summary
 from speed import gpu_run
 from speed.gpu_run import Run, execute
 
@@ -47,15 +47,13 @@ def test_each_part_is_packed_and_a_failure_stops_nothing(tmp_path: Path) -> None
         "import os, pathlib; pathlib.Path(os.environ['FASTKD_GPU_OUT'], 'rates.json').write_text('{\"copy\":"
         " 1}'); print('copied')"
     )
-    run = Run(tmp_path, 1, rehearse=True)
-    execute(run, [python("fails", "print('seen'); raise SystemExit(3)"), python("writes", wrote)])
+    found = ran(tmp_path, [python("fails", "print('seen'); raise SystemExit(3)"), python("writes", wrote)])
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "gpu-outputs.txt",
         "gpu-results.tar.gz",
         "gpu-summary.json",
         "gpu.log",
     ]
-    found = summary(tmp_path)
     assert [(part["name"], part["status"], part["last"]) for part in found["parts"]] == [
         ("fails", 3, "seen"),
         ("writes", 0, "copied"),
@@ -71,9 +69,8 @@ def test_each_part_is_packed_and_a_failure_stops_nothing(tmp_path: Path) -> None
 
 def test_parts_find_packages_that_were_carried_along(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "carried"))
-    run = Run(tmp_path / "out", 1, rehearse=True)
     printing = "import os; print(*os.environ['PYTHONPATH'].split(os.pathsep), sep='\\n')"
-    execute(run, [python("path", printing)])
+    ran(tmp_path / "out", [python("path", printing)])
     text = (tmp_path / "out" / "gpu-outputs.txt").read_text().splitlines()
     folders = [line for line in text if line.startswith(os.sep)]
     assert folders[0] == str(ROOT) and folders[-1] == str(tmp_path / "carried")
@@ -81,10 +78,8 @@ def test_parts_find_packages_that_were_carried_along(tmp_path: Path, monkeypatch
 
 def test_a_part_at_its_limit_may_still_say_what_it_found(tmp_path: Path) -> None:
     code = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('two failed')"
-    execute(
-        Run(tmp_path, 1, rehearse=True), [python("slow", code, seconds=3), python("next", "print('after')")]
-    )
-    assert [(part["status"], part["last"]) for part in summary(tmp_path)["parts"]] == [
+    found = ran(tmp_path, [python("slow", code, seconds=3), python("next", "print('after')")])
+    assert [(part["status"], part["last"]) for part in found["parts"]] == [
         ("stopped at its limit", "two failed"),
         (0, "after"),
     ]
@@ -104,8 +99,8 @@ while b"seen" not in found:
         found = tarfile.open(archive).extractfile("gpu-results/slow.txt").read()
 print("packed")
 """
-    execute(Run(tmp_path, 1, rehearse=True), [python("slow", code, seconds=8)])
-    assert [(part["status"], part["last"]) for part in summary(tmp_path)["parts"]] == [(0, "packed")]
+    found = ran(tmp_path, [python("slow", code, seconds=8)])
+    assert [(part["status"], part["last"]) for part in found["parts"]] == [(0, "packed")]
 
 
 def test_what_ignores_the_interrupt_and_its_children_are_killed(tmp_path: Path, short: None) -> None:
@@ -113,7 +108,7 @@ def test_what_ignores_the_interrupt_and_its_children_are_killed(tmp_path: Path, 
         "import os, signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print(os.fork() or"
         " os.getpid(), flush=True); time.sleep(60)"
     )
-    execute(Run(tmp_path, 1, rehearse=True), [python("deaf", code, seconds=3)])
+    ran(tmp_path, [python("deaf", code, seconds=3)])
     pids = [int(line) for line in (tmp_path / "gpu-outputs.txt").read_text().splitlines() if line.isdigit()]
     assert len(pids) == 2 and all(gone(pid) for pid in pids)
 
@@ -121,7 +116,7 @@ def test_what_ignores_the_interrupt_and_its_children_are_killed(tmp_path: Path, 
 def test_the_whole_keeps_to_its_time_and_names_what_is_left_out(tmp_path: Path, short: None) -> None:
     begun = time.monotonic()
     parts = [python(name, "import time; time.sleep(60)") for name in ("first", "second", "third")]
-    execute(Run(tmp_path, 10 / 60, rehearse=True), parts)
+    ran(tmp_path, parts, minutes=10 / 60)
     assert time.monotonic() - begun < 11
     assert "third: left out, no time" in (tmp_path / "gpu.log").read_text()
 
@@ -136,9 +131,13 @@ def test_training_goes_on_until_something_is_measured(tmp_path: Path, short: Non
         python("test", wait.format(str(tmp_path / "began"))),
         python("rates", "", measures=True),
     ]
-    execute(Run(tmp_path, 1, rehearse=True), parts, [training])
-    found = [(part["name"], part["status"]) for part in summary(tmp_path)["parts"]]
-    assert found == [("facts", 0), ("test", 0), ("training", "stopped before measuring"), ("rates", 0)]
+    found = ran(tmp_path, parts, [training])
+    assert [(part["name"], part["status"]) for part in found["parts"]] == [
+        ("facts", 0),
+        ("test", 0),
+        ("training", "stopped before measuring"),
+        ("rates", 0),
+    ]
 
 
 TRAIN = """
@@ -168,15 +167,15 @@ sys.exit(gpu_training.main())
     began = str(tmp_path / "began")
     wait = f"import pathlib, time\nwhile not pathlib.Path({began!r}).exists(): time.sleep(0.01)"
     parts = [python("facts", ""), python("test", wait), python("rates", "", measures=True)]
-    run = Run(tmp_path / "out", 1, rehearse=True)
-    execute(run, parts, [python("training", code)])
+    with Run(tmp_path / "out", 1, rehearse=True) as run:
+        execute(run, parts, [python("training", code)])
+        assert (run.staging / "runs" / "teacher" / "run" / "last.pt").read_text() == "an epoch"
     assert [part["status"] for part in summary(tmp_path / "out")["parts"]] == [
         0,
         0,
         "stopped before measuring",
         0,
     ]
-    assert (run.staging / "runs" / "teacher" / "run" / "last.pt").read_text() == "an epoch"
     with tarfile.open(tmp_path / "out" / "gpu-results.tar.gz") as archive:
         assert "gpu-results/runs/teacher/run/log.txt" in archive.getnames()
 

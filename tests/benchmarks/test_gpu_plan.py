@@ -12,13 +12,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import gpu
+import gpu_command
 import pytest
 import torch
 from _pytest.mark.expression import Expression
 from speed import gpu as speed_gpu
 from speed import gpu_methods, gpu_plan, gpu_step
 from speed.gpu import GPUGroup
-from speed.gpu_run import Part, Run, execute
+from speed.gpu_run import Part
 from speed.session import DEVICE, Entry, Group
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX's")
@@ -26,8 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def ran(out: Path, part: Part) -> dict:
-    execute(Run(out, 5, rehearse=True), [part])
-    return json.loads((out / "gpu-summary.json").read_text())["parts"][0]
+    return gpu_command.ran(out, [part], minutes=5)["parts"][0]
 
 
 def test_a_test_file_that_lacks_a_package_keeps_no_other_from_running(tmp_path: Path) -> None:

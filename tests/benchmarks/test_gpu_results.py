@@ -61,9 +61,9 @@ def result(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_the_summary_has_each_rows_milliseconds_and_ratios(result: dict[str, Any], tmp_path: Path) -> None:
-    run = gpu.Run(tmp_path / "out", 1, rehearse=True)
-    save(result, run.staging / "speed" / "losses-of-embeddings")
-    run.pack()
+    with gpu.Run(tmp_path / "out", 1, rehearse=True) as run:
+        save(result, run.staging / "speed" / "losses-of-embeddings")
+        run.pack()
     speed = json.loads((tmp_path / "out" / "gpu-summary.json").read_text())["speed"]
     assert list(speed) == [
         "rkd batch 5, width 3 cuda wall",
@@ -93,9 +93,9 @@ def test_no_two_groups_have_the_same_name_in_the_summary(monkeypatch: pytest.Mon
 
 
 def test_results_that_cannot_be_read_are_told(tmp_path: Path) -> None:
-    run = gpu.Run(tmp_path / "out", 1, rehearse=True)
-    save({"device": "cuda", "records": []}, run.staging / "speed" / "fsp-chains")
-    run.pack()
+    with gpu.Run(tmp_path / "out", 1, rehearse=True) as run:
+        save({"device": "cuda", "records": []}, run.staging / "speed" / "fsp-chains")
+        run.pack()
     speed = json.loads((tmp_path / "out" / "gpu-summary.json").read_text())["speed"]
     assert speed == {"fsp-chains": "not read: KeyError: 'groups'"}
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,10 +32,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """It hears SIGTERM, as the command does."""
     monkeypatch.setattr(gpu_run, "STOPPING", 0.6)
     monkeypatch.setattr(gpu_run, "GRACE", 0.5)
-    made = Run(tmp_path / "out", 1, rehearse=True)
-    before = signal.signal(signal.SIGTERM, made.signalled)
-    yield made
-    signal.signal(signal.SIGTERM, before)
+    with Run(tmp_path / "out", 1, rehearse=True) as made:
+        before = signal.signal(signal.SIGTERM, made.signalled)
+        yield made
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture
@@ -219,3 +220,17 @@ sys.exit(gpu.main())
     done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True)
     assert done.returncode == (status != 0), done.stdout + done.stderr
     assert [part["status"] for part in summary(tmp_path)["parts"]] == [0, BEFORE_MEASURING, status]
+
+
+def test_its_folder_goes_however_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    with pytest.raises(KeyboardInterrupt), Run(tmp_path / "out", 1, rehearse=True) as run:
+        (run.staging / "speed").mkdir()
+        assert run.staging.parent == temporary
+        raise KeyboardInterrupt
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError):
+        Run(tmp_path / "file" / "out", 1, rehearse=True)
+    assert not [*temporary.iterdir()]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from speed.gpu_plan import Part
+from speed.gpu_run import Run, execute
 
 
 def python(name: str, code: str, seconds: float = 20, measures: bool = False) -> Part:
@@ -30,3 +31,10 @@ def gone(pid: int) -> bool:
 
 def summary(out: Path) -> dict[str, Any]:
     return json.loads((out / "gpu-summary.json").read_text())
+
+
+def ran(out: Path, *arguments: Any, minutes: float = 1) -> dict[str, Any]:
+    """The summary of a run; ``arguments``: of ``execute``."""
+    with Run(out, minutes, rehearse=True) as run:
+        execute(run, *arguments)
+    return summary(out)
