@@ -163,27 +163,36 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "file", type=Path, metavar="FILE", help="a run's folder, its best.pt or last.pt, or weights alone"
     )
-    parser.add_argument("--model", metavar="NAME", help="the network, where FILE is of no run")
+    parser.add_argument("--model", metavar="NAME", help="the network, if FILE is not of a run")
     parser.add_argument(
-        "--dataset", metavar="NAME", help=f"that of the run; known: auto, {', '.join(datasets.DATASETS)}"
+        "--dataset",
+        metavar="NAME",
+        help=f"default: that of the run; known: auto, {', '.join(datasets.DATASETS)}",
     )
     parser.add_argument(
-        "--data", type=Path, default=Path("data"), metavar="DIR", help="where the sets lie (data)"
+        "--data",
+        type=Path,
+        default=Path("data"),
+        metavar="DIR",
+        help="folder of the data sets (default: data)",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is one")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument(
         "--normalization",
         metavar="NAME|MEAN/STD",
-        help="own, ofd, repdistiller, or 0.5,0.5,0.5/0.5,0.5,0.5: that of the run, else what timm or"
-        " torchvision declare for the network, else the set's own",
+        help="own, ofd, repdistiller, or 0.5,0.5,0.5/0.5,0.5,0.5; default: that of the run, else what timm or"
+        " torchvision declares for the network, else the set's own",
     )
     parser.add_argument(
-        "--image-size", type=whole, metavar="N", help="of a folder's images: that of the run, or 224"
+        "--image-size",
+        type=whole,
+        metavar="N",
+        help="side of a folder's images; default: that of the run, or 224",
     )
     parser.add_argument(
         "--workers", type=whole, default=0, metavar="N", help="processes that read a folder's images"
     )
-    plugin = "what registers the run's method, model or data set; as often as needed"
+    plugin = "a file that registers the run's method, model or data set; may be repeated"
     parser.add_argument("--plugin", action="append", default=[], metavar="FILE.py", help=plugin)
     parser.add_argument("--batch-size", type=whole, default=250, metavar="N")
     flags: dict[str, Any] = vars(parser.parse_args(arguments))

@@ -15,13 +15,15 @@ from fastkd.training.teacher_images import FORM, for_each, parsed, written
 
 
 def add_networks(parser: argparse.ArgumentParser) -> None:
-    known = f"resnet20; known: {', '.join(_models())}, and {FORMS}"
-    several = "; several times, each with its checkpoint: they teach together"
+    known = f"default resnet20; known: {', '.join(_models())}, and {FORMS}"
+    several = "; repeated, each with its checkpoint, for several teachers"
     parser.add_argument("--teacher", type=model_name, action="append", metavar="NAME", help=known + several)
-    parser.add_argument("--student", type=model_name, metavar="NAME", help="resnet20; as for the teacher")
-    weights = "the teacher's weights, RepDistiller's layout; as often as --teacher"
+    parser.add_argument(
+        "--student", type=model_name, metavar="NAME", help="default resnet20; as for the teacher"
+    )
+    weights = "the teacher's weights, under RepDistiller's names; once per --teacher"
     parser.add_argument("--teacher-checkpoint", type=Path, action="append", metavar="FILE", help=weights)
-    mean = "of several teachers, what the mean is of: losses (default), or logits, for kd and dkd"
+    mean = "with several teachers, take the mean of the losses (default) or, for kd and dkd, of the logits"
     parser.add_argument("--join-teachers", choices=("losses", "logits"), help=mean)
 
 
@@ -65,19 +67,21 @@ def add_own(group: argparse._ArgumentGroup) -> None:
         type=names,
         action="append",
         metavar="A,B,...",
-        help=f"{points}; of several teachers those of all, or given once for each",
+        help=f"{points}; with several teachers for all of them, or once per teacher",
     )
     group.add_argument("--student-points", type=names, metavar="A,B,...", help="as for the teacher")
-    group.add_argument("--image-size", type=whole, metavar="N", help="side of a folder's images (224)")
-    wants = f"how the images of a --teacher-checkpoint were normalized: {FORM}; by default as it declares"
+    group.add_argument(
+        "--image-size", type=whole, metavar="N", help="side of a folder's images (default: 224)"
+    )
+    wants = f"how a --teacher-checkpoint's images were normalized: {FORM}; default: what it declares"
     group.add_argument(
         "--teacher-normalization", type=normalization, action=Tuple, metavar="MEAN/STD", help=wants
     )
     for role in ("teacher", "student"):
-        text = f"that of the {role}'s images; crop and flip are the same for both"
+        text = f"side of the {role}'s images; crop and flip are the same for both networks"
         group.add_argument(f"--{role}-size", type=whole, metavar="N", help=text)
     group.add_argument("--workers", type=whole, metavar="N", help="processes that read a folder's images")
-    bad = "a file that is no whole image ends the run (stop, default), or is named and left out"
+    bad = "a damaged file ends the run (stop, default), or is named and left out (skip)"
     group.add_argument("--on-bad-image", choices=("stop", "skip"), help=bad)
 
 

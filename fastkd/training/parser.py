@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("data"),
         metavar="DIR",
-        help="where the sets lie, or are downloaded to (data)",
+        help="folder of the data sets; missing ones are downloaded to it (default: data)",
     )
     letters = ", ".join(f"{letter} {teacher} > {student}" for letter, (teacher, student) in SETTINGS.items())
     parser.add_argument(
@@ -55,27 +55,34 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_networks(parser)
     parser.add_argument(
-        "--student-checkpoint", type=Path, metavar="FILE", help="weights that the student begins with"
+        "--student-checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="weights with which the student's training starts",
     )
-    plugin = "imports it first: it may register methods, models and data sets; as often as needed"
+    plugin = "a file to import first: it may register methods, models and data sets; may be repeated"
     parser.add_argument(
         "--plugin", action="append", default=[], dest="plugins", metavar="FILE.py", help=plugin
     )
     parser.add_argument(
         "--recipe",
         choices=tuple(RECIPES),
-        help="hankyul2 (digits on digits); the flags below override its fields",
+        help="default hankyul2, digits on digits, imagenet on a folder; flags below override its fields",
     )
-    parser.add_argument("--seed", type=natural, default=0, metavar="N", help="of all that is random (0)")
-    parser.add_argument("--teacher-seed", type=natural, metavar="N", help="that of the run")
+    parser.add_argument(
+        "--seed", type=natural, default=0, metavar="N", help="of all random numbers (default: 0)"
+    )
+    parser.add_argument(
+        "--teacher-seed", type=natural, metavar="N", help="of the teacher's training (default: --seed)"
+    )
     parser.add_argument(
         "--repeats",
         type=whole,
         default=1,
         metavar="R",
-        help="seeds N, N+1, ..., one teacher: mean and standard deviation",
+        help="train R students of one teacher with the seeds N, N+1, ...: mean and standard deviation",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is one")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     faster = (
         "fp32 (default); auto: bf16 where the device has instructions for it (a CPU: AMX or AVX512-BF16),"
         " else fp32"
@@ -90,20 +97,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="the step by torch.compile: in long runs",
+        help="compile the training step (default: in long runs)",
     )
-    graph = "the step as a CUDA graph: on a GPU, in one process"
+    graph = "run the training step as a CUDA graph (default: in one process on a GPU)"
     parser.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction, default=None, help=graph)
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("runs"),
         metavar="DIR",
-        help="where tables, runs and teachers go (runs)",
+        help="folder for tables, runs and teachers (default: runs)",
     )
     resume = (
-        "go on with the unfinished run of these very flags; auto: begin it where there is none, end where it"
-        " is finished"
+        "continue the unfinished run of the same flags, or the one in FOLDER; auto: start it if there is none"
+        " and do nothing if it is finished"
     )
     parser.add_argument("--resume", nargs="?", const="", metavar="FOLDER|auto", help=resume)
     pictures = argparse.BooleanOptionalAction
@@ -111,11 +118,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--pictures",
         action=pictures,
         default=True,
-        help="sheets of attention maps at the end (where matplotlib is there)",
+        help="draw attention maps at the end (default, if matplotlib is installed)",
     )
     option = (
-        "of the method, as often as needed: at.beta=500, or beta=500 where one term alone has it; 0.5:0.75 is"
-        " a tuple, at.beta=250,500 a grid with a run for each"
+        "an option of the method, may be repeated: at.beta=500, or beta=500 if only one term has it; 0.5:0.75"
+        " is a tuple, at.beta=250,500 a grid with a run for each value"
     )
     parser.add_argument(
         "--option", action="append", default=[], dest="options", metavar="NAME=VALUE", help=option
@@ -123,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="the plan, the sizes of features, memory and time of a step; writes nothing",
+        help="print the plan, the sizes of features, memory and time of a step; writes nothing",
     )
     add_own(parser.add_argument_group("networks and images of your own"))
     group = parser.add_argument_group("fields of the recipe")

@@ -30,16 +30,16 @@ class Recipe:
     """
 
     epochs: int = _field("passes over the training set", 200)
-    batch_size: int = _field("images a step", 128)
+    batch_size: int = _field("images of one process per step", 128)
     lr: float = _field("learning rate at the start", 0.1)
     milestones: tuple[float, ...] = _field(
-        "where it drops, as fractions of the run: 0.5,0.75", _at(200, 100, 150)
+        "where the learning rate drops, as fractions of the run: 0.5,0.75", _at(200, 100, 150)
     )
     gamma: float = _field("factor of the learning rate at each milestone", 0.1)
-    momentum: float = _field("of SGD", 0.9)
+    momentum: float = _field("momentum of SGD", 0.9)
     nesterov: bool = _field("Nesterov's momentum", False)
-    new_optimizer: bool = _field("build a new optimizer at each drop: momentum begins at zero", False)
-    weight_decay: float = _field("of SGD, on every parameter", 1e-4)
+    new_optimizer: bool = _field("start with zero momentum at each drop, as a new optimizer does", False)
+    weight_decay: float = _field("weight decay of SGD, on every parameter", 1e-4)
     pad_mode: str = _field("what the images are padded with before the crop", "reflect", PAD_MODES)
     drop_last: bool = _field("leave out the last, smaller training batch", False)
     drop_last_test: bool = _field(
@@ -53,15 +53,15 @@ class Recipe:
         "own",
         ("own", "ofd", "repdistiller"),
     )
-    preset: str = _field("whose coefficients the method's losses take", "hankyul2")
-    report: str = _field("which epoch is the result", "best", ("best", "last"))
+    preset: str = _field("the project whose coefficients the losses take", "hankyul2")
+    report: str = _field("the epoch whose accuracy is the result", "best", ("best", "last"))
     init_epochs: int = _field(
-        "of a first phase with the loss of FSP, or of FitNet with phases=2, alone, then cross-entropy alone;"
-        " 0: both together",
+        "epochs of a first phase with the loss of FSP alone, or of FitNet with phases=2, before cross-entropy"
+        " alone; 0: both together",
         0,
     )
     init_lr: float = _field("learning rate at the start of that phase", 0.05)
-    init_milestones: tuple[float, ...] = _field("where it drops, as fractions of that phase", ())
+    init_milestones: tuple[float, ...] = _field("where that rate drops, as fractions of that phase", ())
 
 
 # How the published descriptions are read: "at epoch n" and "after n" are both after n whole epochs
