@@ -131,7 +131,7 @@ def tokens(
     ):
         for i, x in enumerate(() if is_map else features):
             side = math.isqrt(x.shape[1]) if x.dim() == 3 else 0
-            # tokens as a transformer makes them; a view of them with the channels first is none
+            # only tokens as a transformer lays them out, not a view of them with the channels first
             if side >= 4 and x.shape[1] - side * side in (0, 1) and x.shape[2] >= 64 and x.stride(2) == 1:
                 errors.warn_once(
                     f"{operation}: {name}[{i}] is {describe(x)}, taken for {x.shape[1]} channels at"

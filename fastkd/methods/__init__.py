@@ -84,8 +84,8 @@ def register(name: str) -> Callable[[type[Distiller]], type[Distiller]]:
         @fastkd.methods.register("vector")
         class Vector(fastkd.methods.Distiller): ...
 
-    Raises ValueError for a name that is there already, TypeError for what is no whole Distiller. An entry
-    point of the group "fastkd.methods" does the same.
+    Raises ValueError for a name that is taken, TypeError for a class that is not a complete Distiller. An
+    entry point of the group "fastkd.methods" does the same.
     """
 
     def add(kind: type[Distiller]) -> type[Distiller]:

@@ -56,7 +56,8 @@ class MethodSum(nn.ModuleDict):
     def points(self, role: str, view: Observed | None, named: Sequence[Point] | None) -> Points:
         """The features that the methods read of the network ``role``: "student" or "teacher".
 
-        ``view`` shows those of a network that is none of ours, by the submodules that the user ``named``.
+        ``view`` gives those of a network that is not of ``fastkd.models``, by the submodules that the user
+        ``named``.
         Raises ValueError where a method wants maps and the view has none.
         """
         asked = union(getattr(distiller, f"{role}_points") for distiller in self.values())

@@ -67,7 +67,7 @@ def _register(name: str, build: Any, package: str = "") -> None:
 
 def create_model(name: str, num_classes: int = 10) -> nn.Module:
     """A freshly initialized model by its name, one of ``MODELS``, for (N, 3, 32, 32) images. Raises
-    ValueError for an unknown name or no class, TypeError for what is no name or number.
+    ValueError for an unknown name or for 0 classes, TypeError for arguments of another type.
 
     ``model(x)`` gives logits; with ``features`` True, "preact", "both" or "pooled" it gives ``(Features,
     logits)``. ``model.neck`` and ``model.fc`` may be exchanged; ``model.norms_before_relu()`` are the batch

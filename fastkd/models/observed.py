@@ -169,7 +169,7 @@ def views(
     classifier: str | tuple[str | None, str | None] | None,
     image_shapes: tuple[Sequence[int], Sequence[int]],
 ) -> tuple[Observed | None, Observed | None]:
-    """What shows the features of both networks, where they are none of ours or other points are named.
+    """The view of each network that is not of ``fastkd.models`` or for which points are named, else None.
 
     All pairs have the student's part first.
     """

@@ -63,7 +63,7 @@ def _context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor]]) -> No
     ctx.needed = [i for i, x in enumerate(sides) if x.requires_grad]
     ctx.without = [[None] * len(x) if _tensors(x) else None for x in inputs[2:]]
     ctx.needs = inputs[-2:]
-    ctx.spare = not saved_tensors_hooked()  # whoever sets hooks may hold what they were given
+    ctx.spare = not saved_tensors_hooked()  # hooks may keep the tensors that they are given
     ctx.save_for_backward(*[output[1][i] for i in ctx.needed], *[sides[i] for i in ctx.needed])
     ctx.count = len(inputs[0])
 

@@ -56,8 +56,8 @@ def scaled(ctx: Any, operator: str, upstream: Tensor | None) -> list[Tensor | No
 
 
 def handed_out(operator: str, upstream: Tensor, grad: Tensor, x: Tensor, spare: bool) -> Tensor:
-    """``grad * upstream`` in the dtype of ``x``, in the memory of ``grad`` where ``spare`` and nobody needs
-    it any more: after a backward pass that keeps no graph.
+    """``grad * upstream`` in the dtype of ``x``. The memory of ``grad`` is reused if ``spare`` is set and the
+    backward pass keeps no graph, so that ``grad`` is not needed again.
     """
     # a second derivative is wanted, the call is traced, or upstream is a batch of gradients
     if torch.is_grad_enabled() or type(upstream) is not Tensor or batched(upstream):

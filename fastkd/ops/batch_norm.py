@@ -116,9 +116,9 @@ def _gradients_in_pytorch(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def add(y: Tensor, residual: Tensor, *, owned: bool) -> Tensor:
-    """``y + residual``, in y's memory where nobody else can hold y (``owned``).
+    """``y + residual``, written into y if no other code can hold y (``owned``).
 
-    Never so inside torch.func: vmap cannot put what is batched into what is not.
+    Inside torch.func it is always a new tensor: vmap cannot write a batched tensor into one that is not.
     """
     return y.add_(residual) if owned and isinstance(y, Tensor) and not transforming() else y + residual
 
@@ -219,7 +219,7 @@ def _served(norm: Any, x: Tensor, residual: Tensor | None) -> bool:
 
 
 def _replaceable(norm: Any) -> bool:
-    """Whether nobody can tell another computation of the norm from its own."""
+    """Whether the norm may be computed in another way without any visible difference."""
     plain = untouched(norm, nn.BatchNorm2d) and norm.training and norm.affine
     return plain and norm.track_running_stats and norm.momentum is not None
 

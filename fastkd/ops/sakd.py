@@ -27,7 +27,7 @@ def sakd_map(x: Tensor, *, channel_dim: int = 1) -> Tensor:
 
     Returns: (N, H, H); float32, float64 for float64: with ``g = x.square().mean(1)`` and ``a = g @ g.mT``
     ``g + (a.softmax(1) * g + a.softmax(2) * g) / math.sqrt(H)``.
-    Raises: TypeError, ValueError for what is no such feature. A second derivative raises RuntimeError;
+    Raises: TypeError, ValueError for anything else. A second derivative raises RuntimeError;
     ``fastkd.reference`` has one.
     Source: github.com/CRGuan/SAKD: products are elementwise, not of matrices, the softmax not scaled.
     """

@@ -110,7 +110,7 @@ def image(content: bytes, kind: str, caption: str = "", alternative: str = "") -
 
 
 def drawn(make: Any, alternative: str, otherwise: str) -> str:
-    """The figure that ``make`` returns, with ``alternative`` for who cannot see it; or why there is none."""
+    """The figure that ``make`` returns, as HTML with the text ``alternative``; or why there is none."""
     try:
         figures.figure_class()
     except ImportError:

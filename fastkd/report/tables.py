@@ -24,7 +24,7 @@ DASH = "–"
 
 
 def read(folders: Sequence[Path]) -> list[dict[str, str]]:
-    """The rows of all of them. Raises UserError for a folder that is none, or no runs'."""
+    """The rows of the tables in all ``folders``. Raises UserError for a missing folder or a foreign table."""
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")

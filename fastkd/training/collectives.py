@@ -16,8 +16,8 @@ T = TypeVar("T")
 
 
 def any_of(flags: Sequence[bool] = ()) -> list[bool]:
-    """For each flag whether it is set in any process: all give the same number of flags. Nothing here waits
-    for a GPU.
+    """For each flag, whether it is set in any process. All processes give the same number of flags. It does
+    not wait for a GPU.
     """
     if distributed.share()[1] == 1:
         return list(flags)
@@ -28,16 +28,16 @@ def any_of(flags: Sequence[bool] = ()) -> list[bool]:
 
 
 def meet() -> None:
-    """Waits for all processes. NCCL would wait for ever for one that has failed."""
+    """Waits for all processes, or raises if one has failed, for which NCCL would wait for ever."""
     any_of()
 
 
 def add_gradients(parameters: Sequence[nn.Parameter], weight: float) -> None:
-    """Gradients become the sums over all processes of ``weight`` times their own: with its share of the
-    images, the mean's gradients.
+    """Replaces each gradient by the sum over all processes of ``weight`` times their gradients. With each
+    process's share of the images as ``weight``, that is the gradient of the mean over all images.
 
-    Where no process has a gradient there is none afterwards, since the optimizer decays a parameter whose
-    gradient is zero, and leaves one without a gradient alone.
+    A parameter that has a gradient in no process gets none: the optimizer would apply weight decay to a
+    gradient of zero, and leaves a parameter without a gradient unchanged.
     """
     if distributed.share()[1] == 1:
         return
@@ -55,7 +55,7 @@ def add_gradients(parameters: Sequence[nn.Parameter], weight: float) -> None:
 
 
 def add(values: Tensor) -> Tensor:
-    """The sum of everybody's, in place."""
+    """Replaces ``values`` by the sum over all processes, in place, and returns it."""
     if distributed.share()[1] > 1:
         meet()
         _sum(values)
@@ -98,7 +98,7 @@ def joined_rows(tree: T, rows: int) -> T:
 
 
 def broadcast_buffers(*modules: nn.Module | None) -> None:
-    """Everybody's buffers become those of the first process; running averages were each one's own."""
+    """Gives all processes the buffers of the first one; running averages had been separate in each."""
     if distributed.share()[1] > 1:
         meet()
         with distributed.meeting():

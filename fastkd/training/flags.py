@@ -17,7 +17,8 @@ def without_idle(each: Sequence[Settings]) -> list[Settings]:
     """Runs of one command, each without the flags that it does not read. Raises UserError for a flag that
     none of them reads.
 
-    ``--teacher`` is no such flag: a baseline is that of a pair; nor ``--data``, which is where to look.
+    ``--teacher`` is never refused, since a baseline belongs to a pair of networks, nor is ``--data``, which
+    says where to look.
     """
     idle = [idle_flags(one) for one in each]
     for name, why in idle[0].items():

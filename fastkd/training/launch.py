@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from fastkd.errors import UserError
 
-# Where launchers write a process's number, the number of all, and its number on this machine. The first of
-# each is torchrun's, and of everybody who prepares PyTorch's "env://". SLURM_NTASKS is no sign of several
-# processes: a batch script has it too, whose command was started once and by no srun.
+# The variables in which launchers write a process's number, the number of all processes, and its number on
+# this machine. The first of each is torchrun's and that of PyTorch's "env://". SLURM_NTASKS does not mean
+# several processes: a batch script has it too when its command is started once, without srun.
 RANK = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 WORLD = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 LOCAL = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")

@@ -75,7 +75,7 @@ class Networks(Images):
                 found = [*map(parsed, for_each("--teacher-normalization", asked, len(teachers)))]
             except ValueError as error:
                 raise UserError(f"--teacher-normalization is {error}") from None
-        else:  # a run of ours has recorded it; what a package declares is that of its own weights
+        else:  # a run of fastkd has recorded it; what a package declares holds for its published weights
             found = [
                 recorded(trained, self.data) if trained else declared
                 for (_, trained), declared in zip(self.teacher_files, self.declared["teacher"], strict=True)

@@ -60,7 +60,7 @@ def _named(names: list[str], files: list[Path]) -> dict[str, Any]:
 
 
 def add_own(group: argparse._ArgumentGroup) -> None:
-    """Flags for networks that are none of fastkd's, and for a folder of images."""
+    """Flags for networks other than fastkd's own, and for a folder of images."""
     points = "names of submodules, in the order of the forward pass: layer2,layer3,layer4"
     group.add_argument(
         "--teacher-points",

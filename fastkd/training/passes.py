@@ -1,4 +1,4 @@
-"""One batch for several students: drawn once, and shown once to each teacher that answers alike."""
+"""One batch for several students: drawn once, and one forward pass of a teacher for all that can share it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Passes:
         return [Shared(drawn, inputs, answers.get(trainer)) for trainer in trainers]
 
     def grouped(self, wanted: Sequence[tuple[Wanted, str | None]]) -> dict[tuple[Any, ...], list[Trainer]]:
-        """The trainers that have a teacher, by what makes its answers the same bits."""
+        """The trainers that have a teacher, grouped so that the teachers of a group give the same bits."""
         groups: dict[tuple[Any, ...], list[Trainer]] = {}
         for (trainer, *_), weights in wanted:
             if trainer.teacher is None:
@@ -57,7 +57,7 @@ class Passes:
         return groups
 
     def answer(self, key: tuple[Any, ...], group: Sequence[Trainer], images: Tensor) -> Any:
-        """What the teacher says to ``images``, with the features that any of ``group`` reads."""
+        """The teacher's output for ``images``, with the features that any of ``group`` reads."""
         asker, points = group[0].distillation, union(each.distillation.points[1] for each in group)
         if asker.teacher_mode == "eval":
             asker = self.askers.get(key, asker)

@@ -24,7 +24,7 @@ class Progress:
     """Lines go to stdout; on a terminal stderr shows a bar over the whole run: tqdm's, or without tqdm a line
     every ten seconds. Elsewhere stdout and the log get such a line every two minutes, within long epochs.
 
-    When stderr is no terminal it stays empty, so that what is in it are errors; without ``bar`` on one too.
+    When stderr is not a terminal, or ``bar`` is False, nothing but errors is written to it.
     """
 
     def __init__(self, title: str, steps: int, done: int = 0, silent: bool = False, bar: bool = True):

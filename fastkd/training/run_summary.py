@@ -1,4 +1,4 @@
-"""What a run says of itself at its start."""
+"""The description of a run that is printed at its start."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _images(config: Config) -> str:
 
 
 def _notes(config: Config) -> list[str]:
-    """What somebody who chose these settings may not have meant."""
+    """Notes on effects of the settings that the user may not have intended."""
     recipe, known, notes = config.recipe, RECIPES[config.recipe_name], [*config.notes]
     if config.method.whole_batches and _smaller_batch(config, recipe.drop_last):
         notes.append(

@@ -30,15 +30,15 @@ class Shared(NamedTuple):
 
 
 def after_each(steps: Iterator[Any]) -> Iterator[None]:
-    """``Trainer.train_steps``, which stops before each step, as one that stops after it."""
+    """``Trainer.train_steps``, which stops before each step, as an iterator that stops after each step."""
     next(steps)
     for _ in itertools.chain(steps, [None]):
         yield
 
 
 class TrainStep:
-    """Images, both networks, losses, gradients, optimizer. ``sums`` over the images of the epoch: each term,
-    and the right answers.
+    """A training step: images, both networks, losses, gradients, optimizer. ``sums``, over the images of the
+    epoch so far: each term of the loss, then the number of correct predictions.
 
     ``compiled``: networks and losses as one compiled function, for whole batches; what is left of an epoch
     runs eagerly rather than being compiled too. ``captured``: all of it as a CUDA graph. Nothing here waits
@@ -93,7 +93,7 @@ class TrainStep:
             group["lr"] = rate if self.rate is None else self.rate
 
     def reset_momentum(self) -> None:
-        """Momenta as those of a new optimizer, in place."""
+        """Sets all momenta to zero, in place, as in a new optimizer."""
         for state in self.optimizer.state.values():
             if state.get("momentum_buffer") is not None:
                 state["momentum_buffer"].zero_()

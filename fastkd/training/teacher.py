@@ -24,8 +24,8 @@ from fastkd.training.phases import train
 def find_teacher(config: Config) -> tuple[nn.Module, float]:
     """The trained teacher and its test accuracy: from --teacher-checkpoint, an earlier run, or trained.
 
-    Several teachers are a ModuleList, with the mean of their accuracies. Raises TeacherError for what no run
-    with such a teacher can do without.
+    Several teachers are a ModuleList, with the mean of their accuracies. Raises TeacherError if there is no
+    teacher, which no run of the command can do without.
     """
     try:
         return _find_teacher(config)
@@ -71,7 +71,7 @@ def _load(config: Config, teacher: nn.Module, path: Path, name: str, place: int 
 
 @contextmanager
 def teacher_lock(config: Config, path: Path) -> Iterator[None]:
-    """Of several commands with one output the first trains the teacher, and the others wait for it here."""
+    """Of several commands with the same output folder one trains the teacher; the others wait here for it."""
     if config.settings.teacher_checkpoint is not None or not distributed.leads():
         yield
         return

@@ -11,9 +11,9 @@ from fastkd.models.normalization import Normalization
 from fastkd.training.recipes import NORMALIZATIONS, normalization_of
 
 RECORD = "images_normalized"
-"""Under which a run's config has the figures by which its images were normalized, as :func:`written`."""
+"""The key in a run's config for the normalization of its images, in the form of :func:`written`."""
 SAME = "data"
-"""What ``--teacher-normalization`` says of a teacher that gets the student's images as they are."""
+"""The value of ``--teacher-normalization`` for a teacher that gets the student's images unchanged."""
 FORM = f"{SAME}, or MEAN/STD of each channel: 0.5,0.5,0.5/0.5,0.5,0.5"
 
 
@@ -44,8 +44,8 @@ def in_words(normalization: Normalization) -> str:
 
 
 def recorded(config: dict[str, Any], data: AnyDataset) -> Normalization | None:
-    """The figures by which a run of ours has trained these weights; None where its ``config`` does not say
-    so, as an older one of another data set.
+    """(mean, std) of the images with which a run of fastkd trained these weights; None where its ``config``
+    does not say so, as that of an older run on another data set.
     """
     if isinstance(config.get(RECORD), str):
         try:
@@ -59,13 +59,13 @@ def recorded(config: dict[str, Any], data: AnyDataset) -> Normalization | None:
 
 
 def identity_of(config: dict[str, Any]) -> dict[str, Any]:
-    """Of what a checkpoint says of its run; {} where it is of none."""
+    """The identity in the config of a checkpoint; {} for a checkpoint of no run."""
     identity = config.get("identity")
     return identity if isinstance(identity, dict) else {}
 
 
 def for_each(flag: str, given: tuple[Any, ...], teachers: int) -> list[Any]:
-    """What a flag gives to each teacher: one value is that of all. Raises UserError."""
+    """The values of a flag, one per teacher; a single value is for all of them. Raises UserError."""
     if len(given) not in (1, teachers):
         raise UserError(
             f"{flag} is given {counted(len(given), 'time')}, and there are {counted(teachers, 'teacher')}:"
