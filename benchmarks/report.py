@@ -5,7 +5,7 @@
                                                 short table of the newest results of a GPU beside it
     python benchmarks/report.py --docs          the methods' table and figure of docs/speed.md
 
-The plot needs matplotlib (the extra `dev`).
+Prints `written: FILE` for each file that it writes. The plot needs matplotlib (the extra `dev`).
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def full(result: dict[str, Any]) -> str:
             lines += [*markdown(*table.ratios(heads, rows, left), left - 1), ""] if rows else []
         return "\n".join(lines)
     lines += ["Medians of interleaved rounds in milliseconds. One thread: process time; more: wall time.", ""]
+    lines += ["×floor: the time for each byte moved ÷ that of the plain add (floor).", ""]
     heads, rows = table.grid(result)
     lines += [*markdown(heads, rows, 5), ""]
     heads, rows = table.steps(result)
@@ -60,7 +61,7 @@ def full(result: dict[str, Any]) -> str:
         lines += [
             "Losses of the other methods, forward and backward, and whole steps, in float32, beside the",
             "published form. ÷: how many times faster. MB: the most that PyTorch's allocator held beyond",
-            "the inputs.",
+            "the inputs, gradients included.",
             "",
             *markdown(heads, rows, 2),
             "",
@@ -75,7 +76,12 @@ def full(result: dict[str, Any]) -> str:
             cells.append(
                 [v.goal.title, f"{v.mean:.2f}", spread, bound, "yes" if v.reached else "**no**", falls]
             )
-        lines += ["Goals: geometric means, all threads, wall time.", ""]
+        lines += [
+            "Goals: geometric means over the shapes. Those of the other methods (published ÷ fastkd), and",
+            "those that name one thread, are of one thread in process time; the rest of a CPU are of all",
+            "threads in wall time.",
+            "",
+        ]
         lines += [*markdown(["goal", "mean", "from … to", "bound", "reached", "short of it"], cells, 1), ""]
     return "\n".join(lines)
 
@@ -121,17 +127,20 @@ def plot(result: dict[str, Any], target: Path) -> None:
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(target, format="svg", metadata={"Date": None})
     pyplot.close(figure)
+    print(f"written: {target}")
 
 
-def written(text: str) -> Path:
+def path_of(text: str) -> Path:
     """A path as people write it: no shell expands the ``~`` of ``--readme=~/README.md``."""
     return Path(os.path.expanduser(text))
 
 
 def write(path: Path, text: str) -> None:
+    """The file, whole, and a line about it."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+    print(f"written: {path}")
 
 
 def between_markers(page: Path, lines: list[str]) -> None:
@@ -185,6 +194,7 @@ def into_docs(page: Path, result: dict[str, Any], with_figure: bool) -> None:
     picture = page.with_suffix(".svg")
     if with_figure:
         figure.draw(found, picture)
+        print(f"written: {picture}")
     why = quiet.why_not_judged(result)
     text = [
         origin(result),
@@ -201,20 +211,20 @@ def main(arguments: list[str] | None = None) -> None:
         description="A Markdown table and a plot from the results of pytest --benchmark."
     )
     parser.add_argument(
-        "file", nargs="?", type=written, help="a speed.json; the newest under benchmarks/results by default"
+        "file", nargs="?", type=path_of, help="a speed.json; the newest under benchmarks/results by default"
     )
     parser.add_argument(
         "--readme",
         nargs="?",
         const=ROOT / "README.md",
-        type=written,
+        type=path_of,
         help="write the short table into README.md",
     )
     parser.add_argument(
         "--docs",
         nargs="?",
         const=ROOT / "docs" / "speed.md",
-        type=written,
+        type=path_of,
         help="write the methods' table into docs/speed.md, and speed.svg beside it, and nothing else",
     )
     parser.add_argument("--no-plot", action="store_true", help="tables only")

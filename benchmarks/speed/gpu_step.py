@@ -160,11 +160,11 @@ class GPUStepGroup:
         return Row(name, run, context, None, turn)
 
     def check(self, built: Step, row: Row) -> None:
-        """A step must not only run: the loss by the tap is that of the features, in bfloat16."""
+        """A step must not only run: its loss, from features or from maps, is the reference's, in bfloat16."""
         with row.context():
             value = row.run().item()
         form = row.name.partition(", ")[0]
-        if form == TAP:
+        if form != NONE:
             with fastkd.use_backend("reference"):
                 wanted = built.run(LOSS)().item()
             row.facts["error"] = {"loss": abs(value - wanted) / abs(wanted)}

@@ -210,7 +210,9 @@ class MethodGroup:
         return Row(name, both_passes(loss, problem.leaves), tolerance=TOLERANCE[name])
 
     def check(self, built: tuple[Problem, Tensor, list[Tensor]], row: Row) -> None:
-        """Run the row once: errors and peak memory go into ``facts``, a wrong result into ``failed``."""
+        """Run the row: errors and peak memory, gradients included, go into ``facts``, a wrong result into
+        ``failed``.
+        """
         row.run()
         values: list[Tensor] = []
         peak = peak_memory(lambda: values.append(row.run())) if self.full else None

@@ -210,7 +210,7 @@ def lines(result: dict[str, Any]) -> list[str]:
         heading(result),
         (
             "medians of interleaved rounds in milliseconds; 1 thread: process time, more: wall time; ÷:"
-            " multiples of the first backend's time"
+            " multiples of the first backend's time; ×floor: time for each byte moved ÷ that of the plain add"
         ),
         "",
     ]

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from child_process import python
-from speed import against, cases, measure, quiet, rows
+from speed import against, cases, gpu_step, measure, quiet, rows
 from speed.measure import Row
 from speed.session import Replay, Session
 from speed.stock import Stock
 
+import fastkd
 from fastkd import reference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -165,6 +166,19 @@ def test_a_wrong_row_has_no_speed(error: float, monkeypatch: pytest.MonkeyPatch)
     built.check(case, row)
     assert (row.failed or "").startswith("wrong: relative error") == bool(error)
     assert row.facts["error"] == pytest.approx({"loss": error, "gradient": error}, abs=1e-5)
+
+
+@pytest.mark.parametrize("form", [gpu_step.LOSS, gpu_step.TAP])
+def test_a_step_on_a_gpu_whose_loss_is_wrong_has_no_speed(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = gpu_step.GPUStepGroup(gpu_step.RESNET20, "cpu", False)
+    built = group.build(Stock())
+    right, wrong = (group.row(built, f"{form}, reference") for _ in range(2))
+    group.check(built, right)
+    assert right.failed is None and right.facts["error"]["loss"] < 2e-2
+    factors, loss = iter((2, 1)), fastkd.attention_transfer_loss  # the row's, then that of the check
+    monkeypatch.setattr(fastkd, "attention_transfer_loss", lambda *x, **y: next(factors) * loss(*x, **y))
+    group.check(built, wrong)
+    assert (wrong.failed or "").startswith("wrong: loss")
 
 
 def test_replayed_times() -> None:

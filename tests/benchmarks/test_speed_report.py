@@ -233,6 +233,29 @@ def test_slug() -> None:
     assert machine.slug("Intel(R) Xeon(R) Processor @ 2.60GHz") == "intel-xeon-processor-2-60ghz"
 
 
+def test_each_file_that_was_written_has_a_line(
+    result: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    rows = {"published": {"milliseconds": 3}, "fastkd": {"milliseconds": 1}}
+    result["groups"].append({"method": "crd", "case": "N 9", "threads": 1, "clock": "process", "rows": rows})
+    save(result, tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- speed:begin --><!-- speed:end -->")
+    source = str(tmp_path / "speed.json")
+    for words, names in (
+        (["--readme", str(page)], ["speed.md", "speed.svg", "page.md"]),
+        (["--no-plot"], ["speed.md"]),
+        (["--docs", str(page)], ["page.svg", "page.md"]),
+    ):
+        for name in names:
+            if name != "page.md":
+                (tmp_path / name).unlink(missing_ok=True)
+        report.main([source, *words])
+        assert capsys.readouterr().out.splitlines() == [f"written: {tmp_path / name}" for name in names]
+        assert all((tmp_path / name).stat().st_size for name in names)
+
+
 def test_report(result: dict[str, Any], tmp_path: Path) -> None:
     folder, readme = tmp_path / "some-cpu", tmp_path / "README.md"
     save(result, folder)
