@@ -177,6 +177,7 @@ def test_each_process_has_its_own_gpu(monkeypatch, there, by, index):
 
 
 def test_the_command_of_several_machines_names_them(monkeypatch, tmp_path):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # the command would begin with it
     started(monkeypatch, **STARTED["torchrun within srun"], GROUP_WORLD_SIZE="2")
     monkeypatch.setattr("fastkd.training.distributed.share", lambda: (0, 4))
     plan = Config(Settings("baseline", "digits", student="resnet8", output=tmp_path, device="cpu"))
