@@ -10,8 +10,8 @@ import sys
 try:
     from fastkd.training.cli import build_parser, main
 except KeyboardInterrupt:
-    # of several processes the first alone says so; fastkd.training.launch, which knows these names, may not
-    # be there yet
+    # of several processes only the first prints it; fastkd.training.launch, which has these names, may not be
+    # imported yet
     ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"))
     if next(filter(None, ranks), "0") == "0":
         print("train.py: stopped before anything began", file=sys.stderr)

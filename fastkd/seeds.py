@@ -1,4 +1,4 @@
-"""Random numbers that depend on a seed and a purpose alone, whatever was drawn before."""
+"""Random numbers that depend on a seed and a purpose only, not on what was drawn before."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from fastkd.ops.hcl import hcl_loss
 from fastkd.ops.ofd import ofd_loss
 from fastkd.ops.sakd import sakd_loss
 
-# x.pow(p), as these write it, and abs(x)**p are one at p = 2; `signed` keeps another p true to them
+# these projects write x.pow(p), which is abs(x)**p at p = 2; `signed` makes any other p agree with them too
 _SQUARED_MAPS = {"signed": True, "weight": 1000.0}
 
 

@@ -142,7 +142,7 @@ class CRD(Loss):
         self.register_buffer("rows", rows, persistent=False)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> CRD:
-        """``half()`` and the like leave the normalizers as they are: half precision ends at 65504."""
+        """``half()`` and the like do not convert the normalizers, which may be too large for float16."""
         given = self.normalizers
         super()._apply(fn, recurse)
         if self.normalizers.dtype in (torch.float16, torch.bfloat16):

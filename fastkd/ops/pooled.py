@@ -1,4 +1,4 @@
-"""The channel power map of a feature and its mean over space, in one pass over it."""
+"""The mean of squares over a feature's channels and its mean over space, in one pass over the feature."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ __all__ = ["build_parser", "main"]
 
 
 def load_plugins(arguments: list[str] | None) -> None:
-    """Imports what ``--plugin`` names: the parser knows what it registers. Raises UserError."""
+    """Imports what ``--plugin`` names, so that the parser knows what it registers. Raises UserError."""
     from fastkd import plugins
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)

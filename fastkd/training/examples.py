@@ -41,14 +41,14 @@ def examples(data: AnyDataset, side: int = 32) -> tuple[Tensor, list[str]]:
 
 
 def normalized(images: Tensor, normalization: tuple[Any, Any], model: nn.Module) -> Tensor:
-    """uint8 images (N, 3, H, W) as a network gets them, where it is."""
+    """uint8 images (N, 3, H, W), normalized, in float32, on the device of ``model``."""
     mean, std = (torch.tensor(part)[:, None, None] for part in normalization)
     return ((images / 255 - mean) / std).to(next(model.parameters()).device)
 
 
 def stages(model: nn.Module, batch: Tensor, points: Sequence[str] | None = None) -> list[Tensor]:
-    """The stages' outputs (N, C, H, W) on the CPU, in float32, by running averages; ``points`` name them
-    where a network shows none.
+    """The stages' outputs (N, C, H, W) in eval mode, on the CPU, in float32; ``points`` name them where a
+    network does not give its own.
     """
     with torch.no_grad():
         if points is not None:

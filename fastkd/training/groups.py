@@ -28,7 +28,7 @@ KEYS = (
     "student_checkpoint",
 )
 OLD = {"processes": "1"}
-"""What a row means that was written before there was such a column."""
+"""The values of columns in rows that were written before these columns existed."""
 DATASET_NAMES = {
     "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100",
@@ -40,7 +40,7 @@ SHOWN = (*KEYS[:8], "seeds", "acc", "reported_acc")
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one configuration, ``rows`` with one a seed: of two runs of the same seed the later."""
+    """Runs of one configuration. ``rows`` has one per seed: of two runs of the same seed the later one."""
 
     key: dict[str, str]
     rows: list[Mapping[str, Any]]
