@@ -245,7 +245,8 @@ def extract(model: nn.Module, names: Sequence[Point]) -> Extractor:
     model's names. It works in train and eval mode, under autocast, in DistributedDataParallel and around it,
     and is one graph under ``torch.compile(fullgraph=True)``. A feature is as it left the submodule, also
     where an operation in place follows; of a submodule that is called twice the last call counts. Features
-    that a network of timm declares to be (N, H, W, C) come as views (N, C, H, W).
+    that a network of timm declares to be (N, H, W, C) come as views (N, C, H, W). While the
+    module runs, no other thread may run the model, whose features would be mixed with its own.
     Raises: ValueError for an unknown name (with the nearest), for a model that is compiled, and at a forward
     pass in which a submodule does not run; TypeError for an output that is no tensor.
     """
