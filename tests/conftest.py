@@ -14,8 +14,7 @@ import torch
 from seed import SEED
 
 if not torch.cuda.is_available():  # nothing else reads it: inductor's kernels for a CPU are C++
-    # Triton asks for this when a kernel is imported: without a GPU its kernels run on CPU tensors,
-    # interpreted
+    # Triton asks for this when a kernel is imported: without a GPU its kernels run on a CPU, interpreted
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
@@ -27,7 +26,8 @@ def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
 # a worker of pytest-xdist has its share of the threads: two that wait for each other on one core take longer
 # than one
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    torch.set_num_threads(share := max(1, torch.get_num_threads() // workers))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(share))  # of one alone no processes are made
 
 
 # long files of tests, which begin before all others
