@@ -81,8 +81,8 @@ def resources(kernel: Any) -> dict[str, int]:
 
 
 def machine_copies(kernel: Any) -> int:
-    """As `copies`, of the machine code that ptxas has made of the PTX."""
-    return len(re.findall(r"\bLDGSTS\b", cuobjdump(kernel, "-sass")))
+    """As `copies`, of the machine code that ptxas has made of the PTX, which is read where that has some."""
+    return copies(kernel.asm["ptx"]) and len(re.findall(r"\bLDGSTS\b", cuobjdump(kernel, "-sass")))
 
 
 def copies(ptx: str) -> int:
