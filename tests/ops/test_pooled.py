@@ -41,6 +41,18 @@ def test_both_match_float64_on_every_code_path(each_path, dtype, last):
                 torch.testing.assert_close(got.double(), want, rtol=limit, atol=1e-6)
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["planes", "channels-last"])
+def test_an_infinity_stays_out_of_the_gradient_of_the_means(each_path, last):
+    """Nothing arrives for the map, whose gradient alone multiplies the feature's numbers."""
+    x = torch.randn(2, 5, 7, 9)
+    x[0, 1, 2, 3], x[1, 4, 6, 8] = float("inf"), float("nan")  # in a vector, and in what is left
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x
+    upstream = torch.randn(2, 5)
+    for _ in each_path:
+        dx = gradients(x, (None, upstream), (1,))[2]
+        torch.testing.assert_close(dx, (upstream / 63)[..., None, None].expand_as(x))
+
+
 def test_bits_do_not_depend_on_threads(each_path):
     x, upstreams, threads = torch.randn(7, 37, 9, 9), (torch.randn(7, 9, 9), torch.randn(7, 37)), 3
     before = torch.get_num_threads()

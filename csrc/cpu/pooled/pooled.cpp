@@ -50,8 +50,9 @@ const float* grad_of(const std::optional<Tensor>& grad, int64_t rows, int64_t co
   int64_t count = 1;
   for (int32_t d = view.dim - 1; d >= 0; count *= view.sizes[d--])
     STD_TORCH_CHECK(view.sizes[d] == 1 || view.strides[d] == count, name, " must be contiguous");
-  STD_TORCH_CHECK(view.dtype == DType::kFloat && count == rows * columns && view.sizes[0] == rows, name,
-                  " must be float32 and of the shape of what it is the gradient of");
+  STD_TORCH_CHECK(
+      view.dtype == DType::kFloat && view.dim > 0 && count == rows * columns && view.sizes[0] == rows, name,
+      " must be float32 and of the shape of what it is the gradient of");
   return static_cast<const float*>(view.data);
 }
 

@@ -3,8 +3,8 @@
 
 constexpr int64_t kPooledGroup = 8;  // channels that are added up before a map is written
 
-// A map's numbers and the sums of a group of channels, of a feature in planes. Squares are added in groups,
-// so that rounding grows with their number.
+// Adds a group of channels of a feature in planes to the map, and makes their means. Channels are added up in
+// groups, so that rounding errors grow with the number of groups, not of channels.
 template <int64_t kCount, typename T>
 static void pooled_group(const T* x, int64_t positions, float share, float* map, bool first, float* mean) {
   constexpr int64_t W = kLanes<float>, kRun = 32;  // vectors whose sums stay in float
@@ -91,15 +91,17 @@ static void pooled_forward(const PooledArgs& args, int64_t begin, int64_t end) {
   });
 }
 
-// Numbers [0, count) of dx = by x + plus, where each of both is one number or as many.
+// dx = by x + plus for the numbers [0, count); `by` and `plus` are one number for all, or one for each.
+// Without x dx is `plus` alone: an infinity, times a gradient that does not arrive, would be NaN.
 template <typename T, typename By, typename Plus>
 FASTKD_INLINE void pooled_run(const T* x, T* to, int64_t count, const By& by, const Plus& plus) {
   constexpr int64_t W = kLanes<float>;
+  const auto number = [&](int64_t i, auto zero) {
+    return x ? at(x + i, zero) * by(i, zero) + plus(i, zero) : plus(i, zero);
+  };
   int64_t i = 0;
-  for (; i + W <= count; i += W)
-    store<T, float>(to + i, load<T, float>(x + i) * by(i, VecF{}) + plus(i, VecF{}));
-  for (; i < count; ++i)
-    to[i] = from_acc<T, float>(to_acc<T, float>(x[i]) * by(i, float{}) + plus(i, float{}));
+  for (; i + W <= count; i += W) store<T, float>(to + i, number(i, VecF{}));
+  for (; i < count; ++i) to[i] = from_acc<T, float>(number(i, float{}));
 }
 
 static void pooled_backward(const PooledArgs& args, int64_t begin, int64_t end) {
@@ -119,12 +121,14 @@ static void pooled_backward(const PooledArgs& args, int64_t begin, int64_t end) 
         const float value = from ? from[i] * factor : 0.0f;
         return [=](int64_t, auto zero) { return value - zero; };
       };
+      const auto from = [&](int64_t i) { return map ? x + i : nullptr; };
       if (args.planes) {
         for (int64_t c = 0; c < channels; ++c)
-          pooled_run(x + c * positions, to + c * positions, positions, many(map, twice), one(mean, c, part));
+          pooled_run(from(c * positions), to + c * positions, positions, many(map, twice),
+                     one(mean, c, part));
       } else {
         for (int64_t p = 0; p < positions; ++p)
-          pooled_run(x + p * channels, to + p * channels, channels, one(map, p, twice), many(mean, part));
+          pooled_run(from(p * channels), to + p * channels, channels, one(map, p, twice), many(mean, part));
       }
     }
   });
