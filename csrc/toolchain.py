@@ -157,8 +157,12 @@ def cuda() -> Cuda:
         return Cuda(toolkit, known_to(toolkit, ARCHITECTURES), "FASTKD_CUDA=1")
     gpus = gpus_here()
     if not gpus:
-        unasked = "neither FASTKD_CUDA=1 nor TORCH_CUDA_ARCH_LIST asked for it"
-        return Cuda(None, [], f"no GPU of 8.0 or later was seen, and {unasked}")
+        none = "no GPU of 8.0 or later was seen"
+        if wish == "1":
+            raise Failure(f"FASTKD_CUDA=1, TORCH_CUDA_ARCH_LIST=native, but {none}")
+        if named:
+            return Cuda(None, [], f"TORCH_CUDA_ARCH_LIST=native, but {none}")
+        return Cuda(None, [], f"{none}, and neither FASTKD_CUDA=1 nor TORCH_CUDA_ARCH_LIST asked for it")
     seen = f"for the GPU seen here ({', '.join(gpus)})"
     return Cuda(toolkit, known_to(toolkit, gpus), missing or seen)
 

@@ -86,6 +86,12 @@ def machine(plain: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         # newer than the toolkit, which has PTX for it
         ("12.0", {}, ["10.0+PTX"], "for the GPU seen here (12.0)"),
         ("9.0", {"TORCH_CUDA_ARCH_LIST": "native"}, ["9.0+PTX"], "for the GPU seen here (9.0)"),
+        (
+            "",
+            {"TORCH_CUDA_ARCH_LIST": "native"},
+            None,
+            "TORCH_CUDA_ARCH_LIST=native, but no GPU of 8.0 or later was seen",
+        ),
         ("9.0", {"TORCH_CUDA_ARCH_LIST": "8.0 Ada"}, ["8.0", "8.9+PTX"], "TORCH_CUDA_ARCH_LIST=8.0 Ada"),
         ("", {"TORCH_CUDA_ARCH_LIST": "9.0a"}, ["9.0a"], "TORCH_CUDA_ARCH_LIST=9.0a"),
         ("", {"FASTKD_CUDA": "1"}, ["8.0", "9.0", "10.0+PTX"], "FASTKD_CUDA=1"),
@@ -124,6 +130,17 @@ def test_a_toolkit_that_is_insisted_on_and_not_there_is_one_sentence(
     plain.setenv("CUDA_HOME", "/none")
     with pytest.raises(
         SystemExit, match=r"^\nfastkd: FASTKD_CUDA=1, but no CUDA toolkit: CUDA_HOME is /none.*\.\n$"
+    ):
+        toolchain.cuda()
+
+
+def test_a_library_that_is_insisted_on_for_a_gpu_that_is_not_there_is_one_sentence(
+    toolchain: ModuleType, machine: Path, plain: pytest.MonkeyPatch
+) -> None:
+    plain.setenv("FASTKD_CUDA", "1")
+    plain.setenv("TORCH_CUDA_ARCH_LIST", "native")
+    with pytest.raises(
+        SystemExit, match=r"FASTKD_CUDA=1, TORCH_CUDA_ARCH_LIST=native, but no GPU .* seen\.\n$"
     ):
         toolchain.cuda()
 
