@@ -24,7 +24,8 @@ enum AttentionSwitch : int64_t {
   kOptionsEnd = 4096,
 };
 
-// The power |x|^p (x^p if is_signed), which channels are summed of, its slope h, and the normalization.
+// How an attention map is made: the power |x|^p (x^p if is_signed), its sum or mean over the channels, and
+// the normalization over the positions.
 struct AttentionOptions {
   double p;
   double eps;

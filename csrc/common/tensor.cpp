@@ -11,7 +11,7 @@ constexpr const char* kElsewhere = " must be on a CUDA device";
 constexpr const char* kElsewhere = " must be on the CPU";
 #endif
 
-// Codes of dtypes and devices are the library's to choose; asked for once.
+// PyTorch chooses the codes of dtypes and devices; they are asked for once.
 struct Codes {
   int32_t half = aoti_torch_dtype_float16();
   int32_t bfloat16 = aoti_torch_dtype_bfloat16();

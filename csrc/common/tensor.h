@@ -18,6 +18,11 @@ namespace fastkd {
 
 enum class DType : int32_t { kHalf, kBFloat16, kFloat, kDouble };
 
+// Bytes of one number. (Static: kernels may use it.)
+static inline int64_t size_of(DType dtype) {
+  return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2;
+}
+
 constexpr int kMaxDims = 5;
 
 struct TensorView {

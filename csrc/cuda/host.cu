@@ -13,7 +13,7 @@ namespace {
 // in a user's MemPool.
 constexpr int kSlices = 64;
 constexpr int64_t kSlice = 1 << 14;
-// And of calls that are captured in CUDA graphs, which need no clearing at each replay then: 4 MiB of them,
+// Counters of calls that are captured in CUDA graphs, which then need no clearing at each replay: 4 MiB,
 // enough for 2700 captured losses of three stages and 128 samples.
 constexpr int64_t kCaptured = 1 << 20;
 constexpr int64_t kCounters = kSlices * kSlice + kCaptured;
@@ -43,7 +43,7 @@ unsigned* first_counter() {
   return static_cast<unsigned*>(first);
 }
 
-// A name that is another stream in each thread.
+// Whether this handle stands for another stream in each thread.
 bool is_shared_by_threads(Stream stream) { return stream == cudaStreamPerThread; }
 
 Stream current_stream(int32_t index) {
@@ -64,7 +64,7 @@ void clear(void* counters, size_t bytes, Stream stream) {
 
 #endif
 
-// What of the counters of each device is taken.
+// Which counters of a device are in use.
 struct Taken {
   unsigned* first = nullptr;  // null until a call outside of captures has asked for it
   std::map<Stream, unsigned*> of_stream;

@@ -53,8 +53,8 @@ class OnDevice {
 #endif
 };
 
-// Refuses a sample of more channels or positions than kernels count, which do so in int32, and beyond the
-// end.
+// Refuses a sample with more channels or positions than kernels can count: they do so in int32, and go some
+// way past the end.
 void check_count(int64_t count);
 
 // A size that a launch can have: blocks in [1, 2^31), else an error that names the kernel.

@@ -9,7 +9,7 @@ namespace fastkd {
 // What a tap adds.
 struct Tap {
   Place grad;    // data is null if nothing else arrives
-  int32_t relu;  // x is a ReLU's result: no gradient where it is zero, a NaN lets pass, as in PyTorch
+  int32_t relu;  // x is a ReLU's result: no gradient where it is 0; a NaN lets it pass, as in PyTorch
 };
 
 // Coefficients of a unit, in shared memory, are those of its columns, or of its rows where a view goes by
@@ -77,12 +77,12 @@ struct SharedCoefficients {
   FASTKD_MEMBER A scaled(A number) const { return number; }
 };
 
-// And those of a sample in global memory, read where they are used. If the block read them for all its
-// threads, the features would wait for them; so what they are multiplied by comes later, too.
+// Coefficients of a sample that lie in global memory and are read where they are used. If the block first
+// read them for all its threads, the features would wait for them. For the same reason `factor` comes last.
 template <typename A>
 struct Coefficients {
   const A* k;
-  int32_t first, positions;  // of the unit's; a place in a folded row may lie beyond the last position
+  int32_t first, positions;  // the unit's first place, which in a folded row may lie beyond the last position
   A factor;
   template <int W>
   FASTKD_MEMBER void read(int32_t place, A (&into)[W]) const {

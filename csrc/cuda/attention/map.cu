@@ -1,5 +1,5 @@
 // The attention map and the taps for CUDA: checks, allocation and launches. The kernels are in
-// map.cuh, the schemas in fastkd/ops/{attention,tap}.py.
+// map.cuh, the schemas in fastkd/ops/_attention_operators.py and fastkd/ops/feature_map.py.
 #include "cuda/attention/map.cuh"
 
 #include <optional>

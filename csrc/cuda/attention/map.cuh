@@ -1,7 +1,7 @@
 // The attention map and the gradient it sends, alone or as taps: one launch each. Forward: each block sums
 // the powers of one unit, on its way past a ReLU if there is one, and the last of a sample normalizes the
-// map. Backward: each block computes the <g, y> of its sample itself, 25 KiB of the second-level cache for
-// 56x56 positions where it streams two or three times up to 128 KiB.
+// map. Backward: each block computes the <g, y> of its sample itself. For 56x56 positions that reads 25 KiB
+// from the second-level cache, where the block streams two or three times up to 128 KiB.
 #pragma once
 
 #include "cuda/attention/power_sum.cuh"

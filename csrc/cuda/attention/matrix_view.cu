@@ -3,9 +3,10 @@
 namespace fastkd {
 namespace {
 
-// By calculation, for an H200: 132 multiprocessors take four such blocks each at once, so eight for each make
-// two waves, of which the second hides the end of the first. A block should read at least 16 KiB, all that
-// its threads have on their way at once, and at most 128 KiB, so that many waves leave a short tail.
+// By calculation, for an H200: 132 multiprocessors take three or four such blocks each at once, so eight for
+// each make two or three waves, of which the later ones hide the end of the first. A block should read at
+// least 16 KiB, all that its threads have on their way at once, and at most 128 KiB, so that many waves leave
+// a short tail.
 constexpr int64_t kGoalBlocks = 132 * 8;
 constexpr int64_t kLeast = 16 << 10, kMost = 128 << 10;
 
@@ -60,8 +61,6 @@ void cut_by_columns(MatrixView& w, int64_t pack_bytes, int64_t goal) {
 void check_served(const AttentionOptions& options) {
   STD_TORCH_CHECK(options.p == 2, "the CUDA kernels serve p = 2, got ", options.p);
 }
-
-int64_t size_of(DType dtype) { return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2; }
 
 int64_t bytes_of(const Feature& x) { return x.batch * x.channels * x.positions * size_of(x.dtype); }
 

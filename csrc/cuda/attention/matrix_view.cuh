@@ -23,8 +23,8 @@ constexpr int kUnroll = 4, kUnrollTwo = 2;
 // multiprocessor: three blocks have 48.
 template <typename A>
 constexpr int kBlocks = sizeof(A) == sizeof(double) ? 2 : 3;
-constexpr int kTile =
-    2048;  // most columns of a unit, or rows by rows: what has a number each in shared memory
+// The most columns of a unit, or, by rows, the most rows: each has a number in shared memory.
+constexpr int kTile = 2048;
 
 struct MatrixView {
   int32_t rows, columns;
@@ -38,14 +38,14 @@ struct MatrixView {
   int16_t groups;  // by columns: of rows, each of which is summed apart
   int8_t width;    // of a pack: 16 bytes of numbers, or 1
   int8_t by_rows;
-  int8_t once;  // what is read is not needed in the cache any more: 0 unless the host says so
+  int8_t once;  // 1: what is read will not be read again, and need not stay in the cache
 };
 
 // Where a tensor lies that is seen as such a matrix.
 struct Place {
   void* data;
   int64_t stride_n, stride_row;  // by columns: of channels
-  int64_t stride[3];             // of the spatial dimensions: by columns of width 1
+  int64_t stride[3];             // of the spatial dimensions; used by columns of width 1
 };
 
 // What one unit is of its sample's table.
@@ -80,7 +80,7 @@ struct Step {
   int32_t rows, columns;
 };
 
-// Of rows with so many columns, those follow each other.
+// Whether rows have so many columns that a thread's packs follow each other within one.
 FASTKD_BOTH bool is_wide(const MatrixView& w) {
   return w.by_rows && w.columns >= kUnroll * w.across * w.width;
 }
@@ -215,7 +215,6 @@ MatrixView matrix_view_of_map(const Feature& map);
 Place place_of(const Feature& x, const MatrixView& view);
 
 void check_served(const AttentionOptions& options);
-int64_t size_of(DType dtype);
 int64_t bytes_of(const Feature& x);
 // How many bytes of each of its tensors a unit should have, where those of a launch's features are so many.
 int64_t unit_goal(int64_t bytes);

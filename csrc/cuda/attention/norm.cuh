@@ -67,7 +67,7 @@ FASTKD_DEVICE A collapsed(const A* sums, int32_t parts, int32_t positions, int32
 FASTKD_DEVICE float normalized(float q, const Norm& norm) { return static_cast<float>(q * norm.reciprocal); }
 FASTKD_DEVICE double normalized(double q, const Norm& norm) { return q / norm.divisor; }
 
-// What takes q to y where nothing is divided by but the number of channels.
+// The Norm of a map that is divided by nothing but the number of channels.
 FASTKD_DEVICE Norm no_norm(double reduction) { return {0, reduction, 1 / reduction, 1, 0, false}; }
 
 // factor * dq, for the gradient g of y; dot = <g, y>.

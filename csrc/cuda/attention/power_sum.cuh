@@ -12,7 +12,7 @@ struct Relu {
   Place y;
 };
 
-// y in place of x: rounded once the sum is made, once more by nothing. A NaN stays, as in PyTorch.
+// y in place of x, rounded once, after the sum. A NaN stays, as in PyTorch.
 template <typename T, typename A, int W>
 FASTKD_DEVICE void rectify(Pack& x, const Pack& residual, bool has_residual) {
   FASTKD_UNROLL
@@ -42,7 +42,7 @@ FASTKD_DEVICE void take_packs(const MatrixView& w, const Place& x, const Relu* r
   }
 }
 
-// U of the two below.
+// How many packs a thread takes at once.
 template <bool kRelu>
 constexpr int kPacks = kRelu ? kUnrollTwo : kUnroll;
 
@@ -95,7 +95,7 @@ FASTKD_DEVICE void power_sums_by_columns(const MatrixView& w, const Place& x, co
   }
 }
 
-// out[row] for the unit's rows. All threads go round as often as any: lanes add up by shuffles.
+// out[row] for the unit's rows. All threads make equally many rounds, since lanes add up by shuffles.
 template <bool kRelu, typename T, typename A, int W>
 FASTKD_DEVICE void power_sums_by_rows(const MatrixView& w, const Place& x, const Relu* relu, int64_t n,
                                       const Part& part, A* out) {

@@ -1,6 +1,6 @@
-// The backward kernel of FSP: tiles of a feature's gradient, channels x positions, each the sum of at most
-// two products of a matrix's gradient with the other feature's channels, and of what windows send of
-// gradients that were made on coarser grids before.
+// The backward kernel of FSP: tiles of a feature's gradient, channels x positions. Each is the sum of at most
+// two products of a matrix's gradient with the other feature's channels, and of what the windows of coarser
+// grids send, whose gradients a launch before has made.
 #pragma once
 
 #include "cuda/fsp/sum.cuh"

@@ -3,8 +3,8 @@
 // + 1 of the total's rows g and g + 8.
 //
 // A Quad is what a lane holds of one row: four numbers that lie together, positions 4 t to 4 t + 3 of
-// sixteen. Which of the instruction's places of K they take is all the same to a sum, as long as a and b
-// agree: tf32 makes two instructions of a quad, bfloat16 one.
+// sixteen. Which of the instruction's places of K they take makes no difference to a sum, as long as a
+// and b agree: tf32 makes two instructions of a quad, bfloat16 one.
 #pragma once
 
 #include "cuda/device.cuh"

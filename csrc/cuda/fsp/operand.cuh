@@ -12,8 +12,8 @@ namespace fastkd {
 // it counts in, shared out.
 enum class Pool : uint8_t { kNone, kAvg, kMax, kSpread };
 
-// kOne: neighbouring threads take neighbouring positions, a number at a time; kChannels: so, 16 bytes of
-// channels at a time; kPositions: 16 bytes of positions at a time.
+// kOne: neighbouring threads take neighbouring positions, a number at a time; kChannels: the same with 16
+// bytes of channels at a time; kPositions: 16 bytes of positions at a time.
 enum class Reading : uint8_t { kOne, kChannels, kPositions };
 
 struct Operand {
@@ -21,7 +21,7 @@ struct Operand {
   int64_t stride_n, stride_c, stride[3];
   int32_t channels, positions;
   int32_t size[3];  // the feature's own
-  int32_t grid[3];  // what the positions go through: the size of what it is pooled, or spread, to
+  int32_t grid[3];  // the sizes by which positions are counted: those that it is pooled, or spread, to
   Whole whole;
   DType dtype : 8;
   Pool pool;

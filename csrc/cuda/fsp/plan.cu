@@ -7,8 +7,6 @@ namespace {
 
 constexpr int64_t kFusedTiles = 2;
 
-int64_t bytes_of(DType dtype) { return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2; }
-
 int32_t narrow(int64_t size) {
   check_count(size);
   return static_cast<int32_t>(size);
@@ -16,7 +14,7 @@ int32_t narrow(int64_t size) {
 
 // padded: rows may be read beyond the last position.
 Reading reading_of(const Operand& x, bool padded) {
-  const int64_t pack = 16 / bytes_of(x.dtype);
+  const int64_t pack = 16 / size_of(x.dtype);
   const auto whole = [&](int64_t stride) { return stride % pack == 0; };
   if (reinterpret_cast<uintptr_t>(x.data) % 16 != 0 || !whole(x.stride_n)) return Reading::kOne;
   bool apart = true;
@@ -62,7 +60,7 @@ Operand FspCall::operand(const Feature& x, const int64_t* grid, int64_t channels
   if (channels_of_other <= kFusedTiles * kFspTile && is_near(x, grid)) return o;
 
   const bool channels_last = x.stride_c == 1 && x.channels > 1;
-  const int64_t pack = 16 / size_of(),
+  const int64_t pack = 16 / size_of(accumulate),
                 unit = channels_last ? x.channels : (o.positions + pack - 1) / pack * pack;
   const int64_t sizes[3] = {x.batch, channels_last ? o.positions : x.channels, unit};
   PoolItem item{};
@@ -180,7 +178,7 @@ Mode mode_of(const std::vector<TensorView>& features, DType accumulate, FspPreci
   }
   if (all_bfloat16) return Mode::kBf16;
   if (precision == FspPrecision::kTf32) return Mode::kTf32;
-  // three products of halves are as near, and what halves are made of is exact in them
+  // tf32 holds float16 and bfloat16 exactly: for them alone three products are as exact as float32's
   return precision == FspPrecision::kTf32x3 || !any_float ? Mode::kTf32x3 : Mode::kIeee;
 }
 

@@ -10,15 +10,15 @@
 
 namespace fastkd {
 
-// What a call is made with, and what it makes on the way.
+// The options of a call, and the tensors that it makes on the way.
 class FspCall {
  public:
   FspCall(const TensorView& first, DType accumulate, Mode mode, bool max)
       : device(first), accumulate(accumulate), mode(mode), max(max), first_(first) {}
 
-  // `x` on a grid: as it is, or pooled where it is read. Is it read for more than two tiles, it is pooled
-  // before (one pass that reads a window's numbers and writes one, instead of reading a window for each
-  // tile), which pool() does for all.
+  // `x` on a grid: as it is, or pooled where it is read. If more than two tiles read it, it is pooled before
+  // by pool(), which does so for all: one pass that reads a window's numbers and writes one, instead of
+  // reading the window for each tile.
   Operand operand(const Feature& x, const int64_t* grid, int64_t channels_of_other);
   // `x` on a finer grid that was averaged to its size: its numbers spread over their windows.
   Operand spread(const Feature& x, const int64_t* grid) const;
@@ -31,7 +31,6 @@ class FspCall {
     held_.push_back(std::move(tensor));
     return held_.back().mutable_data_ptr();
   }
-  int64_t size_of() const { return accumulate == DType::kDouble ? 8 : 4; }
   // All features of a call: one device, batch size and number of dimensions.
   void check_feature(const TensorView& view, const char* name) const;
   void check_device_of(const TensorView& view, const char* name) const { check_device(view, first_, name); }
@@ -60,7 +59,7 @@ inline int32_t tiles_of(int64_t size) { return static_cast<int32_t>((size + kFsp
 // Operand of a tensor of this layout, unpooled, and how it is best read.
 Operand plain_operand(const Feature& x);
 
-// Runs what is planned; tiles and blocks are counted here. `terms` and `loss`: see ForwardArguments.
+// Run what is planned; tiles and blocks are counted here. `loss`: see ForwardArguments.
 void run_forward(FspCall& call, std::vector<PairArguments> pairs, int64_t samples, FspResult result,
                  void* loss);
 void run_backward(FspCall& call, const std::vector<GradientArguments>& items, int64_t samples, double factor,

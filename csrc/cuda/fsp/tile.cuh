@@ -20,14 +20,14 @@ struct Cut {
 
 constexpr int kFspThreads = 128, kFspTile = 64;
 
-// Blocks of a multiprocessor that there are to be registers for, as many as need no spilling. They are what
-// hides the wait for memory: a block loads, then multiplies.
+// How many blocks of a multiprocessor the registers are to suffice for: as many as need no spilling. Several
+// blocks hide the wait for memory, since each loads and then multiplies.
 template <typename A, Mode MODE>
 constexpr int kFspBlocks = sizeof(A) == 8                                 ? 2
                            : MODE == Mode::kIeee || MODE == Mode::kTf32x3 ? 3
                                                                           : 4;
 
-// Of the whole matrix: no tile is larger than it need be.
+// rows and columns: of the whole matrix, so that no tile is larger than it need be.
 FASTKD_BOTH Cut cut_of(int rows, int columns, int warp) {
   const bool low = rows <= 32, narrow = columns <= 32;
   const int m_bits = low ? 0 : 1, n_bits = narrow ? 0 : 1;
@@ -46,9 +46,9 @@ FASTKD_BOTH Cut cut_of(int rows, int columns, int warp) {
 FASTKD_BOTH int bits_of_size(int size) { return size == 32 ? 5 : 6; }
 
 // Where channel c and position s of a staged operand lie. Panels, for operands whose rows are channels: 32
-// positions of all channels each, sixteen bytes changed about so that neither four positions of each of eight
-// rows nor the stores meet in a bank. Else, for operands whose rows are positions: an odd number of pairs
-// from channel to channel does as much.
+// positions of all channels each, groups of sixteen bytes exchanged so that neither reads of four positions
+// in each of eight rows nor the stores meet in a bank. Else, for operands whose rows are positions: an odd
+// number of pairs from channel to channel does as much.
 template <bool PANELS>
 FASTKD_BOTH int staged(int c, int s, int channels, int positions) {
   if (!PANELS) return c * (positions + 2) + s;

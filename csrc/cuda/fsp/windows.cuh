@@ -1,4 +1,4 @@
-// The windows of adaptive pooling, as PyTorch places them, and what is divided by to find and average them.
+// The windows of adaptive pooling, as PyTorch places them, and the divisions that find and average them.
 #pragma once
 
 #include <type_traits>
@@ -38,9 +38,9 @@ FASTKD_BOTH bool is_near(int64_t size, int64_t grid) {
   return (grid + 1) * (size % grid) + grid < int64_t{1} << 31;
 }
 
-// The numbers of an axis of `size` that position `at` of a `grid` is pooled from, [begin, end): PyTorch's
-// windows. And the positions of a `size` whose windows hold the number `at` of the `grid` that they are taken
-// from.
+// PyTorch's windows: position `at` of a `grid` is pooled from the numbers [begin, end) of an axis of `size`.
+// Of the opposite direction, from a `grid` that is pooled to `size`, they are the positions whose windows
+// hold number `at`.
 template <bool FAR>
 FASTKD_BOTH int32_t window_begin(int32_t at, int32_t size, int32_t grid) {
   const int32_t whole = size / grid;
