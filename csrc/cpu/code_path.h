@@ -1,7 +1,7 @@
-// Every kernels.cpp includes this, behind its own headers. setup.py compiles those files once per code path,
-// with FASTKD_PATH (portable, neon, avx2 or avx512) and FASTKD_VECTOR_BYTES. Headers stand before the target,
-// so that nothing of theirs is compiled for this instruction set. A file's kernels stand in the namespace
-// FASTKD_PATH, and FASTKD_PATH_END behind them.
+// Every kernels.cpp includes this file after its own headers. setup.py compiles those files once per code
+// path, with FASTKD_PATH (portable, neon, avx2 or avx512) and FASTKD_VECTOR_BYTES. The headers come before
+// the target that is set below, so that nothing of theirs is compiled for this instruction set. A file's
+// kernels stand in the namespace FASTKD_PATH and are followed by FASTKD_PATH_END.
 //
 // Rules for their .inl files: use only what is defined in this namespace, raw pointers, the plain structs
 // of host.h, compiler builtins, intrinsics and functions of libm. No std:: templates, no inline functions of

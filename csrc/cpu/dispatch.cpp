@@ -83,9 +83,9 @@ struct Path {
   bool (*runs)();
   Status without;
 };
-// why a path has no table; where all have one, these are unused
+// Why a path has no table; where all have one, these are unused.
 #ifdef __x86_64__
-[[maybe_unused]] constexpr Status kNoAvx = kNotBuilt;  // for lack of a compiler that can
+[[maybe_unused]] constexpr Status kNoAvx = kNotBuilt;  // the compiler is too old
 #else
 [[maybe_unused]] constexpr Status kNoAvx = kForeign;
 #endif
@@ -159,10 +159,8 @@ bool tiles_available() {
 
 const KernelTable& kernels() {
   const KernelTable* table = current().load(std::memory_order_relaxed);
-  STD_TORCH_CHECK(
-      table != nullptr,
-      "FASTKD_CPU must be portable, neon, avx2 or avx512, and a code path that this CPU can run, got ",
-      std::getenv("FASTKD_CPU"));
+  STD_TORCH_CHECK(table != nullptr,
+                  "FASTKD_CPU must be portable, neon, avx2 or avx512, and a code path that this CPU can run");
   return *table;
 }
 
@@ -196,8 +194,8 @@ extern "C" __attribute__((visibility("default"))) int fastkd_set_cpu_path(const 
   return fastkd::kOk;
 }
 
-// Whether the path "avx512" takes AMX where the CPU has it, as it does unless told otherwise; returns whether
-// it is taken now.
+// Whether AMX is used now; and whether the path "avx512" may use it where the CPU has it, as it may unless
+// told otherwise.
 extern "C" __attribute__((visibility("default"))) int fastkd_amx() {
   return fastkd::tiles_available() ? 1 : 0;
 }

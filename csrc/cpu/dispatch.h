@@ -32,8 +32,8 @@ struct KernelTable {
 // Throws if FASTKD_CPU names no usable path.
 const KernelTable& kernels();
 
-// Whether the path in use may take AMX: "avx512", on a CPU that has it and a kernel that lends its registers,
-// and not switched off.
+// Whether AMX may be used: the path in use is "avx512", the CPU has AMX, the operating system grants its
+// registers, and nobody has switched it off.
 bool tiles_available();
 
 }  // namespace fastkd

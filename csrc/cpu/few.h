@@ -6,8 +6,9 @@
 
 namespace fastkd {
 
-// `count` objects, those of a usual call on the stack: a block of a kilobyte from the heap makes glibc tidy
-// up all that was freed before, which then serves nobody quickly.
+// An array of `count` objects. Up to kFew of them, as in a usual call, lie on the stack: a block of a
+// kilobyte from the heap makes glibc merge all small blocks that were freed before, and the next small ones
+// take longer.
 template <class T>
 class Few {
  public:

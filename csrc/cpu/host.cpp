@@ -20,10 +20,7 @@ thread_local ThreadBuffer thread_buffer;
 
 }  // namespace
 
-int64_t bytes_of(const Feature& x) {
-  const int64_t size = x.dtype == DType::kDouble ? 8 : x.dtype == DType::kFloat ? 4 : 2;
-  return x.batch * x.channels * x.positions * size;
-}
+int64_t bytes_of(const Feature& x) { return x.batch * x.channels * x.positions * size_of(x.dtype); }
 
 bool lies_by_planes(const Feature& x) {
   return (x.positions == 1 || (x.layout == Layout::kPlanes)) &&
@@ -35,6 +32,24 @@ bool lies_by_positions(const Feature& x) {
   return (x.channels == 1 || x.stride_c == 1) &&
          (x.positions == 1 || (x.layout != Layout::kGeneric && x.stride_s == x.channels)) &&
          (x.batch == 1 || x.stride_n == x.channels * x.positions);
+}
+
+const void* matrix_of(const Tensor& tensor, DType dtype, int64_t rows, int64_t columns, const char* name) {
+  const TensorView view = view_of(tensor, name);
+  check_accumulation(view, dtype, name);
+  STD_TORCH_CHECK(view.dim == 2 && view.sizes[0] == rows && view.sizes[1] == columns, name, " must be (",
+                  rows, ", ", columns, ")");
+  STD_TORCH_CHECK((columns == 1 || view.strides[1] == 1) && (rows == 1 || view.strides[0] == columns), name,
+                  " must be dense");
+  return view.data;
+}
+
+const float* vector_of(const Tensor& tensor, int64_t channels, const char* name) {
+  const TensorView view = view_of(tensor, name);
+  STD_TORCH_CHECK(view.dtype == DType::kFloat && view.dim == 1 && view.sizes[0] == channels &&
+                      (channels == 1 || view.strides[0] == 1),
+                  name, " must be float32, dense, one number a channel");
+  return static_cast<const float*>(view.data);
 }
 
 double scalar_of(const Tensor& tensor, const char* name) {

@@ -45,6 +45,11 @@ int64_t bytes_of(const Feature& x);
 bool lies_by_planes(const Feature& x);
 bool lies_by_positions(const Feature& x);
 
+// The numbers of a dense matrix (rows, columns) in float32 or float64, and of a dense vector in float32, one
+// for each channel.
+const void* matrix_of(const Tensor& tensor, DType dtype, int64_t rows, int64_t columns, const char* name);
+const float* vector_of(const Tensor& tensor, int64_t channels, const char* name);
+
 // The value of a 0-dim (or one-element) tensor.
 double scalar_of(const Tensor& tensor, const char* name);
 

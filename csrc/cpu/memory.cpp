@@ -16,8 +16,7 @@
 namespace fastkd {
 namespace {
 
-// Streaming stores are taken unless ordinary ones are faster by more than what chance makes of a busy
-// machine.
+// Streaming stores are taken unless ordinary ones are faster by more than the times of a busy machine vary.
 constexpr double kClearly = 0.9;
 
 // The features of the measurement: 16 MiB each, as of a wide network on CIFAR, three of which fill most

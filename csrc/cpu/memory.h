@@ -10,9 +10,9 @@ namespace fastkd {
 // faster at that. So a short measurement chooses, once a process, before the first of them.
 bool streams_past_caches(int64_t bytes);
 
-// Whether the maps of the next sample, of so many bytes, are asked for while those of this one are
-// multiplied. Where they fit beside each other the size of the cache decides, as a measurement would need
-// maps of every size.
+// Whether the maps of the next sample, of so many bytes, are prefetched while those of this one are
+// multiplied: where both fit into the cache. Its size decides, as a measurement would need maps of every
+// size.
 bool asks_ahead(int64_t bytes);
 
 }  // namespace fastkd

@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor> attention_map(const Tensor& x, double p, const Text& 
   args.norm = norm.mutable_data_ptr();
   const auto run = kernels().attention.map;
   parallel_units(feature.batch, feature.channels * feature.positions,
-                 scratch_of(args.side, 1, feature.layout != Layout::kGeneric, size_of(args.accumulation)),
+                 scratch_of(args.side, 1, feature.layout != Layout::kGeneric, args.accumulation),
                  [&](int64_t begin, int64_t end, void* scratch) { run(args, begin, end, scratch); });
   return {std::move(map), std::move(norm)};
 }
@@ -48,7 +48,7 @@ Tensor attention_map_backward(const Tensor& grad, const Tensor& x, const Tensor&
   const bool in_place = feature.layout == args.dx.layout && feature.layout != Layout::kGeneric;
   const auto run = kernels().attention.map_backward;
   parallel_units(feature.batch, feature.channels * feature.positions,
-                 scratch_of(args.side, 2, in_place, size_of(args.accumulation)),
+                 scratch_of(args.side, 2, in_place, args.accumulation),
                  [&](int64_t begin, int64_t end, void* scratch) { run(args, begin, end, scratch); });
   return out;
 }
@@ -64,7 +64,7 @@ Tensor join_coefficients(Few<AttentionStage>& stages, size_t count, DType dtype)
   for (size_t i = 0; i < count; ++i) {
     AttentionSide& side = stages[i].student;
     side.coefficients = next;
-    next += static_cast<size_t>(side.x.batch * side.pool.out_positions) * size_of(dtype);
+    next += side.x.batch * side.pool.out_positions * size_of(dtype);
   }
   return out;
 }
@@ -115,7 +115,6 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& stud
     views[count + i] = view_of(teacher[i], "teacher");
     args.accumulation = accumulation(args.accumulation, accumulation(views[i].dtype, views[count + i].dtype));
   }
-  const size_t size = size_of(args.accumulation);
   Few<AttentionStage> stages(count);
   Few<PoolTables> pools(2 * count);
   Tensors gradients;
@@ -164,7 +163,7 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& stud
       const bool in_place = side->x.layout != Layout::kGeneric && !side->pool.active &&
                             (side == &stage.teacher || stage.gradient.data == nullptr ||
                              stage.gradient.layout == side->x.layout);
-      bytes += scratch_of(*side, 4, in_place, size);
+      bytes += scratch_of(*side, 4, in_place, args.accumulation);
     }
     scratch_bytes = bytes > scratch_bytes ? bytes : scratch_bytes;
   }
@@ -253,7 +252,7 @@ Tensors attention_transfer_loss_backward(const Tensor& grad, const Tensors& feat
     item.dx = item.is_map ? map_of(out_view, "gradient") : feature_of(out_view, "gradient");
     const bool in_place =
         !item.side.pool.active && x.layout == item.dx.layout && x.layout != Layout::kGeneric;
-    const size_t bytes = scratch_of(item.side, 2, in_place, size_of(args.accumulation));
+    const size_t bytes = scratch_of(item.side, 2, in_place, args.accumulation);
     scratch_bytes = bytes > scratch_bytes ? bytes : scratch_bytes;
     elements += x.channels * x.positions;
     item.streaming = streams_past_caches(bytes_of(item.dx));

@@ -76,8 +76,7 @@ struct AttentionKernels {
 AttentionSide side_of(const Feature& x, const PoolPlan& pool);
 // Scratch memory that a side needs: `maps` maps of its positions, and for the chunks if it is not read in
 // place.
-size_t scratch_of(const AttentionSide& side, int64_t maps, bool in_place, size_t size);
-size_t size_of(DType accumulation);
+size_t scratch_of(const AttentionSide& side, int64_t maps, bool in_place, DType accumulation);
 // Checks grad, map and norm against x and each other; `out` is x's gradient, to be written.
 AttentionMapBackwardArgs map_backward_args(const Tensor& grad, const TensorView& x, const Tensor& map,
                                            const Tensor& norm, const AttentionOptions& options,

@@ -26,7 +26,7 @@ static double loss_unit(const AttentionLossArgs& args, const AttentionStage& sta
   const bool before = args.pool_before;
   const int64_t count = stage.student.pool.out_positions;
 
-  // The student last: its gradient begins with what was read last.
+  // The student comes last: its gradient begins with what was read last, which is still in the cache.
   Norm s_norm, t_norm;
   const PowerSums t = side_map<A>(stage.teacher, args.teacher_is_map, args, n, bump, t_norm);
   const PowerSums s = side_map<A>(stage.student, args.student_is_map, args, n, bump, s_norm);

@@ -31,8 +31,8 @@ FASTKD_INLINE void store_sums(VecD* v, int64_t n, double* q) {
   store<double, double>(q, v[0]);
 }
 
-// How far ahead of a pass over consecutive memory its lines are fetched: more than what is on its way, and
-// as often as not past the end of the page, where the hardware stops.
+// How far ahead a pass over consecutive memory prefetches: beyond what the hardware has asked for by itself,
+// and often past the end of the page, where the hardware stops.
 constexpr int64_t kAhead = 2048;
 
 template <int64_t Bytes>
@@ -142,7 +142,7 @@ static void power_sum_of_rows(const T* x, int64_t channels, int64_t stride_s, in
     }
     s += half;
   }
-  // With fewer channels than lanes a vector reaches into the positions behind; stop while there are such.
+  // With fewer channels than lanes a vector reads on into the next positions: stop before the last of these.
   for (; s + W <= count &&
          (channels >= W || (stride_s > 0 && (s + W - 1) * stride_s + W <= (count - 1) * stride_s + channels));
        s += W)

@@ -51,7 +51,7 @@ struct Channels {
   int64_t first, count, total;
 };
 
-// A condition that a kernel is compiled for, and one that it looks at.
+// A condition that is known when a kernel is compiled, and one that is known when it runs.
 template <bool kValue>
 struct Constant {
   static constexpr bool value = kValue;

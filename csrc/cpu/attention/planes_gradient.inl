@@ -1,5 +1,5 @@
 // The second of the two passes over a feature that attention needs, for planes: the gradient, a coefficient
-// for each position times h(x). planes.inl has the first.
+// for each position times h(x), the slope of power.inl. planes.inl has the first.
 
 // Numbers that loops over memory handle at a time: a vector, or a pair of them.
 template <typename T, typename A>

@@ -17,15 +17,14 @@ AttentionSide side_of(const Feature& x, const PoolPlan& pool) {
   return {x, pool, chunk < 1 ? 1 : chunk < x.channels ? chunk : x.channels, nullptr};
 }
 
-size_t scratch_of(const AttentionSide& side, int64_t maps, bool in_place, size_t size) {
+size_t scratch_of(const AttentionSide& side, int64_t maps, bool in_place, DType accumulation) {
+  const size_t size = static_cast<size_t>(size_of(accumulation));
   const size_t map = scratch_piece(side.x.positions, sizeof(double));
   const size_t chunks = in_place ? 0
                                  : map + 2 * scratch_piece(side.chunk * side.x.positions, size) +
                                        2 * scratch_piece(side.chunk * side.pool.out_positions, size);
   return static_cast<size_t>(maps + 1) * map + chunks;  // one more for the sums of a block of channels
 }
-
-size_t size_of(DType accumulation) { return accumulation == DType::kDouble ? sizeof(double) : sizeof(float); }
 
 AttentionMapBackwardArgs map_backward_args(const Tensor& grad, const TensorView& x, const Tensor& map,
                                            const Tensor& norm, const AttentionOptions& options,

@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor, Tensor> relu_tap(const Tensor& x, const std::optional
                         feature.layout != Layout::kGeneric;
   const auto run = kernels().tap.relu;
   parallel_units(feature.batch, feature.channels * feature.positions,
-                 scratch_of(args.y, 1, in_place, size_of(args.accumulation)),
+                 scratch_of(args.y, 1, in_place, args.accumulation),
                  [&](int64_t begin, int64_t end, void* scratch) { run(args, begin, end, scratch); });
   return {std::move(y), std::move(map), std::move(norm)};
 }
@@ -80,7 +80,7 @@ Tensor backward(const std::optional<Tensor>& grad, const Tensor& map_grad, const
                         feature.layout != Layout::kGeneric;
   const auto run = kernels().tap.backward;
   parallel_units(feature.batch, feature.channels * feature.positions,
-                 scratch_of(args.map.side, 2, in_place, size_of(args.map.accumulation)),
+                 scratch_of(args.map.side, 2, in_place, args.map.accumulation),
                  [&](int64_t begin, int64_t end, void* scratch) { run(args, begin, end, scratch); });
   return out;
 }

@@ -122,7 +122,8 @@ static void relu_tap(const ReluTapArgs& args, int64_t begin, int64_t end, void* 
   });
 }
 
-// g + k * h(x), under the ReLU of result x: nothing where x is zero, and a NaN lets pass, as in PyTorch.
+// g + k * h(x); if kRelu, x is the result of a ReLU, and this is 0 where x is 0. A NaN lets the gradient
+// pass, as in PyTorch.
 template <bool kRelu, typename A, typename P>
 FASTKD_INLINE Vec<A> tapped(Vec<A> x, Vec<A> g, Vec<A> k, const P& power) {
   const Vec<A> v = g + P::slope(power, x) * k;

@@ -12,15 +12,13 @@
 namespace fastkd {
 namespace {
 
-constexpr int64_t kChunkElements =
-    8192;                       // 32 KB in float32: read twice, from the first cache the second time
-constexpr int64_t kWidth = 64;  // channels of a row, for sums in several vectors
+// Numbers of a chunk: 32 KiB in float32, read twice, the second time from the first-level cache.
+constexpr int64_t kChunkElements = 8192;
+// Channels of a row, at least, where rows can be folded: sums in several vectors.
+constexpr int64_t kWidth = 64;
 
 NormRows rows_of(const Feature& x, const char* name) {
-  const bool dense = (x.channels == 1 || x.stride_c == 1) &&
-                     (x.positions == 1 || (x.layout != Layout::kGeneric && x.stride_s == x.channels)) &&
-                     (x.batch == 1 || x.stride_n == x.channels * x.positions);
-  STD_TORCH_CHECK(dense, name, " must be dense and channels_last");
+  STD_TORCH_CHECK(lies_by_positions(x), name, " must be dense and channels_last");
   STD_TORCH_CHECK(x.dtype != DType::kDouble, name, " must be float16, bfloat16 or float32");
   NormRows size = {x.dtype, x.batch * x.positions, x.channels, 1, 1};
   for (; size.channels < kWidth && size.rows % 2 == 0; size.rows /= 2) size.channels *= 2, size.fold *= 2;
@@ -29,14 +27,6 @@ NormRows rows_of(const Feature& x, const char* name) {
 }
 
 int64_t chunks_of(const NormRows& size) { return (size.rows + size.chunk - 1) / size.chunk; }
-
-const float* vector_of(const Tensor& tensor, int64_t channels, const char* name) {
-  const TensorView view = view_of(tensor, name);
-  STD_TORCH_CHECK(view.dtype == DType::kFloat && view.dim == 1 && view.sizes[0] == channels &&
-                      (channels == 1 || view.strides[0] == 1),
-                  name, " must be float32, dense, one number a channel");
-  return static_cast<const float*>(view.data);
-}
 
 // A tensor that lies in memory as x does.
 const void* alike(const Tensor& tensor, const TensorView& x, const char* name) {

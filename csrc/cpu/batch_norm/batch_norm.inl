@@ -2,8 +2,8 @@
 // chunks that stay in the first caches. Sums over a chunk are float, one accumulator a channel;
 // batch_norm.cpp adds the chunks in double, in their order.
 
-// f(c, vectors) over the channels, `vectors` (a constant) times a vector from c on, then g(c) for each
-// channel that is left.
+// f(c, n) for n vectors (a constant) of channels from c on, four vectors at a time and then one, and g(c) for
+// each channel that is left.
 template <int N>
 struct Count {
   static constexpr int value = N;
@@ -16,9 +16,6 @@ FASTKD_INLINE void over_channels(int64_t channels, const F& f, const G& g) {
   for (; c + W <= channels; c += W) f(c, Count<1>{});
   for (; c < channels; ++c) g(c);
 }
-
-FASTKD_INLINE VecF chosen(IntF where, VecF yes, VecF no) { return where ? yes : no; }
-FASTKD_INLINE float chosen(bool where, float yes, float no) { return where ? yes : no; }
 
 // One vector, or one number, of storage type T.
 template <typename T, typename V>

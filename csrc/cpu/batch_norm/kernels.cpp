@@ -8,6 +8,7 @@ namespace fastkd {
 namespace FASTKD_PATH {
 
 #include "cpu/simd/vec.inl"
+#include "cpu/simd/functions.inl"
 #include "cpu/batch_norm/batch_norm.inl"
 
 }  // namespace FASTKD_PATH

@@ -16,25 +16,24 @@
 namespace fastkd {
 namespace {
 
-constexpr int64_t kTileNumbers = 1 << 13;  // of a tile of the bank: 32 KiB, which the first-level cache holds
-constexpr int64_t kTileDraws = 16;         // that an image has of a tile, where tiles can be that large
-constexpr int kMostShift = 16;             // a row within a tile is a number of 16 bits
-constexpr int64_t kBlocks = 32;            // of tiles: as many threads can work
-constexpr int64_t kBlockNumbers = 4 << 20;  // of the gradients of all blocks together
+// Numbers of a tile of the bank: 32 KiB, which the first-level cache holds.
+constexpr int64_t kTileNumbers = 1 << 13;
+// Draws that an image has in a tile on average, where tiles can be large enough for it.
+constexpr int64_t kTileDraws = 16;
+// A row within a tile is a number of 16 bits.
+constexpr int kMostShift = 16;
+// Blocks of tiles, which are shared among threads.
+constexpr int64_t kBlocks = 32;
+// Most numbers of the gradients of all blocks together.
+constexpr int64_t kBlockNumbers = 4 << 20;
 
 struct Bank {
   const float* data;
   int64_t size, width;
 };
 
-const float* matrix_of(const Tensor& tensor, int64_t rows, int64_t columns, const char* name) {
-  const TensorView view = view_of(tensor, name);
-  STD_TORCH_CHECK(view.dtype == DType::kFloat, name, " must be float32");
-  STD_TORCH_CHECK(view.dim == 2 && view.sizes[0] == rows && view.sizes[1] == columns, name, " must be (",
-                  rows, ", ", columns, ")");
-  STD_TORCH_CHECK((columns == 1 || view.strides[1] == 1) && (rows == 1 || view.strides[0] == columns), name,
-                  " must be dense");
-  return static_cast<const float*>(view.data);
+const float* floats_of(const Tensor& tensor, int64_t rows, int64_t columns, const char* name) {
+  return static_cast<const float*>(matrix_of(tensor, DType::kFloat, rows, columns, name));
 }
 
 int64_t tiles_of(int64_t size, int64_t width, int64_t drawn, int* shift) {
@@ -44,7 +43,7 @@ int64_t tiles_of(int64_t size, int64_t width, int64_t drawn, int* shift) {
   return ((size - 1) >> *shift) + 1;
 }
 
-// The drawn negatives of each image, those of a tile of the bank beside each other.
+// The drawn negatives of each image, sorted by the tile of the bank that they lie in.
 struct Draws {
   int64_t count, drawn, tiles;
   int shift = 0;        // tiles have 2^shift rows
@@ -186,9 +185,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> crd_pass(const Tensor& s, const Tenso
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   STD_TORCH_CHECK(n > 0 && width > 0 && size > 0 && size <= kMost,
                   "s and t_bank must not be empty, and t_bank of at most ", kMost, " rows");
-  const float* x[2] = {matrix_of(s, n, width, "s"), matrix_of(t, n, width, "t")};
-  const Bank bank[2] = {{matrix_of(t_bank, size, width, "t_bank"), size, width},
-                        {matrix_of(s_bank, size, width, "s_bank"), size, width}};
+  const float* x[2] = {floats_of(s, n, width, "s"), floats_of(t, n, width, "t")};
+  const Bank bank[2] = {{floats_of(t_bank, size, width, "t_bank"), size, width},
+                        {floats_of(s_bank, size, width, "s_bank"), size, width}};
   STD_TORCH_CHECK(rows.scalar_type() == torch::headeronly::ScalarType::Long && rows.dim() == 2 &&
                       rows.size(0) == n && rows.size(1) > 1 && rows.size(1) <= kMost &&
                       rows.is_contiguous() && rows.is_cpu(),

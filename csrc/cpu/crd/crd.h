@@ -22,7 +22,7 @@ struct CrdArgs {
   float coldness;               // 1 / temperature
   float inverse, shift;         // 1 / (normalizer * noise), eps / noise
   double* sums;                 // (blocks)
-  float* grads;                 // (blocks, count, width), by the scores and not by their factors; or null
+  float* grads;  // (blocks, count, width), without the temperature and the loss's factors; or null
 };
 
 struct CrdKernels {

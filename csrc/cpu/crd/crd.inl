@@ -6,8 +6,8 @@
 
 constexpr int64_t kLane = kLanes<float>;              // rows whose scores are one vector
 constexpr int64_t kTogether = kLane < 8 ? kLane : 8;  // rows that are read side by side
-constexpr int64_t kScores = 512;                      // that are collected
-constexpr int64_t kRuns = 64;
+constexpr int64_t kScores = 512;                      // that a buffer holds
+constexpr int64_t kRuns = 64;                         // likewise
 
 // Drawn rows of an image whose scores follow each other in the buffer.
 struct CrdRun {
@@ -16,7 +16,7 @@ struct CrdRun {
   const uint16_t* order;
 };
 
-// A vector's lanes: of `a` and `b` the sums of neighbouring runs of `unit` lanes, runs of a and b in turn.
+// Adds neighbouring runs of `unit` lanes. The result holds a sum of a's runs and one of b's in turn.
 template <int64_t unit>
 FASTKD_INLINE VecF paired_sum(VecF a, VecF b) {
   IntF mine, other;

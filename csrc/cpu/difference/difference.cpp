@@ -67,11 +67,7 @@ double sum_of(DifferenceArgs& args, int64_t pieces, size_t scratch, const F& run
 
 double ofd_stage(Pair pair, const Tensor& margin, double factor) {
   const int64_t channels = pair.shape.channels;
-  const TensorView view = view_of(margin, "margins");
-  STD_TORCH_CHECK(view.dtype == DType::kFloat && view.dim == 1 && view.sizes[0] == channels &&
-                      (channels == 1 || view.strides[0] == 1),
-                  "margins must be float32, dense, one number a channel");
-  OfdArgs args = {pair.args, static_cast<const float*>(view.data), channels, !pair.planes};
+  OfdArgs args = {pair.args, vector_of(margin, channels, "margins"), channels, !pair.planes};
   int64_t pieces = pair.shape.batch * (pair.planes ? channels : pair.shape.positions);
   args.of.length = pair.planes ? pair.shape.positions : channels;
   std::vector<float> margins;

@@ -1,11 +1,8 @@
 // What the losses of differences have in common, each with its gradients in the same pass over both features.
 // Arithmetic is in float; squares are added in float over kBlock numbers, then in double, in an order that
-// depends on nothing.
+// does not depend on the number of threads.
 
 constexpr int64_t kBlock = 1024;
-
-FASTKD_INLINE VecF chosen(IntF where, VecF yes, VecF no) { return where ? yes : no; }
-FASTKD_INLINE float chosen(bool where, float yes, float no) { return where ? yes : no; }
 
 // The sum of square(i, V) over the numbers [0, count), vectors V of them where there are enough.
 template <typename F>
@@ -27,7 +24,7 @@ FASTKD_INLINE double sum_over(int64_t count, const F& square) {
   return sum(total) + rest;
 }
 
-// The two features and the wanted gradients from one piece on.
+// Where a piece of the two features and of the wanted gradients begins.
 template <typename T>
 struct Piece {
   const T *s, *t;
@@ -60,13 +57,6 @@ FASTKD_INLINE void with_wanted(const DifferenceArgs& args, const F& f) {
     }
   });
 }
-
-FASTKD_INLINE double lanes_sum(VecF v) {
-  VecD low, high;
-  widen(v, low, high);
-  return sum(low + high);
-}
-FASTKD_INLINE double lanes_sum(float x) { return x; }
 
 template <bool kStudent, bool kTeacher, typename T, typename V>
 FASTKD_INLINE void put_gradients(const Piece<T>& piece, int64_t i, V grad) {

@@ -1,7 +1,7 @@
 // HCL: the squared difference of two maps and of their averages over 4 x 4, 2 x 2 and 1 x 1 parts.
 
-// The differences of a map and, by rows folded so that they fill vectors, what is summed and added by
-// columns.
+// Scratch memory of one map: its differences, and a row of numbers in which its rows are summed, and which is
+// later added to its rows. Where one row does not fill vectors, several count as one.
 struct HclMap {
   int64_t height, width, folded;  // `folded` numbers, of one or more rows of a quarter of the map
   float *apart, *columns;
@@ -135,7 +135,8 @@ static double hcl_lanes(const HclArgs& args, const Piece<T>& piece, void* scratc
   return total;
 }
 
-// Lanes of a map of one channel that can be divided: the positions.
+// A piece's loss and gradients. Lanes are the positions of a map of one channel whose sides can be divided by
+// 4, else channels.
 template <bool kStudent, bool kTeacher, typename T>
 static double hcl_piece(const HclArgs& args, Piece<T> piece, void* scratch) {
   constexpr int64_t W = kLanes<float>;

@@ -3,8 +3,8 @@
 // bfloat16 afterwards. An infinite dloss / dG makes NaN of an averaged map, whose low part may be 0, where it
 // would stay infinite else. Needs fsp/amx.inl.
 
-// x and y as pairs of bfloat16 numbers, x first, and as pairs of what these leave: cut off above, rounded
-// below. Infinity leaves nothing.
+// `high`: x and y cut off to bfloat16, in pairs, x first. `low`: what that leaves of them, rounded to
+// bfloat16; an infinity leaves 0.
 FASTKD_INLINE void split_pairs(VecF x, VecF y, BitsF& high, BitsF& low) {
   const BitsF xs = (BitsF)x & 0xFFFF0000u, ys = (BitsF)y & 0xFFFF0000u;
   high = xs >> 16 | ys;
@@ -37,7 +37,7 @@ static TileBackward tile_backward_of(const FspStage& stage, Arena& arena) {
   return s;
 }
 
-// Rows of floats (some multiple of 32, after each other) times `scale` as rows of A.
+// Rows of floats, of a multiple of 32 numbers each, times `scale` as rows of A.
 static void split_rows(const float* from, int64_t from_row, int64_t rows, int64_t columns, float scale,
                        Bits* high, Bits* low, int64_t to_row) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -52,8 +52,8 @@ static void split_rows(const float* from, int64_t from_row, int64_t rows, int64_
   }
 }
 
-// Row l + 16 of floats beside row l, times `scale`, as one tile of B a 16 columns; `rows` of the 32 are
-// there.
+// 32 rows of floats, of which there are `rows`, times `scale` as tiles of B, one for every 16 columns. Row l
+// + 16 goes beside row l, or rows 2 l and 2 l + 1 beside each other if in_order.
 static void split_columns(const float* from, int64_t from_row, int64_t rows, int64_t columns, bool in_order,
                           float scale, Bits* high, Bits* low, int64_t panel) {
   for (int64_t i = 0; i < kTile; ++i) {
@@ -70,8 +70,8 @@ static void split_columns(const float* from, int64_t from_row, int64_t rows, int
   }
 }
 
-// Positions [begin, begin + count) of `rows` planes of bfloat16, rows 16 apart side by side, as one tile of B
-// a 16 positions.
+// Positions [begin, begin + count) of `rows` planes of bfloat16, rows 16 apart side by side, as tiles of B,
+// one for every 16 positions.
 static void pack_tile_positions(const Block& x, int64_t c, int64_t rows, int64_t begin, int64_t count,
                                 Bits* to, int64_t panel) {
   const Bits* from = static_cast<const Bits*>(x.data) + c * x.stride_c + begin;

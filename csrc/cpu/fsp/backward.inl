@@ -1,11 +1,14 @@
-// FSP kernels: the gradients by the feature maps, from those by the FSP matrices. Needs fsp/fsp.inl up to
+// FSP kernels: the gradients of the feature maps, from those of the FSP matrices. Needs fsp/fsp.inl up to
 // where that includes this file.
 
 template <typename A>
 struct BackwardScratch {
-  A *grad, *pooled,
-      *plane;           // the block's gradient if not computed in place; a term's, before it is un-pooled
-  A *other, *rows, *m;  // the other map, pooled; one depth of its positions; the gradient by G
+  A* grad;    // the block's gradient, if it is not computed in place
+  A* pooled;  // a term's gradient, before it is un-pooled
+  A* plane;   // one plane, for pooling
+  A* other;   // the other map, pooled
+  A* rows;    // one depth of its positions
+  A* m;       // the gradient of G
   int64_t grad_row, pooled_row, m_row;
   TileBackward tiles;
   LowRankScratch<A> low_rank[2];  // a term
@@ -124,7 +127,7 @@ FASTKD_INLINE int64_t planes_row(const Feature& out) {
   return out.layout == Layout::kPlanes ? out.positions + kPad : out.positions;
 }
 
-// One sample's gradient by the stage's channels from c on.
+// One sample's gradient of the stage's channels from c on.
 template <typename A>
 static void backward_unit(const FspStage& stage, int64_t n, int64_t c, void* scratch, Ahead* ahead) {
   Arena arena = {static_cast<char*>(scratch), 0};

@@ -1,5 +1,5 @@
 // What a loss makes of sums of products: their division by the number of positions, the squares or the norms
-// of columns of the difference of two matrices, and the gradient by it. Needs vec.inl.
+// of columns of the difference of two matrices, and the gradient of that difference. Needs vec.inl.
 
 // c = c / positions, less other / other_positions if there is one.
 template <typename A>

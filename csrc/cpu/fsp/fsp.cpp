@@ -175,7 +175,7 @@ Tensors save_pairs(Few<FspPair>& pairs, Few<TensorView>& m, int64_t batch, bool 
   for (size_t p = 0; p < pairs.size(); ++p) {
     if (joined) {
       m[p].data = next;
-      next += batch * m[p].strides[0] * (accumulate == DType::kDouble ? 8 : 4);
+      next += batch * m[p].strides[0] * size_of(accumulate);
     } else {
       out.push_back(empty(m[p].sizes, m[p].dim, accumulate));
       m[p].data = out[p].mutable_data_ptr();

@@ -1,4 +1,4 @@
-// FSP kernels: FSP matrices and their loss (here) and the gradients by the feature maps (fsp/backward.inl).
+// FSP kernels: FSP matrices and their loss (here) and the gradients of the feature maps (fsp/backward.inl).
 // What is multiplied is packed block by block into scratch memory (or read in place where it lies well), so
 // layouts, dtypes and pooling end before the arithmetic begins, and no tensor is ever copied as a whole.
 #include "cpu/simd/ahead.inl"
@@ -213,7 +213,7 @@ static Ahead maps_ahead(const FspForward& call, int64_t n) {
       const Block block = sample_block(x, n, 0);
       const int64_t size = 1 + (x.channels - 1) * x.stride_c + (x.positions - 1) * x.stride_s;
       if (x.layout == Layout::kGeneric || size > x.channels * x.positions) continue;
-      const int64_t all = size * (x.dtype == DType::kDouble ? 8 : x.dtype == DType::kFloat ? 4 : 2);
+      const int64_t all = size * size_of(x.dtype);
       ahead.add(block.data, all);
       bytes += all;
     }

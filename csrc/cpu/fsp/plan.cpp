@@ -31,8 +31,8 @@ bool is_planes(const FspOperand& operand) {
 // more elements than those is worth transposing the maps.
 constexpr int64_t kPlanePositions = 64, kPlaneProducts = 2048;
 
-// Channels whose products are summed in registers before they are added to the others: like numbers, added
-// one after the other, round in one direction.
+// Channels whose products are summed in registers before they are added to the others: numbers that are
+// alike, added one after the other, are all rounded in one direction.
 constexpr int64_t kLowRankDepth = 32;
 
 // Whether a pair's loss and gradients are made from products over channels, positions x positions
@@ -67,7 +67,7 @@ int64_t work_ahead(const FspForward& call, int64_t work) {
 // Gemm::stream).
 bool streams(const FspStage& stage) {
   const Feature& x = stage.grad;
-  const int64_t size = x.dtype == DType::kDouble ? 8 : 4, line = 64 / size;
+  const int64_t line = 64 / size_of(x.dtype);
   bool can = reinterpret_cast<uintptr_t>(x.data) % 64 == 0 && x.stride_n % line == 0;
   can = can && (stage.channels_last ? x.channels % line == 0 && x.stride_s % line == 0
                                     : x.positions % line == 0 && x.stride_c % line == 0);
@@ -78,8 +78,8 @@ bool streams(const FspStage& stage) {
   return can && streams_past_caches(bytes_of(x));
 }
 
-// AMX: fewer channels leave most of a tile empty; what a unit packs at a time, in numbers of one chain, and
-// its rows of G (512 KiB of floats) stay in the second-level cache.
+// AMX: fewer channels than kTileChannels leave most of a tile empty. What a unit packs at a time (numbers of
+// one chain) and its rows of G (512 KiB of floats) stay in the second-level cache.
 constexpr int64_t kTileChannels = 16, kTileNumbers = 262144, kTileProducts = 131072;
 
 // Whether a pair's products are those of AMX (fsp/amx.inl): all maps are bfloat16 in one of the two usual

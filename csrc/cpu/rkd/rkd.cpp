@@ -10,17 +10,6 @@
 namespace fastkd {
 namespace {
 
-// The numbers of a dense matrix.
-const void* matrix_of(const Tensor& tensor, DType dtype, int64_t rows, int64_t columns, const char* name) {
-  const TensorView view = view_of(tensor, name);
-  STD_TORCH_CHECK(view.dtype == dtype, name, " must be ", dtype == DType::kFloat ? "float32" : "float64");
-  STD_TORCH_CHECK(view.dim == 2 && view.sizes[0] == rows && view.sizes[1] == columns, name, " must be (",
-                  rows, ", ", columns, ")");
-  STD_TORCH_CHECK((columns == 1 || view.strides[1] == 1) && (rows == 1 || view.strides[0] == columns), name,
-                  " must be dense");
-  return view.data;
-}
-
 Tensor rkd_lengths(const Tensor& x) {
   const TensorView view = view_of(x, "x");
   STD_TORCH_CHECK(view.dim == 2, "x must have two dimensions");

@@ -40,12 +40,10 @@ std::tuple<Tensor, std::vector<Tensor>> sakd_loss(std::vector<Tensor> students, 
     const Feature s = feature_of(s_view, "student"), t = feature_of(t_view, "teacher");
     check_same(s, t, "student and teacher");
     STD_TORCH_CHECK(s_view.dim == 4 && s.size[1] == s.size[2], "student must be (N, C, H, H)");
-    const SakdArgs parts = {s.size[1], side_of(students[i], s_view, s, "student", need_s, grads),
-                            side_of(teachers[i], t_view, t, "teacher", need_t, others),
-                            static_cast<float>(2 * factors[i]), nullptr};
-    SakdArgs args = parts;
     std::vector<double> sums(static_cast<size_t>(s.batch));
-    args.sums = sums.data();
+    const SakdArgs args = {s.size[1], side_of(students[i], s_view, s, "student", need_s, grads),
+                           side_of(teachers[i], t_view, t, "teacher", need_t, others),
+                           static_cast<float>(2 * factors[i]), sums.data()};
     const auto run = kernels().sakd.samples;
     parallel_units(s.batch, (s.channels + t.channels) * s.positions, sakd_scratch(args.side),
                    [&](int64_t begin, int64_t end, void* scratch) { run(args, begin, end, scratch); });

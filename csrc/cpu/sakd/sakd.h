@@ -24,7 +24,7 @@ struct SakdArgs {
 
 // Rows of a matrix in scratch memory begin at multiples of so many numbers, whole vectors of any code path.
 constexpr int64_t kSakdAlign = 16;
-constexpr int64_t kSakdMatrices = 14;
+constexpr int64_t kSakdMatrices = 12;  // four of each side, and four more
 static inline int64_t sakd_row(int64_t side) { return (side + kSakdAlign - 1) / kSakdAlign * kSakdAlign; }
 static inline size_t sakd_scratch(int64_t side) {
   return static_cast<size_t>(kSakdMatrices * side * sakd_row(side)) * sizeof(float);

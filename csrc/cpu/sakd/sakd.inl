@@ -43,12 +43,6 @@ static void product(const SakdMatrix& a, const SakdMatrix& b, const SakdMatrix& 
   for (; i < a.side; ++i) product_rows<1>(a, b, to, i);
 }
 
-FASTKD_INLINE double lanes_sum(VecF v) {
-  VecD low, high;
-  widen(v, low, high);
-  return sum(low + high);
-}
-
 // The softmax of each row, in place. The numbers are products of power sums: none is below the 0 that
 // fills rows.
 static void softmax(const SakdMatrix& m) {
@@ -88,7 +82,7 @@ FASTKD_INLINE void add_squares(const T* x, int64_t positions, bool first, float*
   for (; p < positions; ++p) group(p, float{});
 }
 
-// The mean of squares over the channels, each row of the map at the beginning of one of the matrix.
+// The mean of squares over the channels. Each row of the map begins a row of the matrix.
 template <typename T>
 static void sakd_power_sums(const SakdSide& side, const T* x, const SakdMatrix& g) {
   constexpr int64_t W = kLanes<float>;
@@ -166,7 +160,7 @@ static void attend_back(const SakdMap& m, const SakdMatrix& grad, const SakdMatr
     put(grad, i, d + d * (vector_of(m.rows, i) + vector_of(m.columns, i)) * share);
     put(one, i, d * vector_of(m.g, i) * share);
   });
-  transposed(one, two);  // of R + R^T: their sum is that of R
+  transposed(one, two);  // `one` is the gradient of R + R^T; both together are that of R
   for (int64_t i = 0; i < one.side; ++i) {
     float *to = one.data + i * one.row, *mirrored = two.data + i * two.row;
     const float* share_of = m.rows.data + i * one.row;

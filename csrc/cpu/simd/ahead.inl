@@ -1,9 +1,11 @@
-// Memory that is wanted soon, asked for into the second-level cache a little at a time, between the
-// multiply-adds of what is computed before: products wait for memory otherwise, and memory for products.
+// Prefetches memory that is read soon into the second-level cache, a little at a time, between the
+// multiply-adds of what is computed before. Otherwise products would wait for memory, and then memory for
+// products.
 
 constexpr int64_t kLineBytes = 64;
 
-// Some pieces of memory, in the order in which they will be read. Asking for what does not exist is allowed.
+// Some pieces of memory, in the order in which they will be read. A prefetch of an address that does not
+// exist is allowed.
 struct Ahead {
   static constexpr int kMost = 32;
   const char* piece[kMost];
@@ -11,7 +13,7 @@ struct Ahead {
   int count, current;
   const char *at, *end;  // of the current piece
   int64_t rate;          // bytes to ask for during 2^16 multiply-adds
-  int64_t rest;          // of the last loop's step, in parts of 2^16
+  int64_t rest;          // what the last step left of a byte, in parts of 2^16
 
   void add(const void* data, int64_t size) {
     if (count == kMost || size <= 0) return;

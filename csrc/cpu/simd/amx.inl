@@ -16,8 +16,8 @@ constexpr int64_t kTileDepth = 32;                 // of the reduction, numbers 
 constexpr int64_t kTileSize = kTile * kTileDepth;  // numbers
 constexpr int kTileSteps = 4;
 
-// C (m x n), or D, plus the sum over the steps of A_step B_step^T; what belongs to one tile of the reduction
-// is added up step by step.
+// C (m x n) = the sum over the steps of A_step B_step^T, plus D if there is one. Within a tile of the
+// reduction the steps are added one after the other.
 struct TileProduct {
   int64_t m, n, depth;  // depth: tiles of the reduction
   int steps;

@@ -1,6 +1,6 @@
 // What loops over numbers share: functions of vectors of float, or of one number where a vector is too much.
 
-// A vector, or one number V, from a place on.
+// A vector, or one number, from p on, as the second argument's type says.
 template <typename T>
 FASTKD_INLINE VecF at(const T* p, VecF) {
   return load<T, float>(p);
@@ -11,6 +11,14 @@ FASTKD_INLINE float at(const T* p, float) {
 }
 FASTKD_INLINE void put(float* p, VecF v) { store<float, float>(p, v); }
 FASTKD_INLINE void put(float* p, float v) { *p = v; }
+FASTKD_INLINE VecF chosen(IntF where, VecF yes, VecF no) { return where ? yes : no; }
+FASTKD_INLINE float chosen(bool where, float yes, float no) { return where ? yes : no; }
+FASTKD_INLINE double lanes_sum(VecF v) {
+  VecD low, high;
+  widen(v, low, high);
+  return sum(low + high);
+}
+FASTKD_INLINE double lanes_sum(float x) { return x; }
 
 // e^x to two units in the last place: 0 and infinity where it leaves float's range, and NaN for NaN.
 FASTKD_INLINE VecF exponential(VecF x) {

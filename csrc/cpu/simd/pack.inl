@@ -5,7 +5,8 @@
 constexpr int64_t kPad = 16;       // elements; a multiple of every vector length
 constexpr int64_t kPanelPad = 32;  // a multiple of every panel of gemm.inl
 
-// A right factor that no more rows of tiles than two read is not worth packing.
+// With so few rows of the left factor, at most two rows of tiles read the right one, which then is not worth
+// packing.
 constexpr int64_t kFewRows = 24;
 
 // Some channels of one sample: element (c, s) of dtype `dtype` at data[c * stride_c + s * stride_s];
@@ -19,8 +20,7 @@ struct Block {
 };
 
 static Block sample_block(const Feature& x, int64_t n, int64_t c) {
-  static constexpr int64_t kBytes[] = {2, 2, 4, 8};
-  const int64_t offset = (n * x.stride_n + c * x.stride_c) * kBytes[static_cast<int>(x.dtype)];
+  const int64_t offset = (n * x.stride_n + c * x.stride_c) * size_of(x.dtype);
   return {static_cast<const char*>(x.data) + offset,
           x.dtype,
           x.layout,
@@ -32,8 +32,7 @@ static Block sample_block(const Feature& x, int64_t n, int64_t c) {
 
 // The block without its first c channels.
 static Block channels_from(Block x, int64_t c) {
-  static constexpr int64_t kBytes[] = {2, 2, 4, 8};
-  x.data = static_cast<const char*>(x.data) + c * x.stride_c * kBytes[static_cast<int>(x.dtype)];
+  x.data = static_cast<const char*>(x.data) + c * x.stride_c * size_of(x.dtype);
   return x;
 }
 

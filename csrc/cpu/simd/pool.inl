@@ -1,13 +1,18 @@
 // One sample's channels [c0, c1) as dense planes of the accumulation type A in scratch memory, whatever the
 // tensor's dtype and strides, and adaptive pooling of such planes. Needs vec.inl.
 //
-//   load_planes(x, n, c0, c1, out)            out[(c - c0) * positions + s] = x[n, c, s]
-//   store_planes(in, x, n, c0, c1)            the reverse, rounding to x's dtype
-//   pool_planes(in, count, plan, out)         count planes of plan.in to planes of plan.out, as
-//   adaptive_avg_pool / adaptive_max_pool unpool_planes_add(in, count, plan, grad, out)   out += gradient of
-//   pool_planes for the output gradient `grad`; `in` is read by max pooling only load_pooled(x, n, c0, c1,
-//   plan, plane, out)     load and pool, one plane of plan.in (`plane`, scratch) at a time; a plain load if
-//   the plan is not active
+//   load_planes(x, n, c0, c1, out): out[(c - c0) * positions + s] = x[n, c, s].
+//
+//   store_planes(in, x, n, c0, c1): the reverse, rounding to x's dtype.
+//
+//   pool_planes(in, count, plan, out): `count` planes of plan.in to planes of plan.out, as PyTorch's
+//   adaptive_avg_pool and adaptive_max_pool.
+//
+//   unpool_planes_add(in, count, plan, grad, out): out += the gradient of pool_planes for the output gradient
+//   `grad`; `in` is read by max pooling only.
+//
+//   load_pooled(x, n, c0, c1, plan, plane, out): load_planes and pool_planes, one plane at a time, for which
+//   `plane` is scratch memory; load_planes alone if the plan is not active.
 
 template <typename T, typename A>
 static void load_planes_of(const Feature& x, int64_t n, int64_t c0, int64_t c1, A* out) {
@@ -74,7 +79,7 @@ static void store_planes(const A* in, const Feature& x, int64_t n, int64_t c0, i
   with_type<A>(x.dtype, [&](auto t) { store_planes_of<decltype(t), A>(in, x, n, c0, c1); });
 }
 
-// The window of an output position, and a loop over the positions of a plane.
+// The window of an output position: from d0 to before d1, and so on.
 struct Window {
   int64_t d0, d1, h0, h1, w0, w1;
 };
