@@ -134,12 +134,7 @@ def main() -> None:
     # Windows has neither of the two compilers the kernels are written for.
     compiled = toolchain.switch("FASTKD_BUILD", "0" if sys.platform == "win32" else "1", "0", "1") == "1"
     if compiled and {"bdist_wheel", "editable_wheel", "build", "build_ext"} & set(sys.argv):
-        (
-            toolchain.cxx(),
-            toolchain.torch(),
-            toolchain.cuda(),
-            toolchain.jobs(),
-        )  # what is missing is said at once
+        toolchain.cxx(), toolchain.torch(), toolchain.cuda(), toolchain.jobs()  # says at once what is missing
     parts = {"fastkd._C": "csrc/cpu", "fastkd._C_cuda": "csrc/cuda"} if compiled else {}
     libraries = [setuptools.Extension(name, sources(parts[name]), py_limited_api=True) for name in parts]
     setuptools.setup(

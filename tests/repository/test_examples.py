@@ -109,7 +109,8 @@ BY_HAND = {
     "FASTKD_CUDA=0 python setup.py build_ext --inplace": SANITIZER,
     'LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"'
     " ASAN_OPTIONS=detect_leaks=0 python -m pytest"
-    " tests/ops/test_{attention,fsp,grad_prefetch,feature_map,batch_norm}*.py": SANITIZER,
+    " tests/ops/test_{attention,fsp,grad_prefetch,feature_map,batch_norm,differences,pooled}*.py"
+    " tests/methods/test_{crd,rkd,norm}_kernels.py tests/methods/test_{sakd,ofd,reviewkd}.py": SANITIZER,
     "python tests/packaging/triton_releases.py": "fetches five releases of Triton and takes hours",
 }
 """What nobody runs but a person: the whole command, and why."""
