@@ -16,7 +16,10 @@ import os, subprocess, sys, tempfile
 def test_it(tmp_path):
     place = tempfile.mkdtemp()
     subprocess.run([sys.executable, "-c", "import tempfile; tempfile.mkdtemp()"], check=True)
-    assert len(os.listdir(os.path.dirname(place))) == 2
+    left = os.listdir(os.path.dirname(place))
+    assert len(left) == 3
+    headers = next(name for name in left if name.startswith("torchinductor_"))
+    assert os.listdir(os.path.join(os.path.dirname(place), headers)) == ["precompiled_headers"]
     assert os.path.dirname(place) not in str(tmp_path)
     assert os.path.dirname(place) not in os.environ["TORCHINDUCTOR_CACHE_DIR"]
     print(place)
@@ -25,7 +28,8 @@ def test_it(tmp_path):
 
 def test_what_is_left_goes_with_the_run(tmp_path: Path) -> None:
     temporary = tmp_path / "temporary"
-    temporary.mkdir()
+    headers = Path(temporary_folder.compiled_in(str(temporary)), "precompiled_headers")
+    headers.mkdir(parents=True)
     (tmp_path / "test_leaves.py").write_text(LEAVES)
     variables = {
         **os.environ,
@@ -40,7 +44,8 @@ def test_what_is_left_goes_with_the_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert str(temporary / temporary_folder.PREFIX) in done.stdout
     # pytest's folders of the last runs
-    assert [path.name.split("-")[0] for path in temporary.iterdir()] == ["pytest"]
+    assert sorted(path.name.split("-")[0] for path in temporary.iterdir()) == ["pytest", headers.parent.name]
+    assert headers.is_dir()
 
 
 def test_these_tests_have_such_a_folder() -> None:
