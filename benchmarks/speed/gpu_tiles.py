@@ -149,8 +149,9 @@ def _registers(used: dict[str, dict[str, int]]) -> str:
 
 
 def _numbers(tried: tuple[int, ...]) -> str:
-    """Those of a line of the table: the last is left out where gradients have no stages of their own."""
-    return ", ".join(map(str, tried if tried[-1] else tried[:-1]))
+    """Those of a line of the table: the last are left out where gradients have none of their own."""
+    most = max(i for i, number in enumerate(tried, 1) if number)
+    return ", ".join(map(str, tried[:most]))
 
 
 def _tile_line(how: str, tried: tuple[int, ...]) -> str:

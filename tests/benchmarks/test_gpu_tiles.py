@@ -24,7 +24,7 @@ def test_the_fastest_tiles_are_printed_and_the_table_is_as_it_was(
     @contextlib.contextmanager
     def compiling(wanted: list, end: float):
         futures = []
-        for _, (_, _, stages, _) in wanted:
+        for _, (_, _, stages, *_) in wanted:
             futures.append(Future())
             if stages == 4:
                 futures[-1].set_exception(RuntimeError("out of resource: shared memory"))

@@ -60,6 +60,7 @@ from fastkd.kernels.fsp.view import (
     mode,
     options,
     owned,
+    spills,
     tile,
     warps,
 )
@@ -136,21 +137,20 @@ class _Loss:
                 place, seen = self.sources.add(j, sizes[j >= len(student)])
                 self.operands.append(place)
                 views.append(seen)
-            register_heavy = any(v.register_heavy for v in views[-4:])
+            heavy = [v.register_heavy for v in views[-4:]]
             if len(self.shapes[i]) == 4:
-                cut = low_rank_tile(math.prod(sizes[0]), how, register_heavy=register_heavy)
+                cut = low_rank_tile(math.prod(sizes[0]), how, register_heavy=any(heavy))
             else:
                 alone = not columns and sizes[0] == sizes[1]
-                widest = (
-                    32 if all(v.scalar for v in views[-4:]) else 64 if register_heavy or not alone else 128
-                )
+                widest = 32 if all(v.scalar for v in views[-4:]) else 64 if any(heavy) or not alone else 128
                 cut = tile(
                     a.shape[1],
                     b.shape[1],
                     max(map(math.prod, sizes)),
                     how,
-                    register_heavy=register_heavy,
+                    register_heavy=any(heavy),
                     widest=widest,
+                    costly_rows=alone and heavy == [True, False] * 2,
                 )
             sizes_of.append(sizes)
             tiles_of.append(cut)
@@ -218,7 +218,7 @@ class _Loss:
             BLOCK,
             how,
             interpreting(),
-            **options(how, many),
+            **options(how, many, tight=spills(how)),
         )
 
 

@@ -107,6 +107,7 @@ class _Gradients:
                 how,
                 register_heavy=register_heavy,
                 widest=widest,
+                gradient=True,
             )
             cuts.append((*cut, first, len(coarse), len(fine)))
             sizes.append((x.shape[1], positions))

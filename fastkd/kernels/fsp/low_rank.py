@@ -67,6 +67,8 @@ def channel_sums(
     X_EXACT: tl.constexpr = V[A][IS_EXACT] and not LEFT
     Y_EXACT: tl.constexpr = V[A + 2][IS_EXACT] and LEFT
     ONE: tl.constexpr = C[J][ONE_TILE]
+    # with two, three products of three parts each leave too few registers unless blocks are of depth 8
+    STAGES: tl.constexpr = 1 if MODE == "tf32x3" and C[J][TILE_DEPTH] > 8 else None
     channels, positions = extent(s_view, V, A)
     s += sample(s_view, V, A, n)
     t += sample(t_view, V, A + 2, n)
@@ -75,7 +77,7 @@ def channel_sums(
     sum00, left00, right00 = zero, zero, zero
     sum01, left01, right01 = zero, zero, zero
     sum11, left11, right11 = zero, zero, zero
-    for first in range(begin, tl.minimum(end, channels), C[J][TILE_DEPTH]):
+    for first in tl.range(begin, tl.minimum(end, channels), C[J][TILE_DEPTH], num_stages=STAGES):
         channel = first + c
         own = (channel < channels)[:, None]
         s_rows = across(s_view, V, A, channel)[:, None]

@@ -125,7 +125,8 @@ def products(
     A_EXACT: tl.constexpr = V[A][IS_EXACT]
     B_EXACT: tl.constexpr = V[A + 1][IS_EXACT]
     rows, length = extent(a_view, V, A)
-    columns, _ = extent(b_view, V, A + 1)
+    # of as many positions; each mask by its own feature's number, whose known factors make loads wide
+    columns, other_length = extent(b_view, V, A + 1)
     k = tl.arange(0, C[J][TILE_DEPTH])
     own, other = row < rows, column < columns
     a += sample(a_view, V, A, n)
@@ -140,9 +141,8 @@ def products(
         b_less_rows = across(b_less_view, V, A + 3, column)[:, None]
     for first in range(0, length, C[J][TILE_DEPTH]):
         position = first + k
-        inside = position < length
-        a_mask = own[:, None] & inside[None, :]
-        b_mask = other[:, None] & inside[None, :]
+        a_mask = own[:, None] & (position < length)[None, :]
+        b_mask = other[:, None] & (position < other_length)[None, :]
         x = read(a + (a_rows + along(a_view, V, A, position)[None, :]), a_mask, a_view, V, A)
         y = read(b + (b_rows + along(b_view, V, A + 1, position)[None, :]), b_mask, b_view, V, A + 1)
         if a_less is not None:

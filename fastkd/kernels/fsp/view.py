@@ -103,13 +103,15 @@ class Tiles(NamedTuple):
     block: int  # rows, and columns
     depth: int  # of what is multiplied at a time
     stages: int  # blocks of depth that are in shared memory or on the way to it
-    gradient_stages: int = 0  # of gradients, where these are others
+    gradient_depth: int = 0  # of gradients, where these are others
+    gradient_stages: int = 0
 
 
+SHALLOW = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)  # before: no blocks of depth 8
 TILES = {
-    "ieee": Tiles(64, 16, 1, gradient_stages=2),
+    "ieee": Tiles(64, 8, 2, gradient_depth=16) if SHALLOW else Tiles(64, 16, 1, gradient_stages=2),
     "tf32": Tiles(128, 32, 2),
-    "tf32x3": Tiles(64, 16, 1, gradient_stages=2),
+    "tf32x3": Tiles(64, 16, 2),
     "bf16": Tiles(128, 32, 2),
 }
 """By mode; `python -m speed.gpu_parts tiles` in benchmarks/ tries others on a GPU and prints the lines to put
@@ -118,21 +120,29 @@ here.
 
 
 def tile(
-    rows: int, columns: int, depth: int, how: str, *, register_heavy: bool = False, widest: int = 128
+    rows: int,
+    columns: int,
+    depth: int,
+    how: str,
+    *,
+    register_heavy: bool = False,
+    widest: int = 128,
+    costly_rows: bool = False,
+    gradient: bool = False,
 ) -> Size:
     """(row block, column block, depth) of a program's tile of the product of (rows, depth) and (depth,
     columns).
 
     register_heavy: addresses of what is multiplied take many registers; widest: of the column block, where
-    there are more of those, or two sums at a time. The bounds below are where ptxas no longer spills.
+    there are more of those, or two sums at a time. costly_rows: those of the first factor alone, and it takes
+    several loads a number. The bounds below are where ptxas no longer spills.
     """
     most, deepest = TILES[how].block, TILES[how].depth
+    if gradient:
+        deepest = TILES[how].gradient_depth or deepest
     if how == "ieee":  # without tensor cores a thread holds its rows and columns of both blocks
-        return (
-            min(max(power_of_two(rows), 16), most),
-            min(max(power_of_two(columns), 16), most, widest),
-            deepest,
-        )
+        high, wide = (most // 2, 2 * most) if costly_rows else (most, min(most, widest))
+        return min(max(power_of_two(rows), 16), high), min(max(power_of_two(columns), 16), wide), deepest
     if min(rows, columns) < 128:
         most = min(most, 64)
     block, other = (min(max(power_of_two(n), 16), most) for n in (rows, columns))
@@ -147,6 +157,8 @@ def low_rank_tile(positions: int, how: str, *, register_heavy: bool = False) -> 
         block = min(max(power_of_two(positions), 16), 32)
         return block, block, 16
     depth = 16 if how == "tf32x3" or register_heavy else 32
+    if how == "tf32x3" and SHALLOW and not spills(how):
+        depth = 8
     if how != "tf32x3" and positions > 32 and _joins_warps():
         return 64, 64, depth
     # so that four warps, or eight of the larger, divide its columns: see `owned`
@@ -190,6 +202,11 @@ def options(how: str, count: int, *, gradient: bool = False, tight: bool = False
     tiles = TILES[how]
     stages = (tiles.gradient_stages if gradient else 0) or tiles.stages
     return {"num_warps": count, "num_stages": 1 if tight else stages}
+
+
+def spills(how: str) -> bool:
+    """Of losses: where ptxas spilled with two stages. Warps by themselves hold more of three products."""
+    return how == "tf32x3" and not _joins_warps()
 
 
 def tight(how: str, count: int, *, through: bool = False) -> bool:
