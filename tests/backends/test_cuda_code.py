@@ -45,12 +45,18 @@ def kernels(architecture: str) -> list[str]:
 
 
 @functools.cache
-def code(kernel: str, architecture: str) -> list[tuple[str, list[str]]]:
-    """The instructions of a kernel, each with its registers; `kernel` is a part of its mangled name."""
+def listing(kernel: str, architecture: str) -> list[tuple[str, str]]:
+    """The instructions of a kernel, each with its operands; `kernel` is a part of its mangled name."""
     (name,) = [name for name in kernels(architecture) if re.search(rf"\d{kernel}", name)]
     command = [str(tool()), "-sass", "-arch", architecture, "-fun", name, LIBRARY]
     said = subprocess.run(command, check=True, text=True, capture_output=True).stdout
-    found = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)(.*?);", said, re.MULTILINE)
+    return re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)(.*?);", said, re.MULTILINE)
+
+
+@functools.cache
+def code(kernel: str, architecture: str) -> list[tuple[str, list[str]]]:
+    """The instructions of a kernel, each with its registers."""
+    found = listing(kernel, architecture)
     return [(operation, re.findall(r"\bR\d+\b", operands)) for operation, operands in found]
 
 
@@ -70,6 +76,37 @@ def loads_at_once(kernel: str, architecture: str) -> list[int]:
         if is_load:
             waiting.append(registers[0])
     return found
+
+
+def chosen_policies(found: list[tuple[str, str]]) -> list[bool]:
+    """Of each load of 16 bytes: whether what the second-level cache is told about it was chosen by the code.
+
+    The instruction has it in a pair of uniform registers. Without a hint that is a constant of the launch;
+    with one that is chosen as a kernel runs, it comes from other registers.
+    """
+    last, chosen = {}, []
+    for operation, operands in found:
+        written = re.match(r"\s*UR(\d+)\b", operands)
+        if written and not operation.startswith("LDG"):
+            last[int(written[1])] = operation
+        used = re.search(r"\bdesc\[UR(\d+)\]", operands)
+        if operation == "LDG.E.128" and used:
+            chosen.append(last.get(int(used[1]) + 1, "").startswith("R2UR"))
+    return chosen
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "kernel, types",
+    [("loss_kernelIf", 3), ("loss_kernelId", 4), ("gradient_kernelIf", 3), ("gradient_kernelId", 4)],
+)
+def test_the_cache_is_told_what_is_read_for_the_last_time(architecture, kernel, types):
+    """Attention transfer's features, of each type in both layouts, 4 packs at once: each load asks
+    ``MatrixView::once`` whether the second-level cache gives it up first. The forward pass keeps what the
+    backward pass reads again.
+    """
+    found = chosen_policies(listing(kernel, architecture))
+    assert len(found) >= 2 * 4 * types and all(found), found
 
 
 # For each type of a feature and each layout: a thread has so many packs of a tensor on their way at once,

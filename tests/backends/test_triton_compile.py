@@ -82,6 +82,20 @@ def test_features_are_read_and_written_sixteen_bytes_at_a_time(cases):
 
 
 @pytest.mark.slow
+def test_what_is_read_for_the_last_time_leaves_the_cache_first(cases):
+    """Attention transfer's student is read twice, so the forward pass leaves it in the second-level cache;
+    the teacher's features, and the student's in the backward pass, need not stay. A gradient kernel's loads
+    of 16 bytes are its features, all of them given up first; of the loss kernel's half are the teacher's.
+    What a map's kernels read again keeps its place.
+    """
+    for case in WIDE.keys() & cases.keys():
+        for kernel in cases[case]["kernels"]:
+            least = WIDE[case][kernel["name"]]["ld"]
+            wanted = {"gradient_kernel": least, "loss_kernel": least // 2}.get(kernel["name"], 0)
+            assert kernel["given_up_first"] == wanted, (case, kernel["name"], kernel["given_up_first"])
+
+
+@pytest.mark.slow
 def test_launches_are_few_and_skip_the_binder_from_the_second_call_on(cases):
     for name, case in cases.items():
         assert case["relaunched"], name

@@ -104,6 +104,13 @@ def accesses(ptx: str) -> dict[str, int]:
     return found
 
 
+def given_up_first(ptx: str) -> int:
+    """How many reads of 16 bytes the second-level cache gives up first, by a policy operand."""
+    first = set(re.findall(r"createpolicy\.fractional\.L2::evict_first\.b64 (%\w+)", ptx))
+    hinted = re.findall(r"\bld\.global[\w.:]*\.L2::cache_hint\.v4\.\w+ .*?\], (%\w+);", ptx)
+    return sum(policy in first for policy in hinted)
+
+
 def products(ptx: str) -> dict[str, int]:
     """How often a kernel's PTX uses tensor cores, by the types multiplied: {"wgmma tf32": 8, ...}."""
     found: dict[str, int] = {}
@@ -200,6 +207,7 @@ def report(capability: int, names: Sequence[str]) -> list[dict[str, Any]]:
                         "name": k.name,
                         "capability": capability,
                         "accesses": accesses(k.asm["ptx"]),
+                        "given_up_first": given_up_first(k.asm["ptx"]),
                         "tickets": tickets(k.asm["ptx"]),
                         "unguarded": unguarded(k.asm["ptx"]),
                         "contracted": contracted(k.asm["ptx"]),
