@@ -269,11 +269,11 @@ def test_misuse_is_told_in_one_sentence(misuse, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_misuse_is_told_when_gradients_are_wanted_too(backend):
     x = f(2, 3, 4, 4).requires_grad_()
-    for call in (
-        lambda: AT(x, f(3, 3, 4, 4)),
-        lambda: FSP([x, x], [x, f(2, 4, 4, 4)]),
-        lambda: X(x, 0.5),
-        lambda: fastkd.fsp_matrix(x, f(2, 3, 4)),
+    for call, told in (
+        (lambda: AT(x, f(3, 3, 4, 4)), "batch sizes differ"),
+        (lambda: FSP([x, x], [x, f(2, 4, 4, 4)]), "channels differ"),
+        (lambda: X(x, 0.5), "p is 0.5"),
+        (lambda: fastkd.fsp_matrix(x, f(2, 3, 4)), "2 and 1 spatial dimensions"),
     ):
-        with fastkd.use_backend(backend), pytest.raises(ValueError):
+        with fastkd.use_backend(backend), pytest.raises(ValueError, match=told):
             call()

@@ -90,20 +90,23 @@ def test_a_call_leaves_nothing_behind(name: str) -> None:
 
 
 def refused() -> dict[str, Callable[[], object]]:
+    """Calls by what the kernel itself says of them: a call that never gets there could lose nothing."""
     t, ops = features(False), torch.ops.fastkd
     return {
-        "attention_transfer_loss": lambda: ops.attention_transfer_loss(t, t[:1], 0, [0.0, 2.0, 1e-12, 1.0]),
-        "fsp_loss": lambda: ops.fsp_loss(t, t[:1], 0, [0.0, 1.0]),
-        "rkd_lengths": lambda: ops.rkd_lengths(torch.zeros(3)),
+        "student and teacher must be lists of the same length": lambda: ops.attention_transfer_loss(
+            t, t[:1], 0, [0.0, 2.0, 1e-12, 1.0]
+        ),
+        "student and teacher must hold equally many stages": lambda: ops.fsp_loss(t, t[:1], 0, [0.0, 1.0]),
+        "x must have two dimensions": lambda: ops.rkd_lengths(torch.zeros(3)),
     }
 
 
-@pytest.mark.parametrize("name", refused())
-def test_a_call_that_is_refused_leaves_nothing_behind(name: str) -> None:
-    call = refused()[name]
+@pytest.mark.parametrize("told", refused())
+def test_a_call_that_is_refused_leaves_nothing_behind(told: str) -> None:
+    call = refused()[told]
 
     def refuse() -> None:
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError, match=told):
             call()
 
     assert growth(refuse, 10) < LEAST
@@ -117,7 +120,7 @@ def test_an_argument_that_cannot_be_converted_loses_no_other() -> None:
     operator = torch.ops.fastkd_testing.refuse.default
 
     def refuse() -> None:
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError, match="refused"):
             operator(a, [b], 0, c, d, e, "a string that is longer than what a short one may hold")
 
     assert growth(refuse, 10) < LEAST

@@ -130,7 +130,7 @@ def test_a_damaged_compiler_cache_is_named_with_the_way_to_clear_it(monkeypatch,
 def test_an_error_of_another_kind_is_not_the_compilers(monkeypatch):
     loop = loop_of("baseline", compiled=True)
     monkeypatch.setattr(loop.train_step, "forward", lambda *arguments: {}["key"])
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match="'key'"):
         loop.train_epoch(1, Progress("", loop.steps))
 
 
