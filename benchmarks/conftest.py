@@ -1,4 +1,4 @@
-"""``--benchmark``, where benchmarks alone are asked for; and Triton's interpreter as the tests mend it."""
+"""The option ``--benchmark`` for a run of benchmarks alone, and Triton's interpreter as the tests mend it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Two trees of fastkd side by side: the host's time of a tiny loss in each, call by call in turn.
 
 ``python benchmarks/host.py --against DIR``: DIR is another clone with its libraries built. Each tree runs in
-a process of its own, one thread; the two take turns case by case, so that other work on the machine meets
-both. Microseconds of processor time, the least of the stretches, through the public functions on CPU tensors.
+a process of its own, one thread; the two take turns case by case, so that other work on the machine slows
+both alike. Microseconds of processor time, the least of the stretches, through the public functions on CPU
+tensors.
 """
 
 from __future__ import annotations

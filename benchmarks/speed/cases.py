@@ -1,4 +1,4 @@
-"""What is measured: shapes, and one :class:`Case` for each group of rows that are measured side by side."""
+"""Shapes, and one :class:`Case` for each group of rows that are measured side by side."""
 
 from __future__ import annotations
 
@@ -95,13 +95,13 @@ class Case:
         )
 
     def flops(self) -> int:
-        """Of FSP's matrix products: two a pair forward (student's and teacher's), two backward."""
+        """Of FSP's matrix products: for each pair two forward (student's and teacher's), two backward."""
         return (2 if self.direction == FORWARD else 4) * sum(
             2 * self.batch * a * b * k for a, b, k in self.products()
         )
 
     def unit_of_memory(self) -> int:
-        """Bytes of one float32 map a stage, or matrix a pair: the unit of the goals for extra memory."""
+        """Bytes of a float32 map for each stage, or matrix for each pair: the unit of the memory's goals."""
         if self.operation == "fsp":
             return 4 * self.batch * sum(a * b for a, b, _ in self.products())
         return 4 * self.batch * sum(s * s for _, s in self.stages)

@@ -12,7 +12,7 @@ from typing import Any
 from speed import table
 from speed.goals import BACKEND, GOALS, PLAIN, Record
 
-# what stands beside a loss that has backends: the form that its users have
+# what a loss with backends is compared with: the form that its users run
 AGAINST = {("attention", "resnet20-128"): "eager", ("fsp", "resnet20-64"): "eager, broadcast"}
 NAMES = {"attention": "at"}
 
@@ -41,7 +41,7 @@ class Line:
 
 
 def _goal(record: Record) -> float | None:
-    """Of the published form's time over ours, on one thread."""
+    """The goal for the published form's time ÷ ours on one thread, if there is one."""
     fields = {"method", "operation"}
     found = [
         goal.bound
@@ -57,7 +57,7 @@ def _goal(record: Record) -> float | None:
 
 
 def lines(result: dict[str, Any]) -> list[Line]:
-    """A line a method and case that was measured on one thread, the largest ratio first."""
+    """A line for each method and case that was measured on one thread, the largest ratio first."""
     out, steps = [], dict[tuple[str, str], Line]()
     for record in result["groups"]:
         if record["clock"] != "process":
@@ -111,7 +111,7 @@ def _step_cells(step: Line | None, judged: bool) -> list[str]:
 
 
 def draw(found: list[Line], target: Path) -> None:
-    """Bars on a logarithmic scale, one a line, with a mark at each goal. Needs matplotlib."""
+    """A bar for each line, on a logarithmic scale, with a mark at each goal. Needs matplotlib."""
     os.environ.pop("MPLBACKEND", None)  # a notebook's, where it is unknown, would end the import
     import matplotlib
 

@@ -56,7 +56,7 @@ class Goal:
     # the other record of a pair differs in these; the value is the ratio of the backend's times
     against: dict[str, Any] | None = None
     unit: str = ""
-    clock: str = "wall"  # "process": the cost of a call on one thread; on a GPU "cold" too (gpu.py)
+    clock: str = "wall"  # "process": of one thread; a GPU also has "graph" and "cold" (gpu.py)
     device: str = "cpu"
 
 
@@ -192,7 +192,9 @@ def _loop_goals() -> Iterator[Goal]:
 
 
 def _gpu_goals(backend: str) -> Iterator[Goal]:
-    """For an H100 or H200, in one run; "cold" too is compared with a plain pass over the same tensors."""
+    """For an H100 or H200, all in one run. The streaming bandwidth is that of a plain pass over the same
+    tensors, by the same clock.
+    """
     eager, compiled = _ratio("eager", backend), _ratio("torch.compile", backend)
     chains = (
         ("AT", "attention", (("eager", "wall", 6), ("eager", "graph", 10), ("torch.compile", "wall", 2))),

@@ -6,10 +6,10 @@ Each is measured by one clock, called so in the results:
   work included;
 - ``graph``: calls captured in a CUDA graph and replayed: the device's time alone, with inputs in its cache if
   they fit;
-- ``cold``: the same, each call on a copy of the inputs of its own, so many that together they exceed the
-  cache four times.
+- ``cold``: the same, each call on a copy of the inputs of its own, so many that together they are four
+  times as large as the cache.
 
-Without a GPU an ordinary run takes the bodies through on a CPU by the wall clock, so that they do not rot.
+Without a GPU an ordinary run calls the same code on a CPU, by the wall clock, so that it goes on working.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The tests of Triton that benchmarks/gpu.py runs, called for what they launch alone: see gpu_ahead.py."""
+"""The tests of Triton that benchmarks/gpu.py runs, called only for the kernels that they launch.
+
+See gpu_ahead.py.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """The losses of embeddings on a GPU: groups that benchmarks/test_methods.py adds where there is one, and what
-smoke asks of them. Without a GPU an ordinary run takes the bodies through on a CPU.
+smoke asks of them. Without a GPU an ordinary run calls the same code on a CPU.
 """
 
 from __future__ import annotations

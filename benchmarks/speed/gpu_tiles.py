@@ -98,7 +98,7 @@ def _compiling(
 ) -> Iterator[list[Compiled]]:
     """Compiles them in processes of their own, into Triton's cache, where those that are timed are found.
 
-    One after the other, and in the process that times them, a minute would do for a few.
+    In the process that times them, one after the other, only a few would be compiled in a minute.
     """
     major, minor = (9, 0) if REHEARSAL else torch.cuda.get_device_capability()
     paths = [str(HELPERS), *sys.path]

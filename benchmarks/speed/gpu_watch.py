@@ -1,4 +1,4 @@
-"""Nobody hears SIGKILL: a process that ends the parts of benchmarks/gpu.py when the command is gone."""
+"""A process that ends the parts of benchmarks/gpu.py when the command is gone, by SIGKILL too."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ for group in groups:
 
 
 class Watch:
-    """The process; in a session of its own, so that what ends the command's ends it not."""
+    """The process; in a session of its own, so that what ends the command's session leaves it alive."""
 
     def __init__(self) -> None:
         command = [sys.executable, "-S", "-E", "-c", WATCHING]

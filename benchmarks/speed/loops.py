@@ -43,7 +43,7 @@ class Steps:
     row: str = ""
 
     def turn(self, calls: int) -> float:
-        """Seconds a step, or seconds a step in the distillation loss and its gradient, in this process."""
+        """Seconds of a step, all of it or the distillation loss and its gradient alone, in this process."""
         made = _made(replace(self, row=""))
         name = LOSSES.get(self.row, self.row)
         if name not in made:
@@ -82,7 +82,7 @@ class Steps:
 
 @functools.lru_cache(maxsize=1)
 def _made(group: Steps) -> dict[str, tuple[Iterator[Any], list[float]]]:
-    """The rows of the group that is being measured: the last one's memory is given back."""
+    """The rows of the group that is measured now. Those of the group before are forgotten and freed."""
     torch._dynamo.reset()
     return {}
 
@@ -127,7 +127,7 @@ class LoopGroup:
         self.rounds = (5, 5) if teacher == "resnet20" else (3, 3)
 
     def names(self, one_thread: bool) -> list[str]:
-        """The rows. Without torchvision there is no toolkit; compiling takes its time, and is done where a
+        """The rows. Without torchvision there is no toolkit. Compiling is slow, so it is done only where a
         goal asks for it.
         """
         if importlib.util.find_spec("torchvision") is None:

@@ -24,7 +24,7 @@ ROUNDS = (5, 25)
 
 @dataclass
 class Row:
-    """One thing that is timed. ``turn`` is set where the work is done in another process."""
+    """One thing that is timed. ``turn``, if set, times it: in another process, or by a GPU's clock."""
 
     name: str
     run: Callable[[], Any]

@@ -2,8 +2,8 @@
 
 A step: the teacher without gradients, the student, cross-entropy and the method's loss (with KD where the
 method's authors add it), backward, SGD, and the banks of CRD. The published one has plain PyTorch modules in
-NCHW and the loss of ``published.py``; ours is channels_last, with a folded teacher, not compiled. Images are
-on their way already in both; the rows that CRD draws are given to the published form, which saves it that.
+NCHW and the loss of ``published.py``; ours is channels_last, with a folded teacher, not compiled. Reading
+images is part of neither. The published form is given CRD's rows ready-made, and so need not draw them.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ MM, BMM, RELU = "torch.mm 1024", "torch.bmm of the products", "torch.relu"
 YARDSTICKS = (FLOOR, MM, BMM, RELU)
 
 # The error, relative to the loss or to a gradient's largest element, beyond which a row is wrong and gets no
-# speed. What computes in float32 may round once to the gradient's dtype. A formula in bfloat16 is as bad as
-# it is, and its error stands beside its speed.
+# speed. What computes in float32 may round once to the gradient's dtype. A formula in bfloat16 may
+# be far off; its error stands beside its speed.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2**-7}
 FORMULA_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}
 
@@ -42,8 +42,8 @@ EXACT: dict[str, Callable[..., Tensor]] = {
 
 @functools.cache
 def available_backends(operation: str = "attention", device: str = "cpu", full: bool = True) -> list[str]:
-    """The compiled backends that serve an operation on the device, or fail at it; ``full``: such as are worth
-    measuring, which an interpreter is not.
+    """The compiled backends that serve an operation on the device, or fail at it; ``full``: without
+    interpreted ones, whose speed means nothing.
     """
     names = []
     x = [torch.ones(1, 1, 2, 2, device=device)] * 2

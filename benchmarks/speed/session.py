@@ -32,9 +32,9 @@ class Group(Protocol):
     """Rows that are measured side by side."""
 
     id: str
-    shared: Any  # groups of equal `shared` in a row are built once
-    # how often it is measured: by ALL and ONE on a CPU, once for a GPU, whose groups have their own clock
-    # each
+    shared: Any  # consecutive groups of equal `shared` are built once
+    # what it is measured by, one after the other: ALL and ONE on a CPU; DEVICE on a GPU, where each group has
+    # its own clock
     labels: tuple[str, ...]
 
     def names(self, one_thread: bool) -> list[str]: ...
@@ -77,8 +77,8 @@ REPLAY = Replay()
 
 
 def last_to_compile(rows: Iterable[Row]) -> list[Row]:
-    """The rows that torch.compile takes its seconds for after the others: if the time is over before, those
-    can be measured.
+    """The rows of torch.compile after the others: compiling takes seconds, and if the time ends meanwhile the
+    others can still be measured.
     """
     return sorted(rows, key=lambda row: "compile" in row.name)
 

@@ -26,8 +26,8 @@ from speed.rows import available_backends
 from speed.stock import Stock
 
 WEIGHT = 1000.0  # of the loss, as published
-# Of the loss against float64, and of the gradient of all parameters in l2 norm: twenty layers of bfloat16 are
-# what they are.
+# Of the loss against float64, and of the gradient of all parameters in l2 norm: twenty layers in bfloat16
+# are no more exact.
 TOLERANCE = {
     "float32": {"loss": 1e-4, "gradient": 2e-2},
     "bfloat16 autocast": {"loss": 5e-2, "gradient": 0.5},
@@ -38,7 +38,7 @@ def _then_tap(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     return fastkd.tap(F.relu(x + residual, inplace=True))
 
 
-NONE, LOSS = "without AT", "loss"  # the teacher runs in every form: without AT, what is left to be saved
+NONE, LOSS = "without AT", "loss"  # with the teacher too: the least that a step with AT may take
 TAPS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "tap": _then_tap,
     "relu_tap": fastkd.relu_tap,
@@ -54,8 +54,8 @@ def forward(
     form: str = LOSS,
     plain: bool = False,
 ) -> Tensor:
-    """Cross-entropy and attention transfer on the three stage outputs, whose maps a tap may take on the
-    features' way, up to the loss.
+    """Cross-entropy and attention transfer on the three stage outputs, up to the loss. A tap makes their maps
+    within the network.
 
     ``plain``: by the reference's formula.
     """

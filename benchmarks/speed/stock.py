@@ -1,8 +1,8 @@
 """Eager as a user's process runs it, with malloc as it comes.
 
 glibc's malloc gives large blocks back to the system and takes new ones in every step, and the page faults
-may double eager's time. The thresholds that stop it are a process's own, so one process has them raised, and
-another, here, has not.
+may double eager's time. The thresholds that prevent it hold for a whole process. So the main process
+raises them, and the one that this module starts does not.
 """
 
 from __future__ import annotations

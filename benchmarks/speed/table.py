@@ -1,5 +1,5 @@
-"""A run as one table: a line a group and thread count, the milliseconds of each row, and what they are to the
-first compiled backend's.
+"""A run as one table: a line for each group and thread count, with the milliseconds of each row and their
+ratios to the first compiled backend's.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ def loops(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 def methods(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of the table of the other methods' losses and steps, beside their published form.
 
-    On a GPU there are several rows of ours, one a backend: "fastkd, triton" has its ratio under "÷ fastkd,
-    triton". Columns of which no row has anything are left out.
+    On a GPU there is a row of ours for each backend: "fastkd, triton" has its ratio under "÷ fastkd, triton".
+    Columns that are empty in every row are left out.
     """
     records = [record for record in result["groups"] if "method" in record]
     names = dict.fromkeys(name for record in records for name in record["rows"])

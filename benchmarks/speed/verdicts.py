@@ -19,7 +19,7 @@ def geometric_mean(values: list[float]) -> float:
 
 @dataclass
 class Verdict:
-    """A goal and what was measured: a value a shape, named."""
+    """A goal and what was measured: for each shape a value, by its name."""
 
     goal: Goal
     values: dict[str, float]
@@ -71,7 +71,7 @@ def verdicts(result: dict[str, Any]) -> list[Verdict]:
 
 
 def lines(result: dict[str, Any]) -> list[str]:
-    """A line a goal: geometric mean, spread, bound, verdict, and each shape that falls short of it."""
+    """A line for each goal: geometric mean, spread, bound, verdict, and each shape that falls short of it."""
     found = verdicts(result)
     if not found:
         return []

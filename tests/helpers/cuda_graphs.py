@@ -11,7 +11,7 @@ import fastkd
 
 
 def check_captured(step: Callable[[], Sequence[Tensor]], inputs: Iterable[Tensor]) -> None:
-    """That a graph of ``step`` gives, for new values of its ``inputs``, what a call gives, bit by bit."""
+    """A graph of ``step`` must give, for new values of its ``inputs``, what a call gives, bit by bit."""
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         step()

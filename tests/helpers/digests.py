@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Digests of short trainings, one a recipe, and on what machine they were made: tests/helpers/digests.json.
+"""Digests of short trainings, one for each recipe, and their machines: tests/helpers/digests.json.
 
     python tests/helpers/digests.py
 
@@ -84,7 +84,9 @@ def _caches() -> str:
 
 
 def images() -> None:
-    """From now on ``cifar100`` has 40 random images a part, in this process: its name has normalizations."""
+    """In this process ``cifar100``, for which recipes have normalizations, is 40 random images for training
+    and 40 for testing.
+    """
     from fastkd import data
 
     draws = torch.Generator().manual_seed(18)
@@ -131,7 +133,7 @@ def table() -> list[dict[str, Any]]:
 
 
 def differing(facts: dict[str, str], entries: list[dict[str, Any]]) -> list[str]:
-    """What the entry nearest to this machine has otherwise, a sentence each; nothing if one is of it."""
+    """How the entry nearest to this machine differs from it, a sentence each; nothing if one is its own."""
     each = [
         [
             f"{name} is {facts.get(name, '')!r}, there {entry['machine'].get(name, '')!r}"
@@ -156,7 +158,7 @@ def ask(function: str, *arguments: str) -> Any:
 
 
 def of_recipes(*jobs: str) -> dict[str, dict[str, str]]:
-    """Of each job, which is a recipe and perhaps flags after it."""
+    """The digests of each job: the name of a recipe, perhaps followed by flags."""
     torch.set_num_threads(1)
     images()
     return {job: digests(*job.split()) for job in jobs}

@@ -1,5 +1,6 @@
-"""Run by child_process.py. Reads {"code", "argv", "env", "cwd", "files"} as JSON, a line a job; answers with
-its exit status. Each job is a process forked from this one; ``files`` take its stdout and stderr.
+"""Run by child_process.py. Reads {"code", "argv", "env", "cwd", "files"} as JSON, a line for each job;
+answers with its exit status. Each job is a process forked from this one; ``files`` take its stdout and
+stderr.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ OTHERS = [path for path in sys.path[1:] if os.path.abspath(path) not in given]
 
 
 def next_job() -> dict[str, Any]:
-    """Returns in a new process alone."""
+    """Returns in each forked process; the one that forks ends with stdin."""
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

@@ -74,7 +74,7 @@ number = 3
 
 
 def make_images(root: Path, classes=("cat", "dog", "owl"), train=6, test=2, tested="val") -> Path:
-    """JPEG files of 20 to 30 by 24 pixels under ``root``/train and ``root``/val, a colour a class."""
+    """JPEG files of 20 to 30 by 24 pixels under ``root``/train and ``root``/val, a colour for each class."""
     from PIL import Image
 
     for part, count in (("train", train), (tested, test)):

@@ -26,8 +26,8 @@ emulated.load()
 def missing(backend: str) -> str:
     """Why the kernels of a backend cannot run, or "".
 
-    "" too where the first of them fails: its tests are for that to say, and those of the other backends still
-    run.
+    "" too where the first call fails: that backend's own tests then say so, and those of the other backends
+    still run.
     """
     try:
         with fastkd.use_backend(backend):

@@ -2,9 +2,9 @@
 
 They are forked from a process that has imported everything, which takes a fraction of the time of new ones.
 A job is a line of JSON: ``flags`` of train.py, or ``call``, a function of this file with its ``arguments``;
-``environment``, one dict of variables a process; ``logs``, a file a process; ``fault``: {"rank", "place",
+``environment``, a dict of variables for each process; ``logs``, a file for each; ``fault``: {"rank", "place",
 "call", "error"} raises that error in one process (rank null: in all), or sends it that signal, when the
-function ``place`` is called for the time that ``call`` counts from 1. The answer has the exit ``statuses``
+function ``place`` is called for the ``call``-th time, from 1. The answer has the exit ``statuses``
 (-9: killed after ``limit`` seconds) and ``seconds``: from the fault, else from the start, to the last one's
 end.
 """
@@ -87,7 +87,7 @@ def initialization(path: str) -> None:
 
 
 def gradients(path: str) -> None:
-    """Of four parameters: a gradient everywhere, in one process each, nowhere."""
+    """Adds gradients of four parameters: of the first in all processes, of the others in one or in none."""
     with distributed.group("cpu"):
         rank = distributed.share()[0]
         parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(4)]
@@ -115,7 +115,7 @@ def banks(path: str) -> None:
 
 
 def answers(path: str) -> None:
-    """What the first process finds after a while, in all of them."""
+    """What the first process finds after a while, as each process receives it."""
     with distributed.group("cpu"):
         found = distributed.from_first(lambda: [distributed.busy(), distributed.busy(), 7][-1])
         torch.save(found, f"{path}-{distributed.share()[0]}.pt")

@@ -1,9 +1,9 @@
 """Runs the command in processes of its own that can be killed, each forked from one that has imported
 everything.
 
-Reads {"flags", "log", "kill_after", "since", "die_at", "disk"} as JSON, a line a run; answers with its exit
-status (-9 when killed). ``kill_after``: seconds since its log holds ``since``; ``die_at``: it kills itself
-while it writes a file for this number of times; ``disk``: no file may become larger.
+Reads {"flags", "log", "kill_after", "since", "die_at", "disk"} as JSON, a line for each run; answers with its
+exit status (-9 when killed). ``kill_after``: seconds since its log holds ``since``; ``die_at``: it kills
+itself during the write of a file that has this number, from 1; ``disk``: no file may become larger.
 """
 
 from __future__ import annotations

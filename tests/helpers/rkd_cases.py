@@ -23,6 +23,6 @@ def agree(found, wanted, tolerance=1e-6, cancelled=(0, 0, 0)):
 
 
 def on_a_line(x, weight):
-    """All angles are 0 or 180 degrees there, and of what a triple pulls at its samples so much cancels."""
+    """The size of what cancels in the gradient of samples on a line, where angles are 0 or 180 degrees."""
     lengths = torch.cdist(x.double(), x.double())
     return weight * (1 / lengths[lengths > 0]).sum().item() / len(x) ** 2 if x.shape[1] == 1 else 0

@@ -85,7 +85,7 @@ class Group(Worker):
 
 
 def of_two(count=2, **variables):
-    """What each of two processes of one machine, or of more, finds in its environment."""
+    """The environment variables of each of two processes, or of ``count``, on one machine."""
     common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "free", **variables}
     return [{"RANK": str(i), **common} for i in range(count)]
 

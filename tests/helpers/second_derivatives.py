@@ -23,7 +23,9 @@ SCALARS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
 
 
 def refused(function: str, x: Tensor, y: Tensor) -> Tensor:
-    """That a second derivative of ``function`` ends in one line that names the reference. The first one."""
+    """Asserts that a second derivative of ``function`` raises one line that names the reference; returns the
+    first derivative.
+    """
     (grad,) = torch.autograd.grad(SCALARS[function](fastkd, x, y), x, create_graph=True)
     with pytest.raises(RuntimeError, match=f"fastkd.reference.{function},") as caught:
         grad.square().sum().backward()
