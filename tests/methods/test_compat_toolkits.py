@@ -106,7 +106,7 @@ def test_mdistillers_regressor_takes_shapes_with_the_batch():
 
 def test_mdistillers_crd_has_its_banks_and_moves_their_rows():
     torch.manual_seed(0)
-    module = mdistiller.CRD(5, 7, 4, 9, k=3).double()
+    module = mdistiller.CRD(5, 7, 4, 9, k=3, momentum=0.75, temperature=0.1).double()
     banks = module.contrast.student_bank.clone(), module.contrast.teacher_bank.clone()
     f_s, f_t, index = values((2, 5), F64), values((2, 7), F64), torch.tensor([8, 2])
     rows = torch.tensor([[8, 0, 1, 3], [2, 5, 5, 7]])
@@ -114,14 +114,14 @@ def test_mdistillers_crd_has_its_banks_and_moves_their_rows():
 
     embedded, wanted = [F.normalize(module.embed_s(f_s)), F.normalize(module.embed_t(f_t))], 0.0
     for x, bank in zip(embedded, reversed(banks)):
-        odds = torch.stack([(bank[row] @ y / 0.07).exp() for y, row in zip(x, rows)])
+        odds = torch.stack([(bank[row] @ y / 0.1).exp() for y, row in zip(x, rows)])
         odds = odds / (odds.mean() * 9)
         noise = 3 / 9
         wanted -= ((odds[:, 0] / (odds[:, 0] + noise + 1e-7)).log().sum()) / 2
         wanted -= ((noise / (odds[:, 1:] + noise + 1e-7)).log().sum()) / 2
     torch.testing.assert_close(loss, wanted, rtol=1e-10, atol=0)
     for bank, old, x in zip((module.contrast.student_bank, module.contrast.teacher_bank), banks, embedded):
-        moved = F.normalize(0.5 * old[index] + 0.5 * x)
+        moved = F.normalize(0.75 * old[index] + 0.25 * x)
         torch.testing.assert_close(bank[index], moved.detach(), rtol=1e-12, atol=0)
         others = [i for i in range(9) if i not in (8, 2)]
         assert torch.equal(bank[others], old[others])

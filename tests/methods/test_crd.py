@@ -240,6 +240,17 @@ def test_bad_input_is_one_line(crd_loss, change, error, words):
     assert "\n" not in str(caught.value)
 
 
+def test_the_momentum_of_an_update_is_the_share_of_the_old_row():
+    student, teacher, *banks, _ = case()
+    module, index = fastkd.CRD(*banks), torch.tensor([7, 0, 3, 5])
+    module.update(index, student, teacher, torch.ones(2), momentum=0.9)
+    rest = torch.tensor([1, 2, 4, 6, 8])
+    sides = zip((module.student_bank, module.teacher_bank), banks, (student, teacher), strict=True)
+    for found, old, new in sides:
+        torch.testing.assert_close(found[index], unit(0.9 * old[index] + 0.1 * new), rtol=1e-12, atol=0)
+        assert torch.equal(found[rest], old[rest])
+
+
 def test_an_update_of_what_is_no_row_is_one_line():
     module, rows = fastkd.CRD(torch.rand(5, 3), torch.rand(5, 3)), torch.rand(1, 3)
     before = module.student_bank.clone()

@@ -64,7 +64,7 @@ def test_a_step_of_the_method_its_banks_and_its_normalizers():
     torch.manual_seed(1)
     networks = create_model("resnet8", 7), create_model("resnet8x4", 7)
     distillation = fastkd.Distillation(
-        *networks, "crd", options={"crd": {"k": 4}}, train_labels=LABELS, fold=False
+        *networks, "crd", options={"crd": {"k": 4, "momentum": 0.75}}, train_labels=LABELS, fold=False
     ).eval()
     method, images, index = distillation.methods["crd"], torch.randn(3, 3, 32, 32), torch.tensor([8, 0, 3])
     assert method.settled == {} and list(method.function.student_bank.shape) == [12, 128]
@@ -89,7 +89,7 @@ def test_a_step_of_the_method_its_banks_and_its_normalizers():
     for bank, before, found in zip(
         (method.function.student_bank, method.function.teacher_bank), banks, units, strict=True
     ):
-        torch.testing.assert_close(bank[index], unit(0.5 * before[index] + 0.5 * found.detach()))
+        torch.testing.assert_close(bank[index], unit(0.75 * before[index] + 0.25 * found.detach()))
         untouched = [i for i in range(12) if i not in index]
         assert torch.equal(bank[untouched], before[untouched])
     kept = method.function.normalizers.clone()

@@ -99,6 +99,9 @@ def test_whole_runs_are_a_mean_a_spread_and_a_difference():
     assert set(lines(rows)["FSP"]["ours"]) == {"–"}
     counted = lines([{**RUN, "overrides": "epochs=200"}])["AT"]
     assert counted["ours"][0] == "92.00 (+0.10)"
+    other = {**RUN, "teacher_checkpoint": "other.pt", "reported_acc": "50.00"}
+    for both in ([*rows, other], [other, *rows]):  # the one of more seeds
+        assert lines(both)["AT"]["ours"][0] == "92.10 ± 0.10 [3] (+0.20)"
 
 
 @pytest.mark.parametrize(
