@@ -50,6 +50,17 @@ def test_each_image_is_a_crop_of_its_own_padded_original(pad_mode, flip):
     assert len(places) > 25  # 72 draws of 81 places
 
 
+def test_crops_begin_at_each_of_nine_places_on_either_axis():
+    images, labels = torch.zeros(500, 3, 32, 32, dtype=torch.uint8), torch.arange(500)
+    batches = Batches(images, labels, MEAN, STD, batch_size=100)
+    which, top, left, flipped = torch.cat([*batches.draw(1)]).unbind(1)
+    assert which.sort().values.equal(labels) and not top.equal(left)
+    for corner in (top, left):
+        counts = corner.bincount()
+        assert len(counts) == 9 and counts.min() > 20  # of 500 / 9
+    assert 200 < flipped.sum() < 300
+
+
 def test_an_epoch_depends_on_seed_stream_and_number_alone():
     images, labels = small_set()
 

@@ -107,7 +107,9 @@ def test_whole_runs_are_a_mean_a_spread_and_a_difference():
 @pytest.mark.parametrize(
     "change",
     [
-        {"overrides": "lr=0.2"},
+        {"overrides": "epochs=200 lr=0.2"},
+        {"overrides": "batch_size=64"},
+        {"processes": "2"},
         {"recipe": "kdzoo"},
         {"dataset": "fashion-mnist"},
         {"teacher": "resnet56"},
@@ -131,6 +133,7 @@ def test_shortened_runs_other_stems_and_precisions_have_lines_of_their_own():
     )
     assert list(lines([short])["AT"]) == ["published", "ours", "ours, 10 of 200 epochs"]
     assert set(lines([short])["AT"]["ours"]) == {"–"}
+    assert list(lines([{**RUN, "precision": "bf16"}, RUN])["AT"]) == ["published", "ours", "ours, bf16"]
 
 
 def test_losses_and_training_accuracies_have_their_figures():
