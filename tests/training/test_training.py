@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from pathlib import Path
 
+import loops
 import pytest
 import torch
 import torch.nn.functional as F
@@ -195,6 +197,24 @@ def test_a_short_digits_run_learns():
     assert loop.best()["test_acc"] > 80
     assert loop.history[-1]["loss"] < 0.5 * loop.history[0]["loss"]
     assert [epoch["lr"] for epoch in loop.history] == pytest.approx([0.05, 0.005, 0.0005])
+
+
+def test_an_epochs_figures_are_means_over_its_images():
+    loop, seen = loops.loop_of("at+kd"), []
+    loop.recipe = dataclasses.replace(loop.recipe, milestones=(0.5,))  # where the first of two epochs ends
+    loop.distillation.register_forward_hook(lambda module, given, found: seen.append((given[1], found)))
+    loop.train_epoch(1, Progress("", loop.steps))
+    assert [len(labels) for labels, _ in seen] == [8] * 8 + [6]
+    (line,) = loop.history
+    for name in loop.distillation.names:
+        mean = sum(found.terms[name].item() * len(labels) for labels, found in seen) / 70
+        assert line[name] == pytest.approx(mean, rel=1e-5)
+    assert line["loss"] == pytest.approx(sum(line[name] for name in loop.distillation.names))
+    right = sum((found.student_logits.argmax(1) == labels).sum().item() for labels, found in seen)
+    assert line["train_acc"] == pytest.approx(100 * right / 70)
+    assert line["lr"] == loop.optimizer.param_groups[0]["lr"] == 0.0625
+    loop.history = [{"seconds": 1, "images_per_second": 100}, {"seconds": 3, "images_per_second": 20}]
+    assert loop.pace() == 40
 
 
 def test_a_loss_that_is_no_number_stops_the_run():
