@@ -217,6 +217,21 @@ def test_an_epochs_figures_are_means_over_its_images():
     assert loop.pace() == 40
 
 
+def test_the_best_weights_stay_and_are_tested_in_eval_mode():
+    loop = loops.loop_of("baseline")
+    loop.train_epoch(1, Progress("", loop.steps))
+    assert not loop.student.training
+    with torch.no_grad():
+        right = sum((loop.student(x).argmax(1) == y).sum().item() for x, y in loop.test_batches.test())
+    assert loop.history[0]["test_acc"] == pytest.approx(100 * right / 70)
+    loop.history[0]["test_acc"] = 101.0  # which no other epoch reaches
+    best = copy.deepcopy(loop.best_weights)
+    loop.train_epoch(2, Progress("", loop.steps))
+    now = loop.student.state_dict()
+    assert all(torch.equal(loop.best_weights[name], value) for name, value in best.items())
+    assert not torch.equal(best["conv1.weight"], now["conv1.weight"]) and best.keys() == now.keys()
+
+
 def test_a_loss_that_is_no_number_stops_the_run():
     with pytest.raises(UserError, match=r"no longer finite in epoch 1.*--lr"):
         loop_of("baseline", lr=1e30).train_epoch(1, Progress("", 4))
