@@ -71,7 +71,10 @@ def test_each_process_has_its_part_of_every_batch():
         for rank in range(3)
     ]
     assert [len(part) for part in last] == [3] * 3
-    assert [len(y) for _, y in parts[1].test()] == [2] * 11 + [1]  # the test set is shared elsewhere
+    tested = [y.tolist() for _, y in parts[1].test()]
+    assert [len(y) for y in tested] == [2] * 11 + [1]  # of the test set each process is told its share
+    for rank in range(3):
+        assert [y.tolist() for _, y in parts[1].test((rank, 3))] == tested[rank::3]
 
 
 def test_two_processes_learn_what_one_learns_from_the_joined_batches(tmp_path):
