@@ -85,9 +85,9 @@ def test_what_is_no_path_is_one_line(name):
 
 
 def test_the_speed_report_takes_a_home_too(home):
-    from report import written  # of benchmarks
+    from report import path_of  # of benchmarks
 
-    assert written("~/speed.json") == home / "speed.json"
+    assert path_of("~/speed.json") == home / "speed.json"
 
 
 def test_a_path_need_not_be_unicode(small_main, home, capsys):
