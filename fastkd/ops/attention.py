@@ -196,8 +196,8 @@ def attention_transfer_loss(
         difference: "squared", the mean over N and S of the squared difference, or "l2", the mean over N of
             its l2 norm.
         stage_reduce, weights: "sum" or "mean" of the stages' terms, each multiplied by its weight.
-        weight: multiplies the loss. The published 1000 belongs here: it is applied in float32, before a
-            half-precision gradient is rounded.
+        weight: multiplies the loss, such as the published 1000. It is applied in float32, as a factor of the
+            result is: before a half-precision gradient is rounded.
         teacher_is_map: ``teacher`` holds normalized maps (N, *S), no larger than the student's features: a
             normalized map is not pooled.
         student_is_map: ``student`` does, as :func:`tap` and :func:`relu_tap` make them; no larger than the

@@ -19,6 +19,7 @@ from fastkd.models import create_model
 from fastkd.models.specs import stages_of
 from fastkd.training import RECIPES, Batches, Settings, Trainer, UserError, get_recipe, run
 from fastkd.training.config import Config
+from fastkd.training.phases import phase_trainer
 from fastkd.training.progress import Progress
 from fastkd.training.recipes import learning_rate
 
@@ -184,6 +185,20 @@ def test_the_first_phase_of_fsp_moves_the_features_only(digits, tmp_path, model)
         {"bn1.weight", "bn1.bias"} if model.startswith("wrn") else set()
     )
     assert "test_acc" not in loop.history[0] and loop.best_weights == {}
+
+
+def test_each_phase_draws_images_of_its_own(digits, tmp_path):
+    """The first epoch of one phase is not the first epoch of the other once more."""
+    overrides = {"epochs": 4, "batch_size": 32}
+    plan = Config(Settings("fsp", "digits", recipe="kdzoo", overrides=overrides, output=tmp_path))
+    networks, batches = (plan.new_model("student"), plan.new_model("teacher")), plan.batches("student")
+
+    def first_epoch(phase):
+        train = phase_trainer(plan, "student", phase, *networks, batches).batches
+        return torch.cat([train.inputs(drawn)[2] for drawn in train.draw(1)])
+
+    first, again, other = [first_epoch(plan.phases(plan.method)[i]) for i in (0, 0, 1)]
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_a_test_set_is_shuffled_alike_before_its_last_batch_is_left_out(digits, tmp_path):
