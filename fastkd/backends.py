@@ -221,10 +221,8 @@ def _select_on_gpu(operation: str, arguments: tuple, options: tuple, index: int,
         return CUDA
     available, reason = kernels.state()
     if available and capability < OLDEST_FOR_TRITON:
-        available, reason = (
-            False,
-            f"the device is sm_{capability[0]}{capability[1]}, older than the Triton kernels' sm_80",
-        )
+        available = False
+        reason = f"the device is sm_{capability[0]}{capability[1]}, older than the Triton kernels' sm_80"
         reason += f"; {no_code}" if no_code else ""
     if available and not limits.why_not(operation, arguments, _tensors(arguments), options):
         return TRITON

@@ -123,25 +123,19 @@ def test_the_cuda_library_is_built_for_what_is_seen_or_asked_for(
     assert (plan.architectures if plan.toolkit else None) == architectures
 
 
-def test_a_toolkit_that_is_insisted_on_and_not_there_is_one_sentence(
-    toolchain: ModuleType, plain: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("CUDA_HOME", "/none", r"FASTKD_CUDA=1, but no CUDA toolkit: CUDA_HOME is /none.*"),
+        ("TORCH_CUDA_ARCH_LIST", "native", r"FASTKD_CUDA=1, TORCH_CUDA_ARCH_LIST=native, but no GPU .* seen"),
+    ],
+)
+def test_a_library_that_is_insisted_on_and_cannot_be_built_is_one_sentence(
+    toolchain: ModuleType, machine: Path, plain: pytest.MonkeyPatch, name: str, value: str, why: str
 ) -> None:
     plain.setenv("FASTKD_CUDA", "1")
-    plain.setenv("CUDA_HOME", "/none")
-    with pytest.raises(
-        SystemExit, match=r"^\nfastkd: FASTKD_CUDA=1, but no CUDA toolkit: CUDA_HOME is /none.*\.\n$"
-    ):
-        toolchain.cuda()
-
-
-def test_a_library_that_is_insisted_on_for_a_gpu_that_is_not_there_is_one_sentence(
-    toolchain: ModuleType, machine: Path, plain: pytest.MonkeyPatch
-) -> None:
-    plain.setenv("FASTKD_CUDA", "1")
-    plain.setenv("TORCH_CUDA_ARCH_LIST", "native")
-    with pytest.raises(
-        SystemExit, match=r"FASTKD_CUDA=1, TORCH_CUDA_ARCH_LIST=native, but no GPU .* seen\.\n$"
-    ):
+    plain.setenv(name, value)
+    with pytest.raises(SystemExit, match=rf"^\nfastkd: {why}\.\n$"):
         toolchain.cuda()
 
 
