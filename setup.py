@@ -30,7 +30,7 @@ from setuptools.command.editable_wheel import editable_wheel
 sys.path.insert(0, str(Path(__file__).parent / "csrc"))
 import toolchain
 
-FLAGS = ["-O3", "-std=c++17", "-DNDEBUG", f"-DTORCH_TARGET_VERSION={toolchain.TARGET_BYTES}", "-Icsrc"]
+FLAGS = ["-O3", "-std=c++17", "-DNDEBUG", "-Icsrc"]
 HOST_FLAGS = ["-fPIC", "-g0", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
 HOST_FLAGS += ["-Wall", "-Wno-unknown-pragmas"]
 Words = Sequence[str]
@@ -72,19 +72,20 @@ class Libraries(toolchain.NinjaFile):
     def library(self, name: str, part: str, facts: dict, nvcc: Words = (), links: Words = ()) -> None:
         # Paths of the build machine do not belong in error messages, nor in the reason why two builds differ.
         host = [*HOST_FLAGS, f"-fmacro-prefix-map={self.torch}/include/=", *toolchain.words("CXXFLAGS")]
-        torch = ["-isystem", f"{self.torch}/include"]
+        torch = ["-isystem", f"{self.torch}/include", f"-DTORCH_TARGET_VERSION={toolchain.TARGET_BYTES}"]
+        kernels = [*self.cxx, *FLAGS, *HOST_FLAGS, *toolchain.words("CXXFLAGS")]  # know nothing of PyTorch
         cxx = [*self.cxx, *FLAGS, *host, *torch, *(["-DUSE_CUDA"] if nvcc else [])]
         nvcc = [*nvcc, *FLAGS, *torch, *(f"-Xcompiler={flag}" for flag in host)]
         info, objects = json.dumps(json.dumps({**self.facts, **facts})), []
         for source in sources(part):
+            if Path(source).name == "kernels.cpp":
+                for path, size in self.code_paths.items():
+                    own = [f"-DFASTKD_PATH={path}", f"-DFASTKD_VECTOR_BYTES={size}"]
+                    objects.append(self.compile(source, f"{name}/{source}.{path}.o", [*kernels, *own]))
+                continue
             command = [*(nvcc if source.endswith(".cu") else cxx)]
             command += [f"-DFASTKD_BUILD_INFO={info}"] if source.endswith("build_info.cpp") else []
-            if Path(source).name != "kernels.cpp":
-                objects.append(self.compile(source, f"{name}/{source}.o", command))
-                continue
-            for path, size in self.code_paths.items():
-                own = [f"-DFASTKD_PATH={path}", f"-DFASTKD_VECTOR_BYTES={size}"]
-                objects.append(self.compile(source, f"{name}/{source}.{path}.o", [*command, *own]))
+            objects.append(self.compile(source, f"{name}/{source}.o", command))
         torch = MAC if sys.platform == "darwin" else [*ELF, f"-L{self.torch}/lib", "-ltorch_cpu"]
         command = [*self.cxx, "-shared", *objects, *torch, *links, *toolchain.words("LDFLAGS")]
         self.link(f"{name}.abi3.so", command)

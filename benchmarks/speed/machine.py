@@ -66,8 +66,8 @@ def cores() -> int:
 def cpu_model() -> str:
     info = _cpuinfo()
     model = info.get("model name") or platform.processor() or platform.machine() or "unknown processor"
-    # virtual machines hide the name; family, model and stepping still tell what it is
-    if model == "Intel(R) Xeon(R) Processor" and "model" in info:
+    # virtual machines hide the number, and one name then stands for several generations
+    if not re.search(r"\d", model) and "model" in info:
         model += f" family {info.get('cpu family')} model {info['model']}"
     return model
 

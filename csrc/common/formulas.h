@@ -1,5 +1,5 @@
 // The formulas that CPU and GPU kernels have in common. Functions are static, as kernels of the CPU need them
-// (see tensor.h).
+// (see feature.h).
 #pragma once
 
 #ifdef __CUDACC__

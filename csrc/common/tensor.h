@@ -1,27 +1,14 @@
 // What the operators of both libraries share on the host side: views of tensors as plain structs, checks,
 // allocation. csrc/common/tensor.cpp is compiled into each library, for its own kind of device.
-//
-// Kernels of the CPU (*.inl) are compiled once per instruction set. An inline function or a template of this
-// header that such a file used would be emitted there as a weak symbol holding, say, AVX-512 code, and the
-// linker may keep that copy for every caller. So the structs below are plain data without member functions,
-// and kernels use nothing else of this header but functions declared static.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
 #include <string>
 #include <vector>
 
 #include "common/boxed.h"
+#include "common/feature.h"
 
 namespace fastkd {
-
-enum class DType : int32_t { kHalf, kBFloat16, kFloat, kDouble };
-
-// Bytes of one number. (Static: kernels may use it.)
-static inline int64_t size_of(DType dtype) {
-  return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2;
-}
 
 constexpr int kMaxDims = 5;
 
@@ -32,24 +19,6 @@ struct TensorView {
   int32_t dim;
   int64_t sizes[kMaxDims];
   int64_t strides[kMaxDims];  // in elements
-};
-
-// kPlanes: the positions of a channel are one run of stride 1. kChannelsLast: the channels of a position have
-// stride 1, and the positions one common stride (stride_s). kGeneric: anything else (sliced, expanded,
-// permuted); read it by size[] and stride[].
-enum class Layout : int32_t { kPlanes, kChannelsLast, kGeneric };
-
-// A tensor (N, C, *S), or a map (N, *S) with channels = 1. Element (n, c, d, h, w) lies at
-// n * stride_n + c * stride_c + d * stride[0] + h * stride[1] + w * stride[2]; absent spatial dimensions are
-// leading ones of size 1.
-struct Feature {
-  void* data;
-  DType dtype;
-  Layout layout;
-  int64_t batch, channels, positions;
-  int64_t stride_n, stride_c;
-  int64_t stride_s;  // of kPlanes (1) and kChannelsLast only
-  int64_t size[3], stride[3];
 };
 
 // A view of a tensor of a floating dtype on the library's kind of device; `name` is the argument, for the

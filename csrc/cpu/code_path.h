@@ -4,8 +4,8 @@
 // kernels stand in the namespace FASTKD_PATH and are followed by FASTKD_PATH_END.
 //
 // Rules for their .inl files: use only what is defined in this namespace, raw pointers, the plain structs
-// of host.h, compiler builtins, intrinsics and functions of libm. No std:: templates, no inline functions of
-// headers (see common/tensor.h).
+// of kernel.h, compiler builtins, intrinsics and functions of libm. No std:: templates, no inline functions
+// of headers (see common/feature.h).
 #pragma once
 
 #include "cpu/processor.h"
@@ -44,6 +44,7 @@
 #define FASTKD_PATH_END
 // GCC takes the deliberately undefined operands of its own intrinsics for uninitialized variables.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #if FASTKD_VECTOR_BYTES == 64
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 #else

@@ -1,4 +1,4 @@
-// Small arrays on the host side of the CPU operators. Not for kernels, see tensor.h.
+// Small arrays on the host side of the CPU operators. Not for kernels, see common/feature.h.
 #pragma once
 
 #include <cstddef>

@@ -1,32 +1,12 @@
-// What the CPU operators share on the host side beyond tensor.h, whose rule for kernels holds here too:
-// pooling, threads and their scratch memory.
+// What the CPU operators share on the host side beyond tensor.h: pooling, threads and their scratch memory.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 
-#include "common/formulas.h"
 #include "common/tensor.h"
+#include "cpu/kernel.h"
 
 namespace fastkd {
-
-// Storage types of the 16-bit dtypes; vec.inl converts them.
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
-
-// Windows of an adaptive pooling from in[] to out[]: output i of dimension d covers [begin[d][i], end[d][i]).
-// active is 0 when in and out are equal.
-struct PoolPlan {
-  int32_t active;
-  int32_t max;  // max instead of average
-  int64_t in[3], out[3];
-  int64_t in_positions, out_positions;
-  const int64_t* begin[3];
-  const int64_t* end[3];
-};
 
 // Owns the tables of a PoolPlan. Movable; the plan's pointers stay valid.
 struct PoolTables {
@@ -52,12 +32,6 @@ const float* vector_of(const Tensor& tensor, int64_t channels, const char* name)
 
 // The value of a 0-dim (or one-element) tensor.
 double scalar_of(const Tensor& tensor, const char* name);
-
-// Bytes of one piece of scratch memory for `count` numbers: whole cache lines, and one vector to spare.
-// (Static: kernels may use it.)
-static inline size_t scratch_piece(int64_t count, size_t size) {
-  return (static_cast<size_t>(count) * size + 127) / 64 * 64;
-}
 
 // 64-byte aligned memory of the calling thread, kept for the next call unless large. One at a time per
 // thread.

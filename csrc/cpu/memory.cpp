@@ -12,6 +12,7 @@
 
 #include "cpu/attention/attention.h"
 #include "cpu/dispatch.h"
+#include "cpu/host.h"
 
 namespace fastkd {
 namespace {

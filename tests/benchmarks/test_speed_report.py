@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import report
-from speed import machine, quiet, table, verdicts
+from speed import quiet, table, verdicts
 from speed.session import save, summary
 
 
@@ -227,10 +227,6 @@ def test_results_are_saved_or_not(result: dict[str, Any], tmp_path: Path) -> Non
     assert json.loads((tmp_path / "new" / "speed.json").read_text()) == result
     (tmp_path / "file").write_text("")
     assert "not saved" in save(result, tmp_path / "file")
-
-
-def test_slug() -> None:
-    assert machine.slug("Intel(R) Xeon(R) Processor @ 2.60GHz") == "intel-xeon-processor-2-60ghz"
 
 
 def test_each_file_that_was_written_has_a_line(

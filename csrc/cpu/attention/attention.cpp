@@ -1,6 +1,6 @@
 // The attention operators for the CPU: checks, allocation and the parallel region. The formulas are in
 // attention.inl, the schemas in fastkd/ops/_attention_operators.py.
-#include "cpu/attention/attention.h"
+#include "cpu/attention/sides.h"
 
 #include <tuple>
 

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "common/attention_options.h"
-#include "cpu/host.h"
+#include "cpu/kernel.h"
 
 namespace fastkd {
 
@@ -71,15 +71,5 @@ struct AttentionKernels {
   void (*loss)(const AttentionLossArgs&, int64_t begin, int64_t end, void* scratch);
   void (*loss_backward)(const AttentionLossBackwardArgs&, int64_t begin, int64_t end, void* scratch);
 };
-
-// What the host side of other operations over maps shares (attention.cpp).
-AttentionSide side_of(const Feature& x, const PoolPlan& pool);
-// Scratch memory that a side needs: `maps` maps of its positions, and for the chunks if it is not read in
-// place.
-size_t scratch_of(const AttentionSide& side, int64_t maps, bool in_place, DType accumulation);
-// Checks grad, map and norm against x and each other; `out` is x's gradient, to be written.
-AttentionMapBackwardArgs map_backward_args(const Tensor& grad, const TensorView& x, const Tensor& map,
-                                           const Tensor& norm, const AttentionOptions& options,
-                                           bool normalize, const Tensor& out);
 
 }  // namespace fastkd

@@ -1,5 +1,5 @@
 // What all operators of attention maps hand to the kernels: a feature, its scratch memory, its gradient.
-#include "cpu/attention/attention.h"
+#include "cpu/attention/sides.h"
 
 #include "cpu/memory.h"
 

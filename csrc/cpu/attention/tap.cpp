@@ -5,6 +5,7 @@
 #include <optional>
 #include <tuple>
 
+#include "cpu/attention/sides.h"
 #include "cpu/dispatch.h"
 
 namespace fastkd {

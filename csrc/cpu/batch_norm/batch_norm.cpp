@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "cpu/dispatch.h"
+#include "cpu/host.h"
 
 namespace fastkd {
 namespace {

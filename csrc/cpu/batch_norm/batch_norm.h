@@ -3,7 +3,7 @@
 // own. Units are chunks of rows.
 #pragma once
 
-#include "cpu/host.h"
+#include "cpu/kernel.h"
 
 namespace fastkd {
 

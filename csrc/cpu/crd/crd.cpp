@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "cpu/dispatch.h"
+#include "cpu/host.h"
 
 namespace fastkd {
 namespace {

@@ -2,7 +2,7 @@
 // it, in the order of the bank's tiles.
 #pragma once
 
-#include "cpu/host.h"
+#include "cpu/kernel.h"
 
 namespace fastkd {
 

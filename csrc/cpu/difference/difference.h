@@ -2,7 +2,7 @@
 // lie dense one after the other.
 #pragma once
 
-#include "cpu/host.h"
+#include "cpu/kernel.h"
 
 namespace fastkd {
 

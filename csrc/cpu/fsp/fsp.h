@@ -1,7 +1,7 @@
 // What the FSP operators (fsp/fsp.cpp) hand to their kernels (fsp/fsp.inl): plain data, made once a call.
 #pragma once
 
-#include "cpu/host.h"
+#include "cpu/kernel.h"
 
 namespace fastkd {
 

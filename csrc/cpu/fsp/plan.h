@@ -5,6 +5,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/few.h"
 #include "cpu/fsp/fsp.h"
+#include "cpu/host.h"
 
 namespace fastkd {
 

@@ -2,7 +2,7 @@
 // and its mean over space.
 #pragma once
 
-#include "cpu/host.h"
+#include "cpu/kernel.h"
 
 namespace fastkd {
 

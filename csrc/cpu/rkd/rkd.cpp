@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "cpu/dispatch.h"
+#include "cpu/host.h"
 
 namespace fastkd {
 namespace {

@@ -1,7 +1,7 @@
 // What rkd.cpp hands to the kernels of rkd.inl: matrices over the pairs of `count` samples, dense, in double.
 #pragma once
 
-#include "cpu/host.h"
+#include "cpu/kernel.h"
 
 namespace fastkd {
 

@@ -2,7 +2,7 @@
 // of one size.
 #pragma once
 
-#include "cpu/host.h"
+#include "cpu/kernel.h"
 
 namespace fastkd {
 

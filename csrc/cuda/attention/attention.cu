@@ -2,7 +2,7 @@
 // loss.cuh and gradient.cuh, the schemas in fastkd/ops/_attention_operators.py.
 #include <tuple>
 
-#include "common/attention_options.h"
+#include "common/attention_arguments.h"
 #include "cuda/attention/gradient.cuh"
 #include "cuda/attention/loss.cuh"
 

@@ -5,6 +5,8 @@
 #include <optional>
 #include <tuple>
 
+#include "common/attention_arguments.h"
+
 namespace fastkd {
 namespace {
 
