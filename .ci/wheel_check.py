@@ -4,9 +4,10 @@ operations beside others.
     python .ci/wheel_check.py                               beside this interpreter's PyTorch and 2.13.0
     python .ci/wheel_check.py --run 2.11.0 2.13.0 newest    the oldest, a small CPU-only one, the newest
     python .ci/wheel_check.py --build 2.11.0                built beside the oldest instead
+    python .ci/wheel_check.py --environments DIR --prepare 2.11.0    that environment now, for later
 
-``current`` is the PyTorch of the interpreter that runs this file; every other version gets a fresh virtual
-environment of its own.
+``current`` is the PyTorch of the interpreter that runs this file; every other version gets a virtual
+environment of its own, a fresh one, or one that ``--prepare`` left in ``--environments``.
 """
 
 from __future__ import annotations
@@ -49,12 +50,14 @@ def call(*command: str | Path, path: str = "", cwd: Path | None = None) -> str:
 class Beside:
     """An interpreter with one version of PyTorch, and a folder on its path for what is tried."""
 
-    def __init__(self, version: str, work: Path) -> None:
+    def __init__(self, version: str, work: Path, environments: Path) -> None:
         self.python, self.extra = Path(sys.executable), work / f"beside-{version}"
         if version != "current":
-            folder = work / f"torch-{version}"
-            venv.create(folder, with_pip=True)
+            folder = environments / f"torch-{version}"
             self.python = folder / "bin" / "python"
+            if folder.exists():
+                return
+            venv.create(folder, with_pip=True)
             self.call(
                 "-m", "pip", "install", "--quiet", "torch" if version == "newest" else f"torch=={version}"
             )
@@ -206,16 +209,25 @@ def main() -> None:
         metavar="VERSION",
         help="those to run beside (default: current 2.13.0)",
     )
+    parser.add_argument(
+        "--environments", type=Path, metavar="DIR", help="where virtual environments are kept"
+    )
+    parser.add_argument(
+        "--prepare", nargs="+", metavar="VERSION", help="make their environments, and no more"
+    )
     parser.add_argument("--operations", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.operations:
         return operations()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        versions = [*dict.fromkeys([options.build, *options.run])]
+        environments = options.environments or work
+        versions = [*dict.fromkeys(options.prepare or [options.build, *options.run])]
         with ThreadPoolExecutor(len(versions)) as pool:  # pip fetches and unpacks on one CPU
-            made = pool.map(lambda version: Beside(version, work), versions)
+            made = pool.map(lambda version: Beside(version, work, environments), versions)
             known = dict(zip(versions, made, strict=True))
+        if options.prepare:
+            return
         wheel = build(known[options.build], work)
         check_wheel(wheel, work)
         for version in options.run:
