@@ -123,7 +123,8 @@ class DifferenceFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        saved, count = ctx.saved_tensors, len(ctx.saved_tensors) // 2
+        saved = ctx.saved_tensors  # read once, as checkpointing demands
+        count = len(saved) // 2
         pairs = zip(saved[:count], saved[count:], strict=True)
         return None, *[handed_out(ctx.name, upstream, grad, x, ctx.spare) for grad, x in pairs]
 

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import KERNELS, place, ref, values
 from torch.utils.checkpoint import checkpoint
 
@@ -18,6 +19,7 @@ from fastkd.ops._grad_prefetch import GradPrefetch
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPES = ((2, 3, 4, 3), (2, 4, 4, 3), (2, 5, 2, 2))
 TEACHER = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(SHAPES)]
+BANKS = [F.normalize(torch.randn(4, 36, generator=torch.Generator().manual_seed(i))) for i in range(2)]
 
 # name -> (module with the functions, student's stages, teacher's stages) -> scalar
 OPERATIONS = {
@@ -39,6 +41,14 @@ OPERATIONS = {
         (y.square().sum() + a[0].sum()) for y, a in (m.relu_tap(x, x.flip(0)) for x in s)
     ),
     "kd_loss": lambda m, s, t: m.kd_loss(s[0].mean((2, 3)), t[0].mean((2, 3))),
+    "dkd_loss": lambda m, s, t: m.dkd_loss(s[0].mean((2, 3)), t[0].mean((2, 3)), torch.tensor([2, 0])),
+    "hcl_loss": lambda m, s, t: 3 * m.hcl_loss(s, t),
+    "ofd_loss": lambda m, s, t: 3 * m.ofd_loss(s, t, [-0.3 * torch.ones(x.shape[1]) for x in s]),
+    "sakd_loss": lambda m, s, t: m.sakd_loss(s[2], t[2]),
+    "rkd_loss": lambda m, s, t: m.rkd_loss(s[0].reshape(8, 9), t[0].reshape(8, 9)),
+    "crd_loss": lambda m, s, t: m.crd_loss(
+        *(F.normalize(x[0].flatten(1)) for x in (s, t)), *BANKS, torch.tensor([[0, 2, 3], [1, 3, 2]])
+    )[0],
 }
 # interpreted or emulated: slow
 ON_GPUS = ("attention_map", "attention_transfer_loss", "fsp_matrix", "fsp_loss", "tap", "relu_tap")
