@@ -22,6 +22,9 @@ def describe(x: Tensor) -> str:
 def floating(name: str, x: object) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is {type(x).__name__}, wanted a tensor")
+    if x.layout is not torch.strided or x.is_nested:  # sparse, of oneDNN, or of tensors of several shapes
+        kind = "nested" if x.is_nested else f"of layout {x.layout}"
+        raise TypeError(f"{name} is {kind}, wanted a dense tensor")
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} is {describe(x)}, wanted float16, bfloat16, float32 or float64")
     return x

@@ -13,7 +13,7 @@ from support import cpp_missing
 
 import fastkd
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*nested tensors")]
 BACKENDS = [
     "reference",
     pytest.param(
@@ -39,6 +39,26 @@ MISUSE = {
     ),
     "map of bools": (lambda: X(f(2, 3, 4, dtype=torch.bool)), TypeError, ["x", "bool", "float"]),
     "map of float8": (lambda: X(f(2, 3, 4).to(torch.float8_e4m3fn)), TypeError, ["x", "float8_e4m3fn"]),
+    "map of a sparse tensor": (
+        lambda: X(f(2, 3, 4).to_sparse()),
+        TypeError,
+        ["x is of layout torch.sparse_coo, wanted a dense tensor"],
+    ),
+    "map of a oneDNN tensor": (
+        lambda: X(f(2, 3, 4, 4).to_mkldnn()),
+        TypeError,
+        ["x is of layout torch._mkldnn, wanted a dense tensor"],
+    ),
+    "loss of nested tensors": (
+        lambda: AT(torch.nested.nested_tensor([f(3, 4), f(3, 5)]), f(2, 3, 4)),
+        TypeError,
+        ["student is nested, wanted a dense tensor"],
+    ),
+    "loss of a sparse teacher": (
+        lambda: fastkd.hcl_loss(PAIR, [PAIR[0], PAIR[1].to_sparse()]),
+        TypeError,
+        [r"teacher\[1\] is of layout torch.sparse_coo, wanted a dense tensor"],
+    ),
     "map of a list": (lambda: X([1.0, 2.0]), TypeError, ["x", "list", "tensor"]),
     "map of two dimensions": (lambda: X(f(2, 3)), ValueError, ["x", r"\(2, 3\)", "dimensions"]),
     "map of six dimensions": (
