@@ -100,7 +100,7 @@ class MethodSum(nn.ModuleDict):
             checks.label_values(labels, logits.shape[1])
         # on a cast of its own: the gradients of cross-entropy and of the other losses are rounded to half
         # precision before they are added, as in published code
-        return {"ce": F.cross_entropy(self.seen_logits(logits).float(), labels) * self._ce}
+        return {"ce": F.cross_entropy(self.seen_logits(logits), labels) * self._ce}
 
     def losses(
         self,

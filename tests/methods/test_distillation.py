@@ -62,6 +62,15 @@ def test_the_teacher_is_outside_and_moves_along(name, mode):
     torch.testing.assert_close(clone(images.double(), labels, index).teacher_logits, moved)
 
 
+def test_cross_entropy_of_a_float64_student_is_in_float64():
+    distillation = fastkd.Distillation(*networks(), "kd").double()
+    images, labels, _ = batch()
+    losses = distillation(images.double(), labels)
+    want = F.cross_entropy(losses.student_logits, labels) * 0.1
+    assert losses.terms["ce"].dtype == losses.total.dtype == torch.float64
+    torch.testing.assert_close(losses.terms["ce"], want, rtol=1e-14, atol=0)
+
+
 def test_what_is_built_changes_neither_modes_nor_statistics_nor_random_numbers():
     student, teacher = networks()
     student.layer2[0].bn1.eval()
