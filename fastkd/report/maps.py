@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+from fastkd import plugins
 from fastkd.data import load_dataset
 from fastkd.errors import UserError
 from fastkd.io.arguments import OneLineParser
@@ -19,7 +20,6 @@ from fastkd.training import attention_maps
 from fastkd.training.device import find_device
 from fastkd.training.evaluation import placed
 from fastkd.training.recipes import normalization_of
-from fastkd.training.settings import from_config
 from fastkd.training.teacher_images import SAME, parsed
 
 
@@ -33,25 +33,32 @@ def redraw(folder: Path, data: Path | None) -> list[Path]:
         raise UserError(
             f"{folder} holds no run: config.json: {getattr(error, 'strerror', None) or error}"
         ) from None
-    settings = from_config(about, folder.parent)
+    try:
+        report, constants, epochs = (about["fields"][key] for key in ("report", "normalization", "epochs"))
+        names = ("method", "dataset", "data", "teacher", "teacher_checkpoint")
+        method, name, root, taught_by, checkpoint = (about[key] for key in names)
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder} holds no run of this version: config.json ({type(error).__name__}: {error})"
+        ) from None
     if about.get("trained") == "teacher":
         raise UserError(f"{folder} is the run of a teacher, wanted a student's: its pictures show both")
-    fields = about.get("fields")
-    if not isinstance(fields, dict) or not {"normalization", "report", "epochs"} <= fields.keys():
-        raise UserError(f"{folder} holds no run of this version: config.json has no fields of a recipe")
-    dataset = load_dataset(about["dataset"], data or settings.data)
-    normalization = normalization_of(fields["normalization"], dataset)
-    theirs = parsed((settings.teacher_normalization or (SAME,))[0])
+    # what is looked for by get, here and below, runs of older versions do not have
+    for file in about.get("plugins") or ():
+        plugins.load(file)
+    dataset = load_dataset(name, data or root)
+    own = normalization_of(constants, dataset)
+    theirs = parsed((about.get("teacher_normalization") or (SAME,))[0]) or own
     device, teacher = find_device(None), None
-    row = {**about, "dataset": dataset.title, "nepoch": fields["epochs"]}
+    row = {**about, "dataset": dataset.title, "nepoch": epochs}
     try:
-        student = load_student(folder, file="best.pt" if fields["report"] == "best" else "last.pt")
-        if settings.method == "baseline":
+        student = load_student(folder, file="best.pt" if report == "best" else "last.pt")
+        if method == "baseline":
             row["teacher"] = ""
         else:
-            trained = settings.output / "teachers" / about.get("teacher_file", "")
-            teacher = create_model(about["teacher"], dataset.classes)
-            load_weights(teacher, settings.teacher_checkpoint or trained)
+            trained = folder.parent / "teachers" / about.get("teacher_file", "")
+            teacher = create_model(taught_by, dataset.classes)
+            load_weights(teacher, checkpoint or trained)
     except WeightsError as error:
         raise UserError(str(error)) from None
     taught = None if teacher is None else placed(teacher, device)
@@ -59,10 +66,10 @@ def redraw(folder: Path, data: Path | None) -> list[Path]:
         folder,
         row,
         dataset,
-        (normalization, theirs or normalization),
+        (own, theirs),
         placed(student, device),
         taught,
-        about.get("points", (None, None)),  # runs of older versions have neither
+        about.get("points", (None, None)),
         about.get("sides", (32, 32)),
     )
 

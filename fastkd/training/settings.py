@@ -106,41 +106,6 @@ def environment() -> list[str]:
     return [f"{name}={os.environ[name]}" for name in VARIABLES if os.environ.get(name)]
 
 
-def from_config(config: dict[str, Any], output: Path) -> Settings:
-    """The settings of a run from its config.json, on whatever device there is. Raises UserError for a config
-    of another version.
-    """
-    try:
-        given = {
-            name: config[name]
-            for name in ("method", "dataset", "teacher", "student", "recipe", "seed", "precision")
-        }
-        overrides = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in config["overrides"].items()
-        }
-        file, teacher_seed = config["teacher_checkpoint"], config.get("teacher_seed")
-        checkpoint = None if file is None else Path(file)
-        # runs of older versions have none of these two
-        options, begun = tuple(config.get("options") or ()), config.get("student_checkpoint")
-        common: dict[str, Any] = {
-            "teacher_checkpoint": checkpoint,
-            "student_checkpoint": None if begun is None else Path(begun),
-            "teacher_seed": teacher_seed,
-            "overrides": overrides,
-            **{name: config.get(name) for name in FOLDERS},
-            **{name: None if config.get(name) is None else tuple(config[name]) for name in POINTS},
-            "plugins": tuple(config.get("plugins") or ()),
-            "more_teachers": tuple((name, Path(file)) for name, file in config.get("more_teachers") or ()),
-            "join_teachers": config.get("join_teachers"),
-            "more_points": tuple(map(tuple, config.get("more_points") or ())) or None,
-            "teacher_normalization": tuple(config.get("teacher_normalization") or ()) or None,
-        }
-        return Settings(**given, **common, options=options, data=Path(config["data"]), output=output)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"the config.json is not of this version ({type(error).__name__}: {error})") from None
-
-
 @dataclass(frozen=True)
 class Models:
     """Who teaches whom on what, every name given."""
