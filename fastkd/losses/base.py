@@ -40,8 +40,12 @@ class Loss(NumbersAsFloats):
             raise ValueError(f"{cls.__name__} has no preset {name!r}, wanted one of {', '.join(cls.presets)}")
         return cls(**{**cls.presets[name], **overrides})
 
+    def _keywords(self) -> dict[str, Any]:
+        """The further arguments by name, as they are now."""
+        return {name: getattr(self, name) for name in self._options}
+
     def forward(self, student: Any, teacher: Any) -> Tensor:
-        return type(self).function(student, teacher, **{name: getattr(self, name) for name in self._options})
+        return type(self).function(student, teacher, **self._keywords())
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._options)
+        return ", ".join(f"{name}={value!r}" for name, value in self._keywords().items())

@@ -81,9 +81,6 @@ class AttentionTransfer(Loss):
         "paper": {"channel_reduce": "sum", "difference": "l2", "weight": 0.05},
     }
 
-    def forward(self, student: Features, teacher: Features) -> Tensor:
-        return super().forward(student, teacher)
-
 
 class FSP(Loss):
     """:func:`fastkd.fsp_loss` with its further arguments fixed; each is an attribute.
@@ -125,9 +122,6 @@ class FSP(Loss):
         "paper": {"pool_mode": "max", "distance": "frobenius", "weight": 1.0},
     }
 
-    def forward(self, student: Features, teacher: Features) -> Tensor:
-        return super().forward(student, teacher)
-
 
 class SAKD(Loss):
     """:func:`fastkd.sakd_loss` with its further arguments fixed; each is an attribute.
@@ -144,9 +138,6 @@ class SAKD(Loss):
 
     function = staticmethod(sakd_loss)
     presets = {"sakd": {"weight": 200.0}, "imagenet": {"weight": 100.0}}
-
-    def forward(self, student: Features, teacher: Features) -> Tensor:
-        return super().forward(student, teacher)
 
 
 class OFD(Loss):
@@ -176,7 +167,7 @@ class OFD(Loss):
 
     def forward(self, student: Features, teacher: Features) -> Tensor:
         margins = [getattr(self, name) for name in self._margins]
-        return ofd_loss(student, teacher, margins, **{name: getattr(self, name) for name in self._options})
+        return ofd_loss(student, teacher, margins, **self._keywords())
 
 
 class HCL(Loss):
@@ -194,6 +185,3 @@ class HCL(Loss):
 
     function = staticmethod(hcl_loss)
     presets = {"reviewkd": {"weight": 1.0}, "mdistiller": {"weight": 1.0}}
-
-    def forward(self, student: Features, teacher: Features) -> Tensor:
-        return super().forward(student, teacher)

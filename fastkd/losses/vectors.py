@@ -48,7 +48,7 @@ class KD(Loss):
     }
 
     def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-        return kd_loss(student, teacher, mask=mask, **{name: getattr(self, name) for name in self._options})
+        return kd_loss(student, teacher, mask=mask, **self._keywords())
 
 
 class DKD(Loss):
@@ -72,7 +72,7 @@ class DKD(Loss):
     }
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
-        return dkd_loss(student, teacher, labels, **{name: getattr(self, name) for name in self._options})
+        return dkd_loss(student, teacher, labels, **self._keywords())
 
 
 class RKD(Loss):
@@ -95,9 +95,6 @@ class RKD(Loss):
         "lenscloth": {"distance_weight": 1.0, "angle_weight": 2.0},
         "torchdistill": {"distance_weight": 1.0, "angle_weight": 2.0},
     }
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return super().forward(student, teacher)
 
 
 class CRD(Loss):
@@ -157,17 +154,9 @@ class CRD(Loss):
     }
 
     def forward(self, student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        options = {name: getattr(self, name) for name in self._options}
-        rows = self.rows if rows is None else rows
-        return crd_loss(
-            student,
-            teacher,
-            self.student_bank,
-            self.teacher_bank,
-            rows,  # type: ignore[arg-type]
-            normalizers=self.normalizers,
-            **options,
-        )
+        drawn: Any = self.rows if rows is None else rows
+        banks = self.student_bank, self.teacher_bank
+        return crd_loss(student, teacher, *banks, drawn, normalizers=self.normalizers, **self._keywords())
 
     @torch.no_grad()
     def update(
