@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fastkd import checks
 from fastkd.losses.base import Loss
-from fastkd.ops._register import accumulator
 from fastkd.ops.crd import crd_loss
 from fastkd.ops.rkd import rkd_loss
 from fastkd.reference import dkd_loss, kd_loss
+from fastkd.reference.common import accumulator
 
 
 class KD(Loss):

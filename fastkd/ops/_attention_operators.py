@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastkd._bits import ATTENTION
-from fastkd.ops._register import accumulator, define, differentiable_once, one_device, smaller
+from fastkd.ops._register import define, differentiable_once, one_device, smaller
+from fastkd.reference.common import accumulator
 
 POOL_BEFORE = ATTENTION.bits("pool", "before")
 STUDENT_IS_MAP, TEACHER_IS_MAP, STUDENT_GRAD, TEACHER_GRAD, PREPARE = (

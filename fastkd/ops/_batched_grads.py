@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastkd._implementations import Backend
-from fastkd.ops._register import accumulator
+from fastkd.reference.common import widen
 
 
 def by_reference(
@@ -19,7 +19,7 @@ def by_reference(
     """The gradients of ``formula(*inputs)`` by plain PyTorch, in its result's dtype; None by ``needs``."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        wide = [x.to(accumulator(inputs)) for x in inputs]
+        wide = widen(*inputs)
         wanted = [x for x, need in zip(wide, needs, strict=True) if need]
         found = iter(torch.autograd.grad(formula(*wide), wanted, grad, create_graph=create_graph))
     return [next(found) if need else None for need in needs]
@@ -32,5 +32,5 @@ def scaled(
     results are linear in it.
     """
     one = torch.ones((), dtype=grad.dtype, device=grad.device)
-    found = impl.run_backward(operator, one, [x.to(accumulator([x])) for x in features], *rest)
+    found = impl.run_backward(operator, one, [widen(x)[0] for x in features], *rest)
     return [dx * grad for dx in found]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastkd._bits import FSP
 from fastkd.kernels.fsp.saved import matrix_shape, saved_shape, saved_shape_on_cpu
-from fastkd.ops._register import accumulator, define, differentiable_once, one_device
+from fastkd.ops._register import define, differentiable_once, one_device
+from fastkd.reference.common import accumulator
 
 WITH_GRAD, PREPARE, NEGATE, TEACHER_GRAD = (
     FSP.bits(name) for name in ("with_grad", "prepare", "negate", "teacher_grad")

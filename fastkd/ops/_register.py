@@ -198,11 +198,6 @@ def wanting_gradients(
     return needed, [every[i] for i in needed]
 
 
-def accumulator(tensors: Sequence[Tensor]) -> torch.dtype:
-    """The dtype in which a call over these tensors accumulates and answers."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
-
-
 def smaller(a: Sequence[int], b: Sequence[int]) -> list[int | torch.SymInt]:
     return [torch.sym_min(i, j) for i, j in zip(a, b, strict=True)]
 

@@ -12,7 +12,8 @@ from fastkd import backends, checks, reference
 from fastkd._implementations import Backend
 from fastkd._private import batched, few_frames
 from fastkd.ops import _batched_grads, _cuda_limits
-from fastkd.ops._register import accumulator, autograd, define, differentiable_once
+from fastkd.ops._register import autograd, define, differentiable_once
+from fastkd.reference.common import accumulator
 
 _MAP = "float p, str channel_reduce, bool signed, bool normalize, float eps, str eps_mode"
 

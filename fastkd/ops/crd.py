@@ -14,8 +14,8 @@ from fastkd._implementations import CPP, REFERENCE, TRITON, Backend
 from fastkd._private import dispatch_watched, few_frames, is_wrapper, transforming
 from fastkd.ops._cuda_limits import no_kernel
 from fastkd.ops._gradients import save, scaled, where_needed
-from fastkd.ops._register import accumulator, autograd, define, implement, part_of
-from fastkd.reference.common import no_autocast
+from fastkd.ops._register import autograd, define, implement, part_of
+from fastkd.reference.common import accumulator, no_autocast
 
 NUMBERS = 2**22
 """How many numbers a chunk of samples makes: scores against a whole bank, or drawn rows of it."""

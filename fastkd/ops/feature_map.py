@@ -14,7 +14,8 @@ from fastkd import backends, checks, reference
 from fastkd._implementations import Backend
 from fastkd._private import batched, few_frames, version
 from fastkd.ops import _batched_grads, _cuda_limits
-from fastkd.ops._register import accumulator, autograd, define, differentiable_once, one_device
+from fastkd.ops._register import autograd, define, differentiable_once, one_device
+from fastkd.reference.common import accumulator
 
 _OPTIONS = "float p, str channel_reduce, bool signed, float eps, str eps_mode"
 

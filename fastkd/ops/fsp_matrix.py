@@ -14,7 +14,8 @@ from fastkd._bits import FSP
 from fastkd._implementations import Backend
 from fastkd._private import batched, few_frames
 from fastkd.ops import _batched_grads, _cuda_limits
-from fastkd.ops._register import accumulator, autograd, define, differentiable_once, one_device
+from fastkd.ops._register import autograd, define, differentiable_once, one_device
+from fastkd.reference.common import accumulator
 
 _A_GRAD, _B_GRAD = FSP.bits("a_grad"), FSP.bits("b_grad")
 

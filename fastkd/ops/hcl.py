@@ -10,6 +10,7 @@ from torch import Tensor
 from fastkd import checks, reference
 from fastkd.checks import Features
 from fastkd.ops._differences import difference, difference_loss, fused, served
+from fastkd.reference.common import accumulator
 from fastkd.reference.maps import hcl_factors
 
 difference_loss("hcl_loss", "float[] factors")
@@ -46,8 +47,8 @@ def hcl_loss(
     students, teachers = checks.hcl_loss(student, teacher, weights, weight)
     used = [float(w) for w in (weights or [1.0] * len(students))]
     levels = [*zip(students, teachers, used, strict=True)]
-    mixed = any(x.dtype == torch.float64 for x in (*students, *teachers))
-    here = [fused(s) and not mixed and served(s, t) for s, t, _ in levels]
+    double = accumulator(students + teachers) == torch.float64
+    here = [fused(s) and not double and served(s, t) for s, t, _ in levels]
     rest = [level for level, is_here in zip(levels, here, strict=True) if not is_here]
     total: Tensor | None = None
     if rest:

@@ -13,7 +13,7 @@ from fastkd import checks, reference
 from fastkd.checks import Features
 from fastkd.ops._differences import dense, difference, difference_loss, fused
 from fastkd.ops.attention_map import attention_map
-from fastkd.reference.common import no_autocast, stage_factors
+from fastkd.reference.common import accumulator, no_autocast, stage_factors
 
 difference_loss("sakd_loss", "float[] factors")
 
@@ -71,7 +71,7 @@ def sakd_loss(
             for w, x in zip(weights or stage_factors(len(students)), students, strict=True)
         ]
         return difference("sakd_loss", students, teachers, factors)
-    if any(x.dtype == torch.float64 for x in tensors):
+    if accumulator(tensors) == torch.float64:
         tensors = [x.double() for x in tensors]
     with no_autocast(tensors[0]):
         return reference.sakd.sakd_of_maps(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -17,8 +17,13 @@ _POOLS: dict[str, tuple[Callable[..., Tensor], ...]] = {
 }
 
 
+def accumulator(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The dtype in which a call over these tensors accumulates and answers."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
 def widen(*tensors: Tensor) -> list[Tensor]:
-    dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    dtype = accumulator(tensors)
     return [x.to(dtype) for x in tensors]
 
 

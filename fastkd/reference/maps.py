@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastkd import checks, graphs
 from fastkd.checks import Features
-from fastkd.reference.common import combined, no_autocast, stage_factors, widen
+from fastkd.reference.common import accumulator, combined, no_autocast, stage_factors, widen
 
 
 def batch_norm(
@@ -40,7 +40,6 @@ def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
     Source: Heo et al., *A comprehensive overhaul of feature distillation*, ICCV 2019.
     """
     checks.ofd_margin(weight, bias)
-    dtype = widen(weight, bias)[0].dtype
     deviation, mean = weight.double().abs(), bias.double()
     constant = deviation == 0
     deviation = deviation.masked_fill(constant, 1)
@@ -49,7 +48,7 @@ def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
     rare = below <= 0.001
     density = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
     margin = torch.where(rare, -3 * deviation, mean - deviation * density / below.masked_fill(rare, 1))
-    return torch.where(constant, mean, margin).clamp_max(0).to(dtype)
+    return torch.where(constant, mean, margin).clamp_max(0).to(accumulator((weight, bias)))
 
 
 def ofd_loss(
