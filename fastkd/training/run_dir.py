@@ -22,6 +22,7 @@ from fastkd.training.command import COMMAND, command, command_file
 from fastkd.training.config import Config
 from fastkd.training.resume import CHECKPOINT, differences_of, in_words, read_config
 from fastkd.training.settings import environment
+from fastkd.training.teacher_images import identity_of
 from fastkd.training.tensorboard import Curves
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ def load_run(folder: Path, identity: dict[str, Any]) -> RunDir:
         state = read_checkpoint(path)
     except WeightsError as error:
         raise UserError(str(error)) from None
-    if not isinstance(state.get("config"), dict) or state["config"].get("identity") != config["identity"]:
+    if identity_of(state.get("config")) != config["identity"]:
         raise UserError(f"{path}: not the checkpoint of this run")
     if config["torch"] != str(torch.__version__):
         both = f"begun with torch {config['torch']}, continued with {torch.__version__}"

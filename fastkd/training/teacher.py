@@ -19,6 +19,7 @@ from fastkd.training import distributed, resume, run_dir
 from fastkd.training.config import Config
 from fastkd.training.evaluation import evaluate, placed
 from fastkd.training.phases import train
+from fastkd.training.teacher_images import identity_of
 
 
 def find_teacher(config: Config) -> tuple[nn.Module, float]:
@@ -97,7 +98,7 @@ def load_teacher(
         about = load_weights(teacher, path, say=say).get("config")
     except WeightsError as error:
         raise UserError(str(error)) from None
-    found = about["identity"] if isinstance(about, dict) and isinstance(about.get("identity"), dict) else {}
+    found = identity_of(about)
     other = resume.differences(found, config.identity("teacher"))
     if other and config.settings.teacher_checkpoint is None:
         raise UserError(

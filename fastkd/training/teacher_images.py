@@ -58,9 +58,9 @@ def recorded(config: dict[str, Any], data: AnyDataset) -> Normalization | None:
     return NORMALIZATIONS.get((str(name), str(dataset)))
 
 
-def identity_of(config: dict[str, Any]) -> dict[str, Any]:
-    """The identity in the config of a checkpoint; {} for a checkpoint of no run."""
-    identity = config.get("identity")
+def identity_of(config: Any) -> dict[str, Any]:
+    """The identity in the config of a checkpoint; {} for a checkpoint of no run, whatever stands there."""
+    identity = config.get("identity") if isinstance(config, dict) else None
     return identity if isinstance(identity, dict) else {}
 
 
