@@ -54,6 +54,8 @@ class Choices(Given):
     processes: int
     compiled: bool
     captured: bool
+    settled: dict[str, Any]
+    """Options left open, whose values the networks and the data decided."""
 
     def seed_of(self, role: str) -> int:
         given = self.settings.teacher_seed
@@ -138,8 +140,7 @@ class Choices(Given):
         used = [("dataset", self.data.name), ("model", self.model_name(role))]
         if role == "student":
             used += [("method", term.name) for term in self.method.terms]
-            names = [self.models.teacher, *(name for name, _ in self.settings.more_teachers)]
-            used += [("model", name) for name in names] * self.method.needs_teacher
+            used += [("model", name) for name, _ in self.all_teachers] * self.method.needs_teacher
         found = {
             f"{kind} {name}": specs.origin(name)
             if kind == "model" and specs.is_spec(name)
@@ -184,7 +185,7 @@ class Choices(Given):
 
     def teachers(self) -> str:
         """The names of all teachers: "resnet56 + resnet110"."""
-        return " + ".join([self.models.teacher, *(name for name, _ in self.settings.more_teachers)])
+        return " + ".join(name for name, _ in self.all_teachers)
 
     def config(self) -> dict[str, Any]:
         """All of it in plain values, for the records."""
@@ -211,8 +212,6 @@ class Choices(Given):
             "fastkd": fastkd.__version__,
             "torch": str(torch.__version__),
         }
-
-    settled: dict[str, Any]  # options left open, whose values the networks and the data decided
 
     def options(self) -> list[str]:
         """The options of the method that were changed, as the command line has them: "at.beta=500.0"."""

@@ -32,17 +32,15 @@ def command(config: Config) -> str:
 
     Every choice that changes bits is in it, be it a flag or a variable of the environment.
     """
-    settings, taught = config.settings, config.method.needs_teacher
-    more = settings.more_teachers
-    files = filter(None, [settings.teacher_checkpoint, *(path for _, path in more)])
+    settings, taught, teachers = config.settings, config.method.needs_teacher, config.all_teachers
     flags: dict[str, Any] = {
         "method": settings.method,
         "dataset": config.data.name,
         "data": settings.data,
-        "teacher": [config.models.teacher, *(name for name, _ in more)] if taught else None,
+        "teacher": [name for name, _ in teachers] if taught else None,
         "student": config.models.student,
-        "teacher_checkpoint": list(map(str, files)) if taught else None,
-        "join_teachers": config.join_teachers if taught and more else None,
+        "teacher_checkpoint": [str(file) for _, file in teachers if file] if taught else None,
+        "join_teachers": config.join_teachers if taught and len(teachers) > 1 else None,
         "student_checkpoint": settings.student_checkpoint,
         "plugin": list(settings.plugins),
         **{name: getattr(settings, name) for name in (*POINTS, *FOLDERS)},

@@ -129,9 +129,8 @@ class Networks(Images):
 
     def new_teacher(self) -> nn.Module:
         """An untrained teacher, or a ModuleList of all."""
-        first = create_model(self.models.teacher, self.data.classes)
-        more = [create_model(name, self.data.classes) for name, _ in self.settings.more_teachers]
-        return nn.ModuleList([first, *more]) if more else first
+        made = [create_model(name, self.data.classes) for name, _ in self.all_teachers]
+        return nn.ModuleList(made) if len(made) > 1 else made[0]
 
     def _check_fit(self) -> None:
         student = create_model(self.model_name("student"), self.data.classes).to(self.device)

@@ -27,8 +27,7 @@ def row_of(
 ) -> dict[str, Any]:
     """The run as a row of the table, without its number."""
     settings, best, last = config.settings, trainer.best(), trainer.history[-1]
-    taught, file = teacher_acc is not None, settings.teacher_checkpoint
-    files = [each for each in (file, *(path for _, path in settings.more_teachers)) if each is not None]
+    taught, files = teacher_acc is not None, [file for _, file in config.all_teachers if file]
     words = config.options() if role == "student" else []
     settled = [word for word in words if word.partition("=")[0] in config.settled]
     changed = [word for word in words if word not in settled]
@@ -65,12 +64,12 @@ def row_of(
                 *config.own_words(role),
             ]
         ),
-        "teacher_seed": config.seed_of("teacher") if taught and file is None else "",
+        "teacher_seed": config.seed_of("teacher") if taught and not files else "",
         "deterministic": "yes" if settings.deterministic else "no",
         "compiled": "yes" if config.compiled else "no",
         "cuda_graph": "yes" if config.captured else "no",
         "environment": " ".join(environment()),
-        "teacher_checkpoint": " + ".join(str(each) for each in files) if taught else "",
+        "teacher_checkpoint": " + ".join(map(str, files)) if taught else "",
         "student_checkpoint": settings.student_checkpoint or "" if role == "student" else "",
         "settled": " ".join(settled),
         "plugins": ", ".join(f"{key} of {where}" for key, where in config.added(role).items()),
