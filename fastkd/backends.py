@@ -118,11 +118,10 @@ class Call(NamedTuple):
     arguments: tuple[object, ...]
     cuda_limits: Limits
     options: tuple[object, ...]
-    opaque: bool
 
     def backend(self, batch: int, compiled: bool) -> str:
         """The backend that would serve the call with ``batch`` samples, in a compiled graph or not."""
-        if compiled and not self.opaque and current() == "auto":
+        if compiled and self.operation not in OPAQUE and current() == "auto":
             return "reference"
         return select(self.operation, _resized(self.arguments, batch), self.cuda_limits, self.options).name
 
@@ -173,8 +172,7 @@ def select(
     Raises: BackendError where a backend was asked for by name and cannot serve the call.
     """
     if _recorded is not None:
-        kept = _resized(arguments, 1)
-        _recorded.append(Call(operation, kept, cuda_limits, options, operation in OPAQUE))
+        _recorded.append(Call(operation, _resized(arguments, 1), cuda_limits, options))
     first = arguments[0]
     if isinstance(first, (list, tuple)) and first:
         first = first[0]
