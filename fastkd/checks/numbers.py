@@ -94,9 +94,9 @@ def constant(name: str, value: object) -> float:
     return number(name, value, at_least=_LEAST.get(name))
 
 
-def are_floats(a: object, b: object = 0.0, c: object = 0.0) -> bool:
-    """Whether all are finite and of type float, which needs no further check. False if the sum overflows."""
-    return type(a) is type(b) is type(c) is float and 0.0 * (a + b + c) == 0.0
+def are_floats(a: object, b: object) -> bool:
+    """Whether both are finite and of type float, which needs no further check. False if the sum overflows."""
+    return type(a) is type(b) is float and 0.0 * (a + b) == 0.0
 
 
 def above_zero(name: str, value: object) -> float:
