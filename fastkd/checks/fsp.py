@@ -52,13 +52,6 @@ def fsp_loss(
                 " the same number"
             )
     for name, chain in (("student", students), ("teacher", teachers)):
-        for i in range(1, len(chain)):
-            same_rank(
-                f"{name}[{i - 1}]",
-                chain[i - 1],
-                f"{name}[{i}]",
-                chain[i],
-                chain[i - 1].dim() - 2,
-                chain[i].dim() - 2,
-            )
+        for i, (a, b) in enumerate(zip(chain, chain[1:])):
+            same_rank(f"{name}[{i}]", a, f"{name}[{i + 1}]", b, a.dim() - 2, b.dim() - 2)
     return students, teachers

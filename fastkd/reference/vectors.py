@@ -192,18 +192,6 @@ def crd_normalizers(given: Tensor | Sequence[float] | None, like: Tensor) -> Ten
     return torch.stack([like.new_full((), float(value), dtype=torch.float32) for value in given])
 
 
-def crd_inputs(
-    student: Tensor,
-    teacher: Tensor,
-    student_bank: Tensor,
-    teacher_bank: Tensor,
-    normalizers: Tensor | Sequence[float] | None,
-) -> list[Tensor]:
-    """The five tensors of :func:`fastkd.crd_loss` in one dtype; banks and normalizers as constants."""
-    given = crd_normalizers(normalizers, student)
-    return widen(student, teacher, student_bank.detach(), teacher_bank.detach(), given)
-
-
 def crd_loss(
     student: Tensor,
     teacher: Tensor,
@@ -221,7 +209,8 @@ def crd_loss(
     checks.crd_rows(rows, len(student_bank))
     temperature, eps = float(temperature), float(eps)
     with no_autocast(student):
-        s, t, s_bank, t_bank, given = crd_inputs(student, teacher, student_bank, teacher_bank, normalizers)
+        constants = student_bank.detach(), teacher_bank.detach(), crd_normalizers(normalizers, student)
+        s, t, s_bank, t_bank, given = widen(student, teacher, *constants)
         size, noise = len(s_bank), (rows.shape[1] - 1) / len(s_bank)
         loss, found = s.new_zeros(()), []
         for x, bank, z in ((s, t_bank, given[0]), (t, s_bank, given[1])):
