@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastkd import checks
 from fastkd.methods import Output, Points
-from fastkd.methods.context import features_of
+from fastkd.methods.context import Network
 from fastkd.models import Features
 from fastkd.models.folding import fold_for_inference
 from fastkd.models.observed import Observed
@@ -88,5 +89,23 @@ class FrozenTeacher(nn.Module):
         return (images * scale + shift).to(images.dtype)
 
     def features(self, batches: Any) -> Iterator[Features]:
-        """The network's own features of each of ``batches``, as ``fastkd.methods.context.features_of``."""
-        return features_of(self.network, self.view, batches, lambda: entered(self.autocast), self.as_wanted)
+        """The network's own features, ``preact`` included, of each of ``batches``: the student's images, or
+        tuples that begin with them.
+
+        Raises TypeError for batches of anything else.
+        """
+        network: Network = self.view or self.network
+        device = next(self.network.parameters()).device
+        if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+            raise TypeError(f"train_images is {type(batches).__name__}, wanted batches, as of a DataLoader")
+        for i, batch in enumerate(batches):
+            images = batch[0] if isinstance(batch, Sequence) and batch else batch
+            if not isinstance(images, Tensor) or not images.is_floating_point():
+                what = checks.describe(images) if isinstance(images, Tensor) else type(images).__name__
+                raise TypeError(
+                    f"train_images[{i}] is {what}, wanted images of floating point, or a tuple that begins"
+                    " with them"
+                )
+            with entered(self.autocast):
+                features, _ = network(self.as_wanted(images.to(device)), features="both")
+            yield features

@@ -1,17 +1,17 @@
-"""What a method sees of the two networks before the first step: their shapes, parts and features."""
+"""What a method sees of the two networks before the first step: their shapes and parts."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastkd import _private, checks
+from fastkd import _private
 from fastkd.models import Features
 from fastkd.models.exchange import Parts
 from fastkd.models.observed import Observed
@@ -138,31 +138,3 @@ def shapes(
         _private.map_tensors(lambda x: x.shape[1:] if isinstance(x, Tensor) else x, features),
         logits.shape[1],
     )
-
-
-def features_of(
-    network: nn.Module,
-    view: Network | None,
-    batches: Iterable[Any],
-    autocast: Callable[[], AbstractContextManager[Any]],
-    changed: Callable[[Tensor], Tensor] = lambda images: images,
-) -> Iterator[Features]:
-    """The network's features of each of ``batches``: images, or tuples that begin with them.
-
-    ``changed`` maps these images to those that the network takes. ``view`` gives the features of a network
-    that is not of ``fastkd.models``. Raises TypeError for batches of anything else.
-    """
-    device = next(network.parameters()).device
-    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
-        raise TypeError(f"train_images is {type(batches).__name__}, wanted batches, as of a DataLoader")
-    for i, batch in enumerate(batches):
-        images = batch[0] if isinstance(batch, Sequence) and batch else batch
-        if not isinstance(images, Tensor) or not images.is_floating_point():
-            what = checks.describe(images) if isinstance(images, Tensor) else type(images).__name__
-            raise TypeError(
-                f"train_images[{i}] is {what}, wanted images of floating point, or a tuple that begins"
-                " with them"
-            )
-        with autocast():
-            features, _ = (view or network)(changed(images.to(device)), features="both")
-        yield features
