@@ -78,6 +78,8 @@ class Distillation(nn.Module):
     """
 
     methods: MethodSum
+    views: tuple[Observed | None, Observed | None]
+    """What gives the features of student and teacher; None for a network of ``fastkd.models``."""
 
     def __init__(
         self,
@@ -119,7 +121,7 @@ class Distillation(nn.Module):
             seed=seed,
         )
         self.definition = definition_of(method, preset, options)
-        self._observed: tuple[Observed | None, Observed | None] = (None, None)
+        self.views = (None, None)
         self.autocast, self.teacher_mode, self.batch_size = autocast, teacher_mode, batch_size
         image_shape = image_shape_of(student, teacher) if image_shape is None else image_shape
         self.image_shape, self.teacher_image_shape = image_shape, teacher_image_shape or image_shape
@@ -135,13 +137,13 @@ class Distillation(nn.Module):
             points = student_points, teacher_points
             with undisturbed(student, teacher):
                 image_shapes = image_shape, self.teacher_image_shape
-                self._observed = views((student, teacher), points, classifier, image_shapes)
-                frozen = FrozenTeacher(teacher, self._observed[1], teacher_mode, autocast, scale, shift)
+                self.views = views((student, teacher), points, classifier, image_shapes)
+                frozen = FrozenTeacher(teacher, self.views[1], teacher_mode, autocast, scale, shift)
                 context = BuildContext.of(
                     student,
                     teacher,
                     image_shape,
-                    self._observed,
+                    self.views,
                     teacher_image_shape=self.teacher_image_shape,
                     # a method may look at the teacher's features while it is built
                     teacher_features=None if train_images is None else partial(frozen.features, train_images),
@@ -153,20 +155,18 @@ class Distillation(nn.Module):
                 distillers, student = self.definition.build(context, seed)
             if distillers:
                 self._frozen = (frozen,)
-            if self.definition.wraps and self._observed[0] is not None:
+            if self.definition.wraps and self.views[0] is not None:
                 with undisturbed(student):
-                    self._observed = self._observed[0].refreshed(), self._observed[1]
+                    self.views = self.views[0].refreshed(), self.views[1]
         self.student = student
         self.methods = MethodSum(distillers, self.definition).to(next(student.parameters()).device)
         self.names = self.definition.names
         self.points = [
-            self.methods.points("student", self._observed[0], student_points),
-            self.methods.points("teacher", self._observed[1], teacher_points),
+            self.methods.points("student", self.views[0], student_points),
+            self.methods.points("teacher", self.views[1], teacher_points),
         ]
         told = [
-            view.misordered()
-            for view, asked in zip(self._observed, self.points, strict=True)
-            if view and asked
+            view.misordered() for view, asked in zip(self.views, self.points, strict=True) if view and asked
         ]
         self.notes = [text for text in told if text is not None]
         for text in self.notes:
@@ -178,11 +178,6 @@ class Distillation(nn.Module):
     @property
     def teacher(self) -> nn.Module | None:
         return self._frozen[0].network if self._frozen else None
-
-    @property
-    def views(self) -> tuple[Observed | None, Observed | None]:
-        """What gives the features of student and teacher; None for a network of ``fastkd.models``."""
-        return self._observed
 
     def fold(self) -> None:
         """Makes the folded copy of the teacher again, if there is one: after its weights changed in place."""
@@ -275,7 +270,7 @@ class Distillation(nn.Module):
     def _students(self, images: Tensor) -> Output:
         if not self._frozen:
             return Output(self.student(images), None)  # type: ignore[arg-type]
-        return self.points[0].observe(self._observed[0] or self.student, images)
+        return self.points[0].observe(self.views[0] or self.student, images)
 
     def ask(self, images: Tensor) -> Output | None:
         """The teacher's output for ``images``, to share among students; None without a teacher."""

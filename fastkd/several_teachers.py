@@ -38,6 +38,9 @@ class SeveralTeachers(nn.Module):
     ValueError for a method that changes the student, as SimKD and NORM do.
     """
 
+    parts: tuple[Distillation, ...]
+    """The distillation of each teacher, all of the one student."""
+
     def __init__(
         self,
         student: nn.Module,
@@ -76,7 +79,7 @@ class SeveralTeachers(nn.Module):
             _for_each("teacher_normalization", teacher_normalization, len(teachers), _is_pair),
             strict=True,
         )
-        self._parts = tuple(
+        self.parts = tuple(
             Distillation(
                 student,
                 teacher,
@@ -89,45 +92,40 @@ class SeveralTeachers(nn.Module):
             for teacher, points, normalization in given
         )
         self.student, self.join = student, join
-        self.methods = nn.ModuleList(part.methods for part in self._parts[: 1 if join == "logits" else None])
-        first = self._parts[0]
+        self.methods = nn.ModuleList(part.methods for part in self.parts[: 1 if join == "logits" else None])
+        first = self.parts[0]
         self.names, self.points, self.teacher_mode = self.definition.names, first.points, first.teacher_mode
         self.image_shape, self.teacher_image_shape = first.image_shape, first.teacher_image_shape
-        self.notes = list(dict.fromkeys(text for part in self._parts for text in part.notes))
-        counts = [int(self._logits_of(part).shape[1]) for part in self._parts]
+        self.notes = list(dict.fromkeys(text for part in self.parts for text in part.notes))
+        counts = [int(self._logits_of(part).shape[1]) for part in self.parts]
         if len(set(counts)) > 1:
             raise ValueError(f"teachers have {', '.join(map(str, counts))} classes, wanted the same number")
 
     @property
-    def parts(self) -> tuple[Distillation, ...]:
-        """The distillation of each teacher, all of the one student."""
-        return self._parts
-
-    @property
     def teacher(self) -> nn.ModuleList:
         """The teachers, which are not in ``modules()``, ``parameters()`` or ``state_dict()``."""
-        return nn.ModuleList(part.teacher for part in self._parts if part.teacher is not None)
+        return nn.ModuleList(part.teacher for part in self.parts if part.teacher is not None)
 
     def fold(self) -> None:
         """See :meth:`fastkd.Distillation.fold`."""
-        for part in self._parts:
+        for part in self.parts:
             part.fold()
 
     def train(self, mode: bool = True) -> SeveralTeachers:
         super().train(mode)
-        for part in self._parts:
+        for part in self.parts:
             part.train(mode)
         return self
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SeveralTeachers:
         super()._apply(fn, recurse)
-        for part in self._parts:
+        for part in self.parts:
             part._apply(fn, recurse)
         return self
 
     def settled(self) -> dict[str, Any]:
         """See :meth:`fastkd.Distillation.settled`. Raises ValueError where the teachers disagree."""
-        found = [part.settled() for part in self._parts[: len(self.methods)]]
+        found = [part.settled() for part in self.parts[: len(self.methods)]]
         for key, value in found[0].items():
             values = [each[key] for each in found]
             if any(other != value for other in values):
@@ -137,7 +135,7 @@ class SeveralTeachers(nn.Module):
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """See :meth:`fastkd.Distillation.set_epoch`."""
-        for part in self._parts:
+        for part in self.parts:
             part.set_epoch(epoch, epochs)
 
     def forward(
@@ -147,8 +145,8 @@ class SeveralTeachers(nn.Module):
         index: Tensor | None = None,
         teacher_images: Tensor | None = None,
     ) -> Losses:
-        first, batch = self._parts[0], Batch(images, labels, index)
-        answers = [part.ask(images if teacher_images is None else teacher_images) for part in self._parts]
+        first, batch = self.parts[0], Batch(images, labels, index)
+        answers = [part.ask(images if teacher_images is None else teacher_images) for part in self.parts]
         with entered(first.autocast):
             student = first._students(images)
         losses = first.methods.cross_entropy(student.logits, labels)
@@ -161,7 +159,7 @@ class SeveralTeachers(nn.Module):
             losses.update(found)
         else:
             each = []
-            for i, (part, teacher) in enumerate(zip(self._parts, teachers, strict=True)):
+            for i, (part, teacher) in enumerate(zip(self.parts, teachers, strict=True)):
                 found, own = part.methods.losses(batch, student, teacher, entered(part.autocast))
                 each.append(found)
                 records.update({f"{i}.{name}": record for name, record in own.items()})
@@ -173,13 +171,13 @@ class SeveralTeachers(nn.Module):
         """See :meth:`fastkd.Distillation.update`."""
         for key, record in records.items():
             place, point, name = key.partition(".")
-            part = self._parts[int(place) if point else 0]
+            part = self.parts[int(place) if point else 0]
             part.update(index, {name if point else key: record})
 
     def check(self, images: int = 2) -> dict[str, list[backends.Call | backends.KernelCall]]:
         """See :meth:`fastkd.Distillation.check`."""
         calls: dict[str, list[backends.Call | backends.KernelCall]] = {}
-        for part in self._parts:
+        for part in self.parts:
             for name, found in part.check(images).items():
                 calls[name] = calls.get(name, []) + found
         return calls

@@ -117,7 +117,7 @@ def test_a_relu_that_all_stages_share_tells_no_maps_before_it():
     for name in POINTS:
         getattr(teacher, name)[0].relu = shared
     distillation = distillation_of("reviewkd", (student, teacher)).eval()
-    features, _ = distillation._observed[1](batch()[0], features="both")
+    features, _ = distillation.views[1](batch()[0], features="both")
     assert all(map(torch.equal, features.preact.stages[:2], features.stages[:2]))
     assert features.preact.stages[2].min() < 0 and torch.equal(
         features.preact.stages[2].relu(), features.stages[2]

@@ -78,12 +78,12 @@ def test_named_submodules_are_the_stages():
     )
     losses.total.backward()
     assert student.stem[0].weight.grad.any() and distillation.student is student
-    shown = distillation._observed[0](images[0], features="both")[0]
+    shown = distillation.views[0](images[0], features="both")[0]
     torch.testing.assert_close(shown.final, final)
     assert shown.preact.stages[2] is shown.stages[2] and shown.stem == ()
-    assert not distillation._observed[0].outputs.store.found  # nothing of a forward pass stays
+    assert not distillation.views[0].outputs.store.found  # nothing of a forward pass stays
     student(images[0])
-    assert not distillation._observed[0].outputs.store.found
+    assert not distillation.views[0].outputs.store.found
 
 
 def test_fsp_takes_consecutive_stages_without_a_stem():
@@ -111,7 +111,7 @@ def test_logits_and_vectors_need_no_names():
     ours = fastkd.Distillation(create_model("resnet8", 7), teacher, "rkd")
     assert ours(*images).terms["rkd"].isfinite()
     gated = fastkd.Distillation(student, teacher, "kd", classifier="gate")
-    assert gated._observed[0](images[0])[0].pooled.shape == (4, 10)
+    assert gated.views[0](images[0])[0].pooled.shape == (4, 10)
 
 
 def test_our_networks_may_be_named_too():
@@ -141,7 +141,7 @@ def test_it_is_one_graph_and_copies_belong_to_themselves():
             losses.total.backward()
         results.append([losses.terms, [p.grad for p in module.parameters() if p.grad is not None]])
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
-    assert clone._observed[0].network is clone.student
+    assert clone.views[0].network is clone.student
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_a_classifier_may_be_named_for_one_network_or_for_each():
         ("head", (6, 16)),
     ):
         distillation = fastkd.Distillation(Named(), Plain(8), "kd", classifier=classifier)
-        views = distillation._observed
+        views = distillation.views
         assert tuple(view(batch()[0])[0].pooled.shape[1] for view in views) == widths, classifier
 
 

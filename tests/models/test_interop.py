@@ -217,7 +217,7 @@ def test_methods_that_ask_most_of_a_network(timm, torchvision, method):
     assert losses.terms[method].isfinite() and student.conv1.weight.grad.any()
     assert {key.split(".")[0] for key in set(student.state_dict()) - names} <= {"neck"}
     if method == "ofd":
-        norms = distillation._observed[1].norms_before_relu()
+        norms = distillation.views[1].norms_before_relu()
         assert norms == tuple(getattr(teacher, name)[-1].bn2 for name in FOUR)
 
 
