@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from fastkd.methods import METHODS, BuildContext, Definition, Distiller, define
 from fastkd.methods.context import shapes
 from fastkd.methods.options import written
 from fastkd.models import Features, create_model
+from fastkd.training import results
 from fastkd.training.recipe_options import options_of
 from fastkd.training.recipes import RECIPES, SETTINGS, Recipe
 
@@ -50,13 +51,15 @@ The weights of cross-entropy and of KD in `METHOD+kd`. The method's own options 
 def markdown() -> str:
     """The whole document."""
     heads = ["recipe", *_fields(RECIPES["digits"])]
-    recipes = table(heads, ([f"`{name}`", *_fields(each).values()] for name, each in RECIPES.items()))
-    letters = table(
+    recipes = results.markdown(
+        heads, ([f"`{name}`", *_fields(each).values()] for name, each in RECIPES.items())
+    )
+    letters = results.markdown(
         ["setting", "teacher", "student"], ([f"`{letter}`", *pair] for letter, pair in SETTINGS.items())
     )
     heads = ["method", "recipe", "setting", "CE", "KD", "options", "changes in the recipe"]
-    methods = table(heads, (row for name in METHODS for row in rows_of(name)))
-    sums = table(["METHOD", "recipe", "CE", "KD"], sums_with_kd())
+    methods = results.markdown(heads, (row for name in METHODS for row in rows_of(name)))
+    sums = results.markdown(["METHOD", "recipe", "CE", "KD"], sums_with_kd())
     parts = [HEAD, recipes, "## Settings\n", letters, METHODS_TEXT, methods, SUMS_TEXT, sums]
     return "\n".join(parts)
 
@@ -198,11 +201,6 @@ def _names(names: Iterable[str]) -> str:
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else written(value)
-
-
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(line)} |" for line in [heads, *rows]]
-    return "\n".join([lines[0], "|---" * len(heads) + "|", *lines[1:], ""])
 
 
 if __name__ == "__main__":

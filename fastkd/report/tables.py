@@ -198,9 +198,5 @@ def wide(text: str) -> int:
 def markdown(rows: Sequence[dict[str, str]]) -> str:
     parts = [NOTES] * concerned(rows)
     for caption, heads, lines in [*tables(rows), *by_option.tables(rows)]:
-        names = [head or " " * i for i, head in enumerate(heads)]  # two without a name
-        parts += [
-            f"**{caption}**",
-            results.markdown(names, [dict(zip(names, line, strict=True)) for line in lines]).rstrip(),
-        ]
+        parts += [f"**{caption}**", results.markdown(heads, lines).rstrip()]
     return "\n\n".join(parts)

@@ -35,7 +35,6 @@ DATASET_NAMES = {
     "fashion-mnist": "Fashion-MNIST",
     "digits": "digits",
 }
-SHOWN = (*KEYS[:8], "seeds", "acc", "reported_acc")
 
 
 @dataclass(frozen=True)
@@ -146,8 +145,3 @@ def described(row: Mapping[str, Any]) -> str:
     models = " ← ".join(filter(None, [str(row["student"]), str(row["teacher"])]))
     epochs = f"{row['nepoch']} epoch{'s' * (str(row['nepoch']) != '1')}"
     return f"{title_of(method)} on {DATASET_NAMES.get(dataset, dataset)}, {models}, {epochs}"
-
-
-def cells(group: Group) -> list[str]:
-    """A group's line under the heads ``SHOWN``."""
-    return [*group.cells, " ".join(group.seeds), group.spread("acc"), group.spread("reported_acc")]

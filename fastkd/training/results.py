@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fastkd.errors import UserError
 from fastkd.io.files import locked, write
-from fastkd.training.groups import SHOWN, cells, groups, number
+from fastkd.training.groups import KEYS, groups, number
 
 COLUMNS = (
     "no", "method", "dataset", "student", "teacher", "start_time", "acc", "epoch", "nepoch", "lr",
@@ -127,8 +127,11 @@ def append(output: Path, row: dict[str, Any]) -> dict[str, Any]:
 
 def means(rows: Sequence[Mapping[str, Any]]) -> str:
     """Means over the seeds of each configuration, as a section in Markdown; nothing if all have one seed."""
-    lines = [dict(zip(SHOWN, cells(group), strict=True)) for group in groups(rows) if len(group.rows) > 1]
-    heads = {name: READ.get(name, name) for name in SHOWN}
+    figures = ("acc", "reported_acc")
+    heads = {name: READ.get(name, name) for name in (*KEYS[:8], "seeds", *figures)}
+    several = [group for group in groups(rows) if len(group.rows) > 1]
+    cells = ([*group.cells, " ".join(group.seeds), *map(group.spread, figures)] for group in several)
+    lines = [dict(zip(heads, line, strict=True)) for line in cells]
     return (
         f"\n## Means over seeds\n\nMean ± sample standard deviation.\n\n{fitted_markdown(heads, lines)}"
         if lines
@@ -145,14 +148,10 @@ def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def markdown(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    """``rows`` as a Markdown table."""
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += [
-        "| " + " | ".join(str(row.get(name, "")).replace("|", "\\|") for name in columns) + " |"
-        for row in rows
-    ]
-    return "\n".join(lines) + "\n"
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table of these cells."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in [heads, *rows]]
+    return "\n".join([lines[0], "|---" * len(heads) + "|", *lines[1:], ""])
 
 
 def fitted_markdown(columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> str:
