@@ -271,8 +271,8 @@ def report() -> dict[str, dict[str, Any]]:
             "ahead": ahead_plan(),
             "second_level_cache": f"{_functions().fastkd_second_level_cache() >> 10} KiB",
         }
-        if _missing_cpu_paths():
-            parts["cpu"]["other_code_paths"] = _missing_cpu_paths()
+        if missing := _missing_cpu_paths():
+            parts["cpu"]["other_code_paths"] = missing
     return parts
 
 

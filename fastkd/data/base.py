@@ -114,10 +114,8 @@ def download(torchvision: str, name: str, root: Path, why: MissingFiles) -> None
             f"{name}: {why}, and to download it takes torchvision; install that or name the folder with"
             " --data"
         ) from None
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # URLError is an OSError; torchvision raises RuntimeError for a wrong checksum
+    # URLError is an OSError; torchvision raises RuntimeError for a wrong checksum
+    except (OSError, RuntimeError) as error:
         reason = " ".join(str(getattr(error, "reason", error)).split())
         raise UserError(
             f"{name}: {why}, and the download failed ({reason}); name its folder with --data"

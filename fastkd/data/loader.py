@@ -83,12 +83,7 @@ class Batches(AnyBatches):
     ):
         if pad_mode not in PAD_MODES:
             raise ValueError(f"pad_mode is {pad_mode!r}, wanted one of {', '.join(PAD_MODES)}")
-        self.count, self.batch_size, self.drop_last, self.share = (
-            images.shape[0],
-            batch_size,
-            drop_last,
-            share,
-        )
+        self.count, self.batch_size, self.drop_last, self.share = len(images), batch_size, drop_last, share
         self.joined = batch_size * share[1]  # images of all processes in a step
         self.seed, self.stream, self.flip, self.pad_mode, self.dtype = seed, stream, flip, pad_mode, dtype
         # one row of three bytes a pixel: a crop with flip is then a single gather of rows, whose result is

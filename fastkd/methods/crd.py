@@ -208,9 +208,8 @@ class CRD(Distiller):
         images, labels = (x.unfold(0, self.window, 1)[begin] for x in (self.order, self.order_labels))
         other = labels != self.labels[index].to(labels.dtype)[:, None]
         columns = other.cumsum(1)
-        columns = torch.where(
-            other & (columns <= self.k), columns, 0
-        )  # all that is not wanted goes to column 0
+        # all that is not wanted goes to column 0
+        columns = torch.where(other & (columns <= self.k), columns, 0)
         return images.new_empty(len(index), self.k + 1).scatter_(1, columns, images)
 
     def _with_repeats(self, index: Tensor) -> Tensor:

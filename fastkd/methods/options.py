@@ -72,11 +72,8 @@ def convert(name: str, hint: Any, value: Any, choices: tuple[str, ...] | None = 
     """``value``, or what a string on the command line means, as the type ``hint``: 0.5:0.75 is a tuple,
     "none" is None where it may be.
     """
-    kinds = (
-        typing.get_args(hint)
-        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-        else (hint,)
-    )
+    several = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    kinds = typing.get_args(hint) if several else (hint,)
     if type(None) in kinds and (value is None or value == "none"):
         return None
     kind = next(kind for kind in kinds if kind is not type(None))

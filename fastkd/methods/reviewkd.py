@@ -27,10 +27,8 @@ class ABF(nn.Module):
 
     def __init__(self, width_in: int, middle: int, width: int, fuses: bool):
         super().__init__()
-        reduced, out = (
-            nn.Conv2d(width_in, middle, 1, bias=False),
-            nn.Conv2d(middle, width, 3, padding=1, bias=False),
-        )
+        reduced = nn.Conv2d(width_in, middle, 1, bias=False)
+        out = nn.Conv2d(middle, width, 3, padding=1, bias=False)
         for layer in (reduced, out):
             nn.init.kaiming_uniform_(layer.weight, a=1)
         self.conv1 = nn.Sequential(reduced, nn.BatchNorm2d(middle))

@@ -38,10 +38,8 @@ class SRRL(Distiller):
     def __init__(self, context: BuildContext, options: Any):
         super().__init__(context, options)
         self.beta, self.regression, self.on = options.beta, options.regression, options.on
-        shape, width = (
-            getattr(context.student_shapes, "final" if self.on == "map" else "pooled"),
-            context.teacher_shapes.pooled[0],
-        )
+        shape = getattr(context.student_shapes, "final" if self.on == "map" else "pooled")
+        width = context.teacher_shapes.pooled[0]
         if self.on == "map" and (shape is None or len(shape) != 3):
             raise ValueError(
                 f"student's last map is {shape and tuple(shape)}: srrl wanted (C, H, W), or the option"

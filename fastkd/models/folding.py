@@ -48,11 +48,12 @@ def channels_last(network: nn.Module) -> nn.Module:
 
 def foldable(model: nn.Module, features: bool | str) -> list[tuple[str, str]]:
     """Names of (convolution, batch norm) pairs where only the batch norm reads the convolution's output."""
+    asked = _Asked(model, features)
     try:
-        graph = fx.Tracer().trace(_Asked(model, features))
+        graph = fx.Tracer().trace(asked)
     except Exception:  # whatever Python a user's model holds
         return []
-    layers = dict(_Asked(model, features).named_modules())
+    layers = dict(asked.named_modules())
     readers: dict[str, list[fx.Node]] = {}
     for node in graph.nodes:
         if node.op == "call_module":

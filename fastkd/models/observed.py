@@ -157,10 +157,10 @@ def _warn_of_casts(text: str) -> bool:
 
 
 def _flat(x: Any) -> Any:
-    """(N, C) of what a classifier takes, which may be (N, C, 1, 1)."""
-    if not isinstance(x, Tensor) or x.dim() < 2 or x.shape[2:].numel() != 1:
-        return None if not isinstance(x, Tensor) else x
-    return x.flatten(1)
+    """(N, C) of what a classifier takes, which may be (N, C, 1, 1); None of what is no tensor."""
+    if not isinstance(x, Tensor):
+        return None
+    return x.flatten(1) if x.dim() > 1 and x.shape[2:].numel() == 1 else x
 
 
 def views(

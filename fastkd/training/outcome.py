@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -77,18 +77,18 @@ def row_of(
     }
 
 
-def ending(config: Config, role: str, row: Mapping[str, Any], columns: Iterable[str], folder: Path) -> str:
+def ending(config: Config, role: str, row: Mapping[str, Any], folder: Path) -> str:
     """The row, the files, and for a student the command that repeats it."""
     title = row["method"]
     figures = f"best {row['acc']} % (epoch {row['epoch']}), last {row['last_acc']} %, {clock(row['seconds'])}"
     lines = [
         f"{title}: {figures}; {config.recipe_name} reports the {config.recipe.report}:"
-        f" {row['reported_acc']} %"
+        f" {row['reported_acc']} %",
+        f"{title}: row {row['no']} of {config.settings.output / 'results.csv'}, weights in {folder}",
     ]
-    lines.append(f"{title}: row {row['no']} of {config.settings.output / 'results.csv'}, weights in {folder}")
     if role == "teacher":
         return "\n".join(lines)
-    names = list(columns)
+    names = results.COLUMNS[:11]
     widths = [max(len(name), len(str(row[name]))) for name in names]
     lines += [
         "  ".join(str(word).ljust(width) for word, width in zip(line, widths, strict=True)).rstrip()

@@ -114,7 +114,7 @@ def training(
                 )
             except UserError as error:  # the run is finished, and its row is in the table
                 say(str(error))
-        say(ending(config, role, row, results.COLUMNS[:11], run.folder))
+        say(ending(config, role, row, run.folder))
     return row
 
 

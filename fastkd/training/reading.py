@@ -17,8 +17,7 @@ class Reading:
     """The figures of one epoch of ``seconds``, of all processes together: each of them must construct one."""
 
     def __init__(self, batches: AnyBatches, seconds: float):
-        self.streamed = isinstance(batches, StreamedBatches)
-        self.share, self.skipped, self.elsewhere = 0.0, 0, list[str]()
+        self.share, self.skipped, self.skips, self.elsewhere = 0.0, 0, False, list[str]()
         if isinstance(batches, StreamedBatches):
             self.workers, self.skips = batches.workers, batches.on_bad == "skip"
             figures = torch.tensor([batches.waited / seconds / batches.share[1], float(batches.skipped)])
@@ -30,7 +29,7 @@ class Reading:
 
     def figures(self) -> dict[str, float]:
         """A column of the table of epochs, where images may be skipped."""
-        return {"skipped_images": self.skipped} if self.streamed and self.skips else {}
+        return {"skipped_images": self.skipped} if self.skips else {}
 
     def lines(self) -> list[str]:
         lines = [f"image skipped: {why}" for why in dict.fromkeys(self.elsewhere)]

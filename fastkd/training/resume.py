@@ -142,10 +142,8 @@ def unfinished_teachers(config: Config) -> list[Path]:
     """
     if not config.method.needs_teacher or config.settings.teacher_checkpoint is not None:
         return []
-    found, there = (
-        runs_of(config.settings.output, config.identity("teacher"))[0],
-        config.teacher_path().exists(),
-    )
+    found, _ = runs_of(config.settings.output, config.identity("teacher"))
+    there = config.teacher_path().exists()
     return [folder for folder in found if not there or epochs_of(folder) == config.recipe.epochs]
 
 

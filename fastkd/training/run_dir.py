@@ -56,10 +56,8 @@ class RunDir:
             )
             raise UserError(f"{self.folder / CHECKPOINT}: {why}")
         self.taught_by, self.begun = taught_by, time.perf_counter()
-        self.started, self.before = (
-            state.get("started", time.strftime("%Y-%m-%d %H:%M:%S")),
-            state.get("elapsed", 0.0),
-        )
+        self.started = state.get("started", time.strftime("%Y-%m-%d %H:%M:%S"))
+        self.before = state.get("elapsed", 0.0)
         self.finished_phases = phases.index(state["phase"]) if state else 0
         self.curves.earlier = phases[: self.finished_phases]
 

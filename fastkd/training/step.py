@@ -53,12 +53,8 @@ class TrainStep:
         compiled: bool,
         captured: bool,
     ):
-        self.distillation, self.optimizer, self.batches, self.compiled = (
-            distillation,
-            optimizer,
-            batches,
-            compiled,
-        )
+        self.distillation, self.optimizer = distillation, optimizer
+        self.batches, self.compiled = batches, compiled
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         # on the device, and read about once a second
         self.sums = torch.zeros(len(distillation.names) + 1, device=batches.device, dtype=torch.float64)
