@@ -151,11 +151,6 @@ class StreamedBatches(AnyBatches):
         labels = self.labels[drawn.index].to(self.device, non_blocking=True)
         return (images[0], labels, index, *images[1:])
 
-    def take(self, drawn: Drawn) -> tuple[Tensor, Tensor]:
-        """(images, labels) of a batch."""
-        images, labels, *_ = self.inputs(drawn)
-        return images, labels
-
     def test(self, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor, Tensor]]:
         """All images in order, their centres: (images, labels)."""
         whole = self.count - self.count % self.batch_size * self.drop_last
@@ -163,7 +158,8 @@ class StreamedBatches(AnyBatches):
         keys = keys[share[0] :: share[1]]
         for drawn in self._read(self._loading(self.sides[-1:], lasting=False), keys):
             if len(drawn):
-                yield self.take(drawn)
+                images, labels, *_ = self.inputs(drawn)
+                yield images, labels
 
     def _loading(self, sides: Sequence[int], lasting: bool) -> DataLoader:
         images = _Images(self.paths, sides, self.seed, self.stream, self.flip)
