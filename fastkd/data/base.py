@@ -63,18 +63,6 @@ class MissingFiles(Exception):
     """No layout of the set is complete under the folder; the message says what was looked for."""
 
 
-def first_complete(root: Path, layouts: dict[str, tuple[str, ...]]) -> str:
-    """The first folder of ``layouts`` all of whose files lie under ``root``. Raises MissingFiles."""
-    for folder, files in layouts.items():
-        if all((root / folder / file).is_file() for file in files):
-            return folder
-    for folder, files in layouts.items():
-        absent = [file for file in files if not (root / folder / file).is_file()]
-        if len(absent) < len(files):
-            raise MissingFiles(f"{root / folder} lacks {', '.join(absent)}")
-    raise MissingFiles(f"neither {' nor '.join(str(root / folder) for folder in layouts)} is there")
-
-
 def read_bytes(path: Path, size: int) -> bytearray:
     """The file's bytes, which must be ``size`` many. Raises UserError."""
     try:

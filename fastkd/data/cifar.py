@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.data.base import Dataset, MissingFiles, check_labels, download, first_complete, joined, read_bytes
+from fastkd.data.base import Dataset, MissingFiles, check_labels, download, joined, read_bytes
 from fastkd.errors import UserError
 
 PIXELS = 3 * 32 * 32
@@ -132,7 +132,15 @@ def _read_binary(path: Path, source: Source, records: int) -> tuple[Tensor, Tens
 
 def found(root: Path, name: str) -> str:
     """The folder under ``root`` in which the set lies whole. Raises MissingFiles."""
-    return first_complete(root, SOURCES[name].layouts())
+    layouts = SOURCES[name].layouts()
+    for folder, files in layouts.items():
+        if all((root / folder / file).is_file() for file in files):
+            return folder
+    for folder, files in layouts.items():
+        absent = [file for file in files if not (root / folder / file).is_file()]
+        if len(absent) < len(files):
+            raise MissingFiles(f"{root / folder} lacks {', '.join(absent)}")
+    raise MissingFiles(f"neither {' nor '.join(str(root / folder) for folder in layouts)} is there")
 
 
 def load(root: Path, name: str) -> Dataset:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.data.base import Dataset, MissingFiles, check_labels, download, first_complete
+from fastkd.data.base import Dataset, MissingFiles, check_labels, download
 from fastkd.errors import UserError
 
 FOLDER = Path("FashionMNIST") / "raw"
@@ -23,11 +23,15 @@ FILES = (
 
 
 def _found(root: Path) -> list[Path]:
-    pairs = [(root / FOLDER / name, root / FOLDER / f"{name}.gz") for name in FILES]
-    if all(plain.is_file() or packed.is_file() for plain, packed in pairs):
-        return [plain if plain.is_file() else packed for plain, packed in pairs]
-    first_complete(root, {str(FOLDER): tuple(f"{name}.gz" for name in FILES)})
-    raise MissingFiles(f"{root / FOLDER} is incomplete")
+    """Each of ``FILES``, unpacked or packed. Raises MissingFiles."""
+    folder = root / FOLDER
+    there = {
+        name: [path for path in (folder / name, folder / f"{name}.gz") if path.is_file()] for name in FILES
+    }
+    absent = [name for name, paths in there.items() if not paths]
+    if absent:
+        raise MissingFiles(f"{folder} lacks {', '.join(absent)}")
+    return [paths[0] for paths in there.values()]
 
 
 def _read_idx(path: Path, shape: tuple[int, ...]) -> Tensor:

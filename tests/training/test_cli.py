@@ -170,7 +170,7 @@ def test_the_status_reaches_the_shell(tmp_path):
     ("flags", "words"),
     [
         (["--dataset", "cifar10"], "cifar10: neither"),
-        (["--dataset", "fashion-mnist"], "fashion-mnist: neither"),
+        (["--dataset", "fashion-mnist"], "raw lacks train-images-idx3-ubyte, "),
         ([*QUICK, "--epochs", "0"], "--epochs is 0"),
         ([*QUICK, "--lr", "1e30"], "no longer finite"),
         ([*QUICK, "--batch-size", "2000"], "only 64 images"),

@@ -161,6 +161,13 @@ def test_fashion_mnist_is_padded_and_repeated(tmp_path, pack):
     assert data.train_labels[:12].tolist() == [*range(10), 0, 1]
 
 
+def test_what_is_missing_of_an_unpacked_set_is_told_by_name(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    (fashion(tmp_path, pack=False) / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(UserError, match=r"FashionMNIST/raw lacks t10k-labels-idx1-ubyte, and to download"):
+        load_dataset("fashion-mnist", tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["truncated gz", "no gz", "short", "dimensions"])
 def test_a_damaged_idx_file_is_told_in_one_line(tmp_path, kind):
     raw = fashion(tmp_path)
@@ -210,7 +217,7 @@ def test_a_missing_set_without_torchvision_is_told_in_one_line(monkeypatch, tmp_
     for module in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "torchvision", None)
-    with pytest.raises(UserError, match=rf"{name}: neither .*|{name}: .* takes torchvision") as caught:
+    with pytest.raises(UserError, match=rf"{name}: (neither|.* lacks) .* takes torchvision") as caught:
         load_dataset(name, tmp_path)
     assert (
         "torchvision" in str(caught.value) and "--data" in str(caught.value) and "\n" not in str(caught.value)
