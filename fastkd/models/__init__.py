@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fastkd import plugins
 from fastkd.checks.numbers import whole
@@ -83,13 +84,17 @@ def create_model(name: str, num_classes: int = 10) -> nn.Module:
     if num_classes < 1:
         raise ValueError(f"num_classes is {num_classes}, wanted at least 1")
     if specs.is_spec(name):
-        return specs.create(name, num_classes)
-    plugins.find("model", _BUILDERS, name, _register)
-    if name not in _BUILDERS:
-        raise ValueError(f"model {name!r} is not known; known: {', '.join(MODELS)}, or {specs.FORMS}")
-    network = _BUILDERS[name](num_classes)
+        network = specs.create(name, num_classes)
+    else:
+        plugins.find("model", _BUILDERS, name, _register)
+        if name not in _BUILDERS:
+            raise ValueError(f"model {name!r} is not known; known: {', '.join(MODELS)}, or {specs.FORMS}")
+        network = _BUILDERS[name](num_classes)
     if not isinstance(network, nn.Module):
         raise ValueError(f"model {name!r} gives {type(network).__name__}, wanted a torch.nn.Module")
+    lazy = next((key for key, value in network.named_parameters() if is_lazy(value)), None)
+    if lazy is not None:
+        raise ValueError(f"model {name!r} has lazy parameters ({lazy}), wanted parameters with shapes")
     return network
 
 

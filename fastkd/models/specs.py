@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from fastkd import plugins
 from fastkd.models.observed import shows_features
@@ -29,23 +28,21 @@ def is_spec(name: str) -> bool:
     return ":" in name
 
 
-def create(spec: str, num_classes: int) -> nn.Module:
-    """A freshly initialized network for ``num_classes``. Raises ValueError, one line."""
+def is_foreign(name: str) -> bool:
+    """Whether the network ``name`` is not fastkd's own: of another library or file, or registered."""
+    return is_spec(name) or plugins.origin("model", name) is not None
+
+
+def create(spec: str, num_classes: int) -> Any:
+    """What the library or the file gives for ``num_classes``. Raises ValueError, one line."""
     source, _, name = spec.rpartition(":")
     if source == "torchvision":
-        network = _of_torchvision(name, num_classes)
-    elif source == "timm":
-        network = _of_timm(name, num_classes)
-    elif source.endswith(".py"):
-        network = _of_file(Path(source).expanduser(), name, num_classes)
-    else:
-        raise ValueError(f"model {spec!r} is not known, wanted {FORMS}")
-    if not isinstance(network, nn.Module):
-        raise ValueError(f"model {spec!r} gives {type(network).__name__}, wanted a torch.nn.Module")
-    lazy = [key for key, value in network.named_parameters() if is_lazy(value)]
-    if lazy:
-        raise ValueError(f"model {spec!r} has lazy parameters ({lazy[0]}), wanted parameters with shapes")
-    return network
+        return _of_torchvision(name, num_classes)
+    if source == "timm":
+        return _of_timm(name, num_classes)
+    if source.endswith(".py"):
+        return _of_file(Path(source).expanduser(), name, num_classes)
+    raise ValueError(f"model {spec!r} is not known, wanted {FORMS}")
 
 
 def origin(spec: str) -> str | None:

@@ -13,7 +13,7 @@ from fastkd.data.loader import AnyBatches
 from fastkd.errors import UserError
 from fastkd.methods import Definition, define
 from fastkd.models.normalization import Normalization
-from fastkd.models.specs import is_spec
+from fastkd.models.specs import is_foreign
 from fastkd.seeds import generator
 from fastkd.training import distributed, results
 from fastkd.training.device import can_compile, fast_bfloat16, find_device
@@ -91,7 +91,8 @@ class Config(Networks):
         """Whether steps are compiled, and replayed as a CUDA graph. Bits depend on it. Raises UserError."""
         settings, cuda = self.settings, self.device.type == "cuda"
         images = self.recipe.epochs * len(self.data.train_labels) / self.processes
-        ours = not any(is_spec(name) for name in (self.models.student, self.models.teacher))
+        names = [self.models.student, *(name for name, _ in self.all_teachers)]
+        ours = not any(map(is_foreign, names))
         compiled = (
             # others may hold what does not compile as one graph
             images >= WORTH_COMPILING and ours and can_compile(self.device)

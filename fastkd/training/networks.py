@@ -18,7 +18,7 @@ from fastkd.errors import UserError
 from fastkd.methods import Definition
 from fastkd.models import create_model, load_weights
 from fastkd.models.normalization import Normalization
-from fastkd.models.specs import declared_normalization, is_spec, stages_of, suggested
+from fastkd.models.specs import declared_normalization, is_foreign, stages_of, suggested
 from fastkd.seeds import seeded
 from fastkd.several_teachers import SeveralTeachers, check_join, kept_bytes
 from fastkd.training.evaluation import check_logits
@@ -106,7 +106,7 @@ class Networks(Images):
         """Tries the networks on blank images, and the method on both. Raises UserError."""
         self.calls, self.settled, self.student_parameters, self.kept = {}, {}, 0, {}
         for role in ROLES[: 1 + self.method.needs_teacher]:
-            if is_spec(self.model_name(role)):
+            if is_foreign(self.model_name(role)):
                 self._check_logits(role)
         if self.method.needs_teacher:
             self._check_fit()
@@ -160,7 +160,7 @@ class Networks(Images):
         told = []
         for role in ROLES:
             points = self.points[role]
-            if points is None and is_spec(self.model_name(role)) and f"{role}_points" in error:
+            if points is None and is_foreign(self.model_name(role)) and f"{role}_points" in error:
                 network = create_model(self.model_name(role), self.data.classes)
                 found = suggested(network, self.image_shape(role))
                 told.append(f"--{role}-points, such as {','.join(found) or 'A,B,C'}")

@@ -12,6 +12,7 @@ import torch
 from record_files import rows_of
 
 from fastkd import data, evaluate, methods, models, plugins
+from fastkd.training import Settings, config
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "adding.md").read_text(encoding="utf-8").partition("## Without a clone")[2]
@@ -167,6 +168,47 @@ def test_a_model_that_gives_none_is_one_line():
     models.register("mine")(lambda classes: None)
     with pytest.raises(ValueError, match=r"model 'mine' gives NoneType, wanted a torch.nn.Module"):
         models.create_model("mine")
+
+
+REGISTERED = """
+import fastkd
+from torch import nn
+
+@fastkd.models.register("registered")
+def registered(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.{})
+"""
+
+
+@pytest.mark.parametrize(
+    ("layer", "told"),
+    [
+        ("Linear(3072, 4)", "--student registered gives (2, 4) for 2 images, wanted (2, 10)"),
+        ("Linear(300, 10)", "--student registered does not take images (3, 32, 32)"),
+        ("LazyLinear(10)", "model 'registered' has lazy parameters (1.weight), wanted parameters with"),
+    ],
+)
+def test_a_registered_model_that_does_not_fit_is_one_line(small_main, file, tmp_path, capsys, layer, told):
+    """As that of a file or a library, before anything is trained."""
+    file.write_text(REGISTERED.format(layer), encoding="utf-8")
+    flags = ["--plugin", str(file), "--student", "registered", "--dataset", "digits"]
+    assert small_main(["--method", "baseline", *flags, "--output", str(tmp_path / "runs")]) == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_registered_model_is_compiled_when_asked_alone(file, monkeypatch):
+    """It may hold what does not compile as one graph: docs/training.md promises it of fastkd's own."""
+    monkeypatch.setattr(config, "WORTH_COMPILING", 1)
+    monkeypatch.setattr(config, "can_compile", lambda device: True)
+    plugins.load(file)
+
+    def compiled(**more):
+        return config.Config(Settings("baseline", "digits", device="cpu", **more)).compiled
+
+    assert compiled(student="resnet8")
+    assert not compiled(student="thin") and compiled(student="thin", compile=True)
 
 
 def test_an_installed_package_registers_by_entry_points(tmp_path, monkeypatch):
