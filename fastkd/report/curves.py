@@ -62,7 +62,7 @@ def read(folders: Sequence[Path], wanted: Mapping[str, str]) -> Iterator[Curve]:
             if about is None:
                 continue
             about = {**about, "finished": path.parent.name in rows}
-            if all(str(about.get(name)) == value for name, value in wanted.items()):
+            if all(str(about.get(name) or "") == value for name, value in wanted.items()):
                 yield Curve(about, read_epochs(path))
 
 
