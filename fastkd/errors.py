@@ -30,6 +30,11 @@ class PartlyFailedError(UserError):
     status = 1
 
 
+def one_line(text: object) -> str:
+    """An error, or any text, with a space in place of each line's end and of each run of spaces."""
+    return " ".join(str(text).split())
+
+
 def warn_once(message: str, key: str | None = None) -> None:
     """Issues the warning ``message`` once per process, at the innermost line outside of fastkd and PyTorch.
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fastkd.errors import UserError
+from fastkd.errors import UserError, one_line
 
 GROUPS = {"method": "fastkd.methods", "model": "fastkd.models", "dataset": "fastkd.data"}
 """By kind, the group of its entry points."""
@@ -137,7 +137,7 @@ def _origin(value: Any) -> tuple[str, str]:
 
 def said(error: BaseException) -> str:
     """An error in one line: its type, its message and the line of the user's file that raised it."""
-    text = " ".join(str(error).split())[:200]
+    text = one_line(error)[:200]
     if isinstance(error, (FileNotFoundError, SyntaxError, UserError)):
         return text
     ours = (str(Path(__file__).parent), str(importlib.__file__), "<frozen")

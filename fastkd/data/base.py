@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastkd.checks import describe
-from fastkd.errors import UserError
+from fastkd.errors import UserError, one_line
 from fastkd.io.console import say
 
 
@@ -104,7 +104,7 @@ def download(torchvision: str, name: str, root: Path, why: MissingFiles) -> None
         ) from None
     # URLError is an OSError; torchvision raises RuntimeError for a wrong checksum
     except (OSError, RuntimeError) as error:
-        reason = " ".join(str(getattr(error, "reason", error)).split())
+        reason = one_line(getattr(error, "reason", error))
         raise UserError(
             f"{name}: {why}, and the download failed ({reason}); name its folder with --data"
         ) from None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastkd.data.base import Dataset, MissingFiles, check_labels, download, joined, read_bytes
-from fastkd.errors import UserError
+from fastkd.errors import UserError, one_line
 
 PIXELS = 3 * 32 * 32
 
@@ -116,7 +116,7 @@ def _read_pickle(path: Path, source: Source, records: int) -> tuple[Tensor, Tens
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # a damaged pickle can raise anything
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = one_line(error) or type(error).__name__
         raise UserError(f"{path} is damaged: {text}; delete it and fetch the set again") from None
     checked = check_labels(torch.from_numpy(labels.astype("int64")), source.classes, path)
     return torch.from_numpy(images.reshape(records, 3, 32, 32).copy()), checked

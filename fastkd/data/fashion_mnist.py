@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd.data.base import Dataset, MissingFiles, check_labels, download
-from fastkd.errors import UserError
+from fastkd.errors import UserError, one_line
 
 FOLDER = Path("FashionMNIST") / "raw"
 FILES = (
@@ -41,7 +41,7 @@ def _read_idx(path: Path, shape: tuple[int, ...]) -> Tensor:
     except (OSError, EOFError, zlib.error) as error:  # a damaged .gz raises any of the three
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UserError(
-            f"{path} cannot be read: {' '.join(text.split())}; delete it and fetch the set again"
+            f"{path} cannot be read: {one_line(text)}; delete it and fetch the set again"
         ) from None
     head = bytes([0, 0, 8, len(shape)]) + b"".join(size.to_bytes(4, "big") for size in shape)
     count = torch.Size(shape).numel()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.errors import UserError
+from fastkd.errors import UserError, one_line
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 SCALE, RATIO, TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10  # of the random crop, as torchvision has them
@@ -104,7 +104,7 @@ def read(path: str) -> Any:
             with image.open(path) as file:
                 return file.convert("RGB")
     except Exception as error:  # a damaged file can raise anything, and a worker loses the file's name
-        why = getattr(error, "strerror", None) or " ".join(str(error).replace(repr(path), "it").split())
+        why = getattr(error, "strerror", None) or one_line(str(error).replace(repr(path), "it"))
         raise ValueError(f"{path}: {why or type(error).__name__}") from None
 
 

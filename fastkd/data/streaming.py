@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastkd.data import files
 from fastkd.data.files import Paths
 from fastkd.data.loader import AnyBatches
-from fastkd.errors import UserError
+from fastkd.errors import UserError, one_line
 from fastkd.io.console import say
 from fastkd.seeds import generator
 
@@ -187,7 +187,7 @@ class StreamedBatches(AnyBatches):
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            why = " ".join(str(error).split())[:150]
+            why = one_line(error)[:150]
             raise UserError(f"a process that reads images ended ({why}): fewer --workers?") from None
 
     def _note(self, bad: dict[int, str], whole: bool) -> None:

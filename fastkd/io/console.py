@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fastkd.errors import UserError
+from fastkd.errors import UserError, one_line
 
 LOG = "log.txt"
 WIDTH = 100
@@ -90,8 +90,7 @@ def logged(folder: Path) -> Iterator[None]:
         if path in _logs:
             _note(
                 path,
-                f"# {time.strftime('%Y-%m-%d %H:%M:%S')} ended:"
-                f" {' '.join(str(error).split()) or type(error).__name__}",
+                f"# {time.strftime('%Y-%m-%d %H:%M:%S')} ended: {one_line(error) or type(error).__name__}",
             )
         raise
     finally:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fastkd.errors import UserError
+from fastkd.errors import UserError, one_line
 from fastkd.io.files import write
 
 
@@ -52,5 +52,5 @@ def save(figure: Any, path: Path, flag: str) -> None:
     try:
         content = rendered(figure, path.suffix.lstrip(".") or "png")
     except ValueError as error:
-        raise UserError(f"{flag} {path}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{flag} {path}: {one_line(error)}") from None
     write(path, content)

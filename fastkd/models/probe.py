@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd._private import TorchDispatchMode
+from fastkd.errors import one_line
 
 
 class Call(NamedTuple):
@@ -58,7 +59,7 @@ class Probe:
             with _differentiable(network), torch.enable_grad(), _Casts() as casts:
                 self.output = network(images)
         except Exception as error:
-            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            why = one_line(f"{type(error).__name__}: {error}")[:200]
             raise ValueError(
                 f"image_shape is {tuple(image_shape)}: {role} {type(network).__name__} does not take such"
                 f" images ({why})"

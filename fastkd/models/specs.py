@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastkd import plugins
+from fastkd.errors import one_line
 from fastkd.models.observed import shows_features
 from fastkd.models.probe import Probe
 
@@ -155,7 +156,7 @@ def _library(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == package
-        why = "is not installed" if missing else f"cannot be imported ({' '.join(str(error).split())})"
+        why = "is not installed" if missing else f"cannot be imported ({one_line(error)})"
         raise ValueError(f"{package} {why}: pip install {package}") from None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from fastkd.errors import one_line
 from fastkd.models.weights import WeightsError, load_weights, read_checkpoint
 from fastkd.seeds import seeded
 
@@ -29,7 +30,7 @@ def load_student(
                 methods = importlib.import_module("fastkd.methods")
                 network = methods.wrapped(network, create(about["teacher"], classes), about)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        why = f"{type(error).__name__}: {one_line(error)}"
         added: Any = checkpoint
         for key in ("config", "identity", "plugins"):  # other programs write what they like there
             added = added.get(key) if isinstance(added, dict) else {}

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.data.feed import AnyDataset
-from fastkd.errors import UserError
+from fastkd.errors import UserError, one_line
 from fastkd.io import figures
 from fastkd.io.files import write
 from fastkd.models.normalization import Normalization
@@ -76,7 +76,7 @@ def draw(
             paths.append(folder / f"{stem}.png")
         return paths
     except Exception as error:
-        raise UserError(f"pictures: none ({' '.join(str(error).split()) or type(error).__name__})") from None
+        raise UserError(f"pictures: none ({one_line(error) or type(error).__name__})") from None
 
 
 def sheet(

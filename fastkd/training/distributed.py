@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from fastkd.errors import UserError
+from fastkd.errors import UserError, one_line
 from fastkd.io.console import silenced
 from fastkd.training import signals
 from fastkd.training.launch import WORLD, Launch, launched, variable
@@ -117,14 +117,14 @@ def _join(launch: Launch, cuda: bool) -> None:
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
         raise MeetingError(
-            f"{launch.world} processes cannot meet at {where}: {' '.join(str(error).split())[:200]}"
+            f"{launch.world} processes cannot meet at {where}: {one_line(error)[:200]}"
         ) from None
 
 
 def _leave(error: BaseException, cuda: bool) -> None:
     """Tells the others what ended this process, and closes its connections."""
     if isinstance(error, Exception) and not isinstance(error, (PeerError, signals.Interrupted)):
-        (rank, world), text = share(), " ".join(str(error).split())[:200]
+        (rank, world), text = share(), one_line(error)[:200]
         if not isinstance(error, UserError):
             text = f"process {rank} of {world} failed with {type(error).__name__}: {text}"
         with suppress(RuntimeError):  # the process that holds the store may be gone

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.data.loader import AnyBatches
-from fastkd.errors import UserError
+from fastkd.errors import UserError, one_line
 from fastkd.models.folding import channels_last
 from fastkd.training import collectives
 
@@ -29,7 +29,7 @@ def check_logits(model: nn.Module, images: Tensor, classes: int, name: str) -> N
         with torch.no_grad():
             logits = model.eval()(images)
     except Exception as error:  # whatever a network does with images that it is not made for
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        why = one_line(f"{type(error).__name__}: {error}")[:200]
         raise UserError(f"{name} does not take images {tuple(images.shape[1:])} ({why})") from None
     count = len(images)
     told = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

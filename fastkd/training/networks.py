@@ -14,7 +14,7 @@ from torch import nn
 import fastkd
 from fastkd.backends import Call, KernelCall
 from fastkd.distillation import Distillation
-from fastkd.errors import UserError
+from fastkd.errors import UserError, one_line
 from fastkd.methods import Definition
 from fastkd.models import create_model, load_weights
 from fastkd.models.normalization import Normalization
@@ -147,10 +147,10 @@ class Networks(Images):
             self.kept = kept_bytes(trial)
             self.student_parameters = sum(parameter.numel() for parameter in trial.student.parameters())
         except fastkd.BackendError as error:
-            raise UserError(" ".join(str(error).split())) from None
+            raise UserError(one_line(error)) from None
         except (ValueError, TypeError) as error:
             pair = f"{self.models.teacher} as teacher and {self.models.student} as student"
-            text = " ".join(str(error).split())
+            text = one_line(error)
             raise UserError(
                 f"method {self.settings.method} does not fit {pair}: {text}{self._points_in_words(text)}"
             ) from None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastkd.errors import UserError
+from fastkd.errors import UserError, one_line
 from fastkd.io.console import LOG, logged, say
 from fastkd.io.files import make_folder, owned, save, sweep, write
 from fastkd.models import WeightsError, read_checkpoint
@@ -74,7 +74,7 @@ class RunDir:
         try:
             trainer.load(self.state)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            text = " ".join(str(error).split())[:200]
+            text = one_line(error)[:200]
             raise UserError(
                 f"{self.folder / CHECKPOINT}: damaged, or of another version ({type(error).__name__}: {text})"
             ) from None

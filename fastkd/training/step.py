@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastkd.data.loader import AnyBatches
 from fastkd.distillation import Distillation
-from fastkd.errors import UserError
+from fastkd.errors import UserError, one_line
 from fastkd.methods import Output
 from fastkd.methods.sum import Losses
 from fastkd.training import collectives
@@ -141,7 +141,7 @@ class TrainStep:
             ):
                 raise
             cause = getattr(error, "inner_exception", error)
-            text = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
+            text = f"{type(cause).__name__}: {one_line(cause)[:200]}"
             # what the compiler itself refuses is an error of its own; any other comes from a file that it
             # wrote before
             damaged = f"; a damaged cache is cleared by deleting {cache}" * (

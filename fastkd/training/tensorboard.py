@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from fastkd.errors import one_line
 from fastkd.io.console import say
 
 EVENTS = "events.out.tfevents.*"
@@ -74,7 +75,7 @@ class Curves:
                 thread.stop()  # SummaryWriter.close would flush before, and fail once more
         say(
             f"TensorBoard curves in {self.folder} end here"
-            f" ({' '.join(str(error).split()) or type(error).__name__}); the run goes on"
+            f" ({one_line(error) or type(error).__name__}); the run goes on"
         )
 
     def _begin(self) -> Any:
