@@ -39,10 +39,8 @@ def _read_idx(path: Path, shape: tuple[int, ...]) -> Tensor:
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:  # a damaged .gz raises any of the three
-        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UserError(
-            f"{path} cannot be read: {one_line(text)}; delete it and fetch the set again"
-        ) from None
+        text = one_line(getattr(error, "strerror", None) or error)
+        raise UserError(f"{path} cannot be read: {text}; delete it and fetch the set again") from None
     head = bytes([0, 0, 8, len(shape)]) + b"".join(size.to_bytes(4, "big") for size in shape)
     count = torch.Size(shape).numel()
     if not raw.startswith(head) or len(raw) != len(head) + count:

@@ -149,32 +149,33 @@ def get_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
     if name not in RECIPES:
         raise UserError(f"recipe {name!r} is not known; known: {', '.join(RECIPES)}")
     recipe = dataclasses.replace(RECIPES[name], **overrides)
-    # batch norm has no variance in a batch of one
-    for key, low in (("epochs", 1), ("batch_size", 2), ("init_epochs", 0)):
-        if getattr(recipe, key) < low:
-            raise UserError(f"--{key.replace('_', '-')} is {getattr(recipe, key)}, wanted at least {low}")
+    growing = "growing fractions of the run between 0 and 1"
     for key, fits, wanted in (
+        ("epochs", recipe.epochs >= 1, "at least 1"),
+        # batch norm has no variance in a batch of one
+        ("batch_size", recipe.batch_size >= 2, "at least 2"),
+        ("init_epochs", recipe.init_epochs >= 0, "at least 0"),
         ("lr", 0 < recipe.lr < math.inf, "a positive number"),
         ("init_lr", 0 < recipe.init_lr < math.inf, "a positive number"),
         ("weight_decay", 0 <= recipe.weight_decay < math.inf, "a non-negative number"),
         # from 1 on nothing of a gradient fades
         ("momentum", 0 <= recipe.momentum < 1, "at least 0 and less than 1"),
         ("gamma", 0 < recipe.gamma <= 1, "more than 0 and at most 1"),
+        ("milestones", _are_growing(recipe.milestones), growing),
+        ("init_milestones", _are_growing(recipe.init_milestones), growing),
     ):
         if not fits:
             raise UserError(f"--{key.replace('_', '-')} is {getattr(recipe, key)}, wanted {wanted}")
-    for key in ("milestones", "init_milestones"):
-        value = getattr(recipe, key)
-        if not all(0 < fraction < 1 for fraction in value) or list(value) != sorted(value):
-            raise UserError(
-                f"--{key.replace('_', '-')} is {value}, wanted growing fractions of the run between 0 and 1"
-            )
     if recipe.nesterov and recipe.momentum == 0:
         raise UserError("--nesterov needs a --momentum above 0")
     if "init_epochs" not in overrides and recipe.init_epochs:
         scaled = max(1, round(recipe.init_epochs * recipe.epochs / RECIPES[name].epochs))
         recipe = dataclasses.replace(recipe, init_epochs=scaled)
     return recipe
+
+
+def _are_growing(fractions: tuple[float, ...]) -> bool:
+    return all(0 < fraction < 1 for fraction in fractions) and list(fractions) == sorted(fractions)
 
 
 def drops(recipe: Recipe, step: int, steps: int) -> int:
