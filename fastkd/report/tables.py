@@ -121,51 +121,18 @@ def tables(rows: Sequence[dict[str, str]]) -> list[tuple[str, list[str], list[li
             lines.append([label, "published", *(entry.published(table.digits) for entry in entries)])
             if any(entry.method for entry in entries):
                 lines += [["", name, *cells] for name, cells in lines_of(table, entries, found)]
-        made.append(
-            (
-                f"{table.title} ({table.source}; {RECIPES[table.recipe].epochs} epochs)",
-                ["", "", *table.columns],
-                lines,
-            )
-        )
+        caption = f"{table.title} ({table.source}; {RECIPES[table.recipe].epochs} epochs)"
+        made.append((caption, ["", "", *table.columns], lines))
     if shown:
         meant = [[m.source, m.figures, m.runs, m.spread, m.epoch] for m in MEANINGS]
         made.append(("What a published figure is", ["source", "figures", "runs", "spread", "epoch"], meant))
     if found:
-        heads = [
-            "method",
-            "dataset",
-            "student",
-            "teacher",
-            "recipe",
-            "epochs",
-            "precision",
-            "changed",
-            "runs",
-            "best",
-            "reported",
-        ]
-        own = []
-        for group in found:
-            method, *rest = group.cells
-            line = [
-                title_of(method),
-                *rest,
-                str(len(group.rows)),
-                group.spread("acc"),
-                group.spread("reported_acc"),
-            ]
-            own.append(line)
-        made.append(
-            (
-                (
-                    "All runs: test accuracy in percent, of the best epoch and of the one that the recipe"
-                    " reports"
-                ),
-                heads,
-                own,
-            )
+        heads = "method dataset student teacher recipe epochs precision changed runs best reported".split()
+        own = [[title_of(group.cells[0]), *group.cells[1:], *group.figures] for group in found]
+        caption = (
+            "All runs: test accuracy in percent, of the best epoch and of the one that the recipe reports"
         )
+        made.append((caption, heads, own))
     return made
 
 

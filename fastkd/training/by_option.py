@@ -32,12 +32,7 @@ def tables(rows: Iterable[Mapping[str, Any]]) -> list[Table]:
         if not varied:
             continue
         lines = [
-            [
-                *(line[i] for i in varied),
-                str(len(group.rows)),
-                group.spread("acc"),
-                group.spread("reported_acc"),
-            ]
+            [*(line[i] for i in varied), *group.figures]
             for line, (_, group) in zip(values, found, strict=True)
         ]
         lines.sort(key=lambda line: [in_order(text) for text in line[: len(varied)]])

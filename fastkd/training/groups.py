@@ -55,6 +55,11 @@ class Group:
         return mean_and_spread(self.values(column))
 
     @property
+    def figures(self) -> list[str]:
+        """How many runs, and the mean and spread of their best and of their reported accuracies."""
+        return [str(len(self.rows)), self.spread("acc"), self.spread("reported_acc")]
+
+    @property
     def cells(self) -> list[str]:
         """Values of ``KEYS``, up to ``overrides``, for a line of a table, and several processes."""
         *first, overrides = (self.key[name] for name in KEYS[:8])

@@ -127,10 +127,9 @@ def append(output: Path, row: dict[str, Any]) -> dict[str, Any]:
 
 def means(rows: Sequence[Mapping[str, Any]]) -> str:
     """Means over the seeds of each configuration, as a section in Markdown; nothing if all have one seed."""
-    figures = ("acc", "reported_acc")
-    heads = {name: READ.get(name, name) for name in (*KEYS[:8], "seeds", *figures)}
+    heads = {name: READ.get(name, name) for name in (*KEYS[:8], "seeds", "acc", "reported_acc")}
     several = [group for group in groups(rows) if len(group.rows) > 1]
-    cells = ([*group.cells, " ".join(group.seeds), *map(group.spread, figures)] for group in several)
+    cells = ([*group.cells, " ".join(group.seeds), *group.figures[1:]] for group in several)
     lines = [dict(zip(heads, line, strict=True)) for line in cells]
     return (
         f"\n## Means over seeds\n\nMean ± sample standard deviation.\n\n{fitted_markdown(heads, lines)}"
