@@ -34,11 +34,10 @@ class Source:
     train: tuple[str, ...]
     test: str
     train_records: int  # in each file
-    suffix: str = ".bin"
 
     def layouts(self) -> dict[str, tuple[str, ...]]:
         names = (*self.train, self.test)
-        return {self.folders[0]: names, self.folders[1]: tuple(name + self.suffix for name in names)}
+        return {self.folders[0]: names, self.folders[1]: tuple(f"{name}.bin" for name in names)}
 
 
 # the constants are KD-Zoo's, which hankyul2 uses too
@@ -153,18 +152,6 @@ def load(root: Path, name: str) -> Dataset:
         folder = source.folders[0]
     read = _read_pickle if folder == source.folders[0] else _read_binary
     files = source.layouts()[folder]
-    train_images, train_labels = joined(
-        read(root / folder / file, source, source.train_records) for file in files[:-1]
-    )
-    test_images, test_labels = read(root / folder / files[-1], source, 10_000)
-    return Dataset(
-        name,
-        source.classes,
-        source.mean,
-        source.std,
-        True,
-        train_images,
-        train_labels,
-        test_images,
-        test_labels,
-    )
+    train = joined(read(root / folder / file, source, source.train_records) for file in files[:-1])
+    test = read(root / folder / files[-1], source, 10_000)
+    return Dataset(name, source.classes, source.mean, source.std, True, *train, *test)

@@ -31,14 +31,5 @@ def load() -> Dataset:
         .expand(-1, 3, 32, 32)
     )
     labels = torch.from_numpy(digits.target).to(torch.int64)
-    return Dataset(
-        "digits",
-        10,
-        (0.3053,) * 3,
-        (0.3228,) * 3,
-        False,
-        images[:-TEST],
-        labels[:-TEST],
-        images[-TEST:],
-        labels[-TEST:],
-    )
+    train, test = (images[:-TEST], labels[:-TEST]), (images[-TEST:], labels[-TEST:])
+    return Dataset("digits", 10, (0.3053,) * 3, (0.3228,) * 3, False, *train, *test)
