@@ -111,19 +111,8 @@ class WideResNet(nn.Module):
             return logits
         # of a block: what the next batch norm made of its sum
         before = [*record.before[1:], norm] if preact else []
-        return (
-            shown(
-                features,
-                record,
-                stem,
-                stages,
-                [before[end - 1] for end in ends if preact],
-                before,
-                pooled,
-                final,
-            ),
-            logits,
-        )
+        stages_before = [before[end - 1] for end in ends if preact]
+        return shown(features, record, stem, stages, stages_before, before, pooled, final), logits
 
     def norms_before_relu(self) -> tuple[nn.Module, ...]:
         """The batch norm that gives each of ``stages`` with ``features="preact"``: the first of the next

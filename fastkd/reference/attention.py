@@ -92,31 +92,15 @@ def attention_transfer_loss(
     """See :func:`fastkd.attention_transfer_loss`."""
     student = checks.channels_second(student, 1 if student_is_map else channel_dim)
     teacher = checks.channels_second(teacher, 1 if teacher_is_map else channel_dim)
-    students, teachers = checks.attention_transfer(
-        student,
-        teacher,
-        p,
-        channel_reduce,
-        eps,
-        eps_mode,
-        pool,
-        pool_mode,
-        difference,
-        stage_reduce,
-        weights,
-        weight,
-        teacher_is_map,
-        student_is_map,
-    )
+    options = p, channel_reduce, eps, eps_mode, pool, pool_mode, difference, stage_reduce
+    are_maps = teacher_is_map, student_is_map
+    students, teachers = checks.attention_transfer(student, teacher, *options, weights, weight, *are_maps)
 
-    if (
-        not torch.compiler.is_compiling()
-        and torch.is_grad_enabled()
-        and any(x.requires_grad for x in students + teachers)
-    ):
-        checks.one_position(students, teachers, teacher_is_map, student_is_map)
+    followed = not torch.compiler.is_compiling() and torch.is_grad_enabled()
+    if followed and any(x.requires_grad for x in students + teachers):
+        checks.one_position(students, teachers, *are_maps)
     if students[0].dim() + student_is_map == 3:
-        checks.tokens("attention_transfer_loss", students, teachers, teacher_is_map, student_is_map)
+        checks.tokens("attention_transfer_loss", students, teachers, *are_maps)
 
     def normalized(x: Tensor, is_map: bool, size: list[int]) -> Tensor:
         if is_map:

@@ -76,14 +76,8 @@ def draw(axis: Any, place: tuple[str, ...], bars: list[Group]) -> None:
     length = (
         f"{epochs} of {whole} epochs" if whole is not None and str(whole) != epochs else f"{epochs} epochs"
     )
-    parts = (
-        DATASET_NAMES.get(dataset, dataset),
-        f"{student} ← {teacher}",
-        f"recipe {recipe}",
-        length,
-        precision,
-    )
-    axis.set_title(", ".join(parts), fontsize=9, weight="bold")
+    what = DATASET_NAMES.get(dataset, dataset), f"{student} ← {teacher}", f"recipe {recipe}"
+    axis.set_title(", ".join([*what, length, precision]), fontsize=9, weight="bold")
     lowest = min(min(group.values("acc")) for group in bars)
     highest = max(max(group.values("acc")) for group in bars)
     for i, group in enumerate(bars):

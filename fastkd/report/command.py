@@ -109,15 +109,9 @@ def main(arguments: list[str] | None = None) -> int:
             put(flags.into, markdown(rows))
             print(f"written: {flags.into}")
         else:
-            print(
-                "\n\n".join(
-                    [
-                        f"{caption}\n\n{plain(heads, lines)}"
-                        for caption, heads, lines in [*tables(rows), *by_option.tables(rows)]
-                    ]
-                    + [NOTES] * concerned(rows)
-                )
-            )
+            made = [*tables(rows), *by_option.tables(rows)]
+            parts = [f"{caption}\n\n{plain(heads, lines)}" for caption, heads, lines in made]
+            print("\n\n".join(parts + [NOTES] * concerned(rows)))
             delivered()
         separator = "" if flags.into else "\n"  # the tables stand above
         for path, make in (

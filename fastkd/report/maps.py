@@ -61,17 +61,9 @@ def redraw(folder: Path, data: Path | None) -> list[Path]:
             load_weights(teacher, checkpoint or trained)
     except WeightsError as error:
         raise UserError(str(error)) from None
-    taught = None if teacher is None else placed(teacher, device)
-    return attention_maps.draw(
-        folder,
-        row,
-        dataset,
-        (own, theirs),
-        placed(student, device),
-        taught,
-        about.get("points", (None, None)),
-        about.get("sides", (32, 32)),
-    )
+    networks = placed(student, device), None if teacher is None else placed(teacher, device)
+    points, sides = about.get("points", (None, None)), about.get("sides", (32, 32))
+    return attention_maps.draw(folder, row, dataset, (own, theirs), *networks, points, sides)
 
 
 @screens()

@@ -59,13 +59,8 @@ def command(config: Config) -> str:
         "pictures": None if settings.pictures else False,
     }
     script = sys.argv[0] if Path(sys.argv[0]).name == "train.py" else "train.py"
-    return shlex.join(
-        [
-            *environment(),
-            *_start(config, script),
-            *(word for name, value in flags.items() for word in _words(name, value)),
-        ]
-    )
+    words = [word for name, value in flags.items() for word in _words(name, value)]
+    return shlex.join([*environment(), *_start(config, script), *words])
 
 
 def _start(config: Config, script: str) -> list[str]:

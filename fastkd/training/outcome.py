@@ -28,6 +28,7 @@ def row_of(
     """The run as a row of the table, without its number."""
     settings, best, last = config.settings, trainer.best(), trainer.history[-1]
     taught, files = teacher_acc is not None, [file for _, file in config.all_teachers if file]
+    overridden = [f"{key}={written(value)}" for key, value in settings.overrides.items()]
     words = config.options() if role == "student" else []
     settled = [word for word in words if word.partition("=")[0] in config.settled]
     changed = [word for word in words if word not in settled]
@@ -57,13 +58,7 @@ def row_of(
         "teacher_acc": "" if teacher_acc is None else f"{teacher_acc:.2f}",
         "train_acc": f"{last['train_acc']:.2f}",
         "losses": " ".join(f"{term}={last[term]:.4g}" for term in trainer.distillation.names),
-        "overrides": " ".join(
-            [
-                *(f"{key}={written(value)}" for key, value in settings.overrides.items()),
-                *changed,
-                *config.own_words(role),
-            ]
-        ),
+        "overrides": " ".join([*overridden, *changed, *config.own_words(role)]),
         "teacher_seed": config.seed_of("teacher") if taught and not files else "",
         "deterministic": "yes" if settings.deterministic else "no",
         "compiled": "yes" if config.compiled else "no",
