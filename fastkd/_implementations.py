@@ -81,7 +81,7 @@ class TritonBackend(Backend):
         if dispatch_watched() and not kernels.interpreting():
             return super().run_backward(operator, *args)
         if torch.is_grad_enabled():
-            tensors = [x for x in flat(args) if isinstance(x, Tensor)]
+            tensors = tensors_in(args)
             if any(x.requires_grad for x in tensors):
                 return _DifferentiableOnce.apply(operator, args, *tensors)
         return _run_launcher(operator, args)
@@ -96,9 +96,10 @@ BACKENDS = {backend.name: backend for backend in (REFERENCE, CPP, TRITON, CUDA)}
 IN_GRAPH = {"fastkd": Backend("graph"), "fastkd_cuda": CUDA}
 
 
-def flat(args: Sequence[Any]) -> list[Any]:
-    """The arguments, with the items of lists and tuples in their place."""
-    return [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+def tensors_in(args: Sequence[Any]) -> list[Tensor]:
+    """The tensors among the arguments, those in lists and tuples in their place."""
+    items = [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+    return [x for x in items if isinstance(x, Tensor)]
 
 
 def _run_launcher(operator: str, args: tuple) -> Any:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastkd import _in_force, errors, kernels, native
 from fastkd._gpu_rule import faster
-from fastkd._implementations import BACKENDS, CPP, CUDA, REFERENCE, TRITON, Backend, flat
+from fastkd._implementations import BACKENDS, CPP, CUDA, REFERENCE, TRITON, Backend, tensors_in
 from fastkd._private import eagerly_transforming, has_tangent, in_torch_func, is_wrapper, transforming
 from fastkd.kernels import limits
 
@@ -92,10 +92,6 @@ def _cuda_state() -> tuple[bool, str]:
     if not torch.cuda.is_available():
         return False, "the CUDA library is loaded, but PyTorch sees no CUDA device"
     return True, f"the CUDA library, on {torch.cuda.get_device_name()}"
-
-
-def _tensors(arguments: tuple[object, ...]) -> list[Tensor]:
-    return [x for x in flat(arguments) if isinstance(x, Tensor)]
 
 
 _recorded: list[Call | KernelCall] | None = None
@@ -191,7 +187,7 @@ def select(
     if _known(name, "FASTKD_BACKEND") != "reference":
         why_not = cuda_limits(arguments, options) if name == "cuda" else ""
         if name == "triton":
-            why_not = limits.why_not(operation, arguments, _tensors(arguments), options)
+            why_not = limits.why_not(operation, arguments, tensors_in(arguments), options)
         _must_serve(name, operation, first, arguments, why_not)
     return BACKENDS[name]
 
@@ -222,7 +218,7 @@ def _select_on_gpu(operation: str, arguments: tuple, options: tuple, index: int,
         available = False
         reason = f"the device is sm_{capability[0]}{capability[1]}, older than the Triton kernels' sm_80"
         reason += f"; {no_code}" if no_code else ""
-    if available and not limits.why_not(operation, arguments, _tensors(arguments), options):
+    if available and not limits.why_not(operation, arguments, tensors_in(arguments), options):
         return TRITON
     if in_cuda:
         return CUDA
@@ -269,7 +265,7 @@ def _must_serve(name: str, operation: str, first: object, arguments: tuple, why:
         why = native.why_no_code(native.cuda_architectures(), _capability(first.device.index))
     if why:
         refuse(f"cannot serve the call: {why}")
-    if transforming() and (in_torch_func() or has_tangent(_tensors(arguments))):
+    if transforming() and (in_torch_func() or has_tangent(tensors_in(arguments))):
         refuse(
             "cannot serve the call: it has no rules for torch.func and forward mode AD; use"
             f" fastkd.reference.{OPAQUE.get(operation, operation)}"

@@ -6,8 +6,7 @@ Each function takes the arguments and options of a call as :func:`fastkd.backend
 
 from __future__ import annotations
 
-from torch import Tensor
-
+from fastkd._implementations import tensors_in
 from fastkd.kernels.limits import NO_KERNEL
 
 MAX_STAGES = 16
@@ -28,7 +27,7 @@ def attention_map(arguments: tuple, options: tuple) -> str:
 
 
 def attention_transfer_loss(arguments: tuple, options: tuple) -> str:
-    students, teachers = map(_stages, arguments)
+    students, teachers = (tensors_in([side]) for side in arguments)
     if len(students) > MAX_STAGES:
         return f"its kernels take up to {MAX_STAGES} stages, not {len(students)}"
     teacher_is_map, student_is_map = options[-2:]
@@ -42,7 +41,3 @@ def fsp_loss(arguments: tuple, options: tuple) -> str:
     student = arguments[0]
     stages = len(student) if isinstance(student, (list, tuple)) else 0
     return "" if stages <= MAX_STAGES else f"its kernels take up to {MAX_STAGES} stages, not {stages}"
-
-
-def _stages(side: object) -> list[Tensor]:
-    return [x for x in (side if isinstance(side, (list, tuple)) else (side,)) if isinstance(x, Tensor)]

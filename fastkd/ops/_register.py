@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastkd import kernels
-from fastkd._implementations import CPP, IN_GRAPH, flat, refuse_second_derivative
+from fastkd._implementations import CPP, IN_GRAPH, refuse_second_derivative, tensors_in
 from fastkd._private import has_tangent, in_torch_func, transforming
 
 
@@ -40,7 +40,7 @@ _PART_OF: dict[str, str] = {}
 
 def _refuse_other_derivatives(name: str, args: Sequence[Any]) -> None:
     """Inside torch.func or forward mode AD: raise where a derivative would go through the operator."""
-    tensors = [x for x in flat(args) if isinstance(x, Tensor)]
+    tensors = tensors_in(args)
     followed = in_torch_func() and torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if followed or has_tangent(tensors):
         public = _PART_OF.get(name) or name.partition("::")[2].removesuffix("_backward")
