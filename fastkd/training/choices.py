@@ -12,14 +12,13 @@ import torch
 import fastkd
 from fastkd import plugins
 from fastkd.data import Folder
-from fastkd.methods import Definition
 from fastkd.methods.options import written
 from fastkd.models import specs
 from fastkd.models.normalization import Normalization
 from fastkd.models.specs import file_name
-from fastkd.training.given_weights import Given
-from fastkd.training.recipes import RECIPES, Recipe
-from fastkd.training.settings import environment
+from fastkd.training.images import Images
+from fastkd.training.recipes import RECIPES
+from fastkd.training.settings import POINTS, environment
 from fastkd.training.teacher_images import RECORD
 from fastkd.training.teacher_images import written as normalization_written
 
@@ -37,12 +36,10 @@ USUAL = {
 """The usual values of what a teacher's training depends on: its file's name says only where it differs."""
 
 
-class Choices(Given):
+class Choices(Images):
     """The settings, and all that was chosen where they left it open. ``role`` is "student" or "teacher"."""
 
     recipe_name: str
-    recipe: Recipe
-    method: Definition
     points: dict[str, tuple[str, ...] | None]
     """By role the submodules whose outputs are a network's stages; None for a network with its own stages."""
     more_points: list[tuple[str, ...] | None]
@@ -149,12 +146,6 @@ class Choices(Given):
         }
         return {key: where for key, where in found.items() if where is not None}
 
-    def side(self, role: str) -> int:
-        raise NotImplementedError
-
-    def normalization(self) -> Normalization:
-        raise NotImplementedError
-
     def _differing(self) -> dict[str, Any]:
         """The part of a student's identity that only networks and images of the user's own have."""
         found: dict[str, Any] = {
@@ -178,6 +169,15 @@ class Choices(Given):
         if self.asked_normalization or any(self.teacher_normalizations):
             found["teacher_normalization"] = [*map(normalization_written, self.teacher_normalizations)]
         return found
+
+    def own_words(self, role: str) -> list[str]:
+        """Flags about networks and images of the user's own that change the result: ["image_size=64"]."""
+        names = [f"{role}_size", "image_size", *["teacher_size", *POINTS] * (role == "student")]
+        given = {name: getattr(self.settings, name) for name in dict.fromkeys(names)}
+        if role == "student":
+            given |= {name: "+".join(words) for name, words in self.words_of_teachers().items()}
+        said = {name: ",".join(value) if isinstance(value, tuple) else value for name, value in given.items()}
+        return [f"{name}={value}" for name, value in said.items() if value is not None]
 
     @property
     def join_teachers(self) -> str:

@@ -19,7 +19,7 @@ from fastkd.training import distributed, results
 from fastkd.training.device import can_compile, fast_bfloat16, find_device
 from fastkd.training.networks import Networks
 from fastkd.training.recipe_options import decided_options, options_of
-from fastkd.training.recipes import Recipe, get_recipe, normalization_of
+from fastkd.training.recipes import Recipe, get_recipe
 from fastkd.training.settings import PRECISIONS, Settings, recipe_of, resolve
 
 WORTH_COMPILING = 500_000
@@ -113,10 +113,6 @@ class Config(Networks):
             recipe, epochs=recipe.init_epochs, lr=recipe.init_lr, milestones=recipe.init_milestones
         )
         return [("init", first, method.initialization()), ("main", recipe, method.after_initialization())]
-
-    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """(mean, std) a channel."""
-        return normalization_of(self.recipe.normalization, self.data)
 
     def drops_last(self, role: str) -> bool:
         """Whether a training leaves out an epoch's last, smaller batch."""

@@ -7,16 +7,21 @@ import os
 from fastkd.data import Dataset
 from fastkd.data.feed import Feed
 from fastkd.errors import UserError
+from fastkd.methods import Definition
+from fastkd.models.normalization import Normalization
 from fastkd.training import distributed
-from fastkd.training.choices import Choices
-from fastkd.training.settings import POINTS
+from fastkd.training.given_weights import Given
+from fastkd.training.recipes import Recipe, normalization_of
 
 SIDE = 32
 """The side of the images of all sets in memory."""
 
 
-class Images(Choices):
+class Images(Given):
     """The part of the settings that concerns the images."""
+
+    recipe: Recipe
+    method: Definition
 
     def check_images(self) -> None:
         """Raises UserError for a size or a number of workers that is too small."""
@@ -36,6 +41,10 @@ class Images(Choices):
 
     def image_shape(self, role: str) -> tuple[int, int, int]:
         return 3, self.side(role), self.side(role)
+
+    def normalization(self) -> Normalization:
+        """(mean, std) a channel."""
+        return normalization_of(self.recipe.normalization, self.data)
 
     def feed(self, role: str) -> Feed:
         """How the images of this role's training are read: a student's with the teacher's beside them, where
@@ -58,12 +67,3 @@ class Images(Choices):
     def test_batch(self) -> int:
         """Images of a test batch: about as many pixels, whatever the size of the images."""
         return max(50, 500 * SIDE**2 // self.side("student") ** 2)
-
-    def own_words(self, role: str) -> list[str]:
-        """Flags about networks and images of the user's own that change the result: ["image_size=64"]."""
-        names = [f"{role}_size", "image_size", *["teacher_size", *POINTS] * (role == "student")]
-        given = {name: getattr(self.settings, name) for name in dict.fromkeys(names)}
-        if role == "student":
-            given |= {name: "+".join(words) for name, words in self.words_of_teachers().items()}
-        said = {name: ",".join(value) if isinstance(value, tuple) else value for name, value in given.items()}
-        return [f"{name}={value}" for name, value in said.items() if value is not None]

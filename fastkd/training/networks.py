@@ -21,15 +21,15 @@ from fastkd.models.normalization import Normalization
 from fastkd.models.specs import declared_normalization, is_foreign, stages_of, suggested
 from fastkd.seeds import seeded
 from fastkd.several_teachers import SeveralTeachers, check_join, kept_bytes
+from fastkd.training.choices import Choices
 from fastkd.training.evaluation import check_logits
-from fastkd.training.images import Images
 from fastkd.training.settings import Settings
 from fastkd.training.teacher_images import for_each, identity_of, parsed, recorded, written
 
 ROLES = ("student", "teacher")
 
 
-class Networks(Images):
+class Networks(Choices):
     """The part of the settings that concerns the networks, and what is built of it."""
 
     declared: dict[str, list[Normalization | None]]
