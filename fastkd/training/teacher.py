@@ -45,9 +45,13 @@ def _find_teacher(config: Config) -> tuple[nn.Module, float]:
     return (nn.ModuleList(teachers) if len(teachers) > 1 else first), sum(accuracies) / len(accuracies)
 
 
+def teacher_file(config: Config) -> Path:
+    """Where the weights of the first teacher lie, or will lie once it is trained."""
+    return config.settings.teacher_checkpoint or config.teacher_path()
+
+
 def _first_teacher(config: Config) -> tuple[nn.Module, float]:
-    settings = config.settings
-    path = settings.teacher_checkpoint or config.teacher_path()
+    path = teacher_file(config)
     with teacher_lock(config, path):
         needed, folder = distributed.from_first(lambda: resume.choose_teacher(config, path))
         if needed:

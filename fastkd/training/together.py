@@ -23,7 +23,7 @@ from fastkd.training.run_summary import describe
 from fastkd.training.signals import Interrupted
 from fastkd.training.student import Student
 from fastkd.training.sweep import labels
-from fastkd.training.teacher import find_teacher
+from fastkd.training.teacher import find_teacher, teacher_file
 from fastkd.training.trainer import Wanted
 
 
@@ -90,20 +90,16 @@ def introduce(students: Sequence[Student]) -> None:
 def train(students: Sequence[Student]) -> None:
     """Finds their teachers, then trains all of them to the end. Raises UserError, Interrupted."""
     batches, passes = students[0].config.batches("student"), Passes()
-    teachers: dict[Path, tuple[nn.Module | None, float | None]] = {}
+    by_teacher: dict[Path, list[Student]] = {}
     for student in students:
-        config = student.config
-        if config.method.needs_teacher and taught_by(config) not in teachers:
-            same = [
-                other.run.folder
-                for other in students
-                if other.config.method.needs_teacher and taught_by(other.config) == taught_by(config)
-            ]
-            with noted_in(same):
-                teachers[taught_by(config)] = find_teacher(config)
+        if student.config.method.needs_teacher:
+            by_teacher.setdefault(teacher_file(student.config), []).append(student)
+    taught: dict[Student, tuple[nn.Module, float]] = {}
+    for some in by_teacher.values():
+        with noted_in([student.run.folder for student in some]):
+            taught |= dict.fromkeys(some, find_teacher(some[0].config))
     for student in students:
-        taught = teachers[taught_by(student.config)] if student.config.method.needs_teacher else (None, None)
-        student.begin(taught, batches)
+        student.begin(taught.get(student, (None, None)), batches)
     said: set[str] = set()
     while waiting := [student for student in students if student.wants is not None]:
         first = min(turn(student.wants) for student in waiting)
@@ -117,10 +113,6 @@ def train(students: Sequence[Student]) -> None:
             say(f"the teacher answers to each batch once for {once}")
         for student in served:
             student.go_on(batch.pop(0))
-
-
-def taught_by(config: Config) -> Path:
-    return config.settings.teacher_checkpoint or config.teacher_path()
 
 
 def turn(wanted: Wanted | None) -> tuple[bool, int, int]:
