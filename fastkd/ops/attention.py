@@ -71,9 +71,8 @@ class AttentionTransferFunction(torch.autograd.Function):
         )
         if coefficients[0].dim() > 1:
             _warn(student, teacher, options, coefficients)
-        else:  # the coefficients of all stages are one tensor
-            if student[0].dim() == 3:
-                checks.tokens("attention_transfer_loss", student, teacher, *_are_maps(options))
+        elif student[0].dim() == 3:  # the coefficients of all stages are one tensor
+            checks.tokens("attention_transfer_loss", student, teacher, *_are_maps(options))
         ctx.call = impl, options, numbers[0], needed, stages
         # only what needs a gradient: a teacher made under inference_mode cannot be saved
         if len(needed) < len(coefficients):
