@@ -4,6 +4,7 @@ one line in ``_BUILDERS``.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from torch.nn.parameter import is_lazy
 
 from fastkd import plugins
 from fastkd.checks.numbers import whole
-from fastkd.models import specs, students
+from fastkd.errors import one_line
+from fastkd.models import specs
 from fastkd.models.features import Features, Neck
 from fastkd.models.resnet import ResNet
 from fastkd.models.weights import WeightsError, fingerprint, load_weights, read_checkpoint
 from fastkd.models.wrn import WideResNet
+from fastkd.seeds import seeded
 
 _WIDE = (32, 64, 128, 256)
 
@@ -109,7 +112,27 @@ def load_student(folder: str | Path, *, file: str = "best.pt") -> nn.Module:
     imported, as it is now, from where the run found it, seen from the current folder. What a run had by
     ``--plugin`` must have been registered before. Raises WeightsError, one line.
     """
-    return students.load_student(folder, create_model, file=file)
+    path = Path(folder).expanduser() / file
+    checkpoint = read_checkpoint(path)
+    try:
+        about = checkpoint["config"]
+        classes = about.get("classes") or len(checkpoint["model"]["fc.weight"])  # older runs say no number
+        with seeded(0, "load_student"):  # leaves the random numbers of the caller alone
+            network = create_model(about["identity"]["model"], classes)
+            if about["trained"] not in ("teacher", "baseline"):
+                # imported here: they lie on a higher floor, and importing fastkd does without them
+                methods = importlib.import_module("fastkd.methods")
+                network = methods.wrapped(network, create_model(about["teacher"], classes), about)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        why = f"{type(error).__name__}: {one_line(error)}"
+        added: Any = checkpoint
+        for key in ("config", "identity", "plugins"):  # other programs write what they like there
+            added = added.get(key) if isinstance(added, dict) else {}
+        if isinstance(added, dict) and added:
+            why += f"; it needs {', '.join(f'{key} of {origin}' for key, origin in added.items())}"
+        raise WeightsError(f"{path}: not the weights of a run of this version ({why})") from None
+    load_weights(network, path)
+    return network.eval()
 
 
 __all__ = [
