@@ -26,10 +26,7 @@ def fused(first: Tensor) -> bool:
     name = backends.current()
     wanted = name == "cpp" or (name == "auto" and not torch.compiler.is_compiling())
     on_cpu = native.CPU.available and first.device.type == "cpu"
-    here = wanted and on_cpu and not transforming() and not is_wrapper(first)
-    if here:
-        backends.record(backends.KernelCall())
-    return here
+    return wanted and on_cpu and not transforming() and not is_wrapper(first)
 
 
 def served(s: Tensor, t: Tensor) -> bool:
@@ -131,6 +128,7 @@ class DifferenceFunction(torch.autograd.Function):
 
 def difference(name: str, student: Sequence[Tensor], teacher: Sequence[Tensor], *rest: Any) -> Tensor:
     """The loss of the operator that :func:`difference_loss` has declared under that name."""
+    backends.record_kernel_call()
     if torch.compiler.is_compiling():
         operator = getattr(torch.ops.fastkd, name).default
         found: Tensor = operator(student, teacher, *rest, *wanted(student, teacher))[0]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd import backends
 from fastkd.ops._differences import dense, fused
 from fastkd.ops._register import part_of
 from fastkd.reference.common import widen
@@ -42,6 +43,7 @@ def pooled_map(x: Tensor) -> tuple[Tensor, Tensor]:
     and once for its gradient, of which a second derivative raises RuntimeError.
     """
     if fused(x) and dense(x):
+        backends.record_kernel_call()
         return _PooledMap.apply(x)
     (x,) = widen(x)
     return x.square().mean(1), x.mean((2, 3))

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 import fastkd
 from fastkd import backends, kernels, native
 from fastkd.ops._cuda_limits import no_kernel
+from fastkd.ops.norm import norm_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -84,6 +85,20 @@ def test_in_a_graph_the_operator_chooses_when_it_runs(cpp, loss):
     with backends.record_calls() as calls:
         fastkd.attention_map(torch.ones(2, 3, 4))
     assert [calls[0].backend(7, compiled) for compiled in (False, True)] == ["cpp", "reference"]
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [fastkd.hcl_loss, lambda s, t: fastkd.ofd_loss(s, t, torch.zeros(3)), lambda s, t: norm_loss(s, t, 1)],
+    ids=["hcl", "ofd", "norm"],
+)
+def test_a_kernel_call_is_one_that_a_kernel_serves(cpp, loss):
+    """Maps of two memory layouts go through plain PyTorch, and the first screen must not say otherwise."""
+    student, teacher = torch.randn(2, 2, 3, 4, 4)
+    for other, wanted in ((teacher, ["cpp"]), (teacher.contiguous(memory_format=torch.channels_last), [])):
+        with backends.record_calls() as calls:
+            loss(student, other)
+        assert [call.backend(7, False) for call in calls] == wanted
 
 
 def test_what_is_recorded_keeps_no_tensor_and_no_graph_alive():
