@@ -29,23 +29,7 @@ from fastkd.models.observed import views
 
 # the order of the published table and of the terms of a sum, in which only KD is last; methods that are not
 # in it follow by name
-_TABLE = (
-    "kd",
-    "dkd",
-    "fitnet",
-    "at",
-    "fsp",
-    "ofd",
-    "rkd",
-    "crd",
-    "reviewkd",
-    "srrl",
-    "afd",
-    "semckd",
-    "simkd",
-    "norm",
-    "sakd",
-)
+_TABLE = "kd dkd fitnet at fsp ofd rkd crd reviewkd srrl afd semckd simkd norm sakd".split()
 
 
 def _kinds() -> dict[str, type[Distiller]]:
@@ -64,12 +48,8 @@ def _kinds() -> dict[str, type[Distiller]]:
 
 
 def _in_order(found: Mapping[str, type[Distiller]]) -> dict[str, type[Distiller]]:
-    return {
-        name: found[name]
-        for name in sorted(
-            found, key=lambda name: (_TABLE.index(name) if name in _TABLE else len(_TABLE), name)
-        )
-    }
+    order = [*filter(found.__contains__, _TABLE), *sorted(found.keys() - {*_TABLE})]
+    return {name: found[name] for name in order}
 
 
 _KINDS = _kinds()
