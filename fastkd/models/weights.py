@@ -144,8 +144,7 @@ def _globals(file: IO[bytes]) -> Iterable[str]:
                 archive.open(name) for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"
             ]
             found = [operation for stream in pickles for operation in pickletools.genops(stream)]
-    # before PyTorch 1.6: a magic number, a version, facts of the system and then the object, each a pickle
-    else:
+    else:  # before PyTorch 1.6: a magic number, a version, facts of the system and the object, each a pickle
         file.seek(0)
         found = [operation for _ in range(4) for operation in pickletools.genops(file)]
     return [str(argument) for operation, argument, _ in found if operation.name == "GLOBAL"]

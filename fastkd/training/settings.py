@@ -131,6 +131,5 @@ def recipe_of(settings: Settings, dataset: str) -> str:
     """The recipe's name: the settings a to j are SAKD's table."""
     if settings.recipe is not None:
         return settings.recipe
-    if dataset in ("digits", "folder"):
-        return {"folder": "imagenet"}.get(dataset, dataset)
-    return "sakd" if settings.setting is not None else "hankyul2"
+    usual = "hankyul2" if settings.setting is None else "sakd"
+    return {"digits": "digits", "folder": "imagenet"}.get(dataset, usual)
