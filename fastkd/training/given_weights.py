@@ -53,7 +53,7 @@ class Given:
             return None, {}
         network = create_model(model, self.data.classes)
         try:
-            about = load_weights(network, file, say=_nothing).get("config")
+            about: Any = load_weights(network, file, say=_nothing).get("config")
         except WeightsError as error:
             raise UserError(f"--{role}-checkpoint {error}") from None
         return fingerprint(network), about if identity_of(about) else {}
