@@ -219,7 +219,6 @@ def test_curves_of_finished_and_unfinished_runs(committed, tmp_path, monkeypatch
         "FSP, resnet20 ← resnet110, unfinished",
         "KD, resnet_32_20 ← resnet_32_20",
     ]
-    # a column that an unfinished run does not have is empty
     assert [*curves.read([committed], {"student_checkpoint": ""})] == found
     assert [epoch["test_acc"] for epoch in found[0].epochs] == [41, 42, 43]
     assert len({curve.place for curve in found}) == 1
