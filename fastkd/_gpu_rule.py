@@ -39,4 +39,4 @@ def faster(operation: str, arguments: tuple[object, ...]) -> Backend:
 def _products(a: Tensor, b: Tensor) -> int:
     if a.dim() < 3 or b.dim() < 3:
         return 0  # misuse, which will be explained
-    return a.shape[0] * a.shape[1] * b.shape[1] * min(a[0, 0].numel(), b[0, 0].numel())
+    return a.shape[0] * a.shape[1] * b.shape[1] * min(x.shape[2:].numel() for x in (a, b))

@@ -159,6 +159,14 @@ def test_auto_leaves_large_products_and_pooling_to_triton_where_it_is(monkeypatc
         assert chosen(monkeypatch, first, second, operation="fsp_matrix")[0] == backend
 
 
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4)], ids=str)
+def test_auto_chooses_for_empty_features_too(monkeypatch, shape):
+    """The kernels refuse them, and the checks say why."""
+    x = on_cuda(*shape)
+    assert chosen(monkeypatch, [x, x], [x, x], operation="fsp_loss")[0] == "cuda"
+    assert chosen(monkeypatch, x, x, operation="fsp_matrix")[0] == "cuda"
+
+
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_a_backend_that_cannot_serve_a_cpu_tensor_says_so(backend, monkeypatch):
     monkeypatch.setattr(kernels, "interpreting", lambda: False)
