@@ -38,17 +38,23 @@ ARCHITECTURES = [name for name in BUILT if name.startswith("sm_")]
 
 
 @functools.cache
-def kernels(architecture: str) -> list[str]:
+def registers(architecture: str) -> dict[str, int]:
+    """Those that a thread of each kernel has, by the kernel's mangled name."""
     command = [str(tool()), "-res-usage", "-arch", architecture, LIBRARY]
     said = subprocess.run(command, check=True, text=True, capture_output=True).stdout
-    return re.findall(r"Function (\w+):", said)
+    return {name: int(count) for name, count in re.findall(r"Function (\w+):\s+REG:(\d+)", said)}
+
+
+def mangled(kernel: str, architecture: str) -> str:
+    """The name of a kernel of which ``kernel`` is a part."""
+    (name,) = [name for name in registers(architecture) if re.search(rf"\d{kernel}", name)]
+    return name
 
 
 @functools.cache
 def listing(kernel: str, architecture: str) -> list[tuple[str, str]]:
     """The instructions of a kernel, each with its operands; `kernel` is a part of its mangled name."""
-    (name,) = [name for name in kernels(architecture) if re.search(rf"\d{kernel}", name)]
-    command = [str(tool()), "-sass", "-arch", architecture, "-fun", name, LIBRARY]
+    command = [str(tool()), "-sass", "-arch", architecture, "-fun", mangled(kernel, architecture), LIBRARY]
     said = subprocess.run(command, check=True, text=True, capture_output=True).stdout
     return re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)(.*?);", said, re.MULTILINE)
 
@@ -93,6 +99,17 @@ def chosen_policies(found: list[tuple[str, str]]) -> list[bool]:
         if operation == "LDG.E.128" and used:
             chosen.append(last.get(int(used[1]) + 1, "").startswith("R2UR"))
     return chosen
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "kernel", ["loss_kernelIf", "gradient_kernelIf", "map_kernelILb0Ef", "map_gradient_kernelILb0Ef"]
+)
+def test_four_blocks_of_attention_share_a_multiprocessor(architecture, kernel):
+    """By their registers: there are 65,536, and a block has 256 threads (``kBlocks`` of csrc/cuda). Fewer
+    blocks would have fewer bytes on their way.
+    """
+    assert registers(architecture)[mangled(kernel, architecture)] <= 65536 // (4 * 256)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -132,7 +132,7 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& stud
       side.x = place_of(x, side.view);
       side.sums_at = sums;
       side.coefficients = nullptr;
-      sums += samples * parts_of(side.view) * x.positions;
+      sums += samples * side.view.parts * x.positions;
     }
     stage.positions = static_cast<int32_t>(s.positions);
     const double terms = static_cast<double>(samples) * (args.l2 ? 1.0 : static_cast<double>(s.positions));
@@ -155,13 +155,13 @@ std::tuple<Tensor, Tensors, Tensors> attention_transfer_loss(const Tensors& stud
     }
   }
   Tensor loss = device.empty(nullptr, 0, accumulated);
-  // distances, then sums
+  // terms, then sums
   const int64_t stages = static_cast<int64_t>(count), size = size_of(accumulated);
   const int64_t doubles = stages * samples + (sums * size + 7) / 8;
   Tensor scratch = device.empty(&doubles, 1, DType::kDouble);
   const Tickets tickets = device.tickets(1 + stages * samples);
-  args.distances = static_cast<double*>(scratch.mutable_data_ptr());
-  args.sums = args.distances + stages * samples;
+  args.terms = static_cast<double*>(scratch.mutable_data_ptr());
+  args.sums = args.terms + stages * samples;
   args.loss = loss.mutable_data_ptr();
   args.tickets = tickets.first;
   args.samples = static_cast<int32_t>(samples);

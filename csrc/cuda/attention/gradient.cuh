@@ -21,7 +21,7 @@ FASTKD_BOTH int32_t coefficients_of(const MatrixView& w, const Part& part) {
   return w.by_rows ? part.end_row - part.first_row : part.columns;
 }
 FASTKD_BOTH int32_t position_of(const MatrixView& w, int32_t place) {
-  return w.fold > 1 ? place % (w.columns / w.fold) : place;
+  return w.fold_bits > 0 ? place % positions_of(w) : place;
 }
 
 template <bool kTap, typename T, typename A, int W, typename F>
@@ -104,11 +104,10 @@ FASTKD_DEVICE void stream(const MatrixView& w, const Place& x, const Place& dx, 
     using T = typename decltype(format)::Number;
     constexpr int W = decltype(format)::kWidth, U = kTap ? kUnrollTwo : kUnroll;
     if (w.by_rows) {
-      const int lane = static_cast<int>(threadIdx.x) % w.across;
+      const int lane = lane_of_thread(w);
       const Step step = step_of(w), stride = stride_of(w, U);
       FASTKD_ROLLED
-      for (int32_t row = part.first_row + static_cast<int>(threadIdx.x) / w.across; row < part.end_row;
-           row += stride.rows) {
+      for (int32_t row = part.first_row + row_of_thread(w); row < part.end_row; row += stride.rows) {
         A mine[U][1];
         FASTKD_UNROLL
         for (int u = 0; u < U; ++u) {
@@ -128,7 +127,7 @@ FASTKD_DEVICE void stream(const MatrixView& w, const Place& x, const Place& dx, 
     FASTKD_ROLLED
     for (int place = static_cast<int>(threadIdx.x); place < groups * across;
          place += kThreads) {  // once, where packs are read
-      const int group = place / across, p = place - group * across;
+      const int group = quotient_down(place, across), p = place - group * across;
       if (p * W >= part.columns) continue;
       A mine[W];
       k.read(p * W, mine);
@@ -171,8 +170,9 @@ gradient_kernel(const GradientArgs args) {
   const GradientItem& item = args.items[i];
   const MatrixView& w = item.view;
   const int32_t local = block - item.first;
-  const int64_t n = local / w.units;
-  const Part part = part_of(w, local % w.units);
+  const int32_t sample = quotient_down(local, w.units);
+  const int64_t n = sample;
+  const Part part = part_of(w, local - sample * w.units);
   const A upstream =
       args.grad == nullptr ? static_cast<A>(args.upstream) : load_number<A>(args.grad, args.grad_dtype, 0);
   const int32_t positions = positions_of(w);

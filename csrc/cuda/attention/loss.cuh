@@ -14,7 +14,7 @@ constexpr int kMaxStages = 16;
 struct LossSide {
   Place x;
   MatrixView view;
-  int64_t sums_at;     // in args.sums: parts_of(view) * positions numbers a sample
+  int64_t sums_at;     // in args.sums: view.parts * positions numbers a sample
   void* coefficients;  // (N, positions), or null if not wanted
 };
 
@@ -27,7 +27,7 @@ struct LossStage {
 
 struct LossArgs {
   LossStage stages[kMaxStages];
-  double* distances;  // [stage][sample]
+  double* terms;  // of the loss, [stage][sample]
   void* sums;
   void* loss;
   unsigned* tickets;  // one for all, then [stage][sample]
@@ -45,13 +45,20 @@ FASTKD_BOTH int32_t units_of(const LossStage& stage, bool student_is_map, bool t
   return units > 0 ? units : 1;
 }
 
-// Number s of a side's map before normalization.
+// Writes this thread's numbers of a side's map, before normalization, to y, and returns the sum of their
+// squares.
 template <typename A>
-FASTKD_DEVICE A map_number(const LossSide& side, bool is_map, const A* sums, int64_t n, int32_t positions,
-                           int32_t s) {
-  if (!is_map) return collapsed(sums, parts_of(side.view), positions, s);
-  return load_number<A>(side.x.data, side.view.dtype,
-                        n * side.x.stride_n + spatial_offset(side.view.size, side.x.stride, s));
+FASTKD_DEVICE double read_map(const LossSide& side, bool is_map, const A* sums, int64_t n, int32_t positions,
+                              A* y) {
+  if (!is_map) return collapse(sums, side.view.parts, positions, y);
+  double squares = 0;
+  for (int32_t s = threadIdx.x; s < positions; s += kThreads) {
+    const A number = load_number<A>(side.x.data, side.view.dtype,
+                                    n * side.x.stride_n + spatial_offset(side.view.size, side.x.stride, s));
+    y[s] = number;
+    squares += static_cast<double>(number) * number;
+  }
+  return squares;
 }
 
 // Both maps of a sample, their distance and coefficients. Each thread has the positions s = its index and
@@ -62,21 +69,14 @@ FASTKD_DEVICE double compare(const LossArgs& args, const LossStage& stage, int64
   const LossSide& teacher = stage.teacher;
   const bool s_map = args.student_is_map, t_map = args.teacher_is_map;
   const int32_t positions = stage.positions;
-  A* s_sums = static_cast<A*>(args.sums) + student.sums_at + n * parts_of(student.view) * positions;
-  A* t_sums = static_cast<A*>(args.sums) + teacher.sums_at + n * parts_of(teacher.view) * positions;
+  A* s_sums = static_cast<A*>(args.sums) + student.sums_at + n * student.view.parts * positions;
+  A* t_sums = static_cast<A*>(args.sums) + teacher.sums_at + n * teacher.view.parts * positions;
   const bool fits = 2 * positions <= kTile;
   A* y_s = fits ? shared_numbers<A>() : s_sums;
   A* y_t = fits ? y_s + positions : t_sums;
 
-  double squares[2] = {};
-  for (int32_t s = threadIdx.x; s < positions; s += kThreads) {
-    const A a = map_number<A>(student, s_map, s_sums, n, positions, s),
-            b = map_number<A>(teacher, t_map, t_sums, n, positions, s);
-    y_s[s] = a;
-    y_t[s] = b;
-    squares[0] += static_cast<double>(a) * a;
-    squares[1] += static_cast<double>(b) * b;
-  }
+  double squares[2] = {read_map(student, s_map, s_sums, n, positions, y_s),
+                       read_map(teacher, t_map, t_sums, n, positions, y_t)};
   block_sums(squares, 0);
   const double s_share = reduction_of(student.view, args.mean),
                t_share = reduction_of(teacher.view, args.mean);
@@ -123,31 +123,26 @@ loss_kernel(const LossArgs args) {
   const LossStage& stage = args.stages[i];
   const int32_t units = units_of(stage, args.student_is_map, args.teacher_is_map);
   const int32_t local = static_cast<int32_t>(blockIdx.x) - stage.first;
-  const int32_t sample = local / units;
+  const int32_t sample = quotient_down(local, units), unit = local - sample * units;
   const int32_t s_units = args.student_is_map ? 0 : stage.student.view.units;
-  const bool is_student = local % units < s_units;
+  const bool is_student = unit < s_units;
   if (!(is_student ? args.student_is_map : args.teacher_is_map)) {
     const LossSide& side = is_student ? stage.student : stage.teacher;
     A* out = static_cast<A*>(args.sums) + side.sums_at +
-             static_cast<int64_t>(sample) * parts_of(side.view) * stage.positions;
-    power_sums<false, true>(side.view, side.x, nullptr, sample, local % units - (is_student ? 0 : s_units),
+             static_cast<int64_t>(sample) * side.view.parts * stage.positions;
+    power_sums<false, true>(side.view, side.x, nullptr, sample, unit - (is_student ? 0 : s_units),
                             shared_numbers<A>(), out);
   }
   const int64_t at = static_cast<int64_t>(i) * args.samples + sample;
   if (!is_last(args.tickets + 1 + at, static_cast<unsigned>(units))) return;
 
   const double distance = compare<A>(args, stage, sample);
-  if (threadIdx.x == 0) args.distances[at] = distance;
+  if (threadIdx.x == 0) args.terms[at] = stage.factor * distance;
   if (!is_last(args.tickets, static_cast<unsigned>(args.count * args.samples))) return;
 
   double total[1] = {};
-  for (int32_t k = 0; k < args.count; ++k) {
-    double of_stage = 0;
-    for (int32_t n = threadIdx.x; n < args.samples; n += kThreads) {
-      of_stage += load_fresh(args.distances + static_cast<int64_t>(k) * args.samples + n);
-    }
-    total[0] += args.stages[k].factor * of_stage;
-  }
+  for (int32_t k = threadIdx.x; k < args.count * args.samples; k += kThreads)
+    total[0] += load_fresh(args.terms + k);
   block_sums(total, 2);
   if (threadIdx.x == 0) *static_cast<A*>(args.loss) = static_cast<A>(total[0]);
 }

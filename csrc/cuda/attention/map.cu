@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor> make_map(const char* name, const OnDevice& device, co
   Tensor map = device.empty(sizes, view.dim - 1, accumulated);
   const int64_t norms = normalize ? x.batch : 0;
   Tensor norm = device.empty(&norms, 1, accumulated);
-  const int64_t sums = x.batch * parts_of(args.view) * x.positions;
+  const int64_t sums = x.batch * args.view.parts * x.positions;
   Tensor scratch = device.empty(&sums, 1, accumulated);
   const Tickets tickets = device.tickets(x.batch);
   args.sums = scratch.mutable_data_ptr();

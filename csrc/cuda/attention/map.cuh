@@ -13,7 +13,7 @@ struct MapArgs {
   Place x;
   MatrixView view;
   Relu relu;
-  void* sums;         // parts_of(view) * positions numbers a sample
+  void* sums;         // view.parts * positions numbers a sample
   void* map;          // (N, positions)
   void* norm;         // (N), if normalize
   unsigned* tickets;  // [sample]
@@ -22,24 +22,20 @@ struct MapArgs {
 };
 
 template <bool kRelu, typename A>
-FASTKD_KERNEL_OF(kThreads, kBlocks<A>)
+FASTKD_KERNEL_OF(kThreads, (kBlocks<A, kRelu>))
 map_kernel(const MapArgs args) {
   const MatrixView& w = args.view;
-  const int64_t n = static_cast<int32_t>(blockIdx.x) / w.units;
-  const int32_t positions = positions_of(w), parts = parts_of(w);
-  A* sums = static_cast<A*>(args.sums) + n * parts * positions;
-  power_sums<kRelu, false>(w, args.x, &args.relu, n, static_cast<int32_t>(blockIdx.x) % w.units,
+  const int32_t sample = quotient_down(static_cast<int32_t>(blockIdx.x), w.units);
+  const int32_t positions = positions_of(w);
+  const int64_t n = sample;
+  A* sums = static_cast<A*>(args.sums) + n * w.parts * positions;
+  power_sums<kRelu, false>(w, args.x, &args.relu, n, static_cast<int32_t>(blockIdx.x) - sample * w.units,
                            shared_numbers<A>(), sums);
   if (!is_last(args.tickets + n, static_cast<unsigned>(w.units))) return;
 
   // each thread has the same positions in both passes
   A* q = positions <= kTile ? shared_numbers<A>() : sums;
-  double squares[1] = {};
-  for (int32_t s = threadIdx.x; s < positions; s += kThreads) {
-    const A total = collapsed(sums, parts, positions, s);
-    q[s] = total;
-    squares[0] += static_cast<double>(total) * total;
-  }
+  double squares[1] = {collapse(sums, w.parts, positions, q)};
   const double share = reduction_of(w, args.mean);
   Norm norm = no_norm(share);
   if (args.normalize) {
@@ -77,13 +73,14 @@ FASTKD_DEVICE double number_of(const MatrixView& w, const MapPlace& map, int64_t
 }
 
 template <bool kTap, typename A>
-FASTKD_KERNEL_OF(kThreads, kBlocks<A>)
+FASTKD_KERNEL_OF(kThreads, (kBlocks<A, kTap>))
 map_gradient_kernel(const MapGradientArgs args) {
   const MatrixView& w = args.view;
   // what the forward pass has read last may still be in the second-level cache
   const int32_t block = static_cast<int32_t>(gridDim.x - 1 - blockIdx.x);
-  const int64_t n = block / w.units;
-  const Part part = part_of(w, block % w.units);
+  const int32_t sample = quotient_down(block, w.units);
+  const int64_t n = sample;
+  const Part part = part_of(w, block - sample * w.units);
   const double share = reduction_of(w, args.mean);
   Norm norm = no_norm(1);
   double dot[1] = {};

@@ -3,11 +3,12 @@
 namespace fastkd {
 namespace {
 
-// By calculation, for an H200: 132 multiprocessors take three or four such blocks each at once, so eight for
-// each make two or three waves, of which the later ones hide the end of the first. A block should read at
-// least 16 KiB, all that its threads have on their way at once, and at most 128 KiB, so that many waves leave
-// a short tail.
-constexpr int64_t kGoalBlocks = 132 * 8;
+// By calculation, for an H200: 132 multiprocessors take three or four such blocks each at once, so six for
+// each make up to two waves, of which the second hides the end of the first. More blocks would be smaller,
+// and each takes about 2 us in which it loads nothing: to begin, to add up and for its ticket. A block should
+// read at least 16 KiB, all that its threads have on their way at once, and at most 128 KiB, so that many
+// waves leave a short tail.
+constexpr int64_t kGoalBlocks = 132 * 6;
 constexpr int64_t kLeast = 16 << 10, kMost = 128 << 10;
 
 int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -20,10 +21,16 @@ bool is_aligned(const Feature& x, int64_t pack, int64_t rows, int64_t between) {
          (rows == 1 || between % pack == 0);
 }
 
+// One sum for each chunk of rows, and channel of a folded row. By rows there is but one.
+int32_t parts_of(const MatrixView& w) {
+  return w.by_rows ? 1 : w.units / w.tiles * (columns_of_sums(w) / positions_of(w));
+}
+
 void cut_by_rows(MatrixView& w, int64_t row_bytes, int64_t goal) {
   w.by_rows = 1;
   w.across = 1;
   while (w.across < kWarp && w.across * w.width < w.columns) w.across = static_cast<int16_t>(2 * w.across);
+  w.groups = static_cast<int16_t>(kThreads / w.across);
   const int64_t pass = stride_of(w, kUnroll).rows;
   int64_t rows = quotient_up(goal / row_bytes, pass) * pass;
   rows = rows < pass ? pass : rows < kTile ? rows : kTile;
@@ -89,25 +96,26 @@ MatrixView matrix_view_of(const Feature* const* tensors, int count, int64_t goal
   w.dtype = x.dtype;
   w.size[0] = static_cast<int32_t>(x.size[1]);
   w.size[1] = static_cast<int32_t>(x.size[2]);
-  w.fold = 1;
   if (last) {
     w.width = static_cast<int8_t>(last_packed ? pack : 1);
     w.rows = static_cast<int32_t>(x.positions);
     w.columns = static_cast<int32_t>(x.channels);
     cut_by_rows(w, x.channels * size, goal);
+    w.parts = parts_of(w);
     return w;
   }
   // the shape alone decides on the order of sums
   const bool packs = x.channels % fold == 0;
-  if (packs) w.fold = static_cast<int32_t>(fold);
+  while (packs && 1 << w.fold_bits < fold) ++w.fold_bits;
   w.width = static_cast<int8_t>(packs ? pack : 1);
-  w.rows = static_cast<int32_t>(x.channels / w.fold);
-  w.columns = static_cast<int32_t>(x.positions * w.fold);
+  w.rows = static_cast<int32_t>(x.channels >> w.fold_bits);
+  w.columns = static_cast<int32_t>(x.positions << w.fold_bits);
   cut_by_columns(w, w.width * size, goal);
   if (packs && !packed) {
     w.across = static_cast<int16_t>(w.across * pack);
     w.width = 1;
   }
+  w.parts = parts_of(w);
   return w;
 }
 

@@ -19,10 +19,15 @@ namespace fastkd {
 constexpr int kThreads = 256;
 // Packs of a tensor that a thread has on their way at once, and of each of two tensors.
 constexpr int kUnroll = 4, kUnrollTwo = 2;
+// How many blocks of a multiprocessor the registers are to suffice for: as many as need no spilling. kTwo: a
+// kernel that may load two tensors at once.
 // By calculation, for an H200, which has to have 4.8 TB/s * 0.8 us / 132 = 29 KiB on their way to each
-// multiprocessor: three blocks have 48.
-template <typename A>
-constexpr int kBlocks = sizeof(A) == sizeof(double) ? 2 : 3;
+// multiprocessor at any time: three blocks have 48 KiB while all of them load, and four have 64. A block
+// that begins or ends loads nothing. With three, which was measured, losses reached 87 % of a copy's rate.
+template <typename A, bool kTwo = false>
+constexpr int kBlocks = sizeof(A) == sizeof(double) ? 2
+                        : kTwo                      ? 3
+                                                    : 4;
 // The most columns of a unit, or, by rows, the most rows: each has a number in shared memory.
 constexpr int kTile = 2048;
 
@@ -31,14 +36,15 @@ struct MatrixView {
   int32_t chunk;    // rows of a unit
   int32_t tiles;    // units side by side: 1 by rows
   int32_t units;    // of a sample
-  int32_t fold;     // 1 by rows
+  int32_t parts;    // sums of a position, which are then added up; see parts_of()
   int32_t size[2];  // the last two spatial sizes
   DType dtype;
   int16_t across;  // by columns: packs of a unit's row; by rows: lanes of a row, a power of two
-  int16_t groups;  // by columns: of rows, each of which is summed apart
+  int16_t groups;  // by columns: of rows, each of which is summed apart; by rows: rows side by side
   int8_t width;    // of a pack: 16 bytes of numbers, or 1
   int8_t by_rows;
-  int8_t once;  // 1: what is read will not be read again, and need not stay in the cache
+  int8_t once;       // 1: what is read will not be read again, and need not stay in the cache
+  int8_t fold_bits;  // `fold` is a power of two: 2 to this; 0 by rows
 };
 
 // Where a tensor lies that is seen as such a matrix.
@@ -50,28 +56,33 @@ struct Place {
 
 // What one unit is of its sample's table.
 struct Part {
+  int32_t chunk;  // its number
   int32_t first_row, end_row, first_column, columns;
 };
 
 FASTKD_BOTH int32_t smaller_of(int32_t a, int32_t b) { return a < b ? a : b; }
 
+// a / b of numbers that are not negative. A GPU divides in two dozen instructions, and each warp of a block
+// goes through them before its first load: so the host divides where it can, and signs are left out.
+FASTKD_BOTH int32_t quotient_down(int32_t a, int32_t b) {
+  return static_cast<int32_t>(static_cast<uint32_t>(a) / static_cast<uint32_t>(b));
+}
+
 FASTKD_BOTH Part part_of(const MatrixView& w, int32_t unit) {
-  const int32_t first_row = unit / w.tiles * w.chunk;
+  const int32_t chunk = w.tiles == 1 ? unit : quotient_down(unit, w.tiles);
+  const int32_t first_row = chunk * w.chunk;
   const int32_t tile = w.across * w.width;
-  const int32_t first_column = unit % w.tiles * tile;
-  return {first_row, smaller_of(first_row + w.chunk, w.rows), first_column,
+  const int32_t first_column = (unit - chunk * w.tiles) * tile;
+  return {chunk, first_row, smaller_of(first_row + w.chunk, w.rows), first_column,
           w.by_rows ? w.columns : smaller_of(tile, w.columns - first_column)};
 }
 
-FASTKD_BOTH int32_t positions_of(const MatrixView& w) { return w.by_rows ? w.rows : w.columns / w.fold; }
+FASTKD_BOTH int32_t positions_of(const MatrixView& w) {
+  return w.by_rows ? w.rows : w.columns >> w.fold_bits;
+}
 // A unit that is not cut along columns adds the channels of a folded row up itself.
 FASTKD_BOTH int32_t columns_of_sums(const MatrixView& w) {
-  return w.tiles == 1 ? w.columns / w.fold : w.columns;
-}
-// Sums that a position has before they are added up: one for each chunk of rows, and channel of a folded row.
-// By rows there is but one.
-FASTKD_BOTH int32_t parts_of(const MatrixView& w) {
-  return w.by_rows ? 1 : w.units / w.tiles * (columns_of_sums(w) / positions_of(w));
+  return w.tiles == 1 ? w.columns >> w.fold_bits : w.columns;
 }
 
 // Which packs a thread has at once: kUnroll of them or fewer, each `rows` and `columns` beyond the one
@@ -86,11 +97,18 @@ FASTKD_BOTH bool is_wide(const MatrixView& w) {
 }
 // From one of the packs to the next, and from all of them to the next.
 FASTKD_BOTH Step step_of(const MatrixView& w) {
-  return is_wide(w) ? Step{0, w.across * w.width} : Step{kThreads / w.across, 0};
+  return is_wide(w) ? Step{0, w.across * w.width} : Step{w.groups, 0};
 }
 FASTKD_BOTH Step stride_of(const MatrixView& w, int unroll) {
-  const int32_t rows = kThreads / w.across, columns = w.across * w.width;
-  return is_wide(w) ? Step{rows, unroll * columns} : Step{unroll * rows, columns};
+  const int32_t columns = w.across * w.width;
+  return is_wide(w) ? Step{w.groups, unroll * columns} : Step{unroll * w.groups, columns};
+}
+// By rows: which of the rows side by side this thread has a part of, and which part.
+FASTKD_DEVICE int32_t row_of_thread(const MatrixView& w) {
+  return static_cast<int32_t>(threadIdx.x * static_cast<uint32_t>(w.groups) / kThreads);
+}
+FASTKD_DEVICE int32_t lane_of_thread(const MatrixView& w) {
+  return static_cast<int32_t>(threadIdx.x) & (w.across - 1);
 }
 
 // Whether the pack `u` steps from (row, column) is there: columns go as far as the part's, or by rows the
@@ -113,7 +131,8 @@ FASTKD_DEVICE T* row_of(const MatrixView& w, const Place& x, int64_t n, int32_t 
     const int32_t positions = positions_of(w), channel = column / positions;
     along = channel * x.stride_row + spatial_offset(w.size, x.stride, column - channel * positions);
   }
-  return static_cast<T*>(x.data) + n * x.stride_n + row * w.fold * x.stride_row + along;
+  return static_cast<T*>(x.data) + n * x.stride_n +
+         static_cast<int64_t>(row) * (x.stride_row << w.fold_bits) + along;
 }
 
 template <typename T, int W>
@@ -135,7 +154,7 @@ FASTKD_DEVICE void store_some(T* pointer, const Pack& pack) {
 
 // How far a thread's packs lie from each other.
 FASTKD_DEVICE int64_t distance_of(const MatrixView& w, const Place& x, const Step& step) {
-  return step.rows * w.fold * x.stride_row + step.columns;
+  return (step.rows << w.fold_bits) * x.stride_row + step.columns;
 }
 
 // Reads a thread's next packs; those beyond the part's end are zeros.

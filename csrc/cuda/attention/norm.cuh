@@ -49,17 +49,42 @@ FASTKD_DEVICE void block_sums(double (&v)[K], int which) {
 // What the sums over channels are divided by.
 FASTKD_DEVICE double reduction_of(const MatrixView& w, bool mean) {
   if (!mean) return 1;
-  return w.by_rows ? w.columns : w.rows * w.fold;
+  return w.by_rows ? w.columns : w.rows << w.fold_bits;
 }
 
-// One position's sums, which other blocks have just written, in their order, and in double: there may be
-// hundreds.
+// How many positions of a map a thread sums up at once. The last block of a sample is waited for, and it
+// waits for each load that is not started beside others.
+constexpr int kAtOnce = 4;
+
+// Adds up each position's sums, which other blocks have just written, in their order, and in double: there
+// may be hundreds. Writes those of this thread, its index and every kThreads on, to q, which may be `sums`,
+// and returns the sum of their squares.
 template <typename A>
-FASTKD_DEVICE A collapsed(const A* sums, int32_t parts, int32_t positions, int32_t s) {
-  double total = load_fresh(sums + s);
-  for (int32_t part = 1; part < parts; ++part)
-    total += load_fresh(sums + static_cast<int64_t>(part) * positions + s);
-  return static_cast<A>(total);
+FASTKD_DEVICE double collapse(const A* sums, int32_t parts, int32_t positions, A* q) {
+  double squares = 0;
+  FASTKD_ROLLED
+  for (int32_t first = threadIdx.x; first < positions; first += kAtOnce * kThreads) {
+    double total[kAtOnce] = {};
+    FASTKD_ROLLED
+    for (int32_t part = 0; part < parts; ++part) {
+      const A* from = sums + static_cast<int64_t>(part) * positions + first;
+      A one[kAtOnce];
+      FASTKD_UNROLL
+      for (int i = 0; i < kAtOnce; ++i)  // beyond the last position it reads the first of its own again
+        one[i] = load_fresh(from + (first + i * kThreads < positions ? i * kThreads : 0));
+      FASTKD_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) total[i] += one[i];
+    }
+    FASTKD_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int32_t s = first + i * kThreads;
+      if (s >= positions) break;
+      const A number = static_cast<A>(total[i]);
+      q[s] = number;
+      squares += static_cast<double>(number) * number;
+    }
+  }
+  return squares;
 }
 
 // y of the sum q, rounded: equal maps then have equal y and no distance, however the compiler contracts what

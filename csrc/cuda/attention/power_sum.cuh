@@ -63,7 +63,7 @@ FASTKD_DEVICE void power_sums_by_columns(const MatrixView& w, const Place& x, co
   FASTKD_ROLLED
   for (int place = static_cast<int>(threadIdx.x); place < groups * across;
        place += kThreads) {  // once, where packs are read
-    const int group = place / across, p = place - group * across;
+    const int group = quotient_down(place, across), p = place - group * across;
     A total[W] = {};
     FASTKD_ROLLED
     for (int32_t row = part.first_row + group; row < part.end_row && p * W < part.columns;
@@ -100,9 +100,9 @@ template <bool kRelu, typename T, typename A, int W>
 FASTKD_DEVICE void power_sums_by_rows(const MatrixView& w, const Place& x, const Relu* relu, int64_t n,
                                       const Part& part, A* out) {
   constexpr int U = kPacks<kRelu>;
-  const int lanes = w.across, lane = static_cast<int>(threadIdx.x) % lanes;
+  const int lanes = w.across, lane = lane_of_thread(w);
   const Step step = step_of(w), stride = stride_of(w, U);
-  int32_t row = part.first_row + static_cast<int>(threadIdx.x) / lanes;
+  int32_t row = part.first_row + row_of_thread(w);
   FASTKD_ROLLED
   for (int32_t first = part.first_row; first < part.end_row; first += stride.rows, row += stride.rows) {
     A total[U] = {};
@@ -134,7 +134,7 @@ FASTKD_DEVICE void power_sums_by_rows(const MatrixView& w, const Place& x, const
   }
 }
 
-// A unit's sums into `out`, which has parts_of(w) of them for each position of the sample. All threads of the
+// A unit's sums into `out`, which has w.parts of them for each position of the sample. All threads of the
 // block must come.
 template <bool kRelu, bool kMixed, typename A>
 FASTKD_DEVICE void power_sums(const MatrixView& w, const Place& x, const Relu* relu, int64_t n, int32_t unit,
@@ -147,7 +147,7 @@ FASTKD_DEVICE void power_sums(const MatrixView& w, const Place& x, const Relu* r
       power_sums_by_rows<kRelu, T, A, W>(w, x, relu, n, part, out);
     } else {
       power_sums_by_columns<kRelu, T, A, W>(w, x, relu, n, part, sums,
-                                            out + static_cast<int64_t>(unit / w.tiles) * columns_of_sums(w));
+                                            out + static_cast<int64_t>(part.chunk) * columns_of_sums(w));
     }
   });
 }
