@@ -38,6 +38,7 @@ LONGEST = (
     "test_processes.py",
     "test_together.py",
     "test_resume.py",
+    "test_training.py",
 )
 
 
