@@ -49,11 +49,14 @@ class Attention(nn.Module):
         nn.init.xavier_normal_(self.p_s)
 
     def forward(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
-        queries, keys = _vectors(self.queries, teachers), _vectors(self.keys, students)
+        # the layers may be in half precision, in which means fit; products and softmax stay as wide as these
+        own = self.p_t.dtype
+        queries, keys = _vectors(self.queries, teachers, own), _vectors(self.keys, students, own)
         if keys[..., 0].numel() > 1 and untouched(self.bilinear, nn.Sequential) and plain(self.bilinear):
             products = products_with_normed(self.bilinear[0], self.bilinear[1], keys, queries)
         else:
-            pairs = self.bilinear(keys.flatten(0, 1)).view(*keys.shape[:2], len(teachers), self.width)
+            pairs = self.bilinear(keys.flatten(0, 1).to(own)).to(keys.dtype)
+            pairs = pairs.view(*keys.shape[:2], len(teachers), self.width)
             products = (pairs * queries[:, None]).sum(3).mT
         return ((products + self.p_t @ self.p_s.T) / self.width**0.5).softmax(2)
 
@@ -80,7 +83,7 @@ def products_with_normed(linear: Any, norm: Any, keys: Tensor, queries: Tensor) 
     count, width = queries.shape[1:]
     mean = keys.mean((0, 1))
     centred = keys - mean
-    rows, weight = centred.flatten(0, 1), linear.weight
+    rows, weight = centred.flatten(0, 1), linear.weight.to(centred.dtype)
     # a norm's own moments are float32 whatever precision products are allowed, which a graph cannot ask
     surely = not (rows.is_cuda or torch.compiler.is_compiling())
     wide = rows.dtype if surely and torch.get_float32_matmul_precision() == "highest" else torch.float64
@@ -100,9 +103,10 @@ def products_with_normed(linear: Any, norm: Any, keys: Tensor, queries: Tensor) 
     return back.transpose(0, 1) @ centred.mT + (queries * shift).sum(2, keepdim=True)
 
 
-def _vectors(layers: nn.ModuleList, means: Sequence[Tensor]) -> Tensor:
-    """(N, number of maps, width)"""
-    return torch.stack([layer(x) for layer, x in zip(layers, means, strict=True)], 1)
+def _vectors(layers: nn.ModuleList, means: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """(N, number of maps, width), in the dtype of the means, by layers of another ``dtype``."""
+    made = [layer(x.to(dtype)) for layer, x in zip(layers, means, strict=True)]
+    return torch.stack(made, 1).to(means[0].dtype)
 
 
 def weighted(attention: Attention, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:

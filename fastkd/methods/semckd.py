@@ -47,7 +47,12 @@ class Embedding(nn.Sequential):
         super().__init__(nn.Linear(width_in, 2 * width), nn.ReLU(inplace=True), nn.Linear(2 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(super().forward(x), dim=1)
+        layers: tuple[Any, ...] = (self[0], self[2])
+        if layers[0].weight.dtype == x.dtype:
+            return F.normalize(super().forward(x), dim=1)
+        # in half precision, in which the layers' own products might not hold sums of similarities
+        first, last = ((layer.weight.to(x.dtype), layer.bias.to(x.dtype)) for layer in layers)
+        return F.normalize(F.linear(F.linear(x, *first).relu(), *last), dim=1)
 
 
 def similarities(x: Tensor) -> Tensor:

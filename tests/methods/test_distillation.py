@@ -71,6 +71,19 @@ def test_cross_entropy_of_a_float64_student_is_in_float64():
     torch.testing.assert_close(losses.terms["ce"], want, rtol=1e-14, atol=0)
 
 
+@pytest.mark.parametrize("name", sorted({*fastkd.methods.METHODS} - {"baseline"}))
+def test_a_module_in_half_precision_learns_as_in_float32(name):
+    distillation, (images, labels, index) = distillation_of(name), batch()
+    want = copy.deepcopy(distillation)(images, labels, index).total
+    for dtype in (torch.float16, torch.bfloat16):
+        half = copy.deepcopy(distillation).to(dtype)
+        total = half(images.to(dtype), labels, index).total
+        torch.testing.assert_close(total, want, rtol=0.1, atol=0)
+        total.backward()
+        found = [p.grad for p in half.parameters() if p.grad is not None]
+        assert all(grad.dtype == dtype and grad.isfinite().all() for grad in found)
+
+
 def test_what_is_built_changes_neither_modes_nor_statistics_nor_random_numbers():
     student, teacher = networks()
     student.layer2[0].bn1.eval()
