@@ -148,6 +148,6 @@ def _without_values() -> bool:
 def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return (
         torch.autocast(x.device.type, enabled=False)
-        if torch.is_autocast_enabled(x.device.type)
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type)  # meta tensors have no autocast
         else nullcontext()
     )

@@ -84,6 +84,14 @@ def test_a_module_in_half_precision_learns_as_in_float32(name):
         assert all(grad.dtype == dtype and grad.isfinite().all() for grad in found)
 
 
+@pytest.mark.parametrize("name", ["kd", "at", "crd"])
+def test_shapes_are_found_on_the_meta_device(name):
+    distillation = distillation_of(name).to("meta")
+    losses = distillation(*(x.to("meta") for x in batch()))
+    losses.total.backward()
+    assert losses.total.is_meta and losses.student_logits.shape == (4, 7)
+
+
 def test_what_is_built_changes_neither_modes_nor_statistics_nor_random_numbers():
     student, teacher = networks()
     student.layer2[0].bn1.eval()
