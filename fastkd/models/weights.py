@@ -109,7 +109,8 @@ def _load(file: IO[bytes], classes: list[type[Unread]]) -> Any:
             )
             if kind is None:
                 raise
-            kind.stands_as = list if "append" in str(error) else OrderedDict
+            # "append to lists, but got", or "extend lists": PyTorch 2.11 and 2.15, of several items
+            kind.stands_as = list if "lists, but got" in str(error) else OrderedDict
 
 
 def _refused(classes: list[type[Unread]], error: str) -> list[str]:
