@@ -114,12 +114,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
         report.outcome, report.longrepr = "failed", f"FASTKD_INTEROP is set, but this is skipped: {reason}"
     if report.failed:
-        report.sections.append(
-            (
-                "fastkd seed",
-                f"repeat with FASTKD_TEST_SEED={SEED} and this test alone: each test has inputs of its own",
-            )
-        )
+        how = f"repeat with FASTKD_TEST_SEED={SEED} and this test alone: each test has inputs of its own"
+        report.sections.append(("fastkd seed", how))
     return report
 
 
