@@ -3,9 +3,9 @@
 #
 # NumPy has no bfloat16, so with TRITON_INTERPRET=1 a block of bfloat16 is an array of uint16, and arithmetic on it is
 # NumPy's for uint16: 1 + 2 is infinity, 1 * 2 is 0, a sum of 256 and seven ones is 0, and of 0.5 and -1 the -1 counts
-# as greater. Nothing is said. A compiled kernel is right (add.rn.bf16 or fma in its PTX), and so is float16. What is
-# first converted to float32 is right in the interpreter too, apart from conversions that truncate: a kernel has to be
-# written that way to be tested without a GPU.
+# as greater. Nothing is said. A kernel compiled for sm_90 adds such numbers with add.bf16, and float16 is right in both.
+# What is first converted to float32 is right in the interpreter too, apart from conversions that truncate: a kernel has
+# to be written that way to be tested without a GPU.
 #
 # Seen with torch 2.13.0 and triton 3.6.0 and 3.9.0 on 2026-11-30 (3.8.0 gives the same):
 #   triton 3.6.0
