@@ -165,6 +165,12 @@ def test_the_parameters_of_a_method_are_trained_and_kept():
     assert torch.equal(loop.state()["method"]["adapter.layer.weight"], layer.weight)
 
 
+# Steps of a method whose terms go down sooner than others', in float32 after at most half as many; and of simkd,
+# which fits a random map with nothing else in the sum, and takes 28. A step in bfloat16 takes seconds on processors
+# that only emulate it.
+STEPS = {"simkd": 40, "ofd": 16, "sakd": 16, **dict.fromkeys(("fitnet", "at", "at+kd", "rkd", "semckd"), 10)}
+
+
 @pytest.mark.parametrize("autocast", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", ALL)
 def test_every_term_goes_down_on_a_fixed_batch(name, autocast):
@@ -172,7 +178,7 @@ def test_every_term_goes_down_on_a_fixed_batch(name, autocast):
     teacher = create_model("resnet8").eval() if name != "baseline" else None
     loop = loop_of(name, teacher=teacher, autocast=autocast, lr=0.02, teacher_mode="eval")
     drawn, step, readings = next(loop.batches.draw(1)), loop.train_step, []
-    for _ in range(60 if name == "simkd" else 25):  # which fits a random map, with nothing else in the sum
+    for _ in range(STEPS.get(name, 25)):
         before = step.sums.clone()
         step(drawn, len(drawn), Progress("", 25))
         readings.append(((step.sums - before)[:-1] / len(drawn)).tolist())
