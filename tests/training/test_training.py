@@ -165,9 +165,9 @@ def test_the_parameters_of_a_method_are_trained_and_kept():
     assert torch.equal(loop.state()["method"]["adapter.layer.weight"], layer.weight)
 
 
-# Steps of a method whose terms go down sooner than others', in float32 after at most half as many; and of simkd,
-# which fits a random map with nothing else in the sum, and takes 28. A step in bfloat16 takes seconds on processors
-# that only emulate it.
+# Steps of methods whose terms go down sooner than others', in float32 after at most half as many; and of
+# simkd, which fits a random map with nothing else in the sum, and takes 28. A step in bfloat16 takes seconds
+# on processors that only emulate it.
 STEPS = {"simkd": 40, "ofd": 16, "sakd": 16, **dict.fromkeys(("fitnet", "at", "at+kd", "rkd", "semckd"), 10)}
 
 
