@@ -59,7 +59,7 @@ def row_of(
         "train_acc": f"{last['train_acc']:.2f}",
         "losses": " ".join(f"{term}={last[term]:.4g}" for term in trainer.distillation.names),
         "overrides": " ".join([*overridden, *changed, *config.own_words(role)]),
-        "teacher_seed": config.seed_of("teacher") if taught and not files else "",
+        "teacher_seed": config.seed_of("teacher") if taught and settings.teacher_checkpoint is None else "",
         "deterministic": "yes" if settings.deterministic else "no",
         "compiled": "yes" if config.compiled else "no",
         "cuda_graph": "yes" if config.captured else "no",
